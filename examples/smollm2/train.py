@@ -1,0 +1,168 @@
+"""Trains the EAGLE head on the target's own text, unrolled several steps as it will be used.
+
+    python examples/smollm2/train.py --data data/ --out examples/smollm2/eagle.safetensors --minutes 60
+
+Step k at position t reads the head's own state of step k-1 and the embedding of token t+k, attends the true keys up to t and its own
+of the steps before, and predicts token t+k+1. Loss: cross-entropy with the target's distribution (its 16 likeliest tokens)
+and with its choice, weighted ``0.85 ** (k - 1)``. Muon on the matrices inside, AdamW on the rest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from head import WIDTH, EagleHead
+from model import load
+
+DECAY = 0.85
+
+
+def batches(data: list[dict], tokens: int, generator: torch.Generator):
+    """Endless batches of similar length, each of about ``tokens`` tokens with padding."""
+    while True:
+        order = sorted(torch.randperm(len(data), generator=generator).tolist(), key=lambda i: len(data[i]["tokens"]) // 16)
+        groups, group, longest = [], [], 0
+        for i in order:
+            longest = max(longest, len(data[i]["tokens"]))
+            if group and longest * (len(group) + 1) > tokens:
+                groups.append(group)
+                group, longest = [], len(data[i]["tokens"])
+            group.append(i)
+        groups.append(group)
+        for index in torch.randperm(len(groups), generator=generator).tolist():
+            yield [data[i] for i in groups[index]]
+
+
+def collate(rows: list[dict], lookup: Tensor) -> dict[str, Tensor]:
+    """Padded tensors; ``top`` holds draft-vocabulary ids, -1 where the target's token is outside it."""
+    size, longest = len(rows), max(len(r["tokens"]) for r in rows)
+    tokens = torch.zeros(size, longest, dtype=torch.int64)
+    features = torch.zeros(size, longest, rows[0]["features"].shape[1])
+    answer = torch.zeros(size, longest, dtype=torch.bool)
+    top = torch.full((size, longest, rows[0]["top_ids"].shape[1]), -1)
+    weight = torch.zeros(top.shape)
+    for i, row in enumerate(rows):
+        n, p = len(row["tokens"]), row["prompt"]
+        tokens[i, :n] = row["tokens"]
+        features[i, : n - 1] = row["features"].float()
+        answer[i, p:n] = True
+        top[i, p:n] = lookup[row["top_ids"].long()]
+        weight[i, p:n] = row["top_log_probs"].float().exp()
+    weight = weight * (top >= 0)
+    weight = weight / weight.sum(-1, keepdim=True).clamp_min(1e-9)
+    return {"tokens": tokens, "features": features, "answer": answer, "top": top, "weight": weight}
+
+
+def loss(head: EagleHead, embedding: Tensor, batch: dict[str, Tensor], steps: int) -> tuple[Tensor, list[float]]:
+    """The weighted loss and each step's share of answers whose target token is the head's first choice."""
+    tokens, length = batch["tokens"], batch["tokens"].shape[1]
+    position = torch.arange(length)[None]
+    causal = torch.ones(length, length, dtype=torch.bool).tril()
+    state = head.fuse(batch["features"])
+    keys, values, total, right = [], [], tokens.new_zeros((), dtype=torch.float32), []
+    for k in range(1, steps + 1):
+        shifted = torch.roll(tokens, -k, dims=1)
+        q, key, value = head.inputs(state, embedding[shifted], position + k - 1)
+        keys.append(key)
+        values.append(value)
+        q = q / math.sqrt(q.shape[-1])
+        scores = torch.einsum("bthd,bshd->bhts", q, keys[0]).masked_fill(~causal, -torch.inf)
+        own = [torch.einsum("bthd,bthd->bht", q, extra)[..., None] for extra in keys[1:]]
+        share = torch.cat([scores, *own], dim=-1).float().softmax(-1).to(value.dtype)
+        attended = torch.einsum("bhts,bshd->bthd", share[..., :length], values[0])
+        for j, extra in enumerate(values[1:]):
+            attended = attended + share[..., length + j].transpose(1, 2)[..., None] * extra
+        state = head.outputs(state, attended)
+        answer, top, weight = (torch.roll(batch[name], -k - 1, dims=1) for name in ("answer", "top", "weight"))
+        valid = answer & (position < length - k - 1) & (top[..., 0] >= 0)
+        logits = head.logits(state[valid]).float()
+        log_probs = logits - logits.logsumexp(-1, keepdim=True)
+        chosen = log_probs.gather(-1, top[valid].clamp_min(0))
+        soft = -(chosen * weight[valid]).sum(-1)
+        total = total + DECAY ** (k - 1) * (0.5 * soft - 0.5 * chosen[:, 0]).mean()
+        possible = (answer & (position < length - k - 1)).sum()
+        right.append(float((log_probs.argmax(-1) == top[valid][:, 0]).sum() / possible))
+    return total, right
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--minutes", type=float, default=60)
+    parser.add_argument("--vocab", type=int, default=8192)
+    parser.add_argument("--tokens", type=int, default=4096, help="tokens a batch")
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--lr", type=float, default=1.5e-3)
+    parser.add_argument("--muon-lr", type=float, default=0.02)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    torch.manual_seed(args.seed)
+    data = [
+        sequence
+        for path in sorted(args.data.glob("*.pt"))
+        for sequence in torch.load(path)
+        if len(sequence["tokens"]) - sequence["prompt"] > 4
+    ]
+    held, data = data[:96], data[96:]
+    counts = torch.zeros(49152, dtype=torch.int64)
+    for row in data:
+        counts += torch.bincount(row["tokens"][row["prompt"] :].long(), minlength=len(counts))
+    vocab = counts.topk(args.vocab).indices.sort().values
+    lookup = torch.full_like(counts, -1)
+    lookup[vocab] = torch.arange(len(vocab))
+    print(
+        f"{len(data)} sequences, {int(counts.sum())} tokens, vocabulary covers {float(counts[vocab].sum() / counts.sum()):.4f}", flush=True
+    )
+
+    model, _ = load(packed=False)
+    embedding = model.model.embed_tokens.weight.detach().clone()
+    embedding = embedding / embedding.norm(dim=-1).mean()
+    del model
+    head = EagleHead(vocab)
+    with torch.no_grad():  # start from the target's own geometry: its 256 widest directions
+        _, _, basis = torch.linalg.svd(embedding[vocab], full_matrices=False)
+        head.embed.weight.copy_(basis[:WIDTH])
+        head.head.weight.copy_(embedding[vocab] @ basis[:WIDTH].T)
+        head.out.weight.mul_(0.1)
+        head.down.weight.mul_(0.1)
+    inner = [head.fuse.weight, head.embed.weight, head.qkv.weight, head.out.weight, head.gate_up.weight, head.down.weight]
+    rest = [p for p in head.parameters() if not any(p is q for q in inner)]
+    muon = torch.optim.Muon(inner, lr=args.muon_lr, weight_decay=0.01, momentum=0.95)
+    adam = torch.optim.AdamW(rest, lr=args.lr, betas=(0.9, 0.98), weight_decay=0.01)
+    source = batches(data, args.tokens, torch.Generator().manual_seed(args.seed))
+    start, step, smooth = time.perf_counter(), 0, None
+    while (spent := (time.perf_counter() - start) / 60 / args.minutes) < 1:
+        rate = min(1.0, (step + 1) / 100) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * spent)))
+        for optimizer, lr in ((muon, args.muon_lr), (adam, args.lr)):
+            optimizer.param_groups[0]["lr"] = lr * rate
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            value, right = loss(head, embedding, collate(next(source), lookup), args.steps)
+        value.backward()
+        torch.nn.utils.clip_grad_norm_(rest, 1.0)
+        muon.step()
+        adam.step()
+        muon.zero_grad()
+        adam.zero_grad()
+        step += 1
+        smooth = torch.tensor(right) if smooth is None else 0.98 * smooth + 0.02 * torch.tensor(right)
+        if step % 200 == 0:
+            print(
+                f"step {step}, {100 * spent:.0f}%, loss {float(value):.3f}, first choice right {[round(float(x), 3) for x in smooth]}",
+                flush=True,
+            )
+            head.save(args.out)
+    head.save(args.out)
+    with torch.no_grad():
+        rights = [loss(head, embedding, collate(held[i : i + 16], lookup), args.steps)[1] for i in range(0, len(held), 16)]
+    print(f"{step} steps; held-out first choice right by depth: {[round(float(x), 3) for x in torch.tensor(rights).mean(0)]}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,42 @@
+"""ECHO: composable primitives for elastic speculative decoding."""
+
+from echo.budget import ElasticBudgetScheduler, Forecast, GlobalRank, History, PerRequest, Rule, TwoLevel
+from echo.cost import CostModel, Knee, profile
+from echo.decode import Drafter, Step, Target, decode, speculate, verify
+from echo.errors import EchoError
+from echo.gating import BeamMassGate, Calibration, Gate, SparseGate, calibrate
+from echo.logs import WarmupLog
+from echo.tree import Accepted, Frontier, PackedTree, Status, SuperTree
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Accepted",
+    "BeamMassGate",
+    "Calibration",
+    "CostModel",
+    "Drafter",
+    "EchoError",
+    "ElasticBudgetScheduler",
+    "Forecast",
+    "Frontier",
+    "Gate",
+    "GlobalRank",
+    "History",
+    "Knee",
+    "PackedTree",
+    "PerRequest",
+    "Rule",
+    "SparseGate",
+    "Status",
+    "Step",
+    "SuperTree",
+    "Target",
+    "TwoLevel",
+    "WarmupLog",
+    "calibrate",
+    "decode",
+    "profile",
+    "speculate",
+    "verify",
+]

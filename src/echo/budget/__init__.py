@@ -1,0 +1,7 @@
+"""Rules, the scheduler that asks them, and per-slot history."""
+
+from echo.budget.history import History
+from echo.budget.rules import GlobalRank, PerRequest, Rule, TwoLevel
+from echo.budget.scheduler import ElasticBudgetScheduler, Forecast
+
+__all__ = ["ElasticBudgetScheduler", "Forecast", "GlobalRank", "History", "PerRequest", "Rule", "TwoLevel"]

@@ -1,0 +1,221 @@
+"""Rules: which rows the budget buys. Three small functions each: frontier, buy, deal."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from echo import checks
+from echo.gating.calibration import BINS, BINS_PER_NAT, ONE, Calibration
+from echo.tree.supertree import UNSELECTABLE, Layer, SuperTree, bits
+
+_LAST = torch.iinfo(torch.int64).max
+
+
+class Rule(Protocol):
+    """Which nodes are drafted on, which rows are bought on the way, and who gets the rest."""
+
+    def frontier(self, layer: Layer) -> tuple[Tensor, Tensor]:
+        """The nodes of a scored layer to draft on: index int64 [B, W] rising along W, and which of them count, bool [B, W]."""
+
+    def buy(self, layer: Layer, passed: Tensor, room: Tensor, left: Tensor) -> Tensor | None:
+        """Rows bought after a layer is scored.
+
+        Args:
+            layer: the scored layer.
+            passed: bool [B], requests that draft and passed the gate.
+            room: int64 [B], rows that each request may still get.
+            left: int64 [], rows that the batch may still get.
+
+        Returns:
+            bool [B, M], children of bought nodes only; or None: this rule buys nothing while drafting.
+        """
+
+    def deal(self, tree: SuperTree, room: Tensor, left: Tensor, rows: int) -> Tensor:
+        """The rest, at the end: bool [B, T] over ``tree.forest``, disjoint from what is bought, closed under parents with it.
+
+        ``room`` and ``left`` as in :meth:`buy`; ``rows`` is the step's row count, a bound of ``left`` known to the host.
+        """
+
+    def rows(self, batch: int) -> int | None:
+        """Rows that this rule alone asks for; None: it takes whatever budget it is given."""
+
+
+@dataclass(frozen=True)
+class GlobalRank:
+    """One ranking over the whole batch by the probability that a path is accepted: optimal for a given number of rows.
+
+    The K nodes of greatest f(v) = P(path to v accepted) maximise the expected accepted tokens over all choices of K
+    rows, and are closed under parents, because f never rises from parent to child. TETRIS and AdaServe's last stage rank so.
+
+    Args:
+        beam: nodes of each layer that are drafted on, the best by path probability.
+        reliability: turns the draft's probability into a calibrated one, f(v) = min(m_d(S(v)), f(parent)); without it f is
+            the draft's own path probability.
+        max_rows: rows of one request, root included; None: as many as its limit allows.
+
+    Raises:
+        EchoError: an argument out of range.
+    """
+
+    beam: int
+    reliability: Calibration | None = None
+    max_rows: int | None = None
+
+    def __post_init__(self) -> None:
+        checks.integer("beam", self.beam, 1)
+        if self.max_rows is not None:
+            checks.integer("max_rows", self.max_rows, 1)
+        object.__setattr__(self, "_tables", {})
+
+    def frontier(self, layer: Layer) -> tuple[Tensor, Tensor]:
+        """The ``beam`` best nodes of the layer."""
+        return best(layer, torch.isfinite(layer.score), self.beam)
+
+    def buy(self, layer: Layer, passed: Tensor, room: Tensor, left: Tensor) -> Tensor | None:
+        """Nothing: all rows are dealt at the end."""
+        return None
+
+    def deal(self, tree: SuperTree, room: Tensor, left: Tensor, rows: int) -> Tensor:
+        """The ``left`` nodes of greatest f, at most ``room`` and ``max_rows`` of a request."""
+        cap = room if self.max_rows is None else room.clamp(max=self.max_rows - 1)
+        return deal(tree, self.cost(tree), cap, left, rows)
+
+    def rows(self, batch: int) -> int | None:
+        """``batch * max_rows`` where there is a cap of its own."""
+        return None if self.max_rows is None else batch * self.max_rows
+
+    def cost(self, tree: SuperTree) -> Tensor:
+        """int32 [B, T], rising as f falls: the bits of -S, or 2^24 - f in 24-bit fixed point."""
+        if self.reliability is None:
+            return bits(tree.forest.score)
+        table = self._table(tree.status.device)
+        above = torch.zeros_like(tree.layers[0].token, dtype=torch.int32)
+        costs = []
+        for layer in tree.layers:
+            own = ONE - table[min(layer.depth, len(table) - 1)][_bin(layer.score)]
+            above = torch.maximum(own, above.gather(1, layer.parent))
+            costs.append(torch.where(torch.isfinite(layer.score), above, UNSELECTABLE))
+        return torch.cat(costs, dim=1)
+
+    def _table(self, device: torch.device) -> Tensor:
+        tables: dict[torch.device, Tensor] = self.__dict__["_tables"]
+        if device not in tables and self.reliability is not None:
+            tables[device] = torch.from_numpy(self.reliability.reliability_table()).to(device)
+        return tables[device]
+
+
+def PerRequest(n: int, beam: int, reliability: Calibration | None = None) -> GlobalRank:  # noqa: N802
+    """The ``n`` best rows of each request, its root included: EAGLE-2/3's rerank, and DDD's.
+
+    It is the global ranking with a cap for each request and a budget of ``n`` rows a request, so that nobody competes.
+
+    Args:
+        n: rows of a request, root included.
+        beam: EAGLE's top-k: nodes of each layer that are drafted on.
+        reliability: as in :class:`GlobalRank`.
+    """
+    return GlobalRank(beam, reliability, max_rows=checks.integer("n", n, 1))
+
+
+@dataclass(frozen=True)
+class TwoLevel:
+    """ECHO's rule: depth first, a layer at a time to whoever passes the gate; what is left then widens the trees.
+
+    Priority 1 (buy): those that pass buy their best ``layer_width`` nodes, in order of confidence, while rows remain; the last
+    buyer may get a part. Priority 2 (deal): one ranking over all scored, unbought nodes, ``max_width`` more rows a request.
+    Unlike the paper's pseudo-code it buys after a layer is scored and never exceeds the budget.
+
+    Args:
+        layer_width: rows that a request buys of a layer, and nodes that it drafts on.
+        max_width: rows more that a request may get at the end.
+        reliability: as in :class:`GlobalRank`, for the end only.
+
+    Raises:
+        EchoError: an argument out of range.
+    """
+
+    layer_width: int
+    max_width: int
+    reliability: Calibration | None = None
+
+    def __post_init__(self) -> None:
+        checks.integer("layer_width", self.layer_width, 1)
+        checks.integer("max_width", self.max_width, 0)
+        object.__setattr__(self, "_rank", GlobalRank(self.layer_width, self.reliability))
+
+    def frontier(self, layer: Layer) -> tuple[Tensor, Tensor]:
+        """The nodes that were bought."""
+        return best(layer, layer.bought, self.layer_width)
+
+    def buy(self, layer: Layer, passed: Tensor, room: Tensor, left: Tensor) -> Tensor | None:
+        """Each passing request's best ``layer_width`` nodes, in order of confidence, while rows remain."""
+        selectable = torch.isfinite(layer.score) & passed[:, None]
+        wanted = torch.minimum(selectable.sum(dim=1).clamp(max=self.layer_width), room)
+        requests = torch.arange(len(passed), device=passed.device)
+        key = (bits(layer.log_confidence).long() << 31) + requests
+        turn = key.argsort()
+        before = torch.empty_like(wanted).scatter_(0, turn, wanted[turn].cumsum(0) - wanted[turn])
+        granted = torch.minimum(wanted, (left - before).clamp(min=0))
+        return selectable & (place(order(layer, selectable)) < granted[:, None])
+
+    def deal(self, tree: SuperTree, room: Tensor, left: Tensor, rows: int) -> Tensor:
+        """The best unbought nodes of the batch, at most ``max_width`` of a request."""
+        rank: GlobalRank = self.__dict__["_rank"]
+        return deal(tree, rank.cost(tree), room.clamp(max=self.max_width), left, rows)
+
+    def rows(self, batch: int) -> int | None:
+        """None: it takes whatever budget it is given."""
+        return None
+
+
+def deal(tree: SuperTree, cost: Tensor, cap: Tensor, left: Tensor, rows: int) -> Tensor:
+    """The cheapest unbought nodes of the batch, at most ``cap`` of a request and ``left`` in all.
+
+    Because cost never falls from parent to child and ties go to the shallower node, every prefix of the ranking is closed
+    under parents, and so it stays when each request's list is cut at its cap.
+
+    Args:
+        tree: the scored forest.
+        cost: int32 [B, T].
+        cap: int64 [B].
+        left: int64 [].
+        rows: host-side bound of ``left``.
+
+    Returns:
+        bool [B, T].
+    """
+    forest = tree.forest
+    wanted = ~forest.bought & (cost < UNSELECTABLE)
+    key = torch.where(wanted, (cost.long() << 31) + forest.tie, _LAST)
+    key = torch.where(place(key) < cap[:, None], key, _LAST).flatten()
+    first = key.topk(min(rows, key.numel()), largest=False, sorted=True)
+    taken = (torch.arange(len(first.values), device=key.device) < left) & (first.values < _LAST)
+    return torch.zeros_like(key, dtype=torch.bool).scatter_(0, first.indices, taken).view_as(wanted)
+
+
+def order(layer: Layer, eligible: Tensor) -> Tensor:
+    """int64 [B, M] keys of a layer's candidates: score descending, then candidate; the ineligible last."""
+    candidates = torch.arange(layer.score.shape[1], device=layer.score.device)
+    return (torch.where(eligible, bits(layer.score), UNSELECTABLE).long() << 31) + candidates
+
+
+def place(key: Tensor) -> Tensor:
+    """int64 [B, M]: each key's place in its row's ascending order (keys equal only where they do not matter)."""
+    turn = key.argsort(dim=1, stable=True)
+    places = torch.arange(key.shape[1], device=key.device).expand_as(turn)
+    return torch.empty_like(turn).scatter_(1, turn, places)
+
+
+def best(layer: Layer, eligible: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The ``count`` best eligible candidates (fewer where the layer has fewer): index int64 [B, W] rising, and bool [B, W]."""
+    width = min(count, layer.score.shape[1])
+    index = order(layer, eligible).topk(width, dim=1, largest=False).indices.sort(dim=1).values
+    return index, eligible.gather(1, index)
+
+
+def _bin(score: Tensor) -> Tensor:
+    return (torch.where(torch.isfinite(score), score, -1e6) * -BINS_PER_NAT).to(torch.int64).clamp(0, BINS - 1)

@@ -1,0 +1,246 @@
+"""One scheduler, three questions: who drafts on (gate), which rows (rule), how many rows (budget)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from echo import checks
+from echo.budget.history import History
+from echo.budget.rules import PerRequest, Rule, TwoLevel
+from echo.cost import CostModel
+from echo.errors import EchoError
+from echo.gating.calibration import Calibration
+from echo.gating.gates import Gate, SparseGate
+from echo.tree.packed import WORD, PackedTree, pack
+from echo.tree.supertree import Frontier, Layer, Status, SuperTree, check_size, path_score
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """The two host decisions of a step, made before it.
+
+    Attributes:
+        depth: layers to draft; 0: do not speculate in this step.
+        rows: rows of the target's forward pass.
+    """
+
+    depth: int
+    rows: int
+
+
+@dataclass(frozen=True)
+class ElasticBudgetScheduler:
+    """Plants, grows and packs the super-tree of a step. A value: it holds no state.
+
+    Between :meth:`plant` and the end of :meth:`pack` nothing is read back from the device and no shape depends on data.
+
+    Args:
+        rule: which rows: :class:`TwoLevel`, :class:`GlobalRank`, :func:`PerRequest`, or one's own.
+        gate: who drafts on; None: everybody.
+        budget: rows of a step, roots included (the paper's K_max counts drafted rows: ours is larger by the batch); or a
+            :class:`CostModel`, whose knee it is; or None: what the rule asks for by itself.
+        max_depth: deepest layer; 0 drafts nothing.
+        max_tree_rows: rows of one request, root included; sets the width of the ancestor masks.
+
+    Raises:
+        EchoError: an argument out of range, or no budget for a rule that needs one.
+
+    Example:
+        >>> scheduler = ElasticBudgetScheduler(TwoLevel(layer_width=2, max_width=4), budget=8, max_depth=3)
+        >>> tree = scheduler.plant(torch.tensor([7, 9]))
+        >>> tree = scheduler.grow(tree, torch.tensor([[[1, 2]], [[3, 4]]]), torch.log(torch.tensor([[[0.9, 0.1]], [[0.6, 0.3]]])))
+        >>> scheduler.pack(tree).tokens.tolist()
+        [7, 1, 2, 9, 3, 4, 0, 0]
+    """
+
+    rule: Rule
+    gate: Gate | None = None
+    budget: int | CostModel | None = None
+    max_depth: int = 8
+    max_tree_rows: int = 64
+
+    def __post_init__(self) -> None:
+        checks.integer("max_depth", self.max_depth, 0, 64)
+        checks.integer("max_tree_rows", self.max_tree_rows, 1, 4096)
+        if not isinstance(self.budget, CostModel) and self.budget is not None:
+            checks.integer("budget", self.budget, 1)
+        if self.budget is None and self.rule.rows(1) is None:
+            raise EchoError(f"budget: expected rows or a CostModel for {self.rule!r}, got None")
+
+    @classmethod
+    def paper(cls, calibration: Calibration, *, k_max: int | CostModel, layer_width: int = 4, max_width: int = 8) -> ElasticBudgetScheduler:
+        """ECHO as published: sparse gates, two-level budget. ``k_max`` counts roots, as ``budget`` does."""
+        return cls(TwoLevel(layer_width, max_width), SparseGate(calibration), k_max, calibration.max_depth)
+
+    @classmethod
+    def eagle(cls, *, n: int, beam: int = 4, max_depth: int = 8) -> ElasticBudgetScheduler:
+        """EAGLE-2/3: each request verifies the ``n`` best rows of its own tree, root included."""
+        return cls(PerRequest(n, beam), max_depth=max_depth, max_tree_rows=max(64, n))
+
+    @classmethod
+    def autoregressive(cls) -> ElasticBudgetScheduler:
+        """No speculation: one row a request, nothing drafted."""
+        return cls(PerRequest(1, 1), max_depth=0)
+
+    def history(self, slots: int, device: torch.device | str = "cpu") -> History:
+        """A history for ``slots`` request slots, all without a past."""
+        return History.empty(slots, device)
+
+    def forecast(self, history: History, slots: Tensor, base_rows: int = 0) -> Forecast:
+        """How deep to draft and how many rows to launch, from what the host knows before the step.
+
+        Args:
+            history: carried along for budgets that learn; a plain number or a knee needs the batch size only.
+            slots: int64 [B], the requests of the step.
+            base_rows: rows that prefill takes of the same forward pass.
+
+        Returns:
+            Depth ``max_depth`` and the budget's rows; depth 0 and B rows where the budget leaves nothing to draft for.
+
+        Raises:
+            EchoError: an argument of the wrong kind.
+        """
+        batch = checks.tensor("slots", slots, ["B"], torch.int64).shape[0]
+        checks.integer("base_rows", base_rows, 0)
+        rows = self._rows(batch) - base_rows
+        if rows <= batch or self.max_depth == 0:
+            return Forecast(0, batch)
+        return Forecast(self.max_depth, rows)
+
+    def plant(
+        self, root_tokens: Tensor, *, live: Tensor | None = None, capacity: Tensor | None = None, rows: int | None = None
+    ) -> SuperTree:
+        """The roots: each live request's last emitted token.
+
+        Args:
+            root_tokens: int64 [B].
+            live: bool [B]; an empty slot of a padded batch costs no row.
+            capacity: int64 [B], the most rows a request may get now, root included (slots allocated, context left); values below
+                1 count as 1.
+            rows: rows of this step, where the forecast's differ from the budget.
+
+        Raises:
+            EchoError: shapes or dtypes that do not fit, or fewer rows than requests.
+        """
+        batch = checks.tensor("root_tokens", root_tokens, ["B"], torch.int64).shape[0]
+        device = root_tokens.device
+        limit = self._rows(batch) if rows is None else checks.integer("rows", rows, 1)
+        if limit < batch:
+            raise EchoError(f"rows: expected at least one row for each of {batch} requests, got {limit}")
+        alive = (
+            torch.ones(batch, dtype=torch.bool, device=device) if live is None else checks.tensor("live", live, [batch], torch.bool, device)
+        )
+        room = torch.full((batch,), self.max_tree_rows, device=device)
+        if capacity is not None:
+            room = torch.minimum(room, checks.tensor("capacity", capacity, [batch], torch.int64, device).clamp(min=1))
+        root = root_tokens[:, None]
+        zero = torch.zeros_like(root)
+        score = torch.where(alive, 0.0, -torch.inf)[:, None]
+        drafts = alive & (room > 1) & (self.max_depth > 0)
+        idle = torch.where(alive, int(Status.EXHAUSTED if self.max_depth else Status.FINISHED), int(Status.EMPTY))
+        return SuperTree(
+            layers=(Layer(0, root, zero, score, alive[:, None], alive),),
+            frontier=Frontier(root, zero, zero, score, drafts[:, None], 0),
+            status=torch.where(drafts, int(Status.ACTIVE), idle).to(torch.int8),
+            row_limit=room * alive,
+            left=limit - alive.sum(),
+            invalid=torch.zeros(batch, dtype=torch.int32, device=device),
+            rows=limit,
+        )
+
+    def grow(self, tree: SuperTree, tokens: Tensor, log_probs: Tensor) -> SuperTree:
+        """Scores a drafted layer, asks the gate, lets the rule buy, and finds the next frontier.
+
+        S(v) = min(S(parent), S(parent) + log q(v)). A score that is NaN or infinite makes its node unselectable, and is counted.
+
+        Args:
+            tree: with ``tree.depth < max_depth``.
+            tokens: int64 [B, W, k], the candidates drafted on each node of ``tree.frontier``, in any order.
+            log_probs: float [B, W, k], their log-probabilities given their parent.
+
+        Raises:
+            EchoError: shapes or dtypes that do not fit, or a layer beyond ``max_depth``.
+        """
+        frontier = tree.frontier
+        batch, width = frontier.token.shape
+        k = checks.tensor("tokens", tokens, [batch, width, "k"], torch.int64, frontier.token.device).shape[2]
+        checks.tensor("log_probs", log_probs, [batch, width, k], checks.FLOATS, frontier.token.device)
+        depth = tree.depth + 1
+        if depth > self.max_depth:
+            raise EchoError(f"tree: expected a tree of fewer than max_depth = {self.max_depth} layers, got one of {tree.depth}")
+        check_size(batch, sum(layer.token.shape[1] for layer in tree.layers) + width * k, depth)
+
+        score, faulty = path_score(frontier.score, log_probs, frontier.active)
+        layer = Layer(
+            depth,
+            tokens.flatten(1),
+            frontier.index[..., None].expand(-1, -1, k).flatten(1),
+            score.flatten(1),
+            torch.zeros(batch, width * k, dtype=torch.bool, device=tokens.device),
+            tree.status == Status.ACTIVE,
+        )
+        room = tree.row_limit - _bought(tree)
+        some = torch.isfinite(layer.log_confidence) & (room > 0)
+        verdict = None if self.gate is None else self.gate(layer)
+        passed = layer.drafted & some if verdict is None else layer.drafted & some & verdict
+        bought = self.rule.buy(layer, passed, room, tree.left)
+        if bought is not None:
+            layer = replace(layer, bought=bought)
+        index, active = self.rule.frontier(layer)
+        on = passed if bought is None else passed & bought.any(dim=1)
+        stop = Status.FINISHED if depth == self.max_depth else Status.ACTIVE
+        after = torch.where(
+            on, int(stop), torch.where(passed, int(Status.STARVED), torch.where(some, int(Status.TRUNCATED), int(Status.EXHAUSTED)))
+        )
+        status = torch.where(layer.drafted, after.to(torch.int8), tree.status)
+        return SuperTree(
+            layers=(*tree.layers, layer),
+            frontier=Frontier(
+                token=layer.token.gather(1, index),
+                parent=index // k,
+                index=index,
+                score=layer.score.gather(1, index),
+                active=active & (status == Status.ACTIVE)[:, None],
+                depth=depth,
+            ),
+            status=status,
+            row_limit=tree.row_limit,
+            left=tree.left if bought is None else tree.left - bought.sum(),
+            invalid=tree.invalid + faulty.flatten(1).sum(dim=1, dtype=torch.int32),
+            rows=tree.rows,
+        )
+
+    def select(self, tree: SuperTree) -> Tensor:
+        """The bare decision: bool [B, T] over ``tree.forest``, roots, bought rows and dealt rows."""
+        dealt = self.rule.deal(tree, tree.row_limit - _bought(tree), tree.left, tree.rows)
+        return tree.forest.bought | dealt
+
+    def pack(self, tree: SuperTree, *, rows: int | None = None) -> PackedTree:
+        """Deals the rows that are left, and flattens the selected nodes into exactly ``rows`` rows.
+
+        Args:
+            tree: after the last :meth:`grow`.
+            rows: N, at least the rows that the tree was planted with; beyond them, pads. Those rows where not given.
+
+        Raises:
+            EchoError: fewer rows than the tree was planted with.
+        """
+        count = tree.rows if rows is None else checks.integer("rows", rows, 1)
+        if count < tree.rows:
+            raise EchoError(f"rows: expected at least the {tree.rows} rows that the tree was planted with, got {count}")
+        return pack(tree, self.select(tree), count, -(-self.max_tree_rows // WORD))
+
+    def _rows(self, batch: int) -> int:
+        if isinstance(self.budget, CostModel):
+            return int(self.budget.tier(self.budget.knee.k_max))
+        if self.budget is not None:
+            return self.budget
+        return self.rule.rows(batch) or batch
+
+
+def _bought(tree: SuperTree) -> Tensor:
+    """int64 [B]: rows bought so far, root included."""
+    return torch.stack([layer.bought.sum(dim=1) for layer in tree.layers]).sum(dim=0)

@@ -1,0 +1,65 @@
+"""Checks of arguments. Shapes, dtypes and devices are host facts: checking them reads nothing back from a device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from echo.errors import EchoError
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+INTEGERS = (torch.int64, torch.int32)
+
+
+def tensor(
+    name: str,
+    value: object,
+    shape: Sequence[int | str],
+    dtypes: torch.dtype | Sequence[torch.dtype],
+    device: torch.device | None = None,
+) -> Tensor:
+    """``value`` if it is a tensor of that shape (a string stands for any size), of one of the dtypes, on the device.
+
+    Raises:
+        EchoError: naming the argument, what was expected and what came.
+    """
+    wanted = (dtypes,) if isinstance(dtypes, torch.dtype) else tuple(dtypes)
+    text = f"{' or '.join(str(d).removeprefix('torch.') for d in wanted)} [{', '.join(str(s) for s in shape)}]"
+    if not isinstance(value, Tensor):
+        raise EchoError(f"{name}: expected a tensor {text}, got {type(value).__name__}")
+    fits = value.dim() == len(shape) and all(isinstance(s, str) or s == n for s, n in zip(shape, value.shape, strict=True))
+    if not fits or value.dtype not in wanted:
+        raise EchoError(f"{name}: expected {text}, got {str(value.dtype).removeprefix('torch.')} {list(value.shape)}")
+    if device is not None and value.device != device:
+        raise EchoError(f"{name}: expected a tensor on {device}, got one on {value.device}")
+    return value
+
+
+def integer(name: str, value: object, low: int, high: int | None = None) -> int:
+    """``value`` if it is an int within [low, high].
+
+    Raises:
+        EchoError: naming the argument, what was expected and what came.
+    """
+    fits = isinstance(value, int) and not isinstance(value, bool) and value >= low and (high is None or value <= high)
+    if not fits or not isinstance(value, int):
+        raise EchoError(f"{name}: expected an int {_range(low, high)}, got {value!r}")
+    return value
+
+
+def real(name: str, value: object, low: float, high: float | None = None) -> float:
+    """``value`` as a float if it is a finite number within [low, high].
+
+    Raises:
+        EchoError: naming the argument, what was expected and what came.
+    """
+    fits = isinstance(value, int | float) and not isinstance(value, bool)
+    if not fits or not isinstance(value, int | float) or not low <= value <= (float("inf") if high is None else high):
+        raise EchoError(f"{name}: expected a number {_range(low, high)}, got {value!r}")
+    return float(value)
+
+
+def _range(low: float, high: float | None) -> str:
+    return f">= {low}" if high is None else f"from {low} to {high}"

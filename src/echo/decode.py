@@ -1,0 +1,286 @@
+"""One speculative step composed from the parts, and a continuous-batching loop around it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from echo import checks
+from echo.budget.history import History
+from echo.budget.rules import place
+from echo.budget.scheduler import ElasticBudgetScheduler, Forecast
+from echo.errors import EchoError
+from echo.kernels import reference
+from echo.logs import WarmupLog
+from echo.tree.accepted import Accepted
+from echo.tree.packed import PackedTree
+from echo.tree.supertree import Frontier, SuperTree, bits
+
+
+class Target(Protocol):
+    """The large model with its cache and its sampler. Requests live in slots; ``slots`` int64 [B] says where."""
+
+    def admit(self, slots: Tensor, prompts: Sequence[Tensor], /) -> Tensor:
+        """Prefills prompts (int64 [length] each) into slots; int64 [B], the first token sampled after each."""
+
+    def verify(self, slots: Tensor, packed: PackedTree, /) -> Tensor:
+        """One forward pass over the packed rows; int64 [N], the token sampled after each row (pads: anything)."""
+
+    def keep(self, slots: Tensor, packed: PackedTree, accepted: Accepted, /) -> None:
+        """Makes the accepted rows, in order, the new end of each request's cache, and drops the others."""
+
+
+class Drafter(Protocol):
+    """What proposes tokens. Its state must depend on nothing but the emitted text."""
+
+    def admit(self, slots: Tensor, prompts: Sequence[Tensor], first: Tensor, /) -> None:
+        """New requests, right after the target admitted them; ``first`` int64 [B], their first tokens."""
+
+    def draft(self, slots: Tensor, frontier: Frontier, /) -> tuple[Tensor, Tensor]:
+        """Candidates after each node: tokens int64 [B, W, k] and log-probabilities float [B, W, k].
+
+        Slots with fewer than k candidates are filled with -inf. k may differ from depth to depth.
+        """
+
+    def keep(self, slots: Tensor, packed: PackedTree, accepted: Accepted, /) -> None:
+        """The step is over: ``accepted.tokens`` were emitted."""
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """Wall time of a step by part, on the host's clock."""
+
+    draft: float = 0.0
+    control: float = 0.0
+    verify: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """All parts."""
+        return self.draft + self.control + self.verify
+
+
+@dataclass(frozen=True)
+class Step:
+    """What happened in one step.
+
+    Attributes:
+        tree, packed, accepted: the values of the step.
+        sampled: int64 [N], the target's tokens.
+        slots: int64 [B].
+        forecast: depth and rows planned.
+        seconds: where the time went.
+        gated: a gate kept nodes from being drafted.
+        requests: for steps of :func:`decode`, which prompt each of the B requests answers.
+        emitted: for steps of :func:`decode`, the tokens each emitted, cut at its end.
+        finished: for steps of :func:`decode`, the prompts answered in full with this step.
+    """
+
+    tree: SuperTree
+    packed: PackedTree
+    accepted: Accepted
+    sampled: Tensor
+    slots: Tensor
+    forecast: Forecast
+    seconds: Seconds
+    gated: bool
+    requests: tuple[int, ...] = ()
+    emitted: tuple[tuple[int, ...], ...] = ()
+    finished: tuple[int, ...] = ()
+
+    def log(self, first_step: int = 0) -> WarmupLog:
+        """Warm-up rows: each verified drafted node with its path probability and whether its whole path was accepted.
+
+        Args:
+            first_step: id of this step's first request-step; the next B - 1 ids are used too.
+
+        Raises:
+            EchoError: the step was drafted behind a gate: what the gate stopped would be missing, and the log biased.
+        """
+        if self.gated:
+            raise EchoError("log: expected a step drafted without a gate, got one behind a gate: its rows would be biased")
+        packed = self.packed
+        drafted = packed.depth > 0
+        taken = torch.zeros(packed.rows + 1, dtype=torch.bool, device=packed.tokens.device)
+        taken[self.accepted.rows.clamp(min=-1).flatten()] = True  # -1, "no row", falls on the extra last entry
+        ranks = torch.cat([place(bits(layer.score).long()) for layer in self.tree.layers], dim=1).flatten()
+        return WarmupLog.from_arrays(
+            depth=packed.depth[drafted].cpu().numpy(),
+            confidence=packed.score[drafted].exp().cpu().numpy(),
+            accepted=taken[:-1][drafted].cpu().numpy(),
+            rank=ranks[packed.node[drafted]].cpu().numpy(),
+            step=(first_step + packed.request[drafted].long()).cpu().numpy(),
+        )
+
+
+def verify(packed: PackedTree, target_tokens: Tensor | None = None, *, logits: Tensor | None = None) -> Accepted:
+    """Accepts, from each root down, the child that equals the target's own token.
+
+    Lossless for greedy decoding and for sampling, whatever was drafted and selected: every emitted token is the target's.
+
+    Args:
+        packed: the step.
+        target_tokens: int64 [N], the token that the engine sampled after each row.
+        logits: float [N, V] instead, for greedy decoding; NaN never wins.
+
+    Raises:
+        EchoError: neither or both were given, or shapes or dtypes that do not fit.
+    """
+    if (target_tokens is None) == (logits is None):
+        raise EchoError("target_tokens, logits: expected exactly one of them")
+    device = packed.tokens.device
+    if logits is not None:
+        target_tokens = reference.argmax_tokens(checks.tensor("logits", logits, [packed.rows, "V"], checks.FLOATS, device))
+    tokens = checks.tensor("target_tokens", target_tokens, [packed.rows], torch.int64, device)
+    rows, emitted, lengths = reference.accept(packed.parent, packed.indptr, packed.tokens, tokens, packed.max_depth)
+    last = emitted.gather(1, (lengths - 1).clamp(min=0)[:, None])[:, 0]
+    return Accepted(emitted, rows, lengths, torch.where(lengths > 0, last, -1))
+
+
+def speculate(
+    scheduler: ElasticBudgetScheduler,
+    target: Target,
+    drafter: Drafter | None,
+    slots: Tensor,
+    root_tokens: Tensor,
+    history: History,
+    *,
+    capacity: Tensor | None = None,
+    base_rows: int = 0,
+    peek: bool = True,
+) -> tuple[Step, History]:
+    """One step: forecast, plant, grow, pack, target, verify, keep.
+
+    Args:
+        scheduler: the policy.
+        target, drafter: the engine's models; no drafter drafts nothing.
+        slots: int64 [B].
+        root_tokens: int64 [B], each request's last emitted token.
+        history: of all slots.
+        capacity: int64 [B], as in :meth:`ElasticBudgetScheduler.plant`.
+        base_rows: rows that prefill takes of the same forward pass.
+        peek: stop drafting once no request is active. It reads one flag back a layer; a host inside a CUDA graph must not.
+
+    Returns:
+        The step, and the history after it.
+    """
+    clock, drafting = time.perf_counter, 0.0
+    start = clock()
+    plan = scheduler.forecast(history, slots, base_rows)
+    tree = scheduler.plant(root_tokens, capacity=capacity, rows=plan.rows)
+    for _ in range(plan.depth if drafter is not None else 0):
+        if drafter is None or (peek and not bool(tree.active.any())):
+            break
+        before = clock()
+        tokens, log_probs = drafter.draft(slots, tree.frontier)
+        drafting += clock() - before
+        tree = scheduler.grow(tree, tokens, log_probs)
+    packed = scheduler.pack(tree)
+    planned = clock()
+    sampled = target.verify(slots, packed)
+    verified = clock()
+    accepted = verify(packed, sampled)
+    history = history.observe(slots, packed, accepted)
+    judged = clock()
+    target.keep(slots, packed, accepted)
+    kept = clock()
+    if drafter is not None:
+        drafter.keep(slots, packed, accepted)
+    end = clock()
+    seconds = Seconds(
+        draft=drafting + end - kept,
+        control=planned - start - drafting + judged - verified,
+        verify=verified - planned + kept - judged,
+    )
+    return Step(tree, packed, accepted, sampled, slots, plan, seconds, scheduler.gate is not None), history
+
+
+def decode(
+    scheduler: ElasticBudgetScheduler,
+    target: Target,
+    drafter: Drafter | None,
+    prompts: Sequence[Tensor],
+    *,
+    slots: int,
+    max_new_tokens: int | Sequence[int],
+    eos_token: int | None = None,
+    capacity: int | None = None,
+    peek: bool = True,
+    device: torch.device | str = "cpu",
+) -> Iterator[Step]:
+    """Answers all prompts with continuous batching: a request that ends leaves, the next one takes its slot.
+
+    Args:
+        scheduler, target, drafter, peek: as in :func:`speculate`.
+        prompts: int64 [length] each.
+        slots: requests decoded together at most.
+        max_new_tokens: tokens of each answer at most; one number, or one for each prompt.
+        eos_token: ends an answer, itself included.
+        capacity: rows that a request may get at most.
+        device: where the step's tensors live.
+
+    Yields:
+        A :class:`Step` for each step. The token that prefill sampled is the first of the request's first ``emitted``.
+
+    Raises:
+        EchoError: an argument of the wrong kind or out of range.
+    """
+    checks.integer("slots", slots, 1)
+    limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
+    if len(limits) != len(prompts):
+        raise EchoError(f"max_new_tokens: expected one number for each of {len(prompts)} prompts, got {len(limits)}")
+    for limit in limits:
+        checks.integer("max_new_tokens", limit, 1)
+    for number, prompt in enumerate(prompts):
+        if len(checks.tensor(f"prompts[{number}]", prompt, ["length"], torch.int64)) == 0:
+            raise EchoError(f"prompts[{number}]: expected at least one token, got none")
+    history = scheduler.history(slots, device)
+    waiting = list(range(len(prompts)))[::-1]
+    running: dict[int, int] = {}  # slot -> prompt
+    roots: dict[int, int] = {}
+    counts = [0] * len(prompts)
+    fresh: dict[int, int] = {}  # slot -> token sampled by prefill, not emitted yet
+    while waiting or running:
+        free = [slot for slot in range(slots) if slot not in running][: len(waiting)]
+        if free:
+            where = torch.tensor(free, device=device)
+            chosen = [waiting.pop() for _ in free]
+            texts = [prompts[i].to(device) for i in chosen]
+            first = checks.tensor("target.admit()", target.admit(where, texts), [len(free)], torch.int64)
+            if drafter is not None:
+                drafter.admit(where, texts, first)
+            history = history.reset(where)
+            running.update(zip(free, chosen, strict=True))
+            fresh.update(zip(free, first.tolist(), strict=True))
+            roots.update(fresh)
+        live = sorted(running)
+        where = torch.tensor(live, device=device)
+        left = torch.tensor([limits[running[s]] - counts[running[s]] - (s in fresh) for s in live], device=device)
+        # Whoever needs one token more, or is at its end already, has nothing to gain from drafting.
+        room = torch.where(left > 1, scheduler.max_tree_rows if capacity is None else capacity, 1)
+        roots_now = torch.tensor([roots[s] for s in live], device=device)
+        step, history = speculate(scheduler, target, drafter, where, roots_now, history, capacity=room, peek=peek)
+        emitted, finished = [], []
+        requests = tuple(running[s] for s in live)
+        for slot, request, tokens, length in zip(
+            live, requests, step.accepted.tokens.tolist(), step.accepted.lengths.tolist(), strict=True
+        ):
+            new = ([fresh.pop(slot)] if slot in fresh else []) + tokens[:length]
+            new = new[: limits[request] - counts[request]]
+            if eos_token in new:
+                new = new[: new.index(eos_token) + 1]
+            counts[request] += len(new)
+            roots[slot] = tokens[length - 1]
+            emitted.append(tuple(new))
+            if counts[request] == limits[request] or (eos_token is not None and new[-1] == eos_token):
+                finished.append(request)
+                del running[slot]
+        yield replace(step, requests=requests, emitted=tuple(emitted), finished=tuple(finished))
+
+
+__all__ = ["Drafter", "Seconds", "Step", "Target", "decode", "speculate", "verify"]
