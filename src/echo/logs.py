@@ -125,7 +125,7 @@ class WarmupLog:
             EchoError: the file is not a whole warm-up log.
         """
         try:
-            with np.load(path) as file:
+            with open(path, "rb") as handle, np.load(handle) as file:
                 return cls.from_arrays(**{name: file[name] for name in _FIELDS})
         except (OSError, zipfile.BadZipFile, KeyError, ValueError, EOFError) as error:
             if isinstance(error, FileNotFoundError | EchoError):

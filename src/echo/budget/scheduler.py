@@ -180,7 +180,7 @@ class ElasticBudgetScheduler:
             frontier.index[..., None].expand(-1, -1, k).flatten(1),
             score.flatten(1),
             torch.zeros(batch, width * k, dtype=torch.bool, device=tokens.device),
-            tree.status == Status.ACTIVE,
+            tree.status == int(Status.ACTIVE),
         )
         room = tree.row_limit - _bought(tree)
         some = torch.isfinite(layer.log_confidence) & (room > 0)
@@ -203,7 +203,7 @@ class ElasticBudgetScheduler:
                 parent=index // k,
                 index=index,
                 score=layer.score.gather(1, index),
-                active=active & (status == Status.ACTIVE)[:, None],
+                active=active & (status == int(Status.ACTIVE))[:, None],
                 depth=depth,
             ),
             status=status,

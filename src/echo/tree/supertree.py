@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass
 from enum import IntEnum
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -76,7 +75,7 @@ class Layer:
     bought: Tensor
     drafted: Tensor
 
-    @cached_property
+    @property
     def log_confidence(self) -> Tensor:
         """float32 [B]: log of the paper's c[i, d], the greatest path log-probability of the layer."""
         return self.score.amax(dim=1)
@@ -105,7 +104,7 @@ class Forest:
     bought: Tensor
     depth: Tensor
 
-    @cached_property
+    @property
     def tie(self) -> Tensor:
         """int64 [B, T]: the order among equal costs: depth, request, candidate."""
         requests, nodes = self.token.shape
@@ -149,9 +148,9 @@ class SuperTree:
     @property
     def active(self) -> Tensor:
         """bool [B]: requests that still draft. Looking at it reads back from the device; only a host without graphs may."""
-        return self.status == Status.ACTIVE
+        return self.status == int(Status.ACTIVE)
 
-    @cached_property
+    @property
     def forest(self) -> Forest:
         """All layers side by side."""
         sizes = [layer.token.shape[1] for layer in self.layers]

@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+
+import echo
+
+settings.register_profile("echo", deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("echo")
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+def grow_all(scheduler, roots, *, k, seed, spoil=0.0, ties=False, **plant):
+    """A full tree from random draft scores; ``spoil`` is the share of NaN, +inf and -inf scores, ``ties`` makes scores coarse."""
+    generator = torch.Generator().manual_seed(seed)
+    tree = scheduler.plant(roots, **plant)
+    for _ in range(scheduler.max_depth):
+        shape = (*tree.frontier.token.shape, k)
+        log_probs = (1.5 * torch.randn(shape, generator=generator)).log_softmax(-1)
+        if ties:
+            log_probs = (log_probs * 2).round() / 2
+        bad = torch.rand(shape, generator=generator) < spoil
+        kinds = torch.tensor([torch.nan, torch.inf, -torch.inf])[torch.randint(0, 3, shape, generator=generator)]
+        tokens = torch.randint(0, 1000, shape, generator=generator)
+        tree = scheduler.grow(tree, tokens, torch.where(bad, kinds, log_probs))
+    return tree
+
+
+@st.composite
+def policies(draw):
+    """Any gate and rule with small sizes, and a batch it fits."""
+    batch = draw(st.integers(1, 6))
+    depth = draw(st.integers(1, 5))
+    beam = draw(st.integers(1, 4))
+    kind = draw(st.sampled_from(["two-level", "global", "per-request"]))
+    budget: int | None = batch + draw(st.integers(0, 30))
+    if kind == "two-level":
+        rule = echo.TwoLevel(beam, draw(st.integers(0, 5)))
+    elif kind == "global":
+        rule = echo.GlobalRank(beam)
+    else:
+        rule, budget = echo.PerRequest(draw(st.integers(1, 12)), beam), None
+    taus = st.floats(0, 1, width=32)
+    gate = draw(
+        st.one_of(
+            st.none(),
+            st.dictionaries(st.integers(1, depth), taus, min_size=1).map(echo.SparseGate),
+            st.floats(-3, 0).map(lambda tau: echo.BeamMassGate((1, 3), tau, 2)),
+        )
+    )
+    scheduler = echo.ElasticBudgetScheduler(rule, gate, budget, depth, max_tree_rows=draw(st.sampled_from([1, 3, 33, 70])))
+    return scheduler, batch
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """The real model pair's module: loaded once, 20 seconds."""
+    import sys
+    from pathlib import Path
+
+    sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "smollm2"))
+    import model
+
+    return model.load()

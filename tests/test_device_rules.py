@@ -1,0 +1,99 @@
+"""From plant to verify nothing is read back and no shape depends on data."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import echo
+from echo.testing import TabularDrafter, table
+
+READS = ("_local_scalar_dense", "nonzero", "masked_select", "item", "unique", "_unique2", "equal", "repeat_interleave", "is_nonzero")
+CALIBRATION = echo.calibrate(
+    echo.WarmupLog.from_arrays([1 + i % 3 for i in range(900)], [(i % 97) / 97 for i in range(900)], [(i * 7 % 97) < i % 97 for i in range(900)])
+)
+POLICIES = {
+    "paper": echo.ElasticBudgetScheduler(echo.TwoLevel(2, 4), echo.SparseGate(CALIBRATION), 24, 3),
+    "calibrated": echo.ElasticBudgetScheduler(echo.GlobalRank(2, CALIBRATION), None, 24, 3),
+    "eagle": echo.ElasticBudgetScheduler.eagle(n=5, beam=2, max_depth=3),
+    "ddd": echo.ElasticBudgetScheduler(echo.PerRequest(5, 2), echo.BeamMassGate((2,), -1.0, 2), None, 3),
+}
+
+
+class RefuseReads(TorchDispatchMode):
+    """Raises on every operator whose result the host would wait for."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket._qualified_op_name.split("::")[1]
+        if name in READS:
+            raise AssertionError(f"{name} reads back from the device")
+        return func(*args, **(kwargs or {}))
+
+
+def step(scheduler, roots, live, tokens, log_probs, target):
+    tree = scheduler.plant(roots, live=live)
+    for t, q in zip(tokens, log_probs, strict=True):
+        tree = scheduler.grow(tree, t, q)
+    packed = scheduler.pack(tree)
+    accepted = echo.verify(packed, target)
+    history = scheduler.history(8).observe(torch.arange(4), packed, accepted)
+    return packed.tokens, packed.mask, packed.indptr, accepted.tokens, accepted.rows, history.emitted
+
+
+def inputs(scheduler, seed):
+    generator = torch.Generator().manual_seed(seed)
+    tree, drafter = scheduler.plant(torch.arange(4)), TabularDrafter(table(30, seed), count=3)
+    tokens, log_probs = [], []
+    for _ in range(scheduler.max_depth):
+        t, q = drafter.draft(torch.arange(4), tree.frontier)
+        tokens.append(t)
+        log_probs.append(q)
+        tree = scheduler.grow(tree, t, q)
+    live = torch.rand(4, generator=generator) < 0.8
+    return torch.arange(4), live, tokens, log_probs, torch.randint(0, 30, (scheduler.pack(tree).rows,), generator=generator)
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_no_operator_reads_back(name):
+    scheduler = POLICIES[name]
+    data = inputs(scheduler, 0)
+    with RefuseReads():
+        step(scheduler, *data)
+
+
+def test_the_refusing_mode_refuses():
+    with RefuseReads(), pytest.raises(AssertionError, match="reads back"):
+        torch.ones(3).nonzero()
+    with RefuseReads(), pytest.raises(AssertionError, match="reads back"):
+        bool(torch.ones(1) > 0)
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_one_graph_and_no_recompile_for_other_values(name):
+    scheduler = POLICIES[name]
+    counts = []
+
+    def backend(module, _):
+        counts.append(1)
+        return module
+
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda *data: step(scheduler, *data), fullgraph=True, backend=backend)
+    for seed in range(3):
+        data = inputs(scheduler, seed)
+        for one, two in zip(compiled(*data), step(scheduler, *data), strict=True):
+            assert torch.equal(one, two)
+    assert len(counts) == 1
+
+
+def test_import_is_light():
+    code = (
+        "import torch, sys; before = set(sys.modules); import echo; new = set(sys.modules) - before;"
+        "bad = [m for m in new if m.split('.')[0] in ('triton', 'matplotlib') or m.startswith(('scipy.optimize', 'scipy.stats'))];"
+        "assert not bad, bad"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,265 @@
+"""What every plan keeps, what each rule chooses, and what bad input says."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from conftest import grow_all, policies
+from hypothesis import given
+from hypothesis import strategies as st
+
+import echo
+from echo.testing import check_plan
+
+
+@given(policies(), st.integers(0, 10_000), st.sampled_from([0.0, 0.2]), st.booleans(), st.data())
+def test_every_plan_keeps_the_invariants(policy, seed, spoil, ties, data):
+    scheduler, batch = policy
+    live = torch.tensor(data.draw(st.lists(st.booleans(), min_size=batch, max_size=batch)))
+    capacity = torch.tensor(data.draw(st.lists(st.integers(0, 20), min_size=batch, max_size=batch)))
+    tree = grow_all(scheduler, torch.arange(batch), k=3, seed=seed, spoil=spoil, ties=ties, live=live, capacity=capacity)
+    check_plan(tree, scheduler.pack(tree))
+    check_plan(tree, scheduler.pack(tree, rows=tree.rows + 7))
+
+
+@given(policies(), st.integers(0, 10_000), st.booleans())
+def test_rows_are_left_over_only_if_nothing_is_left_to_buy(policy, seed, ties):
+    scheduler, batch = policy
+    tree = grow_all(scheduler, torch.arange(batch), k=3, seed=seed, ties=ties)
+    selected = scheduler.select(tree)
+    room = tree.row_limit - selected.sum(1)
+    if isinstance(scheduler.rule, echo.TwoLevel):
+        room = torch.minimum(room, scheduler.rule.max_width - (selected & ~tree.forest.bought).sum(1))
+    elif scheduler.rule.max_rows is not None:
+        room = torch.minimum(room, scheduler.rule.max_rows - selected.sum(1))
+    buyable = (torch.isfinite(tree.forest.score) & ~selected).any(1) & (room > 0)
+    assert int(selected.sum()) == tree.rows or not buyable.any()
+
+
+@given(policies(), st.integers(0, 10_000))
+def test_nobody_is_starved_while_rows_are_dealt(policy, seed):
+    scheduler, batch = policy
+    tree = grow_all(scheduler, torch.arange(batch), k=3, seed=seed)
+    starved = tree.status == echo.Status.STARVED
+    if starved.any():  # a passing request found nothing left, so nothing may be left for width
+        assert int(tree.left) == 0
+        assert torch.equal(scheduler.select(tree), tree.forest.bought)
+
+
+@given(policies(), st.integers(0, 10_000), st.randoms(use_true_random=False))
+def test_permuting_requests_permutes_the_plan(policy, seed, random):
+    scheduler, batch = policy
+    turn = list(range(batch))
+    random.shuffle(turn)
+    tree = grow_all(scheduler, torch.arange(batch), k=3, seed=seed)
+    other = scheduler.plant(torch.tensor(turn))
+    for layer, above in zip(tree.layers[1:], tree.layers, strict=False):
+        width = other.frontier.token.shape[1]
+        k = layer.token.shape[1] // width
+        parent = above.score[turn].gather(1, layer.parent[turn])
+        log_probs = (layer.score[turn] - parent).view(batch, width, k)
+        exact = layer.score[turn].view(batch, width, k)
+        other = scheduler.grow(other, layer.token[turn].view(batch, width, k), torch.nan_to_num(log_probs, nan=-torch.inf))
+        # the difference of two scores need not add up to the same bits again: put the original ones in
+        assert torch.allclose(other.layers[-1].score.view_as(exact), exact, atol=1e-5)
+    assert torch.equal(scheduler.select(other).sum(), scheduler.select(tree).sum())
+    if len(set(tree.forest.score[torch.isfinite(tree.forest.score)].tolist())) == torch.isfinite(tree.forest.score).sum() - batch + 1:
+        assert torch.equal(scheduler.select(other), scheduler.select(tree)[turn])
+
+
+@given(st.integers(0, 10_000), st.integers(1, 9), st.booleans())
+def test_global_rank_is_optimal_among_all_closed_subsets(seed, extra, ties):
+    """The ranking's expected accepted tokens equal the best over every ancestor-closed choice of as many rows (brute force)."""
+    scheduler = echo.ElasticBudgetScheduler(echo.GlobalRank(beam=1), budget=2 + extra, max_depth=2)
+    tree = grow_all(scheduler, torch.arange(2), k=3, seed=seed, ties=ties)
+    forest = tree.forest
+    value = forest.score.double().exp().flatten().tolist()
+    nodes = forest.token.shape[1]
+    parent = [b * nodes + int(forest.parent[b, t]) for b in range(2) for t in range(nodes)]
+    inner = [n for n in range(2 * nodes) if n % nodes]
+    best = 0.0
+    for chosen in itertools.combinations(inner, min(extra, len(inner))):
+        held = {0, nodes, *chosen}
+        if all(parent[n] in held for n in chosen):
+            best = max(best, sum(value[n] for n in chosen))
+    selected = scheduler.select(tree).flatten().tolist()
+    assert sum(value[n] for n in inner if selected[n]) == pytest.approx(best, abs=1e-12)
+
+
+def chains(scheduler, *probabilities):
+    """A tree of chains: each request's draft gives one candidate a layer with these conditional probabilities."""
+    tree = scheduler.plant(torch.arange(len(probabilities)))
+    for depth in range(scheduler.max_depth):
+        p = torch.tensor([request[depth] for request in probabilities])
+        tree = scheduler.grow(tree, torch.full((len(p), 1, 1), 10 + depth), p.log()[:, None, None])
+    return tree
+
+
+def test_budget_moves_from_the_doubtful_to_the_confident():
+    scheduler = echo.ElasticBudgetScheduler(echo.TwoLevel(1, 8), echo.SparseGate({1: 0.5}), budget=6, max_depth=4)
+    tree = chains(scheduler, [0.9, 0.9, 0.9, 0.9], [0.3, 0.9, 0.9, 0.9])
+    packed = scheduler.pack(tree)
+    # rows 6 = 2 roots + request 0's four layers; request 1 fails the root gate (0.3 <= 0.5) and keeps its root
+    assert packed.indptr.tolist() == [0, 5, 6]
+    assert packed.depth.tolist() == [0, 1, 2, 3, 4, 0]
+    assert packed.status.tolist() == [echo.Status.FINISHED, echo.Status.TRUNCATED]
+
+
+def test_rows_left_widen_a_lone_request():
+    scheduler = echo.ElasticBudgetScheduler(echo.TwoLevel(1, 8), echo.SparseGate({2: 0.5}), budget=6, max_depth=2)
+    tree = scheduler.plant(torch.tensor([7]))
+    tree = scheduler.grow(tree, torch.tensor([[[1, 2, 3]]]), torch.tensor([[[0.6, 0.3, 0.1]]]).log())
+    tree = scheduler.grow(tree, torch.tensor([[[4, 5, 6]]]), torch.tensor([[[0.7, 0.2, 0.1]]]).log())
+    packed = scheduler.pack(tree)
+    # depth 1 buys token 1 (0.6); depth 2 has confidence 0.42 <= 0.5: truncated. Left 4 of 6: 4 (0.42), 2 (0.3), 5 (0.12), 3 (0.1)
+    assert packed.tokens.tolist() == [7, 1, 2, 3, 4, 5]
+    assert packed.parent.tolist() == [-1, 0, 0, 0, 1, 1]
+    assert packed.status.tolist() == [echo.Status.TRUNCATED]
+
+
+def test_confident_requests_buy_first_and_the_last_buyer_gets_a_part():
+    scheduler = echo.ElasticBudgetScheduler(echo.TwoLevel(2, 8), budget=3 + 3, max_depth=2)
+    tree = scheduler.plant(torch.tensor([7, 8, 9]))
+    p = torch.tensor([[[0.5, 0.4]], [[0.8, 0.1]], [[0.7, 0.2]]])
+    tree = scheduler.grow(tree, torch.tensor([[[1, 2]], [[3, 4]], [[5, 6]]]), p.log())
+    # 3 rows beyond the roots: request 1 (0.8) buys two, request 2 (0.7) one, request 0 (0.5) passes and finds none
+    assert tree.layers[1].bought.tolist() == [[False, False], [True, True], [True, False]]
+    assert tree.status.tolist() == [echo.Status.STARVED, echo.Status.ACTIVE, echo.Status.ACTIVE]
+    assert tree.frontier.active.tolist() == [[False, False], [True, True], [True, False]]
+
+
+def test_first_layer_is_not_dealt_by_request_index():
+    """The paper's pseudo-code gave the first 64 of 256 requests everything; buying after scoring goes by confidence."""
+    scheduler = echo.ElasticBudgetScheduler(echo.TwoLevel(4, 4), budget=512, max_depth=1)
+    generator = torch.Generator().manual_seed(1)
+    tree = scheduler.plant(torch.arange(256))
+    log_probs = torch.randn(256, 1, 4, generator=generator).log_softmax(-1)
+    tree = scheduler.grow(tree, torch.randint(0, 9, (256, 1, 4), generator=generator), log_probs)
+    served = tree.layers[1].bought.any(1)
+    confidence = tree.layers[1].log_confidence
+    assert int(served.sum()) == 64
+    assert confidence[served].min() >= confidence[~served].max()
+
+
+def test_per_request_is_eagle_rerank():
+    scheduler = echo.ElasticBudgetScheduler.eagle(n=4, beam=2, max_depth=2)
+    tree = grow_all(scheduler, torch.arange(3), k=3, seed=5)
+    selected = scheduler.select(tree)
+    for b in range(3):
+        ranked = tree.forest.score[b].sort(descending=True).indices[:4].tolist()
+        assert sorted(ranked) == selected[b].nonzero()[:, 0].tolist()
+
+
+def test_calibrated_rank_never_rises_along_a_path():
+    rng = torch.Generator().manual_seed(0)
+    confidence = torch.rand(2000, generator=rng)
+    depth = torch.randint(1, 4, (2000,), generator=rng)
+    accepted = torch.rand(2000, generator=rng) < confidence.sqrt()
+    calibration = echo.calibrate(echo.WarmupLog.from_arrays(depth, confidence, accepted))
+    rule = echo.GlobalRank(3, calibration)
+    scheduler = echo.ElasticBudgetScheduler(rule, budget=20, max_depth=3)
+    tree = grow_all(scheduler, torch.arange(2), k=3, seed=2)
+    cost = rule.cost(tree)
+    assert (cost >= cost.gather(1, tree.forest.parent)).all()
+    check_plan(tree, scheduler.pack(tree))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_faulty_scores_are_counted_and_touch_nobody_else(bad):
+    scheduler = echo.ElasticBudgetScheduler(echo.TwoLevel(2, 4), budget=8, max_depth=1)
+    roots, tokens = torch.tensor([1, 2]), torch.arange(6).view(2, 1, 3)
+    clean = torch.tensor([[[0.5, 0.3, 0.2]], [[0.6, 0.3, 0.1]]]).log()
+    dirty = clean.clone()
+    dirty[1] = bad
+    tree = scheduler.grow(scheduler.plant(roots), tokens, dirty)
+    packed = scheduler.pack(tree)
+    assert packed.invalid.tolist() == [0, 3]
+    assert packed.indptr.tolist() == [0, 4, 5, ]  # request 1 keeps its root alone
+    assert packed.status.tolist() == [echo.Status.FINISHED, echo.Status.EXHAUSTED]
+    alone = scheduler.pack(scheduler.grow(scheduler.plant(roots[:1]), tokens[:1], clean[:1]))
+    assert packed.tokens[:4].tolist() == alone.tokens[:4].tolist()
+
+
+def test_capacity_of_one_is_an_opt_out_and_an_empty_slot_costs_nothing():
+    scheduler = echo.ElasticBudgetScheduler(echo.GlobalRank(2), budget=9, max_depth=2)
+    tree = grow_all(scheduler, torch.arange(3), k=2, seed=0, live=torch.tensor([True, False, True]), capacity=torch.tensor([1, 64, 64]))
+    packed = scheduler.pack(tree)
+    assert packed.indptr.diff().tolist()[:2] == [1, 0]
+    assert packed.status.tolist()[:2] == [echo.Status.EXHAUSTED, echo.Status.EMPTY]
+
+
+def test_forecast_switches_speculation_off_where_nothing_is_left():
+    scheduler = echo.ElasticBudgetScheduler(echo.GlobalRank(2), budget=16, max_depth=4)
+    history = scheduler.history(32)
+    assert scheduler.forecast(history, torch.arange(4)) == echo.Forecast(4, 16)
+    assert scheduler.forecast(history, torch.arange(4), base_rows=10) == echo.Forecast(4, 6)
+    assert scheduler.forecast(history, torch.arange(16)) == echo.Forecast(0, 16)
+    assert scheduler.forecast(history, torch.arange(32)) == echo.Forecast(0, 32)
+
+
+def test_history_is_a_value_and_forgets_on_reset():
+    scheduler = echo.ElasticBudgetScheduler.eagle(n=3, beam=2, max_depth=2)
+    tree = grow_all(scheduler, torch.arange(2), k=2, seed=0)
+    packed = scheduler.pack(tree)
+    accepted = echo.verify(packed, torch.full((packed.rows,), -1))
+    empty = scheduler.history(5)
+    after = empty.observe(torch.tensor([4, 1]), packed, accepted)
+    assert empty.steps.tolist() == [0] * 5
+    assert after.steps.tolist() == [0, 1, 0, 0, 1]
+    assert after.rows.tolist() == [0, 3, 0, 0, 3]
+    assert after.emitted.tolist() == [0, 1, 0, 0, 1]
+    assert after.reset(torch.tensor([4])).steps.tolist() == [0, 1, 0, 0, 0]
+
+
+SCHEDULER = echo.ElasticBudgetScheduler(echo.TwoLevel(2, 4), budget=8, max_depth=2)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: SCHEDULER.plant(torch.arange(9)), r"rows: expected at least one row for each of 9 requests, got 8"),
+        (lambda: SCHEDULER.plant(torch.arange(2), rows=0), r"rows: expected an int >= 1, got 0"),
+        (lambda: SCHEDULER.plant(torch.zeros(2)), r"root_tokens: expected int64 \[B\], got float32 \[2\]"),
+        (lambda: SCHEDULER.plant([1, 2]), r"root_tokens: expected a tensor int64 \[B\], got list"),
+        (lambda: SCHEDULER.plant(torch.arange(2), live=torch.ones(3, dtype=torch.bool)), r"live: expected bool \[2\], got bool \[3\]"),
+        (lambda: SCHEDULER.plant(torch.arange(2), capacity=torch.ones(2)), r"capacity: expected int64 \[2\], got float32 \[2\]"),
+        (
+            lambda: SCHEDULER.grow(SCHEDULER.plant(torch.arange(2)), torch.zeros(2, 1, 3, dtype=torch.int64), torch.zeros(2, 1, 4)),
+            r"log_probs: expected float32 or bfloat16 or float16 \[2, 1, 3\], got float32 \[2, 1, 4\]",
+        ),
+        (
+            lambda: SCHEDULER.grow(SCHEDULER.plant(torch.arange(2)), torch.zeros(2, 2, 3, dtype=torch.int64), torch.zeros(2, 2, 3)),
+            r"tokens: expected int64 \[2, 1, k\], got int64 \[2, 2, 3\]",
+        ),
+        (lambda: SCHEDULER.pack(SCHEDULER.plant(torch.arange(2)), rows=4), r"rows: expected at least the 8 rows .* planted with, got 4"),
+        (lambda: SCHEDULER.pack(SCHEDULER.plant(torch.arange(2)), rows=0), r"rows: expected an int >= 1, got 0"),
+        (lambda: echo.TwoLevel(0, 4), r"layer_width: expected an int >= 1, got 0"),
+        (lambda: echo.TwoLevel(2, -1), r"max_width: expected an int >= 0, got -1"),
+        (lambda: echo.PerRequest(0, 2), r"n: expected an int >= 1, got 0"),
+        (lambda: echo.GlobalRank(1.5), r"beam: expected an int >= 1, got 1.5"),
+        (lambda: echo.ElasticBudgetScheduler(echo.GlobalRank(2)), r"budget: expected rows or a CostModel"),
+        (lambda: echo.ElasticBudgetScheduler(echo.GlobalRank(2), budget=0), r"budget: expected an int >= 1, got 0"),
+        (lambda: echo.SparseGate({0: 0.5}), r"thresholds.depth: expected an int >= 1, got 0"),
+        (lambda: echo.SparseGate({1: 1.5}), r"thresholds\[1\]: expected a number from 0.0 to 1.0, got 1.5"),
+        (lambda: echo.BeamMassGate((), 0.0, 2), r"depths: expected at least one depth, got none"),
+    ],
+)
+def test_bad_input_names_the_argument(call, message):
+    with pytest.raises(echo.EchoError, match=message):
+        call()
+
+
+def test_layer_width_beyond_the_candidates_takes_what_there_is():
+    scheduler = echo.ElasticBudgetScheduler(echo.TwoLevel(50, 0), budget=64, max_depth=2)
+    tree = grow_all(scheduler, torch.arange(1), k=2, seed=0)
+    assert [layer.token.shape[1] for layer in tree.layers] == [1, 2, 4]
+    assert tree.forest.bought.all()
+
+
+def test_a_tree_deeper_than_planned_is_refused():
+    tree = grow_all(SCHEDULER, torch.arange(2), k=2, seed=0)
+    width = tree.frontier.token.shape[1]
+    with pytest.raises(echo.EchoError, match=r"tree: expected a tree of fewer than max_depth = 2 layers, got one of 2"):
+        SCHEDULER.grow(tree, torch.zeros(2, width, 1, dtype=torch.int64), torch.zeros(2, width, 1))

@@ -1,0 +1,184 @@
+"""Lossless acceptance: exact enumeration, and defined behaviour on every fault."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from conftest import grow_all, policies
+from hypothesis import given
+from hypothesis import strategies as st
+
+import echo
+from echo.kernels import reference
+from echo.testing import TabularDrafter, TabularTarget, blurred, table
+
+V = 3
+
+
+@pytest.mark.parametrize("rule", [echo.TwoLevel(2, 2), echo.GlobalRank(2), echo.PerRequest(5, 2)])
+@pytest.mark.parametrize("temperature", [0.8, 1.0])
+def test_sampling_is_lossless_by_exact_enumeration(rule, temperature):
+    """Every outcome of the target's sampler at every row, weighted by its probability: the emitted text has the target's law."""
+    target = table(V, seed=1).pow(1 / temperature)
+    target = target / target.sum(-1, keepdim=True)
+    drafter = TabularDrafter(blurred(table(V, seed=1), seed=2), count=2)
+    budget = None if rule.rows(1) else 5
+    scheduler = echo.ElasticBudgetScheduler(rule, budget=budget, max_depth=2)
+    tree = scheduler.plant(torch.tensor([1]))
+    for _ in range(2):
+        tree = scheduler.grow(tree, *drafter.draft(torch.arange(1), tree.frontier))
+    packed = scheduler.pack(tree)
+    laws = target[packed.tokens]
+    emitted: dict[tuple[int, ...], float] = {}
+    for outcome in itertools.product(range(V), repeat=packed.rows):
+        accepted = echo.verify(packed, torch.tensor(outcome))
+        text = tuple(accepted.tokens[0, : int(accepted.lengths[0])].tolist())
+        weight = float(torch.stack([laws[row, token] for row, token in enumerate(outcome)]).prod())
+        emitted[text] = emitted.get(text, 0.0) + weight
+    assert sum(emitted.values()) == pytest.approx(1.0)
+    assert max(len(text) for text in emitted) == 3, "the test needs drafts that are accepted"
+    for text, probability in emitted.items():
+        expected, last = 1.0, 1
+        for token in text:
+            expected, last = expected * float(target[last, token]), token
+        assert probability == pytest.approx(expected, abs=1e-12)
+
+
+def walk(packed, target):
+    """The rule in plain Python: from the root to the first child that equals the target's token."""
+    result = []
+    for b in range(packed.batch):
+        first, end = int(packed.indptr[b]), int(packed.indptr[b + 1])
+        row, rows = (first, []) if end > first else (None, [])
+        while row is not None:
+            rows.append(row)
+            children = [c for c in range(first, end) if int(packed.parent[c]) == row - first and packed.tokens[c] == target[row]]
+            row = children[0] if children else None
+        result.append(rows)
+    return result
+
+
+@given(policies(), st.integers(0, 10_000))
+def test_the_walk_is_the_rule(policy, seed):
+    scheduler, batch = policy
+    tree = grow_all(scheduler, torch.arange(batch), k=3, seed=seed, live=torch.arange(batch) != 1)
+    packed = scheduler.pack(tree)
+    generator = torch.Generator().manual_seed(seed)
+    target = torch.randint(0, 1000, (packed.rows,), generator=generator)
+    for row in range(packed.rows):  # make acceptance likely: a child's token, where there is one
+        children = ((packed.request == packed.request[row]) & (packed.parent == packed.local[row]) & (packed.depth > 0)).nonzero()[:, 0]
+        if len(children) and torch.rand(1, generator=generator) < 0.7:
+            target[row] = packed.tokens[children[int(torch.randint(0, len(children), (1,), generator=generator))]]
+    accepted = echo.verify(packed, target)
+    expected = walk(packed, target)
+    assert accepted.lengths.tolist() == [len(rows) for rows in expected]
+    for b, rows in enumerate(expected):
+        assert accepted.rows[b].tolist() == rows + [-1] * (packed.max_depth + 1 - len(rows))
+        assert accepted.tokens[b, : len(rows)].tolist() == target[rows].tolist()
+        assert int(accepted.bonus[b]) == (int(target[rows[-1]]) if rows else -1)
+
+
+def test_greedy_logits_and_tokens_agree():
+    scheduler = echo.ElasticBudgetScheduler.eagle(n=6, beam=2, max_depth=3)
+    packed = scheduler.pack(grow_all(scheduler, torch.arange(3), k=2, seed=0))
+    logits = torch.randn(packed.rows, 1000)
+    one, two = echo.verify(packed, logits=logits), echo.verify(packed, logits.argmax(-1))
+    assert torch.equal(one.tokens, two.tokens)
+    assert torch.equal(one.rows, two.rows)
+
+
+def test_nan_logits_never_win():
+    logits = torch.tensor([[float("nan"), 1.0, 2.0], [float("nan")] * 3, [0.0, float("-inf"), float("nan")], [float("-inf")] * 3])
+    assert reference.argmax_tokens(logits).tolist() == [2, -1, 0, -1]
+
+
+def test_duplicate_siblings_and_broken_links_end_in_defined_walks():
+    tokens = torch.tensor([5, 7, 7, 8, 9, 1])
+    indptr = torch.tensor([0, 5, 6], dtype=torch.int32)
+    parent = torch.tensor([-1, 0, 0, 1, 77, -1], dtype=torch.int32)  # row 4 points beyond its request
+    rows, emitted, lengths = reference.accept(parent, indptr, tokens, torch.tensor([7, 8, 0, 9, 0, 1]), 3)
+    assert rows.tolist() == [[0, 1, 3, -1], [5, -1, -1, -1]]  # of the two 7s the first row; 9 hangs nowhere
+    assert emitted.tolist() == [[7, 8, 9, -1], [1, -1, -1, -1]]
+    assert lengths.tolist() == [3, 1]
+    loop = torch.tensor([-1, 1, 1, 3, 3, -1], dtype=torch.int32)  # rows that are their own parents
+    assert reference.accept(loop, indptr, tokens, torch.full((6,), 7), 3)[2].tolist() == [1, 1]
+
+
+def test_bad_input():
+    scheduler = echo.ElasticBudgetScheduler.eagle(n=2, beam=1, max_depth=1)
+    packed = scheduler.pack(grow_all(scheduler, torch.arange(2), k=1, seed=0))
+    with pytest.raises(echo.EchoError, match="exactly one of them"):
+        echo.verify(packed)
+    with pytest.raises(echo.EchoError, match=r"target_tokens: expected int64 \[4\], got int64 \[3\]"):
+        echo.verify(packed, torch.zeros(3, dtype=torch.int64))
+    with pytest.raises(echo.EchoError, match=r"logits: expected .* \[4, V\], got float32 \[5, 2\]"):
+        echo.verify(packed, logits=torch.zeros(5, 2))
+
+
+def answers(scheduler, *, slots, prompts, limit, eos=None, drafter=True):
+    probabilities = table(20, seed=3, sharpness=3.0)
+    target = TabularTarget(probabilities)
+    draft = TabularDrafter(blurred(probabilities, seed=4, noise=0.3), count=3) if drafter else None
+    texts = [[] for _ in prompts]
+    for step in echo.decode(scheduler, target, draft, prompts, slots=slots, max_new_tokens=limit, eos_token=eos):
+        for request, tokens in zip(step.requests, step.emitted, strict=True):
+            texts[request] += tokens
+    return texts
+
+
+@given(policies(), st.integers(1, 4), st.integers(1, 15), st.booleans())
+def test_greedy_decoding_is_lossless_under_every_policy(policy, slots, limit, stop):
+    scheduler, _ = policy
+    prompts = [torch.tensor([7 * i % 20, i % 20]) for i in range(6)]
+    limits = [max(1, limit - i) for i in range(6)]
+    eos = 5 if stop else None
+    plain = answers(echo.ElasticBudgetScheduler.autoregressive(), slots=1, prompts=prompts, limit=limits, eos=eos, drafter=False)
+    assert answers(scheduler, slots=slots, prompts=prompts, limit=limits, eos=eos) == plain
+    assert all(len(text) <= n for text, n in zip(plain, limits, strict=True))
+    assert all(5 not in text[:-1] for text in plain) or not stop
+
+
+def test_decode_refills_slots_and_leaves_the_target_with_the_text():
+    probabilities = table(20, seed=3)
+    target, drafter = TabularTarget(probabilities), TabularDrafter(probabilities, count=2)
+    scheduler = echo.ElasticBudgetScheduler(echo.TwoLevel(2, 2), budget=12, max_depth=3)
+    prompts = [torch.tensor([i]) for i in range(5)]
+    steps = list(echo.decode(scheduler, target, drafter, prompts, slots=2, max_new_tokens=9))
+    assert max(len(step.requests) for step in steps) == 2
+    assert sorted(request for step in steps for request in step.finished) == list(range(5))
+    assert all(step.seconds.total > 0 for step in steps)
+    last = [sum((list(t) for s in steps for r, t in zip(s.requests, s.emitted, strict=True) if r == i), []) for i in range(5)]
+    assert all(len(text) == 9 for text in last)
+
+
+def test_a_step_makes_warmup_rows_and_a_gated_one_refuses():
+    probabilities = table(20, seed=3)
+    target, drafter = TabularTarget(probabilities), TabularDrafter(blurred(probabilities, seed=4), count=3)
+    scheduler = echo.ElasticBudgetScheduler(echo.TwoLevel(2, 0), budget=64, max_depth=3)
+    prompts = [torch.tensor([i]) for i in range(4)]
+    steps = list(echo.decode(scheduler, target, drafter, prompts, slots=4, max_new_tokens=12))
+    log = echo.WarmupLog.concat([step.log() for step in steps])
+    for step in steps:
+        rows = step.log()
+        assert len(rows) == int((step.packed.depth > 0).sum())
+        assert int(rows.accepted.sum()) == int((step.accepted.lengths - 1).sum())
+        for depth in set(rows.depth.tolist()):
+            first = rows.rank[rows.depth == depth] == 0
+            assert first.sum() <= step.packed.batch
+            best = step.tree.layers[depth].log_confidence.exp()
+            assert all(c in best.tolist() for c in rows.confidence[rows.depth == depth][first].tolist())
+    assert len(set(log.step.tolist())) == sum(len(set(s.log().step.tolist())) for s in steps)
+    gated = echo.ElasticBudgetScheduler(echo.TwoLevel(2, 0), echo.SparseGate({1: 0.1}), budget=64, max_depth=3)
+    step = next(iter(echo.decode(gated, target, drafter, prompts, slots=4, max_new_tokens=12)))
+    with pytest.raises(echo.EchoError, match="behind a gate"):
+        step.log()
+
+
+def test_decode_refuses_bad_prompts():
+    scheduler, target = echo.ElasticBudgetScheduler.autoregressive(), TabularTarget(table(5, seed=0))
+    with pytest.raises(echo.EchoError, match=r"prompts\[1\]: expected at least one token"):
+        list(echo.decode(scheduler, target, None, [torch.tensor([1]), torch.empty(0, dtype=torch.int64)], slots=1, max_new_tokens=2))
+    with pytest.raises(echo.EchoError, match=r"max_new_tokens: expected one number for each of 1 prompts, got 2"):
+        list(echo.decode(scheduler, target, None, [torch.tensor([1])], slots=1, max_new_tokens=[1, 2]))
