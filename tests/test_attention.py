@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import grow_all
 
 import echo
+from conftest import grow_all
 from echo.kernels.reference import tree_attention
 
 

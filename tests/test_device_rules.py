@@ -14,7 +14,9 @@ from echo.testing import TabularDrafter, table
 
 READS = ("_local_scalar_dense", "nonzero", "masked_select", "item", "unique", "_unique2", "equal", "repeat_interleave", "is_nonzero")
 CALIBRATION = echo.calibrate(
-    echo.WarmupLog.from_arrays([1 + i % 3 for i in range(900)], [(i % 97) / 97 for i in range(900)], [(i * 7 % 97) < i % 97 for i in range(900)])
+    echo.WarmupLog.from_arrays(
+        [1 + i % 3 for i in range(900)], [(i % 97) / 97 for i in range(900)], [(i * 7 % 97) < i % 97 for i in range(900)]
+    )
 )
 POLICIES = {
     "paper": echo.ElasticBudgetScheduler(echo.TwoLevel(2, 4), echo.SparseGate(CALIBRATION), 24, 3),

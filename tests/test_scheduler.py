@@ -6,11 +6,11 @@ import itertools
 
 import pytest
 import torch
-from conftest import grow_all, policies
 from hypothesis import given
 from hypothesis import strategies as st
 
 import echo
+from conftest import grow_all, policies
 from echo.testing import check_plan
 
 
@@ -176,7 +176,11 @@ def test_faulty_scores_are_counted_and_touch_nobody_else(bad):
     tree = scheduler.grow(scheduler.plant(roots), tokens, dirty)
     packed = scheduler.pack(tree)
     assert packed.invalid.tolist() == [0, 3]
-    assert packed.indptr.tolist() == [0, 4, 5, ]  # request 1 keeps its root alone
+    assert packed.indptr.tolist() == [
+        0,
+        4,
+        5,
+    ]  # request 1 keeps its root alone
     assert packed.status.tolist() == [echo.Status.FINISHED, echo.Status.EXHAUSTED]
     alone = scheduler.pack(scheduler.grow(scheduler.plant(roots[:1]), tokens[:1], clean[:1]))
     assert packed.tokens[:4].tolist() == alone.tokens[:4].tolist()

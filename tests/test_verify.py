@@ -6,11 +6,11 @@ import itertools
 
 import pytest
 import torch
-from conftest import grow_all, policies
 from hypothesis import given
 from hypothesis import strategies as st
 
 import echo
+from conftest import grow_all, policies
 from echo.kernels import reference
 from echo.testing import TabularDrafter, TabularTarget, blurred, table
 
@@ -149,8 +149,11 @@ def test_decode_refills_slots_and_leaves_the_target_with_the_text():
     assert max(len(step.requests) for step in steps) == 2
     assert sorted(request for step in steps for request in step.finished) == list(range(5))
     assert all(step.seconds.total > 0 for step in steps)
-    last = [sum((list(t) for s in steps for r, t in zip(s.requests, s.emitted, strict=True) if r == i), []) for i in range(5)]
-    assert all(len(text) == 9 for text in last)
+    texts: dict[int, list[int]] = {i: [] for i in range(5)}
+    for step in steps:
+        for request, tokens in zip(step.requests, step.emitted, strict=True):
+            texts[request] += tokens
+    assert all(len(text) == 9 for text in texts.values())
 
 
 def test_a_step_makes_warmup_rows_and_a_gated_one_refuses():

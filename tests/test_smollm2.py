@@ -1,0 +1,98 @@
+"""The real model: greedy text is the same under every policy, token for token."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import echo
+
+NEAR_TIE = 1e-4
+"""Where plain decoding's two best logits are closer than this, float32 sums in another order may choose the other."""
+
+
+@pytest.fixture(scope="module")
+def pair(smollm2):
+    from drafters import Eagle, PromptLookup
+    from model import SmolLM2, encode
+    from prompts import EVALUATION, KINDS
+
+    model, tokenizer = smollm2
+    prompts = encode(tokenizer, [EVALUATION[kind][i] for kind in KINDS for i in (0, 1)])
+
+    def run(scheduler, drafter=None, slots=4, new=64):
+        target = SmolLM2(model, slots, 384)
+        draft = {None: lambda: None, "lookup": PromptLookup, "eagle": lambda: Eagle(target, slots, 384)}[drafter]()
+        texts, margins, steps = [[] for _ in prompts], [[] for _ in prompts], 0
+        for step in echo.decode(scheduler, target, draft, prompts, slots=slots, max_new_tokens=new, eos_token=2):
+            steps += len(step.requests)
+            for b, (request, tokens) in enumerate(zip(step.requests, step.emitted, strict=True)):
+                texts[request] += tokens
+                margins[request].append(float(target.margin[int(step.packed.indptr[b])]))
+        return texts, margins, sum(map(len, texts)) / steps
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def plain(pair):
+    return pair(echo.ElasticBudgetScheduler.autoregressive())
+
+
+CALIBRATED = echo.SparseGate({1: 0.3, 3: 0.2})
+POLICIES = {
+    "EAGLE": (echo.ElasticBudgetScheduler.eagle(n=8, beam=4, max_depth=4), "eagle"),
+    "ECHO": (echo.ElasticBudgetScheduler(echo.TwoLevel(2, 4), CALIBRATED, 20, 4), "eagle"),
+    "global ranking": (echo.ElasticBudgetScheduler(echo.GlobalRank(3), None, 24, 4), "eagle"),
+    "prompt lookup": (echo.ElasticBudgetScheduler(echo.GlobalRank(2), None, 16, 4), "lookup"),
+}
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_greedy_text_equals_plain_decoding(pair, plain, name):
+    scheduler, drafter = POLICIES[name]
+    texts, _, per_step = pair(scheduler, drafter)
+    expected, margins, _ = plain
+    assert sum(map(len, expected)) > 300
+    ties = 0
+    for text, reference, margin in zip(texts, expected, margins, strict=True):
+        if text != reference:
+            first = next(i for i, (a, b) in enumerate(zip(text, reference, strict=False)) if a != b)
+            assert margin[first - 1] < NEAR_TIE, f"{name}: differs at token {first}, where the best logit leads by {margin[first - 1]}"
+            ties += 1
+    print(f"{name}: {ties} near ties, {per_step:.2f} tokens a step")
+    assert per_step > (1.8 if drafter == "eagle" else 1.05)
+
+
+def test_a_request_decodes_alone_as_in_a_batch(pair, plain):
+    scheduler, drafter = POLICIES["ECHO"]
+    alone, _, _ = pair(scheduler, drafter, slots=1, new=24)
+    assert alone == [text[:24] for text in plain[0]]
+
+
+def test_prompts_are_disjoint(smollm2):
+    from prompts import EVALUATION, KINDS, WARMUP, training_prompts
+
+    warm, held = ({p for kind in KINDS for p in rows[kind]} for rows in (WARMUP, EVALUATION))
+    trained = {p for _, p in training_prompts(4000, ["a passage"])}
+    assert len(warm) == len(held) == 32
+    assert not warm & held
+    assert not trained & (warm | held)
+
+
+def test_cache_holds_the_text(smollm2):
+    """After speculative steps the cache equals that of one prefill over the emitted text."""
+    from drafters import PromptLookup
+    from model import SmolLM2, encode
+
+    model, tokenizer = smollm2
+    prompt = encode(tokenizer, ["Count from one to twenty, then count again."])
+    target, drafter = SmolLM2(model, 1, 256), PromptLookup()
+    scheduler = echo.ElasticBudgetScheduler(echo.GlobalRank(2), None, 12, 4)
+    text = prompt[0].tolist()
+    for step in echo.decode(scheduler, target, drafter, prompt, slots=1, max_new_tokens=40):
+        text += step.emitted[0]
+    fresh = SmolLM2(model, 1, 256)
+    used = min(int(target.cache.used[0]), len(text))
+    fresh.admit(torch.tensor([0]), [torch.tensor(text[:used])])
+    assert torch.allclose(target.cache.kv[..., :used, :], fresh.cache.kv[..., :used, :], atol=2e-3)
