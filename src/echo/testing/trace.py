@@ -1,0 +1,141 @@
+"""Recorded drafts of a real model, at every position of the text it wrote.
+
+Under greedy decoding the text does not depend on the policy. So if at every output position the drafted pool and the text are
+recorded, any policy that drafts on no more than what was recorded can be replayed exactly.
+"""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from echo import checks
+from echo.budget.rules import GlobalRank
+from echo.budget.scheduler import ElasticBudgetScheduler
+from echo.decode import Drafter, Target, verify
+from echo.errors import EchoError
+from echo.tree.supertree import Frontier
+
+VERSION = 1
+END = -1
+"""Beyond the end of a text, and: not expanded."""
+
+
+@dataclass(frozen=True)
+class Trace:
+    """P positions of R texts; at each, D layers of at most E expanded nodes with k drafted children each.
+
+    Attributes:
+        text: int32 [P], the token emitted at each position: root of that position's tree. Texts lie one after another.
+        indptr: int64 [R + 1], where each text begins; its last position is its last token and has no draft.
+        kind: str [R], what kind of prompt each text answers.
+        token: int32 [P, D, E, k], children of the expanded nodes of layer d (layer 0: of the root, in place e = 0).
+        log_prob: float16 [P, D, E, k], their log-probabilities given their parent; -inf: none.
+        expanded: int8 [P, D, E * k], for each child its place e among the next layer's expanded nodes; -1: it was not drafted on.
+    """
+
+    text: NDArray[np.int32]
+    indptr: NDArray[np.int64]
+    kind: NDArray[np.str_]
+    token: NDArray[np.int32]
+    log_prob: NDArray[np.float16]
+    expanded: NDArray[np.int8]
+
+    def __post_init__(self) -> None:
+        positions, requests = len(self.text), len(self.kind)
+        if self.indptr.shape != (requests + 1,) or self.indptr[0] != 0 or self.indptr[-1] != positions:
+            raise EchoError(f"indptr: expected {requests + 1} values from 0 to {positions}, got {self.indptr.tolist()[:8]}")
+        if (np.diff(self.indptr) < 2).any():
+            raise EchoError(f"indptr: expected at least two tokens a text, got {int(np.diff(self.indptr).min())} in text {int(np.diff(self.indptr).argmin())}")
+        if self.token.ndim != 4 or self.token.shape[0] != positions or self.token.shape != self.log_prob.shape:
+            raise EchoError(f"token, log_prob: expected two arrays [{positions}, D, E, k], got {self.token.shape} and {self.log_prob.shape}")
+        _, depth, beam, k = self.token.shape
+        if self.expanded.shape != (positions, depth, beam * k):
+            raise EchoError(f"expanded: expected [{positions}, {depth}, {beam * k}], got {self.expanded.shape}")
+        for name, bad in {
+            "text": self.text < 0,
+            "log_prob": ~(self.log_prob <= 0.01),
+            "expanded": (self.expanded < END) | (self.expanded >= beam),
+        }.items():
+            if bad.any():
+                place = tuple(int(i) for i in np.argwhere(bad)[0])
+                raise EchoError(f"{name}: expected a value in range, got {getattr(self, name)[place]} at position {place[0]}, index {place[1:]}")
+
+    @property
+    def positions(self) -> int:
+        """P."""
+        return len(self.text)
+
+    @property
+    def depth(self) -> int:
+        """D, layers recorded."""
+        return int(self.token.shape[1])
+
+    @property
+    def beam(self) -> int:
+        """E, nodes of a layer that were drafted on."""
+        return int(self.token.shape[2])
+
+    def texts(self, chosen: Sequence[int]) -> Trace:
+        """The trace of some texts, in that order."""
+        rows = np.concatenate([np.arange(self.indptr[i], self.indptr[i + 1]) for i in chosen])
+        lengths = np.diff(self.indptr)[list(chosen)]
+        return Trace(
+            self.text[rows],
+            np.concatenate([[0], lengths.cumsum()]),
+            self.kind[list(chosen)],
+            self.token[rows],
+            self.log_prob[rows],
+            self.expanded[rows],
+        )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes a compressed npz in one atomic move. Tokens are stored as uint16 where they fit; all arrays as byte planes."""
+        part = Path(f"{os.fspath(path)}.part")
+        columns: dict[str, Any] = {"version": np.array(VERSION), "kind": self.kind, "indptr": self.indptr, "text": self.text}
+        columns |= {"token": _planes(self.token), "log_prob": _planes(self.log_prob), "expanded": self.expanded}
+        with open(part, "wb") as handle:
+            np.savez_compressed(handle, **columns)
+        os.replace(part, path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Trace:
+        """Reads what :meth:`save` wrote.
+
+        Raises:
+            EchoError: not a trace, of another version, truncated, or the first value out of range with its position.
+        """
+        try:
+            with open(path, "rb") as handle, np.load(handle) as file:
+                if int(file["version"]) != VERSION:
+                    raise EchoError(f"path: expected a trace of version {VERSION}, got version {int(file['version'])}")
+                columns: dict[str, Any] = {f.name: file[f.name] for f in fields(cls)}
+        except (OSError, zipfile.BadZipFile, KeyError, ValueError, EOFError) as error:
+            if isinstance(error, FileNotFoundError | EchoError):
+                raise
+            raise EchoError(f"path: expected a trace in {path}, got: {error}") from error
+        columns["token"] = _whole(columns["token"], np.dtype(np.int32))
+        columns["log_prob"] = _whole(columns["log_prob"], np.dtype(np.float16))
+        return cls(**columns)
+
+
+def _planes(values: NDArray[Any]) -> NDArray[np.uint8]:
+    """Bytes of the values with equal places side by side (the last axis), which compresses a third better."""
+    small = values.astype(np.uint16) if values.dtype == np.int32 and values.min() >= 0 and values.max() < 1 << 16 else values
+    return np.ascontiguousarray(np.moveaxis(small.view(np.uint8).reshape(*small.shape, small.dtype.itemsize), -1, 0))
+
+
+def _whole(planes: NDArray[np.uint8], dtype: np.dtype[Any]) -> NDArray[Any]:
+    stored = np.dtype(np.uint16) if dtype == np.int32 and planes.shape[0] == 2 else dtype
+    if planes.shape[0] != stored.itemsize:
+        raise EchoError(f"path: expected {stored.itemsize} byte planes, got {planes.shape[0]}")
+    return np.ascontiguousarray(np.moveaxis(planes, 0, -1)).view(stored)[..., 0].astype(dtype)
