@@ -87,7 +87,7 @@ class Eagle:
         self.values = torch.zeros_like(self.keys)
         self.used = torch.zeros(slots, dtype=torch.int64)
         self.tokens = torch.zeros(slots, count, dtype=torch.int64)
-        self.log_probs = torch.zeros(slots, count)
+        self.log_probs = torch.zeros(slots, count, dtype=torch.float16)  # two bytes: what a trace holds is exactly what was ranked
         self.root = torch.zeros(slots, WIDTH)
         # Of the layers drafted in this step: states [B, W, width], keys, values [B, nodes, heads, D], who sees whom [B, W, nodes].
         self.state = self.own_keys = self.own_values = self.sees = torch.empty(0)
@@ -141,7 +141,7 @@ class Eagle:
         self.state = torch.zeros(batch, width, WIDTH)
         self.state[request, node] = new
         tokens = torch.zeros(batch, width, self.count, dtype=torch.int64)
-        log_probs = torch.full(tokens.shape, -torch.inf)
+        log_probs = torch.full(tokens.shape, -torch.inf, dtype=torch.float16)
         tokens[request, node], log_probs[request, node] = self._candidates(new)
         return tokens, log_probs
 
@@ -168,7 +168,7 @@ class Eagle:
     def _candidates(self, state: Tensor) -> tuple[Tensor, Tensor]:
         logits = self.head.logits(state)
         top = logits.topk(self.count, dim=-1)
-        return self.head.vocab[top.indices], top.values - logits.logsumexp(-1, keepdim=True)
+        return self.head.vocab[top.indices], (top.values - logits.logsumexp(-1, keepdim=True)).half()
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import zipfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,9 @@ from torch import Tensor
 from echo import checks
 from echo.budget.rules import GlobalRank
 from echo.budget.scheduler import ElasticBudgetScheduler
-from echo.decode import Drafter, Target, verify
+from echo.decode import Drafter, Target, decode
 from echo.errors import EchoError
-from echo.tree.supertree import Frontier
+from echo.tree.supertree import Frontier, SuperTree
 
 VERSION = 1
 END = -1
@@ -38,6 +38,7 @@ class Trace:
         text: int32 [P], the token emitted at each position: root of that position's tree. Texts lie one after another.
         indptr: int64 [R + 1], where each text begins; its last position is its last token and has no draft.
         kind: str [R], what kind of prompt each text answers.
+        limit: int32 [R], tokens that each answer might have had; a shorter text ended by itself.
         token: int32 [P, D, E, k], children of the expanded nodes of layer d (layer 0: of the root, in place e = 0).
         log_prob: float16 [P, D, E, k], their log-probabilities given their parent; -inf: none.
         expanded: int8 [P, D, E * k], for each child its place e among the next layer's expanded nodes; -1: it was not drafted on.
@@ -46,6 +47,7 @@ class Trace:
     text: NDArray[np.int32]
     indptr: NDArray[np.int64]
     kind: NDArray[np.str_]
+    limit: NDArray[np.int32]
     token: NDArray[np.int32]
     log_prob: NDArray[np.float16]
     expanded: NDArray[np.int8]
@@ -54,10 +56,13 @@ class Trace:
         positions, requests = len(self.text), len(self.kind)
         if self.indptr.shape != (requests + 1,) or self.indptr[0] != 0 or self.indptr[-1] != positions:
             raise EchoError(f"indptr: expected {requests + 1} values from 0 to {positions}, got {self.indptr.tolist()[:8]}")
-        if (np.diff(self.indptr) < 2).any():
-            raise EchoError(f"indptr: expected at least two tokens a text, got {int(np.diff(self.indptr).min())} in text {int(np.diff(self.indptr).argmin())}")
+        lengths = np.diff(self.indptr)
+        if self.limit.shape != (requests,) or (lengths < 1).any() or (lengths > self.limit).any():
+            raise EchoError(f"limit, indptr: expected {requests} texts of 1 to limit tokens, got lengths {lengths.tolist()[:8]}")
         if self.token.ndim != 4 or self.token.shape[0] != positions or self.token.shape != self.log_prob.shape:
-            raise EchoError(f"token, log_prob: expected two arrays [{positions}, D, E, k], got {self.token.shape} and {self.log_prob.shape}")
+            raise EchoError(
+                f"token, log_prob: expected two arrays [{positions}, D, E, k], got {self.token.shape} and {self.log_prob.shape}"
+            )
         _, depth, beam, k = self.token.shape
         if self.expanded.shape != (positions, depth, beam * k):
             raise EchoError(f"expanded: expected [{positions}, {depth}, {beam * k}], got {self.expanded.shape}")
@@ -68,7 +73,9 @@ class Trace:
         }.items():
             if bad.any():
                 place = tuple(int(i) for i in np.argwhere(bad)[0])
-                raise EchoError(f"{name}: expected a value in range, got {getattr(self, name)[place]} at position {place[0]}, index {place[1:]}")
+                raise EchoError(
+                    f"{name}: expected a value in range, got {getattr(self, name)[place]} at position {place[0]}, index {place[1:]}"
+                )
 
     @property
     def positions(self) -> int:
@@ -93,6 +100,7 @@ class Trace:
             self.text[rows],
             np.concatenate([[0], lengths.cumsum()]),
             self.kind[list(chosen)],
+            self.limit[list(chosen)],
             self.token[rows],
             self.log_prob[rows],
             self.expanded[rows],
@@ -101,7 +109,13 @@ class Trace:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes a compressed npz in one atomic move. Tokens are stored as uint16 where they fit; all arrays as byte planes."""
         part = Path(f"{os.fspath(path)}.part")
-        columns: dict[str, Any] = {"version": np.array(VERSION), "kind": self.kind, "indptr": self.indptr, "text": self.text}
+        columns: dict[str, Any] = {
+            "version": np.array(VERSION),
+            "kind": self.kind,
+            "limit": self.limit,
+            "indptr": self.indptr,
+            "text": self.text,
+        }
         columns |= {"token": _planes(self.token), "log_prob": _planes(self.log_prob), "expanded": self.expanded}
         with open(part, "wb") as handle:
             np.savez_compressed(handle, **columns)
@@ -139,3 +153,104 @@ def _whole(planes: NDArray[np.uint8], dtype: np.dtype[Any]) -> NDArray[Any]:
     if planes.shape[0] != stored.itemsize:
         raise EchoError(f"path: expected {stored.itemsize} byte planes, got {planes.shape[0]}")
     return np.ascontiguousarray(np.moveaxis(planes, 0, -1)).view(stored)[..., 0].astype(dtype)
+
+
+@dataclass(frozen=True)
+class _Pool(GlobalRank):
+    """Drafts on the best nodes of each layer and verifies none of them."""
+
+    def deal(self, tree: SuperTree, room: Tensor, left: Tensor, rows: int) -> Tensor:
+        return torch.zeros_like(tree.forest.bought)
+
+
+class _Watch:
+    """A drafter that keeps what it drafted in the step under way."""
+
+    def __init__(self, drafter: Drafter) -> None:
+        self.inner = drafter
+        self.admit, self.keep = drafter.admit, drafter.keep
+        self.layers: list[tuple[Frontier, Tensor, Tensor]] = []
+
+    def draft(self, slots: Tensor, frontier: Frontier, /) -> tuple[Tensor, Tensor]:
+        tokens, log_probs = self.inner.draft(slots, frontier)
+        if log_probs.dtype != torch.float16:
+            raise EchoError(f"drafter: expected float16 log-probabilities, which a trace holds exactly, got {log_probs.dtype}")
+        self.layers = [*(self.layers if frontier.depth else []), (frontier, tokens, log_probs)]
+        return tokens, log_probs
+
+
+def record(
+    target: Target,
+    drafter: Drafter,
+    prompts: Sequence[Tensor],
+    kinds: Sequence[str],
+    *,
+    slots: int,
+    depth: int,
+    beam: int,
+    max_new_tokens: int,
+    eos_token: int | None = None,
+    capacity: int | None = None,
+) -> Iterator[Trace | int]:
+    """Records a live greedy decode: the whole pool is drafted at every position, and one token a step is emitted.
+
+    Args:
+        target, drafter: a greedy pair. The drafter's state must depend on the emitted text alone, its k must be the same at every
+            depth, and its log-probabilities float16, so that live and replayed scores are the same numbers.
+        prompts: int64 [length] each.
+        kinds: what kind each prompt is.
+        slots: requests decoded together.
+        depth, beam: layers drafted, and nodes of each that are drafted on (the best by path probability).
+        max_new_tokens, eos_token, capacity: as in :func:`echo.decode`.
+
+    Yields:
+        The positions recorded so far, an int after each step; at last the :class:`Trace`.
+
+    Raises:
+        EchoError: an argument out of range, or a drafter that does not keep to the above.
+    """
+    if len(kinds) != len(prompts):
+        raise EchoError(f"kinds: expected one for each of {len(prompts)} prompts, got {len(kinds)}")
+    checks.integer("depth", depth, 1)
+    pool, watch = ElasticBudgetScheduler(_Pool(beam), budget=2 * slots, max_depth=depth), _Watch(drafter)
+    texts: list[list[int]] = [[] for _ in prompts]
+    drafts: list[list[tuple[NDArray[Any], ...]]] = [[] for _ in prompts]
+    options: dict[str, Any] = {"slots": slots, "max_new_tokens": max_new_tokens, "eos_token": eos_token, "capacity": capacity}
+    for step in decode(pool, target, watch, prompts, **options):
+        columns = _columns(watch.layers, len(step.requests), depth, beam)
+        for b, (request, tokens) in enumerate(zip(step.requests, step.emitted, strict=True)):
+            texts[request] += tokens
+            drafts[request].append(tuple(column[b] for column in columns))
+        yield sum(map(len, texts))
+    nothing = _columns([], 1, depth, beam, k=watch.layers[0][1].shape[2])
+    rows = [row for text, steps in zip(texts, drafts, strict=True) for row in [*steps[: len(text) - 1], tuple(c[0] for c in nothing)]]
+    token, log_prob, expanded = (np.stack(column) for column in zip(*rows, strict=True))
+    yield Trace(
+        text=np.array([token for text in texts for token in text], dtype=np.int32),
+        indptr=np.concatenate([[0], np.cumsum([len(text) for text in texts])]),
+        kind=np.array(kinds),
+        limit=np.full(len(texts), max_new_tokens, dtype=np.int32),
+        token=token,
+        log_prob=log_prob,
+        expanded=expanded,
+    )
+
+
+def _columns(
+    layers: list[tuple[Frontier, Tensor, Tensor]], batch: int, depth: int, beam: int, k: int | None = None
+) -> tuple[NDArray[Any], ...]:
+    """``token``, ``log_prob`` and ``expanded`` of one step: [B, D, E, k] twice, [B, D, E * k]."""
+    width = layers[0][1].shape[2] if k is None else k
+    token = np.zeros((batch, depth, beam, width), dtype=np.int32)
+    log_prob = np.full(token.shape, -np.inf, dtype=np.float16)
+    expanded = np.full((batch, depth, beam * width), END, dtype=np.int8)
+    for d, (frontier, tokens, log_probs) in enumerate(layers):
+        if tokens.shape[2] != width:
+            raise EchoError(f"drafter: expected {width} candidates at every depth, got {tokens.shape[2]} at depth {d + 1}")
+        live = frontier.active[..., None]
+        token[:, d, : tokens.shape[1]] = torch.where(live, tokens, 0).numpy()
+        log_prob[:, d, : tokens.shape[1]] = torch.where(live, log_probs, -torch.inf).numpy()
+        if d:
+            request, place = np.nonzero(frontier.active.numpy())
+            expanded[request, d - 1, frontier.index.numpy()[request, place]] = place
+    return token, log_prob, expanded
