@@ -12,7 +12,9 @@ from echo.testing import TabularDrafter, TabularTarget, Trace, blurred, record, 
 TARGET = table(30, seed=3, sharpness=2.5)
 COST = echo.CostModel((1, 16, 64), (1.0, 1.0, 4.0), draft_layer=0.02, draft_row=0.001)
 CALIBRATION = echo.calibrate(
-    echo.WarmupLog.from_arrays([1 + i % 4 for i in range(900)], [(i % 97) / 97 for i in range(900)], [(i * 7 % 97) < i % 97 for i in range(900)])
+    echo.WarmupLog.from_arrays(
+        [1 + i % 4 for i in range(900)], [(i % 97) / 97 for i in range(900)], [(i * 7 % 97) < i % 97 for i in range(900)]
+    )
 )
 POLICIES = {
     "plain": echo.ElasticBudgetScheduler.autoregressive(),
@@ -33,7 +35,9 @@ PROMPTS = [torch.tensor([i]) for i in range(12)]
 
 @pytest.fixture(scope="module")
 def trace() -> Trace:
-    *counts, result = record(*pair(), PROMPTS, ["odd" if i % 2 else "even" for i in range(12)], slots=4, depth=4, beam=3, max_new_tokens=17, eos_token=5)
+    *counts, result = record(
+        *pair(), PROMPTS, ["odd" if i % 2 else "even" for i in range(12)], slots=4, depth=4, beam=3, max_new_tokens=17, eos_token=5
+    )
     assert counts == sorted(counts)
     assert isinstance(result, Trace)
     return result
@@ -72,7 +76,7 @@ def test_replay_equals_live_decoding(trace, name, batch):
 
 
 def test_a_policy_wider_than_the_record_is_counted_as_missing(trace):
-    wide = echo.ElasticBudgetScheduler(echo.GlobalRank(9), None, 40, 3)
+    wide = echo.ElasticBudgetScheduler(echo.GlobalRank(9), None, 60, 4)
     assert replay(trace, wide, COST, batch=4).misses > 0
     with pytest.raises(echo.EchoError, match=r"scheduler: expected max_depth of at most the trace's 4, got 5"):
         replay(trace, echo.ElasticBudgetScheduler.eagle(n=4, beam=2, max_depth=5), COST, batch=4)
@@ -134,8 +138,8 @@ def test_faults_are_named_with_their_place(trace):
     with pytest.raises(echo.EchoError, match=r"log_prob: expected a value in range, got nan at position 7, index \(1, 2, 0\)"):
         replace(trace, log_prob=log_prob)
     expanded = trace.expanded.copy()
-    expanded[3, 0, 1] = 9
-    with pytest.raises(echo.EchoError, match=r"expanded: .* got 9 at position 3, index \(0, 1\)"):
+    expanded[3, 0, 1] = 99
+    with pytest.raises(echo.EchoError, match=r"expanded: .* got 99 at position 3, index \(0, 1\)"):
         replace(trace, expanded=expanded)
     with pytest.raises(echo.EchoError, match="indptr: expected 13 values"):
         replace(trace, indptr=trace.indptr[:-1])
@@ -152,3 +156,18 @@ def test_record_wants_half_precision():
     target, _ = pair()
     with pytest.raises(echo.EchoError, match="float16"):
         list(record(target, TabularDrafter(TARGET, count=2), PROMPTS, [""] * 12, slots=2, depth=2, beam=2, max_new_tokens=4))
+
+
+def test_records_are_closed_under_narrower_frontiers(trace):
+    """Any frontier of at most ``beam`` nodes, another at each layer and request, replays without a miss."""
+
+    class Erratic(echo.GlobalRank):
+        def frontier(self, layer):
+            index, active = super().frontier(layer)
+            generator = torch.Generator().manual_seed(layer.depth + int(layer.token.sum()))
+            count = torch.randint(1, self.beam + 1, (len(index), 1), generator=generator)
+            rank = layer.score.gather(1, index).argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+            return index, active & (rank < count)
+
+    for beam in (1, 2, 3):
+        assert replay(trace, echo.ElasticBudgetScheduler(Erratic(beam), None, 30, 4), COST, batch=4).misses == 0

@@ -76,10 +76,13 @@ class Eagle:
         target: whose ``hidden`` it reads right after each of the target's passes.
         slots, length: as of the target.
         count: candidates k at each node.
+        floor: nodes of smaller path log-probability are not drafted on: they would be accepted once in 400 times.
     """
 
-    def __init__(self, target: SmolLM2, slots: int, length: int = 512, count: int = 4, weights: Path = WEIGHTS) -> None:
-        self.target, self.count = target, count
+    def __init__(
+        self, target: SmolLM2, slots: int, length: int = 512, count: int = 4, floor: float = -6.0, weights: Path = WEIGHTS
+    ) -> None:
+        self.target, self.count, self.floor = target, count, floor
         self.head = EagleHead.read(weights)
         embedding = target.model.model.embed_tokens.weight.detach()
         self.embedding = embedding / embedding.norm(dim=-1).mean()
@@ -118,7 +121,7 @@ class Eagle:
             self.own_keys = self.own_values = torch.empty(batch, 0, HEADS, WIDTH // HEADS)
             self.sees = torch.zeros(batch, 1, 0, dtype=torch.bool)
             return self.tokens[slots][:, None], self.log_probs[slots][:, None]
-        request, node = frontier.active.nonzero(as_tuple=True)
+        request, node = (frontier.active & (frontier.score >= self.floor)).nonzero(as_tuple=True)
         parent = frontier.parent
         state = self.state.gather(1, parent[..., None].expand(-1, -1, WIDTH))
         position = (self.used[slots] + frontier.depth - 1)[request]

@@ -179,7 +179,8 @@ class ElasticBudgetScheduler:
     def grow(self, tree: SuperTree, tokens: Tensor, log_probs: Tensor) -> SuperTree:
         """Scores a drafted layer, asks the gate, lets the rule buy, and finds the next frontier.
 
-        S(v) = min(S(parent), S(parent) + log q(v)). A score that is NaN or infinite makes its node unselectable, and is counted.
+        S(v) = min(S(parent), S(parent) + log q(v)). A NaN or infinite score makes its node unselectable; NaN, plus
+        infinity and layers of minus infinity alone are counted in ``invalid``.
 
         Args:
             tree: with ``tree.depth < max_depth``.

@@ -18,8 +18,9 @@ from echo.cost import CostModel
 from echo.decode import verify
 from echo.errors import EchoError
 from echo.testing.trace import Trace
+from echo.tree.accepted import Accepted
 from echo.tree.packed import PackedTree
-from echo.tree.supertree import Frontier
+from echo.tree.supertree import Frontier, SuperTree
 
 Observer = Callable[["Record"], object]
 
@@ -31,14 +32,16 @@ class Record:
     Attributes:
         requests: int64 [B], the text that each request writes.
         position: int64 [B], its root's place in the text.
-        packed: the step's rows.
+        tree, packed, accepted: the values of the step.
         emitted: int64 [B], tokens that count: cut at the end of the text.
         forecast: depth and rows planned.
     """
 
     requests: NDArray[np.int64]
     position: NDArray[np.int64]
+    tree: SuperTree
     packed: PackedTree
+    accepted: Accepted
     emitted: NDArray[np.int64]
     forecast: Forecast
 
@@ -190,7 +193,7 @@ def replay(
         missed_tokens = 0 if plan.depth else missed_tokens + int(emitted.sum())
         report.seconds += cost(plan.rows + prompt_rows * len(fresh)) + drafting
         if observe is not None:
-            observe(Record(slots.text[live], at - slots.begin[live], packed, emitted, plan))
+            observe(Record(slots.text[live], at - slots.begin[live], tree, packed, accepted, emitted, plan))
         slots.advance(live, emitted, report)
     report.misses = source.misses
     return report
@@ -241,7 +244,7 @@ class _Source:
         after = np.arange(trace.positions)[:, None] + np.arange(1, trace.depth + 2)
         following = np.where(after < ends[:, None], trace.text[np.minimum(after, trace.positions - 1)], -1)
         self.following = torch.from_numpy(following).long()
-        self.misses = 0
+        self.misses, self.floor = 0, trace.floor
 
     def begin(self, at: NDArray[np.int64]) -> None:
         """A new step, at these positions."""
@@ -252,7 +255,7 @@ class _Source:
         """What was recorded after each node of the frontier; a node without a record is a miss and has no children."""
         place = self.children.gather(1, frontier.index)
         known = place >= 0
-        self.misses += int((frontier.active & ~known).sum())
+        self.misses += int((frontier.active & ~known & (frontier.score >= self.floor)).sum())
         place = place.clamp(min=0)
         layer, k = self.expanded[self.at, frontier.depth], self.tokens.shape[3]
         child = place[..., None] * k + torch.arange(k)
