@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
@@ -33,29 +34,17 @@ Policy = Callable[[Setting], Iterator[echo.ElasticBudgetScheduler]]
 """The candidates that are tuned over, on other texts than those of the figures."""
 
 
-def plain(s: Setting):
-    yield echo.ElasticBudgetScheduler.autoregressive()
-
-
 def chain(s: Setting):
     for depth in (1, 2, 3, 4, 6):
         yield echo.ElasticBudgetScheduler.eagle(n=depth + 1, beam=1, max_depth=depth)
 
 
+SHAPES = ((2, 1, 1), (3, 2, 2), (4, 2, 2), (5, 3, 3), (6, 2, 3), (8, 3, 4), (12, 4, 4), (16, 4, 5), (24, 6, 6), (32, 6, 8), (60, 6, 8))
+"""EAGLE trees: rows, beam, depth."""
+
+
 def eagle(s: Setting):
-    for n, beam, depth in (
-        (2, 1, 1),
-        (3, 2, 2),
-        (4, 2, 2),
-        (5, 3, 3),
-        (6, 2, 3),
-        (8, 3, 4),
-        (12, 4, 4),
-        (16, 4, 5),
-        (24, 6, 6),
-        (32, 6, 8),
-        (60, 6, 8),
-    ):
+    for n, beam, depth in SHAPES:
         yield echo.ElasticBudgetScheduler.eagle(n=n, beam=beam, max_depth=depth)
 
 
@@ -71,10 +60,8 @@ def opt_tree(s: Setting):
 
 
 def two_level(s: Setting, gate: echo.Gate) -> Iterator[echo.ElasticBudgetScheduler]:
-    for width in (1, 2, 3):
-        for rows in {s.k_max, 3 * s.batch, 6 * s.batch}:
-            for depth in (2, 4, s.depth):
-                yield echo.ElasticBudgetScheduler(echo.TwoLevel(width, 8), gate, rows, depth)
+    for width, rows, depth in itertools.product((1, 2, 3), sorted({s.k_max, 3 * s.batch}), (3, s.depth)):
+        yield echo.ElasticBudgetScheduler(echo.TwoLevel(width, 8), gate, rows, depth)
 
 
 def paper(s: Setting):
@@ -90,15 +77,9 @@ def fixed(s: Setting):
     yield from two_level(s, echo.SparseGate.fixed(float(np.mean(taus)), s.calibration.gate_depths))
 
 
-def paper_calibrated(s: Setting):
-    for scheduler in paper(s):
-        yield replace(scheduler, rule=replace(scheduler.rule, reliability=s.calibration))
-
-
 def top_k(s: Setting):
-    for rows in {s.k_max, 2 * s.batch, 3 * s.batch, 6 * s.batch, 16 * s.batch}:
-        for depth in (2, 4, s.depth):
-            yield echo.ElasticBudgetScheduler(echo.GlobalRank(s.beam, s.calibration), None, rows, depth)
+    for rows, depth in itertools.product(sorted({s.k_max, 2 * s.batch, 4 * s.batch, 12 * s.batch}), (3, s.depth)):
+        yield echo.ElasticBudgetScheduler(echo.GlobalRank(s.beam, s.calibration), None, rows, depth)
 
 
 def goodput(s: Setting):
