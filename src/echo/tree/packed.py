@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
 
 from echo import checks
+from echo.errors import EchoError
 from echo.tree.supertree import SuperTree
+
+if TYPE_CHECKING:
+    from echo.tree.accepted import Accepted
 
 WORD = 32
 """Bits of a mask word."""
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -26,7 +33,9 @@ class PackedTree:
         indptr: int32 [B + 1], where each request's rows begin.
         mask: int32 [N, words], least significant bit first: bit j is row j of the same request, itself and its ancestors.
         score: float32 [N], path log-probability; -inf on pad rows.
-        node: int64 [N], index into the forest's B * T nodes; -1 on pad rows.
+        node: int64 [N], index into the forest's B * T nodes; -1 on pad rows. An engine's own handles of the nodes, [B * T, ...],
+            reach the rows by it.
+        bought: bool [N], bought while drafting (a root, or depth); False: dealt at the end (width), and on pad rows.
         status: int8 [B], why each request stopped drafting (:class:`~echo.tree.supertree.Status`).
         invalid: int32 [B], draft scores that were no finite number.
         max_depth: deepest layer of the tree it was packed from; a host int.
@@ -40,6 +49,7 @@ class PackedTree:
     mask: Tensor
     score: Tensor
     node: Tensor
+    bought: Tensor
     status: Tensor
     invalid: Tensor
     max_depth: int
@@ -61,13 +71,116 @@ class PackedTree:
         rows = torch.arange(self.rows, device=self.tokens.device)
         return torch.where(self.request < self.batch, rows - first, 0)
 
+    @property
+    def max_slots_per_request(self) -> int:
+        """The most key/value slots that one request of this step can take, from shapes alone; a host int."""
+        return min(self.rows, WORD * self.mask.shape[1])
+
     def visible(self) -> Tensor:
         """The mask as bool [N, words * 32]: column j is row j of the same request."""
-        shifts = torch.arange(WORD, dtype=torch.int32, device=self.mask.device)
-        return ((self.mask[:, :, None] >> shifts) & 1).bool().flatten(1)
+        return unpack(self.mask)
+
+    def position(self, context: Tensor) -> Tensor:
+        """Positions int64 [N]: context length + depth; 0 on pad rows.
+
+        Args:
+            context: int32 or int64 [B], tokens in each request's cache before this step.
+        """
+        return self._of_request(checks.tensor("context", context, [self.batch], checks.INTEGERS, self.tokens.device), self.depth)
+
+    def slot(self, context: Tensor, page_table: Tensor, page_size: int, dummy: int) -> Tensor:
+        """Key/value slots int64 [N], ragged: a request's rows lie one after another behind its context, in its own pages.
+
+        A pad row, and a row beyond the page table (give ``plant`` a capacity, and there is none), writes to the dummy slot.
+
+        Args:
+            context: int32 or int64 [B], tokens in each request's cache before this step.
+            page_table: int32 or int64 [B, pages], each request's pages in order; SGLang's ``req_to_token`` is one of page size 1.
+            page_size: tokens of a page; token p of a request lies in slot ``page_table[b, p // page_size] * page_size + p % page_size``.
+            dummy: a slot that no request owns.
+        """
+        place = self._of_request(checks.tensor("context", context, [self.batch], checks.INTEGERS, self.tokens.device), self.local)
+        return slots(torch.where(self.request < self.batch, place, -1), self.request, page_table, page_size, dummy)
+
+    def wire(self, out: Tensor | None = None) -> Tensor:
+        """The whole step as one contiguous int32 tensor, to broadcast: ranks whose scores differ by an ulp must share one plan.
+
+        Its length is ``wire_size(batch, rows, words)``. Token ids and node numbers must fit 31 bits.
+
+        Args:
+            out: int32 of that length, written to.
+        """
+        parts = [self.tokens, self.parent, self.depth, self.request, self.score.view(torch.int32), self.node, self.bought]
+        parts += [self.mask.flatten(), self.indptr, self.status, self.invalid]
+        return into(out, torch.cat([part.int() for part in parts]))
+
+    @classmethod
+    def from_wire(cls, wire: Tensor, *, batch: int, rows: int, words: int, max_depth: int) -> PackedTree:
+        """The step that :meth:`wire` was called on, bit for bit.
+
+        Args:
+            wire: int32 of length ``wire_size(batch, rows, words)``.
+            batch, rows, words, max_depth: host integers that all ranks know.
+
+        Raises:
+            EchoError: another length or dtype.
+        """
+        checks.tensor("wire", wire, [wire_size(batch, rows, words)], torch.int32)
+        sizes = [rows] * 7 + [rows * words, batch + 1, batch, batch]
+        tokens, parent, depth, request, score, node, bought, mask, indptr, status, invalid = wire.split(sizes)
+        return cls(
+            tokens=tokens.long(),
+            parent=parent,
+            depth=depth,
+            request=request,
+            indptr=indptr,
+            mask=mask.view(rows, words),
+            score=score.view(torch.float32),
+            node=node.long(),
+            bought=bought.bool(),
+            status=status.to(torch.int8),
+            invalid=invalid,
+            max_depth=max_depth,
+        )
+
+    def validate(self, *, max_rows: int | None = None, chain: bool = False) -> None:
+        """Checks every value against the layout's contract. Reads everything back: for tests and for debugging, not for the step.
+
+        Args:
+            max_rows: rows of one request that an export can hold.
+            chain: every request's tree must be a chain.
+
+        Raises:
+            EchoError: naming the request and the row of the first fault.
+        """
+        from echo.tree.host import validate
+
+        validate(self, max_rows=max_rows, chain=chain)
+
+    def render(self, request: int, accepted: Accepted | None = None) -> str:
+        """A small picture of one request's tree: token, path probability, bought by depth or by width, accepted.
+
+        Reads back from the device.
+
+        Raises:
+            EchoError: no such request.
+        """
+        from echo.tree.host import render
+
+        return render(self, request, accepted)
+
+    def _of_request(self, value: Tensor, more: Tensor) -> Tensor:
+        """int64 [N]: each row's request's value, plus ``more``; 0 on pad rows."""
+        known = torch.cat([value.long(), value.new_zeros(1, dtype=torch.int64)])
+        return torch.where(self.request < self.batch, known[self.request.long()] + more, 0)
 
 
-def pack(tree: SuperTree, selected: Tensor, rows: int, words: int) -> PackedTree:
+def wire_size(batch: int, rows: int, words: int) -> int:
+    """Length of :meth:`PackedTree.wire`."""
+    return rows * (7 + words) + 3 * batch + 1
+
+
+def pack(tree: SuperTree, selected: Tensor, rows: int, words: int, out: PackedTree | None = None) -> PackedTree:
     """Flattens the selected nodes into ``rows`` rows.
 
     No step depends on how many nodes are selected: each node's row is a running count, and unselected nodes write to a row
@@ -78,6 +191,7 @@ def pack(tree: SuperTree, selected: Tensor, rows: int, words: int) -> PackedTree
         selected: bool [B, T] over ``tree.forest``, closed under parents; at most ``rows`` nodes, at most ``32 * words`` a request.
         rows: N.
         words: mask words of a row.
+        out: a step of the same shapes (an engine's persistent buffers), whose tensors are written to and returned.
 
     Raises:
         EchoError: shapes or dtypes that do not fit, or rows below 1.
@@ -103,7 +217,7 @@ def pack(tree: SuperTree, selected: Tensor, rows: int, words: int) -> PackedTree
     above = row[(at // nodes) * nodes + forest.parent.flatten()[at]]  # global row of the parent
     inner = real & (depth > 0)
     local = torch.where(real, torch.arange(rows, device=device) - first, 0)
-    return PackedTree(
+    packed = PackedTree(
         tokens=torch.where(real, forest.token.flatten()[at], 0),
         parent=torch.where(inner, above - first, -1).int(),
         depth=depth.int(),
@@ -112,10 +226,12 @@ def pack(tree: SuperTree, selected: Tensor, rows: int, words: int) -> PackedTree
         mask=ancestors(torch.where(inner, above, rows), local, words, tree.depth),
         score=torch.where(real, forest.score.flatten()[at], -torch.inf),
         node=node,
+        bought=forest.bought.flatten()[at] & real,
         status=tree.status,
         invalid=tree.invalid,
         max_depth=tree.depth,
     )
+    return into(out, packed)
 
 
 def ancestors(parent: Tensor, local: Tensor, words: int, max_depth: int) -> Tensor:
@@ -139,3 +255,53 @@ def ancestors(parent: Tensor, local: Tensor, words: int, max_depth: int) -> Tens
         mask = mask | mask[jump]
         jump = jump[jump]
     return mask[:rows]
+
+
+def unpack(mask: Tensor) -> Tensor:
+    """Mask words int32 [..., words] as bool [..., words * 32], least significant bit first."""
+    shifts = torch.arange(WORD, dtype=torch.int32, device=mask.device)
+    return ((mask[..., None] >> shifts) & 1).bool().flatten(-2)
+
+
+def slots(place: Tensor, request: Tensor, page_table: Tensor, page_size: int, dummy: int) -> Tensor:
+    """Where tokens lie in a paged cache: int64, shaped as ``place``.
+
+    Args:
+        place: int64, each token's place in its request's text; the dummy slot where it is negative or beyond the page table.
+        request: int32 or int64 of the same shape, or one that broadcasts to it.
+        page_table: int32 or int64 [B, pages].
+        page_size: tokens of a page.
+        dummy: a slot that no request owns.
+    """
+    checks.tensor("page_table", page_table, ["B", "pages"], checks.INTEGERS, place.device)
+    checks.integer("page_size", page_size, 1)
+    checks.integer("dummy", dummy, 0)
+    batch, pages = page_table.shape
+    if batch == 0 or pages == 0:
+        return torch.full_like(place, dummy)
+    at = request.long().clamp(max=batch - 1) * pages + (place // page_size).clamp(0, pages - 1)
+    slot = page_table.flatten()[at].long() * page_size + place % page_size
+    return torch.where((place >= 0) & (place < pages * page_size), slot, dummy)
+
+
+def into(out: T | None, value: T) -> T:
+    """``value``; or ``out`` with the value's tensors copied into its own, which must have their shapes, dtypes and device.
+
+    Raises:
+        EchoError: naming the buffer that does not fit.
+    """
+    if out is None:
+        return value
+    if isinstance(value, Tensor):
+        checks.tensor("out", out, value.shape, value.dtype, value.device)
+        assert isinstance(out, Tensor)
+        return out.copy_(value)
+    if type(out) is not type(value):
+        raise EchoError(f"out: expected {type(value).__name__}, got {type(out).__name__}")
+    assert is_dataclass(value) and not isinstance(value, type)
+    parts = {field.name: (getattr(out, field.name), getattr(value, field.name)) for field in fields(value)}
+    for name, (buffer, new) in parts.items():
+        if isinstance(new, Tensor):
+            checks.tensor(f"out.{name}", buffer, new.shape, new.dtype, new.device)
+            buffer.copy_(new)
+    return replace(out, **{name: new for name, (_, new) in parts.items() if not isinstance(new, Tensor)})
