@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import TYPE_CHECKING, TypeVar
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -127,7 +127,7 @@ class PackedTree:
         """
         checks.tensor("wire", wire, [wire_size(batch, rows, words)], torch.int32)
         sizes = [rows] * 7 + [rows * words, batch + 1, batch, batch]
-        tokens, parent, depth, request, score, node, bought, mask, indptr, status, invalid = wire.split(sizes)
+        tokens, parent, depth, request, score, node, bought, mask, indptr, status, invalid = torch.split(wire, sizes)
         return cls(
             tokens=tokens.long(),
             parent=parent,
@@ -292,16 +292,19 @@ def into(out: T | None, value: T) -> T:
     """
     if out is None:
         return value
-    if isinstance(value, Tensor):
-        checks.tensor("out", out, value.shape, value.dtype, value.device)
-        assert isinstance(out, Tensor)
-        return out.copy_(value)
-    if type(out) is not type(value):
-        raise EchoError(f"out: expected {type(value).__name__}, got {type(out).__name__}")
-    assert is_dataclass(value) and not isinstance(value, type)
-    parts = {field.name: (getattr(out, field.name), getattr(value, field.name)) for field in fields(value)}
-    for name, (buffer, new) in parts.items():
+    mine: Any = value
+    theirs: Any = out
+    if isinstance(mine, Tensor):
+        buffer: T = checks.tensor("out", theirs, mine.shape, mine.dtype, mine.device).copy_(mine)  # type: ignore[assignment]
+        return buffer
+    if type(theirs) is not type(mine):
+        raise EchoError(f"out: expected {type(mine).__name__}, got {type(theirs).__name__}")
+    host = {}
+    for field in fields(mine):
+        new, old = getattr(mine, field.name), getattr(theirs, field.name)
         if isinstance(new, Tensor):
-            checks.tensor(f"out.{name}", buffer, new.shape, new.dtype, new.device)
-            buffer.copy_(new)
-    return replace(out, **{name: new for name, (_, new) in parts.items() if not isinstance(new, Tensor)})
+            checks.tensor(f"out.{field.name}", old, new.shape, new.dtype, new.device).copy_(new)
+        else:
+            host[field.name] = new
+    written: T = replace(theirs, **host)
+    return written

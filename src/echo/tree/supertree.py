@@ -54,6 +54,14 @@ class Frontier:
     active: Tensor
     depth: int
 
+    def inherit(self, state: Tensor) -> Tensor:
+        """What a drafter knows of the previous frontier, [B, W', ...], gathered for these nodes, [B, W, ...].
+
+        Hidden-state rows, KV slots, positions: ``parent`` is the reorder list that says which branch each kept node needs.
+        """
+        index = self.parent.view(*self.parent.shape, *[1] * (state.dim() - 2))
+        return state.gather(1, index.expand(*self.parent.shape, *state.shape[2:]))
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -134,6 +142,45 @@ class SuperTree:
     left: Tensor
     invalid: Tensor
     rows: int
+
+    @classmethod
+    def from_arrays(
+        cls,
+        token: Tensor,
+        parent: Tensor,
+        log_prob: Tensor,
+        depth: Tensor | None = None,
+        *,
+        lengths: Tensor | None = None,
+        rows: int | None = None,
+        row_limit: Tensor | None = None,
+    ) -> SuperTree:
+        """A tree of one's own, for :meth:`ElasticBudgetScheduler.select` and ``pack``: all its nodes are candidates, none is bought.
+
+        It reads every value on the host and checks it; the order of siblings does not matter.
+
+        Args:
+            token: int64 [B, T], each request's nodes, root first, every parent before its children.
+            parent: int64 [B, T], index into the T nodes of the same request; -1 for the root.
+            log_prob: float [B, T], given the parent; not read for roots; -inf: never selectable.
+            depth: int64 [B, T], checked where given.
+            lengths: int64 [B], nodes of each request, 0 for an empty slot; T where not given.
+            rows: rows of the step; as many as there are nodes where not given.
+            row_limit: int64 [B], the most rows a request may get.
+
+        Raises:
+            EchoError: naming the request and the row of a cycle, a parent after its child or outside the request, equal siblings,
+                a negative token, a log-probability that is no number, or a wrong depth.
+
+        Example:
+            >>> q = torch.tensor([[0.0, -0.1, -0.5, -0.2]])
+            >>> tree = SuperTree.from_arrays(torch.tensor([[7, 1, 2, 3]]), torch.tensor([[-1, 0, 0, 1]]), q, rows=3)
+            >>> tree.forest.depth.tolist()
+            [0, 1, 1, 2]
+        """
+        from echo.tree.build import from_arrays
+
+        return from_arrays(token, parent, log_prob, depth, lengths=lengths, rows=rows, row_limit=row_limit)
 
     @property
     def depth(self) -> int:

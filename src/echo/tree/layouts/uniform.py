@@ -1,8 +1,7 @@
-"""Exporters: a packed step in the layout that an engine's kernels read. No read-backs; shapes are host integers.
+"""Layouts of n rows for every request: SGLang's trees, TensorRT-LLM, Hugging Face. The gain of ragged trees is lost in them.
 
 A tree's rows stay in canonical order (root, then by depth, parent, candidate), so siblings lie side by side, and the first n rows of
-a tree are a tree. Where a layout holds fewer rows of a request than it has, it gets these first rows: a smaller tree, still lossless.
-The inverses are in :mod:`echo.tree.importers`.
+a tree are a tree. A request of more than n rows exports its first n: a smaller tree, still lossless.
 """
 
 from __future__ import annotations
@@ -35,54 +34,6 @@ class SGLangLinks:
     retrive_index: Tensor
     retrive_next_token: Tensor
     retrive_next_sibling: Tensor
-
-
-@dataclass(frozen=True)
-class Chains:
-    """Ragged chains: SGLang's ``RaggedVerifyLayout`` and vLLM's ``SpecDecodeMetadata``. A row without a request is a pad.
-
-    Attributes:
-        rows: int64 [N], the packed row behind each row here; N - 1 on pad rows.
-        tokens: int64 [N]; 0 on pad rows.
-        verify_lens: int32 [B], rows of each request, root included; 0 only for an empty slot.
-        qo_indptr: int32 [B + 1].
-        draft_token_ids: int32 [N], the drafts of all requests one after another; 0 beyond ``cu_num_draft_tokens[-1]``.
-        num_draft_tokens: int32 [B] (vLLM's own is a list: a read-back).
-        cu_num_draft_tokens: int32 [B], running sum without a leading 0.
-        target_logits_indices: int32 [N], for each draft the row that predicts it, its predecessor; 0 beyond.
-        bonus_logits_indices: int32 [B], each request's last row; 0 for an empty slot.
-        logits_indices: int32 [N], rows that need logits: all.
-        graph_num_tokens: N, the tier; a host int.
-    """
-
-    rows: Tensor
-    tokens: Tensor
-    verify_lens: Tensor
-    qo_indptr: Tensor
-    draft_token_ids: Tensor
-    num_draft_tokens: Tensor
-    cu_num_draft_tokens: Tensor
-    target_logits_indices: Tensor
-    bonus_logits_indices: Tensor
-    logits_indices: Tensor
-    graph_num_tokens: int
-
-
-@dataclass(frozen=True)
-class FlashInferMask:
-    """``custom_mask`` or ``packed_custom_mask`` for ``BatchPrefillWithPagedKVCacheWrapper.plan``.
-
-    Attributes:
-        mask: bool [size], or uint8 [size] least significant bit first; ones beyond what ``indptr`` says.
-        indptr: int32 [B + 1], where each request's mask begins, in entries of ``mask``.
-        qo_indptr: int32 [B + 1].
-        kv_lens: int32 [B], context + rows of each request; 0 for an empty slot.
-    """
-
-    mask: Tensor
-    indptr: Tensor
-    qo_indptr: Tensor
-    kv_lens: Tensor
 
 
 @dataclass(frozen=True)
@@ -199,122 +150,6 @@ def sglang_mask(
     return into(out, full.scatter_(0, entry.flatten().clamp(max=size), square.flatten())[:size])
 
 
-def chains(packed: PackedTree, *, out: Chains | None = None) -> Chains:
-    """Ragged chains: the only shape that SGLang's ragged verification and vLLM read, and nothing is lost or padded for chains.
-
-    Of a tree that branches it keeps the rows above the first branch, a chain (``packed.validate(chain=True)`` finds such trees).
-
-    Source: ``RaggedVerifyLayout`` of sglang 0.5.23 (``verify_lens``, ``qo_indptr``, ``graph_num_tokens``) and
-    ``SpecDecodeMetadata`` of vllm 0.33.0.
-    """
-    n, batch, device = packed.rows, packed.batch, packed.tokens.device
-    kept = (packed.request < batch) & (packed.depth == packed.local)  # depth = place, and so for all rows before it: no branch yet
-    draft = kept & (packed.depth > 0)
-    row = torch.arange(n, device=device)
-    request = torch.where(kept, packed.request, batch).long()
-    lens = torch.zeros(batch + 1, dtype=torch.int64, device=device).scatter_add_(0, request, kept.long())[:batch]
-    ends = lens.cumsum(0)
-    new = torch.where(kept, kept.long().cumsum(0) - 1, n)
-    rows = torch.full((n + 1,), n - 1, device=device).scatter_(0, new, row)[:n]
-    nth = torch.where(draft, draft.long().cumsum(0) - 1, n)
-    drafts = torch.zeros(2, n + 1, dtype=torch.int64, device=device)
-    drafts.scatter_(1, nth.expand(2, -1), torch.stack([packed.tokens, new - 1]))
-    count = (lens - 1).clamp(min=0)
-    chain = Chains(
-        rows=rows,
-        tokens=torch.where(row < kept.sum(), packed.tokens[rows], 0),
-        verify_lens=lens.int(),
-        qo_indptr=torch.cat([ends.new_zeros(1), ends]).int(),
-        draft_token_ids=drafts[0, :n].int(),
-        num_draft_tokens=count.int(),
-        cu_num_draft_tokens=count.cumsum(0).int(),
-        target_logits_indices=drafts[1, :n].int(),
-        bonus_logits_indices=torch.where(lens > 0, ends - 1, 0).int(),
-        logits_indices=row.int(),
-        graph_num_tokens=n,
-    )
-    return into(out, chain)
-
-
-def qq_bias(packed: PackedTree, *, out: Tensor | None = None) -> Tensor:
-    """vLLM's ``qq_bias`` float32 [N, N] for ``unified_attention``: 0 where row i sees row j, -inf elsewhere.
-
-    It holds one tree for the whole batch: 4 * N bytes a row.
-
-    Raises:
-        EchoError: more than one request.
-
-    Source: ``unified_attention`` of vllm 0.33.0.
-    """
-    if packed.batch != 1:
-        raise EchoError(f"packed: expected one request (qq_bias has one tree for the whole batch), got {packed.batch}")
-    n = packed.rows
-    square = torch.nn.functional.pad(packed.visible()[:, :n], (0, max(0, n - WORD * packed.mask.shape[1])))
-    own = torch.eye(n, dtype=torch.bool, device=square.device)
-    square = torch.where((packed.request < 1)[:, None], square, own)
-    return into(out, torch.where(square, 0.0, -torch.inf))
-
-
-def flashinfer(
-    packed: PackedTree, context: Tensor, size: int, *, bits: bool = True, n: int | None = None, out: FlashInferMask | None = None
-) -> FlashInferMask:
-    """FlashInfer's custom mask, ragged, the context included: q_i x (context_i + q_i) entries of request i, row by row.
-
-    Nothing is padded, but every row carries its whole context: context / 8 bytes a row packed, context bytes flat. Pad rows belong to no
-    request, and what attention leaves in them is undefined.
-
-    Args:
-        packed: the step.
-        context: int32 or int64 [B], tokens in each request's cache before this step.
-        size: entries of the mask, bytes if packed: at least what the batch needs, which only the host knows: with most context C and
-            most rows q, ``B * ceil(q * (C + q) / 8)`` bytes are enough.
-        bits: packed, least significant bit first, each request from a byte of its own; else one bool an entry.
-        n: most rows of one request, which bounds the work; where not given, what the mask words can hold.
-        out: persistent buffers.
-
-    Raises:
-        EchoError: shapes or dtypes that do not fit.
-
-    Source: ``segment_packbits(..., bitorder="little")`` and ``plan`` of flashinfer-python 0.7.2.post1.
-    """
-    checks.tensor("context", context, [packed.batch], checks.INTEGERS, packed.tokens.device)
-    checks.integer("size", size, 1)
-    width = packed.max_slots_per_request if n is None else checks.integer("n", n, 1)
-    lens = packed.indptr.diff().long()
-    kv = torch.where(lens > 0, context.long() + lens, 0)
-    entries = lens * kv
-    taken = (entries + 7) // 8 if bits else entries
-    indptr = torch.cat([taken.new_zeros(1), taken.cumsum(0)])
-    column = torch.arange(width, device=lens.device)
-    request = packed.request.long().clamp(max=max(packed.batch - 1, 0))
-    inside = (column < lens[request][:, None]) & (packed.request < packed.batch)[:, None]
-    local = packed.local
-    seen = _columns(packed.mask, width)
-    entry = (local * kv[request] + context.long()[request])[:, None] + column  # within the request
-    if bits:
-        byte = torch.where(inside & ~seen, indptr[request][:, None] + entry // 8, size)
-        tail = torch.where((entries % 8 > 0) & (indptr[1:] <= size), indptr[1:] - 1, size)
-        unset = torch.cat([(1 << entry % 8).flatten(), 256 - (1 << entries % 8)])
-        mask = torch.full((size + 1,), 255, dtype=torch.uint8, device=lens.device)
-        where = torch.cat([byte.flatten(), tail]).clamp(max=size)
-        mask = mask.scatter_add_(0, where, (256 - unset).to(torch.uint8))[:size]  # distinct bits, modulo 256: subtraction clears them
-    else:
-        where = torch.where(inside, indptr[request][:, None] + entry, size).clamp(max=size)
-        full = torch.ones(size + 1, dtype=torch.bool, device=lens.device)
-        mask = full.scatter_(0, where.flatten(), seen.flatten())[:size]
-    return into(out, FlashInferMask(mask=mask, indptr=indptr.int(), qo_indptr=packed.indptr, kv_lens=kv.int()))
-
-
-def flashinfer_xqa(packed: PackedTree) -> Tensor:
-    """FlashInfer's XQA mask uint16 [N, 2 * words], query x query only: a view of the ancestor words, no work and no padding.
-
-    The q of its ``((q + 31) // 32) * 2`` is then ``max_slots_per_request``; ``q_cu_seq_lens`` is ``packed.indptr``.
-
-    Source: the XQA decode kernels of flashinfer-python 0.7.2.post1, on a little-endian machine.
-    """
-    return packed.mask.view(torch.uint16)
-
-
 def tensorrt_llm(packed: PackedTree, n: int, *, out: TensorRTLinks | None = None) -> TensorRTLinks:
     """TensorRT-LLM's packed mask, depth offsets and local links, ``n`` rows for every request.
 
@@ -416,12 +251,3 @@ def _words(packed: PackedTree, at: Tensor, real: Tensor) -> Tensor:
     have = packed.mask.shape[1]
     mask = packed.mask[:, :words] if have >= words else torch.nn.functional.pad(packed.mask, (0, words - have))
     return torch.where(real[..., None], mask[at], own)
-
-
-def _columns(mask: Tensor, width: int) -> Tensor:
-    """The first ``width`` columns of the mask, bool [N, width]."""
-    column = torch.arange(width, device=mask.device)
-    words = mask[:, : -(-width // WORD)]
-    if words.shape[1] * WORD < width:
-        words = torch.nn.functional.pad(words, (0, -(-width // WORD) - words.shape[1]))
-    return (words[:, column // WORD] >> (column % WORD).int() & 1).bool()
