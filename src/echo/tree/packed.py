@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from echo import checks
@@ -67,7 +68,7 @@ class PackedTree:
     @property
     def local(self) -> Tensor:
         """int64 [N], each row's place within its request; 0 on pad rows."""
-        first = self.indptr.long().gather(0, self.request.long().clamp(max=self.batch - 1))
+        first = self.indptr.index_select(0, self.request)
         rows = torch.arange(self.rows, device=self.tokens.device)
         return torch.where(self.request < self.batch, rows - first, 0)
 
@@ -183,12 +184,12 @@ def wire_size(batch: int, rows: int, words: int) -> int:
 def pack(tree: SuperTree, selected: Tensor, rows: int, words: int, out: PackedTree | None = None) -> PackedTree:
     """Flattens the selected nodes into ``rows`` rows.
 
-    No step depends on how many nodes are selected: each node's row is a running count, and unselected nodes write to a row
-    beyond the last that is cut off.
+    No step depends on how many nodes are selected: a running count gives each node its row, and a search in it each row its node.
 
     Args:
         tree: the super-tree.
-        selected: bool [B, T] over ``tree.forest``, closed under parents; at most ``rows`` nodes, at most ``32 * words`` a request.
+        selected: bool [B, T] over ``tree.forest``, closed under parents; at most ``rows`` nodes (what is more is cut off),
+            at most ``32 * words`` a request.
         rows: N.
         words: mask words of a row.
         out: a step of the same shapes (an engine's persistent buffers), whose tensors are written to and returned.
@@ -202,31 +203,32 @@ def pack(tree: SuperTree, selected: Tensor, rows: int, words: int, out: PackedTr
     checks.tensor("selected", selected, [batch, nodes], torch.bool, device)
     checks.integer("rows", rows, 1)
 
-    flat = selected.flatten()
-    count = flat.long().cumsum(0)
-    row = torch.where(flat, count - 1, rows)  # row of each node; `rows` is the row that is cut off
-    ends = count.view(batch, nodes)[:, -1]
+    if batch == 0:  # an idle data-parallel rank: pads alone
+        return into(out, _pads(tree, rows, words))
+    count = selected.flatten().cumsum(0)
+    ends = count.view(batch, nodes)[:, -1].clamp(max=rows)
     indptr = torch.cat([ends.new_zeros(1), ends])
-
-    node = torch.full((rows + 1,), -1, device=device).scatter_(0, row, torch.arange(batch * nodes, device=device))[:rows]
-    real = node >= 0
-    at = node.clamp(min=0)
-    request = torch.where(real, at // nodes, batch)
-    first = indptr[request.clamp(max=batch - 1)]
-    depth = torch.where(real, forest.depth[at % nodes], 0)
-    above = row[(at // nodes) * nodes + forest.parent.flatten()[at]]  # global row of the parent
-    inner = real & (depth > 0)
-    local = torch.where(real, torch.arange(rows, device=device) - first, 0)
+    row = torch.arange(rows, device=device)
+    found = torch.searchsorted(count, row + 1)  # the node at which the count reaches this row; B * T on pad rows
+    real = found < batch * nodes
+    at = found.clamp(max=batch * nodes - 1)
+    owner = at // nodes
+    request = torch.where(real, owner, batch)
+    first = indptr.index_select(0, request)
+    tree_begins = owner * nodes
+    depth = torch.where(real, forest.depth.index_select(0, at - tree_begins), 0)
+    inner = depth > 0
+    above = count.index_select(0, tree_begins + forest.parent.flatten().index_select(0, at)) - 1  # global row of the parent
     packed = PackedTree(
-        tokens=torch.where(real, forest.token.flatten()[at], 0),
+        tokens=torch.where(real, forest.token.flatten().index_select(0, at), 0),
         parent=torch.where(inner, above - first, -1).int(),
         depth=depth.int(),
         request=request.int(),
         indptr=indptr.int(),
-        mask=ancestors(torch.where(inner, above, rows), local, words, tree.depth),
-        score=torch.where(real, forest.score.flatten()[at], -torch.inf),
-        node=node,
-        bought=forest.bought.flatten()[at] & real,
+        mask=ancestors(torch.where(inner, above, rows), torch.where(real, row - first, 0), words, tree.depth),
+        score=torch.where(real, forest.score.flatten().index_select(0, at), -torch.inf),
+        node=torch.where(real, found, -1),
+        bought=forest.bought.flatten().index_select(0, at) & real,
         status=tree.status,
         invalid=tree.invalid,
         max_depth=tree.depth,
@@ -247,14 +249,31 @@ def ancestors(parent: Tensor, local: Tensor, words: int, max_depth: int) -> Tens
         int32 [N, words].
     """
     rows = parent.shape[0]
-    own = torch.where(torch.arange(words, device=local.device) == (local // WORD)[:, None], 1, 0).int()
-    own = own << (local % WORD).int()[:, None]
-    mask = torch.cat([own, own.new_zeros(1, words)])
-    jump = torch.cat([parent, parent.new_full((1,), rows)])
+    own = torch.zeros(rows + 1, words, dtype=torch.int32, device=local.device)
+    mask = own.scatter_(1, F.pad(local // WORD, (0, 1))[:, None], F.pad(1 << local % WORD, (0, 1))[:, None].int())
+    jump = F.pad(parent, (0, 1), value=rows)
     for _ in range(max_depth.bit_length()):
-        mask = mask | mask[jump]
-        jump = jump[jump]
+        mask = mask | mask.index_select(0, jump)
+        jump = jump.index_select(0, jump)
     return mask[:rows]
+
+
+def _pads(tree: SuperTree, rows: int, words: int) -> PackedTree:
+    zero = torch.zeros(rows, dtype=torch.int32, device=tree.status.device)
+    return PackedTree(
+        tokens=zero.long(),
+        parent=zero - 1,
+        depth=zero,
+        request=zero,
+        indptr=zero.new_zeros(1),
+        mask=F.pad(zero[:, None] + 1, (0, words - 1)),
+        score=torch.full((rows,), -torch.inf, device=zero.device),
+        node=zero.long() - 1,
+        bought=zero.bool(),
+        status=tree.status,
+        invalid=tree.invalid,
+        max_depth=tree.depth,
+    )
 
 
 def unpack(mask: Tensor) -> Tensor:
