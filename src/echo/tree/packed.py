@@ -278,8 +278,17 @@ def _pads(tree: SuperTree, rows: int, words: int) -> PackedTree:
 
 def unpack(mask: Tensor) -> Tensor:
     """Mask words int32 [..., words] as bool [..., words * 32], least significant bit first."""
-    shifts = torch.arange(WORD, dtype=torch.int32, device=mask.device)
-    return ((mask[..., None] >> shifts) & 1).bool().flatten(-2)
+    return columns(mask, WORD * mask.shape[-1])
+
+
+def columns(mask: Tensor, width: int) -> Tensor:
+    """The first ``width`` columns of mask words int32 [..., words], bool [..., width]; columns beyond the words are False."""
+    words = -(-width // WORD)
+    if mask.shape[-1] != words:
+        mask = F.pad(mask, (0, words - mask.shape[-1]))  # cuts where it is negative
+    bits = torch.ones((), dtype=torch.int32, device=mask.device) << torch.arange(min(width, WORD), dtype=torch.int32, device=mask.device)
+    seen = (mask[..., None] & bits).bool()
+    return seen[..., 0, :] if words == 1 else seen.flatten(-2)[..., :width]
 
 
 def slots(place: Tensor, request: Tensor, page_table: Tensor, page_size: int, dummy: int) -> Tensor:

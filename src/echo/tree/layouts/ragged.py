@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from echo import checks
 from echo.errors import EchoError
-from echo.tree.packed import WORD, PackedTree, into
+from echo.tree.packed import WORD, PackedTree, columns, into
 
 
 @dataclass(frozen=True)
@@ -110,15 +111,13 @@ def qq_bias(packed: PackedTree, *, out: Tensor | None = None) -> Tensor:
     if packed.batch != 1:
         raise EchoError(f"packed: expected one request (qq_bias has one tree for the whole batch), got {packed.batch}")
     n = packed.rows
-    square = torch.nn.functional.pad(packed.visible()[:, :n], (0, max(0, n - WORD * packed.mask.shape[1])))
+    square = F.pad(packed.visible()[:, :n], (0, max(0, n - WORD * packed.mask.shape[1])))
     own = torch.eye(n, dtype=torch.bool, device=square.device)
     square = torch.where((packed.request < 1)[:, None], square, own)
     return into(out, torch.where(square, 0.0, -torch.inf))
 
 
-def flashinfer(
-    packed: PackedTree, context: Tensor, size: int, *, bits: bool = True, n: int | None = None, out: FlashInferMask | None = None
-) -> FlashInferMask:
+def flashinfer(packed: PackedTree, context: Tensor, size: int, *, bits: bool = True, out: FlashInferMask | None = None) -> FlashInferMask:
     """FlashInfer's custom mask, ragged, the context included: q_i x (context_i + q_i) entries of request i, row by row.
 
     Nothing is padded, but every row carries its whole context: context / 8 bytes a row packed, context bytes flat. Pad rows belong to no
@@ -130,7 +129,6 @@ def flashinfer(
         size: entries of the mask, bytes if packed: at least what the batch needs, which only the host knows: with most context C and
             most rows q, ``B * ceil(q * (C + q) / 8)`` bytes are enough.
         bits: packed, least significant bit first, each request from a byte of its own; else one bool an entry.
-        n: most rows of one request, which bounds the work; where not given, what the mask words can hold.
         out: persistent buffers.
 
     Raises:
@@ -140,29 +138,20 @@ def flashinfer(
     """
     checks.tensor("context", context, [packed.batch], checks.INTEGERS, packed.tokens.device)
     checks.integer("size", size, 1)
-    width = packed.max_slots_per_request if n is None else checks.integer("n", n, 1)
     lens = packed.indptr.diff().long()
     kv = torch.where(lens > 0, context.long() + lens, 0)
     entries = lens * kv
     taken = (entries + 7) // 8 if bits else entries
-    indptr = torch.cat([taken.new_zeros(1), taken.cumsum(0)])
-    column = torch.arange(width, device=lens.device)
-    request = packed.request.long().clamp(max=max(packed.batch - 1, 0))
-    inside = (column < lens[request][:, None]) & (packed.request < packed.batch)[:, None]
-    local = packed.local
-    seen = _columns(packed.mask, width)
-    entry = (local * kv[request] + context.long()[request])[:, None] + column  # within the request
-    if bits:
-        byte = torch.where(inside & ~seen, indptr[request][:, None] + entry // 8, size)
-        tail = torch.where((entries % 8 > 0) & (indptr[1:] <= size), indptr[1:] - 1, size)
-        unset = torch.cat([(1 << entry % 8).flatten(), 256 - (1 << entries % 8)])
-        mask = torch.full((size + 1,), 255, dtype=torch.uint8, device=lens.device)
-        where = torch.cat([byte.flatten(), tail]).clamp(max=size)
-        mask = mask.scatter_add_(0, where, (256 - unset).to(torch.uint8))[:size]  # distinct bits, modulo 256: subtraction clears them
-    else:
-        where = torch.where(inside, indptr[request][:, None] + entry, size).clamp(max=size)
-        full = torch.ones(size + 1, dtype=torch.bool, device=lens.device)
-        mask = full.scatter_(0, where.flatten(), seen.flatten())[:size]
+    indptr = F.pad(taken.cumsum(0), (1, 0))
+    of_request = F.pad(torch.stack([indptr[:-1], kv, kv - lens, lens]), (0, 1))  # pad rows: zeros, an empty square
+    begin, stride, past, q = of_request.index_select(1, packed.request)
+    entry = packed.local * stride + past  # each row's first entry behind the context, within its request
+    write = _clear_bits if bits else _write_entries
+    mask = write(packed.mask, q, begin, entry, size, packed.max_slots_per_request if n is None else checks.integer("n", n, 1))
+    if bits:  # what is left of each request's last byte is zero
+        last = torch.where((entries % 8 > 0) & (indptr[1:] <= size), indptr[1:] - 1, size)
+        mask = mask.scatter_add_(0, last, (1 << entries % 8).to(torch.uint8))
+    mask = mask[:size]
     return into(out, FlashInferMask(mask=mask, indptr=indptr.int(), qo_indptr=packed.indptr, kv_lens=kv.int()))
 
 
@@ -176,10 +165,24 @@ def flashinfer_xqa(packed: PackedTree) -> Tensor:
     return packed.mask.view(torch.uint16)
 
 
-def _columns(mask: Tensor, width: int) -> Tensor:
-    """The first ``width`` columns of the mask, bool [N, width]."""
+def _write_entries(mask: Tensor, q: Tensor, begin: Tensor, entry: Tensor, size: int, width: int) -> Tensor:
+    """Flat mask bool [size + 1]: ones, and each row's square of q columns in its place."""
     column = torch.arange(width, device=mask.device)
-    words = mask[:, : -(-width // WORD)]
-    if words.shape[1] * WORD < width:
-        words = torch.nn.functional.pad(words, (0, -(-width // WORD) - words.shape[1]))
-    return (words[:, column // WORD] >> (column % WORD).int() & 1).bool()
+    where = torch.where(column < q[:, None], (begin + entry)[:, None] + column, size).clamp_(max=size)
+    full = torch.ones(size + 1, dtype=torch.bool, device=mask.device)
+    return full.scatter_(0, where.flatten(), columns(mask, width).flatten())
+
+
+def _clear_bits(mask: Tensor, q: Tensor, begin: Tensor, entry: Tensor, size: int, width: int) -> Tensor:
+    """Packed mask uint8 [size + 1]: ones, less each row's hidden bits. A mask word shifted by 0 to 7 bits lies in five bytes.
+
+    No two rows share a bit, so subtraction modulo 256 clears bits, in any order.
+    """
+    words = -(-width // WORD)
+    word = torch.arange(min(words, mask.shape[1]), device=mask.device)
+    inside = (1 << (q[:, None] - WORD * word).clamp(0, WORD)) - 1
+    hidden = (inside & ~mask[:, : len(word)].long()) << (entry % 8)[:, None]
+    five = (hidden[..., None] >> 8 * torch.arange(5, device=mask.device)).to(torch.uint8)
+    byte = (begin + entry // 8)[:, None, None] + 4 * word[:, None] + torch.arange(5, device=mask.device)
+    full = torch.full((size + 1,), 255, dtype=torch.uint8, device=mask.device)
+    return full.scatter_add_(0, byte.flatten().clamp_(max=size), five.neg().flatten())

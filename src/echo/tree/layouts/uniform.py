@@ -14,7 +14,7 @@ from torch import Tensor
 
 from echo import checks
 from echo.errors import EchoError
-from echo.tree.packed import WORD, PackedTree, into, unpack
+from echo.tree.packed import WORD, PackedTree, columns, into
 
 
 @dataclass(frozen=True)
@@ -93,8 +93,8 @@ def sglang(packed: PackedTree, n: int, context: Tensor, *, out: SGLangLinks | No
     token, sibling = _links(packed, at, real)
     checks.tensor("context", context, [packed.batch], checks.INTEGERS, at.device)
     links = SGLangLinks(
-        draft_tokens=torch.where(real, packed.tokens[at], 0).flatten(),
-        positions=(torch.where(real, packed.depth[at], 0) + context.long()[:, None]).flatten(),
+        draft_tokens=torch.where(real, _take(packed.tokens, at), 0).flatten(),
+        positions=(torch.where(real, _take(packed.depth, at), 0) + context.long()[:, None]).flatten(),
         retrive_index=torch.arange(packed.batch * n, device=at.device).view(packed.batch, n),
         retrive_next_token=token,
         retrive_next_sibling=sibling,
@@ -135,9 +135,9 @@ def sglang_mask(
         kind = torch.uint8 if n <= 8 else torch.int16 if n <= 16 else torch.int32
         narrow = words[..., 0].to(kind).flatten()
         return into(out, narrow if n <= 8 else narrow.view(torch.uint16 if n <= 16 else torch.uint32))
-    square = unpack(words)[..., :n]
+    square = columns(words, n)
     if mode == "QLEN_ONLY":
-        return into(out, square.contiguous())
+        return into(out, square)
     if mode != "FULL_MASK" or context is None or size is None:
         raise EchoError(f"mode: expected QLEN_ONLY, QLEN_ONLY_BITPACKING, or FULL_MASK with context and size, got {mode!r}")
     checks.tensor("context", context, [packed.batch], checks.INTEGERS, at.device)
@@ -165,9 +165,9 @@ def tensorrt_llm(packed: PackedTree, n: int, *, out: TensorRTLinks | None = None
     words = _words(packed, at, real)
     links = TensorRTLinks(
         packed_mask=words,
-        position_offsets=torch.where(real, packed.depth[at], 0),
+        position_offsets=torch.where(real, _take(packed.depth, at), 0),
         generation_lengths=packed.indptr.diff().clamp(max=n),
-        tokens=torch.where(real, packed.tokens[at], 0).int(),
+        tokens=torch.where(real, _take(packed.tokens, at), 0).int(),
         next_token=token.int(),
         next_sibling=sibling.int(),
     )
@@ -206,15 +206,16 @@ def hugging_face(
     checks.tensor("context", context, [packed.batch], checks.INTEGERS, packed.tokens.device)
     checks.integer("past", past, 0)
     at, real = _grid(packed, n)
-    square = unpack(_words(packed, at, real))[..., :n]
+    square = columns(_words(packed, at, real), n)
     column, lens = torch.arange(past, device=at.device), context.long()[:, None]
     prefix = column >= past - lens if left_padded else column < lens
-    mask = torch.cat([prefix[:, None].expand(-1, n, -1), square], dim=2)[:, None]
-    if dtype != torch.bool:
-        mask = torch.where(mask, 0.0, torch.finfo(dtype).min).to(dtype)
+    mask = torch.empty(packed.batch, 1, n, past + n, dtype=dtype, device=at.device)
+    least = False if dtype == torch.bool else torch.finfo(dtype).min
+    for part, seen in ((mask[..., :past], prefix[:, None, None]), (mask[..., past:], square[:, None])):
+        part.copy_(seen if dtype == torch.bool else torch.where(seen, 0.0, least))
     inputs = HuggingFaceInputs(
-        input_ids=torch.where(real, packed.tokens[at], 0),
-        position_ids=torch.where(real, packed.depth[at], 0) + lens,
+        input_ids=torch.where(real, _take(packed.tokens, at), 0),
+        position_ids=torch.where(real, _take(packed.depth, at), 0) + lens,
         attention_mask=mask,
     )
     return into(out, inputs)
@@ -231,7 +232,7 @@ def _grid(packed: PackedTree, n: int) -> tuple[Tensor, Tensor]:
 def _links(packed: PackedTree, at: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
     """First child and next sibling, local, int64 [B, n], -1 for none. Parents rise along the rows, so siblings are neighbours."""
     batch, n = at.shape
-    parent = torch.where(real, packed.parent[at], -1).long()
+    parent = torch.where(real, _take(packed.parent, at), -1).long()
     local = torch.arange(n, device=at.device)
     repeats = torch.zeros_like(real)
     repeats[:, 1:] = (parent[:, 1:] == parent[:, :-1]) & (parent[:, 1:] >= 0)
@@ -250,4 +251,8 @@ def _words(packed: PackedTree, at: Tensor, real: Tensor) -> Tensor:
     own = torch.where(torch.arange(words, device=at.device) == (local // WORD)[:, None], 1, 0).int() << (local % WORD).int()[:, None]
     have = packed.mask.shape[1]
     mask = packed.mask[:, :words] if have >= words else torch.nn.functional.pad(packed.mask, (0, words - have))
-    return torch.where(real[..., None], mask[at], own)
+    return torch.where(real[..., None], _take(mask, at), own)
+
+
+def _take(value: Tensor, at: Tensor) -> Tensor:
+    return value.index_select(0, at.flatten()).view(*at.shape, *value.shape[1:])
