@@ -111,7 +111,7 @@ def qq_bias(packed: PackedTree, *, out: Tensor | None = None) -> Tensor:
     if packed.batch != 1:
         raise EchoError(f"packed: expected one request (qq_bias has one tree for the whole batch), got {packed.batch}")
     n = packed.rows
-    square = F.pad(packed.visible()[:, :n], (0, max(0, n - WORD * packed.mask.shape[1])))
+    square = columns(packed.mask, n)
     own = torch.eye(n, dtype=torch.bool, device=square.device)
     square = torch.where((packed.request < 1)[:, None], square, own)
     return into(out, torch.where(square, 0.0, -torch.inf))
@@ -147,7 +147,7 @@ def flashinfer(packed: PackedTree, context: Tensor, size: int, *, bits: bool = T
     begin, stride, past, q = of_request.index_select(1, packed.request)
     entry = packed.local * stride + past  # each row's first entry behind the context, within its request
     write = _clear_bits if bits else _write_entries
-    mask = write(packed.mask, q, begin, entry, size, packed.max_slots_per_request if n is None else checks.integer("n", n, 1))
+    mask = write(packed.mask, q, begin, entry, size, packed.max_slots_per_request)
     if bits:  # what is left of each request's last byte is zero
         last = torch.where((entries % 8 > 0) & (indptr[1:] <= size), indptr[1:] - 1, size)
         mask = mask.scatter_add_(0, last, (1 << entries % 8).to(torch.uint8))
