@@ -162,6 +162,7 @@ class Template:
             layers.append(sorted((n for n, at in enumerate(depth) if at == d), key=lambda n: (above.index(self.parents[n]), n)))
         places = [[layers[d].index(self.parents[n]) for n in layer] for d, layer in enumerate(layers[1:])]
         object.__setattr__(self, "_layers", tuple(zip(layers[1:], places, strict=True)))
+        object.__setattr__(self, "_devices", {})
 
     @classmethod
     def from_choices(cls, choices: Sequence[Sequence[int]]) -> Template:
@@ -190,25 +191,35 @@ class Template:
             EchoError: shapes or dtypes that do not fit.
         """
         batch, nodes, device = tree.batch, len(self.parents), tree.status.device
-        layers: tuple[tuple[list[int], list[int]], ...] = self.__dict__["_layers"]
-        if tokens.dim() == 3:
+        heads = tokens.dim() == 3
+        if heads:
+            depth, k = len(self.__dict__["_layers"]), max(self._taken, default=0) + 1
             checks.tensor("tokens", tokens, [batch, "D", "k"], torch.int64, device)
-            taken = self.candidates or tuple(self.parents[:n].count(p) for n, p in enumerate(self.parents))
-            if len(layers) > tokens.shape[1] or max(taken, default=0) >= tokens.shape[2]:
-                raise EchoError(f"tokens: expected [B, {len(layers)}, {max(taken, default=0) + 1}] or more, got {list(tokens.shape)}")
+            if depth > tokens.shape[1] or k > tokens.shape[2]:
+                raise EchoError(f"tokens: expected [B, {depth}, {k}] or more, got {list(tokens.shape)}")
         else:
             checks.tensor("tokens", tokens, [batch, nodes], torch.int64, device)
-        checks.tensor("log_probs", log_probs, tokens.shape, checks.FLOATS, device)
+        checks.tensor("log_probs", log_probs, list(tokens.shape), checks.FLOATS, device)
         drafted = []
-        for d, (members, places) in enumerate(layers):
-            if tokens.dim() == 3:
-                which = torch.tensor([taken[n] for n in members], device=device)
-                token, log_prob = tokens[:, d, which], log_probs[:, d, which]
-            else:
-                which = torch.tensor(members, device=device)
-                token, log_prob = tokens[:, which], log_probs[:, which]
-            drafted.append((token, torch.tensor(places, device=device).expand(batch, -1), log_prob))
+        for d, (members, places, taken) in enumerate(self._indices(device)):
+            token, log_prob = (x[:, d, taken] if heads else x[:, members] for x in (tokens, log_probs))
+            drafted.append((token, places.expand(batch, -1), log_prob))
         return attach(tree, drafted)
+
+    @property
+    def _taken(self) -> tuple[int, ...]:
+        return self.candidates or tuple(self.parents[:n].count(p) for n, p in enumerate(self.parents))
+
+    def _indices(self, device: torch.device) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """By layer: nodes, places of their parents, candidates. Copied to a device once: a copy in the step would wait for it."""
+        known: dict[torch.device, list[tuple[Tensor, Tensor, Tensor]]] = self.__dict__["_devices"]
+        if device not in known:
+            layers: tuple[tuple[list[int], list[int]], ...] = self.__dict__["_layers"]
+            lists = [(members, places, [self._taken[n] for n in members]) for members, places in layers]
+            known[device] = [
+                (torch.tensor(m, device=device), torch.tensor(p, device=device), torch.tensor(t, device=device)) for m, p, t in lists
+            ]
+        return known[device]
 
 
 def roots(tokens: Tensor, live: Tensor, limit: Tensor, rows: int) -> SuperTree:
