@@ -64,12 +64,12 @@ class Case:
         return [place.get(tuple(row.path[:-1]), -1) for row in self.rows(b)]
 
 
-def forest(seed: int, batch: int, most: int, *, shape: str = "any", pads: int = 0, empty: bool = True) -> Case:
-    """Trees of up to ``most`` nodes: ``any``, ``chain`` or ``root``."""
+def forest(seed: int, batch: int, most: int, *, shape: str = "any", pads: int = 0, empty: bool = True, exact: bool = False) -> Case:
+    """Trees of up to ``most`` nodes, or all of exactly so many; ``any`` or ``chain``."""
     rng = random.Random(seed)
     tokens, parents, log_probs, selected = [], [], [], []
     for _ in range(batch):
-        size = 0 if empty and rng.random() < 0.15 else 1 if shape == "root" else rng.randint(1, most)
+        size = 0 if empty and rng.random() < 0.15 else most if exact else rng.randint(1, most)
         deep = rng.random()
         own, up, q = ([rng.randrange(1000)] if size else []), ([-1] if size else []), ([0.0] if size else [])
         for node in range(1, size):
@@ -79,7 +79,7 @@ def forest(seed: int, batch: int, most: int, *, shape: str = "any", pads: int = 
             up.append(parent)
             q.append(-rng.random())
         chosen = {0} if size else set()
-        keep = rng.choice([1.0, 0.6])
+        keep = 1.0 if exact else rng.choice([1.0, 0.6])
         for node in range(1, size):
             if up[node] in chosen and rng.random() <= keep:
                 chosen.add(node)
