@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import random
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -153,6 +154,20 @@ def test_sglang_masks_are_the_oracle_and_come_back(case, more):
     same(layouts.from_sglang_mask(bits, links.draft_tokens, n, "QLEN_ONLY_BITPACKING", **back), case.packed)
 
 
+@given(cases())
+def test_masks_of_fewer_rows_are_those_of_the_first_rows(case):
+    n, context = max(1, case.largest // 2), contexts(case)
+    squares = [[row[:n] for row in square(case, b, case.largest)[:n]] for b in range(case.batch)]
+    assert layouts.sglang_mask(case.packed, n, "QLEN_ONLY").tolist() == squares
+    flat = [on for b in range(case.batch) for row in squares[b] for on in [True] * int(context[b]) + row]
+    assert layouts.sglang_mask(case.packed, n, "FULL_MASK", context=context, size=len(flat)).tolist() == flat
+    words = layouts.tensorrt_llm(case.packed, n)
+    assert words.generation_lengths.tolist() == [min(n, len(own)) for own in case.selected]
+    cut = layouts.from_tensorrt_llm(words)
+    cut.validate(max_rows=n)
+    assert layouts.sglang_mask(cut, n, "QLEN_ONLY").tolist() == squares
+
+
 @given(cases(), st.sampled_from([0, 7]))
 def test_flashinfer_masks_are_the_oracle_and_come_back(case, more):
     """The bit formula of its kernels: bit (row * kv + column) of a request's own bytes, least significant first."""
@@ -167,6 +182,7 @@ def test_flashinfer_masks_are_the_oracle_and_come_back(case, more):
         packed_bits += own
         ends.append(len(flat))
         bytes_.append(len(packed_bits))
+        assert own == np.packbits(np.array(mine, dtype=bool), bitorder="little").tolist()
     for bits, expected, begins in ((False, flat, ends), (True, packed_bits, bytes_)):
         mask = layouts.flashinfer(case.packed, context, len(expected) + more, bits=bits)
         assert mask.mask.tolist() == expected + [255 if bits else True] * more
@@ -237,6 +253,18 @@ def test_chains_lose_nothing_of_chains(case):
     chain = layouts.chains(case.packed)
     assert chain.rows[:whole].tolist() == list(range(whole))
     same(layouts.from_chains(chain), case.packed)
+
+
+def test_vllm_metadata_of_a_known_batch():
+    """The example in vLLM's own comments: 3, 0, 2, 0 and 1 drafts."""
+    drafts = [3, 0, 2, 0, 1]
+    arrays = [torch.zeros(5, 4, dtype=torch.int64), torch.arange(-1, 3).expand(5, 4), torch.zeros(5, 4)]
+    tree = echo.SuperTree.from_arrays(*arrays, lengths=torch.tensor(drafts) + 1)
+    chain = layouts.chains(echo.ElasticBudgetScheduler(echo.GlobalRank(1), budget=11).pack(tree))
+    assert chain.cu_num_draft_tokens.tolist() == [3, 3, 5, 5, 6]
+    assert chain.target_logits_indices[:6].tolist() == [0, 1, 2, 5, 6, 9]
+    assert chain.bonus_logits_indices.tolist() == [3, 4, 7, 8, 10]
+    assert chain.logits_indices.tolist() == list(range(11))
 
 
 @given(cases(batch=1))

@@ -1,6 +1,6 @@
 """SGLang's own published code as the oracle: its tree builder, greedy verify, mask reader, attention and beam, run on the CPU.
 
-    ECHO_PEERS=install pytest -m peers tests/test_peers.py     # fetches sglang's wheel without its dependencies (about 30 MB)
+    ECHO_PEERS=install pytest -m peers tests/test_peers.py     # fetches sglang's wheel without its dependencies (40 MB)
     ECHO_PEERS=<folder> pytest -m peers tests/test_peers.py    # a folder that it was installed to, with --no-deps --target
 
 Its kernels run in Triton's interpreter; the engine around them is replaced by stand-ins. None of its code is in this repository.

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import echo
 from conftest import grow_all
 from echo.testing import TabularDrafter, check_plan, table
-from echo.tree import Template, compact, from_paths, layouts, slots, wire_size
+from echo.tree import Template, compact, layouts, slots, wire_size
 from forests import forest
 
 NO_RULE = echo.ElasticBudgetScheduler(echo.GlobalRank(4), budget=64, max_depth=6, max_tree_rows=70)
@@ -132,13 +132,13 @@ def test_static_template():
 
 
 def test_ngram_trie_merges_prefixes():
-    tree = from_paths(torch.tensor([7, 8, 9]), [[[1, 2], [1, 3], [4]], [], [[5]]], weights=[[2, 1, 1], [], [1]], prior=1.0)
+    tree = echo.SuperTree.from_paths(torch.tensor([7, 8, 9]), [[[1, 2], [1, 3], [4]], [], [[5]]], weights=[[2, 1, 1], [], [1]], prior=1.0)
     scheduler = echo.ElasticBudgetScheduler(echo.GlobalRank(1), budget=1)
     packed = scheduler.pack(tree)
     assert packed.tokens.tolist() == [7, 1, 4, 2, 3, 8, 9, 5]
     assert packed.score.exp().tolist() == pytest.approx([1, 3 / 5, 1 / 5, 3 / 5 * 2 / 4, 3 / 5 / 4, 1, 1, 1 / 2])
     with pytest.raises(echo.EchoError, match="weights: request 0: expected 1 weights, got 2"):
-        from_paths(torch.tensor([7]), [[[1]]], weights=[[1, 2]])
+        echo.SuperTree.from_paths(torch.tensor([7]), [[[1]]], weights=[[1, 2]])
 
 
 def test_a_first_layer_that_is_scored_already():

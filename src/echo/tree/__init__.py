@@ -2,7 +2,7 @@
 
 from echo.tree import layouts
 from echo.tree.accepted import Accepted
-from echo.tree.build import Template, from_paths
+from echo.tree.build import Template
 from echo.tree.compaction import Compaction, compact
 from echo.tree.packed import PackedTree, ancestors, pack, slots, wire_size
 from echo.tree.supertree import Forest, Frontier, Layer, Status, SuperTree
@@ -19,7 +19,6 @@ __all__ = [
     "Template",
     "ancestors",
     "compact",
-    "from_paths",
     "layouts",
     "pack",
     "slots",

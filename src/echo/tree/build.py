@@ -78,25 +78,7 @@ def from_paths(
     rows: int | None = None,
     row_limit: Tensor | None = None,
 ) -> SuperTree:
-    """The trie of what may follow each request (n-gram, suffix or retrieval drafters): shared prefixes become one node.
-
-    A node's probability given its parent is the weight of the paths through it over ``prior`` plus the weight through its parent.
-
-    Args:
-        root_tokens: int64 [B], each request's last emitted token.
-        paths: for each request its continuations, the root not included; none is fine.
-        weights: for each request the weight of each continuation (how often it was seen); 1 where not given.
-        prior: weight of "something else follows".
-        rows, row_limit: as in :meth:`SuperTree.from_arrays`.
-
-    Raises:
-        EchoError: naming the request of a bad path or weight.
-
-    Example:
-        >>> tree = from_paths(torch.tensor([7]), [[[1, 2], [1, 3]]], prior=0.0)
-        >>> tree.forest.token.tolist(), tree.forest.score.exp().tolist()
-        ([[7, 1, 2, 3]], [[1.0, 1.0, 0.5, 0.5]])
-    """
+    """A trie of continuations; see :meth:`~echo.tree.supertree.SuperTree.from_paths`. Host work."""
     batch = checks.tensor("root_tokens", root_tokens, ["B"], torch.int64).shape[0]
     checks.real("prior", prior, 0.0)
     if len(paths) != batch or (weights is not None and len(weights) != batch):
@@ -112,7 +94,9 @@ def from_paths(
             for t in path:
                 if (at, t) not in child:
                     child[at, t] = len(token)
-                    token, parent, weight = [*token, t], [*parent, at], [*weight, 0.0]
+                    token.append(t)
+                    parent.append(at)
+                    weight.append(0.0)
                 at = child[at, t]
                 weight[at] += share
         trees.append(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -181,6 +182,40 @@ class SuperTree:
         from echo.tree.build import from_arrays
 
         return from_arrays(token, parent, log_prob, depth, lengths=lengths, rows=rows, row_limit=row_limit)
+
+    @classmethod
+    def from_paths(
+        cls,
+        root_tokens: Tensor,
+        paths: Sequence[Sequence[Sequence[int]]],
+        *,
+        weights: Sequence[Sequence[float]] | None = None,
+        prior: float = 1.0,
+        rows: int | None = None,
+        row_limit: Tensor | None = None,
+    ) -> SuperTree:
+        """The trie of what may follow each request (n-gram, suffix or retrieval drafters): shared prefixes become one node.
+
+        A node's probability given its parent is the weight of the paths through it over ``prior`` plus the weight through its parent.
+
+        Args:
+            root_tokens: int64 [B], each request's last emitted token.
+            paths: for each request its continuations, the root not included; none is fine.
+            weights: for each request the weight of each continuation (how often it was seen); 1 where not given.
+            prior: weight of "something else follows".
+            rows, row_limit: as in :meth:`from_arrays`.
+
+        Raises:
+            EchoError: naming the request of a bad path or weight.
+
+        Example:
+            >>> tree = SuperTree.from_paths(torch.tensor([7]), [[[1, 2], [1, 3]]], prior=0.0)
+            >>> tree.forest.token.tolist(), tree.forest.score.exp().tolist()
+            ([[7, 1, 2, 3]], [[1.0, 1.0, 0.5, 0.5]])
+        """
+        from echo.tree.build import from_paths
+
+        return from_paths(root_tokens, paths, weights=weights, prior=prior, rows=rows, row_limit=row_limit)
 
     @property
     def depth(self) -> int:
