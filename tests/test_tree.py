@@ -226,18 +226,36 @@ def test_slots_to_reserve_before_the_step():
     assert echo.ElasticBudgetScheduler(echo.TwoLevel(2, 2), budget=512).max_slots_per_request(8) == 64
 
 
+def over_the_wire(packed):
+    words = packed.mask.shape[1]
+    wire = packed.wire()
+    assert wire.dtype == torch.int32 and wire.is_contiguous()
+    back = echo.PackedTree.from_wire(wire, batch=packed.batch, rows=packed.rows, words=words, max_depth=packed.max_depth)
+    for field in dataclasses.fields(packed):
+        one, two = getattr(packed, field.name), getattr(back, field.name)
+        if isinstance(one, torch.Tensor):
+            assert torch.equal(one, two) and one.dtype == two.dtype, field.name
+        else:
+            assert one == two
+    with pytest.raises(echo.EchoError, match="wire: expected int32"):
+        echo.PackedTree.from_wire(wire[1:], batch=packed.batch, rows=packed.rows, words=words, max_depth=packed.max_depth)
+    return wire
+
+
 @given(st.integers(0, 10_000), st.integers(1, 5))
 def test_the_wire_carries_every_bit(seed, batch):
     packed = forest(seed, batch, 80, pads=2).packed
-    words = packed.mask.shape[1]
-    wire = packed.wire()
-    assert wire.dtype == torch.int32 and wire.is_contiguous() and len(wire) == wire_size(batch, packed.rows, words)
-    back = echo.PackedTree.from_wire(wire, batch=batch, rows=packed.rows, words=words, max_depth=packed.max_depth)
-    for field in dataclasses.fields(packed):
-        one, two = getattr(packed, field.name), getattr(back, field.name)
-        assert one == two if isinstance(one, int) else torch.equal(one, two) and one.dtype == two.dtype, field.name
-    with pytest.raises(echo.EchoError, match="wire: expected int32"):
-        echo.PackedTree.from_wire(wire[1:], batch=batch, rows=packed.rows, words=words, max_depth=packed.max_depth)
+    assert len(over_the_wire(packed)) == wire_size(batch, packed.rows, packed.mask.shape[1])
+
+
+def test_the_wire_carries_the_outlook_that_later_steps_are_planned_from():
+    rows = range(900)
+    log = echo.WarmupLog.from_arrays([1 + i % 3 for i in rows], [(i % 97) / 97 for i in rows], [(i * 7 % 97) < i % 97 for i in rows])
+    cost = echo.CostModel([1, 8, 16, 32], [1.0, 1.1, 1.5, 2.0])
+    scheduler = echo.ElasticBudgetScheduler.goodput(echo.calibrate(log), cost, beam=2)
+    packed = scheduler.pack(grow_all(scheduler, torch.arange(3), k=3, seed=0, rows=12))
+    assert packed.outlook is not None and packed.outlook.sum() > 0
+    over_the_wire(packed)
 
 
 def test_ranks_whose_scores_differ_follow_one_plan():

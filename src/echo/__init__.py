@@ -2,7 +2,7 @@
 
 from echo.budget import ElasticBudgetScheduler, Forecast, GlobalRank, History, PerRequest, Rule, TwoLevel
 from echo.cost import CostModel, Knee, profile
-from echo.decode import Drafter, Step, Target, decode, speculate, verify
+from echo.decode import Drafter, Step, Target, decode, speculate, verify, warmup_rows
 from echo.errors import EchoError
 from echo.gating import BeamMassGate, Calibration, Gate, SparseGate, calibrate
 from echo.logs import WarmupLog
@@ -39,4 +39,5 @@ __all__ = [
     "profile",
     "speculate",
     "verify",
+    "warmup_rows",
 ]

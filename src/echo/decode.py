@@ -94,28 +94,36 @@ class Step:
     finished: tuple[int, ...] = ()
 
     def log(self, first_step: int = 0) -> WarmupLog:
-        """Warm-up rows: each verified drafted node with its path probability and whether its whole path was accepted.
-
-        Args:
-            first_step: id of this step's first request-step; the next B - 1 ids are used too.
+        """Warm-up rows of this step, see :func:`warmup_rows`.
 
         Raises:
             EchoError: the step was drafted behind a gate: what the gate stopped would be missing, and the log biased.
         """
         if self.gated:
             raise EchoError("log: expected a step drafted without a gate, got one behind a gate: its rows would be biased")
-        packed = self.packed
-        drafted = packed.depth > 0
-        taken = torch.zeros(packed.rows + 1, dtype=torch.bool, device=packed.tokens.device)
-        taken[self.accepted.rows.clamp(min=-1).flatten()] = True  # -1, "no row", falls on the extra last entry
-        ranks = torch.cat([place(bits(layer.score).long()) for layer in self.tree.layers], dim=1).flatten()
-        return WarmupLog.from_arrays(
-            depth=packed.depth[drafted].cpu().numpy(),
-            confidence=packed.score[drafted].exp().cpu().numpy(),
-            accepted=taken[:-1][drafted].cpu().numpy(),
-            rank=ranks[packed.node[drafted]].cpu().numpy(),
-            step=(first_step + packed.request[drafted].long()).cpu().numpy(),
-        )
+        return warmup_rows(self.tree, self.packed, self.accepted, first_step)
+
+
+def warmup_rows(tree: SuperTree, packed: PackedTree, accepted: Accepted, first_step: int = 0) -> WarmupLog:
+    """Each verified drafted node with its path probability, its rank in its layer, and whether its whole path was accepted.
+
+    Nodes that no row was spent on are missing, not rejected: warm up with a rule that buys the best of every layer.
+
+    Args:
+        tree, packed, accepted: of one step.
+        first_step: id of this step's first request-step; the next B - 1 ids are used too.
+    """
+    drafted = packed.depth > 0
+    taken = torch.zeros(packed.rows + 1, dtype=torch.bool, device=packed.tokens.device)
+    taken[accepted.rows.flatten()] = True  # -1, "no row", falls on the extra last entry
+    ranks = torch.cat([place(bits(layer.score).long()) for layer in tree.layers], dim=1).flatten()
+    return WarmupLog.from_arrays(
+        depth=packed.depth[drafted].cpu().numpy(),
+        confidence=packed.score[drafted].exp().cpu().numpy(),
+        accepted=taken[:-1][drafted].cpu().numpy(),
+        rank=ranks[packed.node[drafted]].cpu().numpy(),
+        step=(first_step + packed.request[drafted].long()).cpu().numpy(),
+    )
 
 
 def verify(packed: PackedTree, target_tokens: Tensor | None = None, *, logits: Tensor | None = None) -> Accepted:
@@ -283,4 +291,4 @@ def decode(
         yield replace(step, requests=requests, emitted=tuple(emitted), finished=tuple(finished))
 
 
-__all__ = ["Drafter", "Seconds", "Step", "Target", "decode", "speculate", "verify"]
+__all__ = ["Drafter", "Seconds", "Step", "Target", "decode", "speculate", "verify", "warmup_rows"]

@@ -38,8 +38,11 @@ class PackedTree:
             reach the rows by it.
         bought: bool [N], bought while drafting (a root, or depth); False: dealt at the end (width), and on pad rows.
         status: int8 [B], why each request stopped drafting (:class:`~echo.tree.supertree.Status`).
-        invalid: int32 [B], draft scores that were no finite number.
+        invalid: int32 [B], faulty draft scores (:attr:`SuperTree.invalid`).
         max_depth: deepest layer of the tree it was packed from; a host int.
+        outlook: float32 [B, depth, 64], where the budget is a cost model: how many scored nodes of each depth 1.. have which
+            probability of acceptance f, in 64 equal bins. None otherwise.
+        expected: float32 [B], likewise: the sum of f over the request's drafted rows.
     """
 
     tokens: Tensor
@@ -54,6 +57,8 @@ class PackedTree:
     status: Tensor
     invalid: Tensor
     max_depth: int
+    outlook: Tensor | None = None
+    expected: Tensor | None = None
 
     @property
     def batch(self) -> int:
@@ -106,13 +111,15 @@ class PackedTree:
     def wire(self, out: Tensor | None = None) -> Tensor:
         """The whole step as one contiguous int32 tensor, to broadcast: ranks whose scores differ by an ulp must share one plan.
 
-        Its length is ``wire_size(batch, rows, words)``. Token ids and node numbers must fit 31 bits.
+        Its length is ``wire_size(batch, rows, words)``, and more where there is an outlook, from which later steps are planned. Token
+        ids and node numbers must fit 31 bits.
 
         Args:
             out: int32 of that length, written to.
         """
         parts = [self.tokens, self.parent, self.depth, self.request, self.score.view(torch.int32), self.node, self.bought]
         parts += [self.mask.flatten(), self.indptr, self.status, self.invalid]
+        parts += [part.flatten().view(torch.int32) for part in (self.expected, self.outlook) if part is not None]
         return into(out, torch.cat([part.int() for part in parts]))
 
     @classmethod
@@ -120,15 +127,20 @@ class PackedTree:
         """The step that :meth:`wire` was called on, bit for bit.
 
         Args:
-            wire: int32 of length ``wire_size(batch, rows, words)``.
+            wire: int32, as :meth:`wire` made it.
             batch, rows, words, max_depth: host integers that all ranks know.
 
         Raises:
             EchoError: another length or dtype.
         """
-        checks.tensor("wire", wire, [wire_size(batch, rows, words)], torch.int32)
-        sizes = [rows] * 7 + [rows * words, batch + 1, batch, batch]
-        tokens, parent, depth, request, score, node, bought, mask, indptr, status, invalid = torch.split(wire, sizes)
+        size, base = checks.tensor("wire", wire, ["length"], torch.int32).shape[0], wire_size(batch, rows, words)
+        more = size - base
+        each = more // batch - 1 if batch else 0  # outlook of one request
+        if more < 0 or (more and (each < 1 or more != batch * (each + 1) or not max_depth or each % max_depth)):
+            raise EchoError(f"wire: expected int32 [{base}], or with an outlook, got [{size}]")
+        sizes = [rows] * 7 + [rows * words, batch + 1, batch, batch] + ([batch, batch * each] if more else [])
+        tokens, parent, depth, request, score, node, bought, mask, indptr, status, invalid, *foresight = torch.split(wire, sizes)
+        expected, outlook = (part.view(torch.float32) for part in foresight) if more else (None, None)
         return cls(
             tokens=tokens.long(),
             parent=parent,
@@ -142,6 +154,8 @@ class PackedTree:
             status=status.to(torch.int8),
             invalid=invalid,
             max_depth=max_depth,
+            outlook=None if outlook is None else outlook.view(batch, max_depth, -1),
+            expected=expected,
         )
 
     def validate(self, *, max_rows: int | None = None, chain: bool = False) -> None:
@@ -177,7 +191,7 @@ class PackedTree:
 
 
 def wire_size(batch: int, rows: int, words: int) -> int:
-    """Length of :meth:`PackedTree.wire`."""
+    """Length of :meth:`PackedTree.wire` without an outlook."""
     return rows * (7 + words) + 3 * batch + 1
 
 
@@ -315,6 +329,8 @@ def slots(place: Tensor, request: Tensor, page_table: Tensor, page_size: int, du
 def into(out: T | None, value: T) -> T:
     """``value``; or ``out`` with the value's tensors copied into its own, which must have their shapes, dtypes and device.
 
+    Where ``out`` has None it is no buffer: the value's own tensor is passed on.
+
     Raises:
         EchoError: naming the buffer that does not fit.
     """
@@ -330,7 +346,7 @@ def into(out: T | None, value: T) -> T:
     host = {}
     for field in fields(mine):
         new, old = getattr(mine, field.name), getattr(theirs, field.name)
-        if isinstance(new, Tensor):
+        if isinstance(new, Tensor) and old is not None:
             checks.tensor(f"out.{field.name}", old, new.shape, new.dtype, new.device).copy_(new)
         else:
             host[field.name] = new
