@@ -100,7 +100,8 @@ def whole_engine(scheduler, roots, tokens, log_probs, context, pages):
     """Every drafter that is not a beam, then everything that an engine asks of a packed step."""
     outputs = []
     grown = scheduler.grow_positions(scheduler.plant(roots), tokens, log_probs)
-    for tree in (grown, TEMPLATE.fill(scheduler.plant(roots), tokens, log_probs)):
+    filled = TEMPLATE.fill(scheduler.plant(roots), tokens, log_probs)
+    for tree in (grown, filled, scheduler.grow_ready(scheduler.plant(roots), filled, 2)):
         packed = scheduler.pack(tree, sync=lambda wire: wire + 0)
         accepted = echo.verify(packed, packed.tokens.roll(-1))
         values = [

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import echo
-from conftest import grow_all
+from conftest import grow_all, policies
 from echo.testing import TabularDrafter, check_plan, table
 from echo.tree import Template, compact, layouts, slots, wire_size
 from forests import forest
@@ -139,6 +139,43 @@ def test_ngram_trie_merges_prefixes():
     assert packed.score.exp().tolist() == pytest.approx([1, 3 / 5, 1 / 5, 3 / 5 * 2 / 4, 3 / 5 / 4, 1, 1, 1 / 2])
     with pytest.raises(echo.EchoError, match="weights: request 0: expected 1 weights, got 2"):
         echo.SuperTree.from_paths(torch.tensor([7]), [[[1]]], weights=[[1, 2]])
+
+
+@given(policies(), st.integers(0, 10_000))
+def test_a_ready_made_tree_grows_as_a_drafted_one(policy, seed):
+    """Gates, purchases and dealing of any policy: the complete tree handed over at once gives the plan of the drafter."""
+    scheduler, batch = policy
+    scheduler = dataclasses.replace(scheduler, max_depth=min(scheduler.max_depth, 3))
+    drafter, roots = TabularDrafter(table(20, seed), count=2), torch.arange(batch)
+    drafted = scheduler.plant(roots)
+    for _ in range(scheduler.max_depth):
+        drafted = scheduler.grow(drafted, *drafter.draft(roots, drafted.frontier))
+    tokens, parents, q = roots[:, None], [-1], torch.zeros(batch, 1)
+    for node in range(7):
+        children, log_probs = drafter.probabilities[tokens[:, node]].topk(2, dim=-1).indices, None
+        log_probs = drafter.probabilities[tokens[:, node]].gather(1, children).log().float()
+        tokens, q, parents = torch.cat([tokens, children], 1), torch.cat([q, log_probs], 1), [*parents, node, node]
+    ready = echo.SuperTree.from_arrays(tokens, torch.tensor(parents).expand(batch, -1), q)
+    grown = scheduler.grow_ready(scheduler.plant(roots), ready, fanout=2)
+    one, two = scheduler.pack(drafted), scheduler.pack(grown)
+    check_plan(grown, two)
+    for name in ("tokens", "parent", "indptr", "bought", "status"):
+        assert torch.equal(getattr(one, name), getattr(two, name)), name
+    assert torch.allclose(one.score, two.score)
+
+
+def test_a_ready_made_tree_may_be_ragged():
+    scheduler = echo.ElasticBudgetScheduler(echo.TwoLevel(2, 0), echo.SparseGate({1: 0.4}), budget=9, max_depth=4)
+    ready = echo.SuperTree.from_paths(torch.tensor([7, 8, 9]), [[[1, 2, 3]], [[4], [5], [6]], []], prior=1.0)
+    grown = scheduler.grow_ready(scheduler.plant(torch.tensor([7, 8, 9])), ready, fanout=4)
+    packed = scheduler.pack(grown)
+    assert packed.tokens.tolist() == [7, 1, 2, 3, 8, 9, 0, 0, 0]
+    assert packed.status.tolist() == [echo.Status.ACTIVE, echo.Status.TRUNCATED, echo.Status.EXHAUSTED]
+    assert packed.invalid.tolist() == [0, 0, 0]
+    with pytest.raises(echo.EchoError, match="tree: expected a tree just planted, got one of 3 layers"):
+        scheduler.grow_ready(grown, ready, fanout=4)
+    with pytest.raises(echo.EchoError, match=r"ready.batch: expected an int from 2 to 2, got 3"):
+        scheduler.grow_ready(scheduler.plant(torch.tensor([7, 8])), ready, fanout=4)
 
 
 def test_a_first_layer_that_is_scored_already():

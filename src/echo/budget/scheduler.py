@@ -16,6 +16,7 @@ from echo.cost import CostModel
 from echo.errors import EchoError
 from echo.gating.calibration import Calibration
 from echo.gating.gates import Gate, SparseGate
+from echo.tree.build import children
 from echo.tree.packed import WORD, PackedTree, into, pack
 from echo.tree.supertree import Frontier, Layer, Status, SuperTree, check_size, path_score
 
@@ -279,6 +280,35 @@ class ElasticBudgetScheduler:
             width = tree.frontier.token.shape[1]
             tree = self.grow(tree, *(x[:, d, None].expand(-1, width, -1) for x in (tokens, log_probs)))
         return tree
+
+    def grow_ready(self, tree: SuperTree, ready: SuperTree, fanout: int) -> SuperTree:
+        """Grows a tree that exists already (of one's own, a template, a trie) layer by layer, gates and purchases included.
+
+        It is grown as if its nodes were drafted, so what lies below a node that is not drafted on is no candidate. Without this, a
+        ready-made tree goes straight to :meth:`pack`, and all its nodes are.
+
+        Args:
+            tree: just planted, with the same requests.
+            ready: from :meth:`SuperTree.from_arrays`, :meth:`SuperTree.from_paths` or :meth:`Template.fill`; layers beyond
+                ``max_depth`` are left out.
+            fanout: most children of a node that are looked at, the first; bounds the work.
+
+        Raises:
+            EchoError: another batch, a tree that has layers, or fanout below 1.
+        """
+        checks.integer("fanout", fanout, 1)
+        if tree.depth:
+            raise EchoError(f"tree: expected a tree just planted, got one of {tree.depth} layers")
+        checks.integer("ready.batch", ready.batch, tree.batch, tree.batch)
+        forest = ready.forest
+        table, node, grown = children(forest, fanout), torch.zeros_like(tree.frontier.token), tree
+        for _ in range(min(ready.depth, self.max_depth)):
+            kids = table.gather(1, node[..., None].expand(-1, -1, fanout))
+            at = kids.clamp(min=0).flatten(1)
+            score = forest.score.gather(1, at).view(kids.shape) - forest.score.gather(1, node)[..., None]
+            grown = self.grow(grown, forest.token.gather(1, at).view(kids.shape), torch.where(kids >= 0, score, -torch.inf))
+            node = at.gather(1, grown.frontier.index)
+        return replace(grown, invalid=tree.invalid + ready.invalid)
 
     def select(self, tree: SuperTree) -> Tensor:
         """The bare decision: bool [B, T] over ``tree.forest``, roots, bought rows and dealt rows."""

@@ -1,6 +1,6 @@
 """Trees that no beam drafted: one's own arrays, continuations of an n-gram look-up, and static templates.
 
-All of them are candidates only: no row is bought while drafting and no gate is asked; ``scheduler.pack`` deals the rows by its rule.
+All of them are candidates only: ``scheduler.pack`` deals their rows by its rule. ``scheduler.grow_ready`` also asks the gates and buys.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from echo import checks
 from echo.errors import EchoError
-from echo.tree.supertree import Frontier, Layer, Status, SuperTree, check_size, path_score
+from echo.tree.supertree import Forest, Frontier, Layer, Status, SuperTree, check_size, path_score
 
 
 def from_arrays(
@@ -250,6 +250,19 @@ def attach(tree: SuperTree, layers: Sequence[tuple[Tensor, Tensor, Tensor]], *, 
         status=torch.where(live, int(Status.FINISHED), int(Status.EMPTY)).to(torch.int8),
         invalid=invalid,
     )
+
+
+def children(forest: Forest, fanout: int) -> Tensor:
+    """int64 [B, T, fanout]: each node's first children among the T nodes, -1 for none. Siblings lie side by side."""
+    batch, nodes = forest.token.shape
+    place = torch.arange(nodes, device=forest.depth.device).expand(batch, -1)
+    drafted = (forest.depth > 0).expand(batch, -1) & torch.isfinite(forest.score)
+    above = torch.where(drafted, forest.parent, nodes)
+    first = torch.full((batch, nodes + 1), nodes, device=place.device).scatter_reduce(1, above, place, "amin")
+    rank = place - first.gather(1, above)
+    at = torch.where(drafted & (rank < fanout), above * fanout + rank, nodes * fanout)
+    table = torch.full((batch, nodes * fanout + 1), -1, device=place.device).scatter_(1, at, place)
+    return table[:, :-1].view(batch, nodes, fanout)
 
 
 def _depths(b: int, parents: list[int]) -> list[int]:

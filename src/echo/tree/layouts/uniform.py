@@ -1,7 +1,8 @@
 """Layouts of n rows for every request: SGLang's trees, TensorRT-LLM, Hugging Face. The gain of ragged trees is lost in them.
 
 A tree's rows stay in canonical order (root, then by depth, parent, candidate), so siblings lie side by side, and the first n rows of
-a tree are a tree. A request of more than n rows exports its first n: a smaller tree, still lossless.
+a tree are a tree. A request of more than n rows exports its first n: a smaller tree, still lossless. ``packed.max_slots_per_request``
+is always enough, and ``packed.validate(max_rows=n)`` names the request that is cut.
 """
 
 from __future__ import annotations
