@@ -168,6 +168,18 @@ def test_masks_of_fewer_rows_are_those_of_the_first_rows(case):
     assert layouts.sglang_mask(cut, n, "QLEN_ONLY").tolist() == squares
 
 
+@given(cases(), st.sampled_from([0, 2]))
+def test_what_an_engine_computes_on_uniform_rows_comes_back_to_the_packed_rows(case, more):
+    n = case.largest + more
+    inputs = layouts.hugging_face(case.packed, n, contexts(case), 12)
+    real = case.packed.request < case.batch
+    assert torch.equal(layouts.unpad(case.packed, inputs.input_ids)[real], case.packed.tokens[real])
+    states = torch.stack([inputs.position_ids, inputs.input_ids], dim=-1)
+    assert torch.equal(layouts.unpad(case.packed, states)[real, 0], case.packed.position(contexts(case))[real])
+    with pytest.raises(echo.EchoError, match="values: expected"):
+        layouts.unpad(case.packed, torch.zeros(case.batch + 1, n))
+
+
 @given(cases(), st.sampled_from([0, 7]))
 def test_flashinfer_masks_are_the_oracle_and_come_back(case, more):
     """The bit formula of its kernels: bit (row * kv + column) of a request's own bytes, least significant first."""
@@ -319,3 +331,29 @@ def test_out_writes_into_the_engines_buffers():
         layouts.sglang(case.packed, 12, context, out=layouts.sglang(case.packed, 13, context))
     with pytest.raises(echo.EchoError, match=r"out: expected SGLangLinks, got Chains"):
         layouts.sglang(case.packed, 12, context, out=layouts.chains(case.packed))
+
+
+def test_bad_input_names_the_argument():
+    case = forest(1, 2, 9, empty=False)
+    packed, good = case.packed, torch.tensor([3, 4])
+    context = r"context: expected int64 or int32 \[2\], got float32 \[2\]"
+    for call, message in [
+        (lambda: layouts.sglang(packed, 0, good), r"n: expected an int >= 1, got 0"),
+        (lambda: layouts.sglang(packed, 9, good.float()), context),
+        (lambda: layouts.sglang_mask(packed, 9, "FULL_MASK"), r"mode: expected .* FULL_MASK with context and size, got 'FULL_MASK'"),
+        (lambda: layouts.sglang_mask(packed, 9, "TREE"), r"mode: expected .* got 'TREE'"),
+        (lambda: layouts.sglang_mask(packed, 9, "FULL_MASK", context=good, size=5), r"size: expected an int >= 162, got 5"),
+        (lambda: layouts.flashinfer(packed, good.float(), 9), context),
+        (lambda: layouts.hugging_face(packed, 9, good, -1), r"past: expected an int >= 0, got -1"),
+        (lambda: compact(packed, echo.verify(packed, packed.tokens), good.float()), context),
+        (lambda: packed.slot(good, torch.zeros(2, 3).int(), 0, 0), r"page_size: expected an int >= 1, got 0"),
+        (lambda: layouts.from_sglang_mask(torch.ones(2, 9, 9).bool(), torch.arange(18), 9, "FULL_MASK"), r"mode: expected"),
+        (lambda: layouts.from_sglang_mask(torch.ones(9).bool(), torch.arange(2), 1, "FULL_MASK", context=torch.tensor([3, 20])),
+         r"mask: expected at least 25 entries for request 1, got 9"),
+    ]:  # fmt: skip
+        with pytest.raises(echo.EchoError, match=message):
+            call()
+    mask = layouts.flashinfer(packed, good, 400, bits=False)
+    mask.mask[1] = False
+    with pytest.raises(echo.EchoError, match="mask: request 0, row 0: expected the whole context visible"):
+        layouts.from_flashinfer(mask, packed.tokens)

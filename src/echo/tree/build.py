@@ -41,14 +41,16 @@ def from_arrays(
             raise EchoError(f"lengths: request {b}: expected 0 to {nodes} nodes, got {sizes[b]}")
         depths = _depths(b, parents[b][: sizes[b]])
         _check_nodes(b, tokens[b], parents[b], scores[b], depths, None if known is None else known[b])
-        while len(layers) < max(depths, default=0) + 1:
+        own: list[list[int]] = [[] for _ in range(max(depths, default=0) + 1)]
+        for column, d in enumerate(depths):
+            own[d].append(column)
+        while len(layers) < len(own):
             layers.append([[] for _ in range(batch)])
-        place: dict[int, int] = {}
-        for d in range(max(depths, default=-1) + 1):
-            columns = [column for column, at in enumerate(depths) if at == d]
-            ordered = sorted((place[parents[b][column]] if d else 0, column) for column in columns)
-            place |= {column: i for i, (_, column) in enumerate(ordered)}
-            layers[d][b] = ordered
+        place = [0] * len(depths)
+        for d, members in enumerate(own):
+            layers[d][b] = sorted((place[parents[b][column]] if d else 0, column) for column in members)
+            for i, (_, column) in enumerate(layers[d][b]):
+                place[column] = i
 
     live = torch.tensor([size > 0 for size in sizes], dtype=torch.bool, device=device)
     most = max(sum(sizes), 1) if rows is None else checks.integer("rows", rows, max(sum(size > 0 for size in sizes), 1))
@@ -58,12 +60,12 @@ def from_arrays(
     first = [tokens[b][0] if sizes[b] else 0 for b in range(batch)]
     tree = roots(torch.tensor(first, dtype=torch.int64, device=device), live, limit, most)
     drafted = []
-    for members in layers[1:]:
-        width = max(len(own) for own in members)
-        picks = [[column for _, column in own] + [0] * (width - len(own)) for own in members]
-        above = [[up for up, _ in own] + [max((u for u, _ in own), default=0)] * (width - len(own)) for own in members]
+    for layer in layers[1:]:
+        width = max(len(nodes) for nodes in layer)
+        picks = [[column for _, column in nodes] + [0] * (width - len(nodes)) for nodes in layer]
+        above = [[up for up, _ in nodes] + [nodes[-1][0] if nodes else 0] * (width - len(nodes)) for nodes in layer]
         at = torch.tensor(picks, device=device).view(batch, width)
-        there = torch.arange(width, device=device) < torch.tensor([len(own) for own in members], device=device)[:, None]
+        there = torch.arange(width, device=device) < torch.tensor([len(nodes) for nodes in layer], device=device)[:, None]
         q = torch.where(there, log_prob.float().gather(1, at), -torch.inf)
         drafted.append((token.long().gather(1, at) * there, torch.tensor(above, device=device).view(batch, width), q))
     return attach(tree, drafted, count=False)

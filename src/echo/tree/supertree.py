@@ -159,7 +159,7 @@ class SuperTree:
     ) -> SuperTree:
         """A tree of one's own, for :meth:`ElasticBudgetScheduler.select` and ``pack``: all its nodes are candidates, none is bought.
 
-        It reads every value on the host and checks it; the order of siblings does not matter.
+        It reads every value on the host and checks it (about a tenth of a millisecond a request); siblings may be in any order.
 
         Args:
             token: int64 [B, T], each request's nodes, root first, every parent before its children.

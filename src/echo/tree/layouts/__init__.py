@@ -19,6 +19,8 @@ vLLM ``qq_bias``    :func:`qq_bias`                            one tree for the 
 Hugging Face        :func:`hugging_face`,                      uniform; past + n entries a row
                     :func:`from_hugging_face`
 ==================  =========================================  ==============================================================
+
+:func:`unpad` takes what an engine computed on uniform rows back to the packed rows.
 """
 
 from echo.tree.layouts.importers import (
@@ -38,6 +40,7 @@ from echo.tree.layouts.uniform import (
     sglang,
     sglang_mask,
     tensorrt_llm,
+    unpad,
 )
 
 __all__ = [
@@ -60,4 +63,5 @@ __all__ = [
     "sglang",
     "sglang_mask",
     "tensorrt_llm",
+    "unpad",
 ]

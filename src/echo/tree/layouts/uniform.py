@@ -1,8 +1,9 @@
 """Layouts of n rows for every request: SGLang's trees, TensorRT-LLM, Hugging Face. The gain of ragged trees is lost in them.
 
-A tree's rows stay in canonical order (root, then by depth, parent, candidate), so siblings lie side by side, and the first n rows of
-a tree are a tree. A request of more than n rows exports its first n: a smaller tree, still lossless. ``packed.max_slots_per_request``
-is always enough, and ``packed.validate(max_rows=n)`` names the request that is cut.
+A tree's rows stay in canonical order (root, then by depth, parent, candidate), so siblings lie side by side, and the first n rows
+of a tree are a tree. A request of more than n rows exports its first n: a smaller tree, lossless where the engine's own
+verification reads the links (:func:`echo.verify` needs a target token for every row, so n must hold every tree).
+``packed.max_slots_per_request`` is always enough, and ``packed.validate(max_rows=n)`` names a request that would be cut.
 """
 
 from __future__ import annotations
@@ -220,6 +221,26 @@ def hugging_face(
         attention_mask=mask,
     )
     return into(out, inputs)
+
+
+def unpad(packed: PackedTree, values: Tensor) -> Tensor:
+    """What an engine computed on uniform rows, for the packed rows: sampled tokens for :func:`echo.verify`, log-probabilities, states.
+
+    Args:
+        packed: the step.
+        values: [B, n, ...], any dtype; n holds every tree.
+
+    Returns:
+        [N, ...]; on pad rows those of some row.
+
+    Raises:
+        EchoError: another batch size.
+    """
+    if values.dim() < 2 or values.shape[0] != packed.batch:
+        raise EchoError(f"values: expected [{packed.batch}, n, ...], got {list(values.shape)}")
+    n = values.shape[1]
+    at = packed.request.clamp(max=max(packed.batch - 1, 0)) * n + packed.local.clamp(max=n - 1)
+    return values.flatten(0, 1).index_select(0, at)
 
 
 def _grid(packed: PackedTree, n: int) -> tuple[Tensor, Tensor]:
