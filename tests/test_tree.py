@@ -316,6 +316,9 @@ def test_an_idle_rank_takes_part_with_pads():
     assert layouts.flashinfer(packed, context, 4).indptr.tolist() == [0]
     assert layouts.sglang(packed, 4, context).retrive_index.shape == (0, 4)
     assert layouts.chains(packed).tokens.tolist() == [0] * 4
+    accepted = echo.verify(packed, torch.zeros(4, dtype=torch.int64))
+    assert accepted.tokens.shape == accepted.rows.shape == (0, 2) and accepted.lengths.shape == accepted.bonus.shape == (0,)
+    assert compact(packed, accepted, context).source.shape == (0, 2)
 
 
 # The picture, and a packed step that is not one.
