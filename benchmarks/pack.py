@@ -1,6 +1,6 @@
 """CPU time of Flatten & Pack and of every exporter: 256 requests, 1,024 rows, one thread, median of many runs.
 
-    python benchmarks/pack.py [--repeat 200] [--out benchmarks/results/pack.json]
+    python benchmarks/pack.py [--repeat 200] [--max-tree-rows 16] [--out benchmarks/results/pack.json]
 
 Where sglang's wheel is importable (no dependency of it is needed), its ``organize_draft_results`` runs in the same process on a
 uniform tree of the same mean size. Its tree builder is a GPU kernel, and its interpreter on a CPU says nothing about speed: not timed.
@@ -25,7 +25,7 @@ import echo
 from echo.tree import compact, layouts
 from echo.tree.packed import pack
 
-BATCH, ROWS, DEPTH, K, N, CONTEXT = 256, 1024, 4, 4, 16, 512
+BATCH, ROWS, DEPTH, K, CONTEXT = 256, 1024, 4, 4, 512
 
 
 def grown(scheduler: echo.ElasticBudgetScheduler, seed: int = 0) -> echo.SuperTree:
@@ -77,7 +77,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeat", type=int, default=200)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "pack.json")
+    parser.add_argument("--max-tree-rows", type=int, default=16, help="also the rows of every request in uniform layouts")
     args = parser.parse_args()
+    N = args.max_tree_rows
+    words = -(-N // 32)
     torch.set_num_threads(1)
 
     scheduler = echo.ElasticBudgetScheduler(echo.GlobalRank(K), budget=ROWS, max_depth=DEPTH, max_tree_rows=N)
@@ -115,12 +118,14 @@ def main() -> None:
         "compact, paged": lambda: compact(packed, accepted, context, page_table=table, page_size=16),
         "wire": packed.wire,
     }
+    if N > 32:
+        del exporters["sglang_mask QLEN_ONLY_BITPACKING"]
     results: dict[str, dict[str, float]] = {
-        "pack": median(lambda: pack(tree, selected, ROWS, 1), args.repeat),
-        "pack, out=": median(lambda: pack(tree, selected, ROWS, 1, packed), args.repeat),
+        "pack": median(lambda: pack(tree, selected, ROWS, words), args.repeat),
+        "pack, out=": median(lambda: pack(tree, selected, ROWS, words, packed), args.repeat),
         "select (GlobalRank)": median(lambda: scheduler.select(tree), args.repeat),
     }
-    results["pack"]["bytes_per_row"] = round(size(packed) / ROWS, 1)
+    results["pack"]["bytes_per_row"] = round(size(packed) / ROWS, words)
     for name, call in exporters.items():
         results[name] = median(call, args.repeat)
         rows = BATCH * N if name.startswith(("sglang", "tensorrt", "hugging")) else ROWS
