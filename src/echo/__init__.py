@@ -6,7 +6,7 @@ from echo.decode import Drafter, Step, Target, decode, speculate, verify, warmup
 from echo.errors import EchoError
 from echo.gating import BeamMassGate, Calibration, Gate, SparseGate, calibrate
 from echo.logs import WarmupLog
-from echo.tree import Accepted, Frontier, PackedTree, Status, SuperTree
+from echo.tree import Accepted, Compaction, Frontier, PackedTree, Status, SuperTree, Template, compact, layouts
 
 __version__ = "0.1.0"
 
@@ -14,6 +14,7 @@ __all__ = [
     "Accepted",
     "BeamMassGate",
     "Calibration",
+    "Compaction",
     "CostModel",
     "Drafter",
     "EchoError",
@@ -32,10 +33,13 @@ __all__ = [
     "Step",
     "SuperTree",
     "Target",
+    "Template",
     "TwoLevel",
     "WarmupLog",
     "calibrate",
+    "compact",
     "decode",
+    "layouts",
     "profile",
     "speculate",
     "verify",
