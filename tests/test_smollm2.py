@@ -96,3 +96,56 @@ def test_cache_holds_the_text(smollm2):
     used = min(int(target.cache.used[0]), len(text))
     fresh.admit(torch.tensor([0]), [torch.tensor(text[:used])])
     assert torch.allclose(target.cache.kv[..., :used, :], fresh.cache.kv[..., :used, :], atol=2e-3)
+
+
+@pytest.fixture(scope="module")
+def recorded(smollm2):
+    from drafters import Eagle
+    from echo.testing import record
+    from model import SmolLM2, encode
+    from prompts import KINDS, WARMUP
+
+    model, tokenizer = smollm2
+    prompts = encode(tokenizer, [WARMUP[kind][0] for kind in KINDS])
+
+    def pair(slots):
+        target = SmolLM2(model, slots, 320)
+        return target, Eagle(target, slots, 320, count=3)
+
+    target, drafter = pair(4)
+    options = {"slots": 4, "depth": 5, "beam": 3, "floor": drafter.floor, "max_new_tokens": 40, "eos_token": 2, "capacity": 32}
+    *_, trace = record(target, drafter, prompts, KINDS, **options)
+    return pair, prompts, trace
+
+
+COST = echo.CostModel((1, 8, 32), (0.03, 0.035, 0.06), draft_layer=0.003)
+REPLAYED = {
+    "plain": echo.ElasticBudgetScheduler.autoregressive(),
+    "EAGLE": echo.ElasticBudgetScheduler.eagle(n=6, beam=3, max_depth=5),
+    "ECHO": echo.ElasticBudgetScheduler(echo.TwoLevel(2, 4), CALIBRATED, 12, 5),
+    "global ranking": echo.ElasticBudgetScheduler(echo.GlobalRank(3), None, 10, 4),
+    "goodput": echo.ElasticBudgetScheduler(echo.GlobalRank(3), None, COST, 5),
+}
+
+
+@pytest.mark.parametrize("name", REPLAYED)
+@pytest.mark.parametrize("slots", [1, 3])
+def test_replay_gives_the_steps_of_live_decoding(recorded, name, slots):
+    """Steps, rows and accepted tokens, the real model against its trace."""
+    from echo.testing import replay
+
+    pair, prompts, trace = recorded
+    seen = []
+    report = replay(trace, REPLAYED[name], COST, batch=slots, capacity=32, observe=seen.append)
+    target, drafter = pair(slots)
+    options = {"slots": slots, "max_new_tokens": 40, "eos_token": 2, "capacity": 32}
+    live = list(echo.decode(REPLAYED[name], target, drafter, prompts, **options))
+    assert report.misses == 0
+    assert len(live) == len(seen)
+    started: set[int] = set()
+    for step, mine in zip(live, seen, strict=True):
+        assert list(step.requests) == mine.requests.tolist()
+        assert torch.equal(step.packed.tokens, mine.packed.tokens)
+        assert torch.equal(step.packed.indptr, mine.packed.indptr)
+        assert [len(t) - (r not in started) for r, t in zip(step.requests, step.emitted, strict=True)] == mine.emitted.tolist()
+        started.update(step.requests)
