@@ -4,7 +4,17 @@ from echo.budget import ElasticBudgetScheduler, Forecast, GlobalRank, History, P
 from echo.cost import CostModel, Knee, profile
 from echo.decode import Drafter, Step, Target, decode, speculate, verify
 from echo.errors import EchoError
-from echo.gating import BeamMassGate, Calibration, Gate, SparseGate, calibrate
+from echo.gating import (
+    BeamMassGate,
+    Calibration,
+    ConfidenceHistograms,
+    DriftMonitor,
+    ExploringGate,
+    Gate,
+    LiveHistograms,
+    SparseGate,
+    calibrate,
+)
 from echo.logs import WarmupLog
 from echo.tree import Accepted, Frontier, PackedTree, Status, SuperTree
 
@@ -14,16 +24,20 @@ __all__ = [
     "Accepted",
     "BeamMassGate",
     "Calibration",
+    "ConfidenceHistograms",
     "CostModel",
     "Drafter",
+    "DriftMonitor",
     "EchoError",
     "ElasticBudgetScheduler",
+    "ExploringGate",
     "Forecast",
     "Frontier",
     "Gate",
     "GlobalRank",
     "History",
     "Knee",
+    "LiveHistograms",
     "PackedTree",
     "PerRequest",
     "Rule",
