@@ -2,7 +2,7 @@
 
 from echo.budget import ElasticBudgetScheduler, Forecast, GlobalRank, History, PerRequest, Rule, TwoLevel
 from echo.cost import CostModel, Knee, profile
-from echo.decode import Drafter, Step, Target, decode, speculate, verify
+from echo.decode import Drafter, Step, Target, decode, outcomes, speculate, verify
 from echo.errors import EchoError
 from echo.gating import (
     BeamMassGate,
@@ -50,6 +50,7 @@ __all__ = [
     "WarmupLog",
     "calibrate",
     "decode",
+    "outcomes",
     "profile",
     "speculate",
     "verify",

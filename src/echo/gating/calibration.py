@@ -18,7 +18,7 @@ from echo.gating.histograms import ROWS, SQUARE, UNIT, WEIGHT, ConfidenceHistogr
 from echo.gating.reliability import BINS_PER_NAT, ONE, CalibrationError, Knots
 from echo.gating.reliability import TABLE_BINS as BINS
 from echo.gating.separability import from_histogram
-from echo.gating.thresholds import GateReport, Objective, goodput, report
+from echo.gating.thresholds import GateReport, Objective, goodput, refuse_gated, report
 from echo.logs import WarmupLog, write_atomically
 
 if TYPE_CHECKING:
@@ -219,8 +219,8 @@ def calibrate(
         layer_width: for "goodput": rows that the rule buys of a layer.
 
     Raises:
-        EchoError: an empty log, a log with accepted or rejected rows only, an argument out of range, or the goodput rule from
-            histograms, without a cost, or on steps that lack rows.
+        EchoError: an empty log, a log with accepted or rejected rows only, an argument out of range, a log without weights that
+            bears the mark of a gate, or the goodput rule from histograms, without a cost, or on steps that lack rows.
 
     Example:
         >>> log = WarmupLog.from_arrays([1] * 200, [0.9] * 80 + [0.2] * 100 + [0.9] * 20, [1] * 80 + [0] * 120)
@@ -245,6 +245,8 @@ def calibrate(
             raise EchoError("cost: expected a CostModel for thresholds='goodput', got None")
     checks.integer("batch", batch, 1)
     checks.integer("layer_width", layer_width, 1)
+    if isinstance(log, WarmupLog):
+        refuse_gated(log)
     histograms = ConfidenceHistograms.of(log) if isinstance(log, WarmupLog) else log
     kinds = histograms.mass[ROWS].sum(axis=(0, 1, 3))
     if not kinds.any():

@@ -123,7 +123,7 @@ class BeamMassGate:
         return layer.log_mass(self.beam) > self.log_tau if layer.depth in self.depths else None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ExploringGate:
     """Another gate, that now and then lets a request run through, so that its log can be calibrated from without bias.
 

@@ -7,6 +7,7 @@ import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -23,8 +24,9 @@ BINS = PER_OCTAVE * OCTAVES + 2
 bin 0 holds what lies below 2^-24, the last bin exactly 1, and every other one spans a factor of at most 1 + 1/128."""
 UNIT = 1 << 16
 """Fixed-point weight 1.0. A row's weight is rounded to a multiple of 2^-16, once, before anything is added."""
-MAX_WEIGHT = 1024.0
-"""Greatest weight of a row: below it the sums of a block of 2^16 rows, squares included, are exact in float64."""
+MIN_WEIGHT, MAX_WEIGHT = 1 / 64, 1024.0
+"""Bounds of a weight that is not 0. Below the greatest the sums of a block of 2^16 rows, squares included, are exact in float64; above
+the smallest the rounded square is within 4%. Only ratios matter, so weights may be scaled until their smallest is 1."""
 MAX_DEPTH = 64
 RANKS = 4
 """Ranks kept apart by default: 0, 1, 2, and the rest together."""
@@ -109,7 +111,7 @@ class ConfidenceHistograms:
             ranks: as in :meth:`empty`.
 
         Raises:
-            EchoError: no log, a depth above 64, or a weight above 1024.
+            EchoError: no log, a depth above 64, or a weight that is neither 0 nor from 1/64 to 1024.
         """
         mass: NDArray[np.int64] | None = None
         for log in (logs,) if isinstance(logs, WarmupLog) else logs:
@@ -144,6 +146,8 @@ class ConfidenceHistograms:
             EchoError: ``earlier`` is no earlier state of these histograms.
         """
         one, two = self._aligned("earlier", earlier)
+        if (one < two).any():
+            raise EchoError(f"earlier: expected an earlier state of these histograms ({self.rows} rows), got one with rows they lack")
         return ConfidenceHistograms(one - two)
 
     def live(self, device: torch.device | str = "cpu") -> LiveHistograms:
@@ -180,7 +184,7 @@ class ConfidenceHistograms:
         return _deepen(self.mass, deepest), _deepen(other.mass, deepest)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LiveHistograms:
     """:class:`ConfidenceHistograms` on the device, updated by a serving engine at every step without a read-back.
 
@@ -229,7 +233,7 @@ class LiveHistograms:
         _, depths, ranks, _, _ = self.mass.shape
         score = log_prob.float()
         w = torch.ones_like(score) if weight is None else checks.tensor("weight", weight, [count], checks.FLOATS, device).float()
-        counts = (depth >= 1) & (depth <= depths) & (score <= 0) & (w > 0) & (w <= MAX_WEIGHT)
+        counts = (depth >= 1) & (depth <= depths) & (score <= 0) & (w >= MIN_WEIGHT) & (w <= MAX_WEIGHT)
         confidence = torch.where(counts, score, 0.0).exp()
         column = ((confidence.view(torch.int32) >> 16) - _FIRST).clamp(0, BINS - 1).long()
         row = (depth.long().clamp(1, depths) - 1) * ranks + rank.long().clamp(0, ranks - 1)
@@ -291,9 +295,10 @@ def _accumulate(mass: NDArray[np.int64], log: WarmupLog) -> None:
     """Adds the log's rows to ``mass``, which has room for its depths, block by block."""
     ranks, flat = mass.shape[2], mass.reshape(3, -1)
     unit = bool((log.weight == 1).all()) if len(log) else True
-    if not unit and float(log.weight.max()) > MAX_WEIGHT:
-        row = int(log.weight.argmax())
-        raise EchoError(f"log.weight: expected at most {MAX_WEIGHT:g}, got {log.weight[row]:g} in row {row}")
+    wrong = (log.weight > MAX_WEIGHT) | ((log.weight < MIN_WEIGHT) & (log.weight > 0)) if not unit else np.zeros(0)
+    if wrong.any():
+        row = int(wrong.argmax())
+        raise EchoError(f"log.weight: expected 0 or from {MIN_WEIGHT:g} to {MAX_WEIGHT:g}, got {log.weight[row]:g} in row {row}")
     block = _BLOCK if unit else _WEIGHTED_BLOCK
     size = flat.shape[1]
     for start in range(0, len(log), block):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,12 +13,16 @@ from numpy.typing import NDArray
 from echo import checks
 from echo.cost import CostModel
 from echo.errors import EchoError
+from echo.gating.histograms import MAX_DEPTH
+from echo.gating.separability import separability
 from echo.logs import WarmupLog
 
-GRID = {1: 4096, 2: 512, 3: 64}
-"""Candidate thresholds of each gate that the exhaustive search compares, by the number of gates."""
-FINE = 256
-"""Candidates of each gate in coordinate ascent."""
+GRID = {1: 1024, 2: 256, 3: 64}
+"""Candidate thresholds of each gate in an exhaustive search over so many gates at once."""
+
+
+SAMPLE, MARK = 200_000, 20
+"""Rows looked at for the mark of a gate, and steps on either side of it."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +113,33 @@ def join(log: WarmupLog, max_depth: int, width: int = 1) -> Chains:
     return Chains(confidence, accepted, gain, weight)
 
 
+def refuse_gated(log: WarmupLog) -> None:
+    """Looks for the mark that a gate leaves in a log without weights: who goes on to the next depth and who does not is told apart by
+    a threshold on the confidence. Looks at the first 200,000 rows of steps that have more than one.
+
+    Raises:
+        EchoError: at some depth at least 20 steps end and at least 20 go on, and those that go on are the more confident in 99.9% of
+            all pairs. Whether a target rejects, or a request ends, is never so sharp.
+    """
+    head = slice(0, SAMPLE)
+    if not len(log) or not (log.weight[head] == 1).all() or (np.diff(log.step[head]) > 0).all():
+        return
+    path = (log.rank[head] == 0) & (log.depth[head] <= MAX_DEPTH)
+    step, depth, confidence = log.step[head][path], log.depth[head][path], log.confidence[head][path]
+    order = np.lexsort((depth, step))
+    step, depth, confidence = step[order], depth[order], confidence[order]
+    follows = np.zeros(len(step), dtype=np.bool_)
+    follows[:-1] = (step[1:] == step[:-1]) & (depth[1:] == depth[:-1] + 1)
+    for d in range(1, int(depth.max(initial=0))):
+        here = depth == d
+        goes = int(follows[here].sum())
+        if min(goes, int(here.sum()) - goes) >= MARK and separability(confidence[here], follows[here]).auc > 0.999:
+            raise EchoError(
+                f"log: expected steps drafted without a gate, or weights, got {int(here.sum()) - goes} steps that end at depth {d} and "
+                f"are less confident there than all {goes} that go on: what a gate stopped is missing, and the log biased (ExploringGate)"
+            )
+
+
 def report(log: WarmupLog, thresholds: Mapping[int, float]) -> tuple[GateReport, ...]:
     """What gates with these thresholds do to the log's requests, each behind the ones above it.
 
@@ -139,9 +171,10 @@ def goodput(
     """The thresholds of the gates that maximise the objective on a log, and its value there.
 
     What a gate is worth depends on the others (whom a shallow gate stops, no deeper one sees), so thresholds do not decompose by
-    depth. Up to three gates are searched exhaustively over candidates halfway between the log's confidences (all of them where there
-    are at most 64, 512, 4096 for 3, 2, 1 gates, else quantiles). Then, and for more gates from several starts, coordinate
-    ascent over up to 256 candidates each goes on until no single change helps.
+    depth. Up to three gates are searched exhaustively over candidates halfway between the log's confidences (all of them where
+    there are at most 64, 256, 1024 for 3, 2, 1 gates, else quantiles), and then refined one gate at a time. More gates are
+    searched by ascent from several starts, over each gate alone and over each block of three (two from seven gates on), until no change
+    helps: nearly always the global optimum on small logs, not provably.
 
     Args:
         log: rows of rank 0 for every step and every depth down to ``max_depth``, and of the ranks below the width.
@@ -157,7 +190,7 @@ def goodput(
     if not depths:
         raise EchoError("gates: expected at least one depth, got none")
     chains = join(log, max_depth, objective.width)
-    whole: NDArray[np.bool_] = ~np.isnan(chains.confidence).any(axis=1)
+    whole: NDArray[np.bool_] = np.logical_not(np.isnan(chains.confidence).any(axis=1))
     if not whole.all() and (log.weight == 1).all():
         raise EchoError(
             f"log: expected rows of rank 0 at depths 1 to {max_depth} in every step, got {int((~whole).sum())} of {len(whole)} "
@@ -170,12 +203,11 @@ def goodput(
     if start:
         starts.append(np.array([start.get(depth, 0.0) for depth in depths]))
     if len(depths) <= 3:
-        starts.insert(0, search.exhaustive())
+        starts.append(search.best(starts[0], range(len(depths)), GRID[len(depths)])[0])
+        sizes = [1]
     else:
-        for place in range(len(depths)):
-            alone = np.zeros(len(depths))
-            starts.append(search.best(alone, place)[0])
-    found = [search.ascend(taus) for taus in starts]
+        sizes = [1, 3 if len(depths) <= 6 else 2]
+    found = [search.ascend(taus, sizes) for taus in starts]
     taus, value = max(found, key=lambda pair: pair[1])
     return {depth: float(tau) for depth, tau in zip(depths, taus, strict=True)}, float(value)
 
@@ -196,22 +228,33 @@ class _Search:
             values = np.unique(np.quantile(self.confidence[:, gate], np.linspace(0, 1, count - 1), method="nearest"))
         return np.concatenate([[0.0], (values[:-1] + values[1:]) / 2, [1.0]])
 
-    def exhaustive(self) -> NDArray[np.float64]:
-        """Sums over who passes the first k gates are tail sums of k-dimensional histograms: O(S + candidates^gates)."""
-        gates = self.confidence.shape[1]
-        taus = [self.candidates(g, GRID[gates]) for g in range(gates)]
-        sizes = [len(t) for t in taus]
-        accepted = np.full(sizes, float((self.weight * self.gain[:, 0]).sum()))
-        layers = np.full(sizes, self.layers[0])
-        for k in range(1, gates + 1):
-            shape = [s + 1 for s in sizes[:k]]
-            cell = np.ravel_multi_index([np.searchsorted(taus[g], self.confidence[:, g]) for g in range(k)], shape)
-            more = self.gain[:, k] - self.gain[:, k - 1]
-            accepted += self._tail(cell, shape, self.weight * more).reshape(*sizes[:k], *([1] * (gates - k)))
-            bought = self.weight * (self.layers[k] - self.layers[k - 1])
-            layers += self._tail(cell, shape, bought).reshape(*sizes[:k], *([1] * (gates - k)))
-        best = np.unravel_index(int(np.argmax(self.objective(accepted, layers))), sizes)
-        return np.array([t[i] for t, i in zip(taus, best, strict=True)])
+    def best(self, taus: NDArray[np.float64], block: Sequence[int], count: int) -> tuple[NDArray[np.float64], float]:
+        """The best thresholds of one block of gates, the others held: exhaustive over ``count`` candidates each.
+
+        Sums over who passes the first k gates of the block are tail sums of k-dimensional histograms: O(S + count^gates).
+        """
+        options = [self.candidates(gate, count) for gate in block]
+        sizes = [len(taus_) for taus_ in options]
+        cells = [np.searchsorted(taus_, self.confidence[:, gate]) for taus_, gate in zip(options, block, strict=True)]
+        passed = self.confidence > taus
+        passed[:, list(block)] = True
+        cap = np.where(passed.all(axis=1), len(taus), np.argmin(passed, axis=1))  # where the held gates stop each step
+        stops = [np.minimum(cap, gate) for gate in block] + [cap]
+        rows = np.arange(len(cap))
+        totals = []
+        for gain in (self.gain, np.broadcast_to(self.layers, self.gain.shape)):
+            total = np.full(sizes, float((self.weight * gain[rows, stops[0]]).sum()))
+            for k in range(1, len(block) + 1):
+                shape = [s + 1 for s in sizes[:k]]
+                more = self.weight * (gain[rows, stops[k]] - gain[rows, stops[k - 1]])
+                tail = self._tail(np.ravel_multi_index(cells[:k], shape), shape, more)
+                total += tail.reshape(*sizes[:k], *([1] * (len(block) - k)))
+            totals.append(total)
+        values = self.objective(*totals)
+        place = np.unravel_index(int(np.argmax(values)), sizes)
+        result = taus.copy()
+        result[list(block)] = [taus_[i] for taus_, i in zip(options, place, strict=True)]
+        return result, float(values[place])
 
     @staticmethod
     def _tail(cell: NDArray[Any], shape: list[int], weight: NDArray[Any]) -> NDArray[Any]:
@@ -228,36 +271,16 @@ class _Search:
         gain = self.gain[np.arange(len(stop)), stop]
         return float(self.objective((self.weight * gain).sum(), (self.weight * self.layers[stop]).sum()))
 
-    def best(self, taus: NDArray[np.float64], gate: int) -> tuple[NDArray[np.float64], float]:
-        """The best threshold of one gate, the others held."""
-        options = self.candidates(gate, FINE)
-        passed = self.confidence > taus
-        asked = passed[:, :gate].all(axis=1)
-        passed[:, gate] = True
-        stop = np.where(passed.all(axis=1), len(taus), np.argmin(passed, axis=1))
-        rows = np.arange(len(stop))
-        cell = np.searchsorted(options, self.confidence[asked, gate])
-        sums = []
-        for one, other in ((self.gain[rows, stop], self.gain[:, gate]), (self.layers[stop], np.full(len(stop), self.layers[gate]))):
-            base = float((self.weight * np.where(asked, other, one)).sum())
-            extra = (self.weight * (one - other))[asked]
-            tail = np.cumsum(np.bincount(cell, weights=extra, minlength=len(options) + 1)[::-1])[::-1]
-            sums.append(base + tail[1:])
-        values = self.objective(*sums)
-        best = int(np.argmax(values))
-        result = taus.copy()
-        result[gate] = options[best]
-        return result, float(values[best])
-
-    def ascend(self, taus: NDArray[np.float64]) -> tuple[NDArray[np.float64], float]:
-        """Coordinate ascent: strictly rising, so it ends."""
+    def ascend(self, taus: NDArray[np.float64], sizes: Sequence[int]) -> tuple[NDArray[np.float64], float]:
+        """Ascent over all blocks of these sizes; strictly rising, so it ends."""
         value = self.value(taus)
         improved = True
         while improved:
             improved = False
-            for gate in range(len(taus)):
-                option, _ = self.best(taus, gate)
-                now = self.value(option)
-                if now > value * (1 + 1e-12):
-                    taus, value, improved = option, now, True
+            for size in sizes:
+                for block in itertools.combinations(range(len(taus)), size):
+                    option, _ = self.best(taus, block, GRID[size])
+                    now = self.value(option)
+                    if now > value * (1 + 1e-12):
+                        taus, value, improved = option, now, True
         return taus, value
