@@ -89,6 +89,7 @@ def main() -> None:
     weighted = echo.WarmupLog.from_arrays(log.depth, log.confidence, log.accepted, weight=np.where(np.arange(len(log)) % 9, 1.0, 10.0))
     histograms = echo.ConfidenceHistograms.of(log)
     count = timed(lambda: echo.ConfidenceHistograms.of(log), args.repeats)
+    build = timed(lambda: echo.WarmupLog.from_arrays(log.depth, log.confidence, log.accepted, rank=log.rank, step=log.step), 3)
     slow = timed(lambda: echo.ConfidenceHistograms.of(weighted), args.repeats)
     echo.calibrate(histograms)  # imports scipy.optimize
     fit = timed(lambda: echo.calibrate(histograms), 3 * args.repeats)
@@ -104,6 +105,7 @@ def main() -> None:
         "versions": {"python": platform.python_version(), "numpy": np.__version__, "torch": torch.__version__},
         "rows": len(log),
         "depths": args.depths,
+        "build_checked_log_from_arrays": build | {"rows_per_s_median": len(log) / build["median_s"]},
         "count": count | {"rows_per_s_best": len(log) / count["best_s"], "rows_per_s_median": len(log) / count["median_s"]},
         "count_weighted": slow | {"rows_per_s_best": len(log) / slow["best_s"], "rows_per_s_median": len(log) / slow["median_s"]},
         "calibrate_from_histograms": fit,
