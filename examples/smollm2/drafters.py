@@ -76,10 +76,13 @@ class Eagle:
         target: whose ``hidden`` it reads right after each of the target's passes.
         slots, length: as of the target.
         count: candidates k at each node.
+        floor: nodes of smaller path log-probability are not drafted on: they would be accepted once in 400 times.
     """
 
-    def __init__(self, target: SmolLM2, slots: int, length: int = 512, count: int = 4, weights: Path = WEIGHTS) -> None:
-        self.target, self.count = target, count
+    def __init__(
+        self, target: SmolLM2, slots: int, length: int = 512, count: int = 4, floor: float = -6.0, weights: Path = WEIGHTS
+    ) -> None:
+        self.target, self.count, self.floor = target, count, floor
         self.head = EagleHead.read(weights)
         embedding = target.model.model.embed_tokens.weight.detach()
         self.embedding = embedding / embedding.norm(dim=-1).mean()
@@ -87,7 +90,7 @@ class Eagle:
         self.values = torch.zeros_like(self.keys)
         self.used = torch.zeros(slots, dtype=torch.int64)
         self.tokens = torch.zeros(slots, count, dtype=torch.int64)
-        self.log_probs = torch.zeros(slots, count)
+        self.log_probs = torch.zeros(slots, count, dtype=torch.float16)  # two bytes: what a trace holds is exactly what was ranked
         self.root = torch.zeros(slots, WIDTH)
         # Of the layers drafted in this step: states [B, W, width], keys, values [B, nodes, heads, D], who sees whom [B, W, nodes].
         self.state = self.own_keys = self.own_values = self.sees = torch.empty(0)
@@ -118,7 +121,7 @@ class Eagle:
             self.own_keys = self.own_values = torch.empty(batch, 0, HEADS, WIDTH // HEADS)
             self.sees = torch.zeros(batch, 1, 0, dtype=torch.bool)
             return self.tokens[slots][:, None], self.log_probs[slots][:, None]
-        request, node = frontier.active.nonzero(as_tuple=True)
+        request, node = (frontier.active & (frontier.score >= self.floor)).nonzero(as_tuple=True)
         parent = frontier.parent
         state = self.state.gather(1, parent[..., None].expand(-1, -1, WIDTH))
         position = (self.used[slots] + frontier.depth - 1)[request]
@@ -141,7 +144,7 @@ class Eagle:
         self.state = torch.zeros(batch, width, WIDTH)
         self.state[request, node] = new
         tokens = torch.zeros(batch, width, self.count, dtype=torch.int64)
-        log_probs = torch.full(tokens.shape, -torch.inf)
+        log_probs = torch.full(tokens.shape, -torch.inf, dtype=torch.float16)
         tokens[request, node], log_probs[request, node] = self._candidates(new)
         return tokens, log_probs
 
@@ -168,7 +171,7 @@ class Eagle:
     def _candidates(self, state: Tensor) -> tuple[Tensor, Tensor]:
         logits = self.head.logits(state)
         top = logits.topk(self.count, dim=-1)
-        return self.head.vocab[top.indices], top.values - logits.logsumexp(-1, keepdim=True)
+        return self.head.vocab[top.indices], (top.values - logits.logsumexp(-1, keepdim=True)).half()
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:

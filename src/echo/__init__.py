@@ -2,7 +2,7 @@
 
 from echo.budget import ElasticBudgetScheduler, Forecast, GlobalRank, History, PerRequest, Rule, TwoLevel
 from echo.cost import CostModel, Knee, profile
-from echo.decode import Drafter, Step, Target, decode, outcomes, speculate, verify
+from echo.decode import Drafter, Step, Target, decode, outcomes, speculate, verify, warmup_rows
 from echo.errors import EchoError
 from echo.gating import (
     BeamMassGate,
@@ -54,4 +54,5 @@ __all__ = [
     "profile",
     "speculate",
     "verify",
+    "warmup_rows",
 ]

@@ -123,9 +123,9 @@ class CostModel:
             x = np.where(x > tiers[-1], x, tiers[np.minimum(np.searchsorted(tiers, x), len(tiers) - 1)])
         return int(x) if x.ndim == 0 else x
 
-    def draft(self, layers: int, rows_per_layer: int) -> float:
-        """Seconds of drafting ``layers`` layers of ``rows_per_layer`` rows each."""
-        return layers * (self.draft_layer + self.draft_row * rows_per_layer)
+    def draft(self, layers: ArrayLike, rows_per_layer: float) -> Any:
+        """Seconds of drafting ``layers`` layers (a number or an array) of ``rows_per_layer`` rows each."""
+        return np.asarray(layers) * (self.draft_layer + self.draft_row * rows_per_layer)
 
     @property
     def knee(self) -> Knee:

@@ -18,6 +18,10 @@ _LAST = torch.iinfo(torch.int64).max
 class Rule(Protocol):
     """Which nodes are drafted on, which rows are bought on the way, and who gets the rest."""
 
+    @property
+    def width(self) -> int:
+        """Most nodes of a layer that are drafted on."""
+
     def frontier(self, layer: Layer) -> tuple[Tensor, Tensor]:
         """The nodes of a scored layer to draft on: index int64 [B, W] rising along W, and which of them count, bool [B, W]."""
 
@@ -42,6 +46,9 @@ class Rule(Protocol):
 
     def rows(self, batch: int) -> int | None:
         """Rows that this rule alone asks for; None: it takes whatever budget it is given."""
+
+    def gain(self, tree: SuperTree) -> Tensor:
+        """f, the probability that each node's whole path is accepted: float32 [B, T]; 0 at unselectable nodes."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +78,11 @@ class GlobalRank:
             checks.integer("max_rows", self.max_rows, 1)
         object.__setattr__(self, "_tables", {})
 
+    @property
+    def width(self) -> int:
+        """``beam``."""
+        return self.beam
+
     def frontier(self, layer: Layer) -> tuple[Tensor, Tensor]:
         """The ``beam`` best nodes of the layer."""
         return best(layer, torch.isfinite(layer.score), self.beam)
@@ -87,6 +99,12 @@ class GlobalRank:
     def rows(self, batch: int) -> int | None:
         """``batch * max_rows`` where there is a cap of its own."""
         return None if self.max_rows is None else batch * self.max_rows
+
+    def gain(self, tree: SuperTree) -> Tensor:
+        """f of every node: float32 [B, T]."""
+        if self.reliability is None:
+            return tree.forest.score.exp()
+        return (ONE - self.cost(tree).clamp(max=ONE)).float() / ONE
 
     def cost(self, tree: SuperTree) -> Tensor:
         """int32 [B, T], rising as f falls: the bits of -S, or 2^24 - f in 24-bit fixed point."""
@@ -147,6 +165,11 @@ class TwoLevel:
         checks.integer("max_width", self.max_width, 0)
         object.__setattr__(self, "_rank", GlobalRank(self.layer_width, self.reliability))
 
+    @property
+    def width(self) -> int:
+        """``layer_width``."""
+        return self.layer_width
+
     def frontier(self, layer: Layer) -> tuple[Tensor, Tensor]:
         """The nodes that were bought."""
         return best(layer, layer.bought, self.layer_width)
@@ -170,6 +193,11 @@ class TwoLevel:
     def rows(self, batch: int) -> int | None:
         """None: it takes whatever budget it is given."""
         return None
+
+    def gain(self, tree: SuperTree) -> Tensor:
+        """f of every node: float32 [B, T]."""
+        rank: GlobalRank = self.__dict__["_rank"]
+        return rank.gain(tree)
 
 
 def deal(tree: SuperTree, cost: Tensor, cap: Tensor, left: Tensor, rows: int) -> Tensor:

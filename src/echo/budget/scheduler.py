@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from echo import checks
-from echo.budget.history import History
-from echo.budget.rules import PerRequest, Rule, TwoLevel
+from echo.budget.history import History, outlook
+from echo.budget.rules import GlobalRank, PerRequest, Rule, TwoLevel
 from echo.cost import CostModel
 from echo.errors import EchoError
 from echo.gating.calibration import Calibration
@@ -41,7 +42,9 @@ class ElasticBudgetScheduler:
         rule: which rows: :class:`TwoLevel`, :class:`GlobalRank`, :func:`PerRequest`, or one's own.
         gate: who drafts on; None: everybody.
         budget: rows of a step, roots included (the paper's K_max counts drafted rows: ours is larger by the batch); or a
-            :class:`CostModel`, whose knee it is; or None: what the rule asks for by itself.
+            :class:`CostModel`: the rows and the depth of greatest goodput, chosen before each step from the history; or
+            None: what the rule asks for by itself.
+        probe: with a cost model, while speculation is off, drafts in one step of this many all the same, so that it comes back.
         max_depth: deepest layer; 0 drafts nothing.
         max_tree_rows: rows of one request, root included; sets the width of the ancestor masks.
 
@@ -61,8 +64,10 @@ class ElasticBudgetScheduler:
     budget: int | CostModel | None = None
     max_depth: int = 8
     max_tree_rows: int = 64
+    probe: int = 100
 
     def __post_init__(self) -> None:
+        checks.integer("probe", self.probe, 2)
         checks.integer("max_depth", self.max_depth, 0, 64)
         checks.integer("max_tree_rows", self.max_tree_rows, 1, 4096)
         if not isinstance(self.budget, CostModel) and self.budget is not None:
@@ -71,9 +76,14 @@ class ElasticBudgetScheduler:
             raise EchoError(f"budget: expected rows or a CostModel for {self.rule!r}, got None")
 
     @classmethod
-    def paper(cls, calibration: Calibration, *, k_max: int | CostModel, layer_width: int = 4, max_width: int = 8) -> ElasticBudgetScheduler:
+    def paper(cls, calibration: Calibration, *, k_max: int, layer_width: int = 4, max_width: int = 8) -> ElasticBudgetScheduler:
         """ECHO as published: sparse gates, two-level budget. ``k_max`` counts roots, as ``budget`` does."""
         return cls(TwoLevel(layer_width, max_width), SparseGate(calibration), k_max, calibration.max_depth)
+
+    @classmethod
+    def goodput(cls, calibration: Calibration, cost: CostModel, *, beam: int = 4) -> ElasticBudgetScheduler:
+        """The best use of this machine: global ranking by calibrated probability, rows and depth from the cost model."""
+        return cls(GlobalRank(beam, calibration), None, cost, calibration.max_depth)
 
     @classmethod
     def eagle(cls, *, n: int, beam: int = 4, max_depth: int = 8) -> ElasticBudgetScheduler:
@@ -87,28 +97,43 @@ class ElasticBudgetScheduler:
 
     def history(self, slots: int, device: torch.device | str = "cpu") -> History:
         """A history for ``slots`` request slots, all without a past."""
-        return History.empty(slots, device)
+        return History.empty(slots, self.max_depth, device)
 
     def forecast(self, history: History, slots: Tensor, base_rows: int = 0) -> Forecast:
         """How deep to draft and how many rows to launch, from what the host knows before the step.
 
+        With a number as budget: ``max_depth`` and that many rows, or depth 0 and B rows where it leaves nothing to draft for.
+        With a cost model: the depth d and the rows K that maximise (B + F_d(K)) / (T(K) + draft(d)), depth 0 among them. F is
+        foreseen from the history; before anybody has drafted, the knee is tried.
+
         Args:
-            history: carried along for budgets that learn; a plain number or a knee needs the batch size only.
+            history: what happened up to some step before this one, on the host.
             slots: int64 [B], the requests of the step.
             base_rows: rows that prefill takes of the same forward pass.
-
-        Returns:
-            Depth ``max_depth`` and the budget's rows; depth 0 and B rows where the budget leaves nothing to draft for.
 
         Raises:
             EchoError: an argument of the wrong kind.
         """
         batch = checks.tensor("slots", slots, ["B"], torch.int64).shape[0]
         checks.integer("base_rows", base_rows, 0)
-        rows = self._rows(batch) - base_rows
-        if rows <= batch or self.max_depth == 0:
-            return Forecast(0, batch)
-        return Forecast(self.max_depth, rows)
+        off = Forecast(0, batch)
+        if self.max_depth == 0:
+            return off
+        if not isinstance(self.budget, CostModel):
+            rows = self._rows(batch) - base_rows
+            return off if rows <= batch else Forecast(self.max_depth, rows)
+        seen = history.foresee(slots)
+        if seen is None:
+            return Forecast(self.max_depth, self.budget.tier(max(2 * batch, self._rows(batch) - base_rows)))
+        drafted, accepted = seen
+        drafts = np.arange(1, self.max_depth + 1)
+        seconds = self.budget(base_rows + batch + np.ceil(drafted)) + self.budget.draft(drafts, batch * self.rule.width)[:, None]
+        rate = np.where(drafted >= 1, (batch + accepted) / seconds, 0.0)
+        depth, place = np.unravel_index(int(rate.argmax()), rate.shape)
+        if rate[depth, place] <= batch / self.budget(base_rows + batch) and history.tick % self.probe:
+            return off
+        rows = self.budget.tier(base_rows + batch + int(np.ceil(drafted[depth, place]))) - base_rows
+        return Forecast(int(depth) + 1, max(rows, batch + 1))
 
     def plant(
         self, root_tokens: Tensor, *, live: Tensor | None = None, capacity: Tensor | None = None, rows: int | None = None
@@ -154,7 +179,8 @@ class ElasticBudgetScheduler:
     def grow(self, tree: SuperTree, tokens: Tensor, log_probs: Tensor) -> SuperTree:
         """Scores a drafted layer, asks the gate, lets the rule buy, and finds the next frontier.
 
-        S(v) = min(S(parent), S(parent) + log q(v)). A score that is NaN or infinite makes its node unselectable, and is counted.
+        S(v) = min(S(parent), S(parent) + log q(v)). A NaN or infinite score makes its node unselectable; NaN, plus
+        infinity and layers of minus infinity alone are counted in ``invalid``.
 
         Args:
             tree: with ``tree.depth < max_depth``.
@@ -231,7 +257,13 @@ class ElasticBudgetScheduler:
         count = tree.rows if rows is None else checks.integer("rows", rows, 1)
         if count < tree.rows:
             raise EchoError(f"rows: expected at least the {tree.rows} rows that the tree was planted with, got {count}")
-        return pack(tree, self.select(tree), count, -(-self.max_tree_rows // WORD))
+        selected = self.select(tree)
+        packed = pack(tree, selected, count, -(-self.max_tree_rows // WORD))
+        if not isinstance(self.budget, CostModel) or tree.depth == 0:
+            return packed
+        gain = self.rule.gain(tree)
+        drafted = selected & (tree.forest.depth > 0)
+        return replace(packed, outlook=outlook(tree, gain), expected=torch.where(drafted, gain, 0.0).sum(dim=1))
 
     def _rows(self, batch: int) -> int:
         if isinstance(self.budget, CostModel):

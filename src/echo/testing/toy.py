@@ -63,6 +63,7 @@ class TabularDrafter:
 
     probabilities: Tensor
     count: int
+    dtype: torch.dtype = torch.float32
 
     def __post_init__(self) -> None:
         vocab = checks.tensor("probabilities", self.probabilities, ["V", "V"], (torch.float32, torch.float64)).shape[0]
@@ -74,7 +75,7 @@ class TabularDrafter:
     def draft(self, slots: Tensor, frontier: Frontier, /) -> tuple[Tensor, Tensor]:
         """Top-k of the table's rows."""
         top = self.probabilities[frontier.token].topk(self.count, dim=-1)
-        return top.indices, top.values.log().float()
+        return top.indices, top.values.log().to(self.dtype)
 
     def keep(self, slots: Tensor, packed: PackedTree, accepted: Accepted, /) -> None:
         """Nothing to remember."""

@@ -2,13 +2,17 @@
 
 Under greedy decoding the text does not depend on the policy. So if at every output position the drafted pool and the text are
 recorded, any policy that drafts on no more than what was recorded can be replayed exactly.
+
+What is recorded is closed under narrower frontiers: a policy may draft, at each layer, on the best b <= ``beam`` of the nodes that
+it has drafted itself, with another b for each layer and request, and never meets a node without a record.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import zipfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -19,11 +23,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from echo import checks
-from echo.budget.rules import GlobalRank
+from echo.budget.rules import best, order
 from echo.budget.scheduler import ElasticBudgetScheduler
-from echo.decode import Drafter, Target, verify
+from echo.decode import Drafter, Target, decode
 from echo.errors import EchoError
-from echo.tree.supertree import Frontier
+from echo.tree.supertree import Frontier, Layer, SuperTree
 
 VERSION = 1
 END = -1
@@ -34,41 +38,55 @@ END = -1
 class Trace:
     """P positions of R texts; at each, D layers of at most E expanded nodes with k drafted children each.
 
+    E is larger than ``beam``: the best nodes among the children of a narrow frontier need not be among those of a wide one.
+
     Attributes:
         text: int32 [P], the token emitted at each position: root of that position's tree. Texts lie one after another.
         indptr: int64 [R + 1], where each text begins; its last position is its last token and has no draft.
         kind: str [R], what kind of prompt each text answers.
+        limit: int32 [R], tokens that each answer might have had; a shorter text ended by itself.
         token: int32 [P, D, E, k], children of the expanded nodes of layer d (layer 0: of the root, in place e = 0).
         log_prob: float16 [P, D, E, k], their log-probabilities given their parent; -inf: none.
         expanded: int8 [P, D, E * k], for each child its place e among the next layer's expanded nodes; -1: it was not drafted on.
+        beam: widest frontier that replays without a miss.
+        floor: path log-probability below which the drafter drafted on no node.
     """
 
     text: NDArray[np.int32]
     indptr: NDArray[np.int64]
     kind: NDArray[np.str_]
+    limit: NDArray[np.int32]
     token: NDArray[np.int32]
     log_prob: NDArray[np.float16]
     expanded: NDArray[np.int8]
+    beam: int
+    floor: float
 
     def __post_init__(self) -> None:
         positions, requests = len(self.text), len(self.kind)
         if self.indptr.shape != (requests + 1,) or self.indptr[0] != 0 or self.indptr[-1] != positions:
             raise EchoError(f"indptr: expected {requests + 1} values from 0 to {positions}, got {self.indptr.tolist()[:8]}")
-        if (np.diff(self.indptr) < 2).any():
-            raise EchoError(f"indptr: expected at least two tokens a text, got {int(np.diff(self.indptr).min())} in text {int(np.diff(self.indptr).argmin())}")
+        lengths = np.diff(self.indptr)
+        if self.limit.shape != (requests,) or (lengths < 1).any() or (lengths > self.limit).any():
+            raise EchoError(f"limit, indptr: expected {requests} texts of 1 to limit tokens, got lengths {lengths.tolist()[:8]}")
         if self.token.ndim != 4 or self.token.shape[0] != positions or self.token.shape != self.log_prob.shape:
-            raise EchoError(f"token, log_prob: expected two arrays [{positions}, D, E, k], got {self.token.shape} and {self.log_prob.shape}")
-        _, depth, beam, k = self.token.shape
-        if self.expanded.shape != (positions, depth, beam * k):
-            raise EchoError(f"expanded: expected [{positions}, {depth}, {beam * k}], got {self.expanded.shape}")
+            raise EchoError(
+                f"token, log_prob: expected two arrays [{positions}, D, E, k], got {self.token.shape} and {self.log_prob.shape}"
+            )
+        _, depth, places, k = self.token.shape
+        checks.integer("beam", self.beam, 1, places)
+        if self.expanded.shape != (positions, depth, places * k):
+            raise EchoError(f"expanded: expected [{positions}, {depth}, {places * k}], got {self.expanded.shape}")
         for name, bad in {
             "text": self.text < 0,
             "log_prob": ~(self.log_prob <= 0.01),
-            "expanded": (self.expanded < END) | (self.expanded >= beam),
+            "expanded": (self.expanded < END) | (self.expanded >= places),
         }.items():
             if bad.any():
                 place = tuple(int(i) for i in np.argwhere(bad)[0])
-                raise EchoError(f"{name}: expected a value in range, got {getattr(self, name)[place]} at position {place[0]}, index {place[1:]}")
+                raise EchoError(
+                    f"{name}: expected a value in range, got {getattr(self, name)[place]} at position {place[0]}, index {place[1:]}"
+                )
 
     @property
     def positions(self) -> int:
@@ -80,11 +98,6 @@ class Trace:
         """D, layers recorded."""
         return int(self.token.shape[1])
 
-    @property
-    def beam(self) -> int:
-        """E, nodes of a layer that were drafted on."""
-        return int(self.token.shape[2])
-
     def texts(self, chosen: Sequence[int]) -> Trace:
         """The trace of some texts, in that order."""
         rows = np.concatenate([np.arange(self.indptr[i], self.indptr[i + 1]) for i in chosen])
@@ -93,16 +106,20 @@ class Trace:
             self.text[rows],
             np.concatenate([[0], lengths.cumsum()]),
             self.kind[list(chosen)],
+            self.limit[list(chosen)],
             self.token[rows],
             self.log_prob[rows],
             self.expanded[rows],
+            self.beam,
+            self.floor,
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes a compressed npz in one atomic move. Tokens are stored as uint16 where they fit; all arrays as byte planes."""
         part = Path(f"{os.fspath(path)}.part")
-        columns: dict[str, Any] = {"version": np.array(VERSION), "kind": self.kind, "indptr": self.indptr, "text": self.text}
-        columns |= {"token": _planes(self.token), "log_prob": _planes(self.log_prob), "expanded": self.expanded}
+        names = ("kind", "indptr", "text", "limit", "expanded", "beam", "floor")
+        columns: dict[str, Any] = {"version": np.array(VERSION), **{name: np.asarray(getattr(self, name)) for name in names}}
+        columns |= {"token": _planes(self.token), "log_prob": _planes(self.log_prob)}
         with open(part, "wb") as handle:
             np.savez_compressed(handle, **columns)
         os.replace(part, path)
@@ -123,6 +140,7 @@ class Trace:
             if isinstance(error, FileNotFoundError | EchoError):
                 raise
             raise EchoError(f"path: expected a trace in {path}, got: {error}") from error
+        columns |= {"beam": int(columns["beam"]), "floor": float(columns["floor"])}
         columns["token"] = _whole(columns["token"], np.dtype(np.int32))
         columns["log_prob"] = _whole(columns["log_prob"], np.dtype(np.float16))
         return cls(**columns)
@@ -139,3 +157,140 @@ def _whole(planes: NDArray[np.uint8], dtype: np.dtype[Any]) -> NDArray[Any]:
     if planes.shape[0] != stored.itemsize:
         raise EchoError(f"path: expected {stored.itemsize} byte planes, got {planes.shape[0]}")
     return np.ascontiguousarray(np.moveaxis(planes, 0, -1)).view(stored)[..., 0].astype(dtype)
+
+
+class _Pool:
+    """Drafts on every node that some narrower frontier would draft on, and verifies none.
+
+    Let M(v) be the smallest frontier that holds node v: of the children of M(parent of v), those no worse than v. A policy that keeps
+    the best b <= beam of what it drafted can come to v exactly where M(v) has at most ``beam`` nodes.
+    """
+
+    def __init__(self, beam: int, places: int, floor: float) -> None:
+        self.beam, self.width, self.floor = checks.integer("beam", beam, 1), checks.integer("places", places, beam), floor
+        self.smallest = torch.empty(0)
+
+    def frontier(self, layer: Layer) -> tuple[Tensor, Tensor]:
+        key = order(layer, torch.isfinite(layer.score))
+        better = key[:, None] <= key[:, :, None]  # [B, v, c]: c is no worse than v
+        if layer.depth > 1:
+            width = self.smallest.shape[1]
+            above = torch.arange(layer.score.shape[1]).div(layer.score.shape[1] // width, rounding_mode="floor")
+            better &= self.smallest[:, above][:, :, above]
+        better &= torch.isfinite(layer.score)[:, None]
+        reachable = (better.sum(dim=2) <= self.beam) & (layer.score >= self.floor)
+        index, active = best(layer, reachable, self.width)
+        rows = better.gather(1, index[..., None].expand(-1, -1, better.shape[2]))
+        self.smallest = rows.gather(2, index[:, None].expand(-1, index.shape[1], -1)) & active[:, None]
+        return index, active
+
+    def buy(self, layer: Layer, passed: Tensor, room: Tensor, left: Tensor) -> Tensor | None:
+        return None
+
+    def deal(self, tree: SuperTree, room: Tensor, left: Tensor, rows: int) -> Tensor:
+        return torch.zeros_like(tree.forest.bought)
+
+    def rows(self, batch: int) -> int | None:
+        return None
+
+    def gain(self, tree: SuperTree) -> Tensor:
+        return tree.forest.score.exp()
+
+
+class _Watch:
+    """A drafter that keeps what it drafted in the step under way."""
+
+    def __init__(self, drafter: Drafter) -> None:
+        self.inner = drafter
+        self.admit, self.keep = drafter.admit, drafter.keep
+        self.layers: list[tuple[Frontier, Tensor, Tensor]] = []
+
+    def draft(self, slots: Tensor, frontier: Frontier, /) -> tuple[Tensor, Tensor]:
+        tokens, log_probs = self.inner.draft(slots, frontier)
+        if log_probs.dtype != torch.float16:
+            raise EchoError(f"drafter: expected float16 log-probabilities, which a trace holds exactly, got {log_probs.dtype}")
+        self.layers = [*(self.layers if frontier.depth else []), (frontier, tokens, log_probs)]
+        return tokens, log_probs
+
+
+def record(
+    target: Target,
+    drafter: Drafter,
+    prompts: Sequence[Tensor],
+    kinds: Sequence[str],
+    *,
+    slots: int,
+    depth: int,
+    beam: int,
+    places: int = 24,
+    floor: float = -math.inf,
+    max_new_tokens: int,
+    eos_token: int | None = None,
+    capacity: int | None = None,
+) -> Iterator[Trace | int]:
+    """Records a live greedy decode: the whole pool is drafted at every position, and one token a step is emitted.
+
+    Args:
+        target, drafter: a greedy pair. The drafter's state must depend on the emitted text alone, its k must be the same at every
+            depth, and its log-probabilities float16, so that live and replayed scores are the same numbers.
+        prompts: int64 [length] each.
+        kinds: what kind each prompt is.
+        slots: requests decoded together.
+        depth, beam: layers drafted, and the widest frontier that is to be replayed.
+        places: E, nodes of a layer that are drafted on at most. Too few, and replays miss some.
+        floor: path log-probability below which the drafter drafts on no node (it must do so by itself).
+        max_new_tokens, eos_token, capacity: as in :func:`echo.decode`.
+
+    Yields:
+        The positions recorded so far, an int after each step; at last the :class:`Trace`.
+
+    Raises:
+        EchoError: an argument out of range, or a drafter that does not keep to the above.
+    """
+    if len(kinds) != len(prompts):
+        raise EchoError(f"kinds: expected one for each of {len(prompts)} prompts, got {len(kinds)}")
+    checks.integer("depth", depth, 1)
+    pool, watch = ElasticBudgetScheduler(_Pool(beam, places, floor), budget=2 * slots, max_depth=depth), _Watch(drafter)
+    texts: list[list[int]] = [[] for _ in prompts]
+    drafts: list[list[tuple[NDArray[Any], ...]]] = [[] for _ in prompts]
+    options: dict[str, Any] = {"slots": slots, "max_new_tokens": max_new_tokens, "eos_token": eos_token, "capacity": capacity}
+    for step in decode(pool, target, watch, prompts, **options):
+        columns = _columns(watch.layers, len(step.requests), depth, places)
+        for b, (request, tokens) in enumerate(zip(step.requests, step.emitted, strict=True)):
+            texts[request] += tokens
+            drafts[request].append(tuple(column[b] for column in columns))
+        yield sum(map(len, texts))
+    nothing = _columns([], 1, depth, places, k=watch.layers[0][1].shape[2])
+    rows = [row for text, steps in zip(texts, drafts, strict=True) for row in [*steps[: len(text) - 1], tuple(c[0] for c in nothing)]]
+    token, log_prob, expanded = (np.stack(column) for column in zip(*rows, strict=True))
+    yield Trace(
+        text=np.array([token for text in texts for token in text], dtype=np.int32),
+        indptr=np.concatenate([[0], np.cumsum([len(text) for text in texts])]),
+        kind=np.array(kinds),
+        limit=np.full(len(texts), max_new_tokens, dtype=np.int32),
+        token=token,
+        log_prob=log_prob,
+        expanded=expanded,
+        beam=beam,
+        floor=floor,
+    )
+
+
+def _columns(
+    layers: list[tuple[Frontier, Tensor, Tensor]], batch: int, depth: int, places: int, k: int | None = None
+) -> tuple[NDArray[Any], ...]:
+    """``token``, ``log_prob`` and ``expanded`` of one step: [B, D, E, k] twice, [B, D, E * k]."""
+    width = layers[0][1].shape[2] if k is None else k
+    token = np.zeros((batch, depth, places, width), dtype=np.int32)
+    log_prob = np.full(token.shape, -np.inf, dtype=np.float16)
+    expanded = np.full((batch, depth, places * width), END, dtype=np.int8)
+    for d, (frontier, tokens, log_probs) in enumerate(layers):
+        if tokens.shape[2] != width:
+            raise EchoError(f"drafter: expected {width} candidates at every depth, got {tokens.shape[2]} at depth {d + 1}")
+        live = frontier.active[..., None]
+        token[:, d, : tokens.shape[1]] = torch.where(live, tokens, 0).numpy()
+        log_prob[:, d, : tokens.shape[1]] = torch.where(live, log_probs, -torch.inf).numpy()
+        if d:
+            request, place = np.nonzero(frontier.active.numpy())
+            expanded[request, d - 1, frontier.index.numpy()[request, place]] = place
+    return token, log_prob, expanded

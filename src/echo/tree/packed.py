@@ -28,8 +28,11 @@ class PackedTree:
         score: float32 [N], path log-probability; -inf on pad rows.
         node: int64 [N], index into the forest's B * T nodes; -1 on pad rows.
         status: int8 [B], why each request stopped drafting (:class:`~echo.tree.supertree.Status`).
-        invalid: int32 [B], draft scores that were no finite number.
+        invalid: int32 [B], faulty draft scores (:attr:`SuperTree.invalid`).
         max_depth: deepest layer of the tree it was packed from; a host int.
+        outlook: float32 [B, depth, 64], where the budget is a cost model: how many scored nodes of each depth 1.. have which
+            probability of acceptance f, in 64 equal bins. None otherwise.
+        expected: float32 [B], likewise: the sum of f over the request's drafted rows.
     """
 
     tokens: Tensor
@@ -43,6 +46,8 @@ class PackedTree:
     status: Tensor
     invalid: Tensor
     max_depth: int
+    outlook: Tensor | None = None
+    expected: Tensor | None = None
 
     @property
     def batch(self) -> int:

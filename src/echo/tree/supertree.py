@@ -123,7 +123,8 @@ class SuperTree:
         status: int8 [B], a :class:`Status` each.
         row_limit: int64 [B], the most rows a request may get, root included; 0 for an empty slot.
         left: int64 [], rows that may still be bought.
-        invalid: int32 [B], draft scores that were NaN or infinite at active nodes; such nodes are never selectable.
+        invalid: int32 [B], draft scores at active nodes that were NaN or plus infinity, and those of layers without any finite
+            score; such nodes are never selectable.
         rows: rows of this step, a host int; ``left`` never lets more be selected.
     """
 
@@ -177,7 +178,10 @@ def bits(score: Tensor) -> Tensor:
 
 
 def path_score(parent: Tensor, log_prob: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
-    """S(v) = min(S(parent), S(parent) + log q(v)), and which active nodes had a score that is no finite number.
+    """S(v) = min(S(parent), S(parent) + log q(v)), and which scores are faulty.
+
+    Minus infinity says "no candidate" and is no fault by itself; NaN and plus infinity are faults, and so is each score of a
+    request that has an active node and no finite score at all.
 
     Args:
         parent: float32 [B, W].
@@ -190,7 +194,10 @@ def path_score(parent: Tensor, log_prob: Tensor, active: Tensor) -> tuple[Tensor
     q = log_prob.float()
     score = torch.minimum(parent[..., None], parent[..., None] + q)
     finite = torch.isfinite(q) & torch.isfinite(score)
-    return torch.where(active[..., None] & finite, score, DEAD_SCORE), active[..., None] & ~finite
+    usable = active[..., None] & finite
+    nothing = ~usable.flatten(1).any(dim=1)[:, None, None]
+    faulty = active[..., None] & ~finite & (nothing | (q != -torch.inf))
+    return torch.where(usable, score, DEAD_SCORE), faulty
 
 
 def check_size(requests: int, nodes: int, depth: int) -> None:

@@ -1,0 +1,229 @@
+"""Every policy on the same recorded drafts: throughput over plain decoding, by batch size and cost shape.
+
+    make replay                                        # the shipped trace, under 3 minutes on two cores
+    python benchmarks/replay.py --trace other.npz      # a larger one, made by examples/smollm2/record.py
+
+Calibration and tuning use one half of the texts, the figures the other half, with 95% intervals from a block bootstrap over
+steps. Plain decoding of B requests costs T(B) a step. Writes benchmarks/results/replay.json and replay.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from policies import POLICIES, Setting, oracle_trace
+from rich.console import Console
+from rich.table import Table
+
+import echo
+from echo.testing import Record, Trace, replay
+
+HERE = Path(__file__).parent
+BATCHES = (1, 8, 32, 64, 128, 256)
+STEPS = {1: 320, 8: 160, 32: 80, 64: 60, 128: 40, 256: 32}
+WARM = 8
+"""First steps of a replay that are left out of its figures: all texts begin at once there."""
+
+
+def shapes() -> dict[str, echo.CostModel]:
+    """Step seconds by rows, one step of few rows being 1; a drafted layer costs a share of it."""
+    rows = tuple(int(r) for r in np.unique(np.geomspace(1, 16384, 60).round()))
+    law = lambda knee: tuple(1.0 + max(0.0, r - knee) / knee for r in rows)  # noqa: E731
+    return {
+        "dense, knee at 256 rows": echo.CostModel(rows, law(256), draft_layer=0.02),
+        "dense, costly drafter": echo.CostModel(rows, law(256), draft_layer=0.10),
+        "mixture of experts, knee at 1024": echo.CostModel(rows, law(1024), draft_layer=0.02),
+        "linear overhead": echo.CostModel(rows, tuple(0.5 + r / 512 for r in rows), draft_layer=0.02),
+    }
+
+
+@dataclass(frozen=True)
+class Steps:
+    """What a replay's steps emitted, launched and drafted: enough to charge them under any cost model."""
+
+    tokens: np.ndarray
+    rows: np.ndarray
+    layers: np.ndarray
+
+    def rate(self, cost: echo.CostModel, batch: int) -> float:
+        """Throughput over plain decoding."""
+        return float(self.tokens.sum() / self.seconds(cost, batch).sum() / (batch / cost(batch)))
+
+    def seconds(self, cost: echo.CostModel, batch: int) -> np.ndarray:
+        return cost(self.rows) + cost.draft(self.layers, batch)
+
+    def interval(self, cost: echo.CostModel, batch: int, rng: np.random.Generator) -> tuple[float, float]:
+        """95% bootstrap interval of :meth:`rate` over blocks of steps."""
+        block = max(1, min(10, len(self.tokens) // 4))
+        count = len(self.tokens) // block
+        tokens = self.tokens[: count * block].reshape(count, block).sum(1)
+        seconds = self.seconds(cost, batch)[: count * block].reshape(count, block).sum(1)
+        pick = rng.integers(0, count, (400, count))
+        rates = tokens[pick].sum(1) / seconds[pick].sum(1) / (batch / cost(batch))
+        return float(np.percentile(rates, 2.5)), float(np.percentile(rates, 97.5))
+
+
+def run(
+    trace: Trace, scheduler: echo.ElasticBudgetScheduler, cost: echo.CostModel, batch: int, seed: int, exact_rows: bool = False
+) -> Steps:
+    """Replays with texts in random order, a share of the steps; ``exact_rows`` charges real rows only (the oracle's)."""
+    order = np.random.default_rng(1).permutation(len(trace.kind))
+    seen: list[tuple[int, int, int]] = []
+
+    def observe(record: Record) -> None:
+        rows = int(record.packed.indptr[-1]) if exact_rows else record.forecast.rows
+        seen.append((int(record.emitted.sum()), rows, record.tree.depth if exact_rows else record.forecast.depth))
+
+    report = replay(trace, scheduler, cost, batch=batch, steps=int(share * STEPS[batch]) + WARM, order=order, observe=observe)
+    assert report.misses == 0 or exact_rows, f"{report.misses} nodes without a record: the trace is too narrow for {scheduler}"
+    tokens, rows, layers = np.array(seen[WARM:]).T
+    return Steps(tokens, rows, layers)
+
+
+def calibrate(trace: Trace) -> echo.Calibration:
+    """From an ungated replay that verifies the best of every layer at every step."""
+    scheduler = echo.ElasticBudgetScheduler(echo.TwoLevel(trace.beam, 0), None, 32 * MAX_POOL, trace.depth, max_tree_rows=MAX_POOL)
+    logs: list[echo.WarmupLog] = []
+    observe = lambda record: logs.append(echo.warmup_rows(record.tree, record.packed, record.accepted))  # noqa: E731
+    replay(trace, scheduler, echo.CostModel((1,), (1.0,)), batch=32, observe=observe)
+    return echo.calibrate(echo.WarmupLog.concat(logs))
+
+
+MAX_POOL = 64
+
+
+def describe(scheduler: echo.ElasticBudgetScheduler) -> str:
+    """The policy in a line: what was tuned, without the calibration's tables."""
+    rule = replace(scheduler.rule, reliability=None)
+    gate = f"gates {scheduler.gate.log_tau}" if isinstance(scheduler.gate, echo.SparseGate) else repr(scheduler.gate)
+    budget = "cost model" if isinstance(scheduler.budget, echo.CostModel) else scheduler.budget
+    ranked = "calibrated" if scheduler.rule.reliability else "by draft probability"
+    return f"{rule} {ranked}, {gate}, budget {budget}, depth {scheduler.max_depth}"
+
+
+def halves(trace: Trace) -> tuple[Trace, Trace]:
+    """Texts for calibration and tuning, and texts for the figures: every kind in both."""
+    first = [i for kind in np.unique(trace.kind) for i in np.flatnonzero(trace.kind == kind)[::2]]
+    return trace.texts(first), trace.texts([i for i in range(len(trace.kind)) if i not in set(first)])
+
+
+def column(path: Path, batch: int, costs: dict[str, echo.CostModel]) -> list[dict[str, object]]:
+    """All policies and cost shapes at one batch size."""
+    torch.set_num_threads(1)
+    tune, test = halves(Trace.load(path))
+    calibration = calibrate(tune)
+    rng = np.random.default_rng(0)
+    cells: list[dict[str, object]] = []
+    cache: dict[tuple[str, str], Steps] = {}
+
+    def steps(which: str, trace: Trace, scheduler: echo.ElasticBudgetScheduler, cost: echo.CostModel) -> Steps:
+        if isinstance(scheduler.budget, echo.CostModel):
+            return run(trace, scheduler, cost, batch)
+        key = which, describe(scheduler)
+        if key not in cache:
+            cache[key] = run(trace, scheduler, cost, batch, share=0.5 if which == "tune" else 1.0)
+        return cache[key]
+
+    for (shape, cost), (name, policy) in itertools.product(costs.items(), POLICIES.items()):
+        candidates = list(policy(Setting(calibration, cost, batch, tune.depth, tune.beam)))
+        best = max(candidates, key=lambda s: steps("tune", tune, s, cost).rate(cost, batch)) if len(candidates) > 1 else candidates[0]
+        found = steps("test", test, best, cost)
+        low, high = found.interval(cost, batch, rng)
+        cells.append(
+            {
+                "shape": shape,
+                "batch": batch,
+                "policy": name,
+                "ratio": found.rate(cost, batch),
+                "low": low,
+                "high": high,
+                "tokens_per_step": float(found.tokens.mean() / batch),
+                "rows": float(found.rows.mean()),
+                "layers": float(found.layers.mean()),
+                "tuned": describe(best),
+            }
+        )
+    ceiling = echo.ElasticBudgetScheduler(echo.GlobalRank(test.beam), None, (1 + test.depth) * batch, test.depth)
+    found = run(oracle_trace(test), ceiling, cost, batch, exact_rows=True)
+    for shape, cost in costs.items():
+        low, high = found.interval(cost, batch, rng)
+        cells.append({"shape": shape, "batch": batch, "policy": "oracle", "ratio": found.rate(cost, batch), "low": low, "high": high})
+    return cells
+
+
+def show(console: Console, cells: list[dict[str, object]]) -> None:
+    """One table a cost shape: policies down, batch sizes across."""
+    for shape in dict.fromkeys(str(c["shape"]) for c in cells):
+        table = Table(title=f"throughput / plain decoding: {shape}", header_style="bold")
+        table.add_column("policy")
+        for batch in BATCHES:
+            table.add_column(f"batch {batch}", justify="right")
+        for name in [*POLICIES, "oracle"]:
+            row = {c["batch"]: c for c in cells if c["shape"] == shape and c["policy"] == name}
+            texts = [f"{row[b]['ratio']:.2f} ±{(float(row[b]['high']) - float(row[b]['low'])) / 2:.2f}" for b in BATCHES]
+            table.add_row(name, *texts, style="bold" if name == "goodput tree" else "dim" if name == "oracle" else None)
+        console.print(table)
+
+
+def draw(cells: list[dict[str, object]], path: Path) -> None:
+    """One panel a cost shape."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    shown = {"EAGLE tree": "#e9a13b", "ECHO (paper)": "#2a7f62", "global top-K": "#7b4b94", "goodput tree": "#33658a", "oracle": "#9aa5ab"}
+    names = list(dict.fromkeys(str(c["shape"]) for c in cells))
+    plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
+    figure, axes = plt.subplots(1, len(names), figsize=(3.1 * len(names), 3.4), sharey=True, layout="constrained")
+    for axis, shape in zip(axes, names, strict=True):
+        for name, colour in shown.items():
+            row = {int(str(c["batch"])): c for c in cells if c["shape"] == shape and c["policy"] == name}
+            ratio, low, high = ([float(str(row[b][key])) for b in BATCHES] for key in ("ratio", "low", "high"))
+            axis.plot(BATCHES, ratio, "o-", ms=3, color=colour, label=name, lw=1 if name == "oracle" else 1.8)
+            axis.fill_between(BATCHES, low, high, color=colour, alpha=0.15, lw=0)
+        axis.axhline(1, color="#22333b", lw=0.8)
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(BATCHES, [str(b) for b in BATCHES])
+        axis.set_title(shape, fontsize=9, fontweight="bold")
+        axis.set_xlabel("batch")
+    axes[0].set_ylabel("throughput / plain decoding")
+    axes[0].set_ylim(0)
+    axes[-1].legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def main() -> None:
+    """Runs all cells."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--trace", type=Path, default=HERE / "traces" / "smollm2.npz")
+    parser.add_argument("--cost", type=Path, default=HERE / "results" / "cost.json", help="this machine's measured curve")
+    parser.add_argument("--out", type=Path, default=HERE / "results")
+    args = parser.parse_args()
+    console, start = Console(), time.perf_counter()
+    costs = shapes()
+    if args.cost.exists():
+        costs["two CPU cores, measured"] = echo.CostModel.from_json(args.cost.read_text())
+    with ProcessPoolExecutor(max_workers=os.cpu_count()) as pool:
+        order = sorted(BATCHES, reverse=True)
+        cells = [cell for part in pool.map(column, [args.trace] * len(order), order, [costs] * len(order)) for cell in part]
+    show(console, cells)
+    args.out.mkdir(parents=True, exist_ok=True)
+    result = {"trace": args.trace.name, "seconds": time.perf_counter() - start, "cells": cells}
+    (args.out / "replay.json").write_text(json.dumps(result, indent=1))
+    draw(cells, args.out / "replay.png")
+    console.print(f"{args.out / 'replay.json'} and replay.png written; {time.perf_counter() - start:.0f} s in all")
+
+
+if __name__ == "__main__":
+    main()

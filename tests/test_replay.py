@@ -1,0 +1,173 @@
+"""Replay gives the steps of a live decode, counts what it must, and reads and writes its traces."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+import echo
+from echo.testing import TabularDrafter, TabularTarget, Trace, blurred, record, replay, table
+
+TARGET = table(30, seed=3, sharpness=2.5)
+COST = echo.CostModel((1, 16, 64), (1.0, 1.0, 4.0), draft_layer=0.02, draft_row=0.001)
+CALIBRATION = echo.calibrate(
+    echo.WarmupLog.from_arrays(
+        [1 + i % 4 for i in range(900)], [(i % 97) / 97 for i in range(900)], [(i * 7 % 97) < i % 97 for i in range(900)]
+    )
+)
+POLICIES = {
+    "plain": echo.ElasticBudgetScheduler.autoregressive(),
+    "eagle": echo.ElasticBudgetScheduler.eagle(n=6, beam=3, max_depth=4),
+    "echo": echo.ElasticBudgetScheduler(echo.TwoLevel(2, 3), echo.SparseGate({1: 0.2, 3: 0.2}), 20, 4),
+    "global": echo.ElasticBudgetScheduler(echo.GlobalRank(3), None, 18, 3),
+    "ddd": echo.ElasticBudgetScheduler(echo.PerRequest(8, 3), echo.BeamMassGate((2, 3), -1.0, 3), None, 4),
+    "goodput": echo.ElasticBudgetScheduler.goodput(CALIBRATION, COST, beam=3),
+}
+
+
+def pair():
+    return TabularTarget(TARGET), TabularDrafter(blurred(TARGET, seed=4, noise=0.3), count=3, dtype=torch.float16)
+
+
+PROMPTS = [torch.tensor([i]) for i in range(12)]
+
+
+@pytest.fixture(scope="module")
+def trace() -> Trace:
+    *counts, result = record(
+        *pair(), PROMPTS, ["odd" if i % 2 else "even" for i in range(12)], slots=4, depth=4, beam=3, max_new_tokens=17, eos_token=5
+    )
+    assert counts == sorted(counts)
+    assert isinstance(result, Trace)
+    return result
+
+
+def live_steps(scheduler, batch):
+    return [
+        (step.requests, [len(t) - (f == 0) for t, f in zip(step.emitted, firsts, strict=True)], step.packed)
+        for step, firsts in _first_flags(echo.decode(scheduler, *pair(), PROMPTS, slots=batch, max_new_tokens=17, eos_token=5))
+    ]
+
+
+def _first_flags(steps):
+    seen: dict[int, int] = {}
+    for step in steps:
+        yield step, [seen.get(r, 0) for r in step.requests]
+        for request in step.requests:
+            seen[request] = seen.get(request, 0) + 1
+
+
+@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("batch", [1, 4, 7])
+def test_replay_equals_live_decoding(trace, name, batch):
+    scheduler, replayed = POLICIES[name], []
+    report = replay(trace, scheduler, COST, batch=batch, observe=replayed.append)
+    live = live_steps(scheduler, batch)
+    assert report.misses == 0
+    assert len(live) == len(replayed) == report.steps
+    for (requests, emitted, packed), mine in zip(live, replayed, strict=True):
+        assert list(requests) == mine.requests.tolist()
+        assert emitted == mine.emitted.tolist()
+        assert torch.equal(packed.tokens, mine.packed.tokens)
+        assert torch.equal(packed.parent, mine.packed.parent)
+        assert torch.equal(packed.indptr, mine.packed.indptr)
+    assert report.tokens == sum(len(trace.text[a:b]) - 1 for a, b in zip(trace.indptr, trace.indptr[1:], strict=False))
+
+
+def test_a_policy_wider_than_the_record_is_counted_as_missing(trace):
+    wide = echo.ElasticBudgetScheduler(echo.GlobalRank(9), None, 60, 4)
+    assert replay(trace, wide, COST, batch=4).misses > 0
+    with pytest.raises(echo.EchoError, match=r"scheduler: expected max_depth of at most the trace's 4, got 5"):
+        replay(trace, echo.ElasticBudgetScheduler.eagle(n=4, beam=2, max_depth=5), COST, batch=4)
+
+
+def test_plain_decoding_costs_one_step_a_token(trace):
+    report = replay(trace, POLICIES["plain"], COST, batch=4)
+    assert report.tokens_per_step == 1.0
+    assert report.rows == report.request_steps == report.tokens
+    assert report.seconds == pytest.approx(report.steps)
+    assert len(report.per_text) == 12
+    assert {kind for kind, *_ in report.per_text} == {"odd", "even"}
+
+
+def test_charges(trace):
+    scheduler = POLICIES["eagle"]
+    seen = []
+    full = replay(trace, scheduler, COST, batch=4, observe=seen.append)
+    expected = sum(COST(r.forecast.rows) + r.forecast.depth * (0.02 + 0.001 * len(r.requests) * 3) for r in seen)
+    assert full.seconds == pytest.approx(expected)
+    assert replay(trace, scheduler, COST, batch=4, compact=True).seconds < full.seconds
+    assert replay(trace, scheduler, COST, batch=4, prompt_rows=50).seconds > full.seconds
+
+
+def test_refill_goes_on_forever_where_steps_are_given(trace):
+    report = replay(trace, POLICIES["global"], COST, batch=5, steps=100)
+    assert report.steps == 100
+    assert report.request_steps == 500
+    assert 0 < report.fairness <= 1
+    assert report.percentiles()[1] <= report.percentiles()[50] <= report.percentiles()[99]
+
+
+def test_lag_changes_nothing_but_the_plan(trace):
+    for lag in (0, 1, 2):
+        report = replay(trace, POLICIES["goodput"], COST, batch=4, lag=lag)
+        assert report.tokens == sum(np.diff(trace.indptr) - 1)
+
+
+def test_files(trace, tmp_path):
+    path = tmp_path / "trace.npz"
+    trace.save(path)
+    again = Trace.load(path)
+    for name in ("text", "indptr", "kind", "limit", "token", "log_prob", "expanded"):
+        assert np.array_equal(getattr(trace, name), getattr(again, name))
+    assert [p.name for p in tmp_path.iterdir()] == ["trace.npz"]
+    path.write_bytes(path.read_bytes()[:-200])
+    with pytest.raises(echo.EchoError, match="path: expected a trace"):
+        Trace.load(path)
+    np.savez(path, version=np.array(9))
+    with pytest.raises(echo.EchoError, match="path: expected a trace of version 1, got version 9"):
+        Trace.load(path)
+
+
+def test_faults_are_named_with_their_place(trace):
+    from dataclasses import replace
+
+    log_prob = trace.log_prob.copy()
+    log_prob[7, 1, 2, 0] = np.nan
+    with pytest.raises(echo.EchoError, match=r"log_prob: expected a value in range, got nan at position 7, index \(1, 2, 0\)"):
+        replace(trace, log_prob=log_prob)
+    expanded = trace.expanded.copy()
+    expanded[3, 0, 1] = 99
+    with pytest.raises(echo.EchoError, match=r"expanded: .* got 99 at position 3, index \(0, 1\)"):
+        replace(trace, expanded=expanded)
+    with pytest.raises(echo.EchoError, match="indptr: expected 13 values"):
+        replace(trace, indptr=trace.indptr[:-1])
+
+
+def test_part_of_a_trace(trace):
+    part = trace.texts([3, 1])
+    assert part.kind.tolist() == ["odd", "odd"]
+    assert part.text.tolist() == [*trace.text[trace.indptr[3] : trace.indptr[4]], *trace.text[trace.indptr[1] : trace.indptr[2]]]
+    assert replay(part, POLICIES["eagle"], COST, batch=2).misses == 0
+
+
+def test_record_wants_half_precision():
+    target, _ = pair()
+    with pytest.raises(echo.EchoError, match="float16"):
+        list(record(target, TabularDrafter(TARGET, count=2), PROMPTS, [""] * 12, slots=2, depth=2, beam=2, max_new_tokens=4))
+
+
+def test_records_are_closed_under_narrower_frontiers(trace):
+    """Any frontier of at most ``beam`` nodes, another at each layer and request, replays without a miss."""
+
+    class Erratic(echo.GlobalRank):
+        def frontier(self, layer):
+            index, active = super().frontier(layer)
+            generator = torch.Generator().manual_seed(layer.depth + int(layer.token.sum()))
+            count = torch.randint(1, self.beam + 1, (len(index), 1), generator=generator)
+            rank = layer.score.gather(1, index).argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+            return index, active & (rank < count)
+
+    for beam in (1, 2, 3):
+        assert replay(trace, echo.ElasticBudgetScheduler(Erratic(beam), None, 30, 4), COST, batch=4).misses == 0
