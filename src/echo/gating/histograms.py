@@ -220,7 +220,7 @@ class LiveHistograms:
             accepted: bool [N].
             rank: int32 or int64 [N], place of the node in its layer.
             weight: float [N], inverse-probability weights (:meth:`echo.ExploringGate.weights`), 0: do not count; None: all 1.
-            in_place: adds into this mass instead of a copy, for engines with persistent buffers (CUDA graphs).
+            in_place: adds into this mass instead of a copy (4.7 MB for 8 depths), for engines with persistent buffers (CUDA graphs).
 
         Raises:
             EchoError: shapes, dtypes or devices that do not fit.

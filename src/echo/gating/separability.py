@@ -23,7 +23,8 @@ class Separability:
         auc: P(confidence of an accepted row > that of a rejected row), ties counted half; NaN without both kinds.
         low, high: 95% interval of the AUC: DeLong 1988 with squared weights, on the logit scale, so that it stays in [0, 1].
             Where all pairs agree its variance is 0; the interval then ends at 0.025^(1/k), k the rows of the rarer kind, because
-            k disjoint pairs agree with probability AUC^k.
+            k disjoint pairs agree with probability AUC^k. Rows count as independent: successive steps of one request resemble each
+            other, so with few, long requests the interval is too narrow.
         threshold: confidence that maximises Youden's J = P(c > t | accepted) - P(c > t | rejected); a row *passes* when it
             is above. Halfway between the two neighbouring confidences of the log; 0, everybody passes, if no J is positive.
         youden: that J.

@@ -136,7 +136,7 @@ def refuse_gated(log: WarmupLog) -> None:
         if min(goes, int(here.sum()) - goes) >= MARK and separability(confidence[here], follows[here]).auc > 0.999:
             raise EchoError(
                 f"log: expected steps drafted without a gate, or weights, got {int(here.sum()) - goes} steps that end at depth {d} and "
-                f"are less confident there than all {goes} that go on: what a gate stopped is missing, and the log biased (ExploringGate)"
+                f"are less confident there than all {goes} that go on: what a gate or budget stopped is missing (ExploringGate)"
             )
 
 
@@ -175,6 +175,8 @@ def goodput(
     there are at most 64, 256, 1024 for 3, 2, 1 gates, else quantiles), and then refined one gate at a time. More gates are
     searched by ascent from several starts, over each gate alone and over each block of three (two from seven gates on), until no change
     helps: nearly always the global optimum on small logs, not provably.
+
+    The log speaks of the beam that it was recorded with: record with the ``width`` of the policy, or a little more.
 
     Args:
         log: rows of rank 0 for every step and every depth down to ``max_depth``, and of the ranks below the width.
