@@ -78,6 +78,10 @@ def test_at_most_max_gates():
     assert sum("3 gates at most" in d.reason for d in calibration.depths) == 3
 
 
+def test_the_gates_kept_are_those_that_stop_most_rejected_rows():
+    assert echo.calibrate(log_of(1, 0.8, 0.8, 2.0, 0.8, 1), max_gates=3).gate_depths == (1, 4, 6)
+
+
 def test_too_few_rows_are_no_sweet_spot():
     log = echo.WarmupLog.concat([simulate(400, sharpness=1), simulate(30, sharpness=3, depth=2), simulate(400, sharpness=1, depth=3)])
     calibration = echo.calibrate(log)
@@ -152,6 +156,8 @@ def test_a_useless_depth_stops_nobody():
     log = simulate(500, sharpness=-2.0)
     d = echo.calibrate(log).depths[0]
     assert d.auc < 0.1 and d.threshold == 0.0 and d.stopped == 0
+    same = separability([0.2, 0.8, 0.2, 0.8], [1, 1, 0, 0])
+    assert (same.auc, same.threshold, same.youden) == (0.5, 0.0, 0.0)
 
 
 def test_log_files(tmp_path):

@@ -78,6 +78,7 @@ def test_weighted_rows_count_by_their_effective_number():
     window = echo.ConfidenceHistograms.of(echo.WarmupLog.from_arrays(log.depth, log.confidence, log.accepted, weight=weight))
     first = echo.DriftMonitor(CALIBRATION).check(window).depths[0]
     assert first.rows == pytest.approx(3800**2 / 21_800, rel=0.01)
+    assert first.psi_limit == pytest.approx(0.1 + 19 * (1 / first.rows + 1 / 4000), rel=0.01)
     assert not first.drifted
 
 

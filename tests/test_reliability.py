@@ -51,6 +51,16 @@ def test_a_rank_without_rows_takes_the_pooled_map():
     assert calibration.depths[0].by_rank[3] == calibration.depths[0].reliability
 
 
+def test_a_rank_with_few_rows_stays_near_the_pooled_map():
+    """Five accepted rows of rank 1 against a pooled rate of about 0.3, which counts for 20 rows: (5 + 20 * 0.3) / 25."""
+    random = np.random.default_rng(0)
+    columns = np.ones(2005), np.full(2005, 0.5), np.concatenate([random.random(2000) < 0.3, np.ones(5, bool)])
+    d = echo.calibrate(echo.WarmupLog.from_arrays(*columns, rank=np.arange(2005) // 2000)).depths[0]
+    pooled = d.reliability[0][1]
+    assert pooled == pytest.approx(0.3, abs=0.03)
+    assert d.by_rank[1][0][1] == pytest.approx((5 + 20 * pooled) / 25, rel=1e-9)
+
+
 def test_calibration_removes_the_error_on_held_out_rows():
     held_out = rows_of(20_000, 9)
     pooled, ranked = CALIBRATION.error(held_out), CALIBRATION.error(held_out, by_rank=True)
