@@ -25,14 +25,13 @@ bin 0 holds what lies below 2^-24, the last bin exactly 1, and every other one s
 UNIT = 1 << 16
 """Fixed-point weight 1.0. A row's weight is rounded to a multiple of 2^-16, once, before anything is added."""
 MIN_WEIGHT, MAX_WEIGHT = 1 / 64, 1024.0
-"""Bounds of a weight that is not 0. Below the greatest the sums of a block of 2^16 rows, squares included, are exact in float64; above
-the smallest the rounded square is within 4%. Only ratios matter, so weights may be scaled until their smallest is 1."""
+"""Bounds of a weight that is not 0. Below the greatest the sums of a block of 2^16 rows and more, squares included, are exact in float64;
+above the smallest the rounded square is within 4%. Only ratios matter, so weights may be scaled until their smallest is 1."""
 MAX_DEPTH = 64
 RANKS = 4
 """Ranks kept apart by default: 0, 1, 2, and the rest together."""
 _FIRST = ((127 - OCTAVES) << 7) - 1  # upper half of the bits of 2^-24, less 1: what becomes bin 0
 _BLOCK = 1 << 18
-_WEIGHTED_BLOCK = 1 << 16
 ROWS, WEIGHT, SQUARE = 0, 1, 2
 """Planes of ``mass``: number of rows; sum of weights and of squared weights in units of 2^-16."""
 
@@ -299,7 +298,7 @@ def _accumulate(mass: NDArray[np.int64], log: WarmupLog) -> None:
     if wrong.any():
         row = int(wrong.argmax())
         raise EchoError(f"log.weight: expected 0 or from {MIN_WEIGHT:g} to {MAX_WEIGHT:g}, got {log.weight[row]:g} in row {row}")
-    block = _BLOCK if unit else _WEIGHTED_BLOCK
+    block = _BLOCK if unit else min(2 * _BLOCK, int(2.0**52 / (UNIT * max(1.0, float(log.weight.max())) ** 2)))
     size = flat.shape[1]
     for start in range(0, len(log), block):
         part = slice(start, start + block)
