@@ -6,7 +6,7 @@ STAMP := .venv/.installed
 THREADS ?= $(shell nproc)
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test lint install clean
+.PHONY: demo test replay docs lint install clean
 
 demo: $(STAMP)
 	@$(BIN)/python examples/smollm2/demo.py $(ARGS)
@@ -14,6 +14,15 @@ demo: $(STAMP)
 test: lint
 	@echo "== tests, on the installed package"
 	@OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest $(ARGS)
+
+replay: $(STAMP)
+	@$(BIN)/python benchmarks/replay.py $(ARGS)
+
+docs: $(STAMP)
+	@$(PIP) install ".[docs]" --no-build-isolation -c constraints.txt
+	@$(BIN)/python -m sphinx -W -q -b doctest docs docs/_build/doctest
+	@$(BIN)/python -m sphinx -W -q -b html docs docs/_build/html
+	@echo "docs/_build/html/index.html"
 
 lint: $(STAMP)
 	@echo "== ruff, mypy --strict, import-linter"

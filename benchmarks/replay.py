@@ -73,7 +73,7 @@ class Steps:
 
 
 def run(
-    trace: Trace, scheduler: echo.ElasticBudgetScheduler, cost: echo.CostModel, batch: int, seed: int, exact_rows: bool = False
+    trace: Trace, scheduler: echo.ElasticBudgetScheduler, cost: echo.CostModel, batch: int, share: float = 1.0, exact_rows: bool = False
 ) -> Steps:
     """Replays with texts in random order, a share of the steps; ``exact_rows`` charges real rows only (the oracle's)."""
     order = np.random.default_rng(1).permutation(len(trace.kind))

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import echo
 from echo.testing import TabularDrafter, table
+from echo.tree import Template, compact, layouts
 
 READS = ("_local_scalar_dense", "nonzero", "masked_select", "item", "unique", "_unique2", "equal", "repeat_interleave", "is_nonzero")
 CALIBRATION = echo.calibrate(
@@ -88,6 +89,62 @@ def test_one_graph_and_no_recompile_for_other_values(name):
     for seed in range(3):
         data = inputs(scheduler, seed)
         for one, two in zip(compiled(*data), step(scheduler, *data), strict=True):
+            assert torch.equal(one, two)
+    assert len(counts) == 1
+
+
+TEMPLATE = Template.from_choices([[0], [1], [0, 0], [0, 1], [0, 0, 0]])
+
+
+def whole_engine(scheduler, roots, tokens, log_probs, context, pages):
+    """Every drafter that is not a beam, then everything that an engine asks of a packed step."""
+    outputs = []
+    grown = scheduler.grow_positions(scheduler.plant(roots), tokens, log_probs)
+    filled = TEMPLATE.fill(scheduler.plant(roots), tokens, log_probs)
+    for tree in (grown, filled, scheduler.grow_ready(scheduler.plant(roots), filled, 2)):
+        packed = scheduler.pack(tree, sync=lambda wire: wire + 0)
+        accepted = echo.verify(packed, packed.tokens.roll(-1))
+        values = [
+            layouts.sglang(packed, 6, context),
+            layouts.chains(packed),
+            layouts.flashinfer(packed, context, 100),
+            layouts.flashinfer(packed, context, 400, bits=False),
+            layouts.tensorrt_llm(packed, 6),
+            layouts.hugging_face(packed, 6, context, 9),
+            compact(packed, accepted, context),
+            compact(packed, accepted, context, page_table=pages, page_size=2),
+        ]
+        outputs += [x for value in values for x in vars(value).values() if isinstance(x, torch.Tensor)]
+        outputs += [packed.position(context), packed.slot(context, pages, 2, 0), layouts.sglang_mask(packed, 6, "QLEN_ONLY")]
+        outputs += [layouts.sglang_mask(packed, 6, "QLEN_ONLY_BITPACKING")]
+        outputs += [layouts.sglang_mask(packed, 6, "FULL_MASK", context=context, size=400)]
+    return tuple(outputs)
+
+
+def engine_inputs(seed):
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(0, 9, (4, 3, 2), generator=generator)
+    log_probs = torch.rand(4, 3, 2, generator=generator).log()
+    return torch.arange(4), tokens, log_probs, torch.randint(0, 9, (4,), generator=generator), torch.arange(40).view(4, 10).int()
+
+
+def test_no_exporter_reads_back():
+    with RefuseReads():
+        whole_engine(POLICIES["paper"], *engine_inputs(0))
+
+
+def test_exporters_are_one_graph_without_a_recompile():
+    counts = []
+
+    def backend(module, _):
+        counts.append(1)
+        return module
+
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda *data: whole_engine(POLICIES["paper"], *data), fullgraph=True, backend=backend)
+    for seed in range(3):
+        data = engine_inputs(seed)
+        for one, two in zip(compiled(*data), whole_engine(POLICIES["paper"], *data), strict=True):
             assert torch.equal(one, two)
     assert len(counts) == 1
 

@@ -16,12 +16,37 @@ import torch
 from torch import Tensor
 
 from model import SmolLM2, encode, load
-from prompts import passage_prompts, training_prompts
+from prompts import EVALUATION, WARMUP, passage_prompts, training_prompts
 
 TOP = 16
 
 
-def answers(engine: SmolLM2, prompts: list[Tensor], max_new: int, eos: int):
+def greedy(logits: Tensor) -> Tensor:
+    """int64 [n]: the likeliest tokens."""
+    return logits.argmax(dim=-1)
+
+
+def sampled(logits: Tensor) -> Tensor:
+    """int64 [n]: tokens of the model's own distribution."""
+    return torch.multinomial(logits.softmax(dim=-1), 1)[:, 0]
+
+
+def questions(engine: SmolLM2, tokenizer, count: int) -> list[Tensor]:
+    """Chat prompts that the model asks itself: it samples the user's turn (Magpie, arXiv 2406.08464), which gives far more
+    variety than templates do. Those of the warm-up and evaluation sets are left out, should they come up."""
+    ahead, behind = tokenizer.apply_chat_template([{"role": "user", "content": "\0"}], tokenize=False, add_generation_prompt=True).split(
+        "\0"
+    )
+    opening = torch.tensor(tokenizer(ahead, add_special_tokens=False)["input_ids"])
+    asked = answers(engine, [opening] * count, 64, tokenizer.eos_token_id, choose=sampled)
+    texts = [tokenizer.decode(s["tokens"][s["prompt"] :], skip_special_tokens=True).strip() for _, s in asked]
+    kept = {prompt for sets in (WARMUP, EVALUATION) for prompts in sets.values() for prompt in prompts}
+    return [
+        torch.tensor(tokenizer(ahead + t + behind, add_special_tokens=False)["input_ids"]) for t in texts if len(t) > 8 and t not in kept
+    ]
+
+
+def answers(engine: SmolLM2, prompts: list[Tensor], max_new: int, eos: int, choose=greedy):
     """Yields ``(index, sequence)`` as requests finish; free slots are refilled at once."""
     slots = engine.cache.used.shape[0]
     waiting = list(range(len(prompts)))[::-1]
@@ -30,7 +55,7 @@ def answers(engine: SmolLM2, prompts: list[Tensor], max_new: int, eos: int):
         free = [s for s in range(slots) if s not in running][: len(waiting)]
         if free:
             chosen = [waiting.pop() for _ in free]
-            _prefill(engine, free, [prompts[i] for i in chosen], chosen, running)
+            _prefill(engine, free, [prompts[i] for i in chosen], chosen, running, choose)
         live = torch.tensor(sorted(running))
         tokens = torch.tensor([running[int(s)]["tokens"][-1] for s in live])
         logits = engine.forward(engine.token_rows(live, tokens))
@@ -38,7 +63,7 @@ def answers(engine: SmolLM2, prompts: list[Tensor], max_new: int, eos: int):
         features = engine.hidden.half()
         for row, slot in enumerate(live.tolist()):
             running[slot]["features"].append(features[row : row + 1])
-        _append(logits, live.tolist(), running)
+        _append(logits, live.tolist(), running, choose)
         for slot in live.tolist():
             request = running[slot]
             new = len(request["tokens"]) - request["prompt"]
@@ -56,7 +81,7 @@ def answers(engine: SmolLM2, prompts: list[Tensor], max_new: int, eos: int):
                 )
 
 
-def _prefill(engine, slots, prompts, indices, running) -> None:
+def _prefill(engine, slots, prompts, indices, running, choose) -> None:
     lengths = torch.tensor([len(p) for p in prompts])
     ids = torch.tensor(slots)
     logits = engine.forward(engine.prompt_rows(ids, prompts), lengths.cumsum(0) - 1)
@@ -64,14 +89,15 @@ def _prefill(engine, slots, prompts, indices, running) -> None:
     for slot, index, prompt, features in zip(slots, indices, prompts, engine.hidden.half().split(lengths.tolist()), strict=True):
         running[slot] = {"index": index, "tokens": prompt.tolist(), "prompt": len(prompt), "ids": [], "log_probs": []}
         running[slot]["features"] = [features.clone()]
-    _append(logits, slots, running)
+    _append(logits, slots, running, choose)
 
 
-def _append(logits: Tensor, slots: list[int], running: dict[int, dict]) -> None:
+def _append(logits: Tensor, slots: list[int], running: dict[int, dict], choose) -> None:
+    tokens = choose(logits)
     top = logits.topk(TOP, dim=-1)
     log_probs = (top.values - logits.logsumexp(-1, keepdim=True)).half()
     for row, slot in enumerate(slots):
-        running[slot]["tokens"].append(int(top.indices[row, 0]))
+        running[slot]["tokens"].append(int(tokens[row]))
         running[slot]["ids"].append(top.indices[row].int())
         running[slot]["log_probs"].append(log_probs[row])
 
@@ -79,23 +105,30 @@ def _append(logits: Tensor, slots: list[int], running: dict[int, dict]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--prompts", type=int, default=6000)
+    parser.add_argument("--prompts", type=int, default=6000, help="from templates and topics")
+    parser.add_argument("--questions", type=int, default=0, help="instead, as many prompts that the model asks itself")
+    parser.add_argument("--first", type=int, default=0, help="number of the first shard")
     parser.add_argument("--slots", type=int, default=128)
     parser.add_argument("--max-new", type=int, default=176)
     parser.add_argument("--minutes", type=float, default=1e9, help="stop after this long")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(args.seed)
     model, tokenizer = load()
     engine = SmolLM2(model, args.slots, 512)
     start = time.perf_counter()
-    drafts = dict(answers(engine, encode(tokenizer, passage_prompts(192, args.seed)), 100, tokenizer.eos_token_id))
-    texts = [tokenizer.decode(s["tokens"][s["prompt"] :], skip_special_tokens=True).strip() for s in drafts.values()]
-    prompts = training_prompts(args.prompts, texts, args.seed)
-    encoded = encode(tokenizer, [prompt for _, prompt in prompts])
-    shard, written, total = [], 0, 0
+    if args.questions:
+        encoded = questions(engine, tokenizer, args.questions)
+        kinds = ["asked"] * len(encoded)
+    else:
+        drafts = dict(answers(engine, encode(tokenizer, passage_prompts(192, args.seed)), 100, tokenizer.eos_token_id))
+        texts = [tokenizer.decode(s["tokens"][s["prompt"] :], skip_special_tokens=True).strip() for s in drafts.values()]
+        kinds, prompts = zip(*training_prompts(args.prompts, texts, args.seed), strict=True)
+        encoded = encode(tokenizer, prompts)
+    shard, written, total = [], args.first, 0
     for index, sequence in answers(engine, encoded, args.max_new, tokenizer.eos_token_id):
-        shard.append(sequence | {"kind": prompts[index][0]})
+        shard.append(sequence | {"kind": kinds[index]})
         total += len(sequence["tokens"]) - sequence["prompt"]
         late = time.perf_counter() - start > 60 * args.minutes
         if len(shard) == 256 or late:

@@ -13,7 +13,7 @@ import json
 import os
 import platform
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -103,37 +103,41 @@ class Demo:
             scheduler, target, drafter, prompts, slots=batch, max_new_tokens=new, eos_token=self.tokenizer.eos_token_id, capacity=64
         )
 
-    def record(self, prompts: int, new: int) -> tuple[echo.WarmupLog, float]:
-        """Warm-up rows of an ungated run that verifies the best nodes of every layer, and the seconds that a drafted layer took."""
+    def record(self, prompts: int, new: int) -> echo.WarmupLog:
+        """Warm-up rows of an ungated run that verifies the best nodes of every layer."""
         scheduler = echo.ElasticBudgetScheduler(echo.TwoLevel(BEAM, 0), budget=8 * 64, max_depth=DEPTH)
-        logs, done, draft, layers = [], 0, 0.0, 0
+        logs, done = [], 0
         with self._progress() as bar:
             task = bar.add_task("warm-up: drafting without a gate", total=prompts)
             for step in self.steps(scheduler, self.warmup[:prompts], 8, new):
                 logs.append(step.log())
-                draft, layers = draft + step.seconds.draft, layers + step.tree.depth
                 done += len(step.finished)
                 bar.update(task, completed=done)
-        return echo.WarmupLog.concat(logs), draft / layers
+        return echo.WarmupLog.concat(logs)
 
-    def cost(self, repeats: int, draft_layer: float) -> echo.CostModel:
-        """This machine's curve: seconds of a forward pass by rows, at a context of 150 tokens."""
+    def cost(self, repeats: int) -> echo.CostModel:
+        """This machine's curve: seconds of a forward pass by rows, at a context of 150 tokens, and of a drafted layer."""
         from model import SmolLM2
 
         target = SmolLM2(self.model, max(ROWS), LENGTH)
         target.cache.used[:] = 150
+        plain = echo.ElasticBudgetScheduler.autoregressive()
         with self._progress() as bar:
-            task = bar.add_task("cost curve: rows -> seconds", total=len(ROWS) * (repeats + 1))
+            task = bar.add_task("cost curve: rows -> seconds", total=len(ROWS) * (repeats + 1) + 2)
 
             def step(rows: int) -> None:
-                slots = torch.arange(rows)
-                scheduler = echo.ElasticBudgetScheduler.autoregressive()
-                packed = scheduler.pack(scheduler.plant(torch.full((rows,), 100)))
-                target.verify(slots, packed)
+                target.verify(torch.arange(rows), plain.pack(plain.plant(torch.full((rows,), 100))))
                 bar.advance(task)
 
             rows, seconds = echo.profile(step, ROWS, repeats=repeats)
-        return echo.CostModel.from_samples(rows, seconds, draft_layer=draft_layer)
+            layer = []  # seconds of a drafted layer, control included, at batch 1 and 16
+            for batch in (1, 16):
+                scheduler = echo.ElasticBudgetScheduler.eagle(n=4, beam=BEAM, max_depth=4)
+                done = list(self.steps(scheduler, self.warmup[:batch], batch, 16))[1:]
+                layer.append(sum(s.seconds.draft + s.seconds.control for s in done) / sum(s.tree.depth for s in done))
+                bar.advance(task)
+        each = max(0.0, (layer[1] - layer[0]) / (15 * BEAM))
+        return echo.CostModel.from_samples(rows, seconds, draft_layer=max(0.0, layer[0] - BEAM * each), draft_row=each)
 
     def compare(self, policies: dict[str, echo.ElasticBudgetScheduler], batches: dict[int, int], new: int, rounds: int) -> list[Run]:
         """Every policy at every batch size. Rounds alternate the order, so that a slow moment hits no policy alone."""
@@ -157,13 +161,15 @@ class Demo:
         return Progress(*columns, console=self.console)
 
 
-def policies(calibration: echo.Calibration, k_max: int) -> dict[str, echo.ElasticBudgetScheduler]:
+def policies(calibration: echo.Calibration, cost: echo.CostModel) -> dict[str, echo.ElasticBudgetScheduler]:
     """The compared policies: one row each of the library's table."""
+    k_max = cost.knee.k_max
     return {
         PLAIN: echo.ElasticBudgetScheduler.autoregressive(),
-        "EAGLE tree, 8 rows each": echo.ElasticBudgetScheduler.eagle(n=8, beam=BEAM, max_depth=DEPTH),
-        "ECHO (paper)": replace(echo.ElasticBudgetScheduler.paper(calibration, k_max=k_max, layer_width=1), max_depth=DEPTH),
+        "EAGLE tree, 8 rows each": echo.ElasticBudgetScheduler.eagle(n=8, beam=BEAM, max_depth=4),
+        "ECHO, the paper": echo.ElasticBudgetScheduler.paper(calibration, k_max=k_max, layer_width=2),
         "global ranking": echo.ElasticBudgetScheduler(echo.GlobalRank(BEAM, calibration), budget=k_max, max_depth=DEPTH),
+        "goodput": echo.ElasticBudgetScheduler.goodput(calibration, cost, beam=BEAM),
     }
 
 
@@ -206,15 +212,16 @@ def main() -> None:
     console = Console()
     start = time.perf_counter()
     demo = Demo(console)
-    log, draft_layer = demo.record(32, 96 if args.full else 64)
+    log = demo.record(32, 96 if args.full else 64)
     calibration = echo.calibrate(log)
     for d in calibration.depths:
         console.print(f"  depth {d.depth}: {'gate above ' + format(d.threshold, '.2f') if d.gate else 'no gate        '}  {d.reason}")
-    cost = demo.cost(9 if args.full else 5, draft_layer)
+    cost = demo.cost(9 if args.full else 5)
     knee = cost.knee
     console.print(f"  one row {1e3 * cost(1):.0f} ms; K_max = {knee.k_max} rows, then {knee.gamma:.1%} of a step for each row more")
+    console.print(f"  a drafted layer {1e3 * cost.draft_layer:.1f} ms and {1e3 * cost.draft_row:.2f} ms a row")
     batches = {1: 32, 4: 32, 16: 32} if args.full else {1: 8, 4: 16, 16: 32}
-    runs = demo.compare(policies(calibration, knee.k_max), batches, 128 if args.full else 64, 3 if args.full else 2)
+    runs = demo.compare(policies(calibration, cost), batches, 128 if args.full else 64, 3 if args.full else 2)
     show(console, runs)
     agree = sum(run.answers == other.answers for other in runs if other.policy == PLAIN for run in runs if run.batch == other.batch)
     console.print(f"same text as plain decoding: {agree} of {len(runs)} runs (float32; near ties of the two best logits may differ)")

@@ -101,6 +101,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--muon-lr", type=float, default=0.02)
+    parser.add_argument("--noise", type=float, default=0.2, help="of the features, in their root mean squares: few texts, many epochs")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.manual_seed(args.seed)
@@ -110,11 +111,12 @@ def main() -> None:
         for sequence in torch.load(path)
         if len(sequence["tokens"]) - sequence["prompt"] > 4
     ]
-    held, data = data[:96], data[96:]
+    held, data = data[::32], [sequence for number, sequence in enumerate(data) if number % 32]
     counts = torch.zeros(49152, dtype=torch.int64)
     for row in data:
         counts += torch.bincount(row["tokens"][row["prompt"] :].long(), minlength=len(counts))
-    vocab = counts.topk(args.vocab).indices.sort().values
+    prior = 0.5 * torch.arange(len(counts), 0, -1) / len(counts)  # earlier merges of the tokenizer are the more frequent ones
+    vocab = (counts + prior).topk(args.vocab).indices.sort().values
     lookup = torch.full_like(counts, -1)
     lookup[vocab] = torch.arange(len(vocab))
     print(
@@ -143,7 +145,9 @@ def main() -> None:
         for optimizer, lr in ((muon, args.muon_lr), (adam, args.lr)):
             optimizer.param_groups[0]["lr"] = lr * rate
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            value, right = loss(head, embedding, collate(next(source), lookup), args.steps)
+            batch = collate(next(source), lookup)
+            noise = args.noise * batch["features"].square().mean((0, 1)).sqrt() * torch.randn(batch["features"].shape)
+            value, right = loss(head, embedding, batch | {"features": batch["features"] + noise}, args.steps)
         value.backward()
         torch.nn.utils.clip_grad_norm_(rest, 1.0)
         muon.step()

@@ -26,11 +26,16 @@ def tensor(
         EchoError: naming the argument, what was expected and what came.
     """
     wanted = (dtypes,) if isinstance(dtypes, torch.dtype) else tuple(dtypes)
-    text = f"{' or '.join(str(d).removeprefix('torch.') for d in wanted)} [{', '.join(str(s) for s in shape)}]"
-    if not isinstance(value, Tensor):
-        raise EchoError(f"{name}: expected a tensor {text}, got {type(value).__name__}")
-    fits = value.dim() == len(shape) and all(isinstance(s, str) or s == n for s, n in zip(shape, value.shape, strict=True))
-    if not fits or value.dtype not in wanted:
+    fits = (
+        isinstance(value, Tensor)
+        and value.dtype in wanted
+        and value.dim() == len(shape)
+        and all(isinstance(s, str) or s == n for s, n in zip(shape, value.shape, strict=True))
+    )
+    if not fits or not isinstance(value, Tensor):
+        text = f"{' or '.join(str(d).removeprefix('torch.') for d in wanted)} [{', '.join(str(s) for s in shape)}]"
+        if not isinstance(value, Tensor):
+            raise EchoError(f"{name}: expected a tensor {text}, got {type(value).__name__}")
         raise EchoError(f"{name}: expected {text}, got {str(value.dtype).removeprefix('torch.')} {list(value.shape)}")
     if device is not None and value.device != device:
         raise EchoError(f"{name}: expected a tensor on {device}, got one on {value.device}")

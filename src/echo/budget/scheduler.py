@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -15,7 +16,8 @@ from echo.cost import CostModel
 from echo.errors import EchoError
 from echo.gating.calibration import Calibration
 from echo.gating.gates import Gate, SparseGate
-from echo.tree.packed import WORD, PackedTree, pack
+from echo.tree.build import children
+from echo.tree.packed import WORD, PackedTree, into, pack
 from echo.tree.supertree import Frontier, Layer, Status, SuperTree, check_size, path_score
 
 
@@ -135,8 +137,20 @@ class ElasticBudgetScheduler:
         rows = self.budget.tier(base_rows + batch + int(np.ceil(drafted[depth, place]))) - base_rows
         return Forecast(int(depth) + 1, max(rows, batch + 1))
 
+    def max_slots_per_request(self, batch: int) -> int:
+        """The most key/value slots that one request can take in a step: what an engine must reserve before anything is drafted."""
+        alone = self.rule.rows(1)
+        step = self.max_tree_rows if isinstance(self.budget, CostModel) else self._rows(batch)
+        return min(self.max_tree_rows, step, self.max_tree_rows if alone is None else alone)
+
     def plant(
-        self, root_tokens: Tensor, *, live: Tensor | None = None, capacity: Tensor | None = None, rows: int | None = None
+        self,
+        root_tokens: Tensor,
+        *,
+        live: Tensor | None = None,
+        capacity: Tensor | None = None,
+        rows: int | None = None,
+        first_layer: tuple[Tensor, Tensor] | None = None,
     ) -> SuperTree:
         """The roots: each live request's last emitted token.
 
@@ -146,6 +160,8 @@ class ElasticBudgetScheduler:
             capacity: int64 [B], the most rows a request may get now, root included (slots allocated, context left); values below
                 1 count as 1.
             rows: rows of this step, where the forecast's differ from the budget.
+            first_layer: tokens int64 [B, k] and log-probabilities float [B, k] of the first layer, where the previous step's
+                draft-extend has scored it already; it is grown at once.
 
         Raises:
             EchoError: shapes or dtypes that do not fit, or fewer rows than requests.
@@ -166,7 +182,7 @@ class ElasticBudgetScheduler:
         score = torch.where(alive, 0.0, -torch.inf)[:, None]
         drafts = alive & (room > 1) & (self.max_depth > 0)
         idle = torch.where(alive, int(Status.EXHAUSTED if self.max_depth else Status.FINISHED), int(Status.EMPTY))
-        return SuperTree(
+        tree = SuperTree(
             layers=(Layer(0, root, zero, score, alive[:, None], alive),),
             frontier=Frontier(root, zero, zero, score, drafts[:, None], 0),
             status=torch.where(drafts, int(Status.ACTIVE), idle).to(torch.int8),
@@ -175,6 +191,12 @@ class ElasticBudgetScheduler:
             invalid=torch.zeros(batch, dtype=torch.int32, device=device),
             rows=limit,
         )
+        if first_layer is None:
+            return tree
+        tokens, log_probs = first_layer
+        checks.tensor("first_layer[0]", tokens, [batch, "k"], torch.int64, device)
+        checks.tensor("first_layer[1]", log_probs, list(tokens.shape), checks.FLOATS, device)
+        return self.grow(tree, tokens[:, None], log_probs[:, None])
 
     def grow(self, tree: SuperTree, tokens: Tensor, log_probs: Tensor) -> SuperTree:
         """Scores a drafted layer, asks the gate, lets the rule buy, and finds the next frontier.
@@ -239,17 +261,75 @@ class ElasticBudgetScheduler:
             rows=tree.rows,
         )
 
+    def grow_positions(self, tree: SuperTree, tokens: Tensor, log_probs: Tensor) -> SuperTree:
+        """Grows one layer for each position of a drafter that looks at no node, gates and purchases included.
+
+        A chain is k = 1; MTP heads and block drafters (DFlash) give k candidates a position, and every node of a frontier gets them all.
+
+        Args:
+            tree: with ``tree.depth + D <= max_depth``.
+            tokens: int64 [B, D, k].
+            log_probs: float [B, D, k], given the position alone.
+
+        Raises:
+            EchoError: as :meth:`grow`.
+        """
+        checks.tensor("tokens", tokens, [tree.batch, "D", "k"], torch.int64)
+        checks.tensor("log_probs", log_probs, list(tokens.shape), checks.FLOATS)
+        for d in range(tokens.shape[1]):
+            width = tree.frontier.token.shape[1]
+            tree = self.grow(tree, *(x[:, d, None].expand(-1, width, -1) for x in (tokens, log_probs)))
+        return tree
+
+    def grow_ready(self, tree: SuperTree, ready: SuperTree, fanout: int) -> SuperTree:
+        """Grows a tree that exists already (of one's own, a template, a trie) layer by layer, gates and purchases included.
+
+        It is grown as if its nodes were drafted, so what lies below a node that is not drafted on is no candidate. Without this, a
+        ready-made tree goes straight to :meth:`pack`, and all its nodes are.
+
+        Args:
+            tree: just planted, with the same requests.
+            ready: from :meth:`SuperTree.from_arrays`, :meth:`SuperTree.from_paths` or :meth:`Template.fill`; layers beyond
+                ``max_depth`` are left out.
+            fanout: most children of a node that are looked at, the first; bounds the work.
+
+        Raises:
+            EchoError: another batch, a tree that has layers, or fanout below 1.
+        """
+        checks.integer("fanout", fanout, 1)
+        if tree.depth:
+            raise EchoError(f"tree: expected a tree just planted, got one of {tree.depth} layers")
+        checks.integer("ready.batch", ready.batch, tree.batch, tree.batch)
+        forest = ready.forest
+        table, node, grown = children(forest, fanout), torch.zeros_like(tree.frontier.token), tree
+        for _ in range(min(ready.depth, self.max_depth)):
+            kids = table.gather(1, node[..., None].expand(-1, -1, fanout))
+            at = kids.clamp(min=0).flatten(1)
+            score = forest.score.gather(1, at).view(kids.shape) - forest.score.gather(1, node)[..., None]
+            grown = self.grow(grown, forest.token.gather(1, at).view(kids.shape), torch.where(kids >= 0, score, -torch.inf))
+            node = at.gather(1, grown.frontier.index)
+        return replace(grown, invalid=tree.invalid + ready.invalid)
+
     def select(self, tree: SuperTree) -> Tensor:
         """The bare decision: bool [B, T] over ``tree.forest``, roots, bought rows and dealt rows."""
-        dealt = self.rule.deal(tree, tree.row_limit - _bought(tree), tree.left, tree.rows)
-        return tree.forest.bought | dealt
+        room = tree.row_limit.clamp(max=self.max_tree_rows) - _bought(tree)
+        return tree.forest.bought | self.rule.deal(tree, room, tree.left, tree.rows)
 
-    def pack(self, tree: SuperTree, *, rows: int | None = None) -> PackedTree:
+    def pack(
+        self,
+        tree: SuperTree,
+        *,
+        rows: int | None = None,
+        sync: Callable[[Tensor], Tensor] | None = None,
+        out: PackedTree | None = None,
+    ) -> PackedTree:
         """Deals the rows that are left, and flattens the selected nodes into exactly ``rows`` rows.
 
         Args:
             tree: after the last :meth:`grow`.
             rows: N, at least the rows that the tree was planted with; beyond them, pads. Those rows where not given.
+            sync: gets this rank's step as one int32 tensor and returns the one that all ranks follow (a broadcast).
+            out: a step of the same shapes (an engine's persistent buffers), whose tensors are written to and returned.
 
         Raises:
             EchoError: fewer rows than the tree was planted with.
@@ -257,13 +337,15 @@ class ElasticBudgetScheduler:
         count = tree.rows if rows is None else checks.integer("rows", rows, 1)
         if count < tree.rows:
             raise EchoError(f"rows: expected at least the {tree.rows} rows that the tree was planted with, got {count}")
-        selected = self.select(tree)
-        packed = pack(tree, selected, count, -(-self.max_tree_rows // WORD))
-        if not isinstance(self.budget, CostModel) or tree.depth == 0:
+        words, selected = -(-self.max_tree_rows // WORD), self.select(tree)
+        packed = pack(tree, selected, count, words, out if sync is None else None)
+        if isinstance(self.budget, CostModel) and tree.depth:
+            gain = self.rule.gain(tree)
+            drafted = selected & (tree.forest.depth > 0)
+            packed = replace(packed, outlook=outlook(tree, gain), expected=torch.where(drafted, gain, 0.0).sum(dim=1))
+        if sync is None:
             return packed
-        gain = self.rule.gain(tree)
-        drafted = selected & (tree.forest.depth > 0)
-        return replace(packed, outlook=outlook(tree, gain), expected=torch.where(drafted, gain, 0.0).sum(dim=1))
+        return into(out, PackedTree.from_wire(sync(packed.wire()), batch=tree.batch, rows=count, words=words, max_depth=tree.depth))
 
     def _rows(self, batch: int) -> int:
         if isinstance(self.budget, CostModel):

@@ -28,9 +28,12 @@ def accept(parent: Tensor, indptr: Tensor, tokens: Tensor, target_tokens: Tensor
     """
     count, batch = tokens.shape[0], indptr.shape[0] - 1
     device = tokens.device
+    if batch == 0:  # an idle data-parallel rank
+        nothing = torch.empty(0, max_depth + 1, dtype=torch.int64, device=device)
+        return nothing, nothing.clone(), nothing.new_empty(0)
     first, end = indptr[:-1].long(), indptr[1:].long()
     at = torch.arange(count, device=device)
-    request = torch.searchsorted(end, at, right=True).clamp(max=max(batch - 1, 0))
+    request = torch.searchsorted(end, at, right=True).clamp(max=batch - 1)
     above = first[request] + parent
     linked = (parent >= 0) & (above < at) & (at < end[request])
     above = torch.where(linked, above, count)

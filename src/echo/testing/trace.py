@@ -54,7 +54,7 @@ class Trace:
 
     text: NDArray[np.int32]
     indptr: NDArray[np.int64]
-    kind: NDArray[np.str_]
+    kind: NDArray[Any]
     limit: NDArray[np.int32]
     token: NDArray[np.int32]
     log_prob: NDArray[np.float16]

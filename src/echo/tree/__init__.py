@@ -1,7 +1,26 @@
 """The super-tree, and the packed layout that engines read."""
 
+from echo.tree import layouts
 from echo.tree.accepted import Accepted
-from echo.tree.packed import PackedTree, ancestors, pack
+from echo.tree.build import Template
+from echo.tree.compaction import Compaction, compact
+from echo.tree.packed import PackedTree, ancestors, pack, slots, wire_size
 from echo.tree.supertree import Forest, Frontier, Layer, Status, SuperTree
 
-__all__ = ["Accepted", "Forest", "Frontier", "Layer", "PackedTree", "Status", "SuperTree", "ancestors", "pack"]
+__all__ = [
+    "Accepted",
+    "Compaction",
+    "Forest",
+    "Frontier",
+    "Layer",
+    "PackedTree",
+    "Status",
+    "SuperTree",
+    "Template",
+    "ancestors",
+    "compact",
+    "layouts",
+    "pack",
+    "slots",
+    "wire_size",
+]

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from echo import checks
+from echo.errors import EchoError
 from echo.tree.supertree import SuperTree
+
+if TYPE_CHECKING:
+    from echo.tree.accepted import Accepted
 
 WORD = 32
 """Bits of a mask word."""
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -26,7 +34,9 @@ class PackedTree:
         indptr: int32 [B + 1], where each request's rows begin.
         mask: int32 [N, words], least significant bit first: bit j is row j of the same request, itself and its ancestors.
         score: float32 [N], path log-probability; -inf on pad rows.
-        node: int64 [N], index into the forest's B * T nodes; -1 on pad rows.
+        node: int64 [N], index into the forest's B * T nodes; -1 on pad rows. An engine's own handles of the nodes, [B * T, ...],
+            reach the rows by it.
+        bought: bool [N], bought while drafting (a root, or depth); False: dealt at the end (width), and on pad rows.
         status: int8 [B], why each request stopped drafting (:class:`~echo.tree.supertree.Status`).
         invalid: int32 [B], faulty draft scores (:attr:`SuperTree.invalid`).
         max_depth: deepest layer of the tree it was packed from; a host int.
@@ -43,6 +53,7 @@ class PackedTree:
     mask: Tensor
     score: Tensor
     node: Tensor
+    bought: Tensor
     status: Tensor
     invalid: Tensor
     max_depth: int
@@ -62,27 +73,140 @@ class PackedTree:
     @property
     def local(self) -> Tensor:
         """int64 [N], each row's place within its request; 0 on pad rows."""
-        first = self.indptr.long().gather(0, self.request.long().clamp(max=self.batch - 1))
+        first = self.indptr.index_select(0, self.request)
         rows = torch.arange(self.rows, device=self.tokens.device)
         return torch.where(self.request < self.batch, rows - first, 0)
 
+    @property
+    def max_slots_per_request(self) -> int:
+        """The most key/value slots that one request of this step can take, from shapes alone; a host int."""
+        return min(self.rows, WORD * self.mask.shape[1])
+
     def visible(self) -> Tensor:
         """The mask as bool [N, words * 32]: column j is row j of the same request."""
-        shifts = torch.arange(WORD, dtype=torch.int32, device=self.mask.device)
-        return ((self.mask[:, :, None] >> shifts) & 1).bool().flatten(1)
+        return unpack(self.mask)
+
+    def position(self, context: Tensor) -> Tensor:
+        """Positions int64 [N]: context length + depth; 0 on pad rows.
+
+        Args:
+            context: int32 or int64 [B], tokens in each request's cache before this step.
+        """
+        return self._of_request(checks.tensor("context", context, [self.batch], checks.INTEGERS, self.tokens.device), self.depth)
+
+    def slot(self, context: Tensor, page_table: Tensor, page_size: int, dummy: int) -> Tensor:
+        """Key/value slots int64 [N], ragged: a request's rows lie one after another behind its context, in its own pages.
+
+        A pad row, and a row beyond the page table (give ``plant`` a capacity, and there is none), writes to the dummy slot.
+
+        Args:
+            context: int32 or int64 [B], tokens in each request's cache before this step.
+            page_table: int32 or int64 [B, pages], each request's pages in order; SGLang's ``req_to_token`` is one of page size 1.
+            page_size: tokens of a page; token p of a request lies in slot ``page_table[b, p // page_size] * page_size + p % page_size``.
+            dummy: a slot that no request owns.
+        """
+        place = self._of_request(checks.tensor("context", context, [self.batch], checks.INTEGERS, self.tokens.device), self.local)
+        return slots(torch.where(self.request < self.batch, place, -1), self.request, page_table, page_size, dummy)
+
+    def wire(self, out: Tensor | None = None) -> Tensor:
+        """The whole step as one contiguous int32 tensor, to broadcast: ranks whose scores differ by an ulp must share one plan.
+
+        Its length is ``wire_size(batch, rows, words)``, and more where there is an outlook, from which later steps are planned. Token
+        ids and node numbers must fit 31 bits.
+
+        Args:
+            out: int32 of that length, written to.
+        """
+        parts = [self.tokens, self.parent, self.depth, self.request, self.score.view(torch.int32), self.node, self.bought]
+        parts += [self.mask.flatten(), self.indptr, self.status, self.invalid]
+        parts += [part.flatten().view(torch.int32) for part in (self.expected, self.outlook) if part is not None]
+        return into(out, torch.cat([part.int() for part in parts]))
+
+    @classmethod
+    def from_wire(cls, wire: Tensor, *, batch: int, rows: int, words: int, max_depth: int) -> PackedTree:
+        """The step that :meth:`wire` was called on, bit for bit.
+
+        Args:
+            wire: int32, as :meth:`wire` made it.
+            batch, rows, words, max_depth: host integers that all ranks know.
+
+        Raises:
+            EchoError: another length or dtype.
+        """
+        size, base = checks.tensor("wire", wire, ["length"], torch.int32).shape[0], wire_size(batch, rows, words)
+        more = size - base
+        each = more // batch - 1 if batch else 0  # outlook of one request
+        if more < 0 or (more and (each < 1 or more != batch * (each + 1) or not max_depth or each % max_depth)):
+            raise EchoError(f"wire: expected int32 [{base}], or with an outlook, got [{size}]")
+        sizes = [rows] * 7 + [rows * words, batch + 1, batch, batch] + ([batch, batch * each] if more else [])
+        tokens, parent, depth, request, score, node, bought, mask, indptr, status, invalid, *foresight = torch.split(wire, sizes)
+        expected, outlook = (part.view(torch.float32) for part in foresight) if more else (None, None)
+        return cls(
+            tokens=tokens.long(),
+            parent=parent,
+            depth=depth,
+            request=request,
+            indptr=indptr,
+            mask=mask.view(rows, words),
+            score=score.view(torch.float32),
+            node=node.long(),
+            bought=bought.bool(),
+            status=status.to(torch.int8),
+            invalid=invalid,
+            max_depth=max_depth,
+            outlook=None if outlook is None else outlook.view(batch, max_depth, -1),
+            expected=expected,
+        )
+
+    def validate(self, *, max_rows: int | None = None, chain: bool = False) -> None:
+        """Checks every value against the layout's contract. Reads everything back: for tests and for debugging, not for the step.
+
+        Args:
+            max_rows: rows of one request that an export can hold.
+            chain: every request's tree must be a chain.
+
+        Raises:
+            EchoError: naming the request and the row of the first fault.
+        """
+        from echo.tree.host import validate
+
+        validate(self, max_rows=max_rows, chain=chain)
+
+    def render(self, request: int, accepted: Accepted | None = None) -> str:
+        """A small picture of one request's tree: token, path probability, bought by depth or by width, accepted.
+
+        Reads back from the device.
+
+        Raises:
+            EchoError: no such request.
+        """
+        from echo.tree.host import render
+
+        return render(self, request, accepted)
+
+    def _of_request(self, value: Tensor, more: Tensor) -> Tensor:
+        """int64 [N]: each row's request's value, plus ``more``; 0 on pad rows."""
+        known = torch.cat([value.long(), value.new_zeros(1, dtype=torch.int64)])
+        return torch.where(self.request < self.batch, known[self.request.long()] + more, 0)
 
 
-def pack(tree: SuperTree, selected: Tensor, rows: int, words: int) -> PackedTree:
+def wire_size(batch: int, rows: int, words: int) -> int:
+    """Length of :meth:`PackedTree.wire` without an outlook."""
+    return rows * (7 + words) + 3 * batch + 1
+
+
+def pack(tree: SuperTree, selected: Tensor, rows: int, words: int, out: PackedTree | None = None) -> PackedTree:
     """Flattens the selected nodes into ``rows`` rows.
 
-    No step depends on how many nodes are selected: each node's row is a running count, and unselected nodes write to a row
-    beyond the last that is cut off.
+    No step depends on how many nodes are selected: a running count gives each node its row, and a search in it each row its node.
 
     Args:
         tree: the super-tree.
-        selected: bool [B, T] over ``tree.forest``, closed under parents; at most ``rows`` nodes, at most ``32 * words`` a request.
+        selected: bool [B, T] over ``tree.forest``, closed under parents; at most ``rows`` nodes (what is more is cut off),
+            at most ``32 * words`` a request.
         rows: N.
         words: mask words of a row.
+        out: a step of the same shapes (an engine's persistent buffers), whose tensors are written to and returned.
 
     Raises:
         EchoError: shapes or dtypes that do not fit, or rows below 1.
@@ -93,34 +217,37 @@ def pack(tree: SuperTree, selected: Tensor, rows: int, words: int) -> PackedTree
     checks.tensor("selected", selected, [batch, nodes], torch.bool, device)
     checks.integer("rows", rows, 1)
 
-    flat = selected.flatten()
-    count = flat.long().cumsum(0)
-    row = torch.where(flat, count - 1, rows)  # row of each node; `rows` is the row that is cut off
-    ends = count.view(batch, nodes)[:, -1]
+    if batch == 0:  # an idle data-parallel rank: pads alone
+        return into(out, _pads(tree, rows, words))
+    count = selected.flatten().cumsum(0)
+    ends = count.view(batch, nodes)[:, -1].clamp(max=rows)
     indptr = torch.cat([ends.new_zeros(1), ends])
-
-    node = torch.full((rows + 1,), -1, device=device).scatter_(0, row, torch.arange(batch * nodes, device=device))[:rows]
-    real = node >= 0
-    at = node.clamp(min=0)
-    request = torch.where(real, at // nodes, batch)
-    first = indptr[request.clamp(max=batch - 1)]
-    depth = torch.where(real, forest.depth[at % nodes], 0)
-    above = row[(at // nodes) * nodes + forest.parent.flatten()[at]]  # global row of the parent
-    inner = real & (depth > 0)
-    local = torch.where(real, torch.arange(rows, device=device) - first, 0)
-    return PackedTree(
-        tokens=torch.where(real, forest.token.flatten()[at], 0),
+    row = torch.arange(rows, device=device)
+    found = torch.searchsorted(count, row + 1)  # the node at which the count reaches this row; B * T on pad rows
+    real = found < batch * nodes
+    at = found.clamp(max=batch * nodes - 1)
+    owner = at // nodes
+    request = torch.where(real, owner, batch)
+    first = indptr.index_select(0, request)
+    tree_begins = owner * nodes
+    depth = torch.where(real, forest.depth.index_select(0, at - tree_begins), 0)
+    inner = depth > 0
+    above = count.index_select(0, tree_begins + forest.parent.flatten().index_select(0, at)) - 1  # global row of the parent
+    packed = PackedTree(
+        tokens=torch.where(real, forest.token.flatten().index_select(0, at), 0),
         parent=torch.where(inner, above - first, -1).int(),
         depth=depth.int(),
         request=request.int(),
         indptr=indptr.int(),
-        mask=ancestors(torch.where(inner, above, rows), local, words, tree.depth),
-        score=torch.where(real, forest.score.flatten()[at], -torch.inf),
-        node=node,
+        mask=ancestors(torch.where(inner, above, rows), torch.where(real, row - first, 0), words, tree.depth),
+        score=torch.where(real, forest.score.flatten().index_select(0, at), -torch.inf),
+        node=torch.where(real, found, -1),
+        bought=forest.bought.flatten().index_select(0, at) & real,
         status=tree.status,
         invalid=tree.invalid,
         max_depth=tree.depth,
     )
+    return into(out, packed)
 
 
 def ancestors(parent: Tensor, local: Tensor, words: int, max_depth: int) -> Tensor:
@@ -136,11 +263,92 @@ def ancestors(parent: Tensor, local: Tensor, words: int, max_depth: int) -> Tens
         int32 [N, words].
     """
     rows = parent.shape[0]
-    own = torch.where(torch.arange(words, device=local.device) == (local // WORD)[:, None], 1, 0).int()
-    own = own << (local % WORD).int()[:, None]
-    mask = torch.cat([own, own.new_zeros(1, words)])
-    jump = torch.cat([parent, parent.new_full((1,), rows)])
+    own = torch.zeros(rows + 1, words, dtype=torch.int32, device=local.device)
+    mask = own.scatter_(1, F.pad(local // WORD, (0, 1))[:, None], F.pad(1 << local % WORD, (0, 1))[:, None].int())
+    jump = F.pad(parent, (0, 1), value=rows)
     for _ in range(max_depth.bit_length()):
-        mask = mask | mask[jump]
-        jump = jump[jump]
+        mask = mask | mask.index_select(0, jump)
+        jump = jump.index_select(0, jump)
     return mask[:rows]
+
+
+def _pads(tree: SuperTree, rows: int, words: int) -> PackedTree:
+    zero = torch.zeros(rows, dtype=torch.int32, device=tree.status.device)
+    return PackedTree(
+        tokens=zero.long(),
+        parent=zero - 1,
+        depth=zero,
+        request=zero,
+        indptr=zero.new_zeros(1),
+        mask=F.pad(zero[:, None] + 1, (0, words - 1)),
+        score=torch.full((rows,), -torch.inf, device=zero.device),
+        node=zero.long() - 1,
+        bought=zero.bool(),
+        status=tree.status,
+        invalid=tree.invalid,
+        max_depth=tree.depth,
+    )
+
+
+def unpack(mask: Tensor) -> Tensor:
+    """Mask words int32 [..., words] as bool [..., words * 32], least significant bit first."""
+    return columns(mask, WORD * mask.shape[-1])
+
+
+def columns(mask: Tensor, width: int) -> Tensor:
+    """The first ``width`` columns of mask words int32 [..., words], bool [..., width]; columns beyond the words are False."""
+    words = -(-width // WORD)
+    if mask.shape[-1] != words:
+        mask = F.pad(mask, (0, words - mask.shape[-1]))  # cuts where it is negative
+    bits = torch.ones((), dtype=torch.int32, device=mask.device) << torch.arange(min(width, WORD), dtype=torch.int32, device=mask.device)
+    seen = (mask[..., None] & bits).bool()
+    return seen[..., 0, :] if words == 1 else seen.flatten(-2)[..., :width]
+
+
+def slots(place: Tensor, request: Tensor, page_table: Tensor, page_size: int, dummy: int) -> Tensor:
+    """Where tokens lie in a paged cache: int64, shaped as ``place``.
+
+    Args:
+        place: int64, each token's place in its request's text; the dummy slot where it is negative or beyond the page table.
+        request: int32 or int64 of the same shape, or one that broadcasts to it.
+        page_table: int32 or int64 [B, pages].
+        page_size: tokens of a page.
+        dummy: a slot that no request owns.
+    """
+    checks.tensor("page_table", page_table, ["B", "pages"], checks.INTEGERS, place.device)
+    checks.integer("page_size", page_size, 1)
+    checks.integer("dummy", dummy, 0)
+    batch, pages = page_table.shape
+    if batch == 0 or pages == 0:
+        return torch.full_like(place, dummy)
+    at = request.long().clamp(max=batch - 1) * pages + (place // page_size).clamp(0, pages - 1)
+    slot = page_table.flatten()[at].long() * page_size + place % page_size
+    return torch.where((place >= 0) & (place < pages * page_size), slot, dummy)
+
+
+def into(out: T | None, value: T) -> T:
+    """``value``; or ``out`` with the value's tensors copied into its own, which must have their shapes, dtypes and device.
+
+    Where ``out`` has None it is no buffer: the value's own tensor is passed on.
+
+    Raises:
+        EchoError: naming the buffer that does not fit.
+    """
+    if out is None:
+        return value
+    mine: Any = value
+    theirs: Any = out
+    if isinstance(mine, Tensor):
+        buffer: T = checks.tensor("out", theirs, mine.shape, mine.dtype, mine.device).copy_(mine)  # type: ignore[assignment]
+        return buffer
+    if type(theirs) is not type(mine):
+        raise EchoError(f"out: expected {type(mine).__name__}, got {type(theirs).__name__}")
+    host = {}
+    for field in fields(mine):
+        new, old = getattr(mine, field.name), getattr(theirs, field.name)
+        if isinstance(new, Tensor) and old is not None:
+            checks.tensor(f"out.{field.name}", old, new.shape, new.dtype, new.device).copy_(new)
+        else:
+            host[field.name] = new
+    written: T = replace(theirs, **host)
+    return written

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -53,6 +54,14 @@ class Frontier:
     score: Tensor
     active: Tensor
     depth: int
+
+    def inherit(self, state: Tensor) -> Tensor:
+        """What a drafter knows of the previous frontier, [B, W', ...], gathered for these nodes, [B, W, ...].
+
+        Hidden-state rows, KV slots, positions: ``parent`` is the reorder list that says which branch each kept node needs.
+        """
+        index = self.parent.view(*self.parent.shape, *[1] * (state.dim() - 2))
+        return state.gather(1, index.expand(*self.parent.shape, *state.shape[2:]))
 
 
 @dataclass(frozen=True)
@@ -135,6 +144,79 @@ class SuperTree:
     left: Tensor
     invalid: Tensor
     rows: int
+
+    @classmethod
+    def from_arrays(
+        cls,
+        token: Tensor,
+        parent: Tensor,
+        log_prob: Tensor,
+        depth: Tensor | None = None,
+        *,
+        lengths: Tensor | None = None,
+        rows: int | None = None,
+        row_limit: Tensor | None = None,
+    ) -> SuperTree:
+        """A tree of one's own, for :meth:`ElasticBudgetScheduler.select` and ``pack``: all its nodes are candidates, none is bought.
+
+        It reads every value on the host and checks it (about a tenth of a millisecond a request); siblings may be in any order.
+
+        Args:
+            token: int64 [B, T], each request's nodes, root first, every parent before its children.
+            parent: int64 [B, T], index into the T nodes of the same request; -1 for the root.
+            log_prob: float [B, T], given the parent; not read for roots; -inf: never selectable.
+            depth: int64 [B, T], checked where given.
+            lengths: int64 [B], nodes of each request, 0 for an empty slot; T where not given.
+            rows: rows of the step; as many as there are nodes where not given.
+            row_limit: int64 [B], the most rows a request may get.
+
+        Raises:
+            EchoError: naming the request and the row of a cycle, a parent after its child or outside the request, equal siblings,
+                a negative token, a log-probability that is no number, or a wrong depth.
+
+        Example:
+            >>> q = torch.tensor([[0.0, -0.1, -0.5, -0.2]])
+            >>> tree = SuperTree.from_arrays(torch.tensor([[7, 1, 2, 3]]), torch.tensor([[-1, 0, 0, 1]]), q, rows=3)
+            >>> tree.forest.depth.tolist()
+            [0, 1, 1, 2]
+        """
+        from echo.tree.build import from_arrays
+
+        return from_arrays(token, parent, log_prob, depth, lengths=lengths, rows=rows, row_limit=row_limit)
+
+    @classmethod
+    def from_paths(
+        cls,
+        root_tokens: Tensor,
+        paths: Sequence[Sequence[Sequence[int]]],
+        *,
+        weights: Sequence[Sequence[float]] | None = None,
+        prior: float = 1.0,
+        rows: int | None = None,
+        row_limit: Tensor | None = None,
+    ) -> SuperTree:
+        """The trie of what may follow each request (n-gram, suffix or retrieval drafters): shared prefixes become one node.
+
+        A node's probability given its parent is the weight of the paths through it over ``prior`` plus the weight through its parent.
+
+        Args:
+            root_tokens: int64 [B], each request's last emitted token.
+            paths: for each request its continuations, the root not included; none is fine.
+            weights: for each request the weight of each continuation (how often it was seen); 1 where not given.
+            prior: weight of "something else follows".
+            rows, row_limit: as in :meth:`from_arrays`.
+
+        Raises:
+            EchoError: naming the request of a bad path or weight.
+
+        Example:
+            >>> tree = SuperTree.from_paths(torch.tensor([7]), [[[1, 2], [1, 3]]], prior=0.0)
+            >>> tree.forest.token.tolist(), tree.forest.score.exp().tolist()
+            ([[7, 1, 2, 3]], [[1.0, 1.0, 0.5, 0.5]])
+        """
+        from echo.tree.build import from_paths
+
+        return from_paths(root_tokens, paths, weights=weights, prior=prior, rows=rows, row_limit=row_limit)
 
     @property
     def depth(self) -> int:

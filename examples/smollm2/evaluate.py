@@ -1,0 +1,58 @@
+"""Evaluates the drafters on the held-out prompts, greedily: tokens per step of a chain of 5 and of trees, by kind of prompt.
+
+python examples/smollm2/evaluate.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import echo
+from drafters import WEIGHTS, Eagle, PromptLookup
+from model import SmolLM2, encode, load
+from prompts import EVALUATION, KINDS
+
+SHAPES = {
+    "chain of 5": echo.ElasticBudgetScheduler.eagle(n=6, beam=1, max_depth=5),
+    "tree of 8 rows": echo.ElasticBudgetScheduler.eagle(n=8, beam=4, max_depth=4),
+    "tree of 32 rows": echo.ElasticBudgetScheduler.eagle(n=32, beam=6, max_depth=8),
+}
+
+
+def main() -> None:
+    """Prints a table and writes it as JSON where asked."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--new", type=int, default=112, help="tokens an answer")
+    parser.add_argument("--slots", type=int, default=8)
+    parser.add_argument("--weights", type=Path, default=WEIGHTS)
+    parser.add_argument("--out", type=Path, default=None)
+    args = parser.parse_args()
+    model, tokenizer = load()
+    kinds = [kind for kind in KINDS for _ in EVALUATION[kind]]
+    prompts = encode(tokenizer, [prompt for kind in KINDS for prompt in EVALUATION[kind]])
+    result: dict[str, dict[str, float]] = {}
+
+    def measure(name: str, scheduler: echo.ElasticBudgetScheduler, lookup: bool = False) -> None:
+        target = SmolLM2(model, args.slots, 512)
+        drafter = PromptLookup() if lookup else Eagle(target, args.slots, 512, count=6, weights=args.weights)
+        tokens, steps = dict.fromkeys(KINDS, 0), dict.fromkeys(KINDS, 0)
+        for step in echo.decode(
+            scheduler, target, drafter, prompts, slots=args.slots, max_new_tokens=args.new, eos_token=tokenizer.eos_token_id, capacity=64
+        ):
+            for request, length in zip(step.requests, step.accepted.lengths.tolist(), strict=True):
+                tokens[kinds[request]] += length
+                steps[kinds[request]] += 1
+        result[name] = {"all": sum(tokens.values()) / sum(steps.values()), **{kind: tokens[kind] / steps[kind] for kind in KINDS}}
+        print(f"{name:<24}" + "  ".join(f"{kind} {value:.2f}" for kind, value in result[name].items()), flush=True)
+
+    measure("prompt lookup, 8 rows", SHAPES["tree of 8 rows"], lookup=True)
+    for name, scheduler in SHAPES.items():
+        measure(name, scheduler)
+    if args.out:
+        args.out.write_text(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,94 @@
+"""After acceptance: which cache entries, hidden states and log-probabilities stay, and where they go."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from echo import checks
+from echo.tree.accepted import Accepted
+from echo.tree.packed import PackedTree, into, slots
+
+
+@dataclass(frozen=True)
+class Compaction:
+    """Fixed-shape lists for the accepted path of every request; D + 1 = deepest layer + 1, root first.
+
+    Attributes:
+        accept_index: int32 [B, D + 1], global rows whose sampled token was emitted (log-probabilities); -1 beyond. SGLang's.
+        gather: int64 [B, D + 1], the same, 0 beyond: hidden-state rows for the next draft-extend; mask by ``valid``.
+        valid: bool [B, D + 1], the entry exists.
+        position: int64 [B, D + 1], position of each kept row; 0 beyond.
+        source, target: int64 [B, D + 1], where a kept row's keys and values lie, and where they belong: places in the request's own
+            cache, or slots of a paged one. Beyond, and with nothing kept, both are the same (0, or the dummy slot): a copy of it does
+            nothing. Where a path is the first rows already (a chain), source equals target too.
+        context: int64 [B], tokens in each request's cache after the step.
+    """
+
+    accept_index: Tensor
+    gather: Tensor
+    valid: Tensor
+    position: Tensor
+    source: Tensor
+    target: Tensor
+    context: Tensor
+
+
+def compact(
+    packed: PackedTree,
+    accepted: Accepted,
+    context: Tensor,
+    *,
+    page_table: Tensor | None = None,
+    page_size: int = 1,
+    dummy: int = 0,
+    out: Compaction | None = None,
+) -> Compaction:
+    """The lists that make an accepted path the end of its request's cache. No read-backs.
+
+    A row's keys and values were written behind the context at the row's place in its request (:meth:`PackedTree.slot`), and a tree's
+    accepted rows are scattered there: without the move the next step attends to rejected tokens. A target never lies behind its source,
+    so copying in order of the columns is safe; a parallel copy must gather before it scatters.
+
+    Args:
+        packed, accepted: the step.
+        context: int32 or int64 [B], tokens in each request's cache before the step.
+        page_table: int32 or int64 [B, pages], for slots of a paged cache; places in the request's own contiguous cache where not given.
+        page_size, dummy: as in :meth:`PackedTree.slot`.
+        out: persistent buffers.
+
+    Raises:
+        EchoError: shapes or dtypes that do not fit.
+
+    Example:
+        A contiguous cache [B, length, heads, dim]::
+
+            moved = cache.gather(1, lists.source[..., None, None].expand(-1, -1, heads, dim))
+            cache.scatter_(1, lists.target[..., None, None].expand(-1, -1, heads, dim), moved)
+    """
+    device = packed.tokens.device
+    batch, steps = checks.tensor("accepted.rows", accepted.rows, [packed.batch, "D + 1"], torch.int64, device).shape
+    checks.tensor("context", context, [batch], checks.INTEGERS, device)
+    valid = accepted.rows >= 0
+    rows = torch.where(valid, accepted.rows, 0)
+    begin = context.long()[:, None]
+    place = begin + torch.arange(steps, device=device)
+    local = rows - packed.indptr[:-1, None]
+    if page_table is None:
+        source, target = torch.where(valid, begin + local, 0), torch.where(valid, place, 0)
+    else:
+        checks.tensor("page_table", page_table, [batch, "pages"], checks.INTEGERS, device)
+        request = torch.arange(batch, device=device)[:, None]
+        source, target = (slots(torch.where(valid, x, -1), request, page_table, page_size, dummy) for x in (begin + local, place))
+    lists = Compaction(
+        accept_index=accepted.rows.int(),
+        gather=rows,
+        valid=valid,
+        position=torch.where(valid, place, 0),
+        source=source,
+        target=target,
+        context=context.long() + accepted.lengths,
+    )
+    return into(out, lists)

@@ -1,0 +1,188 @@
+"""Layouts that keep ragged rows: FlashInfer's masks, ragged chains for SGLang and vLLM, vLLM's bias for one tree."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from echo import checks
+from echo.errors import EchoError
+from echo.tree.packed import WORD, PackedTree, columns, into
+
+
+@dataclass(frozen=True)
+class Chains:
+    """Ragged chains: SGLang's ``RaggedVerifyLayout`` and vLLM's ``SpecDecodeMetadata``. A row without a request is a pad.
+
+    Attributes:
+        rows: int64 [N], the packed row behind each row here; N - 1 on pad rows.
+        tokens: int64 [N]; 0 on pad rows.
+        verify_lens: int32 [B], rows of each request, root included; 0 only for an empty slot.
+        qo_indptr: int32 [B + 1].
+        draft_token_ids: int32 [N], the drafts of all requests one after another; 0 beyond ``cu_num_draft_tokens[-1]``.
+        num_draft_tokens: int32 [B] (vLLM's own is a list: a read-back).
+        cu_num_draft_tokens: int32 [B], running sum without a leading 0.
+        target_logits_indices: int32 [N], for each draft the row that predicts it, its predecessor; 0 beyond.
+        bonus_logits_indices: int32 [B], each request's last row; 0 for an empty slot.
+        logits_indices: int32 [N], rows that need logits: all.
+        graph_num_tokens: N, the tier; a host int.
+    """
+
+    rows: Tensor
+    tokens: Tensor
+    verify_lens: Tensor
+    qo_indptr: Tensor
+    draft_token_ids: Tensor
+    num_draft_tokens: Tensor
+    cu_num_draft_tokens: Tensor
+    target_logits_indices: Tensor
+    bonus_logits_indices: Tensor
+    logits_indices: Tensor
+    graph_num_tokens: int
+
+
+@dataclass(frozen=True)
+class FlashInferMask:
+    """``custom_mask`` or ``packed_custom_mask`` for ``BatchPrefillWithPagedKVCacheWrapper.plan``.
+
+    Attributes:
+        mask: bool [size], or uint8 [size] least significant bit first; ones beyond what ``indptr`` says.
+        indptr: int32 [B + 1], where each request's mask begins, in entries of ``mask``.
+        qo_indptr: int32 [B + 1].
+        kv_lens: int32 [B], context + rows of each request; 0 for an empty slot.
+    """
+
+    mask: Tensor
+    indptr: Tensor
+    qo_indptr: Tensor
+    kv_lens: Tensor
+
+
+def chains(packed: PackedTree, *, out: Chains | None = None) -> Chains:
+    """Ragged chains: the only shape that SGLang's ragged verification and vLLM read, and nothing is lost or padded for chains.
+
+    Of a tree that branches it keeps the rows above the first branch, a chain (``packed.validate(chain=True)`` finds such trees).
+
+    Source: ``RaggedVerifyLayout`` of sglang 0.5.23 (``verify_lens``, ``qo_indptr``, ``graph_num_tokens``) and
+    ``SpecDecodeMetadata`` of vllm 0.33.0.
+    """
+    n, batch, device = packed.rows, packed.batch, packed.tokens.device
+    kept = (packed.request < batch) & (packed.depth == packed.local)  # depth = place, and so for all rows before it: no branch yet
+    draft = kept & (packed.depth > 0)
+    row = torch.arange(n, device=device)
+    request = torch.where(kept, packed.request, batch).long()
+    lens = torch.zeros(batch + 1, dtype=torch.int64, device=device).scatter_add_(0, request, kept.long())[:batch]
+    ends = lens.cumsum(0)
+    new = torch.where(kept, kept.long().cumsum(0) - 1, n)
+    rows = torch.full((n + 1,), n - 1, device=device).scatter_(0, new, row)[:n]
+    nth = torch.where(draft, draft.long().cumsum(0) - 1, n)
+    drafts = torch.zeros(2, n + 1, dtype=torch.int64, device=device)
+    drafts.scatter_(1, nth.expand(2, -1), torch.stack([packed.tokens, new - 1]))
+    count = (lens - 1).clamp(min=0)
+    chain = Chains(
+        rows=rows,
+        tokens=torch.where(row < kept.sum(), packed.tokens[rows], 0),
+        verify_lens=lens.int(),
+        qo_indptr=torch.cat([ends.new_zeros(1), ends]).int(),
+        draft_token_ids=drafts[0, :n].int(),
+        num_draft_tokens=count.int(),
+        cu_num_draft_tokens=count.cumsum(0).int(),
+        target_logits_indices=drafts[1, :n].int(),
+        bonus_logits_indices=torch.where(lens > 0, ends - 1, 0).int(),
+        logits_indices=row.int(),
+        graph_num_tokens=n,
+    )
+    return into(out, chain)
+
+
+def qq_bias(packed: PackedTree, *, out: Tensor | None = None) -> Tensor:
+    """vLLM's ``qq_bias`` float32 [N, N] for ``unified_attention``: 0 where row i sees row j, -inf elsewhere.
+
+    It holds one tree for the whole batch: 4 * N bytes a row.
+
+    Raises:
+        EchoError: more than one request.
+
+    Source: ``unified_attention`` of vllm 0.33.0.
+    """
+    if packed.batch != 1:
+        raise EchoError(f"packed: expected one request (qq_bias has one tree for the whole batch), got {packed.batch}")
+    n = packed.rows
+    square = columns(packed.mask, n)
+    own = torch.eye(n, dtype=torch.bool, device=square.device)
+    square = torch.where((packed.request < 1)[:, None], square, own)
+    return into(out, torch.where(square, 0.0, -torch.inf))
+
+
+def flashinfer(packed: PackedTree, context: Tensor, size: int, *, bits: bool = True, out: FlashInferMask | None = None) -> FlashInferMask:
+    """FlashInfer's custom mask, ragged, the context included: q_i x (context_i + q_i) entries of request i, row by row.
+
+    Nothing is padded, but every row carries its whole context: context / 8 bytes a row packed, context bytes flat. Pad rows belong to no
+    request, and what attention leaves in them is undefined.
+
+    Args:
+        packed: the step.
+        context: int32 or int64 [B], tokens in each request's cache before this step.
+        size: entries of the mask, bytes if packed: at least what the batch needs, which only the host knows: with most context C and
+            most rows q, ``B * ceil(q * (C + q) / 8)`` bytes are enough.
+        bits: packed, least significant bit first, each request from a byte of its own; else one bool an entry.
+        out: persistent buffers.
+
+    Raises:
+        EchoError: shapes or dtypes that do not fit.
+
+    Source: ``segment_packbits(..., bitorder="little")`` and ``plan`` of flashinfer-python 0.7.2.post1.
+    """
+    checks.tensor("context", context, [packed.batch], checks.INTEGERS, packed.tokens.device)
+    checks.integer("size", size, 0)
+    lens = packed.indptr.diff().long()
+    kv = torch.where(lens > 0, context.long() + lens, 0)
+    entries = lens * kv
+    taken = (entries + 7) // 8 if bits else entries
+    indptr = F.pad(taken.cumsum(0), (1, 0))
+    of_request = F.pad(torch.stack([indptr[:-1], kv, kv - lens, lens]), (0, 1))  # pad rows: zeros, an empty square
+    begin, stride, past, q = of_request.index_select(1, packed.request)
+    entry = packed.local * stride + past  # each row's first entry behind the context, within its request
+    write = _clear_bits if bits else _write_entries
+    mask = write(packed.mask, q, begin, entry, size, packed.max_slots_per_request)
+    if bits:  # what is left of each request's last byte is zero
+        last = torch.where((entries % 8 > 0) & (indptr[1:] <= size), indptr[1:] - 1, size)
+        mask = mask.scatter_add_(0, last, (1 << entries % 8).to(torch.uint8))
+    mask = mask[:size]
+    return into(out, FlashInferMask(mask=mask, indptr=indptr.int(), qo_indptr=packed.indptr, kv_lens=kv.int()))
+
+
+def flashinfer_xqa(packed: PackedTree) -> Tensor:
+    """FlashInfer's XQA mask uint16 [N, 2 * words], query x query only: a view of the ancestor words, no work and no padding.
+
+    The q of its ``((q + 31) // 32) * 2`` is then ``max_slots_per_request``; ``q_cu_seq_lens`` is ``packed.indptr``.
+
+    Source: the XQA decode kernels of flashinfer-python 0.7.2.post1, on a little-endian machine.
+    """
+    return packed.mask.view(torch.uint16)
+
+
+def _write_entries(mask: Tensor, q: Tensor, begin: Tensor, entry: Tensor, size: int, width: int) -> Tensor:
+    """Flat mask bool [size + 1]: ones, and each row's square of q columns in its place."""
+    column = torch.arange(width, device=mask.device)
+    where = torch.where(column < q[:, None], (begin + entry)[:, None] + column, size).clamp_(max=size)
+    full = torch.ones(size + 1, dtype=torch.bool, device=mask.device)
+    return full.scatter_(0, where.flatten(), columns(mask, width).flatten())
+
+
+def _clear_bits(mask: Tensor, q: Tensor, begin: Tensor, entry: Tensor, size: int, width: int) -> Tensor:
+    """Packed mask uint8 [size + 1]: ones, less each row's hidden bits. A mask word shifted by 0 to 7 bits lies in five bytes.
+
+    No two rows share a bit, so subtraction modulo 256 clears bits, in any order.
+    """
+    words = -(-width // WORD)
+    word = torch.arange(min(words, mask.shape[1]), device=mask.device)
+    inside = (1 << (q[:, None] - WORD * word).clamp(0, WORD)) - 1
+    hidden = (inside & ~mask[:, : len(word)].long()) << (entry % 8)[:, None]
+    five = (hidden[..., None] >> 8 * torch.arange(5, device=mask.device)).to(torch.uint8)
+    byte = (begin + entry // 8)[:, None, None] + 4 * word[:, None] + torch.arange(5, device=mask.device)
+    full = torch.full((size + 1,), 255, dtype=torch.uint8, device=mask.device)
+    return full.scatter_add_(0, byte.flatten().clamp_(max=size), five.neg().flatten())

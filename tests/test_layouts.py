@@ -1,0 +1,359 @@
+"""Packing and every exporter against a slow oracle, and every importer against its exporter."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import echo
+from echo.tree import compact, layouts
+from echo.tree.packed import pack
+from forests import Case, forest
+
+WORDS = ("tokens", "parent", "depth", "request", "indptr")
+
+
+@st.composite
+def cases(draw, shape="any", batch=5, most=100):
+    return forest(
+        draw(st.integers(0, 100_000)),
+        draw(st.integers(1, batch)),
+        draw(st.sampled_from([1, 3, 9, 40, most])),
+        shape=shape,
+        pads=draw(st.sampled_from([0, 1, 5])),
+    )
+
+
+def contexts(case: Case) -> torch.Tensor:
+    return torch.tensor([(7 * b + 3) % 11 for b in range(case.batch)])
+
+
+def same(one: echo.PackedTree, two: echo.PackedTree) -> None:
+    for name in WORDS:
+        assert torch.equal(getattr(one, name), getattr(two, name)), name
+    words = min(one.mask.shape[1], two.mask.shape[1])
+    assert torch.equal(one.mask[:, :words], two.mask[:, :words])
+
+
+@given(cases())
+def test_packing_is_the_oracle(case):
+    packed, row = case.packed, 0
+    packed.validate()
+    for b in range(case.batch):
+        assert int(packed.indptr[b]) == row
+        parents, seen = case.parent_rows(b), case.sees(b)
+        for local, expected in enumerate(case.rows(b)):
+            assert int(packed.tokens[row]) == expected.token
+            assert int(packed.depth[row]) == len(expected.path) - 1
+            assert int(packed.parent[row]) == parents[local]
+            assert int(packed.request[row]) == b
+            assert int(packed.local[row]) == local
+            assert float(packed.score[row]) == expected.score
+            assert packed.visible()[row].tolist()[: len(seen)] == seen[local]
+            assert not packed.visible()[row, len(seen) :].any()
+            row += 1
+    assert int(packed.indptr[-1]) == row
+    assert (packed.request[row:] == case.batch).all() and (packed.mask[row:, 0] == 1).all() and (packed.node[row:] == -1).all()
+    assert packed.bought.tolist() == [bool(r == int(packed.indptr[q])) if (q := int(packed.request[r])) < case.batch else False
+                                      for r in range(packed.rows)]  # fmt: skip
+
+
+@given(st.integers(0, 10_000))
+def test_a_request_alone_is_packed_as_in_the_batch(seed):
+    scheduler = echo.ElasticBudgetScheduler.eagle(n=7, beam=3, max_depth=4)
+    generator = torch.Generator().manual_seed(seed)
+    layers = [(torch.randint(0, 99, (4, w, 3), generator=generator), -torch.rand(4, w, 3, generator=generator)) for w in (1, 3, 3, 3)]
+
+    def run(requests):
+        tree = scheduler.plant(torch.arange(4)[requests])
+        for tokens, log_probs in layers:
+            tree = scheduler.grow(tree, tokens[requests], log_probs[requests])
+        return scheduler.pack(tree)
+
+    together = run(torch.arange(4))
+    for b in range(4):
+        alone = run(torch.tensor([b]))
+        part = slice(int(together.indptr[b]), int(together.indptr[b + 1]))
+        for name in ("tokens", "parent", "depth", "mask", "score", "bought"):
+            assert torch.equal(getattr(together, name)[part], getattr(alone, name)), name
+
+
+def square(case: Case, b: int, n: int) -> list[list[bool]]:
+    """Who sees whom among n rows: pads see themselves."""
+    seen = case.sees(b)
+    return [[(i < len(seen) and j < len(seen) and seen[i][j]) or (i == j and i >= len(seen)) for j in range(n)] for i in range(n)]
+
+
+def children(case: Case, b: int, n: int) -> tuple[list[int], list[int]]:
+    parents = case.parent_rows(b)[:n]
+    first = [next((c for c, up in enumerate(parents) if up == row), -1) for row in range(n)]
+    after = [next((c for c in range(row + 1, len(parents)) if 0 <= parents[c] == parents[row]), -1) for row in range(len(parents))]
+    return first, after + [-1] * (n - len(after))
+
+
+@given(cases(), st.sampled_from([0, 1, 3]), st.booleans())
+def test_sglang_links_are_the_oracle_and_come_back(case, more, cut):
+    n, context = max(1, case.largest // 2) if cut else case.largest + more, contexts(case)
+    links = layouts.sglang(case.packed, n, context)
+    for b in range(case.batch):
+        first, after = children(case, b, n)
+        rows = case.rows(b)[:n]
+        assert links.retrive_next_token[b].tolist() == first
+        assert links.retrive_next_sibling[b].tolist() == after
+        assert links.retrive_index[b].tolist() == list(range(b * n, b * n + n))
+        assert links.draft_tokens[b * n : b * n + n].tolist() == [row.token for row in rows] + [0] * (n - len(rows))
+        depths = [len(row.path) - 1 for row in rows] + [0] * (n - len(rows))
+        assert links.positions[b * n : b * n + n].tolist() == [int(context[b]) + d for d in depths]
+    if not cut:
+        same(layouts.from_sglang(links, lengths=case.packed.indptr.diff(), rows=case.packed.rows), case.packed)
+
+
+@given(cases(), st.integers(0, 1000))
+def test_sglang_links_with_siblings_in_any_order_are_the_same_trees(case, seed):
+    turn = random.Random(seed)
+    n = case.largest
+    links = layouts.sglang(case.packed, n, contexts(case))
+    first, after = links.retrive_next_token.clone(), links.retrive_next_sibling.clone()
+    for b in range(case.batch):
+        parents = case.parent_rows(b)
+        for up in range(n):
+            mine = [row for row, parent in enumerate(parents) if parent == up]
+            turn.shuffle(mine)
+            for row, following in zip([up, *mine], [*mine, -1], strict=True):
+                (first if row == up else after)[b, row] = following
+    turned = dataclasses.replace(links, retrive_next_token=first, retrive_next_sibling=after)
+    same(layouts.from_sglang(turned, lengths=case.packed.indptr.diff(), rows=case.packed.rows), case.packed)
+
+
+@given(cases(), st.sampled_from([0, 2]))
+def test_sglang_masks_are_the_oracle_and_come_back(case, more):
+    n, context = case.largest + more, contexts(case)
+    squares = [square(case, b, n) for b in range(case.batch)]
+    links = layouts.sglang(case.packed, n, context)
+    back = {"lengths": case.packed.indptr.diff(), "rows": case.packed.rows}
+    short = layouts.sglang_mask(case.packed, n, "QLEN_ONLY")
+    assert short.tolist() == squares
+    same(layouts.from_sglang_mask(short, links.draft_tokens, n, "QLEN_ONLY", **back), case.packed)
+    flat = [on for b in range(case.batch) for row in squares[b] for on in [True] * int(context[b]) + row]
+    full = layouts.sglang_mask(case.packed, n, "FULL_MASK", context=context, size=len(flat) + more)
+    assert full.tolist() == flat + [True] * more
+    same(layouts.from_sglang_mask(full, links.draft_tokens, n, "FULL_MASK", context=context, **back), case.packed)
+    if n > 32:
+        with pytest.raises(echo.EchoError, match=f"n: expected at most 32 rows for QLEN_ONLY_BITPACKING, got {n}"):
+            layouts.sglang_mask(case.packed, n, "QLEN_ONLY_BITPACKING")
+        return
+    bits = layouts.sglang_mask(case.packed, n, "QLEN_ONLY_BITPACKING")
+    assert bits.dtype == (torch.uint8 if n <= 8 else torch.uint16 if n <= 16 else torch.uint32)
+    assert bits.tolist() == [sum(on << j for j, on in enumerate(row)) for own in squares for row in own]
+    same(layouts.from_sglang_mask(bits, links.draft_tokens, n, "QLEN_ONLY_BITPACKING", **back), case.packed)
+
+
+@given(cases())
+def test_masks_of_fewer_rows_are_those_of_the_first_rows(case):
+    n, context = max(1, case.largest // 2), contexts(case)
+    squares = [[row[:n] for row in square(case, b, case.largest)[:n]] for b in range(case.batch)]
+    assert layouts.sglang_mask(case.packed, n, "QLEN_ONLY").tolist() == squares
+    flat = [on for b in range(case.batch) for row in squares[b] for on in [True] * int(context[b]) + row]
+    assert layouts.sglang_mask(case.packed, n, "FULL_MASK", context=context, size=len(flat)).tolist() == flat
+    words = layouts.tensorrt_llm(case.packed, n)
+    assert words.generation_lengths.tolist() == [min(n, len(own)) for own in case.selected]
+    cut = layouts.from_tensorrt_llm(words)
+    cut.validate(max_rows=n)
+    assert layouts.sglang_mask(cut, n, "QLEN_ONLY").tolist() == squares
+
+
+@given(cases(), st.sampled_from([0, 2]))
+def test_what_an_engine_computes_on_uniform_rows_comes_back_to_the_packed_rows(case, more):
+    n = case.largest + more
+    inputs = layouts.hugging_face(case.packed, n, contexts(case), 12)
+    real = case.packed.request < case.batch
+    assert torch.equal(layouts.unpad(case.packed, inputs.input_ids)[real], case.packed.tokens[real])
+    states = torch.stack([inputs.position_ids, inputs.input_ids], dim=-1)
+    assert torch.equal(layouts.unpad(case.packed, states)[real, 0], case.packed.position(contexts(case))[real])
+    with pytest.raises(echo.EchoError, match="values: expected"):
+        layouts.unpad(case.packed, torch.zeros(case.batch + 1, n))
+
+
+@given(cases(), st.sampled_from([0, 7]))
+def test_flashinfer_masks_are_the_oracle_and_come_back(case, more):
+    """The bit formula of its kernels: bit (row * kv + column) of a request's own bytes, least significant first."""
+    context = contexts(case)
+    flat, packed_bits, ends, bytes_ = [], [], [0], [0]
+    for b in range(case.batch):
+        mine = [on for row in case.sees(b) for on in [True] * int(context[b]) + row]
+        flat += mine
+        own = [0] * -(-len(mine) // 8)
+        for place, on in enumerate(mine):
+            own[place // 8] |= on << place % 8
+        packed_bits += own
+        ends.append(len(flat))
+        bytes_.append(len(packed_bits))
+        assert own == np.packbits(np.array(mine, dtype=bool), bitorder="little").tolist()
+    for bits, expected, begins in ((False, flat, ends), (True, packed_bits, bytes_)):
+        mask = layouts.flashinfer(case.packed, context, len(expected) + more, bits=bits)
+        assert mask.mask.tolist() == expected + [255 if bits else True] * more
+        assert mask.indptr.tolist() == begins
+        assert mask.qo_indptr.tolist() == case.packed.indptr.tolist()
+        assert mask.kv_lens.tolist() == [(int(context[b]) + len(own)) * bool(own) for b, own in enumerate(case.selected)]
+        same(layouts.from_flashinfer(mask, case.packed.tokens, rows=case.packed.rows), case.packed)
+        if len(expected) > 1:  # a buffer too small is never written beyond
+            assert layouts.flashinfer(case.packed, context, len(expected) // 2, bits=bits).mask.tolist() == expected[: len(expected) // 2]
+    halves = layouts.flashinfer_xqa(case.packed)
+    whole = halves.int().view(case.packed.rows, -1, 2)
+    assert torch.equal(whole[..., 0] | whole[..., 1] << 16, case.packed.mask)
+
+
+@given(cases(), st.sampled_from([0, 2]))
+def test_tensorrt_words_are_the_oracle_and_come_back(case, more):
+    n = case.largest + more
+    links = layouts.tensorrt_llm(case.packed, n)
+    for b in range(case.batch):
+        assert (links.next_token[b].tolist(), links.next_sibling[b].tolist()) == children(case, b, n)
+        depths = [len(row.path) - 1 for row in case.rows(b)]
+        assert links.position_offsets[b].tolist() == depths + [0] * (n - len(depths))
+        for i, row in enumerate(square(case, b, n)):
+            words = [word & 0xFFFFFFFF for word in links.packed_mask[b, i].tolist()]
+            assert words == [sum(on << j for j, on in enumerate(row[w : w + 32])) for w in range(0, n, 32)]
+    same(layouts.from_tensorrt_llm(links, rows=case.packed.rows), case.packed)
+
+
+@given(cases(), st.booleans(), st.sampled_from([torch.bool, torch.float32, torch.float16]))
+def test_hugging_face_mask_is_the_oracle_and_comes_back(case, left, dtype):
+    n, past, context = case.largest, 12, contexts(case)
+    inputs = layouts.hugging_face(case.packed, n, context, past, left_padded=left, dtype=dtype)
+    mask = inputs.attention_mask if dtype == torch.bool else inputs.attention_mask == 0
+    for b in range(case.batch):
+        pad, own = [False] * (past - int(context[b])), [True] * int(context[b])
+        assert mask[b, 0].tolist() == [(pad + own if left else own + pad) + row for row in square(case, b, n)]
+    assert dtype == torch.bool or inputs.attention_mask.min() in (0, torch.finfo(dtype).min)
+    same(layouts.from_hugging_face(inputs, lengths=case.packed.indptr.diff(), rows=case.packed.rows), case.packed)
+
+
+@given(cases())
+def test_chains_are_the_rows_above_the_first_branch(case):
+    chain = layouts.chains(case.packed)
+    tokens, lens, drafts, targets, bonus = [], [], [], [], []
+    for b in range(case.batch):
+        rows = [row for local, row in enumerate(case.rows(b)) if len(row.path) == local + 1]
+        lens.append(len(rows))
+        drafts += [row.token for row in rows[1:]]
+        targets += list(range(len(tokens), len(tokens) + len(rows) - 1))
+        tokens += [row.token for row in rows]
+        bonus.append(len(tokens) - 1 if rows else 0)
+    n = case.packed.rows
+    assert chain.tokens.tolist() == tokens + [0] * (n - len(tokens))
+    assert chain.verify_lens.tolist() == lens
+    assert chain.qo_indptr.tolist() == [sum(lens[:b]) for b in range(case.batch + 1)]
+    assert chain.draft_token_ids.tolist() == drafts + [0] * (n - len(drafts))
+    assert chain.target_logits_indices.tolist() == targets + [0] * (n - len(targets))
+    assert chain.bonus_logits_indices.tolist() == bonus
+    assert chain.num_draft_tokens.tolist() == [max(0, size - 1) for size in lens]
+    assert chain.cu_num_draft_tokens.tolist() == torch.tensor([max(0, size - 1) for size in lens]).cumsum(0).tolist()
+    assert torch.equal(case.packed.tokens[chain.rows[: len(tokens)]], chain.tokens[: len(tokens)])
+
+
+@given(cases(shape="chain", most=40))
+def test_chains_lose_nothing_of_chains(case):
+    case.packed.validate(chain=True)
+    whole = sum(len(own) for own in case.selected)
+    chain = layouts.chains(case.packed)
+    assert chain.rows[:whole].tolist() == list(range(whole))
+    same(layouts.from_chains(chain), case.packed)
+
+
+def test_vllm_metadata_of_a_known_batch():
+    """The example in vLLM's own comments: 3, 0, 2, 0 and 1 drafts."""
+    drafts = [3, 0, 2, 0, 1]
+    arrays = [torch.zeros(5, 4, dtype=torch.int64), torch.arange(-1, 3).expand(5, 4), torch.zeros(5, 4)]
+    tree = echo.SuperTree.from_arrays(*arrays, lengths=torch.tensor(drafts) + 1)
+    chain = layouts.chains(echo.ElasticBudgetScheduler(echo.GlobalRank(1), budget=11).pack(tree))
+    assert chain.cu_num_draft_tokens.tolist() == [3, 3, 5, 5, 6]
+    assert chain.target_logits_indices[:6].tolist() == [0, 1, 2, 5, 6, 9]
+    assert chain.bonus_logits_indices.tolist() == [3, 4, 7, 8, 10]
+    assert chain.logits_indices.tolist() == list(range(11))
+
+
+@given(cases(batch=1))
+def test_qq_bias_is_the_oracle(case):
+    rows, real = case.packed.rows, len(case.selected[0])
+    bias = layouts.qq_bias(case.packed)
+    assert (bias == 0).tolist()[:real] == square(case, 0, rows)[:real]
+    assert ((bias == 0) | (bias == -torch.inf)).all() and (bias == 0).any(1).all()
+    two = forest(0, 2, 4, empty=False).packed
+    with pytest.raises(echo.EchoError, match="packed: expected one request"):
+        layouts.qq_bias(two)
+
+
+def poisoned(value):
+    """An engine's buffers for a value: same shapes, other numbers, memory of their own."""
+    if isinstance(value, torch.Tensor):
+        return torch.full_like(value, 77) if value.dtype not in (torch.uint16, torch.uint32) else torch.zeros_like(value)
+    return dataclasses.replace(value, **{f.name: poisoned(getattr(value, f.name)) for f in tensors(value)})
+
+
+def tensors(value):
+    return [f for f in dataclasses.fields(value) if isinstance(getattr(value, f.name), torch.Tensor)]
+
+
+def test_out_writes_into_the_engines_buffers():
+    case, context = forest(1, 4, 12, empty=False), torch.arange(4)
+    accepted = echo.verify(case.packed, case.packed.tokens)
+    selected = torch.isfinite(case.tree.forest.score)
+    for call in (
+        lambda out: pack(case.tree, selected, 48, 1, out),
+        lambda out: compact(case.packed, accepted, context, out=out),
+        lambda out: layouts.sglang(case.packed, 12, context, out=out),
+        lambda out: layouts.sglang_mask(case.packed, 12, "QLEN_ONLY", out=out),
+        lambda out: layouts.sglang_mask(case.packed, 12, "QLEN_ONLY_BITPACKING", out=out),
+        lambda out: layouts.sglang_mask(case.packed, 12, "FULL_MASK", context=context, size=900, out=out),
+        lambda out: layouts.chains(case.packed, out=out),
+        lambda out: layouts.flashinfer(case.packed, context, 400, out=out),
+        lambda out: layouts.tensorrt_llm(case.packed, 12, out=out),
+        lambda out: layouts.hugging_face(case.packed, 12, context, 5, out=out),
+        lambda out: case.packed.wire(out=out),
+    ):
+        value = call(None)
+        buffer = poisoned(value)
+        written = call(buffer)
+        if isinstance(value, torch.Tensor):
+            assert written.data_ptr() == buffer.data_ptr() and torch.equal(written, value)
+            continue
+        for f in tensors(value):
+            assert getattr(written, f.name).data_ptr() == getattr(buffer, f.name).data_ptr()
+            assert torch.equal(getattr(written, f.name), getattr(value, f.name)), f.name
+    with pytest.raises(echo.EchoError, match=r"out.draft_tokens: expected int64 \[48\], got int64 \[52\]"):
+        layouts.sglang(case.packed, 12, context, out=layouts.sglang(case.packed, 13, context))
+    with pytest.raises(echo.EchoError, match=r"out: expected SGLangLinks, got Chains"):
+        layouts.sglang(case.packed, 12, context, out=layouts.chains(case.packed))
+
+
+def test_bad_input_names_the_argument():
+    case = forest(1, 2, 9, empty=False)
+    packed, good = case.packed, torch.tensor([3, 4])
+    context = r"context: expected int64 or int32 \[2\], got float32 \[2\]"
+    for call, message in [
+        (lambda: layouts.sglang(packed, 0, good), r"n: expected an int >= 1, got 0"),
+        (lambda: layouts.sglang(packed, 9, good.float()), context),
+        (lambda: layouts.sglang_mask(packed, 9, "FULL_MASK"), r"mode: expected .* FULL_MASK with context and size, got 'FULL_MASK'"),
+        (lambda: layouts.sglang_mask(packed, 9, "TREE"), r"mode: expected .* got 'TREE'"),
+        (lambda: layouts.sglang_mask(packed, 9, "FULL_MASK", context=good, size=5), r"size: expected an int >= 162, got 5"),
+        (lambda: layouts.flashinfer(packed, good.float(), 9), context),
+        (lambda: layouts.hugging_face(packed, 9, good, -1), r"past: expected an int >= 0, got -1"),
+        (lambda: compact(packed, echo.verify(packed, packed.tokens), good.float()), context),
+        (lambda: packed.slot(good, torch.zeros(2, 3).int(), 0, 0), r"page_size: expected an int >= 1, got 0"),
+        (lambda: layouts.from_sglang_mask(torch.ones(2, 9, 9).bool(), torch.arange(18), 9, "FULL_MASK"), r"mode: expected"),
+        (lambda: layouts.from_sglang_mask(torch.ones(9).bool(), torch.arange(2), 1, "FULL_MASK", context=torch.tensor([3, 20])),
+         r"mask: expected at least 25 entries for request 1, got 9"),
+    ]:  # fmt: skip
+        with pytest.raises(echo.EchoError, match=message):
+            call()
+    mask = layouts.flashinfer(packed, good, 400, bits=False)
+    mask.mask[1] = False
+    with pytest.raises(echo.EchoError, match="mask: request 0, row 0: expected the whole context visible"):
+        layouts.from_flashinfer(mask, packed.tokens)

@@ -1,0 +1,221 @@
+"""SGLang's own published code as the oracle: its tree builder, greedy verify, mask reader, attention and beam, run on the CPU.
+
+    ECHO_PEERS=install pytest -m peers tests/test_peers.py     # fetches sglang's wheel without its dependencies (40 MB)
+    ECHO_PEERS=<folder> pytest -m peers tests/test_peers.py    # a folder that it was installed to, with --no-deps --target
+
+Its kernels run in Triton's interpreter; the engine around them is replaced by stand-ins. None of its code is in this repository.
+The bit formulas of FlashInfer and TensorRT-LLM are applied in test_layouts.py.
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+import types
+from importlib import import_module
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+
+import echo
+from echo.kernels.reference import tree_attention
+from echo.testing import TabularDrafter, table
+from echo.tree import layouts
+from forests import forest
+
+VERSION = "0.5.23"
+pytestmark = pytest.mark.peers
+
+
+@pytest.fixture(scope="module")
+def peer(tmp_path_factory):
+    """Imports a module of sglang by its path, without the engine around it."""
+    asked = os.environ.get("ECHO_PEERS")
+    if not asked:
+        pytest.skip(f"set ECHO_PEERS=install, or to a folder that holds sglang=={VERSION}, to compare with the peers' own code")
+    triton = sys.modules.get("triton")
+    if triton is not None and not triton.knobs.runtime.interpret:
+        pytest.skip("triton is imported already: run this file in a process of its own (pytest -m peers tests/test_peers.py)")
+    folder = tmp_path_factory.mktemp("peers") if asked == "install" else Path(asked)
+    if asked == "install":
+        command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(folder), f"sglang=={VERSION}"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            pytest.skip(f"sglang=={VERSION} cannot be had: {done.stderr.strip().splitlines()[-1:]}")
+    if not (folder / "sglang" / "srt").is_dir():
+        pytest.skip(f"no sglang in the folder that ECHO_PEERS names ({folder.name})")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        for name in ("", ".kernels", ".kernels.ops", ".kernels.ops.attention", ".kernels.ops.speculative", ".srt"):
+            package = types.ModuleType(f"sglang{name}")
+            package.__path__ = [str(folder / f"sglang{name}".replace(".", "/"))]
+            patch.setitem(sys.modules, package.__name__, package)
+        import triton
+
+        no = dict.fromkeys(
+            ("is_cpu", "is_cuda", "is_hip", "is_musa", "is_npu", "is_gfx95_supported", "is_gfx1250_supported"), lambda: False
+        )
+        stand_ins = {
+            "srt.utils": no | {"is_xpu": lambda: True, "next_power_of_2": triton.next_power_of_2, "get_device_core_count": lambda *_: 1},
+            "srt.environ": {"envs": mock.MagicMock()},
+            "srt.platforms": {"current_platform": None, "__path__": []},
+            "srt.platforms.interface": {"reject_out_of_tree_path": None},
+        }
+        for name, parts in stand_ins.items():
+            module = types.ModuleType(f"sglang.{name}")
+            vars(module).update(parts)
+            patch.setitem(sys.modules, module.__name__, module)
+        yield lambda name: import_module(f"sglang.{name}")
+        for name in [n for n in sys.modules if n.startswith("sglang.kernels.ops.")]:
+            patch.delitem(sys.modules, name)
+
+
+def functions(peer, path, names, scope):
+    """Functions of a module that cannot be imported without the engine, by name from its source."""
+    import sglang
+
+    source = (Path(sglang.__path__[0]) / path).read_text()
+    nodes = [node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef) and node.name in names]
+    for node in nodes:
+        node.decorator_list = []  # torch.compile
+    exec(compile(ast.Module(nodes, []), path, "exec"), scope)
+    return [scope[name] for name in names]
+
+
+def build(peer, packed, n, context, mode):
+    """Its builder's outputs for our trees of exactly n rows: block r of its candidates holds the children of our row r."""
+    tree = peer("kernels.ops.speculative.spec_tree")
+    batch = packed.batch
+    parent = packed.parent.view(batch, n).long()
+    siblings = torch.zeros_like(parent)
+    siblings[:, 1:] = torch.tensor([[own[:i].count(own[i]) for i in range(1, n)] for own in parent.tolist()]).view(batch, n - 1)
+    topk = int(siblings.max()) + 1
+    flat = parent * topk + siblings
+    parent_list = torch.cat([torch.full((batch, 1), -1), flat[:, 1:]], dim=1)
+    size = int((n * (context + n)).sum()) if mode == 0 else batch * n * n
+    mask, positions = torch.ones(size, dtype=torch.bool), torch.empty(batch * n, dtype=torch.int64)
+    links = [torch.full((batch, n), -1) for _ in range(3)]
+    tree.build_tree_kernel_efficient_func(
+        parent_list, flat[:, 1:].contiguous(), context, mask, positions, *links, topk, packed.max_depth + 1, n, tree.TreeMaskMode(mode)
+    )
+    return mask, positions, links
+
+
+@pytest.mark.parametrize(("seed", "n"), [(0, 1), (1, 2), (2, 7), (3, 12), (4, 34)])
+def test_its_builder_makes_our_links_positions_and_masks(peer, seed, n):
+    case = forest(seed, 3, n, empty=False, exact=True)
+    context = torch.tensor([4, 0, 9])
+    ours = layouts.sglang(case.packed, n, context)
+    for mode in (0, 1):
+        mask, positions, (index, token, sibling) = build(peer, case.packed, n, context, mode)
+        assert torch.equal(ours.positions, positions)
+        assert torch.equal(ours.retrive_index, index)
+        assert torch.equal(ours.retrive_next_token, token)
+        assert torch.equal(ours.retrive_next_sibling, sibling)
+        name = ("FULL_MASK", "QLEN_ONLY")[mode]
+        assert torch.equal(layouts.sglang_mask(case.packed, n, name, context=context, size=len(mask)).flatten(), mask)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_its_mask_reader_finds_our_links_in_our_mask(peer, seed):
+    """The path of its n-gram drafter: ragged trees on uniform padding, pads included."""
+    case, context = forest(seed, 4, 20), torch.tensor([4, 0, 9, 2])
+    n = case.largest + seed % 2
+    ours = layouts.sglang(case.packed, n, context)
+    positions, *links = [torch.empty(4 * n, dtype=torch.int64) for _ in range(4)]
+    read = peer("kernels.ops.speculative.reconstruct_tree").reconstruct_indices_from_tree_mask_func
+    read(layouts.sglang_mask(case.packed, n, "QLEN_ONLY"), context, positions, *links, 4, n)
+    for own, its in zip(
+        (ours.positions, ours.retrive_index, ours.retrive_next_token, ours.retrive_next_sibling), (positions, *links), strict=True
+    ):
+        assert torch.equal(own.flatten(), its)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_its_greedy_verify_accepts_what_ours_accepts(peer, seed):
+    case, n = forest(seed, 4, 16, empty=False), 17
+    packed = case.packed
+    generator = torch.Generator().manual_seed(seed)
+    target = torch.randint(0, 3, (packed.rows,), generator=generator)
+    for row in range(packed.rows):  # often a child's token
+        below = [c for c in range(packed.rows) if packed.request[c] == packed.request[row] and packed.parent[c] == packed.local[row]]
+        if below and torch.rand(1, generator=generator) < 0.8:
+            target[row] = packed.tokens[below[int(torch.randint(0, len(below), (1,), generator=generator))]]
+    accepted = echo.verify(packed, target)
+    steps = packed.max_depth + 1
+    links = layouts.sglang(packed, n, torch.zeros(4, dtype=torch.int64))
+    grid = (packed.indptr[:-1, None] + torch.arange(n)).clamp(max=packed.rows - 1)
+    predicts, index, count = torch.full((4 * n,), -1).int(), torch.full((4, steps), -1).int(), torch.empty(4).int()
+    peer("kernels.ops.speculative.spec_tree").verify_tree_greedy_func(
+        predicts, index, count, links.draft_tokens.view(4, n), links.retrive_index, links.retrive_next_token,
+        links.retrive_next_sibling, target[grid],
+    )  # fmt: skip
+    assert torch.equal(count + 1, accepted.lengths.int()) and int(count.max()) > 0
+    rows = index % n + packed.indptr[:-1, None]
+    assert torch.equal(torch.where(index >= 0, rows, -1).long(), accepted.rows)
+    assert torch.equal(torch.where(index >= 0, predicts[index.clamp(min=0)], -1).long(), accepted.tokens)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_its_attention_with_our_mask_on_ragged_trees_is_our_reference(peer, seed):
+    case, context = forest(seed, 3, 20, empty=False), torch.tensor([5, 0, 33])
+    packed, dim = case.packed, 16
+    rows = packed.rows
+    q, k, v = torch.randn(rows, 4, dim), torch.randn(rows, 2, dim), torch.randn(rows, 2, dim)
+    cache = torch.randn(2, 120, 1, 2, dim)
+    table = torch.randperm(120)[:99].view(3, 33).int()
+    indices = torch.cat([own[:length] for own, length in zip(table, context.tolist(), strict=True)])
+    kv_indptr = torch.cat([torch.zeros(1), context.cumsum(0)]).int()
+    mask = layouts.flashinfer(packed, context, int((packed.indptr.diff() * (context + packed.indptr.diff())).sum()), bits=False)
+    out = torch.full_like(q, torch.nan)
+    peer("kernels.ops.attention.extend_attention").extend_attention_fwd(
+        q, k, v, out, cache[0, :, 0], cache[1, :, 0], packed.indptr, kv_indptr, indices, mask.mask, True, mask.indptr,
+        int(packed.indptr.diff().max()), 1.0, 1.0,
+    )  # fmt: skip
+    expected, _ = tree_attention(q, cache[0], cache[1], table, context.int(), k, v, packed.request, packed.indptr, packed.mask)
+    assert float((out - expected).norm() / expected.norm()) < 1e-5
+
+
+@pytest.mark.parametrize("n", [2, 5, 9, 20])
+def test_its_beam_draws_our_eagle_trees(peer, n):
+    """Its draft loop, selection and builder against ``ElasticBudgetScheduler.eagle`` with the same draft model."""
+    spec = peer("kernels.ops.speculative.spec_tree")
+    topk, steps, context = 3, 4, torch.tensor([3, 8])
+    drafter, roots = TabularDrafter(table(40, seed=n), count=topk), torch.tensor([5, 11])
+    scope = {"torch": torch, "Optional": object | None, "List": list, "maybe_detect_oob": lambda *_: None}
+    scope |= {"Optional": __import__("typing").Optional, "fast_topk": lambda x, k, dim: x.topk(k, dim=dim)}
+    names = ("_select_top_k_tokens_first", "_select_top_k_tokens_later", "select_top_k_tokens")
+    *_, select = functions(peer, "srt/speculative/spec_utils.py", names, scope)
+    (organize,) = functions(peer, "srt/speculative/eagle_utils.py", ("organize_draft_results",), scope)
+    text, scores, collected = roots[:, None], None, []
+    for step in range(steps):
+        top = drafter.probabilities[text].topk(topk, dim=-1)
+        p, index = top.values.float().view(-1, topk), top.indices.view(-1, topk)
+        ids, _, scores, info = select(step, p, index, None, scores, topk)
+        collected.append(info)
+        text = ids.view(2, topk)
+    parents, selected, drafts = organize(*zip(*collected, strict=True), n)
+    mask, positions = torch.ones(2 * n * n, dtype=torch.bool), torch.empty(2 * n, dtype=torch.int64)
+    links = [torch.full((2, n), -1) for _ in range(3)]
+    spec.build_tree_kernel_efficient_func(parents, selected, context, mask, positions, *links, topk, steps, n, spec.TreeMaskMode.QLEN_ONLY)
+    its = layouts.from_sglang(layouts.SGLangLinks(torch.cat([roots[:, None], drafts], 1).flatten(), positions, *links))
+
+    scheduler = echo.ElasticBudgetScheduler.eagle(n=n, beam=topk, max_depth=steps)
+    tree = scheduler.plant(roots)
+    for _ in range(steps):
+        tree = scheduler.grow(tree, *drafter.draft(torch.arange(2), tree.frontier))
+    ours = scheduler.pack(tree)
+
+    def paths(packed, b):
+        first, end = packed.indptr[b : b + 2].tolist()
+        text = []
+        for row in range(first, end):
+            up = int(packed.parent[row])
+            text.append([*(text[up] if up >= 0 else []), int(packed.tokens[row])])
+        return sorted(text)
+
+    assert [paths(its, b) for b in range(2)] == [paths(ours, b) for b in range(2)]

@@ -1,0 +1,432 @@
+"""Trees that no beam drafted, the step in an engine's cache, the wire, the picture, and bad input."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import echo
+from conftest import grow_all, policies
+from echo.testing import TabularDrafter, check_plan, table
+from echo.tree import Template, compact, layouts, slots, wire_size
+from forests import forest
+
+NO_RULE = echo.ElasticBudgetScheduler(echo.GlobalRank(4), budget=64, max_depth=6, max_tree_rows=70)
+
+
+@given(st.integers(0, 10_000), st.integers(1, 5), st.integers(0, 40), st.booleans())
+def test_a_tree_of_ones_own_is_dealt_as_a_drafted_one(seed, batch, more, two_level):
+    """The best rows by path probability, whichever way the tree came in."""
+    case = forest(seed, batch, 40)
+    rule = echo.TwoLevel(2, 5) if two_level else echo.GlobalRank(4)
+    scheduler = echo.ElasticBudgetScheduler(rule, budget=1, max_tree_rows=70)
+    live = sum(map(bool, case.tokens))
+    tree = dataclasses.replace(case.tree, rows=batch + more, left=torch.tensor(batch + more - live))
+    packed = scheduler.pack(tree)
+    check_plan(tree, packed)
+    packed.validate()
+    scores = []
+    for b, tokens in enumerate(case.tokens):
+        own = sorted((case.score(b, case.path(b, column)) for column in range(1, len(tokens))), reverse=True)
+        scores += own[:5] if two_level else own
+    best = sorted(scores, reverse=True)[: batch + more - live]
+    assert sorted(packed.score[packed.depth > 0].tolist(), reverse=True) == pytest.approx(best)
+
+
+def test_a_row_limit_and_the_schedulers_own_limit_hold():
+    tokens, parents = torch.arange(100)[None], torch.arange(-1, 99)[None]
+    tree = echo.SuperTree.from_arrays(tokens, parents, torch.full((1, 100), -0.1))
+    assert int(NO_RULE.select(tree).sum()) == 70
+    limited = echo.SuperTree.from_arrays(tokens, parents, torch.full((1, 100), -0.1), row_limit=torch.tensor([66]))
+    packed = NO_RULE.pack(limited)
+    assert int(packed.indptr[-1]) == 66 and packed.mask.shape == (100, 3)
+    packed.validate(chain=True)
+
+
+BAD = {
+    "cycle": ([1, 2, 3], [-1, 2, 1], r"parent: request 1, row 1: expected a row before its child, got 2, a cycle"),
+    "child first": ([1, 2, 3], [-1, 2, 0], r"parent: request 1, row 1: expected a row before its child, got 2$"),
+    "own parent": ([1, 2, 3], [-1, 0, 2], r"parent: request 1, row 2: expected a row before its child, got 2, a cycle"),
+    "another request": ([1, 2, 3], [-1, 0, 3], r"parent: request 1, row 2: expected a row of the same request, 0 to 2, got 3"),
+    "two roots": ([1, 2, 3], [-1, 0, -1], r"parent: request 1, row 2: expected a row of the same request, 0 to 2, got -1"),
+    "no root": ([1, 2, 3], [0, 0, 0], r"parent: request 1, row 0: expected -1 for the root, got 0"),
+    "twins": ([1, 2, 2], [-1, 0, 0], r"token: request 1, row 2: expected siblings that differ, got 2 twice under row 0"),
+    "negative": ([1, -2, 3], [-1, 0, 0], r"token: request 1, row 1: expected a token >= 0, got -2"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_arrays_name_the_request_and_the_row(name):
+    token, parent, message = BAD[name]
+    good = [[1, 2, 3], [-1, 0, 1]]
+    with pytest.raises(echo.EchoError, match=message):
+        echo.SuperTree.from_arrays(torch.tensor([good[0], token]), torch.tensor([good[1], parent]), torch.zeros(2, 3))
+
+
+def test_bad_scores_depths_and_lengths():
+    token, parent = torch.tensor([[1, 2, 3]]), torch.tensor([[-1, 0, 1]])
+    build = echo.SuperTree.from_arrays
+    with pytest.raises(echo.EchoError, match=r"log_prob: request 0, row 2: expected a log-probability, got nan"):
+        build(token, parent, torch.tensor([[0.0, -1.0, torch.nan]]))
+    with pytest.raises(echo.EchoError, match=r"depth: request 0, row 2: expected 2, one below its parent, got 1"):
+        build(token, parent, torch.zeros(1, 3), torch.tensor([[0, 1, 1]]))
+    with pytest.raises(echo.EchoError, match=r"lengths: request 0: expected 0 to 3 nodes, got 4"):
+        build(token, parent, torch.zeros(1, 3), lengths=torch.tensor([4]))
+    with pytest.raises(echo.EchoError, match=r"parent: expected int64 or int32 \[1, 3\], got int64 \[1, 2\]"):
+        build(token, parent[:, :2], torch.zeros(1, 3))
+    with pytest.raises(echo.EchoError, match=r"rows: expected an int >= 1, got 0"):
+        build(token, parent, torch.zeros(1, 3), rows=0)
+
+
+# Drafters that are not beams: one call each.
+
+
+def test_chain_drafter():
+    scheduler = echo.ElasticBudgetScheduler(echo.TwoLevel(1, 0), echo.SparseGate({2: 0.5}), budget=8, max_depth=3)
+    tokens, q = torch.tensor([[[1], [2], [3]], [[4], [5], [6]]]), torch.tensor([[0.9, 0.9, 0.9], [0.9, 0.3, 0.9]]).log()[..., None]
+    tree = scheduler.grow_positions(scheduler.plant(torch.tensor([7, 8])), tokens, q)
+    packed = scheduler.pack(tree)
+    assert packed.tokens.tolist() == [7, 1, 2, 3, 8, 4, 0, 0]  # request 1 fails the gate at depth 2
+    packed.validate(chain=True)
+    assert layouts.chains(packed).verify_lens.tolist() == [4, 2]
+
+
+def test_per_position_drafter_gives_every_node_the_same_candidates():
+    scheduler = echo.ElasticBudgetScheduler(echo.GlobalRank(4), budget=5, max_depth=2)
+    tokens, q = torch.tensor([[[1, 2], [3, 4]]]), torch.tensor([[[0.6, 0.4], [0.9, 0.1]]]).log()
+    tree = scheduler.grow_positions(scheduler.plant(torch.tensor([7])), tokens, q)
+    packed = scheduler.pack(tree)
+    assert packed.render(0).splitlines() == [
+        "7         1.000  root",
+        "├─ 1      0.600  width",
+        "│  └─ 3   0.540  width",
+        "└─ 2      0.400  width",
+        "   └─ 3   0.360  width",
+    ]
+
+
+def test_static_template():
+    template = Template.from_choices([[1], [0], [0, 1], [0, 0], [0, 0, 0]])
+    assert template.parents == (-1, -1, 0, 0, 2)
+    heads = torch.tensor([[[10, 11], [20, 21], [30, 31]]])
+    scheduler = echo.ElasticBudgetScheduler(echo.PerRequest(6, 1))
+    tree = template.fill(scheduler.plant(torch.tensor([7])), heads, torch.full(heads.shape, 0.5).log())
+    packed = scheduler.pack(tree)
+    assert packed.tokens.tolist() == [7, 10, 11, 20, 21, 30]
+    assert packed.parent.tolist() == [-1, 0, 0, 1, 1, 3]
+    own = template.fill(scheduler.plant(torch.tensor([7])), torch.tensor([[10, 11, 20, 21, 30]]), torch.full((1, 5), 0.5).log())
+    assert torch.equal(scheduler.pack(own).tokens, packed.tokens)
+    any_order = Template((-1, 0, -1, 2, 1))  # children of the second root child are drafted before those of the first
+    tree = any_order.fill(scheduler.plant(torch.tensor([7])), torch.tensor([[1, 2, 3, 4, 5]]), torch.zeros(1, 5))
+    scheduler.pack(tree).validate()
+    with pytest.raises(echo.EchoError, match="parents: node 1: expected -1 or a node before it, got 1"):
+        Template((-1, 1))
+    with pytest.raises(echo.EchoError, match=r"choices: expected distinct paths .* got \[0, 0\]"):
+        Template.from_choices([[1], [0, 0]])
+    with pytest.raises(echo.EchoError, match=r"tokens: expected \[B, 3, 2\] or more, got \[1, 2, 2\]"):
+        template.fill(scheduler.plant(torch.tensor([7])), heads[:, :2], torch.zeros(1, 2, 2))
+
+
+def test_ngram_trie_merges_prefixes():
+    tree = echo.SuperTree.from_paths(torch.tensor([7, 8, 9]), [[[1, 2], [1, 3], [4]], [], [[5]]], weights=[[2, 1, 1], [], [1]], prior=1.0)
+    scheduler = echo.ElasticBudgetScheduler(echo.GlobalRank(1), budget=1)
+    packed = scheduler.pack(tree)
+    assert packed.tokens.tolist() == [7, 1, 4, 2, 3, 8, 9, 5]
+    assert packed.score.exp().tolist() == pytest.approx([1, 3 / 5, 1 / 5, 3 / 5 * 2 / 4, 3 / 5 / 4, 1, 1, 1 / 2])
+    with pytest.raises(echo.EchoError, match="weights: request 0: expected 1 weights, got 2"):
+        echo.SuperTree.from_paths(torch.tensor([7]), [[[1]]], weights=[[1, 2]])
+
+
+@given(policies(), st.integers(0, 10_000))
+def test_a_ready_made_tree_grows_as_a_drafted_one(policy, seed):
+    """Gates, purchases and dealing of any policy: the complete tree handed over at once gives the plan of the drafter."""
+    scheduler, batch = policy
+    scheduler = dataclasses.replace(scheduler, max_depth=min(scheduler.max_depth, 3))
+    drafter, roots = TabularDrafter(table(20, seed), count=2), torch.arange(batch)
+    drafted = scheduler.plant(roots)
+    for _ in range(scheduler.max_depth):
+        drafted = scheduler.grow(drafted, *drafter.draft(roots, drafted.frontier))
+    tokens, parents, q = roots[:, None], [-1], torch.zeros(batch, 1)
+    for node in range(7):
+        children, log_probs = drafter.probabilities[tokens[:, node]].topk(2, dim=-1).indices, None
+        log_probs = drafter.probabilities[tokens[:, node]].gather(1, children).log().float()
+        tokens, q, parents = torch.cat([tokens, children], 1), torch.cat([q, log_probs], 1), [*parents, node, node]
+    ready = echo.SuperTree.from_arrays(tokens, torch.tensor(parents).expand(batch, -1), q)
+    grown = scheduler.grow_ready(scheduler.plant(roots), ready, fanout=2)
+    one, two = scheduler.pack(drafted), scheduler.pack(grown)
+    check_plan(grown, two)
+    for name in ("tokens", "parent", "indptr", "bought", "status"):
+        assert torch.equal(getattr(one, name), getattr(two, name)), name
+    assert torch.allclose(one.score, two.score)
+
+
+def test_a_ready_made_tree_may_be_ragged():
+    scheduler = echo.ElasticBudgetScheduler(echo.TwoLevel(2, 0), echo.SparseGate({1: 0.4}), budget=9, max_depth=4)
+    ready = echo.SuperTree.from_paths(torch.tensor([7, 8, 9]), [[[1, 2, 3]], [[4], [5], [6]], []], prior=1.0)
+    grown = scheduler.grow_ready(scheduler.plant(torch.tensor([7, 8, 9])), ready, fanout=4)
+    packed = scheduler.pack(grown)
+    assert packed.tokens.tolist() == [7, 1, 2, 3, 8, 9, 0, 0, 0]
+    assert packed.status.tolist() == [echo.Status.ACTIVE, echo.Status.TRUNCATED, echo.Status.EXHAUSTED]
+    assert packed.invalid.tolist() == [0, 0, 0]
+    with pytest.raises(echo.EchoError, match="tree: expected a tree just planted, got one of 3 layers"):
+        scheduler.grow_ready(grown, ready, fanout=4)
+    with pytest.raises(echo.EchoError, match=r"ready.batch: expected an int from 2 to 2, got 3"):
+        scheduler.grow_ready(scheduler.plant(torch.tensor([7, 8])), ready, fanout=4)
+
+
+def test_a_first_layer_that_is_scored_already():
+    scheduler = echo.ElasticBudgetScheduler(echo.TwoLevel(2, 2), budget=12, max_depth=3)
+    drafter = TabularDrafter(table(20, seed=1), count=3)
+    plain = scheduler.plant(torch.tensor([3, 4]))
+    tokens, q = drafter.draft(torch.arange(2), plain.frontier)
+    plain = scheduler.grow(plain, tokens, q)
+    ahead = scheduler.plant(torch.tensor([3, 4]), first_layer=(tokens[:, 0], q[:, 0]))
+    assert torch.equal(scheduler.select(plain), scheduler.select(ahead))
+    with pytest.raises(echo.EchoError, match=r"first_layer\[1\]: expected float32 .* \[2, 3\], got float32 \[2, 2\]"):
+        scheduler.plant(torch.tensor([3, 4]), first_layer=(tokens[:, 0], q[:, 0, :2]))
+
+
+def test_state_travels_with_the_frontier():
+    """A drafter's own path, carried by the reorder list, is the tree's path."""
+    scheduler = echo.ElasticBudgetScheduler(echo.GlobalRank(3), budget=24, max_depth=3)
+    drafter, tree = TabularDrafter(table(20, seed=1), count=4), scheduler.plant(torch.tensor([3, 4]))
+    state = tree.frontier.token[..., None]
+    for _ in range(3):
+        tree = scheduler.grow(tree, *drafter.draft(torch.arange(2), tree.frontier))
+        state = torch.cat([tree.frontier.inherit(state), tree.frontier.token[..., None]], dim=-1)
+    for b in range(2):
+        for w, place in enumerate(tree.frontier.index[b].tolist()):
+            path, index = [], place
+            for layer in reversed(tree.layers):
+                path.append(int(layer.token[b, index]))
+                index = int(layer.parent[b, index])
+            assert state[b, w].tolist() == path[::-1]
+
+
+# The step in an engine's cache.
+
+
+@given(st.integers(0, 10_000), st.integers(1, 4), st.sampled_from([1, 4, 16]), st.data())
+def test_slots_and_compaction_leave_exactly_the_accepted_text(seed, batch, page, data):
+    case = forest(seed, batch, 30, pads=3)
+    packed, context = case.packed, torch.tensor([data.draw(st.integers(0, 20)) for _ in range(batch)])
+    target = packed.tokens.clone()
+    for row in range(packed.rows):
+        below = [c for c in range(packed.rows) if packed.request[c] == packed.request[row] and packed.parent[c] == packed.local[row]]
+        target[row] = packed.tokens[data.draw(st.sampled_from(below))] if below and packed.request[row] < batch else 5000
+    accepted = echo.verify(packed, target)
+    pages = 64 // page
+    page_table = (torch.randperm(batch * pages) + 1).view(batch, pages).int()
+    assert page_table.min() == 1  # page 0 is the dummy's
+    cache = torch.full(((batch * pages + 1) * page,), -1)
+    for b in range(batch):
+        before = slots(torch.arange(int(context[b])), torch.tensor(b), page_table, page, 0)
+        cache[before] = 10_000 + torch.arange(int(context[b]))
+    slot = packed.slot(context, page_table, page, 0)
+    assert (slot[packed.request == batch] == 0).all() and len(set(slot[packed.request < batch].tolist())) == int(packed.indptr[-1])
+    cache[slot] = packed.tokens
+    position = packed.position(context)
+    lists = compact(packed, accepted, context, page_table=page_table, page_size=page)
+    cache[lists.target.flatten()] = cache[lists.source.flatten()]
+    flat = compact(packed, accepted, context)
+    assert (flat.source >= flat.target).all()
+    assert torch.equal(lists.accept_index.long(), accepted.rows)
+    assert torch.equal(lists.context, context + accepted.lengths)
+    for b in range(batch):
+        rows = [row for row in accepted.rows[b].tolist() if row >= 0]
+        text = [10_000 + i for i in range(int(context[b]))] + packed.tokens[rows].tolist()
+        where = slots(torch.arange(int(lists.context[b])), torch.tensor(b), page_table, page, 0)
+        assert cache[where].tolist() == text
+        assert lists.position[b, : len(rows)].tolist() == position[rows].tolist()
+        assert lists.gather[b, : len(rows)].tolist() == rows and lists.valid[b].sum() == len(rows)
+
+
+def test_slots_beyond_the_page_table_are_the_dummy():
+    case = forest(3, 2, 20, empty=False)
+    slot = case.packed.slot(torch.tensor([3, 3]), torch.tensor([[1], [2]]), 4, 0)
+    assert slot.tolist() == [
+        4 * (1 + int(b)) + 3 if local == 0 else 0 for b, local in zip(case.packed.request, case.packed.local, strict=True)
+    ]
+    with pytest.raises(echo.EchoError, match=r"page_table: expected int64 or int32 \[B, pages\], got float32 \[2\]"):
+        case.packed.slot(torch.tensor([3, 3]), torch.zeros(2), 4, 0)
+    with pytest.raises(echo.EchoError, match=r"context: expected int64 or int32 \[2\], got int64 \[3\]"):
+        case.packed.position(torch.arange(3))
+
+
+def test_slots_to_reserve_before_the_step():
+    assert echo.ElasticBudgetScheduler.eagle(n=5).max_slots_per_request(8) == 5
+    assert echo.ElasticBudgetScheduler(echo.TwoLevel(2, 2), budget=32).max_slots_per_request(8) == 32
+    assert echo.ElasticBudgetScheduler(echo.TwoLevel(2, 2), budget=512).max_slots_per_request(8) == 64
+
+
+def over_the_wire(packed):
+    words = packed.mask.shape[1]
+    wire = packed.wire()
+    assert wire.dtype == torch.int32 and wire.is_contiguous()
+    back = echo.PackedTree.from_wire(wire, batch=packed.batch, rows=packed.rows, words=words, max_depth=packed.max_depth)
+    for field in dataclasses.fields(packed):
+        one, two = getattr(packed, field.name), getattr(back, field.name)
+        if isinstance(one, torch.Tensor):
+            assert torch.equal(one, two) and one.dtype == two.dtype, field.name
+        else:
+            assert one == two
+    with pytest.raises(echo.EchoError, match="wire: expected int32"):
+        echo.PackedTree.from_wire(wire[1:], batch=packed.batch, rows=packed.rows, words=words, max_depth=packed.max_depth)
+    return wire
+
+
+@given(st.integers(0, 10_000), st.integers(1, 5))
+def test_the_wire_carries_every_bit(seed, batch):
+    packed = forest(seed, batch, 80, pads=2).packed
+    assert len(over_the_wire(packed)) == wire_size(batch, packed.rows, packed.mask.shape[1])
+
+
+def test_the_wire_carries_the_outlook_that_later_steps_are_planned_from():
+    rows = range(900)
+    log = echo.WarmupLog.from_arrays([1 + i % 3 for i in rows], [(i % 97) / 97 for i in rows], [(i * 7 % 97) < i % 97 for i in rows])
+    cost = echo.CostModel([1, 8, 16, 32], [1.0, 1.1, 1.5, 2.0])
+    scheduler = echo.ElasticBudgetScheduler.goodput(echo.calibrate(log), cost, beam=2)
+    packed = scheduler.pack(grow_all(scheduler, torch.arange(3), k=3, seed=0, rows=12))
+    assert packed.outlook is not None and packed.outlook.sum() > 0
+    over_the_wire(packed)
+
+
+def test_ranks_whose_scores_differ_follow_one_plan():
+    scheduler = echo.ElasticBudgetScheduler(echo.GlobalRank(2), budget=9, max_depth=3)
+    first, second = (grow_all(scheduler, torch.arange(3), k=3, seed=seed) for seed in (1, 2))
+    sent = []
+    led = scheduler.pack(first, sync=lambda wire: sent.append(wire) or wire)
+    followed = scheduler.pack(second, sync=lambda _: sent[0])
+    assert torch.equal(led.tokens, followed.tokens) and torch.equal(led.mask, followed.mask)
+    assert torch.equal(led.tokens, scheduler.pack(first).tokens)
+
+
+def test_an_idle_rank_takes_part_with_pads():
+    scheduler = echo.ElasticBudgetScheduler(echo.TwoLevel(2, 2), budget=4, max_depth=2)
+    tree = scheduler.grow(scheduler.plant(torch.zeros(0, dtype=torch.int64)), torch.zeros(0, 1, 3, dtype=torch.int64), torch.zeros(0, 1, 3))
+    packed = scheduler.pack(tree)
+    packed.validate()
+    assert packed.rows == 4 and packed.batch == 0
+    context = torch.zeros(0, dtype=torch.int64)
+    assert packed.position(context).tolist() == packed.slot(context, torch.zeros(0, 3).int(), 4, 0).tolist() == [0] * 4
+    assert layouts.flashinfer(packed, context, 4).indptr.tolist() == [0]
+    assert layouts.sglang(packed, 4, context).retrive_index.shape == (0, 4)
+    assert layouts.chains(packed).tokens.tolist() == [0] * 4
+    accepted = echo.verify(packed, torch.zeros(4, dtype=torch.int64))
+    assert accepted.tokens.shape == accepted.rows.shape == (0, 2) and accepted.lengths.shape == accepted.bonus.shape == (0,)
+    assert compact(packed, accepted, context).source.shape == (0, 2)
+
+
+# The picture, and a packed step that is not one.
+
+
+def test_the_picture():
+    scheduler = echo.ElasticBudgetScheduler(echo.TwoLevel(1, 1), budget=4, max_depth=2)
+    tree = scheduler.plant(torch.tensor([7]), rows=4)
+    tree = scheduler.grow(tree, torch.tensor([[[12, 5]]]), torch.tensor([[[0.8, 0.15]]]).log())
+    tree = scheduler.grow(tree, torch.tensor([[[301, 9]]]), torch.tensor([[[0.5, 0.1]]]).log())
+    packed = scheduler.pack(tree)
+    accepted = echo.verify(packed, torch.tensor([12, 301, 1, 2]))
+    assert packed.render(0, accepted).splitlines() == [
+        "7           1.000  root  accepted",
+        "├─ 12       0.800  depth  accepted",
+        "│  └─ 301   0.400  depth  accepted",
+        "└─ 5        0.150  width",
+    ]
+    with pytest.raises(echo.EchoError, match="request: expected an int from 0 to 0, got 1"):
+        packed.render(1)
+
+
+SPOIL = {
+    "parent": (5, 0, r"depth: request 1, row 2: expected 1, got 2"),
+    "depth": (5, 1, r"depth: request 1, row 2: expected 2, got 1"),
+    "tokens": (4, -3, r"tokens: request 1, row 1: expected a token >= 0, got -3"),
+    "request": (4, 0, r"request: request 1, row 1: expected 1, got 0"),
+    "mask": (5, 0b110, r"mask: request 1, row 2: expected 0x7, itself and its ancestors, got 0x6"),
+    "score": (5, 0.0, r"score: request 1, row 2: expected at most its parent's -0.5, got 0.0"),
+}
+
+
+def two_requests():
+    tokens, parents = torch.tensor([[1, 2, 3], [4, 5, 6]]), torch.tensor([[-1, 0, 0], [-1, 0, 1]])
+    tree = echo.SuperTree.from_arrays(tokens, parents, torch.full((2, 3), -0.5), rows=8)
+    return echo.ElasticBudgetScheduler(echo.GlobalRank(1), budget=8).pack(tree)
+
+
+@pytest.mark.parametrize("name", SPOIL)
+def test_validate_names_the_request_and_the_row(name):
+    at, value, message = SPOIL[name]
+    packed = two_requests()
+    packed.validate(max_rows=3)
+    values = getattr(packed, name).clone()
+    values[at] = value
+    with pytest.raises(echo.EchoError, match=message):
+        dataclasses.replace(packed, **{name: values}).validate()
+
+
+def test_validate_finds_what_an_export_cannot_hold():
+    packed = two_requests()
+    with pytest.raises(echo.EchoError, match="rows: expected at most 2 rows, request 0 has 3: row 2 does not fit"):
+        packed.validate(max_rows=2)
+    with pytest.raises(echo.EchoError, match=r"parent: request 0, row 2: expected 1 \(a chain\), got 0"):
+        packed.validate(chain=True)
+    for field, at, value, message in [
+        ("parent", 4, 2, "parent: request 1, row 1: expected a row before its child, got 2"),
+        ("parent", 4, 3, "parent: request 1, row 1: expected a row of the same request, 0 to 2, got 3"),
+        ("parent", 3, 0, "parent: request 1, row 0: expected -1 for the root, got 0"),
+        ("tokens", 2, 2, "tokens: request 0, row 2: expected siblings that differ, got 2 twice"),
+        ("mask", 7, 3, "pad row 7"),
+        ("indptr", 1, 9, "indptr: expected numbers rising from 0"),
+    ]:
+        values = getattr(packed, field).clone()
+        values[at] = value
+        with pytest.raises(echo.EchoError, match=message):
+            dataclasses.replace(packed, **{field: values}).validate()
+
+
+# Importers refuse what no tree has.
+
+
+def links(token, sibling, n=4):
+    rows = torch.arange(2 * n)
+    good = torch.tensor([[1, -1, -1, -1], [-1] * 4])
+    return layouts.SGLangLinks(
+        rows, rows, rows.view(2, n), torch.stack([good[0], torch.tensor(token)]), torch.stack([good[1], torch.tensor(sibling)])
+    )
+
+
+@pytest.mark.parametrize(
+    ("token", "sibling", "message"),
+    [
+        ([1, 2, 1, -1], [-1] * 4, r"retrive_next_token: request 1, row 2: expected a row that no other link reaches, got 1 \(a cycle"),
+        ([1, -1, -1, -1], [-1, 2, 1, -1], r"retrive_next_sibling: request 1, row 2: expected a row that no other link reaches, got 1"),
+        ([2, -1, 1, -1], [-1] * 4, r"retrive_next_token: request 1, row 2: expected a row behind its parent 2, got 1"),
+        ([4, -1, -1, -1], [-1] * 4, r"retrive_next_token: request 1, row 0: expected -1 or a row from 0 to 3, got 4"),
+        ([1, -1, -1, -1], [-1, -2, -1, -1], r"retrive_next_sibling: request 1, row 1: expected -1 or a row from 0 to 3, got -2"),
+    ],
+)
+def test_bad_links(token, sibling, message):
+    with pytest.raises(echo.EchoError, match=message):
+        layouts.from_sglang(links(token, sibling))
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([[1, 0, 0], [1, 1, 1], [1, 0, 1]], r"mask: request 1, row 1: expected a row before its child, got row 2"),
+        ([[1, 0, 0], [1, 0, 0], [1, 0, 1]], r"mask: request 1, row 1: expected a row to see itself"),
+        ([[1, 0, 0], [1, 1, 0], [0, 1, 1]], r"mask: request 1, row 2: expected itself, a parent and that parent's ancestors, got \[1, 2\]"),
+        ([[1, 0, 0], [0, 1, 0], [1, 0, 1]], r"mask: request 1, row 2: expected a pad that sees itself alone, got \[0, 2\]"),
+    ],
+)
+def test_bad_masks(rows, message):
+    good = [[1, 0, 0], [1, 1, 0], [1, 1, 1]]
+    mask = torch.tensor([good, rows]).bool()
+    with pytest.raises(echo.EchoError, match=message):
+        layouts.from_sglang_mask(mask, torch.arange(6), 3, "QLEN_ONLY")
+    with pytest.raises(echo.EchoError, match="token: request 0, row 1: expected a token >= 0, got -1"):
+        layouts.from_sglang_mask(torch.tensor([good, good]).bool(), torch.tensor([1, -1, 2, 3, 4, 5]), 3, "QLEN_ONLY")
