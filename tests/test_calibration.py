@@ -78,6 +78,10 @@ def test_at_most_max_gates():
     assert sum("3 gates at most" in d.reason for d in calibration.depths) == 3
 
 
+def test_the_gates_kept_are_those_that_stop_most_rejected_rows():
+    assert echo.calibrate(log_of(1, 0.8, 0.8, 2.0, 0.8, 1), max_gates=3).gate_depths == (1, 4, 6)
+
+
 def test_too_few_rows_are_no_sweet_spot():
     log = echo.WarmupLog.concat([simulate(400, sharpness=1), simulate(30, sharpness=3, depth=2), simulate(400, sharpness=1, depth=3)])
     calibration = echo.calibrate(log)
@@ -117,11 +121,43 @@ def test_json_and_files(tmp_path):
         ("hello", "expected JSON text"),
         ("[1]", "expected format 'echo-calibration' version 1, got list"),
         (text.replace('"version": 1', '"version": 99'), r"version 1, got \('echo-calibration', 99\)"),
+        (text.replace('"version": 1', '"version": 99'), "a newer ECHO wrote it, update this one"),
         (text.replace('"threshold"', '"tau"'), "expected the fields of version 1"),
         (text.replace('"depth": 2', '"depth": 7'), r"expected depths 1, 2, ..., got \[1, 7, 3\]"),
     ]:
         with pytest.raises(echo.EchoError, match=message):
             echo.Calibration.from_json(broken)
+
+
+def test_json_has_stable_bytes_that_a_person_can_read():
+    calibration = echo.calibrate(log_of(0.8, 0.4))
+    text = calibration.to_json()
+    assert echo.calibrate(log_of(0.8, 0.4)).to_json() == text == echo.Calibration.from_json(text).to_json()
+    assert '   "threshold": 0.' in text and len(text.splitlines()) == 49  # one line for each value, a map is one
+    assert list(json.loads(text))[:4] == ["format", "version", "depths", "min_auc"]
+
+
+def test_a_file_of_the_first_release_candidate_still_loads():
+    """It had no profile, no maps by rank and no rule."""
+    old = json.loads(echo.calibrate(log_of(0.8, 0.4)).to_json())
+    for name in ("rule", "goodput"):
+        del old[name]
+    for entry in old["depths"]:
+        for name in ("auc_error", "stopped", "stopped_accepted", "effective", "profile", "by_rank"):
+            del entry[name]
+    calibration = echo.Calibration.from_json(json.dumps(old))
+    assert calibration.rule == "youden" and calibration.gate_depths == (1, 2)
+    assert calibration.reliability_table(by_rank=True).shape == (1, 3, 512)
+    assert "yes" in str(calibration)
+
+
+def test_a_useless_depth_stops_nobody():
+    """Confidence below chance: no threshold has a positive J, so the gate is open."""
+    log = simulate(500, sharpness=-2.0)
+    d = echo.calibrate(log).depths[0]
+    assert d.auc < 0.1 and d.threshold == 0.0 and d.stopped == 0
+    same = separability([0.2, 0.8, 0.2, 0.8], [1, 1, 0, 0])
+    assert (same.auc, same.threshold, same.youden) == (0.5, 0.0, 0.0)
 
 
 def test_log_files(tmp_path):

@@ -2,9 +2,19 @@
 
 from echo.budget import ElasticBudgetScheduler, Forecast, GlobalRank, History, PerRequest, Rule, TwoLevel
 from echo.cost import CostModel, Knee, profile
-from echo.decode import Drafter, Step, Target, decode, speculate, verify, warmup_rows
+from echo.decode import Drafter, Step, Target, decode, outcomes, speculate, verify, warmup_rows
 from echo.errors import EchoError
-from echo.gating import BeamMassGate, Calibration, Gate, SparseGate, calibrate
+from echo.gating import (
+    BeamMassGate,
+    Calibration,
+    ConfidenceHistograms,
+    DriftMonitor,
+    ExploringGate,
+    Gate,
+    LiveHistograms,
+    SparseGate,
+    calibrate,
+)
 from echo.logs import WarmupLog
 from echo.tree import Accepted, Compaction, Frontier, PackedTree, Status, SuperTree, Template, compact, layouts
 
@@ -15,16 +25,20 @@ __all__ = [
     "BeamMassGate",
     "Calibration",
     "Compaction",
+    "ConfidenceHistograms",
     "CostModel",
     "Drafter",
+    "DriftMonitor",
     "EchoError",
     "ElasticBudgetScheduler",
+    "ExploringGate",
     "Forecast",
     "Frontier",
     "Gate",
     "GlobalRank",
     "History",
     "Knee",
+    "LiveHistograms",
     "PackedTree",
     "PerRequest",
     "Rule",
@@ -40,6 +54,7 @@ __all__ = [
     "compact",
     "decode",
     "layouts",
+    "outcomes",
     "profile",
     "speculate",
     "verify",

@@ -93,18 +93,23 @@ class Step:
     emitted: tuple[tuple[int, ...], ...] = ()
     finished: tuple[int, ...] = ()
 
-    def log(self, first_step: int = 0) -> WarmupLog:
+    def log(self, first_step: int = 0, *, weights: Tensor | None = None) -> WarmupLog:
         """Warm-up rows of this step, see :func:`warmup_rows`.
 
         Raises:
-            EchoError: the step was drafted behind a gate: what the gate stopped would be missing, and the log biased.
+            EchoError: the step was drafted behind a gate and has no weights: what the gate stopped would be missing, and the log
+                biased; or weights of another shape.
         """
-        if self.gated:
-            raise EchoError("log: expected a step drafted without a gate, got one behind a gate: its rows would be biased")
-        return warmup_rows(self.tree, self.packed, self.accepted, first_step)
+        if self.gated and weights is None:
+            raise EchoError(
+                "log: expected a step drafted without a gate, or weights, got one behind a gate: its rows would be biased (ExploringGate)"
+            )
+        return warmup_rows(self.tree, self.packed, self.accepted, first_step, weights=weights)
 
 
-def warmup_rows(tree: SuperTree, packed: PackedTree, accepted: Accepted, first_step: int = 0) -> WarmupLog:
+def warmup_rows(
+    tree: SuperTree, packed: PackedTree, accepted: Accepted, first_step: int = 0, *, weights: Tensor | None = None
+) -> WarmupLog:
     """Each verified drafted node with its path probability, its rank in its layer, and whether its whole path was accepted.
 
     Nodes that no row was spent on are missing, not rejected: warm up with a rule that buys the best of every layer.
@@ -112,18 +117,47 @@ def warmup_rows(tree: SuperTree, packed: PackedTree, accepted: Accepted, first_s
     Args:
         tree, packed, accepted: of one step.
         first_step: id of this step's first request-step; the next B - 1 ids are used too.
+        weights: float [B, depths + 1], inverse-probability weights by request and depth (:meth:`echo.ExploringGate.weights`); rows of
+            weight 0 are left out. None: all 1, for steps drafted without a gate.
+
+    Raises:
+        EchoError: weights of another shape or dtype.
     """
-    drafted = packed.depth > 0
-    taken = torch.zeros(packed.rows + 1, dtype=torch.bool, device=packed.tokens.device)
-    taken[accepted.rows.flatten()] = True  # -1, "no row", falls on the extra last entry
-    ranks = torch.cat([place(bits(layer.score).long()) for layer in tree.layers], dim=1).flatten()
+    rank, taken = outcomes(tree, packed, accepted)
+    kept = packed.depth > 0
+    weight = torch.ones(packed.rows, device=kept.device)
+    if weights is not None:
+        checks.tensor("weights", weights, [tree.batch, "depths + 1"], checks.FLOATS, kept.device)
+        if weights.shape[1] <= tree.depth:
+            raise EchoError(f"weights: expected a column for each depth from 0 to {tree.depth}, got {weights.shape[1]} columns")
+        weight = weights[packed.request.long().clamp(max=tree.batch - 1), packed.depth.long()].float()
+        kept = kept & (weight > 0)
     return WarmupLog.from_arrays(
-        depth=packed.depth[drafted].cpu().numpy(),
-        confidence=packed.score[drafted].exp().cpu().numpy(),
-        accepted=taken[:-1][drafted].cpu().numpy(),
-        rank=ranks[packed.node[drafted]].cpu().numpy(),
-        step=(first_step + packed.request[drafted].long()).cpu().numpy(),
+        depth=packed.depth[kept].cpu().numpy(),
+        confidence=packed.score[kept].exp().cpu().numpy(),
+        accepted=taken[kept].cpu().numpy(),
+        rank=rank[kept].cpu().numpy(),
+        weight=weight[kept].cpu().numpy(),
+        step=(first_step + packed.request[kept].long()).cpu().numpy(),
     )
+
+
+def outcomes(tree: SuperTree, packed: PackedTree, accepted: Accepted) -> tuple[Tensor, Tensor]:
+    """The labels of a step's rows, on the device and without a read-back: what :meth:`echo.LiveHistograms.update` counts.
+
+    Args:
+        tree, packed, accepted: the values of one step.
+
+    Returns:
+        rank int64 [N], each row's place among its request's candidates of its depth, by path probability (0 on roots and pads); and
+        bool [N], whether the target accepted the whole path to it.
+    """
+    extra = packed.rows  # "no row", -1, falls on one row more, that is cut off
+    rows = torch.where(accepted.rows < 0, extra, accepted.rows).flatten()
+    taken = torch.zeros(packed.rows + 1, dtype=torch.bool, device=packed.tokens.device).index_fill(0, rows, True)
+    ranks = torch.cat([place(bits(layer.score).long()) for layer in tree.layers], dim=1).flatten()
+    drafted = packed.depth > 0
+    return torch.where(drafted, ranks[packed.node.clamp(0, len(ranks) - 1)], 0), taken[:-1] & drafted
 
 
 def verify(packed: PackedTree, target_tokens: Tensor | None = None, *, logits: Tensor | None = None) -> Accepted:
@@ -291,4 +325,4 @@ def decode(
         yield replace(step, requests=requests, emitted=tuple(emitted), finished=tuple(finished))
 
 
-__all__ = ["Drafter", "Seconds", "Step", "Target", "decode", "speculate", "verify", "warmup_rows"]
+__all__ = ["Drafter", "Seconds", "Step", "Target", "decode", "outcomes", "speculate", "verify", "warmup_rows"]

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import glob
+import json
 import os
 import tempfile
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -16,13 +19,16 @@ from numpy.typing import ArrayLike, NDArray
 from echo.errors import EchoError
 
 _FIELDS = ("depth", "confidence", "accepted", "rank", "weight", "step")
+_NEEDED = _FIELDS[:3]
+_HEADER = {"format": "echo-log", "version": 1}
 
 
 @dataclass(frozen=True)
 class WarmupLog:
     """Rows of a warm-up run, one for each verified drafted node (paper, section on calibration).
 
-    Rows that a gate or a budget kept from being verified are *missing* from the log, never *rejected*.
+    Rows that a gate or a budget kept from being verified are *missing* from the log, never *rejected*. A log from behind a gate
+    is biased unless its rows carry inverse-probability weights (:class:`echo.ExploringGate`).
 
     Attributes:
         depth: int32 [n], 1 for the first drafted layer.
@@ -62,6 +68,7 @@ class WarmupLog:
         rank: ArrayLike | None = None,
         weight: ArrayLike | None = None,
         step: ArrayLike | None = None,
+        gated: bool = False,
     ) -> WarmupLog:
         """A log from columns of one length.
 
@@ -72,10 +79,13 @@ class WarmupLog:
             rank: ints [n]; 0 (the maximum path) where not given.
             weight: floats [n]; 1 where not given.
             step: ints [n]; each row is a step of its own where not given.
+            gated: the rows were drafted behind a gate; then ``weight`` must say how likely each was to be seen.
 
         Raises:
-            EchoError: columns of different lengths, or the first row whose value is out of range.
+            EchoError: columns of different lengths, the first row whose value is out of range, or gated rows without weights.
         """
+        if gated and weight is None:
+            raise EchoError("weight: expected inverse-probability weights for rows from behind a gate (ExploringGate), got none")
         rows = np.atleast_1d(np.asarray(depth))
         labels = np.atleast_1d(np.asarray(accepted))
         if labels.dtype != np.bool_:
@@ -90,6 +100,24 @@ class WarmupLog:
         )
 
     @classmethod
+    def from_mapping(cls, columns: Mapping[str, Any], *, gated: bool = False) -> WarmupLog:
+        """A log from named columns: a dict of arrays, an open npz file, a data frame.
+
+        Args:
+            columns: ``depth``, ``confidence`` and ``accepted``; optionally ``rank``, ``weight``, ``step``.
+            gated: as in :meth:`from_arrays`, which also says more of the columns and errors.
+
+        Raises:
+            EchoError: a column is missing, or one is unknown.
+        """
+        names = set(columns.keys())
+        if missing := set(_NEEDED) - names:
+            raise EchoError(f"columns: expected {', '.join(_NEEDED)}, got none named {', '.join(sorted(missing))}")
+        if unknown := names - set(_FIELDS):
+            raise EchoError(f"columns: expected only {', '.join(_FIELDS)}, got {', '.join(sorted(map(str, unknown)))}")
+        return cls.from_arrays(**{name: columns[name] for name in _FIELDS if name in names}, gated=gated)
+
+    @classmethod
     def concat(cls, logs: Iterable[WarmupLog]) -> WarmupLog:
         """All rows of several logs; step ids are shifted so that steps of different logs stay apart.
 
@@ -98,39 +126,180 @@ class WarmupLog:
         """
         parts, first = [], 0
         for log in logs:
-            parts.append((log, log.step + first))
-            first += int(log.step.max()) + 1 if len(log) else 0
+            step = _dense(log.step)
+            parts.append((log, step + first))
+            first += int(step.max()) + 1 if len(log) else 0
         if not parts:
             raise EchoError("logs: expected at least one WarmupLog, got none")
         columns: dict[str, Any] = {name: np.concatenate([getattr(log, name) for log, _ in parts]) for name in _FIELDS[:-1]}
         return cls(step=np.concatenate([step for _, step in parts]), **columns)
 
+    def validate(self) -> None:
+        """Checks what single values cannot show: that the file holds one run, not several with clashing step ids.
+
+        Raises:
+            EchoError: the first row that repeats the (step, depth, rank) of another, or the second accepted row of one step and
+                depth (a target accepts one path).
+        """
+        _first_repeat("step, depth, rank: expected each once", np.arange(len(self)), self.step, self.depth, self.rank)
+        taken = np.flatnonzero(self.accepted)
+        _first_repeat("accepted: expected one accepted row a step and depth", taken, self.step[taken], self.depth[taken])
+
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes ``path`` (.npz) in one atomic move: a reader sees the old file or the whole new one."""
-        target = Path(path)
-        with tempfile.NamedTemporaryFile(dir=target.parent, prefix=target.name, suffix=".part", delete=False) as part:
-            try:
-                columns: dict[str, Any] = {name: getattr(self, name) for name in _FIELDS}
-                np.savez_compressed(part, **columns)
-            except BaseException:
-                os.unlink(part.name)
-                raise
-        os.replace(part.name, target)
+        """Writes ``path`` (.npz, .jsonl or .parquet) in one atomic move: a reader sees the old file or the whole new one.
+
+        Raises:
+            EchoError: another kind of file, or Parquet without ``pyarrow``.
+        """
+        columns: dict[str, Any] = {name: getattr(self, name) for name in _FIELDS}
+        kind = _kind(path)
+        arrow = _arrow() if kind == ".parquet" else None
+        with write_atomically(path) as handle:
+            if arrow is not None:
+                arrow.write_table(_arrow_table(columns), handle)
+            elif kind == ".jsonl":
+                lines = [json.dumps({**_HEADER, "rows": len(self)})]
+                rows = zip(*(columns[name].tolist() for name in _FIELDS), strict=True)
+                lines += [json.dumps(dict(zip(_FIELDS, row, strict=True))) for row in rows]
+                handle.write(("\n".join(lines) + "\n").encode())
+            else:
+                np.savez_compressed(handle, **columns)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> WarmupLog:
-        """Reads what :meth:`save` wrote.
+        """Reads .npz, .jsonl or .parquet files: one, or all that match a glob pattern, in order of their names.
+
+        A line of .jsonl is an object with the columns of :meth:`from_mapping`. The header that :meth:`save` writes as a first line
+        counts the rows, so that a file cut at the end of a line is found out too; files without it are read as they are.
 
         Raises:
-            EchoError: the file is not a whole warm-up log.
+            EchoError: a file that is truncated or mixed up, with its line or row; nothing matches; or ``pyarrow`` is not there.
         """
+        logs = list(cls.stream(path))
+        return logs[0] if len(logs) == 1 else cls.concat(logs)
+
+    @classmethod
+    def stream(cls, path: str | os.PathLike[str]) -> Iterator[WarmupLog]:
+        """The files that :meth:`load` would read, one log at a time: memory for one file only."""
+        text = os.fspath(path)
+        names = [text] if Path(text).exists() or not glob.has_magic(text) else sorted(glob.glob(text, recursive=True))
+        if not names:
+            raise EchoError(f"path: expected files that match {text}, got none")
+        for name in names:
+            yield cls._read(name)
+
+    @classmethod
+    def _read(cls, path: str) -> WarmupLog:
+        read = {".jsonl": _read_jsonl, ".parquet": _read_parquet, ".npz": _read_npz}[_kind(path)]
         try:
-            with open(path, "rb") as handle, np.load(handle) as file:
-                return cls.from_arrays(**{name: file[name] for name in _FIELDS})
+            log = cls.from_mapping(read(path))
+            log.validate()
+        except FileNotFoundError:
+            raise
+        except EchoError as error:
+            raise EchoError(f"{error}, in the warm-up log {path}") from error
         except (OSError, zipfile.BadZipFile, KeyError, ValueError, EOFError) as error:
-            if isinstance(error, FileNotFoundError | EchoError):
-                raise
             raise EchoError(f"path: expected a warm-up log with the columns {', '.join(_FIELDS)} in {path}, got: {error}") from error
+        return log
+
+
+@contextmanager
+def write_atomically(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
+    """A binary file that takes the place of ``path`` in one move at the end of the block, or vanishes if the block fails."""
+    target = Path(path)
+    with tempfile.NamedTemporaryFile(dir=target.parent, prefix=target.name, suffix=".part", delete=False) as part:
+        try:
+            yield part
+            part.flush()
+            os.fsync(part.fileno())
+        except BaseException:
+            os.unlink(part.name)
+            raise
+    os.replace(part.name, target)
+
+
+def _kind(path: str | os.PathLike[str]) -> str:
+    kind = Path(path).suffix
+    if kind not in (".npz", ".jsonl", ".parquet"):
+        raise EchoError(f"path: expected a .npz, .jsonl or .parquet file, got {os.fspath(path)}")
+    return kind
+
+
+def _read_npz(path: str) -> dict[str, Any]:
+    with open(path, "rb") as handle, np.load(handle) as file:
+        return {name: file[name] for name in file.files}
+
+
+def _read_jsonl(path: str) -> dict[str, Any]:
+    names: list[str] = []
+    rows: list[list[Any]] = []
+    promised = None
+    with open(path, encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                entry = json.loads(line)
+            except ValueError as error:
+                raise EchoError(f"line {number}: expected a JSON object, got {line[:40]!r} ({error})") from error
+            if not isinstance(entry, dict):
+                raise EchoError(f"line {number}: expected a JSON object, got {line[:40]!r}")
+            if number == 1 and "format" in entry:
+                if {key: entry.get(key) for key in _HEADER} != _HEADER:
+                    raise EchoError(f"line 1: expected the header {_HEADER}, got {entry}")
+                promised = entry.get("rows")
+                continue
+            names = names or [name for name in _FIELDS if name in entry]
+            if set(entry) != set(names) or not set(_NEEDED) <= set(names):
+                expected = names if set(_NEEDED) <= set(names) else _NEEDED
+                raise EchoError(f"line {number}: expected the columns {', '.join(expected)}, got {', '.join(entry) or 'none'}")
+            row = [entry[name] for name in names]
+            if not all(isinstance(value, int | float) for value in row):
+                raise EchoError(f"line {number}: expected numbers and true or false, got {line.strip()[:80]!r}")
+            rows.append(row)
+    if promised is not None and promised != len(rows):
+        raise EchoError(f"line {len(rows) + 1}: expected {promised} rows as the header says, got the end of the file after {len(rows)}")
+    table = list(zip(*rows, strict=True)) if rows else [() for _ in _NEEDED]
+    return dict(zip(names or _NEEDED, table, strict=True))
+
+
+def _read_parquet(path: str) -> dict[str, Any]:
+    table = _arrow().read_table(path)
+    for name in table.column_names:
+        if table[name].null_count:
+            row = int(np.argmax(np.asarray(table[name].is_null())))
+            raise EchoError(f"{name}: expected a value in every row, got null in row {row}")
+    return {name: table[name].to_numpy() for name in table.column_names}
+
+
+def _arrow() -> Any:
+    try:
+        from pyarrow import parquet
+    except ImportError as error:
+        raise EchoError("path: expected pyarrow for Parquet files (pip install 'echo-specdec[parquet]'), got no such module") from error
+    return parquet
+
+
+def _arrow_table(columns: dict[str, Any]) -> Any:
+    import pyarrow
+
+    return pyarrow.table(columns)
+
+
+def _dense(step: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The ids, renumbered from 0 where they are negative or so large that shifting them could overflow."""
+    if not len(step) or (step.min() >= 0 and step.max() < 1 << 40):
+        return step
+    return np.unique(step, return_inverse=True)[1].astype(np.int64)
+
+
+def _first_repeat(expected: str, rows: NDArray[np.int64], *keys: NDArray[Any]) -> None:
+    if len(rows) < 2 or (np.diff(keys[0]) > 0).all():
+        return
+    order = np.lexsort(keys[::-1])
+    same = np.logical_and.reduce([np.diff(key[order]) == 0 for key in keys])
+    if same.any():
+        row = int(rows[order[1:][same]].min())
+        values = ", ".join(str(key[np.searchsorted(rows, row)]) for key in keys)
+        raise EchoError(f"{expected}, got ({values}) again in row {row}")
 
 
 def _integers(name: str, values: NDArray[Any]) -> NDArray[Any]:

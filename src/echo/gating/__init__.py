@@ -1,17 +1,34 @@
 """Calibration of warm-up logs, and gates."""
 
 from echo.gating.calibration import Calibration, DepthCalibration, calibrate
-from echo.gating.gates import BeamMassGate, Gate, LayerStatistics, SparseGate
+from echo.gating.drift import DepthDrift, DriftMonitor, DriftReport
+from echo.gating.gates import BeamMassGate, ExploringGate, Gate, LayerStatistics, SparseGate
+from echo.gating.histograms import ConfidenceHistograms, LiveHistograms
+from echo.gating.reliability import CalibrationError, calibration_error, look_up
 from echo.gating.separability import Separability, separability
+from echo.gating.thresholds import GateReport, Objective, goodput, report
 
 __all__ = [
     "BeamMassGate",
     "Calibration",
+    "CalibrationError",
+    "ConfidenceHistograms",
     "DepthCalibration",
+    "DepthDrift",
+    "DriftMonitor",
+    "DriftReport",
+    "ExploringGate",
     "Gate",
+    "GateReport",
     "LayerStatistics",
+    "LiveHistograms",
+    "Objective",
     "Separability",
     "SparseGate",
     "calibrate",
+    "calibration_error",
+    "goodput",
+    "look_up",
+    "report",
     "separability",
 ]

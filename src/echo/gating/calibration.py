@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from echo import checks
+from echo.cost import CostModel
 from echo.errors import EchoError
-from echo.gating.separability import separability
-from echo.logs import WarmupLog
+from echo.gating import files, reliability
+from echo.gating.histograms import ROWS, SQUARE, UNIT, WEIGHT, ConfidenceHistograms, upper_ends
+from echo.gating.reliability import BINS_PER_NAT, ONE, CalibrationError, Knots
+from echo.gating.reliability import TABLE_BINS as BINS
+from echo.gating.separability import from_histogram
+from echo.gating.thresholds import GateReport, Objective, goodput, refuse_gated, report
+from echo.logs import WarmupLog, write_atomically
 
-VERSION = 1
-ONE = 1 << 24
-"""Fixed-point 1.0 of a calibrated probability."""
-BINS, BINS_PER_NAT = 512, 32
-"""The look-up table of a reliability map: bin i holds path log-probabilities in (-(i+1)/32, -i/32]; the last one all below."""
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+PROFILE_BINS = 20
+"""Equal-mass bins of the confidence profile that a calibration keeps for the picture and for drift; 10 to 20 is the custom for PSI."""
+
+__all__ = ["BINS", "BINS_PER_NAT", "ONE", "Calibration", "DepthCalibration", "calibrate"]
 
 
 @dataclass(frozen=True)
@@ -32,11 +38,17 @@ class DepthCalibration:
         depth: 1 is the first drafted layer.
         accepted, rejected: rows of the maximum path.
         auc, auc_low, auc_high: separability and its 95% interval; NaN, 0, 1 without both kinds of rows.
-        threshold: tau, the Youden point of the maximum path's confidence; a request passes above it.
-        youden: J at the threshold.
+        threshold: tau, by the calibration's rule; a request passes whose confidence is above it.
+        youden: greatest J = P(pass | accepted) - P(pass | rejected) of this depth over all thresholds.
         gate: whether this depth is a gate.
         reason: why, or why not, in words.
         reliability: (log-probability, P(path accepted)) knots of the monotone map, both increasing; over all ranks.
+        auc_error: the most by which the bins can have moved the AUC (see :class:`Separability`).
+        stopped: weighted rows of the maximum path that a gate here, alone, would stop.
+        stopped_accepted: those of them that the target accepted.
+        effective: effective number of rows of the maximum path, (sum w)^2 / sum w^2.
+        profile: (greatest confidence, accepted weight, rejected weight) of up to 20 bins of about equal mass, maximum path.
+        by_rank: the map of each rank, the last for all greater ranks, shrunk toward ``reliability``.
     """
 
     depth: int
@@ -49,22 +61,33 @@ class DepthCalibration:
     youden: float
     gate: bool
     reason: str
-    reliability: tuple[tuple[float, float], ...]
+    reliability: Knots
+    auc_error: float = 0.0
+    stopped: float = 0.0
+    stopped_accepted: float = 0.0
+    effective: float = 0.0
+    profile: tuple[tuple[float, float, float], ...] = ()
+    by_rank: tuple[Knots, ...] = ()
 
 
 @dataclass(frozen=True)
 class Calibration:
     """Gate depths, thresholds and reliability maps: the host-side result of :func:`calibrate`.
 
+    ``str`` of it is a table. Equal histograms give equal calibrations, to the last bit.
+
     Attributes:
         depths: one entry for each depth 1..max_depth.
-        min_auc, min_rows, max_gates: the rules it was made with.
+        min_auc, min_rows, max_gates, rule: the rules it was made with.
+        goodput: with the goodput rule, its tokens per second on the log, else None.
     """
 
     depths: tuple[DepthCalibration, ...]
     min_auc: float
     min_rows: int
     max_gates: int
+    rule: str = "youden"
+    goodput: float | None = None
 
     @property
     def max_depth(self) -> int:
@@ -81,123 +104,223 @@ class Calibration:
         """tau of every gate depth."""
         return {d.depth: d.threshold for d in self.depths if d.gate}
 
-    def reliability_table(self) -> NDArray[np.int32]:
+    def reliability_table(self, *, by_rank: bool = False) -> NDArray[np.int32]:
         """P(path accepted) as 24-bit fixed point, int32 [max_depth + 1, 512]: the maps m_d, tabulated.
 
         Row d, column ``min(floor(-32 * S), 511)`` answers for a node of depth d with path log-probability S; row 0, the root,
-        is 1.0. A power of two times S is exact, so every device reads the same entry.
+        is 1.0. A power of two times S is exact, so every device reads the same entry (:func:`echo.gating.look_up`).
+
+        Args:
+            by_rank: one table for each rank instead, int32 [ranks, max_depth + 1, 512]; the last for all greater ranks.
         """
-        centre = -(np.arange(BINS) + 0.5) / BINS_PER_NAT
-        table = np.full((self.max_depth + 1, BINS), ONE, dtype=np.int32)
-        for d in self.depths:
-            score, probability = np.array(d.reliability).T
-            table[d.depth] = np.clip(np.rint(np.interp(centre, score, probability) * ONE), 1, ONE)
-        return table
+        if not by_rank:
+            return reliability.table([d.reliability for d in self.depths])
+        ranks = max([1, *(len(d.by_rank) for d in self.depths)])
+        kept = [[*d.by_rank, *[d.reliability] * (ranks - len(d.by_rank))] for d in self.depths]
+        return np.stack([reliability.table([maps[rank] for maps in kept]) for rank in range(ranks)])
+
+    def error(self, log: WarmupLog, *, by_rank: bool = False, bins: int = 20, resamples: int = 200, seed: int = 0) -> CalibrationError:
+        """Calibration error before and after, on held-out rows; see :func:`echo.gating.calibration_error`."""
+        return reliability.calibration_error(self.reliability_table(by_rank=by_rank), log, bins=bins, resamples=resamples, seed=seed)
+
+    def report(self, log: WarmupLog) -> tuple[GateReport, ...]:
+        """What each gate does to the requests of a log, behind the gates above it: asked, stopped, and wrongly stopped.
+
+        Raises:
+            EchoError: see :func:`echo.gating.report`.
+        """
+        return report(log, self.thresholds)
+
+    def refit(self, histograms: ConfidenceHistograms) -> Calibration:
+        """Calibrates again with the same settings, from histograms that went on counting (a lagged copy of the live ones).
+
+        Raises:
+            EchoError: the goodput rule, which needs rows joined by step; and as :func:`calibrate`.
+        """
+        return calibrate(
+            histograms,
+            max_depth=min(self.max_depth, _counted(histograms)),
+            min_auc=self.min_auc,
+            min_rows=self.min_rows,
+            max_gates=self.max_gates,
+            thresholds=self.rule,  # type: ignore[arg-type]
+        )
+
+    def plot(self) -> Figure:
+        """A matplotlib figure: histograms with thresholds, AUC with intervals, reliability. Needs the ``plot`` extra.
+
+        Raises:
+            EchoError: matplotlib is not installed.
+        """
+        from echo.gating.picture import plot
+
+        return plot(self)
+
+    def __str__(self) -> str:
+        return files.describe(self)
 
     def to_json(self) -> str:
-        """The calibration as JSON text."""
-        depths = [{**asdict(d), "auc": None if np.isnan(d.auc) else d.auc} for d in self.depths]
-        return json.dumps({"format": "echo-calibration", "version": VERSION, **asdict(self), "depths": depths}, indent=1)
+        """The calibration as JSON text: one line for each value or map, the same bytes for equal calibrations."""
+        return files.write(self)
 
     @classmethod
     def from_json(cls, text: str) -> Calibration:
-        """Reads what :meth:`to_json` wrote.
+        """Reads what :meth:`to_json` wrote, exactly.
 
         Raises:
             EchoError: not JSON, of another version, truncated, or with a value out of range.
         """
-        try:
-            data = json.loads(text)
-        except ValueError as error:
-            raise EchoError(f"calibration: expected JSON text, got: {error}") from error
-        if not isinstance(data, dict) or data.get("format") != "echo-calibration" or data.get("version") != VERSION:
-            found = (data.get("format"), data.get("version")) if isinstance(data, dict) else type(data).__name__
-            raise EchoError(f"calibration: expected format 'echo-calibration' version {VERSION}, got {found}")
-        try:
-            depths = tuple(_read_depth(entry) for entry in data["depths"])
-            result = cls(depths, float(data["min_auc"]), int(data["min_rows"]), int(data["max_gates"]))
-        except (KeyError, TypeError, ValueError) as error:
-            raise EchoError(f"calibration: expected the fields of version {VERSION}, got a fault at {error}") from error
-        if [d.depth for d in depths] != list(range(1, len(depths) + 1)) or not depths:
-            raise EchoError(f"calibration: expected depths 1, 2, ..., got {[d.depth for d in depths]}")
-        return result
+        return files.read(text, cls, DepthCalibration)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the JSON to ``path`` in one atomic move."""
-        part = Path(f"{os.fspath(path)}.part")
-        part.write_text(self.to_json())
-        os.replace(part, path)
+        with write_atomically(path) as handle:
+            handle.write(self.to_json().encode())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Calibration:
         """Reads a file that :meth:`save` wrote; see :meth:`from_json` for its errors."""
-        return cls.from_json(Path(path).read_text())
+        return cls.from_json(Path(path).read_text(encoding="utf-8"))
 
 
 def calibrate(
-    log: WarmupLog,
+    log: WarmupLog | ConfidenceHistograms,
     *,
     max_depth: int | None = None,
     min_auc: float = 0.70,
     min_rows: int = 50,
     max_gates: int = 4,
+    thresholds: Literal["youden", "goodput"] = "youden",
+    cost: CostModel | None = None,
+    batch: int = 64,
+    layer_width: int = 1,
 ) -> Calibration:
     """Finds the sweet spots of a warm-up log: the depths where confidence separates accepted from rejected tokens.
 
     Gate depths are the root gate (1), the target depth (``max_depth``) and the depths whose AUC is above ``min_auc`` with 95%
-    confidence, best first by expected benefit (Youden's J times the rejected rows of that depth), ``max_gates`` at most. The
+    confidence, best first by expected benefit (Youden's J times the rejected weight of that depth), ``max_gates`` at most. The
     paper names neither bound nor number; every depth carries the reason of its choice.
 
+    A log is counted into :class:`ConfidenceHistograms` first: calibrating a log, its histograms, or merged histograms of its parts
+    gives the same bits.
+
     Args:
-        log: rows of steps that were drafted without a gate. Rank 0 decides gates and thresholds, all ranks the reliability.
+        log: rows of steps that were drafted without a gate, or with weights; or their histograms. Rank 0 decides gates and
+            thresholds, all ranks the reliability.
         max_depth: deepest depth to calibrate; the log's deepest where not given.
         min_auc: the paper's delta, in [0.5, 1].
         min_rows: accepted and rejected rows of the maximum path that a gate needs, each. 50 rows hold the 95% interval of
             an AUC of 0.8 within about 0.09.
         max_gates: gates at most, the root gate and the target depth included; at least 2.
+        thresholds: "youden": each depth's Youden point. "goodput": those of the gate depths maximise tokens per second of
+            verification over whole steps (:func:`echo.gating.goodput`); it needs a log with step ids, and ``cost``.
+        cost: for "goodput": seconds by rows.
+        batch: for "goodput": requests decoded together.
+        layer_width: for "goodput": rows that the rule buys of a layer.
 
     Raises:
-        EchoError: an empty log, a log with accepted or rejected rows only, or an argument out of range.
+        EchoError: an empty log, a log with accepted or rejected rows only, an argument out of range, a log without weights that
+            bears the mark of a gate, or the goodput rule from histograms, without a cost, or on steps that lack rows.
 
     Example:
         >>> log = WarmupLog.from_arrays([1] * 200, [0.9] * 80 + [0.2] * 100 + [0.9] * 20, [1] * 80 + [0] * 120)
         >>> calibration = calibrate(log)
         >>> calibration.gate_depths, round(calibration.depths[0].auc, 3), round(calibration.thresholds[1], 2)
         ((1,), 0.917, 0.55)
+        >>> calibration == calibrate(ConfidenceHistograms.of(log))
+        True
     """
     checks.real("min_auc", min_auc, 0.5, 1.0)
     checks.integer("min_rows", min_rows, 1)
     checks.integer("max_gates", max_gates, 2)
-    if not len(log):
+    if thresholds not in ("youden", "goodput"):
+        raise EchoError(f"thresholds: expected 'youden' or 'goodput', got {thresholds!r}")
+    if thresholds == "goodput":
+        if not isinstance(log, WarmupLog):
+            raise EchoError(
+                "thresholds: expected 'youden' for histograms, got 'goodput': what a threshold is worth depends on which rows belong to "
+                "one step, and histograms do not keep steps together; calibrate from a WarmupLog"
+            )
+        if cost is None:
+            raise EchoError("cost: expected a CostModel for thresholds='goodput', got None")
+    checks.integer("batch", batch, 1)
+    checks.integer("layer_width", layer_width, 1)
+    if isinstance(log, WarmupLog):
+        refuse_gated(log)
+    histograms = ConfidenceHistograms.of(log) if isinstance(log, WarmupLog) else log
+    kinds = histograms.mass[ROWS].sum(axis=(0, 1, 3))
+    if not kinds.any():
         raise EchoError("log: expected rows, got an empty log")
-    if log.accepted.all() or not log.accepted.any():
-        only = "accepted" if log.accepted[0] else "rejected"
-        raise EchoError(f"log: expected accepted and rejected rows, got {len(log)} {only} rows only")
-    deepest = int(log.depth.max())
+    if not kinds.all():
+        raise EchoError(f"log: expected accepted and rejected rows, got {kinds.sum()} {'accepted' if kinds[1] else 'rejected'} rows only")
+    deepest = _counted(histograms)
     last = deepest if max_depth is None else checks.integer("max_depth", max_depth, 1, deepest)
-    found = [_measure(log, depth, min_auc, min_rows) for depth in range(1, last + 1)]
-    return Calibration(tuple(_choose(found, max_gates)), float(min_auc), min_rows, max_gates)
+    found = [_measure(histograms.mass[:, depth - 1], depth, min_auc, min_rows) for depth in range(1, last + 1)]
+    result = Calibration(tuple(_choose(found, max_gates)), float(min_auc), min_rows, max_gates)
+    if thresholds == "goodput" and cost is not None and isinstance(log, WarmupLog):
+        return _goodput(result, log, Objective(cost, batch, layer_width))
+    return result
 
 
-def _measure(log: WarmupLog, depth: int, min_auc: float, min_rows: int) -> DepthCalibration:
-    here = log.depth == depth
-    path = here & (log.rank == 0)
-    accepted = int(log.accepted[path].sum())
-    rejected = int(path.sum()) - accepted
-    s = separability(log.confidence[path], log.accepted[path], log.weight[path])
+def _counted(histograms: ConfidenceHistograms) -> int:
+    filled = np.flatnonzero(histograms.mass[ROWS].any(axis=(1, 2, 3)))
+    return int(filled[-1]) + 1 if len(filled) else 1
+
+
+def _measure(mass: NDArray[np.int64], depth: int, min_auc: float, min_rows: int) -> DepthCalibration:
+    """``mass`` int64 [3, ranks, 2, bins] of one depth."""
+    path, pooled = mass[:, 0], mass.sum(axis=1)
+    rejected, accepted = (int(n) for n in path[ROWS].sum(axis=1))
+    s = from_histogram(path)
     if min(accepted, rejected) < min_rows:
         fewer, count = ("accepted", accepted) if accepted < rejected else ("rejected", rejected)
         good, reason = False, f"only {count} {fewer} rows, {min_rows} needed"
     else:
         good = s.low > min_auc
         reason = f"AUC {s.auc:.2f} [{s.low:.2f}, {s.high:.2f}] {'above' if good else 'not above'} {min_auc:.2f}"
-    knots = _reliability(log.confidence[here], log.accepted[here], log.weight[here])
-    return DepthCalibration(depth, accepted, rejected, s.auc, s.low, s.high, s.threshold, s.youden, good, reason, knots)
+    knots = reliability.fit(pooled)
+    below = path[WEIGHT][:, upper_ends() <= s.threshold].sum(axis=1) / UNIT
+    square = int(path[SQUARE].sum())
+    return DepthCalibration(
+        depth,
+        accepted,
+        rejected,
+        s.auc,
+        s.low,
+        s.high,
+        s.threshold,
+        s.youden,
+        good,
+        reason,
+        knots,
+        auc_error=s.error,
+        stopped=float(below.sum()),
+        stopped_accepted=float(below[1]),
+        effective=float(path[WEIGHT].sum() / UNIT) ** 2 / (square / UNIT) if square else 0.0,
+        profile=_profile(path[WEIGHT]),
+        by_rank=tuple(reliability.fit(mass[:, rank], knots) for rank in range(mass.shape[1])),
+    )
+
+
+def _profile(weight: NDArray[np.int64]) -> tuple[tuple[float, float, float], ...]:
+    total = weight.sum(axis=0)
+    if not total.any():
+        return ()
+    sums = np.cumsum(total)
+    last = np.unique(np.searchsorted(sums, sums[-1] * np.arange(1, PROFILE_BINS + 1) / PROFILE_BINS))
+    last[-1] = len(total) - 1
+    first = np.concatenate([[0], last[:-1] + 1])
+    rejected, accepted = np.add.reduceat(weight, first, axis=1) / UNIT
+    return tuple((float(c), float(a), float(r)) for c, a, r in zip(upper_ends()[last], accepted, rejected, strict=True))
 
 
 def _choose(found: list[DepthCalibration], max_gates: int) -> list[DepthCalibration]:
     ends = {1, len(found)}
-    inner = sorted((d for d in found if d.gate and d.depth not in ends), key=lambda d: (-d.youden * d.rejected, d.depth))
+
+    def benefit(d: DepthCalibration) -> float:
+        return d.youden * sum(rejected for _, _, rejected in d.profile)
+
+    inner = sorted((d for d in found if d.gate and d.depth not in ends), key=lambda d: (-benefit(d), d.depth))
     chosen = ends | {d.depth for d in inner[: max(0, max_gates - len(ends))]}
     result = []
     for d in found:
@@ -211,41 +334,14 @@ def _choose(found: list[DepthCalibration], max_gates: int) -> list[DepthCalibrat
     return result
 
 
-def _reliability(
-    confidence: NDArray[np.float32], accepted: NDArray[np.bool_], weight: NDArray[np.float32]
-) -> tuple[tuple[float, float], ...]:
-    """Isotonic regression of acceptance on the path log-probability: (mean log-probability, probability) of each block.
-
-    Each block's probability is shrunk by one accepted and one rejected row, so that none is certain.
-    """
-    from scipy.optimize import isotonic_regression
-
-    keep = (confidence > 0) & (weight > 0)
-    if not keep.any():
-        return ((-1.0, 0.5),)
-    order = np.argsort(confidence[keep], kind="stable")
-    score = np.log(confidence[keep][order].astype(np.float64))
-    label, w = accepted[keep][order].astype(np.float64), weight[keep][order].astype(np.float64)
-    score, place = np.unique(score, return_inverse=True)
-    mass = np.bincount(place, weights=w)
-    rate = np.bincount(place, weights=w * label) / mass
-    fit = isotonic_regression(rate, weights=mass)
-    knots = []
-    for first, end in zip(fit.blocks[:-1], fit.blocks[1:], strict=True):
-        total = mass[first:end].sum()
-        middle = float((score[first:end] * mass[first:end]).sum() / total)
-        knots.append((middle, float((fit.x[first] * total + 1.0) / (total + 2.0))))
-    rising = np.maximum.accumulate([p for _, p in knots])
-    return tuple((s, float(p)) for (s, _), p in zip(knots, rising, strict=True))
-
-
-def _read_depth(entry: Mapping[str, Any]) -> DepthCalibration:
-    auc = float("nan") if entry["auc"] is None else float(entry["auc"])
-    read = DepthCalibration(**{**entry, "auc": auc, "reliability": tuple((float(s), float(p)) for s, p in entry["reliability"])})
-    checks.integer("calibration.depth", read.depth, 1)
-    checks.real("calibration.threshold", read.threshold, 0.0, 1.0)
-    scores = [s for s, _ in read.reliability]
-    chances = [p for _, p in read.reliability]
-    if not read.reliability or scores != sorted(scores) or chances != sorted(chances) or not 0 <= chances[0] <= chances[-1] <= 1:
-        raise EchoError(f"calibration.reliability: expected rising knots within [0, 1] at depth {read.depth}, got {read.reliability}")
-    return read
+def _goodput(calibration: Calibration, log: WarmupLog, objective: Objective) -> Calibration:
+    taus, value = goodput(log, calibration.gate_depths, calibration.max_depth, objective, calibration.thresholds)
+    depths = []
+    for d in calibration.depths:
+        if not d.gate:
+            depths.append(d)
+            continue
+        below = (log.depth == d.depth) & (log.rank == 0) & (log.confidence <= taus[d.depth])
+        stopped, accepted = (float(log.weight[rows].sum(dtype=np.float64)) for rows in (below, below & log.accepted))
+        depths.append(replace(d, threshold=taus[d.depth], stopped=stopped, stopped_accepted=accepted))
+    return replace(calibration, depths=tuple(depths), rule="goodput", goodput=value)

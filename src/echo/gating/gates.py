@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from echo import checks
 from echo.errors import EchoError
 from echo.gating.calibration import Calibration
+from echo.gating.histograms import MAX_WEIGHT
 
 
 class LayerStatistics(Protocol):
@@ -119,3 +121,69 @@ class BeamMassGate:
     def __call__(self, layer: LayerStatistics, /) -> Tensor | None:
         """bool [B] at the depths, None elsewhere."""
         return layer.log_mass(self.beam) > self.log_tau if layer.depth in self.depths else None
+
+
+@dataclass(frozen=True, eq=False)
+class ExploringGate:
+    """Another gate, that now and then lets a request run through, so that its log can be calibrated from without bias.
+
+    One coin a request and step: with probability epsilon all gates are open to it for this step. A row that the gates would have
+    kept from being seen is then in the log with probability epsilon, and weighs 1 / epsilon (Horvitz and Thompson 1952); all other rows
+    weigh 1. (A coin at every gate would make weights of epsilon^-2, epsilon^-3, ...: the same mean, far more noise.)
+
+    A value for one step: make it with fresh uniforms for each, ``replace(scheduler, gate=ExploringGate(gate, 0.05, uniforms))``, and
+    log the step with ``step.log(weights=exploring.weights(step.tree.layers))``. What the *budget* keeps from being verified stays
+    missing: give an exploring run rows enough.
+
+    Args:
+        gate: the gate to explore around; it sees the same layers as without exploring.
+        epsilon: probability of exploring, from 1/1024 to 1.
+        uniforms: float [B], independent and uniform on [0, 1): the randomness of the step. The same on every rank.
+
+    Raises:
+        EchoError: epsilon out of range, or uniforms of another shape or dtype.
+
+    Example:
+        >>> gate = ExploringGate(SparseGate({1: 0.5}), 0.1, torch.tensor([0.03, 0.7]))
+        >>> gate.explores.tolist()
+        [True, False]
+    """
+
+    gate: Gate
+    epsilon: float
+    uniforms: Tensor
+
+    def __post_init__(self) -> None:
+        checks.real("epsilon", self.epsilon, 1.0 / MAX_WEIGHT, 1.0)
+        checks.tensor("uniforms", self.uniforms, ["B"], (*checks.FLOATS, torch.float64))
+
+    @property
+    def explores(self) -> Tensor:
+        """bool [B]: who runs through all gates in this step."""
+        return self.uniforms < self.epsilon
+
+    def __call__(self, layer: LayerStatistics, /) -> Tensor | None:
+        """bool [B] where the inner gate looks, None elsewhere."""
+        verdict = self.gate(layer)
+        return None if verdict is None else verdict | self.explores
+
+    def weights(self, layers: Sequence[LayerStatistics]) -> Tensor:
+        """Inverse-probability weights of a finished step, float32 [B, deepest depth + 1], by request and depth.
+
+        1 where the inner gate passed at this depth and all above, 1 / epsilon where it did not and the request explored,
+        0, not to be logged, elsewhere: rows of a layer that a request was stopped at are verified only if the budget has rows left, with
+        a probability that nobody knows.
+
+        Args:
+            layers: the step's layers, ``tree.layers``; roots may be among them.
+        """
+        passed = torch.ones_like(self.explores)
+        otherwise = torch.where(self.explores, 1.0 / self.epsilon, 0.0)
+        columns = [torch.ones_like(otherwise)]
+        for layer in layers:
+            if layer.depth < 1:
+                continue
+            verdict = self.gate(layer)
+            passed = passed if verdict is None else passed & verdict
+            columns.append(torch.where(passed, 1.0, otherwise))
+        return torch.stack(columns, dim=1)

@@ -6,7 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
+
+from echo.errors import EchoError
+from echo.gating.histograms import SQUARE, UNIT, WEIGHT, lower_edges, upper_ends
 
 Z95 = 1.959963984540054
 """97.5% point of the normal distribution."""
@@ -18,10 +21,15 @@ class Separability:
 
     Attributes:
         auc: P(confidence of an accepted row > that of a rejected row), ties counted half; NaN without both kinds.
-        low, high: 95% interval of the AUC (DeLong 1988, on the logit scale, so that it stays in [0, 1]).
+        low, high: 95% interval of the AUC: DeLong 1988 with squared weights, on the logit scale, so that it stays in [0, 1].
+            Where all pairs agree its variance is 0; the interval then ends at 0.025^(1/k), k the rows of the rarer kind, because
+            k disjoint pairs agree with probability AUC^k. Rows count as independent: successive steps of one request resemble each
+            other, so with few, long requests the interval is too narrow.
         threshold: confidence that maximises Youden's J = P(c > t | accepted) - P(c > t | rejected); a row *passes* when it
-            is above. Halfway between the two neighbouring confidences of the log.
+            is above. Halfway between the two neighbouring confidences of the log; 0, everybody passes, if no J is positive.
         youden: that J.
+        error: the most by which ``auc`` may differ from the AUC of the raw rows: half the share of pairs within one bin,
+            sum of p_b * q_b / 2 over the bins; 0 for raw rows.
     """
 
     auc: float
@@ -29,40 +37,79 @@ class Separability:
     high: float
     threshold: float
     youden: float
+    error: float = 0.0
 
 
-def separability(confidence: NDArray[Any], accepted: NDArray[np.bool_], weight: NDArray[Any]) -> Separability:
-    """Exact separability of raw rows: columns of one length n, in any order. O(n log n)."""
-    values, place = np.unique(confidence.astype(np.float64), return_inverse=True)
-    w = weight.astype(np.float64)
-    good = np.bincount(place, weights=np.where(accepted, w, 0.0), minlength=len(values))
-    bad = np.bincount(place, weights=np.where(accepted, 0.0, w), minlength=len(values))
-    total_good, total_bad = good.sum(), bad.sum()
+def separability(confidence: ArrayLike, accepted: ArrayLike, weight: ArrayLike | None = None) -> Separability:
+    """Exact separability of raw rows, in any order; O(n log n). Its AUC is scikit-learn's ``roc_auc_score``.
+
+    Args:
+        confidence: floats [n].
+        accepted: bools [n].
+        weight: floats [n], at least 0; None: all 1.
+
+    Raises:
+        EchoError: columns of different lengths.
+    """
+    score, label = np.asarray(confidence, dtype=np.float64), np.asarray(accepted, dtype=np.bool_)
+    w = np.ones(len(score)) if weight is None else np.asarray(weight, dtype=np.float64)
+    if not len(score) == len(label) == len(w):
+        raise EchoError(f"confidence, accepted, weight: expected one length, got {len(score)}, {len(label)}, {len(w)}")
+    values, place = np.unique(score, return_inverse=True)
+    kinds = (~label, label)
+    sums = np.stack([np.bincount(place, weights=np.where(kind, w, 0.0), minlength=len(values)) for kind in kinds])
+    squares = np.stack([np.bincount(place, weights=np.where(kind, w * w, 0.0), minlength=len(values)) for kind in kinds])
+    return _separate(sums, squares, values, values)
+
+
+def from_histogram(mass: NDArray[np.int64]) -> Separability:
+    """Separability of one histogram, up to its ``error``.
+
+    Args:
+        mass: int64 [3, 2, 3074], one depth of :class:`ConfidenceHistograms`.
+    """
+    filled = np.flatnonzero(mass[WEIGHT].any(axis=0))
+    sums, squares = mass[WEIGHT][:, filled] / UNIT, mass[SQUARE][:, filled] / UNIT
+    bottom, top = lower_edges()[filled].astype(np.float64), upper_ends()[filled].astype(np.float64)
+    result = _separate(sums, squares, bottom, top)
+    totals = sums.sum(axis=1)
+    if not (totals > 0).all():
+        return result
+    error = float((sums[0] * sums[1]).sum() / totals.prod() / 2)
+    return Separability(result.auc, result.low, result.high, result.threshold, result.youden, error)
+
+
+def _separate(sums: NDArray[Any], squares: NDArray[Any], bottom: NDArray[Any], top: NDArray[Any]) -> Separability:
+    """From the rejected and accepted weight [2, k] at k rising confidences, each from ``bottom`` to ``top``."""
+    bad, good = sums
+    total_bad, total_good = sums.sum(axis=1)
     if total_good <= 0 or total_bad <= 0:
         return Separability(float("nan"), 0.0, 1.0, 0.0, 0.0)
     bad_below = (np.cumsum(bad) - 0.5 * bad) / total_bad
     good_above = 1.0 - (np.cumsum(good) - 0.5 * good) / total_good
     auc = float((good * bad_below).sum() / total_good)
-    low, high = _interval(auc, *(_variance(a, b, auc) for a, b in ((bad_below, good), (good_above, bad))))
-    passed_good = 1.0 - np.cumsum(good) / total_good
-    passed_bad = 1.0 - np.cumsum(bad) / total_bad
-    j = passed_good - passed_bad
+    places = (good_above, bad_below)
+    effective = sums.sum(axis=1) ** 2 / squares.sum(axis=1)
+    spread = sum(_variance(p, s, total, n, auc) for p, s, total, n in zip(places, squares, sums.sum(axis=1), effective, strict=True))
+    low, high = _interval(auc, spread, float(effective.min()))
+    j = np.cumsum(bad) / total_bad - np.cumsum(good) / total_good
     best = int(np.argmax(j))
-    above = values[best + 1] if best + 1 < len(values) else values[best]
-    return Separability(auc, low, high, float((values[best] + above) / 2), float(j[best]))
+    if j[best] <= 0 or best + 1 == len(j):
+        return Separability(auc, low, high, 0.0, 0.0)
+    return Separability(auc, low, high, float((top[best] + bottom[best + 1]) / 2), float(j[best]))
 
 
-def _variance(placement: NDArray[Any], weight: NDArray[Any], mean: float) -> float:
-    """Variance of the weighted mean of the placement values of one class."""
-    total = weight.sum()
-    effective = max(total, 2.0)
-    return float((weight * (placement - mean) ** 2).sum() / total / (effective - 1.0))
+def _variance(placement: NDArray[Any], square: NDArray[Any], total: float, effective: float, mean: float) -> float:
+    """Variance of the weighted mean of the placement values of one class, n / (n - 1) included."""
+    n = max(effective, 2.0)
+    return float((square * (placement - mean) ** 2).sum() / total**2 * n / (n - 1.0))
 
 
-def _interval(auc: float, *variances: float) -> tuple[float, float]:
-    spread = Z95 * float(np.sqrt(sum(variances)))
-    if not 0.0 < auc < 1.0:
-        return max(0.0, auc - spread), min(1.0, auc + spread)
+def _interval(auc: float, variance: float, rarer: float) -> tuple[float, float]:
+    if auc <= 0.0 or auc >= 1.0:
+        width = 1.0 - 0.025 ** (1.0 / max(rarer, 1.0))
+        return (1.0 - width, 1.0) if auc >= 1.0 else (0.0, width)
+    spread = Z95 * float(np.sqrt(variance))
     centre, width = np.log(auc / (1.0 - auc)), spread / (auc * (1.0 - auc))
     low, high = 1.0 / (1.0 + np.exp(-(centre + np.array([-width, width]))))
     return float(low), float(high)

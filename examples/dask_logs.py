@@ -1,0 +1,38 @@
+"""Calibrates from logs on many machines: each worker counts its files, and only histograms travel.
+
+    python examples/dask_logs.py 'logs/*.parquet' calibration.json [--scheduler tcp://host:8786]
+
+Without --scheduler it starts two local workers. The result has the same bits as a single process would give, whatever the number
+of workers and the order in which they finish: histograms are integers, and merging them is exactly associative.
+"""
+
+import argparse
+import glob
+
+from dask.distributed import Client, LocalCluster
+
+import echo
+
+
+def count(path: str) -> echo.ConfidenceHistograms:
+    return echo.ConfidenceHistograms.of(echo.WarmupLog.load(path))
+
+
+def reduce(paths: list[str], client: Client) -> echo.ConfidenceHistograms:
+    parts = client.map(count, paths)
+    while len(parts) > 1:
+        pairs = zip(parts[::2], parts[1::2], strict=False)
+        parts = [client.submit(echo.ConfidenceHistograms.merge, a, b) for a, b in pairs] + parts[len(parts) & ~1 :]
+    return parts[0].result()
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("logs")
+    parser.add_argument("out")
+    parser.add_argument("--scheduler")
+    args = parser.parse_args()
+    with Client(args.scheduler or LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None)) as client:
+        calibration = echo.calibrate(reduce(sorted(glob.glob(args.logs)), client))
+    calibration.save(args.out)
+    print(calibration)

@@ -1,0 +1,168 @@
+"""Has traffic moved away from what a calibration was made on?"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from echo import checks
+from echo.errors import EchoError
+from echo.gating.calibration import Calibration, DepthCalibration
+from echo.gating.histograms import SQUARE, UNIT, WEIGHT, ConfidenceHistograms, upper_ends
+
+TESTS = 3
+"""Tests of each depth: psi, ks, gap."""
+ENOUGH = 100.0
+"""Effective rows, of the reference and live, below which a depth is not judged: five in each of 20 bins (rule of thumb for chi-squared)."""
+
+
+@dataclass(frozen=True)
+class DepthDrift:
+    """One depth of a :class:`DriftReport`. A statistic above its limit is drift.
+
+    Attributes:
+        depth: 1 for the first drafted layer.
+        rows: effective number of live rows of the maximum path.
+        psi, psi_limit: population stability index of the confidence.
+        ks, ks_limit: Kolmogorov-Smirnov distance of the confidence.
+        gap, gap_limit: live minus expected rate of acceptance at equal confidence, and the limit of its size.
+        drifted: whether any is above its limit.
+        reason: in words.
+    """
+
+    depth: int
+    rows: float
+    psi: float
+    psi_limit: float
+    ks: float
+    ks_limit: float
+    gap: float
+    gap_limit: float
+    drifted: bool
+    reason: str
+
+
+@dataclass(frozen=True)
+class DriftReport:
+    """Result of :meth:`DriftMonitor.check`; ``str`` of it is one line for each depth.
+
+    Attributes:
+        depths: one entry for each calibrated depth.
+    """
+
+    depths: tuple[DepthDrift, ...]
+
+    @property
+    def drifted(self) -> bool:
+        """Whether any depth has drifted."""
+        return any(d.drifted for d in self.depths)
+
+    def __str__(self) -> str:
+        return "\n".join(f"depth {d.depth}: {d.reason}" for d in self.depths)
+
+
+@dataclass(frozen=True)
+class DriftMonitor:
+    """Compares live histograms with a calibration: in constant memory, since both are histograms.
+
+    Three statistics a depth, over the calibration's equal-mass bins of the maximum path's confidence:
+
+    - PSI = sum (p - q) log(p / q). Without drift it is (1/n + 1/m) times a chi-squared number of bins - 1 degrees (Yurdakul and
+      Naranjo 2020), n and m effective rows: the sampling limit is that distribution's quantile.
+    - KS, the greatest distance of the two distribution functions at the bins' edges; limit sqrt(-log(a / 2) / 2 * (1/n + 1/m)).
+    - the gap of acceptance at equal confidence, which finds a changed target where the drafts look the same; limit by the
+      normal distribution.
+
+    Drift is what is *both* larger than samples of these sizes vary (level ``alpha``, shared among all tests of a check by
+    Bonferroni) *and* large enough to matter (``min_psi``, ...). Few rows alarm only on a great shift, many not on a trifling one.
+    ``alpha`` is the false-alarm rate of one check of independent rows: successive steps of one request resemble each other, so
+    give a window some hundred requests.
+
+    Behind a gate the deeper live rows are a selection, and look like drift: weigh them (:class:`ExploringGate`) or
+    watch the first gate's depth only.
+
+    Args:
+        calibration: the reference.
+        alpha: false-alarm rate of a check, at most.
+        min_psi: 0.1 is the customary bound of "no change" (0.25: "large").
+        min_ks, min_gap: least difference of probabilities that matters.
+
+    Raises:
+        EchoError: an argument out of range, or a calibration that holds no profile.
+    """
+
+    calibration: Calibration
+    alpha: float = 0.01
+    min_psi: float = 0.1
+    min_ks: float = 0.1
+    min_gap: float = 0.05
+
+    def __post_init__(self) -> None:
+        checks.real("alpha", self.alpha, 1e-9, 0.5)
+        for name in ("min_psi", "min_ks", "min_gap"):
+            checks.real(name, getattr(self, name), 0.0)
+        if not any(d.profile for d in self.calibration.depths):
+            raise EchoError("calibration: expected one with confidence profiles, got one of an older file: calibrate again")
+
+    def check(self, live: ConfidenceHistograms) -> DriftReport:
+        """Judges the rows counted in ``live``, for example ``now.since(earlier)``: a window of traffic."""
+        return DriftReport(tuple(self._check(d, live) for d in self.calibration.depths))
+
+    def _check(self, d: DepthCalibration, live: ConfidenceHistograms) -> DepthDrift:
+        mass = live.mass[:, d.depth - 1, 0] if d.depth <= live.max_depth else np.zeros_like(live.mass[:, 0, 0])
+        square = float(mass[SQUARE].sum()) / UNIT
+        now = _by_bin(mass[WEIGHT], d)
+        n, m = now.sum() ** 2 / square if square else 0.0, d.effective
+        if min(n, m) < ENOUGH or len(d.profile) < 2:
+            reason = f"not judged: {n:.0f} live rows, {m:.0f} of the calibration, {ENOUGH:.0f} of each needed"
+            return DepthDrift(d.depth, n, 0.0, math.inf, 0.0, math.inf, 0.0, math.inf, False, reason)
+        then = np.array([entry[1:] for entry in d.profile]).T
+        now, then = now * (n / now.sum()), then * (m / then.sum())  # in effective rows
+        level = self.alpha / (TESTS * len(self.calibration.depths))
+        found = {"psi": self._psi(now, then, level), "ks": self._ks(now, then, level), "gap": self._gap(now, then, level)}
+        above = [name for name, (value, limit) in found.items() if abs(value) > limit]
+        words = ", ".join(f"{name} {value:.3f} (limit {limit:.3f})" for name, (value, limit) in found.items())
+        reason = f"{'drift in ' + ' and '.join(above) if above else 'no drift'}: {words}, {n:.0f} live rows"
+        return DepthDrift(d.depth, n, *found["psi"], *found["ks"], *found["gap"], bool(above), reason)
+
+    def _psi(self, now: NDArray[Any], then: NDArray[Any], level: float) -> tuple[float, float]:
+        from scipy.special import chdtri
+
+        a, b = now.sum(axis=0) + 0.5, then.sum(axis=0) + 0.5  # half a row each, so that an empty bin has a logarithm
+        p, q = a / a.sum(), b / b.sum()
+        noise, degrees = 1.0 / now.sum() + 1.0 / then.sum(), len(p) - 1
+        psi = float(((p - q) * np.log(p / q)).sum())
+        return psi, max(noise * float(chdtri(degrees, level)), self.min_psi + noise * degrees)
+
+    def _ks(self, now: NDArray[Any], then: NDArray[Any], level: float) -> tuple[float, float]:
+        steps = [np.cumsum(side.sum(axis=0)) / side.sum() for side in (now, then)]
+        noise = math.sqrt(-math.log(level / 2.0) / 2.0 * (1.0 / now.sum() + 1.0 / then.sum()))
+        return float(np.abs(steps[0] - steps[1]).max()), max(noise, self.min_ks)
+
+    def _gap(self, now: NDArray[Any], then: NDArray[Any], level: float) -> tuple[float, float]:
+        from scipy.special import ndtri
+
+        rows, before = now.sum(axis=0), then.sum(axis=0)
+        both = (rows > 0) & (before > 0)
+        if not both.any():
+            return 0.0, math.inf
+        now, then, rows, before = now[:, both], then[:, both], rows[both], before[both]
+        share = rows / rows.sum()
+        pooled = (now[0] + then[0] + 0.5) / (rows + before + 1.0)
+        spread = math.sqrt(float((share**2 * pooled * (1.0 - pooled) * (1.0 / rows + 1.0 / before)).sum()))
+        gap = float((share * (now[0] / rows - then[0] / before)).sum())
+        return gap, max(-float(ndtri(level / 2.0)) * spread, self.min_gap)
+
+
+def _by_bin(weight: NDArray[np.int64], d: DepthCalibration) -> NDArray[np.float64]:
+    """Accepted and rejected weight, float64 [2, k], in the calibration's bins."""
+    if not d.profile:
+        return np.zeros((2, 1))
+    ends = np.array([entry[0] for entry in d.profile], dtype=np.float32)
+    place = np.searchsorted(ends, upper_ends())
+    rejected, accepted = (np.bincount(place, weights=row, minlength=len(ends)) / UNIT for row in weight)
+    return np.stack([accepted, rejected])

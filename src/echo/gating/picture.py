@@ -1,0 +1,73 @@
+"""A calibration drawn: what the confidences look like, how well they separate, and what they are worth."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from echo.errors import EchoError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from echo.gating.calibration import Calibration, DepthCalibration
+
+ACCEPTED, REJECTED, PLAIN = "#1b7837", "#c2593f", "#555555"
+COLUMNS = 4
+
+
+def plot(calibration: Calibration) -> Figure:
+    """See :meth:`Calibration.plot`."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise EchoError("plot: expected matplotlib (pip install 'echo-specdec[plot]'), got no such module") from error
+    rows = -(-calibration.max_depth // COLUMNS)
+    figure = Figure(figsize=(13, 2.1 * rows + 3.6), layout="constrained")
+    upper, lower = np.asarray(figure.subfigures(2, 1, height_ratios=[2.1 * rows, 3.6]))
+    axes = upper.subplots(rows, min(COLUMNS, calibration.max_depth), squeeze=False).flatten()
+    for axis in axes[calibration.max_depth :]:
+        axis.set_axis_off()
+    for axis, d in zip(axes, calibration.depths, strict=False):
+        _histogram(axis, d)
+    axes[0].legend(frameon=False, fontsize="small")
+    auc, reliability = lower.subplots(1, 2)
+    _auc(auc, calibration)
+    _reliability(reliability, calibration)
+    return figure
+
+
+def _histogram(axis: Any, d: DepthCalibration) -> None:
+    """Density of each kind over the confidence, each kind of mass 1."""
+    axis.set_title(f"depth {d.depth}{', gate' if d.gate else ''}", fontsize="medium")
+    axis.set(xlim=(0, 1), yticks=[], xlabel="confidence")
+    if not d.profile:
+        return
+    table = np.array(d.profile)
+    edges = np.concatenate([[0.0], table[:, 0]])
+    for column, colour, name in ((1, ACCEPTED, "accepted"), (2, REJECTED, "rejected")):
+        if table[:, column].sum() > 0:
+            density = table[:, column] / table[:, column].sum() / np.maximum(np.diff(edges), 1e-3)
+            axis.stairs(density, edges, fill=True, alpha=0.45, color=colour, label=name)
+    if d.gate:
+        axis.axvline(d.threshold, color="black", lw=1.2, label="threshold")
+
+
+def _auc(axis: Any, calibration: Calibration) -> None:
+    for d in calibration.depths:
+        if not np.isnan(d.auc):
+            axis.plot([d.depth, d.depth], [d.auc_low, d.auc_high], color=PLAIN, lw=1.5)
+            axis.plot(d.depth, d.auc, "o", color=PLAIN, mfc=PLAIN if d.gate else "white")
+    axis.axhline(calibration.min_auc, color=REJECTED, lw=1, ls="--")
+    axis.set(title="separability (filled: gate)", xlabel="depth", ylabel="AUC, 95% interval", xticks=range(1, calibration.max_depth + 1))
+
+
+def _reliability(axis: Any, calibration: Calibration) -> None:
+    axis.plot([0, 1], [0, 1], color=PLAIN, lw=1, ls=":")
+    for d in calibration.depths:
+        score, chance = np.array(d.reliability).T
+        shade = 0.85 * (d.depth - 1) / max(1, calibration.max_depth - 1)
+        axis.plot(np.exp(score), chance, color=(shade, shade * 0.8, 1 - shade), lw=1.3, label=f"depth {d.depth}")
+    axis.set(title="reliability", xlabel="path probability of the draft", ylabel="P(path accepted)", xlim=(0, 1), ylim=(0, 1))
+    axis.legend(frameon=False, fontsize="small", ncols=2)

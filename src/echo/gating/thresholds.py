@@ -1,0 +1,288 @@
+"""Thresholds that pay: what a set of gates does to whole requests, and the best set under a measured cost."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from echo import checks
+from echo.cost import CostModel
+from echo.errors import EchoError
+from echo.gating.histograms import MAX_DEPTH
+from echo.gating.separability import separability
+from echo.logs import WarmupLog
+
+GRID = {1: 1024, 2: 256, 3: 64}
+"""Candidate thresholds of each gate in an exhaustive search over so many gates at once."""
+
+
+SAMPLE, MARK = 200_000, 20
+"""Rows looked at for the mark of a gate, and steps on either side of it."""
+
+
+@dataclass(frozen=True)
+class GateReport:
+    """What one gate does to the requests of a log, behind the gates above it.
+
+    Attributes:
+        depth, threshold: the gate.
+        asked: weighted request-steps that reach it.
+        stopped: those whose confidence is not above the threshold.
+        lost: those of them whose path the target would have accepted through this depth.
+    """
+
+    depth: int
+    threshold: float
+    asked: float
+    stopped: float
+    lost: float
+
+
+@dataclass(frozen=True)
+class Objective:
+    """Expected tokens of a batch's step per second of verification: batch * (1 + A) / T(batch * (1 + width * L)).
+
+    A and L are the mean accepted tokens and layers bought of a request; the 1 is the bonus token and the root row. The cost of the
+    mean row count stands for the mean cost: with a batch of many requests the row count hardly varies.
+
+    Attributes:
+        cost: seconds by rows.
+        batch: requests decoded together.
+        width: rows bought of each layer; a layer is accepted if one of its ``width`` best candidates is.
+    """
+
+    cost: CostModel
+    batch: int
+    width: int
+
+    def __call__(self, accepted: NDArray[Any] | float, layers: NDArray[Any] | float) -> NDArray[np.float64]:
+        """Tokens per second for mean accepted tokens and mean layers a request, elementwise."""
+        rows = self.batch * (1.0 + self.width * np.asarray(layers, dtype=np.float64))
+        return np.asarray(self.batch * (1.0 + np.asarray(accepted)) / self.cost(rows), dtype=np.float64)
+
+
+@dataclass(frozen=True)
+class Chains:
+    """Rows joined by step: S request-steps, D depths.
+
+    Attributes:
+        confidence: float32 [S, D] of the maximum path; NaN where the log has no row.
+        accepted: bool [S, D], the target accepted the maximum path through that depth.
+        gain: int64 [S, D + 1], accepted tokens if layers 1..d are bought.
+        weight: float64 [S].
+    """
+
+    confidence: NDArray[np.float32]
+    accepted: NDArray[np.bool_]
+    gain: NDArray[np.int64]
+    weight: NDArray[np.float64]
+
+
+def join(log: WarmupLog, max_depth: int, width: int = 1) -> Chains:
+    """Joins the rows of each step. A step weighs what its deepest row weighs.
+
+    Raises:
+        EchoError: two rows of rank 0 at one depth of a step, or no row of rank 0.
+    """
+    path = (log.rank == 0) & (log.depth <= max_depth) & (log.weight > 0)
+    if not path.any():
+        raise EchoError(f"log: expected rows of rank 0 down to depth {max_depth}, got none")
+    steps, place = np.unique(log.step[path], return_inverse=True)
+    column = log.depth[path] - 1
+    order = np.argsort(column, kind="stable")
+    cell = place * max_depth + column
+    if np.bincount(cell).max() > 1:
+        twice = int(np.flatnonzero(np.bincount(cell) > 1)[0])
+        where = f"step {steps[twice // max_depth]} at depth {twice % max_depth + 1}"
+        raise EchoError(f"log.step: expected one row of rank 0 for each depth of a step, got more in {where}")
+    confidence = np.full((len(steps), max_depth), np.nan, dtype=np.float32)
+    accepted, taken = np.zeros(confidence.shape, np.bool_), np.zeros(confidence.shape, np.bool_)
+    confidence[place, column] = log.confidence[path]
+    accepted[place, column] = log.accepted[path]
+    weight = np.zeros(len(steps))
+    weight[place[order]] = log.weight[path][order]  # the deepest comes last
+    near = (log.rank < width) & (log.depth <= max_depth) & log.accepted & np.isin(log.step, steps)
+    taken[np.searchsorted(steps, log.step[near]), log.depth[near] - 1] = True
+    gain = np.zeros((len(steps), max_depth + 1), dtype=np.int64)
+    gain[:, 1:] = np.cumsum(np.logical_and.accumulate(taken, axis=1), axis=1)
+    return Chains(confidence, accepted, gain, weight)
+
+
+def refuse_gated(log: WarmupLog) -> None:
+    """Looks for the mark that a gate leaves in a log without weights: who goes on to the next depth and who does not is told apart by
+    a threshold on the confidence. Looks at the first 200,000 rows of steps that have more than one.
+
+    Raises:
+        EchoError: at some depth at least 20 steps end and at least 20 go on, and those that go on are the more confident in 99.9% of
+            all pairs. Whether a target rejects, or a request ends, is never so sharp.
+    """
+    head = slice(0, SAMPLE)
+    if not len(log) or not (log.weight[head] == 1).all() or (np.diff(log.step[head]) > 0).all():
+        return
+    path = (log.rank[head] == 0) & (log.depth[head] <= MAX_DEPTH)
+    step, depth, confidence = log.step[head][path], log.depth[head][path], log.confidence[head][path]
+    order = np.lexsort((depth, step))
+    step, depth, confidence = step[order], depth[order], confidence[order]
+    follows = np.zeros(len(step), dtype=np.bool_)
+    follows[:-1] = (step[1:] == step[:-1]) & (depth[1:] == depth[:-1] + 1)
+    for d in range(1, int(depth.max(initial=0))):
+        here = depth == d
+        goes = int(follows[here].sum())
+        if min(goes, int(here.sum()) - goes) >= MARK and separability(confidence[here], follows[here]).auc > 0.999:
+            raise EchoError(
+                f"log: expected steps drafted without a gate, or weights, got {int(here.sum()) - goes} steps that end at depth {d} and "
+                f"are less confident there than all {goes} that go on: what a gate or budget stopped is missing (ExploringGate)"
+            )
+
+
+def report(log: WarmupLog, thresholds: Mapping[int, float]) -> tuple[GateReport, ...]:
+    """What gates with these thresholds do to the log's requests, each behind the ones above it.
+
+    Args:
+        log: rows of rank 0 with step ids.
+        thresholds: tau by depth.
+
+    Raises:
+        EchoError: no row of rank 0 down to the deepest gate, or a step with two rows of rank 0 at one depth.
+    """
+    if not thresholds:
+        return ()
+    chains = join(log, max(thresholds))
+    there = np.ones(len(chains.weight), dtype=np.bool_)
+    result = []
+    for depth, tau in sorted(thresholds.items()):
+        c = chains.confidence[:, depth - 1]
+        asked = there & ~np.isnan(c)
+        stopped = asked & (c <= tau)
+        lost = stopped & chains.accepted[:, depth - 1]
+        result.append(GateReport(depth, float(tau), *(float(chains.weight[kind].sum()) for kind in (asked, stopped, lost))))
+        there = asked & ~stopped
+    return tuple(result)
+
+
+def goodput(
+    log: WarmupLog, gates: Sequence[int], max_depth: int, objective: Objective, start: Mapping[int, float] | None = None
+) -> tuple[dict[int, float], float]:
+    """The thresholds of the gates that maximise the objective on a log, and its value there.
+
+    What a gate is worth depends on the others (whom a shallow gate stops, no deeper one sees), so thresholds do not decompose by
+    depth. Up to three gates are searched exhaustively over candidates halfway between the log's confidences (all of them where
+    there are at most 64, 256, 1024 for 3, 2, 1 gates, else quantiles), and then refined one gate at a time. More gates are
+    searched by ascent from several starts, over each gate alone and over each block of three (two from seven gates on), until no change
+    helps: nearly always the global optimum on small logs, not provably.
+
+    The log speaks of the beam that it was recorded with: record with the ``width`` of the policy, or a little more.
+
+    Args:
+        log: rows of rank 0 for every step and every depth down to ``max_depth``, and of the ranks below the width.
+        gates: depths.
+        max_depth: layers bought by who passes all gates.
+        objective: tokens per second.
+        start: one more start of the ascent.
+
+    Raises:
+        EchoError: steps whose rows do not reach ``max_depth`` (in a log with weights they are left out), or gates out of range.
+    """
+    depths = sorted({checks.integer("gates", gate, 1, max_depth) for gate in gates})
+    if not depths:
+        raise EchoError("gates: expected at least one depth, got none")
+    chains = join(log, max_depth, objective.width)
+    whole: NDArray[np.bool_] = np.logical_not(np.isnan(chains.confidence).any(axis=1))
+    if not whole.all() and (log.weight == 1).all():
+        raise EchoError(
+            f"log: expected rows of rank 0 at depths 1 to {max_depth} in every step, got {int((~whole).sum())} of {len(whole)} "
+            "steps without: what was not verified is missing, not rejected; lower max_depth, or record whole paths"
+        )
+    if not whole.any():
+        raise EchoError(f"log: expected steps with rows of rank 0 at depths 1 to {max_depth}, got none")
+    search = _Search(chains, whole, depths, objective)
+    starts = [np.zeros(len(depths))]
+    if start:
+        starts.append(np.array([start.get(depth, 0.0) for depth in depths]))
+    if len(depths) <= 3:
+        starts.append(search.best(starts[0], range(len(depths)), GRID[len(depths)])[0])
+        sizes = [1]
+    else:
+        sizes = [1, 3 if len(depths) <= 6 else 2]
+    found = [search.ascend(taus, sizes) for taus in starts]
+    taus, value = max(found, key=lambda pair: pair[1])
+    return {depth: float(tau) for depth, tau in zip(depths, taus, strict=True)}, float(value)
+
+
+class _Search:
+    def __init__(self, chains: Chains, whole: NDArray[np.bool_], depths: list[int], objective: Objective) -> None:
+        self.confidence = chains.confidence[whole][:, [d - 1 for d in depths]].astype(np.float64)
+        self.weight = chains.weight[whole] / chains.weight[whole].sum()
+        # Layers bought, and tokens accepted, by who is stopped at gate 0, 1, ..., and by who passes all.
+        layers = [d - 1 for d in depths] + [chains.confidence.shape[1]]
+        self.layers = np.array(layers, dtype=np.float64)
+        self.gain = chains.gain[whole][:, layers].astype(np.float64)
+        self.objective = objective
+
+    def candidates(self, gate: int, count: int) -> NDArray[np.float64]:
+        values = np.unique(self.confidence[:, gate])
+        if len(values) + 1 > count:
+            values = np.unique(np.quantile(self.confidence[:, gate], np.linspace(0, 1, count - 1), method="nearest"))
+        return np.concatenate([[0.0], (values[:-1] + values[1:]) / 2, [1.0]])
+
+    def best(self, taus: NDArray[np.float64], block: Sequence[int], count: int) -> tuple[NDArray[np.float64], float]:
+        """The best thresholds of one block of gates, the others held: exhaustive over ``count`` candidates each.
+
+        Sums over who passes the first k gates of the block are tail sums of k-dimensional histograms: O(S + count^gates).
+        """
+        options = [self.candidates(gate, count) for gate in block]
+        sizes = [len(taus_) for taus_ in options]
+        cells = [np.searchsorted(taus_, self.confidence[:, gate]) for taus_, gate in zip(options, block, strict=True)]
+        passed = self.confidence > taus
+        passed[:, list(block)] = True
+        cap = np.where(passed.all(axis=1), len(taus), np.argmin(passed, axis=1))  # where the held gates stop each step
+        stops = [np.minimum(cap, gate) for gate in block] + [cap]
+        rows = np.arange(len(cap))
+        totals = []
+        for gain in (self.gain, np.broadcast_to(self.layers, self.gain.shape)):
+            total = np.full(sizes, float((self.weight * gain[rows, stops[0]]).sum()))
+            for k in range(1, len(block) + 1):
+                shape = [s + 1 for s in sizes[:k]]
+                more = self.weight * (gain[rows, stops[k]] - gain[rows, stops[k - 1]])
+                tail = self._tail(np.ravel_multi_index(cells[:k], shape), shape, more)
+                total += tail.reshape(*sizes[:k], *([1] * (len(block) - k)))
+            totals.append(total)
+        values = self.objective(*totals)
+        place = np.unravel_index(int(np.argmax(values)), sizes)
+        result = taus.copy()
+        result[list(block)] = [taus_[i] for taus_, i in zip(options, place, strict=True)]
+        return result, float(values[place])
+
+    @staticmethod
+    def _tail(cell: NDArray[Any], shape: list[int], weight: NDArray[Any]) -> NDArray[Any]:
+        """The weight of steps above each combination of candidates: those that have more candidates than it below them."""
+        tail = np.bincount(cell, weights=weight, minlength=int(np.prod(shape))).reshape(shape)
+        for axis in range(len(shape)):
+            tail = np.flip(np.cumsum(np.flip(tail, axis), axis), axis)
+        return tail[tuple(slice(1, None) for _ in shape)]
+
+    def value(self, taus: NDArray[np.float64]) -> float:
+        """The objective, by letting every step run into the gates."""
+        passed = self.confidence > taus
+        stop = np.where(passed.all(axis=1), len(taus), np.argmin(passed, axis=1))
+        gain = self.gain[np.arange(len(stop)), stop]
+        return float(self.objective((self.weight * gain).sum(), (self.weight * self.layers[stop]).sum()))
+
+    def ascend(self, taus: NDArray[np.float64], sizes: Sequence[int]) -> tuple[NDArray[np.float64], float]:
+        """Ascent over all blocks of these sizes; strictly rising, so it ends."""
+        value = self.value(taus)
+        improved = True
+        while improved:
+            improved = False
+            for size in sizes:
+                for block in itertools.combinations(range(len(taus)), size):
+                    option, _ = self.best(taus, block, GRID[size])
+                    now = self.value(option)
+                    if now > value * (1 + 1e-12):
+                        taus, value, improved = option, now, True
+        return taus, value

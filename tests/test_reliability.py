@@ -1,0 +1,140 @@
+"""Monotone maps by depth and rank, their look-up on the device, and the error that they remove."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import echo
+from echo.gating import look_up
+from echo.gating.reliability import BINS_PER_NAT, ONE, TABLE_BINS
+from test_device_rules import RefuseReads
+
+
+def rows_of(n, seed, *, depths=2, ranks=4):
+    """Acceptance is c^2 at rank 0, and less at greater ranks."""
+    random = np.random.default_rng(seed)
+    depth, rank = random.integers(1, depths + 1, n), random.integers(0, ranks, n)
+    confidence = np.exp(-random.exponential(1.0, n) * depth)
+    accepted = random.random(n) < confidence**2 / (1 + rank)
+    return echo.WarmupLog.from_arrays(depth, confidence, accepted, rank=rank, step=np.arange(n) // 4)
+
+
+LOG = rows_of(40_000, 0)
+CALIBRATION = echo.calibrate(LOG)
+
+
+def test_isotonic_regression_equals_scikit_learn_on_the_binned_rows():
+    isotonic = pytest.importorskip("sklearn.isotonic")
+    log = rows_of(30_000, 3, depths=1, ranks=1)
+    score = np.log(log.confidence.astype(np.float64))
+    theirs = isotonic.IsotonicRegression().fit(score, log.accepted)
+    ours = echo.calibrate(log).depths[0].reliability
+    grid = np.linspace(-3, -0.05, 60)
+    assert np.abs(theirs.predict(grid) - np.interp(grid, *np.array(ours).T)).mean() < 0.01
+
+
+def test_tables_by_rank_find_what_the_pooled_one_cannot():
+    pooled, ranked = CALIBRATION.reliability_table(), CALIBRATION.reliability_table(by_rank=True)
+    assert pooled.shape == (3, TABLE_BINS) and ranked.shape == (4, 3, TABLE_BINS)
+    assert (np.diff(ranked[:, 1:], axis=-1) <= 0).all() and (ranked[:, 0] == ONE).all()
+    column = int(-np.log(0.8) * BINS_PER_NAT)
+    for rank in range(4):
+        assert ranked[rank, 1, column] / ONE == pytest.approx(0.64 / (1 + rank), abs=0.06)
+
+
+def test_a_rank_without_rows_takes_the_pooled_map():
+    calibration = echo.calibrate(rows_of(2000, 1, ranks=2))
+    assert calibration.depths[0].by_rank[3] == calibration.depths[0].reliability
+
+
+def test_a_rank_with_few_rows_stays_near_the_pooled_map():
+    """Five accepted rows of rank 1 against a pooled rate of about 0.3, which counts for 20 rows: (5 + 20 * 0.3) / 25."""
+    random = np.random.default_rng(0)
+    columns = np.ones(2005), np.full(2005, 0.5), np.concatenate([random.random(2000) < 0.3, np.ones(5, bool)])
+    d = echo.calibrate(echo.WarmupLog.from_arrays(*columns, rank=np.arange(2005) // 2000)).depths[0]
+    pooled = d.reliability[0][1]
+    assert pooled == pytest.approx(0.3, abs=0.03)
+    assert d.by_rank[1][0][1] == pytest.approx((5 + 20 * pooled) / 25, rel=1e-9)
+
+
+def test_calibration_removes_the_error_on_held_out_rows():
+    held_out = rows_of(20_000, 9)
+    pooled, ranked = CALIBRATION.error(held_out), CALIBRATION.error(held_out, by_rank=True)
+    assert pooled.before[0] > 0.15 and pooled.after[0] < 0.02
+    assert pooled.after[2] < pooled.before[1]  # intervals apart
+    assert pooled.brier_after[0] < pooled.brier_before[0]
+    assert ranked.brier_after[0] < pooled.brier_after[0]
+    for value, low, high in (pooled.before, pooled.brier_before, pooled.brier_after):
+        assert low <= value <= high
+    assert CALIBRATION.error(held_out) == pooled  # the seed is an argument
+
+
+@given(
+    st.lists(st.floats(-40, 0, width=32) | st.just(-np.inf) | st.just(np.nan), min_size=1, max_size=20),
+    st.integers(0, 5),
+    st.integers(0, 6),
+)
+def test_look_up_reads_the_table_entry(scores, depth, rank):
+    score = torch.tensor(scores, dtype=torch.float32)
+    pooled, ranked = (torch.from_numpy(CALIBRATION.reliability_table(by_rank=flag)) for flag in (False, True))
+    column = [511 if not np.isfinite(s) else min(int(np.floor(-32 * s)), 511) for s in score.tolist()]
+    with RefuseReads():
+        plain = look_up(pooled, score, depth)
+        many = look_up(ranked, score, torch.full_like(score, depth, dtype=torch.int32), torch.full_like(score, rank, dtype=torch.int64))
+        capped = look_up(pooled, score, depth, parent=torch.full_like(plain, 12345))
+    assert plain.dtype == torch.int32
+    assert plain.tolist() == pooled[min(depth, 2)][column].tolist()
+    assert many.tolist() == ranked[min(rank, 3), min(depth, 2)][column].tolist()
+    assert capped.tolist() == plain.clamp(max=12345).tolist()
+
+
+def test_look_up_is_what_the_rules_use():
+    tree = echo.ElasticBudgetScheduler(echo.GlobalRank(2, CALIBRATION), None, 10, 2).plant(torch.tensor([1, 2]))
+    scheduler = echo.ElasticBudgetScheduler(echo.GlobalRank(2, CALIBRATION), None, 10, 2)
+    for _ in range(2):
+        shape = (*tree.frontier.token.shape, 3)
+        tree = scheduler.grow(tree, torch.randint(0, 9, shape), torch.randn(shape).log_softmax(-1))
+    cost = echo.GlobalRank(2, CALIBRATION).cost(tree)
+    table, f, expected = torch.from_numpy(CALIBRATION.reliability_table()), None, []
+    for layer in tree.layers:
+        f = look_up(table, layer.score, layer.depth, parent=None if f is None else f.gather(1, layer.parent))
+        expected.append(torch.where(torch.isfinite(layer.score), ONE - f, torch.iinfo(torch.int32).max))
+    assert torch.equal(cost, torch.cat(expected, dim=1))
+
+
+def test_picture_and_table():
+    pytest.importorskip("matplotlib")
+    figure = CALIBRATION.plot()
+    titles = [axis.get_title() for part in figure.subfigs for axis in part.axes]
+    assert titles[:2] == ["depth 1, gate", "depth 2, gate"] and "reliability" in titles
+    bare = echo.calibrate(echo.WarmupLog.from_arrays([1, 1, 3], [0.5, 0.1, 0.4], [1, 0, 0]))
+    bare.plot().canvas.draw()
+    lines = str(CALIBRATION).splitlines()
+    assert len(lines) == 2 + CALIBRATION.max_depth
+    assert lines[0] == "2 depths, gates at 1, 2; thresholds by youden"
+    assert "root gate; AUC" in lines[2] and len({line.find("  AUC") for line in lines[2:]}) == 1
+    assert "nan" not in str(bare)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda: look_up(torch.zeros(3, 5, dtype=torch.int32), torch.zeros(2), 1),
+            r"table: expected int32 \[depths, 512\], got int32 \[3, 5\]",
+        ),
+        (
+            lambda: look_up(torch.zeros(3, 512, dtype=torch.int32), torch.zeros(2), 1, torch.zeros(2, dtype=torch.int64)),
+            r"table: expected int32 \[ranks, depths, 512\]",
+        ),
+        (lambda: CALIBRATION.error(LOG, bins=1), "bins: expected an int >= 2, got 1"),
+        (lambda: CALIBRATION.error(echo.WarmupLog.from_arrays([9], [0.5], [1])), "log: expected rows of depth 1 to 2, got none"),
+    ],
+)
+def test_bad_input_names_the_argument(call, message):
+    with pytest.raises(echo.EchoError, match=message):
+        call()
