@@ -1,0 +1,72 @@
+"""Every choice of a launch in one place: tiles, warps, stages, splits. Host arithmetic only; nothing here imports Triton."""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+
+HEAD_DIMS = (64, 80, 96, 128, 256)
+"""Head dimensions that are compiled and checked; any from 16 to 256 runs."""
+
+WAVES = 4
+"""Work items per multiprocessor that a balanced split aims at, all KV heads together."""
+
+MIN_BLOCKS = 2
+"""KV blocks that a piece has at least: shorter ones cost more in partial results than they gain in parallel reads."""
+
+FIXED_ROWS = 16
+"""Rows of a request that the tile is chosen for where ``splits`` is fixed: the same in every batch."""
+
+VOCABULARY_CHUNK = 16384
+"""Logits that one program of the arg-max reads."""
+
+
+class Tile(NamedTuple):
+    """How one program works: ``rows`` of queries times heads of a group, ``keys`` a step, and its compile options."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+
+
+VOCABULARY_BLOCK = 4096
+"""Logits that it reads at once."""
+
+
+def power_of_two(value: int) -> int:
+    """The smallest power of two that is not below ``value``."""
+    return 1 << max(value - 1, 0).bit_length()
+
+
+def tile(group: int, dim: int, itemsize: int, rows: float) -> Tile:
+    """The tile for a group of query heads.
+
+    Args:
+        group: query heads of a KV head.
+        dim: head dimension.
+        itemsize: bytes of a query element: 4 takes smaller tiles, for shared memory.
+        rows: rows of a request, as far as the host knows: the mean, or a fixed number for the same tile in every batch.
+    """
+    most = 32 if itemsize == 4 and dim > 128 else 64
+    height = min(max(power_of_two(round(group * rows)), 16), most)
+    keys = {2: 64 if dim <= 128 else 32, 4: 32 if dim <= 128 else 16}[itemsize]
+    return Tile(height, keys, 4 if height > 16 or dim > 128 else 2, 2 if itemsize == 4 else 3)
+
+
+@functools.lru_cache
+def multiprocessors(device: torch.device) -> int:
+    """Multiprocessors of a CUDA device; 4 elsewhere, so that the interpreter has splits to merge."""
+    return int(torch.cuda.get_device_properties(device).multi_processor_count) if device.type == "cuda" else 4
+
+
+def target_items(device: torch.device, kv_heads: int) -> int:
+    """Work items that a balanced split aims at."""
+    return max(1, -(-WAVES * multiprocessors(device) // kv_heads))
+
+
+def most_tiles(rows: int, batch: int, group: int, height: int) -> int:
+    """A bound of row tiles over all ways to share ``rows`` among ``batch`` requests."""
+    return min((rows * group + min(batch, rows) * (height - 1)) // height, rows * -(-group // height))
