@@ -3,7 +3,8 @@
 Every function here picks one of two implementations of the same signature by ``backend``: ``"torch"``, the twin in
 :mod:`echo.kernels.reference`; ``"triton"``, the kernel, for CUDA tensors, or any tensor where Triton was imported with
 ``TRITON_INTERPRET=1``; ``"auto"``, the kernel for CUDA tensors where Triton is installed, and the twin otherwise. A backend that is
-asked for and not there is an :class:`~echo.errors.EchoError`, never a silent fallback.
+asked for and not there is an :class:`~echo.errors.EchoError`, never a silent fallback. Under ``torch.compile``, "auto" is the twin,
+which the compiler can fuse with what is around it.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import importlib
 import importlib.util
 from types import ModuleType
 
+import torch
 from torch import Tensor
 
 from echo.errors import EchoError
@@ -25,7 +27,7 @@ def _module(name: str, backend: str, at: Tensor) -> ModuleType:
     if backend not in BACKENDS:
         raise EchoError(f"backend: expected one of {BACKENDS}, got {backend!r}")
     cuda = isinstance(at, Tensor) and at.is_cuda
-    if backend == "torch" or (backend == "auto" and not cuda):
+    if backend == "torch" or (backend == "auto" and (not cuda or torch.compiler.is_compiling())):
         return reference
     if importlib.util.find_spec("triton") is None:
         if backend == "auto":

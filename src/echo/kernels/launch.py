@@ -42,18 +42,22 @@ def power_of_two(value: int) -> int:
 
 
 def tile(group: int, dim: int, itemsize: int, rows: float) -> Tile:
-    """The tile for a group of query heads.
+    """The tile for a group of query heads: the highest that the rows fill, in a table of tiles that compile without spills.
+
+    32 keys a step: 64 spill on sm_80 and sm_100 (``benchmarks/compile_kernels.py``). A taller tile reads a KV head's keys fewer
+    times; more than 128 rows of 16 bits, or 64 of a head dimension of 256, spill.
 
     Args:
         group: query heads of a KV head.
         dim: head dimension.
-        itemsize: bytes of a query element: 4 takes smaller tiles, for shared memory.
+        itemsize: bytes of a query element.
         rows: rows of a request, as far as the host knows: the mean, or a fixed number for the same tile in every batch.
     """
-    most = 32 if itemsize == 4 and dim > 128 else 64
-    height = min(max(power_of_two(round(group * rows)), 16), most)
-    keys = {2: 64 if dim <= 128 else 32, 4: 32 if dim <= 128 else 16}[itemsize]
-    return Tile(height, keys, 4 if height > 16 or dim > 128 else 2, 2 if itemsize == 4 else 3)
+    wide = dim > 128
+    if itemsize == 4:  # exact products on the ordinary units: small tiles, for registers
+        return Tile(16, 16, 8 if wide else 4, 2)
+    height = min(max(power_of_two(round(group * rows)), 16), 64 if wide else 128)
+    return Tile(height, 32, 8 if wide or height == 128 else 4, 3 if wide else 4)
 
 
 @functools.lru_cache

@@ -136,7 +136,7 @@ def _attend(
         real = local < rows
         row = (begin + local).to(tl.int64)
         d = tl.arange(0, WIDTH)
-        inner = d < DIM
+        inner = d < DIM if DIM < WIDTH else d >= 0
         key = tl.arange(0, KEYS)
         queries = tl.load(
             q + row[:, None] * q_row + (head * GROUP + member)[:, None] * q_head + d[None, :],
@@ -151,45 +151,50 @@ def _attend(
             factor = scale
             if KEY_SCALED:
                 factor = scale * tl.load(key_scale + head)
+            k_from, v_from = key_cache + head.to(tl.int64) * k_head, value_cache + head.to(tl.int64) * v_head
+            pages = table + b.to(tl.int64) * table_row
             for block in range(low, tl.minimum(high, prefix)):
                 start = (first + block) * KEYS
                 position = start + key
                 seen = position < length
-                if PAGE % KEYS == 0:  # a block lies within one page
-                    page = tl.load(table + b.to(tl.int64) * table_row + start // PAGE).to(tl.int64) + tl.zeros([KEYS], tl.int64)
+                shown = seen[:, None] & inner[None, :] if DIM < WIDTH else seen[:, None]
+                if PAGE % KEYS == 0:  # a block lies within one page: one page number, offsets that never change
+                    page = tl.load(pages + start // PAGE).to(tl.int64)
+                    k_at = k_from + (page * k_page + start % PAGE * k_slot) + (key * k_slot)[:, None] + d[None, :]
+                    v_at = v_from + (page * v_page + start % PAGE * v_slot) + (key * v_slot)[:, None] + d[None, :]
                 else:
-                    page = tl.load(table + b.to(tl.int64) * table_row + position // PAGE, mask=seen, other=0).to(tl.int64)
-                within = position % PAGE
-                shown = seen[:, None] & inner[None, :]
-                k_at = key_cache + head.to(tl.int64) * k_head + (page * k_page + within * k_slot)[:, None] + d[None, :]
+                    page = tl.load(pages + position // PAGE, mask=seen, other=0).to(tl.int64)
+                    k_at = k_from + (page * k_page + position % PAGE * k_slot)[:, None] + d[None, :]
+                    v_at = v_from + (page * v_page + position % PAGE * v_slot)[:, None] + d[None, :]
                 k = tl.load(k_at, mask=shown, other=0.0).to(DOT)
                 score = _scores(queries, k, factor, cap, CAPPED, PRECISION)
                 visible = seen[None, :]
                 if WINDOW > 0:
                     visible = visible & (position[None, :] > length + since[:, None])
                 score = tl.where(visible, score, float("-inf"))
-                v_at = value_cache + head.to(tl.int64) * v_head + (page * v_page + within * v_slot)[:, None] + d[None, :]
                 v = tl.load(v_at, mask=shown, other=0.0).to(DOT)
                 acc, top, mass = _online(score, v, acc, top, mass, PRECISION)
             if VALUE_SCALED:
                 acc = acc * tl.load(value_scale + head)
 
+        k_own = tree_key + begin.to(tl.int64) * tk_row + head * tk_head
+        v_own = tree_value + begin.to(tl.int64) * tv_row + head * tv_head
         for block in range(tl.maximum(low - prefix, 0), high - prefix):
-            other = block * KEYS + key
-            seen = other < rows
-            at = (begin + other).to(tl.int64)
-            shown = seen[:, None] & inner[None, :]
-            k = tl.load(tree_key + at[:, None] * tk_row + head * tk_head + d[None, :], mask=shown, other=0.0).to(DOT)
+            start = block * KEYS
+            seen = start + key < rows
+            shown = seen[:, None] & inner[None, :] if DIM < WIDTH else seen[:, None]
+            k = tl.load(k_own + start * tk_row + (key * tk_row)[:, None] + d[None, :], mask=shown, other=0.0).to(DOT)
             score = _scores(queries, k, scale, cap, CAPPED, PRECISION)
-            word = other // 32
-            bits = tl.load(
-                mask + row[:, None] * words + word[None, :], mask=real[:, None] & (seen & (word < words))[None, :], other=0
-            )
-            visible = ((bits >> (other % 32)[None, :]) & 1) != 0
+            bits = tl.zeros([ROWS, KEYS], tl.int32)
+            for part in tl.static_range((KEYS + 31) // 32):
+                word = start // 32 + part
+                own = tl.load(mask + row * words + word, mask=real & (word < words), other=0)
+                bits = tl.where((key // 32 == part)[None, :], own[:, None], bits)
+            visible = (((bits >> ((start + key) % 32)[None, :]) & 1) != 0) & seen[None, :]
             if WINDOW > 0:
-                visible = visible & (tl.load(depth + at, mask=seen, other=0)[None, :] > since[:, None])
+                visible = visible & (tl.load(depth + begin + start + key, mask=seen, other=0)[None, :] > since[:, None])
             score = tl.where(visible, score, float("-inf"))
-            v = tl.load(tree_value + at[:, None] * tv_row + head * tv_head + d[None, :], mask=shown, other=0.0).to(DOT)
+            v = tl.load(v_own + start * tv_row + (key * tv_row)[:, None] + d[None, :], mask=shown, other=0.0).to(DOT)
             acc, top, mass = _online(score, v, acc, top, mass, PRECISION)
 
         acc = acc / tl.where(mass == 0, 1.0, mass)[:, None]
@@ -323,7 +328,7 @@ def tree_attention(
     for name, value in named.items():
         if value is not None and value.numel() and value.stride(-1) != 1:
             raise EchoError(f"{name}: expected a contiguous last dimension, got strides {list(value.stride())}")
-    if not INTERPRETED and whole and key_cache is not None and key_cache.dtype == torch.float8_e4m3fn:
+    if q.is_cuda and whole and key_cache is not None and key_cache.dtype == torch.float8_e4m3fn:
         major = torch.cuda.get_device_capability(q.device)
         if major < (8, 9):
             raise EchoError(f"key_cache: expected float8_e5m2 on compute capability {major}, got float8_e4m3fn")
