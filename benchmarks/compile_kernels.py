@@ -1,6 +1,6 @@
 """Compiles the shipped kernel configurations without a GPU and writes registers, shared memory and predicted occupancy.
 
-    python benchmarks/compile_kernels.py            all, into benchmarks/results/compile.json and compile.md (about 10 minutes)
+    python benchmarks/compile_kernels.py            all, into benchmarks/results/compile.json and compile.md (about 5 minutes)
     python benchmarks/compile_kernels.py --quick    a representative subset, nothing written
 
 Each launch is recorded from the real launcher on CPU tensors, so that types, constants and divisibility hints are the launch's own.
@@ -16,7 +16,6 @@ import re
 import subprocess
 import sys
 import tempfile
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +33,10 @@ RESULTS = Path(__file__).parent / "results"
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 SHARED = {80: (163 * 1024, 164 * 1024), 90: (227 * 1024, 228 * 1024), 100: (227 * 1024, 228 * 1024)}
 """By architecture: shared memory that a block, and that a multiprocessor has at most; the system keeps 1 KiB of each block's."""
-WIDE = {90: "wgmma", 100: "tcgen05.mma"}
+MATRIX = ("UTCHMMA", "HGMMA", "HMMA")
+"""Matrix instructions in the machine code, widest first."""
+WIDE = {90: "HGMMA", 100: "UTCHMMA"}
+"""What a tile of 64 rows and more of 16 bits must use, by architecture."""
 TYPES = {
     torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64",
     torch.float8_e4m3fn: "*fp8e4nv", torch.float8_e5m2: "*fp8e5",
@@ -116,21 +118,23 @@ def source(recorder: Recorder) -> tuple[ASTSource, dict[str, int]]:
 def measure(recorder: Recorder, arch: int) -> dict[str, Any]:
     """Compiles one launch for one architecture and reads its resources."""
     src, options = source(recorder)
-    start = time.perf_counter()
     compiled = triton.compile(src, target=GPUTarget("cuda", arch, 32), options=options)
-    seconds = time.perf_counter() - start
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        usage = subprocess.run([str(CUOBJDUMP), "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+        usage, sass = (
+            subprocess.run([str(CUOBJDUMP), option, file.name], capture_output=True, text=True, check=True).stdout
+            for option in ("-res-usage", "-sass")
+        )
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert found is not None, usage
     registers, stack = int(found[1]), int(found[2])
-    sass, ptx = compiled.asm["sass"], compiled.asm["ptx"]
+    ptx = compiled.asm["ptx"]
     # The compiler may add warps of its own (a warp that loads, say): the kernel's real size is in its launch bounds.
     bound = re.search(r"\.(?:reqntid|maxntid) (\d+)", ptx)
     threads = int(bound[1]) if bound else 32 * options.get("num_warps", 4)
     shared, (_, whole) = compiled.metadata.shared, SHARED[arch]
+    assert "EXIT" in sass, "expected a disassembly"
     by_registers = 65536 // (-(-registers * 32 // 256) * 256 * (threads // 32))
     blocks = min(by_registers, whole // (shared + 1024), 2048 // threads, 32)
     return {
@@ -142,8 +146,7 @@ def measure(recorder: Recorder, arch: int) -> dict[str, Any]:
         "threads": threads,
         "blocks": blocks,
         "occupancy": round(blocks * threads / 2048, 3),
-        "matrix": next((kind for kind in ("tcgen05.mma", "wgmma", "mma.sync") if kind in ptx), "none"),
-        "seconds": round(seconds, 1),
+        "matrix": next((kind for kind in MATRIX if re.search(rf"\b{kind}\b", sass)), "none"),
     }
 
 

@@ -262,7 +262,7 @@ def test_verify_gives_the_same_on_both_backends():
 
 def test_a_backend_that_is_not_there_is_an_error(monkeypatch):
     logits = torch.zeros(1, 3, device=DEVICE)
-    with pytest.raises(echo.EchoError, match="backend: expected one of .* got 'cuda'"):
+    with pytest.raises(echo.EchoError, match=r"backend: expected one of .* got 'cuda'"):
         kernels.argmax_tokens(logits, backend="cuda")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(echo.EchoError, match="backend: expected an installed triton"):
