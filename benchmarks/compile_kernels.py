@@ -27,7 +27,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from echo.kernels import launch, triton_accept, triton_attention
+from echo.kernels import attention_kernels, launch, triton_accept, triton_attention
 
 RESULTS = Path(__file__).parent / "results"
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -167,7 +167,7 @@ def attention(case: Case) -> dict[str, Recorder]:
             depth=torch.zeros(n, **ints), key_scale=scales, value_scale=scales,
         )  # fmt: skip
 
-    return record(triton_attention, ["_plan", "_attend", "_merge"], call)
+    return record(attention_kernels, ["plan", "attend", "merge"], call)
 
 
 def acceptance() -> dict[str, Recorder]:
@@ -212,8 +212,8 @@ def run(quick: bool, archs: tuple[int, ...]) -> tuple[list[dict[str, Any]], list
     jobs: list[tuple[str, str, Recorder, int, bool]] = []
     for case in cases(quick):
         for name, recorder in attention(case).items():
-            if name == "_attend" or case in (Case(128, torch.bfloat16, 4, 16), Case(256, torch.float32, 4, 16)):
-                height = recorder.options["ROWS"] if name == "_attend" else 0
+            if name == "attend" or case in (Case(128, torch.bfloat16, 4, 16), Case(256, torch.float32, 4, 16)):
+                height = recorder.options["ROWS"] if name == "attend" else 0
                 jobs.append((name.strip("_"), case.name, recorder, height, case.dtype.itemsize == 2))
     jobs += [(name.strip("_"), "bfloat16 V=128256", recorder, 0, False) for name, recorder in acceptance().items()]
     for kernel, name, recorder, height, sixteen in jobs:

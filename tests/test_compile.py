@@ -26,7 +26,7 @@ def test_the_check_finds_spills_and_narrow_instructions():
     code = (
         "import compile_kernels as ck, torch; from echo.kernels import launch\n"
         "launch.tile = lambda *_: launch.Tile(128, 64, 4, 2)\n"
-        "entry = ck.measure(ck.attention(ck.Case(128, torch.bfloat16, 4, 16))['_attend'], 80)\n"
+        "entry = ck.measure(ck.attention(ck.Case(128, torch.bfloat16, 4, 16))['attend'], 80)\n"
         "assert 'spill' in ck.faults(entry, 64, True)[0], entry\n"
         "assert ck.faults(entry | {'arch': 'sm_90', 'spills': 0, 'stack': 0}, 64, True) == ['HMMA instead of HGMMA'], entry\n"
         "assert 'shared memory' in ck.faults(entry | {'spills': 0, 'stack': 0, 'shared': 170_000}, 64, True)[0]"

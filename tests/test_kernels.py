@@ -20,7 +20,7 @@ from echo.kernels import launch, reference
 from test_device_rules import RefuseReads
 
 pytest.importorskip("triton")
-from echo.kernels import triton_accept, triton_attention
+from echo.kernels import attention_kernels, triton_accept, triton_attention
 
 DEVICE = "cpu" if triton_attention.INTERPRETED else "cuda"
 LIMIT = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
@@ -137,6 +137,31 @@ def test_one_request_at_a_time_equals_the_batch(dtype):
     assert torch.equal(again[0], balanced[0]) and torch.equal(again[1], balanced[1])
 
 
+@pytest.mark.parametrize("options", [{}, {"splits": 3}, {"mode": "tree"}, {"window": 20}])
+def test_one_plan_serves_all_layers(options):
+    args = trees.attention([7, 0, 21], [40, 3, 90], **SHAPE, device=DEVICE)
+    named = {name: args[name] for name in ("q", "key_cache", "page_table", "context", "tree_key", "indptr")}
+    plan = kernels.plan_attention(**named, **options, backend="triton")
+    for seed in range(2):
+        layer = args | {"q": torch.randn(args["q"].shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)}
+        one = kernels.tree_attention(**layer, **options, plan=plan, backend="triton")
+        two = kernels.tree_attention(**layer, **options, backend="triton")
+        assert torch.equal(one[0], two[0]) and torch.equal(one[1], two[1])
+    kernels.tree_attention(**args, **options, plan=kernels.plan_attention(**named, **options, backend="torch"), backend="torch")
+    with pytest.raises(echo.EchoError, match=r"plan\[0\]: expected int32"):
+        kernels.tree_attention(**args, **options, plan=(plan[0][1:], plan[1]), backend="triton")
+
+
+def test_any_mask_and_any_cache_layout():
+    """Bits that are no ancestors, bits beyond the request's rows; keys by slot then head, values by head then slot."""
+    args = trees.attention([5, 40, 3], [18, 33, 0], **(SHAPE | {"heads": 4, "kv_heads": 2}), device=DEVICE)
+    generator = torch.Generator().manual_seed(1)
+    noise = torch.randint(-(1 << 31), 1 << 31, args["mask"].shape, generator=generator).int().to(DEVICE)
+    args["value_cache"] = args["value_cache"].transpose(1, 2).contiguous().transpose(1, 2)
+    compare(args | {"mask": args["mask"] | noise})
+    compare(args | {"mask": torch.full_like(noise, -1)}, splits=2)
+
+
 def test_pad_rows_may_hold_anything_and_see_themselves():
     args = trees.attention([4, 2], [9, 0], **SHAPE, pads=3, device=DEVICE)
     clean, clean_lse = compare(args)
@@ -174,7 +199,7 @@ def test_the_work_list_covers_every_tile_and_block_once(seed, splits):
     items, slots = (bound + target, 2 * target) if splits == 0 else (bound * splits, bound * splits)
     work = torch.full((items, 5), 1 << 30, dtype=torch.int32, device=DEVICE)
     spans = torch.full((batch + 1, 2), 1 << 30, dtype=torch.int32, device=DEVICE)
-    triton_attention._plan[(batch + 1,)](
+    attention_kernels.plan[(batch + 1,)](
         indptr, context.int().to(DEVICE), work, spans, batch, 1 << 20, items, target, splits,
         GROUP=group, ROWS=tile, KEYS=keys, WINDOW=0, MIN=2, BLOCK=4,
     )  # fmt: skip
@@ -201,7 +226,7 @@ def test_launchers_read_nothing_back(monkeypatch):
         def __getitem__(self, grid):
             return lambda *args, **options: None
 
-    for module, names in ((triton_attention, ["_plan", "_attend", "_merge", "_join"]), (triton_accept, ["_best", "_walk", "_collect"])):
+    for module, names in ((attention_kernels, ["plan", "attend", "merge", "join"]), (triton_accept, ["_best", "_walk", "_collect"])):
         for name in names:
             monkeypatch.setattr(module, name, Silent())
     args = trees.attention([4, 2], [9, 0], **SHAPE, device=DEVICE)

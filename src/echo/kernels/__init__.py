@@ -59,6 +59,7 @@ def tree_attention(
     key_scale: Tensor | None = None,
     value_scale: Tensor | None = None,
     splits: int | None = None,
+    plan: tuple[Tensor, Tensor] | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Attention of packed tree rows over a paged context and their own ancestors.
@@ -85,6 +86,7 @@ def tree_attention(
         depth: int32 [N], needed with ``window``.
         key_scale, value_scale: float32 [Hkv], factors of cached keys and values, as for float8 caches.
         splits: pieces that each request's keys are cut in, at most; balanced over the whole batch where not given.
+        plan: what :func:`plan_attention` made for this batch; made anew where not given.
         backend: "auto", "torch" or "triton".
 
     Returns:
@@ -98,8 +100,40 @@ def tree_attention(
     result: tuple[Tensor, Tensor] = module.tree_attention(
         q, key_cache, value_cache, page_table, context, tree_key, tree_value, request, indptr, mask,
         mode=mode, scale=scale, softcap=softcap, window=window, depth=depth, key_scale=key_scale, value_scale=value_scale,
-        splits=splits,
+        splits=splits, plan=plan,
     )  # fmt: skip
+    return result
+
+
+def plan_attention(
+    q: Tensor,
+    key_cache: Tensor | None,
+    page_table: Tensor | None,
+    context: Tensor | None,
+    tree_key: Tensor,
+    indptr: Tensor,
+    *,
+    mode: str = "whole",
+    window: int | None = None,
+    splits: int | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """The work list of a step, made once on the device for all its layers that share window and splits.
+
+    Args:
+        q, key_cache, page_table, context, tree_key, indptr: as in :func:`tree_attention`; of q, tree_key and key_cache only
+            shapes and dtypes count.
+        mode, window, splits, backend: as in :func:`tree_attention`, and the same as in the calls that get the plan.
+
+    Returns:
+        Two int32 tensors to be handed to :func:`tree_attention` as ``plan``.
+
+    Raises:
+        EchoError: arguments that do not fit, or a backend that is not there.
+    """
+    result: tuple[Tensor, Tensor] = _module("attention", backend, q).plan_attention(
+        q, key_cache, page_table, context, tree_key, indptr, mode=mode, window=window, splits=splits
+    )
     return result
 
 
@@ -155,4 +189,4 @@ def argmax_tokens(logits: Tensor, *, backend: str = "auto") -> Tensor:
     return result
 
 
-__all__ = ["BACKENDS", "accept", "accept_greedy", "argmax_tokens", "merge_attention", "tree_attention"]
+__all__ = ["BACKENDS", "accept", "accept_greedy", "argmax_tokens", "merge_attention", "plan_attention", "tree_attention"]

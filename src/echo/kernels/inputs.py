@@ -54,31 +54,53 @@ def attention_shapes(
     Raises:
         EchoError: naming the argument, what was expected and what came.
     """
-    n, heads, dim = checks.tensor("q", q, ["N", "Hq", "D"], checks.FLOATS).shape
-    device = q.device
-    kv_heads = checks.tensor("tree_key", tree_key, [n, "Hkv", dim], checks.FLOATS, device).shape[1]
+    s = plan_shapes(q, key_cache, page_table, context, tree_key, indptr, mode, window, splits)
+    n, kv_heads, dim, device = s.rows, s.kv_heads, s.dim, q.device
     checks.tensor("tree_value", tree_value, [n, kv_heads, dim], checks.FLOATS, device)
-    checks.integer("Hq / Hkv", heads // kv_heads if kv_heads and heads % kv_heads == 0 else 0, 1)
     checks.tensor("request", request, [n], torch.int32, device)
     checks.tensor("mask", mask, [n, "words"], torch.int32, device)
-    batch = checks.tensor("indptr", indptr, ["B + 1"], torch.int32, device).shape[0] - 1
-    checks.integer("B", batch, 0)
-    if mode not in MODES:
-        raise EchoError(f"mode: expected one of {MODES}, got {mode!r}")
-    if mode == "whole":
-        _, page, _, _ = checks.tensor("key_cache", key_cache, ["pages", "page_size", kv_heads, dim], CACHES, device).shape
-        checks.tensor("value_cache", value_cache, ["pages", page, kv_heads, dim], CACHES, device)
-        checks.integer("page_size", page, 1)
-        checks.tensor("page_table", page_table, [batch, "max_pages"], torch.int32, device)
-        checks.tensor("context", context, [batch], torch.int32, device)
+    if mode == "whole" and key_cache is not None:
+        checks.tensor("value_cache", value_cache, ["pages", key_cache.shape[1], kv_heads, dim], CACHES, device)
     for name, scales in (("key_scale", key_scale), ("value_scale", value_scale)):
         if scales is not None:
             checks.tensor(name, scales, [kv_heads], torch.float32, device)
     if softcap is not None and checks.real("softcap", softcap, 0.0) == 0:
         raise EchoError("softcap: expected a number above 0, got 0")
     if window is not None:
-        checks.integer("window", window, 1)
         checks.tensor("depth", depth, [n], torch.int32, device)
+    return s
+
+
+def plan_shapes(
+    q: Tensor,
+    key_cache: Tensor | None,
+    page_table: Tensor | None,
+    context: Tensor | None,
+    tree_key: Tensor,
+    indptr: Tensor,
+    mode: str,
+    window: int | None,
+    splits: int | None,
+) -> Shapes:
+    """The shapes of arguments that fit together, as far as a work list depends on them.
+
+    Raises:
+        EchoError: naming the argument, what was expected and what came.
+    """
+    n, heads, dim = checks.tensor("q", q, ["N", "Hq", "D"], checks.FLOATS).shape
+    kv_heads = checks.tensor("tree_key", tree_key, [n, "Hkv", dim], checks.FLOATS, q.device).shape[1]
+    checks.integer("Hq / Hkv", heads // kv_heads if kv_heads and heads % kv_heads == 0 else 0, 1)
+    batch = checks.tensor("indptr", indptr, ["B + 1"], torch.int32, q.device).shape[0] - 1
+    checks.integer("B", batch, 0)
+    if mode not in MODES:
+        raise EchoError(f"mode: expected one of {MODES}, got {mode!r}")
+    if mode == "whole":
+        _, page, _, _ = checks.tensor("key_cache", key_cache, ["pages", "page_size", kv_heads, dim], CACHES, q.device).shape
+        checks.integer("page_size", page, 1)
+        checks.tensor("page_table", page_table, [batch, "max_pages"], torch.int32, q.device)
+        checks.tensor("context", context, [batch], torch.int32, q.device)
+    if window is not None:
+        checks.integer("window", window, 1)
     if splits is not None:
         checks.integer("splits", splits, 1, 1024)
     return Shapes(n, batch, heads, kv_heads, dim, q.element_size())

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, ParamSpec, TypeVar
 
 import torch
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 HEAD_DIMS = (64, 80, 96, 128, 256)
 """Head dimensions that are compiled and checked; any from 16 to 256 runs."""
@@ -74,3 +78,14 @@ def target_items(device: torch.device, kv_heads: int) -> int:
 def most_tiles(rows: int, batch: int, group: int, height: int) -> int:
     """A bound of row tiles over all ways to share ``rows`` among ``batch`` requests."""
     return min((rows * group + min(batch, rows) * (height - 1)) // height, rows * -(-group // height))
+
+
+def on_its_device(function: Callable[P, R]) -> Callable[P, R]:
+    """Runs a launcher with the device of its first argument as the current one: Triton launches there, wherever the tensors are."""
+
+    @functools.wraps(function)
+    def call(*args: P.args, **options: P.kwargs) -> R:
+        with torch.cuda.device(args[0].get_device() if isinstance(args[0], torch.Tensor) else -1):  # -1: leave it
+            return function(*args, **options)
+
+    return call

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from echo.kernels.inputs import accept_shapes, attention_shapes, merge_shapes
+from echo.kernels.inputs import accept_shapes, attention_shapes, merge_shapes, plan_shapes
 
 
 def accept(parent: Tensor, indptr: Tensor, tokens: Tensor, target_tokens: Tensor, max_depth: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -64,6 +64,23 @@ def accept_greedy(parent: Tensor, indptr: Tensor, tokens: Tensor, logits: Tensor
     return accept(parent, indptr, tokens, argmax_tokens(logits), max_depth)
 
 
+def plan_attention(
+    q: Tensor,
+    key_cache: Tensor | None,
+    page_table: Tensor | None,
+    context: Tensor | None,
+    tree_key: Tensor,
+    indptr: Tensor,
+    *,
+    mode: str = "whole",
+    window: int | None = None,
+    splits: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """As :func:`echo.kernels.plan_attention`: empty tensors, since the twin needs no plan."""
+    plan_shapes(q, key_cache, page_table, context, tree_key, indptr, mode, window, splits)
+    return torch.empty(0, 5, dtype=torch.int32, device=q.device), torch.empty(0, 2, dtype=torch.int32, device=q.device)
+
+
 def tree_attention(
     q: Tensor,
     key_cache: Tensor | None,
@@ -84,8 +101,9 @@ def tree_attention(
     key_scale: Tensor | None = None,
     value_scale: Tensor | None = None,
     splits: int | None = None,
+    plan: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """As :func:`echo.kernels.tree_attention`, computed in float64, row by row; it reads back. ``splits`` changes nothing here."""
+    """As :func:`echo.kernels.tree_attention`, computed in float64, row by row; it reads back, and needs neither splits nor plan."""
     s = attention_shapes(
         q, key_cache, value_cache, page_table, context, tree_key, tree_value, request, indptr, mask,
         mode, softcap, window, depth, key_scale, value_scale, splits,

@@ -102,6 +102,7 @@ def _scan(logits: Tensor) -> tuple[Tensor, Tensor, int]:
     return value, index, parts
 
 
+@launch.on_its_device
 def argmax_tokens(logits: Tensor) -> Tensor:
     """As :func:`echo.kernels.argmax_tokens`."""
     value, index, parts = _scan(logits)
@@ -125,6 +126,7 @@ def _accept(
     return rows, emitted, lengths
 
 
+@launch.on_its_device
 def accept(parent: Tensor, indptr: Tensor, tokens: Tensor, target_tokens: Tensor, max_depth: int) -> tuple[Tensor, Tensor, Tensor]:
     """As :func:`echo.kernels.accept`."""
     checks.tensor("target_tokens", target_tokens, list(tokens.shape), torch.int64, tokens.device)
@@ -132,6 +134,7 @@ def accept(parent: Tensor, indptr: Tensor, tokens: Tensor, target_tokens: Tensor
     return _accept(parent, indptr, tokens, max_depth, target, target, target, 0)
 
 
+@launch.on_its_device
 def accept_greedy(parent: Tensor, indptr: Tensor, tokens: Tensor, logits: Tensor, max_depth: int) -> tuple[Tensor, Tensor, Tensor]:
     """As :func:`echo.kernels.accept_greedy`: the walk itself picks the winners of the rows that it visits."""
     checks.tensor("logits", logits, [tokens.shape[0], "V"], checks.FLOATS, tokens.device)

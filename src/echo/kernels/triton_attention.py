@@ -1,294 +1,76 @@
-"""Attention of packed ragged trees over a paged context, as Triton kernels. The twin is in :mod:`echo.kernels.reference`.
-
-Three launches with fixed grids, whatever the batch is: ``_plan`` writes a work list, ``_attend`` works it off, ``_merge`` joins
-what was split. A work item is one row tile of a request times one piece of its keys. A row tile is ``rows x group``: the query
-heads of one KV head are folded into it, so that a tree of 4 rows with a group of 8 fills a tile of 32. The KV axis of a request is
-its context in blocks of ``KEYS`` tokens, then its own tree in blocks of ``KEYS`` rows; a piece is a range of blocks.
-
-Split and merge as in Flash-Decoding (Dao et al., 2023); softmax online, in base 2, as in FlashAttention-2.
-"""
+"""Launches of the tree attention kernels. The twin is in :mod:`echo.kernels.reference`, the contract in :mod:`echo.kernels`."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from echo import checks
 from echo.errors import EchoError
+from echo.kernels import attention_kernels as jit
 from echo.kernels import launch
-from echo.kernels.inputs import Shapes, attention_shapes, merge_shapes
+from echo.kernels.inputs import Shapes, attention_shapes, merge_shapes, plan_shapes
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
-"""Whether these kernels were loaded for Triton's interpreter, which runs them on the CPU."""
-
-LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
+"""Whether the kernels were loaded for Triton's interpreter, which runs them on the CPU."""
 
 
-@triton.jit
-def _blocks(rows, length, KEYS: tl.constexpr, WINDOW: tl.constexpr):
-    """First context block that a request's rows see, and how many blocks of context and of tree follow."""
-    first = tl.maximum(length - WINDOW + 1, 0) // KEYS if WINDOW > 0 else length * 0
-    prefix = (length + KEYS - 1) // KEYS - first
-    return first, prefix, (rows + KEYS - 1) // KEYS
+class Sizes(NamedTuple):
+    """What a work list is cut to: the tile, the items of a balanced split, and room for all items and for split ones."""
+
+    tile: launch.Tile
+    target: int
+    items: int
+    slots: int
 
 
-@triton.jit
-def _sizes(indptr, context, b, batch, limit, GROUP: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, WINDOW: tl.constexpr):
-    """Row tiles and KV blocks of requests ``b``; no row, no tile."""
-    there = b < batch
-    rows = tl.load(indptr + b + 1, mask=there, other=0) - tl.load(indptr + b, mask=there, other=0)
-    length = tl.minimum(tl.load(context + b, mask=there & (limit > 0), other=0), limit)
-    _, prefix, own = _blocks(rows, length, KEYS, WINDOW)
-    return (rows * GROUP + ROWS - 1) // ROWS, prefix + own
-
-
-@triton.jit
-def _pieces(blocks, chunk, splits):
-    """Pieces of a request's KV axis: as many as asked for, or as many as hold ``chunk`` blocks each."""
-    return tl.minimum(blocks, splits) if splits > 0 else ((blocks + chunk - 1) // chunk).to(tl.int32)
-
-
-@triton.jit
-def _plan(
-    indptr, context, work, spans, batch, limit, items, target, splits,
-    GROUP: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, WINDOW: tl.constexpr, MIN: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """One program a request, and one for the unused end of the list. Each adds up what comes before it: no order, no wait."""
-    me = tl.program_id(0)
-    lane = tl.arange(0, BLOCK)
-    total = tl.zeros([BLOCK], tl.int64)
-    for at in range(0, batch, BLOCK):
-        tiles, blocks = _sizes(indptr, context, at + lane, batch, limit, GROUP, ROWS, KEYS, WINDOW)
-        total += tiles.to(tl.int64) * blocks
-    # Pieces of at least `chunk` blocks: at most `target` more items than there are tiles.
-    chunk = tl.maximum((tl.sum(total, 0) + target - 1) // target, MIN)
-    before, split = tl.zeros([BLOCK], tl.int32), tl.zeros([BLOCK], tl.int32)
-    for at in range(0, me, BLOCK):
-        tiles, blocks = _sizes(indptr, context, at + lane, batch, limit, GROUP, ROWS, KEYS, WINDOW)
-        pieces = _pieces(blocks, chunk, splits)
-        before += tl.where(at + lane < me, tiles * pieces, 0)
-        split += tl.where((at + lane < me) & (pieces > 1), tiles * pieces, 0)
-    first, slot = tl.sum(before, 0), tl.sum(split, 0)
-    tiles, blocks = _sizes(indptr, context, me, batch, limit, GROUP, ROWS, KEYS, WINDOW)
-    pieces = _pieces(blocks, chunk, splits)
-    mine = tl.where(me < batch, tiles * pieces, items - first)
-    for at in range(0, mine, BLOCK):
-        number = at + lane
-        piece = (number // tl.maximum(tiles, 1)).to(tl.int64)  # tiles side by side: they read the same keys
-        base = work + (first + number).to(tl.int64) * 5
-        fits = (number < mine) & (first + number < items)
-        tl.store(base, tl.where(me < batch, me, -1) + 0 * number, mask=fits)
-        tl.store(base + 1, number % tl.maximum(tiles, 1), mask=fits)
-        tl.store(base + 2, (piece * blocks // tl.maximum(pieces, 1)).to(tl.int32), mask=fits)
-        tl.store(base + 3, ((piece + 1) * blocks // tl.maximum(pieces, 1)).to(tl.int32), mask=fits)
-        tl.store(base + 4, tl.where(pieces > 1, slot + number, -1), mask=fits)
-    tl.store(spans + me * 2, slot, mask=me < batch)
-    tl.store(spans + me * 2 + 1, pieces, mask=me < batch)
-
-
-@triton.jit
-def _scores(q, k, factor, cap, CAPPED: tl.constexpr, PRECISION: tl.constexpr):
-    """Scores in base 2, float32."""
-    score = tl.dot(q, tl.trans(k), input_precision=PRECISION) * factor
-    if CAPPED:
-        decay = tl.exp2(tl.abs(score) * (-2 * LOG2E) / cap)
-        score = tl.where(score < 0, -cap, cap) * (1 - decay) / (1 + decay)
-    return score * LOG2E
-
-
-@triton.jit
-def _online(score, v, acc, top, mass, PRECISION: tl.constexpr):
-    """One step of the online softmax."""
-    new = tl.maximum(top, tl.max(score, 1))
-    base = tl.where(new == float("-inf"), 0.0, new)
-    p = tl.exp2(score - base[:, None])
-    decay = tl.exp2(top - base)
-    acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision=PRECISION)
-    return acc, new, mass * decay + tl.sum(p, 1)
-
-
-@triton.jit
-def _attend(
-    q, key_cache, value_cache, table, context, tree_key, tree_value, indptr, mask, depth, key_scale, value_scale,
-    work, out, lse, partial, partial_lse, scale, cap,
-    q_row, q_head, k_page, k_slot, k_head, v_page, v_slot, v_head, table_row, tk_row, tk_head, tv_row, tv_head, words, limit,
-    GROUP: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, PAGE: tl.constexpr,
-    PREFIX: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr, KEY_SCALED: tl.constexpr, VALUE_SCALED: tl.constexpr,
-    DOT: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """One work item for one KV head."""
-    item, head, heads = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
-    b = tl.load(work + item * 5)
-    if b >= 0:
-        tile = tl.load(work + item * 5 + 1)
-        low, high = tl.load(work + item * 5 + 2), tl.load(work + item * 5 + 3)
-        begin = tl.load(indptr + b)
-        rows = tl.load(indptr + b + 1) - begin
-        length = tl.minimum(tl.load(context + b), limit) if PREFIX else 0 * b
-        first, prefix, _ = _blocks(rows, length, KEYS, WINDOW)
-
-        fold = tile * ROWS + tl.arange(0, ROWS)
-        local, member = fold // GROUP, fold % GROUP
-        real = local < rows
-        row = (begin + local).to(tl.int64)
-        d = tl.arange(0, WIDTH)
-        inner = d < DIM if DIM < WIDTH else d >= 0
-        key = tl.arange(0, KEYS)
-        queries = tl.load(
-            q + row[:, None] * q_row + (head * GROUP + member)[:, None] * q_head + d[None, :],
-            mask=real[:, None] & inner[None, :], other=0.0,
-        ).to(DOT)  # fmt: skip
-        acc = tl.zeros([ROWS, WIDTH], tl.float32)
-        top = tl.full([ROWS], float("-inf"), tl.float32)
-        mass = tl.zeros([ROWS], tl.float32)
-        since = tl.load(depth + row, mask=real, other=0) - WINDOW if WINDOW > 0 else local
-
-        if PREFIX:
-            factor = scale
-            if KEY_SCALED:
-                factor = scale * tl.load(key_scale + head)
-            k_from, v_from = key_cache + head.to(tl.int64) * k_head, value_cache + head.to(tl.int64) * v_head
-            pages = table + b.to(tl.int64) * table_row
-            for block in range(low, tl.minimum(high, prefix)):
-                start = (first + block) * KEYS
-                position = start + key
-                seen = position < length
-                shown = seen[:, None] & inner[None, :] if DIM < WIDTH else seen[:, None]
-                if PAGE % KEYS == 0:  # a block lies within one page: one page number, offsets that never change
-                    page = tl.load(pages + start // PAGE).to(tl.int64)
-                    k_at = k_from + (page * k_page + start % PAGE * k_slot) + (key * k_slot)[:, None] + d[None, :]
-                    v_at = v_from + (page * v_page + start % PAGE * v_slot) + (key * v_slot)[:, None] + d[None, :]
-                else:
-                    page = tl.load(pages + position // PAGE, mask=seen, other=0).to(tl.int64)
-                    k_at = k_from + (page * k_page + position % PAGE * k_slot)[:, None] + d[None, :]
-                    v_at = v_from + (page * v_page + position % PAGE * v_slot)[:, None] + d[None, :]
-                k = tl.load(k_at, mask=shown, other=0.0).to(DOT)
-                score = _scores(queries, k, factor, cap, CAPPED, PRECISION)
-                visible = seen[None, :]
-                if WINDOW > 0:
-                    visible = visible & (position[None, :] > length + since[:, None])
-                score = tl.where(visible, score, float("-inf"))
-                v = tl.load(v_at, mask=shown, other=0.0).to(DOT)
-                acc, top, mass = _online(score, v, acc, top, mass, PRECISION)
-            if VALUE_SCALED:
-                acc = acc * tl.load(value_scale + head)
-
-        k_own = tree_key + begin.to(tl.int64) * tk_row + head * tk_head
-        v_own = tree_value + begin.to(tl.int64) * tv_row + head * tv_head
-        for block in range(tl.maximum(low - prefix, 0), high - prefix):
-            start = block * KEYS
-            seen = start + key < rows
-            shown = seen[:, None] & inner[None, :] if DIM < WIDTH else seen[:, None]
-            k = tl.load(k_own + start * tk_row + (key * tk_row)[:, None] + d[None, :], mask=shown, other=0.0).to(DOT)
-            score = _scores(queries, k, scale, cap, CAPPED, PRECISION)
-            bits = tl.zeros([ROWS, KEYS], tl.int32)
-            for part in tl.static_range((KEYS + 31) // 32):
-                word = start // 32 + part
-                own = tl.load(mask + row * words + word, mask=real & (word < words), other=0)
-                bits = tl.where((key // 32 == part)[None, :], own[:, None], bits)
-            visible = (((bits >> ((start + key) % 32)[None, :]) & 1) != 0) & seen[None, :]
-            if WINDOW > 0:
-                visible = visible & (tl.load(depth + begin + start + key, mask=seen, other=0)[None, :] > since[:, None])
-            score = tl.where(visible, score, float("-inf"))
-            v = tl.load(v_own + start * tv_row + (key * tv_row)[:, None] + d[None, :], mask=shown, other=0.0).to(DOT)
-            acc, top, mass = _online(score, v, acc, top, mass, PRECISION)
-
-        acc = acc / tl.where(mass == 0, 1.0, mass)[:, None]
-        total = (top + tl.log2(tl.where(mass == 0, 1.0, mass))) * LN2
-        slot = tl.load(work + item * 5 + 4)
-        if slot < 0:
-            to = row * (heads * GROUP) + head * GROUP + member
-            tl.store(out + to[:, None] * DIM + d[None, :], acc.to(out.dtype.element_ty), mask=real[:, None] & inner[None, :])
-            tl.store(lse + to, total, mask=real)
-        else:
-            to = (slot.to(tl.int64) * heads + head) * ROWS + tl.arange(0, ROWS)
-            tl.store(partial + to[:, None] * DIM + d[None, :], acc, mask=real[:, None] & inner[None, :])
-            tl.store(partial_lse + to, total, mask=real)
-
-
-@triton.jit
-def _merge(
-    q, tree_key, tree_value, request, indptr, spans, out, lse, partial, partial_lse, scale, cap, batch,
-    q_row, q_head, tk_row, tk_head, tv_row, tv_head,
-    GROUP: tl.constexpr, MEMBERS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, CAPPED: tl.constexpr,
-):  # fmt: skip
-    """One row and one KV head: joins the pieces in their order, and answers pad rows, which see themselves only."""
-    n, head, heads = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
-    member = tl.arange(0, MEMBERS)
-    d = tl.arange(0, WIDTH)
-    inner = (member < GROUP)[:, None] & (d < DIM)[None, :]
-    to = (n * heads + head) * GROUP + member
-    b = tl.load(request + n)
-    if b >= batch:
-        queries = tl.load(q + n * q_row + (head * GROUP + member)[:, None] * q_head + d[None, :], mask=inner, other=0.0)
-        k = tl.load(tree_key + n * tk_row + head * tk_head + d, mask=d < DIM, other=0.0).to(tl.float32)
-        v = tl.load(tree_value + n * tv_row + head * tv_head + d, mask=d < DIM, other=0.0).to(tl.float32)
-        score = tl.sum(queries.to(tl.float32) * k[None, :], 1) * scale
-        if CAPPED:
-            decay = tl.exp2(tl.abs(score) * (-2 * LOG2E) / cap)
-            score = tl.where(score < 0, -cap, cap) * (1 - decay) / (1 + decay)
-        own = (v[None, :] + tl.zeros([MEMBERS, WIDTH], tl.float32)).to(out.dtype.element_ty)
-        tl.store(out + to[:, None] * DIM + d[None, :], own, mask=inner)
-        tl.store(lse + to, score, mask=member < GROUP)
-    else:
-        pieces = tl.load(spans + b * 2 + 1)
-        if pieces > 1:
-            begin = tl.load(indptr + b)
-            tiles = ((tl.load(indptr + b + 1) - begin) * GROUP + ROWS - 1) // ROWS
-            fold = (n - begin).to(tl.int32) * GROUP + member
-            item = (tl.load(spans + b * 2) + fold // ROWS).to(tl.int64)
-            acc = tl.zeros([MEMBERS, WIDTH], tl.float32)
-            top = tl.full([MEMBERS], float("-inf"), tl.float32)
-            mass = tl.zeros([MEMBERS], tl.float32)
-            for _ in range(pieces):
-                at = (item * heads + head) * ROWS + fold % ROWS
-                part = tl.load(partial_lse + at, mask=member < GROUP, other=float("-inf"))
-                value = tl.load(partial + at[:, None] * DIM + d[None, :], mask=inner, other=0.0)
-                new = tl.maximum(top, part)
-                base = tl.where(new == float("-inf"), 0.0, new)
-                weight, decay = tl.exp2((part - base) * LOG2E), tl.exp2((top - base) * LOG2E)
-                acc = acc * decay[:, None] + value * weight[:, None]
-                mass = mass * decay + weight
-                top = new
-                item += tiles
-            acc = acc / tl.where(mass == 0, 1.0, mass)[:, None]
-            tl.store(out + to[:, None] * DIM + d[None, :], acc.to(out.dtype.element_ty), mask=inner)
-            tl.store(lse + to, top + tl.log2(tl.where(mass == 0, 1.0, mass)) * LN2, mask=member < GROUP)
-
-
-@triton.jit
-def _join(o1, lse1, o2, lse2, out, lse, count, DIM: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr):
-    """Rows of two parts of one softmax."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    d = tl.arange(0, WIDTH)
-    inner = (row < count)[:, None] & (d < DIM)[None, :]
-    one = tl.load(lse1 + row, mask=row < count, other=0.0)
-    two = tl.load(lse2 + row, mask=row < count, other=0.0)
-    top = tl.maximum(one, two)
-    base = tl.where(top == float("-inf"), 0.0, top)
-    first, second = tl.exp2((one - base) * LOG2E), tl.exp2((two - base) * LOG2E)
-    mass = first + second
-    at = row[:, None] * DIM + d[None, :]
-    value = tl.load(o1 + at, mask=inner, other=0.0).to(tl.float32) * first[:, None]
-    value += tl.load(o2 + at, mask=inner, other=0.0).to(tl.float32) * second[:, None]
-    value = value / tl.where(mass == 0, 1.0, mass)[:, None]
-    tl.store(out + at, value.to(out.dtype.element_ty), mask=inner)
-    tl.store(lse + row, top + tl.log2(tl.where(mass == 0, 1.0, mass)) * LN2, mask=row < count)
-
-
-def _attention_launch(s: Shapes, device: torch.device, splits: int | None) -> tuple[launch.Tile, int, int, int]:
-    """Tile, target of a balanced split, most work items and most split ones."""
+def _sizes(s: Shapes, device: torch.device, splits: int | None) -> Sizes:
     mean = s.rows / max(s.batch, 1) if splits is None else launch.FIXED_ROWS
     tile = launch.tile(s.group, s.dim, s.itemsize, mean)
     tiles = launch.most_tiles(s.rows, s.batch, s.group, tile.rows)
     target = launch.target_items(device, s.kv_heads)
-    return (tile, target, tiles + target, 2 * target) if splits is None else (tile, target, tiles * splits, tiles * splits)
+    return Sizes(tile, target, tiles + target, 2 * target) if splits is None else Sizes(tile, target, tiles * splits, tiles * splits)
 
 
+def _work(
+    s: Shapes, sizes: Sizes, indptr: Tensor, context: Tensor | None, limit: int, window: int | None, splits: int | None
+) -> tuple[Tensor, Tensor]:
+    """Items int32 [items, 5] of request, tile, first block, end block, slot; per request int32 [B + 1, 2] of first slot, pieces."""
+    work = torch.empty(sizes.items, 5, dtype=torch.int32, device=indptr.device)
+    spans = torch.empty(s.batch + 1, 2, dtype=torch.int32, device=indptr.device)
+    jit.plan[(s.batch + 1,)](
+        indptr.contiguous(), (indptr if context is None else context).contiguous(), work, spans, s.batch, limit, sizes.items,
+        sizes.target, splits or 0, GROUP=s.group, ROWS=sizes.tile.rows, KEYS=sizes.tile.keys, WINDOW=window or 0,
+        MIN=launch.MIN_BLOCKS, BLOCK=256, num_warps=4,
+    )  # fmt: skip
+    return work, spans
+
+
+@launch.on_its_device
+def plan_attention(
+    q: Tensor,
+    key_cache: Tensor | None,
+    page_table: Tensor | None,
+    context: Tensor | None,
+    tree_key: Tensor,
+    indptr: Tensor,
+    *,
+    mode: str = "whole",
+    window: int | None = None,
+    splits: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """As :func:`echo.kernels.plan_attention`."""
+    s = plan_shapes(q, key_cache, page_table, context, tree_key, indptr, mode, window, splits)
+    whole = mode == "whole" and page_table is not None and key_cache is not None
+    limit = page_table.shape[1] * key_cache.shape[1] if whole and page_table is not None and key_cache is not None else 0
+    return _work(s, _sizes(s, q.device, splits), indptr, context if whole else None, limit, window, splits)
+
+
+@launch.on_its_device
 def tree_attention(
     q: Tensor,
     key_cache: Tensor | None,
@@ -309,6 +91,7 @@ def tree_attention(
     key_scale: Tensor | None = None,
     value_scale: Tensor | None = None,
     splits: int | None = None,
+    plan: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As :func:`echo.kernels.tree_attention`; tensors on a CUDA device, or anywhere under the interpreter.
 
@@ -321,76 +104,74 @@ def tree_attention(
     )  # fmt: skip
     if not 16 <= s.dim <= 256:
         raise EchoError(f"q: expected head dimensions from 16 to 256 for the Triton kernel, got {s.dim}")
-    whole = key_cache is not None and value_cache is not None and page_table is not None and context is not None and mode == "whole"
-    named = {"q": q, "tree_key": tree_key, "tree_value": tree_value} | (
-        {"key_cache": key_cache, "value_cache": value_cache, "page_table": page_table} if whole else {}
-    )
+    whole = mode == "whole"
+    # Without a context nothing of these is read; they stand for pointers.
+    keys, values = (key_cache, value_cache) if whole else (tree_key[None], tree_value[None])
+    table, lengths = (page_table, context) if whole else (indptr[None], indptr)
+    assert keys is not None and values is not None and table is not None and lengths is not None
+    named = {"q": q, "tree_key": tree_key, "tree_value": tree_value, "key_cache": keys, "value_cache": values, "page_table": table}
     for name, value in named.items():
-        if value is not None and value.numel() and value.stride(-1) != 1:
+        if value.numel() and value.stride(-1) != 1:
             raise EchoError(f"{name}: expected a contiguous last dimension, got strides {list(value.stride())}")
-    if q.is_cuda and whole and key_cache is not None and key_cache.dtype == torch.float8_e4m3fn:
-        major = torch.cuda.get_device_capability(q.device)
-        if major < (8, 9):
-            raise EchoError(f"key_cache: expected float8_e5m2 on compute capability {major}, got float8_e4m3fn")
+    if q.is_cuda and torch.float8_e4m3fn in (keys.dtype, values.dtype):
+        capability = torch.cuda.get_device_capability(q.device)
+        if capability < (8, 9):
+            raise EchoError(f"key_cache: expected float8_e5m2 on compute capability {capability}, got float8_e4m3fn")
 
-    device = q.device
-    tile, target, items, slots = _attention_launch(s, device, splits)
-    out = torch.empty(s.rows, s.heads, s.dim, dtype=q.dtype, device=device)
-    lse = torch.empty(s.rows, s.heads, dtype=torch.float32, device=device)
+    sizes = _sizes(s, q.device, splits)
+    tile = sizes.tile
+    out = torch.empty(s.rows, s.heads, s.dim, dtype=q.dtype, device=q.device)
+    lse = torch.empty(s.rows, s.heads, dtype=torch.float32, device=q.device)
     if s.rows == 0:
         return out, lse
-    ints: dict[str, Any] = {"dtype": torch.int32, "device": device}
-    floats: dict[str, Any] = {"dtype": torch.float32, "device": device}
-    work, spans = torch.empty(items, 5, **ints), torch.empty(s.batch + 1, 2, **ints)
-    partial, partial_lse = torch.empty(slots, s.kv_heads, tile.rows, s.dim, **floats), torch.empty(slots, s.kv_heads, tile.rows, **floats)
-    keys, values, table, lengths = (
-        (key_cache, value_cache, page_table, context) if whole else (tree_key[None], tree_value[None], indptr[None], indptr)
-    )
-    assert keys is not None and values is not None and table is not None and lengths is not None
     page = keys.shape[1] if whole else 1
     limit = table.shape[1] * page if whole else 0  # the page table ends here: no context is read beyond it
+    if plan is None:
+        work, spans = _work(s, sizes, indptr, lengths, limit, window, splits)
+    else:
+        work = checks.tensor("plan[0]", plan[0], [sizes.items, 5], torch.int32, q.device)
+        spans = checks.tensor("plan[1]", plan[1], [s.batch + 1, 2], torch.int32, q.device)
+    partial = torch.empty(sizes.slots, s.kv_heads, tile.rows, s.dim, dtype=torch.float32, device=q.device)
+    partial_lse = torch.empty(sizes.slots, s.kv_heads, tile.rows, dtype=torch.float32, device=q.device)
     indptr, lengths, mask, request = indptr.contiguous(), lengths.contiguous(), mask.contiguous(), request.contiguous()
     depth = indptr if depth is None else depth.contiguous()
-    common = {"GROUP": s.group, "ROWS": tile.rows}
-    width = launch.power_of_two(s.dim)
     cap = 1.0 if softcap is None else float(softcap)
     factor = s.dim**-0.5 if scale is None else float(scale)
-    _plan[(s.batch + 1,)](
-        indptr, lengths, work, spans, s.batch, limit, items, target, splits or 0,
-        **common, KEYS=tile.keys, WINDOW=window or 0, MIN=launch.MIN_BLOCKS, BLOCK=256, num_warps=4,
-    )  # fmt: skip
-    _attend[(items, s.kv_heads)](
+    shape = {
+        "GROUP": s.group, "ROWS": tile.rows, "DIM": s.dim, "WIDTH": launch.power_of_two(s.dim), "CAPPED": softcap is not None,
+    }  # fmt: skip
+    jit.attend[(sizes.items, s.kv_heads)](
         q, keys, values, table, lengths, tree_key, tree_value, indptr, mask, depth,
         lse if key_scale is None else key_scale.contiguous(), lse if value_scale is None else value_scale.contiguous(),
         work, out, lse, partial, partial_lse, factor, cap,
         q.stride(0), q.stride(1), *keys.stride()[:3], *values.stride()[:3], table.stride(0),
         tree_key.stride(0), tree_key.stride(1), tree_value.stride(0), tree_value.stride(1), mask.shape[1], limit,
-        **common, DIM=s.dim, WIDTH=width, KEYS=tile.keys, PAGE=page, PREFIX=whole, WINDOW=window or 0, CAPPED=softcap is not None,
-        KEY_SCALED=key_scale is not None, VALUE_SCALED=value_scale is not None, DOT=dot_type(q.dtype), PRECISION="ieee",
-        num_warps=tile.warps, num_stages=tile.stages,
+        **shape, KEYS=tile.keys, PAGE=page, PREFIX=whole, WINDOW=window or 0, KEY_SCALED=key_scale is not None,
+        VALUE_SCALED=value_scale is not None, DOT=_dot_type(q.dtype), PRECISION="ieee", num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
-    _merge[(s.rows, s.kv_heads)](
+    jit.merge[(s.rows, s.kv_heads)](
         q, tree_key, tree_value, request, indptr, spans, out, lse, partial, partial_lse, factor, cap, s.batch,
         q.stride(0), q.stride(1), tree_key.stride(0), tree_key.stride(1), tree_value.stride(0), tree_value.stride(1),
-        **common, MEMBERS=launch.power_of_two(s.group), DIM=s.dim, WIDTH=width, CAPPED=softcap is not None, num_warps=4,
+        **shape, MEMBERS=launch.power_of_two(s.group), num_warps=4,
     )  # fmt: skip
     return out, lse
 
 
-def dot_type(dtype: torch.dtype) -> Any:
+def _dot_type(dtype: torch.dtype) -> Any:
     """Triton's type of the matrix products. The interpreter computes bfloat16 wrongly, so there it is float32."""
     if INTERPRETED and dtype == torch.bfloat16:
         return tl.float32
     return {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}[dtype]
 
 
+@launch.on_its_device
 def merge_attention(o1: Tensor, lse1: Tensor, o2: Tensor, lse2: Tensor) -> tuple[Tensor, Tensor]:
     """As :func:`echo.kernels.merge_attention`."""
     n, heads, dim = merge_shapes(o1, lse1, o2, lse2)
     out, lse = torch.empty(n, heads, dim, dtype=o1.dtype, device=o1.device), torch.empty(n, heads, dtype=torch.float32, device=o1.device)
     rows = 16
     if n * heads:
-        _join[(-(-n * heads // rows),)](
+        jit.join[(-(-n * heads // rows),)](
             o1.contiguous(), lse1.contiguous(), o2.contiguous(), lse2.contiguous(), out, lse, n * heads,
             DIM=dim, WIDTH=launch.power_of_two(dim), ROWS=rows, num_warps=4,
         )  # fmt: skip
