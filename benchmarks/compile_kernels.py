@@ -253,7 +253,11 @@ def main() -> int:
     table, broken = run(options.quick, tuple(options.arch))
     if not options.quick:
         RESULTS.mkdir(exist_ok=True)
-        facts = {"triton": triton.__version__, "torch": torch.__version__, "launch": {k: v for k, v in vars(launch).items() if k.isupper()}}
+        facts = {
+            "triton": triton.__version__,
+            "torch": torch.__version__,
+            "launch": {k: v for k, v in vars(launch).items() if k.isupper() and len(k) > 1},
+        }
         (RESULTS / "compile.json").write_text(json.dumps(facts | {"kernels": table}, indent=1) + "\n")
         (RESULTS / "compile.md").write_text(markdown(table))
     print(f"{len(table)} kernels, {len(broken)} faults", *broken, sep="\n")

@@ -87,16 +87,15 @@ def sdpa(args: Args) -> Call:
 
 
 def flex(args: Args) -> Call:
-    """FlexAttention, compiled, with the dense mask as its mask function, over keys gathered beforehand."""
+    """FlexAttention with the dense mask as its mask function, over keys gathered beforehand; compiled on a CUDA device."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    if not args["q"].is_cuda:
-        raise UnfitError("only compiled, on a CUDA device")
     q, k, v, mask, place = padded(args)
     blocks = create_block_mask(
         lambda b, h, i, j: mask[b, 0, i, j], len(q), None, q.shape[2], k.shape[2], device=str(q.device), BLOCK_SIZE=128
     )
-    attend = partial(torch.compile(flex_attention, dynamic=False), enable_gqa=q.shape[1] != k.shape[1], block_mask=blocks)
+    run = torch.compile(flex_attention, dynamic=False) if q.is_cuda else flex_attention
+    attend = partial(run, enable_gqa=q.shape[1] != k.shape[1], block_mask=blocks)
     return lambda: packed(attend(q, k, v), place)
 
 
@@ -138,7 +137,10 @@ def flashinfer(args: Args) -> Call:
 
 def sglang(args: Args) -> Call:
     """SGLang's Triton extend attention with a byte mask, over the same pages."""
-    from sglang.srt.layers.attention.triton_ops.extend_attention import extend_attention_fwd
+    try:  # where it lies since 0.5.23, and where it lay before
+        from sglang.kernels.ops.attention.extend_attention import extend_attention_fwd
+    except ImportError:
+        from sglang.srt.layers.attention.triton_ops.extend_attention import extend_attention_fwd
 
     if args["key_cache"].dtype != args["q"].dtype:
         raise UnfitError("its 8-bit path takes other scales")

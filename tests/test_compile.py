@@ -40,7 +40,7 @@ def test_the_committed_table_has_no_faults_and_is_of_the_shipped_launches():
     from echo.kernels import launch
 
     table = json.loads((BENCHMARKS / "results" / "compile.json").read_text())
-    assert {k: v for k, v in vars(launch).items() if k.isupper()} == {
+    assert {k: v for k, v in vars(launch).items() if k.isupper() and len(k) > 1} == {
         k: tuple(v) if isinstance(v, list) else v for k, v in table["launch"].items()
     }
     attend = [entry for entry in table["kernels"] if entry["kernel"] == "attend"]
