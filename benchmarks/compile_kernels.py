@@ -56,12 +56,15 @@ class Case:
     mode: str = "whole"
     window: int | None = None
     softcap: float | None = None
+    batch: int = 8
+    splits: int | None = None
 
     @property
     def name(self) -> str:
         """As in the table."""
         parts = [f"D={self.dim}", str(self.dtype)[6:], f"group={self.group}", f"rows={self.rows}", f"page={self.page}"]
         parts += [str(self.cache)[6:]] * (self.cache is not None) + ["tree part"] * (self.mode == "tree")
+        parts += [f"batch={self.batch}"] * (self.batch != 8) + [f"splits={self.splits}"] * (self.splits is not None)
         return " ".join(parts + ["window"] * (self.window is not None) + ["softcap"] * (self.softcap is not None))
 
 
@@ -151,8 +154,9 @@ def measure(recorder: Recorder, arch: int) -> dict[str, Any]:
 
 
 def attention(case: Case) -> dict[str, Recorder]:
-    """The launches of one attention call of a batch of 8 requests."""
-    batch, kv_heads = 8, 2
+    """The launches of one attention call."""
+    batch, kv_heads = case.batch, 2
+    words, width = (1, 1) if batch == 1 else (2, 32)
     n, cache = case.rows * batch, case.cache or case.dtype
     q = torch.empty(n, kv_heads * case.group, case.dim, dtype=case.dtype)
     pages = [torch.empty(64, case.page, kv_heads, case.dim, dtype=cache) for _ in range(2)]
@@ -162,27 +166,42 @@ def attention(case: Case) -> dict[str, Recorder]:
 
     def call() -> None:
         triton_attention.tree_attention(
-            q, *pages, torch.zeros(batch, 32, **ints), torch.zeros(batch, **ints), *own, torch.zeros(n, **ints),
-            torch.zeros(batch + 1, **ints), torch.zeros(n, 2, **ints), mode=case.mode, window=case.window, softcap=case.softcap,
-            depth=torch.zeros(n, **ints), key_scale=scales, value_scale=scales,
+            q, *pages, torch.zeros(batch, width, **ints), torch.zeros(batch, **ints), *own, torch.zeros(n, **ints),
+            torch.zeros(batch + 1, **ints), torch.zeros(n, words, **ints), mode=case.mode, window=case.window, softcap=case.softcap,
+            depth=torch.zeros(n, **ints), key_scale=scales, value_scale=scales, splits=case.splits,
         )  # fmt: skip
 
     return record(attention_kernels, ["plan", "attend", "merge"], call)
 
 
-def acceptance() -> dict[str, Recorder]:
-    """The launches of the acceptance walk from bfloat16 logits."""
-    n, links = 64, torch.zeros(64, dtype=torch.int32)
-    tokens, logits = torch.zeros(n, dtype=torch.int64), torch.empty(n, 128256, dtype=torch.bfloat16)
-    call = lambda: (triton_accept.accept_greedy(links, links[:9], tokens, logits, 8), triton_accept.argmax_tokens(logits))  # noqa: E731
-    return record(triton_accept, ["_best", "_walk", "_collect"], call)
+def others(n: int, vocabulary: int) -> list[tuple[str, str, Recorder]]:
+    """Kernel, case and launch of acceptance from logits and from tokens, and of joining two parts."""
+    links, tokens = torch.zeros(n + 1, dtype=torch.int32), torch.zeros(n, dtype=torch.int64)
+    logits, out, lse = (torch.empty(n, size, dtype=torch.bfloat16) for size in (vocabulary, 128, 1))
+    trees = links[:n], links[: n // 8 + 2], tokens
+    parts = out[:, None], lse.float(), out[:, None], lse.float()
+    calls = {
+        f"V={vocabulary}": lambda: triton_accept.accept_greedy(*trees, logits, n // 8 + 1),
+        f"V={vocabulary} arg-max": lambda: triton_accept.argmax_tokens(logits),
+        "from tokens": lambda: triton_accept.accept(*trees, tokens, n // 8 + 1),
+        "D=128": lambda: triton_attention.merge_attention(*parts),
+    }
+    found = []
+    for case, call in calls.items():
+        launches = (
+            record(triton_accept, ["_best", "_walk", "_collect"], call) if case != "D=128" else record(attention_kernels, ["join"], call)
+        )
+        found += [(name.strip("_"), f"{case} bfloat16 N={n}", recorder) for name, recorder in launches.items()]
+    return found
 
 
 def cases(quick: bool) -> list[Case]:
     """What is compiled: every head dimension, kind and tile height, then each feature once."""
     half, brain, single = torch.float16, torch.bfloat16, torch.float32
+    # Arguments equal to 1 are compiled in as constants, which changes types: everything that can be 1 is.
+    ones = Case(64, half, 1, 1, page=1, batch=1, splits=1)
     if quick:
-        return [Case(128, brain, 4, 16), Case(64, half, 1, 8), Case(80, brain, 5, 20, page=1), Case(128, single, 4, 16)]
+        return [ones, Case(128, brain, 4, 16), Case(64, half, 1, 8), Case(80, brain, 5, 20, page=1), Case(128, single, 4, 16)]
     grid = [Case(dim, kind, 4, rows) for dim in launch.HEAD_DIMS for kind in (half, brain, single) for rows in (2, 8, 16)]
     e4, e5 = torch.float8_e4m3fn, torch.float8_e5m2
     features = [
@@ -191,7 +210,7 @@ def cases(quick: bool) -> list[Case]:
         Case(128, brain, 4, 16, mode="tree"), Case(128, brain, 4, 2, mode="tree"), Case(256, brain, 2, 16, window=4096, softcap=50.0),
         Case(128, brain, 7, 16), Case(64, half, 1, 8, window=1024), Case(128, brain, 16, 4),
     ]  # fmt: skip
-    return grid + features
+    return [*grid, *features, ones]
 
 
 def faults(entry: dict[str, Any], tile_rows: int, sixteen: bool) -> list[str]:
@@ -212,10 +231,11 @@ def run(quick: bool, archs: tuple[int, ...]) -> tuple[list[dict[str, Any]], list
     jobs: list[tuple[str, str, Recorder, int, bool]] = []
     for case in cases(quick):
         for name, recorder in attention(case).items():
-            if name == "attend" or case in (Case(128, torch.bfloat16, 4, 16), Case(256, torch.float32, 4, 16)):
+            if name == "attend" or case.batch == 1 or case in (Case(128, torch.bfloat16, 4, 16), Case(256, torch.float32, 4, 16)):
                 height = recorder.options["ROWS"] if name == "attend" else 0
                 jobs.append((name.strip("_"), case.name, recorder, height, case.dtype.itemsize == 2))
-    jobs += [(name.strip("_"), "bfloat16 V=128256", recorder, 0, False) for name, recorder in acceptance().items()]
+    for n, vocabulary in ((64, 128256), (1, 1)):
+        jobs += [(*other, 0, False) for other in others(n, vocabulary)]
     for kernel, name, recorder, height, sixteen in jobs:
         for arch in archs:
             if arch < 89 and "float8_e4m3fn" in name:

@@ -7,7 +7,7 @@ library is not installed and UnfitError where it does not take the case. Pad row
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -86,6 +86,14 @@ def sdpa(args: Args) -> Call:
     return lambda: packed(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1]), place)
 
 
+@lru_cache
+def compiled() -> Callable[..., torch.Tensor]:
+    """FlexAttention, compiled once: its second shape makes the sizes dynamic."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention)  # type: ignore[return-value]
+
+
 def flex(args: Args) -> Call:
     """FlexAttention with the dense mask as its mask function, over keys gathered beforehand; compiled on a CUDA device."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
@@ -94,9 +102,8 @@ def flex(args: Args) -> Call:
     blocks = create_block_mask(
         lambda b, h, i, j: mask[b, 0, i, j], len(q), None, q.shape[2], k.shape[2], device=str(q.device), BLOCK_SIZE=128
     )
-    run = torch.compile(flex_attention, dynamic=False) if q.is_cuda else flex_attention
-    attend = partial(run, enable_gqa=q.shape[1] != k.shape[1], block_mask=blocks)
-    return lambda: packed(attend(q, k, v), place)
+    attend = compiled() if q.is_cuda else flex_attention
+    return lambda: packed(attend(q, k, v, enable_gqa=q.shape[1] != k.shape[1], block_mask=blocks), place)
 
 
 def in_cache(args: Args) -> tuple[torch.Tensor, torch.Tensor]:

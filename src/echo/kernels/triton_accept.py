@@ -38,12 +38,14 @@ def _best(logits, value, index, vocabulary, row_stride, parts, CHUNK: tl.constex
 def _winner(target, value, index, row, parts, PARTS: tl.constexpr):
     """The target's token after a row: as given, or the best of the row's chunks, or -1."""
     if PARTS == 0:
-        return tl.load(target + row)
-    lane = tl.arange(0, PARTS)
-    best = tl.load(value + row * parts + lane, mask=lane < parts, other=float("-inf"))
-    place = tl.load(index + row * parts + lane, mask=lane < parts, other=NOWHERE)
-    first = tl.min(tl.where(best == tl.max(best, 0), place, NOWHERE), 0)
-    return tl.where(first == NOWHERE, -1, first).to(tl.int64)
+        token = tl.load(target + row)
+    else:
+        lane = tl.arange(0, PARTS)
+        best = tl.load(value + row * parts + lane, mask=lane < parts, other=float("-inf"))
+        place = tl.load(index + row * parts + lane, mask=lane < parts, other=NOWHERE)
+        first = tl.min(tl.where(best == tl.max(best, 0), place, NOWHERE), 0)
+        token = tl.where(first == NOWHERE, -1, first).to(tl.int64)
+    return token
 
 
 @triton.jit
