@@ -95,14 +95,18 @@ def record(module: Any, names: list[str], call: Any) -> dict[str, Recorder]:
 
 
 def source(recorder: Recorder) -> tuple[ASTSource, dict[str, int]]:
-    """What Triton would compile for that launch: ints equal to 1 are constants, those divisible by 16 are hinted, as pointers are."""
+    """What Triton would compile for that launch.
+
+    Ints equal to 1 are constants and those divisible by 16 are hinted, as pointers are, except what is not to be specialised on.
+    """
     names = recorder.kernel.arg_names
     named = dict(zip(names, recorder.args, strict=False)) | {k: v for k, v in recorder.options.items() if k in names}
+    plain = {p.name for p in recorder.kernel.params if p.do_not_specialize}
     constants = {p.name for p in recorder.kernel.params if p.is_constexpr}
     signature, fixed, hints = {}, {}, {}
     for place, name in enumerate(names):
         value = named[name]
-        if name in constants or (isinstance(value, int) and value == 1):
+        if name in constants or (isinstance(value, int) and value == 1 and name not in plain):
             signature[name], fixed[name] = "constexpr", value
         elif isinstance(value, torch.Tensor):
             signature[name] = TYPES[value.dtype]
@@ -110,7 +114,7 @@ def source(recorder: Recorder) -> tuple[ASTSource, dict[str, int]]:
                 hints[(place,)] = [["tt.divisibility", 16]]
         elif isinstance(value, int):
             signature[name] = "i32" if -(1 << 31) <= value < 1 << 31 else "i64"
-            if value % 16 == 0:
+            if value % 16 == 0 and name not in plain:
                 hints[(place,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = "fp32"

@@ -35,6 +35,22 @@ def test_the_check_finds_spills_and_narrow_instructions():
     subprocess.run([sys.executable, "-c", code], env=environment, check=True)
 
 
+def test_another_batch_compiles_nothing_anew():
+    """Other numbers of requests and rows, mask words and pages a request: the same signature, constants and hints."""
+    code = (
+        "import compile_kernels as ck, torch\n"
+        "def launches(batch, rows):\n"
+        "    found = ck.attention(ck.Case(128, torch.bfloat16, 4, rows, batch=batch)) | {k: r for k, _, r in ck.others(batch, 128256)}\n"
+        "    sources = {name: ck.source(recorder)[0] for name, recorder in found.items()}\n"
+        "    return {name: (s.signature, s.constants, s.attrs) for name, s in sources.items()}\n"
+        "first = launches(8, 16)\n"
+        "assert len(first) == 7, first.keys()\n"
+        "for batch, rows in ((1, 16), (16, 12), (37, 13)): assert launches(batch, rows) == first, (batch, rows)"
+    )
+    environment = ENVIRONMENT | {"PYTHONPATH": os.pathsep.join([str(BENCHMARKS), os.environ.get("PYTHONPATH", "")])}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+
+
 def test_the_committed_table_has_no_faults_and_is_of_the_shipped_launches():
     """Every head dimension on every architecture; the constants it was made with are still those of the launcher."""
     from echo.kernels import launch

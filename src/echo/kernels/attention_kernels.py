@@ -5,6 +5,8 @@ batch is. A work item is one row tile of a request times one piece of its keys. 
 KV head are folded into it, so that a tree of 4 rows with a group of 8 fills a tile of 32. The KV axis of a request is its context in
 blocks of ``KEYS`` tokens, then its own tree in blocks of ``KEYS`` rows; a piece is a range of blocks.
 
+Sizes that change from step to step are not specialised on: another batch neither compiles anew nor computes in another order.
+
 Split and merge as in Flash-Decoding (Dao et al., 2023); softmax online, in base 2, as in FlashAttention-2.
 """
 
@@ -41,7 +43,7 @@ def _pieces(blocks, chunk, splits):
     return tl.minimum(blocks, splits) if splits > 0 else ((blocks + chunk - 1) // chunk).to(tl.int32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "limit", "items", "target", "splits"])
 def plan(
     indptr, context, work, spans, batch, limit, items, target, splits,
     GROUP: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, WINDOW: tl.constexpr, MIN: tl.constexpr, BLOCK: tl.constexpr,
@@ -100,7 +102,7 @@ def _online(score, v, acc, top, mass, PRECISION: tl.constexpr):
     return acc, new, mass * decay + tl.sum(p, 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_row", "words", "limit"])
 def attend(
     q, key_cache, value_cache, table, context, tree_key, tree_value, indptr, mask, depth, key_scale, value_scale,
     work, out, lse, partial, partial_lse, scale, cap,
@@ -199,7 +201,7 @@ def attend(
             tl.store(partial_lse + to, total, mask=real)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch"])
 def merge(
     q, tree_key, tree_value, request, indptr, spans, out, lse, partial, partial_lse, scale, cap, batch,
     q_row, q_head, tk_row, tk_head, tv_row, tv_head,
@@ -249,7 +251,7 @@ def merge(
             tl.store(lse + to, top + tl.log2(tl.where(mass == 0, 1.0, mass)) * LN2, mask=member < GROUP)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def join(o1, lse1, o2, lse2, out, lse, count, DIM: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr):
     """Rows of two parts of one softmax."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)

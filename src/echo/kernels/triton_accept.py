@@ -17,7 +17,7 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)
 NOWHERE = tl.constexpr(2147483647)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts"])
 def _best(logits, value, index, vocabulary, row_stride, parts, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
     """The largest number of one chunk of one row, and its first place. NaN counts as -inf."""
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -48,7 +48,7 @@ def _winner(target, value, index, row, parts, PARTS: tl.constexpr):
     return token
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "parts", "max_depth"])
 def _walk(
     parent, indptr, tokens, target, value, index, rows, emitted, lengths, count, parts, max_depth,
     PARTS: tl.constexpr, BLOCK: tl.constexpr,
@@ -81,7 +81,7 @@ def _walk(
     tl.store(lengths + b, tl.full([], 0, tl.int64) + length)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts"])
 def _collect(value, index, token, parts, PARTS: tl.constexpr):
     """The winning token of each row."""
     row = tl.program_id(0).to(tl.int64)
