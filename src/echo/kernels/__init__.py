@@ -72,7 +72,7 @@ def tree_attention(
         key_cache, value_cache: [pages, page_size, Hkv, D], of q's kinds, or float8_e4m3fn or float8_e5m2. Pages that no context
             reaches are never read. None in mode "tree".
         page_table: int32 [B, max_pages]; None in mode "tree".
-        context: int32 [B], tokens in the cache before the tree, cut at max_pages * page_size; None in mode "tree".
+        context: int32 [B], tokens in the cache before the tree, cut to 0 and max_pages * page_size; None in mode "tree".
         tree_key, tree_value: [N, Hkv, D], the rows' own keys and values, of q's kinds. Finite on every row of a request; pad
             rows may hold anything.
         request: int32 [N]; B on pad rows, which attend to themselves only.

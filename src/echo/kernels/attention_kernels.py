@@ -32,7 +32,7 @@ def _sizes(indptr, context, b, batch, limit, GROUP: tl.constexpr, ROWS: tl.const
     """Row tiles and KV blocks of requests ``b``; no row, no tile."""
     there = b < batch
     rows = tl.load(indptr + b + 1, mask=there, other=0) - tl.load(indptr + b, mask=there, other=0)
-    length = tl.minimum(tl.load(context + b, mask=there & (limit > 0), other=0), limit)
+    length = tl.maximum(tl.minimum(tl.load(context + b, mask=there & (limit > 0), other=0), limit), 0)
     _, prefix, own = _blocks(rows, length, KEYS, WINDOW)
     return (rows * GROUP + ROWS - 1) // ROWS, prefix + own
 
@@ -119,7 +119,7 @@ def attend(
         low, high = tl.load(work + item * 5 + 2), tl.load(work + item * 5 + 3)
         begin = tl.load(indptr + b)
         rows = tl.load(indptr + b + 1) - begin
-        length = tl.minimum(tl.load(context + b), limit) if PREFIX else 0 * b
+        length = tl.maximum(tl.minimum(tl.load(context + b), limit), 0) if PREFIX else 0 * b
         first, prefix, _ = _blocks(rows, length, KEYS, WINDOW)
 
         fold = tile * ROWS + tl.arange(0, ROWS)

@@ -126,7 +126,7 @@ def tree_attention(
                 behind = depth[row].long() - depth[own].long()
             if mode == "whole" and key_cache is not None and value_cache is not None and page_table is not None and context is not None:
                 page = key_cache.shape[1]
-                length = min(int(context[b]), page_table.shape[1] * page)
+                length = max(min(int(context[b]), page_table.shape[1] * page), 0)
                 at = torch.arange(length, device=device)
                 pages, slots = page_table[b, at // page].long(), at % page
                 cached = [key_cache[pages, slots].to(double), value_cache[pages, slots].to(double)]
