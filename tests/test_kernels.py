@@ -27,6 +27,9 @@ LIMIT = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 SHAPE = {"page": 16, "heads": 2, "kv_heads": 1, "dim": 64, "dtype": torch.float32}
 
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*deterministic")  # of the twins, on a GPU
+
+
 @pytest.fixture(autouse=True)
 def _poison():
     """Uninitialised memory holds NaN, and integers their largest value."""
