@@ -1,9 +1,14 @@
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
+
+# Triton reads it when it is imported: without a GPU the kernels run in its interpreter, on the CPU.
+os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
 
 import echo
 

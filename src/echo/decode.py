@@ -10,12 +10,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from echo import checks
+from echo import checks, kernels
 from echo.budget.history import History
 from echo.budget.rules import place
 from echo.budget.scheduler import ElasticBudgetScheduler, Forecast
 from echo.errors import EchoError
-from echo.kernels import reference
 from echo.logs import WarmupLog
 from echo.tree.accepted import Accepted
 from echo.tree.packed import PackedTree
@@ -160,7 +159,7 @@ def outcomes(tree: SuperTree, packed: PackedTree, accepted: Accepted) -> tuple[T
     return torch.where(drafted, ranks[packed.node.clamp(0, len(ranks) - 1)], 0), taken[:-1] & drafted
 
 
-def verify(packed: PackedTree, target_tokens: Tensor | None = None, *, logits: Tensor | None = None) -> Accepted:
+def verify(packed: PackedTree, target_tokens: Tensor | None = None, *, logits: Tensor | None = None, backend: str = "auto") -> Accepted:
     """Accepts, from each root down, the child that equals the target's own token.
 
     Lossless for greedy decoding and for sampling, whatever was drafted and selected: every emitted token is the target's.
@@ -169,17 +168,21 @@ def verify(packed: PackedTree, target_tokens: Tensor | None = None, *, logits: T
         packed: the step.
         target_tokens: int64 [N], the token that the engine sampled after each row.
         logits: float [N, V] instead, for greedy decoding; NaN never wins.
+        backend: "auto", "torch" or "triton", as in :mod:`echo.kernels`; both give the same bits.
 
     Raises:
-        EchoError: neither or both were given, or shapes or dtypes that do not fit.
+        EchoError: neither or both were given, shapes or dtypes that do not fit, or a backend that is not there.
     """
     if (target_tokens is None) == (logits is None):
         raise EchoError("target_tokens, logits: expected exactly one of them")
     device = packed.tokens.device
+    links = packed.parent, packed.indptr, packed.tokens
     if logits is not None:
-        target_tokens = reference.argmax_tokens(checks.tensor("logits", logits, [packed.rows, "V"], checks.FLOATS, device))
-    tokens = checks.tensor("target_tokens", target_tokens, [packed.rows], torch.int64, device)
-    rows, emitted, lengths = reference.accept(packed.parent, packed.indptr, packed.tokens, tokens, packed.max_depth)
+        checks.tensor("logits", logits, [packed.rows, "V"], checks.FLOATS, device)
+        rows, emitted, lengths = kernels.accept_greedy(*links, logits, packed.max_depth, backend=backend)
+    else:
+        tokens = checks.tensor("target_tokens", target_tokens, [packed.rows], torch.int64, device)
+        rows, emitted, lengths = kernels.accept(*links, tokens, packed.max_depth, backend=backend)
     last = emitted.gather(1, (lengths - 1).clamp(min=0)[:, None])[:, 0]
     return Accepted(emitted, rows, lengths, torch.where(lengths > 0, last, -1))
 

@@ -1,1 +1,192 @@
-"""Kernels and their plain-torch twins. They take tensors, never the library's structures."""
+"""Kernels and their plain-torch twins. They take tensors, never the library's structures.
+
+Every function here picks one of two implementations of the same signature by ``backend``: ``"torch"``, the twin in
+:mod:`echo.kernels.reference`; ``"triton"``, the kernel, for CUDA tensors, or any tensor where Triton was imported with
+``TRITON_INTERPRET=1``; ``"auto"``, the kernel for CUDA tensors where Triton is installed, and the twin otherwise. A backend that is
+asked for and not there is an :class:`~echo.errors.EchoError`, never a silent fallback. Under ``torch.compile``, "auto" is the twin,
+which the compiler can fuse with what is around it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from echo.errors import EchoError
+from echo.kernels import reference
+
+BACKENDS = ("auto", "torch", "triton")
+
+
+def _module(name: str, backend: str, at: Tensor) -> ModuleType:
+    """The module whose functions are to be called for tensors on that device."""
+    if backend not in BACKENDS:
+        raise EchoError(f"backend: expected one of {BACKENDS}, got {backend!r}")
+    cuda = isinstance(at, Tensor) and at.is_cuda
+    if backend == "torch" or (backend == "auto" and (not cuda or torch.compiler.is_compiling())):
+        return reference
+    if importlib.util.find_spec("triton") is None:
+        if backend == "auto":
+            return reference
+        raise EchoError("backend: expected an installed triton for 'triton', got none")
+    module = importlib.import_module(f"echo.kernels.triton_{name}")
+    if not (cuda or module.INTERPRETED):
+        raise EchoError(f"backend: expected CUDA tensors for 'triton' (or TRITON_INTERPRET=1), got {at.device.type} tensors")
+    return module
+
+
+def tree_attention(
+    q: Tensor,
+    key_cache: Tensor | None,
+    value_cache: Tensor | None,
+    page_table: Tensor | None,
+    context: Tensor | None,
+    tree_key: Tensor,
+    tree_value: Tensor,
+    request: Tensor,
+    indptr: Tensor,
+    mask: Tensor,
+    *,
+    mode: str = "whole",
+    scale: float | None = None,
+    softcap: float | None = None,
+    window: int | None = None,
+    depth: Tensor | None = None,
+    key_scale: Tensor | None = None,
+    value_scale: Tensor | None = None,
+    splits: int | None = None,
+    plan: tuple[Tensor, Tensor] | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Attention of packed tree rows over a paged context and their own ancestors.
+
+    The kernel reads nothing back and launches a grid that depends on shapes only: one CUDA graph serves any raggedness. It is
+    deterministic. With ``splits`` given, a request's bits depend on nothing but the request, whatever the batch is.
+
+    Args:
+        q: float16, bfloat16 or float32 [N, Hq, D].
+        key_cache, value_cache: [pages, page_size, Hkv, D], of q's kinds, or float8_e4m3fn or float8_e5m2. Pages that no context
+            reaches are never read. None in mode "tree".
+        page_table: int32 [B, max_pages]; None in mode "tree".
+        context: int32 [B], tokens in the cache before the tree, cut to 0 and max_pages * page_size; None in mode "tree".
+        tree_key, tree_value: [N, Hkv, D], the rows' own keys and values, of q's kinds. Finite on every row of a request; pad
+            rows may hold anything.
+        request: int32 [N]; B on pad rows, which attend to themselves only.
+        indptr: int32 [B + 1], where each request's rows begin.
+        mask: int32 [N, words], ancestors and the row itself, as in a packed tree; bits beyond the request's rows are ignored.
+        mode: "whole", context and tree; or "tree", the tree part only, to be merged with the result of another kernel over the
+            context by :func:`merge_attention`. Merge real rows only: a pad row's result is whole by itself.
+        scale: of the scores; 1 / sqrt(D) where not given.
+        softcap: scores become ``softcap * tanh(score / softcap)``.
+        window: a row sees keys at most ``window - 1`` positions before its own.
+        depth: int32 [N], needed with ``window``.
+        key_scale, value_scale: float32 [Hkv], factors of cached keys and values, as for float8 caches.
+        splits: pieces that each request's keys are cut in, at most; balanced over the whole batch where not given.
+        plan: what :func:`plan_attention` made for this batch; made anew where not given.
+        backend: "auto", "torch" or "triton".
+
+    Returns:
+        out [N, Hq, D] in q's dtype, and lse float32 [N, Hq], the natural log of the summed exponentials. A row that sees nothing has
+        zeros and -inf.
+
+    Raises:
+        EchoError: arguments that do not fit, or a backend that is not there.
+    """
+    module = _module("attention", backend, q)
+    result: tuple[Tensor, Tensor] = module.tree_attention(
+        q, key_cache, value_cache, page_table, context, tree_key, tree_value, request, indptr, mask,
+        mode=mode, scale=scale, softcap=softcap, window=window, depth=depth, key_scale=key_scale, value_scale=value_scale,
+        splits=splits, plan=plan,
+    )  # fmt: skip
+    return result
+
+
+def plan_attention(
+    q: Tensor,
+    key_cache: Tensor | None,
+    page_table: Tensor | None,
+    context: Tensor | None,
+    tree_key: Tensor,
+    indptr: Tensor,
+    *,
+    mode: str = "whole",
+    window: int | None = None,
+    splits: int | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """The work list of a step, made once on the device for all its layers that share window and splits.
+
+    Args:
+        q, key_cache, page_table, context, tree_key, indptr: as in :func:`tree_attention`; of q, tree_key and key_cache only
+            shapes and dtypes count.
+        mode, window, splits, backend: as in :func:`tree_attention`, and the same as in the calls that get the plan.
+
+    Returns:
+        Two int32 tensors to be handed to :func:`tree_attention` as ``plan``.
+
+    Raises:
+        EchoError: arguments that do not fit, or a backend that is not there.
+    """
+    result: tuple[Tensor, Tensor] = _module("attention", backend, q).plan_attention(
+        q, key_cache, page_table, context, tree_key, indptr, mode=mode, window=window, splits=splits
+    )
+    return result
+
+
+def merge_attention(o1: Tensor, lse1: Tensor, o2: Tensor, lse2: Tensor, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
+    """Joins attention over two disjoint sets of keys.
+
+    Args:
+        o1, o2: float [N, H, D].
+        lse1, lse2: float32 [N, H], natural logs; -inf for a part without keys.
+        backend: "auto", "torch" or "triton".
+
+    Returns:
+        out [N, H, D] in o1's dtype, and lse float32 [N, H].
+
+    Raises:
+        EchoError: arguments that do not fit, or a backend that is not there.
+    """
+    result: tuple[Tensor, Tensor] = _module("attention", backend, o1).merge_attention(o1, lse1, o2, lse2)
+    return result
+
+
+def accept(
+    parent: Tensor, indptr: Tensor, tokens: Tensor, target_tokens: Tensor, max_depth: int, *, backend: str = "auto"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Walks each tree from its root to the child that equals the target's token; see :func:`echo.kernels.reference.accept`.
+
+    Raises:
+        EchoError: arguments that do not fit, or a backend that is not there.
+    """
+    result: tuple[Tensor, Tensor, Tensor] = _module("accept", backend, tokens).accept(parent, indptr, tokens, target_tokens, max_depth)
+    return result
+
+
+def accept_greedy(
+    parent: Tensor, indptr: Tensor, tokens: Tensor, logits: Tensor, max_depth: int, *, backend: str = "auto"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`accept` with the arg-max of logits [N, V], read once; NaN never wins, the lowest of equals does.
+
+    Raises:
+        EchoError: arguments that do not fit, or a backend that is not there.
+    """
+    result: tuple[Tensor, Tensor, Tensor] = _module("accept", backend, tokens).accept_greedy(parent, indptr, tokens, logits, max_depth)
+    return result
+
+
+def argmax_tokens(logits: Tensor, *, backend: str = "auto") -> Tensor:
+    """int64 [N]: greedy tokens of logits [N, V]; NaN never wins, the lowest of equals does, a row without a number above -inf has -1.
+
+    Raises:
+        EchoError: arguments that do not fit, or a backend that is not there.
+    """
+    result: Tensor = _module("accept", backend, logits).argmax_tokens(logits)
+    return result
+
+
+__all__ = ["BACKENDS", "accept", "accept_greedy", "argmax_tokens", "merge_attention", "plan_attention", "tree_attention"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from echo import checks
+from echo.kernels.inputs import accept_shapes, attention_shapes, merge_shapes, plan_shapes
 
 
 def accept(parent: Tensor, indptr: Tensor, tokens: Tensor, target_tokens: Tensor, max_depth: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -25,8 +25,11 @@ def accept(parent: Tensor, indptr: Tensor, tokens: Tensor, target_tokens: Tensor
         rows int64 [B, max_depth + 1], global rows walked, root first, -1 beyond;
         emitted int64 [B, max_depth + 1], the target's token at each, -1 beyond;
         lengths int64 [B], rows walked; 0 for a request without rows.
+
+    Raises:
+        EchoError: shapes or dtypes that do not fit.
     """
-    count, batch = tokens.shape[0], indptr.shape[0] - 1
+    count, batch = accept_shapes(parent, indptr, tokens, max_depth)
     device = tokens.device
     if batch == 0:  # an idle data-parallel rank
         nothing = torch.empty(0, max_depth + 1, dtype=torch.int64, device=device)
@@ -59,76 +62,100 @@ def argmax_tokens(logits: Tensor) -> Tensor:
     return torch.where(value > -torch.inf, token, -1)
 
 
+def accept_greedy(parent: Tensor, indptr: Tensor, tokens: Tensor, logits: Tensor, max_depth: int) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`accept` with the greedy tokens of logits [N, V], as :func:`argmax_tokens` defines them."""
+    return accept(parent, indptr, tokens, argmax_tokens(logits), max_depth)
+
+
+def plan_attention(
+    q: Tensor,
+    key_cache: Tensor | None,
+    page_table: Tensor | None,
+    context: Tensor | None,
+    tree_key: Tensor,
+    indptr: Tensor,
+    *,
+    mode: str = "whole",
+    window: int | None = None,
+    splits: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """As :func:`echo.kernels.plan_attention`: empty tensors, since the twin needs no plan."""
+    plan_shapes(q, key_cache, page_table, context, tree_key, indptr, mode, window, splits)
+    return torch.empty(0, 5, dtype=torch.int32, device=q.device), torch.empty(0, 2, dtype=torch.int32, device=q.device)
+
+
 def tree_attention(
     q: Tensor,
-    key_cache: Tensor,
-    value_cache: Tensor,
-    page_table: Tensor,
-    context: Tensor,
+    key_cache: Tensor | None,
+    value_cache: Tensor | None,
+    page_table: Tensor | None,
+    context: Tensor | None,
     tree_key: Tensor,
     tree_value: Tensor,
     request: Tensor,
     indptr: Tensor,
     mask: Tensor,
     *,
+    mode: str = "whole",
     scale: float | None = None,
     softcap: float | None = None,
     window: int | None = None,
     depth: Tensor | None = None,
+    key_scale: Tensor | None = None,
+    value_scale: Tensor | None = None,
+    splits: int | None = None,
+    plan: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Attention of packed tree rows over a paged context and their own ancestors. Computed in float32, row by row.
-
-    Args:
-        q: float [N, Hq, D].
-        key_cache, value_cache: float [pages, page_size, Hkv, D].
-        page_table: int32 [B, max_pages].
-        context: int32 [B], tokens in the cache before the tree.
-        tree_key, tree_value: float [N, Hkv, D], the rows' own keys and values.
-        request: int32 [N]; B on pad rows, which attend to themselves only.
-        indptr: int32 [B + 1].
-        mask: int32 [N, words], ancestors, as in a packed tree.
-        scale: of the scores; 1 / sqrt(D) where not given.
-        softcap: scores become ``softcap * tanh(score / softcap)``.
-        window: a row sees keys at most ``window - 1`` positions before its own.
-        depth: int32 [N], needed with ``window``.
-
-    Returns:
-        out [N, Hq, D] in q's dtype, and lse float32 [N, Hq], the natural log of the summed exponentials.
-
-    Raises:
-        EchoError: shapes or dtypes that do not fit.
-    """
-    n, heads, dim = checks.tensor("q", q, ["N", "Hq", "D"], checks.FLOATS).shape
-    _, page, kv_heads, _ = checks.tensor("key_cache", key_cache, ["pages", "page_size", "Hkv", dim], checks.FLOATS).shape
-    checks.tensor("tree_key", tree_key, [n, kv_heads, dim], checks.FLOATS)
-    checks.tensor("tree_value", tree_value, [n, kv_heads, dim], checks.FLOATS)
-    checks.tensor("request", request, [n], torch.int32)
-    words = checks.tensor("mask", mask, [n, "words"], torch.int32).shape[1]
-    batch = checks.tensor("context", context, ["B"], torch.int32).shape[0]
-    checks.tensor("page_table", page_table, [batch, "max_pages"], torch.int32)
-    checks.tensor("indptr", indptr, [batch + 1], torch.int32)
-    checks.integer("Hq / Hkv", heads // kv_heads if heads % kv_heads == 0 else 0, 1)
-
-    out = torch.empty(n, heads, dim, dtype=torch.float32, device=q.device)
-    lse = torch.empty(n, heads, dtype=torch.float32, device=q.device)
-    bit = torch.arange(32 * words, device=q.device)
-    visible = ((mask[:, bit // 32] >> (bit % 32).int()) & 1).bool()
-    factor = dim**-0.5 if scale is None else scale
-    for row in range(n):
+    """As :func:`echo.kernels.tree_attention`, computed in float64, row by row; it reads back, and needs neither splits nor plan."""
+    s = attention_shapes(
+        q, key_cache, value_cache, page_table, context, tree_key, tree_value, request, indptr, mask,
+        mode, softcap, window, depth, key_scale, value_scale, splits,
+    )  # fmt: skip
+    double, device = torch.float64, q.device
+    out = torch.empty(s.rows, s.heads, s.dim, dtype=double, device=device)
+    lse = torch.empty(s.rows, s.heads, dtype=double, device=device)
+    bit = torch.arange(32 * mask.shape[1], device=device)
+    factor = s.dim**-0.5 if scale is None else scale
+    for row in range(s.rows):
         b = int(request[row])
-        own = torch.tensor([row], device=q.device) if b >= batch else int(indptr[b]) + visible[row].nonzero()[:, 0]
-        length = 0 if b >= batch else int(context[b])
-        position = torch.arange(length, device=q.device)
-        where = position if b >= batch else page_table[b, position // page].long() * page + position % page
-        keys = torch.cat([key_cache.flatten(0, 1)[where], tree_key[own]]).float()
-        values = torch.cat([value_cache.flatten(0, 1)[where], tree_value[own]]).float()
-        query = q[row].float().view(kv_heads, heads // kv_heads, dim)
+        keys, values = tree_key[row : row + 1].to(double), tree_value[row : row + 1].to(double)
+        behind = torch.zeros(1, dtype=torch.int64, device=device)  # how many positions each key is behind the row's
+        if b < s.batch:
+            first, count = int(indptr[b]), int(indptr[b + 1] - indptr[b])
+            seen = ((mask[row, bit // 32] >> (bit % 32).int()) & 1).bool() & (bit < count)
+            own = first + seen.nonzero()[:, 0]
+            keys, values = tree_key[own].to(double), tree_value[own].to(double)
+            if depth is not None:
+                behind = depth[row].long() - depth[own].long()
+            if mode == "whole" and key_cache is not None and value_cache is not None and page_table is not None and context is not None:
+                page = key_cache.shape[1]
+                length = max(min(int(context[b]), page_table.shape[1] * page), 0)
+                at = torch.arange(length, device=device)
+                pages, slots = page_table[b, at // page].long(), at % page
+                cached = [key_cache[pages, slots].to(double), value_cache[pages, slots].to(double)]
+                for part, scales in enumerate((key_scale, value_scale)):
+                    if scales is not None:
+                        cached[part] = cached[part] * scales.to(double)[:, None]
+                keys, values = torch.cat([cached[0], keys]), torch.cat([cached[1], values])
+                if depth is not None:
+                    behind = torch.cat([length + depth[row].long() - at, behind])
+        query = q[row].to(double).view(s.kv_heads, s.group, s.dim)
         score = torch.einsum("hgd,shd->hgs", query, keys) * factor
         if softcap is not None:
             score = softcap * torch.tanh(score / softcap)
-        if window is not None and depth is not None:
-            at = torch.cat([position, length + depth[own].long()])
-            score = score.masked_fill(at <= length + int(depth[row]) - window, -torch.inf)
+        if window is not None and b < s.batch:
+            score = score.masked_fill(behind >= window, -torch.inf)
         lse[row] = score.logsumexp(-1).flatten()
-        out[row] = torch.einsum("hgs,shd->hgd", score.softmax(-1), values).flatten(0, 1)
-    return out.to(q.dtype), lse
+        weight = torch.where(lse[row].view(s.kv_heads, s.group, 1) > -torch.inf, score.softmax(-1), 0.0)
+        out[row] = torch.einsum("hgs,shd->hgd", weight, values).flatten(0, 1)
+    return out.to(q.dtype), lse.float()
+
+
+def merge_attention(o1: Tensor, lse1: Tensor, o2: Tensor, lse2: Tensor) -> tuple[Tensor, Tensor]:
+    """As :func:`echo.kernels.merge_attention`, computed in float64."""
+    merge_shapes(o1, lse1, o2, lse2)
+    lse = torch.logaddexp(lse1.double(), lse2.double())
+    base = torch.where(lse > -torch.inf, lse, 0.0)
+    first, second = (lse1.double() - base).exp(), (lse2.double() - base).exp()
+    out = o1.double() * first[..., None] + o2.double() * second[..., None]
+    return out.to(o1.dtype), lse.float()

@@ -1,0 +1,292 @@
+"""Compiles the shipped kernel configurations without a GPU and writes registers, shared memory and predicted occupancy.
+
+    python benchmarks/compile_kernels.py            all, into benchmarks/results/compile.json and compile.md (about 5 minutes)
+    python benchmarks/compile_kernels.py --quick    a representative subset, nothing written
+
+Each launch is recorded from the real launcher on CPU tensors, so that types, constants and divisibility hints are the launch's own.
+Exit status 1: spills, shared memory over the limit, or a 16-bit tile of 64 rows without the wide matrix instruction.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ["TRITON_INTERPRET"] = "0"
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from echo.kernels import attention_kernels, launch, triton_accept, triton_attention
+
+RESULTS = Path(__file__).parent / "results"
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+SHARED = {80: (163 * 1024, 164 * 1024), 90: (227 * 1024, 228 * 1024), 100: (227 * 1024, 228 * 1024)}
+"""By architecture: shared memory that a block, and that a multiprocessor has at most; the system keeps 1 KiB of each block's."""
+MATRIX = ("UTCHMMA", "HGMMA", "HMMA")
+"""Matrix instructions in the machine code, widest first."""
+WIDE = {90: "HGMMA", 100: "UTCHMMA"}
+"""What a tile of 64 rows and more of 16 bits must use, by architecture."""
+TYPES = {
+    torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64",
+    torch.float8_e4m3fn: "*fp8e4nv", torch.float8_e5m2: "*fp8e5",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of tree attention: what decides how its kernels are compiled."""
+
+    dim: int
+    dtype: torch.dtype
+    group: int
+    rows: int
+    page: int = 64
+    cache: torch.dtype | None = None
+    mode: str = "whole"
+    window: int | None = None
+    softcap: float | None = None
+    batch: int = 8
+    splits: int | None = None
+
+    @property
+    def name(self) -> str:
+        """As in the table."""
+        parts = [f"D={self.dim}", str(self.dtype)[6:], f"group={self.group}", f"rows={self.rows}", f"page={self.page}"]
+        parts += [str(self.cache)[6:]] * (self.cache is not None) + ["tree part"] * (self.mode == "tree")
+        parts += [f"batch={self.batch}"] * (self.batch != 8) + [f"splits={self.splits}"] * (self.splits is not None)
+        return " ".join(parts + ["window"] * (self.window is not None) + ["softcap"] * (self.softcap is not None))
+
+
+class Recorder:
+    """Stands in for a kernel, and keeps the arguments of its launch."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel, self.args, self.options = kernel, (), {}
+
+    def __getitem__(self, grid: Any) -> Any:
+        def record(*args: Any, **options: Any) -> None:
+            self.args, self.options = args, options
+
+        return record
+
+
+def record(module: Any, names: list[str], call: Any) -> dict[str, Recorder]:
+    """The launches that ``call`` makes."""
+    kernels = {name: Recorder(getattr(module, name)) for name in names}
+    try:
+        for name, recorder in kernels.items():
+            setattr(module, name, recorder)
+        call()
+    finally:
+        for name, recorder in kernels.items():
+            setattr(module, name, recorder.kernel)
+    return {name: recorder for name, recorder in kernels.items() if recorder.args}
+
+
+def source(recorder: Recorder) -> tuple[ASTSource, dict[str, int]]:
+    """What Triton would compile for that launch.
+
+    Ints equal to 1 are constants and those divisible by 16 are hinted, as pointers are, except what is not to be specialised on.
+    """
+    names = recorder.kernel.arg_names
+    named = dict(zip(names, recorder.args, strict=False)) | {k: v for k, v in recorder.options.items() if k in names}
+    plain = {p.name for p in recorder.kernel.params if p.do_not_specialize}
+    constants = {p.name for p in recorder.kernel.params if p.is_constexpr}
+    signature, fixed, hints = {}, {}, {}
+    for place, name in enumerate(names):
+        value = named[name]
+        if name in constants or (isinstance(value, int) and value == 1 and name not in plain):
+            signature[name], fixed[name] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[name] = TYPES[value.dtype]
+            if value.data_ptr() % 16 == 0:
+                hints[(place,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, int):
+            signature[name] = "i32" if -(1 << 31) <= value < 1 << 31 else "i64"
+            if value % 16 == 0 and name not in plain:
+                hints[(place,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "fp32"
+    options = {k: v for k, v in recorder.options.items() if k in ("num_warps", "num_stages")}
+    return ASTSource(recorder.kernel, signature, constexprs=fixed, attrs=hints), options
+
+
+def measure(recorder: Recorder, arch: int) -> dict[str, Any]:
+    """Compiles one launch for one architecture and reads its resources."""
+    src, options = source(recorder)
+    compiled = triton.compile(src, target=GPUTarget("cuda", arch, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage, sass = (
+            subprocess.run([str(CUOBJDUMP), option, file.name], capture_output=True, text=True, check=True).stdout
+            for option in ("-res-usage", "-sass")
+        )
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    assert found is not None, usage
+    registers, stack = int(found[1]), int(found[2])
+    ptx = compiled.asm["ptx"]
+    # The compiler may add warps of its own (a warp that loads, say): the kernel's real size is in its launch bounds.
+    bound = re.search(r"\.(?:reqntid|maxntid) (\d+)", ptx)
+    threads = int(bound[1]) if bound else 32 * options.get("num_warps", 4)
+    shared, (_, whole) = compiled.metadata.shared, SHARED[arch]
+    assert "EXIT" in sass, "expected a disassembly"
+    by_registers = 65536 // (-(-registers * 32 // 256) * 256 * (threads // 32))
+    blocks = min(by_registers, whole // (shared + 1024), 2048 // threads, 32)
+    return {
+        "arch": f"sm_{arch}",
+        "registers": registers,
+        "spills": len(re.findall(r"\b(?:STL|LDL)\b", sass)),
+        "stack": stack,
+        "shared": shared,
+        "threads": threads,
+        "blocks": blocks,
+        "occupancy": round(blocks * threads / 2048, 3),
+        "matrix": next((kind for kind in MATRIX if re.search(rf"\b{kind}\b", sass)), "none"),
+    }
+
+
+def attention(case: Case) -> dict[str, Recorder]:
+    """The launches of one attention call."""
+    batch, kv_heads = case.batch, 2
+    words, width = (1, 1) if batch == 1 else (2, 32)
+    n, cache = case.rows * batch, case.cache or case.dtype
+    q = torch.empty(n, kv_heads * case.group, case.dim, dtype=case.dtype)
+    pages = [torch.empty(64, case.page, kv_heads, case.dim, dtype=cache) for _ in range(2)]
+    own = [torch.empty(n, kv_heads, case.dim, dtype=case.dtype) for _ in range(2)]
+    ints = {"dtype": torch.int32}
+    scales = None if case.cache is None else torch.ones(kv_heads)
+
+    def call() -> None:
+        triton_attention.tree_attention(
+            q, *pages, torch.zeros(batch, width, **ints), torch.zeros(batch, **ints), *own, torch.zeros(n, **ints),
+            torch.zeros(batch + 1, **ints), torch.zeros(n, words, **ints), mode=case.mode, window=case.window, softcap=case.softcap,
+            depth=torch.zeros(n, **ints), key_scale=scales, value_scale=scales, splits=case.splits,
+        )  # fmt: skip
+
+    return record(attention_kernels, ["plan", "attend", "merge"], call)
+
+
+def others(n: int, vocabulary: int) -> list[tuple[str, str, Recorder]]:
+    """Kernel, case and launch of acceptance from logits and from tokens, and of joining two parts."""
+    links, tokens = torch.zeros(n + 1, dtype=torch.int32), torch.zeros(n, dtype=torch.int64)
+    logits, out, lse = (torch.empty(n, size, dtype=torch.bfloat16) for size in (vocabulary, 128, 1))
+    trees = links[:n], links[: n // 8 + 2], tokens
+    parts = out[:, None], lse.float(), out[:, None], lse.float()
+    calls = {
+        f"V={vocabulary}": lambda: triton_accept.accept_greedy(*trees, logits, n // 8 + 1),
+        f"V={vocabulary} arg-max": lambda: triton_accept.argmax_tokens(logits),
+        "from tokens": lambda: triton_accept.accept(*trees, tokens, n // 8 + 1),
+        "D=128": lambda: triton_attention.merge_attention(*parts),
+    }
+    found = []
+    for case, call in calls.items():
+        launches = (
+            record(triton_accept, ["_best", "_walk", "_collect"], call) if case != "D=128" else record(attention_kernels, ["join"], call)
+        )
+        found += [(name.strip("_"), f"{case} bfloat16 N={n}", recorder) for name, recorder in launches.items()]
+    return found
+
+
+def cases(quick: bool) -> list[Case]:
+    """What is compiled: every head dimension, kind and tile height, then each feature once."""
+    half, brain, single = torch.float16, torch.bfloat16, torch.float32
+    # Arguments equal to 1 are compiled in as constants, which changes types: everything that can be 1 is.
+    ones = Case(64, half, 1, 1, page=1, batch=1, splits=1)
+    if quick:
+        return [ones, Case(128, brain, 4, 16), Case(64, half, 1, 8), Case(80, brain, 5, 20, page=1), Case(128, single, 4, 16)]
+    grid = [Case(dim, kind, 4, rows) for dim in launch.HEAD_DIMS for kind in (half, brain, single) for rows in (2, 8, 16)]
+    e4, e5 = torch.float8_e4m3fn, torch.float8_e5m2
+    features = [
+        Case(128, brain, 4, 16, page=16), Case(128, brain, 4, 16, page=1), Case(128, brain, 8, 16, page=256),
+        Case(128, brain, 4, 16, cache=e4), Case(128, brain, 4, 16, cache=e5), Case(128, half, 8, 2, cache=e4),
+        Case(128, brain, 4, 16, mode="tree"), Case(128, brain, 4, 2, mode="tree"), Case(256, brain, 2, 16, window=4096, softcap=50.0),
+        Case(128, brain, 7, 16), Case(64, half, 1, 8, window=1024), Case(128, brain, 16, 4),
+    ]  # fmt: skip
+    return [*grid, *features, ones]
+
+
+def faults(entry: dict[str, Any], tile_rows: int, sixteen: bool) -> list[str]:
+    """What a compiled kernel must not be."""
+    arch = int(entry["arch"][3:])
+    found = [f"{entry['spills']} spill instructions, {entry['stack']} bytes of stack"] * bool(entry["spills"] or entry["stack"])
+    found += [f"{entry['shared']} bytes of shared memory"] * (entry["shared"] > SHARED[arch][0])
+    wide = WIDE.get(arch)
+    if sixteen and tile_rows >= 64 and wide and entry["matrix"] != wide:
+        found.append(f"{entry['matrix']} instead of {wide}")
+    return found
+
+
+def run(quick: bool, archs: tuple[int, ...]) -> tuple[list[dict[str, Any]], list[str]]:
+    """Every entry of the table, and every fault."""
+    table: list[dict[str, Any]] = []
+    broken: list[str] = []
+    jobs: list[tuple[str, str, Recorder, int, bool]] = []
+    for case in cases(quick):
+        for name, recorder in attention(case).items():
+            if name == "attend" or case.batch == 1 or case in (Case(128, torch.bfloat16, 4, 16), Case(256, torch.float32, 4, 16)):
+                height = recorder.options["ROWS"] if name == "attend" else 0
+                jobs.append((name.strip("_"), case.name, recorder, height, case.dtype.itemsize == 2))
+    for n, vocabulary in ((64, 128256), (1, 1)):
+        jobs += [(*other, 0, False) for other in others(n, vocabulary)]
+    for kernel, name, recorder, height, sixteen in jobs:
+        for arch in archs:
+            if arch < 89 and "float8_e4m3fn" in name:
+                continue
+            shape = {key: recorder.options[key] for key in ("ROWS", "KEYS") if key in recorder.options and height}
+            entry = {"kernel": kernel, "case": name} | shape | measure(recorder, arch)
+            wrong = faults(entry, height, sixteen)
+            broken += [f"{kernel} {name} {entry['arch']}: {what}" for what in wrong]
+            table.append(entry)
+            print(json.dumps(entry), "; ".join(wrong), flush=True)
+    return table, broken
+
+
+def markdown(table: list[dict[str, Any]]) -> str:
+    """The table for people."""
+    head = ["kernel", "case", "ROWS", "KEYS", "arch", "registers", "spills", "shared", "threads", "blocks", "occupancy", "matrix"]
+    lines = [
+        "# Compiled kernels",
+        "",
+        f"Triton {triton.__version__}, no GPU: `python benchmarks/compile_kernels.py`. `blocks` and `occupancy` are predictions from",
+        "registers, shared memory and threads; `shared` is in bytes; `spills` counts instructions.",
+        "",
+        "| " + " | ".join(head) + " |",
+        "|" + "---|" * len(head),
+    ]
+    return "\n".join(lines + ["| " + " | ".join(str(row.get(key, "")) for key in head) + " |" for row in table]) + "\n"
+
+
+def main() -> int:
+    """Compiles, prints and writes."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a representative subset; nothing is written")
+    parser.add_argument("--arch", type=int, nargs="+", default=[80, 90, 100], choices=list(SHARED))
+    options = parser.parse_args()
+    table, broken = run(options.quick, tuple(options.arch))
+    if not options.quick:
+        RESULTS.mkdir(exist_ok=True)
+        facts = {
+            "triton": triton.__version__,
+            "torch": torch.__version__,
+            "launch": {k: v for k, v in vars(launch).items() if k.isupper() and len(k) > 1},
+        }
+        (RESULTS / "compile.json").write_text(json.dumps(facts | {"kernels": table}, indent=1) + "\n")
+        (RESULTS / "compile.md").write_text(markdown(table))
+    print(f"{len(table)} kernels, {len(broken)} faults", *broken, sep="\n")
+    return bool(broken)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,309 @@
+"""Speed of the kernels on a GPU against what engines use, and against what the machine allows. No network.
+
+    python benchmarks/gpu.py                 on a CUDA device, into benchmarks/results/gpu-<card>.json
+    python benchmarks/gpu.py --dry-run       the same path on the CPU with tiny shapes; nothing is written
+
+Correctness comes first: every contender is compared with attention in float64 on sampled rows, and one that is wrong is reported and not
+timed; if it is ours, nothing is timed and the exit status is 1. Times are medians of CUDA-graph replays over rotated inputs that
+together exceed the L2 cache. ``share`` is the larger of two floors over the time: the bytes that must move over the measured copy
+bandwidth, and the operations over the measured rate of a large matrix product.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import echo
+import peers
+from echo import kernels
+
+RESULTS = Path(__file__).parent / "results"
+HEADS = {"llama-3.1-8b": (32, 8, 128), "llama-3.1-70b or qwen3-235b, tp8": (8, 1, 128)}
+"""Query heads, KV heads and head dimension of one GPU. Qwen3-235B's 4 KV heads are each held twice at 8 GPUs: the shape of the 70B."""
+LIMIT = 1e-2
+"""Relative error of 16-bit attention."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A batch: ``rows`` of each request, or all that the scheduler deals to the batch where ``dealt``."""
+
+    model: str
+    batch: int
+    rows: int
+    context: int
+    dealt: bool = False
+    page: int = 64
+    cache: str = "bfloat16"
+
+
+def cases(dry: bool) -> list[Case]:
+    """The shapes: the first ones matter most, in case time runs out."""
+    if dry:
+        return [Case("tiny", 3, 4, 37, page=16), Case("tiny", 3, 5, 20, dealt=True, page=16)]
+    name = "llama-3.1-8b"
+    grid = [Case(name, batch, rows, context) for context in (2048, 8192) for batch in (32, 128) for rows in (4, 16)]
+    grid += [Case(name, 32, 16, 8192, dealt=True), Case(name, 128, 8, 2048, dealt=True), Case(name, 256, 4, 2048, dealt=True)]
+    grid += [Case(name, 1, rows, context) for rows in (1, 16, 64) for context in (512, 32768)]
+    grid += [Case(name, 32, 64, 4096), Case(name, 64, 1, 4096), Case(name, 256, 1, 512), Case(name, 8, 64, 32768)]
+    grid += [Case(name, 32, 16, 8192, cache="float8_e4m3fn"), Case(name, 128, 4, 2048, cache="float8_e4m3fn")]
+    return grid + [Case(other, batch, 16, 8192) for other in list(HEADS)[1:] for batch in (8, 64)]
+
+
+def drafted(case: Case) -> echo.PackedTree:
+    """Packed rows as our scheduler makes them from random draft scores."""
+    rule: echo.Rule = echo.GlobalRank(4) if case.dealt else echo.PerRequest(case.rows, 4)
+    budget = case.rows * case.batch if case.dealt else None
+    scheduler = echo.ElasticBudgetScheduler(rule, budget=budget, max_depth=6, max_tree_rows=64)
+    tree = scheduler.plant(torch.arange(case.batch))
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(scheduler.max_depth):
+        shape = (*tree.frontier.token.shape, 4)
+        sharp = 0.5 + 3 * torch.rand(case.batch, 1, 1, generator=generator)  # some requests are easier than others
+        scores = (sharp * torch.randn(shape, generator=generator)).log_softmax(-1)
+        tree = scheduler.grow(tree, torch.randint(0, 1000, shape, generator=generator), scores)
+    return scheduler.pack(tree)
+
+
+def inputs(case: Case, device: torch.device, seed: int) -> dict[str, torch.Tensor]:
+    """Arguments of tree attention by name: the seed changes the data and the order of pages, not the shapes.
+
+    Contexts vary by a quarter around the case's.
+    """
+    heads, kv_heads, dim = HEADS.get(case.model, (4, 2, 64))
+    generator = torch.Generator(device).manual_seed(seed)
+    packed = drafted(case)
+    tree = {name: getattr(packed, name).to(device) for name in ("request", "indptr", "mask", "depth")}
+    count = packed.rows
+    spread = torch.rand(case.batch, generator=torch.Generator().manual_seed(0)) * 0.5 + 0.75
+    context = (case.context * (spread if case.batch > 1 else torch.ones(1))).int().to(device)
+    # Room for the tree behind its context: peers want it in the cache.
+    table_width = -(-(int(context.max()) + int(tree["indptr"].diff().max())) // case.page)
+    pages = case.batch * table_width
+    table = torch.randperm(pages, generator=generator, device=device).int().view(case.batch, table_width)
+    dtype = torch.float32 if case.model == "tiny" else torch.bfloat16
+    normal = lambda *shape: torch.randn(shape, generator=generator, device=device, dtype=dtype)  # noqa: E731
+    caches = [normal(pages, case.page, kv_heads, dim) for _ in range(2)]
+    if case.cache.startswith("float8"):
+        caches = [cache.to(getattr(torch, case.cache)) for cache in caches]
+    args = {"q": normal(count, heads, dim), "key_cache": caches[0], "value_cache": caches[1], "page_table": table, "context": context}
+    return args | {"tree_key": normal(count, kv_heads, dim), "tree_value": normal(count, kv_heads, dim)} | tree
+
+
+def ours(args: dict[str, torch.Tensor]) -> Callable[[], torch.Tensor]:
+    """Our kernel where it runs, and its twin in a dry run."""
+    backend = "triton" if args["q"].is_cuda else "torch"
+    return lambda: kernels.tree_attention(**args, backend=backend)[0]
+
+
+def planned(args: dict[str, torch.Tensor]) -> Callable[[], torch.Tensor]:
+    """Ours as in all layers but the first: the work list is there. Peers' plans are not charged to them either."""
+    backend = "triton" if args["q"].is_cuda else "torch"
+    named = {name: args[name] for name in ("q", "key_cache", "page_table", "context", "tree_key", "indptr")}
+    plan = kernels.plan_attention(**named, backend=backend)
+    return lambda: kernels.tree_attention(**args, plan=plan, backend=backend)[0]
+
+
+def wrong(args: dict[str, torch.Tensor], out: torch.Tensor, samples: int = 24) -> float:
+    """Relative error of sampled rows against float64."""
+    count = int(args["indptr"][-1])
+    error, size = 0.0, 0.0
+    for row in torch.linspace(0, count - 1, min(samples, count)).long().tolist():
+        expected = peers.exact(args, row)
+        error += float((out[row].double() - expected).square().sum())
+        size += float(expected.square().sum())
+    return (error / size) ** 0.5
+
+
+def floors(device: torch.device) -> tuple[float, float]:
+    """Measured bytes a second of a large copy, read and written ones, and operations a second of a large 16-bit matrix product."""
+    n = 8192 if device.type == "cuda" else 128
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    a, b = torch.randn(2, n, n, device=device, dtype=dtype)
+    source = torch.empty(n * n * 8, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.numel() / timed([lambda: target.copy_(source)])[0], 2 * n**3 / timed([lambda: a @ b])[0]
+
+
+def timed(calls: list[Callable[[], object]]) -> tuple[float, float]:
+    """Median and 99th percentile of the seconds of one call; the calls are captured together, in turn."""
+    for call in calls:
+        call()
+    if not torch.cuda.is_available():
+        start = time.perf_counter()
+        for call in calls:
+            call()
+        seconds = (time.perf_counter() - start) / len(calls)
+        return seconds, seconds
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        calls[0]()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    samples = []
+    for replay in range(60):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        if replay >= 10:
+            samples.append(start.elapsed_time(end) / 1000 / len(calls))
+    return statistics.median(samples), sorted(samples)[int(0.99 * len(samples))]
+
+
+def attention(case: Case, device: torch.device, copy: float, rate: float) -> dict[str, Any]:
+    """Every contender on one case: checked, then timed."""
+    first = inputs(case, device, 0)
+    heads, dim = first["q"].shape[1:]
+    rows, context = first["indptr"].diff().long(), first["context"].long()
+    kv = first["key_cache"].shape[2] * dim
+    moved = int(context[rows > 0].sum()) * 2 * kv * first["key_cache"].element_size()
+    moved += len(first["q"]) * (2 * heads * dim + 2 * kv) * first["q"].element_size()
+    pairs = int((rows * (context + rows)).sum())
+    floor = max(moved / copy, 4 * heads * dim * pairs / rate)
+    l2 = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
+    copies = [first] + [inputs(case, device, seed) for seed in range(1, min(8, 1 + 2 * l2 // max(moved, 1)))]
+    entry: dict[str, Any] = asdict(case) | {"packed_rows": len(first["q"]), "bytes": moved, "floor_us": round(1e6 * floor, 2)}
+    for name, build in {"echo": ours, "echo, planned": planned, **peers.PEERS}.items():
+        try:
+            result: dict[str, Any] = {"error": wrong(first, build(first)())}
+            if not result["error"] < (1e-5 if case.model == "tiny" else LIMIT * (3 if case.cache != "bfloat16" else 1)):
+                result["wrong"] = True
+            else:
+                seconds, slow = timed([build(args) for args in copies])
+                result |= {"us": round(1e6 * seconds, 2), "p99_us": round(1e6 * slow, 2), "share": round(floor / seconds, 4)}
+        except (ImportError, peers.UnfitError) as reason:
+            result = {"absent": str(reason)}
+        except Exception as reason:  # a peer's failure is a finding, ours is an error
+            if name.startswith("echo"):
+                raise
+            result = {"failed": f"{type(reason).__name__}: {reason}"[:300]}
+        entry[name] = result
+    return entry
+
+
+def acceptance(device: torch.device, copy: float, dry: bool) -> list[dict[str, Any]]:
+    """Acceptance from logits: checked to the bit against the twin, then timed against their read."""
+    backend = "torch" if dry else "triton"
+    entries = []
+    for rows, vocabulary in ((12, 1000),) if dry else ((256, 128256), (1024, 128256), (512, 262144)):
+        packed = drafted(Case("tiny", rows // 4, 4, 0))
+        tokens = packed.tokens.to(device)
+        for dtype in (torch.float32,) if dry else (torch.bfloat16, torch.float32):
+            logits = torch.randn(rows, vocabulary, device=device, dtype=dtype)
+            logits.scatter_(1, tokens.roll(-1)[:, None], 9.0)  # so that walks go on
+            args = (packed.parent.to(device), packed.indptr.to(device), tokens, logits, packed.max_depth)
+            same = zip(kernels.accept_greedy(*args, backend=backend), kernels.reference.accept_greedy(*args), strict=True)
+            if not all(torch.equal(a, b) for a, b in same):
+                raise SystemExit("accept_greedy differs from its twin: nothing more is timed")
+            read = logits.numel() * logits.element_size() / copy
+            seconds, slow = timed([lambda a=args: kernels.accept_greedy(*a, backend=backend)])
+            plain, _ = timed([lambda x=logits: x.argmax(-1)])
+            times = {"us": round(1e6 * seconds, 2), "p99_us": round(1e6 * slow, 2), "torch_argmax_us": round(1e6 * plain, 2)}
+            shape = {"rows": rows, "vocabulary": vocabulary, "dtype": str(dtype)[6:]}
+            entries.append(shape | times | {"read_us": round(1e6 * read, 2), "share": round(read / seconds, 4)})
+    return entries
+
+
+def step(device: torch.device, dry: bool) -> dict[str, Any]:
+    """Gate, buy, deal, pack and accept as one CUDA graph, with every synchronisation an error."""
+    batch, depth, k = (4, 2, 3) if dry else (256, 6, 4)
+    scheduler = echo.ElasticBudgetScheduler(echo.TwoLevel(2, 4), echo.SparseGate({1: 0.1, 3: 0.05}), 4 * batch, depth)
+    roots = torch.arange(batch, device=device)
+    tree = scheduler.plant(roots)
+    layers = []
+    for _ in range(depth):
+        shape = (*tree.frontier.token.shape, k)
+        layers.append((torch.randint(0, 1000, shape, device=device), torch.randn(shape, device=device).log_softmax(-1)))
+        tree = scheduler.grow(tree, *layers[-1])
+    target = torch.randint(0, 1000, (scheduler.pack(tree).rows,), device=device)
+
+    def once() -> object:
+        tree = scheduler.plant(roots)
+        for layer in layers:
+            tree = scheduler.grow(tree, *layer)
+        return echo.verify(scheduler.pack(tree), target)
+
+    once()
+    if not dry:
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        once()
+    finally:
+        if not dry:
+            torch.cuda.set_sync_debug_mode("default")
+    seconds, slow = timed([once])
+    return {"batch": batch, "depth": depth, "candidates": k, "us": round(1e6 * seconds, 2), "p99_us": round(1e6 * slow, 2)}
+
+
+def versions() -> dict[str, str]:
+    """Of what takes part, as far as installed."""
+    found = {}
+    for name in ("torch", "triton", "flashinfer-python", "sglang", "numpy"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found | {"echo": echo.__version__, "cuda": str(torch.version.cuda)}
+
+
+def main() -> int:
+    """Checks, times, prints and writes."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dry-run", action="store_true", help="tiny shapes on the CPU; times mean nothing")
+    parser.add_argument("--minutes", type=float, default=8.0, help="start no further attention case after that")
+    options = parser.parse_args()
+    dry = options.dry_run
+    if not dry and not torch.cuda.is_available():
+        print("no CUDA device: nothing was measured (--dry-run walks the same path on the CPU)")
+        return 2
+    device = torch.device("cpu" if dry else "cuda")
+    start = time.perf_counter()
+    copy, rate = floors(device)
+    card = "cpu, dry run" if dry else torch.cuda.get_device_name(device)
+    report: dict[str, Any] = {"card": card, "versions": versions(), "copy_bytes_per_s": copy, "matrix_flop_per_s": rate}
+    report["accept"] = acceptance(device, copy, dry)
+    try:
+        report["step"] = step(device, dry)
+    except Exception as reason:  # a step that synchronises or cannot be captured is a finding
+        report["step"] = {"failed": f"{type(reason).__name__}: {reason}"[:300]}
+    report["attention"] = []
+    for case in cases(dry):
+        if time.perf_counter() - start > 60 * options.minutes:
+            print("time is up: the remaining cases are left out")
+            report["cut"] = True
+            break
+        report["attention"].append(attention(case, device, copy, rate))
+        print(json.dumps(report["attention"][-1]), flush=True)
+        if "wrong" in report["attention"][-1]["echo"]:
+            print("our kernel is wrong on this case: nothing more is timed")
+            return 1
+    report["seconds"] = round(time.perf_counter() - start, 1)
+    if dry:
+        print(json.dumps(report))
+    else:
+        RESULTS.mkdir(exist_ok=True)
+        path = RESULTS / f"gpu-{card.lower().replace(' ', '-')}.json"
+        path.write_text(json.dumps(report, indent=1) + "\n")
+        print(f"written: benchmarks/results/{path.name}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,176 @@
+"""What other libraries offer for ragged trees over a paged cache, each set up outside the timing, and attention in float64.
+
+A peer is a function of our arguments that returns a call without arguments, whose result is [N, Hq, D]. It raises ImportError where its
+library is not installed and UnfitError where it does not take the case. Pad rows are left out of every peer's work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+
+Args = dict[str, torch.Tensor]
+Call = Callable[[], torch.Tensor]
+
+
+class UnfitError(Exception):
+    """The peer does not take this case."""
+
+
+def visible(args: Args, b: int) -> torch.Tensor:
+    """bool [rows, context + rows] of one request."""
+    first, end, length = int(args["indptr"][b]), int(args["indptr"][b + 1]), int(args["context"][b])
+    bit = torch.arange(end - first, device=args["q"].device)
+    own = ((args["mask"][first:end][:, bit // 32] >> (bit % 32)) & 1).bool()
+    return torch.cat([own.new_ones(end - first, length), own], 1)
+
+
+def gathered(args: Args, b: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values of one request, [context + rows, Hkv, D] each, in the queries' kind."""
+    first, end, length = int(args["indptr"][b]), int(args["indptr"][b + 1]), int(args["context"][b])
+    page = args["key_cache"].shape[1]
+    at = torch.arange(length, device=args["q"].device)
+    pages, slots = args["page_table"][b, at // page].long(), at % page
+    kind = args["q"].dtype
+    return tuple(  # type: ignore[return-value]
+        torch.cat([args[f"{name}_cache"][pages, slots].to(kind), args[f"tree_{name}"][first:end]]) for name in ("key", "value")
+    )
+
+
+def exact(args: Args, row: int) -> torch.Tensor:
+    """float64 [Hq, D]: attention of one row."""
+    b = int(args["request"][row])
+    key, value = gathered(args, b)
+    seen = visible(args, b)[row - int(args["indptr"][b])]
+    key, value = key[seen].double(), value[seen].double()
+    query = args["q"][row].double().unflatten(0, (key.shape[1], -1))
+    score = torch.einsum("hgd,shd->hgs", query, key) * query.shape[-1] ** -0.5
+    return torch.einsum("hgs,shd->hgd", score.softmax(-1), value).flatten(0, 1)
+
+
+def padded(args: Args) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Dense q [B, Hq, R, D], k and v [B, Hkv, S, D], mask bool [B, 1, R, S], and each real row's place in [B * R]."""
+    rows, context = args["indptr"].diff().long(), args["context"].long()
+    batch, most, longest = len(rows), int(rows.max()), int((rows + context).max())
+    if batch * most * longest > 1 << 28:
+        raise UnfitError("the dense mask would be larger than 256 MiB")
+    _, heads, dim = args["q"].shape
+    kv_heads = args["tree_key"].shape[1]
+    q = args["q"].new_zeros(batch, most, heads, dim)
+    k, v = args["q"].new_zeros(2, batch, longest, kv_heads, dim)
+    mask = torch.zeros(batch, 1, most, longest, dtype=torch.bool, device=q.device)
+    mask[..., 0] = True  # a row that sees nothing would be NaN
+    place = []
+    for b in range(batch):
+        first, number = int(args["indptr"][b]), int(rows[b])
+        key, value = gathered(args, b)
+        q[b, :number] = args["q"][first : first + number]
+        k[b, : len(key)], v[b, : len(key)] = key, value
+        mask[b, 0, :number] = False
+        mask[b, 0, :number, : len(key)] = visible(args, b)
+        place.append(b * most + torch.arange(number, device=q.device))
+    return q.transpose(1, 2).contiguous(), k.transpose(1, 2).contiguous(), v.transpose(1, 2).contiguous(), mask, torch.cat(place)
+
+
+def packed(out: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
+    """[B, Hq, R, D] back to the packed rows."""
+    return out.transpose(1, 2).flatten(0, 1)[place]
+
+
+def sdpa(args: Args) -> Call:
+    """torch's attention with a dense mask, over keys gathered beforehand: the gather and the packing are not charged to it."""
+    q, k, v, mask, place = padded(args)
+    return lambda: packed(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1]), place)
+
+
+@lru_cache
+def compiled() -> Callable[..., torch.Tensor]:
+    """FlexAttention, compiled once: its second shape makes the sizes dynamic."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention)  # type: ignore[return-value]
+
+
+def flex(args: Args) -> Call:
+    """FlexAttention with the dense mask as its mask function, over keys gathered beforehand; compiled on a CUDA device."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    q, k, v, mask, place = padded(args)
+    blocks = create_block_mask(
+        lambda b, h, i, j: mask[b, 0, i, j], len(q), None, q.shape[2], k.shape[2], device=str(q.device), BLOCK_SIZE=128
+    )
+    attend = compiled() if q.is_cuda else flex_attention
+    return lambda: packed(attend(q, k, v, enable_gqa=q.shape[1] != k.shape[1], block_mask=blocks), place)
+
+
+def in_cache(args: Args) -> tuple[torch.Tensor, torch.Tensor]:
+    """Copies of both caches with each tree's rows right behind its context."""
+    page = args["key_cache"].shape[1]
+    real = args["request"] < len(args["context"])
+    b = args["request"][real].long()
+    local = torch.arange(len(real), device=real.device)[real] - args["indptr"].long()[b]
+    at = args["context"].long()[b] + local
+    where = args["page_table"][b, at // page].long() * page + at % page
+    caches = args["key_cache"].clone(), args["value_cache"].clone()
+    for cache, own in zip(caches, (args["tree_key"], args["tree_value"]), strict=True):
+        cache.flatten(0, 1)[where] = own[real].to(cache.dtype)
+    return caches
+
+
+def flashinfer(args: Args) -> Call:
+    """FlashInfer's paged prefill with a custom mask, the tree in the cache; its plan is not charged to it."""
+    import flashinfer as library
+
+    if args["key_cache"].dtype != args["q"].dtype:
+        raise UnfitError("an 8-bit cache would hold the tree's keys in 8 bits too")
+    page, (_, heads, dim) = args["key_cache"].shape[1], args["q"].shape
+    rows, context = args["indptr"].diff(), args["context"]
+    used = -(-(context + rows) // page)
+    indices = torch.cat([args["page_table"][b, : int(n)] for b, n in enumerate(used.tolist())])
+    starts = torch.cat([used.new_zeros(1), used.cumsum(0)]).int()
+    mask = torch.cat([visible(args, b).flatten() for b in range(len(rows))])
+    workspace = torch.empty(256 << 20, dtype=torch.uint8, device=args["q"].device)
+    wrapper = library.BatchPrefillWithPagedKVCacheWrapper(workspace, "NHD")
+    wrapper.plan(
+        args["indptr"], starts, indices, (context + rows - 1) % page + 1, heads, args["tree_key"].shape[1], dim, page,
+        custom_mask=mask, q_data_type=args["q"].dtype, kv_data_type=args["key_cache"].dtype,
+    )  # fmt: skip
+    caches, q = in_cache(args), args["q"][: int(args["indptr"][-1])]
+    return lambda: wrapper.run(q, caches)
+
+
+def sglang(args: Args) -> Call:
+    """SGLang's Triton extend attention with a byte mask, over the same pages."""
+    try:  # where it lies since 0.5.23, and where it lay before
+        from sglang.kernels.ops.attention.extend_attention import extend_attention_fwd
+    except ImportError:
+        from sglang.srt.layers.attention.triton_ops.extend_attention import extend_attention_fwd
+
+    if args["key_cache"].dtype != args["q"].dtype:
+        raise UnfitError("its 8-bit path takes other scales")
+    page, count = args["key_cache"].shape[1], int(args["indptr"][-1])
+    rows, context = args["indptr"].diff().long(), args["context"].long()
+    slots = []
+    for b, length in enumerate(context.tolist()):
+        at = torch.arange(length, device=args["q"].device)
+        slots.append(args["page_table"][b, at // page].long() * page + at % page)
+    starts = torch.cat([context.new_zeros(1), context.cumsum(0)]).int()
+    mask = torch.cat([visible(args, b).flatten() for b in range(len(rows))])
+    mask_starts = torch.cat([rows.new_zeros(1), (rows * (rows + context)).cumsum(0)])
+    q, k, v = args["q"][:count], args["tree_key"][:count], args["tree_value"][:count]
+    out, indices, most = torch.empty_like(q), torch.cat(slots), int(rows.max())
+    flat = args["key_cache"].flatten(0, 1), args["value_cache"].flatten(0, 1)
+
+    def call() -> torch.Tensor:
+        extend_attention_fwd(
+            q, k, v, out, *flat, args["indptr"], starts, indices, mask, True, mask_starts, most, 1.0, 1.0, sm_scale=q.shape[-1] ** -0.5
+        )
+        return out
+
+    return call
+
+
+PEERS = {"flashinfer": flashinfer, "sglang extend": sglang, "flex attention": flex, "sdpa with mask": sdpa}

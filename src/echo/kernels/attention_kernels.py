@@ -1,0 +1,271 @@
+"""The Triton kernels of tree attention; launched in :mod:`echo.kernels.triton_attention`.
+
+``plan`` writes a work list, ``attend`` works it off, ``merge`` joins what was split: three launches with fixed grids, whatever the
+batch is. A work item is one row tile of a request times one piece of its keys. A row tile is ``rows x group``: the query heads of one
+KV head are folded into it, so that a tree of 4 rows with a group of 8 fills a tile of 32. The KV axis of a request is its context in
+blocks of ``KEYS`` tokens, then its own tree in blocks of ``KEYS`` rows; a piece is a range of blocks.
+
+Sizes that change from step to step are not specialised on: another batch neither compiles anew nor computes in another order.
+
+Split and merge as in Flash-Decoding (Dao et al., 2023); softmax online, in base 2, as in FlashAttention-2.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def _blocks(rows, length, KEYS: tl.constexpr, WINDOW: tl.constexpr):
+    """First context block that a request's rows see, and how many blocks of context and of tree follow."""
+    first = tl.maximum(length - WINDOW + 1, 0) // KEYS if WINDOW > 0 else length * 0
+    prefix = (length + KEYS - 1) // KEYS - first
+    return first, prefix, (rows + KEYS - 1) // KEYS
+
+
+@triton.jit
+def _sizes(indptr, context, b, batch, limit, GROUP: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, WINDOW: tl.constexpr):
+    """Row tiles and KV blocks of requests ``b``; no row, no tile."""
+    there = b < batch
+    rows = tl.load(indptr + b + 1, mask=there, other=0) - tl.load(indptr + b, mask=there, other=0)
+    length = tl.maximum(tl.minimum(tl.load(context + b, mask=there & (limit > 0), other=0), limit), 0)
+    _, prefix, own = _blocks(rows, length, KEYS, WINDOW)
+    return (rows * GROUP + ROWS - 1) // ROWS, prefix + own
+
+
+@triton.jit
+def _pieces(blocks, chunk, splits):
+    """Pieces of a request's KV axis: as many as asked for, or as many as hold ``chunk`` blocks each."""
+    return tl.minimum(blocks, splits) if splits > 0 else ((blocks + chunk - 1) // chunk).to(tl.int32)
+
+
+@triton.jit(do_not_specialize=["batch", "limit", "items", "target", "splits"])
+def plan(
+    indptr, context, work, spans, batch, limit, items, target, splits,
+    GROUP: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, WINDOW: tl.constexpr, MIN: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program a request, and one for the unused end of the list. Each adds up what comes before it: no order, no wait."""
+    me = tl.program_id(0)
+    lane = tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.int64)
+    for at in range(0, batch, BLOCK):
+        tiles, blocks = _sizes(indptr, context, at + lane, batch, limit, GROUP, ROWS, KEYS, WINDOW)
+        total += tiles.to(tl.int64) * blocks
+    # Pieces of at least `chunk` blocks: at most `target` more items than there are tiles.
+    chunk = tl.maximum((tl.sum(total, 0) + target - 1) // target, MIN)
+    before, split = tl.zeros([BLOCK], tl.int32), tl.zeros([BLOCK], tl.int32)
+    for at in range(0, me, BLOCK):
+        tiles, blocks = _sizes(indptr, context, at + lane, batch, limit, GROUP, ROWS, KEYS, WINDOW)
+        pieces = _pieces(blocks, chunk, splits)
+        before += tl.where(at + lane < me, tiles * pieces, 0)
+        split += tl.where((at + lane < me) & (pieces > 1), tiles * pieces, 0)
+    first, slot = tl.sum(before, 0), tl.sum(split, 0)
+    tiles, blocks = _sizes(indptr, context, me, batch, limit, GROUP, ROWS, KEYS, WINDOW)
+    pieces = _pieces(blocks, chunk, splits)
+    mine = tl.where(me < batch, tiles * pieces, items - first)
+    for at in range(0, mine, BLOCK):
+        number = at + lane
+        piece = (number // tl.maximum(tiles, 1)).to(tl.int64)  # tiles side by side: they read the same keys
+        base = work + (first + number).to(tl.int64) * 5
+        fits = (number < mine) & (first + number < items)
+        tl.store(base, tl.where(me < batch, me, -1) + 0 * number, mask=fits)
+        tl.store(base + 1, number % tl.maximum(tiles, 1), mask=fits)
+        tl.store(base + 2, (piece * blocks // tl.maximum(pieces, 1)).to(tl.int32), mask=fits)
+        tl.store(base + 3, ((piece + 1) * blocks // tl.maximum(pieces, 1)).to(tl.int32), mask=fits)
+        tl.store(base + 4, tl.where(pieces > 1, slot + number, -1), mask=fits)
+    tl.store(spans + me * 2, slot, mask=me < batch)
+    tl.store(spans + me * 2 + 1, pieces, mask=me < batch)
+
+
+@triton.jit
+def _scores(q, k, factor, cap, CAPPED: tl.constexpr, PRECISION: tl.constexpr):
+    """Scores in base 2, float32."""
+    score = tl.dot(q, tl.trans(k), input_precision=PRECISION) * factor
+    if CAPPED:
+        decay = tl.exp2(tl.abs(score) * (-2 * LOG2E) / cap)
+        score = tl.where(score < 0, -cap, cap) * (1 - decay) / (1 + decay)
+    return score * LOG2E
+
+
+@triton.jit
+def _online(score, v, acc, top, mass, PRECISION: tl.constexpr):
+    """One step of the online softmax."""
+    new = tl.maximum(top, tl.max(score, 1))
+    base = tl.where(new == float("-inf"), 0.0, new)
+    p = tl.exp2(score - base[:, None])
+    decay = tl.exp2(top - base)
+    acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision=PRECISION)
+    return acc, new, mass * decay + tl.sum(p, 1)
+
+
+@triton.jit(do_not_specialize=["table_row", "words", "limit"])
+def attend(
+    q, key_cache, value_cache, table, context, tree_key, tree_value, indptr, mask, depth, key_scale, value_scale,
+    work, out, lse, partial, partial_lse, scale, cap,
+    q_row, q_head, k_page, k_slot, k_head, v_page, v_slot, v_head, table_row, tk_row, tk_head, tv_row, tv_head, words, limit,
+    GROUP: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, PAGE: tl.constexpr,
+    PREFIX: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr, KEY_SCALED: tl.constexpr, VALUE_SCALED: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One work item for one KV head."""
+    item, head, heads = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+    b = tl.load(work + item * 5)
+    if b >= 0:
+        tile = tl.load(work + item * 5 + 1)
+        low, high = tl.load(work + item * 5 + 2), tl.load(work + item * 5 + 3)
+        begin = tl.load(indptr + b)
+        rows = tl.load(indptr + b + 1) - begin
+        length = tl.maximum(tl.minimum(tl.load(context + b), limit), 0) if PREFIX else 0 * b
+        first, prefix, _ = _blocks(rows, length, KEYS, WINDOW)
+
+        fold = tile * ROWS + tl.arange(0, ROWS)
+        local, member = fold // GROUP, fold % GROUP
+        real = local < rows
+        row = (begin + local).to(tl.int64)
+        d = tl.arange(0, WIDTH)
+        inner = d < DIM if DIM < WIDTH else d >= 0
+        key = tl.arange(0, KEYS)
+        queries = tl.load(
+            q + row[:, None] * q_row + (head * GROUP + member)[:, None] * q_head + d[None, :],
+            mask=real[:, None] & inner[None, :], other=0.0,
+        ).to(DOT)  # fmt: skip
+        acc = tl.zeros([ROWS, WIDTH], tl.float32)
+        top = tl.full([ROWS], float("-inf"), tl.float32)
+        mass = tl.zeros([ROWS], tl.float32)
+        since = tl.load(depth + row, mask=real, other=0) - WINDOW if WINDOW > 0 else local
+
+        if PREFIX:
+            factor = scale
+            if KEY_SCALED:
+                factor = scale * tl.load(key_scale + head)
+            k_from, v_from = key_cache + head.to(tl.int64) * k_head, value_cache + head.to(tl.int64) * v_head
+            pages = table + b.to(tl.int64) * table_row
+            for block in range(low, tl.minimum(high, prefix)):
+                start = (first + block) * KEYS
+                position = start + key
+                seen = position < length
+                shown = seen[:, None] & inner[None, :] if DIM < WIDTH else seen[:, None]
+                if PAGE % KEYS == 0:  # a block lies within one page: one page number, offsets that never change
+                    page = tl.load(pages + start // PAGE).to(tl.int64)
+                    k_at = k_from + (page * k_page + start % PAGE * k_slot) + (key * k_slot)[:, None] + d[None, :]
+                    v_at = v_from + (page * v_page + start % PAGE * v_slot) + (key * v_slot)[:, None] + d[None, :]
+                else:
+                    page = tl.load(pages + position // PAGE, mask=seen, other=0).to(tl.int64)
+                    k_at = k_from + (page * k_page + position % PAGE * k_slot)[:, None] + d[None, :]
+                    v_at = v_from + (page * v_page + position % PAGE * v_slot)[:, None] + d[None, :]
+                k = tl.load(k_at, mask=shown, other=0.0).to(DOT)
+                score = _scores(queries, k, factor, cap, CAPPED, PRECISION)
+                visible = seen[None, :]
+                if WINDOW > 0:
+                    visible = visible & (position[None, :] > length + since[:, None])
+                score = tl.where(visible, score, float("-inf"))
+                v = tl.load(v_at, mask=shown, other=0.0).to(DOT)
+                acc, top, mass = _online(score, v, acc, top, mass, PRECISION)
+            if VALUE_SCALED:
+                acc = acc * tl.load(value_scale + head)
+
+        k_own = tree_key + begin.to(tl.int64) * tk_row + head * tk_head
+        v_own = tree_value + begin.to(tl.int64) * tv_row + head * tv_head
+        for block in range(tl.maximum(low - prefix, 0), high - prefix):
+            start = block * KEYS
+            seen = start + key < rows
+            shown = seen[:, None] & inner[None, :] if DIM < WIDTH else seen[:, None]
+            k = tl.load(k_own + start * tk_row + (key * tk_row)[:, None] + d[None, :], mask=shown, other=0.0).to(DOT)
+            score = _scores(queries, k, scale, cap, CAPPED, PRECISION)
+            bits = tl.zeros([ROWS, KEYS], tl.int32)
+            for part in tl.static_range((KEYS + 31) // 32):
+                word = start // 32 + part
+                own = tl.load(mask + row * words + word, mask=real & (word < words), other=0)
+                bits = tl.where((key // 32 == part)[None, :], own[:, None], bits)
+            visible = (((bits >> ((start + key) % 32)[None, :]) & 1) != 0) & seen[None, :]
+            if WINDOW > 0:
+                visible = visible & (tl.load(depth + begin + start + key, mask=seen, other=0)[None, :] > since[:, None])
+            score = tl.where(visible, score, float("-inf"))
+            v = tl.load(v_own + start * tv_row + (key * tv_row)[:, None] + d[None, :], mask=shown, other=0.0).to(DOT)
+            acc, top, mass = _online(score, v, acc, top, mass, PRECISION)
+
+        acc = acc / tl.where(mass == 0, 1.0, mass)[:, None]
+        total = (top + tl.log2(tl.where(mass == 0, 1.0, mass))) * LN2
+        slot = tl.load(work + item * 5 + 4)
+        if slot < 0:
+            to = row * (heads * GROUP) + head * GROUP + member
+            tl.store(out + to[:, None] * DIM + d[None, :], acc.to(out.dtype.element_ty), mask=real[:, None] & inner[None, :])
+            tl.store(lse + to, total, mask=real)
+        else:
+            to = (slot.to(tl.int64) * heads + head) * ROWS + tl.arange(0, ROWS)
+            tl.store(partial + to[:, None] * DIM + d[None, :], acc, mask=real[:, None] & inner[None, :])
+            tl.store(partial_lse + to, total, mask=real)
+
+
+@triton.jit(do_not_specialize=["batch"])
+def merge(
+    q, tree_key, tree_value, request, indptr, spans, out, lse, partial, partial_lse, scale, cap, batch,
+    q_row, q_head, tk_row, tk_head, tv_row, tv_head,
+    GROUP: tl.constexpr, MEMBERS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, CAPPED: tl.constexpr,
+):  # fmt: skip
+    """One row and one KV head: joins the pieces in their order, and answers pad rows, which see themselves only."""
+    n, head, heads = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
+    member = tl.arange(0, MEMBERS)
+    d = tl.arange(0, WIDTH)
+    inner = (member < GROUP)[:, None] & (d < DIM)[None, :]
+    to = (n * heads + head) * GROUP + member
+    b = tl.load(request + n)
+    if b >= batch:
+        queries = tl.load(q + n * q_row + (head * GROUP + member)[:, None] * q_head + d[None, :], mask=inner, other=0.0)
+        k = tl.load(tree_key + n * tk_row + head * tk_head + d, mask=d < DIM, other=0.0).to(tl.float32)
+        v = tl.load(tree_value + n * tv_row + head * tv_head + d, mask=d < DIM, other=0.0).to(tl.float32)
+        score = tl.sum(queries.to(tl.float32) * k[None, :], 1) * scale
+        if CAPPED:
+            decay = tl.exp2(tl.abs(score) * (-2 * LOG2E) / cap)
+            score = tl.where(score < 0, -cap, cap) * (1 - decay) / (1 + decay)
+        own = (v[None, :] + tl.zeros([MEMBERS, WIDTH], tl.float32)).to(out.dtype.element_ty)
+        tl.store(out + to[:, None] * DIM + d[None, :], own, mask=inner)
+        tl.store(lse + to, score, mask=member < GROUP)
+    else:
+        pieces = tl.load(spans + b * 2 + 1)
+        if pieces > 1:
+            begin = tl.load(indptr + b)
+            tiles = ((tl.load(indptr + b + 1) - begin) * GROUP + ROWS - 1) // ROWS
+            fold = (n - begin).to(tl.int32) * GROUP + member
+            item = (tl.load(spans + b * 2) + fold // ROWS).to(tl.int64)
+            acc = tl.zeros([MEMBERS, WIDTH], tl.float32)
+            top = tl.full([MEMBERS], float("-inf"), tl.float32)
+            mass = tl.zeros([MEMBERS], tl.float32)
+            for _ in range(pieces):
+                at = (item * heads + head) * ROWS + fold % ROWS
+                part = tl.load(partial_lse + at, mask=member < GROUP, other=float("-inf"))
+                value = tl.load(partial + at[:, None] * DIM + d[None, :], mask=inner, other=0.0)
+                new = tl.maximum(top, part)
+                base = tl.where(new == float("-inf"), 0.0, new)
+                weight, decay = tl.exp2((part - base) * LOG2E), tl.exp2((top - base) * LOG2E)
+                acc = acc * decay[:, None] + value * weight[:, None]
+                mass = mass * decay + weight
+                top = new
+                item += tiles
+            acc = acc / tl.where(mass == 0, 1.0, mass)[:, None]
+            tl.store(out + to[:, None] * DIM + d[None, :], acc.to(out.dtype.element_ty), mask=inner)
+            tl.store(lse + to, top + tl.log2(tl.where(mass == 0, 1.0, mass)) * LN2, mask=member < GROUP)
+
+
+@triton.jit(do_not_specialize=["count"])
+def join(o1, lse1, o2, lse2, out, lse, count, DIM: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr):
+    """Rows of two parts of one softmax."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    d = tl.arange(0, WIDTH)
+    inner = (row < count)[:, None] & (d < DIM)[None, :]
+    one = tl.load(lse1 + row, mask=row < count, other=0.0)
+    two = tl.load(lse2 + row, mask=row < count, other=0.0)
+    top = tl.maximum(one, two)
+    base = tl.where(top == float("-inf"), 0.0, top)
+    first, second = tl.exp2((one - base) * LOG2E), tl.exp2((two - base) * LOG2E)
+    mass = first + second
+    at = row[:, None] * DIM + d[None, :]
+    value = tl.load(o1 + at, mask=inner, other=0.0).to(tl.float32) * first[:, None]
+    value += tl.load(o2 + at, mask=inner, other=0.0).to(tl.float32) * second[:, None]
+    value = value / tl.where(mass == 0, 1.0, mass)[:, None]
+    tl.store(out + at, value.to(out.dtype.element_ty), mask=inner)
+    tl.store(lse + row, top + tl.log2(tl.where(mass == 0, 1.0, mass)) * LN2, mask=row < count)

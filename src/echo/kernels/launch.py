@@ -1,0 +1,91 @@
+"""Every choice of a launch in one place: tiles, warps, stages, splits. Host arithmetic only; nothing here imports Triton."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple, ParamSpec, TypeVar
+
+import torch
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+HEAD_DIMS = (64, 80, 96, 128, 256)
+"""Head dimensions that are compiled and checked; any from 16 to 256 runs."""
+
+WAVES = 4
+"""Work items per multiprocessor that a balanced split aims at, all KV heads together."""
+
+MIN_BLOCKS = 2
+"""KV blocks that a piece has at least: shorter ones cost more in partial results than they gain in parallel reads."""
+
+FIXED_ROWS = 16
+"""Rows of a request that the tile is chosen for where ``splits`` is fixed: the same in every batch."""
+
+VOCABULARY_CHUNK = 16384
+"""Logits that one program of the arg-max reads."""
+
+
+class Tile(NamedTuple):
+    """How one program works: ``rows`` of queries times heads of a group, ``keys`` a step, and its compile options."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+
+
+VOCABULARY_BLOCK = 4096
+"""Logits that it reads at once."""
+
+
+def power_of_two(value: int) -> int:
+    """The smallest power of two that is not below ``value``."""
+    return 1 << max(value - 1, 0).bit_length()
+
+
+def tile(group: int, dim: int, itemsize: int, rows: float) -> Tile:
+    """The tile for a group of query heads: the highest that the rows fill, in a table of tiles that compile without spills.
+
+    32 keys a step: 64 spill on sm_80 and sm_100 (``benchmarks/compile_kernels.py``). A taller tile reads a KV head's keys fewer
+    times; more than 128 rows of 16 bits, or 64 of a head dimension of 256, spill.
+
+    Args:
+        group: query heads of a KV head.
+        dim: head dimension.
+        itemsize: bytes of a query element.
+        rows: rows of a request, as far as the host knows: the mean, or a fixed number for the same tile in every batch.
+    """
+    wide = dim > 128
+    if itemsize == 4:  # exact products on the ordinary units: small tiles, for registers
+        return Tile(16, 16, 8 if wide else 4, 2)
+    height = min(max(power_of_two(round(group * rows)), 16), 64 if wide else 128)
+    return Tile(height, 32, 8 if wide or height == 128 else 4, 3 if wide else 4)
+
+
+@functools.lru_cache
+def multiprocessors(device: torch.device) -> int:
+    """Multiprocessors of a CUDA device; 4 elsewhere, so that the interpreter has splits to merge."""
+    return int(torch.cuda.get_device_properties(device).multi_processor_count) if device.type == "cuda" else 4
+
+
+def target_items(device: torch.device, kv_heads: int) -> int:
+    """Work items that a balanced split aims at."""
+    return max(1, -(-WAVES * multiprocessors(device) // kv_heads))
+
+
+def most_tiles(rows: int, batch: int, group: int, height: int) -> int:
+    """A bound of row tiles over all ways to share ``rows`` among ``batch`` requests."""
+    return min((rows * group + min(batch, rows) * (height - 1)) // height, rows * -(-group // height))
+
+
+def on_its_device(function: Callable[P, R]) -> Callable[P, R]:
+    """Runs a launcher with the device of its first argument as the current one: Triton launches there, wherever the tensors are."""
+
+    @functools.wraps(function)
+    def call(*args: P.args, **options: P.kwargs) -> R:
+        with torch.cuda.device(args[0].get_device() if isinstance(args[0], torch.Tensor) else -1):  # -1: leave it
+            return function(*args, **options)
+
+    return call

@@ -1,0 +1,144 @@
+"""The acceptance walk and the arg-max over a vocabulary, as Triton kernels. The twins are in :mod:`echo.kernels.reference`."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from echo import checks
+from echo.kernels import launch
+from echo.kernels.inputs import accept_shapes
+
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+"""Whether these kernels were loaded for Triton's interpreter, which runs them on the CPU."""
+
+NOWHERE = tl.constexpr(2147483647)
+
+
+@triton.jit(do_not_specialize=["parts"])
+def _best(logits, value, index, vocabulary, row_stride, parts, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
+    """The largest number of one chunk of one row, and its first place. NaN counts as -inf."""
+    row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    lane = tl.arange(0, BLOCK)
+    best = tl.full([BLOCK], float("-inf"), tl.float32)
+    place = tl.full([BLOCK], NOWHERE, tl.int32)
+    for at in range(part * CHUNK, tl.minimum((part + 1) * CHUNK, vocabulary), BLOCK):
+        token = at + lane
+        score = tl.load(logits + row * row_stride + token, mask=token < vocabulary, other=float("-inf")).to(tl.float32)
+        higher = score > best  # false for NaN; a later equal one never replaces an earlier one
+        best, place = tl.where(higher, score, best), tl.where(higher, token, place)
+    top = tl.max(best, 0)
+    tl.store(value + row * parts + part, top)
+    tl.store(index + row * parts + part, tl.min(tl.where(best == top, place, NOWHERE), 0))
+
+
+@triton.jit
+def _winner(target, value, index, row, parts, PARTS: tl.constexpr):
+    """The target's token after a row: as given, or the best of the row's chunks, or -1."""
+    if PARTS == 0:
+        token = tl.load(target + row)
+    else:
+        lane = tl.arange(0, PARTS)
+        best = tl.load(value + row * parts + lane, mask=lane < parts, other=float("-inf"))
+        place = tl.load(index + row * parts + lane, mask=lane < parts, other=NOWHERE)
+        first = tl.min(tl.where(best == tl.max(best, 0), place, NOWHERE), 0)
+        token = tl.where(first == NOWHERE, -1, first).to(tl.int64)
+    return token
+
+
+@triton.jit(do_not_specialize=["count", "parts", "max_depth"])
+def _walk(
+    parent, indptr, tokens, target, value, index, rows, emitted, lengths, count, parts, max_depth,
+    PARTS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One request. A step looks at the rows after the one it is on: ``max_depth`` steps of at most N rows, whatever the links are."""
+    b = tl.program_id(0)
+    lane = tl.arange(0, BLOCK)
+    first = tl.maximum(tl.load(indptr + b), 0)
+    end = tl.minimum(tl.load(indptr + b + 1), count)
+    base = b.to(tl.int64) * (max_depth + 1)
+    row = tl.where(end > first, first, NOWHERE)
+    length = 0
+    for step in range(max_depth + 1):
+        if row < NOWHERE:
+            token = _winner(target, value, index, row.to(tl.int64), parts, PARTS)
+            tl.store(rows + base + step, row.to(tl.int64))
+            tl.store(emitted + base + step, token)
+            length += 1
+            child = tl.full([BLOCK], NOWHERE, tl.int32)
+            for start in range(row + 1, end, BLOCK):
+                at = start + lane
+                drafted = tl.load(tokens + at, mask=at < end, other=-1)
+                above = tl.load(parent + at, mask=at < end, other=-1)
+                fits = (at < end) & (above >= 0) & (above == row - first) & (drafted == token) & (drafted >= 0)
+                child = tl.minimum(child, tl.where(fits, at, NOWHERE))
+            row = tl.min(child, 0)
+        else:
+            tl.store(rows + base + step, tl.full([], -1, tl.int64))
+            tl.store(emitted + base + step, tl.full([], -1, tl.int64))
+    tl.store(lengths + b, tl.full([], 0, tl.int64) + length)
+
+
+@triton.jit(do_not_specialize=["parts"])
+def _collect(value, index, token, parts, PARTS: tl.constexpr):
+    """The winning token of each row."""
+    row = tl.program_id(0).to(tl.int64)
+    tl.store(token + row, _winner(token, value, index, row, parts, PARTS))
+
+
+def _scan(logits: Tensor) -> tuple[Tensor, Tensor, int]:
+    """Best value and place of every chunk of every row: one read of the logits."""
+    n, vocabulary = checks.tensor("logits", logits, ["N", "V"], checks.FLOATS).shape
+    checks.integer("V", vocabulary, 1, 1 << 30)
+    logits = logits if logits.stride(-1) == 1 else logits.contiguous()
+    parts = -(-vocabulary // launch.VOCABULARY_CHUNK)
+    value = torch.empty(n, parts, dtype=torch.float32, device=logits.device)
+    index = torch.empty(n, parts, dtype=torch.int32, device=logits.device)
+    if n:
+        _best[(n, parts)](
+            logits, value, index, vocabulary, logits.stride(0), parts, CHUNK=launch.VOCABULARY_CHUNK, BLOCK=launch.VOCABULARY_BLOCK,
+            num_warps=8,
+        )  # fmt: skip
+    return value, index, parts
+
+
+@launch.on_its_device
+def argmax_tokens(logits: Tensor) -> Tensor:
+    """As :func:`echo.kernels.argmax_tokens`."""
+    value, index, parts = _scan(logits)
+    token = torch.empty(logits.shape[0], dtype=torch.int64, device=logits.device)
+    if len(token):
+        _collect[(len(token),)](value, index, token, parts, PARTS=launch.power_of_two(parts), num_warps=1)
+    return token
+
+
+def _accept(
+    parent: Tensor, indptr: Tensor, tokens: Tensor, max_depth: int, target: Tensor, value: Tensor, index: Tensor, parts: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    n, batch = accept_shapes(parent, indptr, tokens, max_depth)
+    rows = torch.empty(batch, max_depth + 1, dtype=torch.int64, device=tokens.device)
+    emitted, lengths = torch.empty_like(rows), torch.empty(batch, dtype=torch.int64, device=tokens.device)
+    if batch:
+        _walk[(batch,)](
+            parent.contiguous(), indptr.contiguous(), tokens.contiguous(), target, value, index, rows, emitted, lengths,
+            n, parts, max_depth, PARTS=launch.power_of_two(parts) if parts else 0, BLOCK=64, num_warps=1,
+        )  # fmt: skip
+    return rows, emitted, lengths
+
+
+@launch.on_its_device
+def accept(parent: Tensor, indptr: Tensor, tokens: Tensor, target_tokens: Tensor, max_depth: int) -> tuple[Tensor, Tensor, Tensor]:
+    """As :func:`echo.kernels.accept`."""
+    checks.tensor("target_tokens", target_tokens, list(tokens.shape), torch.int64, tokens.device)
+    target = target_tokens.contiguous()
+    return _accept(parent, indptr, tokens, max_depth, target, target, target, 0)
+
+
+@launch.on_its_device
+def accept_greedy(parent: Tensor, indptr: Tensor, tokens: Tensor, logits: Tensor, max_depth: int) -> tuple[Tensor, Tensor, Tensor]:
+    """As :func:`echo.kernels.accept_greedy`: the walk itself picks the winners of the rows that it visits."""
+    checks.tensor("logits", logits, [tokens.shape[0], "V"], checks.FLOATS, tokens.device)
+    value, index, parts = _scan(logits)
+    return _accept(parent, indptr, tokens, max_depth, tokens, value, index, parts)

@@ -1,0 +1,68 @@
+"""The kernels compile for three generations of GPUs without spills, within shared memory, onto the wide matrix instructions."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+ENVIRONMENT = os.environ | {"TRITON_INTERPRET": "0"}  # the interpreter and the compiler do not share a process
+
+
+def test_a_representative_subset_compiles_well():
+    command = [sys.executable, str(BENCHMARKS / "compile_kernels.py"), "--quick"]
+    result = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
+    assert "0 faults" in result.stdout
+
+
+def test_the_check_finds_spills_and_narrow_instructions():
+    code = (
+        "import compile_kernels as ck, torch; from echo.kernels import launch\n"
+        "launch.tile = lambda *_: launch.Tile(128, 64, 4, 2)\n"
+        "entry = ck.measure(ck.attention(ck.Case(128, torch.bfloat16, 4, 16))['attend'], 80)\n"
+        "assert 'spill' in ck.faults(entry, 64, True)[0], entry\n"
+        "assert ck.faults(entry | {'arch': 'sm_90', 'spills': 0, 'stack': 0}, 64, True) == ['HMMA instead of HGMMA'], entry\n"
+        "assert 'shared memory' in ck.faults(entry | {'spills': 0, 'stack': 0, 'shared': 170_000}, 64, True)[0]"
+    )
+    environment = ENVIRONMENT | {"PYTHONPATH": os.pathsep.join([str(BENCHMARKS), os.environ.get("PYTHONPATH", "")])}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+
+
+def test_another_batch_compiles_nothing_anew():
+    """Other numbers of requests and rows, mask words and pages a request: the same signature, constants and hints."""
+    code = (
+        "import compile_kernels as ck, torch\n"
+        "def launches(batch, rows):\n"
+        "    found = ck.attention(ck.Case(128, torch.bfloat16, 4, rows, batch=batch)) | {k: r for k, _, r in ck.others(batch, 128256)}\n"
+        "    sources = {name: ck.source(recorder)[0] for name, recorder in found.items()}\n"
+        "    return {name: (s.signature, s.constants, s.attrs) for name, s in sources.items()}\n"
+        "first = launches(8, 16)\n"
+        "assert len(first) == 7, first.keys()\n"
+        "for batch, rows in ((1, 16), (16, 12), (37, 13)): assert launches(batch, rows) == first, (batch, rows)"
+    )
+    environment = ENVIRONMENT | {"PYTHONPATH": os.pathsep.join([str(BENCHMARKS), os.environ.get("PYTHONPATH", "")])}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+
+
+def test_the_committed_table_has_no_faults_and_is_of_the_shipped_launches():
+    """Every head dimension on every architecture; the constants it was made with are still those of the launcher."""
+    from echo.kernels import launch
+
+    table = json.loads((BENCHMARKS / "results" / "compile.json").read_text())
+    assert {k: v for k, v in vars(launch).items() if k.isupper() and len(k) > 1} == {
+        k: tuple(v) if isinstance(v, list) else v for k, v in table["launch"].items()
+    }
+    attend = [entry for entry in table["kernels"] if entry["kernel"] == "attend"]
+    for dim in launch.HEAD_DIMS:
+        assert {e["arch"] for e in attend if e["case"].startswith(f"D={dim} ")} == {"sm_80", "sm_90", "sm_100"}
+    assert all(entry["spills"] == 0 and entry["stack"] == 0 for entry in table["kernels"])
+    for entry in attend:
+        dim, kind = int(entry["case"].split()[0][2:]), entry["case"].split()[1]
+        assert launch.tile(1, dim, 4 if kind == "float32" else 2, entry["ROWS"])[:2] == (entry["ROWS"], entry["KEYS"])
