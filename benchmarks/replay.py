@@ -20,12 +20,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from policies import POLICIES, Setting, oracle_trace
 from rich.console import Console
 from rich.table import Table
 
 import echo
 from echo.testing import Record, Trace, replay
+from policies import POLICIES, Setting, oracle_trace
 
 HERE = Path(__file__).parent
 BATCHES = (1, 8, 32, 64, 128, 256)
