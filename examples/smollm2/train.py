@@ -91,6 +91,18 @@ def loss(head: EagleHead, embedding: Tensor, batch: dict[str, Tensor], steps: in
     return total, right
 
 
+def fresh(vocab: Tensor, embedding: Tensor) -> EagleHead:
+    """A head that starts from the target's own geometry: the 256 widest directions of its embeddings."""
+    head = EagleHead(vocab)
+    with torch.no_grad():
+        _, _, basis = torch.linalg.svd(embedding[vocab], full_matrices=False)
+        head.embed.weight.copy_(basis[:WIDTH])
+        head.head.weight.copy_(embedding[vocab] @ basis[:WIDTH].T)
+        head.out.weight.mul_(0.1)
+        head.down.weight.mul_(0.1)
+    return head
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True)
@@ -101,6 +113,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--muon-lr", type=float, default=0.02)
+    parser.add_argument("--asked", type=int, default=0, help="times more that answers to the model's own questions are seen")
+    parser.add_argument("--init", type=Path, default=None, help="weights to go on from, with their vocabulary")
     parser.add_argument("--noise", type=float, default=0.2, help="of the features, in their root mean squares: few texts, many epochs")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -112,11 +126,14 @@ def main() -> None:
         if len(sequence["tokens"]) - sequence["prompt"] > 4
     ]
     held, data = data[::32], [sequence for number, sequence in enumerate(data) if number % 32]
+    data += [sequence for sequence in data if sequence["kind"] == "asked"] * args.asked
     counts = torch.zeros(49152, dtype=torch.int64)
     for row in data:
         counts += torch.bincount(row["tokens"][row["prompt"] :].long(), minlength=len(counts))
     prior = 0.5 * torch.arange(len(counts), 0, -1) / len(counts)  # earlier merges of the tokenizer are the more frequent ones
     vocab = (counts + prior).topk(args.vocab).indices.sort().values
+    head = EagleHead.read(args.init).train() if args.init else None
+    vocab = vocab if head is None else head.vocab
     lookup = torch.full_like(counts, -1)
     lookup[vocab] = torch.arange(len(vocab))
     print(
@@ -127,13 +144,7 @@ def main() -> None:
     embedding = model.model.embed_tokens.weight.detach().clone()
     embedding = embedding / embedding.norm(dim=-1).mean()
     del model
-    head = EagleHead(vocab)
-    with torch.no_grad():  # start from the target's own geometry: its 256 widest directions
-        _, _, basis = torch.linalg.svd(embedding[vocab], full_matrices=False)
-        head.embed.weight.copy_(basis[:WIDTH])
-        head.head.weight.copy_(embedding[vocab] @ basis[:WIDTH].T)
-        head.out.weight.mul_(0.1)
-        head.down.weight.mul_(0.1)
+    head = fresh(vocab, embedding) if head is None else head
     inner = [head.fuse.weight, head.embed.weight, head.qkv.weight, head.out.weight, head.gate_up.weight, head.down.weight]
     rest = [p for p in head.parameters() if not any(p is q for q in inner)]
     muon = torch.optim.Muon(inner, lr=args.muon_lr, weight_decay=0.01, momentum=0.95)
@@ -164,8 +175,10 @@ def main() -> None:
             head.save(args.out)
     head.save(args.out)
     with torch.no_grad():
-        rights = [loss(head, embedding, collate(held[i : i + 16], lookup), args.steps)[1] for i in range(0, len(held), 16)]
-    print(f"{step} steps; held-out first choice right by depth: {[round(float(x), 3) for x in torch.tensor(rights).mean(0)]}")
+        for kind in sorted({sequence["kind"] for sequence in held}):
+            rows = [sequence for sequence in held if sequence["kind"] == kind][:48]
+            right = loss(head, embedding, collate(rows, lookup), args.steps)[1]
+            print(f"{step} steps; {kind}: held-out first choice right by depth {[round(x, 3) for x in right]}")
 
 
 if __name__ == "__main__":
