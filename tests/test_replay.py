@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -87,8 +89,18 @@ def test_plain_decoding_costs_one_step_a_token(trace):
     assert report.tokens_per_step == 1.0
     assert report.rows == report.request_steps == report.tokens
     assert report.seconds == pytest.approx(report.steps)
-    assert len(report.per_text) == 12
-    assert {kind for kind, *_ in report.per_text} == {"odd", "even"}
+    assert len(report.answers) == 12
+    assert sum(answer.tokens for answer in report.answers) == report.tokens
+
+
+def test_figures_by_kind_add_up(trace):
+    report = replay(trace, POLICIES["echo"], COST, batch=4)
+    assert sum(report.of_kind(kind)["texts"] for kind in ("odd", "even")) == 12
+    assert sum(answer.rows for answer in report.answers) == report.rows
+    low, high = sorted(report.of_kind(kind)["tokens_per_step"] for kind in ("odd", "even"))
+    assert low <= report.tokens_per_step <= high
+    low, high = sorted(report.of_kind(kind)["acceptance"] for kind in ("odd", "even"))
+    assert low <= report.acceptance <= high
 
 
 def test_charges(trace):
@@ -171,3 +183,22 @@ def test_records_are_closed_under_narrower_frontiers(trace):
 
     for beam in (1, 2, 3):
         assert replay(trace, echo.ElasticBudgetScheduler(Erratic(beam), None, 30, 4), COST, batch=4).misses == 0
+
+
+def test_the_shipped_trace_replays_without_a_miss():
+    path = Path(__file__).parents[1] / "benchmarks" / "traces" / "smollm2.npz"
+    shipped = Trace.load(path)
+    assert path.stat().st_size < 3e6
+    assert shipped.positions >= 6000
+    assert shipped.depth == 8
+    assert shipped.beam >= 6
+    assert set(shipped.kind) == {"code", "reasoning", "summary", "chat"}
+    for scheduler in (
+        echo.ElasticBudgetScheduler.eagle(n=60, beam=6, max_depth=8),
+        echo.ElasticBudgetScheduler.eagle(n=5, beam=1, max_depth=4),
+        echo.ElasticBudgetScheduler(echo.TwoLevel(3, 8), echo.SparseGate({1: 0.3, 4: 0.3}), 90, 8),
+        echo.ElasticBudgetScheduler(echo.GlobalRank(6), None, COST, 8),
+    ):
+        report = replay(shipped, scheduler, COST, batch=32, steps=60)
+        assert report.misses == 0
+        assert report.tokens_per_step > 1.3

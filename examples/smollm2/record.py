@@ -23,7 +23,7 @@ def main() -> None:
     """Records the held-out prompts: warm-up and evaluation sets, which the head was not trained on."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--new", type=int, default=112, help="tokens an answer")
+    parser.add_argument("--new", type=int, default=128, help="tokens an answer")
     parser.add_argument("--depth", type=int, default=8)
     parser.add_argument("--beam", type=int, default=6)
     parser.add_argument("--count", type=int, default=4, help="candidates at each node")

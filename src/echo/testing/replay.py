@@ -46,6 +46,25 @@ class Record:
     forecast: Forecast
 
 
+@dataclass(frozen=True)
+class Answer:
+    """A text that was written in full.
+
+    Attributes:
+        kind: of its prompt.
+        tokens: emitted in steps; the first token, which prefill gave, does not count.
+        steps: in which it took part.
+        rows: verified for it, roots included.
+        seconds: modelled time from its admission to its end.
+    """
+
+    kind: str
+    tokens: int
+    steps: int
+    rows: int
+    seconds: float
+
+
 @dataclass
 class Report:
     """Sums over a replay.
@@ -57,7 +76,7 @@ class Report:
         accepted: accepted drafted rows.
         layers: drafted layers summed over steps.
         misses: nodes that the policy drafted on and the trace has no draft for; 0 in an exact replay.
-        per_text: for each finished text its kind, tokens, steps, and modelled seconds in the batch.
+        answers: the finished texts.
     """
 
     seconds: float = 0.0
@@ -69,7 +88,7 @@ class Report:
     accepted: int = 0
     layers: int = 0
     misses: int = 0
-    per_text: list[tuple[str, int, int, float]] = field(default_factory=list)
+    answers: list[Answer] = field(default_factory=list)
 
     @property
     def throughput(self) -> float:
@@ -88,14 +107,26 @@ class Report:
         return self.accepted / drafted if drafted else float("nan")
 
     def percentiles(self, kind: str | None = None, points: tuple[int, ...] = (1, 50, 99)) -> dict[int, float]:
-        """Percentiles over finished texts, of one kind or all, of seconds a token."""
-        rows = [seconds / tokens for k, tokens, _, seconds in self.per_text if kind in (None, k)]
+        """Percentiles over finished texts, of one kind or all, of modelled seconds a token."""
+        rows = [answer.seconds / answer.tokens for answer in self.answers if kind in (None, answer.kind) and answer.tokens]
         return {p: float(np.percentile(rows, p)) for p in points} if rows else {}
+
+    def of_kind(self, kind: str) -> dict[str, float]:
+        """The figures of one kind's finished texts: tokens and rows per step, acceptance, seconds a token."""
+        chosen = [answer for answer in self.answers if answer.kind == kind]
+        tokens, steps, rows = (sum(getattr(answer, name) for answer in chosen) for name in ("tokens", "steps", "rows"))
+        return {
+            "texts": len(chosen),
+            "tokens_per_step": tokens / steps if steps else float("nan"),
+            "rows_per_step": rows / steps if steps else float("nan"),
+            "acceptance": (tokens - steps) / (rows - steps) if rows > steps else float("nan"),
+            "seconds_per_token": sum(answer.seconds for answer in chosen) / tokens if tokens else float("nan"),
+        }
 
     @property
     def fairness(self) -> float:
         """Jain's index of the finished texts' tokens a second: 1 when all are served alike, 1/n when one gets everything."""
-        rate = np.array([tokens / seconds for _, tokens, _, seconds in self.per_text])
+        rate = np.array([answer.tokens / answer.seconds for answer in self.answers])
         return float(rate.sum() ** 2 / (len(rate) * (rate**2).sum())) if len(rate) else float("nan")
 
 
@@ -194,7 +225,7 @@ def replay(
         report.seconds += cost(plan.rows + prompt_rows * len(fresh)) + drafting
         if observe is not None:
             observe(Record(slots.text[live], at - slots.begin[live], tree, packed, accepted, emitted, plan))
-        slots.advance(live, emitted, report)
+        slots.advance(live, emitted, packed.indptr.diff().numpy(), report)
     report.misses = source.misses
     return report
 
@@ -204,7 +235,7 @@ class _Slots:
 
     def __init__(self, trace: Trace, queue: NDArray[np.int64], batch: int, forever: bool) -> None:
         self.trace, self.queue, self.forever, self.next = trace, queue, forever, 0
-        self.text, self.position, self.begin, self.end, self.limit, self.steps = (np.full(batch, -1) for _ in range(6))
+        self.text, self.position, self.begin, self.end, self.limit, self.steps, self.rows = (np.full(batch, -1) for _ in range(7))
         self.since = np.zeros(batch)
 
     def refill(self, now: float) -> NDArray[np.int64]:
@@ -215,20 +246,22 @@ class _Slots:
         texts = self.queue[(self.next + np.arange(len(free))) % len(self.queue)]
         self.next += len(free)
         self.text[free], self.begin[free], self.end[free] = texts, self.trace.indptr[texts], self.trace.indptr[texts + 1]
-        self.position[free], self.limit[free], self.steps[free], self.since[free] = self.begin[free], self.trace.limit[texts], 0, now
+        self.position[free], self.limit[free], self.since[free] = self.begin[free], self.trace.limit[texts], now
+        self.steps[free] = self.rows[free] = 0
         return free
 
     def live(self) -> NDArray[np.int64]:
         return np.flatnonzero(self.text >= 0)
 
-    def advance(self, live: NDArray[np.int64], emitted: NDArray[np.int64], report: Report) -> None:
+    def advance(self, live: NDArray[np.int64], emitted: NDArray[np.int64], rows: NDArray[np.int64], report: Report) -> None:
         """Moves on; finished texts leave and are entered in the report."""
         self.position[live] += emitted
         self.steps[live] += 1
+        self.rows[live] += rows
         for slot in live[self.position[live] >= self.end[live] - 1]:
-            tokens = int(self.end[slot] - self.begin[slot])
-            kind = str(self.trace.kind[self.text[slot]])
-            report.per_text.append((kind, tokens, int(self.steps[slot]), report.seconds - float(self.since[slot])))
+            kind, tokens = str(self.trace.kind[self.text[slot]]), int(self.end[slot] - self.begin[slot]) - 1
+            seconds = report.seconds - float(self.since[slot])
+            report.answers.append(Answer(kind, tokens, int(self.steps[slot]), int(self.rows[slot]), seconds))
             self.text[slot] = -1
 
 
