@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import time
@@ -92,13 +93,13 @@ class Demo:
         self.texts = interleaved(EVALUATION)
         self.evaluation = encode(self.tokenizer, self.texts)
 
-    def steps(self, scheduler: echo.ElasticBudgetScheduler, prompts, batch: int, new: int):
+    def steps(self, scheduler: echo.ElasticBudgetScheduler, prompts, batch: int, new: int, **drafter_options):
         """Decodes the prompts; yields steps."""
         from drafters import Eagle
         from model import SmolLM2
 
         target = SmolLM2(self.model, batch, LENGTH)
-        drafter = Eagle(target, batch, LENGTH, count=BEAM) if scheduler.max_depth else None
+        drafter = Eagle(target, batch, LENGTH, count=BEAM, **drafter_options) if scheduler.max_depth else None
         return echo.decode(
             scheduler, target, drafter, prompts, slots=batch, max_new_tokens=new, eos_token=self.tokenizer.eos_token_id, capacity=64
         )
@@ -109,7 +110,7 @@ class Demo:
         logs, done = [], 0
         with self._progress() as bar:
             task = bar.add_task("warm-up: drafting without a gate", total=prompts)
-            for step in self.steps(scheduler, self.warmup[:prompts], 8, new):
+            for step in self.steps(scheduler, self.warmup[:prompts], 8, new, floor=-math.inf):
                 logs.append(step.log())
                 done += len(step.finished)
                 bar.update(task, completed=done)
