@@ -52,6 +52,15 @@ def test_tiers_are_paid_in_full():
     assert model.tier(np.array([1, 16, 17, 70])).tolist() == [8, 16, 64, 70]
 
 
+def test_rows_within_a_cost():
+    model = echo.CostModel.from_samples([1, 16, 64], [1.0, 1.0, 4.0])
+    assert model.rows_within(1.0) == 16
+    assert model.rows_within(2.0) == 32
+    assert model.rows_within(99) == 64
+    with pytest.raises(echo.EchoError, match=r"factor: expected a number >= 1.0, got 0.5"):
+        model.rows_within(0.5)
+
+
 def test_draft_cost():
     model = echo.CostModel((1,), (1.0,), draft_layer=0.2, draft_row=0.01)
     assert model.draft(3, 8) == pytest.approx(3 * 0.28)

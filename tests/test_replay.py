@@ -127,6 +127,14 @@ def test_lag_changes_nothing_but_the_plan(trace):
         assert report.tokens == sum(np.diff(trace.indptr) - 1)
 
 
+def test_where_nothing_was_drafted_nothing_is_recorded(trace):
+    for begin, end, limit in zip(trace.indptr, trace.indptr[1:], trace.limit, strict=False):
+        assert (trace.log_prob[end - 1] == -np.inf).all()  # the last token
+        if end - begin == limit:  # one token more ends the answer: capacity 1
+            assert (trace.log_prob[end - 2] == -np.inf).all()
+            assert (trace.log_prob[end - 3, 0, 0] > -np.inf).all()
+
+
 def test_files(trace, tmp_path):
     path = tmp_path / "trace.npz"
     trace.save(path)

@@ -13,6 +13,7 @@ import json
 import math
 import os
 import platform
+import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -162,9 +163,14 @@ class Demo:
         return Progress(*columns, console=self.console)
 
 
+def budget(cost: echo.CostModel) -> int:
+    """K_max: the knee, or the rows that cost half a step more than one row does, where the curve hardly has a flat part."""
+    return max(cost.knee.k_max, cost.rows_within(1.5))
+
+
 def policies(calibration: echo.Calibration, cost: echo.CostModel) -> dict[str, echo.ElasticBudgetScheduler]:
     """The compared policies: one row each of the library's table."""
-    k_max = cost.knee.k_max
+    k_max = budget(cost)
     return {
         PLAIN: echo.ElasticBudgetScheduler.autoregressive(),
         "EAGLE tree, 8 rows each": echo.ElasticBudgetScheduler.eagle(n=8, beam=BEAM, max_depth=4),
@@ -210,7 +216,7 @@ def main() -> None:
     parser.add_argument("--full", action="store_true", help="all prompts at all batch sizes, longer answers, more rounds")
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder of the JSON and the picture")
     args = parser.parse_args()
-    console = Console()
+    console = Console(width=150) if not sys.stdout.isatty() else Console()
     start = time.perf_counter()
     demo = Demo(console)
     log = demo.record(32, 96 if args.full else 64)
@@ -219,9 +225,10 @@ def main() -> None:
         console.print(f"  depth {d.depth}: {'gate above ' + format(d.threshold, '.2f') if d.gate else 'no gate        '}  {d.reason}")
     cost = demo.cost(9 if args.full else 5)
     knee = cost.knee
-    console.print(f"  one row {1e3 * cost(1):.0f} ms; K_max = {knee.k_max} rows, then {knee.gamma:.1%} of a step for each row more")
+    console.print(f"  one row {1e3 * cost(1):.0f} ms; the knee is at {knee.k_max}, then {knee.gamma:.1%} of a step for each row more")
+    console.print(f"  K_max = {budget(cost)} rows")
     console.print(f"  a drafted layer {1e3 * cost.draft_layer:.1f} ms and {1e3 * cost.draft_row:.2f} ms a row")
-    batches = {1: 32, 4: 32, 16: 32} if args.full else {1: 8, 4: 16, 16: 32}
+    batches = {1: 32, 4: 32, 16: 32} if args.full else {1: 8, 4: 12, 16: 32}
     runs = demo.compare(policies(calibration, cost), batches, 128 if args.full else 64, 3 if args.full else 2)
     show(console, runs)
     agree = sum(run.answers == other.answers for other in runs if other.policy == PLAIN for run in runs if run.batch == other.batch)
@@ -239,7 +246,8 @@ def main() -> None:
     }
     result = {
         "machine": machine,
-        "k_max": knee.k_max,
+        "k_max": budget(cost),
+        "knee": knee.k_max,
         "gamma": knee.gamma,
         "cost": json.loads(cost.to_json()),
         "calibration": json.loads(calibration.to_json()),
@@ -248,7 +256,7 @@ def main() -> None:
         "seconds": time.perf_counter() - start,
     }
     (args.out / "demo.json").write_text(json.dumps(result, indent=1))
-    draw(log, calibration, cost, runs, args.out / "demo.png", PLAIN)
+    draw(log, calibration, cost, budget(cost), runs, args.out / "demo.png", PLAIN)
     shortest = min((run for run in runs if run.batch == max(batches) and run.policy != PLAIN), key=lambda run: run.seconds)
     console.print(f"\nWhat the model wrote ({shortest.policy}, batch {shortest.batch}):")
     for number in (0, 3):

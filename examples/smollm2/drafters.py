@@ -69,8 +69,8 @@ class PromptLookup:
 class Eagle:
     """The trained head as a drafter (``echo.Drafter``). Its cache holds true features only, so it depends on the text alone.
 
-    After each step it reads the target's features of the accepted rows (draft-extend); that pass already scores the next
-    step's first layer.
+    It reads the target's features of the accepted rows (draft-extend), and that pass already scores the next step's first layer. It
+    reads them when it next drafts: while speculation is off they are only kept, so that "off" costs next to nothing.
 
     Args:
         target: whose ``hidden`` it reads right after each of the target's passes.
@@ -92,31 +92,32 @@ class Eagle:
         self.tokens = torch.zeros(slots, count, dtype=torch.int64)
         self.log_probs = torch.zeros(slots, count, dtype=torch.float16)  # two bytes: what a trace holds is exactly what was ranked
         self.root = torch.zeros(slots, WIDTH)
+        # Of the text not read yet, in order: slots [n], features [n, 1728], and the token after each, [n].
+        self.unread: list[tuple[Tensor, Tensor, Tensor]] = []
         # Of the layers drafted in this step: states [B, W, width], keys, values [B, nodes, heads, D], who sees whom [B, W, nodes].
         self.state = self.own_keys = self.own_values = self.sees = torch.empty(0)
 
     @torch.inference_mode()
     def admit(self, slots: Tensor, prompts: Sequence[Tensor], first: Tensor) -> None:
-        """Reads the prompts' features, which the target's prefill has just left in ``hidden``."""
+        """Keeps the prompts' features, which the target's prefill has just left in ``hidden``; forgets who was in the slots before."""
+        self.unread = [tuple(x[~torch.isin(rows[0], slots)] for x in rows) for rows in self.unread]
         self.used[slots] = 0
-        lengths = torch.tensor([len(p) for p in prompts])
-        request = torch.repeat_interleave(torch.arange(len(prompts)), lengths)
-        local = torch.arange(len(request)) - (lengths.cumsum(0) - lengths)[request]
+        where = torch.repeat_interleave(slots, torch.tensor([len(p) for p in prompts]))
         after = torch.cat([torch.cat([p[1:], t[None]]) for p, t in zip(prompts, first, strict=True)])
-        self._extend(slots, request, local, self.target.hidden, after, lengths)
+        self.unread.append((where, self.target.hidden, after))
 
     @torch.inference_mode()
     def keep(self, slots: Tensor, packed: echo.PackedTree, accepted: echo.Accepted) -> None:
-        """Reads the accepted rows' features."""
+        """Keeps the accepted rows' features."""
         request, local = (accepted.rows >= 0).nonzero(as_tuple=True)
-        features = self.target.hidden[accepted.rows[request, local]]
-        self._extend(slots, request, local, features, accepted.tokens[request, local], accepted.lengths)
+        self.unread.append((slots[request], self.target.hidden[accepted.rows[request, local]], accepted.tokens[request, local]))
 
     @torch.inference_mode()
     def draft(self, slots: Tensor, frontier: echo.Frontier) -> tuple[Tensor, Tensor]:
         """The k likeliest tokens after each node. The root's were found when its text was read; inactive nodes are not computed."""
         batch, width = frontier.token.shape
         if frontier.depth == 0:
+            self._read()
             self.state = self.root[slots][:, None]
             self.own_keys = self.own_values = torch.empty(batch, 0, HEADS, WIDTH // HEADS)
             self.sees = torch.zeros(batch, 1, 0, dtype=torch.bool)
@@ -148,9 +149,17 @@ class Eagle:
         tokens[request, node], log_probs[request, node] = self._candidates(new)
         return tokens, log_probs
 
-    def _extend(self, slots: Tensor, request: Tensor, local: Tensor, features: Tensor, after: Tensor, lengths: Tensor) -> None:
-        """Adds true entries: ``features`` [n] of tokens at ``local`` places beyond the text known so far, ``after`` each the next token."""
-        where, used = slots[request], self.used[slots]
+    def _read(self) -> None:
+        """Adds true entries to the cache: all text that came since the last time."""
+        if not self.unread:
+            return
+        where, features, after = (torch.cat(column) for column in zip(*self.unread, strict=True))
+        self.unread = []
+        turn = where.argsort(stable=True)
+        where, features, after = where[turn], features[turn], after[turn]
+        slots, request, lengths = where.unique_consecutive(return_inverse=True, return_counts=True)
+        local = torch.arange(len(where)) - (lengths.cumsum(0) - lengths)[request]
+        used = self.used[slots]
         position = used[request] + local
         state = self.head.fuse(features)
         q, k, v = self.head.inputs(state, self.embedding[after], position)

@@ -17,12 +17,13 @@ ACCEPTED, REJECTED, INK, GREY = "#2a7f62", "#d1495b", "#22333b", "#9aa5ab"
 POLICIES = ["#9aa5ab", "#e9a13b", "#2a7f62", "#33658a", "#7b4b94", "#d1495b"]
 
 
-def draw(log: echo.WarmupLog, calibration: echo.Calibration, cost: echo.CostModel, runs, path: Path, plain: str) -> None:
+def draw(log: echo.WarmupLog, calibration: echo.Calibration, cost: echo.CostModel, k_max: int, runs, path: Path, plain: str) -> None:
     """Writes the picture.
 
     Args:
         log: the warm-up rows.
         calibration, cost: what was made of them, and of the machine.
+        k_max: the budget, in rows.
         runs: of the demo.
         path: PNG file.
         plain: the policy that the others are compared with.
@@ -35,7 +36,7 @@ def draw(log: echo.WarmupLog, calibration: echo.Calibration, cost: echo.CostMode
     _histograms(upper, log, calibration)
     auc, curve, bars = lower.subplots(1, 3, width_ratios=(1, 1, 1.7))
     _auc(auc, calibration)
-    _cost(curve, cost)
+    _cost(curve, cost, k_max)
     _throughput(bars, runs, plain)
     figure.savefig(path, dpi=150)
     plt.close(figure)
@@ -74,16 +75,14 @@ def _auc(axis, calibration: echo.Calibration) -> None:
     axis.set_xticks(depth)
 
 
-def _cost(axis, cost: echo.CostModel) -> None:
+def _cost(axis, cost: echo.CostModel, k_max: int) -> None:
     rows = np.array(cost.rows)
     knee = cost.knee
     axis.plot(rows, 1e3 * np.array(cost.seconds), "o-", color=INK, ms=4, label="measured")
     fine = np.linspace(1, rows[-1], 200)
-    axis.plot(fine, [1e3 * knee(k) for k in fine], color=REJECTED, lw=1, ls="--", label="T(1 + γ max(0, K - K_max))")
-    axis.axvline(knee.k_max, color=GREY, lw=1)
-    axis.annotate(
-        f"K_max = {knee.k_max}", (knee.k_max, 0.6), (5, 0), xycoords=("data", "axes fraction"), textcoords="offset points", color=INK
-    )
+    axis.plot(fine, [1e3 * knee(k) for k in fine], color=REJECTED, lw=1, ls="--", label=f"T (1 + γ max(0, K - {knee.k_max}))")
+    axis.axvline(k_max, color=GREY, lw=1)
+    axis.annotate(f"K_max = {k_max}", (k_max, 0.02), (5, 0), xycoords=("data", "axes fraction"), textcoords="offset points", color=INK)
     axis.set_ylim(0)
     axis.set_xlabel("rows verified in one step")
     axis.set_ylabel("ms")

@@ -149,6 +149,16 @@ class CostModel:
             return Knee(int(self.rows[0]), float(y[0]), 0.0)
         return Knee(int(self.rows[-1]), best[1].t_ar, 0.0) if best[1].gamma == 0.0 else best[1]
 
+    def rows_within(self, factor: float) -> int:
+        """The most rows of a step that costs at most ``factor`` times a step of one row: a budget where the curve has no flat part.
+
+        Raises:
+            EchoError: factor below 1.
+        """
+        checks.real("factor", factor, 1.0)
+        rows = np.arange(1, self.rows[-1] + 1)
+        return int(rows[self(rows) <= factor * self(1) * (1 + 1e-9)][-1])
+
     def to_json(self) -> str:
         """The model as JSON text."""
         return json.dumps({"format": "echo-cost", "version": VERSION, **asdict(self)})

@@ -204,12 +204,14 @@ class _Watch:
         self.inner = drafter
         self.admit, self.keep = drafter.admit, drafter.keep
         self.layers: list[tuple[Frontier, Tensor, Tensor]] = []
+        self.k = 1
 
     def draft(self, slots: Tensor, frontier: Frontier, /) -> tuple[Tensor, Tensor]:
         tokens, log_probs = self.inner.draft(slots, frontier)
         if log_probs.dtype != torch.float16:
             raise EchoError(f"drafter: expected float16 log-probabilities, which a trace holds exactly, got {log_probs.dtype}")
         self.layers = [*(self.layers if frontier.depth else []), (frontier, tokens, log_probs)]
+        self.k = tokens.shape[2]
         return tokens, log_probs
 
 
@@ -255,12 +257,12 @@ def record(
     drafts: list[list[tuple[NDArray[Any], ...]]] = [[] for _ in prompts]
     options: dict[str, Any] = {"slots": slots, "max_new_tokens": max_new_tokens, "eos_token": eos_token, "capacity": capacity}
     for step in decode(pool, target, watch, prompts, **options):
-        columns = _columns(watch.layers, len(step.requests), depth, places)
+        columns = _columns(watch.layers[: step.tree.depth], len(step.requests), depth, places, watch.k)
         for b, (request, tokens) in enumerate(zip(step.requests, step.emitted, strict=True)):
             texts[request] += tokens
             drafts[request].append(tuple(column[b] for column in columns))
         yield sum(map(len, texts))
-    nothing = _columns([], 1, depth, places, k=watch.layers[0][1].shape[2])
+    nothing = _columns([], 1, depth, places, watch.k)
     rows = [row for text, steps in zip(texts, drafts, strict=True) for row in [*steps[: len(text) - 1], tuple(c[0] for c in nothing)]]
     token, log_prob, expanded = (np.stack(column) for column in zip(*rows, strict=True))
     yield Trace(
@@ -276,17 +278,14 @@ def record(
     )
 
 
-def _columns(
-    layers: list[tuple[Frontier, Tensor, Tensor]], batch: int, depth: int, places: int, k: int | None = None
-) -> tuple[NDArray[Any], ...]:
+def _columns(layers: list[tuple[Frontier, Tensor, Tensor]], batch: int, depth: int, places: int, k: int) -> tuple[NDArray[Any], ...]:
     """``token``, ``log_prob`` and ``expanded`` of one step: [B, D, E, k] twice, [B, D, E * k]."""
-    width = layers[0][1].shape[2] if k is None else k
-    token = np.zeros((batch, depth, places, width), dtype=np.int32)
+    token = np.zeros((batch, depth, places, k), dtype=np.int32)
     log_prob = np.full(token.shape, -np.inf, dtype=np.float16)
-    expanded = np.full((batch, depth, places * width), END, dtype=np.int8)
+    expanded = np.full((batch, depth, places * k), END, dtype=np.int8)
     for d, (frontier, tokens, log_probs) in enumerate(layers):
-        if tokens.shape[2] != width:
-            raise EchoError(f"drafter: expected {width} candidates at every depth, got {tokens.shape[2]} at depth {d + 1}")
+        if tokens.shape[2] != k:
+            raise EchoError(f"drafter: expected {k} candidates at every depth, got {tokens.shape[2]} at depth {d + 1}")
         live = frontier.active[..., None]
         token[:, d, : tokens.shape[1]] = torch.where(live, tokens, 0).numpy()
         log_prob[:, d, : tokens.shape[1]] = torch.where(live, log_probs, -torch.inf).numpy()
