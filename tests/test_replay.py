@@ -205,7 +205,7 @@ def test_the_shipped_trace_replays_without_a_miss():
         echo.ElasticBudgetScheduler.eagle(n=60, beam=6, max_depth=8),
         echo.ElasticBudgetScheduler.eagle(n=5, beam=1, max_depth=4),
         echo.ElasticBudgetScheduler(echo.TwoLevel(3, 8), echo.SparseGate({1: 0.3, 4: 0.3}), 90, 8),
-        echo.ElasticBudgetScheduler(echo.GlobalRank(6), None, COST, 8),
+        echo.ElasticBudgetScheduler(echo.GlobalRank(6), None, echo.CostModel((1, 200), (1.0, 1.5)), 8),
     ):
         report = replay(shipped, scheduler, COST, batch=32, steps=60)
         assert report.misses == 0

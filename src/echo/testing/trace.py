@@ -9,6 +9,7 @@ it has drafted itself, with another b for each layer and request, and never meet
 
 from __future__ import annotations
 
+import lzma
 import math
 import os
 import zipfile
@@ -115,11 +116,13 @@ class Trace:
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes a compressed npz in one atomic move. Tokens are stored as uint16 where they fit; all arrays as byte planes."""
+        """Writes an npz in one atomic move. Of ``token`` and ``log_prob`` only the recorded nodes are stored, LZMA-compressed."""
         part = Path(f"{os.fspath(path)}.part")
+        recorded = np.isfinite(self.log_prob).any(axis=3)
         names = ("kind", "indptr", "text", "limit", "expanded", "beam", "floor")
         columns: dict[str, Any] = {"version": np.array(VERSION), **{name: np.asarray(getattr(self, name)) for name in names}}
-        columns |= {"token": _planes(self.token), "log_prob": _planes(self.log_prob)}
+        columns |= {"recorded": np.packbits(recorded), "shape": np.array(self.token.shape)}
+        columns |= {"token": _shrink(self.token[recorded]), "log_prob": _shrink(_planes(self.log_prob[recorded]))}
         with open(part, "wb") as handle:
             np.savez_compressed(handle, **columns)
         os.replace(part, path)
@@ -136,27 +139,32 @@ class Trace:
                 if int(file["version"]) != VERSION:
                     raise EchoError(f"path: expected a trace of version {VERSION}, got version {int(file['version'])}")
                 columns: dict[str, Any] = {f.name: file[f.name] for f in fields(cls)}
-        except (OSError, zipfile.BadZipFile, KeyError, ValueError, EOFError) as error:
+                shape = tuple(int(n) for n in file["shape"])
+                recorded = np.unpackbits(file["recorded"], count=math.prod(shape[:3])).astype(bool).reshape(shape[:3])
+                nodes = int(recorded.sum()), shape[3]
+                token, log_prob = np.zeros(shape, np.int32), np.full(shape, -np.inf, np.float16)
+                token[recorded] = _grow(columns["token"]).view(np.int32).reshape(nodes)
+                planes = _grow(columns["log_prob"]).reshape(2, *nodes)
+                log_prob[recorded] = np.ascontiguousarray(np.moveaxis(planes, 0, -1)).view(np.float16)[..., 0]
+        except (OSError, zipfile.BadZipFile, lzma.LZMAError, KeyError, ValueError, EOFError) as error:
             if isinstance(error, FileNotFoundError | EchoError):
                 raise
             raise EchoError(f"path: expected a trace in {path}, got: {error}") from error
-        columns |= {"beam": int(columns["beam"]), "floor": float(columns["floor"])}
-        columns["token"] = _whole(columns["token"], np.dtype(np.int32))
-        columns["log_prob"] = _whole(columns["log_prob"], np.dtype(np.float16))
+        columns |= {"beam": int(columns["beam"]), "floor": float(columns["floor"]), "token": token, "log_prob": log_prob}
         return cls(**columns)
 
 
-def _planes(values: NDArray[Any]) -> NDArray[np.uint8]:
-    """Bytes of the values with equal places side by side (the last axis), which compresses a third better."""
-    small = values.astype(np.uint16) if values.dtype == np.int32 and values.min() >= 0 and values.max() < 1 << 16 else values
-    return np.ascontiguousarray(np.moveaxis(small.view(np.uint8).reshape(*small.shape, small.dtype.itemsize), -1, 0))
+def _planes(values: NDArray[np.float16]) -> NDArray[np.uint8]:
+    """High bytes apart from low bytes, [2, ...]: they compress better so."""
+    return np.moveaxis(values.view(np.uint8).reshape(*values.shape, 2), -1, 0)
 
 
-def _whole(planes: NDArray[np.uint8], dtype: np.dtype[Any]) -> NDArray[Any]:
-    stored = np.dtype(np.uint16) if dtype == np.int32 and planes.shape[0] == 2 else dtype
-    if planes.shape[0] != stored.itemsize:
-        raise EchoError(f"path: expected {stored.itemsize} byte planes, got {planes.shape[0]}")
-    return np.ascontiguousarray(np.moveaxis(planes, 0, -1)).view(stored)[..., 0].astype(dtype)
+def _shrink(values: NDArray[Any]) -> NDArray[np.uint8]:
+    return np.frombuffer(lzma.compress(np.ascontiguousarray(values).tobytes(), preset=9 | lzma.PRESET_EXTREME), np.uint8)
+
+
+def _grow(packed: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    return np.frombuffer(lzma.decompress(packed.tobytes()), np.uint8)
 
 
 class _Pool:
