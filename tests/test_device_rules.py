@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 
@@ -114,7 +115,8 @@ def whole_engine(scheduler, roots, tokens, log_probs, context, pages):
             compact(packed, accepted, context),
             compact(packed, accepted, context, page_table=pages, page_size=2),
         ]
-        outputs += [x for value in values for x in vars(value).values() if isinstance(x, torch.Tensor)]
+        members = [getattr(value, field.name) for value in values for field in dataclasses.fields(value)]
+        outputs += [x for x in members if isinstance(x, torch.Tensor)]
         outputs += [packed.position(context), packed.slot(context, pages, 2, 0), layouts.sglang_mask(packed, 6, "QLEN_ONLY")]
         outputs += [layouts.sglang_mask(packed, 6, "QLEN_ONLY_BITPACKING")]
         outputs += [layouts.sglang_mask(packed, 6, "FULL_MASK", context=context, size=400)]

@@ -61,7 +61,7 @@ def test_greedy_text_equals_plain_decoding(pair, plain, name):
             assert margin[first - 1] < NEAR_TIE, f"{name}: differs at token {first}, where the best logit leads by {margin[first - 1]}"
             ties += 1
     print(f"{name}: {ties} near ties, {per_step:.2f} tokens a step")
-    assert per_step > (1.8 if drafter == "eagle" else 1.05)
+    assert per_step > (1.5 if drafter == "eagle" else 1.05)
 
 
 def test_a_request_decodes_alone_as_in_a_batch(pair, plain):
