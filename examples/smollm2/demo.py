@@ -1,6 +1,6 @@
 """The main job, end to end, on a real language model: warm up, calibrate, measure the machine, decode, compare.
 
-    make demo                 # about 4 minutes on two cores
+    make demo                 # about 5 minutes on two cores
     make demo ARGS="--full"   # every evaluation prompt at every batch size, longer answers, more rounds
 
 Writes out/demo.json and out/demo.png, and prints a table.

@@ -109,8 +109,9 @@ class ElasticBudgetScheduler:
         """How deep to draft and how many rows to launch, from what the host knows before the step.
 
         With a number as budget: ``max_depth`` and that many rows, or depth 0 and B rows where it leaves nothing to draft for.
-        With a cost model: the depth d and the rows K that maximise (B + F_d(K)) / (T(K) + draft(d)), depth 0 among them. F is
-        foreseen from the history; before anybody has drafted, the knee is tried.
+        With a cost model: the depth d and the rows K that maximise (B + F_d(K)) / (T(K) + draft(d)); depth 0 unless that beats
+        B / T(B) by ``margin``, or it is time for a probe. F is foreseen from the history; before anybody has drafted,
+        the knee is tried, or two rows a request where that is more.
 
         Args:
             history: what happened up to some step before this one, on the host.

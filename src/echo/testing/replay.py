@@ -72,7 +72,8 @@ class Report:
     Attributes:
         seconds: modelled time of all steps.
         tokens, steps, request_steps: emitted tokens, steps, and requests summed over steps.
-        rows, padded: rows of real nodes (roots included), and pad rows launched.
+        rows: rows of real nodes, roots included.
+        padded: pad rows launched.
         accepted: accepted drafted rows.
         layers: drafted layers summed over steps.
         misses: nodes that the policy drafted on and the trace has no draft for; 0 in an exact replay.
