@@ -228,7 +228,7 @@ def main() -> None:
     console.print(f"  one row {1e3 * cost(1):.0f} ms; the knee is at {knee.k_max}, then {knee.gamma:.1%} of a step for each row more")
     console.print(f"  K_max = {budget(cost)} rows")
     console.print(f"  a drafted layer {1e3 * cost.draft_layer:.1f} ms and {1e3 * cost.draft_row:.2f} ms a row")
-    batches = {1: 32, 4: 32, 16: 32} if args.full else {1: 8, 4: 12, 16: 32}
+    batches = {1: 32, 4: 32, 16: 32} if args.full else {1: 4, 4: 8, 16: 32}
     runs = demo.compare(policies(calibration, cost), batches, 128 if args.full else 64, 3 if args.full else 2)
     show(console, runs)
     agree = sum(run.answers == other.answers for other in runs if other.policy == PLAIN for run in runs if run.batch == other.batch)
