@@ -132,11 +132,11 @@ def test_lag_changes_nothing_but_the_plan(trace):
 def test_rank_says_what_a_chain_would_have_accepted(trace):
     rank, seen = trace.rank, []
     assert {-2, 0, 1} <= set(np.unique(rank)) <= {-2, -1, 0, 1, 2}
-    replay(trace, echo.ElasticBudgetScheduler.eagle(n=5, beam=1, max_depth=4), COST, batch=4, observe=seen.append)
-    for record in seen:
-        at = trace.indptr[record.requests] + record.position
+    replay(trace, echo.ElasticBudgetScheduler(echo.TwoLevel(1, 0), None, 20, 4), COST, batch=4, observe=seen.append)
+    for step in seen:
+        at = trace.indptr[step.requests] + step.position
         firsts = (rank[at] == 0).cumprod(axis=1).sum(axis=1)
-        assert (record.accepted.lengths.numpy() - 1 == firsts).all()
+        assert (step.accepted.lengths.numpy() - 1 == firsts).all()
 
 
 def test_where_nothing_was_drafted_nothing_is_recorded(trace):
