@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from echo import checks
+from echo.budget.dealing import deal
 from echo.gating.calibration import BINS, BINS_PER_NAT, ONE, Calibration
-from echo.tree.supertree import UNSELECTABLE, Layer, SuperTree, bits
-
-_LAST = torch.iinfo(torch.int64).max
+from echo.tree.supertree import DEAD_SCORE, UNSELECTABLE, Layer, SuperTree, bits
 
 
 class Rule(Protocol):
@@ -111,18 +110,23 @@ class GlobalRank:
         if self.reliability is None:
             return bits(tree.forest.score)
         table = self._table(tree.status.device)
-        above = torch.zeros_like(tree.layers[0].token, dtype=torch.int32)
+        score, above = tree.score, torch.zeros_like(tree.layers[0].token, dtype=torch.int32)
+        sizes = [layer.token.shape[1] for layer in tree.layers]
+        rows = [
+            torch.full((n,), min(layer.depth, len(table) - 1) * BINS, device=score.device)
+            for n, layer in zip(sizes, tree.layers, strict=True)
+        ]
+        own = table.flatten().index_select(0, (_bin(score) + torch.cat(rows)).flatten()).view_as(score)
         costs = []
-        for layer in tree.layers:
-            own = ONE - table[min(layer.depth, len(table) - 1)][_bin(layer.score)]
-            above = torch.maximum(own, above.gather(1, layer.parent))
-            costs.append(torch.where(torch.isfinite(layer.score), above, UNSELECTABLE))
-        return torch.cat(costs, dim=1)
+        for layer, mine in zip(tree.layers, torch.split(own, sizes, dim=1), strict=True):
+            above = torch.maximum(mine, above.gather(1, layer.parent))
+            costs.append(above)
+        return torch.where(score > DEAD_SCORE, torch.cat(costs, dim=1), UNSELECTABLE)
 
     def _table(self, device: torch.device) -> Tensor:
         tables: dict[torch.device, Tensor] = self.__dict__["_tables"]
         if device not in tables and self.reliability is not None:
-            tables[device] = torch.from_numpy(self.reliability.reliability_table()).to(device)
+            tables[device] = torch.from_numpy(ONE - self.reliability.reliability_table()).to(device)
         return tables[device]
 
 
@@ -200,31 +204,6 @@ class TwoLevel:
         return rank.gain(tree)
 
 
-def deal(tree: SuperTree, cost: Tensor, cap: Tensor, left: Tensor, rows: int) -> Tensor:
-    """The cheapest unbought nodes of the batch, at most ``cap`` of a request and ``left`` in all.
-
-    Because cost never falls from parent to child and ties go to the shallower node, every prefix of the ranking is closed
-    under parents, and so it stays when each request's list is cut at its cap.
-
-    Args:
-        tree: the scored forest.
-        cost: int32 [B, T].
-        cap: int64 [B].
-        left: int64 [].
-        rows: host-side bound of ``left``.
-
-    Returns:
-        bool [B, T].
-    """
-    forest = tree.forest
-    wanted = ~forest.bought & (cost < UNSELECTABLE)
-    key = torch.where(wanted, (cost.long() << 31) + forest.tie, _LAST)
-    key = torch.where(place(key) < cap[:, None], key, _LAST).flatten()
-    first = key.topk(min(rows, key.numel()), largest=False, sorted=True)
-    taken = (torch.arange(len(first.values), device=key.device) < left) & (first.values < _LAST)
-    return torch.zeros_like(key, dtype=torch.bool).scatter_(0, first.indices, taken).view_as(wanted)
-
-
 def order(layer: Layer, eligible: Tensor) -> Tensor:
     """int64 [B, M] keys of a layer's candidates: score descending, then candidate; the ineligible last."""
     candidates = torch.arange(layer.score.shape[1], device=layer.score.device)
@@ -246,4 +225,4 @@ def best(layer: Layer, eligible: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def _bin(score: Tensor) -> Tensor:
-    return (torch.where(torch.isfinite(score), score, -1e6) * -BINS_PER_NAT).to(torch.int64).clamp(0, BINS - 1)
+    return (bits(score).view(torch.float32) * BINS_PER_NAT).clamp(max=BINS - 1).int()

@@ -15,8 +15,8 @@ from echo.errors import EchoError
 DEAD_SCORE = float("-inf")
 """The score of a node that can never be selected."""
 
-UNSELECTABLE = torch.iinfo(torch.int32).max
-"""Cost of a node that can never be selected; above the bits of every finite float32 and of +inf."""
+UNSELECTABLE = 0x7F800000
+"""Cost of a node that can never be selected: the bits of +inf, above those of every finite float32."""
 
 
 class Status(IntEnum):
@@ -112,14 +112,6 @@ class Forest:
     score: Tensor
     bought: Tensor
     depth: Tensor
-
-    @property
-    def tie(self) -> Tensor:
-        """int64 [B, T]: the order among equal costs: depth, request, candidate."""
-        requests, nodes = self.token.shape
-        return (self.depth * requests + torch.arange(requests, device=self.depth.device)[:, None]) * nodes + torch.arange(
-            nodes, device=self.depth.device
-        )
 
 
 @dataclass(frozen=True)
@@ -234,6 +226,16 @@ class SuperTree:
         return self.status == int(Status.ACTIVE)
 
     @property
+    def score(self) -> Tensor:
+        """float32 [B, T]: that of :attr:`forest` alone."""
+        return torch.cat([layer.score for layer in self.layers], dim=1)
+
+    @property
+    def bought(self) -> Tensor:
+        """bool [B, T]: that of :attr:`forest` alone."""
+        return torch.cat([layer.bought for layer in self.layers], dim=1)
+
+    @property
     def forest(self) -> Forest:
         """All layers side by side."""
         sizes = [layer.token.shape[1] for layer in self.layers]
@@ -244,8 +246,8 @@ class SuperTree:
         return Forest(
             torch.cat([layer.token for layer in self.layers], dim=1),
             torch.cat(parents, dim=1),
-            torch.cat([layer.score for layer in self.layers], dim=1),
-            torch.cat([layer.bought for layer in self.layers], dim=1),
+            self.score,
+            self.bought,
             depth,
         )
 
@@ -255,8 +257,7 @@ def bits(score: Tensor) -> Tensor:
 
     The bits of a non-negative float rise with its value, so no device can order them differently.
     """
-    cost = (0.0 - score).view(torch.int32)
-    return torch.where(torch.isfinite(score), cost, UNSELECTABLE)
+    return torch.nan_to_num(0.0 - score, nan=torch.inf, posinf=torch.inf, neginf=torch.inf).view(torch.int32)
 
 
 def path_score(parent: Tensor, log_prob: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
