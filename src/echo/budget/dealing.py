@@ -20,7 +20,7 @@ def deal(tree: SuperTree, cost: Tensor, cap: Tensor, left: Tensor, rows: int) ->
     under parents, and so it stays when each request's list is cut at its cap.
 
     A key is a node's cost and, below it, its number in the order of ties (depth, request, candidate), so a chosen key says where
-    its node is. Two partial selections find the keys, one within each request and one among what those leave.
+    its node is. Keys are chosen within each request, and among what those leave; what is surely too dear is sorted out before.
 
     Args:
         tree: the scored forest.
@@ -34,13 +34,37 @@ def deal(tree: SuperTree, cost: Tensor, cap: Tensor, left: Tensor, rows: int) ->
     """
     batch, nodes = cost.shape
     total, device = batch * nodes, cost.device
-    most = min(nodes, rows)
-    key = torch.where(tree.bought, _LAST, torch.add(_numbers(tree), cost, alpha=1 << _BITS))
-    key = _cheapest(key, cap, most) + (torch.arange(batch, device=device) * nodes)[:, None]
-    first = key.flatten().topk(min(rows, batch * most), largest=False).values
-    taken = (torch.arange(len(first), device=device) < left) & (first < _LAST)
-    at = torch.where(taken, (first & ((1 << _BITS) - 1)) % max(total, 1), total)
+    cost = torch.where(tree.bought, UNSELECTABLE, cost)
+    key = torch.add(_numbers(tree), cost, alpha=1 << _BITS)
+    groups = -(-2 * rows // max(batch, 1))
+    if 2 * groups < nodes:
+        key = torch.where(cost <= _bound(cost, cap, left, rows, groups), key, _LAST)
+    most = min(nodes, rows, tree.most)
+    own = _within(key.topk(most, dim=1, largest=False).values, cap, _LAST)
+    first = _least((own + (torch.arange(batch, device=device) * nodes)[:, None]).flatten(), left, rows)
+    at = torch.where((first >= 0) & (first < _LAST), (first & ((1 << _BITS) - 1)) % max(total, 1), total)
     return torch.zeros(total + 1, dtype=torch.bool, device=device).index_fill_(0, at, True)[:total].view(batch, nodes)
+
+
+def _bound(cost: Tensor, cap: Tensor, left: Tensor, rows: int, groups: int) -> Tensor:
+    """int32 []: a cost that no dealt node exceeds, from the cheapest of each of ``groups`` groups of a request's nodes.
+
+    Dealing among some of the nodes ends at a cost that is never below the one at which dealing among all of them ends.
+    """
+    some = cost[:, cost.shape[1] % groups :].unflatten(1, (-1, groups)).amin(dim=1)
+    return _least(_within(some.sort(dim=1).values, cap, UNSELECTABLE).flatten(), left, rows).amax()
+
+
+def _within(ascending: Tensor, cap: Tensor, last: int) -> Tensor:
+    """Each row's first ``cap`` entries, and ``last`` in place of the others."""
+    return torch.where(torch.arange(ascending.shape[1], device=cap.device) < cap[:, None], ascending, last)
+
+
+def _least(keys: Tensor, left: Tensor, rows: int) -> Tensor:
+    """[rows] in no order: the ``left`` smallest of ``keys``, or the greatest number in place of what is missing; -1 for the rest."""
+    spare = torch.arange(rows, device=keys.device) < rows - left
+    pads = torch.where(spare, -1, torch.iinfo(keys.dtype).max).to(keys.dtype)
+    return torch.cat([pads, keys]).topk(rows, largest=False, sorted=False).values
 
 
 def _numbers(tree: SuperTree) -> Tensor:
@@ -54,14 +78,3 @@ def _numbers(tree: SuperTree) -> Tensor:
         for layer, first, end in zip(tree.layers, starts, starts[1:], strict=False)
     ]
     return torch.cat(numbers)
-
-
-def _cheapest(key: Tensor, cap: Tensor, most: int) -> Tensor:
-    """int64 [B, most] in no order: each request's ``cap`` smallest keys, and then ``_LAST``.
-
-    Behind as many pads before them all as the cap falls short of ``most``, they are among the ``most`` smallest, whatever the cap.
-    """
-    spare = torch.arange(most, device=key.device) < (most - cap)[:, None]
-    pads = torch.where(spare, -1, _LAST)
-    chosen = torch.cat([pads, key], dim=1).topk(most, dim=1, largest=False, sorted=False).values
-    return torch.where(chosen < 0, _LAST, chosen)

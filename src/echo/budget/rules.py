@@ -102,13 +102,13 @@ class GlobalRank:
     def gain(self, tree: SuperTree) -> Tensor:
         """f of every node: float32 [B, T]."""
         if self.reliability is None:
-            return tree.forest.score.exp()
+            return tree.score.exp()
         return (ONE - self.cost(tree).clamp(max=ONE)).float() / ONE
 
     def cost(self, tree: SuperTree) -> Tensor:
         """int32 [B, T], rising as f falls: the bits of -S, or 2^24 - f in 24-bit fixed point."""
         if self.reliability is None:
-            return bits(tree.forest.score)
+            return bits(tree.score)
         table = self._table(tree.status.device)
         score, above = tree.score, torch.zeros_like(tree.layers[0].token, dtype=torch.int32)
         sizes = [layer.token.shape[1] for layer in tree.layers]

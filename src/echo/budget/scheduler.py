@@ -195,6 +195,7 @@ class ElasticBudgetScheduler:
             left=limit - alive.sum(),
             invalid=torch.zeros(batch, dtype=torch.int32, device=device),
             rows=limit,
+            most=self.max_tree_rows,
         )
         if first_layer is None:
             return tree
@@ -264,6 +265,7 @@ class ElasticBudgetScheduler:
             left=tree.left if bought is None else tree.left - bought.sum(),
             invalid=tree.invalid + faulty.flatten(1).sum(dim=1, dtype=torch.int32),
             rows=tree.rows,
+            most=tree.most,
         )
 
     def grow_positions(self, tree: SuperTree, tokens: Tensor, log_probs: Tensor) -> SuperTree:
@@ -318,7 +320,7 @@ class ElasticBudgetScheduler:
     def select(self, tree: SuperTree) -> Tensor:
         """The bare decision: bool [B, T] over ``tree.forest``, roots, bought rows and dealt rows."""
         room = tree.row_limit.clamp(max=self.max_tree_rows) - _bought(tree)
-        return tree.forest.bought | self.rule.deal(tree, room, tree.left, tree.rows)
+        return tree.bought | self.rule.deal(tree, room, tree.left, tree.rows)
 
     def pack(
         self,

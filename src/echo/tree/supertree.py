@@ -127,6 +127,7 @@ class SuperTree:
         invalid: int32 [B], draft scores at active nodes that were NaN or plus infinity, and those of layers without any finite
             score; such nodes are never selectable.
         rows: rows of this step, a host int; ``left`` never lets more be selected.
+        most: a host int that bounds ``row_limit``.
     """
 
     layers: tuple[Layer, ...]
@@ -136,6 +137,7 @@ class SuperTree:
     left: Tensor
     invalid: Tensor
     rows: int
+    most: int
 
     @classmethod
     def from_arrays(
