@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
 from echo.tree.supertree import UNSELECTABLE, SuperTree
-
-_BITS = 31
-"""Bits of a node's number; its cost lies above them."""
-_LAST = UNSELECTABLE << _BITS
-"""From here on, keys of nodes that must not be chosen."""
-
 
 def deal(tree: SuperTree, cost: Tensor, cap: Tensor, left: Tensor, rows: int) -> Tensor:
     """The cheapest unbought nodes of the batch, at most ``cap`` of a request and ``left`` in all.
@@ -19,8 +15,8 @@ def deal(tree: SuperTree, cost: Tensor, cap: Tensor, left: Tensor, rows: int) ->
     Because cost never falls from parent to child and ties go to the shallower node, every prefix of the ranking is closed
     under parents, and so it stays when each request's list is cut at its cap.
 
-    A key is a node's cost and, below it, its number in the order of ties (depth, request, candidate), so a chosen key says where
-    its node is. Keys are chosen within each request, and among what those leave; what is surely too dear is sorted out before.
+    A key orders the nodes by cost, then depth, request, candidate, and its remainder says where its node is. Keys are chosen
+    within each request, and among what those leave; what is surely too dear is sorted out before.
 
     Args:
         tree: the scored forest.
@@ -33,48 +29,47 @@ def deal(tree: SuperTree, cost: Tensor, cap: Tensor, left: Tensor, rows: int) ->
         bool [B, T].
     """
     batch, nodes = cost.shape
-    total, device = batch * nodes, cost.device
-    cost = torch.where(tree.bought, UNSELECTABLE, cost)
-    key = torch.add(_numbers(tree), cost, alpha=1 << _BITS)
-    groups = -(-2 * rows // max(batch, 1))
-    if 2 * groups < nodes:
-        key = torch.where(cost <= _bound(cost, cap, left, rows, groups), key, _LAST)
-    most = min(nodes, rows, tree.most)
-    own = _within(key.topk(most, dim=1, largest=False).values, cap, _LAST)
-    first = _least((own + (torch.arange(batch, device=device) * nodes)[:, None]).flatten(), left, rows)
-    at = torch.where((first >= 0) & (first < _LAST), (first & ((1 << _BITS) - 1)) % max(total, 1), total)
-    return torch.zeros(total + 1, dtype=torch.bool, device=device).index_fill_(0, at, True)[:total].view(batch, nodes)
+    places, most = batch * nodes + 1, min(nodes, rows, tree.most)  # the last place is nobody's
+    last = torch.iinfo(torch.int64).max // places * places - 1
+    spare = torch.arange(rows, device=cost.device) < rows - left
+    cost = cost.masked_fill(tree.bought, UNSELECTABLE)
+    key = _keys(tree, cost, places).masked_fill_(cost > _bound(cost, cap, spare), last)
+    own = _within(key.topk(most, dim=1, largest=False).values, cap, last)
+    chosen = torch.zeros(places, dtype=torch.bool, device=cost.device).index_fill_(0, _least(own.flatten(), spare, last) % places, True)
+    return chosen[:-1].view(batch, nodes)
 
 
-def _bound(cost: Tensor, cap: Tensor, left: Tensor, rows: int, groups: int) -> Tensor:
-    """int32 []: a cost that no dealt node exceeds, from the cheapest of each of ``groups`` groups of a request's nodes.
+def _keys(tree: SuperTree, cost: Tensor, places: int) -> Tensor:
+    """int64 [B, T]: each node's place, and above it its depth, and above that its cost."""
+    sizes = [layer.token.shape[1] for layer in tree.layers]
+    ends = list(itertools.accumulate(sizes))
+    columns = [
+        torch.arange(layer.depth * places + end - size, layer.depth * places + end, device=cost.device)
+        for layer, size, end in zip(tree.layers, sizes, ends, strict=True)
+    ]
+    requests = torch.arange(0, tree.batch * ends[-1], ends[-1], device=cost.device)
+    return torch.add(torch.cat(columns) + requests[:, None], cost, alpha=(tree.depth + 1) * places)
+
+
+def _bound(cost: Tensor, cap: Tensor, spare: Tensor) -> Tensor | int:
+    """int32 []: a cost that no dealt node exceeds, from the cheapest of each of a few groups of a request's nodes.
 
     Dealing among some of the nodes ends at a cost that is never below the one at which dealing among all of them ends.
     """
-    some = cost[:, cost.shape[1] % groups :].unflatten(1, (-1, groups)).amin(dim=1)
-    return _least(_within(some.sort(dim=1).values, cap, UNSELECTABLE).flatten(), left, rows).amax()
+    batch, nodes = cost.shape
+    groups = -(-2 * len(spare) // max(batch, 1))
+    if 2 * groups > nodes:
+        return UNSELECTABLE - 1
+    some = cost[:, nodes % groups :].unflatten(1, (-1, groups)).amin(dim=1).sort(dim=1).values
+    return _least(_within(some, cap, UNSELECTABLE).flatten(), spare, UNSELECTABLE).amax().clamp(max=UNSELECTABLE - 1)
 
 
 def _within(ascending: Tensor, cap: Tensor, last: int) -> Tensor:
-    """Each row's first ``cap`` entries, and ``last`` in place of the others."""
-    return torch.where(torch.arange(ascending.shape[1], device=cap.device) < cap[:, None], ascending, last)
+    """The first ``cap`` entries of each row, and ``last`` in place of the others; in place."""
+    return ascending.masked_fill_(torch.arange(ascending.shape[1], device=cap.device) >= cap[:, None], last)
 
 
-def _least(keys: Tensor, left: Tensor, rows: int) -> Tensor:
-    """[rows] in no order: the ``left`` smallest of ``keys``, or the greatest number in place of what is missing; -1 for the rest."""
-    spare = torch.arange(rows, device=keys.device) < rows - left
-    pads = torch.where(spare, -1, torch.iinfo(keys.dtype).max).to(keys.dtype)
-    return torch.cat([pads, keys]).topk(rows, largest=False, sorted=False).values
-
-
-def _numbers(tree: SuperTree) -> Tensor:
-    """int64 [T]: each node's number in the order of ties, that of request 0; request b's lie ``b * T`` higher."""
-    starts, device = [0], tree.status.device
-    for layer in tree.layers:
-        starts.append(starts[-1] + layer.token.shape[1])
-    step = tree.batch * starts[-1]
-    numbers = [
-        torch.arange(layer.depth * step + first, layer.depth * step + end, device=device)
-        for layer, first, end in zip(tree.layers, starts, starts[1:], strict=False)
-    ]
-    return torch.cat(numbers)
+def _least(keys: Tensor, spare: Tensor, last: int) -> Tensor:
+    """As many of the smallest keys as there are entries that are not spare, in no order; -1 for those, ``last`` where keys end."""
+    pads = torch.full(spare.shape, last, dtype=keys.dtype, device=keys.device).masked_fill_(spare, -1)
+    return torch.cat([pads, keys]).topk(len(spare), largest=False, sorted=False).values

@@ -11,7 +11,7 @@ from torch import Tensor
 from echo import checks
 from echo.budget.dealing import deal
 from echo.gating.calibration import BINS, BINS_PER_NAT, ONE, Calibration
-from echo.tree.supertree import DEAD_SCORE, UNSELECTABLE, Layer, SuperTree, bits
+from echo.tree.supertree import UNSELECTABLE, Layer, SuperTree, bits
 
 
 class Rule(Protocol):
@@ -109,19 +109,15 @@ class GlobalRank:
         """int32 [B, T], rising as f falls: the bits of -S, or 2^24 - f in 24-bit fixed point."""
         if self.reliability is None:
             return bits(tree.score)
-        table = self._table(tree.status.device)
-        score, above = tree.score, torch.zeros_like(tree.layers[0].token, dtype=torch.int32)
+        table, raw = self._table(tree.status.device), bits(tree.score)
         sizes = [layer.token.shape[1] for layer in tree.layers]
-        rows = [
-            torch.full((n,), min(layer.depth, len(table) - 1) * BINS, device=score.device)
-            for n, layer in zip(sizes, tree.layers, strict=True)
-        ]
-        own = table.flatten().index_select(0, (_bin(score) + torch.cat(rows)).flatten()).view_as(score)
-        costs = []
-        for layer, mine in zip(tree.layers, torch.split(own, sizes, dim=1), strict=True):
-            above = torch.maximum(mine, above.gather(1, layer.parent))
-            costs.append(above)
-        return torch.where(score > DEAD_SCORE, torch.cat(costs, dim=1), UNSELECTABLE)
+        rows = [torch.full((layer.token.shape[1],), min(layer.depth, len(table) - 1) * BINS, device=table.device) for layer in tree.layers]
+        place = (raw.view(torch.float32) * BINS_PER_NAT).clamp(max=BINS - 1).int() + torch.cat(rows)
+        own = torch.split(table.flatten().index_select(0, place.flatten()).view_as(raw), sizes, dim=1)
+        costs = [own[0]]
+        for layer, mine in zip(tree.layers[1:], own[1:], strict=True):
+            costs.append(torch.maximum(mine, costs[-1].gather(1, layer.parent)))
+        return torch.cat(costs, dim=1).masked_fill_(raw == UNSELECTABLE, UNSELECTABLE)
 
     def _table(self, device: torch.device) -> Tensor:
         tables: dict[torch.device, Tensor] = self.__dict__["_tables"]
@@ -222,7 +218,3 @@ def best(layer: Layer, eligible: Tensor, count: int) -> tuple[Tensor, Tensor]:
     width = min(count, layer.score.shape[1])
     index = order(layer, eligible).topk(width, dim=1, largest=False).indices.sort(dim=1).values
     return index, eligible.gather(1, index)
-
-
-def _bin(score: Tensor) -> Tensor:
-    return (bits(score).view(torch.float32) * BINS_PER_NAT).clamp(max=BINS - 1).int()

@@ -319,8 +319,9 @@ class ElasticBudgetScheduler:
 
     def select(self, tree: SuperTree) -> Tensor:
         """The bare decision: bool [B, T] over ``tree.forest``, roots, bought rows and dealt rows."""
-        room = tree.row_limit.clamp(max=self.max_tree_rows) - _bought(tree)
-        return tree.bought | self.rule.deal(tree, room, tree.left, tree.rows)
+        bought = tree.bought
+        room = tree.row_limit.clamp(max=self.max_tree_rows) - bought.sum(dim=1)
+        return bought | self.rule.deal(tree, room, tree.left, tree.rows)
 
     def pack(
         self,
