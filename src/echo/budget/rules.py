@@ -11,7 +11,7 @@ from torch import Tensor
 from echo import checks
 from echo.budget.dealing import deal
 from echo.gating.calibration import BINS, BINS_PER_NAT, ONE, Calibration
-from echo.tree.supertree import UNSELECTABLE, Layer, SuperTree, bits
+from echo.tree.supertree import DEAD_SCORE, UNSELECTABLE, Layer, SuperTree, bits
 
 
 class Rule(Protocol):
@@ -84,7 +84,7 @@ class GlobalRank:
 
     def frontier(self, layer: Layer) -> tuple[Tensor, Tensor]:
         """The ``beam`` best nodes of the layer."""
-        return best(layer, torch.isfinite(layer.score), self.beam)
+        return best(layer, layer.score > DEAD_SCORE, self.beam)
 
     def buy(self, layer: Layer, passed: Tensor, room: Tensor, left: Tensor) -> Tensor | None:
         """Nothing: all rows are dealt at the end."""
@@ -203,7 +203,7 @@ class TwoLevel:
 def order(layer: Layer, eligible: Tensor) -> Tensor:
     """int64 [B, M] keys of a layer's candidates: score descending, then candidate; the ineligible last."""
     candidates = torch.arange(layer.score.shape[1], device=layer.score.device)
-    return (torch.where(eligible, bits(layer.score), UNSELECTABLE).long() << 31) + candidates
+    return torch.add(candidates, bits(layer.score).masked_fill(~eligible, UNSELECTABLE), alpha=1 << 31)
 
 
 def place(key: Tensor) -> Tensor:
@@ -216,5 +216,5 @@ def place(key: Tensor) -> Tensor:
 def best(layer: Layer, eligible: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The ``count`` best eligible candidates (fewer where the layer has fewer): index int64 [B, W] rising, and bool [B, W]."""
     width = min(count, layer.score.shape[1])
-    index = order(layer, eligible).topk(width, dim=1, largest=False).indices.sort(dim=1).values
+    index = order(layer, eligible).topk(width, dim=1, largest=False, sorted=False).indices.sort(dim=1).values
     return index, eligible.gather(1, index)

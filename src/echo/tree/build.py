@@ -217,6 +217,7 @@ def roots(tokens: Tensor, live: Tensor, limit: Tensor, rows: int, most: int) -> 
         frontier=Frontier(root, zero, zero, score, torch.zeros_like(live)[:, None], 0),
         status=torch.where(live, int(Status.FINISHED), int(Status.EMPTY)).to(torch.int8),
         row_limit=limit,
+        held=live.long(),
         left=rows - live.sum(),
         invalid=torch.zeros(len(tokens), dtype=torch.int32, device=tokens.device),
         rows=rows,

@@ -123,6 +123,7 @@ class SuperTree:
         frontier: the nodes to draft on next.
         status: int8 [B], a :class:`Status` each.
         row_limit: int64 [B], the most rows a request may get, root included; 0 for an empty slot.
+        held: int64 [B], rows bought so far, root included.
         left: int64 [], rows that may still be bought.
         invalid: int32 [B], draft scores at active nodes that were NaN or plus infinity, and those of layers without any finite
             score; such nodes are never selectable.
@@ -134,6 +135,7 @@ class SuperTree:
     frontier: Frontier
     status: Tensor
     row_limit: Tensor
+    held: Tensor
     left: Tensor
     invalid: Tensor
     rows: int
@@ -276,13 +278,11 @@ def path_score(parent: Tensor, log_prob: Tensor, active: Tensor) -> tuple[Tensor
     Returns:
         float32 [B, W, k] with -inf at unselectable nodes, bool [B, W, k].
     """
-    q = log_prob.float()
-    score = torch.minimum(parent[..., None], parent[..., None] + q)
-    finite = torch.isfinite(q) & torch.isfinite(score)
-    usable = active[..., None] & finite
-    nothing = ~usable.flatten(1).any(dim=1)[:, None, None]
-    faulty = active[..., None] & ~finite & (nothing | (q != -torch.inf))
-    return torch.where(usable, score, DEAD_SCORE), faulty
+    q, parent, active = log_prob.float(), parent[..., None], active[..., None]
+    score = torch.minimum(parent, parent + q)
+    dead = ~(active & (q < torch.inf) & (score > DEAD_SCORE))  # comparisons with NaN are false
+    nothing = dead.flatten(1).all(dim=1)[:, None, None]
+    return score.masked_fill_(dead, DEAD_SCORE), active & dead & (nothing | (q != -torch.inf))
 
 
 def check_size(requests: int, nodes: int, depth: int) -> None:
