@@ -278,11 +278,10 @@ def path_score(parent: Tensor, log_prob: Tensor, active: Tensor) -> tuple[Tensor
     Returns:
         float32 [B, W, k] with -inf at unselectable nodes, bool [B, W, k].
     """
-    q, parent, active = log_prob.float(), parent[..., None], active[..., None]
-    score = torch.minimum(parent, parent + q)
-    dead = ~(active & (q < torch.inf) & (score > DEAD_SCORE))  # comparisons with NaN are false
-    nothing = dead.flatten(1).all(dim=1)[:, None, None]
-    return score.masked_fill_(dead, DEAD_SCORE), active & dead & (nothing | (q != -torch.inf))
+    q, parent = log_prob.float(), parent.masked_fill(~active, DEAD_SCORE)[..., None]
+    score = torch.minimum(parent, parent + torch.nan_to_num(q, nan=DEAD_SCORE, posinf=DEAD_SCORE, neginf=DEAD_SCORE))
+    nothing = score.flatten(1).amax(dim=1)[:, None, None] == DEAD_SCORE
+    return score, ((q != DEAD_SCORE) | nothing) & (score == DEAD_SCORE) & active[..., None]
 
 
 def check_size(requests: int, nodes: int, depth: int) -> None:
