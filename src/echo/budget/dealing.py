@@ -9,6 +9,7 @@ from torch import Tensor
 
 from echo.tree.supertree import UNSELECTABLE, SuperTree
 
+
 def deal(tree: SuperTree, cost: Tensor, cap: Tensor, left: Tensor, rows: int) -> Tensor:
     """The cheapest unbought nodes of the batch, at most ``cap`` of a request and ``left`` in all.
 
