@@ -61,7 +61,7 @@ def _bound(cost: Tensor, cap: Tensor, spare: Tensor) -> Tensor | int:
     groups = -(-2 * len(spare) // max(batch, 1))
     if 2 * groups > nodes:
         return UNSELECTABLE - 1
-    some = cost[:, nodes % groups :].unflatten(1, (-1, groups)).amin(dim=1).sort(dim=1).values
+    some = cost[:, nodes % groups :].view(batch, nodes // groups, groups).amin(dim=1).sort(dim=1).values
     return _least(_within(some, cap, UNSELECTABLE).flatten(), spare, UNSELECTABLE).amax().clamp(max=UNSELECTABLE - 1)
 
 
