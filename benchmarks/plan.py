@@ -6,7 +6,7 @@
 Ours ranks trees: it calibrates each node's probability along its path, ranks all nodes of all requests in one declared order, holds each
 request to its own limit and deals exactly the rows that are left. Theirs, ``ScheduleVerifyLensTopk`` on its own torch path, plans
 chains: it multiplies confidences along each request's chain, ranks all positions of all requests, and returns how far each chain is
-verified; there are no parents, and no limit but the chain's length. Both see as many candidates and buy as many rows. Calls alternate
+verified; there are no parents, and no limit but the chain's length. Both see as many candidates and buy as many rows. They take turns,
 and every call gets other numbers than the one before, so that no branch predictor learns them.
 """
 
@@ -32,7 +32,7 @@ import echo
 BATCH, ROWS = 256, 1024
 SHAPES = {64: (4, (16, 4, 4, 4)), 512: (8, (64, *[8] * 7))}
 """Candidates of a request: nodes drafted on in a layer, and for each layer the candidates of each such node."""
-POOLS = 8
+POOLS, TURN = 8, 20
 Call = Callable[[int], Any]
 
 
@@ -87,16 +87,17 @@ def chains(planner: Any, batch: int, candidates: int, extra: int) -> Call:
 
 
 def timed(calls: dict[str, Call], seconds: float) -> dict[str, dict[str, float]]:
-    """Microseconds of each call, in turns, after two rounds to warm up."""
+    """Microseconds of each call, in turns of twenty calls each; the first turn of each is to warm up."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     end, turn = time.perf_counter() + seconds, 0
-    while time.perf_counter() < end or turn < 2 + POOLS:
+    while time.perf_counter() < end or turn < 2:
         for name, call in calls.items():
-            start = time.perf_counter()
-            call(turn)
-            times[name].append(1e6 * (time.perf_counter() - start))
+            for i in range(TURN):
+                start = time.perf_counter()
+                call(turn * TURN + i)
+                times[name].append(1e6 * (time.perf_counter() - start))
         turn += 1
-    kept = {name: np.array(own[2:]) for name, own in times.items()}
+    kept = {name: np.array(own[TURN:]) for name, own in times.items()}
     return {
         name: {"median_us": round(float(np.median(own)), 1), "p99_us": round(float(np.percentile(own, 99)), 1), "calls": len(own)}
         for name, own in kept.items()
@@ -125,7 +126,8 @@ def plans(planner: Any, seconds: float, compiled: bool) -> dict[str, dict[str, f
                     calls[f"grow {candidates}, compiled"] = lambda i, made=made, fast=fast_grow: fast(*made[i % POOLS][1:])
         if planner is not None:
             calls[f"sglang chains {candidates}"] = chains(planner, BATCH, candidates, ROWS - BATCH)
-        table |= timed(calls, seconds)
+        table |= timed({name: call for name, call in calls.items() if "compiled" not in name}, seconds / 2)
+        table |= timed({name: call for name, call in calls.items() if "compiled" in name}, seconds / 4)
     return table
 
 

@@ -36,8 +36,9 @@ def deal(tree: SuperTree, cost: Tensor, cap: Tensor, left: Tensor, rows: int) ->
     cost = cost.masked_fill(tree.bought, UNSELECTABLE)
     key = _keys(tree, cost, places).masked_fill_(cost > _bound(cost, cap, spare), last)
     own = _within(key.topk(most, dim=1, largest=False).values, cap, last)
-    chosen = torch.zeros(places, dtype=torch.bool, device=cost.device).index_fill_(0, _least(own.flatten(), spare, last) % places, True)
-    return chosen[:-1].view(batch, nodes)
+    at = _least(own.flatten(), spare, last) % places
+    chosen = torch.zeros(places, dtype=torch.uint8, device=cost.device).index_fill_(0, at, 1)  # bytes: inductor fills bools one by one
+    return chosen[:-1].view(batch, nodes).bool()
 
 
 def _keys(tree: SuperTree, cost: Tensor, places: int) -> Tensor:
