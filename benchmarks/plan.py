@@ -87,8 +87,10 @@ def chains(planner: Any, batch: int, candidates: int, extra: int) -> Call:
 
 
 def timed(calls: dict[str, Call], seconds: float) -> dict[str, dict[str, float]]:
-    """Microseconds of each call, in turns of twenty calls each; the first turn of each is to warm up."""
+    """Microseconds of each call, in turns of twenty calls each, after one that compiles and one turn to warm up."""
     times: dict[str, list[float]] = {name: [] for name in calls}
+    for call in calls.values():
+        call(0)
     end, turn = time.perf_counter() + seconds, 0
     while time.perf_counter() < end or turn < 2:
         for name, call in calls.items():
@@ -126,8 +128,9 @@ def plans(planner: Any, seconds: float, compiled: bool) -> dict[str, dict[str, f
                     calls[f"grow {candidates}, compiled"] = lambda i, made=made, fast=fast_grow: fast(*made[i % POOLS][1:])
         if planner is not None:
             calls[f"sglang chains {candidates}"] = chains(planner, BATCH, candidates, ROWS - BATCH)
-        table |= timed({name: call for name, call in calls.items() if "compiled" not in name}, seconds / 2)
-        table |= timed({name: call for name, call in calls.items() if "compiled" in name}, seconds / 4)
+        table |= timed({name: call for name, call in calls.items() if "compiled" not in name}, seconds)
+        if compiled:
+            table |= timed({name: call for name, call in calls.items() if "compiled" in name}, seconds / 2)
     return table
 
 
@@ -194,7 +197,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     planner = peer()
-    results = plans(planner, args.seconds / 4, not args.eager) | timed({"forecast": forecast()}, args.seconds / 20)
+    results = plans(planner, args.seconds / 6, not args.eager) | timed({"forecast": forecast()}, args.seconds / 20)
     lines = growth(planner, args.seconds * 9 / 20)
     facts = {
         "requests": BATCH, "rows": ROWS, "threads": 1, "torch": torch.__version__, "python": platform.python_version(),
