@@ -179,6 +179,8 @@ def plot(lines: dict[str, list[dict[str, float]]], path: Path) -> None:
         last = points[-1]["ours"]
         axis.loglog(x, [last * v / x[-1] for v in x], ":", color="grey", label="linear")
         axis.set_xlabel("requests, 4 rows each" if line == "requests" else f"rows, {BATCH} requests")
+        axis.set_xticks(x, [f"{v:,}" for v in x])
+        axis.minorticks_off()
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("microseconds, one thread")
     axes[0].set_ylim(bottom=min(points[0]["ours"] for points in lines.values()) / 2)
