@@ -264,7 +264,7 @@ def ancestors(parent: Tensor, local: Tensor, words: int, max_depth: int) -> Tens
     """
     rows = parent.shape[0]
     own = torch.zeros(rows + 1, words, dtype=torch.int32, device=local.device)
-    mask = own.scatter_(1, F.pad(local // WORD, (0, 1))[:, None], F.pad(1 << local % WORD, (0, 1))[:, None].int())
+    mask = own.scatter_(1, F.pad(local >> 5, (0, 1))[:, None], F.pad(1 << (local & WORD - 1), (0, 1))[:, None].int())
     jump = F.pad(parent, (0, 1), value=rows)
     for _ in range(max_depth.bit_length()):
         mask = mask | mask.index_select(0, jump)

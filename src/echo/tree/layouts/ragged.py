@@ -141,15 +141,16 @@ def flashinfer(packed: PackedTree, context: Tensor, size: int, *, bits: bool = T
     lens = packed.indptr.diff().long()
     kv = torch.where(lens > 0, context + lens, 0)
     entries = lens * kv
-    indptr = F.pad(((entries + 7) // 8 if bits else entries).cumsum(0), (1, 0))
-    of_request = F.pad(torch.stack([indptr[:-1] * (8 if bits else 1), kv, kv - lens, lens]), (0, 1))  # pad rows: zeros, an empty square
-    begin, stride, past, q = of_request.index_select(1, packed.request)
-    entry = begin + packed.local * stride + past  # each row's first entry behind the context
-    words = torch.arange(0, 32 * packed.mask.shape[1], WORD, device=q.device)
-    hidden = (1 << (q[:, None] - words).clamp(0, WORD)) - 1 & ~packed.mask
+    indptr = F.pad((entries + 7 >> 3 if bits else entries).cumsum(0), (1, 0))
+    square = (indptr[:-1] << 3 if bits else indptr[:-1]) + kv - lens  # first entry behind the context of each request's first row
+    of_request = F.pad(torch.stack([square, kv, lens], dim=1), (0, 0, 0, 1))  # pad rows: an empty square
+    begin, stride, q = of_request.index_select(0, packed.request).unbind(1)
+    entry = begin + packed.local * stride
+    words = torch.arange(0, WORD * packed.mask.shape[1], WORD, device=q.device)
+    hidden = (1 << (q[:, None] - words).clamp_(0, WORD)) - 1 & ~packed.mask
     if bits:  # what is left of each request's last byte is zero, as if hidden
-        hidden = torch.cat([hidden, F.pad((-256 >> -entries % 8 & 0xFF)[:, None], (0, len(words) - 1))])
-        entry = torch.cat([entry, 8 * indptr[1:] - 8])
+        hidden = torch.cat([hidden, F.pad((-256 >> (-entries & 7) & 0xFF)[:, None], (0, len(words) - 1))])
+        entry = torch.cat([entry, (indptr[1:] << 3) - 8])
         mask = _clear_bits(hidden, entry, size)
     else:
         mask = _clear_entries(hidden.int(), entry, size, packed.max_slots_per_request)
@@ -181,7 +182,7 @@ def _clear_bits(hidden: Tensor, entry: Tensor, size: int) -> Tensor:
     """
     count = -(-size // 4)
     full = torch.full((count + 1,), -1, dtype=torch.int32, device=entry.device)
-    halves = (hidden << (entry % WORD)[:, None]).view(torch.int32)
-    word = (entry // WORD)[:, None] + torch.arange(hidden.shape[1], device=entry.device)
+    halves = (hidden << (entry & WORD - 1)[:, None]).view(torch.int32)
+    word = (entry >> 5)[:, None] + torch.arange(hidden.shape[1], device=entry.device)
     where = torch.stack([word, word + 1], dim=-1).clamp_(0, count)
     return full.scatter_add_(0, where.flatten(), halves.neg().flatten()).view(torch.uint8)[:size]
