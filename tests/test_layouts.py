@@ -207,6 +207,7 @@ def test_flashinfer_masks_are_the_oracle_and_come_back(case, more):
     halves = layouts.flashinfer_xqa(case.packed)
     whole = halves.int().view(case.packed.rows, -1, 2)
     assert torch.equal(whole[..., 0] | whole[..., 1] << 16, case.packed.mask)
+    same(layouts.from_flashinfer_xqa(halves, case.packed.indptr, case.packed.tokens, rows=case.packed.rows), case.packed)
 
 
 @given(cases(), st.sampled_from([0, 2]))
@@ -280,11 +281,13 @@ def test_vllm_metadata_of_a_known_batch():
 
 
 @given(cases(batch=1))
-def test_qq_bias_is_the_oracle(case):
+def test_qq_bias_is_the_oracle_and_comes_back(case):
     rows, real = case.packed.rows, len(case.selected[0])
     bias = layouts.qq_bias(case.packed)
     assert (bias == 0).tolist()[:real] == square(case, 0, rows)[:real]
     assert ((bias == 0) | (bias == -torch.inf)).all() and (bias == 0).any(1).all()
+    if real:
+        same(layouts.from_qq_bias(bias, case.packed.tokens), case.packed)
     two = forest(0, 2, 4, empty=False).packed
     with pytest.raises(echo.EchoError, match="packed: expected one request"):
         layouts.qq_bias(two)
@@ -314,6 +317,7 @@ def test_out_writes_into_the_engines_buffers():
         lambda out: layouts.sglang_mask(case.packed, 12, "FULL_MASK", context=context, size=900, out=out),
         lambda out: layouts.chains(case.packed, out=out),
         lambda out: layouts.flashinfer(case.packed, context, 400, out=out),
+        lambda out: layouts.flashinfer(case.packed, context, 900, bits=False, out=out),
         lambda out: layouts.tensorrt_llm(case.packed, 12, out=out),
         lambda out: layouts.hugging_face(case.packed, 12, context, 5, out=out),
         lambda out: case.packed.wire(out=out),
@@ -349,7 +353,7 @@ def test_bad_input_names_the_argument():
         (lambda: packed.slot(good, torch.zeros(2, 3).int(), 0, 0), r"page_size: expected an int >= 1, got 0"),
         (lambda: layouts.from_sglang_mask(torch.ones(2, 9, 9).bool(), torch.arange(18), 9, "FULL_MASK"), r"mode: expected"),
         (lambda: layouts.from_sglang_mask(torch.ones(9).bool(), torch.arange(2), 1, "FULL_MASK", context=torch.tensor([3, 20])),
-         r"mask: expected at least 25 entries for request 1, got 9"),
+         r"mask: request 1: expected at least 25 entries, got 9"),
     ]:  # fmt: skip
         with pytest.raises(echo.EchoError, match=message):
             call()
