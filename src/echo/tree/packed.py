@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -14,6 +15,8 @@ from echo.errors import EchoError
 from echo.tree.supertree import SuperTree
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from echo.tree.accepted import Accepted
 
 WORD = 32
@@ -172,17 +175,50 @@ class PackedTree:
 
         validate(self, max_rows=max_rows, chain=chain)
 
-    def render(self, request: int, accepted: Accepted | None = None) -> str:
-        """A small picture of one request's tree: token, path probability, bought by depth or by width, accepted.
+    def render(self, request: int, accepted: Accepted | None = None, *, label: Callable[[int], str] = str) -> str:
+        """A small picture of one request's tree in text: token, path probability, bought by depth or by width, accepted.
 
         Reads back from the device.
+
+        Args:
+            request: which.
+            accepted: of this step.
+            label: what to write for a token: its number, or its text by a tokenizer.
 
         Raises:
             EchoError: no such request.
         """
         from echo.tree.host import render
 
-        return render(self, request, accepted)
+        return render(self, request, accepted, label)
+
+    def plot(
+        self,
+        requests: Sequence[int] | None = None,
+        accepted: Accepted | None = None,
+        *,
+        label: Callable[[int], str] = str,
+        titles: Sequence[str] | None = None,
+    ) -> Figure:
+        """The requests' trees drawn below each other, depth from left to right: who got rows, for what, and what was accepted.
+
+        Needs matplotlib (the ``plot`` extra). Reads back from the device.
+
+        Args:
+            requests: which; all where not given.
+            accepted: of this step.
+            label: what to write for a token: its number, or its text by a tokenizer.
+            titles: a line for each request drawn, such as the end of its text.
+
+        Returns:
+            A matplotlib figure, as large as it needs to be: ``figure.savefig("step.png", dpi=150)``.
+
+        Raises:
+            EchoError: no such request, another number of titles, or no matplotlib.
+        """
+        from echo.tree.picture import plot
+
+        return plot(self, requests, accepted, label, titles)
 
     def _of_request(self, value: Tensor, more: Tensor) -> Tensor:
         """int64 [N]: each row's request's value, plus ``more``; 0 on pad rows."""
