@@ -337,8 +337,50 @@ def test_the_picture():
         "│  └─ 301   0.400  depth  accepted",
         "└─ 5        0.150  width",
     ]
+    words = {7: "The", 12: " cat", 301: " sat", 5: " dog"}
+    assert packed.render(0, label=lambda token: words[token].strip()).splitlines()[2] == "│  └─ sat   0.400  depth"
     with pytest.raises(echo.EchoError, match="request: expected an int from 0 to 0, got 1"):
         packed.render(1)
+
+
+@pytest.mark.parametrize("seed", [0, 3])
+def test_no_two_nodes_of_the_drawing_overlap_and_each_text_lies_in_its_node(seed):
+    agg = pytest.importorskip("matplotlib.backends.backend_agg")
+    case = forest(seed, 3, 16)
+    accepted = echo.verify(case.packed, case.packed.tokens.roll(-1))
+    figure = case.packed.plot(accepted=accepted, label=lambda token: "some_text"[: 1 + token % 9], titles=["a", "b", "c"])
+    canvas = agg.FigureCanvasAgg(figure)
+    canvas.draw()
+    renderer = canvas.get_renderer()
+    legend = 4  # its own boxes
+    boxes = [p.get_window_extent(renderer) for p in figure.axes[0].patches if hasattr(p, "get_boxstyle")]
+    assert len(boxes) - legend == int(case.packed.indptr[-1])
+    for i, box in enumerate(boxes):
+        assert not any(box.overlaps(other) for other in boxes[:i])
+        assert figure.bbox.containsx(box.x0) and figure.bbox.containsx(box.x1) and figure.bbox.containsy(box.y0)
+    texts = [t.get_window_extent(renderer) for t in figure.axes[0].texts if t.get_text()]
+    for i, text in enumerate(texts):
+        assert not any(text.overlaps(other) for other in texts[:i])
+        touched = [box for box in boxes if box.overlaps(text)]
+        assert len(touched) <= 1 and all(box.x0 <= text.x0 and text.x1 <= box.x1 for box in touched)
+
+
+def test_the_drawing_says_what_each_request_got():
+    packed = two_requests()
+    texts = {t.get_text() for t in packed.plot([1], echo.verify(packed, packed.tokens.roll(-1))).axes[0].texts}
+    assert {
+        "request 1",
+        "drafted to the last layer; 3 rows: 0 by depth, 2 by width; 3 tokens emitted",
+        "4",
+        "5",
+        "6",
+        ".61",
+        ".37",
+    } <= texts
+    with pytest.raises(echo.EchoError, match="requests: expected an int from 0 to 1, got 2"):
+        packed.plot([0, 2])
+    with pytest.raises(echo.EchoError, match="titles: expected one for each of 2 requests, got 1"):
+        packed.plot(titles=["a"])
 
 
 SPOIL = {

@@ -97,9 +97,9 @@ def read(packed: PackedTree, request: int, accepted: Accepted | None = None) -> 
     """One request's tree, read back."""
     checks.integer("request", request, 0, packed.batch - 1)
     first, end = packed.indptr[request : request + 2].tolist()
-    columns = (x[first:end].tolist() for x in (packed.tokens, packed.parent, packed.score, packed.bought))
+    tokens, parent, score, bought = (x[first:end].tolist() for x in (packed.tokens, packed.parent, packed.score, packed.bought))
     taken = () if accepted is None else (row - first for row in accepted.rows[request].tolist() if row >= 0)
-    return Tree(*columns, frozenset(taken), WHY[Status(int(packed.status[request]))])
+    return Tree(tokens, parent, score, bought, frozenset(taken), WHY[Status(int(packed.status[request]))])
 
 
 def render(packed: PackedTree, request: int, accepted: Accepted | None, label: Callable[[int], str]) -> str:

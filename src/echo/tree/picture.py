@@ -19,10 +19,11 @@ if TYPE_CHECKING:
 
 FILL = {"root": "#e6e6e6", "depth": "#cde0f3", "width": "#fbe2bb"}
 MEANING = {"root": "root", "depth": "bought by depth", "width": "bought by width"}
-ACCEPTED, INK, PALE, RULE, BACKGROUND = "#1b7837", "#222222", "#6f6f6f", "#dcdcd6", "#fdfdfb"
+ACCEPTED, EDGE, INK, PALE, RULE, BACKGROUND = "#1b7837", "#adada6", "#222222", "#6f6f6f", "#dcdcd6", "#fdfdfb"
 SIZE, SMALL = 9.0, 6.5  # of text, in points
 LINE, BOX, HEAD, SPACE = 0.27, 0.2, 0.34, 0.16  # inches: a row of nodes, a node's height, a request's title, above it
 PAD, GAP, MARGIN = 0.07, 0.34, 0.3  # inches: around a node's text, between depths, around the figure
+LEGEND = 7.0  # inches that it takes
 
 
 @dataclass
@@ -62,7 +63,7 @@ def plot(
 
     left = _columns(drawn)
     heads = [_width(name, SIZE) + 0.3 + _width(fact, SIZE) for name, fact in zip(names, facts, strict=True)]
-    wide = max([left[-1], *heads, 5.2])
+    wide = max([left[-1], *heads, LEGEND])
     tall = [SPACE + HEAD + LINE * (1 + max((node.y for node in own), default=0)) for own in drawn]
     size = wide + 2 * MARGIN, 2 * LINE + sum(tall) + 2 * MARGIN
     figure = Figure(figsize=size, facecolor=BACKGROUND)
@@ -138,16 +139,17 @@ def _edge(axis: Any, x0: float, y0: float, x1: float, y1: float, taken: bool) ->
     from matplotlib.path import Path
 
     middle = x1 - GAP / 2
+    colour, line = (ACCEPTED, 1.8) if taken else (EDGE, 0.9)
     path = Path([(x0, y0), (x1 - GAP, y0), (middle, y0), (middle, y1), (x1, y1)], [1, 2, 4, 4, 4])
-    axis.add_patch(PathPatch(path, fill=False, color=ACCEPTED if taken else "#b5b5ae", lw=1.8 if taken else 0.9, zorder=2 if taken else 1))
+    axis.add_patch(PathPatch(path, fill=False, ec=colour, lw=line, zorder=1 + taken))
 
 
 def _box(axis: Any, x: float, y: float, width: float, kind: str, taken: bool) -> None:
     from matplotlib.patches import FancyBboxPatch
 
     style = f"round,pad=0,rounding_size={BOX / 3}"
-    edge = {"edgecolor": ACCEPTED, "lw": 1.8} if taken else {"edgecolor": "#a9a9a2", "lw": 0.6}
-    axis.add_patch(FancyBboxPatch((x, y - BOX / 2), width, BOX, boxstyle=style, facecolor=FILL[kind], zorder=3, **edge))
+    colour, line = (ACCEPTED, 1.8) if taken else (EDGE, 0.6)
+    axis.add_patch(FancyBboxPatch((x, y - BOX / 2), width, BOX, boxstyle=style, fc=FILL[kind], ec=colour, lw=line, zorder=3))
 
 
 def _legend(axis: Any, accepted: bool) -> None:
