@@ -52,7 +52,7 @@ def main() -> None:
     figure = step.packed.plot(accepted=step.accepted, label=label, titles=titles)
     figure.savefig(args.out, dpi=150)
     print(args.out, step.packed.indptr.diff().tolist())
-    print(step.packed.render(int(step.packed.indptr.diff().argmin()), step.accepted, label=label))
+    print(step.packed.render(0, step.accepted, label=label))
 
 
 if __name__ == "__main__":
