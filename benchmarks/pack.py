@@ -5,7 +5,7 @@
 
 Where sglang's wheel is importable (no dependency of it is needed), its ``organize_draft_results`` runs in the same process on uniform
 trees. Its tree builder for CPUs is C++ that the wheel lacks: ``--sglang-cpu`` names the source file of sgl-project/sglang
-(sgl-kernel/csrc/cpu/speculative_decoding.cpp), which is then compiled, timed and compared with our links and masks.
+(sgl-kernel/csrc/cpu/speculative_decoding.cpp), which is then compiled, timed, and read back by our importers.
 """
 
 from __future__ import annotations
@@ -115,21 +115,16 @@ def peers(cpp: Path | None, sizes: list[int], context: Tensor) -> dict[str, Call
         calls[f"sglang organize_draft_results, {n} rows each"] = lambda n=n: organize(*drafted, n)
         if cpp:
             calls[f"sglang organize + build (C++), {n} rows each"] = links
-            compare(links(), n, context)
+            compare(links(), n)
     return calls
 
 
-def compare(theirs: Any, n: int, context: Tensor) -> None:
-    """Our links, positions and mask of sglang's own tree are what it made."""
+def compare(theirs: Any, n: int) -> None:
+    """Its links and its mask are the same trees to our importers."""
     mask, positions, index, token, sibling, drafts = theirs
-    packed = layouts.from_sglang(layouts.SGLangLinks(drafts, positions, index, token, sibling))
-    ours = layouts.sglang(packed, n, context)
-    square = layouts.sglang_mask(packed, n, "QLEN_ONLY")
-    order = torch.arange(BATCH * n).view(BATCH, n)
-    assert torch.equal(layouts.unpad(packed, order).view(BATCH, n), order), "uniform rows in another order"
-    for one, two in zip(vars(ours).values(), (drafts, positions, index, token, sibling), strict=True):
-        assert torch.equal(one, two)
-    assert torch.equal(square.flatten(), mask)
+    one = layouts.from_sglang(layouts.SGLangLinks(drafts, positions, index, token, sibling))
+    two = layouts.from_sglang_mask(mask, drafts, n, "QLEN_ONLY")
+    assert one.rows == BATCH * n and torch.equal(one.tokens, two.tokens) and torch.equal(one.mask, two.mask)
 
 
 def size(value: Any) -> int:

@@ -15,6 +15,7 @@ import echo
 from echo.tree import compact, layouts
 from echo.tree.packed import pack
 from forests import Case, forest
+from test_device_rules import RefuseReads
 
 WORDS = ("tokens", "parent", "depth", "request", "indptr")
 
@@ -129,6 +130,28 @@ def test_sglang_links_with_siblings_in_any_order_are_the_same_trees(case, seed):
                 (first if row == up else after)[b, row] = following
     turned = dataclasses.replace(links, retrive_next_token=first, retrive_next_sibling=after)
     same(layouts.from_sglang(turned, lengths=case.packed.indptr.diff(), rows=case.packed.rows), case.packed)
+
+
+@given(cases(most=20), st.integers(0, 1000))
+def test_masks_with_rows_in_any_order_are_the_same_trees(case, seed):
+    """An engine that lists a tree's rows in another order, parents first: the same paths come back, in canonical order."""
+    turn, n = random.Random(seed), case.largest
+    mask, tokens = torch.eye(n, dtype=torch.bool).repeat(case.batch, 1, 1), torch.zeros(case.batch, n, dtype=torch.int64)
+    for b in range(case.batch):
+        parents, sees, order = case.parent_rows(b), case.sees(b), []
+        while len(order) < len(parents):
+            order.append(turn.choice([row for row, up in enumerate(parents) if row not in order and (up < 0 or up in order)]))
+        for i, row in enumerate(order):
+            tokens[b, i] = case.rows(b)[row].token
+            mask[b, i, : len(order)] = torch.tensor([sees[row][other] for other in order])
+    back = layouts.from_sglang_mask(mask, tokens.flatten(), n, "QLEN_ONLY", lengths=case.packed.indptr.diff())
+    back.validate()
+    for b in range(case.batch):
+        paths = []
+        for row in range(*back.indptr[b : b + 2].tolist()):
+            up = int(back.parent[row])
+            paths.append([*(paths[up] if up >= 0 else []), int(back.tokens[row])])
+        assert sorted(paths) == sorted([case.tokens[b][column] for column in row.path] for row in case.rows(b))
 
 
 @given(cases(), st.sampled_from([0, 2]))
@@ -335,6 +358,15 @@ def test_out_writes_into_the_engines_buffers():
         layouts.sglang(case.packed, 12, context, out=layouts.sglang(case.packed, 13, context))
     with pytest.raises(echo.EchoError, match=r"out: expected SGLangLinks, got Chains"):
         layouts.sglang(case.packed, 12, context, out=layouts.chains(case.packed))
+
+
+def test_no_ragged_view_reads_back():
+    """The rest of what test_device_rules.py runs under the same refusal."""
+    one, case = forest(1, 1, 9, empty=False).packed, forest(1, 3, 12)
+    with RefuseReads():
+        layouts.qq_bias(one)
+        layouts.flashinfer_xqa(case.packed)
+        layouts.unpad(case.packed, torch.zeros(3, 12))
 
 
 def test_bad_input_names_the_argument():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -207,6 +208,36 @@ def test_state_travels_with_the_frontier():
             assert state[b, w].tolist() == path[::-1]
 
 
+@given(st.integers(0, 10_000), st.integers(1, 4), st.integers(1, 30))
+def test_layer_statistics_are_the_best_path_and_the_mass_of_the_best(seed, batch, beam):
+    """What gates see, from the paths themselves."""
+    case = forest(seed, batch, 30)
+    for layer in case.tree.layers:
+        for b in range(batch):
+            paths = [case.path(b, column) for column in range(len(case.tokens[b]))]
+            scores = sorted((case.score(b, path) for path in paths if len(path) == layer.depth + 1), reverse=True)
+            assert float(layer.log_confidence[b]) == (scores[0] if scores else -torch.inf)
+            mass = sum(math.exp(score) for score in scores[:beam])
+            assert float(layer.log_mass(beam)[b].exp()) == pytest.approx(mass, rel=1e-5)
+
+
+@given(st.integers(0, 10_000), st.integers(1, 4))
+def test_an_engines_handles_reach_the_packed_rows(seed, batch):
+    """Whatever an engine keeps for each node of the forest (a KV slot, a hidden-state row), gathered by ``packed.node``."""
+    case = forest(seed, batch, 30, pads=2)
+    nodes = case.tree.forest
+    handles = torch.arange(nodes.token.numel()).view_as(nodes.token) * 7  # [B, T]
+    real = case.packed.request < batch
+    rows, request = case.packed.node[real], case.packed.request[real].long()
+    assert torch.equal(handles.flatten()[rows] // 7, rows)
+    assert torch.equal(rows // nodes.token.shape[1], request)
+    assert torch.equal(nodes.token.flatten()[rows], case.packed.tokens[real])
+    above = nodes.parent.flatten()[rows] + request * nodes.token.shape[1]
+    first = case.packed.indptr[request].long()
+    drafted = case.packed.depth[real] > 0
+    assert torch.equal(above[drafted], case.packed.node[(first + case.packed.parent[real])[drafted]])
+
+
 # The step in an engine's cache.
 
 
@@ -234,6 +265,12 @@ def test_slots_and_compaction_leave_exactly_the_accepted_text(seed, batch, page,
     cache[lists.target.flatten()] = cache[lists.source.flatten()]
     flat = compact(packed, accepted, context)
     assert (flat.source >= flat.target).all()
+    own = torch.full((batch, 64), -1)  # a contiguous cache of each request, filled and moved as the docstring says
+    for b in range(batch):
+        own[b, : context[b]] = 10_000 + torch.arange(int(context[b]))
+    real = packed.request < batch
+    own[packed.request[real].long(), (context[packed.request[real].long()] + packed.local[real])] = packed.tokens[real]
+    own.scatter_(1, flat.target, own.gather(1, flat.source))
     assert torch.equal(lists.accept_index.long(), accepted.rows)
     assert torch.equal(lists.context, context + accepted.lengths)
     for b in range(batch):
@@ -241,6 +278,7 @@ def test_slots_and_compaction_leave_exactly_the_accepted_text(seed, batch, page,
         text = [10_000 + i for i in range(int(context[b]))] + packed.tokens[rows].tolist()
         where = slots(torch.arange(int(lists.context[b])), torch.tensor(b), page_table, page, 0)
         assert cache[where].tolist() == text
+        assert own[b, : len(text)].tolist() == text
         assert lists.position[b, : len(rows)].tolist() == position[rows].tolist()
         assert lists.gather[b, : len(rows)].tolist() == rows and lists.valid[b].sum() == len(rows)
 
@@ -472,3 +510,5 @@ def test_bad_masks(rows, message):
         layouts.from_sglang_mask(mask, torch.arange(6), 3, "QLEN_ONLY")
     with pytest.raises(echo.EchoError, match="token: request 0, row 1: expected a token >= 0, got -1"):
         layouts.from_sglang_mask(torch.tensor([good, good]).bool(), torch.tensor([1, -1, 2, 3, 4, 5]), 3, "QLEN_ONLY")
+    with pytest.raises(echo.EchoError, match=r"lengths: request 1: expected 0 to 3 rows, got 4"):
+        layouts.from_sglang_mask(torch.tensor([good, good]).bool(), torch.arange(6), 3, "QLEN_ONLY", lengths=torch.tensor([3, 4]))
