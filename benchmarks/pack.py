@@ -45,17 +45,20 @@ def grown(scheduler: echo.ElasticBudgetScheduler, seed: int = 0) -> echo.SuperTr
     return tree
 
 
-def median(call: Callable[[], Any], repeat: int) -> dict[str, float]:
-    """Microseconds, after ten runs to warm up."""
+def medians(calls: dict[str, Callable[[], Any]], repeat: int) -> dict[str, dict[str, float]]:
+    """Microseconds of each call, in ten rounds over all of them, so that a change of the machine's clock meets all alike."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(10):
-        call()
-    times = []
-    for _ in range(repeat):
-        start = time.perf_counter()
-        call()
-        times.append(1e6 * (time.perf_counter() - start))
-    times.sort()
-    return {"median_us": round(statistics.median(times), 1), "p90_us": round(times[int(0.9 * repeat)], 1)}
+        for name, call in calls.items():
+            call()
+            for _ in range(max(repeat // 10, 1)):
+                start = time.perf_counter()
+                call()
+                times[name].append(1e6 * (time.perf_counter() - start))
+    ranked = {name: sorted(own) for name, own in times.items()}
+    return {
+        name: {"median_us": round(statistics.median(own), 1), "p90_us": round(own[int(0.9 * len(own))], 1)} for name, own in ranked.items()
+    }
 
 
 def source(path: str, names: tuple[str, ...], scope: dict[str, Any]) -> list[Callable[..., Any]] | None:
@@ -192,20 +195,19 @@ def measure(n: int, repeat: int, cpp: Path | None) -> dict[str, Any]:
         step = scheduler.pack(tree)
         return layouts.sglang(step, n, context), layouts.sglang_mask(step, n, "QLEN_ONLY")
 
-    results: dict[str, dict[str, float]] = {
-        "pack": median(lambda: pack(tree, selected, ROWS, words), repeat) | {"bytes_per_row": round(size(packed) / ROWS, 1)},
-        "pack, out=": median(lambda: pack(tree, selected, ROWS, words, packed), repeat),
-        "select (GlobalRank)": median(lambda: scheduler.select(tree), repeat),
-        "select + pack + sglang + QLEN_ONLY": median(same_job, repeat),
+    calls: dict[str, Callable[[], Any]] = {
+        "pack": lambda: pack(tree, selected, ROWS, words),
+        "pack, out=": lambda: pack(tree, selected, ROWS, words, packed),
+        "select (GlobalRank)": lambda: scheduler.select(tree),
+        "select + pack + sglang + QLEN_ONLY": same_job,
+        **peers(cpp, [ROWS // BATCH, *([n] if n <= K * (1 + K * (DEPTH - 1)) else [])], context),
+        **exporters,
     }
-    for name, call in peers(cpp, [ROWS // BATCH, *([n] if n <= K * (1 + K * (DEPTH - 1)) else [])], context).items():
-        results[name] = median(call, repeat)
+    results = medians(calls, repeat) | medians(importers, repeat // 5)
+    results["pack"]["bytes_per_row"] = round(size(packed) / ROWS, 1)
     for name, call in exporters.items():
-        results[name] = median(call, repeat)
         rows = n if "one tree" in name else BATCH * n if name.startswith(("sglang", "tensorrt", "hugging")) else ROWS
         results[name]["bytes_per_row"] = round(size(call()) / rows, 1)
-    for name, call in importers.items():
-        results[name] = median(call, max(repeat // 10, 10))
     lens = packed.indptr.diff()
     facts = {"uniform_n": n, "nodes_per_request": int(tree.forest.token.shape[1]), "context_mean": round(float(context.float().mean()), 1),
              "largest_tree": int(lens.max()), "smallest_tree": int(lens.min())}  # fmt: skip

@@ -106,7 +106,7 @@ def from_flashinfer(mask: FlashInferMask, tokens: Tensor, *, rows: int | None = 
     """
     ends, begins, kv = (host(x).astype(np.int64) for x in (mask.qo_indptr, mask.indptr, mask.kv_lens))
     q, packed = np.diff(ends), mask.mask.dtype == torch.uint8
-    entries = _bits(mask.mask[:, None]).ravel() if packed else host(mask.mask)
+    entries = _bits(mask.mask) if packed else host(mask.mask)
     begin, past = begins[:-1] * (8 if packed else 1), kv - q
     square = _squares(entries, begin, kv, past, q)
     hidden = np.concatenate([[0], np.cumsum(~entries)])
@@ -211,10 +211,10 @@ def _from_ragged(tokens: Tensor, ends: Array, square: NDArray[np.bool_], rows: i
 
 def _parents_by_squares(square: NDArray[np.bool_], sizes: Array, *, padded: bool) -> tuple[Array, Array]:
     """Parent of each row and rows of each tree: the last ancestor, whose own ancestors must be the others; pads end a tree."""
-    n = square.shape[1]
+    n = int(sizes.max(initial=1))
     row = np.arange(n)
     there = row < sizes[:, None]
-    square = square & there[:, :, None] & there[:, None]
+    square = square[:, :n, :n] & there[:, :, None] & there[:, None]
     own, above = square[:, row, row], square & ~np.eye(n, dtype=bool)
     alone = ~above.any(2)
     parent = np.where(alone, -1, n - 1 - above[..., ::-1].argmax(2))
@@ -256,7 +256,8 @@ def _ragged(tokens: Tensor, ends: Array) -> Array:
 
 def _bits(words: Tensor) -> NDArray[np.bool_]:
     """bool [..., width]: integers [..., k] as bits, least significant first."""
-    return np.unpackbits(np.ascontiguousarray(host(words)).view(np.uint8), axis=-1, bitorder="little").astype(bool)
+    values = np.ascontiguousarray(host(words))
+    return np.unpackbits(values.view(np.uint8).ravel(), bitorder="little").view(bool).reshape(*values.shape[:-1], -1)
 
 
 def _sizes(lengths: Tensor | None, batch: int, n: int, other: int) -> Array:

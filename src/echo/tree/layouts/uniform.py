@@ -256,13 +256,14 @@ class _Grid:
 
     def links(self, dtype: torch.dtype = torch.int64) -> tuple[Tensor, Tensor]:
         """First child and next sibling, local, [B, n], -1 for none. Parents rise along the rows, so siblings are neighbours."""
-        parent, place, local, request = self.packed.parent, self.place, self.local.to(dtype), self.packed.request
+        place, local = self.place, self.local.to(dtype)
+        family = place - self.local + self.packed.parent  # the parent's place
         inside = place < self.size
-        again = (parent[1:] == parent[:-1]) & (request[1:] == request[:-1]) & inside[1:]  # the next sibling of the row before it
-        first = inside & (parent >= 0)
+        again = (family[1:] == family[:-1]) & inside[1:]  # the next sibling of the row before it
+        first = inside & (self.packed.parent >= 0)
         first[1:] &= ~again
         child, sibling = torch.full((2, self.size + 1), -1, dtype=dtype, device=place.device)
-        child.index_copy_(0, torch.where(first, place - self.local + parent, self.size), local)
+        child.index_copy_(0, torch.where(first, family, self.size), local)
         sibling.index_copy_(0, place[:-1], torch.where(again, local[1:], -1))
         return child[:-1].view(self.packed.batch, self.n), sibling[:-1].view(self.packed.batch, self.n)
 
