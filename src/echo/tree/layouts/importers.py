@@ -109,7 +109,7 @@ def from_flashinfer(mask: FlashInferMask, tokens: Tensor, *, rows: int | None = 
     entries = _bits(mask.mask) if packed else host(mask.mask)
     begin, past = begins[:-1] * (8 if packed else 1), kv - q
     square = _squares(entries, begin, kv, past, q)
-    hidden = np.concatenate([[0], np.cumsum(~entries)])
+    hidden = np.concatenate([[0], np.cumsum(~entries, dtype=np.int32)])
     row = np.arange(square.shape[1])
     first = np.where(row < q[:, None], begin[:, None] + row * kv[:, None], 0)
     behind = np.where(row < q[:, None], first + past[:, None], 0)

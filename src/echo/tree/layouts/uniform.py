@@ -92,11 +92,12 @@ def sglang(packed: PackedTree, n: int, context: Tensor, *, out: SGLangLinks | No
 
     Source: ``build_tree_kernel_efficient`` of sglang 0.5.23.
     """
+    checks.tensor("context", context, [packed.batch], checks.INTEGERS, packed.tokens.device)
     grid = _Grid(packed, n)
     token, sibling = grid.links()
     links = SGLangLinks(
         draft_tokens=grid.spread(packed.tokens, 0).flatten(),
-        positions=grid.spread(packed.position(context), context[:, None]).flatten(),
+        positions=(grid.spread(packed.depth, 0) + context.long()[:, None]).flatten(),
         retrive_index=torch.arange(packed.batch * n, device=context.device).view(packed.batch, n),
         retrive_next_token=token,
         retrive_next_sibling=sibling,
@@ -202,7 +203,7 @@ def hugging_face(
 
     Source: 4-D masks of transformers 5.23.0.
     """
-    position = packed.position(context)
+    checks.tensor("context", context, [packed.batch], checks.INTEGERS, packed.tokens.device)
     checks.integer("past", past, 0)
     grid = _Grid(packed, n)
     column, lens = torch.arange(past, dtype=torch.int32, device=context.device), context.int()[:, None]
@@ -211,7 +212,7 @@ def hugging_face(
     least = False if dtype == torch.bool else torch.finfo(dtype).min
     for part, seen in ((mask[..., :past], prefix[:, None, None]), (mask[..., past:], grid.square()[:, None])):
         part.copy_(seen if dtype == torch.bool else torch.where(seen, 0.0, least))
-    return into(out, HuggingFaceInputs(grid.spread(packed.tokens, 0), grid.spread(position, context[:, None]), mask))
+    return into(out, HuggingFaceInputs(grid.spread(packed.tokens, 0), grid.spread(packed.depth, 0) + context.long()[:, None], mask))
 
 
 def unpad(packed: PackedTree, values: Tensor) -> Tensor:
@@ -239,12 +240,13 @@ class _Grid:
 
     Attributes:
         place: int64 [N], in [B * n]; B * n for pad rows and for rows beyond the first n of their request.
+        local: int64 [N], row within its request, or among the pad rows.
     """
 
     def __init__(self, packed: PackedTree, n: int) -> None:
-        self.packed, self.n = packed, checks.integer("n", n, 1)
-        self.size, self.local = packed.batch * n, packed.local
-        self.place = torch.where((packed.request < packed.batch) & (self.local < n), packed.request * n + self.local, self.size)
+        self.packed, self.n, self.size = packed, checks.integer("n", n, 1), packed.batch * n
+        self.local = torch.arange(packed.rows, device=packed.indptr.device) - packed.indptr.index_select(0, packed.request)
+        self.place = torch.where(self.local < n, packed.request * n + self.local, self.size).clamp_(max=self.size)
 
     def spread(self, values: Tensor, fill: Tensor | int) -> Tensor:
         """``values`` [N, ...] as [B, n, ...], with ``fill``, which broadcasts to it, on pad rows."""
