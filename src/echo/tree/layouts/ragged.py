@@ -143,9 +143,9 @@ def flashinfer(packed: PackedTree, context: Tensor, size: int, *, bits: bool = T
     entries = lens * kv
     indptr = F.pad((entries + 7 >> 3 if bits else entries).cumsum(0), (1, 0))
     square = (indptr[:-1] << 3 if bits else indptr[:-1]) + kv - lens  # first entry behind the context of each request's first row
-    of_request = F.pad(torch.stack([square, kv, lens], dim=1), (0, 0, 0, 1))  # pad rows: an empty square
+    of_request = F.pad(torch.stack([square - packed.indptr[:-1] * kv, kv, lens], dim=1), (0, 0, 0, 1))  # pad rows: an empty square
     begin, stride, q = of_request.index_select(0, packed.request).unbind(1)
-    entry = begin + packed.local * stride
+    entry = begin + torch.arange(packed.rows, device=q.device) * stride
     words = torch.arange(0, WORD * packed.mask.shape[1], WORD, device=q.device)
     hidden = (1 << (q[:, None] - words).clamp_(0, WORD)) - 1 & ~packed.mask
     if bits:  # what is left of each request's last byte is zero, as if hidden

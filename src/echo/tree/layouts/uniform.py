@@ -253,7 +253,7 @@ class _Grid:
         made = values.new_empty(self.size + 1, *values.shape[1:])
         grid = made[:-1].view(self.packed.batch, self.n, *values.shape[1:])
         grid.copy_(fill) if isinstance(fill, Tensor) else grid.fill_(fill)
-        made.index_copy_(0, self.place, values)
+        made.scatter_(0, self.place, values) if values.dim() == 1 else made.index_copy_(0, self.place, values)
         return grid
 
     def links(self, dtype: torch.dtype = torch.int64) -> tuple[Tensor, Tensor]:
@@ -265,14 +265,15 @@ class _Grid:
         first = inside & (self.packed.parent >= 0)
         first[1:] &= ~again
         child, sibling = torch.full((2, self.size + 1), -1, dtype=dtype, device=place.device)
-        child.index_copy_(0, torch.where(first, family, self.size), local)
-        sibling.index_copy_(0, place[:-1], torch.where(again, local[1:], -1))
+        child.scatter_(0, torch.where(first, family, self.size), local)
+        sibling.scatter_(0, place[:-1], torch.where(again, local[1:], -1))
         return child[:-1].view(self.packed.batch, self.n), sibling[:-1].view(self.packed.batch, self.n)
 
     def words(self) -> Tensor:
         """Mask words int32 [B, n, ceil(n / 32)]; a pad row sees itself."""
         words, local = -(-self.n // WORD), torch.arange(self.n, device=self.place.device)
-        own = torch.where(torch.arange(words, device=local.device) == (local // WORD)[:, None], 1, 0).int() << (local % WORD).int()[:, None]
+        own = torch.zeros(self.n, words, dtype=torch.int32, device=local.device)
+        own.scatter_(1, (local >> 5)[:, None], (1 << (local & WORD - 1)).int()[:, None])
         return self.spread(F.pad(self.packed.mask, (0, words - self.packed.mask.shape[1])), own)
 
     def square(self) -> Tensor:
