@@ -276,3 +276,25 @@ def test_its_kernel_reads_our_bits(flashinfer):
         for qo_idx, row in enumerate(sees):
             bits = [own[(qo_idx * kv_len + kv_idx) // 8] >> (qo_idx * kv_len + kv_idx) % 8 & 1 for kv_idx in range(kv_len)]
             assert bits == [True] * past + row
+
+
+@pytest.mark.parametrize("n", [7, 12, 30])
+def test_its_kernel_writes_our_packed_bits(tmp_path_factory, n):
+    """Bit-packing has no builder but SGLang's CUDA kernel: its lines that place a bit, in its own words, against our bytes."""
+    folder = installed("sglang", tmp_path_factory) / "sglang" / "kernels" / "jit" / "include" / "sgl_kernel"
+    header = (folder / "speculative" / "eagle.cuh").read_text()
+    for line in (
+        "token_tree_idx = (bid * draft_token_num + tid) * num_bytes_per_item;",
+        "tree_mask[token_tree_idx] = 1;  // little endian",
+        "byte_idx = (cur_position + 1) / 8;",
+        "bit_idx = (cur_position + 1) % 8;",
+        "tree_mask[token_tree_idx + byte_idx] |= (1 << bit_idx);",
+    ):
+        assert line in header
+    case, width = forest(n, 3, n, empty=False, exact=True), 4 if n > 16 else 2 if n > 8 else 1
+    expected = [0] * (3 * n * width)
+    for bid in range(3):
+        for tid, row in enumerate(case.sees(bid)):
+            for seen in np.flatnonzero(row).tolist():
+                expected[(bid * n + tid) * width + seen // 8] |= 1 << seen % 8
+    assert layouts.sglang_mask(case.packed, n, "QLEN_ONLY_BITPACKING").view(torch.uint8).tolist() == expected
