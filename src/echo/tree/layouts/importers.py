@@ -91,6 +91,7 @@ def from_sglang_mask(
         square = np.pad(square, ((0, 0), (0, max(0, n - square.shape[1]))))[:, :n].reshape(batch, n, n)
     elif mode == "FULL_MASK" and context is not None:
         past = host(checks.tensor("context", context, [batch], checks.INTEGERS)).astype(np.int64)
+        refuse("context", past < 0, lambda b: f"expected tokens >= 0, got {past[b]}")
         size = n * (past + n)
         square = _squares(host(mask.reshape(-1)), size.cumsum() - size, past + n, past, np.full(batch, n))
     else:
@@ -104,8 +105,12 @@ def from_flashinfer(mask: FlashInferMask, tokens: Tensor, *, rows: int | None = 
     Raises:
         EchoError: naming the request and the row of a mask that no tree has, or that hides a token of the context.
     """
-    ends, begins, kv = (host(x).astype(np.int64) for x in (mask.qo_indptr, mask.indptr, mask.kv_lens))
+    ends = _ends("qo_indptr", mask.qo_indptr, tokens)
     q, packed = np.diff(ends), mask.mask.dtype == torch.uint8
+    checks.tensor("mask", mask.mask, ["size"], (torch.bool, torch.uint8))
+    begins = host(checks.tensor("indptr", mask.indptr, [len(ends)], checks.INTEGERS)).astype(np.int64)
+    kv = host(checks.tensor("kv_lens", mask.kv_lens, [len(q)], checks.INTEGERS)).astype(np.int64)
+    refuse("kv_lens", kv < q, lambda b: f"expected at least its {q[b]} rows, got {kv[b]}")
     entries = _bits(mask.mask) if packed else host(mask.mask)
     begin, past = begins[:-1] * (8 if packed else 1), kv - q
     square = _squares(entries, begin, kv, past, q)
@@ -125,7 +130,7 @@ def from_flashinfer_xqa(mask: Tensor, indptr: Tensor, tokens: Tensor, *, rows: i
     """
     count = checks.tensor("tokens", tokens, ["N"], checks.INTEGERS).shape[0]
     bits = _bits(checks.tensor("mask", mask, [count, "halves"], torch.uint16))
-    ends = host(checks.tensor("indptr", indptr, ["B + 1"], checks.INTEGERS)).astype(np.int64)
+    ends = _ends("indptr", indptr, tokens)
     width = np.full(len(ends) - 1, bits.shape[1])
     return _from_ragged(tokens, ends, _squares(bits.ravel(), ends[:-1] * width, width, 0, np.diff(ends)), rows)
 
@@ -159,7 +164,7 @@ def from_chains(chain: Chains, *, rows: int | None = None) -> PackedTree:
     Raises:
         EchoError: a negative token, naming the request and the row.
     """
-    ends = host(chain.qo_indptr).astype(np.int64)
+    ends = _ends("qo_indptr", chain.qo_indptr, chain.tokens)
     tokens = _ragged(chain.tokens, ends)
     parents = np.broadcast_to(np.arange(-1, tokens.shape[1] - 1), tokens.shape)
     return _packed(tokens, parents, np.diff(ends), chain.graph_num_tokens if rows is None else rows, chain.tokens.device)
@@ -204,7 +209,6 @@ def _from_squares(tokens: Array, square: NDArray[np.bool_], lengths: Tensor | No
 
 
 def _from_ragged(tokens: Tensor, ends: Array, square: NDArray[np.bool_], rows: int | None) -> PackedTree:
-    checks.tensor("tokens", tokens, ["N"], checks.INTEGERS)
     parents, sizes = _parents_by_squares(square, np.diff(ends), padded=False)
     return _packed(_ragged(tokens, ends), parents, sizes, rows, tokens.device)
 
@@ -245,6 +249,15 @@ def _squares(entries: NDArray[np.bool_], begin: Array, stride: Array, past: Arra
     seen = np.zeros(at.shape, dtype=bool)
     seen[inside] = entries[at[inside]]
     return seen
+
+
+def _ends(name: str, indptr: Tensor, tokens: Tensor) -> Array:
+    """Where each request's rows begin among the tokens, int64 [B + 1], checked."""
+    rows = checks.tensor("tokens", tokens, ["N"], checks.INTEGERS).shape[0]
+    ends = host(checks.tensor(name, indptr, ["B + 1"], checks.INTEGERS)).astype(np.int64)
+    if not len(ends) or ends[0] != 0 or (np.diff(ends) < 0).any() or ends[-1] > rows:
+        raise EchoError(f"{name}: expected numbers rising from 0 to at most {rows}, got {ends.tolist()}")
+    return ends
 
 
 def _ragged(tokens: Tensor, ends: Array) -> Array:
