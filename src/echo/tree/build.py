@@ -49,7 +49,7 @@ def from_arrays(
     if row_limit is not None:
         limit = torch.minimum(limit, checks.tensor("row_limit", row_limit, [batch], torch.int64, device).clamp(min=1)) * live
     first = token[:, 0].long() * live if nodes else torch.zeros(batch, dtype=torch.int64, device=device)
-    tree = roots(first, live, limit, most)
+    tree = roots(first, live, limit, most, int(sizes.max(initial=1)))
     drafted = []
     for columns, above in _layers(parents, depths, there):
         at = torch.from_numpy(columns).to(device)
@@ -196,8 +196,8 @@ class Template:
         return known[device]
 
 
-def roots(tokens: Tensor, live: Tensor, limit: Tensor, rows: int) -> SuperTree:
-    """Roots that draft nothing: tokens int64 [B], live bool [B], row limit int64 [B], rows of the step."""
+def roots(tokens: Tensor, live: Tensor, limit: Tensor, rows: int, most: int) -> SuperTree:
+    """Roots that draft nothing: tokens int64 [B], live bool [B], row limit int64 [B], rows of the step and at most of a request."""
     root = tokens[:, None]
     zero, score = torch.zeros_like(root), torch.where(live, 0.0, -torch.inf)[:, None]
     return SuperTree(
@@ -205,9 +205,11 @@ def roots(tokens: Tensor, live: Tensor, limit: Tensor, rows: int) -> SuperTree:
         frontier=Frontier(root, zero, zero, score, torch.zeros_like(live)[:, None], 0),
         status=torch.where(live, int(Status.FINISHED), int(Status.EMPTY)).to(torch.int8),
         row_limit=limit,
+        held=live.long(),
         left=rows - live.sum(),
         invalid=torch.zeros(len(tokens), dtype=torch.int32, device=tokens.device),
         rows=rows,
+        most=most,
     )
 
 
