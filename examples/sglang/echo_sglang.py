@@ -1,0 +1,345 @@
+"""SGLang's EAGLE worker, planned by ECHO: a plugin, found by SGLang's registry once it is installed (docs/sglang.md).
+
+Eight hooks, no patch. Before the draft: depth from the forecast, which picks one of the captured graph sets. After it: what the beam
+drafted is scored, gated, bought and packed, and becomes the verify input. After verify: history. SGLang samples and accepts; with
+``ECHO_RAGGED`` the target's forward pass has the packed rows alone, and attention is its prefix kernel, our tree part and a merge.
+
+Environment (all optional): ``ECHO_CALIBRATION`` and ``ECHO_COST``, JSON files of an :class:`echo.Calibration` and an
+:class:`echo.CostModel`; ``ECHO_ROWS``, rows of a step; ``ECHO_DEPTHS``, depths to capture beside ``--speculative-num-steps``, such as
+"0,2"; ``ECHO_RAGGED=1``; ``ECHO_WARMUP``, a file for warm-up rows. With none of them its trees are EAGLE's own.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections import deque
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import echo
+from echo import kernels
+from echo.tree import layouts
+
+DUMMY = 0  # SGLang's allocators hand out slots from 1 on; slot 0 takes what padding writes
+WARMUP_STEPS = 500  # between two writes of the warm-up file
+
+
+def register() -> None:
+    """The entry point: called by SGLang's plugin loader in every process."""
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    speculative, attention = "sglang.srt.speculative", "sglang.srt.layers.attention.triton_backend.TritonAttnBackend"
+    hooks = {
+        f"{speculative}.eagle_worker_v2.EAGLEWorkerV2.init_cuda_graphs": (capture, HookType.AFTER),
+        f"{speculative}.eagle_worker_v2.EAGLEWorkerV2.forward_batch_generation": (before_draft, HookType.AROUND),
+        f"{speculative}.eagle_utils.organize_draft_results": (keep_candidates, HookType.AROUND),
+        f"{speculative}.eagle_worker_common.build_eagle_verify_input": (after_draft, HookType.AROUND),
+        f"{speculative}.eagle_worker_v2.EAGLEWorkerV2.verify": (after_verify, HookType.AROUND),
+        "sglang.srt.managers.tp_worker.TpModelWorker.forward_batch_generation": (ragged_forward, HookType.AROUND),
+        f"{attention}.init_forward_metadata": (ragged_metadata, HookType.AFTER),
+        f"{attention}._forward_extend_kernel": (ragged_attention, HookType.AROUND),
+    }
+    for target, (hook, kind) in hooks.items():
+        HookRegistry.register(target, hook, kind)
+
+
+@dataclass
+class Planner:
+    """What a worker remembers between steps; everything that decides is a value of ECHO's.
+
+    Attributes:
+        scheduler: the policy.
+        history: by SGLang's request slots (``req_pool_indices``), on the device.
+        seen: histories on their way to the host, the oldest first. A plan reads the one of two steps ago: its copy is over, and every
+            rank reads the same one.
+        states: captured graph sets by depth (SGLang's ``SpecRuntimeState``).
+        shape: the forecast of this step.
+        ragged: the target verifies packed rows instead of n for every request.
+    """
+
+    scheduler: echo.ElasticBudgetScheduler
+    history: echo.History
+    seen: deque[tuple[echo.History, Any]] = field(default_factory=lambda: deque(maxlen=2))
+    states: dict[int, Any] = field(default_factory=dict)
+    shape: echo.Forecast | None = None
+    ragged: bool = False
+    warmup: Path | None = None
+    logs: list[echo.WarmupLog] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, worker: Any) -> Planner:
+        """The planner of an ``EAGLEWorkerV2``; its target worker carries it, because both sides of the step know that one."""
+        target = worker.target_worker
+        if not hasattr(target, "echo_planner"):
+            pool = target.model_runner.req_to_token_pool
+            policy = scheduler(worker.topk, worker.speculative_num_steps, worker.speculative_num_draft_tokens)
+            warmup, ragged = os.environ.get("ECHO_WARMUP"), os.environ.get("ECHO_RAGGED", "0") != "0"
+            history = policy.history(pool.req_to_token.shape[0], pool.req_to_token.device)
+            target.echo_planner = cls(policy, history, ragged=ragged, warmup=Path(warmup) if warmup else None)
+        return target.echo_planner
+
+    def plan(self, worker: Any, batch: Any) -> None:
+        """Depth and rows of this step, from two steps ago; switches to the shallowest captured graph set that is deep enough."""
+        slots = torch.tensor([request.kv.req_pool_idx for request in batch.reqs], dtype=torch.int64)
+        history, copied = self.seen[0] if self.seen else (self.scheduler.history(self.history.steps.shape[0]), None)
+        if copied is not None:
+            copied.synchronize()
+        self.shape = self.scheduler.forecast(history, slots)
+        deep_enough = [depth for depth in self.states if depth >= self.shape.depth]
+        if deep_enough:
+            worker.apply_runtime_state(self.states[min(deep_enough)])
+
+    def observe(self, slots: Tensor, packed: echo.PackedTree, accepted: echo.Accepted) -> None:
+        """Remembers the step, and starts its copy to the host."""
+        self.history = self.history.observe(slots, packed, accepted)
+        self.seen.append(to_host(self.history))
+
+
+def scheduler(topk: int, steps: int, n: int) -> echo.ElasticBudgetScheduler:
+    """The policy that the environment asks for, for trees of at most ``n`` rows; EAGLE's own where it asks for nothing."""
+    calibration, cost, rows = (os.environ.get(f"ECHO_{name}") for name in ("CALIBRATION", "COST", "ROWS"))
+    learnt = echo.Calibration.load(calibration) if calibration else None
+    if learnt is not None and cost:
+        policy = echo.ElasticBudgetScheduler.goodput(learnt, echo.CostModel.from_json(Path(cost).read_text()), beam=topk)
+    elif learnt is not None and rows:
+        policy = echo.ElasticBudgetScheduler.paper(learnt, k_max=int(rows), layer_width=topk, max_width=n)
+    elif rows:
+        policy = echo.ElasticBudgetScheduler(echo.GlobalRank(topk), budget=int(rows))
+    else:
+        policy = echo.ElasticBudgetScheduler.eagle(n=n, beam=topk)
+    return replace(policy, max_depth=min(steps, policy.max_depth), max_tree_rows=n)
+
+
+def to_host(history: echo.History) -> tuple[echo.History, Any]:
+    """A copy in pinned memory and the event after it; the history itself where it is on the host already."""
+    if history.steps.device.type == "cpu":
+        return history, None
+    parts = {f.name: getattr(history, f.name) for f in fields(history)}
+    pinned = {
+        name: torch.empty_like(part, device="cpu", pin_memory=True).copy_(part, non_blocking=True)
+        for name, part in parts.items()
+        if isinstance(part, Tensor)
+    }
+    copied = torch.cuda.Event()
+    copied.record()
+    return replace(history, **pinned), copied
+
+
+# Before the draft
+
+
+def capture(_: Any, worker: Any) -> None:
+    """After SGLang captured its own graphs: the graph sets of the other depths, and the one that it starts with."""
+    planner, deepest, n = Planner.of(worker), worker.speculative_num_steps, worker.speculative_num_draft_tokens
+    others = {int(depth) for depth in os.environ.get("ECHO_DEPTHS", "").split(",") if depth} - {deepest}
+    for depth in sorted(others):
+        most = 1 + (worker.topk + (depth - 1) * worker.topk**2 if depth else 0)
+        planner.states[depth] = worker.build_adaptive_runtime_state(depth, min(n, most))
+    if others:
+        from sglang.srt.speculative.adaptive_runtime_state import SpecRuntimeState
+
+        draft, runner = worker.draft_worker, worker.target_worker.model_runner
+        planner.states[deepest] = SpecRuntimeState(
+            deepest, n, draft.draft_attn_backend, draft.cuda_graph_runner, runner.attn_backend, runner.decode_cuda_graph_runner,
+            draft.draft_extend_attn_backend, draft.cuda_graph_runner_for_draft_extend,
+        )  # fmt: skip
+
+
+def before_draft(original: Any, worker: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
+    """Prefill: its request slots have new owners. Decode: the forecast."""
+    planner = Planner.of(worker)
+    if batch.forward_mode.is_extend() or batch.is_extend_in_batch:
+        planner.history = planner.history.reset(batch.req_pool_indices.long())
+    elif not batch.forward_mode.is_idle():
+        planner.plan(worker, batch)
+    return original(worker, batch, *args, **kwargs)
+
+
+# After the draft
+
+
+def keep_candidates(original: Any, score_list: Any, token_list: Any, parents_list: Any, n: int) -> tuple[Tensor, Tensor, Tensor]:
+    """All that was drafted, in place of EAGLE's best n - 1: parents of each block, path probabilities [B, T], tokens [B, T].
+
+    It runs inside the captured draft graph, so the selection itself waits until the graph is over.
+    """
+    if score_list[0].shape[-1] == 1:
+        return original(score_list, token_list, parents_list, n)
+    scores = torch.cat([own.flatten(1) for own in score_list], dim=1)
+    parents = torch.cat(parents_list[:-1], dim=1) if len(parents_list) > 1 else parents_list[0][:, :1]
+    return parents, scores, torch.cat(token_list, dim=1)
+
+
+def grow(
+    scheduler: echo.ElasticBudgetScheduler, tree: echo.SuperTree, parents: Tensor, scores: Tensor, tokens: Tensor, depth: int
+) -> echo.SuperTree:
+    """Grows a planted tree from a beam that is drafted already, gates and purchases included.
+
+    Args:
+        scheduler, tree: the policy, and its planted tree of B requests.
+        parents: int64 [B, blocks], the candidate that each block of k candidates follows; -1: the root.
+        scores, tokens: float and int64 [B, T], the candidates' path probabilities and tokens, block after block.
+        depth: layers to grow.
+    """
+    k = scores.shape[1] // parents.shape[1]
+    path = scores.float().clamp(min=torch.finfo(torch.float32).tiny).log()
+    node = torch.full_like(tree.frontier.token, -1)
+    for _ in range(depth):
+        follows = parents[:, None] == node[..., None]
+        block = follows.int().argmax(dim=-1, keepdim=True)
+        below = (block * k + torch.arange(k, device=block.device)).flatten(1)
+        above = torch.where(node < 0, 0.0, path.gather(1, node.clamp(min=0)))
+        shape = (*node.shape, k)
+        log_probs = torch.where(follows.any(dim=-1, keepdim=True), path.gather(1, below).view(shape) - above[..., None], -torch.inf)
+        tree = scheduler.grow(tree, tokens.gather(1, below).view(shape), log_probs)
+        node = below.gather(1, tree.frontier.index)
+    return tree
+
+
+def after_draft(
+    original: Any, batch: Any, draft_input: Any, parents: Tensor, scores: Tensor, tokens: Tensor, draft_probs: Any, **kwargs: Any
+) -> Any:
+    """Score, gate, buy, deal and pack; then SGLang's verify input of n rows a request. A chain (topk 1) has no probabilities: its own."""
+    if batch.forward_mode.is_idle() or kwargs["topk"] == 1:
+        return original(batch, draft_input, parents, scores, tokens, draft_probs, **kwargs)
+    target, n = kwargs["target_worker"], kwargs["num_draft_tokens"]
+    planner: Planner = target.echo_planner
+    roots = draft_input.bonus_tokens.long()
+    rows = min(planner.shape.rows, len(roots) * n) if planner.ragged else len(roots) * n
+    tree = planner.scheduler.plant(roots, capacity=torch.full_like(roots, n), rows=rows)
+    tree = grow(planner.scheduler, tree, parents, scores, tokens, min(planner.scheduler.max_depth, kwargs["num_steps"]))
+    packed = planner.scheduler.pack(tree, sync=broadcast())
+    return verify_input(batch, packed, tree, planner.ragged, target, n, kwargs)
+
+
+def verify_input(batch: Any, packed: echo.PackedTree, tree: echo.SuperTree, ragged: bool, target: Any, n: int, drafted: dict) -> Any:
+    """SGLang's ``EagleVerifyInput``, its mask in the backend's own buffer where that has one; the packed step travels with it."""
+    from sglang.srt.speculative.eagle_info import EagleVerifyInput
+
+    buffer, mode, size = target.model_runner.attn_backend.verify_mask, drafted["tree_mask_mode"], None
+    out = buffer.buffer if buffer is not None and buffer.fits(packed.batch) else None
+    mode = (mode if buffer is None else buffer.mode).name
+    if mode == "FULL_MASK":
+        total = packed.batch * target.model_runner.attn_backend.max_context_len if batch.seq_lens_sum is None else batch.seq_lens_sum
+        size = n * (total + n * packed.batch) if out is None else out.numel()
+        mask = layouts.sglang_mask(packed, n, mode, context=batch.seq_lens, size=size, out=out)
+    else:
+        mask = layouts.sglang_mask(packed, n, mode).flatten()
+        mask = mask if out is None else out[: mask.numel()].copy_(mask)
+    links = layouts.sglang(packed, n, batch.seq_lens)
+    made = EagleVerifyInput(
+        draft_token=links.draft_tokens, custom_mask=mask, positions=links.positions, retrieve_index=links.retrive_index,
+        retrieve_next_token=links.retrive_next_token, retrieve_next_sibling=links.retrive_next_sibling, retrieve_cum_len=None,
+        spec_steps=drafted["num_steps"], topk=drafted["topk"], draft_token_num=n, capture_hidden_mode=None, seq_lens_sum=None,
+        seq_lens_cpu=None,
+    )  # fmt: skip
+    made.echo_packed, made.echo_tree, made.echo_ragged = packed, tree, ragged
+    return made
+
+
+def broadcast() -> Any:
+    """Rank 0's plan for all tensor-parallel ranks; None where there is one rank."""
+    from sglang.srt.runtime_context import get_parallel
+
+    group = get_parallel().tp_group
+    return (lambda wire: group.broadcast(wire, src=0)) if group.world_size > 1 else None
+
+
+# Verify: the target's forward pass with packed rows, where asked for
+
+
+def ragged_forward(original: Any, worker: Any, batch: Any, forward_batch: Any = None, *args: Any, **kwargs: Any) -> Any:
+    """Narrows a verify batch from B * n rows to the packed ones, and widens logits and hidden states again.
+
+    SGLang's own sampling, acceptance and cache moves stay as they are. A batch that a CUDA graph was loaded for stays uniform.
+    """
+    verified = getattr(forward_batch, "spec_info", None)
+    if not getattr(verified, "echo_ragged", False) or forward_batch.forward_metadata_ready:
+        return original(worker, batch, forward_batch, *args, **kwargs)
+    packed, n = verified.echo_packed, verified.draft_token_num
+    narrow, real = copy.copy(forward_batch), packed.request < packed.batch
+    for name in ("input_ids", "positions", "out_cache_loc", "out_cache_loc_virtual"):
+        value = getattr(forward_batch, name, None)
+        if isinstance(value, Tensor):
+            own = layouts.unpad(packed, value.view(packed.batch, n))
+            setattr(narrow, name, torch.where(real, own, DUMMY))
+    result = original(worker, batch, narrow, *args, **kwargs)
+    worker.model_runner.attn_backend.echo_packed = None
+    rows = (packed.indptr[:-1, None] + torch.arange(n, device=real.device)).clamp(max=packed.rows - 1).flatten()
+    for name in ("next_token_logits", "hidden_states"):
+        value = getattr(result.logits_output, name, None)
+        if isinstance(value, Tensor):
+            setattr(result.logits_output, name, value[rows])
+    return result
+
+
+def ragged_metadata(_: Any, backend: Any, forward_batch: Any) -> None:
+    """Ragged query offsets in place of multiples of n, and no mask: the tree part has its own."""
+    verified = forward_batch.spec_info
+    ragged = forward_batch.forward_mode.is_target_verify() and getattr(verified, "echo_ragged", False)
+    ragged = ragged and len(forward_batch.input_ids) == verified.echo_packed.rows
+    backend.echo_packed = packed = verified.echo_packed if ragged else None
+    if packed is not None:
+        longest = min(verified.draft_token_num, packed.rows)
+        backend.forward_metadata = replace(
+            backend.forward_metadata, qo_indptr=packed.indptr, custom_mask=None, mask_indptr=None, max_extend_len=longest
+        )
+
+
+def ragged_attention(original: Any, backend: Any, layer: Any, *args: Any, **kwargs: Any) -> Any:
+    """Attention of packed rows: SGLang's kernel over the context, ours over each row's ancestors, merged by their log-sums."""
+    packed = getattr(backend, "echo_packed", None)
+    if packed is None:
+        return original(backend, layer, *args, **kwargs)
+    if kwargs.get("sliding_window_size", -1) > -1 or kwargs.get("sinks") is not None or kwargs.get("score_mod") is not None:
+        raise NotImplementedError("ragged trees: layers with a sliding window, sinks or score_mod; unset ECHO_RAGGED")
+    q, k, v, out, *caches_and_prefix, _mask, _causal, _mask_indptr, longest, k_scale, v_scale, scale = args
+    lse = torch.full(q.shape[:2], -torch.inf, device=q.device)
+    prefix = torch.zeros_like(out)  # rows without a context, and pads, are not written
+    original(
+        backend, layer, q, k[:0], v[:0], prefix, *caches_and_prefix, None, False, None, longest, k_scale, v_scale, scale,
+        **kwargs, lse_extend=lse, skip_extend=True,
+    )  # fmt: skip
+    tree, tree_lse = kernels.tree_attention(
+        q, None, None, None, None, k, v, packed.request, packed.indptr, packed.mask,
+        mode="tree", scale=scale, softcap=kwargs.get("logit_cap") or None,
+    )  # fmt: skip
+    return out.copy_(kernels.merge_attention(prefix, lse, tree, tree_lse)[0])
+
+
+# After verify
+
+
+def after_verify(original: Any, worker: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
+    """What SGLang accepted, in packed rows: history, and warm-up rows where asked for."""
+    verified, planner = batch.spec_info, Planner.of(worker)
+    result = original(worker, batch, *args, **kwargs)
+    if batch.forward_mode.is_idle():
+        return result
+    slots, packed = batch.req_pool_indices.long(), getattr(verified, "echo_packed", None)
+    if packed is None and verified.draft_token_num > 1:  # a chain
+        return result
+    if packed is None:  # nothing drafted: it counts as a step all the same
+        packed = planner.scheduler.pack(planner.scheduler.plant(torch.zeros_like(slots), rows=len(slots)))
+    accepted = accept(packed, result, verified.draft_token_num)
+    planner.observe(slots, packed, accepted)
+    if planner.warmup is not None and getattr(verified, "echo_tree", None) is not None:
+        planner.logs.append(echo.warmup_rows(verified.echo_tree, packed, accepted, len(planner.logs) * 4096))
+        if len(planner.logs) % WARMUP_STEPS == 0:
+            echo.WarmupLog.concat(planner.logs).save(planner.warmup)
+    return result
+
+
+def accept(packed: echo.PackedTree, result: Any, n: int) -> echo.Accepted:
+    """SGLang's ``accept_index`` and tokens, whose accepted path lies at the front of each request's n by now, as ours."""
+    index, lengths = result.accept_index.long(), result.accept_lens.long()
+    steps = torch.arange(index.shape[1], device=index.device)
+    kept = (steps < lengths[:, None]) & (index >= 0)
+    tokens = torch.where(kept, result.next_token_ids.view(-1, n)[:, : len(steps)].long(), -1)
+    rows = torch.where(kept, index % n + packed.indptr[:-1, None], -1)
+    return echo.Accepted(tokens, rows, lengths, tokens.gather(1, (lengths - 1)[:, None])[:, 0])
