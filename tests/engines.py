@@ -5,7 +5,9 @@
 """
 
 from __future__ import annotations
+import __future__
 
+import ast
 import importlib.abc
 import importlib.machinery
 import os
@@ -15,6 +17,7 @@ import types
 import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from unittest import mock
 
@@ -90,7 +93,7 @@ class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         self.folder, self.packages, self.real = folder, packages, real
 
     def find_spec(self, name: str, path: object = None, target: object = None) -> importlib.machinery.ModuleSpec | None:
-        if name.split(".")[0] not in self.packages or name.startswith(tuple(self.real)):
+        if name.partition(".")[0] not in self.packages or name.startswith(tuple(self.real)):
             return None
         there = self.folder / name.replace(".", "/")
         if name.startswith(f"{self.packages[0]}.") and not (there.is_dir() or there.with_suffix(".py").is_file()):
@@ -111,7 +114,7 @@ def around(folder: Path, packages: Sequence[str], real: Sequence[str]) -> Iterat
     """Imports of ``packages`` go to stand-ins, but those below ``real`` to the files in ``folder``; afterwards all are forgotten."""
 
     def loaded() -> list[str]:
-        return [name for name in sys.modules if name.split(".")[0] in packages]
+        return [name for name in sys.modules if name.partition(".")[0] in packages]
 
     kept = {name: sys.modules.pop(name) for name in loaded()}
     finder = Finder(folder, packages, real)
@@ -123,3 +126,19 @@ def around(folder: Path, packages: Sequence[str], real: Sequence[str]) -> Iterat
         for name in loaded():
             del sys.modules[name]
         sys.modules.update(kept)
+
+
+@lru_cache
+def compiled(path: Path, names: tuple[str, ...], inside: str | None) -> types.CodeType:
+    """The code of :func:`definitions`."""
+    found = ast.parse(path.read_text()).body
+    if inside is not None:
+        found = next(node for node in found if isinstance(node, ast.ClassDef) and node.name == inside).body
+    chosen = [node for node in found if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name in names]
+    assert sorted(node.name for node in chosen) == sorted(names)
+    return compile(ast.Module(chosen, []), path.name, "exec", flags=__future__.annotations.compiler_flag)
+
+
+def definitions(path: Path, names: tuple[str, ...], scope: dict[str, object], inside: str | None = None) -> None:
+    """Runs functions and classes of a module that cannot be imported (methods of class ``inside``) from its source in ``scope``."""
+    exec(compiled(path, names, inside), scope)

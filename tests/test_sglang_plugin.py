@@ -8,9 +8,10 @@ greedy acceptance, cache moves, and ``TritonAttnBackend``. Stand-ins: model runn
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import sys
+from enum import IntEnum, auto
+from functools import total_ordering
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,10 +19,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import echo
-from echo.kernels.reference import tree_attention
-from engines import around, sources
-from forests import forest
+from engines import around, definitions, sources
 
 VERSION = "0.5.23"
 PLUGIN = Path(__file__).parents[1] / "examples" / "sglang"
@@ -121,7 +119,7 @@ def engine(folder, monkeypatch):
     with around(folder, ("sglang", "msgspec"), REAL):
         for name in ("sglang.srt.utils", "sglang.srt.utils.common"):
             utils = import_module(name)
-            for kind in "cpu cuda hip musa npu gfx95_supported gfx942_supported gfx1250_supported".split():
+            for kind in ("cpu", "cuda", "hip", "musa", "npu", "gfx95_supported", "gfx942_supported", "gfx1250_supported"):
                 setattr(utils, f"is_{kind}", lambda *_: False)
             utils.is_xpu, utils.next_power_of_2, utils.get_device_core_count = lambda: True, triton.next_power_of_2, lambda *_: 1
             utils.fast_topk = lambda x, k, dim: x.topk(k, dim=dim)
@@ -136,7 +134,9 @@ def engine(folder, monkeypatch):
         import_module("sglang.kernels.ops.sampling").softmax = lambda logits, **_: logits.softmax(-1)
         import_module("sglang.srt.configs.hybrid_arch").mambaish_config = lambda _: None
         batches = import_module("sglang.srt.model_executor.forward_batch_info")
-        vars(batches).update(modes(folder), ForwardBatch=ForwardBatch)
+        kinds = {"IntEnum": IntEnum, "auto": auto, "total_ordering": total_ordering}
+        definitions(folder / "sglang/srt/model_executor/forward_batch_info.py", ("ForwardMode", "CaptureHiddenMode"), kinds)
+        vars(batches).update(kinds, ForwardBatch=ForwardBatch)
         import_module("sglang.srt.managers.tp_worker").TpModelWorker = type("TpModelWorker", (TargetWorker,), {})
         plugin = import_module("echo_sglang")
         registry = import_module("sglang.srt.plugins.hook_registry").HookRegistry
@@ -147,17 +147,6 @@ def engine(folder, monkeypatch):
         assert registry._patched == set(registry._hooks)
         yield plugin
         sys.modules.pop("echo_sglang")
-
-
-def modes(folder):
-    """The enumerations of a module that cannot be imported, from its source."""
-    source = (folder / "sglang/srt/model_executor/forward_batch_info.py").read_text()
-    names = ("ForwardMode", "CaptureHiddenMode")
-    found = [node for node in ast.parse(source).body if isinstance(node, ast.ClassDef) and node.name in names]
-    scope = {}
-    exec("from __future__ import annotations\nfrom enum import IntEnum, auto\nfrom functools import total_ordering", scope)
-    exec(compile(ast.Module(found, []), "forward_batch_info.py", "exec"), scope)
-    return {name: scope[name] for name in names}
 
 
 class ForwardBatch(SimpleNamespace):
@@ -199,17 +188,18 @@ class Server:
         draft = type("Draft", (module.EagleDraftWorker,), {"__abstractmethods__": frozenset(), "draft_runner": runner})
         worker = type("Worker", (module.EAGLEWorkerV2,), {"target_worker": target, "draft_worker": object.__new__(draft)})
         worker.__abstractmethods__ = frozenset()
-        shared = dict(topk=TOPK, speculative_num_steps=STEPS, speculative_num_draft_tokens=N, device="cpu", plan_stream=None)
-        shared |= dict(plan_stream_ctx=contextlib.nullcontext(), req_to_token_pool=target.model_runner.req_to_token_pool)
-        shared |= dict(target_worker=target, token_to_kv_pool_allocator=pool, _topk1_parents_prealloc=torch.empty(0))
+        shared = {"topk": TOPK, "speculative_num_steps": STEPS, "speculative_num_draft_tokens": N, "device": "cpu", "plan_stream": None}
+        shared |= {"plan_stream_ctx": contextlib.nullcontext(), "req_to_token_pool": target.model_runner.req_to_token_pool}
+        shared |= {"target_worker": target, "token_to_kv_pool_allocator": pool, "_topk1_parents_prealloc": torch.empty(0)}
         self.worker = object.__new__(worker)
         vars(self.worker).update(shared, adaptive_controller=None)
         self.draft = draft = worker.draft_worker
         backend = SimpleNamespace(init_forward_metadata=lambda _: None, attn_backends=[None] * STEPS)
         masks = import_module("sglang.kernels.ops.speculative.spec_tree").TreeMaskMode
         vars(draft).update(
-            shared, cuda_graph_runner=None, cuda_graph_runner_for_draft_extend=None, seed_dsa_topk_from_draft_extend=False, hot_token_id=None,
-            index_share_for_mtp_iteration=False, draft_attn_backend=backend, parallel_layout=None, tree_mask_mode=masks.FULL_MASK,
+            shared, cuda_graph_runner=None, cuda_graph_runner_for_draft_extend=None, seed_dsa_topk_from_draft_extend=False,
+            hot_token_id=None, index_share_for_mtp_iteration=False, draft_attn_backend=backend, parallel_layout=None,
+            tree_mask_mode=masks.FULL_MASK,
         )  # fmt: skip
         for name in ("draft_tp_context", "speculative_moe_backend_context", "speculative_moe_a2a_backend_context", "spec_stage_span"):
             setattr(module, name, lambda *_: contextlib.nullcontext())
@@ -239,7 +229,7 @@ class Server:
         result = self.worker.forward_batch_generation(batch)
         path = result.next_token_ids.view(self.batch, -1)
         for b, (text, length) in enumerate(zip(self.texts, result.accept_lens.tolist(), strict=True)):
-            text += path[b, :length].tolist()
+            text.extend(path[b, :length].tolist())
             cached = self.pool.token[self.table[self.slots[b], : len(text) - 1]]
             assert cached.tolist() == text[:-1], "the cache must hold the text up to its last token"
         next_input = result.next_draft_input

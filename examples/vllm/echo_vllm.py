@@ -1,0 +1,154 @@
+"""A proposer for vLLM whose draft lengths ECHO chooses, request by request and step by step (docs/vllm.md).
+
+``--speculative-config '{"method": "custom_class", "model": "echo_vllm.EchoProposer", "num_speculative_tokens": 8}'``: vLLM loads the
+class and asks it for drafts after every step; lists of any length are fine, and an empty one is plain decoding.
+
+Environment (all optional): ``ECHO_CALIBRATION`` and ``ECHO_COST``, JSON files of an :class:`echo.Calibration` and an
+:class:`echo.CostModel`; ``ECHO_ROWS``, rows of a step for the whole batch. With none of them every request gets all that was drafted.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+import echo
+
+LONGEST = 4  # tokens of the suffix that the lookup looks for, at most
+PRIOR = 1.0  # weight of "something else follows" beside each earlier occurrence
+TAIL = 64  # tokens by whose end a request is known again
+
+
+class EchoProposer:
+    """What ``vllm.v1.spec_decode.custom_class_proposer`` loads.
+
+    It drafts chains by looking the text's end up in the text itself. A drafter of one's own is one method: :meth:`draft`.
+
+    Args:
+        vllm_config: vLLM's ``VllmConfig``.
+    """
+
+    def __init__(self, vllm_config: Any) -> None:
+        self.depth = vllm_config.speculative_config.num_speculative_tokens
+        self.max_length = vllm_config.model_config.max_model_len
+        self.scheduler = scheduler(self.depth)
+        self.history = self.scheduler.history(vllm_config.scheduler_config.max_num_seqs)
+        self.known: dict[tuple[int, bytes], list[int]] = {}  # text of the last step -> places in its batch
+        self.slots = torch.empty(0, dtype=torch.int64)
+        self.packed: echo.PackedTree | None = None
+
+    def draft(self, texts: Sequence[NDArray[np.int32]], depth: int) -> tuple[Tensor, Tensor]:
+        """A chain after each text: tokens int64 and log-probabilities float32 [B, depth], -inf where it ends earlier."""
+        tokens = np.zeros((len(texts), depth), dtype=np.int64)
+        log_probs = np.full((len(texts), depth), -np.inf, dtype=np.float32)
+        for b, text in enumerate(texts):
+            for d, (token, probability) in enumerate(lookup(text, depth)):
+                tokens[b, d], log_probs[b, d] = token, np.log(probability)
+        return torch.from_numpy(tokens), torch.from_numpy(log_probs)
+
+    def propose(
+        self,
+        sampled_token_ids: list[list[int]],
+        num_tokens_no_spec: NDArray[np.int32],
+        token_ids_cpu: NDArray[np.int32],
+        slot_mappings: Any = None,
+    ) -> list[list[int]]:
+        """Drafts for the next step, after vLLM's bookkeeping of this one.
+
+        Args:
+            sampled_token_ids: for each row of vLLM's batch, the tokens that this step emitted; none while a prompt is being read.
+            num_tokens_no_spec: int32 [rows], tokens of each text, the emitted ones included.
+            token_ids_cpu: int32 [rows, max_model_len].
+            slot_mappings: not read.
+        """
+        drafts: list[list[int]] = [[] for _ in sampled_token_ids]
+        rows = [i for i, emitted in enumerate(sampled_token_ids) if emitted]
+        texts = [token_ids_cpu[i, : num_tokens_no_spec[i]] for i in rows]
+        self.remember(texts, [sampled_token_ids[i] for i in rows])
+        if not rows:
+            return drafts
+        shape = self.scheduler.forecast(self.history, self.slots)
+        roots = torch.tensor([int(text[-1]) for text in texts])
+        room = torch.tensor([self.max_length - len(text) for text in texts])
+        tree = self.scheduler.plant(roots, rows=shape.rows, capacity=room)
+        if shape.depth:
+            tokens, log_probs = self.draft(texts, shape.depth)
+            tree = self.scheduler.grow_positions(tree, tokens[..., None], log_probs[..., None])
+        self.packed = self.scheduler.pack(tree)
+        ends, chosen = self.packed.indptr.tolist(), self.packed.tokens.tolist()
+        for place, i in enumerate(rows):
+            drafts[i] = chosen[ends[place] + 1 : ends[place + 1]]
+        return drafts
+
+    def remember(self, texts: Sequence[NDArray[np.int32]], emitted: Sequence[list[int]]) -> None:
+        """Finds each request's slot again, and puts what the last step accepted into the history.
+
+        vLLM moves rows as requests come and go and names none of them, so a request is known by its text before the step.
+        """
+        places = [self.recognise(text[: len(text) - len(own)]) for text, own in zip(texts, emitted, strict=True)]
+        if self.packed is not None:
+            lengths = torch.ones(self.packed.batch, dtype=torch.int64)
+            for place, own in zip(places, emitted, strict=True):
+                if place is not None:
+                    lengths[place] = len(own)
+            self.history = self.history.observe(self.slots, self.packed, accepted(self.packed, lengths))
+        kept = {place: int(self.slots[place]) for place in places if place is not None}
+        free = sorted(set(range(len(self.history.steps))) - set(kept.values()), reverse=True)
+        gone_or_new = torch.tensor(free, dtype=torch.int64)
+        self.history = self.history.reset(gone_or_new)
+        self.slots = torch.tensor([free.pop() if place is None else kept[place] for place in places], dtype=torch.int64)
+        self.known, self.packed = {}, None
+        for place, text in enumerate(texts):
+            self.known.setdefault(key(text), []).append(place)
+
+    def recognise(self, before: NDArray[np.int32]) -> int | None:
+        """The place in the last step's batch of the request that had this text; None: a new one."""
+        places = self.known.get(key(before))
+        return places.pop() if places else None
+
+
+def scheduler(depth: int) -> echo.ElasticBudgetScheduler:
+    """The policy that the environment asks for: chains of at most ``depth`` drafts, ranked over the whole batch."""
+    calibration, cost, rows = (os.environ.get(f"ECHO_{name}") for name in ("CALIBRATION", "COST", "ROWS"))
+    learnt = echo.Calibration.load(calibration) if calibration else None
+    budget = echo.CostModel.from_json(Path(cost).read_text()) if cost else int(rows) if rows else None
+    rule = echo.PerRequest(depth + 1, 1, learnt) if budget is None else echo.GlobalRank(1, learnt)
+    return echo.ElasticBudgetScheduler(rule, budget=budget, max_depth=depth, max_tree_rows=depth + 1)
+
+
+def lookup(text: NDArray[np.int32], depth: int) -> list[tuple[int, float]]:
+    """What followed the text's longest suffix where it occurred before: the commonest token each time, and its share."""
+    for size in range(min(LONGEST, len(text) - 1), 0, -1):
+        windows = np.lib.stride_tricks.sliding_window_view(text[:-1], size)
+        after = np.flatnonzero((windows == text[-size:]).all(axis=1)) + size
+        if len(after):
+            break
+    else:
+        return []
+    chain: list[tuple[int, float]] = []
+    while len(after) and len(chain) < depth:
+        token, count = np.unique(text[after], return_counts=True)
+        best = int(count.argmax())
+        chain.append((int(token[best]), float(count[best]) / (PRIOR + len(after))))
+        after = after[text[after] == token[best]] + 1
+        after = after[after < len(text)]
+    return chain
+
+
+def accepted(packed: echo.PackedTree, lengths: Tensor) -> echo.Accepted:
+    """A chain's first rows, ``lengths`` int64 [B] of them. The tokens themselves are vLLM's business: -1."""
+    steps = torch.arange(packed.max_depth + 1)
+    rows = torch.where(steps < lengths[:, None], packed.indptr[:-1, None] + steps, -1)
+    return echo.Accepted(torch.full_like(rows, -1), rows, lengths, torch.full_like(lengths, -1))
+
+
+def key(text: NDArray[np.int32]) -> tuple[int, bytes]:
+    """A text's length and end."""
+    return len(text), text[-TAIL:].tobytes()

@@ -1,0 +1,193 @@
+"""The vLLM proposer (examples/vllm) with the engine's own loader, step metadata, rejection sampler and output parser.
+
+    ECHO_PEERS=install pytest -m peers tests/test_vllm_plugin.py
+
+Real, from the wheel: ``create_custom_proposer``, ``GPUModelRunner._calc_spec_decode_metadata``, ``rejection_sample`` with its greedy
+Triton kernel, ``RejectionSampler.parse_output``. A toy target and the rows of a batch stand in for the model runner.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from importlib import import_module
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import echo
+from echo.tree import layouts
+from engines import around, definitions, sources
+from forests import forest
+
+VERSION = "0.33.0"
+PLUGIN = Path(__file__).parents[1] / "examples" / "vllm"
+REAL = ("vllm.v1.spec_decode.", "vllm.v1.sample.rejection_sampler", "vllm.model_executor.warmup.jit_warmup")
+VOCAB, WIDTH, DEPTH = 8, 260, 5
+pytestmark = pytest.mark.peers
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return sources("vllm", VERSION, tmp_path_factory.mktemp("vllm"))
+
+
+@pytest.fixture
+def engine(folder, monkeypatch):
+    """vLLM's modules, without the engine around them."""
+    triton = pytest.importorskip("triton")
+    if not triton.knobs.runtime.interpret:
+        pytest.skip("triton is imported without its interpreter: run this file in a process of its own")
+    monkeypatch.syspath_prepend(str(PLUGIN))
+    with around(folder, ("vllm",), REAL):
+        vars(import_module("vllm.triton_utils")).update(tl=triton.language, triton=triton)
+        yield import_module("vllm.v1.sample.rejection_sampler")
+        sys.modules.pop("echo_vllm", None)
+
+
+def load(**more):
+    """The proposer, through vLLM's loader."""
+    config = SimpleNamespace(
+        speculative_config=SimpleNamespace(model="echo_vllm.EchoProposer", num_speculative_tokens=DEPTH),
+        model_config=SimpleNamespace(max_model_len=WIDTH), scheduler_config=SimpleNamespace(max_num_seqs=8),
+    )  # fmt: skip
+    vars(config).update(more)
+    return import_module("vllm.v1.spec_decode.custom_class_proposer").create_custom_proposer(config)
+
+
+def metadata(folder, drafts, roots):
+    """``GPUModelRunner._calc_spec_decode_metadata`` of a decode step, from its source."""
+    scope = {"np": np, "async_tensor_h2d": lambda x, device: torch.from_numpy(x.copy())}
+    scope["SpecDecodeMetadata"] = import_module("vllm.v1.spec_decode.metadata").SpecDecodeMetadata
+    names = ("_calc_spec_decode_metadata", "_get_cumsum_and_arange")
+    definitions(folder / "vllm/v1/worker/gpu_model_runner.py", names, scope, inside="GPUModelRunner")
+    counts = np.array([len(own) for own in drafts], dtype=np.int32)
+    ids = torch.tensor([token for root, own in zip(roots, drafts, strict=True) for token in (root, *own)], dtype=torch.int32)
+    self = SimpleNamespace(_arange_scratch=np.arange(4096), arange_np=np.arange(4096), device="cpu", input_ids=SimpleNamespace(gpu=ids))
+    self._get_cumsum_and_arange = lambda *args, **kwargs: scope["_get_cumsum_and_arange"](self, *args, **kwargs)
+    return scope["_calc_spec_decode_metadata"](self, counts, np.cumsum(counts + 1, dtype=np.int32)), ids
+
+
+class Batch:
+    """Rows of vLLM's input batch, decoded by a toy target whose greedy next token depends on the last two."""
+
+    def __init__(self, sampler, folder, prompts, seed=0):
+        self.table = torch.randn(VOCAB, VOCAB, VOCAB, generator=torch.Generator().manual_seed(seed))
+        self.sampler, self.folder = sampler, folder
+        self.texts = [[*prompt, self.next(prompt)] for prompt in prompts]
+        self.emitted = [[text[-1]] for text in self.texts]
+        self.counts = []
+
+    def next(self, text):
+        return int(self.table[text[-2], text[-1]].argmax())
+
+    def greedy(self, prompt, count):
+        text = list(prompt)
+        for _ in range(count):
+            text.append(self.next(text))
+        return text
+
+    def propose(self, proposer):
+        ids = np.zeros((len(self.texts), WIDTH), dtype=np.int32)
+        for row, text in enumerate(self.texts):
+            ids[row, : len(text)] = text
+        return proposer.propose(self.emitted, np.array([len(text) for text in self.texts]), ids, slot_mappings=None)
+
+    def step(self, proposer):
+        drafts = self.propose(proposer)
+        self.counts.append([len(own) for own in drafts])
+        if not any(map(len, drafts)):  # vLLM samples without a rejection sampler then
+            self.emitted = [[self.next(text)] for text in self.texts]
+        else:
+            info, ids = metadata(self.folder, drafts, [text[-1] for text in self.texts])
+            before = [text[-2] for text in self.texts]
+            above = [t for b, text, own in zip(before, self.texts, drafts, strict=True) for t in ([b, text[-1], *own][: 1 + len(own)])]
+            logits = self.table[torch.tensor(above), ids.long()][info.logits_indices]
+            bonus = logits[info.bonus_logits_indices].argmax(-1, keepdim=True).int()
+            greedy = SimpleNamespace(all_greedy=True, all_random=False)
+            out = self.sampler.rejection_sample(
+                info.draft_token_ids, info.num_draft_tokens, info.max_spec_len, info.cu_num_draft_tokens, None,
+                logits[info.target_logits_indices], bonus, greedy,
+            )  # fmt: skip
+            self.emitted, _ = self.sampler.RejectionSampler.parse_output(out, VOCAB)
+        for text, own in zip(self.texts, self.emitted, strict=True):
+            text.extend(own)
+
+
+def prompts(count):
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randint(0, VOCAB, (6 + b,), generator=generator).tolist() for b in range(count)]
+
+
+@pytest.mark.parametrize("rows", ["", "9"])
+def test_chains_of_chosen_lengths_write_the_targets_own_text(engine, folder, monkeypatch, rows):
+    monkeypatch.setenv("ECHO_ROWS", rows)
+    given = prompts(4)
+    batch, proposer = Batch(engine, folder, given), load()
+    for _ in range(16):
+        batch.step(proposer)
+    for text, prompt in zip(batch.texts, given, strict=True):
+        assert text == batch.greedy(prompt, len(text) - len(prompt))
+    assert sum(map(len, batch.texts)) - sum(map(len, given)) > 1.4 * 16 * 4  # lookups found what repeats
+    counts = np.array(batch.counts)
+    if rows:
+        assert (counts.sum(axis=1) <= 9 - 4).all() and (counts.sum(axis=1) == 9 - 4).any()
+        assert any(len(set(own)) > 2 for own in batch.counts)  # lengths differ within a step
+    else:
+        assert counts.max() == DEPTH
+    assert (proposer.history.steps[proposer.slots] == 15).all()
+
+
+def test_requests_keep_their_memory_when_rows_move(engine, folder):
+    batch, proposer = Batch(engine, folder, prompts(4)), load()
+    for _ in range(3):
+        batch.step(proposer)
+    slots = proposer.slots.tolist()
+    order = [3, 1, 2]  # the first request is over, the last moves into its row
+    batch.texts, batch.emitted = [batch.texts[i] for i in order], [batch.emitted[i] for i in order]
+    batch.texts.append([*prompts(5)[4], 0])
+    batch.emitted.append([0])
+    batch.propose(proposer)
+    assert proposer.slots.tolist()[:3] == [slots[i] for i in order]
+    assert proposer.history.steps[proposer.slots].tolist() == [3, 3, 3, 0]
+    assert int(proposer.history.steps.sum()) == 9
+
+
+def test_a_row_still_reading_its_prompt_gets_no_drafts(engine, folder):
+    batch, proposer = Batch(engine, folder, [[1, 2, 3, 1, 2, 3, 1, 2], [1, 2, 1, 2, 1, 2]]), load()
+    batch.emitted[0] = []
+    drafts = batch.propose(proposer)
+    assert drafts[0] == [] and len(drafts[1]) <= DEPTH
+    batch.emitted = [[], []]
+    assert batch.propose(proposer) == [[], []]
+
+
+def test_a_cost_model_turns_drafting_off_where_rows_are_dear(engine, folder, monkeypatch, tmp_path):
+    (tmp_path / "cost.json").write_text(echo.CostModel((1, 64), (1.0, 64.0)).to_json())
+    monkeypatch.setenv("ECHO_COST", str(tmp_path / "cost.json"))
+    given = prompts(3)
+    batch, proposer = Batch(engine, folder, given), load()
+    for _ in range(12):
+        batch.step(proposer)
+    assert sum(map(sum, batch.counts[4:])) <= 3 * DEPTH  # a probe at most
+    for text, prompt in zip(batch.texts, given, strict=True):
+        assert text == batch.greedy(prompt, len(text) - len(prompt))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_our_chain_layout_is_its_step_metadata(engine, folder, seed):
+    packed = forest(seed, 5, 6, shape="chain", empty=False).packed
+    ours = layouts.chains(packed)
+    ends, tokens = packed.indptr.tolist(), packed.tokens.tolist()
+    trees = [tokens[first:end] for first, end in itertools.pairwise(ends)]
+    theirs, _ = metadata(folder, [own[1:] for own in trees], [own[0] for own in trees])
+    drafts = int(ours.cu_num_draft_tokens[-1])
+    assert ours.num_draft_tokens.tolist() == theirs.num_draft_tokens
+    for name in ("draft_token_ids", "target_logits_indices"):
+        assert getattr(ours, name)[:drafts].tolist() == getattr(theirs, name).tolist()
+    for name in ("cu_num_draft_tokens", "bonus_logits_indices"):
+        assert torch.equal(getattr(ours, name), getattr(theirs, name))
+    assert ours.logits_indices[: ends[-1]].tolist() == theirs.logits_indices.tolist()
