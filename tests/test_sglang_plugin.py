@@ -9,6 +9,7 @@ greedy acceptance, cache moves, and ``TritonAttnBackend``. Stand-ins: model runn
 from __future__ import annotations
 
 import contextlib
+import re
 import sys
 from enum import IntEnum, auto
 from functools import total_ordering
@@ -19,11 +20,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import echo
+from echo.kernels.reference import tree_attention
+from echo.tree import layouts
 from engines import around, definitions, sources
+from forests import forest
 
 VERSION = "0.5.23"
 PLUGIN = Path(__file__).parents[1] / "examples" / "sglang"
-REAL = ("sglang.srt.speculative.", "sglang.srt.plugins.", "sglang.kernels.ops.speculative.", "sglang.kernels.ops.attention.")
+REAL = ("sglang.srt.speculative.", "sglang.srt.plugins", "sglang.kernels.ops.speculative.", "sglang.kernels.ops.attention.")
 REAL += ("sglang.srt.layers.attention.triton_backend",)
 TOPK, STEPS, N, VOCAB, WIDTH = 3, 3, 10, 40, 200
 pytestmark = pytest.mark.peers
@@ -76,7 +81,7 @@ class TargetWorker:
         )  # fmt: skip
 
     def forward_batch_generation(self, batch, forward_batch=None, pp_proxy_tensors=None, is_verify=False):
-        info, ids = forward_batch.spec_info, forward_batch.input_ids
+        info, ids = forward_batch.spec_info, forward_batch.input_ids.long()
         self.rows.append(len(ids))
         self.pool.token[forward_batch.out_cache_loc] = ids
         lengths, slots = forward_batch.seq_lens, self.model_runner.req_to_token_pool.req_to_token[forward_batch.req_pool_indices]
@@ -94,7 +99,7 @@ class TargetWorker:
             for b, (first, end) in enumerate(packed.indptr.unfold(0, 2, 1).tolist()):
                 self.follow(ids, above, range(first, end), packed.visible()[first:end], packed.depth, last[b])
             above[int(packed.indptr[-1]) :] = 0
-        logits = SimpleNamespace(next_token_logits=self.tables.target(above, ids), hidden_states=None)
+        self.logits = logits = SimpleNamespace(next_token_logits=self.tables.target(above, ids), hidden_states=None)
         return SimpleNamespace(logits_output=logits, routed_experts_output=None, indexer_topk_output=None)
 
     @staticmethod
@@ -109,14 +114,15 @@ def folder(tmp_path_factory):
     return sources("sglang", VERSION, tmp_path_factory.mktemp("sglang"))
 
 
-@pytest.fixture
-def engine(folder, monkeypatch):
-    """SGLang's modules with the plugin loaded by its own registry; yields the plugin's module."""
+@pytest.fixture(scope="module")
+def engine(folder, tmp_path_factory):
+    """SGLang's modules with the plugin installed and loaded by its own ``load_plugins``; yields the plugin's module."""
     triton = pytest.importorskip("triton")
     if not triton.knobs.runtime.interpret:
         pytest.skip("triton is imported without its interpreter: run this file in a process of its own")
-    monkeypatch.syspath_prepend(str(PLUGIN))
-    with around(folder, ("sglang", "msgspec"), REAL):
+    with pytest.MonkeyPatch.context() as patch, around(folder, ("sglang", "msgspec"), REAL):
+        patch.syspath_prepend(str(PLUGIN))
+        patch.syspath_prepend(installed(tmp_path_factory.mktemp("site")))
         for name in ("sglang.srt.utils", "sglang.srt.utils.common"):
             utils = import_module(name)
             for kind in ("cpu", "cuda", "hip", "musa", "npu", "gfx95_supported", "gfx942_supported", "gfx1250_supported"):
@@ -126,6 +132,7 @@ def engine(folder, monkeypatch):
         envs = import_module("sglang.srt.environ").envs
         envs.SGLANG_SIMULATE_ACC_LEN.get.return_value = -1
         envs.SGLANG_SPEC_SKIP_ZERO_STEP_DRAFT_EXTEND.get.return_value = False
+        envs.SGLANG_PLUGINS.get.return_value, envs.SGLANG_PLATFORM.get.return_value = "echo", ""
         spec = SimpleNamespace(speculative_use_rejection_sampling=False)
         alone = SimpleNamespace(tp_group=SimpleNamespace(world_size=1), pp_size=1)
         context = import_module("sglang.srt.runtime_context")
@@ -138,15 +145,22 @@ def engine(folder, monkeypatch):
         definitions(folder / "sglang/srt/model_executor/forward_batch_info.py", ("ForwardMode", "CaptureHiddenMode"), kinds)
         vars(batches).update(kinds, ForwardBatch=ForwardBatch)
         import_module("sglang.srt.managers.tp_worker").TpModelWorker = type("TpModelWorker", (TargetWorker,), {})
-        plugin = import_module("echo_sglang")
+        import_module("sglang.srt.plugins").load_plugins()
         registry = import_module("sglang.srt.plugins.hook_registry").HookRegistry
-        registry._hooks.clear()
-        registry._patched.clear()
-        plugin.register()
-        registry.apply_hooks()
-        assert registry._patched == set(registry._hooks)
-        yield plugin
-        sys.modules.pop("echo_sglang")
+        assert len(registry._hooks) == 8 and registry._patched == set(registry._hooks)
+        yield sys.modules["echo_sglang"]
+        del sys.modules["echo_sglang"]
+
+
+def installed(site):
+    """A site folder in which the plugin is installed, as far as entry points go."""
+    text = (PLUGIN / "pyproject.toml").read_text()
+    group, name, value = re.search(r'entry-points\."([^"]+)"\]\n(\w+) = "([^"]+)"', text).groups()
+    info = site / "echo_sglang-0.1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: echo-sglang\nVersion: 0.1.0\n")
+    (info / "entry_points.txt").write_text(f"[{group}]\n{name} = {value}\n")
+    return str(site)
 
 
 class ForwardBatch(SimpleNamespace):
@@ -194,6 +208,7 @@ class Server:
         self.worker = object.__new__(worker)
         vars(self.worker).update(shared, adaptive_controller=None)
         self.draft = draft = worker.draft_worker
+        self.worker._target_worker, self.worker._draft_worker = target, draft
         backend = SimpleNamespace(init_forward_metadata=lambda _: None, attn_backends=[None] * STEPS)
         masks = import_module("sglang.kernels.ops.speculative.spec_tree").TreeMaskMode
         vars(draft).update(
@@ -249,10 +264,208 @@ def test_planned_steps_write_the_targets_own_text(engine, monkeypatch, ragged):
     monkeypatch.setenv("ECHO_RAGGED", str(int(ragged)))
     tables, prompts = Tables(7), texts(1, 3)
     server = Server(tables, prompts)
-    for _ in range(6):
-        server.step()
+    for _ in range(5):
+        result, verified = server.step()
+        packed, logits = verified.echo_packed, server.worker.target_worker.logits.next_token_logits
+        packed.validate(max_rows=N)
+        ours = echo.verify(packed, logits=layouts.unpad(packed, logits.view(3, N, VOCAB)))
+        theirs = engine.accept(packed, result, N)
+        for name in ("tokens", "rows", "lengths", "bonus"):
+            assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
     for text, prompt in zip(server.texts, prompts, strict=True):
         assert text == tables.greedy(prompt, len(text) - len(prompt))
     emitted = sum(map(len, server.texts)) - sum(map(len, prompts))
-    assert emitted > 6 * 3 * 1.3
+    assert emitted > 5 * 3 * 1.3
     assert set(server.worker.target_worker.rows) == ({14} if ragged else {3 * N})
+    steps = server.worker.target_worker.echo_planner.history.steps
+    assert steps.tolist() == [5, 5, 5]
+
+
+def test_with_nothing_asked_for_the_trees_are_eagles_own(engine, monkeypatch):
+    """The same drafts through SGLang's own selection and tree builder, and through ours."""
+    prompts, steps = texts(2, 4), []
+    ours = Server(Tables(3), prompts)
+    for _ in range(3):
+        steps.append(ours.step())
+    module = import_module("sglang.srt.speculative.eagle_worker_v2")
+    for name in ("organize_draft_results", "build_eagle_verify_input"):
+        monkeypatch.setattr(module, name, getattr(module, name).__wrapped__)
+    theirs = Server(Tables(3), prompts)
+    for own, own_input in steps:
+        result, verified = theirs.step()
+        assert not hasattr(verified, "echo_packed")
+        assert torch.equal(own.accept_lens, result.accept_lens)
+        for mine, its in zip(paths(own_input), paths(verified), strict=True):
+            assert mine == its
+    assert ours.texts == theirs.texts
+
+
+def paths(verified):
+    """Every row's tokens from the root down, sorted, for each request."""
+    n = verified.draft_token_num
+    links = layouts.SGLangLinks(
+        verified.draft_token, verified.positions, verified.retrieve_index, verified.retrieve_next_token, verified.retrieve_next_sibling
+    )
+    packed = layouts.from_sglang(links)
+    for b in range(len(verified.draft_token) // n):
+        first, end = packed.indptr[b : b + 2].tolist()
+        text = []
+        for row in range(first, end):
+            up = int(packed.parent[row])
+            text.append([*(text[up] if up >= 0 else []), int(packed.tokens[row])])
+        yield sorted(text)
+
+
+@pytest.mark.parametrize(("seconds", "off"), [((1.0, 64.0), True), ((1.0, 1.0), False)])
+def test_the_forecast_picks_the_graph_set(engine, monkeypatch, tmp_path, seconds, off):
+    """Where rows are dear it ends at depth 0, through SGLang's own plain step; where they cost nothing it stays deep."""
+    calibration = echo.calibrate(warmup(engine, monkeypatch, tmp_path), min_rows=5)
+    calibration.save(tmp_path / "calibration.json")
+    (tmp_path / "cost.json").write_text(echo.CostModel((1, 64), seconds).to_json())
+    monkeypatch.setenv("ECHO_CALIBRATION", str(tmp_path / "calibration.json"))
+    monkeypatch.setenv("ECHO_COST", str(tmp_path / "cost.json"))
+    monkeypatch.setenv("ECHO_DEPTHS", "0,2")
+    tables, prompts = Tables(7), texts(5, 3)
+    server = Server(tables, prompts)
+    built = []
+
+    def build(depth, n):
+        built.append((depth, n))
+        state = import_module("sglang.srt.speculative.adaptive_runtime_state").SpecRuntimeState
+        return state(
+            depth, n, server.draft.draft_attn_backend, None, server.worker.target_worker.model_runner.attn_backend, None, None, None
+        )
+
+    server.worker.build_adaptive_runtime_state = build
+    server.draft.draft_extend_attn_backend = server.draft.draft_runner.draft_attn_backend = None
+    server.draft._rebuild_topk1_chain_buffers = lambda: None
+    engine.capture(None, server.worker)
+    assert built == [(0, 1), (2, N)]
+    widths = [server.step()[1].draft_token_num for _ in range(8)]
+    assert (widths[-1] == 1) == off and widths[0] == N
+    for text, prompt in zip(server.texts, prompts, strict=True):
+        assert text == tables.greedy(prompt, len(text) - len(prompt))
+
+
+def test_every_rank_follows_the_plan_of_rank_0(engine, monkeypatch):
+    tables, prompts = Tables(7), texts(1, 3)
+    wire = Server(Tables(8), prompts).step()[1].echo_packed.wire()  # another draft's
+    parallel = SimpleNamespace(tp_group=SimpleNamespace(world_size=2, broadcast=lambda _, src: wire if src == 0 else None), pp_size=1)
+    monkeypatch.setattr(import_module("sglang.srt.runtime_context"), "get_parallel", lambda: parallel)
+    server = Server(tables, prompts)
+    _, verified = server.step()
+    assert torch.equal(verified.echo_packed.wire(), wire)
+    for text, prompt in zip(server.texts, prompts, strict=True):
+        assert text == tables.greedy(prompt, len(text) - len(prompt))
+
+
+def test_a_prefill_forgets_what_the_slots_former_owners_did(engine):
+    server = Server(Tables(7), texts(1, 3))
+    server.step()
+    planner = server.worker.target_worker.echo_planner
+    prefill = SimpleNamespace(
+        forward_mode=server.modes.EXTEND, is_extend_in_batch=True, req_pool_indices=server.slots[:1], reqs=[], seq_lens=torch.tensor([4])
+    )
+    before = engine.before_draft(lambda *_: "prefilled", server.worker, prefill)
+    assert before == "prefilled"
+    assert planner.history.steps[server.slots].tolist() == [0, 1, 1]
+
+
+def test_plans_are_made_from_two_steps_ago(engine):
+    server = Server(Tables(7), texts(1, 2))
+    for _ in range(3):
+        server.step()
+    planner = server.worker.target_worker.echo_planner
+    assert [int(history.tick) for history, _ in planner.seen] == [2, 3]
+
+
+def warmup(engine, monkeypatch, tmp_path):
+    """The warm-up file that a server writes."""
+    monkeypatch.setenv("ECHO_WARMUP", str(tmp_path / "warmup.npz"))
+    monkeypatch.setattr(engine, "WARMUP_STEPS", 6)
+    server = Server(Tables(7), texts(4, 4))
+    for _ in range(6):
+        server.step()
+    monkeypatch.delenv("ECHO_WARMUP")
+    return echo.WarmupLog.load(tmp_path / "warmup.npz")
+
+
+HEADS, KV_HEADS, DIM, SLOTS = 4, 2, 16, 160
+
+
+def attention(context, table, cap):
+    """SGLang's Triton backend over a pool of keys and values, and a layer."""
+    module = import_module("sglang.srt.layers.attention.triton_backend")
+    pool = SimpleNamespace(cache=torch.randn(2, SLOTS, KV_HEADS, DIM))
+    pool.get_key_buffer, pool.get_value_buffer = lambda _: pool.cache[0], lambda _: pool.cache[1]
+
+    def store(_, where, k, v):
+        pool.cache[0, where], pool.cache[1, where] = k, v
+
+    def read(_, req_pool_indices, seq_lens, indptr, out):
+        torch.cat([table[b, :length] for b, length in zip(req_pool_indices, seq_lens.tolist(), strict=True)], out=out)
+
+    pool.set_kv_buffer = store
+    module.KVWriteLoc.for_batch = lambda batch, **_: batch.out_cache_loc
+    kernel = import_module("sglang.kernels.ops.attention.extend_attention").extend_attention_fwd
+    backend = object.__new__(type("Backend", (module.TritonAttnBackend,), {"__abstractmethods__": frozenset()}))
+    vars(backend).update(
+        dllm_attention=None, window_kv_indptr=None, device="cpu", sliding_window_size=None, use_sliding_window_kv_pool=False, dcp_size=1,
+        mask_indptr=torch.zeros(len(context) + 1, dtype=torch.int64), kv_indptr=torch.zeros(len(context) + 1, dtype=torch.int32),
+        enable_deterministic=False, use_verify_shared_kv=False, use_verify_splitkv=False, use_dense_fp8_chunked_prefill=False,
+        use_mla=False, page_size=1, token_to_kv_pool=pool, kv_index_translator=SimpleNamespace(pack_read_stream=read),
+        extend_attention_fwd=kernel,
+    )  # fmt: skip
+    layer = SimpleNamespace(
+        qk_head_dim=DIM, v_head_dim=DIM, tp_q_head_num=HEADS, tp_k_head_num=KV_HEADS, layer_id=0, k_scale=None, v_scale=None,
+        attn_type=None, logit_cap=cap, logit_capping_method="tanh", scaling=DIM**-0.5, is_cross_attention=False, sliding_window_size=-1,
+        xai_temperature_len=-1,
+    )  # fmt: skip
+    return backend, layer, pool
+
+
+def attend(backend, layer, packed, context, table, n, q, k, v, ragged):
+    """One verify forward pass of a layer over the packed rows, or over n rows of every request."""
+    module = import_module("sglang.srt.model_executor.forward_batch_info")
+    size = int((n * (context + n)).sum())
+    mask = layouts.sglang_mask(packed, n, "FULL_MASK", context=context, size=size)
+    info = SimpleNamespace(num_tokens_per_req=n, draft_token_num=n, custom_mask=mask, echo_packed=packed, echo_ragged=ragged)
+    where = torch.where(packed.request < packed.batch, table[packed.request.clamp(max=packed.batch - 1).long(), 60 + packed.local], 0)
+    batch = SimpleNamespace(
+        forward_mode=module.ForwardMode.TARGET_VERIFY, batch_size=packed.batch, spec_info=info, req_pool_indices=torch.arange(packed.batch),
+        seq_lens=context, seq_lens_sum=int(context.sum()), kv_loc_plan=None, input_ids=packed.tokens, out_cache_loc=where,
+        mha_one_shot=False, extend_seq_lens_cpu=None,
+    )  # fmt: skip
+    backend.init_forward_metadata(batch)
+    return backend.forward_extend(q.flatten(1), k, v, layer, batch).view(-1, HEADS, DIM), where
+
+
+@pytest.mark.filterwarnings("ignore:divide by zero")  # a request without a context, in the interpreter
+@pytest.mark.parametrize("cap", [0.0, 3.0])
+def test_ragged_attention_on_a_uniform_tree_is_its_own(engine, cap):
+    packed, context = forest(1, 3, 9, empty=False, exact=True).packed, torch.tensor([5, 0, 33])
+    table = 1 + torch.randperm(SLOTS - 1)[: 3 * 53].view(3, 53)
+    table = torch.cat([table[:, :33], torch.zeros(3, 27, dtype=torch.int64), table[:, 33:]], dim=1)
+    q, k, v = torch.randn(27, HEADS, DIM), torch.randn(27, KV_HEADS, DIM), torch.randn(27, KV_HEADS, DIM)
+    backend, layer, _ = attention(context, table, cap)
+    own, _ = attend(backend, layer, packed, context, table, 9, q, k, v, ragged=False)
+    ours, _ = attend(backend, layer, packed, context, table, 9, q, k, v, ragged=True)
+    assert backend.forward_metadata.custom_mask is None
+    assert float((ours - own).norm() / own.norm()) < 1e-5
+
+
+@pytest.mark.filterwarnings("ignore:divide by zero")
+@pytest.mark.parametrize("seed", [0, 1])
+def test_ragged_attention_on_ragged_trees_is_the_reference(engine, seed):
+    packed, context = forest(seed, 3, 20, empty=False, pads=2).packed, torch.tensor([5, 0, 33])
+    table = 1 + torch.randperm(SLOTS - 1)[: 3 * 53].view(3, 53)
+    table = torch.cat([table[:, :33], torch.zeros(3, 27, dtype=torch.int64), table[:, 33:]], dim=1)
+    shape = packed.rows
+    q, k, v = torch.randn(shape, HEADS, DIM), torch.randn(shape, KV_HEADS, DIM), torch.randn(shape, KV_HEADS, DIM)
+    backend, layer, pool = attention(context, table, 0.0)
+    out, where = attend(backend, layer, packed, context, table, 20, q, k, v, ragged=True)
+    cache = pool.cache[:, :, None]
+    expected, _ = tree_attention(q, cache[0], cache[1], table.int(), context.int(), k, v, packed.request, packed.indptr, packed.mask)
+    assert float((out - expected).norm() / expected.norm()) < 1e-5
+    real = packed.request < packed.batch
+    assert torch.equal(pool.cache[0, where[real]], k[real])  # kept for the next step

@@ -300,7 +300,7 @@ def ragged_attention(original: Any, backend: Any, layer: Any, *args: Any, **kwar
         raise NotImplementedError("ragged trees: layers with a sliding window, sinks or score_mod; unset ECHO_RAGGED")
     q, k, v, out, *caches_and_prefix, _mask, _causal, _mask_indptr, longest, k_scale, v_scale, scale = args
     lse = torch.full(q.shape[:2], -torch.inf, device=q.device)
-    prefix = torch.zeros_like(out)  # rows without a context, and pads, are not written
+    prefix = torch.zeros_like(out)  # its kernel does not write pads
     original(
         backend, layer, q, k[:0], v[:0], prefix, *caches_and_prefix, None, False, None, longest, k_scale, v_scale, scale,
         **kwargs, lse_extend=lse, skip_extend=True,
