@@ -11,22 +11,20 @@ Environment (all optional): ``ECHO_CALIBRATION`` and ``ECHO_COST``, JSON files o
 
 from __future__ import annotations
 
-import copy
 import os
 from collections import deque
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+import echo_sglang_ragged as ragged
 import torch
 from torch import Tensor
 
 import echo
-from echo import kernels
 from echo.tree import layouts
 
-DUMMY = 0  # SGLang's allocators hand out slots from 1 on; slot 0 takes what padding writes
-WARMUP_STEPS = 500  # between two writes of the warm-up file
+WARMUP_STEPS = 500  # decode steps in a warm-up file
 
 
 def register() -> None:
@@ -40,9 +38,9 @@ def register() -> None:
         f"{speculative}.eagle_utils.organize_draft_results": (keep_candidates, HookType.AROUND),
         f"{speculative}.eagle_worker_common.build_eagle_verify_input": (after_draft, HookType.AROUND),
         f"{speculative}.eagle_worker_v2.EAGLEWorkerV2.verify": (after_verify, HookType.AROUND),
-        "sglang.srt.managers.tp_worker.TpModelWorker.forward_batch_generation": (ragged_forward, HookType.AROUND),
-        f"{attention}.init_forward_metadata": (ragged_metadata, HookType.AFTER),
-        f"{attention}._forward_extend_kernel": (ragged_attention, HookType.AROUND),
+        "sglang.srt.managers.tp_worker.TpModelWorker.forward_batch_generation": (ragged.forward, HookType.AROUND),
+        f"{attention}.init_forward_metadata": (ragged.metadata, HookType.AFTER),
+        f"{attention}._forward_extend_kernel": (ragged.attention, HookType.AROUND),
     }
     for target, (hook, kind) in hooks.items():
         HookRegistry.register(target, hook, kind)
@@ -60,6 +58,7 @@ class Planner:
         states: captured graph sets by depth (SGLang's ``SpecRuntimeState``).
         shape: the forecast of this step.
         ragged: the target verifies packed rows instead of n for every request.
+        warmup, logs: the file for warm-up rows, until it is written, and what goes into it.
     """
 
     scheduler: echo.ElasticBudgetScheduler
@@ -78,9 +77,13 @@ class Planner:
         if not hasattr(target, "echo_planner"):
             pool = target.model_runner.req_to_token_pool
             policy = scheduler(worker.topk, worker.speculative_num_steps, worker.speculative_num_draft_tokens)
-            warmup, ragged = os.environ.get("ECHO_WARMUP"), os.environ.get("ECHO_RAGGED", "0") != "0"
+            warmup, packs = os.environ.get("ECHO_WARMUP"), os.environ.get("ECHO_RAGGED", "0") != "0"
+            if packs:
+                ragged.supported(target.model_runner.attn_backend)
+            if warmup and policy.gate is not None:
+                raise echo.EchoError("ECHO_WARMUP: expected a policy without a gate, which would hide rows; unset ECHO_CALIBRATION")
             history = policy.history(pool.req_to_token.shape[0], pool.req_to_token.device)
-            target.echo_planner = cls(policy, history, ragged=ragged, warmup=Path(warmup) if warmup else None)
+            target.echo_planner = cls(policy, history, ragged=packs, warmup=Path(warmup) if warmup else None)
         return target.echo_planner
 
     def plan(self, worker: Any, batch: Any) -> None:
@@ -214,11 +217,13 @@ def after_draft(
     tree = planner.scheduler.plant(roots, capacity=torch.full_like(roots, n), rows=rows)
     tree = grow(planner.scheduler, tree, parents, scores, tokens, min(planner.scheduler.max_depth, kwargs["num_steps"]))
     packed = planner.scheduler.pack(tree, sync=broadcast())
-    return verify_input(batch, packed, tree, planner.ragged, target, n, kwargs)
+    made = verify_input(batch, packed, target, n, kwargs)
+    made.echo_packed, made.echo_tree, made.echo_ragged = packed, tree, planner.ragged
+    return made
 
 
-def verify_input(batch: Any, packed: echo.PackedTree, tree: echo.SuperTree, ragged: bool, target: Any, n: int, drafted: dict) -> Any:
-    """SGLang's ``EagleVerifyInput``, its mask in the backend's own buffer where that has one; the packed step travels with it."""
+def verify_input(batch: Any, packed: echo.PackedTree, target: Any, n: int, drafted: dict[str, Any]) -> Any:
+    """SGLang's ``EagleVerifyInput``, its mask in the backend's own buffer where that has one."""
     from sglang.srt.speculative.eagle_info import EagleVerifyInput
 
     buffer, mode, size = target.model_runner.attn_backend.verify_mask, drafted["tree_mask_mode"], None
@@ -232,14 +237,12 @@ def verify_input(batch: Any, packed: echo.PackedTree, tree: echo.SuperTree, ragg
         mask = layouts.sglang_mask(packed, n, mode).flatten()
         mask = mask if out is None else out[: mask.numel()].copy_(mask)
     links = layouts.sglang(packed, n, batch.seq_lens)
-    made = EagleVerifyInput(
+    return EagleVerifyInput(
         draft_token=links.draft_tokens, custom_mask=mask, positions=links.positions, retrieve_index=links.retrive_index,
         retrieve_next_token=links.retrive_next_token, retrieve_next_sibling=links.retrive_next_sibling, retrieve_cum_len=None,
         spec_steps=drafted["num_steps"], topk=drafted["topk"], draft_token_num=n, capture_hidden_mode=None, seq_lens_sum=None,
         seq_lens_cpu=None,
     )  # fmt: skip
-    made.echo_packed, made.echo_tree, made.echo_ragged = packed, tree, ragged
-    return made
 
 
 def broadcast() -> Any:
@@ -248,68 +251,6 @@ def broadcast() -> Any:
 
     group = get_parallel().tp_group
     return (lambda wire: group.broadcast(wire, src=0)) if group.world_size > 1 else None
-
-
-# Verify: the target's forward pass with packed rows, where asked for
-
-
-def ragged_forward(original: Any, worker: Any, batch: Any, forward_batch: Any = None, *args: Any, **kwargs: Any) -> Any:
-    """Narrows a verify batch from B * n rows to the packed ones, and widens logits and hidden states again.
-
-    SGLang's own sampling, acceptance and cache moves stay as they are. A batch that a CUDA graph was loaded for stays uniform.
-    """
-    verified = getattr(forward_batch, "spec_info", None)
-    if not getattr(verified, "echo_ragged", False) or forward_batch.forward_metadata_ready:
-        return original(worker, batch, forward_batch, *args, **kwargs)
-    packed, n = verified.echo_packed, verified.draft_token_num
-    narrow, real = copy.copy(forward_batch), packed.request < packed.batch
-    for name in ("input_ids", "positions", "out_cache_loc", "out_cache_loc_virtual"):
-        value = getattr(forward_batch, name, None)
-        if isinstance(value, Tensor):
-            own = layouts.unpad(packed, value.view(packed.batch, n))
-            setattr(narrow, name, torch.where(real, own, DUMMY))
-    result = original(worker, batch, narrow, *args, **kwargs)
-    worker.model_runner.attn_backend.echo_packed = None
-    rows = (packed.indptr[:-1, None] + torch.arange(n, device=real.device)).clamp(max=packed.rows - 1).flatten()
-    for name in ("next_token_logits", "hidden_states"):
-        value = getattr(result.logits_output, name, None)
-        if isinstance(value, Tensor):
-            setattr(result.logits_output, name, value[rows])
-    return result
-
-
-def ragged_metadata(_: Any, backend: Any, forward_batch: Any) -> None:
-    """Ragged query offsets in place of multiples of n, and no mask: the tree part has its own."""
-    verified = forward_batch.spec_info
-    ragged = forward_batch.forward_mode.is_target_verify() and getattr(verified, "echo_ragged", False)
-    ragged = ragged and len(forward_batch.input_ids) == verified.echo_packed.rows
-    backend.echo_packed = packed = verified.echo_packed if ragged else None
-    if packed is not None:
-        longest = min(verified.draft_token_num, packed.rows)
-        backend.forward_metadata = replace(
-            backend.forward_metadata, qo_indptr=packed.indptr, custom_mask=None, mask_indptr=None, max_extend_len=longest
-        )
-
-
-def ragged_attention(original: Any, backend: Any, layer: Any, *args: Any, **kwargs: Any) -> Any:
-    """Attention of packed rows: SGLang's kernel over the context, ours over each row's ancestors, merged by their log-sums."""
-    packed = getattr(backend, "echo_packed", None)
-    if packed is None:
-        return original(backend, layer, *args, **kwargs)
-    if kwargs.get("sliding_window_size", -1) > -1 or kwargs.get("sinks") is not None or kwargs.get("score_mod") is not None:
-        raise NotImplementedError("ragged trees: layers with a sliding window, sinks or score_mod; unset ECHO_RAGGED")
-    q, k, v, out, *caches_and_prefix, _mask, _causal, _mask_indptr, longest, k_scale, v_scale, scale = args
-    lse = torch.full(q.shape[:2], -torch.inf, device=q.device)
-    prefix = torch.zeros_like(out)  # its kernel does not write pads
-    original(
-        backend, layer, q, k[:0], v[:0], prefix, *caches_and_prefix, None, False, None, longest, k_scale, v_scale, scale,
-        **kwargs, lse_extend=lse, skip_extend=True,
-    )  # fmt: skip
-    tree, tree_lse = kernels.tree_attention(
-        q, None, None, None, None, k, v, packed.request, packed.indptr, packed.mask,
-        mode="tree", scale=scale, softcap=kwargs.get("logit_cap") or None,
-    )  # fmt: skip
-    return out.copy_(kernels.merge_attention(prefix, lse, tree, tree_lse)[0])
 
 
 # After verify
@@ -330,8 +271,9 @@ def after_verify(original: Any, worker: Any, batch: Any, *args: Any, **kwargs: A
     planner.observe(slots, packed, accepted)
     if planner.warmup is not None and getattr(verified, "echo_tree", None) is not None:
         planner.logs.append(echo.warmup_rows(verified.echo_tree, packed, accepted, len(planner.logs) * 4096))
-        if len(planner.logs) % WARMUP_STEPS == 0:
+        if len(planner.logs) == WARMUP_STEPS:
             echo.WarmupLog.concat(planner.logs).save(planner.warmup)
+            planner.warmup, planner.logs = None, []
     return result
 
 
