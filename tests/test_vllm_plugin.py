@@ -3,7 +3,8 @@
     ECHO_PEERS=install pytest -m peers tests/test_vllm_plugin.py
 
 Real, from the wheel: ``create_custom_proposer``, ``GPUModelRunner._calc_spec_decode_metadata``, ``rejection_sample`` with its greedy
-Triton kernel, ``RejectionSampler.parse_output``. A toy target and the rows of a batch stand in for the model runner.
+Triton kernel, ``RejectionSampler.parse_output``, the ranking of its adaptive verification. A toy target and the rows of a batch stand
+in for the model runner.
 """
 
 from __future__ import annotations
@@ -25,7 +26,12 @@ from forests import forest
 
 VERSION = "0.33.0"
 PLUGIN = Path(__file__).parents[1] / "examples" / "vllm"
-REAL = ("vllm.v1.spec_decode.", "vllm.v1.sample.rejection_sampler", "vllm.model_executor.warmup.jit_warmup")
+REAL = (
+    "vllm.v1.spec_decode.",
+    "vllm.v1.worker.gpu.spec_decode.adaptive_verification",
+    "vllm.v1.sample.rejection_sampler",
+    "vllm.model_executor.warmup.jit_warmup",
+)
 VOCAB, WIDTH, DEPTH = 8, 260, 5
 pytestmark = pytest.mark.peers
 
@@ -165,14 +171,16 @@ def test_a_row_still_reading_its_prompt_gets_no_drafts(engine, folder):
     assert batch.propose(proposer) == [[], []]
 
 
-def test_a_cost_model_turns_drafting_off_where_rows_are_dear(engine, folder, monkeypatch, tmp_path):
-    (tmp_path / "cost.json").write_text(echo.CostModel((1, 64), (1.0, 64.0)).to_json())
+@pytest.mark.parametrize(("seconds", "most"), [((1.0, 64.0), 3 * DEPTH), ((1.0, 1.0), 1000)])
+def test_a_cost_model_turns_drafting_off_where_rows_are_dear(engine, folder, monkeypatch, tmp_path, seconds, most):
+    (tmp_path / "cost.json").write_text(echo.CostModel((1, 64), seconds).to_json())
     monkeypatch.setenv("ECHO_COST", str(tmp_path / "cost.json"))
     given = prompts(3)
     batch, proposer = Batch(engine, folder, given), load()
     for _ in range(12):
         batch.step(proposer)
-    assert sum(map(sum, batch.counts[4:])) <= 3 * DEPTH  # a probe at most
+    drafts = sum(map(sum, batch.counts[4:]))
+    assert drafts <= most and (drafts > 3 * DEPTH) == (most > 3 * DEPTH)  # a probe at most, or every step
     for text, prompt in zip(batch.texts, given, strict=True):
         assert text == batch.greedy(prompt, len(text) - len(prompt))
 
@@ -191,3 +199,40 @@ def test_our_chain_layout_is_its_step_metadata(engine, folder, seed):
     for name in ("cu_num_draft_tokens", "bonus_logits_indices"):
         assert torch.equal(getattr(ours, name), getattr(theirs, name))
     assert ours.logits_indices[: ends[-1]].tolist() == theirs.logits_indices.tolist()
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_our_ranking_in_its_adaptive_verification_admits_what_its_own_does(engine, monkeypatch, seed):
+    module = import_module("vllm.v1.worker.gpu.spec_decode.adaptive_verification")
+    monkeypatch.setattr(module, "_assign_draft_token_budget_compiled", None)
+    import_module("echo_vllm").register()
+    generator = torch.Generator().manual_seed(seed)
+    confidences, slots = torch.rand(9, DEPTH, generator=generator), torch.randperm(9, generator=generator)[:6]
+    capacities = torch.randint(0, DEPTH + 1, (6,), generator=generator).int()
+    for budget in range(1, int(capacities.sum())):
+        ours, theirs = capacities.clone(), capacities.clone()
+        module._assign_draft_token_budget_compiled(confidences, slots, ours, budget, DEPTH)
+        module._assign_draft_token_budget(confidences, slots, theirs, budget, DEPTH)
+        assert ours.tolist() == theirs.tolist() and int(ours.sum()) == budget
+
+
+def test_a_calibration_changes_whom_it_admits(engine, monkeypatch, tmp_path):
+    """A draft that is too sure of its second token: once that is known, the other request's first token comes before it."""
+    rng, size = np.random.default_rng(0), 4000
+    depth = rng.integers(1, 3, size)
+    truth = np.where(depth == 1, 0.5, 0.1)  # whatever the confidence was
+    log = echo.WarmupLog.from_arrays(depth=depth, confidence=rng.random(size), accepted=rng.random(size) < truth)
+    echo.calibrate(log).save(tmp_path / "calibration.json")
+    confidences, slots = torch.tensor([[0.9, 0.9], [0.4, 0.4]]), torch.arange(2)
+
+    def admitted():
+        capacities = torch.tensor([2, 2]).int()
+        plugin.register()
+        module._assign_draft_token_budget_compiled(confidences, slots, capacities, 2, 2)
+        return capacities.tolist()
+
+    module = import_module("vllm.v1.worker.gpu.spec_decode.adaptive_verification")
+    plugin = import_module("echo_vllm")
+    assert admitted() == [2, 0]
+    monkeypatch.setenv("ECHO_CALIBRATION", str(tmp_path / "calibration.json"))
+    assert admitted() == [1, 1]

@@ -138,16 +138,18 @@ def to_host(history: echo.History) -> tuple[echo.History, Any]:
 
 def capture(_: Any, worker: Any) -> None:
     """After SGLang captured its own graphs: the graph sets of the other depths, and the one that it starts with."""
+    from sglang.srt.speculative import eagle_worker_v2 as engine
+
     planner, deepest, n = Planner.of(worker), worker.speculative_num_steps, worker.speculative_num_draft_tokens
     others = {int(depth) for depth in os.environ.get("ECHO_DEPTHS", "").split(",") if depth} - {deepest}
+    scopes = engine.speculative_moe_backend_context, engine.speculative_moe_a2a_backend_context
     for depth in sorted(others):
         most = 1 + (worker.topk + (depth - 1) * worker.topk**2 if depth else 0)
-        planner.states[depth] = worker.build_adaptive_runtime_state(depth, min(n, most))
+        with engine.draft_tp_context(worker.draft_parallel_layout), scopes[0](), scopes[1]():
+            planner.states[depth] = worker.build_adaptive_runtime_state(depth, min(n, most))
     if others:
-        from sglang.srt.speculative.adaptive_runtime_state import SpecRuntimeState
-
         draft, runner = worker.draft_worker, worker.target_worker.model_runner
-        planner.states[deepest] = SpecRuntimeState(
+        planner.states[deepest] = engine.SpecRuntimeState(
             deepest, n, draft.draft_attn_backend, draft.cuda_graph_runner, runner.attn_backend, runner.decode_cuda_graph_runner,
             draft.draft_extend_attn_backend, draft.cuda_graph_runner_for_draft_extend,
         )  # fmt: skip
@@ -178,17 +180,20 @@ def keep_candidates(original: Any, score_list: Any, token_list: Any, parents_lis
     return parents, scores, torch.cat(token_list, dim=1)
 
 
-def grow(
-    scheduler: echo.ElasticBudgetScheduler, tree: echo.SuperTree, parents: Tensor, scores: Tensor, tokens: Tensor, depth: int
-) -> echo.SuperTree:
-    """Grows a planted tree from a beam that is drafted already, gates and purchases included.
+def plan(
+    policy: echo.ElasticBudgetScheduler, roots: Tensor, parents: Tensor, scores: Tensor, tokens: Tensor, depth: int, rows: int, n: int
+) -> tuple[echo.SuperTree, echo.PackedTree]:
+    """Plants and packs a tree, and in between grows it from a beam that is drafted already, gates and purchases included.
 
     Args:
-        scheduler, tree: the policy, and its planted tree of B requests.
+        policy: the scheduler.
+        roots: int64 [B].
         parents: int64 [B, blocks], the candidate that each block of k candidates follows; -1: the root.
         scores, tokens: float and int64 [B, T], the candidates' path probabilities and tokens, block after block.
         depth: layers to grow.
+        rows, n: rows of the step, and of a request at most.
     """
+    tree = policy.plant(roots, capacity=torch.full_like(roots, n), rows=rows)
     k = scores.shape[1] // parents.shape[1]
     path = scores.float().clamp(min=torch.finfo(torch.float32).tiny).log()
     node = torch.full_like(tree.frontier.token, -1)
@@ -199,9 +204,9 @@ def grow(
         above = torch.where(node < 0, 0.0, path.gather(1, node.clamp(min=0)))
         shape = (*node.shape, k)
         log_probs = torch.where(follows.any(dim=-1, keepdim=True), path.gather(1, below).view(shape) - above[..., None], -torch.inf)
-        tree = scheduler.grow(tree, tokens.gather(1, below).view(shape), log_probs)
+        tree = policy.grow(tree, tokens.gather(1, below).view(shape), log_probs)
         node = below.gather(1, tree.frontier.index)
-    return tree
+    return tree, policy.pack(tree)
 
 
 def after_draft(
@@ -212,11 +217,10 @@ def after_draft(
         return original(batch, draft_input, parents, scores, tokens, draft_probs, **kwargs)
     target, n = kwargs["target_worker"], kwargs["num_draft_tokens"]
     planner: Planner = target.echo_planner
-    roots = draft_input.bonus_tokens.long()
+    roots, depth = draft_input.bonus_tokens.long(), min(planner.scheduler.max_depth, kwargs["num_steps"])
     rows = min(planner.shape.rows, len(roots) * n) if planner.ragged else len(roots) * n
-    tree = planner.scheduler.plant(roots, capacity=torch.full_like(roots, n), rows=rows)
-    tree = grow(planner.scheduler, tree, parents, scores, tokens, min(planner.scheduler.max_depth, kwargs["num_steps"]))
-    packed = planner.scheduler.pack(tree, sync=broadcast())
+    tree, packed = plan(planner.scheduler, roots, parents, scores, tokens, depth, rows, n)
+    packed = of_rank_0(packed)
     made = verify_input(batch, packed, target, n, kwargs)
     made.echo_packed, made.echo_tree, made.echo_ragged = packed, tree, planner.ragged
     return made
@@ -245,12 +249,15 @@ def verify_input(batch: Any, packed: echo.PackedTree, target: Any, n: int, draft
     )  # fmt: skip
 
 
-def broadcast() -> Any:
-    """Rank 0's plan for all tensor-parallel ranks; None where there is one rank."""
+def of_rank_0(packed: echo.PackedTree) -> echo.PackedTree:
+    """The plan that all tensor-parallel ranks follow."""
     from sglang.srt.runtime_context import get_parallel
 
     group = get_parallel().tp_group
-    return (lambda wire: group.broadcast(wire, src=0)) if group.world_size > 1 else None
+    if group.world_size == 1:
+        return packed
+    sizes = {"batch": packed.batch, "rows": packed.rows, "words": packed.mask.shape[1], "max_depth": packed.max_depth}
+    return echo.PackedTree.from_wire(group.broadcast(packed.wire(), src=0), **sizes)
 
 
 # After verify

@@ -1,7 +1,8 @@
-"""A proposer for vLLM whose draft lengths ECHO chooses, request by request and step by step (docs/vllm.md).
+"""Chains in vLLM whose lengths ECHO chooses, request by request and step by step (docs/vllm.md). Two ways in:
 
-``--speculative-config '{"method": "custom_class", "model": "echo_vllm.EchoProposer", "num_speculative_tokens": 8}'``: vLLM loads the
-class and asks it for drafts after every step; lists of any length are fine, and an empty one is plain decoding.
+``--speculative-config '{"method": "custom_class", "model": "echo_vllm.EchoProposer", "num_speculative_tokens": 8}'``: vLLM loads
+:class:`EchoProposer` and asks it for drafts after every step; lists of any length are fine, and an empty one is plain decoding.
+With its own drafters and ``"enable_adaptive_verification": true``, :func:`register` puts our ranking in the place of its own.
 
 Environment (all optional): ``ECHO_CALIBRATION`` and ``ECHO_COST``, JSON files of an :class:`echo.Calibration` and an
 :class:`echo.CostModel`; ``ECHO_ROWS``, rows of a step for the whole batch. With none of them every request gets all that was drafted.
@@ -112,6 +113,39 @@ class EchoProposer:
         """The place in the last step's batch of the request that had this text; None: a new one."""
         places = self.known.get(key(before))
         return places.pop() if places else None
+
+
+def register() -> None:
+    """Entry point of ``vllm.general_plugins``: which drafts adaptive verification admits is ranked by :class:`echo.GlobalRank`."""
+    from vllm.v1.worker.gpu.spec_decode import adaptive_verification
+
+    policies: dict[int, echo.ElasticBudgetScheduler] = {}
+
+    def assign(confidences: Tensor, slots: Tensor, capacities: Tensor, budget: int, steps: int) -> None:
+        if steps not in policies:
+            policies[steps] = scheduler(steps)
+        capacities.copy_(admit(policies[steps], confidences[slots], capacities, budget))
+
+    adaptive_verification._assign_draft_token_budget_compiled = assign
+
+
+def admit(policy: echo.ElasticBudgetScheduler, confidences: Tensor, capacities: Tensor, budget: int) -> Tensor:
+    """Drafts that each request may verify: the ``budget`` of greatest probability that the whole chain up to them is accepted.
+
+    Args:
+        policy: of chains, whose ranking and calibration count.
+        confidences: float32 [B, depth], the chance of each draft given those before it.
+        capacities: int [B], drafts that each request has.
+        budget: drafts of the whole batch.
+
+    Returns:
+        int64 [B]. No read-back.
+    """
+    batch, depth = confidences.shape
+    roots = torch.zeros(batch, dtype=torch.int64, device=confidences.device)
+    tree = policy.plant(roots, rows=batch + budget, capacity=capacities.long() + 1)
+    tree = policy.grow_positions(tree, roots[:, None, None].expand(-1, depth, 1), confidences.log()[..., None])
+    return policy.select(tree).sum(dim=1) - 1
 
 
 def scheduler(depth: int) -> echo.ElasticBudgetScheduler:
