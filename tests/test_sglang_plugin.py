@@ -107,8 +107,7 @@ def test_planned_steps_write_the_targets_own_text(engine, monkeypatch, ragged):
     emitted = sum(map(len, server.texts)) - sum(map(len, prompts))
     assert emitted > 5 * 3 * 1.3
     assert set(server.worker.target_worker.rows) == ({14} if ragged else {3 * N})
-    steps = server.worker.target_worker.echo_planner.history.steps
-    assert steps.tolist() == [5, 5, 5]
+    assert server.worker.target_worker.echo_planner.history.tick == 5
 
 
 def test_with_nothing_asked_for_the_trees_are_eagles_own(engine, monkeypatch):
@@ -201,12 +200,11 @@ def test_a_prefill_forgets_what_the_slots_former_owners_did(engine):
     server = Server(Tables(7), texts(1, 3))
     server.step()
     planner = server.worker.target_worker.echo_planner
-    prefill = SimpleNamespace(
-        forward_mode=server.modes.EXTEND, is_extend_in_batch=True, req_pool_indices=server.slots[:1], reqs=[], seq_lens=torch.tensor([4])
-    )
-    before = engine.before_draft(lambda *_: "prefilled", server.worker, prefill)
-    assert before == "prefilled"
-    assert planner.history.steps[server.slots].tolist() == [0, 1, 1]
+    request = SimpleNamespace(kv=SimpleNamespace(req_pool_idx=int(server.slots[0])))
+    prefill = SimpleNamespace(forward_mode=server.modes.EXTEND, is_extend_in_batch=True, req_pool_indices=server.slots[:1], reqs=[request])
+    assert engine.before_draft(lambda *_: "prefilled", server.worker, prefill) == "prefilled"
+    assert planner.generation[server.slots].tolist() == [1, 0, 0]  # so a plan from an older history leaves the slot out
+    assert torch.equal(planner.history.generation, planner.generation)
 
 
 def test_plans_are_made_from_two_steps_ago(engine):

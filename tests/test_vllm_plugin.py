@@ -144,7 +144,7 @@ def test_chains_of_chosen_lengths_write_the_targets_own_text(engine, folder, mon
         assert any(len(set(own)) > 2 for own in batch.counts)  # lengths differ within a step
     else:
         assert counts.max() == DEPTH
-    assert (proposer.history.steps[proposer.slots] == 15).all()
+    assert proposer.history.tick == 15 and proposer.history.generation.tolist() == [1, 1, 1, 1, 0, 0, 0, 0]
 
 
 def test_requests_keep_their_memory_when_rows_move(engine, folder):
@@ -158,8 +158,9 @@ def test_requests_keep_their_memory_when_rows_move(engine, folder):
     batch.emitted.append([0])
     batch.propose(proposer)
     assert proposer.slots.tolist()[:3] == [slots[i] for i in order]
-    assert proposer.history.steps[proposer.slots].tolist() == [3, 3, 3, 0]
-    assert int(proposer.history.steps.sum()) == 9
+    new = int(proposer.slots[3])
+    assert new not in [slots[i] for i in order] and proposer.history.generation.sum() == 5
+    assert proposer.history.generation[proposer.slots[:3]].tolist() == [1, 1, 1]
 
 
 def test_a_row_still_reading_its_prompt_gets_no_drafts(engine, folder):

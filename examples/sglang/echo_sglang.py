@@ -53,6 +53,7 @@ class Planner:
     Attributes:
         scheduler: the policy.
         history: by SGLang's request slots (``req_pool_indices``), on the device.
+        generation: int32 [slots], its ``generation`` as the host knows it.
         seen: histories on their way to the host, the oldest first. A plan reads the one of two steps ago: its copy is over, and every
             rank reads the same one.
         states: captured graph sets by depth (SGLang's ``SpecRuntimeState``).
@@ -63,6 +64,7 @@ class Planner:
 
     scheduler: echo.ElasticBudgetScheduler
     history: echo.History
+    generation: Tensor
     seen: deque[tuple[echo.History, Any]] = field(default_factory=lambda: deque(maxlen=2))
     states: dict[int, Any] = field(default_factory=dict)
     shape: echo.Forecast | None = None
@@ -83,16 +85,21 @@ class Planner:
             if warmup and policy.gate is not None:
                 raise echo.EchoError("ECHO_WARMUP: expected a policy without a gate, which would hide rows; unset ECHO_CALIBRATION")
             history = policy.history(pool.req_to_token.shape[0], pool.req_to_token.device)
-            target.echo_planner = cls(policy, history, ragged=packs, warmup=Path(warmup) if warmup else None)
+            known = torch.zeros(len(history.generation), dtype=torch.int32)
+            target.echo_planner = cls(policy, history, known, ragged=packs, warmup=Path(warmup) if warmup else None)
         return target.echo_planner
+
+    def admit(self, batch: Any) -> None:
+        """New requests in these slots: what is known of their former owners is forgotten."""
+        self.history = self.history.reset(batch.req_pool_indices.long())
+        self.generation = self.generation.index_add(0, host_slots(batch), torch.ones(len(batch.reqs), dtype=torch.int32))
 
     def plan(self, worker: Any, batch: Any) -> None:
         """Depth and rows of this step, from two steps ago; switches to the shallowest captured graph set that is deep enough."""
-        slots = torch.tensor([request.kv.req_pool_idx for request in batch.reqs], dtype=torch.int64)
-        history, copied = self.seen[0] if self.seen else (self.scheduler.history(self.history.steps.shape[0]), None)
+        history, copied = self.seen[0] if self.seen else (self.scheduler.history(len(self.generation)), None)
         if copied is not None:
             copied.synchronize()
-        self.shape = self.scheduler.forecast(history, slots)
+        self.shape = self.scheduler.forecast(history.of(self.generation), host_slots(batch))
         deep_enough = [depth for depth in self.states if depth >= self.shape.depth]
         if deep_enough:
             worker.apply_runtime_state(self.states[min(deep_enough)])
@@ -118,9 +125,14 @@ def scheduler(topk: int, steps: int, n: int) -> echo.ElasticBudgetScheduler:
     return replace(policy, max_depth=min(steps, policy.max_depth), max_tree_rows=n)
 
 
+def host_slots(batch: Any) -> Tensor:
+    """int64 [B]: ``req_pool_indices`` without a read-back."""
+    return torch.tensor([request.kv.req_pool_idx for request in batch.reqs], dtype=torch.int64)
+
+
 def to_host(history: echo.History) -> tuple[echo.History, Any]:
     """A copy in pinned memory and the event after it; the history itself where it is on the host already."""
-    if history.steps.device.type == "cpu":
+    if history.generation.device.type == "cpu":
         return history, None
     parts = {f.name: getattr(history, f.name) for f in fields(history)}
     pinned = {
@@ -159,7 +171,7 @@ def before_draft(original: Any, worker: Any, batch: Any, *args: Any, **kwargs: A
     """Prefill: its request slots have new owners. Decode: the forecast."""
     planner = Planner.of(worker)
     if batch.forward_mode.is_extend() or batch.is_extend_in_batch:
-        planner.history = planner.history.reset(batch.req_pool_indices.long())
+        planner.admit(batch)
     elif not batch.forward_mode.is_idle():
         planner.plan(worker, batch)
     return original(worker, batch, *args, **kwargs)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -94,17 +95,14 @@ class EchoProposer:
         vLLM moves rows as requests come and go and names none of them, so a request is known by its text before the step.
         """
         places = [self.recognise(text[: len(text) - len(own)]) for text, own in zip(texts, emitted, strict=True)]
-        if self.packed is not None:
-            lengths = torch.ones(self.packed.batch, dtype=torch.int64)
-            for place, own in zip(places, emitted, strict=True):
-                if place is not None:
-                    lengths[place] = len(own)
-            self.history = self.history.observe(self.slots, self.packed, accepted(self.packed, lengths))
-        kept = {place: int(self.slots[place]) for place in places if place is not None}
-        free = sorted(set(range(len(self.history.steps))) - set(kept.values()), reverse=True)
-        gone_or_new = torch.tensor(free, dtype=torch.int64)
-        self.history = self.history.reset(gone_or_new)
-        self.slots = torch.tensor([free.pop() if place is None else kept[place] for place in places], dtype=torch.int64)
+        kept = [place for place in places if place is not None]
+        if self.packed is not None and kept:
+            lengths = torch.tensor([len(own) for place, own in zip(places, emitted, strict=True) if place is not None])
+            self.history = self.history.observe(self.slots[kept], only(self.packed, kept), accepted(self.packed.max_depth, lengths))
+        free = sorted(set(range(len(self.history.generation))) - set(self.slots[kept].tolist()), reverse=True)
+        slots = [free.pop() if place is None else int(self.slots[place]) for place in places]
+        self.history = self.history.reset(torch.tensor([slot for slot, place in zip(slots, places, strict=True) if place is None]).long())
+        self.slots = torch.tensor(slots, dtype=torch.int64)
         self.known, self.packed = {}, None
         for place, text in enumerate(texts):
             self.known.setdefault(key(text), []).append(place)
@@ -176,11 +174,17 @@ def lookup(text: NDArray[np.int32], depth: int) -> list[tuple[int, float]]:
     return chain
 
 
-def accepted(packed: echo.PackedTree, lengths: Tensor) -> echo.Accepted:
-    """A chain's first rows, ``lengths`` int64 [B] of them. The tokens themselves are vLLM's business: -1."""
-    steps = torch.arange(packed.max_depth + 1)
-    rows = torch.where(steps < lengths[:, None], packed.indptr[:-1, None] + steps, -1)
-    return echo.Accepted(torch.full_like(rows, -1), rows, lengths, torch.full_like(lengths, -1))
+def only(packed: echo.PackedTree, places: list[int]) -> echo.PackedTree:
+    """A step as the history reads it, of the requests in these places: of one that has ended, vLLM does not say what it accepted."""
+    ends = torch.cat([packed.indptr[:1], packed.indptr.diff()[places].cumsum(0, dtype=torch.int32)])
+    own = {name: None if (part := getattr(packed, name)) is None else part[places] for name in ("status", "outlook", "expected")}
+    return replace(packed, indptr=ends, **own)
+
+
+def accepted(depth: int, lengths: Tensor) -> echo.Accepted:
+    """``lengths`` int64 [B] tokens emitted after each root, which are vLLM's business: -1."""
+    nothing = lengths.new_full((len(lengths), depth + 1), -1)
+    return echo.Accepted(nothing, nothing, lengths, nothing[:, 0])
 
 
 def key(text: NDArray[np.int32]) -> tuple[int, bytes]:
