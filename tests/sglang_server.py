@@ -65,12 +65,13 @@ class TargetWorker:
         last = self.pool.token[slots.gather(1, lengths[:, None] - 1)[:, 0]]
         above = torch.empty_like(ids)
         if len(ids) == info.draft_token_num * len(lengths):
-            n, at = info.draft_token_num, 0
+            n, at, buffer = info.draft_token_num, 0, self.model_runner.attn_backend.verify_mask
             for b, length in enumerate(lengths.tolist()):
-                seen = info.custom_mask[at : at + n * (length + n)].view(n, length + n)
-                assert bool(seen[:, :length].all())
+                context = 0 if buffer is not None and buffer.mode.name == "QLEN_ONLY" else length
+                seen = info.custom_mask[at : at + n * (context + n)].view(n, context + n)
+                assert bool(seen[:, :context].all())
                 at += seen.numel()
-                self.follow(ids, above, range(b * n, b * n + n), seen[:, length:], forward_batch.positions - length, last[b])
+                self.follow(ids, above, range(b * n, b * n + n), seen[:, context:], forward_batch.positions - length, last[b])
         else:
             packed = info.echo_packed
             for b, (first, end) in enumerate(packed.indptr.unfold(0, 2, 1).tolist()):
@@ -105,7 +106,7 @@ class ForwardBatch(SimpleNamespace):
 class Server:
     """A batch that decodes through ``EAGLEWorkerV2.forward_batch_generation``, as SGLang's scheduler would drive it."""
 
-    def __init__(self, tables, texts):
+    def __init__(self, tables, texts, mask=None):
         module = import_module("sglang.srt.speculative.eagle_worker_v2")
         self.modes, self.texts, self.batch = module.ForwardMode, [list(text) for text in texts], len(texts)
         pool = Pool(self.batch * WIDTH + 1)
@@ -115,6 +116,10 @@ class Server:
         for b, text in enumerate(texts):
             pool.token[self.table[self.slots[b], : len(text) - 1]] = torch.tensor(text[:-1])
         target = import_module("sglang.srt.managers.tp_worker").TpModelWorker(tables, pool, self.table)
+        masks = import_module("sglang.kernels.ops.speculative.spec_tree").TreeMaskMode
+        if mask is not None:  # a buffer that the attention backend owns, of unknown content
+            buffer = torch.rand(self.batch * N * (WIDTH + N)) < 0.5
+            target.model_runner.attn_backend.verify_mask = SimpleNamespace(buffer=buffer, mode=masks[mask], fits=lambda _: True)
         runner = SimpleNamespace(
             forward=lambda batch: SimpleNamespace(
                 logits_output=SimpleNamespace(next_token_logits=tables.last[batch.input_ids], hidden_states=None)
@@ -133,7 +138,6 @@ class Server:
         self.draft = draft = worker.draft_worker
         self.worker._target_worker, self.worker._draft_worker = target, draft
         backend = SimpleNamespace(init_forward_metadata=lambda _: None, attn_backends=[None] * STEPS)
-        masks = import_module("sglang.kernels.ops.speculative.spec_tree").TreeMaskMode
         vars(draft).update(
             shared, cuda_graph_runner=None, cuda_graph_runner_for_draft_extend=None, seed_dsa_topk_from_draft_extend=False,
             hot_token_id=None, index_share_for_mtp_iteration=False, draft_attn_backend=backend, parallel_layout=None,

@@ -88,12 +88,12 @@ def installed(site):
     return str(site)
 
 
-@pytest.mark.parametrize("ragged", [False, True])
-def test_planned_steps_write_the_targets_own_text(engine, monkeypatch, ragged):
+@pytest.mark.parametrize(("ragged", "mask"), [(False, None), (False, "FULL_MASK"), (False, "QLEN_ONLY"), (True, None)])
+def test_planned_steps_write_the_targets_own_text(engine, monkeypatch, ragged, mask):
     monkeypatch.setenv("ECHO_ROWS", "14")
     monkeypatch.setenv("ECHO_RAGGED", str(int(ragged)))
     tables, prompts = Tables(7), texts(1, 3)
-    server = Server(tables, prompts)
+    server = Server(tables, prompts, mask)
     for _ in range(5):
         result, verified = server.step()
         packed, logits = verified.echo_packed, server.worker.target_worker.logits.next_token_logits

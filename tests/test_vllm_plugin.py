@@ -163,6 +163,22 @@ def test_requests_keep_their_memory_when_rows_move(engine, folder):
     assert proposer.history.generation[proposer.slots[:3]].tolist() == [1, 1, 1]
 
 
+def test_the_history_leaves_out_who_has_ended(engine):
+    """What the others' slots remember does not depend on it."""
+    plugin = import_module("echo_vllm")
+    cost = echo.CostModel((1, 64), (1.0, 1.0))
+    policy = echo.ElasticBudgetScheduler(echo.GlobalRank(1), budget=cost, max_depth=DEPTH, max_tree_rows=DEPTH + 1)
+    tree = policy.plant(torch.arange(4), rows=12)
+    packed = policy.pack(policy.grow_positions(tree, torch.ones(4, DEPTH, 1).long(), torch.rand(4, DEPTH, 1).log()))
+    slots, lengths, kept = torch.tensor([5, 0, 3, 6]), torch.tensor([2, 1, 3, 1]), [3, 0]
+    whole = policy.history(8).observe(slots, packed, plugin.accepted(DEPTH, lengths))
+    part = policy.history(8).observe(slots[kept], plugin.only(packed, kept), plugin.accepted(DEPTH, lengths[kept]))
+    for name in ("steps", "outlook", "expected", "accepted"):
+        own, both = getattr(part, name), getattr(whole, name)
+        assert torch.equal(own[:, [6, 5]], both[:, [6, 5]]) and not own[:, [0, 3]].any()
+        assert torch.allclose(own[:, 8], both[:, [5, 6]].sum(dim=1))
+
+
 def test_a_row_still_reading_its_prompt_gets_no_drafts(engine, folder):
     batch, proposer = Batch(engine, folder, [[1, 2, 3, 1, 2, 3, 1, 2], [1, 2, 1, 2, 1, 2]]), load()
     batch.emitted[0] = []

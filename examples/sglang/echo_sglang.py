@@ -134,18 +134,14 @@ def to_host(history: echo.History) -> tuple[echo.History, Any]:
     """A copy in pinned memory and the event after it; the history itself where it is on the host already."""
     if history.generation.device.type == "cpu":
         return history, None
-    parts = {f.name: getattr(history, f.name) for f in fields(history)}
     pinned = {
-        name: torch.empty_like(part, device="cpu", pin_memory=True).copy_(part, non_blocking=True)
-        for name, part in parts.items()
-        if isinstance(part, Tensor)
+        f.name: torch.empty_like(part, device="cpu", pin_memory=True).copy_(part, non_blocking=True)
+        for f in fields(history)
+        if isinstance(part := getattr(history, f.name), Tensor)
     }
     copied = torch.cuda.Event()
     copied.record()
     return replace(history, **pinned), copied
-
-
-# Before the draft
 
 
 def capture(_: Any, worker: Any) -> None:
@@ -175,9 +171,6 @@ def before_draft(original: Any, worker: Any, batch: Any, *args: Any, **kwargs: A
     elif not batch.forward_mode.is_idle():
         planner.plan(worker, batch)
     return original(worker, batch, *args, **kwargs)
-
-
-# After the draft
 
 
 def keep_candidates(original: Any, score_list: Any, token_list: Any, parents_list: Any, n: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -231,8 +224,8 @@ def after_draft(
     planner: Planner = target.echo_planner
     roots, depth = draft_input.bonus_tokens.long(), min(planner.scheduler.max_depth, kwargs["num_steps"])
     rows = min(planner.shape.rows, len(roots) * n) if planner.ragged else len(roots) * n
-    tree, packed = plan(planner.scheduler, roots, parents, scores, tokens, depth, rows, n)
-    packed = of_rank_0(packed)
+    tree, own = plan(planner.scheduler, roots, parents, scores, tokens, depth, rows, n)
+    packed = of_rank_0(own)
     made = verify_input(batch, packed, target, n, kwargs)
     made.echo_packed, made.echo_tree, made.echo_ragged = packed, tree, planner.ragged
     return made
@@ -270,9 +263,6 @@ def of_rank_0(packed: echo.PackedTree) -> echo.PackedTree:
         return packed
     sizes = {"batch": packed.batch, "rows": packed.rows, "words": packed.mask.shape[1], "max_depth": packed.max_depth}
     return echo.PackedTree.from_wire(group.broadcast(packed.wire(), src=0), **sizes)
-
-
-# After verify
 
 
 def after_verify(original: Any, worker: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
