@@ -20,7 +20,7 @@ from echo.gating.calibration import Calibration
 from echo.gating.gates import Gate, SparseGate
 from echo.tree.build import children
 from echo.tree.packed import WORD, PackedTree, into, pack
-from echo.tree.supertree import Frontier, Layer, Status, SuperTree, check_size, path_score
+from echo.tree.supertree import DEAD_SCORE, Frontier, Layer, Status, SuperTree, check_size, path_score
 
 
 @dataclass(frozen=True)
@@ -220,9 +220,11 @@ class ElasticBudgetScheduler:
             frontier=Frontier(root, zero, zero, score, drafts[:, None], 0),
             status=torch.where(drafts, int(Status.ACTIVE), idle).to(torch.int8),
             row_limit=room * alive,
+            held=alive.long(),
             left=left,
             invalid=torch.zeros(batch, dtype=torch.int32, device=device),
             rows=limit,
+            most=self.max_tree_rows,
             reserve=reserve,
         )
         if first_layer is None:
@@ -265,8 +267,8 @@ class ElasticBudgetScheduler:
             tree.status == int(Status.ACTIVE),
             tree.weight,
         )
-        room = tree.row_limit - _bought(tree)
-        some = torch.isfinite(layer.log_confidence) & (room > 0)
+        room = tree.row_limit - tree.held
+        some = (layer.log_confidence > DEAD_SCORE) & (room > 0)
         verdict = None if self.gate is None else self.gate(layer)
         passed = layer.drafted & some if verdict is None else layer.drafted & some & verdict
         bought, left, reserve = self._buy(tree, layer, passed, room)
@@ -275,10 +277,9 @@ class ElasticBudgetScheduler:
         index, active = self.rule.frontier(layer)
         on = passed if bought is None else passed & bought.any(dim=1)
         stop = Status.FINISHED if depth == self.max_depth else Status.ACTIVE
-        after = torch.where(
-            on, int(stop), torch.where(passed, int(Status.STARVED), torch.where(some, int(Status.TRUNCATED), int(Status.EXHAUSTED)))
-        )
-        status = torch.where(layer.drafted, after.to(torch.int8), tree.status)
+        after = torch.full_like(tree.status, int(Status.EXHAUSTED)).masked_fill_(some, int(Status.TRUNCATED))
+        after = after.masked_fill_(passed, int(Status.STARVED)).masked_fill_(on, int(stop))
+        status = torch.where(layer.drafted, after, tree.status)
         return SuperTree(
             layers=(*tree.layers, layer),
             frontier=Frontier(
@@ -291,9 +292,11 @@ class ElasticBudgetScheduler:
             ),
             status=status,
             row_limit=tree.row_limit,
+            held=tree.held if bought is None else tree.held + bought.sum(dim=1),
             left=left,
             invalid=tree.invalid + faulty.flatten(1).sum(dim=1, dtype=torch.int32),
             rows=tree.rows,
+            most=tree.most,
             reserve=reserve,
         )
 
@@ -361,14 +364,14 @@ class ElasticBudgetScheduler:
 
     def select(self, tree: SuperTree) -> Tensor:
         """The bare decision: bool [B, T] over ``tree.forest``, roots, bought rows and dealt rows."""
-        room = tree.row_limit.clamp(max=self.max_tree_rows) - _bought(tree)
+        room = tree.row_limit.clamp(max=self.max_tree_rows) - tree.held
         if tree.reserve is None:
-            return tree.forest.bought | self.rule.deal(tree, room, tree.left, tree.rows)
+            return tree.bought | self.rule.deal(tree, room, tree.left, tree.rows)
         aside = tree.reserve.sum()
         own = self.rule.deal(tree, torch.minimum(room, tree.reserve), aside, tree.rows)
         spent = own.sum(dim=1)
         rest = replace(tree.with_bought(own), reserve=None)
-        return rest.forest.bought | self.rule.deal(rest, room - spent, tree.left + aside - spent.sum(), tree.rows)
+        return rest.bought | self.rule.deal(rest, room - spent, tree.left + aside - spent.sum(), tree.rows)
 
     def pack(
         self,
@@ -407,8 +410,3 @@ class ElasticBudgetScheduler:
         if self.budget is not None:
             return self.budget
         return self.rule.rows(batch) or batch
-
-
-def _bought(tree: SuperTree) -> Tensor:
-    """int64 [B]: rows bought so far, root included."""
-    return torch.stack([layer.bought.sum(dim=1) for layer in tree.layers]).sum(dim=0)
