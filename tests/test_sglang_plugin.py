@@ -110,6 +110,33 @@ def test_planned_steps_write_the_targets_own_text(engine, monkeypatch, ragged, m
     assert server.worker.target_worker.echo_planner.history.tick == 5
 
 
+def test_a_ragged_forward_takes_the_packed_rows_and_gives_back_uniform_ones(engine):
+    """Pads write to the dummy slot, and what comes back lies where SGLang's sampler looks for it."""
+    packed, n = forest(2, 3, 8, empty=False, pads=3).packed, 9
+    links = layouts.sglang(packed, n, torch.tensor([5, 1, 7]))
+    backend, seen = SimpleNamespace(echo_packed=packed), []
+
+    def model(_worker, _batch, batch):
+        seen.append(batch)
+        own = torch.arange(packed.rows)
+        return SimpleNamespace(logits_output=SimpleNamespace(next_token_logits=own[:, None], hidden_states=None))
+
+    whole = SimpleNamespace(
+        spec_info=SimpleNamespace(echo_ragged=True, echo_packed=packed, draft_token_num=n), forward_metadata_ready=False,
+        input_ids=links.draft_tokens, positions=links.positions, out_cache_loc=torch.arange(1, 3 * n + 1), out_cache_loc_virtual=None,
+    )  # fmt: skip
+    worker = SimpleNamespace(model_runner=SimpleNamespace(attn_backend=backend))
+    logits = sys.modules["echo_sglang_ragged"].forward(model, worker, None, whole).logits_output.next_token_logits.view(3, n)
+    real, batch = packed.request < 3, seen[0]
+    assert torch.equal(batch.input_ids[real], packed.tokens[real])
+    assert torch.equal(batch.positions[real], packed.position(torch.tensor([5, 1, 7]))[real])
+    assert torch.equal(batch.out_cache_loc[real], (1 + packed.request * n + packed.local)[real])
+    assert (~real).sum() == 3 and not batch.out_cache_loc[~real].any()
+    for b, (first, end) in enumerate(packed.indptr.unfold(0, 2, 1).tolist()):
+        assert logits[b, : end - first].tolist() == list(range(first, end))
+    assert len(whole.input_ids) == 3 * n and backend.echo_packed is None
+
+
 def test_with_nothing_asked_for_the_trees_are_eagles_own(engine, monkeypatch):
     """The same drafts through SGLang's own selection and tree builder, and through ours."""
     prompts, steps = texts(2, 4), []
