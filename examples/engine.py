@@ -155,7 +155,8 @@ class Engine:
         ends = accepted.tokens == self.eos_token
         within = torch.arange(ends.shape[1], device=ends.device) < self.left[:, None]
         said = torch.where(within & (ends.cumsum(1) - ends.long() == 0), accepted.tokens, -1)
-        self.left = torch.where((said == self.eos_token).any(1) & (said >= 0).any(1), 0, self.left - (said >= 0).sum(1))
+        over = ((said == self.eos_token) & (said >= 0)).any(dim=1)
+        self.left = torch.where(over, 0, self.left - (said >= 0).sum(dim=1))
         self.root = torch.where(accepted.lengths > 0, accepted.bonus, self.root)
         self.known = on_host(self.history)  # the host is about to read ``said`` anyway; one that overlaps steps lets this lag
         return said
