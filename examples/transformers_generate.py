@@ -15,6 +15,7 @@ wiring, and is fast enough to use; `examples/engine.py` is how an engine does it
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -117,11 +118,8 @@ class Target:
         self.model, self.sampler, self.slots = model, sampler, Slots(slots, length, model.device)
         self.features: dict[int, Tensor] = dict.fromkeys(features)
         self.hidden = torch.empty(0)
-        layers = model.get_decoder().layers
-        self.hooks = [
-            layers[at - 1].register_forward_hook(lambda _, __, out, at=at: self.features.update({at: out[0] if isinstance(out, tuple) else out}))
-            for at in features
-        ]
+        for at in features:
+            model.get_decoder().layers[at - 1].register_forward_hook(functools.partial(self._remember, at))
 
     def admit(self, slots: Tensor, prompts: Sequence[Tensor]) -> Tensor:
         self.slots.used[slots] = 0
@@ -134,9 +132,7 @@ class Target:
     def verify(self, slots: Tensor, packed: echo.PackedTree) -> Tensor:
         n = int(packed.indptr.diff().max())
         self.cache, context = self.slots.open(slots), self.slots.used[slots]
-        inputs = echo.layouts.hugging_face(
-            packed, n, context, self.cache.get_seq_length(), left_padded=False, dtype=self.model.dtype
-        )
+        inputs = echo.layouts.hugging_face(packed, n, context, self.cache.get_seq_length(), left_padded=False, dtype=self.model.dtype)
         logits = self.model(
             inputs.input_ids,
             position_ids=inputs.position_ids,
@@ -154,6 +150,9 @@ class Target:
         behind = self.cache.get_seq_length() - int(packed.indptr.diff().max()) - context  # rows lie behind the longest text
         self.slots.write(slots, self.cache, torch.where(lists.valid, lists.source + behind[:, None], 0), lists.target)
         self.slots.used[slots] = lists.context
+
+    def _remember(self, at: int, layer, inputs, output) -> None:
+        self.features[at] = output[0] if isinstance(output, tuple) else output
 
     def _features(self) -> Tensor:
         return torch.cat(list(self.features.values()), dim=-1)

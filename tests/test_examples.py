@@ -70,8 +70,9 @@ def expected(folders, texts):
 def generate(folders, texts, policy, *more):
     from transformers_generate import main
 
+    pair = ["--target", str(folders["target"]), "--draft", str(folders["draft"])]
     prompts = [part for text in texts for part in ("--prompt", text)]
-    return main(["--target", str(folders["target"]), "--draft", str(folders["draft"]), "--policy", policy, "--new", str(NEW), *prompts, *more])
+    return main([*pair, "--policy", policy, "--new", str(NEW), *prompts, *more])
 
 
 @pytest.mark.parametrize("policy", ["plain", "eagle", "ddd", "echo", "rank", "goodput"])

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import urllib.request
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given
@@ -91,13 +95,17 @@ def test_an_idle_rank_counts_its_pads():
     assert counts.tokens_per_step == 0.0
 
 
-def test_counters_add_up_over_steps_and_ranks():
+def toy_steps():
     law = table(40, seed=1)
-    scheduler = echo.ElasticBudgetScheduler(echo.TwoLevel(2, 4), echo.SparseGate({1: 0.4}), 24, 3)
+    scheduler = echo.ElasticBudgetScheduler(echo.TwoLevel(2, 4), echo.SparseGate({1: 0.2}), 24, 3)
     target, drafter = TabularTarget(law), TabularDrafter(blurred(law, seed=2), count=3)
+    return echo.decode(scheduler, target, drafter, [torch.tensor([t]) for t in range(9)], slots=4, max_new_tokens=9)
+
+
+def test_counters_add_up_over_steps_and_ranks():
     whole = one = two = echo.StepStats.empty()
-    prompts, tokens, steps = [torch.tensor([t]) for t in range(9)], 0, 0
-    for number, step in enumerate(echo.decode(scheduler, target, drafter, prompts, slots=4, max_new_tokens=9)):
+    tokens = steps = 0
+    for number, step in enumerate(toy_steps()):
         whole = whole.observe(step.packed, step.accepted)
         one, two = (s.observe(step.packed, step.accepted) if number % 2 == rank else s for rank, s in enumerate((one, two)))
         tokens += int(step.accepted.lengths.sum())
@@ -143,3 +151,35 @@ def test_counters_of_another_batch_are_refused():
     one, two = (scheduler.pack(scheduler.plant(torch.arange(n))) for n in (1, 2))
     with pytest.raises(echo.EchoError, match=r"accepted.lengths: expected int64 \[2\], got int64 \[1\]"):
         echo.StepStats.empty().observe(two, echo.verify(one, torch.tensor([1])))
+
+
+def test_prometheus_scrapes_what_was_counted(monkeypatch):
+    """Over HTTP, parsed by the official client; nothing is read between two scrapes."""
+    prometheus = pytest.importorskip("prometheus_client")
+    from prometheus_client.parser import text_string_to_metric_families
+
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "examples"))
+    from prometheus_stats import METRICS, EchoCollector
+
+    steps = toy_steps()
+    newest = [echo.StepStats.empty()]
+    registry = prometheus.CollectorRegistry()
+    registry.register(EchoCollector(lambda: newest[0], {"model": "toy"}))
+    server, thread = prometheus.start_http_server(0, addr="127.0.0.1", registry=registry)
+    try:
+        for _ in range(2):
+            for step in itertools.islice(steps, 3):
+                newest[0] = newest[0].observe(step.packed, step.accepted)
+            with urllib.request.urlopen(f"http://127.0.0.1:{server.server_port}/metrics") as answer:
+                families = {family.name: family.samples for family in text_string_to_metric_families(answer.read().decode())}
+            counts = newest[0].read()
+            assert set(families) == {f"echo_{name}" for name in METRICS}
+            assert [sample.labels for samples in families.values() for sample in samples] == [{"model": "toy"}] * len(METRICS)
+            expected = {"rows": counts.rows, "pad_rows": counts.pads, "accepted_tokens": counts.accepted, "emitted_tokens": counts.emitted,
+                        "released_rows": counts.released, "redealt_rows": counts.redealt, "steps": counts.steps}  # fmt: skip
+            assert {name: families[f"echo_{name}"][0].value for name in expected} == expected
+            assert counts.accepted and counts.redealt
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
