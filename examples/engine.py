@@ -88,7 +88,8 @@ class Engine:
         device = self.cache.table.device
         self.lanes = torch.arange(lanes, device=device)
         self.root, self.left = torch.zeros_like(self.lanes), torch.zeros_like(self.lanes)  # last token, tokens still to emit
-        self.history = self.known = scheduler.history(lanes, device)  # on the device, and what the host knows of it
+        self.history = scheduler.history(lanes, device)
+        self.known = on_host(self.history)  # what the host knows of it: forecasts never wait for the device
         self.stats = echo.StepStats.empty(device)
         self.buffers, self.graphs = dict[int, echo.PackedTree](), dict[int, tuple]()
         self.hidden = torch.empty(0)
@@ -108,7 +109,7 @@ class Engine:
                     yield running[lane], [self.admit(lane, prompt, max_new_tokens)]
             if not running:
                 raise ValueError(f"prompt {waiting[0]}: {len(prompts[waiting[0]])} tokens and the answer do not fit the cache")
-            said, left = self.step().tolist(), self.left.tolist()
+            said, left, self.known = self.step().tolist(), self.left.tolist(), on_host(self.history)  # where the host waits
             for lane, request in list(running.items()):
                 yield request, [token for token in said[lane] if token >= 0]
                 if left[lane] == 0:
@@ -123,15 +124,15 @@ class Engine:
         self.cache.write(cache_slots(place, where.expand_as(place), self.cache.table, PAGE, DUMMY), kv)
         self.cache.context[lane] = len(prompt)
         self.root[lane], self.left[lane] = first[0], (max_new_tokens - 1) * (first[0] != self.eos_token)
-        self.history = self.history.reset(where)
+        self.history, self.known = self.history.reset(where), self.known.reset(where.cpu())
         if self.drafter is not None:
             self.drafter.admit(where, [prompt], first)
         return int(first)
 
     def step(self) -> Tensor:
-        """One speculative step of all lanes: int64 [lanes, depth + 1], the tokens each emits, -1 beyond. Reads nothing back itself."""
+        """One speculative step of all lanes: int64 [lanes, depth + 1], the tokens each emits, -1 beyond. Reads nothing back."""
         live, scheduler, cache = self.left > 0, self.scheduler, self.cache
-        shape = scheduler.forecast(self.known, torch.tensor(sorted(cache.owned)))
+        shape = scheduler.forecast(self.known, torch.tensor(sorted(cache.owned), device="cpu"))
         rows = max(shape.rows, len(self.lanes))
         capacity = torch.where(self.left > 1, scheduler.max_tree_rows, 1)  # who needs one token more has no use for drafts
         tree = scheduler.plant(self.root, live=live, capacity=capacity, rows=rows)
@@ -158,7 +159,6 @@ class Engine:
         over = ((said == self.eos_token) & (said >= 0)).any(dim=1)
         self.left = torch.where(over, 0, self.left - (said >= 0).sum(dim=1))
         self.root = torch.where(accepted.lengths > 0, accepted.bonus, self.root)
-        self.known = on_host(self.history)  # the host is about to read ``said`` anyway; one that overlaps steps lets this lag
         return said
 
     def verify(self, packed: echo.PackedTree) -> tuple[Tensor, Tensor, Tensor]:
@@ -236,13 +236,13 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=48, help="tokens of an answer at most")
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
-    torch.set_default_device(args.device)
     sys.path.insert(0, str(Path(__file__).with_name("smollm2")))
     from drafters import Eagle, PromptLookup
     from model import FEATURE_LAYERS, encode, load
     from prompts import EVALUATION
 
     model, tokenizer = load(args.device)
+    torch.set_default_device(args.device)
     texts = [prompt for prompts in EVALUATION.values() for prompt in prompts[:2]]
     make = {"eagle": lambda engine: Eagle(engine, args.lanes), "lookup": lambda _: PromptLookup()}[args.drafter]
     options = {"lanes": args.lanes, "features": FEATURE_LAYERS, "eos_token": tokenizer.eos_token_id}

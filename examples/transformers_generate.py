@@ -93,13 +93,13 @@ class Sampler:
 
     def __init__(self, slots: int, length: int, temperature: float = 0.0, seed: int = 0) -> None:
         self.temperature, self.seed, self.admitted = temperature, seed, 0
-        self.uniform = torch.zeros(slots, length + 1, dtype=torch.float64)
+        self.uniform = torch.zeros(slots, length + 1, dtype=torch.float64, device="cpu")
 
     def admit(self, slots: Tensor) -> None:
         """Prompts are admitted in their order, so a prompt's number is how many were before it."""
         for slot in slots.tolist():
             generator = torch.Generator().manual_seed((self.seed << 24) + self.admitted)
-            self.uniform[slot] = torch.rand(self.uniform.shape[1], generator=generator, dtype=torch.float64)
+            self.uniform[slot] = torch.rand(self.uniform.shape[1], generator=generator, dtype=torch.float64, device="cpu")
             self.admitted += 1
 
     def __call__(self, logits: Tensor, slots: Tensor, place: Tensor) -> Tensor:
@@ -237,7 +237,7 @@ def warm_up(target: Target, drafter: echo.Drafter, prompts: Sequence[Tensor], de
     scheduler = echo.ElasticBudgetScheduler(echo.TwoLevel(4, 0), budget=(4 * depth + 1) * slots, max_depth=depth)
     task, logs, drafting, layers = bar.add_task("warm-up", total=total), [], 0.0, 0
     for step in echo.decode(scheduler, target, drafter, prompts, slots=slots, max_new_tokens=32, device=target.model.device):
-        logs.append(step.log(sum(len(log) for log in logs)))
+        logs.append(step.log())
         drafting, layers = drafting + step.seconds.draft + step.seconds.control, layers + step.tree.depth
         bar.advance(task, sum(map(len, step.emitted)))
     bar.update(task, completed=total)
@@ -261,7 +261,7 @@ def measure(target: Target, bar: Progress) -> tuple:
 def schedule(policy: str, target: Target, drafter, prompts: Sequence[Tensor], rows: int, depth: int, bar: Progress):
     """The scheduler of a policy; those that need figures get them from a warm-up on the prompts."""
     beam = 4
-    if policy == "plain" or drafter is None:
+    if policy == "plain":
         return echo.ElasticBudgetScheduler.autoregressive()
     if policy == "eagle":
         return echo.ElasticBudgetScheduler.eagle(n=rows, beam=beam, max_depth=depth)
@@ -297,7 +297,28 @@ def stream(steps, questions: Sequence[str], decode: Callable[[list[int]], str], 
     return answers, stats.read()
 
 
-@torch.inference_mode()
+def answer(args: argparse.Namespace, questions: Sequence[str]) -> list[list[int]]:
+    """Loads, warms up, decodes and shows."""
+    console, model = Console(), load(args.target, args.dtype, args.device)
+    tokenizer = AutoTokenizer.from_pretrained(args.target)
+    prompts = encode(tokenizer, questions)
+    slots, length = min(args.batch, len(prompts)), max(map(len, prompts)) + max(args.new, 32) + args.depth + 1
+    sampler = lambda: Sampler(slots, length, args.temperature, args.seed)  # noqa: E731
+    target, drafter = pair(model, args.draft, slots, length, sampler(), args.dtype)
+    with Progress(console=console, transient=True) as bar:
+        scheduler = schedule(args.policy, target, drafter, prompts, args.rows, args.depth, bar)
+    target.sampler = sampler()  # the warm-up has used numbers up
+    begin = time.perf_counter()
+    steps = echo.decode(
+        scheduler, target, drafter if scheduler.max_depth else None, prompts, slots=slots, max_new_tokens=args.new,
+        eos_token=model.generation_config.eos_token_id, device=args.device,
+    )  # fmt: skip
+    answers, counts = stream(steps, questions, lambda tokens: tokenizer.decode(tokens, skip_special_tokens=True), len(prompts), console)
+    total, seconds = sum(map(len, answers)), time.perf_counter() - begin
+    console.print(f"\n{args.policy}: {total} tokens, {total / seconds:.1f} a second, {counts.tokens_per_step:.2f} a step\n{counts}")
+    return answers
+
+
 def main(arguments: Sequence[str] | None = None) -> list[list[int]]:
     """Answers the prompts; returns the answers' tokens."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -315,26 +336,12 @@ def main(arguments: Sequence[str] | None = None) -> list[list[int]]:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args(arguments)
+    if args.draft is None and args.policy != "plain":
+        parser.error(f"--policy {args.policy} needs a --draft")
     questions = args.prompt + (args.prompts.read_text().splitlines() if args.prompts else [])
     questions = [text for text in questions if text.strip()] or ["Why is the sky blue?", "Write a Python function that adds two numbers."]
-    console = Console()
-    tokenizer = AutoTokenizer.from_pretrained(args.target)
-    prompts = encode(tokenizer, questions)
-    slots, length = min(args.batch, len(prompts)), max(map(len, prompts)) + max(args.new, 32) + args.depth + 1
-    sampler = lambda: Sampler(slots, length, args.temperature, args.seed)  # noqa: E731
-    target, drafter = pair(load(args.target, args.dtype, args.device), args.draft, slots, length, sampler(), args.dtype)
-    with Progress(console=console, transient=True) as bar:
-        scheduler = schedule(args.policy, target, drafter, prompts, args.rows, args.depth, bar)
-    target.sampler = sampler()  # the warm-up has used numbers up
-    begin = time.perf_counter()
-    steps = echo.decode(
-        scheduler, target, drafter if scheduler.max_depth else None, prompts, slots=slots, max_new_tokens=args.new,
-        eos_token=tokenizer.eos_token_id, device=args.device,
-    )  # fmt: skip
-    answers, counts = stream(steps, questions, lambda tokens: tokenizer.decode(tokens, skip_special_tokens=True), len(prompts), console)
-    total, seconds = sum(map(len, answers)), time.perf_counter() - begin
-    console.print(f"{args.policy}: {total} tokens, {total / seconds:.1f} a second, {counts.tokens_per_step:.2f} a step\n{counts}")
-    return answers
+    with torch.inference_mode(), torch.device(args.device):
+        return answer(args, questions)
 
 
 def encode(tokenizer, questions: Sequence[str]) -> list[Tensor]:
