@@ -35,7 +35,7 @@ POLICIES = ("plain", "eagle", "ddd", "echo", "rank", "goodput")
 SMOLLM2 = Path(__file__).with_name("smollm2")
 
 
-class Slots:
+class SlotCache:
     """Keys and values of a causal LM by request slot, between its forward passes; each slot's text begins at column 0."""
 
     def __init__(self, slots: int, length: int, device: torch.device) -> None:
@@ -58,7 +58,7 @@ class Slots:
             for whole, new in zip(stored, (layer.keys, layer.values), strict=True):
                 whole[slots[:, None], :, target] = new[request, :, source]
 
-    def read(self, slots: Tensor, texts: Sequence[Tensor], model, **options):
+    def read(self, slots: Tensor, texts: Sequence[Tensor], model):
         """Appends ragged texts to the slots in one forward pass; its output, whose logits are those after each text's last token."""
         lengths = torch.tensor([len(text) for text in texts], device=slots.device)
         ids = torch.nn.utils.rnn.pad_sequence(list(texts), batch_first=True)
@@ -72,7 +72,6 @@ class Slots:
             attention_mask=additive(visible, model.dtype),
             past_key_values=cache,
             logits_to_keep=(lengths - 1)[:, None],
-            **options,
         )
         place = torch.minimum(column, lengths[:, None] - 1)  # beyond its end a text's last column is copied again
         self.write(slots, cache, past + place, used[:, None] + place)
@@ -115,29 +114,30 @@ class Target:
     """A causal LM as :class:`echo.Target`. With ``features`` (decoder layers) it keeps their outputs in ``hidden``, for a head."""
 
     def __init__(self, model, sampler: Sampler, slots: int, length: int, features: Sequence[int] = ()) -> None:
-        self.model, self.sampler, self.slots = model, sampler, Slots(slots, length, model.device)
+        self.model, self.sampler, self.store = model, sampler, SlotCache(slots, length, model.device)
         self.features: dict[int, Tensor] = dict.fromkeys(features)
         self.hidden = torch.empty(0)
         for at in features:
             model.get_decoder().layers[at - 1].register_forward_hook(functools.partial(self._remember, at))
 
     def admit(self, slots: Tensor, prompts: Sequence[Tensor]) -> Tensor:
-        self.slots.used[slots] = 0
+        self.store.used[slots] = 0
         self.sampler.admit(slots)
-        logits = self.slots.read(slots, prompts, self.model).logits[:, 0]
+        logits = self.store.read(slots, prompts, self.model).logits[:, 0]
         if self.features:
             self.hidden = torch.cat([x[: len(p)] for x, p in zip(self._features(), prompts, strict=True)])
-        return self.sampler(logits, slots, self.slots.used[slots])
+        return self.sampler(logits, slots, self.store.used[slots])
 
     def verify(self, slots: Tensor, packed: echo.PackedTree) -> Tensor:
         n = int(packed.indptr.diff().max())
-        self.cache, context = self.slots.open(slots), self.slots.used[slots]
-        inputs = echo.layouts.hugging_face(packed, n, context, self.cache.get_seq_length(), left_padded=False, dtype=self.model.dtype)
+        self.step, context = self.store.open(slots), self.store.used[slots]
+        self.past = self.step.get_seq_length()
+        inputs = echo.layouts.hugging_face(packed, n, context, self.past, left_padded=False, dtype=self.model.dtype)
         logits = self.model(
             inputs.input_ids,
             position_ids=inputs.position_ids,
             attention_mask=inputs.attention_mask,
-            past_key_values=self.cache,
+            past_key_values=self.step,
         ).logits
         tokens = self.sampler(logits.flatten(0, 1), slots.repeat_interleave(n), inputs.position_ids.flatten() + 1)
         if self.features:
@@ -145,11 +145,11 @@ class Target:
         return echo.layouts.unpad(packed, tokens.view(-1, n))
 
     def keep(self, slots: Tensor, packed: echo.PackedTree, accepted: echo.Accepted) -> None:
-        context = self.slots.used[slots]
+        context = self.store.used[slots]
         lists = echo.compact(packed, accepted, context)
-        behind = self.cache.get_seq_length() - int(packed.indptr.diff().max()) - context  # rows lie behind the longest text
-        self.slots.write(slots, self.cache, torch.where(lists.valid, lists.source + behind[:, None], 0), lists.target)
-        self.slots.used[slots] = lists.context
+        source = lists.source - context[:, None] + self.past  # rows lie behind the longest text, not behind their own
+        self.store.write(slots, self.step, torch.where(lists.valid, source, 0), lists.target)
+        self.store.used[slots] = lists.context
 
     def _remember(self, at: int, layer, inputs, output) -> None:
         self.features[at] = output[0] if isinstance(output, tuple) else output
@@ -168,11 +168,11 @@ class DraftModel:
     """
 
     def __init__(self, model, slots: int, length: int, count: int = 4) -> None:
-        self.model, self.count, self.slots = model, count, Slots(slots, length, model.device)
+        self.model, self.count, self.store = model, count, SlotCache(slots, length, model.device)
         self.unread: dict[int, list[int]] = {}
 
     def admit(self, slots: Tensor, prompts: Sequence[Tensor], first: Tensor) -> None:
-        self.slots.used[slots] = 0
+        self.store.used[slots] = 0
         self.unread.update((s, [*p.tolist(), t]) for s, p, t in zip(slots.tolist(), prompts, first.tolist(), strict=True))
 
     def keep(self, slots: Tensor, packed: echo.PackedTree, accepted: echo.Accepted) -> None:
@@ -182,17 +182,17 @@ class DraftModel:
     def draft(self, slots: Tensor, frontier: echo.Frontier) -> tuple[Tensor, Tensor]:
         if frontier.depth == 0:
             candidates = self._read(slots, frontier.active[:, 0])
-            self.cache, self.sees = self.slots.open(slots), torch.zeros(len(slots), 1, 0, dtype=torch.bool, device=slots.device)
+            self.step, self.sees = self.store.open(slots), torch.zeros(len(slots), 1, 0, dtype=torch.bool, device=slots.device)
             return candidates
         batch, width = frontier.token.shape
-        used = self.slots.used[slots]
+        used = self.store.used[slots]
         own = torch.eye(width, dtype=torch.bool, device=slots.device).expand(batch, -1, -1)
         self.sees = torch.cat([frontier.inherit(self.sees), own], dim=2)  # ancestors among the drafted columns, and itself
-        prefix = torch.arange(self.cache.get_seq_length() - self.sees.shape[2] + width, device=slots.device) < used[:, None]
+        prefix = torch.arange(self.step.get_seq_length() - self.sees.shape[2] + width, device=slots.device) < used[:, None]
         visible = torch.cat([prefix[:, None].expand(-1, width, -1), self.sees], dim=2)
         position = (used + frontier.depth - 1)[:, None].expand(-1, width)
         mask = additive(visible, self.model.dtype)
-        return self._candidates(self.model(frontier.token, position_ids=position, attention_mask=mask, past_key_values=self.cache).logits)
+        return self._candidates(self.model(frontier.token, position_ids=position, attention_mask=mask, past_key_values=self.step).logits)
 
     def _read(self, slots: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
         """Reads the text that came since the last time; what follows it is the first layer. Who does not draft is left for later."""
@@ -201,7 +201,7 @@ class DraftModel:
         if len(readers):
             texts = [torch.tensor(self.unread[slot], device=slots.device) for slot in readers.tolist()]
             self.unread.update((slot, []) for slot in readers.tolist())
-            tokens[active], log_probs[active] = self._candidates(self.slots.read(readers, texts, self.model).logits)
+            tokens[active], log_probs[active] = self._candidates(self.store.read(readers, texts, self.model).logits)
         return tokens, log_probs
 
     def _candidates(self, logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -233,10 +233,11 @@ def pair(target_model, draft: Path | None, slots: int, length: int, sampler: Sam
 
 def warm_up(target: Target, drafter: echo.Drafter, prompts: Sequence[Tensor], depth: int, bar: Progress) -> tuple[echo.WarmupLog, float]:
     """Rows of some steps drafted without a gate, every layer's best verified; and the seconds of a drafted layer."""
-    slots, total = len(target.slots.used), 32 * len(prompts)
+    slots, total = len(target.store.used), 32 * len(prompts)
     scheduler = echo.ElasticBudgetScheduler(echo.TwoLevel(4, 0), budget=(4 * depth + 1) * slots, max_depth=depth)
     task, logs, drafting, layers = bar.add_task("warm-up", total=total), [], 0.0, 0
-    for step in echo.decode(scheduler, target, drafter, prompts, slots=slots, max_new_tokens=32, device=target.model.device):
+    options = {"slots": slots, "max_new_tokens": 32, "eos_token": target.model.generation_config.eos_token_id}
+    for step in echo.decode(scheduler, target, drafter, prompts, **options, device=target.model.device):
         logs.append(step.log())
         drafting, layers = drafting + step.seconds.draft + step.seconds.control, layers + step.tree.depth
         bar.advance(task, sum(map(len, step.emitted)))
@@ -248,7 +249,7 @@ def measure(target: Target, bar: Progress) -> tuple:
     """Samples of the machine's curve: seconds of a forward pass by its rows."""
     counts = (1, 2, 4, 8, 16, 32, 64)
     task, model = bar.add_task("cost curve", total=4 * len(counts)), target.model
-    heads = [(k[:1, :, :64], v[:1, :, :64]) for k, v in target.slots.layers]
+    heads = [(k[:1, :, :64], v[:1, :, :64]) for k, v in target.store.layers]
 
     def step(rows: int) -> None:
         ids = torch.full((1, rows), 1, device=model.device)
@@ -273,7 +274,7 @@ def schedule(policy: str, target: Target, drafter, prompts: Sequence[Tensor], ro
     if policy == "goodput":
         cost = echo.CostModel.from_samples(*measure(target, bar), draft_layer=layer)
         return echo.ElasticBudgetScheduler.goodput(calibration, cost, beam=beam)
-    budget = rows * len(target.slots.used)
+    budget = rows * len(target.store.used)
     if policy == "echo":
         return echo.ElasticBudgetScheduler.paper(calibration, k_max=budget, layer_width=2)
     return echo.ElasticBudgetScheduler(echo.GlobalRank(beam, calibration), None, budget, depth)
