@@ -78,12 +78,15 @@ class Engine:
         features: after which decoder layers the hidden states are kept in ``hidden`` [N, features * width].
         sample: logits [N, V] to tokens int64 [N].
         eos_token: ends an answer.
+        backend: of :mod:`echo.kernels`; "auto" is Triton on a GPU and the plain-torch twin elsewhere.
     """
 
     def __init__(
-        self, model, scheduler, drafter=None, *, lanes=4, pages=128, length=512, features=(), sample=kernels.argmax_tokens, eos_token=-1
-    ) -> None:
-        self.model, self.scheduler, self.features, self.sample, self.eos_token = model, scheduler, features, sample, eos_token
+        self, model, scheduler, drafter=None, *, lanes=4, pages=128, length=512, features=(), sample=kernels.argmax_tokens, eos_token=-1,
+        backend="auto",
+    ) -> None:  # fmt: skip
+        self.model, self.scheduler, self.features, self.sample = model, scheduler, features, sample
+        self.eos_token, self.backend = eos_token, backend
         self.cache = PagedCache(model, lanes, pages, length)
         device = self.cache.table.device
         self.lanes = torch.arange(lanes, device=device)
@@ -141,7 +144,7 @@ class Engine:
         packed = scheduler.pack(tree, out=self.buffers.get(rows))
         self.buffers.setdefault(rows, replace(packed, outlook=None, expected=None))
         sampled, kv, self.hidden = self.verify(packed)
-        accepted = echo.verify(packed, sampled)
+        accepted = echo.verify(packed, sampled, backend=self.backend)
         lists = echo.compact(packed, accepted, cache.context, page_table=cache.table, page_size=PAGE, dummy=DUMMY)
         cache.write(lists.target.flatten(), kv[:, :, lists.gather.flatten()])
         cache.context.copy_(lists.context)
@@ -179,12 +182,13 @@ class Engine:
         """The target's pass over a packed step: its token after each row, the rows' keys and values, their features."""
         cache, config, n = self.cache, self.model.config, packed.rows
         q, k = (cache.kv.new_empty(n, heads, cache.kv.shape[-1]) for heads in (config.num_attention_heads, config.num_key_value_heads))
-        plan = kernels.plan_attention(q, cache.kv[0, 0], cache.table, cache.context, k, packed.indptr)  # once for all layers
+        shape = q, cache.kv[0, 0], cache.table, cache.context, k, packed.indptr
+        plan = kernels.plan_attention(*shape, backend=self.backend)  # once for all layers
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             keys, values = cache.kv[layer]
             tree = k, v, packed.request, packed.indptr, packed.mask
-            return kernels.tree_attention(q, keys, values, cache.table, cache.context, *tree, plan=plan)[0]
+            return kernels.tree_attention(q, keys, values, cache.table, cache.context, *tree, plan=plan, backend=self.backend)[0]
 
         states, kv = self.forward(packed.tokens, packed.position(cache.context), attend)
         return self.sample(self.model.lm_head(states)), kv, self.hidden

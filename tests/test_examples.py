@@ -13,7 +13,7 @@ import echo
 transformers = pytest.importorskip("transformers")
 sys.path[:0] = [str(Path(__file__).parents[1] / "examples"), str(Path(__file__).parents[1] / "examples" / "smollm2")]
 
-VOCAB, EOS, NEW = 97, 70, 20
+VOCAB, EOS, NEW = 97, 93, 20
 LENGTHS = (3, 11, 1, 7, 16)
 WORDS = ["<pad>", "<unk>", *(f"w{i}" if i != EOS else "</s>" for i in range(2, VOCAB))]
 
@@ -23,7 +23,7 @@ def llama(seed, layers):
     torch.manual_seed(seed)
     config = transformers.LlamaConfig(
         vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2,
-        bos_token_id=None, eos_token_id=EOS, pad_token_id=0, initializer_range=0.15,
+        head_dim=16, bos_token_id=None, eos_token_id=EOS, pad_token_id=0, initializer_range=0.15,
     )  # fmt: skip
     model = transformers.LlamaForCausalLM(config).eval()
     model.lm_head.weight.data *= 4
@@ -52,7 +52,7 @@ def folders(tmp_path_factory):
 @pytest.fixture(scope="module")
 def texts():
     generator = torch.Generator().manual_seed(1)
-    return [" ".join(WORDS[t] for t in torch.randint(2, EOS, (n,), generator=generator)) for n in LENGTHS]
+    return [" ".join(WORDS[t] for t in torch.randint(2, 60, (n,), generator=generator)) for n in LENGTHS]
 
 
 @pytest.fixture(scope="module")
@@ -163,6 +163,15 @@ def test_the_paged_engine_writes_what_transformers_writes(folders, prompts, expe
     counts = made.stats.read()
     assert counts.emitted + len(prompts) >= sum(map(len, expected))
     assert counts.tokens_per_step > (1.2 if name != "plain" else 0.99)
+
+
+def test_the_paged_engine_runs_on_the_triton_kernels(folders, prompts, expected):
+    """In Triton's interpreter, or compiled where there is a GPU."""
+    pytest.importorskip("triton")
+    made, answers = engine(folders, POLICIES["echo"], lanes=2, pages=16, eos_token=EOS, backend="triton"), [[], []]
+    for request, tokens in made.generate(prompts[:2], 6):
+        answers[request] += tokens
+    assert answers == [answer[:6] for answer in expected[:2]]
 
 
 def test_the_engine_refuses_what_never_fits(folders):
