@@ -8,7 +8,8 @@
 All slots are lanes of every step, so that shapes are fixed; an empty lane costs no row. A step's keys and values stay beside the
 cache until the target has judged: only accepted rows are written into pages, nothing has to be moved, and no page is reserved for drafts.
 
-Not run on a GPU yet: there, capture and replay (`Engine.verify`) are the only lines that differ from what is tested on the CPU.
+Not run on a GPU yet. Tests run it on the CPU with the plain-torch twin and with the Triton kernels in their interpreter; capture and
+replay (`Engine.verify`) are the only lines that they do not reach.
 """
 
 from __future__ import annotations
