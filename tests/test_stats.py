@@ -115,7 +115,7 @@ def test_counters_add_up_over_steps_and_ranks():
 
 
 def step(scheduler, stats, roots, live, tokens, log_probs, target):
-    tree = scheduler.plant(roots, live=live)
+    tree = scheduler.plant(roots, live=live, rows=24)
     for t, q in zip(tokens, log_probs, strict=True):
         tree = scheduler.grow(tree, t, q)
     packed = scheduler.pack(tree)
