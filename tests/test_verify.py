@@ -140,6 +140,15 @@ def test_greedy_decoding_is_lossless_under_every_policy(policy, slots, limit, st
     assert all(5 not in text[:-1] for text in plain) or not stop
 
 
+def test_any_of_several_tokens_ends_an_answer():
+    scheduler, prompts = echo.ElasticBudgetScheduler.eagle(n=4, beam=2, max_depth=2), [torch.tensor([t]) for t in range(12)]
+    whole = answers(scheduler, slots=4, prompts=prompts, limit=12)
+    ends = {whole[0][3], whole[1][5]}
+    cut = [text[: next((i + 1 for i, t in enumerate(text) if t in ends), len(text))] for text in whole]
+    assert cut != whole
+    assert answers(scheduler, slots=4, prompts=prompts, limit=12, eos=sorted(ends)) == cut
+
+
 def test_decode_refills_slots_and_leaves_the_target_with_the_text():
     probabilities = table(20, seed=3)
     target, drafter = TabularTarget(probabilities), TabularDrafter(probabilities, count=2)
