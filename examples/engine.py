@@ -19,7 +19,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -93,7 +93,7 @@ class Engine:
         self.lanes = torch.arange(lanes, device=device)
         self.root, self.left = torch.zeros_like(self.lanes), torch.zeros_like(self.lanes)  # last token, tokens still to emit
         self.history = scheduler.history(lanes, device)
-        self.known = on_host(self.history)  # what the host knows of it: forecasts never wait for the device
+        self.known = self.history.to("cpu")  # what the host knows of it: forecasts never wait for the device
         self.stats = echo.StepStats.empty(device)
         self.buffers, self.graphs = dict[int, echo.PackedTree](), dict[int, tuple]()
         self.hidden = torch.empty(0)
@@ -113,7 +113,7 @@ class Engine:
                     yield running[lane], [self.admit(lane, prompt, max_new_tokens)]
             if not running:
                 raise ValueError(f"prompt {waiting[0]}: {len(prompts[waiting[0]])} tokens and the answer do not fit the cache")
-            said, left, self.known = self.step().tolist(), self.left.tolist(), on_host(self.history)  # where the host waits
+            said, left, self.known = self.step().tolist(), self.left.tolist(), self.history.to("cpu")  # where the host waits
             for lane, request in list(running.items()):
                 yield request, [token for token in said[lane] if token >= 0]
                 if left[lane] == 0:
@@ -216,12 +216,6 @@ def causal(_: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attention of one whole prompt: [N, H, D]."""
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)[0].transpose(0, 1)
-
-
-def on_host(value):
-    """A dataclass of tensors with its tensors on the host."""
-    members = {field.name: getattr(value, field.name) for field in fields(value)}
-    return replace(value, **{name: x.cpu() for name, x in members.items() if isinstance(x, Tensor)})
 
 
 POLICIES = {
