@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 import echo
 from echo.gating import look_up
+from echo.gating.histograms import ROWS, middle_scores
 from echo.gating.reliability import BINS_PER_NAT, ONE, TABLE_BINS
 from test_device_rules import RefuseReads
 
@@ -27,14 +28,23 @@ LOG = rows_of(40_000, 0)
 CALIBRATION = echo.calibrate(LOG)
 
 
-def test_isotonic_regression_equals_scikit_learn_on_the_binned_rows():
+def test_isotonic_regression_equals_scikit_learn_on_the_binned_rows_and_is_close_on_the_raw_ones():
     isotonic = pytest.importorskip("sklearn.isotonic")
     log = rows_of(30_000, 3, depths=1, ranks=1)
-    score = np.log(log.confidence.astype(np.float64))
-    theirs = isotonic.IsotonicRegression().fit(score, log.accepted)
+    rejected, accepted = echo.ConfidenceHistograms.of(log).mass[ROWS, 0].sum(axis=0)
+    filled = np.flatnonzero(rejected + accepted)
+    weight, hits = (rejected + accepted)[filled], accepted[filled]
+    fitted = (
+        isotonic.IsotonicRegression().fit(middle_scores()[filled], hits / weight, sample_weight=weight).predict(middle_scores()[filled])
+    )
+    first = np.flatnonzero(np.diff(fitted, prepend=-1) > 1e-12)
+    blocks = np.add.reduceat(weight, first)
     ours = echo.calibrate(log).depths[0].reliability
+    shrunk = (fitted[first] * blocks + 1) / (blocks + 2)  # Laplace's rule on each block
+    assert np.array(ours)[:, 1] == pytest.approx(np.maximum.accumulate(shrunk), abs=1e-12)
+    raw = isotonic.IsotonicRegression().fit(np.log(log.confidence.astype(np.float64)), log.accepted)
     grid = np.linspace(-3, -0.05, 60)
-    assert np.abs(theirs.predict(grid) - np.interp(grid, *np.array(ours).T)).mean() < 0.01
+    assert np.abs(raw.predict(grid) - np.interp(grid, *np.array(ours).T)).mean() < 0.01
 
 
 def test_tables_by_rank_find_what_the_pooled_one_cannot():
