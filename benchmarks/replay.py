@@ -54,13 +54,14 @@ class Steps:
     tokens: np.ndarray
     rows: np.ndarray
     layers: np.ndarray
+    width: int
 
     def rate(self, cost: echo.CostModel, batch: int) -> float:
         """Throughput over plain decoding."""
         return float(self.tokens.sum() / self.seconds(cost, batch).sum() / (batch / cost(batch)))
 
     def seconds(self, cost: echo.CostModel, batch: int) -> np.ndarray:
-        return cost(self.rows) + cost.draft(self.layers, batch)
+        return cost(self.rows) + cost.draft(self.layers, batch * self.width)
 
     def interval(self, cost: echo.CostModel, batch: int, rng: np.random.Generator) -> tuple[float, float]:
         """95% bootstrap interval of :meth:`rate` over blocks of steps."""
@@ -87,7 +88,7 @@ def run(
     report = replay(trace, scheduler, cost, batch=batch, steps=int(share * STEPS[batch]) + WARM, order=order, observe=observe)
     assert report.misses == 0 or exact_rows, f"{report.misses} nodes without a record: the trace is too narrow for {scheduler}"
     tokens, rows, layers = np.array(seen[WARM:]).T
-    return Steps(tokens, rows, layers)
+    return Steps(tokens, rows, layers, scheduler.rule.width)
 
 
 def calibrate(trace: Trace) -> echo.Calibration:
