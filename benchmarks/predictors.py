@@ -69,7 +69,7 @@ class Pool:
 
 def pool(trace: Trace) -> Pool:
     """The drafts at every position but the last of each text, on the widest beam."""
-    source = _Source(trace)
+    source, following = _Source(trace), torch.from_numpy(trace.following).long()
     scheduler = echo.ElasticBudgetScheduler(GlobalRank(trace.beam), None, 1 << 20, trace.depth)
     at = np.delete(np.arange(trace.positions), trace.indptr[1:] - 1)
     parts = []
@@ -79,7 +79,7 @@ def pool(trace: Trace) -> Pool:
         for _ in range(trace.depth):
             tree = scheduler.grow(tree, *source.draft(tree.frontier))
         forest = tree.forest
-        right = forest.token == source.following[torch.from_numpy(positions)][:, (forest.depth - 1).clamp(min=0)]
+        right = forest.token == following[torch.from_numpy(positions)][:, (forest.depth - 1).clamp(min=0)]
         right &= torch.isfinite(forest.score)
         right[:, 0] = True
         for _ in range(trace.depth):

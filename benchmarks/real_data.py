@@ -182,7 +182,7 @@ def gates_and_rules(trace: Trace, warm: WarmUp, batch: int = 64) -> list[dict[st
 
 
 def ranks(trace: Trace, warm: WarmUp) -> list[dict[str, Any]]:
-    """Served steps, a fixed number of rows a request: maps by depth and rank, and no maps, against maps by depth."""
+    """Maps by depth and rank, and no maps, against maps by depth: accepted drafts at equal rows, and tokens a second under goodput."""
     pairs = tuple(zip(halves(trace), halves(trace)[::-1], strict=True))
     made = [echo.calibrate(warm.of(half)) for half, _ in pairs]
     rules: dict[str, Callable[[echo.Calibration], GlobalRank]] = {
@@ -191,17 +191,19 @@ def ranks(trace: Trace, warm: WarmUp) -> list[dict[str, Any]]:
         "m_d(S) by rank": lambda c: predictors.ByRank(trace.beam, c),
     }
     result: list[dict[str, Any]] = []
-    for rows in (2, 3, 5, 9):
+    for budget, batch in ((2, BATCH), (3, BATCH), (5, BATCH), (9, BATCH), (KNEE, 8), (KNEE, 32), (KNEE, 96)):
+        pooled = isinstance(budget, int)
         found = {}
         for name, rule in rules.items():
-            policies = [echo.ElasticBudgetScheduler(rule(c), None, rows * BATCH, trace.depth) for c in made]
-            one, two = (serve(trace, test, policy, BATCH, 150) for (_, test), policy in zip(pairs, policies, strict=True))
+            policies = [echo.ElasticBudgetScheduler(rule(c), None, budget * batch if pooled else budget, trace.depth) for c in made]
+            one, two = (serve(trace, test, policy, batch, 100) for (_, test), policy in zip(pairs, policies, strict=True))
             both = one + two
-            found[name] = replace(both, tokens=both.tokens - both.steps)  # accepted drafts
-        base = found["m_d(S), as shipped"]
-        result += [
-            {"f": name, "rows": rows, "accepted": served.per("steps")} | against(served, base, "steps") for name, served in found.items()
-        ]
+            found[name] = replace(both, tokens=both.tokens - both.steps) if pooled else both
+        unit, base = "steps" if pooled else "seconds", found["m_d(S), as shipped"]
+        for name, served in found.items():
+            entry = {"f": name, "batch": batch, "rows": budget if pooled else "goodput", f"per_{unit}": served.per(unit)}
+            result.append(entry | against(served, base, unit))
+            print(result[-1])
     return result
 
 
