@@ -123,9 +123,10 @@ def mapped(p: Pool, half: np.ndarray, feature: np.ndarray | None = None, conditi
     whole = wide.dtype.kind == "i"
     bins = wide.clip(max=BINS - 1) if whole else np.searchsorted(np.quantile(wide[use], np.arange(1, BINS) / BINS), wide)
     log = echo.WarmupLog.from_arrays(p.depth[use], np.exp(x[use]), p.accepted[use], rank=bins[use])
-    table = echo.calibrate(echo.ConfidenceHistograms.of(log, ranks=BINS)).reliability_table(by_rank=True)
-    columns = (torch.from_numpy(np.ascontiguousarray(c)) for c in (table, x, p.depth, bins))
-    own = look_up(*columns).numpy() / ONE
+    calibration = echo.calibrate(echo.ConfidenceHistograms.of(log, ranks=BINS))
+    table = torch.from_numpy(calibration.reliability_table(by_rank=feature is not None))
+    score, depth, rank = (torch.from_numpy(np.ascontiguousarray(c)) for c in (x, p.depth, bins))
+    own = look_up(table, score, depth, None if feature is None else rank).numpy() / ONE
     return along(p, own, np.multiply if conditional else np.minimum)
 
 

@@ -40,8 +40,9 @@ def test_isotonic_regression_equals_scikit_learn_on_the_binned_rows_and_is_close
     first = np.flatnonzero(np.diff(fitted, prepend=-1) > 1e-12)
     blocks = np.add.reduceat(weight, first)
     ours = echo.calibrate(log).depths[0].reliability
-    shrunk = (fitted[first] * blocks + 1) / (blocks + 2)  # Laplace's rule on each block
-    assert np.array(ours)[:, 1] == pytest.approx(np.maximum.accumulate(shrunk), abs=1e-12)
+    centre = np.add.reduceat(weight * middle_scores()[filled], first) / blocks
+    shrunk = (fitted[first] * blocks + 2 * np.exp(centre)) / (blocks + 2)
+    assert np.array(ours)[:, 1] == pytest.approx(np.maximum.accumulate(shrunk), abs=2e-4)  # the prior is tabulated
     raw = isotonic.IsotonicRegression().fit(np.log(log.confidence.astype(np.float64)), log.accepted)
     grid = np.linspace(-3, -0.05, 60)
     assert np.abs(raw.predict(grid) - np.interp(grid, *np.array(ours).T)).mean() < 0.01
@@ -69,6 +70,16 @@ def test_a_rank_with_few_rows_stays_near_the_pooled_map():
     pooled = d.reliability[0][1]
     assert pooled == pytest.approx(0.3, abs=0.03)
     assert d.by_rank[1][0][1] == pytest.approx((5 + 20 * pooled) / 25, rel=1e-9)
+
+
+def test_without_evidence_the_draft_is_taken_at_its_word():
+    """Depth 2 has no rows, depth 3 has three."""
+    rows = rows_of(500, 0, depths=1, ranks=1)
+    few = echo.WarmupLog.from_arrays([3] * 3, [0.4, 0.5, 0.6], [1, 1, 1])
+    table = echo.calibrate(echo.WarmupLog.concat([rows, few])).reliability_table() / ONE
+    for c in (0.9, 0.5, 0.05, 0.001):
+        assert table[2][int(-np.log(c) * BINS_PER_NAT)] == pytest.approx(c, rel=0.05)
+    assert table[3][int(-np.log(0.5) * BINS_PER_NAT)] == pytest.approx((3 + 2 * 0.5) / 5, abs=0.05)
 
 
 def test_calibration_removes_the_error_on_held_out_rows():

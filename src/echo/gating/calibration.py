@@ -298,7 +298,7 @@ def _measure(mass: NDArray[np.int64], depth: int, min_auc: float, min_rows: int)
         stopped_accepted=float(below[1]),
         effective=float(path[WEIGHT].sum() / UNIT) ** 2 / (square / UNIT) if square else 0.0,
         profile=_profile(path[WEIGHT]),
-        by_rank=tuple(reliability.fit(mass[:, rank], knots) for rank in range(mass.shape[1])),
+        by_rank=tuple(reliability.fit(mass[:, rank], knots, reliability.POOLED_ROWS) for rank in range(mass.shape[1])),
     )
 
 
