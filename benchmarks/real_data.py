@@ -11,6 +11,7 @@ way round. Intervals are of 95%, from a bootstrap over texts. Writes benchmarks/
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import time
 from collections import Counter
@@ -153,22 +154,24 @@ def make_gate(warm: WarmUp, half: np.ndarray, rule: str, count: int, batch: int,
     return echo.SparseGate({d: youden.depths[d - 1].threshold for d in depths})
 
 
+def served_behind(trace: Trace, gates: list[echo.SparseGate | None], pooled: bool, batch: int = 64) -> Served:
+    """Both halves served behind the other's gate, a layer one row wide: a fixed pool of 3 rows a request, or each row charged."""
+    rule, rows = echo.TwoLevel(1, 8 if pooled else 0), (3 if pooled else 1 + trace.depth) * batch
+    policies = [echo.ElasticBudgetScheduler(rule, gate, rows, trace.depth) for gate in gates]
+    one, two = (
+        serve(trace, test, policy, batch, 80, real_rows=not pooled) for test, policy in zip(halves(trace)[::-1], policies, strict=True)
+    )
+    return one + two
+
+
 def gates_and_rules(trace: Trace, warm: WarmUp, batch: int = 64) -> list[dict[str, Any]]:
     """What each threshold rule and the number of gates is worth, against no gate, where rows are a fixed pool and where each costs."""
-    pairs = tuple(zip(halves(trace), halves(trace)[::-1], strict=True))
-
-    def both(gates: list[echo.SparseGate | None], pooled: bool) -> Served:
-        rule, rows = echo.TwoLevel(1, 8 if pooled else 0), (3 if pooled else 1 + trace.depth) * batch
-        policies = [echo.ElasticBudgetScheduler(rule, gate, rows, trace.depth) for gate in gates]
-        one, two = (serve(trace, test, p, batch, 80, real_rows=not pooled) for (_, test), p in zip(pairs, policies, strict=True))
-        return one + two
-
-    base = {pooled: both([None, None], pooled) for pooled in (True, False)}
+    base = {pooled: served_behind(trace, [None, None], pooled) for pooled in (True, False)}
     plain = batch / float(KNEE(batch))
     result: list[dict[str, Any]] = []
     for rule, count in [("none", 0)] + [(rule, n) for rule in ("youden", "goodput") for n in (1, 2, 3, 4, trace.depth)]:
-        gates = [make_gate(warm, half, rule, count, batch, trace.depth) if count else None for half, _ in pairs]
-        pool, costly = both(gates, True), both(gates, False)
+        gates = [make_gate(warm, half, rule, count, batch, trace.depth) if count else None for half in halves(trace)]
+        pool, costly = served_behind(trace, gates, True), served_behind(trace, gates, False)
         entry = {
             "rule": rule,
             "gates": count,
@@ -178,6 +181,20 @@ def gates_and_rules(trace: Trace, warm: WarmUp, batch: int = 64) -> list[dict[st
         }
         result.append(entry)
         print(entry)
+    return result
+
+
+def inner_pairs(trace: Trace, warm: WarmUp, batch: int = 64) -> list[dict[str, Any]]:
+    """Youden gates at the first and the last depth and at each pair between."""
+    made = [echo.calibrate(warm.of(half)) for half in halves(trace)]
+    plain, result = batch / float(KNEE(batch)), []
+    for pair in itertools.combinations(range(2, trace.depth), 2):
+        gates: list[echo.SparseGate | None] = [
+            echo.SparseGate({d: c.depths[d - 1].threshold for d in (1, *pair, trace.depth)}) for c in made
+        ]
+        pool, costly = served_behind(trace, gates, True), served_behind(trace, gates, False)
+        result.append({"pair": pair, "tokens_a_step": pool.per("steps"), "over_plain": costly.per("seconds") / plain})
+        print(result[-1])
     return result
 
 
@@ -225,6 +242,7 @@ def main() -> None:
         "worth_of_size": lambda: worth_of_size(trace, warm),
         "transfer": lambda: transfer(trace, warm),
         "gates_and_rules": lambda: gates_and_rules(trace, warm),
+        "inner_pairs": lambda: inner_pairs(trace, warm),
         "ranks_served": lambda: ranks(trace, warm),
         "predictors": lambda: predictors.judge(pool, (half, ~half)),
     }.items():
