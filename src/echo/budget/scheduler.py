@@ -20,7 +20,7 @@ from echo.gating.calibration import Calibration
 from echo.gating.gates import Gate, SparseGate
 from echo.tree.build import children
 from echo.tree.packed import WORD, PackedTree, into, pack
-from echo.tree.supertree import Frontier, Layer, Status, SuperTree, check_size, path_score
+from echo.tree.supertree import DEAD_SCORE, Frontier, Layer, Status, SuperTree, check_size, path_score
 
 
 @dataclass(frozen=True)
@@ -123,14 +123,8 @@ class ElasticBudgetScheduler:
     def curve(self, history: History, slots: Tensor, base_rows: int = 0) -> NDArray[np.float32]:
         """What drafting would bring this rank, for :meth:`agree`: data-parallel ranks that share layers must run one shape.
 
-        Args:
-            history, slots, base_rows: as in :meth:`forecast`. An idle rank takes part with ``slots`` of length 0.
-
-        Returns:
-            float32 [n], at most 1 kB, the same n on every rank.
-
-        Raises:
-            EchoError: an argument of the wrong kind, or a budget that is no cost model.
+        Takes what :meth:`forecast` takes, and a cost model as budget; an idle rank takes part with ``slots`` of length 0. Returns
+        float32 [n], at most 1 kB, the same n on every rank.
         """
         checks.tensor("slots", slots, ["B"], torch.int64)
         return self._goodput.curve(history, slots, checks.integer("base_rows", base_rows, 0))
@@ -139,13 +133,7 @@ class ElasticBudgetScheduler:
         """The depth that all ranks draft, and the rows that this one adds to its prefill so that all launch the same number.
 
         Chosen is what is best for all together: the sum of their tokens over the seconds of a step that is as wide for each.
-
-        Args:
-            curves: float32 [ranks, n], every rank's :meth:`curve`, gathered.
-            rank: this one.
-
-        Raises:
-            EchoError: curves of another scheduler, or a rank that is not among them.
+        ``curves`` float32 [ranks, n] are every rank's :meth:`curve`, gathered; curves of another scheduler are an EchoError.
         """
         return self._goodput.agree(curves, rank)
 
@@ -220,9 +208,11 @@ class ElasticBudgetScheduler:
             frontier=Frontier(root, zero, zero, score, drafts[:, None], 0),
             status=torch.where(drafts, int(Status.ACTIVE), idle).to(torch.int8),
             row_limit=room * alive,
+            held=alive.long(),
             left=left,
             invalid=torch.zeros(batch, dtype=torch.int32, device=device),
             rows=limit,
+            most=self.max_tree_rows,
             reserve=reserve,
         )
         if first_layer is None:
@@ -265,8 +255,8 @@ class ElasticBudgetScheduler:
             tree.status == int(Status.ACTIVE),
             tree.weight,
         )
-        room = tree.row_limit - _bought(tree)
-        some = torch.isfinite(layer.log_confidence) & (room > 0)
+        room = tree.row_limit - tree.held
+        some = (layer.log_confidence > DEAD_SCORE) & (room > 0)
         verdict = None if self.gate is None else self.gate(layer)
         passed = layer.drafted & some if verdict is None else layer.drafted & some & verdict
         bought, left, reserve = self._buy(tree, layer, passed, room)
@@ -275,10 +265,9 @@ class ElasticBudgetScheduler:
         index, active = self.rule.frontier(layer)
         on = passed if bought is None else passed & bought.any(dim=1)
         stop = Status.FINISHED if depth == self.max_depth else Status.ACTIVE
-        after = torch.where(
-            on, int(stop), torch.where(passed, int(Status.STARVED), torch.where(some, int(Status.TRUNCATED), int(Status.EXHAUSTED)))
-        )
-        status = torch.where(layer.drafted, after.to(torch.int8), tree.status)
+        after = torch.full_like(tree.status, int(Status.EXHAUSTED)).masked_fill_(some, int(Status.TRUNCATED))
+        after = after.masked_fill_(passed, int(Status.STARVED)).masked_fill_(on, int(stop))
+        status = torch.where(layer.drafted, after, tree.status)
         return SuperTree(
             layers=(*tree.layers, layer),
             frontier=Frontier(
@@ -291,9 +280,11 @@ class ElasticBudgetScheduler:
             ),
             status=status,
             row_limit=tree.row_limit,
+            held=tree.held if bought is None else tree.held + bought.sum(dim=1),
             left=left,
             invalid=tree.invalid + faulty.flatten(1).sum(dim=1, dtype=torch.int32),
             rows=tree.rows,
+            most=tree.most,
             reserve=reserve,
         )
 
@@ -361,14 +352,14 @@ class ElasticBudgetScheduler:
 
     def select(self, tree: SuperTree) -> Tensor:
         """The bare decision: bool [B, T] over ``tree.forest``, roots, bought rows and dealt rows."""
-        room = tree.row_limit.clamp(max=self.max_tree_rows) - _bought(tree)
+        room = tree.row_limit.clamp(max=self.max_tree_rows) - tree.held
         if tree.reserve is None:
-            return tree.forest.bought | self.rule.deal(tree, room, tree.left, tree.rows)
+            return tree.bought | self.rule.deal(tree, room, tree.left, tree.rows)
         aside = tree.reserve.sum()
         own = self.rule.deal(tree, torch.minimum(room, tree.reserve), aside, tree.rows)
         spent = own.sum(dim=1)
         rest = replace(tree.with_bought(own), reserve=None)
-        return rest.forest.bought | self.rule.deal(rest, room - spent, tree.left + aside - spent.sum(), tree.rows)
+        return rest.bought | self.rule.deal(rest, room - spent, tree.left + aside - spent.sum(), tree.rows)
 
     def pack(
         self,
@@ -407,8 +398,3 @@ class ElasticBudgetScheduler:
         if self.budget is not None:
             return self.budget
         return self.rule.rows(batch) or batch
-
-
-def _bought(tree: SuperTree) -> Tensor:
-    """int64 [B]: rows bought so far, root included."""
-    return torch.stack([layer.bought.sum(dim=1) for layer in tree.layers]).sum(dim=0)
