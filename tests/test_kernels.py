@@ -201,7 +201,7 @@ def test_the_work_list_covers_every_tile_and_block_once(seed, splits):
     bound = launch.most_tiles(int(rows.sum()), batch, group, tile)
     assert bound >= int(tiles.sum())
     items, slots = (bound + target, 2 * target) if splits == 0 else (bound * splits, bound * splits)
-    work = torch.full((items, 5), 1 << 30, dtype=torch.int32, device=DEVICE)
+    work = torch.full((items, attention_kernels.FIELDS.value), 1 << 30, dtype=torch.int32, device=DEVICE)
     spans = torch.full((batch + 1, 2), 1 << 30, dtype=torch.int32, device=DEVICE)
     attention_kernels.plan[(batch + 1,)](
         indptr, context.int().to(DEVICE), work, spans, batch, 1 << 20, items, target, splits,
@@ -209,12 +209,13 @@ def test_the_work_list_covers_every_tile_and_block_once(seed, splits):
     )  # fmt: skip
     real = work[work[:, 0] >= 0].tolist()
     assert (work[len(real) :, 0] == -1).all()
-    covered = sorted((b, t, block) for b, t, low, high, _ in real for block in range(low, high))
+    covered = sorted((b, t, block) for b, t, low, high, *_ in real for block in range(low, high))
     assert covered == [(b, t, block) for b in range(batch) for t in range(int(tiles[b])) for block in range(int(blocks[b]))]
-    taken = [slot for *_, slot in real if slot >= 0]
+    taken = [item[4] for item in real if item[4] >= 0]
     assert taken == list(range(len(taken))) and len(taken) <= slots
-    for b, t, low, high, slot in real:
+    for b, t, low, high, slot, *facts in real:
         first, pieces = spans[b].tolist()
+        assert facts == [int(indptr[b]), int(rows[b]), int(context[b])]
         assert (slot >= 0) == (pieces > 1)
         assert high > low
         if splits:
