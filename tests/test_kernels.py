@@ -79,11 +79,31 @@ def test_attention_equals_the_twin(dtype, rows, contexts, shape):
         {"splits": 1},
         {"splits": 7},
         {"splits": 3, "window": 20, "softcap": 2.0},
+        {"splits": 40},
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_features_equal_the_twin(dtype, options):
     compare(trees.attention([5, 1, 18], [0, 50, 37], **(SHAPE | {"dtype": dtype}), device=DEVICE), **options)
+
+
+@pytest.mark.parametrize("cache", [None, torch.float8_e4m3fn])
+@pytest.mark.parametrize("rows", [[5, 0, 33], [70]])
+def test_tiles_of_hopper_compute_the_same(rows, cache, monkeypatch):
+    """Its tall tiles take 64 keys a step: two mask words, half a page or several."""
+    monkeypatch.setattr(launch, "generation", lambda device: launch.HOPPER)
+    contexts = [150, 4, 63][: len(rows)]
+    args = trees.attention(rows, contexts, **(SHAPE | {"dtype": torch.float16, "heads": 4, "page": 32}), cache=cache, device=DEVICE)
+    compare(args)
+    compare(args | {"page_table": args["page_table"].repeat(1, 2)}, window=40, splits=2)
+
+
+@pytest.mark.parametrize("size", [1.0, 1e6])
+def test_eight_bit_keys_meet_bfloat16_queries_of_any_size(size):
+    args = trees.attention([3, 9], [35, 20], **(SHAPE | {"dtype": torch.bfloat16, "heads": 4, "kv_heads": 2}), cache=torch.float8_e4m3fn)
+    args = {name: value.to(DEVICE) for name, value in args.items()}
+    args["q"][1] = 0
+    compare(args | {"q": args["q"] * size}, scale=0.1 / size)
 
 
 @pytest.mark.parametrize("cache", [torch.float8_e4m3fn, torch.float8_e5m2])

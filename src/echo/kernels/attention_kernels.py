@@ -114,6 +114,18 @@ def _online(score, v, acc, top, mass, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def _narrow(q):
+    """Queries as float16 of at most 1, and each row's factor as a column.
+
+    An 8-bit key turns into float16 in half an instruction, exactly, and into bfloat16 in about four; bfloat16 alone might not fit.
+    """
+    wide = q.to(tl.float32)
+    largest = tl.max(tl.abs(wide), 1)[:, None]
+    unit = tl.where(largest > 0, largest, 1.0)
+    return (wide / unit).to(tl.float16), unit
+
+
+@triton.jit
 def _page(pages, start, key, length, KEYS: tl.constexpr, PAGE: tl.constexpr):
     """Number of the page that a block of context lies in; one a key where blocks do not lie within pages."""
     if PAGE % KEYS == 0:
@@ -137,7 +149,7 @@ def _slots(cache, page, start, key, by_page, by_slot, KEYS: tl.constexpr, PAGE: 
 def _context(
     q, acc, top, mass, key_cache, value_cache, pages, low, high, length, since, factor, cap, k_page, k_slot, v_page, v_slot,
     DIM: tl.constexpr, WIDTH: tl.constexpr, KEYS: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr,
-    DOT: tl.constexpr, PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Blocks ``low`` to ``high`` of the context, one KV head.
 
@@ -155,13 +167,13 @@ def _context(
         shown = seen[:, None] & inner if DIM < WIDTH else seen[:, None]
         k_at = _slots(key_cache, page, start, key, k_page, k_slot, KEYS, PAGE) + d[None, :]
         v_at = _slots(value_cache, page, start, key, v_page, v_slot, KEYS, PAGE) + d[None, :]
-        k = tl.load(k_at, mask=shown, other=0.0).to(DOT)
+        k = tl.load(k_at, mask=shown, other=0.0).to(q.dtype)
         score = _scores(q, k, factor, cap, CAPPED, PRECISION)
         visible = seen[None, :]
         if WINDOW > 0:
             visible = visible & (position[None, :] > length + since[:, None])
         score = tl.where(visible, score, float("-inf"))
-        v = tl.load(v_at, mask=shown, other=0.0).to(DOT)
+        v = tl.load(v_at, mask=shown, other=0.0).to(q.dtype)
         acc, top, mass = _online(score, v, acc, top, mass, PRECISION)
         page = ahead
     return acc, top, mass
@@ -171,7 +183,7 @@ def _context(
 def _tree(
     q, acc, top, mass, tree_key, tree_value, bits_of, depth, low, high, rows, real, since, factor, cap, tk_row, tv_row, words,
     DIM: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr,
-    DOT: tl.constexpr, PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Blocks ``low`` to ``high`` of a request's own rows, one KV head; ``bits_of`` points to the mask words of each row of the tile."""
     key, d = tl.arange(0, KEYS), tl.arange(0, WIDTH)
@@ -180,7 +192,7 @@ def _tree(
         start = block * KEYS
         seen = start + key < rows
         shown = seen[:, None] & inner if DIM < WIDTH else seen[:, None]
-        k = tl.load(tree_key + start * tk_row + (key * tk_row)[:, None] + d[None, :], mask=shown, other=0.0).to(DOT)
+        k = tl.load(tree_key + start * tk_row + (key * tk_row)[:, None] + d[None, :], mask=shown, other=0.0).to(q.dtype)
         score = _scores(q, k, factor, cap, CAPPED, PRECISION)
         bits = tl.zeros([ROWS, KEYS], tl.int32)
         for part in tl.static_range((KEYS + 31) // 32):
@@ -191,7 +203,7 @@ def _tree(
         if WINDOW > 0:
             visible = visible & (tl.load(depth + start + key, mask=seen, other=0)[None, :] > since[:, None])
         score = tl.where(visible, score, float("-inf"))
-        v = tl.load(tree_value + start * tv_row + (key * tv_row)[:, None] + d[None, :], mask=shown, other=0.0).to(DOT)
+        v = tl.load(tree_value + start * tv_row + (key * tv_row)[:, None] + d[None, :], mask=shown, other=0.0).to(q.dtype)
         acc, top, mass = _online(score, v, acc, top, mass, PRECISION)
     return acc, top, mass
 
@@ -201,13 +213,13 @@ def attend(
     q, key_cache, value_cache, table, tree_key, tree_value, mask, depth, key_scale, value_scale,
     work, out, lse, partial, partial_lse, scale, cap,
     q_row, q_head, k_page, k_slot, k_head, v_page, v_slot, v_head, table_row, tk_row, tk_head, tv_row, tv_head, words,
-    GROUP: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, PAGE: tl.constexpr,
-    PREFIX: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr, KEY_SCALED: tl.constexpr, VALUE_SCALED: tl.constexpr,
-    DOT: tl.constexpr, PRECISION: tl.constexpr,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    PAGE: tl.constexpr, PREFIX: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr, KEY_SCALED: tl.constexpr,
+    VALUE_SCALED: tl.constexpr, NARROW: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One work item for one KV head."""
-    head, heads = tl.program_id(1), tl.num_programs(1)
-    item = work + tl.program_id(0) * FIELDS
+    """One work item for one KV head. Heads side by side: together they read whole cache slots, at about the same time."""
+    head = tl.program_id(0) % HEADS
+    item = work + (tl.program_id(0) // HEADS) * FIELDS
     b, tile, low, high = tl.load(item), tl.load(item + 1), tl.load(item + 2), tl.load(item + 3)
     slot, begin, rows, length = tl.load(item + 4), tl.load(item + 5), tl.load(item + 6), tl.load(item + 7)
     if b >= 0:
@@ -228,11 +240,12 @@ def attend(
         since = tl.load(depth + row, mask=real, other=0) - WINDOW if WINDOW > 0 else local
         factor, cap = scale * LOG2E, cap * LOG2E
         if PREFIX:
+            narrowed, unit = _narrow(queries) if NARROW else (queries, 1.0)
             acc, top, mass = _context(
-                queries, acc, top, mass, key_cache + head.to(tl.int64) * k_head, value_cache + head.to(tl.int64) * v_head,
+                narrowed, acc, top, mass, key_cache + head.to(tl.int64) * k_head, value_cache + head.to(tl.int64) * v_head,
                 table + b.to(tl.int64) * table_row, first + low, first + tl.minimum(high, prefix), length, since,
-                factor * tl.load(key_scale + head) if KEY_SCALED else factor, cap, k_page, k_slot, v_page, v_slot,
-                DIM, WIDTH, KEYS, PAGE, WINDOW, CAPPED, DOT, PRECISION,
+                factor * unit * tl.load(key_scale + head) if KEY_SCALED else factor * unit, cap, k_page, k_slot, v_page, v_slot,
+                DIM, WIDTH, KEYS, PAGE, WINDOW, CAPPED, PRECISION,
             )  # fmt: skip
             if VALUE_SCALED:
                 acc = acc * tl.load(value_scale + head)
@@ -240,16 +253,16 @@ def attend(
             queries, acc, top, mass, tree_key + begin.to(tl.int64) * tk_row + head * tk_head,
             tree_value + begin.to(tl.int64) * tv_row + head * tv_head, mask + row * words, depth + begin,
             tl.maximum(low - prefix, 0), high - prefix, rows, real, since, factor, cap, tk_row, tv_row, words,
-            DIM, WIDTH, ROWS, KEYS, WINDOW, CAPPED, DOT, PRECISION,
+            DIM, WIDTH, ROWS, KEYS, WINDOW, CAPPED, PRECISION,
         )  # fmt: skip
         acc = acc / tl.where(mass == 0, 1.0, mass)[:, None]
         total = (top + tl.log2(tl.where(mass == 0, 1.0, mass))) * LN2
         if slot < 0:
-            to = row * (heads * GROUP) + head * GROUP + member
+            to = row * (HEADS * GROUP) + head * GROUP + member
             tl.store(out + to[:, None] * DIM + d[None, :], acc.to(out.dtype.element_ty), mask=real[:, None] & inner[None, :])
             tl.store(lse + to, total, mask=real)
         else:
-            to = (slot.to(tl.int64) * heads + head) * ROWS + tl.arange(0, ROWS)
+            to = (slot.to(tl.int64) * HEADS + head) * ROWS + tl.arange(0, ROWS)
             tl.store(partial + to[:, None] * DIM + d[None, :], acc, mask=real[:, None] & inner[None, :])
             tl.store(partial_lse + to, total, mask=real)
 
@@ -258,7 +271,8 @@ def attend(
 def merge(
     q, tree_key, tree_value, request, indptr, spans, out, lse, partial, partial_lse, scale, cap, batch,
     q_row, q_head, tk_row, tk_head, tv_row, tv_head,
-    GROUP: tl.constexpr, MEMBERS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, CAPPED: tl.constexpr,
+    GROUP: tl.constexpr, MEMBERS: tl.constexpr, PARTS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
+    CAPPED: tl.constexpr,
 ):  # fmt: skip
     """One row and one KV head: joins the pieces in their order, and answers pad rows, which see themselves only."""
     n, head, heads = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
@@ -273,8 +287,7 @@ def merge(
         v = tl.load(tree_value + n * tv_row + head * tv_head + d, mask=d < DIM, other=0.0).to(tl.float32)
         score = tl.sum(queries.to(tl.float32) * k[None, :], 1) * scale
         if CAPPED:
-            decay = tl.exp2(tl.abs(score) * (-2 * LOG2E) / cap)
-            score = tl.where(score < 0, -cap, cap) * (1 - decay) / (1 + decay)
+            score = _capped(score, cap)
         own = (v[None, :] + tl.zeros([MEMBERS, WIDTH], tl.float32)).to(out.dtype.element_ty)
         tl.store(out + to[:, None] * DIM + d[None, :], own, mask=inner)
         tl.store(lse + to, score, mask=member < GROUP)
@@ -288,17 +301,18 @@ def merge(
             acc = tl.zeros([MEMBERS, WIDTH], tl.float32)
             top = tl.full([MEMBERS], float("-inf"), tl.float32)
             mass = tl.zeros([MEMBERS], tl.float32)
-            for _ in range(pieces):
-                at = (item * heads + head) * ROWS + fold % ROWS
-                part = tl.load(partial_lse + at, mask=member < GROUP, other=float("-inf"))
-                value = tl.load(partial + at[:, None] * DIM + d[None, :], mask=inner, other=0.0)
-                new = tl.maximum(top, part)
+            for first in range(0, pieces, PARTS):  # so many at once: a round is one trip to memory
+                part = first + tl.arange(0, PARTS)
+                there = (part < pieces)[:, None] & (member < GROUP)[None, :]
+                at = ((item[None, :] + (part * tiles)[:, None]) * heads + head) * ROWS + (fold % ROWS)[None, :]
+                lses = tl.load(partial_lse + at, mask=there, other=float("-inf"))
+                values = tl.load(partial + at[:, :, None] * DIM + d[None, None, :], mask=there[:, :, None] & inner[None, :, :], other=0.0)
+                new = tl.maximum(top, tl.max(lses, 0))
                 base = tl.where(new == float("-inf"), 0.0, new)
-                weight, decay = tl.exp2((part - base) * LOG2E), tl.exp2((top - base) * LOG2E)
-                acc = acc * decay[:, None] + value * weight[:, None]
-                mass = mass * decay + weight
+                weight, decay = tl.exp2((lses - base[None, :]) * LOG2E), tl.exp2((top - base) * LOG2E)
+                acc = acc * decay[:, None] + tl.sum(values * weight[:, :, None], 0)
+                mass = mass * decay + tl.sum(weight, 0)
                 top = new
-                item += tiles
             acc = acc / tl.where(mass == 0, 1.0, mass)[:, None]
             tl.store(out + to[:, None] * DIM + d[None, :], acc.to(out.dtype.element_ty), mask=inner)
             tl.store(lse + to, top + tl.log2(tl.where(mass == 0, 1.0, mass)) * LN2, mask=member < GROUP)

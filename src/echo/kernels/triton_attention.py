@@ -30,9 +30,9 @@ class Sizes(NamedTuple):
 
 def _sizes(s: Shapes, device: torch.device, splits: int | None) -> Sizes:
     mean = s.rows / max(s.batch, 1) if splits is None else launch.FIXED_ROWS
-    tile = launch.tile(s.group, s.dim, s.itemsize, mean)
+    tile = launch.tile(s.group, s.dim, s.itemsize, s.cached, mean, launch.generation(device))
     tiles = launch.most_tiles(s.rows, s.batch, s.group, tile.rows)
-    target = launch.target_items(device, s.kv_heads)
+    target = launch.target_items(device, s.kv_heads, tile)
     return Sizes(tile, target, tiles + target, 2 * target) if splits is None else Sizes(tile, target, tiles * splits, tiles * splits)
 
 
@@ -137,22 +137,24 @@ def tree_attention(
     depth = indptr if depth is None else depth.contiguous()
     cap = 1.0 if softcap is None else float(softcap)
     factor = s.dim**-0.5 if scale is None else float(scale)
+    narrow = q.dtype == torch.bfloat16 and keys.element_size() == 1 and values.element_size() == 1
     shape = {
         "GROUP": s.group, "ROWS": tile.rows, "DIM": s.dim, "WIDTH": launch.power_of_two(s.dim), "CAPPED": softcap is not None,
     }  # fmt: skip
-    jit.attend[(sizes.items, s.kv_heads)](
+    jit.attend[(sizes.items * s.kv_heads,)](
         q, keys, values, table, tree_key, tree_value, mask, depth,
         lse if key_scale is None else key_scale.contiguous(), lse if value_scale is None else value_scale.contiguous(),
         work, out, lse, partial, partial_lse, factor, cap,
         q.stride(0), q.stride(1), *keys.stride()[:3], *values.stride()[:3], table.stride(0),
         tree_key.stride(0), tree_key.stride(1), tree_value.stride(0), tree_value.stride(1), mask.shape[1],
-        **shape, KEYS=tile.keys, PAGE=page, PREFIX=whole, WINDOW=window or 0, KEY_SCALED=key_scale is not None,
-        VALUE_SCALED=value_scale is not None, DOT=_dot_type(q.dtype), PRECISION="ieee", num_warps=tile.warps, num_stages=tile.stages,
+        **shape, HEADS=s.kv_heads, KEYS=tile.keys, PAGE=page, PREFIX=whole, WINDOW=window or 0, KEY_SCALED=key_scale is not None,
+        VALUE_SCALED=value_scale is not None, NARROW=narrow, DOT=_dot_type(q.dtype), PRECISION="ieee", num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
+    members = launch.power_of_two(s.group)
     jit.merge[(s.rows, s.kv_heads)](
         q, tree_key, tree_value, request, indptr, spans, out, lse, partial, partial_lse, factor, cap, s.batch,
         q.stride(0), q.stride(1), tree_key.stride(0), tree_key.stride(1), tree_value.stride(0), tree_value.stride(1),
-        **shape, MEMBERS=launch.power_of_two(s.group), num_warps=4,
+        **shape, MEMBERS=members, PARTS=max(1, launch.MERGED // (members * launch.power_of_two(s.dim))), num_warps=4,
     )  # fmt: skip
     return out, lse
 
