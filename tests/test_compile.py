@@ -41,7 +41,8 @@ def test_another_batch_compiles_nothing_anew():
     code = (
         "import compile_kernels as ck, torch\n"
         "def launches(batch, rows):\n"
-        "    found = ck.attention(ck.Case(128, torch.bfloat16, 4, rows, batch=batch), 90) | {k: r for k, _, r in ck.others(batch, 128256)}\n"
+        "    found = ck.attention(ck.Case(128, torch.bfloat16, 4, rows, batch=batch), 90)\n"
+        "    found |= {k: r for k, _, r in ck.others(batch, 128256)}\n"
         "    sources = {name: ck.source(recorder)[0] for name, recorder in found.items()}\n"
         "    return {name: (s.signature, s.constants, s.attrs) for name, s in sources.items()}\n"
         "first = launches(8, 16)\n"

@@ -96,20 +96,20 @@ def _capped(score, cap):
 
 
 @triton.jit
-def _scores(q, k, factor, cap, CAPPED: tl.constexpr, PRECISION: tl.constexpr):
+def _scores(q, k, factor, cap, CAPPED: tl.constexpr):
     """Scores in base 2, float32; so are ``factor`` and ``cap``."""
-    score = tl.dot(q, tl.trans(k), input_precision=PRECISION) * factor
+    score = tl.dot(q, tl.trans(k), input_precision="ieee") * factor
     return _capped(score, cap) if CAPPED else score
 
 
 @triton.jit
-def _online(score, v, acc, top, mass, PRECISION: tl.constexpr):
+def _online(score, v, acc, top, mass):
     """One step of the online softmax."""
     new = tl.maximum(top, tl.max(score, 1))
     base = tl.where(new == float("-inf"), 0.0, new)
     p = tl.exp2(score - base[:, None])
     decay = tl.exp2(top - base)
-    acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision=PRECISION)
+    acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
     return acc, new, mass * decay + tl.sum(p, 1)
 
 
@@ -149,7 +149,6 @@ def _slots(cache, page, start, key, by_page, by_slot, KEYS: tl.constexpr, PAGE: 
 def _context(
     q, acc, top, mass, key_cache, value_cache, pages, low, high, length, since, factor, cap, k_page, k_slot, v_page, v_slot,
     DIM: tl.constexpr, WIDTH: tl.constexpr, KEYS: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Blocks ``low`` to ``high`` of the context, one KV head.
 
@@ -168,13 +167,13 @@ def _context(
         k_at = _slots(key_cache, page, start, key, k_page, k_slot, KEYS, PAGE) + d[None, :]
         v_at = _slots(value_cache, page, start, key, v_page, v_slot, KEYS, PAGE) + d[None, :]
         k = tl.load(k_at, mask=shown, other=0.0).to(q.dtype)
-        score = _scores(q, k, factor, cap, CAPPED, PRECISION)
+        score = _scores(q, k, factor, cap, CAPPED)
         visible = seen[None, :]
         if WINDOW > 0:
             visible = visible & (position[None, :] > length + since[:, None])
         score = tl.where(visible, score, float("-inf"))
         v = tl.load(v_at, mask=shown, other=0.0).to(q.dtype)
-        acc, top, mass = _online(score, v, acc, top, mass, PRECISION)
+        acc, top, mass = _online(score, v, acc, top, mass)
         page = ahead
     return acc, top, mass
 
@@ -183,7 +182,6 @@ def _context(
 def _tree(
     q, acc, top, mass, tree_key, tree_value, bits_of, depth, low, high, rows, real, since, factor, cap, tk_row, tv_row, words,
     DIM: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Blocks ``low`` to ``high`` of a request's own rows, one KV head; ``bits_of`` points to the mask words of each row of the tile."""
     key, d = tl.arange(0, KEYS), tl.arange(0, WIDTH)
@@ -193,7 +191,7 @@ def _tree(
         seen = start + key < rows
         shown = seen[:, None] & inner if DIM < WIDTH else seen[:, None]
         k = tl.load(tree_key + start * tk_row + (key * tk_row)[:, None] + d[None, :], mask=shown, other=0.0).to(q.dtype)
-        score = _scores(q, k, factor, cap, CAPPED, PRECISION)
+        score = _scores(q, k, factor, cap, CAPPED)
         bits = tl.zeros([ROWS, KEYS], tl.int32)
         for part in tl.static_range((KEYS + 31) // 32):
             word = start // 32 + part
@@ -204,7 +202,7 @@ def _tree(
             visible = visible & (tl.load(depth + start + key, mask=seen, other=0)[None, :] > since[:, None])
         score = tl.where(visible, score, float("-inf"))
         v = tl.load(tree_value + start * tv_row + (key * tv_row)[:, None] + d[None, :], mask=shown, other=0.0).to(q.dtype)
-        acc, top, mass = _online(score, v, acc, top, mass, PRECISION)
+        acc, top, mass = _online(score, v, acc, top, mass)
     return acc, top, mass
 
 
@@ -215,7 +213,7 @@ def attend(
     q_row, q_head, k_page, k_slot, k_head, v_page, v_slot, v_head, table_row, tk_row, tk_head, tv_row, tv_head, words,
     HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     PAGE: tl.constexpr, PREFIX: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr, KEY_SCALED: tl.constexpr,
-    VALUE_SCALED: tl.constexpr, NARROW: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    VALUE_SCALED: tl.constexpr, NARROW: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """One work item for one KV head. Heads side by side: together they read whole cache slots, at about the same time."""
     head = tl.program_id(0) % HEADS
@@ -245,7 +243,7 @@ def attend(
                 narrowed, acc, top, mass, key_cache + head.to(tl.int64) * k_head, value_cache + head.to(tl.int64) * v_head,
                 table + b.to(tl.int64) * table_row, first + low, first + tl.minimum(high, prefix), length, since,
                 factor * unit * tl.load(key_scale + head) if KEY_SCALED else factor * unit, cap, k_page, k_slot, v_page, v_slot,
-                DIM, WIDTH, KEYS, PAGE, WINDOW, CAPPED, PRECISION,
+                DIM, WIDTH, KEYS, PAGE, WINDOW, CAPPED,
             )  # fmt: skip
             if VALUE_SCALED:
                 acc = acc * tl.load(value_scale + head)
@@ -253,7 +251,7 @@ def attend(
             queries, acc, top, mass, tree_key + begin.to(tl.int64) * tk_row + head * tk_head,
             tree_value + begin.to(tl.int64) * tv_row + head * tv_head, mask + row * words, depth + begin,
             tl.maximum(low - prefix, 0), high - prefix, rows, real, since, factor, cap, tk_row, tv_row, words,
-            DIM, WIDTH, ROWS, KEYS, WINDOW, CAPPED, PRECISION,
+            DIM, WIDTH, ROWS, KEYS, WINDOW, CAPPED,
         )  # fmt: skip
         acc = acc / tl.where(mass == 0, 1.0, mass)[:, None]
         total = (top + tl.log2(tl.where(mass == 0, 1.0, mass))) * LN2

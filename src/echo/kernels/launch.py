@@ -30,7 +30,16 @@ MERGED = 4096
 """Numbers of partial results that one program of the merge reads at once."""
 
 VOCABULARY_CHUNK = 16384
-"""Logits that one program of the arg-max reads."""
+"""Logits that one program of the arg-max reads, at least."""
+
+VOCABULARY_BLOCK = 4096
+"""Logits that it reads at once."""
+
+VOCABULARY_PARTS = 16
+"""Chunks of a row, at most."""
+
+WALKED = 64
+"""Rows of a request that the walk has at hand from the start."""
 
 
 class Tile(NamedTuple):
@@ -40,10 +49,6 @@ class Tile(NamedTuple):
     keys: int
     warps: int
     stages: int
-
-
-VOCABULARY_BLOCK = 4096
-"""Logits that it reads at once."""
 
 
 def power_of_two(value: int) -> int:
@@ -91,6 +96,11 @@ def target_items(device: torch.device, kv_heads: int, tile: Tile) -> int:
     """Work items that a balanced split aims at: programs of taller tiles hold more registers, so fewer are at work at once."""
     resident = max(1, min(4, 128 // tile.rows))
     return max(1, -(-ROUNDS * resident * multiprocessors(device) // kv_heads))
+
+
+def vocabulary_chunk(vocabulary: int) -> int:
+    """Logits that one program of the arg-max reads."""
+    return max(VOCABULARY_CHUNK, power_of_two(-(-vocabulary // VOCABULARY_PARTS)))
 
 
 def most_tiles(rows: int, batch: int, group: int, height: int) -> int:

@@ -148,7 +148,8 @@ def tree_attention(
         q.stride(0), q.stride(1), *keys.stride()[:3], *values.stride()[:3], table.stride(0),
         tree_key.stride(0), tree_key.stride(1), tree_value.stride(0), tree_value.stride(1), mask.shape[1],
         **shape, HEADS=s.kv_heads, KEYS=tile.keys, PAGE=page, PREFIX=whole, WINDOW=window or 0, KEY_SCALED=key_scale is not None,
-        VALUE_SCALED=value_scale is not None, NARROW=narrow, DOT=_dot_type(q.dtype), PRECISION="ieee", num_warps=tile.warps, num_stages=tile.stages,
+        VALUE_SCALED=value_scale is not None, NARROW=narrow, DOT=_dot_type(q.dtype), num_warps=tile.warps,
+        num_stages=tile.stages,
     )  # fmt: skip
     members = launch.power_of_two(s.group)
     jit.merge[(s.rows, s.kv_heads)](
