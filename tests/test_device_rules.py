@@ -11,19 +11,16 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import echo
+from conftest import CALIBRATION
 from echo.testing import TabularDrafter, table
 from echo.tree import Template, compact, layouts
 
 READS = ("_local_scalar_dense", "nonzero", "masked_select", "item", "unique", "_unique2", "equal", "repeat_interleave", "is_nonzero")
-CALIBRATION = echo.calibrate(
-    echo.WarmupLog.from_arrays(
-        [1 + i % 3 for i in range(900)], [(i % 97) / 97 for i in range(900)], [(i * 7 % 97) < i % 97 for i in range(900)]
-    )
-)
 POLICIES = {
     "paper": echo.ElasticBudgetScheduler(echo.TwoLevel(2, 4), echo.SparseGate(CALIBRATION), 24, 3),
     "calibrated": echo.ElasticBudgetScheduler(echo.GlobalRank(2, CALIBRATION), None, 24, 3),
     "eagle": echo.ElasticBudgetScheduler.eagle(n=5, beam=2, max_depth=3),
+    "goodput": echo.ElasticBudgetScheduler.goodput(CALIBRATION, echo.CostModel((1, 24, 99), (1.0, 1.0, 4.0)), beam=2),
     "ddd": echo.ElasticBudgetScheduler(echo.PerRequest(5, 2), echo.BeamMassGate((2,), -1.0, 2), None, 3),
 }
 
@@ -38,19 +35,19 @@ class RefuseReads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def step(scheduler, roots, live, tokens, log_probs, target):
-    tree = scheduler.plant(roots, live=live)
+def step(scheduler, roots, live, tokens, log_probs, target, served=None):
+    tree = scheduler.plant(roots, live=live, rows=24, **(served or {}))
     for t, q in zip(tokens, log_probs, strict=True):
         tree = scheduler.grow(tree, t, q)
     packed = scheduler.pack(tree)
     accepted = echo.verify(packed, target)
     history = scheduler.history(8).observe(torch.arange(4), packed, accepted)
-    return packed.tokens, packed.mask, packed.indptr, accepted.tokens, accepted.rows, history.emitted
+    return packed.tokens, packed.mask, packed.indptr, accepted.tokens, accepted.rows, history.steps, history.outlook, history.accepted
 
 
 def inputs(scheduler, seed):
     generator = torch.Generator().manual_seed(seed)
-    tree, drafter = scheduler.plant(torch.arange(4)), TabularDrafter(table(30, seed), count=3)
+    tree, drafter = scheduler.plant(torch.arange(4), rows=24), TabularDrafter(table(30, seed), count=3)
     tokens, log_probs = [], []
     for _ in range(scheduler.max_depth):
         t, q = drafter.draft(torch.arange(4), tree.frontier)
@@ -67,6 +64,7 @@ def test_no_operator_reads_back(name):
     data = inputs(scheduler, 0)
     with RefuseReads():
         step(scheduler, *data)
+        step(scheduler, *data, {"weights": torch.tensor([1.0, 2.0, 1.0, 3.0]), "floors": torch.tensor([1, 3, 0, 2])})
 
 
 def test_the_refusing_mode_refuses():
@@ -88,7 +86,8 @@ def test_one_graph_and_no_recompile_for_other_values(name):
     torch._dynamo.reset()
     compiled = torch.compile(lambda *data: step(scheduler, *data), fullgraph=True, backend=backend)
     for seed in range(3):
-        data = inputs(scheduler, seed)
+        served = {"weights": torch.tensor([1.0, 2.0, 1.0, 3.0]) + seed, "floors": torch.tensor([1, 3, 0, 2]) + seed}
+        data = (*inputs(scheduler, seed), served)
         for one, two in zip(compiled(*data), step(scheduler, *data), strict=True):
             assert torch.equal(one, two)
     assert len(counts) == 1

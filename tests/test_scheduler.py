@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import itertools
+import functools
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 import echo
-from conftest import grow_all, policies
+from conftest import CALIBRATION, grow_all, policies
 from echo.testing import check_plan
 
 
@@ -19,8 +21,16 @@ def test_every_plan_keeps_the_invariants(policy, seed, spoil, ties, data):
     scheduler, batch = policy
     live = torch.tensor(data.draw(st.lists(st.booleans(), min_size=batch, max_size=batch)))
     capacity = torch.tensor(data.draw(st.lists(st.integers(0, 20), min_size=batch, max_size=batch)))
-    tree = grow_all(scheduler, torch.arange(batch), k=3, seed=seed, spoil=spoil, ties=ties, live=live, capacity=capacity)
+    weights = torch.tensor(data.draw(st.lists(st.sampled_from([0.0, 0.5, 1.0, 4.0]), min_size=batch, max_size=batch)))
+    floors = torch.tensor(data.draw(st.lists(st.integers(-1, 9), min_size=batch, max_size=batch)))
+    served = {"weights": weights if data.draw(st.booleans()) else None, "floors": floors if data.draw(st.booleans()) else None}
+    tree = grow_all(scheduler, torch.arange(batch), k=3, seed=seed, spoil=spoil, ties=ties, live=live, capacity=capacity, **served)
     check_plan(tree, scheduler.pack(tree))
+    if served["floors"] is not None and int(floors.clamp(min=1)[live].sum()) <= tree.rows:
+        candidates = torch.isfinite(tree.forest.score).sum(dim=1)
+        most = getattr(scheduler.rule, "max_rows", None) or scheduler.max_tree_rows
+        least = torch.minimum(torch.minimum(floors, tree.row_limit), candidates).clamp(max=most)
+        assert (scheduler.select(tree).sum(dim=1)[live] >= least[live]).all()
     check_plan(tree, scheduler.pack(tree, rows=tree.rows + 7))
 
 
@@ -69,28 +79,92 @@ def test_permuting_requests_permutes_the_plan(policy, seed, random):
         assert torch.equal(scheduler.select(other), scheduler.select(tree)[turn])
 
 
-@given(st.integers(0, 10_000), st.integers(1, 9), st.booleans())
-def test_global_rank_is_optimal_among_all_closed_subsets(seed, extra, ties):
-    """The ranking's expected accepted tokens equal the best over every ancestor-closed choice of as many rows (brute force)."""
-    scheduler = echo.ElasticBudgetScheduler(echo.GlobalRank(beam=1), budget=2 + extra, max_depth=2)
-    tree = grow_all(scheduler, torch.arange(2), k=3, seed=seed, ties=ties)
-    forest = tree.forest
-    value = forest.score.double().exp().flatten().tolist()
-    nodes = forest.token.shape[1]
-    parent = [b * nodes + int(forest.parent[b, t]) for b in range(2) for t in range(nodes)]
-    inner = [n for n in range(2 * nodes) if n % nodes]
-    best = 0.0
-    for chosen in itertools.combinations(inner, min(extra, len(inner))):
-        held = {0, nodes, *chosen}
-        if all(parent[n] in held for n in chosen):
-            best = max(best, sum(value[n] for n in chosen))
-    selected = scheduler.select(tree).flatten().tolist()
-    assert sum(value[n] for n in inner if selected[n]) == pytest.approx(best, abs=1e-12)
+@functools.cache
+def closed_subsets(parent: tuple[int, ...]) -> np.ndarray:
+    """bool [S, T]: every choice of nodes that holds the root and the parent of each of its nodes."""
+    nodes = len(parent)
+    chosen = (np.arange(1 << nodes)[:, None] >> np.arange(nodes)) & 1 == 1
+    return chosen[chosen[:, 0] & (~chosen | chosen[:, list(parent)]).all(axis=1)]
 
 
-def chains(scheduler, *probabilities):
+def best_value(value: np.ndarray, parent: list[list[int]], extra: int, least: list[int], most: list[int]) -> float:
+    """Brute force: the greatest value of ``extra`` nodes beyond the roots, over every closed choice with bounds for each request."""
+    total = np.full(extra + 1, -np.inf)
+    total[0] = 0.0
+    for b, up in enumerate(parent):
+        chosen = closed_subsets(tuple(up))
+        worth, count = (chosen * value[b]).sum(axis=1), chosen.sum(axis=1) - 1
+        best = np.full(extra + 1, -np.inf)
+        for n in range(min(extra, len(up) - 1) + 1):
+            fits = count == n
+            if fits.any() and least[b] <= n + 1 <= most[b]:
+                best[n] = worth[fits].max()
+        total = np.array([(total[: n + 1] + best[n::-1]).max() for n in range(extra + 1)])
+    return float(total.max())
+
+
+@pytest.mark.parametrize("calibrated", [False, True])
+@pytest.mark.parametrize("served", ["alike", "weights", "floors"])
+def test_global_rank_is_optimal_among_all_closed_subsets(calibrated, served):
+    """Over every ancestor-closed choice of as many rows, caps, floors, weights and ties included: a thousand small forests in all."""
+    reliability = CALIBRATION if calibrated else None
+    for seed in range(170):
+        rng = np.random.default_rng(seed)
+        batch, extra, beam = int(rng.integers(1, 4)), int(rng.integers(1, 10)), int(rng.integers(1, 3))
+        most = rng.integers(1, 9, batch)
+        floors = np.minimum(rng.integers(0, 4, batch), most) if served == "floors" else np.zeros(batch, int)
+        extra = max(extra, int((floors - 1).clip(min=0).sum()))
+        weights = torch.tensor(rng.uniform(0.1, 3.0, batch), dtype=torch.float32) if served == "weights" else None
+        scheduler = echo.ElasticBudgetScheduler(echo.GlobalRank(beam, reliability), budget=batch + extra, max_depth=2)
+        tree = grow_all(
+            scheduler,
+            torch.arange(batch),
+            k=3,
+            seed=seed,
+            ties=bool(seed % 2),
+            capacity=torch.from_numpy(most),
+            weights=weights,
+            floors=torch.from_numpy(floors) if served == "floors" else None,
+        )
+        value = scheduler.rule.gain(tree).double().numpy() * (1 if weights is None else weights.double().numpy()[:, None])
+        usable = torch.isfinite(tree.forest.score).sum(dim=1).numpy()  # an opt-out drafts nothing
+        value[:, 0] = 0
+        value[~torch.isfinite(tree.forest.score).numpy()] = -np.inf
+        least = np.minimum(floors, np.minimum(most, usable)).tolist()
+        expected = best_value(np.where(np.isfinite(value), value, -1e9), tree.forest.parent.tolist(), extra, least, most.tolist())
+        selected = scheduler.select(tree).numpy()
+        assert (selected.sum(axis=1) <= most).all() and (selected.sum(axis=1) >= least).all()
+        assert selected.sum() <= batch + extra
+        assert (np.where(selected, value, 0)).sum() == pytest.approx(expected, abs=2e-6 if weights is not None else 1e-9)
+
+
+def test_floors_are_bought_before_anybody_competes():
+    scheduler = echo.ElasticBudgetScheduler(echo.TwoLevel(1, 8), echo.SparseGate({1: 0.5}), budget=6, max_depth=4)
+    tree = chains(scheduler, [0.9, 0.9, 0.9, 0.9], [0.3, 0.9, 0.9, 0.9], floors=torch.tensor([1, 2]))
+    # request 1 fails the root gate as before, and gets its one row set aside: its best draft; request 0 has three layers left to buy
+    assert scheduler.pack(tree).indptr.tolist() == [0, 4, 6]
+    tree = chains(scheduler, [0.9, 0.9, 0.9, 0.9], [0.6, 0.9, 0.9, 0.9], floors=torch.tensor([0, 3]))
+    # both pass; request 1 buys layers 1 and 2 from what is set aside for it, request 0 the two rows that are left
+    assert [layer.bought.flatten().tolist() for layer in tree.layers[1:3]] == [[True, True], [True, True]]
+    assert scheduler.pack(tree).indptr.tolist() == [0, 3, 6]
+    tree = chains(scheduler, [0.9, 0.9, 0.9, 0.9], [0.3, 0.9, 0.9, 0.9], floors=torch.tensor([3, 6]))
+    # floors beyond the step: 2 rows for request 0 first, the 2 others for request 1, of which it has one draft to spend them on
+    assert scheduler.pack(tree).indptr.tolist() == [0, 4, 6]
+
+
+def test_weights_move_rows_to_the_better_service():
+    for rule in (echo.TwoLevel(1, 8), echo.GlobalRank(1)):
+        scheduler = echo.ElasticBudgetScheduler(rule, budget=4, max_depth=2)
+        drafts = [0.8, 0.8], [0.6, 0.9]
+        assert scheduler.pack(chains(scheduler, *drafts)).indptr.tolist() == [0, 3, 4] if rule == echo.GlobalRank(1) else True
+        weighed = scheduler.pack(chains(scheduler, *drafts, weights=torch.tensor([1.0, 2.0])))
+        # twice 0.6 and twice 0.54 beat 0.8; level by level request 1 is first too, and its second layer comes before none of request 0's
+        assert weighed.indptr.tolist() == ([0, 1, 4] if rule == echo.GlobalRank(1) else [0, 2, 4])
+
+
+def chains(scheduler, *probabilities, **served):
     """A tree of chains: each request's draft gives one candidate a layer with these conditional probabilities."""
-    tree = scheduler.plant(torch.arange(len(probabilities)))
+    tree = scheduler.plant(torch.arange(len(probabilities)), **served)
     for depth in range(scheduler.max_depth):
         p = torch.tensor([request[depth] for request in probabilities])
         tree = scheduler.grow(tree, torch.full((len(p), 1, 1), 10 + depth), p.log()[:, None, None])
@@ -203,18 +277,101 @@ def test_forecast_switches_speculation_off_where_nothing_is_left():
     assert scheduler.forecast(history, torch.arange(32)) == echo.Forecast(0, 32)
 
 
-def test_history_is_a_value_and_forgets_on_reset():
-    scheduler = echo.ElasticBudgetScheduler.eagle(n=3, beam=2, max_depth=2)
-    tree = grow_all(scheduler, torch.arange(2), k=2, seed=0)
+COST = echo.CostModel((1, 32, 256), (1.0, 1.0, 8.0), draft_layer=0.02)
+
+
+def observed(scheduler, history, slots, *, depth, seed, accepted=2):
+    """One step of random drafts for the ``slots``, of which the first ``accepted`` of each request's best path are accepted."""
+    batch = len(slots)
+    tree = scheduler.plant(torch.arange(batch), rows=8 * batch)
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(depth):
+        shape = (*tree.frontier.token.shape, 3)
+        tree = scheduler.grow(tree, torch.arange(3).expand(shape), (2 * torch.randn(shape, generator=generator)).log_softmax(-1))
     packed = scheduler.pack(tree)
-    accepted = echo.verify(packed, torch.full((packed.rows,), -1))
-    empty = scheduler.history(5)
-    after = empty.observe(torch.tensor([4, 1]), packed, accepted)
-    assert empty.steps.tolist() == [0] * 5
-    assert after.steps.tolist() == [0, 1, 0, 0, 1]
-    assert after.rows.tolist() == [0, 3, 0, 0, 3]
-    assert after.emitted.tolist() == [0, 1, 0, 0, 1]
-    assert after.reset(torch.tensor([4])).steps.tolist() == [0, 1, 0, 0, 0]
+    lengths = torch.full((batch,), 1 + min(accepted, depth))
+    return history.observe(slots, packed, replace(echo.verify(packed, torch.full((packed.rows,), -1)), lengths=lengths))
+
+
+GOODPUT = echo.ElasticBudgetScheduler(echo.GlobalRank(3), None, COST, 4)
+
+
+def test_history_is_a_value_and_forgets_on_reset():
+    empty, slots = GOODPUT.history(5), torch.tensor([4, 1])
+    after = observed(GOODPUT, empty, slots, depth=2, seed=0)
+    assert not empty.steps.any() and not empty.outlook.any() and empty.tick == 0
+    assert after.tick == 1
+    assert after.steps[:2].tolist() == [[0, 1, 0, 0, 1, 2]] * 2  # own steps at each depth, then everybody's
+    assert after.accepted[:2].tolist() == [[0, 1, 0, 0, 1, 2]] * 2
+    assert not after.steps[2:].any()  # deeper layers were not drafted, and nobody had stopped
+    again = after.reset(torch.tensor([4]))
+    assert again.steps[0].tolist() == [0, 1, 0, 0, 0, 2]
+    assert again.generation.tolist() == [0, 0, 0, 0, 1]
+    # a lagged copy: what it knows of a slot that has another request by now is not of that request
+    lagged = after.of(again.generation)
+    assert torch.equal(lagged.steps, again.steps) and torch.equal(lagged.outlook, again.outlook)
+    assert torch.equal(after.of(after.generation).outlook, after.outlook)
+
+
+def test_who_stopped_drafting_is_known_to_have_no_deeper_layer():
+    tree = GOODPUT.plant(torch.arange(2))
+    log_probs = torch.tensor([[[-0.1, -3.0, -4.0]], [[-torch.inf, -torch.inf, -torch.inf]]])
+    packed = GOODPUT.pack(GOODPUT.grow(tree, torch.arange(3).expand(2, 1, 3), log_probs))
+    after = GOODPUT.history(2).observe(torch.arange(2), packed, echo.verify(packed, torch.full((packed.rows,), -1)))
+    assert after.steps.T.tolist() == [[1, 0, 0, 0], [1, 1, 1, 1], [2, 1, 1, 1]]
+
+
+def test_what_is_learnt_of_a_slot_fades_towards_everybody():
+    history = GOODPUT.history(4)
+    for seed in range(20):
+        history = observed(GOODPUT, history, torch.tensor([0]), depth=4, seed=seed, accepted=0)
+        history = observed(GOODPUT, history, torch.tensor([1, 2]), depth=4, seed=seed, accepted=3)
+    doubtful, good, fresh = (float(history.foresee(torch.tensor([slot]))[1].max()) for slot in (0, 1, 3))
+    assert doubtful < fresh < good
+    plain = GOODPUT.pack(GOODPUT.plant(torch.arange(1)))
+    off, one = history, echo.verify(plain, torch.full((plain.rows,), -1))
+    for _ in range(100):
+        off = off.observe(torch.tensor([0]), plain, one)
+    assert float(off.foresee(torch.tensor([0]))[1].max()) == pytest.approx(fresh, rel=0.05)
+
+
+def test_forecast_of_a_cost_model():
+    slots = torch.arange(4)
+    history = GOODPUT.history(4)
+    assert GOODPUT.forecast(history, slots) == echo.Forecast(4, 32)  # nothing known: the deepest tree, at the knee
+    assert GOODPUT.forecast(history, slots[:0]) == echo.Forecast(0, 0)
+    good = bad = history
+    for seed in range(6):
+        good, bad = (observed(GOODPUT, h, slots, depth=4, seed=seed, accepted=n) for h, n in ((good, 4), (bad, 0)))
+    assert GOODPUT.forecast(good, slots).rows == 32  # rows up to the knee cost nothing
+    assert GOODPUT.forecast(good, slots).depth >= 3
+    assert 12 <= GOODPUT.forecast(good, slots, base_rows=20).rows < 32  # prefill takes of the flat part
+    assert GOODPUT.forecast(replace(bad, tick=1), slots, base_rows=200) == echo.Forecast(0, 4)
+    assert GOODPUT.forecast(replace(bad, tick=100), slots, base_rows=200).depth > 0  # a probe
+    plans = [GOODPUT.forecast(replace(bad, tick=tick), slots, base_rows=200).depth for tick in range(1000)]
+    assert sum(depth > 0 for depth in plans) == 10
+
+
+def test_ranks_agree_on_what_is_best_for_all():
+    slots, history = torch.arange(4), GOODPUT.history(4)
+    for seed in range(6):
+        history = observed(GOODPUT, history, slots, depth=4, seed=seed, accepted=3)
+    history = replace(history, tick=1)
+    base = [0, 9, 40, 0]
+    curves = np.stack([GOODPUT.curve(history, slots[: 4 * (rank < 3)], rows) for rank, rows in enumerate(base)])
+    assert curves.nbytes <= 4 * 1024
+    plans = [GOODPUT.agree(curves, rank) for rank in range(4)]
+    assert len({plan.depth for plan in plans}) == 1
+    assert {plan.rows + rows for plan, rows in zip(plans, base, strict=True)} == {plans[0].rows}  # one shape, prefill included
+    alone = GOODPUT.agree(curves[:1], 0)
+    assert alone.depth > 0
+    assert alone.rows == pytest.approx(GOODPUT.forecast(history, slots).rows, rel=0.1)
+    idle = np.stack([GOODPUT.curve(history, slots[:0])] * 2)
+    assert GOODPUT.agree(idle, 1) == echo.Forecast(0, 0)
+    with pytest.raises(echo.EchoError, match=r"curves: expected float32 \[ranks, \d+\], got \[2, 5\]"):
+        GOODPUT.agree(idle[:, :5], 0)
+    with pytest.raises(echo.EchoError, match="budget: expected a CostModel"):
+        SCHEDULER.curve(history, slots)
 
 
 SCHEDULER = echo.ElasticBudgetScheduler(echo.TwoLevel(2, 4), budget=8, max_depth=2)
