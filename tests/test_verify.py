@@ -231,7 +231,7 @@ def whole_step(scheduler, roots, tokens, log_probs, target, context, pages):
     accepted = echo.verify(packed, target)
     lists = compact(packed, accepted, context, page_table=pages, page_size=2)
     after = scheduler.history(len(roots)).observe(roots, packed, accepted)
-    return packed.tokens, packed.mask, accepted.tokens, lists.source, lists.target, lists.accept_index, after.emitted, after.outlook
+    return packed.tokens, packed.mask, accepted.tokens, lists.source, lists.target, lists.accept_index, after.steps, after.outlook
 
 
 def step_inputs(scheduler, seed):
