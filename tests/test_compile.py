@@ -68,5 +68,6 @@ def test_the_committed_table_has_no_faults_and_is_of_the_shipped_launches():
     for entry in attend:
         dim, kind = int(entry["case"].split()[0][2:]), entry["case"].split()[1]
         cached = 4 if kind == "float32" else 1 if "float8" in entry["case"] else 2
-        tile = launch.tile(1, dim, max(cached, 2), cached, entry["ROWS"], int(entry["arch"][3:]) // 10)
+        page = 0 if "tree part" in entry["case"] else int(entry["case"].split("page=")[1].split()[0])
+        tile = launch.tile(1, dim, max(cached, 2), cached, page, entry["ROWS"], int(entry["arch"][3:]) // 10)
         assert tile[:2] == (entry["ROWS"], entry["KEYS"])

@@ -90,10 +90,10 @@ def test_features_equal_the_twin(dtype, options):
 @pytest.mark.parametrize("cache", [None, torch.float8_e4m3fn])
 @pytest.mark.parametrize("rows", [[5, 0, 33], [70]])
 def test_tiles_of_hopper_compute_the_same(rows, cache, monkeypatch):
-    """Its tall tiles take 64 keys a step: two mask words, half a page or several."""
+    """Its tall tiles take 64 keys a step: two mask words, a page."""
     monkeypatch.setattr(launch, "generation", lambda device: launch.HOPPER)
     contexts = [150, 4, 63][: len(rows)]
-    args = trees.attention(rows, contexts, **(SHAPE | {"dtype": torch.float16, "heads": 4, "page": 32}), cache=cache, device=DEVICE)
+    args = trees.attention(rows, contexts, **(SHAPE | {"dtype": torch.float16, "heads": 4, "page": 64}), cache=cache, device=DEVICE)
     compare(args)
     compare(args | {"page_table": args["page_table"].repeat(1, 2)}, window=40, splits=2)
 

@@ -24,6 +24,7 @@ class Shapes(NamedTuple):
     dim: int
     itemsize: int
     cached: int
+    page: int
 
     @property
     def group(self) -> int:
@@ -95,18 +96,18 @@ def plan_shapes(
     checks.integer("B", batch, 0)
     if mode not in MODES:
         raise EchoError(f"mode: expected one of {MODES}, got {mode!r}")
-    cached = q.element_size()
+    cached, size = q.element_size(), 0
     if mode == "whole":
         cache = checks.tensor("key_cache", key_cache, ["pages", "page_size", kv_heads, dim], CACHES, q.device)
-        cached = cache.element_size()
-        checks.integer("page_size", cache.shape[1], 1)
+        cached, size = cache.element_size(), int(cache.shape[1])
+        checks.integer("page_size", size, 1)
         checks.tensor("page_table", page_table, [batch, "max_pages"], torch.int32, q.device)
         checks.tensor("context", context, [batch], torch.int32, q.device)
     if window is not None:
         checks.integer("window", window, 1)
     if splits is not None:
         checks.integer("splits", splits, 1, 1024)
-    return Shapes(n, batch, heads, kv_heads, dim, q.element_size(), cached)
+    return Shapes(n, batch, heads, kv_heads, dim, q.element_size(), cached, size)
 
 
 def merge_shapes(o1: Tensor, lse1: Tensor, o2: Tensor, lse2: Tensor) -> tuple[int, int, int]:

@@ -56,18 +56,20 @@ def power_of_two(value: int) -> int:
     return 1 << max(value - 1, 0).bit_length()
 
 
-def tile(group: int, dim: int, itemsize: int, cached: int, rows: float, generation: int) -> Tile:
+def tile(group: int, dim: int, itemsize: int, cached: int, page: int, rows: float, generation: int) -> Tile:
     """The tile for a group of query heads: one that the rows fill, in a table of tiles that compile without spills.
 
     Why these is in ``benchmarks/results/compile.md``. On Hopper 64 rows by 64 keys on its wide matrix instruction take fewer
-    instructions a key than 32 by 32, even half empty, and with 8-bit keys fewer than 16 by 32. Elsewhere 64 keys spill. A taller tile
-    reads a KV head's keys fewer times; more than 128 rows of 16 bits, or 64 of a head dimension of 256, spill.
+    instructions a key than 32 by 32, even half empty, and with 8-bit keys fewer than 16 by 32. Elsewhere, and where blocks of 64 keys do
+    not lie within pages, 64 keys spill. A taller tile reads a KV head's keys fewer times; more than 128 rows of 16 bits, or 64 of a
+    head dimension of 256, spill.
 
     Args:
         group: query heads of a KV head.
         dim: head dimension.
         itemsize: bytes of a query element.
         cached: bytes of an element of the cache.
+        page: tokens of a page; 0 without a context.
         rows: rows of a request, as far as the host knows: the mean, or a fixed number for the same tile in every batch.
         generation: major compute capability of the device.
     """
@@ -75,9 +77,10 @@ def tile(group: int, dim: int, itemsize: int, cached: int, rows: float, generati
     if itemsize == 4:  # exact products on the ordinary units: small tiles, for registers
         return Tile(16, 16, 8 if wide else 4, 2)
     height = min(max(power_of_two(round(group * rows)), 16), 64 if wide else 128)
-    if generation == HOPPER and not wide and (height > 16 or cached == 1):
+    if generation == HOPPER and page and page % 64 == 0 and not wide and (height > 16 or cached == 1):
         return Tile(max(height, 64), 64, 8 if height == 128 else 4, 3)
-    return Tile(height, 32, 8 if wide or height == 128 else 4, 3 if wide else 4)
+    low = generation > HOPPER and height == 16 and dim < power_of_two(dim)  # four stages spill there
+    return Tile(height, 32, 8 if wide or height == 128 else 4, 3 if wide or low else 4)
 
 
 @functools.lru_cache

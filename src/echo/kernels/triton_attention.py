@@ -30,7 +30,7 @@ class Sizes(NamedTuple):
 
 def _sizes(s: Shapes, device: torch.device, splits: int | None) -> Sizes:
     mean = s.rows / max(s.batch, 1) if splits is None else launch.FIXED_ROWS
-    tile = launch.tile(s.group, s.dim, s.itemsize, s.cached, mean, launch.generation(device))
+    tile = launch.tile(s.group, s.dim, s.itemsize, s.cached, s.page, mean, launch.generation(device))
     tiles = launch.most_tiles(s.rows, s.batch, s.group, tile.rows)
     target = launch.target_items(device, s.kv_heads, tile)
     return Sizes(tile, target, tiles + target, 2 * target) if splits is None else Sizes(tile, target, tiles * splits, tiles * splits)
