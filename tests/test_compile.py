@@ -28,6 +28,7 @@ def test_the_check_finds_spills_and_narrow_instructions():
         "launch.tile = lambda *_: launch.Tile(128, 64, 4, 2)\n"
         "entry = ck.measure(ck.attention(ck.Case(128, torch.bfloat16, 4, 16), 80)['attend'], 80)\n"
         "assert 'spill' in ck.faults(entry, 64, True)[0], entry\n"
+        "entry['buffers'] = 2\n"
         "assert ck.faults(entry | {'arch': 'sm_90', 'spills': 0, 'stack': 0}, 64, True) == ['HMMA instead of HGMMA'], entry\n"
         "assert 'shared memory' in ck.faults(entry | {'spills': 0, 'stack': 0, 'shared': 170_000}, 64, True)[0]\n"
         "assert '1 buffers' in ck.faults(entry | {'spills': 0, 'stack': 0, 'buffers': 1}, 64, True)[0]"
