@@ -7,6 +7,7 @@ import itertools
 import torch
 from torch import Tensor
 
+from echo import kernels
 from echo.tree.supertree import UNSELECTABLE, SuperTree
 
 
@@ -30,7 +31,11 @@ def deal(tree: SuperTree, cost: Tensor, cap: Tensor, left: Tensor, rows: int) ->
         bool [B, T].
     """
     batch, nodes = cost.shape
-    places, most = batch * nodes + 1, min(nodes, rows, tree.most)  # the last place is nobody's
+    most, step = min(nodes, rows, tree.most), kernels.step(cost)
+    if step is not None:
+        dealt: Tensor = step.deal(cost, tree.bought, cap, left, rows, most, tree.sizes)
+        return dealt
+    places = batch * nodes + 1  # the last place is nobody's
     last = torch.iinfo(torch.int64).max // places * places - 1
     spare = torch.arange(rows, device=cost.device) < rows - left
     cost = cost.masked_fill(tree.bought, UNSELECTABLE)
@@ -43,11 +48,10 @@ def deal(tree: SuperTree, cost: Tensor, cap: Tensor, left: Tensor, rows: int) ->
 
 def _keys(tree: SuperTree, cost: Tensor, places: int) -> Tensor:
     """int64 [B, T]: each node's place, and above it its depth, and above that its cost."""
-    sizes = [layer.token.shape[1] for layer in tree.layers]
-    ends = list(itertools.accumulate(sizes))
+    ends = list(itertools.accumulate(tree.sizes))
     columns = [
         torch.arange(layer.depth * places + end - size, layer.depth * places + end, device=cost.device)
-        for layer, size, end in zip(tree.layers, sizes, ends, strict=True)
+        for layer, size, end in zip(tree.layers, tree.sizes, ends, strict=True)
     ]
     requests = torch.arange(0, tree.batch * ends[-1], ends[-1], device=cost.device)
     return torch.add(torch.cat(columns) + requests[:, None], cost, alpha=(tree.depth + 1) * places)

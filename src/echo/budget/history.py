@@ -164,5 +164,5 @@ def outlook(tree: SuperTree, gain: Tensor) -> Tensor:
 
 def by_depth(tree: SuperTree, value: Tensor) -> Tensor:
     """float32 [B, depth]: the sums of ``value`` [B, T] over the nodes of each drafted layer."""
-    parts = torch.split(value, [layer.token.shape[1] for layer in tree.layers], dim=1)[1:]
+    parts = torch.split(value, tree.sizes, dim=1)[1:]
     return torch.stack([part.sum(dim=1) for part in parts], dim=1)

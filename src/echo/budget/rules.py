@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from echo import checks
+from echo import checks, kernels
 from echo.budget.dealing import deal
 from echo.gating.calibration import BINS, BINS_PER_NAT, ONE, Calibration
 from echo.tree.supertree import DEAD_SCORE, UNSELECTABLE, Layer, SuperTree, bits
@@ -113,8 +113,11 @@ class GlobalRank:
         """int32 [B, T], rising as f falls: the bits of -S, or 2^24 - f in 24-bit fixed point."""
         if self.reliability is None:
             return bits(tree.score)
-        table, raw = self._table(tree.status.device), bits(tree.score)
-        sizes = [layer.token.shape[1] for layer in tree.layers]
+        table, step = self._table(tree.status.device), kernels.step(tree.status)
+        if step is not None:
+            cost: Tensor = step.path_cost(tree.score, torch.cat([layer.parent for layer in tree.layers], dim=1), table, tree.sizes)
+            return cost
+        raw, sizes = bits(tree.score), tree.sizes
         rows = [torch.full((layer.token.shape[1],), min(layer.depth, len(table) - 1) * BINS, device=table.device) for layer in tree.layers]
         place = (raw.view(torch.float32) * BINS_PER_NAT).clamp(max=BINS - 1).int() + torch.cat(rows)
         own = torch.split(table.flatten().index_select(0, place.flatten()).view_as(raw), sizes, dim=1)

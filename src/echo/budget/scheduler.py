@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from echo import checks
+from echo.budget.fused import grow as fused_grow
 from echo.budget.goodput import Forecast, Goodput
 from echo.budget.history import History, by_depth, outlook
 from echo.budget.rules import GlobalRank, PerRequest, Rule, TwoLevel
@@ -243,8 +244,10 @@ class ElasticBudgetScheduler:
         depth = tree.depth + 1
         if depth > self.max_depth:
             raise EchoError(f"tree: expected a tree of fewer than max_depth = {self.max_depth} layers, got one of {tree.depth}")
-        check_size(batch, sum(layer.token.shape[1] for layer in tree.layers) + width * k, depth)
-
+        check_size(batch, sum(tree.sizes) + width * k, depth)
+        fused = fused_grow(self.rule, self.gate, tree, tokens, log_probs, depth == self.max_depth)
+        if fused is not None:
+            return fused
         score, faulty = path_score(frontier.score, log_probs, frontier.active)
         layer = Layer(
             depth,

@@ -5,12 +5,16 @@ Every function here picks one of two implementations of the same signature by ``
 ``TRITON_INTERPRET=1``; ``"auto"``, the kernel for CUDA tensors where Triton is installed, and the twin otherwise. A backend that is
 asked for and not there is an :class:`~echo.errors.EchoError`, never a silent fallback. Under ``torch.compile``, "auto" is the twin,
 which the compiler can fuse with what is around it.
+
+The step itself, grow to pack, is torch's operations, and the few kernels of :mod:`echo.kernels.triton_step` where :func:`step` says so.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
+from collections.abc import Iterator
 from types import ModuleType
 
 import torch
@@ -20,12 +24,37 @@ from echo.errors import EchoError
 from echo.kernels import reference
 
 BACKENDS = ("auto", "torch", "triton")
+_preferred = ["auto"]
+
+
+@contextlib.contextmanager
+def using(backend: str) -> Iterator[None]:
+    """Within it, ``"auto"`` means ``backend``, of the step too: to compare both, or to keep one out.
+
+    Raises:
+        EchoError: no such backend.
+    """
+    if backend not in BACKENDS:
+        raise EchoError(f"backend: expected one of {BACKENDS}, got {backend!r}")
+    _preferred.append(backend)
+    try:
+        yield
+    finally:
+        _preferred.pop()
+
+
+def step(at: Tensor) -> ModuleType | None:
+    """The kernels of a step for tensors on that device; None: torch's operations, of the same bits."""
+    module = _module("step", "auto", at)
+    return None if module is reference else module
 
 
 def _module(name: str, backend: str, at: Tensor) -> ModuleType:
     """The module whose functions are to be called for tensors on that device."""
     if backend not in BACKENDS:
         raise EchoError(f"backend: expected one of {BACKENDS}, got {backend!r}")
+    if backend == "auto":
+        backend = _preferred[-1]
     cuda = isinstance(at, Tensor) and at.is_cuda
     if backend == "torch" or (backend == "auto" and (not cuda or torch.compiler.is_compiling())):
         return reference
@@ -189,4 +218,4 @@ def argmax_tokens(logits: Tensor, *, backend: str = "auto") -> Tensor:
     return result
 
 
-__all__ = ["BACKENDS", "accept", "accept_greedy", "argmax_tokens", "merge_attention", "plan_attention", "tree_attention"]
+__all__ = ["BACKENDS", "accept", "accept_greedy", "argmax_tokens", "merge_attention", "plan_attention", "step", "tree_attention", "using"]

@@ -41,6 +41,12 @@ VOCABULARY_PARTS = 16
 WALKED = 64
 """Rows of a request that the walk has at hand from the start."""
 
+COMPARED = 2048
+"""Pairs of a request's candidates that are compared at once."""
+
+REQUESTS = 256
+"""Requests that a program looks at at once, where it counts what comes before its own."""
+
 
 class Tile(NamedTuple):
     """How one program works: ``rows`` of queries times heads of a group, ``keys`` a step, and its compile options."""
@@ -54,6 +60,11 @@ class Tile(NamedTuple):
 def power_of_two(value: int) -> int:
     """The smallest power of two that is not below ``value``."""
     return 1 << max(value - 1, 0).bit_length()
+
+
+def warps(lanes: int) -> int:
+    """Warps for so many lanes of one program of a step's kernels."""
+    return max(1, min(8, lanes // 32))
 
 
 def tile(group: int, dim: int, itemsize: int, cached: int, page: int, rows: float, generation: int) -> Tile:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from echo import checks
+from echo import checks, kernels
 from echo.errors import EchoError
 from echo.tree.supertree import SuperTree
 
@@ -248,14 +248,17 @@ def pack(tree: SuperTree, selected: Tensor, rows: int, words: int, out: PackedTr
     Raises:
         EchoError: shapes or dtypes that do not fit, or rows below 1.
     """
-    forest = tree.forest
-    batch, nodes = forest.token.shape
-    device = forest.token.device
+    batch, nodes, device = tree.batch, sum(tree.sizes), tree.status.device
     checks.tensor("selected", selected, [batch, nodes], torch.bool, device)
     checks.integer("rows", rows, 1)
-
     if batch == 0:  # an idle data-parallel rank: pads alone
         return into(out, _pads(tree, rows, words))
+    step = kernels.step(selected)
+    if step is not None:
+        token, parent = (torch.cat([getattr(layer, name) for layer in tree.layers], dim=1) for name in ("token", "parent"))
+        fused = step.pack(selected, token, parent, tree.score, tree.bought, rows, words, tree.sizes)._asdict()
+        return into(out, PackedTree(**fused, status=tree.status, invalid=tree.invalid, max_depth=tree.depth))
+    forest = tree.forest
     count = selected.flatten().cumsum(0)
     ends = count.view(batch, nodes)[:, -1].clamp(max=rows)
     indptr = F.pad(ends, (1, 0))

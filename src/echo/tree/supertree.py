@@ -240,9 +240,14 @@ class SuperTree:
 
     def with_bought(self, nodes: Tensor) -> SuperTree:
         """The same tree with these nodes, bool [B, T], bought as well; ``left`` and ``reserve`` are the caller's business."""
-        parts = torch.split(nodes, [layer.token.shape[1] for layer in self.layers], dim=1)
+        parts = torch.split(nodes, self.sizes, dim=1)
         layers = tuple(replace(layer, bought=layer.bought | part) for layer, part in zip(self.layers, parts, strict=True))
         return replace(self, layers=layers, held=self.held + (nodes & ~self.bought).sum(dim=1))
+
+    @property
+    def sizes(self) -> list[int]:
+        """Candidates of each layer, together T; host ints."""
+        return [layer.token.shape[1] for layer in self.layers]
 
     @property
     def score(self) -> Tensor:
@@ -257,7 +262,7 @@ class SuperTree:
     @property
     def forest(self) -> Forest:
         """All layers side by side."""
-        sizes = [layer.token.shape[1] for layer in self.layers]
+        sizes = self.sizes
         above = [0, *itertools.accumulate([0, *sizes[:-2]])] if len(sizes) > 1 else [0]  # where the layer above begins
         parents = [layer.parent + first if first else layer.parent for layer, first in zip(self.layers, above, strict=True)]
         device = self.status.device
