@@ -26,14 +26,14 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 import machine_code
-from echo.kernels import attention_kernels, launch, triton_accept, triton_attention
+from echo.kernels import attention_kernels, launch, triton_accept, triton_attention, triton_step
 
 RESULTS = Path(__file__).parent / "results"
 WIDE = {90: "HGMMA", 100: "UTCHMMA"}
 """What a tile of 64 rows and more of 16 bits must use, by architecture."""
 TYPES = {
     torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64",
-    torch.float8_e4m3fn: "*fp8e4nv", torch.float8_e5m2: "*fp8e5",
+    torch.float8_e4m3fn: "*fp8e4nv", torch.float8_e5m2: "*fp8e5", torch.uint8: "*u8", torch.int8: "*i8",
 }  # fmt: skip
 
 
@@ -175,6 +175,29 @@ def others(n: int, vocabulary: int) -> list[tuple[str, str, Recorder]]:
     return found
 
 
+def steps(batch: int, beam: int, k: int, depth: int, most: int = 64) -> list[tuple[str, str, Recorder]]:
+    """The launches of one step but for acceptance, of trees of that shape."""
+    sizes = [1, k, *[beam * k] * (depth - 1)]
+    batched = lambda n, dtype: torch.zeros(batch, n, dtype=dtype)  # noqa: E731
+    one = {dtype: torch.zeros(batch, dtype=dtype) for dtype in (torch.int8, torch.int32, torch.int64, torch.float32, torch.bool)}
+    score, place, yes = (batched(sum(sizes), dtype) for dtype in (torch.float32, torch.int64, torch.bool))
+    frontier = (batched(beam, dtype) for dtype in (torch.float32, torch.bool, torch.int64))
+    drafted, rows, left = torch.zeros(batch, beam, k), batch * most, torch.zeros((), dtype=torch.int64)
+    links = torch.zeros(batch + 1, dtype=torch.int32)
+    found = one[torch.float32], one[torch.int32], one[torch.int8], one[torch.bool], one[torch.int64], one[torch.int64], left
+
+    def call() -> None:
+        triton_step.score(*frontier, drafted, one[torch.int8], one[torch.int32])
+        triton_step.advance(batched(beam * k, torch.float32), drafted.long(), *found, width=beam, buys=beam, stop=0)
+        triton_step.path_cost(score, place, torch.zeros(depth + 1, 512, dtype=torch.int32), sizes)
+        triton_step.deal(score.int(), yes, one[torch.int64], left, rows, most, sizes)
+        triton_step.pack(yes, place, place, score, yes, rows, -(-most // 32), sizes)
+        triton_step.compact(batched(depth + 1, torch.int64), one[torch.int64], links, one[torch.int32], batched(32, torch.int32), 64, 0)
+
+    launches = record(triton_step, ["_score", "_advance", "_chance", "_rank", "_allot", "_pack", "_compact"], call)
+    return [(name.strip("_"), f"beam={beam} candidates={k} depth={depth} B={batch}", recorder) for name, recorder in launches.items()]
+
+
 def cases(quick: bool) -> list[Case]:
     """What is compiled: every head dimension, kind and tile height, then each feature once."""
     half, brain, single = torch.float16, torch.bfloat16, torch.float32
@@ -218,6 +241,8 @@ def jobs(quick: bool, arch: int) -> list[tuple[str, str, Recorder, int, bool]]:
             if name == "attend" or case.batch == 1 or case in (Case(128, torch.bfloat16, 4, 16), Case(256, torch.float32, 4, 16)):
                 height = recorder.options["ROWS"] if name == "attend" else 0
                 found.append((name.strip("_"), case.name, recorder, height, case.dtype.itemsize == 2))
+    shapes = ((256, 4, 4, 6), (4096, 8, 8, 8), (1, 1, 1, 1))[: 1 + 2 * (not quick)]
+    found += [(*launched, 0, False) for shape in shapes for launched in steps(*shape)]
     return found + [(*other, 0, False) for n, vocabulary in (((64, 128256), (1, 1))[: 1 + (not quick)]) for other in others(n, vocabulary)]
 
 

@@ -184,8 +184,7 @@ def verify(packed: PackedTree, target_tokens: Tensor | None = None, *, logits: T
     else:
         tokens = checks.tensor("target_tokens", target_tokens, [packed.rows], torch.int64, device)
         rows, emitted, lengths = kernels.accept(*links, tokens, packed.max_depth, backend=backend)
-    last = emitted.gather(1, (lengths - 1).clamp(min=0)[:, None])[:, 0]
-    return Accepted(emitted, rows, lengths, torch.where(lengths > 0, last, -1))
+    return Accepted(emitted, rows, lengths, emitted.gather(1, (lengths - 1).clamp(min=0)[:, None])[:, 0])
 
 
 def speculate(

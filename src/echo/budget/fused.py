@@ -22,8 +22,9 @@ def grow(rule: Rule, gate: Gate | None, tree: SuperTree, tokens: Tensor, log_pro
     if step is None or type(rule) not in (GlobalRank, TwoLevel) or tree.weight is not None or tree.reserve is not None:
         return None
     above, depth = tree.frontier, tree.depth + 1
-    score, parent, bought, invalid, *found = step.score(above.score, above.active, above.index, log_probs, tree.invalid)
-    layer = Layer(depth, tokens.flatten(1), parent, score, bought, tree.status == int(Status.ACTIVE))
+    old = above.score, above.active, above.index, log_probs, tree.status, tree.invalid
+    score, parent, bought, drafted, invalid, *found = step.score(*old)
+    layer = Layer(depth, tokens.flatten(1), parent, score, bought, drafted)
     on = step.advance(
         score, tokens, *found, tree.status, None if gate is None else gate(layer), tree.row_limit, tree.held, tree.left,
         width=rule.width, buys=rule.width if isinstance(rule, TwoLevel) else 0, stop=int(Status.FINISHED if last else Status.ACTIVE),

@@ -193,14 +193,15 @@ class TwoLevel:
 
     def buy(self, layer: Layer, passed: Tensor, room: Tensor, left: Tensor) -> Tensor | None:
         """Each passing request's best ``layer_width`` nodes, in order of confidence, while rows remain."""
-        selectable = torch.isfinite(layer.score) & passed[:, None] & ~layer.bought
+        selectable = (layer.score > DEAD_SCORE) & passed[:, None] & ~layer.bought
         width = self.layer_width - layer.bought.sum(dim=1)
         wanted = torch.minimum(torch.minimum(selectable.sum(dim=1), width), room)
         requests = torch.arange(len(passed), device=passed.device)
         worth = layer.log_confidence if layer.weight is None else layer.log_confidence + layer.weight.log()
         key = (bits(worth).long() << 31) + requests
         turn = key.argsort()
-        before = torch.empty_like(wanted).scatter_(0, turn, wanted[turn].cumsum(0) - wanted[turn])
+        queue = wanted.gather(0, turn)
+        before = torch.empty_like(wanted).scatter_(0, turn, queue.cumsum(0) - queue)
         granted = torch.minimum(wanted, (left - before).clamp(min=0))
         return selectable & (place(order(layer, selectable)) < granted[:, None])
 
@@ -222,7 +223,8 @@ class TwoLevel:
 def order(layer: Layer, eligible: Tensor) -> Tensor:
     """int64 [B, M] keys of a layer's candidates: score descending, then candidate; the ineligible last."""
     candidates = torch.arange(layer.score.shape[1], device=layer.score.device)
-    return torch.add(candidates, bits(layer.score).masked_fill(~eligible, UNSELECTABLE), alpha=1 << 31)
+    cost = (0.0 - layer.score).view(torch.int32)  # of a layer's scores: no NaN, and none above zero
+    return torch.add(candidates, cost.masked_fill_(~eligible, UNSELECTABLE), alpha=1 << 31)
 
 
 def place(key: Tensor) -> Tensor:

@@ -199,15 +199,16 @@ class ElasticBudgetScheduler:
             aside = torch.where(alive, aside.clamp(min=0), 0)
             reserve = torch.minimum(aside, (left - (aside.cumsum(0) - aside)).clamp(min=0))
             left = left - reserve.sum()
-        root = root_tokens[:, None]
+        root, dead = root_tokens[:, None], ~alive
         zero = torch.zeros_like(root)
-        score = torch.where(alive, 0.0, -torch.inf)[:, None]
-        drafts = alive & (room > 1) & (self.max_depth > 0)
-        idle = torch.where(alive, int(Status.EXHAUSTED if self.max_depth else Status.FINISHED), int(Status.EMPTY))
+        score = torch.zeros(batch, 1, device=device).masked_fill_(dead[:, None], -torch.inf)
+        drafts = alive & (room > 1) if self.max_depth else torch.zeros_like(alive)
+        idle = int(Status.EXHAUSTED if self.max_depth else Status.FINISHED)
+        status = torch.full((batch,), idle, dtype=torch.int8, device=device).masked_fill_(dead, int(Status.EMPTY))
         tree = SuperTree(
             layers=(Layer(0, root, zero, score, alive[:, None], alive, weights),),
             frontier=Frontier(root, zero, zero, score, drafts[:, None], 0),
-            status=torch.where(drafts, int(Status.ACTIVE), idle).to(torch.int8),
+            status=status.masked_fill_(drafts, int(Status.ACTIVE)),
             row_limit=room * alive,
             held=alive.long(),
             left=left,
@@ -259,18 +260,17 @@ class ElasticBudgetScheduler:
             tree.weight,
         )
         room = tree.row_limit - tree.held
-        some = (layer.log_confidence > DEAD_SCORE) & (room > 0)
+        some = layer.drafted & (layer.log_confidence > DEAD_SCORE) & (room > 0)
         verdict = None if self.gate is None else self.gate(layer)
-        passed = layer.drafted & some if verdict is None else layer.drafted & some & verdict
+        passed = some if verdict is None else some & verdict
         bought, left, reserve = self._buy(tree, layer, passed, room)
         if bought is not None:
             layer = replace(layer, bought=bought)
         index, active = self.rule.frontier(layer)
         on = passed if bought is None else passed & bought.any(dim=1)
-        stop = Status.FINISHED if depth == self.max_depth else Status.ACTIVE
-        after = torch.full_like(tree.status, int(Status.EXHAUSTED)).masked_fill_(some, int(Status.TRUNCATED))
-        after = after.masked_fill_(passed, int(Status.STARVED)).masked_fill_(on, int(stop))
-        status = torch.where(layer.drafted, after, tree.status)
+        status = tree.status.masked_fill(layer.drafted, int(Status.EXHAUSTED)).masked_fill_(some, int(Status.TRUNCATED))
+        status = status if bought is None else status.masked_fill_(passed, int(Status.STARVED))
+        status = status.masked_fill_(on, int(Status.FINISHED if depth == self.max_depth else Status.ACTIVE))
         return SuperTree(
             layers=(*tree.layers, layer),
             frontier=Frontier(
@@ -278,7 +278,7 @@ class ElasticBudgetScheduler:
                 parent=index // k,
                 index=index,
                 score=layer.score.gather(1, index),
-                active=active & (status == int(Status.ACTIVE))[:, None],
+                active=active & on[:, None] if depth < self.max_depth else torch.zeros_like(active),
                 depth=depth,
             ),
             status=status,

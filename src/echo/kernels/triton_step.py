@@ -68,7 +68,7 @@ def _cost(score):
 
 @triton.jit(do_not_specialize=["width", "k", "count", "stride_b", "stride_w", "stride_k"])
 def _score(
-    above, active, index, log_prob, invalid, score, parent, bought, faults, best, candidates, width, k, count, stride_b, stride_w, stride_k,
+    above, active, index, log_prob, status, invalid, score, parent, bought, drafted, faults, best, candidates, width, k, count, stride_b, stride_w, stride_k,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One request's layer: path scores, and what of them is faulty, greatest, and selectable."""
@@ -88,6 +88,7 @@ def _score(
     tl.store(parent + b * count + lane, tl.load(index + b * width + w, mask=inside, other=0), mask=inside)
     tl.store(bought + b * count + lane, tl.zeros([BLOCK], tl.uint8), mask=inside)
     tl.store(faults + b, tl.load(invalid + b) + tl.sum(fault.to(tl.int32), 0))
+    tl.store(drafted + b, (tl.load(status + b) == ACTIVE).to(tl.uint8))
     tl.store(best + b, top)
     tl.store(candidates + b, tl.sum(((value > DEAD) & inside).to(tl.int32), 0))
 
@@ -291,6 +292,35 @@ def _pack(
             tl.store(mask + row * words + word, tl.where(tl.zeros([BLOCK], tl.int32) + word == 0, 1, 0), mask=pad)
 
 
+@triton.jit(do_not_specialize=["count", "steps", "pages", "size", "dummy"])
+def _compact(
+    rows, lengths, indptr, context, table,
+    kept, gathered, valid, position, source, target, after, count, steps, pages, size, dummy, PAGED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Where the rows of accepted paths lie and belong."""
+    lane = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside, b = lane < count * steps, lane // steps
+    row = tl.load(rows + lane, mask=inside, other=-1)
+    begin = tl.load(context + b, mask=inside, other=0).to(tl.int64)
+    there, step = row >= 0, lane - b * steps
+    row = tl.where(there, row, 0)
+    place, lies = begin + step, begin + row - tl.load(indptr + b, mask=inside, other=0)
+    tl.store(kept + lane, tl.where(there, row, -1).to(tl.int32), mask=inside)
+    tl.store(gathered + lane, row, mask=inside)
+    tl.store(valid + lane, there.to(tl.uint8), mask=inside)
+    tl.store(position + lane, tl.where(there, place, 0), mask=inside)
+    if PAGED:
+        from_ok, to_ok = there & (lies >= 0) & (lies // size < pages), there & (place >= 0) & (place // size < pages)
+        page = tl.load(table + b * pages + lies // size, mask=inside & from_ok, other=0).to(tl.int64)
+        home = tl.load(table + b * pages + place // size, mask=inside & to_ok, other=0).to(tl.int64)
+        tl.store(source + lane, tl.where(from_ok, page * size + lies % size, dummy), mask=inside)
+        tl.store(target + lane, tl.where(to_ok, home * size + place % size, dummy), mask=inside)
+    else:
+        tl.store(source + lane, tl.where(there, lies, 0), mask=inside)
+        tl.store(target + lane, tl.where(there, place, 0), mask=inside)
+    tl.store(after + b, begin + tl.load(lengths + b, mask=inside, other=0), mask=inside & (step == 0))
+
+
 def _bytes(value: Tensor) -> Tensor:
     """Booleans as the kernels read and write them."""
     return value.contiguous().view(torch.uint8)
@@ -308,29 +338,30 @@ def _block(nodes: int) -> tuple[int, int]:
 
 
 @launch.on_its_device
-def score(above: Tensor, active: Tensor, index: Tensor, log_prob: Tensor, invalid: Tensor) -> tuple[Tensor, ...]:
+def score(above: Tensor, active: Tensor, index: Tensor, log_prob: Tensor, status: Tensor, invalid: Tensor) -> tuple[Tensor, ...]:
     """Path scores of a layer, and what of a frontier its candidates take over.
 
     Args:
         above, active, index: float32, bool and int64 [B, W], of the frontier.
         log_prob: float [B, W, k].
-        invalid: int32 [B].
+        status, invalid: int8 and int32 [B].
 
     Returns:
-        score float32, parent int64 and bought (nothing is) bool [B, W * k]; invalid int32 [B]; and for :func:`advance` the greatest
+        score float32, parent int64 and bought (nothing is) bool [B, W * k]; drafted bool and invalid int32 [B]; and for :func:`advance` the greatest
         score, float32, and how many are finite, int32 [B].
     """
     batch, width, k = log_prob.shape
     count = width * k
     value = torch.empty(batch, count, device=above.device)
     parent, bought = torch.empty_like(value, dtype=torch.int64), torch.empty_like(value, dtype=torch.bool)
-    faults, best, candidates = torch.empty_like(invalid), value.new_empty(batch), torch.empty_like(invalid)
+    drafted, best = active.new_empty(batch), value.new_empty(batch)
+    faults, candidates = torch.empty_like(invalid), torch.empty_like(invalid)
     if batch:
         _score[(batch,)](
-            above.contiguous(), _bytes(active), index.contiguous(), log_prob, invalid.contiguous(), value, parent, _bytes(bought), faults,
-            best, candidates, width, k, count, *log_prob.stride(), BLOCK=_block(count)[0], num_warps=1,
+            above.contiguous(), _bytes(active), index.contiguous(), log_prob, status.contiguous(), invalid.contiguous(), value, parent,
+            _bytes(bought), _bytes(drafted), faults, best, candidates, width, k, count, *log_prob.stride(), BLOCK=_block(count)[0], num_warps=1,
         )  # fmt: skip
-    return value, parent, bought, faults, best, candidates
+    return value, parent, bought, drafted, faults, best, candidates
 
 
 @launch.on_its_device
@@ -449,3 +480,32 @@ def pack(
         ENDS=_ends(sizes), BLOCK=block, GROUP=launch.REQUESTS, num_warps=launch.warps(block),
     )  # fmt: skip
     return out
+
+
+@launch.on_its_device
+def compact(
+    rows: Tensor, lengths: Tensor, indptr: Tensor, context: Tensor, table: Tensor | None, size: int, dummy: int
+) -> dict[str, Tensor]:
+    """The lists of :class:`echo.tree.Compaction`, by name.
+
+    Args:
+        rows: int64 [B, D + 1], accepted rows; -1 beyond.
+        lengths: int64 [B].
+        indptr: int32 [B + 1].
+        context: int32 or int64 [B].
+        table: int32 or int64 [B, pages]; None: places in a request's own cache.
+        size: tokens of a page.
+        dummy: a slot that no request owns.
+    """
+    batch, steps = rows.shape
+    longs = [torch.empty(batch, steps, dtype=torch.int64, device=rows.device) for _ in range(4)]
+    kept, valid = torch.empty_like(longs[0], dtype=torch.int32), torch.empty_like(longs[0], dtype=torch.bool)
+    after = torch.empty(batch, dtype=torch.int64, device=rows.device)
+    if batch:
+        _compact[(-(-batch * steps // launch.REQUESTS),)](
+            rows.contiguous(), lengths.contiguous(), indptr.contiguous(), context.contiguous(), rows if table is None else table.contiguous(),
+            kept, longs[0], _bytes(valid), *longs[1:], after, batch, steps, 0 if table is None else table.shape[1], size, dummy,
+            PAGED=table is not None, BLOCK=launch.REQUESTS, num_warps=launch.warps(launch.REQUESTS),
+        )  # fmt: skip
+    names = ("accept_index", "gather", "valid", "position", "source", "target", "context")
+    return dict(zip(names, (kept, longs[0], valid, *longs[1:], after), strict=True))
