@@ -26,7 +26,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 import machine_code
-from echo.kernels import attention_kernels, launch, triton_accept, triton_attention, triton_step
+from echo.kernels import attention_kernels, launch, triton_accept, triton_attention, triton_dealing, triton_growing, triton_packing
 
 RESULTS = Path(__file__).parent / "results"
 WIDE = {90: "HGMMA", 100: "UTCHMMA"}
@@ -62,6 +62,10 @@ class Case:
         return " ".join(parts + ["window"] * (self.window is not None) + ["softcap"] * (self.softcap is not None))
 
 
+STEP = ("_plant", "_score", "_advance", "_chance", "_rank", "_allot", "_pack", "_compact", "_observe")
+"""Kernels of a step other than attention and acceptance."""
+
+
 class Recorder:
     """Stands in for a kernel, and keeps the arguments of its launch."""
 
@@ -75,17 +79,17 @@ class Recorder:
         return record
 
 
-def record(module: Any, names: list[str], call: Any) -> dict[str, Recorder]:
+def record(modules: list[Any], names: tuple[str, ...], call: Any) -> dict[str, Recorder]:
     """The launches that ``call`` makes."""
-    kernels = {name: Recorder(getattr(module, name)) for name in names}
+    kernels = {name: (module, Recorder(getattr(module, name))) for module in modules for name in names if hasattr(module, name)}
     try:
-        for name, recorder in kernels.items():
+        for name, (module, recorder) in kernels.items():
             setattr(module, name, recorder)
         call()
     finally:
-        for name, recorder in kernels.items():
+        for name, (module, recorder) in kernels.items():
             setattr(module, name, recorder.kernel)
-    return {name: recorder for name, recorder in kernels.items() if recorder.args}
+    return {name: recorder for name, (_, recorder) in kernels.items() if recorder.args}
 
 
 def source(recorder: Recorder) -> tuple[ASTSource, dict[str, int]]:
@@ -112,7 +116,7 @@ def source(recorder: Recorder) -> tuple[ASTSource, dict[str, int]]:
                 hints[(place,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = "fp32"
-    options = {k: v for k, v in recorder.options.items() if k in ("num_warps", "num_stages")}
+    options = {k: v for k, v in recorder.options.items() if k in ("num_warps", "num_stages", "enable_fp_fusion")}
     return ASTSource(recorder.kernel, signature, constexprs=fixed, attrs=hints), options
 
 
@@ -149,7 +153,7 @@ def attention(case: Case, arch: int) -> dict[str, Recorder]:
     generation = launch.generation
     try:
         launch.generation = lambda device: arch // 10  # type: ignore[assignment]
-        return record(attention_kernels, ["plan", "attend", "merge"], call)
+        return record([attention_kernels], ("plan", "attend", "merge"), call)
     finally:
         launch.generation = generation
 
@@ -168,9 +172,7 @@ def others(n: int, vocabulary: int) -> list[tuple[str, str, Recorder]]:
     }
     found = []
     for case, call in calls.items():
-        launches = (
-            record(triton_accept, ["_best", "_walk", "_collect"], call) if case != "D=128" else record(attention_kernels, ["join"], call)
-        )
+        launches = record([triton_accept, attention_kernels], ("_best", "_walk", "_collect", "join"), call)
         found += [(name.strip("_"), f"{case} bfloat16 N={n}", recorder) for name, recorder in launches.items()]
     return found
 
@@ -181,20 +183,24 @@ def steps(batch: int, beam: int, k: int, depth: int, most: int = 64) -> list[tup
     batched = lambda n, dtype: torch.zeros(batch, n, dtype=dtype)  # noqa: E731
     one = {dtype: torch.zeros(batch, dtype=dtype) for dtype in (torch.int8, torch.int32, torch.int64, torch.float32, torch.bool)}
     score, place, yes = (batched(sum(sizes), dtype) for dtype in (torch.float32, torch.int64, torch.bool))
-    frontier = (batched(beam, dtype) for dtype in (torch.float32, torch.bool, torch.int64))
+    frontier = [batched(beam, dtype) for dtype in (torch.float32, torch.bool, torch.int64)]
     drafted, rows, left = torch.zeros(batch, beam, k), batch * most, torch.zeros((), dtype=torch.int64)
-    links = torch.zeros(batch + 1, dtype=torch.int32)
-    found = one[torch.float32], one[torch.int32], one[torch.int8], one[torch.bool], one[torch.int64], one[torch.int64], left
+    links, context, table = torch.zeros(batch + 1, dtype=torch.int32), one[torch.int32], batched(32, torch.int32)
+    found = one[torch.float32], context, one[torch.int8], one[torch.bool], one[torch.int64], one[torch.int64], left
+    sums = [torch.zeros(depth, batch + 1) for _ in range(3)] + [torch.zeros(depth, batch + 1, 64)]
+    foreseen = torch.zeros(batch, depth), torch.zeros(batch, depth, 64)
 
     def call() -> None:
-        triton_step.score(*frontier, drafted, one[torch.int8], one[torch.int32])
-        triton_step.advance(batched(beam * k, torch.float32), drafted.long(), *found, width=beam, buys=beam, stop=0)
-        triton_step.path_cost(score, place, torch.zeros(depth + 1, 512, dtype=torch.int32), sizes)
-        triton_step.deal(score.int(), yes, one[torch.int64], left, rows, most, sizes)
-        triton_step.pack(yes, place, place, score, yes, rows, -(-most // 32), sizes)
-        triton_step.compact(batched(depth + 1, torch.int64), one[torch.int64], links, one[torch.int32], batched(32, torch.int32), 64, 0)
+        triton_growing.plant(one[torch.int64], one[torch.bool], one[torch.int64], rows, most, True)
+        triton_growing.score(*frontier, drafted, one[torch.int8], context)
+        triton_growing.advance(batched(beam * k, torch.float32), drafted.long(), *found, width=beam, buys=beam, stop=0)
+        triton_dealing.path_cost(score, place, torch.zeros(depth + 1, 512, dtype=torch.int32), sizes)
+        triton_dealing.deal(score.int(), yes, one[torch.int64], left, rows, most, sizes)
+        triton_packing.pack(yes, place, place, score, yes, rows, -(-most // 32), sizes)
+        triton_packing.compact(batched(depth + 1, torch.int64), one[torch.int64], links, context, table, 64, 0)
+        triton_packing.observe(one[torch.int64], links, one[torch.int8], one[torch.int64], depth, foreseen, sums, 0.95, 512)
 
-    launches = record(triton_step, ["_score", "_advance", "_chance", "_rank", "_allot", "_pack", "_compact"], call)
+    launches = record([triton_growing, triton_dealing, triton_packing], STEP, call)
     return [(name.strip("_"), f"beam={beam} candidates={k} depth={depth} B={batch}", recorder) for name, recorder in launches.items()]
 
 

@@ -1,27 +1,33 @@
-"""Counts the operations of a whole step, plant to observe, part by part: what a CUDA graph of the step is made of.
+"""Counts what a whole step launches, plant to observe, part by part: what a CUDA graph of the step is made of.
 
     python benchmarks/operations.py          into benchmarks/results/operations.json; needs no GPU
 
-An operation is a call into torch that computes or copies; views and empty buffers do nothing on a device. Most are one kernel, sorts and
-selections more. The count does not depend on the batch.
+Counted are torch operations that compute or copy (views and empty buffers do nothing on a device; sorts and selections are more than one
+kernel) and launches of the fused kernels, which run in Triton's interpreter. No count depends on the batch.
 """
 
 from __future__ import annotations
 
-import argparse
+import contextlib
 import json
+import os
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported
+
 import numpy as np
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 import echo
+from echo import kernels
+from echo.kernels import triton_accept, triton_dealing, triton_growing, triton_packing
 from echo.tree import compact
 
-BATCH, DEPTH, CANDIDATES, BEAM = 256, 6, 4, 4
+BATCH, DEPTH, CANDIDATES, BEAM = 4, 6, 4, 4
 RESULTS = Path(__file__).parent / "results"
 IDLE = ("empty", "new_empty", "empty_like", "empty_strided", "_unsafe_view", "lift_fresh", "detach")
 
@@ -54,32 +60,86 @@ def policies() -> dict[str, echo.ElasticBudgetScheduler]:
     }
 
 
-def step(scheduler: echo.ElasticBudgetScheduler, batch: int = BATCH, device: str = "cpu") -> dict[str, Counter[str]]:
-    """The operations of each part of one step."""
+class Launched:
+    """Stands in for a kernel: counts its launches, and launches it unseen by :class:`Operations`."""
+
+    def __init__(self, kernel: Any, name: str, counted: Operations) -> None:
+        self.kernel, self.name, self.counted = kernel, name, counted
+
+    def __getitem__(self, grid: Any) -> Any:
+        def launch(*args: Any, **options: Any) -> None:
+            self.counted.count[f"kernel {self.name}"] += 1
+            with _disable_current_modes():
+                self.kernel[grid](*args, **options)
+
+        return launch
+
+
+@contextlib.contextmanager
+def counting() -> Iterator[Operations]:
+    """Counts operations and launches within it."""
+    operations, found = Operations(), []
+    for module in (triton_accept, triton_growing, triton_dealing, triton_packing):
+        found += [(module, name, kernel) for name, kernel in vars(module).items() if hasattr(kernel, "run") and hasattr(kernel, "fn")]
+    found = [entry for entry in found if entry[1] not in ("_cost", "_passing", "layout", "_below", "_winners", "_seen")]  # no kernels
+    try:
+        for module, name, kernel in found:
+            setattr(module, name, Launched(kernel, name.strip("_"), operations))
+        with operations:
+            yield operations
+    finally:
+        for module, name, kernel in found:
+            setattr(module, name, kernel)
+
+
+def drafts(tree: echo.SuperTree) -> tuple[torch.Tensor, torch.Tensor]:
+    """Candidates for every node of the frontier."""
+    shape = (*tree.frontier.token.shape, CANDIDATES)
+    return torch.randint(0, 1000, shape), torch.randn(shape).log_softmax(-1)
+
+
+def step(scheduler: echo.ElasticBudgetScheduler, backend: str) -> dict[str, Counter[str]]:
+    """What each part of one step launches."""
     counts: dict[str, Counter[str]] = {}
-    roots, rows = torch.arange(batch, device=device), 4 * batch
-    history = scheduler.history(batch, device)
-    context = torch.randint(0, 1000, (batch,), device=device, dtype=torch.int32)
-    table = torch.arange(32 * batch, device=device, dtype=torch.int32).view(batch, 32)
-    target = torch.randint(0, 1000, (rows,), device=device)
+    roots, rows = torch.arange(BATCH), 4 * BATCH
+    history = scheduler.history(BATCH)
+    target, context, table = torch.zeros(rows, dtype=torch.int64), torch.arange(BATCH).int(), torch.arange(32 * BATCH).int().view(BATCH, 32)
 
     def part(name: str, call: Any) -> Any:
-        with Operations() as operations:
+        with kernels.using(backend), counting() as operations:
             value = call()
         counts[name] = counts.get(name, Counter()) + operations.count
         return value
 
-    part("grow", lambda: _grown(scheduler, scheduler.plant(roots, rows=rows)))  # tables are copied to the device once
-    scheduler.pack(_grown(scheduler, scheduler.plant(roots, rows=rows)))
+    def whole() -> None:
+        tree = part("plant", lambda: scheduler.plant(roots, rows=rows))
+        for _ in range(scheduler.max_depth):
+            drafted = drafts(tree)
+            tree = part("grow", lambda tree=tree, drafted=drafted: scheduler.grow(tree, *drafted))
+        packed = part("select, pack", lambda: scheduler.pack(tree))
+        accepted = part("verify", lambda: echo.verify(packed, target))
+        part("compact", lambda: compact(packed, accepted, context, page_table=table, page_size=64))
+        part("observe", lambda: history.observe(roots, packed, accepted))
+
+    whole()  # tables are copied to the device once
     counts.clear()
-    tree = part("plant", lambda: scheduler.plant(roots, rows=rows))
-    for _ in range(scheduler.max_depth):
-        drafted = _drafts(tree, device)
-        tree = part("grow", lambda tree=tree, drafted=drafted: scheduler.grow(tree, *drafted))
-    part("select", lambda: scheduler.select(tree))
-    packed = part("select and pack", lambda: scheduler.pack(tree))
-    accepted = part("verify", lambda: echo.verify(packed, target))
-    part("compact", lambda: compact(packed, accepted, context, page_table=table, page_size=64))
-    part("observe", lambda: history.observe(roots, packed, accepted))
-    counts["pack"] = counts.pop("select and pack") - counts["select"]
+    whole()
     return counts
+
+
+def main() -> None:
+    """Prints and writes."""
+    report: dict[str, Any] = {"depth": DEPTH, "beam": BEAM, "candidates": CANDIDATES, "torch": torch.__version__, "steps": {}}
+    for name, scheduler in policies().items():
+        for backend in ("torch", "triton"):
+            counts = step(scheduler, backend)
+            totals = {part: sum(count.values()) for part, count in counts.items()}
+            entry = totals | {"all": sum(totals.values()), "of which": dict(sum(counts.values(), Counter()).most_common())}
+            report["steps"].setdefault(name, {})[backend] = entry
+            print(name, backend, {part: n for part, n in entry.items() if part != "of which"}, flush=True)
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "operations.json").write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

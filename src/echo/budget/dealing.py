@@ -31,9 +31,9 @@ def deal(tree: SuperTree, cost: Tensor, cap: Tensor, left: Tensor, rows: int) ->
         bool [B, T].
     """
     batch, nodes = cost.shape
-    most, step = min(nodes, rows, tree.most), kernels.step(cost)
-    if step is not None:
-        dealt: Tensor = step.deal(cost, tree.bought, cap, left, rows, most, tree.sizes)
+    most, fused = min(nodes, rows, tree.most), kernels.fused("dealing", cost)
+    if fused is not None:
+        dealt: Tensor = fused.deal(cost, tree.bought, cap, left, rows, most, tree.sizes)
         return dealt
     places = batch * nodes + 1  # the last place is nobody's
     last = torch.iinfo(torch.int64).max // places * places - 1

@@ -18,7 +18,7 @@ def grow(rule: Rule, gate: Gate | None, tree: SuperTree, tokens: Tensor, log_pro
         tree, tokens, log_probs: as in :meth:`ElasticBudgetScheduler.grow`, checked.
         last: nothing is drafted on this layer.
     """
-    step = kernels.step(tokens)
+    step = kernels.fused("growing", tokens)
     if step is None or type(rule) not in (GlobalRank, TwoLevel) or tree.weight is not None or tree.reserve is not None:
         return None
     above, depth = tree.frontier, tree.depth + 1
@@ -33,7 +33,7 @@ def grow(rule: Rule, gate: Gate | None, tree: SuperTree, tokens: Tensor, log_pro
         layer = Layer(depth, layer.token, parent, score, on.bought, layer.drafted)
     return SuperTree(
         layers=(*tree.layers, layer),
-        frontier=Frontier(on.token, on.parent, on.index, on.score, on.active, depth),
+        frontier=Frontier(on.token, on.parent, on.place, on.score, on.active, depth),
         status=on.status,
         row_limit=tree.row_limit,
         held=on.held,

@@ -10,10 +10,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from echo import checks
+from echo import checks, kernels
 from echo.tree.accepted import Accepted
 from echo.tree.packed import PackedTree
-from echo.tree.supertree import Status, SuperTree
+from echo.tree.supertree import DEAD_SCORE, Status, SuperTree
 
 KEEP = 0.95
 """What a slot's sums keep from step to step: a memory of about twenty steps. This and the next three were chosen by replay on the
@@ -98,9 +98,16 @@ class History:
     def observe(self, slots: Tensor, packed: PackedTree, accepted: Accepted) -> History:
         """After a step: ``slots`` int64 [B] says where each request of the step lives. Requests without a row are left alone."""
         checks.tensor("slots", slots, [packed.batch], torch.int64, self.steps.device)
+        drafted = packed.max_depth if packed.outlook is not None else 0
+        fused = kernels.fused("packing", slots)
+        if fused is not None:
+            more = None if packed.expected is None or packed.outlook is None else (packed.expected, packed.outlook)
+            sums = self.steps, self.expected, self.accepted, self.outlook
+            step = slots, packed.indptr, packed.status, accepted.lengths
+            steps, expected, taken, outlook = fused.observe(*step, drafted, more, sums, KEEP, MEMORY)
+            return replace(self, steps=steps, expected=expected, accepted=taken, outlook=outlook, tick=self.tick + 1)
         ran, (depth, places) = packed.indptr.diff() > 0, self.steps.shape
         layers = torch.arange(depth, device=slots.device)[:, None]
-        drafted = packed.max_depth if packed.outlook is not None else 0
         seen = ran & ((layers < drafted) | (packed.status != int(Status.ACTIVE)) & (drafted > 0))  # who stopped has no deeper layers
         own = torch.ones(places, device=slots.device).index_copy(0, slots, torch.where(ran, KEEP, 1.0))
         fades = own.repeat(depth, 1)
@@ -154,12 +161,13 @@ class History:
 
 def outlook(tree: SuperTree, gain: Tensor) -> Tensor:
     """float32 [B, depth, 64]: how many scored nodes of each layer have a probability of acceptance in each bin."""
-    batch, depth = tree.batch, tree.depth
-    layer = tree.forest.depth.clamp(min=1) - 1
-    place = layer * BINS + (gain * BINS).long().clamp(max=BINS - 1)
-    counted = (tree.forest.depth > 0) & torch.isfinite(tree.forest.score) & (gain * BINS >= 0.5)
-    flat = torch.zeros(batch, depth * BINS, device=gain.device)
-    return flat.scatter_add_(1, place, counted.float()).view(batch, depth, BINS)
+    batch, sizes = tree.batch, tree.sizes
+    score, bins = tree.score[:, sizes[0] :], gain[:, sizes[0] :] * BINS
+    begins = [torch.full((size,), d * BINS, device=gain.device) for d, size in enumerate(sizes[1:])]
+    place = torch.cat(begins) + bins.long().clamp(max=BINS - 1)
+    counted = (score > DEAD_SCORE) & (bins >= 0.5)
+    flat = torch.zeros(batch, tree.depth * BINS, device=gain.device)
+    return flat.scatter_add_(1, place, counted.float()).view(batch, tree.depth, BINS)
 
 
 def by_depth(tree: SuperTree, value: Tensor) -> Tensor:

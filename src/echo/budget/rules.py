@@ -111,12 +111,14 @@ class GlobalRank:
 
     def cost(self, tree: SuperTree) -> Tensor:
         """int32 [B, T], rising as f falls: the bits of -S, or 2^24 - f in 24-bit fixed point."""
-        if self.reliability is None:
-            return bits(tree.score)
-        table, step = self._table(tree.status.device), kernels.step(tree.status)
-        if step is not None:
-            cost: Tensor = step.path_cost(tree.score, torch.cat([layer.parent for layer in tree.layers], dim=1), table, tree.sizes)
+        table = None if self.reliability is None else self._table(tree.status.device)
+        fused = kernels.fused("dealing", tree.status)
+        if fused is not None:
+            parent = None if table is None else torch.cat([layer.parent for layer in tree.layers], dim=1)
+            cost: Tensor = fused.path_cost(tree.score, parent, table, tree.sizes)
             return cost
+        if table is None:
+            return bits(tree.score)
         raw, sizes = bits(tree.score), tree.sizes
         rows = [torch.full((layer.token.shape[1],), min(layer.depth, len(table) - 1) * BINS, device=table.device) for layer in tree.layers]
         place = (raw.view(torch.float32) * BINS_PER_NAT).clamp(max=BINS - 1).int() + torch.cat(rows)

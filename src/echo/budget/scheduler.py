@@ -14,6 +14,7 @@ from echo import checks
 from echo.budget.fused import grow as fused_grow
 from echo.budget.goodput import Forecast, Goodput
 from echo.budget.history import History, by_depth, outlook
+from echo.budget.roots import plant
 from echo.budget.rules import GlobalRank, PerRequest, Rule, TwoLevel
 from echo.cost import CostModel
 from echo.errors import EchoError
@@ -180,48 +181,16 @@ class ElasticBudgetScheduler:
             EchoError: shapes or dtypes that do not fit, or fewer rows than requests.
         """
         batch = checks.tensor("root_tokens", root_tokens, ["B"], torch.int64).shape[0]
-        device = root_tokens.device
         limit = self._rows(batch) if rows is None else checks.integer("rows", rows, 1)
         if limit < batch:
             raise EchoError(f"rows: expected at least one row for each of {batch} requests, got {limit}")
-        alive = (
-            torch.ones(batch, dtype=torch.bool, device=device) if live is None else checks.tensor("live", live, [batch], torch.bool, device)
-        )
-        room = torch.full((batch,), self.max_tree_rows, device=device)
-        if capacity is not None:
-            room = torch.minimum(room, checks.tensor("capacity", capacity, [batch], torch.int64, device).clamp(min=1))
-        if weights is not None:
-            weights = torch.where(alive, checks.tensor("weights", weights, [batch], torch.float32, device), 0.0)
-            weights = (weights / weights.amax()).nan_to_num(0.0).clamp(min=2.0**-24)
-        left, reserve = limit - alive.sum(), None
-        if floors is not None:
-            aside = torch.minimum(checks.tensor("floors", floors, [batch], torch.int64, device), room) - 1
-            aside = torch.where(alive, aside.clamp(min=0), 0)
-            reserve = torch.minimum(aside, (left - (aside.cumsum(0) - aside)).clamp(min=0))
-            left = left - reserve.sum()
-        root, dead = root_tokens[:, None], ~alive
-        zero = torch.zeros_like(root)
-        score = torch.zeros(batch, 1, device=device).masked_fill_(dead[:, None], -torch.inf)
-        drafts = alive & (room > 1) if self.max_depth else torch.zeros_like(alive)
-        idle = int(Status.EXHAUSTED if self.max_depth else Status.FINISHED)
-        status = torch.full((batch,), idle, dtype=torch.int8, device=device).masked_fill_(dead, int(Status.EMPTY))
-        tree = SuperTree(
-            layers=(Layer(0, root, zero, score, alive[:, None], alive, weights),),
-            frontier=Frontier(root, zero, zero, score, drafts[:, None], 0),
-            status=status.masked_fill_(drafts, int(Status.ACTIVE)),
-            row_limit=room * alive,
-            held=alive.long(),
-            left=left,
-            invalid=torch.zeros(batch, dtype=torch.int32, device=device),
-            rows=limit,
-            most=self.max_tree_rows,
-            reserve=reserve,
-        )
+        served = live, capacity, weights, floors
+        tree = plant(root_tokens, *served, rows=limit, most=self.max_tree_rows, deep=self.max_depth > 0)
         if first_layer is None:
             return tree
         tokens, log_probs = first_layer
-        checks.tensor("first_layer[0]", tokens, [batch, "k"], torch.int64, device)
-        checks.tensor("first_layer[1]", log_probs, list(tokens.shape), checks.FLOATS, device)
+        checks.tensor("first_layer[0]", tokens, [batch, "k"], torch.int64, root_tokens.device)
+        checks.tensor("first_layer[1]", log_probs, list(tokens.shape), checks.FLOATS, tokens.device)
         return self.grow(tree, tokens[:, None], log_probs[:, None])
 
     def grow(self, tree: SuperTree, tokens: Tensor, log_probs: Tensor) -> SuperTree:
@@ -355,7 +324,8 @@ class ElasticBudgetScheduler:
 
     def select(self, tree: SuperTree) -> Tensor:
         """The bare decision: bool [B, T] over ``tree.forest``, roots, bought rows and dealt rows."""
-        room = tree.row_limit.clamp(max=self.max_tree_rows) - tree.held
+        most = tree.row_limit if tree.most <= self.max_tree_rows else tree.row_limit.clamp(max=self.max_tree_rows)
+        room = most - tree.held
         if tree.reserve is None:
             return tree.bought | self.rule.deal(tree, room, tree.left, tree.rows)
         aside = tree.reserve.sum()

@@ -6,7 +6,7 @@ Every function here picks one of two implementations of the same signature by ``
 asked for and not there is an :class:`~echo.errors.EchoError`, never a silent fallback. Under ``torch.compile``, "auto" is the twin,
 which the compiler can fuse with what is around it.
 
-The step itself, grow to pack, is torch's operations, and the few kernels of :mod:`echo.kernels.triton_step` where :func:`step` says so.
+The step around them, plant to observe, is torch's operations, and where :func:`fused` gives them a few kernels of the same bits.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ def using(backend: str) -> Iterator[None]:
         _preferred.pop()
 
 
-def step(at: Tensor) -> ModuleType | None:
-    """The kernels of a step for tensors on that device; None: torch's operations, of the same bits."""
-    module = _module("step", "auto", at)
+def fused(part: str, at: Tensor) -> ModuleType | None:
+    """The kernels of a part of the step, "growing", "dealing" or "packing", for tensors on that device; None: torch's operations."""
+    module = _module(part, "auto", at)
     return None if module is reference else module
 
 
@@ -218,4 +218,4 @@ def argmax_tokens(logits: Tensor, *, backend: str = "auto") -> Tensor:
     return result
 
 
-__all__ = ["BACKENDS", "accept", "accept_greedy", "argmax_tokens", "merge_attention", "plan_attention", "step", "tree_attention", "using"]
+__all__ = ["BACKENDS", "accept", "accept_greedy", "argmax_tokens", "fused", "merge_attention", "plan_attention", "tree_attention", "using"]

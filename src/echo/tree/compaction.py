@@ -71,11 +71,11 @@ def compact(
     device = packed.tokens.device
     batch, steps = checks.tensor("accepted.rows", accepted.rows, [packed.batch, "D + 1"], torch.int64, device).shape
     checks.tensor("context", context, [batch], checks.INTEGERS, device)
-    step = kernels.step(accepted.rows)
-    if step is not None:
+    fused = kernels.fused("packing", accepted.rows)
+    if fused is not None:
         table = None if page_table is None else checks.tensor("page_table", page_table, [batch, "pages"], checks.INTEGERS, device)
-        lists = (accepted.rows, accepted.lengths, packed.indptr, context, table)
-        return into(out, Compaction(**step.compact(*lists, checks.integer("page_size", page_size, 1), checks.integer("dummy", dummy, 0))))
+        sizes = checks.integer("page_size", page_size, 1), checks.integer("dummy", dummy, 0)
+        return into(out, Compaction(**fused.compact(accepted.rows, accepted.lengths, packed.indptr, context, table, *sizes)))
     valid = accepted.rows >= 0
     rows = torch.where(valid, accepted.rows, 0)
     begin = context.long()[:, None]

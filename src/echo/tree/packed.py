@@ -253,11 +253,11 @@ def pack(tree: SuperTree, selected: Tensor, rows: int, words: int, out: PackedTr
     checks.integer("rows", rows, 1)
     if batch == 0:  # an idle data-parallel rank: pads alone
         return into(out, _pads(tree, rows, words))
-    step = kernels.step(selected)
-    if step is not None:
+    fused = kernels.fused("packing", selected)
+    if fused is not None:
         token, parent = (torch.cat([getattr(layer, name) for layer in tree.layers], dim=1) for name in ("token", "parent"))
-        fused = step.pack(selected, token, parent, tree.score, tree.bought, rows, words, tree.sizes)._asdict()
-        return into(out, PackedTree(**fused, status=tree.status, invalid=tree.invalid, max_depth=tree.depth))
+        columns = fused.pack(selected, token, parent, tree.score, tree.bought, rows, words, tree.sizes)._asdict()
+        return into(out, PackedTree(**columns, status=tree.status, invalid=tree.invalid, max_depth=tree.depth))
     forest = tree.forest
     count = selected.flatten().cumsum(0)
     ends = count.view(batch, nodes)[:, -1].clamp(max=rows)

@@ -1,0 +1,72 @@
+"""The roots of a step: who takes part, and how many rows each may get."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from echo import checks, kernels
+from echo.tree.supertree import Frontier, Layer, Status, SuperTree
+
+
+def plant(
+    root_tokens: Tensor,
+    live: Tensor | None,
+    capacity: Tensor | None,
+    weights: Tensor | None,
+    floors: Tensor | None,
+    *,
+    rows: int,
+    most: int,
+    deep: bool,
+) -> SuperTree:
+    """As :meth:`echo.ElasticBudgetScheduler.plant`, of ``rows`` rows and at most ``most`` a request; ``deep``: anything is drafted."""
+    (batch,), device = root_tokens.shape, root_tokens.device
+    if live is not None:
+        checks.tensor("live", live, [batch], torch.bool, device)
+    if capacity is not None:
+        checks.tensor("capacity", capacity, [batch], torch.int64, device)
+    fused, root = kernels.fused("growing", root_tokens), root_tokens[:, None]
+    if fused is not None and weights is None and floors is None:
+        new = fused.plant(root_tokens, live, capacity, rows, most, deep)
+        zero, score = new.zero[:, None], new.score[:, None]
+        return SuperTree(
+            layers=(Layer(0, root, zero, score, new.alive[:, None], new.alive),),
+            frontier=Frontier(root, zero, zero, score, new.drafts[:, None], 0),
+            status=new.status,
+            row_limit=new.limit,
+            held=new.held,
+            left=new.left,
+            invalid=new.invalid,
+            rows=rows,
+            most=most,
+        )
+    alive = torch.ones(batch, dtype=torch.bool, device=device) if live is None else live
+    room = torch.full((batch,), most, device=device)
+    if capacity is not None:
+        room = torch.minimum(room, capacity.clamp(min=1))
+    if weights is not None:
+        weights = torch.where(alive, checks.tensor("weights", weights, [batch], torch.float32, device), 0.0)
+        weights = (weights / weights.amax()).nan_to_num(0.0).clamp(min=2.0**-24)
+    left, reserve = rows - alive.sum(), None
+    if floors is not None:
+        aside = torch.minimum(checks.tensor("floors", floors, [batch], torch.int64, device), room) - 1
+        aside = torch.where(alive, aside.clamp(min=0), 0)
+        reserve = torch.minimum(aside, (left - (aside.cumsum(0) - aside)).clamp(min=0))
+        left = left - reserve.sum()
+    zero, dead = torch.zeros_like(root), ~alive
+    score = torch.zeros(batch, 1, device=device).masked_fill_(dead[:, None], -torch.inf)
+    drafts = alive & (room > 1) if deep else torch.zeros_like(alive)
+    status = torch.full((batch,), int(Status.EXHAUSTED if deep else Status.FINISHED), dtype=torch.int8, device=device)
+    return SuperTree(
+        layers=(Layer(0, root, zero, score, alive[:, None], alive, weights),),
+        frontier=Frontier(root, zero, zero, score, drafts[:, None], 0),
+        status=status.masked_fill_(dead, int(Status.EMPTY)).masked_fill_(drafts, int(Status.ACTIVE)),
+        row_limit=room * alive,
+        held=alive.long(),
+        left=left,
+        invalid=torch.zeros(batch, dtype=torch.int32, device=device),
+        rows=rows,
+        most=most,
+        reserve=reserve,
+    )
