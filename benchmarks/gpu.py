@@ -241,7 +241,7 @@ def acceptance(device: torch.device, copy: float, dry: bool) -> list[dict[str, A
 def step(device: torch.device, dry: bool) -> dict[str, Any]:
     """Gate, buy, deal, pack, accept, compact and observe as one CUDA graph, with every synchronisation an error.
 
-    As torch's operations one by one, and fused by ``torch.compile``.
+    By the fused kernels, once they give the bits of torch's operations; by those one by one; and compiled by ``torch.compile``.
     """
     batch, depth, k = (4, 2, 3) if dry else (256, 6, 4)
     scheduler = echo.ElasticBudgetScheduler(echo.TwoLevel(2, 4), echo.SparseGate({1: 0.1, 3: 0.05}), 4 * batch, depth)
@@ -257,7 +257,7 @@ def step(device: torch.device, dry: bool) -> dict[str, Any]:
     table = torch.arange(32 * batch, device=device, dtype=torch.int32).view(batch, 32)
     history = scheduler.history(batch, device)
 
-    def once() -> object:
+    def once() -> tuple[torch.Tensor, ...]:
         tree = scheduler.plant(roots)
         for layer in layers:
             tree = scheduler.grow(tree, *layer)
@@ -266,7 +266,14 @@ def step(device: torch.device, dry: bool) -> dict[str, Any]:
         moved = compact(packed, accepted, context, page_table=table, page_size=64)
         return packed.mask, moved.source, moved.target, history.observe(roots, packed, accepted).outlook
 
-    calls: dict[str, Callable[[], object]] = {"torch": once} | ({} if dry else {"compiled": torch.compile(once, fullgraph=True)})
+    def by(backend: str) -> tuple[torch.Tensor, ...]:
+        with kernels.using(backend):
+            return once()
+
+    if not all(torch.equal(one, two) for one, two in zip(by("triton"), by("torch"), strict=True)):
+        raise SystemExit("the fused step differs from torch's operations: nothing more is timed")
+    calls: dict[str, Callable[[], object]] = {"fused": lambda: by("triton"), "torch": lambda: by("torch")}
+    calls |= {} if dry else {"compiled": torch.compile(once, fullgraph=True)}
     report: dict[str, Any] = {"batch": batch, "depth": depth, "candidates": k}
     for name, call in calls.items():
         try:

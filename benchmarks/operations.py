@@ -27,7 +27,7 @@ from echo import kernels
 from echo.kernels import triton_accept, triton_dealing, triton_growing, triton_packing
 from echo.tree import compact
 
-BATCH, DEPTH, CANDIDATES, BEAM = 4, 6, 4, 4
+BATCH, DEPTH, CANDIDATES, BEAM = 2, 6, 4, 4
 RESULTS = Path(__file__).parent / "results"
 IDLE = ("empty", "new_empty", "empty_like", "empty_strided", "_unsafe_view", "lift_fresh", "detach")
 

@@ -131,7 +131,7 @@ def _seen(slots, indptr, status, lengths, more_expected, b, batch, d, depth, dra
 @triton.jit(do_not_specialize=["batch", "places", "depth", "drafted"])
 def _observe(
     slots, indptr, status, lengths, more_expected, more_outlook, steps, expected, accepted, outlook,
-    new_steps, new_expected, new_accepted, new_outlook, batch, places, depth, drafted, keep, memory,
+    new_steps, new_expected, new_accepted, new_outlook, batch, places, depth, drafted, keep, share,
     FORESEES: tl.constexpr, BINS: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """Some slots' sums of one depth."""
@@ -147,7 +147,7 @@ def _observe(
     b = tl.where(owner >= 0, owner, batch)
     seen, taken, likely, ran, _ = _seen(slots, indptr, status, lengths, more_expected, b, batch, d, depth, drafted, FORESEES)
     everybody = place == places - 1
-    fade = tl.where(everybody, tl.maximum(1.0 - all_seen / memory, 0.0), tl.where(ran, keep, 1.0))
+    fade = tl.where(everybody, tl.maximum(1.0 - all_seen * share, 0.0), tl.where(ran, keep, 1.0))
     at, inside = d.to(tl.int64) * places + place, place < places
     tl.store(new_steps + at, tl.load(steps + at, mask=inside, other=0.0) * fade + tl.where(everybody, all_seen, seen), mask=inside)
     more = tl.where(everybody, all_expected, likely)
@@ -244,7 +244,7 @@ def observe(
         more: expected and outlook of the step, float32 [B, drafted] and [B, drafted, 64]; None where nothing is foreseen.
         sums: steps, expected and accepted, float32 [depth, slots + 1], and outlook, [depth, slots + 1, 64].
         keep: what a slot's sums keep.
-        memory: steps of single requests that everybody's sums keep.
+        memory: steps of single requests that everybody's sums keep; a power of two.
     """
     depth, places, bins = sums[3].shape
     new = [torch.empty_like(value, memory_format=torch.contiguous_format) for value in sums]
@@ -252,7 +252,7 @@ def observe(
         foresees = tuple(value.contiguous() for value in more) if more is not None and drafted else sums[:2]
         _observe[(depth, -(-places // 16))](
             slots.contiguous(), indptr.contiguous(), status.contiguous(), lengths.contiguous(), *foresees,
-            *(value.contiguous() for value in sums), *new, len(slots), places, drafted, drafted, keep, memory,
+            *(value.contiguous() for value in sums), *new, len(slots), places, drafted, drafted, keep, 1 / memory,
             FORESEES=more is not None and drafted > 0, BINS=bins, BLOCK=16, GROUP=64, num_warps=2, enable_fp_fusion=False,
         )  # fmt: skip
     return new

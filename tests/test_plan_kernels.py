@@ -1,0 +1,178 @@
+"""The fused step against torch's operations, bit for bit: in the interpreter, or on the device where there is one."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import echo
+from conftest import CALIBRATION, grow_all, policies
+from echo import kernels
+from echo.budget.dealing import deal
+from echo.tree import compact
+from echo.tree.packed import pack
+from test_dealing import forests
+
+pytest.importorskip("triton")
+from echo.kernels import triton_dealing, triton_growing
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+pytestmark = pytest.mark.skipif(not triton_growing.INTERPRETED, reason="on a GPU, benchmarks/gpu.py compares whole steps")
+
+
+@pytest.fixture(autouse=True)
+def _poison():
+    """Uninitialised memory holds NaN, and integers their largest value."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def tensors(value, name=""):
+    """All tensors in nested dataclasses, by name."""
+    if isinstance(value, torch.Tensor):
+        return {name: value}
+    if isinstance(value, dict):
+        return {k: v for key, part in value.items() for k, v in tensors(part, key).items()}
+    if isinstance(value, tuple):
+        return {k: v for i, part in enumerate(value) for k, v in tensors(part, f"{name}.{i}").items()}
+    if dataclasses.is_dataclass(value):
+        return {k: v for f in dataclasses.fields(value) for k, v in tensors(getattr(value, f.name), f"{name}.{f.name}").items()}
+    return {}
+
+
+def same(fused, plain):
+    one, two = tensors(fused), tensors(plain)
+    assert one.keys() == two.keys()
+    for name, value in one.items():
+        other = two[name]
+        if name.startswith(("history.", "again.")) and value.dim() > 1:  # everybody's sums, in the last place, are in another order
+            assert torch.allclose(value[:, -1], other[:, -1]), name
+            value, other = value[:, :-1], other[:, :-1]  # noqa: PLW2901
+        assert value.dtype == other.dtype and torch.equal(value, other), name
+
+
+def step(scheduler, batch, *, pads=0, rows=None, **data):
+    """Everything between the roots and the history, and what came of it."""
+    tree = grow_all(scheduler, torch.arange(batch), rows=rows, **data)
+    packed = scheduler.pack(tree, rows=tree.rows + pads)
+    accepted = echo.verify(packed, packed.tokens.roll(-1))
+    table = torch.arange(9 * batch).view(batch, 9).int()
+    history = scheduler.history(batch + 3).observe(torch.arange(batch).flip(0) + 2, packed, accepted)
+    again = history.observe(torch.arange(batch), packed, accepted)
+    lists = compact(packed, accepted, torch.arange(batch)), compact(packed, accepted, torch.arange(batch), page_table=table, page_size=2)
+    return {"tree": tree, "packed": packed, "accepted": accepted, "lists": lists, "history": history, "again": again}
+
+
+def compare(scheduler, batch, **data):
+    with kernels.using("triton"):
+        fused = step(scheduler, batch, **data)
+    same(fused, step(scheduler, batch, **data))
+
+
+@settings(max_examples=12)
+@given(policies(), st.integers(0, 10_000), st.sampled_from([0.0, 0.3]), st.booleans(), st.data())
+def test_whole_steps(policy, seed, spoil, ties, data):
+    scheduler, batch = policy
+    live = torch.tensor(data.draw(st.lists(st.booleans(), min_size=batch, max_size=batch)))
+    capacity = torch.tensor(data.draw(st.lists(st.integers(0, 9), min_size=batch, max_size=batch)))
+    served = data.draw(st.sampled_from([{}, {"weights": torch.arange(batch).float()}, {"floors": torch.arange(batch)}]))
+    pads = data.draw(st.sampled_from([0, 37]))
+    compare(scheduler, batch, pads=pads, k=3, seed=seed, spoil=spoil, ties=ties, live=live, capacity=capacity, **served)
+
+
+SCHEDULERS = {
+    "two-level": echo.ElasticBudgetScheduler(echo.TwoLevel(2, 3), echo.SparseGate({1: 0.1, 2: 0.05}), 150, 3),
+    "calibrated": echo.ElasticBudgetScheduler(echo.GlobalRank(2, CALIBRATION), None, 150, 3, max_tree_rows=33),
+    "goodput": echo.ElasticBudgetScheduler.goodput(CALIBRATION, echo.CostModel((1, 24, 99), (1.0, 1.0, 4.0)), beam=2),
+    "autoregressive": echo.ElasticBudgetScheduler.autoregressive(),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "batch"), [("two-level", 1), ("two-level", 64), ("calibrated", 3), ("goodput", 1), ("goodput", 40), ("autoregressive", 3)]
+)
+def test_one_request_and_many(name, batch):
+    compare(SCHEDULERS[name], batch, rows=150 if name == "goodput" else None, k=3, seed=batch, ties=batch > 1)
+
+
+def test_trees_of_three_mask_words():
+    compare(echo.ElasticBudgetScheduler(echo.GlobalRank(7), None, 200, 3, max_tree_rows=90), 3, k=7, seed=0, pads=5)
+
+
+@settings(max_examples=12)
+@given(forests(), st.integers(-2, 80), st.integers(0, 90))
+def test_deals_as_torch_does(case, left, slack):
+    tree, cost, cap = case
+    args = tree, cost, cap, torch.tensor(left), max(left, 1) + slack
+    with kernels.using("triton"):
+        fused = deal(*args)
+    assert torch.equal(fused, deal(*args))
+
+
+def test_costs_of_scores_that_are_no_numbers():
+    score = torch.tensor([[0.0, -0.0, -1.5, torch.nan, torch.inf, -torch.inf, -1e-45]])
+    assert torch.equal(triton_dealing.path_cost(score, None, None, [1, 6]), echo.tree.supertree.bits(score))
+
+
+def test_more_rows_than_fit_are_cut_off():
+    tree = grow_all(SCHEDULERS["calibrated"], torch.arange(5), k=3, seed=1)
+    chosen = torch.ones_like(tree.forest.bought)
+    with kernels.using("triton"):
+        fused = pack(tree, chosen, 17, 1)
+    same(fused, pack(tree, chosen, 17, 1))
+
+
+def test_an_idle_rank():
+    compare(SCHEDULERS["two-level"], 0, k=3, seed=0)
+
+
+def test_strided_drafts_and_half_precision():
+    scheduler, roots = SCHEDULERS["two-level"], torch.arange(3)
+    tokens, log_probs = torch.randint(0, 9, (3, 3, 4)).transpose(0, 1), torch.randn(3, 4, 3).half().log_softmax(1).transpose(1, 2)
+
+    def grown():
+        return scheduler.grow_positions(scheduler.plant(roots), tokens, log_probs)
+
+    with kernels.using("triton"):
+        fused = grown()
+    same(fused, grown())
+
+
+def test_a_backend_that_is_not_there():
+    with pytest.raises(echo.EchoError, match=r"backend: expected one of .* got 'cuda'"), kernels.using("cuda"):
+        pass
+    with kernels.using("triton"), kernels.using("torch"):
+        assert kernels.fused("packing", torch.zeros(1)) is None
+    assert kernels.fused("packing", torch.zeros(1)) is None
+
+
+LIMITS = {"global ranking": (495, 34), "global ranking, calibrated": (525, 35), "two-level, sparse gate": (745, 39), "goodput": (600, 70)}
+"""The most operations of a step, as torch's, and fused."""
+
+
+def test_a_step_launches_no_more_than_it_did():
+    sys.path.insert(0, str(BENCHMARKS))
+    import operations
+
+    committed = json.loads((BENCHMARKS / "results" / "operations.json").read_text())["steps"]
+    for name, scheduler in operations.policies().items():
+        for backend, most in zip(("torch", "triton"), LIMITS[name], strict=True):
+            total = sum(sum(count.values()) for count in operations.step(scheduler, backend).values())
+            assert total <= most, (name, backend, total)
+            assert committed[name][backend]["all"] <= most
+
+
+def test_the_committed_table_has_every_kernel_on_every_architecture():
+    table = json.loads((BENCHMARKS / "results" / "compile.json").read_text())["kernels"]
+    for kernel in ("plant", "score", "advance", "chance", "rank", "allot", "pack", "compact", "observe"):
+        own = [entry for entry in table if entry["kernel"] == kernel]
+        assert {entry["arch"] for entry in own} == {"sm_80", "sm_90", "sm_100"} and not any(entry["spills"] for entry in own), kernel
