@@ -62,7 +62,7 @@ class Case:
         return " ".join(parts + ["window"] * (self.window is not None) + ["softcap"] * (self.softcap is not None))
 
 
-STEP = ("_plant", "_score", "_advance", "_chance", "_rank", "_allot", "_pack", "_compact", "_observe")
+STEP = ("_plant", "_score", "_advance", "_chance", "_rank", "_allot", "_pack", "_compact", "_foresee", "_observe")
 """Kernels of a step other than attention and acceptance."""
 
 
@@ -198,6 +198,7 @@ def steps(batch: int, beam: int, k: int, depth: int, most: int = 64) -> list[tup
         triton_dealing.deal(score.int(), yes, one[torch.int64], left, rows, most, sizes)
         triton_packing.pack(yes, place, place, score, yes, rows, -(-most // 32), sizes)
         triton_packing.compact(batched(depth + 1, torch.int64), one[torch.int64], links, context, table, 64, 0)
+        triton_packing.foresee(score, score, yes, sizes, 64)
         triton_packing.observe(one[torch.int64], links, one[torch.int8], one[torch.int64], depth, foreseen, sums, 0.95, 512)
 
     launches = record([triton_growing, triton_dealing, triton_packing], STEP, call)

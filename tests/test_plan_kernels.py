@@ -54,6 +54,9 @@ def same(fused, plain):
     assert one.keys() == two.keys()
     for name, value in one.items():
         other = two[name]
+        if name.endswith("expected"):  # sums of probabilities, in another order
+            assert torch.allclose(value, other, rtol=1e-6), name
+            continue
         if name.startswith(("history.", "again.")) and value.dim() > 1:  # everybody's sums, in the last place, are in another order
             assert torch.allclose(value[:, -1], other[:, -1]), name
             value, other = value[:, :-1], other[:, :-1]  # noqa: PLW2901
@@ -155,7 +158,7 @@ def test_a_backend_that_is_not_there():
     assert kernels.fused("packing", torch.zeros(1)) is None
 
 
-LIMITS = {"global ranking": (495, 34), "global ranking, calibrated": (525, 35), "two-level, sparse gate": (745, 39), "goodput": (600, 70)}
+LIMITS = {"global ranking": (474, 34), "global ranking, calibrated": (502, 35), "two-level, sparse gate": (721, 39), "goodput": (580, 44)}
 """The most operations of a step, as torch's, and fused."""
 
 
@@ -173,6 +176,6 @@ def test_a_step_launches_no_more_than_it_did():
 
 def test_the_committed_table_has_every_kernel_on_every_architecture():
     table = json.loads((BENCHMARKS / "results" / "compile.json").read_text())["kernels"]
-    for kernel in ("plant", "score", "advance", "chance", "rank", "allot", "pack", "compact", "observe"):
+    for kernel in ("plant", "score", "advance", "chance", "rank", "allot", "pack", "compact", "foresee", "observe"):
         own = [entry for entry in table if entry["kernel"] == kernel]
         assert {entry["arch"] for entry in own} == {"sm_80", "sm_90", "sm_100"} and not any(entry["spills"] for entry in own), kernel

@@ -159,18 +159,23 @@ class History:
         return total[0], total[1]
 
 
-def outlook(tree: SuperTree, gain: Tensor) -> Tensor:
-    """float32 [B, depth, 64]: how many scored nodes of each layer have a probability of acceptance in each bin."""
-    batch, sizes = tree.batch, tree.sizes
-    score, bins = tree.score[:, sizes[0] :], gain[:, sizes[0] :] * BINS
-    begins = [torch.full((size,), d * BINS, device=gain.device) for d, size in enumerate(sizes[1:])]
+def foreseen(tree: SuperTree, gain: Tensor, selected: Tensor) -> tuple[Tensor, Tensor]:
+    """What a step is expected to bring, from each node's probability of acceptance ``gain`` [B, T].
+
+    Returns:
+        :attr:`PackedTree.outlook`, float32 [B, depth, 64], how many scored nodes of each layer have a probability in each bin; and
+        :attr:`PackedTree.expected`, float32 [B, depth], its sum over the ``selected`` nodes, bool [B, T].
+    """
+    fused = kernels.fused("packing", gain)
+    if fused is not None:
+        step: tuple[Tensor, Tensor] = fused.foresee(gain, tree.score, selected, tree.sizes, BINS)
+        return step
+    batch, (roots, *sizes) = tree.batch, tree.sizes
+    score, bins = tree.score[:, roots:], gain[:, roots:] * BINS
+    begins = [torch.full((size,), d * BINS, device=gain.device) for d, size in enumerate(sizes)]
     place = torch.cat(begins) + bins.long().clamp(max=BINS - 1)
     counted = (score > DEAD_SCORE) & (bins >= 0.5)
     flat = torch.zeros(batch, tree.depth * BINS, device=gain.device)
-    return flat.scatter_add_(1, place, counted.float()).view(batch, tree.depth, BINS)
-
-
-def by_depth(tree: SuperTree, value: Tensor) -> Tensor:
-    """float32 [B, depth]: the sums of ``value`` [B, T] over the nodes of each drafted layer."""
-    parts = torch.split(value, tree.sizes, dim=1)[1:]
-    return torch.stack([part.sum(dim=1) for part in parts], dim=1)
+    layers = torch.split(torch.where(selected, gain, 0.0)[:, roots:], sizes, dim=1)
+    expected = torch.stack([layer.sum(dim=1) for layer in layers], dim=1)
+    return flat.scatter_add_(1, place, counted.float()).view(batch, tree.depth, BINS), expected

@@ -13,7 +13,7 @@ from torch import Tensor
 from echo import checks
 from echo.budget.fused import grow as fused_grow
 from echo.budget.goodput import Forecast, Goodput
-from echo.budget.history import History, by_depth, outlook
+from echo.budget.history import History, foreseen
 from echo.budget.roots import plant
 from echo.budget.rules import GlobalRank, PerRequest, Rule, TwoLevel
 from echo.cost import CostModel
@@ -359,8 +359,8 @@ class ElasticBudgetScheduler:
         words, selected = -(-self.max_tree_rows // WORD), self.select(tree)
         packed = pack(tree, selected, count, words, out if sync is None else None)
         if isinstance(self.budget, CostModel) and tree.depth:
-            gain = self.rule.gain(tree)
-            packed = replace(packed, outlook=outlook(tree, gain), expected=by_depth(tree, torch.where(selected, gain, 0.0)))
+            outlook, expected = foreseen(tree, self.rule.gain(tree), selected)
+            packed = replace(packed, outlook=outlook, expected=expected)
         if sync is None:
             return packed
         return into(out, PackedTree.from_wire(sync(packed.wire()), batch=tree.batch, rows=count, words=words, max_depth=tree.depth))

@@ -17,7 +17,7 @@ from echo.kernels import launch
 from echo.kernels.triton_dealing import ends, layout
 from echo.kernels.triton_growing import DEAD, INTERPRETED, as_bytes, lanes
 
-__all__ = ["INTERPRETED", "Rows", "compact", "observe", "pack"]
+__all__ = ["INTERPRETED", "Rows", "compact", "foresee", "observe", "pack"]
 
 
 class Rows(NamedTuple):
@@ -111,6 +111,27 @@ def _compact(
         tl.store(source + lane, tl.where(there, lies, 0), mask=inside)
         tl.store(target + lane, tl.where(there, place, 0), mask=inside)
     tl.store(after + b, begin + tl.load(lengths + b, mask=inside, other=0), mask=inside & (step == 0))
+
+
+@triton.jit(do_not_specialize=["count", "depth"])
+def _foresee(gain, score, selected, outlook, expected, count, depth, ENDS: tl.constexpr, BINS: tl.constexpr, PIECE: tl.constexpr):
+    """One request's nodes of one layer by probability, and what of it is selected."""
+    b, d = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    begin, end = d * 0, d * 0
+    for layer in tl.static_range(len(ENDS) - 1):
+        begin, end = tl.where(d == layer, ENDS[layer], begin), tl.where(d == layer, ENDS[layer + 1], end)
+    lane, total = tl.arange(0, BINS), tl.zeros([PIECE], tl.float32)
+    tally = tl.zeros([BINS], tl.int32)
+    for start in range(begin, end, PIECE):
+        at = start + tl.arange(0, PIECE)
+        node, inside = b * count + at, at < end
+        chance = tl.load(gain + node, mask=inside, other=0.0)
+        counted = inside & (tl.load(score + node, mask=inside, other=DEAD) > DEAD) & (chance * BINS >= 0.5)
+        bins = tl.minimum((chance * BINS).to(tl.int32), BINS - 1)
+        tally += tl.sum(((bins[:, None] == lane[None, :]) & counted[:, None]).to(tl.int32), 0)
+        total += tl.where(tl.load(selected + node, mask=inside, other=0) != 0, chance, 0.0)
+    tl.store(outlook + (b * depth + d) * BINS + lane, tally.to(tl.float32))
+    tl.store(expected + b * depth + d, tl.sum(total, 0))
 
 
 @triton.jit
@@ -228,6 +249,29 @@ def compact(
         )  # fmt: skip
     names = ("accept_index", "gather", "valid", "position", "source", "target", "context")
     return dict(zip(names, (kept, longs[0], valid, *longs[1:], after), strict=True))
+
+
+@launch.on_its_device
+def foresee(gain: Tensor, score: Tensor, selected: Tensor, sizes: Sequence[int], bins: int) -> tuple[Tensor, Tensor]:
+    """Of each drafted layer how many scored nodes lie in each of ``bins`` bins of probability, and the sum over the selected.
+
+    Args:
+        gain, score: float32 [B, T].
+        selected: bool [B, T].
+        sizes: nodes of each layer, together T.
+        bins: a power of two.
+
+    Returns:
+        float32 [B, depth, bins] and [B, depth].
+    """
+    (batch, count), depth = gain.shape, len(sizes) - 1
+    outlook, expected = gain.new_empty(batch, depth, bins), gain.new_empty(batch, depth)
+    if batch and depth:
+        _foresee[(batch, depth)](
+            gain.contiguous(), score.contiguous(), as_bytes(selected), outlook, expected, count, depth,
+            ENDS=ends(sizes), BINS=bins, PIECE=16, num_warps=1,
+        )  # fmt: skip
+    return outlook, expected
 
 
 @launch.on_its_device

@@ -76,22 +76,22 @@ def compact(
         table = None if page_table is None else checks.tensor("page_table", page_table, [batch, "pages"], checks.INTEGERS, device)
         sizes = checks.integer("page_size", page_size, 1), checks.integer("dummy", dummy, 0)
         return into(out, Compaction(**fused.compact(accepted.rows, accepted.lengths, packed.indptr, context, table, *sizes)))
-    valid = accepted.rows >= 0
-    rows = torch.where(valid, accepted.rows, 0)
+    gone, rows = accepted.rows < 0, accepted.rows.clamp(min=0)
     begin = context.long()[:, None]
     place = begin + torch.arange(steps, device=device)
     local = rows - packed.indptr[:-1, None]
     if page_table is None:
-        source, target = torch.where(valid, begin + local, 0), torch.where(valid, place, 0)
+        source, target = (x.masked_fill(gone, 0) for x in (begin + local, place))
     else:
         checks.tensor("page_table", page_table, [batch, "pages"], checks.INTEGERS, device)
         request = torch.arange(batch, device=device)[:, None]
-        source, target = (slots(torch.where(valid, x, -1), request, page_table, page_size, dummy) for x in (begin + local, place))
+        places = torch.stack([begin + local, place]).masked_fill_(gone, -1)
+        source, target = slots(places, request, page_table, page_size, dummy).unbind()
     lists = Compaction(
         accept_index=accepted.rows.int(),
         gather=rows,
-        valid=valid,
-        position=torch.where(valid, place, 0),
+        valid=~gone,
+        position=place.masked_fill(gone, 0),
         source=source,
         target=target,
         context=context.long() + accepted.lengths,
