@@ -104,6 +104,15 @@ def check_scheduler(
         if claim not in (*selection.CLAIMS, *RELATIONS):
             raise EchoError(f"claims: expected some of {(*selection.CLAIMS, *RELATIONS)}, got {claim!r}")
     checks.integer("examples", examples, 1)
+    broken = _search(scheduler, claims, examples, max_batch)
+    if broken is not None:
+        smallest = shrink(broken.scenario, lambda step: _breaks(scheduler, step, claims) == broken.invariant)
+        check_step(scheduler, smallest, claims=claims)
+        raise broken  # of a policy that decides otherwise now
+
+
+def _search(scheduler: ElasticBudgetScheduler, claims: Sequence[str], examples: int, max_batch: int) -> PlanError | None:
+    """The first broken plan, among the drawn steps and those made by hand."""
     package = strategies.hypothesis()
     steps = strategies.batches(max_batch=max_batch, max_depth=min(scheduler.max_depth, 8), rows=scheduler.budget is not None)
     options = package.settings(
@@ -112,21 +121,18 @@ def check_scheduler(
         derandomize=True,
         database=None,
         deadline=None,
-        report_multiple_bugs=False,
         suppress_health_check=list(package.HealthCheck),
         verbosity=package.Verbosity.quiet,
     )
     drawn = [claim for claim in claims if claim != "reads"]  # does not depend on the values: the scenarios will do
-    run = options(package.given(steps)(lambda scenario: check_step(scheduler, scenario, claims=drawn)))
     try:
-        run()
+        options(package.given(steps)(lambda scenario: check_step(scheduler, scenario, claims=drawn)))()
         for make in (scenarios.all_equal, scenarios.burst, scenarios.one_confident_many_doubtful, scenarios.nan_storm):
             made = make(4, min(scheduler.max_depth, 3))
             check_step(scheduler, replace(made, rows=None) if scheduler.budget is None else made, claims=claims)
     except PlanError as broken:
-        name, found = broken.invariant, broken.scenario
-        check_step(scheduler, shrink(found, lambda step: _breaks(scheduler, step, claims) == name), claims=claims)
-        raise  # of a policy that decides otherwise now
+        return broken
+    return None
 
 
 def check_step(scheduler: ElasticBudgetScheduler, scenario: Scenario, *, claims: Sequence[str] = DEFAULT) -> None:
