@@ -224,7 +224,7 @@ def wrong_cost(study: Study) -> dict[str, object]:
         "draft at half": replace(study.cost, draft_layer=study.cost.draft_layer / 2),
         "draft at twice": replace(study.cost, draft_layer=study.cost.draft_layer * 2),
     }
-    batches = (8, 64, 256)
+    batches = (8, 64, 128, 256)
     found = {
         name: [study.ratio(study.goodput(cost), batch=b, steps=min(STEPS, 4096 // b)) for b in batches] for name, cost in beliefs.items()
     }
@@ -235,8 +235,9 @@ def temperature(study: Study, path: Path) -> dict[str, object]:
     """The same prompts at temperature 0.8, with the gates and maps of greedy text, and with their own."""
     tune, test = halves(Trace.load(path))
     own = calibrate(tune)
-    first = [i for i in range(len(test.kind)) if i < 16]
-    greedy = truncated(study.test.texts(first), int(test.limit.max()))
+    whole = study.test.texts(range(len(test.kind)))
+    pieces = truncated(whole, int(test.limit.max()))
+    greedy = pieces.texts(np.flatnonzero(np.isin(pieces.indptr[:-1], whole.indptr)).tolist())  # the answers' beginnings
     batch = 16
     k_max = 6 * batch
     result: dict[str, object] = {"positions": int(test.positions)}
@@ -256,7 +257,7 @@ def temperature(study: Study, path: Path) -> dict[str, object]:
 
 def lag(study: Study) -> dict[str, object]:
     """Goodput whose forecast knows the step before, or only one or two earlier."""
-    batches = (8, 64, 256)
+    batches = (8, 64, 128)
     found = {str(late): [study.ratio(study.goodput(), batch=b, lag=late, steps=min(80, 6144 // b)) for b in batches] for late in (0, 1, 2)}
     return {"batch": batches, "curves": found}
 
@@ -273,17 +274,15 @@ def truncated(trace: Trace, tokens: int) -> Trace:
 def churn(study: Study) -> dict[str, object]:
     """Requests that stay for a few tokens only, so that some leave and others join at every step."""
     lives = (4, 8, 16, 32, 64)
-    curves: dict[str, list[float]] = {"EAGLE": [], "ECHO (paper)": [], "goodput": []}
+    policies = {name: scheduler for name, scheduler in study.policies().items() if name != "global top-K"}
+    curves: dict[str, list[float]] = {name: [] for name in policies}
     joined: list[float] = []
     for life in lives:
-        trace = truncated(study.test, life)
-        for name, scheduler in (("EAGLE", Scheduler.eagle(n=4, beam=2, max_depth=2)), ("ECHO (paper)", study.paper(256))):
-            curves[name].append(study.ratio(scheduler, trace=trace))
-        fresh: list[float] = []
-        curves["goodput"].append(
-            study.ratio(study.goodput(), trace=trace, observe=lambda r, fresh=fresh: fresh.append(float((r.position == 0).mean())))
-        )
-        joined.append(float(np.mean(fresh[WARM:])))
+        trace, fresh = truncated(study.test, life), list[float]()
+        for name, scheduler in policies.items():
+            see = lambda r, fresh=fresh: fresh.append(float((r.position == 0).mean()))  # noqa: E731
+            curves[name].append(study.ratio(scheduler, trace=trace, observe=see))
+        joined.append(float(np.mean(fresh[-STEPS:])))
     return {"tokens": lives, "joined": joined, "curves": curves}
 
 

@@ -28,6 +28,7 @@ def warmup(axis, r) -> None:
         axis.plot(r["positions"], mean, "o-", ms=3, color=COLOUR[name], label=name)
         axis.fill_between(r["positions"], [min(d) for d in draws], [max(d) for d in draws], color=COLOUR[name], alpha=0.15, lw=0)
     axis.set_xscale("log")
+    axis.set_ylim(1, 1.75)
     _ratio(axis, "positions warmed up on")
 
 
@@ -39,7 +40,7 @@ def gate_errors(axis, r) -> None:
     axis.set_xticks(depth, [f"{d}*" if gate else str(d) for d, gate in zip(depth, r["gate"], strict=True)])
     axis.set_xlabel("depth (* gate)")
     axis.set_ylabel("share of such paths")
-    axis.set_ylim(0, 1)
+    axis.set_ylim(0, 0.45)
 
 
 def fairness(axis, r) -> None:
@@ -48,8 +49,21 @@ def fairness(axis, r) -> None:
     parts = (("steps", "of request-steps", GREY), ("rows", "of drafted rows", "#33658a"), ("accepted", "of accepted drafts", "#2a7f62"))
     for i, (key, label, colour) in enumerate(parts):
         axis.bar(np.arange(len(names)) + 0.26 * (i - 1), [r[n][f"doubtful_{key}"] for n in names], 0.25, color=colour, label=label)
-    axis.set_xticks(range(len(names)), [f"{n}\nJain {r[n]['jain']:.3f}" for n in names], fontsize=7)
+    axis.set_xticks(range(len(names)), [f"{n}\nJain {r[n]['jain']:.3f}" for n in names], fontsize=6)
+    axis.set_ylim(0, 0.42)
     axis.set_ylabel("share of the doubtful quarter")
+
+
+def over_time(axis, r) -> None:
+    """Drafted rows of a doubtful and of another request, step by step."""
+    for name in ("ECHO (paper)", "goodput"):
+        for who, style in (("others", "-"), ("doubtful", "--")):
+            rows = np.array(r[name]["over_time"][who])
+            smooth = [np.nanmean(rows[max(0, i - 9) : i + 1]) for i in range(len(rows))]
+            axis.plot(smooth, style, lw=1.2, color=COLOUR[name], label=f"{name}, {who}")
+    axis.set_ylim(0)
+    axis.set_xlabel("step")
+    axis.set_ylabel("drafted rows a request, mean of 10 steps")
 
 
 def floors(axis, r) -> None:
@@ -67,9 +81,10 @@ def floors(axis, r) -> None:
 def tail(axis, r) -> None:
     """How often a request emits at least n tokens in a step."""
     for name, found in r.items():
-        axis.plot(range(1, len(found["share"]) + 1), found["share"], "o-", ms=3, color=COLOUR[name], label=name)
+        share = [s if s else np.nan for s in found["share"]]
+        axis.plot(range(1, len(share) + 1), share, "o-", ms=3, color=COLOUR[name], label=name)
     axis.set_yscale("log")
-    axis.set_ylim(1e-3, 1.2)
+    axis.set_ylim(5e-4, 1.2)
     axis.set_xlabel("tokens in a step, at least")
     axis.set_ylabel("share of request-steps")
 
@@ -77,14 +92,14 @@ def tail(axis, r) -> None:
 def wrong_cost(axis, r) -> None:
     """Goodput under wrong beliefs."""
     for i, (name, ratio) in enumerate(r["curves"].items()):
-        axis.plot(r["batch"], ratio, "o-", ms=3, color=(INK, "#b23a48", "#e9a13b", "#2a7f62", "#33658a")[i], label=name)
+        axis.plot(r["batch"], ratio, "o-", ms=3, color=(INK, "#b23a48", "#e9a13b", "#2a7f62", "#7b4b94")[i], label=name)
     _batches(axis, r["batch"])
 
 
 def lag(axis, r) -> None:
     """Goodput by lag."""
-    for late, ratio in r["curves"].items():
-        axis.plot(r["batch"], ratio, "o-", ms=3, color=(INK, "#33658a", "#b23a48")[int(late)], label=f"lag {late}")
+    for (late, ratio), line, colour in zip(r["curves"].items(), ("o-", "o--", "o:"), (INK, "#33658a", "#b23a48"), strict=True):
+        axis.plot(r["batch"], ratio, line, ms=3, color=colour, label=f"lag {late}")
     _batches(axis, r["batch"])
 
 
@@ -93,6 +108,7 @@ def churn(axis, r) -> None:
     for name, ratio in r["curves"].items():
         axis.plot(r["tokens"], ratio, "o-", ms=3, color=COLOUR[name], label=name)
     axis.axhline(1, color=INK, lw=0.8)
+    axis.set_ylim(0.9, 1.65)
     axis.set_xscale("log", base=2)
     axis.set_xticks(r["tokens"], [f"{t}\n{j:.0%}" for t, j in zip(r["tokens"], r["joined"], strict=True)])
     _ratio(axis, "tokens of a request; new ones in a step")
@@ -113,6 +129,7 @@ PANELS = {
     "warmup": (warmup, "warm-up"),
     "gate_errors": (gate_errors, "gate errors"),
     "fairness": (fairness, "who gets the rows"),
+    "over_time": (over_time, "doubtful requests over time"),
     "floors": (floors, "what floors cost"),
     "tail": (tail, "tail of a step"),
     "wrong_cost": (wrong_cost, "cost model wrong by 2x"),
@@ -131,9 +148,9 @@ def draw(results: dict, folder: Path) -> None:
 
     plt.rcParams.update({"font.size": 8, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False})
     if "fairness" in results:
-        results = {**results, "floors": results["fairness"]}
+        results = {**results, "floors": results["fairness"], "over_time": results["fairness"]}
     there = [name for name in PANELS if name in results]
-    whole, axes = plt.subplots(2, 5, figsize=(16, 6.2), layout="constrained")
+    whole, axes = plt.subplots(3, 4, figsize=(14, 9), layout="constrained")
     folder.mkdir(parents=True, exist_ok=True)
     for axis, name in zip(axes.flat, there, strict=False):
         single, own = plt.subplots(figsize=(4.4, 3.2), layout="constrained")
