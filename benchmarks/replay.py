@@ -26,11 +26,13 @@ from rich.table import Table
 
 import echo
 from echo.testing import Record, Trace, replay
-from policies import POLICIES, Setting, oracle_trace
+from policies import CHAINS, POLICIES, Setting, chain_trace, oracle_trace
 
 HERE = Path(__file__).parent
 BATCHES = (1, 8, 32, 64, 128, 256)
 STEPS = {1: 320, 8: 160, 32: 80, 64: 60, 128: 40, 256: 32}
+LAG = 1
+"""Steps by which the forecast's history lies behind, as in engines with overlapped scheduling."""
 WARM = 8
 """First steps of a replay that are left out of its figures: all texts begin at once there."""
 
@@ -54,13 +56,14 @@ class Steps:
     tokens: np.ndarray
     rows: np.ndarray
     layers: np.ndarray
+    width: int
 
     def rate(self, cost: echo.CostModel, batch: int) -> float:
         """Throughput over plain decoding."""
         return float(self.tokens.sum() / self.seconds(cost, batch).sum() / (batch / cost(batch)))
 
     def seconds(self, cost: echo.CostModel, batch: int) -> np.ndarray:
-        return cost(self.rows) + cost.draft(self.layers, batch)
+        return cost(self.rows) + cost.draft(self.layers, batch * self.width)
 
     def interval(self, cost: echo.CostModel, batch: int, rng: np.random.Generator) -> tuple[float, float]:
         """95% bootstrap interval of :meth:`rate` over blocks of steps."""
@@ -84,10 +87,11 @@ def run(
         rows = int(record.packed.indptr[-1]) if exact_rows else record.forecast.rows
         seen.append((int(record.emitted.sum()), rows, record.tree.depth if exact_rows else record.forecast.depth))
 
-    report = replay(trace, scheduler, cost, batch=batch, steps=int(share * STEPS[batch]) + WARM, order=order, observe=observe)
+    count = int(share * STEPS[batch]) + WARM
+    report = replay(trace, scheduler, cost, batch=batch, steps=count, order=order, lag=LAG, observe=observe)
     assert report.misses == 0 or exact_rows, f"{report.misses} nodes without a record: the trace is too narrow for {scheduler}"
     tokens, rows, layers = np.array(seen[WARM:]).T
-    return Steps(tokens, rows, layers)
+    return Steps(tokens, rows, layers, scheduler.rule.width)
 
 
 def calibrate(trace: Trace) -> echo.Calibration:
@@ -123,22 +127,23 @@ def column(path: Path, batch: int, costs: dict[str, echo.CostModel]) -> list[dic
     torch.set_num_threads(1)
     tune, test = halves(Trace.load(path))
     calibration = calibrate(tune)
+    drafts = {name: (chain_trace(tune), chain_trace(test)) if name in CHAINS else (tune, test) for name in POLICIES}
     rng = np.random.default_rng(0)
     cells: list[dict[str, object]] = []
-    cache: dict[tuple[str, str], Steps] = {}
+    cache: dict[tuple[bool, int, str], Steps] = {}
 
-    def steps(which: str, trace: Trace, scheduler: echo.ElasticBudgetScheduler, cost: echo.CostModel) -> Steps:
+    def steps(name: str, half: int, scheduler: echo.ElasticBudgetScheduler, cost: echo.CostModel) -> Steps:
         if isinstance(scheduler.budget, echo.CostModel):
-            return run(trace, scheduler, cost, batch)
-        key = which, describe(scheduler)
+            return run(drafts[name][half], scheduler, cost, batch)
+        key = name in CHAINS, half, describe(scheduler)
         if key not in cache:
-            cache[key] = run(trace, scheduler, cost, batch, share=0.5 if which == "tune" else 1.0)
+            cache[key] = run(drafts[name][half], scheduler, cost, batch, share=1.0 if half else 0.5)
         return cache[key]
 
     for (shape, cost), (name, policy) in itertools.product(costs.items(), POLICIES.items()):
         candidates = list(policy(Setting(calibration, cost, batch, tune.depth, tune.beam)))
-        best = max(candidates, key=lambda s: steps("tune", tune, s, cost).rate(cost, batch)) if len(candidates) > 1 else candidates[0]
-        found = steps("test", test, best, cost)
+        best = max(candidates, key=lambda s: steps(name, 0, s, cost).rate(cost, batch)) if len(candidates) > 1 else candidates[0]
+        found = steps(name, 1, best, cost)
         low, high = found.interval(cost, batch, rng)
         cells.append(
             {

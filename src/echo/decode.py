@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from echo import checks, kernels
+from echo.budget.goodput import Forecast
 from echo.budget.history import History
 from echo.budget.rules import place
-from echo.budget.scheduler import ElasticBudgetScheduler, Forecast
+from echo.budget.scheduler import ElasticBudgetScheduler
 from echo.errors import EchoError
 from echo.logs import WarmupLog
 from echo.tree.accepted import Accepted

@@ -58,7 +58,7 @@ def from_arrays(
     if row_limit is not None:
         limit = torch.minimum(limit, checks.tensor("row_limit", row_limit, [batch], torch.int64, device).clamp(min=1)) * live
     first = [tokens[b][0] if sizes[b] else 0 for b in range(batch)]
-    tree = roots(torch.tensor(first, dtype=torch.int64, device=device), live, limit, most)
+    tree = roots(torch.tensor(first, dtype=torch.int64, device=device), live, limit, most, max([1, *sizes]))
     drafted = []
     for layer in layers[1:]:
         width = max(len(nodes) for nodes in layer)
@@ -208,8 +208,8 @@ class Template:
         return known[device]
 
 
-def roots(tokens: Tensor, live: Tensor, limit: Tensor, rows: int) -> SuperTree:
-    """Roots that draft nothing: tokens int64 [B], live bool [B], row limit int64 [B], rows of the step."""
+def roots(tokens: Tensor, live: Tensor, limit: Tensor, rows: int, most: int) -> SuperTree:
+    """Roots that draft nothing: tokens int64 [B], live bool [B], row limit int64 [B], rows of the step and at most of a request."""
     root = tokens[:, None]
     zero, score = torch.zeros_like(root), torch.where(live, 0.0, -torch.inf)[:, None]
     return SuperTree(
@@ -217,9 +217,11 @@ def roots(tokens: Tensor, live: Tensor, limit: Tensor, rows: int) -> SuperTree:
         frontier=Frontier(root, zero, zero, score, torch.zeros_like(live)[:, None], 0),
         status=torch.where(live, int(Status.FINISHED), int(Status.EMPTY)).to(torch.int8),
         row_limit=limit,
+        held=live.long(),
         left=rows - live.sum(),
         invalid=torch.zeros(len(tokens), dtype=torch.int32, device=tokens.device),
         rows=rows,
+        most=most,
     )
 
 

@@ -42,7 +42,7 @@ class PackedTree:
         max_depth: deepest layer of the tree it was packed from; a host int.
         outlook: float32 [B, depth, 64], where the budget is a cost model: how many scored nodes of each depth 1.. have which
             probability of acceptance f, in 64 equal bins. None otherwise.
-        expected: float32 [B], likewise: the sum of f over the request's drafted rows.
+        expected: float32 [B, depth], likewise: the sum of f over the request's drafted rows of each depth.
     """
 
     tokens: Tensor
@@ -135,10 +135,11 @@ class PackedTree:
         """
         size, base = checks.tensor("wire", wire, ["length"], torch.int32).shape[0], wire_size(batch, rows, words)
         more = size - base
-        each = more // batch - 1 if batch else 0  # outlook of one request
-        if more < 0 or (more and (each < 1 or more != batch * (each + 1) or not max_depth or each % max_depth)):
+        each = max(1, batch * max_depth)
+        bins = more // each - 1
+        if more and (bins < 1 or more % each):
             raise EchoError(f"wire: expected int32 [{base}], or with an outlook, got [{size}]")
-        sizes = [rows] * 7 + [rows * words, batch + 1, batch, batch] + ([batch, batch * each] if more else [])
+        sizes = [rows] * 7 + [rows * words, batch + 1, batch, batch] + ([each, each * bins] if more else [])
         tokens, parent, depth, request, score, node, bought, mask, indptr, status, invalid, *foresight = torch.split(wire, sizes)
         expected, outlook = (part.view(torch.float32) for part in foresight) if more else (None, None)
         return cls(
@@ -154,8 +155,8 @@ class PackedTree:
             status=status.to(torch.int8),
             invalid=invalid,
             max_depth=max_depth,
-            outlook=None if outlook is None else outlook.view(batch, max_depth, -1),
-            expected=expected,
+            outlook=None if outlook is None else outlook.view(batch, max_depth, bins),
+            expected=None if expected is None else expected.view(batch, max_depth),
         )
 
     def validate(self, *, max_rows: int | None = None, chain: bool = False) -> None:
