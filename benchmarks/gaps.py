@@ -26,7 +26,7 @@ import echo
 from echo.testing import Record, Report, Trace
 from echo.testing import replay as play
 from policies import Setting, eagle, paper, top_k
-from replay import MAX_POOL, WARM, Steps, calibrate, halves, shapes
+from replay import LAG, MAX_POOL, WARM, Steps, calibrate, halves, shapes
 
 HERE = Path(__file__).parent
 BATCH, STEPS, LAW = 64, 40, "dense, knee at 256 rows"
@@ -74,11 +74,12 @@ class Study:
             if extra is not None:
                 extra(record)
 
-        trace = trace or self.test
+        trace, options = trace or self.test, {"lag": LAG, **options}
         order = np.random.default_rng(1).permutation(len(trace.kind))
         report = play(trace, scheduler, self.cost, batch=batch, steps=steps + WARM, order=order, observe=observe, **options)
         assert report.misses == 0, f"{report.misses} nodes without a record"
-        return Steps(*np.array(seen[WARM:]).T)
+        tokens, rows, layers = np.array(seen[WARM:]).T
+        return Steps(tokens, rows, layers, scheduler.rule.width)
 
     def ratio(self, scheduler: Scheduler, *, cost: echo.CostModel | None = None, batch: int = BATCH, **options) -> float:
         """Throughput over plain decoding, both under the true cost."""
@@ -286,6 +287,15 @@ def churn(study: Study) -> dict[str, object]:
     return {"tokens": lives, "joined": joined, "curves": curves}
 
 
+def short(value):
+    """Four decimals."""
+    if isinstance(value, dict):
+        return {key: short(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [short(inner) for inner in value]
+    return round(value, 4) if isinstance(value, float) else value
+
+
 SECTIONS: dict[str, Callable[[Study], dict[str, object]]] = {
     "budget": budget,
     "warmup": warmup,
@@ -316,7 +326,7 @@ def main() -> None:
         begun = time.perf_counter()
         results[name] = temperature(study, args.sampled) if name == "temperature" else SECTIONS[name](study)
         console.print(f"{name}: {time.perf_counter() - begun:.0f} s")
-        args.out.write_text(json.dumps(results, indent=1) + "\n")
+        args.out.write_text("{\n" + ",\n".join(f'"{key}": {json.dumps(short(value))}' for key, value in results.items()) + "\n}\n")
     from gaps_picture import draw
 
     draw(results, args.images)

@@ -120,6 +120,7 @@ def temperature(axis, r) -> None:
     for i, (policy, colour) in enumerate((p, COLOUR[p]) for p in ("EAGLE", "ECHO (paper)", "goodput")):
         axis.bar(np.arange(len(cases)) + 0.26 * (i - 1), [r[c][policy]["ratio"] for c in cases], 0.25, color=colour, label=policy)
     axis.axhline(1, color=INK, lw=0.8)
+    axis.set_ylim(0, 2.4)
     axis.set_xticks(range(len(cases)), [c.replace(", ", ",\n") for c in cases], fontsize=7)
     axis.set_ylabel("throughput / plain decoding")
 
