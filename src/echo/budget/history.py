@@ -28,6 +28,8 @@ PRIOR_DRAFTS = 4.0
 """Expected drafts that everybody's ratio of accepted to expected ones counts beside a slot's own."""
 BINS = 64
 """Bins of the probability of acceptance in an outlook."""
+CHANCE = (np.arange(BINS, dtype=np.float32) + 0.5) / BINS
+"""Their centres."""
 
 
 @dataclass(frozen=True)
@@ -128,19 +130,19 @@ class History:
             ``rows`` and ``accepted`` float64 [depth, 64], both rising along the second axis: rows of probability down to each
             bin when ``depth`` layers are drafted, and how many of them will be accepted. None: too little was drafted yet.
         """
-        steps, outlook, expected, accepted = (x.numpy() for x in (self.steps, self.outlook, self.expected, self.accepted))
+        steps, expected, accepted = (x.numpy() for x in (self.steps, self.expected, self.accepted))
         if not len(steps) or steps[:, -1].min() < LEARN:
             return None
-        mine = slots.numpy()
-        ratio = (accepted[:, -1] + 1.0) / (expected[:, -1] + 1.0)
-        scale = (accepted[:, mine] + PRIOR_DRAFTS * ratio[:, None]) / (expected[:, mine] + PRIOR_DRAFTS)
-        weights = np.zeros((len(steps), 2, steps.shape[1]), np.float32)
-        weights[:, 0, mine] = 1.0 / (steps[:, mine] + PRIOR)
-        weights[:, 1, mine] = weights[:, 0, mine] * np.minimum(scale, 2.0)
-        weights[:, :, -1] = weights[:, :, mine].sum(axis=2) * (PRIOR / steps[:, -1])[:, None]
-        counts, likely = (weights @ outlook).astype(np.float64).transpose(1, 0, 2)
-        chance = (np.arange(BINS) + 0.5) / BINS
-        total = np.stack([counts, likely * chance]).cumsum(axis=1)[..., ::-1].cumsum(axis=2)
+        ratio = (accepted[:, -1:] + 1.0) / (expected[:, -1:] + 1.0)
+        weights = np.empty((len(steps), 2, steps.shape[1]), np.float32)
+        np.divide(np.bincount(slots.numpy(), minlength=steps.shape[1]), steps + PRIOR, out=weights[:, 0], casting="same_kind")
+        scale = np.minimum((accepted + PRIOR_DRAFTS * ratio) / (expected + PRIOR_DRAFTS), 2.0)
+        np.multiply(weights[:, 0], scale, out=weights[:, 1], casting="same_kind")
+        weights[:, :, -1] = weights.sum(axis=2) * (PRIOR / steps[:, -1:])
+        likely = torch.bmm(torch.from_numpy(weights), self.outlook).numpy()
+        likely[:, 1] *= CHANCE
+        total = likely.transpose(1, 0, 2)[..., ::-1].cumsum(axis=1, dtype=np.float64)
+        np.cumsum(total, axis=2, out=total)
         return total[0], total[1]
 
 

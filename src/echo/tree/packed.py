@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -14,6 +15,8 @@ from echo.errors import EchoError
 from echo.tree.supertree import SuperTree
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from echo.tree.accepted import Accepted
 
 WORD = 32
@@ -173,17 +176,50 @@ class PackedTree:
 
         validate(self, max_rows=max_rows, chain=chain)
 
-    def render(self, request: int, accepted: Accepted | None = None) -> str:
-        """A small picture of one request's tree: token, path probability, bought by depth or by width, accepted.
+    def render(self, request: int, accepted: Accepted | None = None, *, label: Callable[[int], str] = str) -> str:
+        """A small picture of one request's tree in text: token, path probability, bought by depth or by width, accepted.
 
         Reads back from the device.
+
+        Args:
+            request: which.
+            accepted: of this step.
+            label: what to write for a token: its number, or its text by a tokenizer.
 
         Raises:
             EchoError: no such request.
         """
         from echo.tree.host import render
 
-        return render(self, request, accepted)
+        return render(self, request, accepted, label)
+
+    def plot(
+        self,
+        requests: Sequence[int] | None = None,
+        accepted: Accepted | None = None,
+        *,
+        label: Callable[[int], str] = str,
+        titles: Sequence[str] | None = None,
+    ) -> Figure:
+        """The requests' trees drawn below each other, depth from left to right: who got rows, for what, and what was accepted.
+
+        Needs matplotlib (the ``plot`` extra). Reads back from the device.
+
+        Args:
+            requests: which; all where not given.
+            accepted: of this step.
+            label: what to write for a token: its number, or its text by a tokenizer.
+            titles: a line for each request drawn, such as the end of its text.
+
+        Returns:
+            A matplotlib figure, as large as it needs to be: ``figure.savefig("step.png", dpi=150)``.
+
+        Raises:
+            EchoError: no such request, another number of titles, or no matplotlib.
+        """
+        from echo.tree.picture import plot
+
+        return plot(self, requests, accepted, label, titles)
 
     def _of_request(self, value: Tensor, more: Tensor) -> Tensor:
         """int64 [N]: each row's request's value, plus ``more``; 0 on pad rows."""
@@ -222,28 +258,27 @@ def pack(tree: SuperTree, selected: Tensor, rows: int, words: int, out: PackedTr
         return into(out, _pads(tree, rows, words))
     count = selected.flatten().cumsum(0)
     ends = count.view(batch, nodes)[:, -1].clamp(max=rows)
-    indptr = torch.cat([ends.new_zeros(1), ends])
+    indptr = F.pad(ends, (1, 0))
     row = torch.arange(rows, device=device)
-    found = torch.searchsorted(count, row + 1)  # the node at which the count reaches this row; B * T on pad rows
-    real = found < batch * nodes
+    found = torch.searchsorted(count, row, right=True)  # the node at which the count exceeds this row; B * T on pad rows
+    pad = found == batch * nodes
     at = found.clamp(max=batch * nodes - 1)
     owner = at // nodes
-    request = torch.where(real, owner, batch)
+    tree_begins, request = owner * nodes, owner.masked_fill(pad, batch)
     first = indptr.index_select(0, request)
-    tree_begins = owner * nodes
-    depth = torch.where(real, forest.depth.index_select(0, at - tree_begins), 0)
-    inner = depth > 0
+    depth = forest.depth.index_select(0, at - tree_begins).masked_fill_(pad, 0)
+    outer = depth == 0  # roots and pad rows
     above = count.index_select(0, tree_begins + forest.parent.flatten().index_select(0, at)) - 1  # global row of the parent
     packed = PackedTree(
-        tokens=torch.where(real, forest.token.flatten().index_select(0, at), 0),
-        parent=torch.where(inner, above - first, -1).int(),
+        tokens=forest.token.flatten().index_select(0, at).masked_fill_(pad, 0),
+        parent=(above - first).masked_fill_(outer, -1).int(),
         depth=depth.int(),
         request=request.int(),
         indptr=indptr.int(),
-        mask=ancestors(torch.where(inner, above, rows), torch.where(real, row - first, 0), words, tree.depth),
-        score=torch.where(real, forest.score.flatten().index_select(0, at), -torch.inf),
-        node=torch.where(real, found, -1),
-        bought=forest.bought.flatten().index_select(0, at) & real,
+        mask=ancestors(above.masked_fill_(outer, rows), (row - first).masked_fill_(pad, 0), words, tree.depth),
+        score=forest.score.flatten().index_select(0, at).masked_fill_(pad, -torch.inf),
+        node=found.masked_fill_(pad, -1),
+        bought=forest.bought.flatten().index_select(0, at) & ~pad,
         status=tree.status,
         invalid=tree.invalid,
         max_depth=tree.depth,
@@ -264,8 +299,8 @@ def ancestors(parent: Tensor, local: Tensor, words: int, max_depth: int) -> Tens
         int32 [N, words].
     """
     rows = parent.shape[0]
-    own = torch.zeros(rows + 1, words, dtype=torch.int32, device=local.device)
-    mask = own.scatter_(1, F.pad(local // WORD, (0, 1))[:, None], F.pad(1 << local % WORD, (0, 1))[:, None].int())
+    mask = torch.zeros(rows + 1, words, dtype=torch.int32, device=local.device)
+    mask[:rows].scatter_(1, (local >> 5)[:, None], (1 << (local & WORD - 1)).int()[:, None])
     jump = F.pad(parent, (0, 1), value=rows)
     for _ in range(max_depth.bit_length()):
         mask = mask | mask.index_select(0, jump)

@@ -259,7 +259,7 @@ class SuperTree:
         """All layers side by side."""
         sizes = [layer.token.shape[1] for layer in self.layers]
         above = [0, *itertools.accumulate([0, *sizes[:-2]])] if len(sizes) > 1 else [0]  # where the layer above begins
-        parents = [layer.parent + first for layer, first in zip(self.layers, above, strict=True)]
+        parents = [layer.parent + first if first else layer.parent for layer, first in zip(self.layers, above, strict=True)]
         device = self.status.device
         depth = torch.cat([torch.full((n,), layer.depth, device=device) for n, layer in zip(sizes, self.layers, strict=True)])
         return Forest(
