@@ -1,6 +1,6 @@
 """What the paper leaves out, measured by exact replay: one section a question, one plot each, all in docs/gaps.md.
 
-    python benchmarks/gaps.py                        # all sections, about three minutes on one core
+    python benchmarks/gaps.py                        # all sections, about two minutes on one core
     python benchmarks/gaps.py --only fairness tail   # some of them
 
 Calibration and tuning see one half of the texts, the figures the other. Unless a section says otherwise: 64 requests, a dense model whose
@@ -29,7 +29,7 @@ from policies import Setting, eagle, paper, top_k
 from replay import LAG, MAX_POOL, WARM, Steps, calibrate, halves, shapes
 
 HERE = Path(__file__).parent
-BATCH, STEPS, LAW = 64, 40, "dense, knee at 256 rows"
+BATCH, STEPS, LAW = 64, 100, "dense, knee at 256 rows"
 Scheduler = echo.ElasticBudgetScheduler
 
 
@@ -48,7 +48,7 @@ class Study:
 
     def tuned(self, policy: Callable) -> Scheduler:
         """The candidate that is best on the first half."""
-        return max(policy(self.setting()), key=lambda s: self.ratio(s, trace=self.tune, steps=STEPS // 2 - WARM))
+        return max(policy(self.setting()), key=lambda s: self.ratio(s, trace=self.tune, steps=STEPS // 4))
 
     def goodput(self, cost: echo.CostModel | None = None, calibration: echo.Calibration | None = None) -> Scheduler:
         """Nothing tuned."""
@@ -181,7 +181,7 @@ def served(study: Study, scheduler: Scheduler, weak: np.ndarray) -> dict[str, ob
             mine = weak[record.requests] == kind
             found.append(float((each[mine] - 1).mean()) if mine.any() else float("nan"))
 
-    found = study.run(scheduler, steps=3 * STEPS, observe=observe)
+    found = study.run(scheduler, steps=2 * STEPS, observe=observe)
     rate, accepted = tokens / steps, tokens - steps
     return {
         "ratio": found.rate(study.cost, BATCH),
@@ -200,7 +200,7 @@ def tail(study: Study) -> dict[str, object]:
     result: dict[str, object] = {}
     for name, scheduler in study.policies().items():
         each: list[np.ndarray] = []
-        study.run(scheduler, steps=2 * STEPS, observe=lambda record, each=each: each.append(record.emitted.copy()))
+        study.run(scheduler, observe=lambda record, each=each: each.append(record.emitted.copy()))
         order = np.random.default_rng(1).permutation(len(study.test.kind))
         report: Report = play(study.test, scheduler, study.cost, batch=BATCH // 2, order=order)
         step = np.concatenate(each)
