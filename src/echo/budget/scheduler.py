@@ -123,14 +123,8 @@ class ElasticBudgetScheduler:
     def curve(self, history: History, slots: Tensor, base_rows: int = 0) -> NDArray[np.float32]:
         """What drafting would bring this rank, for :meth:`agree`: data-parallel ranks that share layers must run one shape.
 
-        Args:
-            history, slots, base_rows: as in :meth:`forecast`. An idle rank takes part with ``slots`` of length 0.
-
-        Returns:
-            float32 [n], at most 1 kB, the same n on every rank.
-
-        Raises:
-            EchoError: an argument of the wrong kind, or a budget that is no cost model.
+        Takes what :meth:`forecast` takes, and a cost model as budget; an idle rank takes part with ``slots`` of length 0. Returns
+        float32 [n], at most 1 kB, the same n on every rank.
         """
         checks.tensor("slots", slots, ["B"], torch.int64)
         return self._goodput.curve(history, slots, checks.integer("base_rows", base_rows, 0))
@@ -139,13 +133,7 @@ class ElasticBudgetScheduler:
         """The depth that all ranks draft, and the rows that this one adds to its prefill so that all launch the same number.
 
         Chosen is what is best for all together: the sum of their tokens over the seconds of a step that is as wide for each.
-
-        Args:
-            curves: float32 [ranks, n], every rank's :meth:`curve`, gathered.
-            rank: this one.
-
-        Raises:
-            EchoError: curves of another scheduler, or a rank that is not among them.
+        ``curves`` float32 [ranks, n] are every rank's :meth:`curve`, gathered; curves of another scheduler are an EchoError.
         """
         return self._goodput.agree(curves, rank)
 
