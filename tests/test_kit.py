@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
+import warnings
 from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -229,6 +233,23 @@ def test_drawn_cost_curves_never_fall(cost, rows):
     assert cost(rows + 1) >= cost(rows) > 0
     assert cost.tier(rows) >= rows
     assert echo.CostModel.from_json(cost.to_json()) == cost
+
+
+def test_fuzzing_finds_what_the_kit_finds(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    fuzz = importlib.import_module("fuzz")
+    monkeypatch.setattr(fuzz, "ROUND", 64)
+    rng = np.random.default_rng(0)
+    maps = fuzz.calibration(rng)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for _ in range(4):
+            fuzz.Round.draw(rng, maps).check()
+        tight = [r for r in (fuzz.Round.draw(rng, maps) for _ in range(40)) if r.rows is not None and 0 < r.rows - r.live.shape[1] < 3]
+        monkeypatch.setattr(fuzz, "check_step", lambda *_, **__: None)  # the masks alone, which see all plans
+        bugged = [replace(r, scheduler=replace(r.scheduler, rule=Overshoot(3, 2), max_tree_rows=70)) for r in tight]
+        with pytest.raises(AssertionError, match=r"^rows: "):
+            any(drawn.check() for drawn in bugged)
 
 
 def test_bad_input_names_the_argument(monkeypatch):
