@@ -312,6 +312,7 @@ def test_history_is_a_value_and_forgets_on_reset():
     lagged = after.of(again.generation)
     assert torch.equal(lagged.steps, again.steps) and torch.equal(lagged.outlook, again.outlook)
     assert torch.equal(after.of(after.generation).outlook, after.outlook)
+    assert after.to("meta").outlook.is_meta and after.to("meta").tick == 1
 
 
 def test_who_stopped_drafting_is_known_to_have_no_deeper_layer():

@@ -17,6 +17,7 @@ from echo.gating import (
     calibrate,
 )
 from echo.logs import WarmupLog
+from echo.stats import StepCounts, StepStats
 from echo.tree import Accepted, Compaction, Frontier, PackedTree, Status, SuperTree, Template, compact, layouts
 
 __version__ = "0.1.0"
@@ -47,6 +48,8 @@ __all__ = [
     "SparseGate",
     "Status",
     "Step",
+    "StepCounts",
+    "StepStats",
     "SuperTree",
     "Target",
     "Template",

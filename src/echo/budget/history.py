@@ -79,6 +79,12 @@ class History:
         one = torch.ones_like(slots, dtype=torch.int32)
         return replace(self._without(slots), generation=self.generation.index_add(0, slots, one))
 
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> History:
+        """A copy there: forecasts read one on the host, copied while later steps run."""
+        names = ("generation", "steps", "outlook", "expected", "accepted")
+        columns: dict[str, Any] = {name: getattr(self, name).to(device, non_blocking=non_blocking) for name in names}
+        return replace(self, **columns)
+
     def of(self, generation: Tensor) -> History:
         """A lagged copy without the slots that were given to another request since: those whose generation, int32 [slots], differs."""
         checks.tensor("generation", generation, list(self.generation.shape), torch.int32, self.generation.device)
