@@ -1,6 +1,6 @@
 """A million random plans, none of which may break an invariant.
 
-    python benchmarks/fuzz.py                                # a million; a quarter of an hour on one core
+    python benchmarks/fuzz.py                                # a million; two minutes on one quiet core
     python benchmarks/fuzz.py --plans 100000 --seed 7        # fewer, others
 
 Each round draws a policy and shapes, and plans thousands of batches in one call (``vmap`` over the library's own plant, grow, select

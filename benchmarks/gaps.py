@@ -1,6 +1,6 @@
 """What the paper leaves out, measured by exact replay: one section a question, one plot each, all in docs/gaps.md.
 
-    python benchmarks/gaps.py                        # all sections, about two minutes on one core
+    python benchmarks/gaps.py                        # all sections, about a minute on one quiet core
     python benchmarks/gaps.py --only fairness tail   # some of them
 
 Calibration and tuning see one half of the texts, the figures the other. Unless a section says otherwise: 64 requests, a dense model whose
