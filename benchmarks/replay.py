@@ -173,6 +173,22 @@ def column(path: Path, batch: int, costs: dict[str, echo.CostModel]) -> list[dic
     return cells
 
 
+def trees_and_chains(path: Path, batch: int) -> list[dict[str, float]]:
+    """What trees emit over what chains emit, as many rows dealt by one ranking to both, without regard to cost."""
+    torch.set_num_threads(1)
+    tune, test = halves(Trace.load(path))
+    calibration, free = calibrate(tune), echo.CostModel((1,), (1.0,))
+    found = []
+    for each in (1.5, 2, 3, 4, 6, 8, 12, 16):
+        rows = int(each * batch)
+        tokens = [
+            run(trace, echo.ElasticBudgetScheduler(echo.GlobalRank(beam, calibration), None, rows, test.depth), free, batch).tokens.sum()
+            for trace, beam in ((test, test.beam), (chain_trace(test), 1))
+        ]
+        found.append({"batch": batch, "rows_each": each, "ratio": float(tokens[0] / tokens[1])})
+    return found
+
+
 def show(console: Console, cells: list[dict[str, object]]) -> None:
     """One table a cost shape: policies down, batch sizes across."""
     for shape in dict.fromkeys(str(c["shape"]) for c in cells):
@@ -230,9 +246,16 @@ def main() -> None:
     with ProcessPoolExecutor(max_workers=os.cpu_count()) as pool:
         order = sorted(BATCHES, reverse=True)
         cells = [cell for part in pool.map(column, [args.trace] * len(order), order, [costs] * len(order)) for cell in part]
+        chains = [row for part in pool.map(trees_and_chains, [args.trace] * 2, (8, 64)) for row in part]
     show(console, cells)
+    table = Table(title="tokens of trees / tokens of chains, at equal rows", header_style="bold")
+    for name in ("rows a request", *(f"{row['rows_each']:g}" for row in chains if row["batch"] == 8)):
+        table.add_column(name, justify="right")
+    for batch in (8, 64):
+        table.add_row(f"batch {batch}", *(f"{row['ratio']:.3f}" for row in chains if row["batch"] == batch))
+    console.print(table)
     args.out.mkdir(parents=True, exist_ok=True)
-    result = {"trace": args.trace.name, "seconds": time.perf_counter() - start, "cells": cells}
+    result = {"trace": args.trace.name, "seconds": time.perf_counter() - start, "cells": cells, "trees_over_chains": chains}
     (args.out / "replay.json").write_text(json.dumps(result, indent=1))
     draw(cells, args.out / "replay.png")
     console.print(f"{args.out / 'replay.json'} and replay.png written; {time.perf_counter() - start:.0f} s in all")
