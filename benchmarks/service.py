@@ -1,0 +1,392 @@
+"""A service in simulation: how many GPUs elastic speculation saves, and what it can cost at worst.
+
+    python benchmarks/service.py               # under two minutes on one core
+    python benchmarks/service.py --share 0.1   # a glance
+
+Replicas (LLaMA-3.3-70B on 4 x H100 each, by the roofline) behind a router that sends each request to the replica with fewest: continuous
+batching, chunked prefill in the same forward pass, a limit on cached tokens. What a step emits, launches and drafts is drawn from exact
+replays of the policy at that batch size, with and without a chunk of prefill beside it, of the text that each request writes. Then, by
+exact replay alone, the worst ratio to speculation off under churn, lag and drift. All draws come from one seed.
+
+Writes benchmarks/results/service.json, service.md and service.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import simpy
+import torch
+
+import echo
+from echo.testing import Record, Trace, replay
+from raised import raised, raised_to
+from replay import calibrate, halves
+from worst import MODEL, Scheduler, policies, worst
+
+HERE = Path(__file__).parent
+GPUS = 4
+BATCHES = (1, 4, 16, 64, 256)
+STEPS = {1: 160, 4: 90, 16: 50, 64: 26, 256: 14}
+CHUNK = 512
+"""Rows of prefill in one step at most."""
+SLOTS = 256
+CACHE = 440_000
+"""Tokens of context that a replica can hold: what 4 x 80 GB leave beside the weights, at 328 kB a token."""
+NAMES = ("as recorded", "raised")
+TPOT, TTFT, ATTAINED = 0.040, 2.0, 0.95
+"""The service level: seconds a token and to the first token, of that share of the requests."""
+SECONDS, SETTLE = 60.0, 15.0
+"""Simulated, and of those left out at the start."""
+
+
+@dataclass(frozen=True)
+class Beside(Scheduler):
+    """A scheduler beside whose steps some rows of prefill always run."""
+
+    base: int = 0
+
+    def forecast(self, history: echo.History, slots: torch.Tensor, base_rows: int = 0) -> echo.Forecast:
+        return super().forecast(history, slots, base_rows + self.base)
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Replayed steps of a policy at one batch size.
+
+    Attributes:
+        rows: float64 [steps], rows launched for each request.
+        layers: int64 [steps], drafted.
+        emitted: int64 [texts, most], tokens of each text in each step that drafted.
+        counts: int64 [texts], how many steps those are.
+        width: rows of a drafted layer for each request.
+    """
+
+    rows: np.ndarray
+    layers: np.ndarray
+    emitted: np.ndarray
+    counts: np.ndarray
+    width: int
+
+
+def replayed(trace: Trace, scheduler: Scheduler, batch: int, base: int, share: float) -> Steps:
+    """Steps of the policy on the trace, beside ``base`` rows of prefill."""
+    own = {name: getattr(scheduler, name) for name in ("rule", "gate", "budget", "max_depth", "max_tree_rows", "probe", "margin")}
+    seen: list[tuple[float, int]] = []
+    emitted: list[list[int]] = [[] for _ in trace.kind]
+
+    def observe(record: Record) -> None:
+        seen.append((record.forecast.rows / batch, record.forecast.depth))
+        if record.forecast.depth:
+            for text, tokens in zip(record.requests, record.emitted, strict=True):
+                emitted[text].append(int(tokens))
+
+    order, steps = np.random.default_rng(2).permutation(len(trace.kind)), max(6, int(share * STEPS[batch]))
+    base = 0 if scheduler.budget is None else base  # a static tree knows of no prefill
+    replay(trace, Beside(**own, base=base), echo.CostModel((1,), (1.0,)), batch=batch, steps=steps, order=order, observe=observe)
+    rows, layers = np.array(seen[2:]).T
+    pool = [token for tokens in emitted for token in tokens] or [1]
+    emitted = [tokens or pool for tokens in emitted]
+    table = np.zeros((len(emitted), max(map(len, emitted))), dtype=int)
+    for row, tokens in zip(table, emitted, strict=True):
+        row[: len(tokens)] = tokens
+    return Steps(rows, layers.astype(int), table, np.array([len(tokens) for tokens in emitted]), scheduler.rule.width)
+
+
+@dataclass(frozen=True)
+class Load:
+    """Requests a second at all replicas together, and how they come: "poisson", or "bursty" (gamma gaps, coefficient of variation 3)."""
+
+    rate: float
+    kind: str
+
+    def requests(self, rng: np.random.Generator, seconds: float, texts: int) -> Requests:
+        """Prompts and answers are log-normal, as those of chats are: medians 150 and 250 tokens, at most 4,096 and 1,024."""
+        shape = 1.0 if self.kind == "poisson" else 1 / 9
+        count = int(self.rate * seconds * 1.3) + 100
+        arrival = rng.gamma(shape, 1 / (shape * self.rate), count).cumsum()
+        prompt = np.clip(rng.lognormal(np.log(150), 1.1, count), 16, 4096).astype(int)
+        output = np.clip(rng.lognormal(np.log(250), 0.8, count), 8, 1024).astype(int)
+        text, inside = rng.integers(0, texts, count), arrival < seconds
+        return Requests(*(column[inside] for column in (arrival, prompt, output, text)))
+
+
+class Requests:
+    """All requests of a run as columns: when each comes, what it reads and writes, how far it is, when its first and last token came."""
+
+    def __init__(self, arrival: np.ndarray, prompt: np.ndarray, output: np.ndarray, text: np.ndarray) -> None:
+        self.arrival, self.prompt, self.output, self.text = arrival, prompt, output, text
+        self.read, self.written = np.zeros_like(prompt), np.zeros_like(prompt)
+        self.first, self.end = np.full(len(arrival), np.inf), np.full(len(arrival), np.inf)
+
+
+@dataclass
+class Replica:
+    """One copy of the model: admits while slots and cache last, reads prompts in chunks, decodes all it holds in every step."""
+
+    env: simpy.Environment
+    requests: Requests
+    steps: dict[tuple[int, bool], Steps]
+    cost: echo.CostModel
+    rng: np.random.Generator
+    waiting: deque[int] = field(default_factory=deque)
+    held: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=int))
+    cached: int = 0
+
+    def __post_init__(self) -> None:
+        self.wake = self.env.event()
+        self.env.process(self.run())
+
+    @property
+    def load(self) -> int:
+        return len(self.waiting) + len(self.held)
+
+    def submit(self, request: int) -> None:
+        self.waiting.append(request)
+        if not self.wake.triggered:
+            self.wake.succeed()
+
+    def run(self) -> Iterator[simpy.Event]:
+        every = self.requests
+        while True:
+            if not self.load:
+                self.wake = self.env.event()
+                yield self.wake
+            while self.waiting and len(self.held) < SLOTS:
+                need = int(every.prompt[self.waiting[0]] + every.output[self.waiting[0]])
+                if self.cached + need > CACHE:
+                    break
+                self.cached += need
+                self.held = np.append(self.held, self.waiting.popleft())
+            yield self.env.timeout(self.step())
+            self.leave()
+
+    def step(self) -> float:
+        """Reads and writes; the seconds that it takes. First come, first read."""
+        every, held = self.requests, self.held
+        missing = every.prompt[held] - every.read[held]
+        part = np.clip(CHUNK - (missing.cumsum() - missing), 0, missing)
+        writing, prefill = held[missing == 0], int(part.sum())
+        context = float((every.read[writing] + every.written[writing]).sum())
+        rows, drafting, emitted = self.decide(writing, prefill)
+        every.read[held] += part
+        every.written[writing] += emitted
+        every.written[held[(missing > 0) & (part == missing)]] = 1  # the last row of the prompt gives the first token
+        return float(self.cost(rows + prefill, requests=max(1, len(writing)), context=context)) + drafting
+
+    def leave(self) -> None:
+        """After the step: who has the first token, who is done."""
+        every, held = self.requests, self.held
+        begun, done = every.written[held] >= 1, every.written[held] >= every.output[held]
+        every.first[held[begun]] = np.minimum(every.first[held[begun]], self.env.now)
+        every.end[held[done]] = self.env.now
+        self.cached -= int((every.prompt + every.output)[held[done]].sum())
+        self.held = held[~done]
+
+    def decide(self, writing: np.ndarray, prefill: int) -> tuple[float, float, np.ndarray | int]:
+        """Rows, seconds of drafting and emitted tokens: one replayed step at the nearest batch size, each text's own tokens in it."""
+        batch = len(writing)
+        if not batch:
+            return 0.0, 0.0, 0
+        size = min(BATCHES, key=lambda b: abs(np.log(b / batch)))
+        steps = self.steps[size, prefill > CHUNK // 2]
+        pick = int(self.rng.integers(len(steps.rows)))
+        rows, layers = float(steps.rows[pick]) * batch, int(steps.layers[pick])
+        if layers == 0:
+            return rows, 0.0, 1
+        text = self.requests.text[writing]
+        place = (self.rng.random(batch) * steps.counts[text]).astype(int)
+        return rows, float(self.cost.draft(layers, batch * steps.width)), steps.emitted[text, place]
+
+
+def simulate(steps: dict[tuple[int, bool], Steps], cost: echo.CostModel, load: Load, replicas: int, seed: int = 0) -> dict[str, float]:
+    """One run of the service: throughput, seconds a token at 50, 95 and 99%, and the share of requests within the service level.
+
+    A request that is not answered within the simulated time is judged only where it has broken its level already.
+    """
+    env, rng = simpy.Environment(), np.random.default_rng(seed)
+    every = load.requests(rng, SECONDS, len(steps[1, False].counts))
+    fleet = [Replica(env, every, steps, cost, np.random.default_rng((seed, i))) for i in range(replicas)]
+
+    def arrive() -> Iterator[simpy.Event]:
+        for request, arrival in enumerate(every.arrival):
+            yield env.timeout(arrival - env.now)
+            min(fleet, key=lambda r: r.load).submit(request)
+
+    env.process(arrive())
+    env.run(until=SECONDS)
+    counted, done = every.arrival >= SETTLE, np.isfinite(every.end)
+    wait = np.minimum(every.first, SECONDS) - every.arrival
+    last = np.minimum(every.end, SECONDS)
+    pace = (last - np.minimum(every.first, last)) / np.maximum(np.minimum(every.written, every.output) - 1, 1)
+    broken = (wait > TTFT) | ((pace > TPOT) & (done | (every.written > 20)))
+    judged = counted & (done | broken)
+    own = pace[counted & done]
+    return {
+        "requests": int(judged.sum()),
+        "tokens_per_second": float(every.output[done & (every.end >= SETTLE)].sum() / (SECONDS - SETTLE)),
+        **{f"tpot_{q}": float(np.percentile(own, q)) if len(own) else float("nan") for q in (50, 95, 99)},
+        "attained": float(1.0 - broken[judged].mean()) if judged.any() else float("nan"),
+    }
+
+
+def capacity(steps: dict[tuple[int, bool], Steps], cost: echo.CostModel, kind: str) -> float:
+    """Requests a second for each of four replicas up to which the service level is attained, by bisection."""
+    low, high = 0.0, 32.0
+    for _ in range(7):
+        middle = (low + high) / 2
+        kept = simulate(steps, cost, Load(4 * middle, kind), 4)["attained"] >= ATTAINED
+        low, high = (middle, high) if kept else (low, middle)
+    return low
+
+
+def fleet(steps: dict[str, dict[tuple[int, bool], Steps]], cost: echo.CostModel, most: int) -> dict[str, list[dict[str, object]]]:
+    """What a replica of each policy can carry, one of four, and how fleets of 1 to 64 do at a tenth more than "off" can."""
+    carried = [
+        {"policy": policy, "arrivals": kind, "rate": capacity(own, cost, kind)}
+        for policy, own in steps.items()
+        for kind in ("poisson", "bursty")
+    ]
+    off = next(float(str(c["rate"])) for c in carried if c["policy"] == "off" and c["arrivals"] == "bursty")
+    runs: list[dict[str, object]] = []
+    for policy, own in steps.items():
+        for replicas in (r for r in (1, 4, 16, 64) if r <= most):
+            found = simulate(own, cost, Load(1.1 * off * replicas, "bursty"), replicas)
+            runs.append({"policy": policy, "replicas": replicas, **found})
+    return {"capacity": carried, "runs": runs}
+
+
+def curve(steps: dict[str, dict[tuple[int, bool], Steps]], cost: echo.CostModel) -> list[dict[str, object]]:
+    """Four replicas under rising load for each, both kinds of arrivals."""
+    rates, kinds = (0.5, 1.0, 2.0, 4.0, 6.0, 8.0, 11.0, 14.0, 18.0), ("poisson", "bursty")
+    return [
+        {"policy": policy, "arrivals": kind, "rate": rate, **simulate(own, cost, Load(4 * rate, kind), 4)}
+        for policy, own in steps.items()
+        for kind in kinds
+        for rate in rates
+    ]
+
+
+def measure(trace: Trace, share: float, most: int) -> dict[str, Any]:
+    """Everything, on both traces."""
+    tune, test = halves(trace)
+    odds = raised_to(tune, 7.0, (60, 6, 8))
+    cost = echo.CostModel.roofline(MODEL, tensor=GPUS, most_rows=16384)
+    result: dict[str, Any] = {"model": MODEL, "gpus": GPUS, "odds": odds}
+    for name, (first, second) in zip(NAMES, ((tune, test), (raised(tune, odds), raised(test, odds))), strict=True):
+        calibration = calibrate(first)
+        steps = {
+            policy: {
+                (batch, beside): replayed(second, policies(calibration, cost, batch, second.beam)[policy], batch, CHUNK * beside, share)
+                for batch in BATCHES
+                for beside in (False, True)
+            }
+            for policy in policies(calibration, cost, 1, second.beam)
+        }
+        result[name] = {"curve": curve(steps, cost), **fleet(steps, cost, most if name == NAMES[0] else 4)}
+    return result | {"worst": worst(tune, test, share)}
+
+
+def gpus(capacities: list[dict[str, object]], loads: tuple[int, ...] = (10, 100, 1000)) -> list[dict[str, object]]:
+    """GPUs that a load needs, bursty, if replicas add up (on paper: the fleets above show how far they do)."""
+    rate = {str(c["policy"]): float(str(c["rate"])) for c in capacities if c["arrivals"] == "bursty"}
+    need = {policy: {load: GPUS * int(np.ceil(load / max(r, 1e-9))) for load in loads} for policy, r in rate.items()}
+    return [{"policy": policy, **{f"{load}/s": own[load] for load in loads}} for policy, own in need.items()]
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """Three tables: capacity and GPUs, fleets, and the worst ratios."""
+    lines: list[str] = []
+    for name in NAMES:
+        own = result[name]
+        rate = {(c["policy"], c["arrivals"]): c["rate"] for c in own["capacity"]}
+        need = {row["policy"]: row for row in gpus(own["capacity"])}
+        lines += [f"Trace {name}: requests a second that a replica (one of four) carries, and GPUs that a service needs (bursty):", ""]
+        lines += ["| policy | Poisson | bursty | 10/s | 100/s | 1,000/s |", "|---|---|---|---|---|---|"]
+        for policy, row in need.items():
+            numbers = " | ".join(f"{row[key]:,}" for key in ("10/s", "100/s", "1000/s"))
+            lines.append(f"| {policy} | {rate[policy, 'poisson']:.1f} | {rate[policy, 'bursty']:.1f} | {numbers} |")
+        lines.append("")
+    lines += ["Fleets at 1.1 times what off carries, bursty, trace as recorded:", ""]
+    lines += ["| policy | replicas | tokens/s | ms a token at 50% | 95% | 99% | within the level |", "|---|---|---|---|---|---|---|"]
+    for run in result[NAMES[0]]["runs"]:
+        pace = " | ".join(f"{1e3 * run[f'tpot_{q}']:.1f}" for q in (50, 95, 99))
+        lines.append(f"| {run['policy']} | {run['replicas']} | {run['tokens_per_second']:,.0f} | {pace} | {run['attained']:.1%} |")
+    lines += ["", "Throughput over speculation off, the worst of batches 8, 64 and 256 (exact replay, trace as recorded):", ""]
+    cells = result["worst"]
+    models, adversities = (list(dict.fromkeys(c[key] for c in cells)) for key in ("model", "adversity"))
+    lines += ["| policy | model | " + " | ".join(adversities) + " |", "|---|---|" + "---|" * len(adversities)]
+    for policy in ("ECHO", "goodput"):
+        for model in models:
+            found = {
+                a: min(c["ratio"] for c in cells if (c["policy"], c["model"], c["adversity"]) == (policy, model, a)) for a in adversities
+            }
+            lines.append(f"| {policy} | {model} | " + " | ".join(f"{found[a]:.3f}" for a in adversities) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def draw(result: dict[str, Any], path: Path) -> None:
+    """A row for each trace: pace at 50 and 99% and the level attained by load, bursty; last, the worst ratios."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    colours = {"off": "#22333b", "EAGLE-3": "#e9a13b", "ECHO": "#2a7f62", "goodput": "#33658a"}
+    plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
+    figure, axes = plt.subplots(2, 4, figsize=(15, 6.2), layout="constrained")
+    for row, name in zip(axes, NAMES, strict=True):
+        for policy, colour in colours.items():
+            runs = [c for c in result[name]["curve"] if c["policy"] == policy and c["arrivals"] == "bursty"]
+            rate = [r["rate"] for r in runs]
+            for axis, key, scale in zip(row, ("tpot_50", "tpot_99", "attained"), (1e3, 1e3, 1.0), strict=False):
+                axis.plot(rate, [scale * r[key] for r in runs], "o-", ms=3, color=colour, label=policy)
+        for axis, title in zip(row, ("ms a token, median", "ms a token, 99%", "within the level"), strict=False):
+            axis.set(title=f"{title}: {name}", xlabel="requests a second for each replica", ylim=(0, None))
+        row[0].axhline(1e3 * TPOT, color="#c2593f", lw=0.8, ls="--")
+        row[1].axhline(1e3 * TPOT, color="#c2593f", lw=0.8, ls="--")
+        row[2].axhline(ATTAINED, color="#c2593f", lw=0.8, ls="--")
+    axes[0, 0].legend(frameon=False)
+    for axis, policy in zip(axes[:, 3], ("ECHO", "goodput"), strict=True):
+        cells = [c for c in result["worst"] if c["policy"] == policy]
+        places = list(dict.fromkeys(c["adversity"] for c in cells))
+        for cell in cells:
+            shade = {8: "#9ecae1", 64: "#4292c6", 256: "#084594"}[cell["batch"]]
+            axis.plot(places.index(cell["adversity"]), cell["ratio"], "o", ms=5, color=shade)
+        axis.axhline(1, color="#22333b", lw=0.8)
+        axis.set_xticks(range(len(places)), places)
+        axis.set(title=f"{policy} over off (dark: batch 256)", ylim=(0, None))
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def main() -> None:
+    """Runs all of it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--trace", type=Path, default=HERE / "traces" / "smollm2.npz")
+    parser.add_argument("--out", type=Path, default=HERE / "results")
+    parser.add_argument("--share", type=float, default=1.0, help="of the replayed steps")
+    parser.add_argument("--replicas", type=int, default=64, help="of the largest fleet")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    start = time.perf_counter()
+    result = measure(Trace.load(args.trace), args.share, args.replicas)
+    text = markdown(result)
+    print(text)
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "service.json").write_text(json.dumps(result, indent=1))
+    (args.out / "service.md").write_text(text)
+    draw(result, args.out / "service.png")
+    print(f"service.json, service.md and service.png written to {args.out}; {time.perf_counter() - start:.0f} s in all")
+
+
+if __name__ == "__main__":
+    main()
