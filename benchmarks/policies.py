@@ -107,8 +107,6 @@ POLICIES: dict[str, Policy] = {
 
 def oracle_trace(trace: Trace) -> Trace:
     """The trace as an oracle drafts it: the target's next token for sure wherever it was drafted, and nothing else."""
-    ends = np.repeat(trace.indptr[1:], np.diff(trace.indptr))
-    after = np.arange(trace.positions)[:, None] + 1 + np.arange(trace.depth)
-    following = np.where(after < ends[:, None], trace.text[np.minimum(after, trace.positions - 1)], -1)
+    following = trace.following[:, : trace.depth]
     right = (trace.token == following[:, :, None, None]) & np.isfinite(trace.log_prob)
     return replace(trace, log_prob=np.where(right, np.float16(0), np.float16(-np.inf)))

@@ -12,6 +12,12 @@ os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else 
 
 import echo
 
+CALIBRATION = echo.calibrate(
+    echo.WarmupLog.from_arrays(
+        [1 + i % 3 for i in range(900)], [(i % 97) / 97 for i in range(900)], [(i * 7 % 97) < i % 97 for i in range(900)]
+    )
+)
+
 settings.register_profile("echo", deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("echo")
 

@@ -11,15 +11,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import echo
+from conftest import CALIBRATION
 from echo.testing import TabularDrafter, table
 from echo.tree import Template, compact, layouts
 
 READS = ("_local_scalar_dense", "nonzero", "masked_select", "item", "unique", "_unique2", "equal", "repeat_interleave", "is_nonzero")
-CALIBRATION = echo.calibrate(
-    echo.WarmupLog.from_arrays(
-        [1 + i % 3 for i in range(900)], [(i % 97) / 97 for i in range(900)], [(i * 7 % 97) < i % 97 for i in range(900)]
-    )
-)
 POLICIES = {
     "paper": echo.ElasticBudgetScheduler(echo.TwoLevel(2, 4), echo.SparseGate(CALIBRATION), 24, 3),
     "calibrated": echo.ElasticBudgetScheduler(echo.GlobalRank(2, CALIBRATION), None, 24, 3),
@@ -38,8 +34,8 @@ class RefuseReads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def step(scheduler, roots, live, tokens, log_probs, target):
-    tree = scheduler.plant(roots, live=live)
+def step(scheduler, roots, live, tokens, log_probs, target, served=None):
+    tree = scheduler.plant(roots, live=live, **(served or {}))
     for t, q in zip(tokens, log_probs, strict=True):
         tree = scheduler.grow(tree, t, q)
     packed = scheduler.pack(tree)
@@ -67,6 +63,7 @@ def test_no_operator_reads_back(name):
     data = inputs(scheduler, 0)
     with RefuseReads():
         step(scheduler, *data)
+        step(scheduler, *data, {"weights": torch.tensor([1.0, 2.0, 1.0, 3.0]), "floors": torch.tensor([1, 3, 0, 2])})
 
 
 def test_the_refusing_mode_refuses():
@@ -88,7 +85,8 @@ def test_one_graph_and_no_recompile_for_other_values(name):
     torch._dynamo.reset()
     compiled = torch.compile(lambda *data: step(scheduler, *data), fullgraph=True, backend=backend)
     for seed in range(3):
-        data = inputs(scheduler, seed)
+        served = {"weights": torch.tensor([1.0, 2.0, 1.0, 3.0]) + seed, "floors": torch.tensor([1, 3, 0, 2]) + seed}
+        data = (*inputs(scheduler, seed), served)
         for one, two in zip(compiled(*data), step(scheduler, *data), strict=True):
             assert torch.equal(one, two)
     assert len(counts) == 1

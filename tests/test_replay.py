@@ -101,6 +101,8 @@ def test_figures_by_kind_add_up(trace):
     assert low <= report.tokens_per_step <= high
     low, high = sorted(report.of_kind(kind)["acceptance"] for kind in ("odd", "even"))
     assert low <= report.acceptance <= high
+    assert all(1 / 6 <= report.of_kind(kind)["fairness"] <= 1 for kind in ("odd", "even"))
+    assert np.isnan(report.of_kind("none")["fairness"])
 
 
 def test_charges(trace):
@@ -125,6 +127,16 @@ def test_lag_changes_nothing_but_the_plan(trace):
     for lag in (0, 1, 2):
         report = replay(trace, POLICIES["goodput"], COST, batch=4, lag=lag)
         assert report.tokens == sum(np.diff(trace.indptr) - 1)
+
+
+def test_rank_says_what_a_chain_would_have_accepted(trace):
+    rank, seen = trace.rank, []
+    assert {-2, 0, 1} <= set(np.unique(rank)) <= {-2, -1, 0, 1, 2}
+    replay(trace, echo.ElasticBudgetScheduler(echo.TwoLevel(1, 0), None, 20, 4), COST, batch=4, observe=seen.append)
+    for step in seen:
+        at = trace.indptr[step.requests] + step.position
+        firsts = (rank[at] == 0).cumprod(axis=1).sum(axis=1)
+        assert (step.accepted.lengths.numpy() - 1 == firsts).all()
 
 
 def test_where_nothing_was_drafted_nothing_is_recorded(trace):

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
-
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 import echo
-from conftest import grow_all, policies
+from conftest import CALIBRATION, grow_all, policies
 from echo.testing import check_plan
 
 
@@ -19,8 +18,16 @@ def test_every_plan_keeps_the_invariants(policy, seed, spoil, ties, data):
     scheduler, batch = policy
     live = torch.tensor(data.draw(st.lists(st.booleans(), min_size=batch, max_size=batch)))
     capacity = torch.tensor(data.draw(st.lists(st.integers(0, 20), min_size=batch, max_size=batch)))
-    tree = grow_all(scheduler, torch.arange(batch), k=3, seed=seed, spoil=spoil, ties=ties, live=live, capacity=capacity)
+    weights = torch.tensor(data.draw(st.lists(st.sampled_from([0.0, 0.5, 1.0, 4.0]), min_size=batch, max_size=batch)))
+    floors = torch.tensor(data.draw(st.lists(st.integers(-1, 9), min_size=batch, max_size=batch)))
+    served = {"weights": weights if data.draw(st.booleans()) else None, "floors": floors if data.draw(st.booleans()) else None}
+    tree = grow_all(scheduler, torch.arange(batch), k=3, seed=seed, spoil=spoil, ties=ties, live=live, capacity=capacity, **served)
     check_plan(tree, scheduler.pack(tree))
+    if served["floors"] is not None and int(floors.clamp(min=1)[live].sum()) <= tree.rows:
+        candidates = torch.isfinite(tree.forest.score).sum(dim=1)
+        most = getattr(scheduler.rule, "max_rows", None) or scheduler.max_tree_rows
+        least = torch.minimum(torch.minimum(floors, tree.row_limit), candidates).clamp(max=most)
+        assert (scheduler.select(tree).sum(dim=1)[live] >= least[live]).all()
     check_plan(tree, scheduler.pack(tree, rows=tree.rows + 7))
 
 
@@ -69,28 +76,91 @@ def test_permuting_requests_permutes_the_plan(policy, seed, random):
         assert torch.equal(scheduler.select(other), scheduler.select(tree)[turn])
 
 
-@given(st.integers(0, 10_000), st.integers(1, 9), st.booleans())
-def test_global_rank_is_optimal_among_all_closed_subsets(seed, extra, ties):
-    """The ranking's expected accepted tokens equal the best over every ancestor-closed choice of as many rows (brute force)."""
-    scheduler = echo.ElasticBudgetScheduler(echo.GlobalRank(beam=1), budget=2 + extra, max_depth=2)
-    tree = grow_all(scheduler, torch.arange(2), k=3, seed=seed, ties=ties)
-    forest = tree.forest
-    value = forest.score.double().exp().flatten().tolist()
-    nodes = forest.token.shape[1]
-    parent = [b * nodes + int(forest.parent[b, t]) for b in range(2) for t in range(nodes)]
-    inner = [n for n in range(2 * nodes) if n % nodes]
-    best = 0.0
-    for chosen in itertools.combinations(inner, min(extra, len(inner))):
-        held = {0, nodes, *chosen}
-        if all(parent[n] in held for n in chosen):
-            best = max(best, sum(value[n] for n in chosen))
-    selected = scheduler.select(tree).flatten().tolist()
-    assert sum(value[n] for n in inner if selected[n]) == pytest.approx(best, abs=1e-12)
+def closed_subsets(parent: list[int]) -> np.ndarray:
+    """bool [S, T]: every choice of nodes that holds the root and the parent of each of its nodes."""
+    nodes = len(parent)
+    chosen = (np.arange(1 << nodes)[:, None] >> np.arange(nodes)) & 1 == 1
+    return chosen[chosen[:, 0] & (~chosen | chosen[:, parent]).all(axis=1)]
 
 
-def chains(scheduler, *probabilities):
+def best_value(value: np.ndarray, parent: list[list[int]], extra: int, least: list[int], most: list[int]) -> float:
+    """Brute force: the greatest value of ``extra`` nodes beyond the roots, over every closed choice with bounds for each request."""
+    total = np.full(extra + 1, -np.inf)
+    total[0] = 0.0
+    for b, up in enumerate(parent):
+        chosen = closed_subsets(up)
+        worth, count = (chosen * value[b]).sum(axis=1), chosen.sum(axis=1) - 1
+        best = np.full(extra + 1, -np.inf)
+        for n in range(min(extra, len(up) - 1) + 1):
+            fits = count == n
+            if fits.any() and least[b] <= n + 1 <= most[b]:
+                best[n] = worth[fits].max()
+        total = np.array([(total[: n + 1] + best[n::-1]).max() for n in range(extra + 1)])
+    return float(total.max())
+
+
+@pytest.mark.parametrize("calibrated", [False, True])
+@pytest.mark.parametrize("served", ["alike", "weights", "floors"])
+def test_global_rank_is_optimal_among_all_closed_subsets(calibrated, served):
+    """Over every ancestor-closed choice of as many rows, caps, floors, weights and ties included: hundreds of small forests each."""
+    reliability = CALIBRATION if calibrated else None
+    for seed in range(350):
+        rng = np.random.default_rng(seed)
+        batch, extra, beam = int(rng.integers(1, 4)), int(rng.integers(1, 10)), int(rng.integers(1, 3))
+        most = rng.integers(1, 9, batch)
+        floors = np.minimum(rng.integers(0, 4, batch), most) if served == "floors" else np.zeros(batch, int)
+        extra = max(extra, int((floors - 1).clip(min=0).sum()))
+        weights = torch.tensor(rng.uniform(0.1, 3.0, batch), dtype=torch.float32) if served == "weights" else None
+        scheduler = echo.ElasticBudgetScheduler(echo.GlobalRank(beam, reliability), budget=batch + extra, max_depth=2)
+        tree = grow_all(
+            scheduler,
+            torch.arange(batch),
+            k=3,
+            seed=seed,
+            ties=bool(seed % 2),
+            capacity=torch.from_numpy(most),
+            weights=weights,
+            floors=torch.from_numpy(floors) if served == "floors" else None,
+        )
+        value = scheduler.rule.gain(tree).double().numpy() * (1 if weights is None else weights.double().numpy()[:, None])
+        usable = torch.isfinite(tree.forest.score).sum(dim=1).numpy()  # an opt-out drafts nothing
+        value[:, 0] = 0
+        value[~torch.isfinite(tree.forest.score).numpy()] = -np.inf
+        least = np.minimum(floors, np.minimum(most, usable)).tolist()
+        expected = best_value(np.where(np.isfinite(value), value, -1e9), tree.forest.parent.tolist(), extra, least, most.tolist())
+        selected = scheduler.select(tree).numpy()
+        assert (selected.sum(axis=1) <= most).all() and (selected.sum(axis=1) >= least).all()
+        assert selected.sum() <= batch + extra
+        assert (np.where(selected, value, 0)).sum() == pytest.approx(expected, abs=2e-6 if weights is not None else 1e-9)
+
+
+def test_floors_are_bought_before_anybody_competes():
+    scheduler = echo.ElasticBudgetScheduler(echo.TwoLevel(1, 8), echo.SparseGate({1: 0.5}), budget=6, max_depth=4)
+    tree = chains(scheduler, [0.9, 0.9, 0.9, 0.9], [0.3, 0.9, 0.9, 0.9], floors=torch.tensor([1, 2]))
+    # request 1 fails the root gate as before, and gets its one row set aside: its best draft; request 0 has three layers left to buy
+    assert scheduler.pack(tree).indptr.tolist() == [0, 4, 6]
+    tree = chains(scheduler, [0.9, 0.9, 0.9, 0.9], [0.6, 0.9, 0.9, 0.9], floors=torch.tensor([0, 3]))
+    # both pass; request 1 buys layers 1 and 2 from what is set aside for it, request 0 the two rows that are left
+    assert [layer.bought.flatten().tolist() for layer in tree.layers[1:3]] == [[True, True], [True, True]]
+    assert scheduler.pack(tree).indptr.tolist() == [0, 3, 6]
+    tree = chains(scheduler, [0.9, 0.9, 0.9, 0.9], [0.3, 0.9, 0.9, 0.9], floors=torch.tensor([3, 6]))
+    # floors beyond the step: 2 rows for request 0 first, the 2 others for request 1, of which it has one draft to spend them on
+    assert scheduler.pack(tree).indptr.tolist() == [0, 4, 6]
+
+
+def test_weights_move_rows_to_the_better_service():
+    for rule in (echo.TwoLevel(1, 8), echo.GlobalRank(1)):
+        scheduler = echo.ElasticBudgetScheduler(rule, budget=4, max_depth=2)
+        drafts = [0.8, 0.8], [0.6, 0.9]
+        assert scheduler.pack(chains(scheduler, *drafts)).indptr.tolist() == [0, 3, 4] if rule == echo.GlobalRank(1) else True
+        weighed = scheduler.pack(chains(scheduler, *drafts, weights=torch.tensor([1.0, 2.0])))
+        # twice 0.6 and twice 0.54 beat 0.8; level by level request 1 is first too, and its second layer comes before none of request 0's
+        assert weighed.indptr.tolist() == ([0, 1, 4] if rule == echo.GlobalRank(1) else [0, 2, 4])
+
+
+def chains(scheduler, *probabilities, **served):
     """A tree of chains: each request's draft gives one candidate a layer with these conditional probabilities."""
-    tree = scheduler.plant(torch.arange(len(probabilities)))
+    tree = scheduler.plant(torch.arange(len(probabilities)), **served)
     for depth in range(scheduler.max_depth):
         p = torch.tensor([request[depth] for request in probabilities])
         tree = scheduler.grow(tree, torch.full((len(p), 1, 1), 10 + depth), p.log()[:, None, None])

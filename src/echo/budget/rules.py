@@ -28,6 +28,9 @@ class Rule(Protocol):
     def buy(self, layer: Layer, passed: Tensor, room: Tensor, left: Tensor) -> Tensor | None:
         """Rows bought after a layer is scored.
 
+        With floors it is asked twice: for the rows set aside for each request, then for the rest with the first purchases in
+        ``layer.bought``.
+
         Args:
             layer: the scored layer.
             passed: bool [B], requests that draft and passed the gate.
@@ -41,7 +44,8 @@ class Rule(Protocol):
     def deal(self, tree: SuperTree, room: Tensor, left: Tensor, rows: int) -> Tensor:
         """The rest, at the end: bool [B, T] over ``tree.forest``, disjoint from what is bought, closed under parents with it.
 
-        ``room`` and ``left`` as in :meth:`buy`; ``rows`` is the step's row count, a bound of ``left`` known to the host.
+        ``room`` and ``left`` as in :meth:`buy`; ``rows`` is the step's row count, a bound of ``left`` known to the host. With floors it
+        is asked twice: for the rows set aside (``tree.reserve`` is there), then for the rest (it is not).
         """
 
     def rows(self, batch: int) -> int | None:
@@ -93,8 +97,8 @@ class GlobalRank:
 
     def deal(self, tree: SuperTree, room: Tensor, left: Tensor, rows: int) -> Tensor:
         """The ``left`` nodes of greatest f, at most ``room`` and ``max_rows`` of a request."""
-        cap = room if self.max_rows is None else room.clamp(max=self.max_rows - 1)
-        return deal(tree, self.cost(tree), cap, left, rows)
+        cap = room if self.max_rows is None else torch.minimum(room, self.max_rows - tree.forest.bought.sum(dim=1))
+        return deal(tree, self.weighed(tree), cap, left, rows)
 
     def rows(self, batch: int) -> int | None:
         """``batch * max_rows`` where there is a cap of its own."""
@@ -118,6 +122,16 @@ class GlobalRank:
             above = torch.maximum(own, above.gather(1, layer.parent))
             costs.append(torch.where(torch.isfinite(layer.score), above, UNSELECTABLE))
         return torch.cat(costs, dim=1)
+
+    def weighed(self, tree: SuperTree) -> Tensor:
+        """int32 [B, T], rising as weight times f falls: the order in which rows are dealt."""
+        if tree.weight is None:
+            return self.cost(tree)
+        if self.reliability is None:
+            return bits(tree.forest.score + tree.weight.log()[:, None])
+        cost = self.cost(tree)
+        worth = (ONE - cost).clamp(min=0).long() * (tree.weight * ONE).long()[:, None]
+        return torch.where(cost < UNSELECTABLE, ONE - worth // ONE, UNSELECTABLE).int()
 
     def _table(self, device: torch.device) -> Tensor:
         tables: dict[torch.device, Tensor] = self.__dict__["_tables"]
@@ -176,19 +190,21 @@ class TwoLevel:
 
     def buy(self, layer: Layer, passed: Tensor, room: Tensor, left: Tensor) -> Tensor | None:
         """Each passing request's best ``layer_width`` nodes, in order of confidence, while rows remain."""
-        selectable = torch.isfinite(layer.score) & passed[:, None]
-        wanted = torch.minimum(selectable.sum(dim=1).clamp(max=self.layer_width), room)
+        selectable = torch.isfinite(layer.score) & passed[:, None] & ~layer.bought
+        width = self.layer_width - layer.bought.sum(dim=1)
+        wanted = torch.minimum(torch.minimum(selectable.sum(dim=1), width), room)
         requests = torch.arange(len(passed), device=passed.device)
-        key = (bits(layer.log_confidence).long() << 31) + requests
+        worth = layer.log_confidence if layer.weight is None else layer.log_confidence + layer.weight.log()
+        key = (bits(worth).long() << 31) + requests
         turn = key.argsort()
         before = torch.empty_like(wanted).scatter_(0, turn, wanted[turn].cumsum(0) - wanted[turn])
         granted = torch.minimum(wanted, (left - before).clamp(min=0))
         return selectable & (place(order(layer, selectable)) < granted[:, None])
 
     def deal(self, tree: SuperTree, room: Tensor, left: Tensor, rows: int) -> Tensor:
-        """The best unbought nodes of the batch, at most ``max_width`` of a request."""
+        """The best unbought nodes of the batch, at most ``max_width`` of a request beyond its floor."""
         rank: GlobalRank = self.__dict__["_rank"]
-        return deal(tree, rank.cost(tree), room.clamp(max=self.max_width), left, rows)
+        return deal(tree, rank.weighed(tree), room if tree.reserve is not None else room.clamp(max=self.max_width), left, rows)
 
     def rows(self, batch: int) -> int | None:
         """None: it takes whatever budget it is given."""

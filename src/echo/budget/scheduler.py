@@ -155,6 +155,8 @@ class ElasticBudgetScheduler:
         live: Tensor | None = None,
         capacity: Tensor | None = None,
         rows: int | None = None,
+        weights: Tensor | None = None,
+        floors: Tensor | None = None,
         first_layer: tuple[Tensor, Tensor] | None = None,
     ) -> SuperTree:
         """The roots: each live request's last emitted token.
@@ -165,6 +167,10 @@ class ElasticBudgetScheduler:
             capacity: int64 [B], the most rows a request may get now, root included (slots allocated, context left); values below
                 1 count as 1.
             rows: rows of this step, where the forecast's differ from the budget.
+            weights: float32 [B], what a token of each request is worth beside the others' (service levels); only their ratios count,
+                down to 2^-24 of the greatest. Rows go where weight times probability is greatest.
+            floors: int64 [B], rows set aside for each request, root included: its best drafts get them before anybody competes,
+                gate or not. What it cannot use, others get. Floors beyond the step's rows are met in the order of requests.
             first_layer: tokens int64 [B, k] and log-probabilities float [B, k] of the first layer, where the previous step's
                 draft-extend has scored it already; it is grown at once.
 
@@ -182,19 +188,29 @@ class ElasticBudgetScheduler:
         room = torch.full((batch,), self.max_tree_rows, device=device)
         if capacity is not None:
             room = torch.minimum(room, checks.tensor("capacity", capacity, [batch], torch.int64, device).clamp(min=1))
+        if weights is not None:
+            weights = torch.where(alive, checks.tensor("weights", weights, [batch], torch.float32, device), 0.0)
+            weights = (weights / weights.amax()).nan_to_num(0.0).clamp(min=2.0**-24)
+        left, reserve = limit - alive.sum(), None
+        if floors is not None:
+            aside = torch.minimum(checks.tensor("floors", floors, [batch], torch.int64, device), room) - 1
+            aside = torch.where(alive, aside.clamp(min=0), 0)
+            reserve = torch.minimum(aside, (left - (aside.cumsum(0) - aside)).clamp(min=0))
+            left = left - reserve.sum()
         root = root_tokens[:, None]
         zero = torch.zeros_like(root)
         score = torch.where(alive, 0.0, -torch.inf)[:, None]
         drafts = alive & (room > 1) & (self.max_depth > 0)
         idle = torch.where(alive, int(Status.EXHAUSTED if self.max_depth else Status.FINISHED), int(Status.EMPTY))
         tree = SuperTree(
-            layers=(Layer(0, root, zero, score, alive[:, None], alive),),
+            layers=(Layer(0, root, zero, score, alive[:, None], alive, weights),),
             frontier=Frontier(root, zero, zero, score, drafts[:, None], 0),
             status=torch.where(drafts, int(Status.ACTIVE), idle).to(torch.int8),
             row_limit=room * alive,
-            left=limit - alive.sum(),
+            left=left,
             invalid=torch.zeros(batch, dtype=torch.int32, device=device),
             rows=limit,
+            reserve=reserve,
         )
         if first_layer is None:
             return tree
@@ -234,12 +250,13 @@ class ElasticBudgetScheduler:
             score.flatten(1),
             torch.zeros(batch, width * k, dtype=torch.bool, device=tokens.device),
             tree.status == int(Status.ACTIVE),
+            tree.weight,
         )
         room = tree.row_limit - _bought(tree)
         some = torch.isfinite(layer.log_confidence) & (room > 0)
         verdict = None if self.gate is None else self.gate(layer)
         passed = layer.drafted & some if verdict is None else layer.drafted & some & verdict
-        bought = self.rule.buy(layer, passed, room, tree.left)
+        bought, left, reserve = self._buy(tree, layer, passed, room)
         if bought is not None:
             layer = replace(layer, bought=bought)
         index, active = self.rule.frontier(layer)
@@ -261,10 +278,24 @@ class ElasticBudgetScheduler:
             ),
             status=status,
             row_limit=tree.row_limit,
-            left=tree.left if bought is None else tree.left - bought.sum(),
+            left=left,
             invalid=tree.invalid + faulty.flatten(1).sum(dim=1, dtype=torch.int32),
             rows=tree.rows,
+            reserve=reserve,
         )
+
+    def _buy(self, tree: SuperTree, layer: Layer, passed: Tensor, room: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None]:
+        """What the rule buys of a layer, floors first; the rows left, and those still set aside."""
+        if tree.reserve is None:
+            bought = self.rule.buy(layer, passed, room, tree.left)
+            return bought, tree.left if bought is None else tree.left - bought.sum(), None
+        own = self.rule.buy(layer, passed, torch.minimum(room, tree.reserve), tree.reserve.sum())
+        if own is None:
+            return None, tree.left, tree.reserve
+        spent = own.sum(dim=1)
+        more = self.rule.buy(replace(layer, bought=own), passed, room - spent, tree.left)
+        more = torch.zeros_like(own) if more is None else more & ~own
+        return own | more, tree.left - more.sum(), tree.reserve - spent
 
     def grow_positions(self, tree: SuperTree, tokens: Tensor, log_probs: Tensor) -> SuperTree:
         """Grows one layer for each position of a drafter that looks at no node, gates and purchases included.
@@ -318,7 +349,13 @@ class ElasticBudgetScheduler:
     def select(self, tree: SuperTree) -> Tensor:
         """The bare decision: bool [B, T] over ``tree.forest``, roots, bought rows and dealt rows."""
         room = tree.row_limit.clamp(max=self.max_tree_rows) - _bought(tree)
-        return tree.forest.bought | self.rule.deal(tree, room, tree.left, tree.rows)
+        if tree.reserve is None:
+            return tree.forest.bought | self.rule.deal(tree, room, tree.left, tree.rows)
+        aside = tree.reserve.sum()
+        own = self.rule.deal(tree, torch.minimum(room, tree.reserve), aside, tree.rows)
+        spent = own.sum(dim=1)
+        rest = replace(tree.with_bought(own), reserve=None)
+        return rest.forest.bought | self.rule.deal(rest, room - spent, tree.left + aside - spent.sum(), tree.rows)
 
     def pack(
         self,

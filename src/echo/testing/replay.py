@@ -113,7 +113,7 @@ class Report:
         return {p: float(np.percentile(rows, p)) for p in points} if rows else {}
 
     def of_kind(self, kind: str) -> dict[str, float]:
-        """The figures of one kind's finished texts: tokens and rows per step, acceptance, seconds a token."""
+        """The figures of one kind's finished texts: tokens and rows per step, acceptance, seconds a token, fairness among them."""
         chosen = [answer for answer in self.answers if answer.kind == kind]
         tokens, steps, rows = (sum(getattr(answer, name) for answer in chosen) for name in ("tokens", "steps", "rows"))
         return {
@@ -122,13 +122,18 @@ class Report:
             "rows_per_step": rows / steps if steps else float("nan"),
             "acceptance": (tokens - steps) / (rows - steps) if rows > steps else float("nan"),
             "seconds_per_token": sum(answer.seconds for answer in chosen) / tokens if tokens else float("nan"),
+            "fairness": _jain(chosen),
         }
 
     @property
     def fairness(self) -> float:
         """Jain's index of the finished texts' tokens a second: 1 when all are served alike, 1/n when one gets everything."""
-        rate = np.array([answer.tokens / answer.seconds for answer in self.answers])
-        return float(rate.sum() ** 2 / (len(rate) * (rate**2).sum())) if len(rate) else float("nan")
+        return _jain(self.answers)
+
+
+def _jain(answers: list[Answer]) -> float:
+    rate = np.array([answer.tokens / answer.seconds for answer in answers])
+    return float(rate.sum() ** 2 / (len(rate) * (rate**2).sum())) if len(rate) else float("nan")
 
 
 def replay(
@@ -274,10 +279,7 @@ class _Source:
         self.tokens = torch.from_numpy(trace.token).long()
         self.log_probs = torch.from_numpy(trace.log_prob).float()
         self.expanded = torch.from_numpy(trace.expanded).long()
-        ends = np.repeat(trace.indptr[1:], np.diff(trace.indptr))
-        after = np.arange(trace.positions)[:, None] + np.arange(1, trace.depth + 2)
-        following = np.where(after < ends[:, None], trace.text[np.minimum(after, trace.positions - 1)], -1)
-        self.following = torch.from_numpy(following).long()
+        self.following = torch.from_numpy(trace.following).long()
         self.misses, self.floor = 0, trace.floor
 
     def begin(self, at: NDArray[np.int64]) -> None:

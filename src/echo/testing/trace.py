@@ -99,6 +99,34 @@ class Trace:
         """D, layers recorded."""
         return int(self.token.shape[1])
 
+    @property
+    def following(self) -> NDArray[np.int32]:
+        """int32 [P, D + 1]: the target's next tokens after each position; -1 beyond the end of its text."""
+        ends = np.repeat(self.indptr[1:], np.diff(self.indptr))
+        after = np.arange(self.positions)[:, None] + np.arange(1, self.depth + 2)
+        return np.where(after < ends[:, None], self.text[np.minimum(after, self.positions - 1)], np.int32(END))
+
+    @property
+    def rank(self) -> NDArray[np.int8]:
+        """int8 [P, D]: the place of the target's d-th next token among the drafts after the d - 1 before it, by probability.
+
+        -1: drafted on, and the target's token was not among the k; -2: nothing was drafted there, or the text ends. So
+        ``(rank[:, d] == 0).sum() / (rank[:, d] >= -1).sum()`` is the draft's conditional acceptance on the target's path at depth d + 1.
+        """
+        at, place = np.arange(self.positions), np.zeros(self.positions, np.int64)
+        following, k = self.following, self.token.shape[3]
+        rank = np.full((self.positions, self.depth), -2, np.int8)
+        for d in range(self.depth):
+            log_prob = self.log_prob[at, d, place]
+            drafted = (place >= 0) & np.isfinite(log_prob).any(axis=1) & (following[:, d] >= 0)
+            hits = (self.token[at, d, place] == following[:, d, None]) & np.isfinite(log_prob) & drafted[:, None]
+            child, found = hits.argmax(axis=1), hits.any(axis=1)
+            best_first = (-log_prob).argsort(axis=1, kind="stable")
+            better = (best_first == child[:, None]).argmax(axis=1)
+            rank[:, d] = np.where(found, better, np.where(drafted, -1, -2))
+            place = np.where(found, self.expanded[at, d, np.maximum(place, 0) * k + child], -1)
+        return rank
+
     def texts(self, chosen: Sequence[int]) -> Trace:
         """The trace of some texts, in that order."""
         rows = np.concatenate([np.arange(self.indptr[i], self.indptr[i + 1]) for i in chosen])

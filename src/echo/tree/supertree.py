@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 
 import torch
@@ -75,6 +75,7 @@ class Layer:
         score: float32 [B, M], path log-probability S <= 0; -inf: never selectable.
         bought: bool [B, M], rows bought while drafting (the root of each live request is).
         drafted: bool [B], the request drafted this layer.
+        weight: float32 [B] in (0, 1], what each request's tokens are worth; None: all alike.
     """
 
     depth: int
@@ -83,6 +84,7 @@ class Layer:
     score: Tensor
     bought: Tensor
     drafted: Tensor
+    weight: Tensor | None = None
 
     @property
     def log_confidence(self) -> Tensor:
@@ -135,6 +137,7 @@ class SuperTree:
         invalid: int32 [B], draft scores at active nodes that were NaN or plus infinity, and those of layers without any finite
             score; such nodes are never selectable.
         rows: rows of this step, a host int; ``left`` never lets more be selected.
+        reserve: int64 [B], rows set aside for each request, its floor less what it has bought; None: no floors.
     """
 
     layers: tuple[Layer, ...]
@@ -144,6 +147,7 @@ class SuperTree:
     left: Tensor
     invalid: Tensor
     rows: int
+    reserve: Tensor | None = None
 
     @classmethod
     def from_arrays(
@@ -224,6 +228,11 @@ class SuperTree:
         return len(self.layers) - 1
 
     @property
+    def weight(self) -> Tensor | None:
+        """float32 [B] in (0, 1], what each request's tokens are worth; None: all alike."""
+        return self.layers[0].weight
+
+    @property
     def batch(self) -> int:
         """Requests, empty slots included."""
         return self.status.shape[0]
@@ -232,6 +241,12 @@ class SuperTree:
     def active(self) -> Tensor:
         """bool [B]: requests that still draft. Looking at it reads back from the device; only a host without graphs may."""
         return self.status == int(Status.ACTIVE)
+
+    def with_bought(self, nodes: Tensor) -> SuperTree:
+        """The same tree with these nodes, bool [B, T], bought as well; ``left`` and ``reserve`` are the caller's business."""
+        parts = torch.split(nodes, [layer.token.shape[1] for layer in self.layers], dim=1)
+        layers = tuple(replace(layer, bought=layer.bought | part) for layer, part in zip(self.layers, parts, strict=True))
+        return replace(self, layers=layers)
 
     @property
     def forest(self) -> Forest:
