@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
+import torch
 
 import echo
 from echo.testing import Trace, replay
@@ -14,7 +15,7 @@ MODEL = "LLaMA-3.3-70B"
 MODELS = ("LLaMA-3.1-8B", MODEL, "Qwen3-235B-A22B")
 CONTEXT = 800
 """Tokens of context of a request."""
-STEPS = {8: 120, 64: 60, 256: 40}
+STEPS = {8: 100, 64: 60, 256: 40}
 Scheduler = echo.ElasticBudgetScheduler
 
 
@@ -54,6 +55,7 @@ def cut(trace: Trace, tokens: int) -> Trace:
 
 def worst(tune: Trace, test: Trace, share: float) -> list[dict[str, object]]:
     """Exact replay of the two elastic policies in every adversity: throughput over plain decoding, catching up and probes charged."""
+    torch.set_num_threads(1)
     cells: list[dict[str, object]] = []
     for name, (trace, calibration, lag) in conditions(tune, test).items():
         order = np.random.default_rng(3).permutation(len(trace.kind))
