@@ -244,7 +244,7 @@ REASONS = {
     "steps must have fixed costs several times ours, which hide what rows cost.",
     "experts": "256 rows reach every expert, so 2,048 cost only 1.6 times as much: there is little to save. On the raised trace the "
     "default's deeper trees are worth their rows.",
-    "matched": "EAGLE-3 from the start that the paper gave ECHO. This is the part of the gain that is ECHO's own; the paper does not give it.",
+    "matched": "EAGLE-3 from the start that the paper gave ECHO. This part of the gain is ECHO's own; the paper does not give it.",
     "gates": "Gates at every depth stop more: a little better where most drafts fail, worse where most succeed. One threshold, the mean of "
     "those by depth, stops less than Youden's points do: these separate best, which is not what pays most.",
     "budget": "At batch 1 rows are nearly free. ECHO's gates stop there all the same, being made to separate; DDD's best threshold hardly "

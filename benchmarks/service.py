@@ -374,7 +374,6 @@ def draw(result: dict[str, Any], path: Path) -> None:
         axis.set_xticks(range(len(places)), places)
         axis.set(title=f"{policy} over off (dark: batch 256)", ylim=(0, None))
     figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 def main() -> None:
