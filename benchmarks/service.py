@@ -36,8 +36,9 @@ from worst import MODEL, Scheduler, policies, worst
 
 HERE = Path(__file__).parent
 GPUS = 4
-STEPS = {1: 100, 4: 50, 16: 30, 32: 24, 64: 18, 96: 14, 128: 12, 192: 10, 256: 10}
-"""Batch sizes that are replayed, and steps of each; a step of another size is drawn from the next larger."""
+STEPS = {1: 100, 4: 50, 16: 36, 32: 30, 64: 26, 96: 24, 128: 22, 192: 22, 256: 22}
+WARM = 8
+"""Batch sizes that are replayed, and steps of each, the first few left out; a step of another size is drawn from the next larger."""
 CHUNK = 512
 """Rows of prefill in one step at most."""
 SLOTS = 256
@@ -91,10 +92,10 @@ def replayed(trace: Trace, scheduler: Scheduler, batch: int, base: int, share: f
             for text, tokens in zip(record.requests, record.emitted, strict=True):
                 emitted[text].append(int(tokens))
 
-    order, steps = np.random.default_rng(2).permutation(len(trace.kind)), max(6, int(share * STEPS[batch]))
+    order, steps = np.random.default_rng(2).permutation(len(trace.kind)), WARM + max(6, int(share * STEPS[batch]))
     base = 0 if scheduler.budget is None else base  # a static tree knows of no prefill
     replay(trace, Beside(**own, base=base), echo.CostModel((1,), (1.0,)), batch=batch, steps=steps, order=order, observe=observe)
-    rows, layers = np.array(seen[2:]).T
+    rows, layers = np.array(seen[WARM:]).T
     pool = [token for tokens in emitted for token in tokens] or [1]
     emitted = [tokens or pool for tokens in emitted]
     table = np.zeros((len(emitted), max(map(len, emitted))), dtype=int)
@@ -383,17 +384,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE / "results")
     parser.add_argument("--share", type=float, default=1.0, help="of the replayed steps")
     parser.add_argument("--replicas", type=int, default=64, help="of the largest fleet")
-    parser.add_argument("--workers", type=int, help="processes; as many as there are cores where not given")
+    parser.add_argument("--workers", type=int, help="processes; by default as many as there are cores")
     args = parser.parse_args()
-    start = time.perf_counter()
-    result = measure(Trace.load(args.trace), args.share, args.replicas, args.workers)
+    start, trace = time.perf_counter(), Trace.load(args.trace)
+    result = measure(trace, args.share, args.replicas, args.workers)
     text = markdown(result)
-    print(text)
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "service.json").write_text(json.dumps(result, indent=1))
     (args.out / "service.md").write_text(text)
     draw(result, args.out / "service.png")
-    print(f"written to {args.out}; {time.perf_counter() - start:.0f} s in all")
+    print(f"{text}\nwritten to {args.out}; {time.perf_counter() - start:.0f} s in all")
 
 
 if __name__ == "__main__":
