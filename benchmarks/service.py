@@ -312,7 +312,7 @@ def markdown(result: dict[str, Any]) -> str:
         rate = {(c["policy"], c["arrivals"], c["level"]): float(c["rate"]) for c in result[name]["capacity"]}
         columns = (("poisson", LEVELS[0]), ("bursty", LEVELS[0]), ("bursty", LEVELS[1]))
         lines += [
-            f"Trace {name}: requests a second that a replica carries, and GPUs for 100 and 1,000 a second (bursty, stricter level):",
+            f"Trace {name}: requests a second that a replica carries, and GPUs for 100 and 1,000 a second (Poisson):",
             "",
         ]
         lines += [
@@ -320,7 +320,7 @@ def markdown(result: dict[str, Any]) -> str:
             "|---|---|---|---|---|---|",
         ]
         for policy in dict.fromkeys(c["policy"] for c in result[name]["capacity"]):
-            own = rate[policy, "bursty", LEVELS[0]]
+            own = rate[policy, "poisson", LEVELS[0]]
             need = " | ".join(f"{GPUS * int(np.ceil(load / own)):,}" if own else "-" for load in (100, 1000))
             lines.append(f"| {policy} | " + " | ".join(f"{rate[(policy, *column)]:.1f}" for column in columns) + f" | {need} |")
         lines.append("")
