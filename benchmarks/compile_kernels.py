@@ -4,7 +4,8 @@
     python benchmarks/compile_kernels.py --quick    a representative subset, nothing written
 
 Each launch is recorded from the real launcher on CPU tensors, so that types, constants and divisibility hints are the launch's own.
-Exit status 1: spills, shared memory over the limit, or a 16-bit tile of 64 rows without the wide matrix instruction.
+Exit status 1: spills, shared memory over the limit, a 16-bit tile of 64 rows without the wide matrix instruction, or keys that are not
+copied ahead in pieces of 16 bytes.
 """
 
 from __future__ import annotations
@@ -12,10 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
-import subprocess
 import sys
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,14 +25,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+import machine_code
 from echo.kernels import attention_kernels, launch, triton_accept, triton_attention
 
 RESULTS = Path(__file__).parent / "results"
-CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-SHARED = {80: (163 * 1024, 164 * 1024), 90: (227 * 1024, 228 * 1024), 100: (227 * 1024, 228 * 1024)}
-"""By architecture: shared memory that a block, and that a multiprocessor has at most; the system keeps 1 KiB of each block's."""
-MATRIX = ("UTCHMMA", "HGMMA", "HMMA")
-"""Matrix instructions in the machine code, widest first."""
 WIDE = {90: "HGMMA", 100: "UTCHMMA"}
 """What a tile of 64 rows and more of 16 bits must use, by architecture."""
 TYPES = {
@@ -123,42 +117,19 @@ def source(recorder: Recorder) -> tuple[ASTSource, dict[str, int]]:
 
 
 def measure(recorder: Recorder, arch: int) -> dict[str, Any]:
-    """Compiles one launch for one architecture and reads its resources."""
+    """Compiles one launch for one architecture and reads its machine code."""
     src, options = source(recorder)
     compiled = triton.compile(src, target=GPUTarget("cuda", arch, 32), options=options)
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        usage, sass = (
-            subprocess.run([str(CUOBJDUMP), option, file.name], capture_output=True, text=True, check=True).stdout
-            for option in ("-res-usage", "-sass")
-        )
-    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
-    assert found is not None, usage
-    registers, stack = int(found[1]), int(found[2])
-    ptx = compiled.asm["ptx"]
-    # The compiler may add warps of its own (a warp that loads, say): the kernel's real size is in its launch bounds.
-    bound = re.search(r"\.(?:reqntid|maxntid) (\d+)", ptx)
-    threads = int(bound[1]) if bound else 32 * options.get("num_warps", 4)
-    shared, (_, whole) = compiled.metadata.shared, SHARED[arch]
-    assert "EXIT" in sass, "expected a disassembly"
-    by_registers = 65536 // (-(-registers * 32 // 256) * 256 * (threads // 32))
-    blocks = min(by_registers, whole // (shared + 1024), 2048 // threads, 32)
-    return {
-        "arch": f"sm_{arch}",
-        "registers": registers,
-        "spills": len(re.findall(r"\b(?:STL|LDL)\b", sass)),
-        "stack": stack,
-        "shared": shared,
-        "threads": threads,
-        "blocks": blocks,
-        "occupancy": round(blocks * threads / 2048, 3),
-        "matrix": next((kind for kind in MATRIX if re.search(rf"\b{kind}\b", sass)), "none"),
-    }
+    found = machine_code.resources(compiled, arch, options.get("num_warps", 4))
+    if "KEYS" in recorder.options and "WIDTH" in recorder.options:
+        cached = recorder.args[1].element_size() if recorder.options["PREFIX"] else recorder.args[0].element_size()
+        keys, width, dim = (recorder.options[name] for name in ("KEYS", "WIDTH", "DIM"))
+        found |= machine_code.turn(compiled, arch, keys, width, 2 * dim * cached, found)
+    return found
 
 
-def attention(case: Case) -> dict[str, Recorder]:
-    """The launches of one attention call."""
+def attention(case: Case, arch: int) -> dict[str, Recorder]:
+    """The launches of one attention call, as on that architecture."""
     batch, kv_heads = case.batch, 2
     words, width = (1, 1) if batch == 1 else (2, 32)
     n, cache = case.rows * batch, case.cache or case.dtype
@@ -175,7 +146,12 @@ def attention(case: Case) -> dict[str, Recorder]:
             depth=torch.zeros(n, **ints), key_scale=scales, value_scale=scales, splits=case.splits,
         )  # fmt: skip
 
-    return record(attention_kernels, ["plan", "attend", "merge"], call)
+    generation = launch.generation
+    try:
+        launch.generation = lambda device: arch // 10  # type: ignore[assignment]
+        return record(attention_kernels, ["plan", "attend", "merge"], call)
+    finally:
+        launch.generation = generation
 
 
 def others(n: int, vocabulary: int) -> list[tuple[str, str, Recorder]]:
@@ -205,8 +181,10 @@ def cases(quick: bool) -> list[Case]:
     # Arguments equal to 1 are compiled in as constants, which changes types: everything that can be 1 is.
     ones = Case(64, half, 1, 1, page=1, batch=1, splits=1)
     if quick:
-        return [ones, Case(128, brain, 4, 16), Case(64, half, 1, 8), Case(80, brain, 5, 20, page=1), Case(128, single, 4, 16)]
-    grid = [Case(dim, kind, 4, rows) for dim in launch.HEAD_DIMS for kind in (half, brain, single) for rows in (2, 8, 16)]
+        return [ones, Case(128, brain, 4, 16), Case(128, brain, 4, 4), Case(80, half, 5, 20, page=1), Case(64, single, 4, 16)]
+    # float16 compiles to what bfloat16 does; float32 has one tile.
+    grid = [Case(dim, brain, 4, rows) for dim in launch.HEAD_DIMS for rows in (2, 8, 16, 32)]
+    grid += [Case(dim, single, 4, 16) for dim in launch.HEAD_DIMS] + [Case(128, half, 4, rows) for rows in (2, 16)]
     e4, e5 = torch.float8_e4m3fn, torch.float8_e5m2
     features = [
         Case(128, brain, 4, 16, page=16), Case(128, brain, 4, 16, page=1), Case(128, brain, 8, 16, page=256),
@@ -221,29 +199,34 @@ def faults(entry: dict[str, Any], tile_rows: int, sixteen: bool) -> list[str]:
     """What a compiled kernel must not be."""
     arch = int(entry["arch"][3:])
     found = [f"{entry['spills']} spill instructions, {entry['stack']} bytes of stack"] * bool(entry["spills"] or entry["stack"])
-    found += [f"{entry['shared']} bytes of shared memory"] * (entry["shared"] > SHARED[arch][0])
+    found += [f"{entry['shared']} bytes of shared memory"] * (entry["shared"] > machine_code.SHARED[arch][0])
     wide = WIDE.get(arch)
     if sixteen and tile_rows >= 64 and wide and entry["matrix"] != wide:
         found.append(f"{entry['matrix']} instead of {wide}")
+    if sixteen and tile_rows and (entry["buffers"] < 2 or entry["copies16"] == 0):
+        found.append(f"{entry['buffers']} buffers, {entry['copies16']} copies of 16 bytes")
     return found
+
+
+def jobs(quick: bool, arch: int) -> list[tuple[str, str, Recorder, int, bool]]:
+    """Kernel, case, launch, tile height (0: none) and whether products are of 16 bits."""
+    found = []
+    for case in cases(quick):
+        if case.cache == torch.float8_e4m3fn and arch < 89:
+            continue
+        for name, recorder in attention(case, arch).items():
+            if name == "attend" or case.batch == 1 or case in (Case(128, torch.bfloat16, 4, 16), Case(256, torch.float32, 4, 16)):
+                height = recorder.options["ROWS"] if name == "attend" else 0
+                found.append((name.strip("_"), case.name, recorder, height, case.dtype.itemsize == 2))
+    return found + [(*other, 0, False) for n, vocabulary in (((64, 128256), (1, 1))[: 1 + (not quick)]) for other in others(n, vocabulary)]
 
 
 def run(quick: bool, archs: tuple[int, ...]) -> tuple[list[dict[str, Any]], list[str]]:
     """Every entry of the table, and every fault."""
     table: list[dict[str, Any]] = []
     broken: list[str] = []
-    jobs: list[tuple[str, str, Recorder, int, bool]] = []
-    for case in cases(quick):
-        for name, recorder in attention(case).items():
-            if name == "attend" or case.batch == 1 or case in (Case(128, torch.bfloat16, 4, 16), Case(256, torch.float32, 4, 16)):
-                height = recorder.options["ROWS"] if name == "attend" else 0
-                jobs.append((name.strip("_"), case.name, recorder, height, case.dtype.itemsize == 2))
-    for n, vocabulary in ((64, 128256), (1, 1)):
-        jobs += [(*other, 0, False) for other in others(n, vocabulary)]
-    for kernel, name, recorder, height, sixteen in jobs:
-        for arch in archs:
-            if arch < 89 and "float8_e4m3fn" in name:
-                continue
+    for arch in archs:
+        for kernel, name, recorder, height, sixteen in jobs(quick, arch):
             shape = {key: recorder.options[key] for key in ("ROWS", "KEYS") if key in recorder.options and height}
             entry = {"kernel": kernel, "case": name} | shape | measure(recorder, arch)
             wrong = faults(entry, height, sixteen)
@@ -256,11 +239,14 @@ def run(quick: bool, archs: tuple[int, ...]) -> tuple[list[dict[str, Any]], list
 def markdown(table: list[dict[str, Any]]) -> str:
     """The table for people."""
     head = ["kernel", "case", "ROWS", "KEYS", "arch", "registers", "spills", "shared", "threads", "blocks", "occupancy", "matrix"]
+    head += ["loop", "barriers", "buffers", "in_flight", "issue"]
     lines = [
         "# Compiled kernels",
         "",
         f"Triton {triton.__version__}, no GPU: `python benchmarks/compile_kernels.py`. `blocks` and `occupancy` are predictions from",
-        "registers, shared memory and threads; `shared` is in bytes; `spills` counts instructions.",
+        "registers, shared memory and threads; `shared` is in bytes; `spills` counts instructions. Of one turn of the loop over the keys:",
+        "`loop` its instructions, `buffers` the turns that shared memory holds, `in_flight` the bytes that a multiprocessor may have asked",
+        "for, `issue` its instructions over those that fit into the time that memory takes for the same keys (data sheet rates).",
         "",
         "| " + " | ".join(head) + " |",
         "|" + "---|" * len(head),
@@ -272,7 +258,7 @@ def main() -> int:
     """Compiles, prints and writes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a representative subset; nothing is written")
-    parser.add_argument("--arch", type=int, nargs="+", default=[80, 90, 100], choices=list(SHARED))
+    parser.add_argument("--arch", type=int, nargs="+", default=[80, 90, 100], choices=list(machine_code.SHARED))
     options = parser.parse_args()
     table, broken = run(options.quick, tuple(options.arch))
     if not options.quick:

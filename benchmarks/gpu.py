@@ -1,32 +1,38 @@
 """Speed of the kernels on a GPU against what engines use, and against what the machine allows. No network.
 
-    python benchmarks/gpu.py                 on a CUDA device, into benchmarks/results/gpu-<card>.json
-    python benchmarks/gpu.py --dry-run       the same path on the CPU with tiny shapes; nothing is written
+    python benchmarks/gpu.py                 on a CUDA device, into benchmarks/results/gpu-<card>.json, and a picture of the shares
+    python benchmarks/gpu.py --dry-run       the same path on the CPU with tiny shapes, kernels in the interpreter; nothing is written
 
 Correctness comes first: every contender is compared with attention in float64 on sampled rows, and one that is wrong is reported and not
 timed; if it is ours, nothing is timed and the exit status is 1. Times are medians of CUDA-graph replays over rotated inputs that
 together exceed the L2 cache. ``share`` is the larger of two floors over the time: the bytes that must move over the measured copy
-bandwidth, and the operations over the measured rate of a large matrix product.
+bandwidth, and the operations over the measured rate of a large matrix product. FlashAttention runs on chains of as many rows.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.metadata
 import json
+import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+if "--dry-run" in sys.argv:
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
 
 import torch
 
 import echo
 import peers
 from echo import kernels
+from echo.tree import compact
 
 RESULTS = Path(__file__).parent / "results"
 HEADS = {"llama-3.1-8b": (32, 8, 128), "llama-3.1-70b or qwen3-235b, tp8": (8, 1, 128)}
@@ -102,17 +108,25 @@ def inputs(case: Case, device: torch.device, seed: int) -> dict[str, torch.Tenso
 
 
 def ours(args: dict[str, torch.Tensor]) -> Callable[[], torch.Tensor]:
-    """Our kernel where it runs, and its twin in a dry run."""
-    backend = "triton" if args["q"].is_cuda else "torch"
-    return lambda: kernels.tree_attention(**args, backend=backend)[0]
+    """Our kernel."""
+    return lambda: kernels.tree_attention(**args, backend="triton")[0]
 
 
 def planned(args: dict[str, torch.Tensor]) -> Callable[[], torch.Tensor]:
     """Ours as in all layers but the first: the work list is there. Peers' plans are not charged to them either."""
-    backend = "triton" if args["q"].is_cuda else "torch"
     named = {name: args[name] for name in ("q", "key_cache", "page_table", "context", "tree_key", "indptr")}
-    plan = kernels.plan_attention(**named, backend=backend)
-    return lambda: kernels.tree_attention(**args, plan=plan, backend=backend)[0]
+    plan = kernels.plan_attention(**named, backend="triton")
+    return lambda: kernels.tree_attention(**args, plan=plan, backend="triton")[0]
+
+
+@contextlib.contextmanager
+def poisoned() -> Iterator[None]:
+    """Memory that is not written holds NaN, and never what an earlier call left there."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def wrong(args: dict[str, torch.Tensor], out: torch.Tensor, samples: int = 24) -> float:
@@ -178,11 +192,15 @@ def attention(case: Case, device: torch.device, copy: float, rate: float) -> dic
     pairs = int((rows * (context + rows)).sum())
     floor = max(moved / copy, 4 * heads * dim * pairs / rate)
     l2 = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
-    copies = [first] + [inputs(case, device, seed) for seed in range(1, min(8, 1 + 2 * l2 // max(moved, 1)))]
+    trees = [first] + [inputs(case, device, seed) for seed in range(1, min(8, 1 + 2 * l2 // max(moved, 1)))]
+    chains = [peers.chained(args) for args in trees]
     entry: dict[str, Any] = asdict(case) | {"packed_rows": len(first["q"]), "bytes": moved, "floor_us": round(1e6 * floor, 2)}
-    for name, build in {"echo": ours, "echo, planned": planned, **peers.PEERS}.items():
+    for name, build in {"echo": ours, "echo, planned": planned, **peers.PEERS, **peers.CAUSAL}.items():
+        copies = chains if name in peers.CAUSAL else trees
         try:
-            result: dict[str, Any] = {"error": wrong(first, build(first)())}
+            call = build(copies[0])
+            with poisoned():
+                result: dict[str, Any] = {"error": wrong(copies[0], call())}
             if not result["error"] < (1e-5 if case.model == "tiny" else LIMIT * (3 if case.cache != "bfloat16" else 1)):
                 result["wrong"] = True
             else:
@@ -200,7 +218,6 @@ def attention(case: Case, device: torch.device, copy: float, rate: float) -> dic
 
 def acceptance(device: torch.device, copy: float, dry: bool) -> list[dict[str, Any]]:
     """Acceptance from logits: checked to the bit against the twin, then timed against their read."""
-    backend = "torch" if dry else "triton"
     entries = []
     for rows, vocabulary in ((12, 1000),) if dry else ((256, 128256), (1024, 128256), (512, 262144)):
         packed = drafted(Case("tiny", rows // 4, 4, 0))
@@ -209,11 +226,11 @@ def acceptance(device: torch.device, copy: float, dry: bool) -> list[dict[str, A
             logits = torch.randn(rows, vocabulary, device=device, dtype=dtype)
             logits.scatter_(1, tokens.roll(-1)[:, None], 9.0)  # so that walks go on
             args = (packed.parent.to(device), packed.indptr.to(device), tokens, logits, packed.max_depth)
-            same = zip(kernels.accept_greedy(*args, backend=backend), kernels.reference.accept_greedy(*args), strict=True)
+            same = zip(kernels.accept_greedy(*args, backend="triton"), kernels.reference.accept_greedy(*args), strict=True)
             if not all(torch.equal(a, b) for a, b in same):
                 raise SystemExit("accept_greedy differs from its twin: nothing more is timed")
             read = logits.numel() * logits.element_size() / copy
-            seconds, slow = timed([lambda a=args: kernels.accept_greedy(*a, backend=backend)])
+            seconds, slow = timed([lambda a=args: kernels.accept_greedy(*a, backend="triton")])
             plain, _ = timed([lambda x=logits: x.argmax(-1)])
             times = {"us": round(1e6 * seconds, 2), "p99_us": round(1e6 * slow, 2), "torch_argmax_us": round(1e6 * plain, 2)}
             shape = {"rows": rows, "vocabulary": vocabulary, "dtype": str(dtype)[6:]}
@@ -222,7 +239,10 @@ def acceptance(device: torch.device, copy: float, dry: bool) -> list[dict[str, A
 
 
 def step(device: torch.device, dry: bool) -> dict[str, Any]:
-    """Gate, buy, deal, pack and accept as one CUDA graph, with every synchronisation an error."""
+    """Gate, buy, deal, pack, accept, compact and observe as one CUDA graph, with every synchronisation an error.
+
+    As torch's operations one by one, and fused by ``torch.compile``.
+    """
     batch, depth, k = (4, 2, 3) if dry else (256, 6, 4)
     scheduler = echo.ElasticBudgetScheduler(echo.TwoLevel(2, 4), echo.SparseGate({1: 0.1, 3: 0.05}), 4 * batch, depth)
     roots = torch.arange(batch, device=device)
@@ -233,29 +253,68 @@ def step(device: torch.device, dry: bool) -> dict[str, Any]:
         layers.append((torch.randint(0, 1000, shape, device=device), torch.randn(shape, device=device).log_softmax(-1)))
         tree = scheduler.grow(tree, *layers[-1])
     target = torch.randint(0, 1000, (scheduler.pack(tree).rows,), device=device)
+    context = torch.randint(0, 1000, (batch,), device=device, dtype=torch.int32)
+    table = torch.arange(32 * batch, device=device, dtype=torch.int32).view(batch, 32)
+    history = scheduler.history(batch, device)
 
     def once() -> object:
         tree = scheduler.plant(roots)
         for layer in layers:
             tree = scheduler.grow(tree, *layer)
-        return echo.verify(scheduler.pack(tree), target)
+        packed = scheduler.pack(tree)
+        accepted = echo.verify(packed, target)
+        moved = compact(packed, accepted, context, page_table=table, page_size=64)
+        return packed.mask, moved.source, moved.target, history.observe(roots, packed, accepted).outlook
 
-    once()
-    if not dry:
-        torch.cuda.set_sync_debug_mode("error")
-    try:
-        once()
-    finally:
-        if not dry:
-            torch.cuda.set_sync_debug_mode("default")
-    seconds, slow = timed([once])
-    return {"batch": batch, "depth": depth, "candidates": k, "us": round(1e6 * seconds, 2), "p99_us": round(1e6 * slow, 2)}
+    calls: dict[str, Callable[[], object]] = {"torch": once} | ({} if dry else {"compiled": torch.compile(once, fullgraph=True)})
+    report: dict[str, Any] = {"batch": batch, "depth": depth, "candidates": k}
+    for name, call in calls.items():
+        try:
+            call()
+            if not dry:
+                torch.cuda.set_sync_debug_mode("error")
+                call()
+                torch.cuda.set_sync_debug_mode("default")
+            seconds, slow = timed([call])
+            report[name] = {"us": round(1e6 * seconds, 2), "p99_us": round(1e6 * slow, 2)}
+        except Exception as reason:  # a step that synchronises or cannot be captured is a finding
+            report[name] = {"failed": f"{type(reason).__name__}: {reason}"[:300]}
+        finally:
+            if not dry:
+                torch.cuda.set_sync_debug_mode("default")
+    return report
+
+
+def picture(report: dict[str, Any], path: Path) -> None:
+    """Each case's contenders by their share of the floor."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    cases = report["attention"]
+    names = [name for name in ("echo, planned", *peers.PEERS, *peers.CAUSAL) if any("share" in case[name] for case in cases)]
+    figure, axes = pyplot.subplots(figsize=(9, 1.5 + 0.28 * len(cases)), layout="constrained")
+    for name, marker in zip(names, "osv^Dx+*", strict=False):
+        found = [(case[name]["share"], at) for at, case in enumerate(cases) if "share" in case[name]]
+        axes.plot(*zip(*found, strict=True), marker, label=name, alpha=0.8)
+    labels = [
+        f"{c['model'].split(' ')[0].rstrip(',')} B={c['batch']} rows={c['rows']}{' dealt' * c['dealt']} ctx={c['context']} {c['cache'][:6]}"
+        for c in cases
+    ]
+    axes.set_yticks(range(len(cases)), labels, fontsize=7)
+    axes.set(xlabel="share of the larger floor (bytes, operations)", title=report["card"], xlim=(0, None))
+    axes.invert_yaxis()
+    axes.axvline(0.85, color="grey", linewidth=0.8, linestyle=":")
+    axes.legend(fontsize=7)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
 
 
 def versions() -> dict[str, str]:
     """Of what takes part, as far as installed."""
     found = {}
-    for name in ("torch", "triton", "flashinfer-python", "sglang", "numpy"):
+    for name in ("torch", "triton", "flashinfer-python", "sglang", "flash-attn-3", "numpy"):
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
@@ -267,7 +326,7 @@ def main() -> int:
     """Checks, times, prints and writes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes on the CPU; times mean nothing")
-    parser.add_argument("--minutes", type=float, default=8.0, help="start no further attention case after that")
+    parser.add_argument("--minutes", type=float, default=6.0, help="start no further attention case after that")
     options = parser.parse_args()
     dry = options.dry_run
     if not dry and not torch.cuda.is_available():
@@ -279,10 +338,6 @@ def main() -> int:
     card = "cpu, dry run" if dry else torch.cuda.get_device_name(device)
     report: dict[str, Any] = {"card": card, "versions": versions(), "copy_bytes_per_s": copy, "matrix_flop_per_s": rate}
     report["accept"] = acceptance(device, copy, dry)
-    try:
-        report["step"] = step(device, dry)
-    except Exception as reason:  # a step that synchronises or cannot be captured is a finding
-        report["step"] = {"failed": f"{type(reason).__name__}: {reason}"[:300]}
     report["attention"] = []
     for case in cases(dry):
         if time.perf_counter() - start > 60 * options.minutes:
@@ -294,6 +349,7 @@ def main() -> int:
         if any("wrong" in report["attention"][-1][name] for name in ("echo", "echo, planned")):
             print("our kernel is wrong on this case: nothing more is timed")
             return 1
+    report["step"] = step(device, dry)  # last: compiling it takes a while
     report["seconds"] = round(time.perf_counter() - start, 1)
     if dry:
         print(json.dumps(report))
@@ -301,6 +357,10 @@ def main() -> int:
         RESULTS.mkdir(exist_ok=True)
         path = RESULTS / f"gpu-{card.lower().replace(' ', '-')}.json"
         path.write_text(json.dumps(report, indent=1) + "\n")
+        try:
+            picture(report, path.with_suffix(".png"))
+        except ImportError as reason:
+            print(f"no picture: {reason}")
         print(f"written: benchmarks/results/{path.name}")
     return 0
 

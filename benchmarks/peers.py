@@ -142,6 +142,26 @@ def flashinfer(args: Args) -> Call:
     return lambda: wrapper.run(q, caches)
 
 
+def xqa(args: Args) -> Call:
+    """FlashInfer's XQA with ragged queries and our mask words, the tree in the cache; Hopper and newer."""
+    from flashinfer.decode import xqa_batch_decode_with_kv_cache
+
+    page, rows, count = args["key_cache"].shape[1], args["indptr"].diff(), int(args["indptr"][-1])
+    most = int(rows.max())
+    if args["key_cache"].dtype != args["q"].dtype:
+        raise UnfitError("an 8-bit cache would hold the tree's keys in 8 bits too")
+    if page not in (16, 32, 64, 128) or most < 2:
+        raise UnfitError("it takes pages of 16 to 128 tokens, and more than one row")
+    mask = args["mask"][:count, : -(-most // 32)].contiguous().view(torch.uint16)
+    workspace = torch.zeros(256 << 20, dtype=torch.uint8, device=args["q"].device)
+    q, caches, lengths = args["q"][:count].contiguous(), in_cache(args), (args["context"] + rows).to(torch.uint32)
+    table, out = args["page_table"], torch.empty_like(q)
+    return lambda: xqa_batch_decode_with_kv_cache(
+        q, caches, workspace, table, lengths, table.shape[1] * page, bmm1_scale=q.shape[-1] ** -0.5, out=out, q_len_per_req=most,
+        mask=mask, q_cu_seq_lens=args["indptr"],
+    )  # fmt: skip
+
+
 def sglang(args: Args) -> Call:
     """SGLang's Triton extend attention with a byte mask, over the same pages."""
     try:  # where it lies since 0.5.23, and where it lay before
@@ -173,4 +193,47 @@ def sglang(args: Args) -> Call:
     return call
 
 
-PEERS = {"flashinfer": flashinfer, "sglang extend": sglang, "flex attention": flex, "sdpa with mask": sdpa}
+def chained(args: Args) -> Args:
+    """The same rows as chains: every row sees those before it. The work of causal attention."""
+    count, words = args["mask"].shape
+    local = torch.arange(count, device=args["mask"].device)
+    real = args["request"] < len(args["context"])
+    local = torch.where(real, local - args["indptr"].long()[args["request"].long().clamp(max=len(args["context"]) - 1)], 0)
+    bits = (local[:, None] + 1 - 32 * torch.arange(words, device=local.device)).clamp(0, 32)
+    return args | {"mask": ((1 << bits) - 1).to(torch.int32)}
+
+
+def flash3(args: Args) -> Call:
+    """FlashAttention 3, causal, over the same pages."""
+    try:
+        from flash_attn_interface import flash_attn_with_kvcache
+    except ImportError:
+        from sgl_kernel.flash_attn import flash_attn_with_kvcache
+
+    if args["key_cache"].dtype != args["q"].dtype:
+        raise UnfitError("its 8-bit path takes 8-bit queries")
+    rows, count = args["indptr"].diff(), int(args["indptr"][-1])
+    q, (keys, values), lengths, most = args["q"][:count].contiguous(), in_cache(args), args["context"] + rows, int(rows.max())
+    return lambda: flash_attn_with_kvcache(
+        q, keys, values, cache_seqlens=lengths, page_table=args["page_table"], cu_seqlens_q=args["indptr"], max_seqlen_q=most,
+        softmax_scale=q.shape[-1] ** -0.5, causal=True,
+    )  # fmt: skip
+
+
+def flash2(args: Args) -> Call:
+    """FlashAttention 2, causal, as torch ships it, over keys gathered beforehand: it takes pages of 256 tokens only."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    if not args["q"].is_cuda:
+        raise UnfitError("it runs on CUDA devices only")
+    rows, count = args["indptr"].diff(), int(args["indptr"][-1])
+    keys, values = (torch.cat(parts) for parts in zip(*(gathered(args, b) for b in range(len(rows))), strict=True))
+    ends = torch.cat([rows.new_zeros(1), (args["context"] + rows).cumsum(0)]).int()
+    q, most, longest = args["q"][:count].contiguous(), int(rows.max()), int((args["context"] + rows).max())
+    group = {"enable_gqa": q.shape[1] != keys.shape[1]}
+    return lambda: varlen_attn(q, keys, values, args["indptr"], ends, most, longest, window_size=(-1, 0), **group)
+
+
+PEERS = {"flashinfer": flashinfer, "flashinfer xqa": xqa, "sglang extend": sglang, "flex attention": flex, "sdpa with mask": sdpa}
+CAUSAL = {"flash attention 3, causal": flash3, "flash attention 2, causal": flash2}
+"""Of chains, not of trees: what attention of as many rows costs without a mask."""

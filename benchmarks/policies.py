@@ -104,6 +104,16 @@ POLICIES: dict[str, Policy] = {
 }
 """In the order of the table; the oracle, which is no policy, is :func:`oracle_trace` under any global ranking."""
 
+CHAINS = ("static chain", "goodput chain")
+"""Policies whose drafter proposes one token at a time: replayed on :func:`chain_trace`."""
+
+
+def chain_trace(trace: Trace) -> Trace:
+    """The trace as a drafter of chains has it: the first choice after each node, and no other."""
+    best = trace.log_prob.argmax(axis=3)[..., None]
+    first = np.arange(trace.token.shape[3]) == best
+    return replace(trace, log_prob=np.where(first, trace.log_prob, np.float16(-np.inf)))
+
 
 def oracle_trace(trace: Trace) -> Trace:
     """The trace as an oracle drafts it: the target's next token for sure wherever it was drafted, and nothing else."""

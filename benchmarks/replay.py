@@ -26,11 +26,13 @@ from rich.table import Table
 
 import echo
 from echo.testing import Record, Trace, replay
-from policies import POLICIES, Setting, oracle_trace
+from policies import CHAINS, POLICIES, Setting, chain_trace, oracle_trace
 
 HERE = Path(__file__).parent
 BATCHES = (1, 8, 32, 64, 128, 256)
 STEPS = {1: 320, 8: 160, 32: 80, 64: 60, 128: 40, 256: 32}
+LAG = 1
+"""Steps by which the forecast's history lies behind, as in engines with overlapped scheduling."""
 WARM = 8
 """First steps of a replay that are left out of its figures: all texts begin at once there."""
 
@@ -54,13 +56,14 @@ class Steps:
     tokens: np.ndarray
     rows: np.ndarray
     layers: np.ndarray
+    width: int
 
     def rate(self, cost: echo.CostModel, batch: int) -> float:
         """Throughput over plain decoding."""
         return float(self.tokens.sum() / self.seconds(cost, batch).sum() / (batch / cost(batch)))
 
     def seconds(self, cost: echo.CostModel, batch: int) -> np.ndarray:
-        return cost(self.rows) + cost.draft(self.layers, batch)
+        return cost(self.rows) + cost.draft(self.layers, batch * self.width)
 
     def interval(self, cost: echo.CostModel, batch: int, rng: np.random.Generator) -> tuple[float, float]:
         """95% bootstrap interval of :meth:`rate` over blocks of steps."""
@@ -84,10 +87,11 @@ def run(
         rows = int(record.packed.indptr[-1]) if exact_rows else record.forecast.rows
         seen.append((int(record.emitted.sum()), rows, record.tree.depth if exact_rows else record.forecast.depth))
 
-    report = replay(trace, scheduler, cost, batch=batch, steps=int(share * STEPS[batch]) + WARM, order=order, observe=observe)
+    count = int(share * STEPS[batch]) + WARM
+    report = replay(trace, scheduler, cost, batch=batch, steps=count, order=order, lag=LAG, observe=observe)
     assert report.misses == 0 or exact_rows, f"{report.misses} nodes without a record: the trace is too narrow for {scheduler}"
     tokens, rows, layers = np.array(seen[WARM:]).T
-    return Steps(tokens, rows, layers)
+    return Steps(tokens, rows, layers, scheduler.rule.width)
 
 
 def calibrate(trace: Trace) -> echo.Calibration:
@@ -123,22 +127,23 @@ def column(path: Path, batch: int, costs: dict[str, echo.CostModel]) -> list[dic
     torch.set_num_threads(1)
     tune, test = halves(Trace.load(path))
     calibration = calibrate(tune)
+    drafts = {name: (chain_trace(tune), chain_trace(test)) if name in CHAINS else (tune, test) for name in POLICIES}
     rng = np.random.default_rng(0)
     cells: list[dict[str, object]] = []
-    cache: dict[tuple[str, str], Steps] = {}
+    cache: dict[tuple[bool, int, str], Steps] = {}
 
-    def steps(which: str, trace: Trace, scheduler: echo.ElasticBudgetScheduler, cost: echo.CostModel) -> Steps:
+    def steps(name: str, half: int, scheduler: echo.ElasticBudgetScheduler, cost: echo.CostModel) -> Steps:
         if isinstance(scheduler.budget, echo.CostModel):
-            return run(trace, scheduler, cost, batch)
-        key = which, describe(scheduler)
+            return run(drafts[name][half], scheduler, cost, batch)
+        key = name in CHAINS, half, describe(scheduler)
         if key not in cache:
-            cache[key] = run(trace, scheduler, cost, batch, share=0.5 if which == "tune" else 1.0)
+            cache[key] = run(drafts[name][half], scheduler, cost, batch, share=1.0 if half else 0.5)
         return cache[key]
 
     for (shape, cost), (name, policy) in itertools.product(costs.items(), POLICIES.items()):
         candidates = list(policy(Setting(calibration, cost, batch, tune.depth, tune.beam)))
-        best = max(candidates, key=lambda s: steps("tune", tune, s, cost).rate(cost, batch)) if len(candidates) > 1 else candidates[0]
-        found = steps("test", test, best, cost)
+        best = max(candidates, key=lambda s: steps(name, 0, s, cost).rate(cost, batch)) if len(candidates) > 1 else candidates[0]
+        found = steps(name, 1, best, cost)
         low, high = found.interval(cost, batch, rng)
         cells.append(
             {
@@ -166,6 +171,22 @@ def column(path: Path, batch: int, costs: dict[str, echo.CostModel]) -> list[dic
             ratio = low = high = 1.0
         cells.append({"shape": shape, "batch": batch, "policy": "oracle", "ratio": ratio, "low": low, "high": high})
     return cells
+
+
+def trees_and_chains(path: Path, batch: int) -> list[dict[str, float]]:
+    """What trees emit over what chains emit, as many rows dealt by one ranking to both, without regard to cost."""
+    torch.set_num_threads(1)
+    tune, test = halves(Trace.load(path))
+    calibration, free = calibrate(tune), echo.CostModel((1,), (1.0,))
+    found = []
+    for each in (1.5, 2, 3, 4, 6, 8, 12, 16):
+        rows = int(each * batch)
+        tokens = [
+            run(trace, echo.ElasticBudgetScheduler(echo.GlobalRank(beam, calibration), None, rows, test.depth), free, batch).tokens.sum()
+            for trace, beam in ((test, test.beam), (chain_trace(test), 1))
+        ]
+        found.append({"batch": batch, "rows_each": each, "ratio": float(tokens[0] / tokens[1])})
+    return found
 
 
 def show(console: Console, cells: list[dict[str, object]]) -> None:
@@ -225,9 +246,16 @@ def main() -> None:
     with ProcessPoolExecutor(max_workers=os.cpu_count()) as pool:
         order = sorted(BATCHES, reverse=True)
         cells = [cell for part in pool.map(column, [args.trace] * len(order), order, [costs] * len(order)) for cell in part]
+        chains = [row for part in pool.map(trees_and_chains, [args.trace] * 2, (8, 64)) for row in part]
     show(console, cells)
+    table = Table(title="tokens of trees / tokens of chains, at equal rows", header_style="bold")
+    for name in ("rows a request", *(f"{row['rows_each']:g}" for row in chains if row["batch"] == 8)):
+        table.add_column(name, justify="right")
+    for batch in (8, 64):
+        table.add_row(f"batch {batch}", *(f"{row['ratio']:.3f}" for row in chains if row["batch"] == batch))
+    console.print(table)
     args.out.mkdir(parents=True, exist_ok=True)
-    result = {"trace": args.trace.name, "seconds": time.perf_counter() - start, "cells": cells}
+    result = {"trace": args.trace.name, "seconds": time.perf_counter() - start, "cells": cells, "trees_over_chains": chains}
     (args.out / "replay.json").write_text(json.dumps(result, indent=1))
     draw(cells, args.out / "replay.png")
     console.print(f"{args.out / 'replay.json'} and replay.png written; {time.perf_counter() - start:.0f} s in all")

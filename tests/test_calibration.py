@@ -79,7 +79,12 @@ def test_at_most_max_gates():
 
 
 def test_the_gates_kept_are_those_that_stop_most_rejected_rows():
-    assert echo.calibrate(log_of(1, 0.8, 0.8, 2.0, 0.8, 1), max_gates=3).gate_depths == (1, 4, 6)
+    assert echo.calibrate(log_of(1, 0.6, 0.6, 2.0, 0.6, 1), max_gates=3).gate_depths == (1, 4, 6)
+
+
+def test_a_deep_gate_saves_few_layers():
+    """Deep layers separate a little better, and nearly all of their rows are rejected; a gate there still saves next to nothing."""
+    assert echo.calibrate(log_of(1, 0.8, 0.85, 0.9, 0.95, 1), max_gates=3).gate_depths == (1, 2, 6)
 
 
 def test_too_few_rows_are_no_sweet_spot():

@@ -26,10 +26,12 @@ def test_the_check_finds_spills_and_narrow_instructions():
     code = (
         "import compile_kernels as ck, torch; from echo.kernels import launch\n"
         "launch.tile = lambda *_: launch.Tile(128, 64, 4, 2)\n"
-        "entry = ck.measure(ck.attention(ck.Case(128, torch.bfloat16, 4, 16))['attend'], 80)\n"
+        "entry = ck.measure(ck.attention(ck.Case(128, torch.bfloat16, 4, 16), 80)['attend'], 80)\n"
         "assert 'spill' in ck.faults(entry, 64, True)[0], entry\n"
+        "entry['buffers'] = 2\n"
         "assert ck.faults(entry | {'arch': 'sm_90', 'spills': 0, 'stack': 0}, 64, True) == ['HMMA instead of HGMMA'], entry\n"
-        "assert 'shared memory' in ck.faults(entry | {'spills': 0, 'stack': 0, 'shared': 170_000}, 64, True)[0]"
+        "assert 'shared memory' in ck.faults(entry | {'spills': 0, 'stack': 0, 'shared': 170_000}, 64, True)[0]\n"
+        "assert '1 buffers' in ck.faults(entry | {'spills': 0, 'stack': 0, 'buffers': 1}, 64, True)[0]"
     )
     environment = ENVIRONMENT | {"PYTHONPATH": os.pathsep.join([str(BENCHMARKS), os.environ.get("PYTHONPATH", "")])}
     subprocess.run([sys.executable, "-c", code], env=environment, check=True)
@@ -40,7 +42,8 @@ def test_another_batch_compiles_nothing_anew():
     code = (
         "import compile_kernels as ck, torch\n"
         "def launches(batch, rows):\n"
-        "    found = ck.attention(ck.Case(128, torch.bfloat16, 4, rows, batch=batch)) | {k: r for k, _, r in ck.others(batch, 128256)}\n"
+        "    found = ck.attention(ck.Case(128, torch.bfloat16, 4, rows, batch=batch), 90)\n"
+        "    found |= {k: r for k, _, r in ck.others(batch, 128256)}\n"
         "    sources = {name: ck.source(recorder)[0] for name, recorder in found.items()}\n"
         "    return {name: (s.signature, s.constants, s.attrs) for name, s in sources.items()}\n"
         "first = launches(8, 16)\n"
@@ -65,4 +68,7 @@ def test_the_committed_table_has_no_faults_and_is_of_the_shipped_launches():
     assert all(entry["spills"] == 0 and entry["stack"] == 0 for entry in table["kernels"])
     for entry in attend:
         dim, kind = int(entry["case"].split()[0][2:]), entry["case"].split()[1]
-        assert launch.tile(1, dim, 4 if kind == "float32" else 2, entry["ROWS"])[:2] == (entry["ROWS"], entry["KEYS"])
+        cached = 4 if kind == "float32" else 1 if "float8" in entry["case"] else 2
+        page = 0 if "tree part" in entry["case"] else int(entry["case"].split("page=")[1].split()[0])
+        tile = launch.tile(1, dim, max(cached, 2), cached, page, entry["ROWS"], int(entry["arch"][3:]) // 10)
+        assert tile[:2] == (entry["ROWS"], entry["KEYS"])

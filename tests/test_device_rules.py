@@ -20,6 +20,10 @@ POLICIES = {
     "paper": echo.ElasticBudgetScheduler(echo.TwoLevel(2, 4), echo.SparseGate(CALIBRATION), 24, 3),
     "calibrated": echo.ElasticBudgetScheduler(echo.GlobalRank(2, CALIBRATION), None, 24, 3),
     "eagle": echo.ElasticBudgetScheduler.eagle(n=5, beam=2, max_depth=3),
+    "goodput": echo.ElasticBudgetScheduler.goodput(CALIBRATION, echo.CostModel((1, 24, 99), (1.0, 1.0, 4.0)), beam=2),
+    "joint": echo.ElasticBudgetScheduler(
+        echo.GlobalRank(2), echo.GoodputGate(CALIBRATION, echo.CostModel((1, 9), (1.0, 2.0), draft_layer=0.1), 2, price=4.0), 24, 3
+    ),
     "ddd": echo.ElasticBudgetScheduler(echo.PerRequest(5, 2), echo.BeamMassGate((2,), -1.0, 2), None, 3),
 }
 
@@ -35,18 +39,18 @@ class RefuseReads(TorchDispatchMode):
 
 
 def step(scheduler, roots, live, tokens, log_probs, target, served=None):
-    tree = scheduler.plant(roots, live=live, **(served or {}))
+    tree = scheduler.plant(roots, live=live, rows=24, **(served or {}))
     for t, q in zip(tokens, log_probs, strict=True):
         tree = scheduler.grow(tree, t, q)
     packed = scheduler.pack(tree)
     accepted = echo.verify(packed, target)
     history = scheduler.history(8).observe(torch.arange(4), packed, accepted)
-    return packed.tokens, packed.mask, packed.indptr, accepted.tokens, accepted.rows, history.emitted
+    return packed.tokens, packed.mask, packed.indptr, accepted.tokens, accepted.rows, history.steps, history.outlook, history.accepted
 
 
 def inputs(scheduler, seed):
     generator = torch.Generator().manual_seed(seed)
-    tree, drafter = scheduler.plant(torch.arange(4)), TabularDrafter(table(30, seed), count=3)
+    tree, drafter = scheduler.plant(torch.arange(4), rows=24), TabularDrafter(table(30, seed), count=3)
     tokens, log_probs = [], []
     for _ in range(scheduler.max_depth):
         t, q = drafter.draft(torch.arange(4), tree.frontier)

@@ -138,6 +138,16 @@ def test_auc_equals_scikit_learn():
         assert abs(ours - metrics.roc_auc_score(log.accepted, log.confidence)) < 1e-12
 
 
+@given(hnp.arrays(np.float32, st.integers(1, 40), elements=st.sampled_from([-0.0, 0.0, 0.25, 0.5, 1.0, 7.0]) | UNIT_FLOATS), st.randoms())
+def test_separability_of_float32_rows_is_that_of_the_same_numbers_in_float64(score, random):
+    """Float32 rows without weights are sorted as integers; anything else goes the general way."""
+    label = [random.random() < 0.5 for _ in score]
+    found = separability(score, label)
+    for other in (separability(score.astype(np.float64), label), separability(score, label, np.ones(len(score)))):
+        for name in ("auc", "low", "high", "threshold", "youden"):
+            assert getattr(found, name) == pytest.approx(getattr(other, name), abs=1e-12, nan_ok=True)
+
+
 def test_interval_covers_the_truth_from_histograms_with_and_without_weights():
     """Weights of 1 and 8 from sampling the low confidences: DeLong with squared weights still covers in about 95 of 100."""
     from scipy.stats import norm

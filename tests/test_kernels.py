@@ -79,11 +79,31 @@ def test_attention_equals_the_twin(dtype, rows, contexts, shape):
         {"splits": 1},
         {"splits": 7},
         {"splits": 3, "window": 20, "softcap": 2.0},
+        {"splits": 40},
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_features_equal_the_twin(dtype, options):
     compare(trees.attention([5, 1, 18], [0, 50, 37], **(SHAPE | {"dtype": dtype}), device=DEVICE), **options)
+
+
+@pytest.mark.parametrize("cache", [None, torch.float8_e4m3fn])
+@pytest.mark.parametrize("rows", [[5, 0, 33], [70]])
+def test_tiles_of_hopper_compute_the_same(rows, cache, monkeypatch):
+    """Its tall tiles take 64 keys a step: two mask words, a page."""
+    monkeypatch.setattr(launch, "generation", lambda device: launch.HOPPER)
+    contexts = [150, 4, 63][: len(rows)]
+    args = trees.attention(rows, contexts, **(SHAPE | {"dtype": torch.float16, "heads": 4, "page": 64}), cache=cache, device=DEVICE)
+    compare(args)
+    compare(args | {"page_table": args["page_table"].repeat(1, 2)}, window=40, splits=2)
+
+
+@pytest.mark.parametrize("size", [1.0, 1e6])
+def test_eight_bit_keys_meet_bfloat16_queries_of_any_size(size):
+    args = trees.attention([3, 9], [35, 20], **(SHAPE | {"dtype": torch.bfloat16, "heads": 4, "kv_heads": 2}), cache=torch.float8_e4m3fn)
+    args = {name: value.to(DEVICE) for name, value in args.items()}
+    args["q"][1] = 0
+    compare(args | {"q": args["q"] * size}, scale=0.1 / size)
 
 
 @pytest.mark.parametrize("cache", [torch.float8_e4m3fn, torch.float8_e5m2])
@@ -201,7 +221,7 @@ def test_the_work_list_covers_every_tile_and_block_once(seed, splits):
     bound = launch.most_tiles(int(rows.sum()), batch, group, tile)
     assert bound >= int(tiles.sum())
     items, slots = (bound + target, 2 * target) if splits == 0 else (bound * splits, bound * splits)
-    work = torch.full((items, 5), 1 << 30, dtype=torch.int32, device=DEVICE)
+    work = torch.full((items, attention_kernels.FIELDS.value), 1 << 30, dtype=torch.int32, device=DEVICE)
     spans = torch.full((batch + 1, 2), 1 << 30, dtype=torch.int32, device=DEVICE)
     attention_kernels.plan[(batch + 1,)](
         indptr, context.int().to(DEVICE), work, spans, batch, 1 << 20, items, target, splits,
@@ -209,12 +229,13 @@ def test_the_work_list_covers_every_tile_and_block_once(seed, splits):
     )  # fmt: skip
     real = work[work[:, 0] >= 0].tolist()
     assert (work[len(real) :, 0] == -1).all()
-    covered = sorted((b, t, block) for b, t, low, high, _ in real for block in range(low, high))
+    covered = sorted((b, t, block) for b, t, low, high, *_ in real for block in range(low, high))
     assert covered == [(b, t, block) for b in range(batch) for t in range(int(tiles[b])) for block in range(int(blocks[b]))]
-    taken = [slot for *_, slot in real if slot >= 0]
+    taken = [item[4] for item in real if item[4] >= 0]
     assert taken == list(range(len(taken))) and len(taken) <= slots
-    for b, t, low, high, slot in real:
+    for b, t, low, high, slot, *facts in real:
         first, pieces = spans[b].tolist()
+        assert facts == [int(indptr[b]), int(rows[b]), int(context[b])]
         assert (slot >= 0) == (pieces > 1)
         assert high > low
         if splits:

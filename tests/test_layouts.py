@@ -15,6 +15,7 @@ import echo
 from echo.tree import compact, layouts
 from echo.tree.packed import pack
 from forests import Case, forest
+from test_device_rules import RefuseReads
 
 WORDS = ("tokens", "parent", "depth", "request", "indptr")
 
@@ -131,6 +132,28 @@ def test_sglang_links_with_siblings_in_any_order_are_the_same_trees(case, seed):
     same(layouts.from_sglang(turned, lengths=case.packed.indptr.diff(), rows=case.packed.rows), case.packed)
 
 
+@given(cases(most=20), st.integers(0, 1000))
+def test_masks_with_rows_in_any_order_are_the_same_trees(case, seed):
+    """An engine that lists a tree's rows in another order, parents first: the same paths come back, in canonical order."""
+    turn, n = random.Random(seed), case.largest
+    mask, tokens = torch.eye(n, dtype=torch.bool).repeat(case.batch, 1, 1), torch.zeros(case.batch, n, dtype=torch.int64)
+    for b in range(case.batch):
+        parents, sees, order = case.parent_rows(b), case.sees(b), []
+        while len(order) < len(parents):
+            order.append(turn.choice([row for row, up in enumerate(parents) if row not in order and (up < 0 or up in order)]))
+        for i, row in enumerate(order):
+            tokens[b, i] = case.rows(b)[row].token
+            mask[b, i, : len(order)] = torch.tensor([sees[row][other] for other in order])
+    back = layouts.from_sglang_mask(mask, tokens.flatten(), n, "QLEN_ONLY", lengths=case.packed.indptr.diff())
+    back.validate()
+    for b in range(case.batch):
+        paths = []
+        for row in range(*back.indptr[b : b + 2].tolist()):
+            up = int(back.parent[row])
+            paths.append([*(paths[up] if up >= 0 else []), int(back.tokens[row])])
+        assert sorted(paths) == sorted([case.tokens[b][column] for column in row.path] for row in case.rows(b))
+
+
 @given(cases(), st.sampled_from([0, 2]))
 def test_sglang_masks_are_the_oracle_and_come_back(case, more):
     n, context = case.largest + more, contexts(case)
@@ -207,6 +230,7 @@ def test_flashinfer_masks_are_the_oracle_and_come_back(case, more):
     halves = layouts.flashinfer_xqa(case.packed)
     whole = halves.int().view(case.packed.rows, -1, 2)
     assert torch.equal(whole[..., 0] | whole[..., 1] << 16, case.packed.mask)
+    same(layouts.from_flashinfer_xqa(halves, case.packed.indptr, case.packed.tokens, rows=case.packed.rows), case.packed)
 
 
 @given(cases(), st.sampled_from([0, 2]))
@@ -280,11 +304,13 @@ def test_vllm_metadata_of_a_known_batch():
 
 
 @given(cases(batch=1))
-def test_qq_bias_is_the_oracle(case):
+def test_qq_bias_is_the_oracle_and_comes_back(case):
     rows, real = case.packed.rows, len(case.selected[0])
     bias = layouts.qq_bias(case.packed)
     assert (bias == 0).tolist()[:real] == square(case, 0, rows)[:real]
     assert ((bias == 0) | (bias == -torch.inf)).all() and (bias == 0).any(1).all()
+    if real:
+        same(layouts.from_qq_bias(bias, case.packed.tokens), case.packed)
     two = forest(0, 2, 4, empty=False).packed
     with pytest.raises(echo.EchoError, match="packed: expected one request"):
         layouts.qq_bias(two)
@@ -314,6 +340,7 @@ def test_out_writes_into_the_engines_buffers():
         lambda out: layouts.sglang_mask(case.packed, 12, "FULL_MASK", context=context, size=900, out=out),
         lambda out: layouts.chains(case.packed, out=out),
         lambda out: layouts.flashinfer(case.packed, context, 400, out=out),
+        lambda out: layouts.flashinfer(case.packed, context, 900, bits=False, out=out),
         lambda out: layouts.tensorrt_llm(case.packed, 12, out=out),
         lambda out: layouts.hugging_face(case.packed, 12, context, 5, out=out),
         lambda out: case.packed.wire(out=out),
@@ -333,6 +360,15 @@ def test_out_writes_into_the_engines_buffers():
         layouts.sglang(case.packed, 12, context, out=layouts.chains(case.packed))
 
 
+def test_no_ragged_view_reads_back():
+    """The rest of what test_device_rules.py runs under the same refusal."""
+    one, case = forest(1, 1, 9, empty=False).packed, forest(1, 3, 12)
+    with RefuseReads():
+        layouts.qq_bias(one)
+        layouts.flashinfer_xqa(case.packed)
+        layouts.unpad(case.packed, torch.zeros(3, 12))
+
+
 def test_bad_input_names_the_argument():
     case = forest(1, 2, 9, empty=False)
     packed, good = case.packed, torch.tensor([3, 4])
@@ -349,7 +385,7 @@ def test_bad_input_names_the_argument():
         (lambda: packed.slot(good, torch.zeros(2, 3).int(), 0, 0), r"page_size: expected an int >= 1, got 0"),
         (lambda: layouts.from_sglang_mask(torch.ones(2, 9, 9).bool(), torch.arange(18), 9, "FULL_MASK"), r"mode: expected"),
         (lambda: layouts.from_sglang_mask(torch.ones(9).bool(), torch.arange(2), 1, "FULL_MASK", context=torch.tensor([3, 20])),
-         r"mask: expected at least 25 entries for request 1, got 9"),
+         r"mask: request 1: expected at least 25 entries, got 9"),
     ]:  # fmt: skip
         with pytest.raises(echo.EchoError, match=message):
             call()

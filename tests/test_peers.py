@@ -1,10 +1,11 @@
-"""SGLang's own published code as the oracle: its tree builder, greedy verify, mask reader, attention and beam, run on the CPU.
+"""The engines' own published code as the oracle, run on the CPU.
 
-    ECHO_PEERS=install pytest -m peers tests/test_peers.py     # fetches sglang's wheel without its dependencies (40 MB)
-    ECHO_PEERS=<folder> pytest -m peers tests/test_peers.py    # a folder that it was installed to, with --no-deps --target
+    ECHO_PEERS=install pytest -m peers tests/test_peers.py     # fetches the wheels without their dependencies (100 MB)
+    ECHO_PEERS=<folder> pytest -m peers tests/test_peers.py    # a folder that they were installed to, with --no-deps --target
 
-Its kernels run in Triton's interpreter; the engine around them is replaced by stand-ins. None of its code is in this repository.
-The bit formulas of FlashInfer and TensorRT-LLM are applied in test_layouts.py.
+SGLang's tree builder, greedy verify, mask reader, attention and beam: its kernels run in Triton's interpreter, and the engine around
+them is replaced by stand-ins. FlashInfer's planning code in Python, and its kernel's line that reads a mask bit. None of their code is
+in this repository. The bit formula of TensorRT-LLM is applied in test_layouts.py.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from importlib import import_module
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 
@@ -28,27 +30,34 @@ from echo.testing import TabularDrafter, table
 from echo.tree import layouts
 from forests import forest
 
-VERSION = "0.5.23"
+VERSIONS = {"sglang": "0.5.23", "flashinfer": "0.7.2.post1"}
+WHEELS = {"sglang": "sglang", "flashinfer": "flashinfer-python"}
 pytestmark = pytest.mark.peers
+
+
+def installed(name, tmp_path_factory) -> Path:
+    """The folder that holds a package; skips with a clear word where it cannot be had."""
+    asked, wheel = os.environ.get("ECHO_PEERS"), f"{WHEELS[name]}=={VERSIONS[name]}"
+    if not asked:
+        pytest.skip(f"set ECHO_PEERS=install, or to a folder that holds {wheel}, to compare with the peers' own code")
+    folder = tmp_path_factory.mktemp(name) if asked == "install" else Path(asked)
+    if asked == "install":
+        command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(folder), wheel, "msgspec"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            pytest.skip(f"{wheel} cannot be had: {done.stderr.strip().splitlines()[-1:]}")
+    if not (folder / name).is_dir():
+        pytest.skip(f"no {name} in the folder that ECHO_PEERS names ({folder.name})")
+    return folder
 
 
 @pytest.fixture(scope="module")
 def peer(tmp_path_factory):
     """Imports a module of sglang by its path, without the engine around it."""
-    asked = os.environ.get("ECHO_PEERS")
-    if not asked:
-        pytest.skip(f"set ECHO_PEERS=install, or to a folder that holds sglang=={VERSION}, to compare with the peers' own code")
+    folder = installed("sglang", tmp_path_factory)
     triton = sys.modules.get("triton")
     if triton is not None and not triton.knobs.runtime.interpret:
         pytest.skip("triton is imported already: run this file in a process of its own (pytest -m peers tests/test_peers.py)")
-    folder = tmp_path_factory.mktemp("peers") if asked == "install" else Path(asked)
-    if asked == "install":
-        command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(folder), f"sglang=={VERSION}", "msgspec"]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            pytest.skip(f"sglang=={VERSION} cannot be had: {done.stderr.strip().splitlines()[-1:]}")
-    if not (folder / "sglang" / "srt").is_dir():
-        pytest.skip(f"no sglang in the folder that ECHO_PEERS names ({folder.name})")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
         patch.syspath_prepend(folder)
@@ -76,15 +85,18 @@ def peer(tmp_path_factory):
             patch.delitem(sys.modules, name)
 
 
-def functions(peer, path, names, scope):
-    """Functions of a module that cannot be imported without the engine, by name from its source."""
-    import sglang
+@pytest.fixture(scope="module")
+def flashinfer(tmp_path_factory):
+    """FlashInfer's package folder."""
+    return installed("flashinfer", tmp_path_factory) / "flashinfer"
 
-    source = (Path(sglang.__path__[0]) / path).read_text()
-    nodes = [node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef) and node.name in names]
+
+def functions(file, names, scope):
+    """Functions of a module that cannot be imported without the engine, by name from its source."""
+    nodes = [node for node in ast.parse(file.read_text()).body if isinstance(node, ast.FunctionDef) and node.name in names]
     for node in nodes:
         node.decorator_list = []  # torch.compile
-    exec(compile(ast.Module(nodes, []), path, "exec"), scope)
+    exec(compile(ast.Module(nodes, []), str(file), "exec"), scope)
     return [scope[name] for name in names]
 
 
@@ -191,8 +203,9 @@ def test_its_beam_draws_our_eagle_trees(peer, n):
     scope = {"torch": torch, "Optional": object | None, "List": list, "maybe_detect_oob": lambda *_: None}
     scope |= {"Optional": __import__("typing").Optional, "fast_topk": lambda x, k, dim: x.topk(k, dim=dim)}
     names = ("_select_top_k_tokens_first", "_select_top_k_tokens_later", "select_top_k_tokens")
-    *_, select = functions(peer, "srt/speculative/spec_utils.py", names, scope)
-    (organize,) = functions(peer, "srt/speculative/eagle_utils.py", ("organize_draft_results",), scope)
+    speculative = Path(import_module("sglang").__path__[0]) / "srt" / "speculative"
+    *_, select = functions(speculative / "spec_utils.py", names, scope)
+    (organize,) = functions(speculative / "eagle_utils.py", ("organize_draft_results",), scope)
     text, scores, collected = roots[:, None], None, []
     for step in range(steps):
         top = drafter.probabilities[text].topk(topk, dim=-1)
@@ -223,6 +236,72 @@ def test_its_beam_draws_our_eagle_trees(peer, n):
     assert [paths(its, b) for b in range(2)] == [paths(ours, b) for b in range(2)]
 
 
+class NumpyBits:
+    """Stands in for FlashInfer's CUDA module: each segment by numpy's packbits, as its documentation defines it."""
+
+    @staticmethod
+    def segment_packbits(x, indptr, new_indptr, bitorder, y):
+        for first, end, begin in zip(indptr[:-1].tolist(), indptr[1:].tolist(), new_indptr[:-1].tolist(), strict=True):
+            bits = np.packbits(x[first:end].numpy(), bitorder=bitorder)
+            y[begin : begin + len(bits)] = torch.from_numpy(bits)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_its_plan_packs_our_flat_mask_to_our_packed_one(flashinfer, seed):
+    """``plan``'s own steps on ragged trees: where each request's mask begins, then one bit an entry, bytes by request."""
+    case, context, page = forest(seed, 4, 20, empty=False), torch.tensor([5, 0, 33, 8]), 4
+    scope = {"torch": torch, "Tuple": tuple, "get_quantization_module": lambda: NumpyBits}
+    (begins,) = functions(flashinfer / "prefill.py", ("_compute_page_mask_indptr",), scope)
+    (pack,) = functions(flashinfer / "quantization" / "packbits.py", ("segment_packbits",), scope)
+    kv = context + case.packed.indptr.diff()
+    pages = torch.cat([torch.zeros(1), (-(-kv // page)).cumsum(0)]).int()
+    indptr = begins(case.packed.indptr, pages, ((kv - 1) % page + 1).int(), page)
+    flat = layouts.flashinfer(case.packed, context, int(indptr[-1]), bits=False)
+    assert torch.equal(flat.indptr, indptr)
+    its, its_indptr = pack(flat.mask, indptr, bitorder="little")
+    ours = layouts.flashinfer(case.packed, context, len(its))
+    assert torch.equal(ours.mask, its) and torch.equal(ours.indptr, its_indptr)
+
+
+def test_its_kernel_reads_our_bits(flashinfer):
+    """The two lines by which its kernel finds a bit, in its own words, applied to our packed mask."""
+    header = (flashinfer / "data" / "include" / "flashinfer" / "attention" / "variants.cuh").read_text()
+    assert "custom_mask_ptr = params.maybe_custom_mask + params.maybe_mask_indptr[batch_idx];" in header
+    assert "offset = static_cast<uint64_t>(qo_idx) * kv_len + kv_idx;" in header
+    assert "mask &= ((custom_mask_ptr[offset / 8] >> (offset % 8)) & 1);" in header
+    case, context = forest(5, 4, 40, empty=False), torch.tensor([5, 0, 33, 8])
+    mask = layouts.flashinfer(case.packed, context, 4 * 40 * 80)
+    for b in range(4):
+        sees, past = case.sees(b), int(context[b])
+        kv_len = past + len(sees)
+        own = mask.mask[int(mask.indptr[b]) :].tolist()
+        for qo_idx, row in enumerate(sees):
+            bits = [own[(qo_idx * kv_len + kv_idx) // 8] >> (qo_idx * kv_len + kv_idx) % 8 & 1 for kv_idx in range(kv_len)]
+            assert bits == [True] * past + row
+
+
+@pytest.mark.parametrize("n", [7, 12, 30])
+def test_its_kernel_writes_our_packed_bits(tmp_path_factory, n):
+    """Bit-packing has no builder but SGLang's CUDA kernel: its lines that place a bit, in its own words, against our bytes."""
+    folder = installed("sglang", tmp_path_factory) / "sglang" / "kernels" / "jit" / "include" / "sgl_kernel"
+    header = (folder / "speculative" / "eagle.cuh").read_text()
+    for line in (
+        "token_tree_idx = (bid * draft_token_num + tid) * num_bytes_per_item;",
+        "tree_mask[token_tree_idx] = 1;  // little endian",
+        "byte_idx = (cur_position + 1) / 8;",
+        "bit_idx = (cur_position + 1) % 8;",
+        "tree_mask[token_tree_idx + byte_idx] |= (1 << bit_idx);",
+    ):
+        assert line in header
+    case, width = forest(n, 3, n, empty=False, exact=True), 4 if n > 16 else 2 if n > 8 else 1
+    expected = [0] * (3 * n * width)
+    for bid in range(3):
+        for tid, row in enumerate(case.sees(bid)):
+            for seen in np.flatnonzero(row).tolist():
+                expected[(bid * n + tid) * width + seen // 8] |= 1 << seen % 8
+    assert layouts.sglang_mask(case.packed, n, "QLEN_ONLY_BITPACKING").view(torch.uint8).tolist() == expected
+
+
 @pytest.mark.parametrize("tiers", [(), (16, 48, 100)])
 def test_its_loader_reads_our_cost_table_and_its_planner_picks_our_rows(peer, tiers, tmp_path):
     pytest.importorskip("msgspec")
@@ -234,9 +313,9 @@ def test_its_loader_reads_our_cost_table_and_its_planner_picks_our_rows(peer, ti
     assert echo.CostModel.from_sglang(table.to_json()) == echo.CostModel.from_sglang(model.to_sglang())
     scope = {"torch": torch, "Union": __import__("typing").Union, "DSparkScheduleConfig": object} | vars(module)
     scope["VerifyBudgetDecision"] = types.SimpleNamespace
-    planner = "srt/speculative/dspark_components/dspark_planner.py"
+    planner = Path(module.__file__).with_name("dspark_planner.py")
     names = ("_additive_step_time_tensor", "_lookup_sps_tensor", "compute_verify_token_budget")
-    *_, decide = functions(peer, planner, names, scope)
+    *_, decide = functions(planner, names, scope)
     config = types.SimpleNamespace(resolved_max_verify_len=lambda: 7, survival_eps=0.0)
     for seed in range(20):
         requests = (1, 4, 12)[seed % 3]

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 import echo
 from echo.gating import look_up
+from echo.gating.histograms import ROWS, middle_scores
 from echo.gating.reliability import BINS_PER_NAT, ONE, TABLE_BINS
 from test_device_rules import RefuseReads
 
@@ -27,14 +28,24 @@ LOG = rows_of(40_000, 0)
 CALIBRATION = echo.calibrate(LOG)
 
 
-def test_isotonic_regression_equals_scikit_learn_on_the_binned_rows():
+def test_isotonic_regression_equals_scikit_learn_on_the_binned_rows_and_is_close_on_the_raw_ones():
     isotonic = pytest.importorskip("sklearn.isotonic")
     log = rows_of(30_000, 3, depths=1, ranks=1)
-    score = np.log(log.confidence.astype(np.float64))
-    theirs = isotonic.IsotonicRegression().fit(score, log.accepted)
+    rejected, accepted = echo.ConfidenceHistograms.of(log).mass[ROWS, 0].sum(axis=0)
+    filled = np.flatnonzero(rejected + accepted)
+    weight, hits = (rejected + accepted)[filled], accepted[filled]
+    fitted = (
+        isotonic.IsotonicRegression().fit(middle_scores()[filled], hits / weight, sample_weight=weight).predict(middle_scores()[filled])
+    )
+    first = np.flatnonzero(np.diff(fitted, prepend=-1) > 1e-12)
+    blocks = np.add.reduceat(weight, first)
     ours = echo.calibrate(log).depths[0].reliability
+    centre = np.add.reduceat(weight * middle_scores()[filled], first) / blocks
+    shrunk = (fitted[first] * blocks + 2 * np.exp(centre)) / (blocks + 2)
+    assert np.array(ours)[:, 1] == pytest.approx(np.maximum.accumulate(shrunk), abs=2e-4)  # the prior is tabulated
+    raw = isotonic.IsotonicRegression().fit(np.log(log.confidence.astype(np.float64)), log.accepted)
     grid = np.linspace(-3, -0.05, 60)
-    assert np.abs(theirs.predict(grid) - np.interp(grid, *np.array(ours).T)).mean() < 0.01
+    assert np.abs(raw.predict(grid) - np.interp(grid, *np.array(ours).T)).mean() < 0.01
 
 
 def test_tables_by_rank_find_what_the_pooled_one_cannot():
@@ -59,6 +70,16 @@ def test_a_rank_with_few_rows_stays_near_the_pooled_map():
     pooled = d.reliability[0][1]
     assert pooled == pytest.approx(0.3, abs=0.03)
     assert d.by_rank[1][0][1] == pytest.approx((5 + 20 * pooled) / 25, rel=1e-9)
+
+
+def test_without_evidence_the_draft_is_taken_at_its_word():
+    """Depth 2 has no rows, depth 3 has three."""
+    rows = rows_of(500, 0, depths=1, ranks=1)
+    few = echo.WarmupLog.from_arrays([3] * 3, [0.4, 0.5, 0.6], [1, 1, 1])
+    table = echo.calibrate(echo.WarmupLog.concat([rows, few])).reliability_table() / ONE
+    for c in (0.9, 0.5, 0.05, 0.001):
+        assert table[2][int(-np.log(c) * BINS_PER_NAT)] == pytest.approx(c, rel=0.05)
+    assert table[3][int(-np.log(0.5) * BINS_PER_NAT)] == pytest.approx((3 + 2 * 0.5) / 5, abs=0.05)
 
 
 def test_calibration_removes_the_error_on_held_out_rows():

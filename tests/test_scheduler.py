@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +14,7 @@ from hypothesis import strategies as st
 import echo
 from conftest import CALIBRATION, grow_all, policies
 from echo.testing import check_plan
+from echo.tree.supertree import Layer
 
 
 @given(policies(), st.integers(0, 10_000), st.sampled_from([0.0, 0.2]), st.booleans(), st.data())
@@ -76,11 +80,12 @@ def test_permuting_requests_permutes_the_plan(policy, seed, random):
         assert torch.equal(scheduler.select(other), scheduler.select(tree)[turn])
 
 
-def closed_subsets(parent: list[int]) -> np.ndarray:
+@functools.cache
+def closed_subsets(parent: tuple[int, ...]) -> np.ndarray:
     """bool [S, T]: every choice of nodes that holds the root and the parent of each of its nodes."""
     nodes = len(parent)
     chosen = (np.arange(1 << nodes)[:, None] >> np.arange(nodes)) & 1 == 1
-    return chosen[chosen[:, 0] & (~chosen | chosen[:, parent]).all(axis=1)]
+    return chosen[chosen[:, 0] & (~chosen | chosen[:, list(parent)]).all(axis=1)]
 
 
 def best_value(value: np.ndarray, parent: list[list[int]], extra: int, least: list[int], most: list[int]) -> float:
@@ -88,7 +93,7 @@ def best_value(value: np.ndarray, parent: list[list[int]], extra: int, least: li
     total = np.full(extra + 1, -np.inf)
     total[0] = 0.0
     for b, up in enumerate(parent):
-        chosen = closed_subsets(up)
+        chosen = closed_subsets(tuple(up))
         worth, count = (chosen * value[b]).sum(axis=1), chosen.sum(axis=1) - 1
         best = np.full(extra + 1, -np.inf)
         for n in range(min(extra, len(up) - 1) + 1):
@@ -102,9 +107,9 @@ def best_value(value: np.ndarray, parent: list[list[int]], extra: int, least: li
 @pytest.mark.parametrize("calibrated", [False, True])
 @pytest.mark.parametrize("served", ["alike", "weights", "floors"])
 def test_global_rank_is_optimal_among_all_closed_subsets(calibrated, served):
-    """Over every ancestor-closed choice of as many rows, caps, floors, weights and ties included: hundreds of small forests each."""
+    """Over every ancestor-closed choice of as many rows, caps, floors, weights and ties included: a thousand small forests in all."""
     reliability = CALIBRATION if calibrated else None
-    for seed in range(350):
+    for seed in range(170):
         rng = np.random.default_rng(seed)
         batch, extra, beam = int(rng.integers(1, 4)), int(rng.integers(1, 10)), int(rng.integers(1, 3))
         most = rng.integers(1, 9, batch)
@@ -273,18 +278,118 @@ def test_forecast_switches_speculation_off_where_nothing_is_left():
     assert scheduler.forecast(history, torch.arange(32)) == echo.Forecast(0, 32)
 
 
-def test_history_is_a_value_and_forgets_on_reset():
-    scheduler = echo.ElasticBudgetScheduler.eagle(n=3, beam=2, max_depth=2)
-    tree = grow_all(scheduler, torch.arange(2), k=2, seed=0)
+COST = echo.CostModel((1, 32, 256), (1.0, 1.0, 8.0), draft_layer=0.02)
+
+
+def observed(scheduler, history, slots, *, depth, seed, accepted=2):
+    """One step of random drafts for the ``slots``, of which the first ``accepted`` of each request's best path are accepted."""
+    batch = len(slots)
+    tree = scheduler.plant(torch.arange(batch), rows=8 * batch)
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(depth):
+        shape = (*tree.frontier.token.shape, 3)
+        tree = scheduler.grow(tree, torch.arange(3).expand(shape), (2 * torch.randn(shape, generator=generator)).log_softmax(-1))
     packed = scheduler.pack(tree)
-    accepted = echo.verify(packed, torch.full((packed.rows,), -1))
-    empty = scheduler.history(5)
-    after = empty.observe(torch.tensor([4, 1]), packed, accepted)
-    assert empty.steps.tolist() == [0] * 5
-    assert after.steps.tolist() == [0, 1, 0, 0, 1]
-    assert after.rows.tolist() == [0, 3, 0, 0, 3]
-    assert after.emitted.tolist() == [0, 1, 0, 0, 1]
-    assert after.reset(torch.tensor([4])).steps.tolist() == [0, 1, 0, 0, 0]
+    lengths = torch.full((batch,), 1 + min(accepted, depth))
+    return history.observe(slots, packed, replace(echo.verify(packed, torch.full((packed.rows,), -1)), lengths=lengths))
+
+
+GOODPUT = echo.ElasticBudgetScheduler(echo.GlobalRank(3), None, COST, 4)
+
+
+def test_history_is_a_value_and_forgets_on_reset():
+    empty, slots = GOODPUT.history(5), torch.tensor([4, 1])
+    after = observed(GOODPUT, empty, slots, depth=2, seed=0)
+    assert not empty.steps.any() and not empty.outlook.any() and empty.tick == 0
+    assert after.tick == 1
+    assert after.steps[:2].tolist() == [[0, 1, 0, 0, 1, 2]] * 2  # own steps at each depth, then everybody's
+    assert after.accepted[:2].tolist() == [[0, 1, 0, 0, 1, 2]] * 2
+    assert not after.steps[2:].any()  # deeper layers were not drafted, and nobody had stopped
+    again = after.reset(torch.tensor([4]))
+    assert again.steps[0].tolist() == [0, 1, 0, 0, 0, 2]
+    assert again.generation.tolist() == [0, 0, 0, 0, 1]
+    # a lagged copy: what it knows of a slot that has another request by now is not of that request
+    lagged = after.of(again.generation)
+    assert torch.equal(lagged.steps, again.steps) and torch.equal(lagged.outlook, again.outlook)
+    assert torch.equal(after.of(after.generation).outlook, after.outlook)
+    assert after.to("meta").outlook.is_meta and after.to("meta").tick == 1
+
+
+def test_who_stopped_drafting_is_known_to_have_no_deeper_layer():
+    tree = GOODPUT.plant(torch.arange(2))
+    log_probs = torch.tensor([[[-0.1, -3.0, -4.0]], [[-torch.inf, -torch.inf, -torch.inf]]])
+    packed = GOODPUT.pack(GOODPUT.grow(tree, torch.arange(3).expand(2, 1, 3), log_probs))
+    after = GOODPUT.history(2).observe(torch.arange(2), packed, echo.verify(packed, torch.full((packed.rows,), -1)))
+    assert after.steps.T.tolist() == [[1, 0, 0, 0], [1, 1, 1, 1], [2, 1, 1, 1]]
+
+
+def test_what_is_learnt_of_a_slot_fades_towards_everybody():
+    history = GOODPUT.history(4)
+    for seed in range(20):
+        history = observed(GOODPUT, history, torch.tensor([0]), depth=4, seed=seed, accepted=0)
+        history = observed(GOODPUT, history, torch.tensor([1, 2]), depth=4, seed=seed, accepted=3)
+    doubtful, good, fresh = (float(history.foresee(torch.tensor([slot]))[1].max()) for slot in (0, 1, 3))
+    assert doubtful < fresh < good
+    plain = GOODPUT.pack(GOODPUT.plant(torch.arange(1)))
+    off, one = history, echo.verify(plain, torch.full((plain.rows,), -1))
+    for _ in range(100):
+        off = off.observe(torch.tensor([0]), plain, one)
+    assert float(off.foresee(torch.tensor([0]))[1].max()) == pytest.approx(fresh, rel=0.05)
+
+
+def test_forecast_of_a_cost_model():
+    slots = torch.arange(4)
+    history = GOODPUT.history(4)
+    assert GOODPUT.forecast(history, slots) == echo.Forecast(4, 32)  # nothing known: the deepest tree, at the knee
+    assert GOODPUT.forecast(history, slots[:0]) == echo.Forecast(0, 0)
+    good = bad = history
+    for seed in range(6):
+        good, bad = (observed(GOODPUT, h, slots, depth=4, seed=seed, accepted=n) for h, n in ((good, 4), (bad, 0)))
+    assert GOODPUT.forecast(good, slots).rows == 32  # rows up to the knee cost nothing
+    assert GOODPUT.forecast(good, slots).depth >= 3
+    assert 12 <= GOODPUT.forecast(good, slots, base_rows=20).rows < 32  # prefill takes of the flat part
+    assert GOODPUT.forecast(replace(bad, tick=1), slots, base_rows=200) == echo.Forecast(0, 4)
+    assert GOODPUT.forecast(replace(bad, tick=100), slots, base_rows=200).depth > 0  # a probe
+    plans = [GOODPUT.forecast(replace(bad, tick=tick), slots, base_rows=200).depth for tick in range(1000)]
+    assert sum(depth > 0 for depth in plans) == 10
+
+
+def test_ranks_agree_on_what_is_best_for_all():
+    slots, history = torch.arange(4), GOODPUT.history(4)
+    for seed in range(6):
+        history = observed(GOODPUT, history, slots, depth=4, seed=seed, accepted=3)
+    history = replace(history, tick=1)
+    base = [0, 9, 40, 0]
+    curves = np.stack([GOODPUT.curve(history, slots[: 4 * (rank < 3)], rows) for rank, rows in enumerate(base)])
+    assert curves.nbytes <= 4 * 1024
+    plans = [GOODPUT.agree(curves, rank) for rank in range(4)]
+    assert len({plan.depth for plan in plans}) == 1
+    assert {plan.rows + rows for plan, rows in zip(plans, base, strict=True)} == {plans[0].rows}  # one shape, prefill included
+    alone = GOODPUT.agree(curves[:1], 0)
+    assert alone.depth > 0
+    assert alone.rows == pytest.approx(GOODPUT.forecast(history, slots).rows, rel=0.1)
+    idle = np.stack([GOODPUT.curve(history, slots[:0])] * 2)
+    assert GOODPUT.agree(idle, 1) == echo.Forecast(0, 0)
+    with pytest.raises(echo.EchoError, match=r"curves: expected float32 \[ranks, \d+\], got \[2, 5\]"):
+        GOODPUT.agree(idle[:, :5], 0)
+    with pytest.raises(echo.EchoError, match="budget: expected a CostModel"):
+        SCHEDULER.curve(history, slots)
+
+
+def test_goodput_gate_drafts_on_where_a_layer_pays():
+    """Hand-made: f is 0.5 everywhere, half of what is accepted goes on; time is worth 2 tokens a second."""
+    rows = [(depth, 0.5, i < 100 >> depth) for depth in (1, 2, 3) for i in range(100)]
+    calibration = echo.calibrate(echo.WarmupLog.from_arrays(*map(list, zip(*rows, strict=True))), min_rows=10)
+    layer = lambda *scores: Layer(1, *[torch.zeros(2, 2, dtype=torch.int64)] * 2, torch.tensor(scores), None, torch.tensor([True, True]))  # noqa: E731
+    both, one = layer([-0.69, -0.69], [-0.69, -torch.inf]), layer([-0.69, -torch.inf], [-torch.inf, -torch.inf])
+    # two nodes bring 2 * 0.5 * 0.5 = 0.5 tokens, one 0.25; together 0.75; a layer of s seconds costs 2 s tokens
+    gate = lambda **cost: echo.GoodputGate(calibration, echo.CostModel((1, 2), (1.0, 1.0), **cost), beam=2, price=2.0)  # noqa: E731
+    assert gate(draft_layer=0.33)(both).tolist() == [True, True]
+    assert gate(draft_layer=0.42)(both).tolist() == [False, False]
+    assert gate(draft_layer=0.10)(one).tolist() == [True, False]
+    assert gate(draft_layer=0.15)(one).tolist() == [False, False]
+    assert gate(draft_layer=0.05, draft_row=0.1)(both).tolist() == [True, False]  # a request's two rows cost 0.4 tokens
+    assert replace(gate(draft_layer=0.33), price=4.0)(both).tolist() == [False, False]
 
 
 SCHEDULER = echo.ElasticBudgetScheduler(echo.TwoLevel(2, 4), budget=8, max_depth=2)

@@ -1,8 +1,9 @@
-"""Trees that no beam drafted, the step in an engine's cache, the wire, the picture, and bad input."""
+"""Trees that no beam drafted, the step in an engine's cache, and the wire."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -207,6 +208,36 @@ def test_state_travels_with_the_frontier():
             assert state[b, w].tolist() == path[::-1]
 
 
+@given(st.integers(0, 10_000), st.integers(1, 4), st.integers(1, 30))
+def test_layer_statistics_are_the_best_path_and_the_mass_of_the_best(seed, batch, beam):
+    """What gates see, from the paths themselves."""
+    case = forest(seed, batch, 30)
+    for layer in case.tree.layers:
+        for b in range(batch):
+            paths = [case.path(b, column) for column in range(len(case.tokens[b]))]
+            scores = sorted((case.score(b, path) for path in paths if len(path) == layer.depth + 1), reverse=True)
+            assert float(layer.log_confidence[b]) == (scores[0] if scores else -torch.inf)
+            mass = sum(math.exp(score) for score in scores[:beam])
+            assert float(layer.log_mass(beam)[b].exp()) == pytest.approx(mass, rel=1e-5)
+
+
+@given(st.integers(0, 10_000), st.integers(1, 4))
+def test_an_engines_handles_reach_the_packed_rows(seed, batch):
+    """Whatever an engine keeps for each node of the forest (a KV slot, a hidden-state row), gathered by ``packed.node``."""
+    case = forest(seed, batch, 30, pads=2)
+    nodes = case.tree.forest
+    handles = torch.arange(nodes.token.numel()).view_as(nodes.token) * 7  # [B, T]
+    real = case.packed.request < batch
+    rows, request = case.packed.node[real], case.packed.request[real].long()
+    assert torch.equal(handles.flatten()[rows] // 7, rows)
+    assert torch.equal(rows // nodes.token.shape[1], request)
+    assert torch.equal(nodes.token.flatten()[rows], case.packed.tokens[real])
+    above = nodes.parent.flatten()[rows] + request * nodes.token.shape[1]
+    first = case.packed.indptr[request].long()
+    drafted = case.packed.depth[real] > 0
+    assert torch.equal(above[drafted], case.packed.node[(first + case.packed.parent[real])[drafted]])
+
+
 # The step in an engine's cache.
 
 
@@ -234,6 +265,12 @@ def test_slots_and_compaction_leave_exactly_the_accepted_text(seed, batch, page,
     cache[lists.target.flatten()] = cache[lists.source.flatten()]
     flat = compact(packed, accepted, context)
     assert (flat.source >= flat.target).all()
+    own = torch.full((batch, 64), -1)  # a contiguous cache of each request, filled and moved as the docstring says
+    for b in range(batch):
+        own[b, : context[b]] = 10_000 + torch.arange(int(context[b]))
+    real = packed.request < batch
+    own[packed.request[real].long(), (context[packed.request[real].long()] + packed.local[real])] = packed.tokens[real]
+    own.scatter_(1, flat.target, own.gather(1, flat.source))
     assert torch.equal(lists.accept_index.long(), accepted.rows)
     assert torch.equal(lists.context, context + accepted.lengths)
     for b in range(batch):
@@ -241,6 +278,7 @@ def test_slots_and_compaction_leave_exactly_the_accepted_text(seed, batch, page,
         text = [10_000 + i for i in range(int(context[b]))] + packed.tokens[rows].tolist()
         where = slots(torch.arange(int(lists.context[b])), torch.tensor(b), page_table, page, 0)
         assert cache[where].tolist() == text
+        assert own[b, : len(text)].tolist() == text
         assert lists.position[b, : len(rows)].tolist() == position[rows].tolist()
         assert lists.gather[b, : len(rows)].tolist() == rows and lists.valid[b].sum() == len(rows)
 
@@ -319,114 +357,3 @@ def test_an_idle_rank_takes_part_with_pads():
     accepted = echo.verify(packed, torch.zeros(4, dtype=torch.int64))
     assert accepted.tokens.shape == accepted.rows.shape == (0, 2) and accepted.lengths.shape == accepted.bonus.shape == (0,)
     assert compact(packed, accepted, context).source.shape == (0, 2)
-
-
-# The picture, and a packed step that is not one.
-
-
-def test_the_picture():
-    scheduler = echo.ElasticBudgetScheduler(echo.TwoLevel(1, 1), budget=4, max_depth=2)
-    tree = scheduler.plant(torch.tensor([7]), rows=4)
-    tree = scheduler.grow(tree, torch.tensor([[[12, 5]]]), torch.tensor([[[0.8, 0.15]]]).log())
-    tree = scheduler.grow(tree, torch.tensor([[[301, 9]]]), torch.tensor([[[0.5, 0.1]]]).log())
-    packed = scheduler.pack(tree)
-    accepted = echo.verify(packed, torch.tensor([12, 301, 1, 2]))
-    assert packed.render(0, accepted).splitlines() == [
-        "7           1.000  root  accepted",
-        "├─ 12       0.800  depth  accepted",
-        "│  └─ 301   0.400  depth  accepted",
-        "└─ 5        0.150  width",
-    ]
-    with pytest.raises(echo.EchoError, match="request: expected an int from 0 to 0, got 1"):
-        packed.render(1)
-
-
-SPOIL = {
-    "parent": (5, 0, r"depth: request 1, row 2: expected 1, got 2"),
-    "depth": (5, 1, r"depth: request 1, row 2: expected 2, got 1"),
-    "tokens": (4, -3, r"tokens: request 1, row 1: expected a token >= 0, got -3"),
-    "request": (4, 0, r"request: request 1, row 1: expected 1, got 0"),
-    "mask": (5, 0b110, r"mask: request 1, row 2: expected 0x7, itself and its ancestors, got 0x6"),
-    "score": (5, 0.0, r"score: request 1, row 2: expected at most its parent's -0.5, got 0.0"),
-}
-
-
-def two_requests():
-    tokens, parents = torch.tensor([[1, 2, 3], [4, 5, 6]]), torch.tensor([[-1, 0, 0], [-1, 0, 1]])
-    tree = echo.SuperTree.from_arrays(tokens, parents, torch.full((2, 3), -0.5), rows=8)
-    return echo.ElasticBudgetScheduler(echo.GlobalRank(1), budget=8).pack(tree)
-
-
-@pytest.mark.parametrize("name", SPOIL)
-def test_validate_names_the_request_and_the_row(name):
-    at, value, message = SPOIL[name]
-    packed = two_requests()
-    packed.validate(max_rows=3)
-    values = getattr(packed, name).clone()
-    values[at] = value
-    with pytest.raises(echo.EchoError, match=message):
-        dataclasses.replace(packed, **{name: values}).validate()
-
-
-def test_validate_finds_what_an_export_cannot_hold():
-    packed = two_requests()
-    with pytest.raises(echo.EchoError, match="rows: expected at most 2 rows, request 0 has 3: row 2 does not fit"):
-        packed.validate(max_rows=2)
-    with pytest.raises(echo.EchoError, match=r"parent: request 0, row 2: expected 1 \(a chain\), got 0"):
-        packed.validate(chain=True)
-    for field, at, value, message in [
-        ("parent", 4, 2, "parent: request 1, row 1: expected a row before its child, got 2"),
-        ("parent", 4, 3, "parent: request 1, row 1: expected a row of the same request, 0 to 2, got 3"),
-        ("parent", 3, 0, "parent: request 1, row 0: expected -1 for the root, got 0"),
-        ("tokens", 2, 2, "tokens: request 0, row 2: expected siblings that differ, got 2 twice"),
-        ("mask", 7, 3, "pad row 7"),
-        ("indptr", 1, 9, "indptr: expected numbers rising from 0"),
-    ]:
-        values = getattr(packed, field).clone()
-        values[at] = value
-        with pytest.raises(echo.EchoError, match=message):
-            dataclasses.replace(packed, **{field: values}).validate()
-
-
-# Importers refuse what no tree has.
-
-
-def links(token, sibling, n=4):
-    rows = torch.arange(2 * n)
-    good = torch.tensor([[1, -1, -1, -1], [-1] * 4])
-    return layouts.SGLangLinks(
-        rows, rows, rows.view(2, n), torch.stack([good[0], torch.tensor(token)]), torch.stack([good[1], torch.tensor(sibling)])
-    )
-
-
-@pytest.mark.parametrize(
-    ("token", "sibling", "message"),
-    [
-        ([1, 2, 1, -1], [-1] * 4, r"retrive_next_token: request 1, row 2: expected a row that no other link reaches, got 1 \(a cycle"),
-        ([1, -1, -1, -1], [-1, 2, 1, -1], r"retrive_next_sibling: request 1, row 2: expected a row that no other link reaches, got 1"),
-        ([2, -1, 1, -1], [-1] * 4, r"retrive_next_token: request 1, row 2: expected a row behind its parent 2, got 1"),
-        ([4, -1, -1, -1], [-1] * 4, r"retrive_next_token: request 1, row 0: expected -1 or a row from 0 to 3, got 4"),
-        ([1, -1, -1, -1], [-1, -2, -1, -1], r"retrive_next_sibling: request 1, row 1: expected -1 or a row from 0 to 3, got -2"),
-    ],
-)
-def test_bad_links(token, sibling, message):
-    with pytest.raises(echo.EchoError, match=message):
-        layouts.from_sglang(links(token, sibling))
-
-
-@pytest.mark.parametrize(
-    ("rows", "message"),
-    [
-        ([[1, 0, 0], [1, 1, 1], [1, 0, 1]], r"mask: request 1, row 1: expected a row before its child, got row 2"),
-        ([[1, 0, 0], [1, 0, 0], [1, 0, 1]], r"mask: request 1, row 1: expected a row to see itself"),
-        ([[1, 0, 0], [1, 1, 0], [0, 1, 1]], r"mask: request 1, row 2: expected itself, a parent and that parent's ancestors, got \[1, 2\]"),
-        ([[1, 0, 0], [0, 1, 0], [1, 0, 1]], r"mask: request 1, row 2: expected a pad that sees itself alone, got \[0, 2\]"),
-    ],
-)
-def test_bad_masks(rows, message):
-    good = [[1, 0, 0], [1, 1, 0], [1, 1, 1]]
-    mask = torch.tensor([good, rows]).bool()
-    with pytest.raises(echo.EchoError, match=message):
-        layouts.from_sglang_mask(mask, torch.arange(6), 3, "QLEN_ONLY")
-    with pytest.raises(echo.EchoError, match="token: request 0, row 1: expected a token >= 0, got -1"):
-        layouts.from_sglang_mask(torch.tensor([good, good]).bool(), torch.tensor([1, -1, 2, 3, 4, 5]), 3, "QLEN_ONLY")

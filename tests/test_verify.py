@@ -8,11 +8,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.stats import chi2
 
 import echo
 from conftest import grow_all, policies
 from echo.kernels import reference
 from echo.testing import TabularDrafter, TabularTarget, blurred, table
+from echo.tree import compact
+from test_device_rules import POLICIES, RefuseReads
 
 V = 3
 
@@ -44,6 +47,108 @@ def test_sampling_is_lossless_by_exact_enumeration(rule, temperature):
         for token in text:
             expected, last = expected * float(target[last, token]), token
         assert probability == pytest.approx(expected, abs=1e-12)
+
+
+def arrays(nodes):
+    """int64 [T, nodes]: every tree with that many nodes, each in every order that puts parents first."""
+    return torch.tensor(list(itertools.product([-1], *[range(i) for i in range(1, nodes)])))
+
+
+def contexts(parents, tokens, vocabulary):
+    """int64 [T, n]: the text from the root to each node as a number: 1, then digits."""
+    text = torch.ones_like(parents)
+    for i in range(1, parents.shape[1]):
+        text[:, i] = text.gather(1, parents[:, i : i + 1])[:, 0] * vocabulary + tokens[:, i]
+    return text
+
+
+def followed(law, text, tokens):
+    """The probability of each emitted text [M, steps] after ``text``, and the text as a number."""
+    probability = torch.ones(len(tokens), dtype=torch.float64)
+    for token in tokens.T:
+        there = token >= 0
+        probability = torch.where(there, probability * law[text, token.clamp(min=0)], probability)
+        text = torch.where(there, text * law.shape[1] + token, text)
+    return probability, text
+
+
+def deviation(parents, tokens, vocabulary):
+    """Over all outcomes of the sampler at all rows: how far the law of what is emitted is from the target's, at most."""
+    trees, nodes = parents.shape
+    law = torch.rand(2 * vocabulary**nodes, vocabulary, dtype=torch.float64, generator=torch.Generator().manual_seed(nodes)) + 0.05
+    law /= law.sum(1, keepdim=True)  # of the next token after any text, whatever it is
+    outcome = torch.cartesian_prod(*[torch.arange(vocabulary)] * nodes).view(-1, nodes)
+    count = trees * len(outcome)
+    sampled, each = outcome.repeat(trees, 1), torch.arange(trees).repeat_interleave(len(outcome))
+    text = contexts(parents, tokens, vocabulary)
+    weight = law[text[each], sampled].prod(1)
+    indptr = (nodes * torch.arange(count + 1)).int()
+    _, emitted, lengths = reference.accept(parents[each].flatten().int(), indptr, tokens[each].flatten(), sampled.flatten(), nodes - 1)
+    assert int(lengths.min()) == 1 and int(lengths.max()) == nodes
+    expected, written = followed(law, torch.ones(count, dtype=torch.int64), emitted)
+    _, group = torch.stack([each, written], 1).unique(dim=0, return_inverse=True)
+    found = torch.zeros(int(group.max()) + 1, dtype=torch.float64).index_add_(0, group, weight)
+    assert torch.allclose(torch.zeros(trees, dtype=torch.float64).index_add_(0, each, weight), torch.ones(trees, dtype=torch.float64))
+    return float((found[group] - expected).abs().max())
+
+
+@pytest.mark.parametrize("nodes", range(1, 7))
+def test_every_small_tree_is_lossless_by_exact_enumeration(nodes):
+    """Two tokens: every tree with every labelling, duplicate siblings too."""
+    parents = arrays(nodes)
+    labels = torch.cartesian_prod(*[torch.arange(2)] * nodes).view(-1, nodes)[: 2 ** (nodes - 1)]  # the root's own token is no matter
+    each = torch.arange(len(parents)).repeat_interleave(len(labels))
+    assert deviation(parents[each], labels.repeat(len(parents), 1), 2) < 1e-12
+
+
+@pytest.mark.parametrize("nodes", range(2, 7))
+def test_every_small_tree_of_different_siblings_is_lossless_by_exact_enumeration(nodes):
+    """As many tokens as the widest tree has siblings."""
+    parents, shapes = [], set()
+    for tree in arrays(nodes).tolist():
+        below = [()] * nodes
+        for i in range(nodes - 1, 0, -1):
+            below[tree[i]] = tuple(sorted([*below[tree[i]], below[i]]))
+        if below[0] not in shapes:  # one order of each
+            shapes.add(below[0])
+            parents.append(tree)
+    assert len(parents) == [1, 2, 4, 9, 20][nodes - 2]
+    tokens = [[tree[:i].count(tree[i]) for i in range(nodes)] for tree in parents]
+    assert deviation(torch.tensor(parents), torch.tensor(tokens), max(2, nodes - 1)) < 1e-12
+
+
+def surprise(law, emitted):
+    """Chi-square of every token emitted after a text that occurred often: probability of a value as large."""
+    value, freedom = 0.0, 0
+    text = torch.ones(len(emitted), dtype=torch.int64)
+    for token in emitted.T:
+        for after in text[token >= 0].unique().tolist():
+            seen = token[(text == after) & (token >= 0)]
+            expected = law[after] * len(seen)
+            if float(expected.min()) >= 10:
+                count = torch.bincount(seen, minlength=law.shape[1])
+                value, freedom = value + float(((count - expected) ** 2 / expected).sum()), freedom + law.shape[1] - 1
+        text = torch.where(token >= 0, text * law.shape[1] + token, 0)
+    assert freedom > 20, "the test needs drafts that are accepted"
+    return float(chi2.sf(value, freedom))
+
+
+@pytest.mark.parametrize("nodes", [24, 64])
+def test_larger_trees_are_lossless_by_chi_square(nodes):
+    vocabulary, runs, generator = 4, 8000, torch.Generator().manual_seed(nodes)
+    parents = torch.full((1, nodes), -1)
+    tokens = torch.zeros(1, nodes, dtype=torch.int64)
+    for i in range(1, nodes):  # bushy and shallow: four children at most, in the order of their tokens
+        parents[0, i], tokens[0, i] = (i - 1) // vocabulary, (i - 1) % vocabulary
+    text = contexts(parents, tokens, vocabulary)[0]
+    law = torch.rand(int(text.max()) * vocabulary + vocabulary, vocabulary, dtype=torch.float64, generator=generator) + 0.2
+    law /= law.sum(1, keepdim=True)
+    sampled = torch.multinomial(law[text].repeat(runs, 1), 1, generator=generator)[:, 0]
+    indptr = (nodes * torch.arange(runs + 1)).int()
+    walked = lambda target: reference.accept(parents[0].repeat(runs).int(), indptr, tokens[0].repeat(runs), target, 4)[1]  # noqa: E731
+    assert surprise(law, walked(sampled)) > 1e-3
+    biased = torch.where(torch.rand(len(sampled), generator=generator) < 0.1, 0, sampled)
+    assert surprise(law, walked(biased)) < 1e-6, "the test must notice a bias of a tenth"
 
 
 def walk(packed, target):
@@ -117,6 +222,50 @@ def test_bad_input():
         echo.verify(packed, logits=torch.zeros(5, 2))
 
 
+def whole_step(scheduler, roots, tokens, log_probs, target, context, pages):
+    """Gate, buy, deal, pack, accept, compact, observe: all that an engine leaves to us between two forwards."""
+    tree = scheduler.plant(roots)
+    for t, q in zip(tokens, log_probs, strict=True):
+        tree = scheduler.grow(tree, t, q)
+    packed = scheduler.pack(tree)
+    accepted = echo.verify(packed, target)
+    lists = compact(packed, accepted, context, page_table=pages, page_size=2)
+    after = scheduler.history(len(roots)).observe(roots, packed, accepted)
+    return packed.tokens, packed.mask, accepted.tokens, lists.source, lists.target, lists.accept_index, after.steps, after.outlook
+
+
+def step_inputs(scheduler, seed):
+    generator = torch.Generator().manual_seed(seed)
+    roots, drafter = torch.arange(4), TabularDrafter(table(30, seed), count=3)
+    tree, tokens, log_probs = scheduler.plant(roots), [], []
+    for _ in range(scheduler.max_depth):
+        t, q = drafter.draft(roots, tree.frontier)
+        tokens.append(t)
+        log_probs.append(q)
+        tree = scheduler.grow(tree, t, q)
+    rows = scheduler.pack(tree).rows
+    context = torch.randint(0, 9, (4,), generator=generator)
+    return roots, tokens, log_probs, torch.randint(0, 30, (rows,), generator=generator), context, torch.arange(80).view(4, 20).int()
+
+
+def test_the_whole_step_is_one_graph_that_reads_nothing_back():
+    scheduler, counts = POLICIES["paper"], []
+
+    def backend(module, _):
+        counts.append(1)
+        return module
+
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda *data: whole_step(scheduler, *data), fullgraph=True, backend=backend)
+    for seed in range(2):
+        data = step_inputs(scheduler, seed)
+        with RefuseReads():
+            expected = whole_step(scheduler, *data)
+        for one, two in zip(compiled(*data), expected, strict=True):
+            assert torch.equal(one, two)
+    assert len(counts) == 1
+
+
 def answers(scheduler, *, slots, prompts, limit, eos=None, drafter=True):
     probabilities = table(20, seed=3, sharpness=3.0)
     target = TabularTarget(probabilities)
@@ -138,6 +287,15 @@ def test_greedy_decoding_is_lossless_under_every_policy(policy, slots, limit, st
     assert answers(scheduler, slots=slots, prompts=prompts, limit=limits, eos=eos) == plain
     assert all(len(text) <= n for text, n in zip(plain, limits, strict=True))
     assert all(5 not in text[:-1] for text in plain) or not stop
+
+
+def test_any_of_several_tokens_ends_an_answer():
+    scheduler, prompts = echo.ElasticBudgetScheduler.eagle(n=4, beam=2, max_depth=2), [torch.tensor([t]) for t in range(12)]
+    whole = answers(scheduler, slots=4, prompts=prompts, limit=12)
+    ends = {whole[0][3], whole[1][5]}
+    cut = [text[: next((i + 1 for i, t in enumerate(text) if t in ends), len(text))] for text in whole]
+    assert cut != whole
+    assert answers(scheduler, slots=4, prompts=prompts, limit=12, eos=sorted(ends)) == cut
 
 
 def test_decode_refills_slots_and_leaves_the_target_with_the_text():

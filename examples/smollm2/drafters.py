@@ -83,8 +83,8 @@ class Eagle:
         self, target: SmolLM2, slots: int, length: int = 512, count: int = 4, floor: float = -6.0, weights: Path = WEIGHTS
     ) -> None:
         self.target, self.count, self.floor = target, count, floor
-        self.head = EagleHead.read(weights)
         embedding = target.model.model.embed_tokens.weight.detach()
+        self.head = EagleHead.read(weights).to(embedding.device)
         self.embedding = embedding / embedding.norm(dim=-1).mean()
         self.keys = torch.zeros(slots, length, HEADS, WIDTH // HEADS)
         self.values = torch.zeros_like(self.keys)

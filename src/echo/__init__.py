@@ -11,11 +11,13 @@ from echo.gating import (
     DriftMonitor,
     ExploringGate,
     Gate,
+    GoodputGate,
     LiveHistograms,
     SparseGate,
     calibrate,
 )
 from echo.logs import WarmupLog
+from echo.stats import StepCounts, StepStats
 from echo.tree import Accepted, Compaction, Frontier, PackedTree, Status, SuperTree, Template, compact, layouts
 
 __version__ = "0.1.0"
@@ -36,6 +38,7 @@ __all__ = [
     "Frontier",
     "Gate",
     "GlobalRank",
+    "GoodputGate",
     "History",
     "Knee",
     "LiveHistograms",
@@ -45,6 +48,8 @@ __all__ = [
     "SparseGate",
     "Status",
     "Step",
+    "StepCounts",
+    "StepStats",
     "SuperTree",
     "Target",
     "Template",

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from echo import checks, kernels
+from echo.budget.goodput import Forecast
 from echo.budget.history import History
 from echo.budget.rules import place
-from echo.budget.scheduler import ElasticBudgetScheduler, Forecast
+from echo.budget.scheduler import ElasticBudgetScheduler
 from echo.errors import EchoError
 from echo.logs import WarmupLog
 from echo.tree.accepted import Accepted
@@ -253,7 +254,7 @@ def decode(
     *,
     slots: int,
     max_new_tokens: int | Sequence[int],
-    eos_token: int | None = None,
+    eos_token: int | Sequence[int] | None = None,
     capacity: int | None = None,
     peek: bool = True,
     device: torch.device | str = "cpu",
@@ -265,7 +266,7 @@ def decode(
         prompts: int64 [length] each.
         slots: requests decoded together at most.
         max_new_tokens: tokens of each answer at most; one number, or one for each prompt.
-        eos_token: ends an answer, itself included.
+        eos_token: ends an answer, itself included; several where the model has several.
         capacity: rows that a request may get at most.
         device: where the step's tensors live.
 
@@ -276,6 +277,7 @@ def decode(
         EchoError: an argument of the wrong kind or out of range.
     """
     checks.integer("slots", slots, 1)
+    ends = {eos_token} if isinstance(eos_token, int) else set(eos_token or ())
     limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
     if len(limits) != len(prompts):
         raise EchoError(f"max_new_tokens: expected one number for each of {len(prompts)} prompts, got {len(limits)}")
@@ -317,12 +319,11 @@ def decode(
         ):
             new = ([fresh.pop(slot)] if slot in fresh else []) + tokens[:length]
             new = new[: limits[request] - counts[request]]
-            if eos_token in new:
-                new = new[: new.index(eos_token) + 1]
+            new = new[: next((i + 1 for i, token in enumerate(new) if token in ends), len(new))]
             counts[request] += len(new)
             roots[slot] = tokens[length - 1]
             emitted.append(tuple(new))
-            if counts[request] == limits[request] or (eos_token is not None and new[-1] == eos_token):
+            if counts[request] == limits[request] or new[-1] in ends:
                 finished.append(request)
                 del running[slot]
         yield replace(step, requests=requests, emitted=tuple(emitted), finished=tuple(finished))

@@ -1,7 +1,8 @@
 """Rules, the scheduler that asks them, and per-slot history."""
 
+from echo.budget.goodput import Forecast
 from echo.budget.history import History
 from echo.budget.rules import GlobalRank, PerRequest, Rule, TwoLevel
-from echo.budget.scheduler import ElasticBudgetScheduler, Forecast
+from echo.budget.scheduler import ElasticBudgetScheduler
 
 __all__ = ["ElasticBudgetScheduler", "Forecast", "GlobalRank", "History", "PerRequest", "Rule", "TwoLevel"]

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from echo import checks
+from echo.budget.dealing import deal
 from echo.gating.calibration import BINS, BINS_PER_NAT, ONE, Calibration
-from echo.tree.supertree import UNSELECTABLE, Layer, SuperTree, bits
-
-_LAST = torch.iinfo(torch.int64).max
+from echo.tree.supertree import DEAD_SCORE, UNSELECTABLE, Layer, SuperTree, bits
 
 
 class Rule(Protocol):
@@ -89,7 +88,7 @@ class GlobalRank:
 
     def frontier(self, layer: Layer) -> tuple[Tensor, Tensor]:
         """The ``beam`` best nodes of the layer."""
-        return best(layer, torch.isfinite(layer.score), self.beam)
+        return best(layer, layer.score > DEAD_SCORE, self.beam)
 
     def buy(self, layer: Layer, passed: Tensor, room: Tensor, left: Tensor) -> Tensor | None:
         """Nothing: all rows are dealt at the end."""
@@ -97,7 +96,7 @@ class GlobalRank:
 
     def deal(self, tree: SuperTree, room: Tensor, left: Tensor, rows: int) -> Tensor:
         """The ``left`` nodes of greatest f, at most ``room`` and ``max_rows`` of a request."""
-        cap = room if self.max_rows is None else torch.minimum(room, self.max_rows - tree.forest.bought.sum(dim=1))
+        cap = room if self.max_rows is None else torch.minimum(room, self.max_rows - tree.held)
         return deal(tree, self.weighed(tree), cap, left, rows)
 
     def rows(self, batch: int) -> int | None:
@@ -107,28 +106,29 @@ class GlobalRank:
     def gain(self, tree: SuperTree) -> Tensor:
         """f of every node: float32 [B, T]."""
         if self.reliability is None:
-            return tree.forest.score.exp()
+            return tree.score.exp()
         return (ONE - self.cost(tree).clamp(max=ONE)).float() / ONE
 
     def cost(self, tree: SuperTree) -> Tensor:
         """int32 [B, T], rising as f falls: the bits of -S, or 2^24 - f in 24-bit fixed point."""
         if self.reliability is None:
-            return bits(tree.forest.score)
-        table = self._table(tree.status.device)
-        above = torch.zeros_like(tree.layers[0].token, dtype=torch.int32)
-        costs = []
-        for layer in tree.layers:
-            own = ONE - table[min(layer.depth, len(table) - 1)][_bin(layer.score)]
-            above = torch.maximum(own, above.gather(1, layer.parent))
-            costs.append(torch.where(torch.isfinite(layer.score), above, UNSELECTABLE))
-        return torch.cat(costs, dim=1)
+            return bits(tree.score)
+        table, raw = self._table(tree.status.device), bits(tree.score)
+        sizes = [layer.token.shape[1] for layer in tree.layers]
+        rows = [torch.full((layer.token.shape[1],), min(layer.depth, len(table) - 1) * BINS, device=table.device) for layer in tree.layers]
+        place = (raw.view(torch.float32) * BINS_PER_NAT).clamp(max=BINS - 1).int() + torch.cat(rows)
+        own = torch.split(table.flatten().index_select(0, place.flatten()).view_as(raw), sizes, dim=1)
+        costs = [own[0]]
+        for layer, mine in zip(tree.layers[1:], own[1:], strict=True):
+            costs.append(torch.maximum(mine, costs[-1].gather(1, layer.parent)))
+        return torch.cat(costs, dim=1).masked_fill_(raw == UNSELECTABLE, UNSELECTABLE)
 
     def weighed(self, tree: SuperTree) -> Tensor:
         """int32 [B, T], rising as weight times f falls: the order in which rows are dealt."""
         if tree.weight is None:
             return self.cost(tree)
         if self.reliability is None:
-            return bits(tree.forest.score + tree.weight.log()[:, None])
+            return bits(tree.score + tree.weight.log()[:, None])
         cost = self.cost(tree)
         worth = (ONE - cost).clamp(min=0).long() * (tree.weight * ONE).long()[:, None]
         return torch.where(cost < UNSELECTABLE, ONE - worth // ONE, UNSELECTABLE).int()
@@ -136,7 +136,7 @@ class GlobalRank:
     def _table(self, device: torch.device) -> Tensor:
         tables: dict[torch.device, Tensor] = self.__dict__["_tables"]
         if device not in tables and self.reliability is not None:
-            tables[device] = torch.from_numpy(self.reliability.reliability_table()).to(device)
+            tables[device] = torch.from_numpy(ONE - self.reliability.reliability_table()).to(device)
         return tables[device]
 
 
@@ -216,35 +216,10 @@ class TwoLevel:
         return rank.gain(tree)
 
 
-def deal(tree: SuperTree, cost: Tensor, cap: Tensor, left: Tensor, rows: int) -> Tensor:
-    """The cheapest unbought nodes of the batch, at most ``cap`` of a request and ``left`` in all.
-
-    Because cost never falls from parent to child and ties go to the shallower node, every prefix of the ranking is closed
-    under parents, and so it stays when each request's list is cut at its cap.
-
-    Args:
-        tree: the scored forest.
-        cost: int32 [B, T].
-        cap: int64 [B].
-        left: int64 [].
-        rows: host-side bound of ``left``.
-
-    Returns:
-        bool [B, T].
-    """
-    forest = tree.forest
-    wanted = ~forest.bought & (cost < UNSELECTABLE)
-    key = torch.where(wanted, (cost.long() << 31) + forest.tie, _LAST)
-    key = torch.where(place(key) < cap[:, None], key, _LAST).flatten()
-    first = key.topk(min(rows, key.numel()), largest=False, sorted=True)
-    taken = (torch.arange(len(first.values), device=key.device) < left) & (first.values < _LAST)
-    return torch.zeros_like(key, dtype=torch.bool).scatter_(0, first.indices, taken).view_as(wanted)
-
-
 def order(layer: Layer, eligible: Tensor) -> Tensor:
     """int64 [B, M] keys of a layer's candidates: score descending, then candidate; the ineligible last."""
     candidates = torch.arange(layer.score.shape[1], device=layer.score.device)
-    return (torch.where(eligible, bits(layer.score), UNSELECTABLE).long() << 31) + candidates
+    return torch.add(candidates, bits(layer.score).masked_fill(~eligible, UNSELECTABLE), alpha=1 << 31)
 
 
 def place(key: Tensor) -> Tensor:
@@ -257,9 +232,5 @@ def place(key: Tensor) -> Tensor:
 def best(layer: Layer, eligible: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The ``count`` best eligible candidates (fewer where the layer has fewer): index int64 [B, W] rising, and bool [B, W]."""
     width = min(count, layer.score.shape[1])
-    index = order(layer, eligible).topk(width, dim=1, largest=False).indices.sort(dim=1).values
+    index = order(layer, eligible).topk(width, dim=1, largest=False, sorted=False).indices.sort(dim=1).values
     return index, eligible.gather(1, index)
-
-
-def _bin(score: Tensor) -> Tensor:
-    return (torch.where(torch.isfinite(score), score, -1e6) * -BINS_PER_NAT).to(torch.int64).clamp(0, BINS - 1)

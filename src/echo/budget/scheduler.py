@@ -7,10 +7,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from echo import checks
-from echo.budget.history import History, outlook
+from echo.budget.goodput import Forecast, Goodput
+from echo.budget.history import History, by_depth, outlook
 from echo.budget.rules import GlobalRank, PerRequest, Rule, TwoLevel
 from echo.cost import CostModel
 from echo.errors import EchoError
@@ -18,20 +20,7 @@ from echo.gating.calibration import Calibration
 from echo.gating.gates import Gate, SparseGate
 from echo.tree.build import children
 from echo.tree.packed import WORD, PackedTree, into, pack
-from echo.tree.supertree import Frontier, Layer, Status, SuperTree, check_size, path_score
-
-
-@dataclass(frozen=True)
-class Forecast:
-    """The two host decisions of a step, made before it.
-
-    Attributes:
-        depth: layers to draft; 0: do not speculate in this step.
-        rows: rows of the target's forward pass.
-    """
-
-    depth: int
-    rows: int
+from echo.tree.supertree import DEAD_SCORE, Frontier, Layer, Status, SuperTree, check_size, path_score
 
 
 @dataclass(frozen=True)
@@ -46,9 +35,9 @@ class ElasticBudgetScheduler:
         budget: rows of a step, roots included (the paper's K_max counts drafted rows: ours is larger by the batch); or a
             :class:`CostModel`: the rows and the depth of greatest goodput, chosen before each step from the history; or
             None: what the rule asks for by itself.
-        probe: with a cost model, while speculation is off, drafts in one step of this many all the same, so that it comes back.
-        margin: with a cost model, the share by which speculation must promise to be faster than plain decoding: what the model does
-            not know (the drafter's catch-up, the control's own time) was worth 3 to 8% of a step on a CPU at batch 16.
+        probe: with a cost model, one step of this many drafts although speculation is off, so that it comes back, and to full
+            depth although less is planned.
+        margin: with a cost model, the share by which speculation must promise to be faster than plain decoding.
         max_depth: deepest layer; 0 drafts nothing.
         max_tree_rows: rows of one request, root included; sets the width of the ancestor masks.
 
@@ -69,7 +58,7 @@ class ElasticBudgetScheduler:
     max_depth: int = 8
     max_tree_rows: int = 64
     probe: int = 100
-    margin: float = 0.05
+    margin: float = 0.02
 
     def __post_init__(self) -> None:
         checks.integer("probe", self.probe, 2)
@@ -110,8 +99,8 @@ class ElasticBudgetScheduler:
 
         With a number as budget: ``max_depth`` and that many rows, or depth 0 and B rows where it leaves nothing to draft for.
         With a cost model: the depth d and the rows K that maximise (B + F_d(K)) / (T(K) + draft(d)); depth 0 unless that beats
-        B / T(B) by ``margin``, or it is time for a probe. F is foreseen from the history; before anybody has drafted,
-        the knee is tried, or two rows a request where that is more.
+        B / T(B) by ``margin``, or it is time for a probe. Rows that cost nothing more are taken too. F is foreseen from the history;
+        as long as that knows too little, the deepest tree is tried at the knee, or with two rows a request where that is more.
 
         Args:
             history: what happened up to some step before this one, on the host.
@@ -129,18 +118,30 @@ class ElasticBudgetScheduler:
         if not isinstance(self.budget, CostModel):
             rows = self._rows(batch) - base_rows
             return off if rows <= batch else Forecast(self.max_depth, rows)
-        seen = history.foresee(slots)
-        if seen is None:
-            return Forecast(self.max_depth, self.budget.tier(max(2 * batch, self._rows(batch) - base_rows)))
-        drafted, accepted = seen
-        drafts = np.arange(1, self.max_depth + 1)
-        seconds = self.budget(base_rows + batch + np.ceil(drafted)) + self.budget.draft(drafts, batch * self.rule.width)[:, None]
-        rate = np.where(drafted >= 1, (batch + accepted) / seconds, 0.0)
-        depth, place = np.unravel_index(int(rate.argmax()), rate.shape)
-        if rate[depth, place] <= (1 + self.margin) * batch / self.budget(base_rows + batch) and history.tick % self.probe:
-            return off
-        rows = self.budget.tier(base_rows + batch + int(np.ceil(drafted[depth, place]))) - base_rows
-        return Forecast(int(depth) + 1, max(rows, batch + 1))
+        return self._goodput.forecast(history, slots, base_rows)
+
+    def curve(self, history: History, slots: Tensor, base_rows: int = 0) -> NDArray[np.float32]:
+        """What drafting would bring this rank, for :meth:`agree`: data-parallel ranks that share layers must run one shape.
+
+        Takes what :meth:`forecast` takes, and a cost model as budget; an idle rank takes part with ``slots`` of length 0. Returns
+        float32 [n], at most 1 kB, the same n on every rank.
+        """
+        checks.tensor("slots", slots, ["B"], torch.int64)
+        return self._goodput.curve(history, slots, checks.integer("base_rows", base_rows, 0))
+
+    def agree(self, curves: NDArray[np.float32], rank: int) -> Forecast:
+        """The depth that all ranks draft, and the rows that this one adds to its prefill so that all launch the same number.
+
+        Chosen is what is best for all together: the sum of their tokens over the seconds of a step that is as wide for each.
+        ``curves`` float32 [ranks, n] are every rank's :meth:`curve`, gathered; curves of another scheduler are an EchoError.
+        """
+        return self._goodput.agree(curves, rank)
+
+    @property
+    def _goodput(self) -> Goodput:
+        if not isinstance(self.budget, CostModel):
+            raise EchoError(f"budget: expected a CostModel, got {self.budget!r}")
+        return Goodput(self.budget, self.rule.width, self.max_depth, self.max_tree_rows, self.probe, self.margin)
 
     def max_slots_per_request(self, batch: int) -> int:
         """The most key/value slots that one request can take in a step: what an engine must reserve before anything is drafted."""
@@ -207,9 +208,11 @@ class ElasticBudgetScheduler:
             frontier=Frontier(root, zero, zero, score, drafts[:, None], 0),
             status=torch.where(drafts, int(Status.ACTIVE), idle).to(torch.int8),
             row_limit=room * alive,
+            held=alive.long(),
             left=left,
             invalid=torch.zeros(batch, dtype=torch.int32, device=device),
             rows=limit,
+            most=self.max_tree_rows,
             reserve=reserve,
         )
         if first_layer is None:
@@ -252,8 +255,8 @@ class ElasticBudgetScheduler:
             tree.status == int(Status.ACTIVE),
             tree.weight,
         )
-        room = tree.row_limit - _bought(tree)
-        some = torch.isfinite(layer.log_confidence) & (room > 0)
+        room = tree.row_limit - tree.held
+        some = (layer.log_confidence > DEAD_SCORE) & (room > 0)
         verdict = None if self.gate is None else self.gate(layer)
         passed = layer.drafted & some if verdict is None else layer.drafted & some & verdict
         bought, left, reserve = self._buy(tree, layer, passed, room)
@@ -262,10 +265,9 @@ class ElasticBudgetScheduler:
         index, active = self.rule.frontier(layer)
         on = passed if bought is None else passed & bought.any(dim=1)
         stop = Status.FINISHED if depth == self.max_depth else Status.ACTIVE
-        after = torch.where(
-            on, int(stop), torch.where(passed, int(Status.STARVED), torch.where(some, int(Status.TRUNCATED), int(Status.EXHAUSTED)))
-        )
-        status = torch.where(layer.drafted, after.to(torch.int8), tree.status)
+        after = torch.full_like(tree.status, int(Status.EXHAUSTED)).masked_fill_(some, int(Status.TRUNCATED))
+        after = after.masked_fill_(passed, int(Status.STARVED)).masked_fill_(on, int(stop))
+        status = torch.where(layer.drafted, after, tree.status)
         return SuperTree(
             layers=(*tree.layers, layer),
             frontier=Frontier(
@@ -278,9 +280,11 @@ class ElasticBudgetScheduler:
             ),
             status=status,
             row_limit=tree.row_limit,
+            held=tree.held if bought is None else tree.held + bought.sum(dim=1),
             left=left,
             invalid=tree.invalid + faulty.flatten(1).sum(dim=1, dtype=torch.int32),
             rows=tree.rows,
+            most=tree.most,
             reserve=reserve,
         )
 
@@ -348,14 +352,14 @@ class ElasticBudgetScheduler:
 
     def select(self, tree: SuperTree) -> Tensor:
         """The bare decision: bool [B, T] over ``tree.forest``, roots, bought rows and dealt rows."""
-        room = tree.row_limit.clamp(max=self.max_tree_rows) - _bought(tree)
+        room = tree.row_limit.clamp(max=self.max_tree_rows) - tree.held
         if tree.reserve is None:
-            return tree.forest.bought | self.rule.deal(tree, room, tree.left, tree.rows)
+            return tree.bought | self.rule.deal(tree, room, tree.left, tree.rows)
         aside = tree.reserve.sum()
         own = self.rule.deal(tree, torch.minimum(room, tree.reserve), aside, tree.rows)
         spent = own.sum(dim=1)
         rest = replace(tree.with_bought(own), reserve=None)
-        return rest.forest.bought | self.rule.deal(rest, room - spent, tree.left + aside - spent.sum(), tree.rows)
+        return rest.bought | self.rule.deal(rest, room - spent, tree.left + aside - spent.sum(), tree.rows)
 
     def pack(
         self,
@@ -383,8 +387,7 @@ class ElasticBudgetScheduler:
         packed = pack(tree, selected, count, words, out if sync is None else None)
         if isinstance(self.budget, CostModel) and tree.depth:
             gain = self.rule.gain(tree)
-            drafted = selected & (tree.forest.depth > 0)
-            packed = replace(packed, outlook=outlook(tree, gain), expected=torch.where(drafted, gain, 0.0).sum(dim=1))
+            packed = replace(packed, outlook=outlook(tree, gain), expected=by_depth(tree, torch.where(selected, gain, 0.0)))
         if sync is None:
             return packed
         return into(out, PackedTree.from_wire(sync(packed.wire()), batch=tree.batch, rows=count, words=words, max_depth=tree.depth))
@@ -395,8 +398,3 @@ class ElasticBudgetScheduler:
         if self.budget is not None:
             return self.budget
         return self.rule.rows(batch) or batch
-
-
-def _bought(tree: SuperTree) -> Tensor:
-    """int64 [B]: rows bought so far, root included."""
-    return torch.stack([layer.bought.sum(dim=1) for layer in tree.layers]).sum(dim=0)

@@ -192,6 +192,11 @@ class CostModel:
             x = np.where(x > tiers[-1], x, tiers[np.minimum(np.searchsorted(tiers, x), len(tiers) - 1)])
         return int(x) if x.ndim == 0 else x
 
+    def fill(self, rows: int) -> int:
+        """The most rows that cost no more than ``rows`` do, at one of the measured counts or the end of its tier."""
+        most = np.searchsorted(self.seconds, self(rows), side="right")
+        return max(int(self.tier(rows)), self.rows[most - 1] if most else 0)
+
     def draft(self, layers: ArrayLike, rows_per_layer: float) -> Any:
         """Seconds of drafting ``layers`` layers (a number or an array) of ``rows_per_layer`` rows each."""
         return np.asarray(layers) * (self.draft_layer + self.draft_row * rows_per_layer)

@@ -198,8 +198,8 @@ def calibrate(
     """Finds the sweet spots of a warm-up log: the depths where confidence separates accepted from rejected tokens.
 
     Gate depths are the root gate (1), the target depth (``max_depth``) and the depths whose AUC is above ``min_auc`` with 95%
-    confidence, best first by expected benefit (Youden's J times the rejected weight of that depth), ``max_gates`` at most. The
-    paper names neither bound nor number; every depth carries the reason of its choice.
+    confidence, best first by expected benefit, ``max_gates`` at most: Youden's J times the rejected weight of that depth times the layers
+    that a gate there saves. The paper names neither bound nor number; every depth carries the reason of its choice.
 
     A log is counted into :class:`ConfidenceHistograms` first: calibrating a log, its histograms, or merged histograms of its parts
     gives the same bits.
@@ -298,7 +298,7 @@ def _measure(mass: NDArray[np.int64], depth: int, min_auc: float, min_rows: int)
         stopped_accepted=float(below[1]),
         effective=float(path[WEIGHT].sum() / UNIT) ** 2 / (square / UNIT) if square else 0.0,
         profile=_profile(path[WEIGHT]),
-        by_rank=tuple(reliability.fit(mass[:, rank], knots) for rank in range(mass.shape[1])),
+        by_rank=tuple(reliability.fit(mass[:, rank], knots, reliability.POOLED_ROWS) for rank in range(mass.shape[1])),
     )
 
 
@@ -318,7 +318,7 @@ def _choose(found: list[DepthCalibration], max_gates: int) -> list[DepthCalibrat
     ends = {1, len(found)}
 
     def benefit(d: DepthCalibration) -> float:
-        return d.youden * sum(rejected for _, _, rejected in d.profile)
+        return d.youden * sum(rejected for _, _, rejected in d.profile) * (len(found) - d.depth + 1)
 
     inner = sorted((d for d in found if d.gate and d.depth not in ends), key=lambda d: (-benefit(d), d.depth))
     chosen = ends | {d.depth for d in inner[: max(0, max_gates - len(ends))]}

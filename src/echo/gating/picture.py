@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 ACCEPTED, REJECTED, PLAIN = style.GOOD, style.BAD, style.PLAIN
 COLUMNS = 4
+LEAST = 1e-3
+"""Left end of the confidence axes: path probabilities are small at depth."""
 
 
 def plot(calibration: Calibration) -> Figure:
@@ -35,19 +37,20 @@ def plot(calibration: Calibration) -> Figure:
 
 
 def _histogram(axis: Any, d: DepthCalibration) -> None:
-    """Density of each kind over the confidence, each kind of mass 1."""
+    """Density of each kind over the logarithm of the confidence, each kind of mass 1 (what lies left of the axis included)."""
     axis.set_title(f"depth {d.depth}{', gate' if d.gate else ''}", fontsize="medium")
-    axis.set(xlim=(0, 1), yticks=[], xlabel="confidence")
+    axis.set(xscale="log", xlim=(LEAST, 1), yticks=[], xlabel="confidence")
     if not d.profile:
         return
     table = np.array(d.profile)
-    edges = np.concatenate([[0.0], table[:, 0]])
+    edges = np.concatenate([[0.0], table[:, 0]]).clip(LEAST, 1.0)
+    width = np.diff(np.log(edges))
     for column, colour, name in ((1, ACCEPTED, "accepted"), (2, REJECTED, "rejected")):
         if table[:, column].sum() > 0:
-            density = table[:, column] / table[:, column].sum() / np.maximum(np.diff(edges), 1e-3)
-            axis.stairs(density, edges, fill=True, alpha=0.45, color=colour, label=name)
+            density = table[:, column] / table[:, column].sum() / np.maximum(width, 0.1)
+            axis.stairs(np.where(width > 0, density, 0.0), edges, fill=True, alpha=0.45, color=colour, label=name)
     if d.gate:
-        axis.axvline(d.threshold, color="black", lw=1.2, label="threshold")
+        axis.axvline(max(d.threshold, LEAST), color="black", lw=1.2, label="threshold")
 
 
 def _auc(axis: Any, calibration: Calibration) -> None:

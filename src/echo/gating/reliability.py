@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,38 +21,40 @@ ONE = 1 << 24
 """Fixed-point 1.0 of a calibrated probability."""
 TABLE_BINS, BINS_PER_NAT = 512, 32
 """The look-up table of a reliability map: bin i holds path log-probabilities in (-(i+1)/32, -i/32]; the last one all below."""
-PRIOR_ROWS = 20.0
-"""Rows that the map over all ranks counts for in the map of one rank."""
 
 Knots = tuple[tuple[float, float], ...]
 
+DRAFT: Knots = tuple((score, math.exp(score)) for score in (i / 4 for i in range(-66, 1)))
+"""The map that takes the draft at its word."""
+DRAFT_ROWS, POOLED_ROWS = 2.0, 20.0
+"""Rows that the draft's own probability counts for in the map of all ranks, and that map in the map of one rank."""
 
-def fit(mass: NDArray[np.int64], prior: Knots | None = None) -> Knots:
+
+def fit(mass: NDArray[np.int64], prior: Knots = DRAFT, strength: float = DRAFT_ROWS) -> Knots:
     """Isotonic regression of acceptance on the path log-probability: (mean log-probability, probability) of each block.
 
-    Each block's probability is shrunk, so that none is certain: by one accepted and one rejected row (Laplace's rule of
-    succession), or by 20 rows of the map ``prior``.
+    Each block's probability is shrunk toward the prior, so that none is certain and a block of few rows is near what the draft says.
 
     Args:
         mass: int64 [3, 2, 3074], one depth of :class:`ConfidenceHistograms`, one rank or the sum of some.
         prior: the map of all ranks, where this is the map of one.
+        strength: rows that it counts for in each block.
 
     Returns:
-        Knots, both columns rising; (-1, 0.5) alone, or the prior, without rows.
+        Knots, both columns rising; the prior, without rows.
     """
     from scipy.optimize import isotonic_regression
 
     filled = np.flatnonzero(mass[WEIGHT].any(axis=0))
     if not len(filled):
-        return prior or ((-1.0, 0.5),)
+        return prior
     sums = mass[WEIGHT][:, filled] / UNIT
     total = sums.sum(axis=0)
     regression = isotonic_regression(sums[1] / total, weights=total)
     starts = np.asarray(regression.blocks[:-1])
     weight = np.add.reduceat(total, starts)
     score = np.add.reduceat(total * middle_scores()[filled], starts) / weight
-    centre, strength = (np.full(len(starts), 0.5), 2.0) if prior is None else (np.interp(score, *np.array(prior).T), PRIOR_ROWS)
-    chance = (np.add.reduceat(sums[1], starts) + strength * centre) / (weight + strength)
+    chance = (np.add.reduceat(sums[1], starts) + strength * np.interp(score, *np.array(prior).T)) / (weight + strength)
     chance = np.minimum(np.maximum.accumulate(chance), 1.0)
     return tuple((float(s), float(p)) for s, p in zip(score, chance, strict=True))
 

@@ -51,15 +51,38 @@ def separability(confidence: ArrayLike, accepted: ArrayLike, weight: ArrayLike |
     Raises:
         EchoError: columns of different lengths.
     """
-    score, label = np.asarray(confidence, dtype=np.float64), np.asarray(accepted, dtype=np.bool_)
-    w = np.ones(len(score)) if weight is None else np.asarray(weight, dtype=np.float64)
+    score, label = np.asarray(confidence), np.asarray(accepted, dtype=np.bool_)
+    w = np.broadcast_to(1.0, score.shape) if weight is None else np.asarray(weight, dtype=np.float64)
     if not len(score) == len(label) == len(w):
         raise EchoError(f"confidence, accepted, weight: expected one length, got {len(score)}, {len(label)}, {len(w)}")
-    values, place = np.unique(score, return_inverse=True)
+    if weight is None and score.dtype == np.float32 and score.min(initial=0.0) >= 0:
+        sums, values = _count(score, label)
+        return _separate(sums, sums, values, values)
+    values, place = np.unique(score.astype(np.float64), return_inverse=True)
     kinds = (~label, label)
     sums = np.stack([np.bincount(place, weights=np.where(kind, w, 0.0), minlength=len(values)) for kind in kinds])
     squares = np.stack([np.bincount(place, weights=np.where(kind, w * w, 0.0), minlength=len(values)) for kind in kinds])
     return _separate(sums, squares, values, values)
+
+
+def _count(score: NDArray[np.float32], label: NDArray[np.bool_]) -> tuple[NDArray[np.float64], NDArray[np.float32]]:
+    """Rejected and accepted rows [2, k] at k rising confidences.
+
+    The bits of non-negative floats rise with their value, so one sort of integers, the label in the lowest bit, does for both.
+    """
+    key = (score + np.float32(0.0)).view(np.uint32)  # the sum makes -0.0 a 0.0
+    key <<= np.uint32(1)
+    key |= label
+    key.sort()
+    last = np.flatnonzero((key[1:] ^ key[:-1]) > 1)  # of each run of one confidence
+    last = np.append(last, np.arange(len(key))[-1:])
+    values = (key[last] >> np.uint32(1)).view(np.float32)
+    key &= np.uint32(1)
+    sums = np.empty((2, len(last)))
+    sums[1] = np.diff(np.cumsum(key, dtype=np.int64)[last], prepend=0)
+    sums[0] = np.diff(last, prepend=-1)
+    sums[0] -= sums[1]
+    return sums, values
 
 
 def from_histogram(mass: NDArray[np.int64]) -> Separability:
@@ -81,22 +104,22 @@ def from_histogram(mass: NDArray[np.int64]) -> Separability:
 
 def _separate(sums: NDArray[Any], squares: NDArray[Any], bottom: NDArray[Any], top: NDArray[Any]) -> Separability:
     """From the rejected and accepted weight [2, k] at k rising confidences, each from ``bottom`` to ``top``."""
-    bad, good = sums
-    total_bad, total_good = sums.sum(axis=1)
-    if total_good <= 0 or total_bad <= 0:
+    totals = sums.sum(axis=1)
+    if not (totals > 0).all():
         return Separability(float("nan"), 0.0, 1.0, 0.0, 0.0)
-    bad_below = (np.cumsum(bad) - 0.5 * bad) / total_bad
-    good_above = 1.0 - (np.cumsum(good) - 0.5 * good) / total_good
-    auc = float((good * bad_below).sum() / total_good)
-    places = (good_above, bad_below)
-    effective = sums.sum(axis=1) ** 2 / squares.sum(axis=1)
-    spread = sum(_variance(p, s, total, n, auc) for p, s, total, n in zip(places, squares, sums.sum(axis=1), effective, strict=True))
-    low, high = _interval(auc, spread, float(effective.min()))
-    j = np.cumsum(bad) / total_bad - np.cumsum(good) / total_good
+    below = np.cumsum(sums, axis=1)
+    below /= totals[:, None]
+    j = below[0] - below[1]
+    below -= sums / (2 * totals[:, None])  # ties half
+    auc = float((sums[1] * below[0]).sum() / totals[1])
+    effective = totals**2 / squares.sum(axis=1)
+    accepted = _variance(below[0], squares[1], totals[1], effective[1], auc)
+    rejected = _variance(below[1], squares[0], totals[0], effective[0], 1.0 - auc)
+    low, high = _interval(auc, accepted + rejected, float(effective.min()))
     best = int(np.argmax(j))
     if j[best] <= 0 or best + 1 == len(j):
         return Separability(auc, low, high, 0.0, 0.0)
-    return Separability(auc, low, high, float((top[best] + bottom[best + 1]) / 2), float(j[best]))
+    return Separability(auc, low, high, (float(top[best]) + float(bottom[best + 1])) / 2, float(j[best]))
 
 
 def _variance(placement: NDArray[Any], square: NDArray[Any], total: float, effective: float, mean: float) -> float:

@@ -17,6 +17,9 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+FIELDS = tl.constexpr(8)
+"""Of a work item: request (-1: none), tile, first block, end block, slot of its partial result (-1: none), and the request's first row,
+rows and context length, so that a program needs one round of loads before it knows its keys."""
 
 
 @triton.jit
@@ -29,12 +32,13 @@ def _blocks(rows, length, KEYS: tl.constexpr, WINDOW: tl.constexpr):
 
 @triton.jit
 def _sizes(indptr, context, b, batch, limit, GROUP: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, WINDOW: tl.constexpr):
-    """Row tiles and KV blocks of requests ``b``; no row, no tile."""
+    """First row, rows and context length of requests ``b``, their row tiles and KV blocks; no row, no tile."""
     there = b < batch
-    rows = tl.load(indptr + b + 1, mask=there, other=0) - tl.load(indptr + b, mask=there, other=0)
+    begin = tl.load(indptr + b, mask=there, other=0)
+    rows = tl.load(indptr + b + 1, mask=there, other=0) - begin
     length = tl.maximum(tl.minimum(tl.load(context + b, mask=there & (limit > 0), other=0), limit), 0)
     _, prefix, own = _blocks(rows, length, KEYS, WINDOW)
-    return (rows * GROUP + ROWS - 1) // ROWS, prefix + own
+    return begin, rows, length, (rows * GROUP + ROWS - 1) // ROWS, prefix + own
 
 
 @triton.jit
@@ -53,82 +57,177 @@ def plan(
     lane = tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.int64)
     for at in range(0, batch, BLOCK):
-        tiles, blocks = _sizes(indptr, context, at + lane, batch, limit, GROUP, ROWS, KEYS, WINDOW)
+        _, _, _, tiles, blocks = _sizes(indptr, context, at + lane, batch, limit, GROUP, ROWS, KEYS, WINDOW)
         total += tiles.to(tl.int64) * blocks
     # Pieces of at least `chunk` blocks: at most `target` more items than there are tiles.
     chunk = tl.maximum((tl.sum(total, 0) + target - 1) // target, MIN)
     before, split = tl.zeros([BLOCK], tl.int32), tl.zeros([BLOCK], tl.int32)
     for at in range(0, me, BLOCK):
-        tiles, blocks = _sizes(indptr, context, at + lane, batch, limit, GROUP, ROWS, KEYS, WINDOW)
+        _, _, _, tiles, blocks = _sizes(indptr, context, at + lane, batch, limit, GROUP, ROWS, KEYS, WINDOW)
         pieces = _pieces(blocks, chunk, splits)
         before += tl.where(at + lane < me, tiles * pieces, 0)
         split += tl.where((at + lane < me) & (pieces > 1), tiles * pieces, 0)
     first, slot = tl.sum(before, 0), tl.sum(split, 0)
-    tiles, blocks = _sizes(indptr, context, me, batch, limit, GROUP, ROWS, KEYS, WINDOW)
+    begin, rows, length, tiles, blocks = _sizes(indptr, context, me, batch, limit, GROUP, ROWS, KEYS, WINDOW)
     pieces = _pieces(blocks, chunk, splits)
     mine = tl.where(me < batch, tiles * pieces, items - first)
     for at in range(0, mine, BLOCK):
         number = at + lane
         piece = (number // tl.maximum(tiles, 1)).to(tl.int64)  # tiles side by side: they read the same keys
-        base = work + (first + number).to(tl.int64) * 5
+        base = work + (first + number).to(tl.int64) * FIELDS
         fits = (number < mine) & (first + number < items)
         tl.store(base, tl.where(me < batch, me, -1) + 0 * number, mask=fits)
         tl.store(base + 1, number % tl.maximum(tiles, 1), mask=fits)
         tl.store(base + 2, (piece * blocks // tl.maximum(pieces, 1)).to(tl.int32), mask=fits)
         tl.store(base + 3, ((piece + 1) * blocks // tl.maximum(pieces, 1)).to(tl.int32), mask=fits)
         tl.store(base + 4, tl.where(pieces > 1, slot + number, -1), mask=fits)
+        tl.store(base + 5, begin + 0 * number, mask=fits)
+        tl.store(base + 6, rows + 0 * number, mask=fits)
+        tl.store(base + 7, length + 0 * number, mask=fits)
     tl.store(spans + me * 2, slot, mask=me < batch)
     tl.store(spans + me * 2 + 1, pieces, mask=me < batch)
 
 
 @triton.jit
-def _scores(q, k, factor, cap, CAPPED: tl.constexpr, PRECISION: tl.constexpr):
-    """Scores in base 2, float32."""
-    score = tl.dot(q, tl.trans(k), input_precision=PRECISION) * factor
-    if CAPPED:
-        decay = tl.exp2(tl.abs(score) * (-2 * LOG2E) / cap)
-        score = tl.where(score < 0, -cap, cap) * (1 - decay) / (1 + decay)
-    return score * LOG2E
+def _capped(score, cap):
+    """``cap * tanh(score / cap)``."""
+    decay = tl.exp2(tl.abs(score) * (-2 * LOG2E / cap))
+    return tl.where(score < 0, -cap, cap) * (1 - decay) / (1 + decay)
 
 
 @triton.jit
-def _online(score, v, acc, top, mass, PRECISION: tl.constexpr):
+def _scores(q, k, factor, cap, CAPPED: tl.constexpr):
+    """Scores in base 2, float32; so are ``factor`` and ``cap``."""
+    score = tl.dot(q, tl.trans(k), input_precision="ieee") * factor
+    return _capped(score, cap) if CAPPED else score
+
+
+@triton.jit
+def _online(score, v, acc, top, mass):
     """One step of the online softmax."""
     new = tl.maximum(top, tl.max(score, 1))
     base = tl.where(new == float("-inf"), 0.0, new)
     p = tl.exp2(score - base[:, None])
     decay = tl.exp2(top - base)
-    acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision=PRECISION)
+    acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
     return acc, new, mass * decay + tl.sum(p, 1)
 
 
-@triton.jit(do_not_specialize=["table_row", "words", "limit"])
-def attend(
-    q, key_cache, value_cache, table, context, tree_key, tree_value, indptr, mask, depth, key_scale, value_scale,
-    work, out, lse, partial, partial_lse, scale, cap,
-    q_row, q_head, k_page, k_slot, k_head, v_page, v_slot, v_head, table_row, tk_row, tk_head, tv_row, tv_head, words, limit,
-    GROUP: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, PAGE: tl.constexpr,
-    PREFIX: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr, KEY_SCALED: tl.constexpr, VALUE_SCALED: tl.constexpr,
-    DOT: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """One work item for one KV head."""
-    item, head, heads = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
-    b = tl.load(work + item * 5)
-    if b >= 0:
-        tile = tl.load(work + item * 5 + 1)
-        low, high = tl.load(work + item * 5 + 2), tl.load(work + item * 5 + 3)
-        begin = tl.load(indptr + b)
-        rows = tl.load(indptr + b + 1) - begin
-        length = tl.maximum(tl.minimum(tl.load(context + b), limit), 0) if PREFIX else 0 * b
-        first, prefix, _ = _blocks(rows, length, KEYS, WINDOW)
+@triton.jit
+def _narrow(q):
+    """Queries as float16 of at most 1, and each row's factor as a column.
 
+    An 8-bit key turns into float16 in half an instruction, exactly, and into bfloat16 in about four; bfloat16 alone might not fit.
+    """
+    wide = q.to(tl.float32)
+    largest = tl.max(tl.abs(wide), 1)[:, None]
+    unit = tl.where(largest > 0, largest, 1.0)
+    return (wide / unit).to(tl.float16), unit
+
+
+@triton.jit
+def _page(pages, start, key, length, KEYS: tl.constexpr, PAGE: tl.constexpr):
+    """Number of the page that a block of context lies in; one a key where blocks do not lie within pages."""
+    if PAGE % KEYS == 0:
+        number = tl.load(pages + start // PAGE, mask=start < length, other=0)
+    else:
+        number = tl.load(pages + (start + key) // PAGE, mask=start + key < length, other=0)
+    return number
+
+
+@triton.jit
+def _slots(cache, page, start, key, by_page, by_slot, KEYS: tl.constexpr, PAGE: tl.constexpr):
+    """Where each key of a block of context begins, as a column."""
+    if PAGE % KEYS == 0:  # offsets within the block never change
+        at = cache + (page.to(tl.int64) * by_page + start % PAGE * by_slot) + (key * by_slot)[:, None]
+    else:
+        at = cache + (page.to(tl.int64) * by_page + (start + key) % PAGE * by_slot)[:, None]
+    return at
+
+
+@triton.jit
+def _context(
+    q, acc, top, mass, key_cache, value_cache, pages, low, high, length, since, factor, cap, k_page, k_slot, v_page, v_slot,
+    DIM: tl.constexpr, WIDTH: tl.constexpr, KEYS: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr,
+):  # fmt: skip
+    """Blocks ``low`` to ``high`` of the context, one KV head.
+
+    The page of the next block is loaded a turn ahead. With a page number and the keys behind it in one turn, the compiler spends its
+    pipeline on the page number and has one buffer of keys, filled after the products of the turn before: nothing in flight meanwhile.
+    """
+    key, d = tl.arange(0, KEYS), tl.arange(0, WIDTH)
+    inner = (d < DIM if DIM < WIDTH else d >= 0)[None, :]
+    page = _page(pages, low * KEYS, key, length, KEYS, PAGE)
+    for block in range(low, high):
+        start = block * KEYS
+        ahead = _page(pages, start + KEYS, key, length, KEYS, PAGE)
+        position = start + key
+        seen = position < length
+        shown = seen[:, None] & inner if DIM < WIDTH else seen[:, None]
+        k_at = _slots(key_cache, page, start, key, k_page, k_slot, KEYS, PAGE) + d[None, :]
+        v_at = _slots(value_cache, page, start, key, v_page, v_slot, KEYS, PAGE) + d[None, :]
+        k = tl.load(k_at, mask=shown, other=0.0).to(q.dtype)
+        score = _scores(q, k, factor, cap, CAPPED)
+        visible = seen[None, :]
+        if WINDOW > 0:
+            visible = visible & (position[None, :] > length + since[:, None])
+        score = tl.where(visible, score, float("-inf"))
+        v = tl.load(v_at, mask=shown, other=0.0).to(q.dtype)
+        acc, top, mass = _online(score, v, acc, top, mass)
+        page = ahead
+    return acc, top, mass
+
+
+@triton.jit
+def _tree(
+    q, acc, top, mass, tree_key, tree_value, bits_of, depth, low, high, rows, real, since, factor, cap, tk_row, tv_row, words,
+    DIM: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr,
+):  # fmt: skip
+    """Blocks ``low`` to ``high`` of a request's own rows, one KV head; ``bits_of`` points to the mask words of each row of the tile."""
+    key, d = tl.arange(0, KEYS), tl.arange(0, WIDTH)
+    inner = (d < DIM if DIM < WIDTH else d >= 0)[None, :]
+    for block in range(low, high):
+        start = block * KEYS
+        seen = start + key < rows
+        shown = seen[:, None] & inner if DIM < WIDTH else seen[:, None]
+        k = tl.load(tree_key + start * tk_row + (key * tk_row)[:, None] + d[None, :], mask=shown, other=0.0).to(q.dtype)
+        score = _scores(q, k, factor, cap, CAPPED)
+        bits = tl.zeros([ROWS, KEYS], tl.int32)
+        for part in tl.static_range((KEYS + 31) // 32):
+            word = start // 32 + part
+            own = tl.load(bits_of + word, mask=real & (word < words), other=0)
+            bits = tl.where((key // 32 == part)[None, :], own[:, None], bits)
+        visible = (((bits >> ((start + key) % 32)[None, :]) & 1) != 0) & seen[None, :]
+        if WINDOW > 0:
+            visible = visible & (tl.load(depth + start + key, mask=seen, other=0)[None, :] > since[:, None])
+        score = tl.where(visible, score, float("-inf"))
+        v = tl.load(tree_value + start * tv_row + (key * tv_row)[:, None] + d[None, :], mask=shown, other=0.0).to(q.dtype)
+        acc, top, mass = _online(score, v, acc, top, mass)
+    return acc, top, mass
+
+
+@triton.jit(do_not_specialize=["table_row", "words"])
+def attend(
+    q, key_cache, value_cache, table, tree_key, tree_value, mask, depth, key_scale, value_scale,
+    work, out, lse, partial, partial_lse, scale, cap,
+    q_row, q_head, k_page, k_slot, k_head, v_page, v_slot, v_head, table_row, tk_row, tk_head, tv_row, tv_head, words,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    PAGE: tl.constexpr, PREFIX: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr, KEY_SCALED: tl.constexpr,
+    VALUE_SCALED: tl.constexpr, NARROW: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    """One work item for one KV head. Heads side by side: together they read whole cache slots, at about the same time."""
+    head = tl.program_id(0) % HEADS
+    item = work + (tl.program_id(0) // HEADS) * FIELDS
+    b, tile, low, high = tl.load(item), tl.load(item + 1), tl.load(item + 2), tl.load(item + 3)
+    slot, begin, rows, length = tl.load(item + 4), tl.load(item + 5), tl.load(item + 6), tl.load(item + 7)
+    if b >= 0:
+        first, prefix, _ = _blocks(rows, length, KEYS, WINDOW)
         fold = tile * ROWS + tl.arange(0, ROWS)
         local, member = fold // GROUP, fold % GROUP
         real = local < rows
         row = (begin + local).to(tl.int64)
         d = tl.arange(0, WIDTH)
         inner = d < DIM if DIM < WIDTH else d >= 0
-        key = tl.arange(0, KEYS)
         queries = tl.load(
             q + row[:, None] * q_row + (head * GROUP + member)[:, None] * q_head + d[None, :],
             mask=real[:, None] & inner[None, :], other=0.0,
@@ -137,66 +236,31 @@ def attend(
         top = tl.full([ROWS], float("-inf"), tl.float32)
         mass = tl.zeros([ROWS], tl.float32)
         since = tl.load(depth + row, mask=real, other=0) - WINDOW if WINDOW > 0 else local
-
+        factor, cap = scale * LOG2E, cap * LOG2E
         if PREFIX:
-            factor = scale
-            if KEY_SCALED:
-                factor = scale * tl.load(key_scale + head)
-            k_from, v_from = key_cache + head.to(tl.int64) * k_head, value_cache + head.to(tl.int64) * v_head
-            pages = table + b.to(tl.int64) * table_row
-            for block in range(low, tl.minimum(high, prefix)):
-                start = (first + block) * KEYS
-                position = start + key
-                seen = position < length
-                shown = seen[:, None] & inner[None, :] if DIM < WIDTH else seen[:, None]
-                if PAGE % KEYS == 0:  # a block lies within one page: one page number, offsets that never change
-                    page = tl.load(pages + start // PAGE).to(tl.int64)
-                    k_at = k_from + (page * k_page + start % PAGE * k_slot) + (key * k_slot)[:, None] + d[None, :]
-                    v_at = v_from + (page * v_page + start % PAGE * v_slot) + (key * v_slot)[:, None] + d[None, :]
-                else:
-                    page = tl.load(pages + position // PAGE, mask=seen, other=0).to(tl.int64)
-                    k_at = k_from + (page * k_page + position % PAGE * k_slot)[:, None] + d[None, :]
-                    v_at = v_from + (page * v_page + position % PAGE * v_slot)[:, None] + d[None, :]
-                k = tl.load(k_at, mask=shown, other=0.0).to(DOT)
-                score = _scores(queries, k, factor, cap, CAPPED, PRECISION)
-                visible = seen[None, :]
-                if WINDOW > 0:
-                    visible = visible & (position[None, :] > length + since[:, None])
-                score = tl.where(visible, score, float("-inf"))
-                v = tl.load(v_at, mask=shown, other=0.0).to(DOT)
-                acc, top, mass = _online(score, v, acc, top, mass, PRECISION)
+            narrowed, unit = _narrow(queries) if NARROW else (queries, 1.0)
+            acc, top, mass = _context(
+                narrowed, acc, top, mass, key_cache + head.to(tl.int64) * k_head, value_cache + head.to(tl.int64) * v_head,
+                table + b.to(tl.int64) * table_row, first + low, first + tl.minimum(high, prefix), length, since,
+                factor * unit * tl.load(key_scale + head) if KEY_SCALED else factor * unit, cap, k_page, k_slot, v_page, v_slot,
+                DIM, WIDTH, KEYS, PAGE, WINDOW, CAPPED,
+            )  # fmt: skip
             if VALUE_SCALED:
                 acc = acc * tl.load(value_scale + head)
-
-        k_own = tree_key + begin.to(tl.int64) * tk_row + head * tk_head
-        v_own = tree_value + begin.to(tl.int64) * tv_row + head * tv_head
-        for block in range(tl.maximum(low - prefix, 0), high - prefix):
-            start = block * KEYS
-            seen = start + key < rows
-            shown = seen[:, None] & inner[None, :] if DIM < WIDTH else seen[:, None]
-            k = tl.load(k_own + start * tk_row + (key * tk_row)[:, None] + d[None, :], mask=shown, other=0.0).to(DOT)
-            score = _scores(queries, k, scale, cap, CAPPED, PRECISION)
-            bits = tl.zeros([ROWS, KEYS], tl.int32)
-            for part in tl.static_range((KEYS + 31) // 32):
-                word = start // 32 + part
-                own = tl.load(mask + row * words + word, mask=real & (word < words), other=0)
-                bits = tl.where((key // 32 == part)[None, :], own[:, None], bits)
-            visible = (((bits >> ((start + key) % 32)[None, :]) & 1) != 0) & seen[None, :]
-            if WINDOW > 0:
-                visible = visible & (tl.load(depth + begin + start + key, mask=seen, other=0)[None, :] > since[:, None])
-            score = tl.where(visible, score, float("-inf"))
-            v = tl.load(v_own + start * tv_row + (key * tv_row)[:, None] + d[None, :], mask=shown, other=0.0).to(DOT)
-            acc, top, mass = _online(score, v, acc, top, mass, PRECISION)
-
+        acc, top, mass = _tree(
+            queries, acc, top, mass, tree_key + begin.to(tl.int64) * tk_row + head * tk_head,
+            tree_value + begin.to(tl.int64) * tv_row + head * tv_head, mask + row * words, depth + begin,
+            tl.maximum(low - prefix, 0), high - prefix, rows, real, since, factor, cap, tk_row, tv_row, words,
+            DIM, WIDTH, ROWS, KEYS, WINDOW, CAPPED,
+        )  # fmt: skip
         acc = acc / tl.where(mass == 0, 1.0, mass)[:, None]
         total = (top + tl.log2(tl.where(mass == 0, 1.0, mass))) * LN2
-        slot = tl.load(work + item * 5 + 4)
         if slot < 0:
-            to = row * (heads * GROUP) + head * GROUP + member
+            to = row * (HEADS * GROUP) + head * GROUP + member
             tl.store(out + to[:, None] * DIM + d[None, :], acc.to(out.dtype.element_ty), mask=real[:, None] & inner[None, :])
             tl.store(lse + to, total, mask=real)
         else:
-            to = (slot.to(tl.int64) * heads + head) * ROWS + tl.arange(0, ROWS)
+            to = (slot.to(tl.int64) * HEADS + head) * ROWS + tl.arange(0, ROWS)
             tl.store(partial + to[:, None] * DIM + d[None, :], acc, mask=real[:, None] & inner[None, :])
             tl.store(partial_lse + to, total, mask=real)
 
@@ -205,7 +269,8 @@ def attend(
 def merge(
     q, tree_key, tree_value, request, indptr, spans, out, lse, partial, partial_lse, scale, cap, batch,
     q_row, q_head, tk_row, tk_head, tv_row, tv_head,
-    GROUP: tl.constexpr, MEMBERS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, CAPPED: tl.constexpr,
+    GROUP: tl.constexpr, MEMBERS: tl.constexpr, PARTS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
+    CAPPED: tl.constexpr,
 ):  # fmt: skip
     """One row and one KV head: joins the pieces in their order, and answers pad rows, which see themselves only."""
     n, head, heads = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
@@ -220,8 +285,7 @@ def merge(
         v = tl.load(tree_value + n * tv_row + head * tv_head + d, mask=d < DIM, other=0.0).to(tl.float32)
         score = tl.sum(queries.to(tl.float32) * k[None, :], 1) * scale
         if CAPPED:
-            decay = tl.exp2(tl.abs(score) * (-2 * LOG2E) / cap)
-            score = tl.where(score < 0, -cap, cap) * (1 - decay) / (1 + decay)
+            score = _capped(score, cap)
         own = (v[None, :] + tl.zeros([MEMBERS, WIDTH], tl.float32)).to(out.dtype.element_ty)
         tl.store(out + to[:, None] * DIM + d[None, :], own, mask=inner)
         tl.store(lse + to, score, mask=member < GROUP)
@@ -235,17 +299,18 @@ def merge(
             acc = tl.zeros([MEMBERS, WIDTH], tl.float32)
             top = tl.full([MEMBERS], float("-inf"), tl.float32)
             mass = tl.zeros([MEMBERS], tl.float32)
-            for _ in range(pieces):
-                at = (item * heads + head) * ROWS + fold % ROWS
-                part = tl.load(partial_lse + at, mask=member < GROUP, other=float("-inf"))
-                value = tl.load(partial + at[:, None] * DIM + d[None, :], mask=inner, other=0.0)
-                new = tl.maximum(top, part)
+            for first in range(0, pieces, PARTS):  # so many at once: a round is one trip to memory
+                part = first + tl.arange(0, PARTS)
+                there = (part < pieces)[:, None] & (member < GROUP)[None, :]
+                at = ((item[None, :] + (part * tiles)[:, None]) * heads + head) * ROWS + (fold % ROWS)[None, :]
+                lses = tl.load(partial_lse + at, mask=there, other=float("-inf"))
+                values = tl.load(partial + at[:, :, None] * DIM + d[None, None, :], mask=there[:, :, None] & inner[None, :, :], other=0.0)
+                new = tl.maximum(top, tl.max(lses, 0))
                 base = tl.where(new == float("-inf"), 0.0, new)
-                weight, decay = tl.exp2((part - base) * LOG2E), tl.exp2((top - base) * LOG2E)
-                acc = acc * decay[:, None] + value * weight[:, None]
-                mass = mass * decay + weight
+                weight, decay = tl.exp2((lses - base[None, :]) * LOG2E), tl.exp2((top - base) * LOG2E)
+                acc = acc * decay[:, None] + tl.sum(values * weight[:, :, None], 0)
+                mass = mass * decay + tl.sum(weight, 0)
                 top = new
-                item += tiles
             acc = acc / tl.where(mass == 0, 1.0, mass)[:, None]
             tl.store(out + to[:, None] * DIM + d[None, :], acc.to(out.dtype.element_ty), mask=inner)
             tl.store(lse + to, top + tl.log2(tl.where(mass == 0, 1.0, mass)) * LN2, mask=member < GROUP)

@@ -23,6 +23,8 @@ class Shapes(NamedTuple):
     kv_heads: int
     dim: int
     itemsize: int
+    cached: int
+    page: int
 
     @property
     def group(self) -> int:
@@ -94,16 +96,18 @@ def plan_shapes(
     checks.integer("B", batch, 0)
     if mode not in MODES:
         raise EchoError(f"mode: expected one of {MODES}, got {mode!r}")
+    cached, size = q.element_size(), 0
     if mode == "whole":
-        _, page, _, _ = checks.tensor("key_cache", key_cache, ["pages", "page_size", kv_heads, dim], CACHES, q.device).shape
-        checks.integer("page_size", page, 1)
+        cache = checks.tensor("key_cache", key_cache, ["pages", "page_size", kv_heads, dim], CACHES, q.device)
+        cached, size = cache.element_size(), int(cache.shape[1])
+        checks.integer("page_size", size, 1)
         checks.tensor("page_table", page_table, [batch, "max_pages"], torch.int32, q.device)
         checks.tensor("context", context, [batch], torch.int32, q.device)
     if window is not None:
         checks.integer("window", window, 1)
     if splits is not None:
         checks.integer("splits", splits, 1, 1024)
-    return Shapes(n, batch, heads, kv_heads, dim, q.element_size())
+    return Shapes(n, batch, heads, kv_heads, dim, q.element_size(), cached, size)
 
 
 def merge_shapes(o1: Tensor, lse1: Tensor, o2: Tensor, lse2: Tensor) -> tuple[int, int, int]:

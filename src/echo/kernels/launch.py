@@ -14,17 +14,32 @@ R = TypeVar("R")
 HEAD_DIMS = (64, 80, 96, 128, 256)
 """Head dimensions that are compiled and checked; any from 16 to 256 runs."""
 
-WAVES = 4
-"""Work items per multiprocessor that a balanced split aims at, all KV heads together."""
+ROUNDS = 2
+"""Work items that a balanced split aims at, as multiples of the programs that are at work at once, all KV heads together."""
 
 MIN_BLOCKS = 2
 """KV blocks that a piece has at least: shorter ones cost more in partial results than they gain in parallel reads."""
 
+HOPPER = 9
+"""Major compute capability of H100 and H200."""
+
 FIXED_ROWS = 16
 """Rows of a request that the tile is chosen for where ``splits`` is fixed: the same in every batch."""
 
+MERGED = 4096
+"""Numbers of partial results that one program of the merge reads at once."""
+
 VOCABULARY_CHUNK = 16384
-"""Logits that one program of the arg-max reads."""
+"""Logits that one program of the arg-max reads, at least."""
+
+VOCABULARY_BLOCK = 4096
+"""Logits that it reads at once."""
+
+VOCABULARY_PARTS = 16
+"""Chunks of a row, at most."""
+
+WALKED = 64
+"""Rows of a request that the walk has at hand from the start."""
 
 
 class Tile(NamedTuple):
@@ -36,32 +51,42 @@ class Tile(NamedTuple):
     stages: int
 
 
-VOCABULARY_BLOCK = 4096
-"""Logits that it reads at once."""
-
-
 def power_of_two(value: int) -> int:
     """The smallest power of two that is not below ``value``."""
     return 1 << max(value - 1, 0).bit_length()
 
 
-def tile(group: int, dim: int, itemsize: int, rows: float) -> Tile:
-    """The tile for a group of query heads: the highest that the rows fill, in a table of tiles that compile without spills.
+def tile(group: int, dim: int, itemsize: int, cached: int, page: int, rows: float, generation: int) -> Tile:
+    """The tile for a group of query heads: one that the rows fill, in a table of tiles that compile without spills.
 
-    32 keys a step: 64 spill on sm_80 and sm_100 (``benchmarks/compile_kernels.py``). A taller tile reads a KV head's keys fewer
-    times; more than 128 rows of 16 bits, or 64 of a head dimension of 256, spill.
+    Why these is in ``benchmarks/results/compile.md``. On Hopper 64 rows by 64 keys on its wide matrix instruction take fewer
+    instructions a key than 32 by 32, even half empty, and with 8-bit keys fewer than 16 by 32. Elsewhere, and where blocks of 64 keys do
+    not lie within pages, 64 keys spill. A taller tile reads a KV head's keys fewer times; more than 128 rows of 16 bits, or 64 of a
+    head dimension of 256, spill.
 
     Args:
         group: query heads of a KV head.
         dim: head dimension.
         itemsize: bytes of a query element.
+        cached: bytes of an element of the cache.
+        page: tokens of a page; 0 without a context.
         rows: rows of a request, as far as the host knows: the mean, or a fixed number for the same tile in every batch.
+        generation: major compute capability of the device.
     """
     wide = dim > 128
     if itemsize == 4:  # exact products on the ordinary units: small tiles, for registers
         return Tile(16, 16, 8 if wide else 4, 2)
     height = min(max(power_of_two(round(group * rows)), 16), 64 if wide else 128)
-    return Tile(height, 32, 8 if wide or height == 128 else 4, 3 if wide else 4)
+    if generation == HOPPER and page and page % 64 == 0 and not wide and (height > 16 or cached == 1):
+        return Tile(max(height, 64), 64, 8 if height == 128 else 4, 3)
+    low = generation > HOPPER and height == 16 and dim < power_of_two(dim)  # four stages spill there
+    return Tile(height, 32, 8 if wide or height == 128 else 4, 3 if wide or low else 4)
+
+
+@functools.lru_cache
+def generation(device: torch.device) -> int:
+    """Major compute capability of a CUDA device; 0 elsewhere."""
+    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
 
 
 @functools.lru_cache
@@ -70,9 +95,15 @@ def multiprocessors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count) if device.type == "cuda" else 4
 
 
-def target_items(device: torch.device, kv_heads: int) -> int:
-    """Work items that a balanced split aims at."""
-    return max(1, -(-WAVES * multiprocessors(device) // kv_heads))
+def target_items(device: torch.device, kv_heads: int, tile: Tile) -> int:
+    """Work items that a balanced split aims at: programs of taller tiles hold more registers, so fewer are at work at once."""
+    resident = max(1, min(4, 128 // tile.rows))
+    return max(1, -(-ROUNDS * resident * multiprocessors(device) // kv_heads))
+
+
+def vocabulary_chunk(vocabulary: int) -> int:
+    """Logits that one program of the arg-max reads."""
+    return max(VOCABULARY_CHUNK, power_of_two(-(-vocabulary // VOCABULARY_PARTS)))
 
 
 def most_tiles(rows: int, batch: int, group: int, height: int) -> int:

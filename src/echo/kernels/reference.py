@@ -106,49 +106,47 @@ def tree_attention(
     splits: int | None = None,
     plan: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """As :func:`echo.kernels.tree_attention`, computed in float64, row by row; it reads back, and needs neither splits nor plan."""
+    """As :func:`echo.kernels.tree_attention`, computed in float64, request by request; it reads back, and needs neither splits nor plan."""
     s = attention_shapes(
         q, key_cache, value_cache, page_table, context, tree_key, tree_value, request, indptr, mask,
         mode, softcap, window, depth, key_scale, value_scale, splits,
     )  # fmt: skip
     double, device = torch.float64, q.device
-    out = torch.empty(s.rows, s.heads, s.dim, dtype=double, device=device)
-    lse = torch.empty(s.rows, s.heads, dtype=double, device=device)
-    bit = torch.arange(32 * mask.shape[1], device=device)
     factor = s.dim**-0.5 if scale is None else scale
-    for row in range(s.rows):
-        b = int(request[row])
-        keys, values = tree_key[row : row + 1].to(double), tree_value[row : row + 1].to(double)
-        behind = torch.zeros(1, dtype=torch.int64, device=device)  # how many positions each key is behind the row's
-        if b < s.batch:
-            first, count = int(indptr[b]), int(indptr[b + 1] - indptr[b])
-            seen = ((mask[row, bit // 32] >> (bit % 32).int()) & 1).bool() & (bit < count)
-            own = first + seen.nonzero()[:, 0]
-            keys, values = tree_key[own].to(double), tree_value[own].to(double)
-            if depth is not None:
-                behind = depth[row].long() - depth[own].long()
-            if mode == "whole" and key_cache is not None and value_cache is not None and page_table is not None and context is not None:
-                page = key_cache.shape[1]
-                length = max(min(int(context[b]), page_table.shape[1] * page), 0)
-                at = torch.arange(length, device=device)
-                pages, slots = page_table[b, at // page].long(), at % page
-                cached = [key_cache[pages, slots].to(double), value_cache[pages, slots].to(double)]
-                for part, scales in enumerate((key_scale, value_scale)):
-                    if scales is not None:
-                        cached[part] = cached[part] * scales.to(double)[:, None]
-                keys, values = torch.cat([cached[0], keys]), torch.cat([cached[1], values])
-                if depth is not None:
-                    behind = torch.cat([length + depth[row].long() - at, behind])
-        query = q[row].to(double).view(s.kv_heads, s.group, s.dim)
-        score = torch.einsum("hgd,shd->hgs", query, keys) * factor
-        if softcap is not None:
-            score = softcap * torch.tanh(score / softcap)
-        if window is not None and b < s.batch:
-            score = score.masked_fill(behind >= window, -torch.inf)
-        lse[row] = score.logsumexp(-1).flatten()
-        weight = torch.where(lse[row].view(s.kv_heads, s.group, 1) > -torch.inf, score.softmax(-1), 0.0)
-        out[row] = torch.einsum("hgs,shd->hgd", weight, values).flatten(0, 1)
+    query = q.to(double).view(s.rows, s.kv_heads, s.group, s.dim)
+    score = torch.einsum("nhgd,nhd->nhg", query, tree_key.to(double)) * factor  # of itself alone: what a pad row sees
+    out, lse = tree_value.to(double).repeat_interleave(s.group, dim=1), _soft(score, softcap).flatten(1)
+    bit = torch.arange(32 * mask.shape[1], device=device)
+    for b in range(s.batch):
+        rows, first, count = (request == b).nonzero()[:, 0], int(indptr[b]), int(indptr[b + 1] - indptr[b])
+        keys, values = tree_key[first : first + count].to(double), tree_value[first : first + count].to(double)
+        seen = ((mask[rows][:, bit // 32] >> (bit % 32).int()) & 1).bool()[:, :count]
+        seen = torch.nn.functional.pad(seen, (0, count - seen.shape[1]))
+        place = torch.zeros(count, dtype=torch.int64, device=device) if depth is None else depth[first : first + count].long()
+        if mode == "whole" and key_cache is not None and value_cache is not None and page_table is not None and context is not None:
+            page = key_cache.shape[1]
+            length = max(min(int(context[b]), page_table.shape[1] * page), 0)
+            at = torch.arange(length, device=device)
+            pages, slots = page_table[b, at // page].long(), at % page
+            cached = [cache[pages, slots].to(double) for cache in (key_cache, value_cache)]
+            for part, scales in enumerate((key_scale, value_scale)):
+                if scales is not None:
+                    cached[part] = cached[part] * scales.to(double)[:, None]
+            keys, values = torch.cat([cached[0], keys]), torch.cat([cached[1], values])
+            seen = torch.cat([seen.new_ones(len(rows), length), seen], dim=1)
+            place = torch.cat([at - length, place])
+        if window is not None and depth is not None:
+            seen = seen & (depth[rows].long()[:, None] - place < window)
+        score = _soft(torch.einsum("nhgd,shd->nhgs", query[rows], keys) * factor, softcap)
+        score = score.masked_fill(~seen[:, None, None], -torch.inf)
+        total = score.logsumexp(-1)
+        weight = torch.where(total[..., None] > -torch.inf, score.softmax(-1), 0.0)
+        out[rows], lse[rows] = torch.einsum("nhgs,shd->nhgd", weight, values).flatten(1, 2), total.flatten(1)
     return out.to(q.dtype), lse.float()
+
+
+def _soft(score: Tensor, cap: float | None) -> Tensor:
+    return score if cap is None else cap * torch.tanh(score / cap)
 
 
 def merge_attention(o1: Tensor, lse1: Tensor, o2: Tensor, lse2: Tensor) -> tuple[Tensor, Tensor]:

@@ -19,12 +19,15 @@ NOWHERE = tl.constexpr(2147483647)
 
 @triton.jit(do_not_specialize=["parts"])
 def _best(logits, value, index, vocabulary, row_stride, parts, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
-    """The largest number of one chunk of one row, and its first place. NaN counts as -inf."""
+    """The largest number of one chunk of one row, and its first place. NaN counts as -inf.
+
+    Stages ask for reads ahead into shared memory: in registers there is room for one only, and memory waits while it is compared.
+    """
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     lane = tl.arange(0, BLOCK)
     best = tl.full([BLOCK], float("-inf"), tl.float32)
     place = tl.full([BLOCK], NOWHERE, tl.int32)
-    for at in range(part * CHUNK, tl.minimum((part + 1) * CHUNK, vocabulary), BLOCK):
+    for at in tl.range(part * CHUNK, tl.minimum((part + 1) * CHUNK, vocabulary), BLOCK, num_stages=4):
         token = at + lane
         score = tl.load(logits + row * row_stride + token, mask=token < vocabulary, other=float("-inf")).to(tl.float32)
         higher = score > best  # false for NaN; a later equal one never replaces an earlier one
@@ -35,15 +38,16 @@ def _best(logits, value, index, vocabulary, row_stride, parts, CHUNK: tl.constex
 
 
 @triton.jit
-def _winner(target, value, index, row, parts, PARTS: tl.constexpr):
-    """The target's token after a row: as given, or the best of the row's chunks, or -1."""
+def _winners(target, value, index, row, there, parts, PARTS: tl.constexpr):
+    """The target's tokens after some rows: as given, or the best of each row's chunks; -1 for none."""
     if PARTS == 0:
-        token = tl.load(target + row)
+        token = tl.load(target + row, mask=there, other=-1)
     else:
-        lane = tl.arange(0, PARTS)
-        best = tl.load(value + row * parts + lane, mask=lane < parts, other=float("-inf"))
-        place = tl.load(index + row * parts + lane, mask=lane < parts, other=NOWHERE)
-        first = tl.min(tl.where(best == tl.max(best, 0), place, NOWHERE), 0)
+        lane = tl.arange(0, PARTS)[None, :]
+        at, fits = row.to(tl.int64)[:, None] * parts + lane, there[:, None] & (lane < parts)
+        best = tl.load(value + at, mask=fits, other=float("-inf"))
+        place = tl.load(index + at, mask=fits, other=NOWHERE)
+        first = tl.min(tl.where(best == tl.max(best, 1)[:, None], place, NOWHERE), 1)
         token = tl.where(first == NOWHERE, -1, first).to(tl.int64)
     return token
 
@@ -53,27 +57,39 @@ def _walk(
     parent, indptr, tokens, target, value, index, rows, emitted, lengths, count, parts, max_depth,
     PARTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One request. A step looks at the rows after the one it is on: ``max_depth`` steps of at most N rows, whatever the links are."""
+    """One request. A step looks at the rows after the one it is on: ``max_depth`` steps of at most N rows, whatever the links are.
+
+    All that the first ``BLOCK`` rows need is loaded at once, so that a step among them makes no trip to memory.
+    """
     b = tl.program_id(0)
     lane = tl.arange(0, BLOCK)
     first = tl.maximum(tl.load(indptr + b), 0)
     end = tl.minimum(tl.load(indptr + b + 1), count)
     base = b.to(tl.int64) * (max_depth + 1)
+    near = first + lane
+    near_drafted = tl.load(tokens + near, mask=near < end, other=-1)
+    near_above = tl.load(parent + near, mask=near < end, other=-1)
+    near_token = _winners(target, value, index, near, near < end, parts, PARTS)
     row = tl.where(end > first, first, NOWHERE)
     length = 0
     for step in range(max_depth + 1):
         if row < NOWHERE:
-            token = _winner(target, value, index, row.to(tl.int64), parts, PARTS)
+            local = row - first
+            if local < BLOCK:
+                token = tl.sum(tl.where(lane == local, near_token, 0), 0)
+            else:
+                far = row + tl.arange(0, 1)
+                token = tl.sum(_winners(target, value, index, far, far < end, parts, PARTS), 0)
             tl.store(rows + base + step, row.to(tl.int64))
             tl.store(emitted + base + step, token)
             length += 1
-            child = tl.full([BLOCK], NOWHERE, tl.int32)
-            for start in range(row + 1, end, BLOCK):
+            fits = (near > row) & (near_above == local) & (near_drafted == token) & (near_drafted >= 0)
+            child = tl.where(fits, near, NOWHERE)
+            for start in range(tl.maximum(row + 1, first + BLOCK), end, BLOCK):
                 at = start + lane
                 drafted = tl.load(tokens + at, mask=at < end, other=-1)
                 above = tl.load(parent + at, mask=at < end, other=-1)
-                fits = (at < end) & (above >= 0) & (above == row - first) & (drafted == token) & (drafted >= 0)
-                child = tl.minimum(child, tl.where(fits, at, NOWHERE))
+                child = tl.minimum(child, tl.where((above == local) & (drafted == token) & (drafted >= 0), at, NOWHERE))
             row = tl.min(child, 0)
         else:
             tl.store(rows + base + step, tl.full([], -1, tl.int64))
@@ -81,11 +97,11 @@ def _walk(
     tl.store(lengths + b, tl.full([], 0, tl.int64) + length)
 
 
-@triton.jit(do_not_specialize=["parts"])
-def _collect(value, index, token, parts, PARTS: tl.constexpr):
-    """The winning token of each row."""
-    row = tl.program_id(0).to(tl.int64)
-    tl.store(token + row, _winner(token, value, index, row, parts, PARTS))
+@triton.jit(do_not_specialize=["count", "parts"])
+def _collect(value, index, token, count, parts, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+    """The winning tokens of some rows."""
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(token + row, _winners(token, value, index, row, row < count, parts, PARTS), mask=row < count)
 
 
 def _scan(logits: Tensor) -> tuple[Tensor, Tensor, int]:
@@ -93,14 +109,14 @@ def _scan(logits: Tensor) -> tuple[Tensor, Tensor, int]:
     n, vocabulary = checks.tensor("logits", logits, ["N", "V"], checks.FLOATS).shape
     checks.integer("V", vocabulary, 1, 1 << 30)
     logits = logits if logits.stride(-1) == 1 else logits.contiguous()
-    parts = -(-vocabulary // launch.VOCABULARY_CHUNK)
+    chunk = launch.vocabulary_chunk(vocabulary)
+    parts = -(-vocabulary // chunk)
     value = torch.empty(n, parts, dtype=torch.float32, device=logits.device)
     index = torch.empty(n, parts, dtype=torch.int32, device=logits.device)
     if n:
         _best[(n, parts)](
-            logits, value, index, vocabulary, logits.stride(0), parts, CHUNK=launch.VOCABULARY_CHUNK, BLOCK=launch.VOCABULARY_BLOCK,
-            num_warps=8,
-        )  # fmt: skip
+            logits, value, index, vocabulary, logits.stride(0), parts, CHUNK=chunk, BLOCK=launch.VOCABULARY_BLOCK, num_warps=8
+        )
     return value, index, parts
 
 
@@ -110,7 +126,8 @@ def argmax_tokens(logits: Tensor) -> Tensor:
     value, index, parts = _scan(logits)
     token = torch.empty(logits.shape[0], dtype=torch.int64, device=logits.device)
     if len(token):
-        _collect[(len(token),)](value, index, token, parts, PARTS=launch.power_of_two(parts), num_warps=1)
+        grid = (-(-len(token) // launch.WALKED),)
+        _collect[grid](value, index, token, len(token), parts, PARTS=launch.power_of_two(parts), BLOCK=launch.WALKED, num_warps=1)
     return token
 
 
@@ -123,7 +140,7 @@ def _accept(
     if batch:
         _walk[(batch,)](
             parent.contiguous(), indptr.contiguous(), tokens.contiguous(), target, value, index, rows, emitted, lengths,
-            n, parts, max_depth, PARTS=launch.power_of_two(parts) if parts else 0, BLOCK=64, num_warps=1,
+            n, parts, max_depth, PARTS=launch.power_of_two(parts) if parts else 0, BLOCK=launch.WALKED, num_warps=1,
         )  # fmt: skip
     return rows, emitted, lengths
 

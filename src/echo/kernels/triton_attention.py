@@ -30,17 +30,17 @@ class Sizes(NamedTuple):
 
 def _sizes(s: Shapes, device: torch.device, splits: int | None) -> Sizes:
     mean = s.rows / max(s.batch, 1) if splits is None else launch.FIXED_ROWS
-    tile = launch.tile(s.group, s.dim, s.itemsize, mean)
+    tile = launch.tile(s.group, s.dim, s.itemsize, s.cached, s.page, mean, launch.generation(device))
     tiles = launch.most_tiles(s.rows, s.batch, s.group, tile.rows)
-    target = launch.target_items(device, s.kv_heads)
+    target = launch.target_items(device, s.kv_heads, tile)
     return Sizes(tile, target, tiles + target, 2 * target) if splits is None else Sizes(tile, target, tiles * splits, tiles * splits)
 
 
 def _work(
     s: Shapes, sizes: Sizes, indptr: Tensor, context: Tensor | None, limit: int, window: int | None, splits: int | None
 ) -> tuple[Tensor, Tensor]:
-    """Items int32 [items, 5] of request, tile, first block, end block, slot; per request int32 [B + 1, 2] of first slot, pieces."""
-    work = torch.empty(sizes.items, 5, dtype=torch.int32, device=indptr.device)
+    """Items int32 [items, FIELDS]; per request int32 [B + 1, 2] of first slot and pieces."""
+    work = torch.empty(sizes.items, jit.FIELDS.value, dtype=torch.int32, device=indptr.device)
     spans = torch.empty(s.batch + 1, 2, dtype=torch.int32, device=indptr.device)
     jit.plan[(s.batch + 1,)](
         indptr.contiguous(), (indptr if context is None else context).contiguous(), work, spans, s.batch, limit, sizes.items,
@@ -129,7 +129,7 @@ def tree_attention(
     if plan is None:
         work, spans = _work(s, sizes, indptr, lengths, limit, window, splits)
     else:
-        work = checks.tensor("plan[0]", plan[0], [sizes.items, 5], torch.int32, q.device)
+        work = checks.tensor("plan[0]", plan[0], [sizes.items, jit.FIELDS.value], torch.int32, q.device)
         spans = checks.tensor("plan[1]", plan[1], [s.batch + 1, 2], torch.int32, q.device)
     partial = torch.empty(sizes.slots, s.kv_heads, tile.rows, s.dim, dtype=torch.float32, device=q.device)
     partial_lse = torch.empty(sizes.slots, s.kv_heads, tile.rows, dtype=torch.float32, device=q.device)
@@ -137,22 +137,25 @@ def tree_attention(
     depth = indptr if depth is None else depth.contiguous()
     cap = 1.0 if softcap is None else float(softcap)
     factor = s.dim**-0.5 if scale is None else float(scale)
+    narrow = q.dtype == torch.bfloat16 and keys.element_size() == 1 and values.element_size() == 1
     shape = {
         "GROUP": s.group, "ROWS": tile.rows, "DIM": s.dim, "WIDTH": launch.power_of_two(s.dim), "CAPPED": softcap is not None,
     }  # fmt: skip
-    jit.attend[(sizes.items, s.kv_heads)](
-        q, keys, values, table, lengths, tree_key, tree_value, indptr, mask, depth,
+    jit.attend[(sizes.items * s.kv_heads,)](
+        q, keys, values, table, tree_key, tree_value, mask, depth,
         lse if key_scale is None else key_scale.contiguous(), lse if value_scale is None else value_scale.contiguous(),
         work, out, lse, partial, partial_lse, factor, cap,
         q.stride(0), q.stride(1), *keys.stride()[:3], *values.stride()[:3], table.stride(0),
-        tree_key.stride(0), tree_key.stride(1), tree_value.stride(0), tree_value.stride(1), mask.shape[1], limit,
-        **shape, KEYS=tile.keys, PAGE=page, PREFIX=whole, WINDOW=window or 0, KEY_SCALED=key_scale is not None,
-        VALUE_SCALED=value_scale is not None, DOT=_dot_type(q.dtype), PRECISION="ieee", num_warps=tile.warps, num_stages=tile.stages,
+        tree_key.stride(0), tree_key.stride(1), tree_value.stride(0), tree_value.stride(1), mask.shape[1],
+        **shape, HEADS=s.kv_heads, KEYS=tile.keys, PAGE=page, PREFIX=whole, WINDOW=window or 0, KEY_SCALED=key_scale is not None,
+        VALUE_SCALED=value_scale is not None, NARROW=narrow, DOT=_dot_type(q.dtype), num_warps=tile.warps,
+        num_stages=tile.stages,
     )  # fmt: skip
+    members = launch.power_of_two(s.group)
     jit.merge[(s.rows, s.kv_heads)](
         q, tree_key, tree_value, request, indptr, spans, out, lse, partial, partial_lse, factor, cap, s.batch,
         q.stride(0), q.stride(1), tree_key.stride(0), tree_key.stride(1), tree_value.stride(0), tree_value.stride(1),
-        **shape, MEMBERS=launch.power_of_two(s.group), num_warps=4,
+        **shape, MEMBERS=members, PARTS=max(1, launch.MERGED // (members * launch.power_of_two(s.dim))), num_warps=4,
     )  # fmt: skip
     return out, lse
 

@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from echo import checks
+from echo.budget.goodput import Forecast
 from echo.budget.history import History
-from echo.budget.scheduler import ElasticBudgetScheduler, Forecast
+from echo.budget.scheduler import ElasticBudgetScheduler
 from echo.cost import CostModel
 from echo.decode import verify
 from echo.errors import EchoError

@@ -5,10 +5,13 @@ All of them are candidates only: ``scheduler.pack`` deals their rows by its rule
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from echo import checks
@@ -31,43 +34,28 @@ def from_arrays(
     device = token.device
     checks.tensor("parent", parent, [batch, nodes], checks.INTEGERS, device)
     checks.tensor("log_prob", log_prob, [batch, nodes], checks.FLOATS, device)
-    sizes = [nodes] * batch if lengths is None else checks.tensor("lengths", lengths, [batch], checks.INTEGERS, device).tolist()
-    known = None if depth is None else checks.tensor("depth", depth, [batch, nodes], checks.INTEGERS, device).tolist()
-    tokens, parents, scores = token.tolist(), parent.tolist(), log_prob.float().tolist()
+    if depth is not None:
+        checks.tensor("depth", depth, [batch, nodes], checks.INTEGERS, device)
+    sizes = np.full(batch, nodes) if lengths is None else host(checks.tensor("lengths", lengths, [batch], checks.INTEGERS, device))
+    refuse("lengths", (sizes < 0) | (sizes > nodes), lambda b: f"expected 0 to {nodes} nodes, got {sizes[b]}")
+    tokens, parents, scores = host(token), host(parent), host(log_prob.float())
+    there = np.arange(nodes) < sizes[:, None]
+    depths = _depths(parents, sizes, there)
+    _check_nodes(tokens, parents, scores, depths, there, None if depth is None else host(depth))
 
-    layers: list[list[list[tuple[int, int]]]] = []  # by depth, by request: (parent's place in the layer above, column)
-    for b in range(batch):
-        if not 0 <= sizes[b] <= nodes:
-            raise EchoError(f"lengths: request {b}: expected 0 to {nodes} nodes, got {sizes[b]}")
-        depths = _depths(b, parents[b][: sizes[b]])
-        _check_nodes(b, tokens[b], parents[b], scores[b], depths, None if known is None else known[b])
-        own: list[list[int]] = [[] for _ in range(max(depths, default=0) + 1)]
-        for column, d in enumerate(depths):
-            own[d].append(column)
-        while len(layers) < len(own):
-            layers.append([[] for _ in range(batch)])
-        place = [0] * len(depths)
-        for d, members in enumerate(own):
-            layers[d][b] = sorted((place[parents[b][column]] if d else 0, column) for column in members)
-            for i, (_, column) in enumerate(layers[d][b]):
-                place[column] = i
-
-    live = torch.tensor([size > 0 for size in sizes], dtype=torch.bool, device=device)
-    most = max(sum(sizes), 1) if rows is None else checks.integer("rows", rows, max(sum(size > 0 for size in sizes), 1))
-    limit = torch.tensor(sizes, dtype=torch.int64, device=device)
+    live = torch.from_numpy(sizes > 0).to(device)
+    limit = torch.from_numpy(sizes).long().to(device)
+    most = max(int(sizes.sum()), 1) if rows is None else checks.integer("rows", rows, max(int((sizes > 0).sum()), 1))
     if row_limit is not None:
         limit = torch.minimum(limit, checks.tensor("row_limit", row_limit, [batch], torch.int64, device).clamp(min=1)) * live
-    first = [tokens[b][0] if sizes[b] else 0 for b in range(batch)]
-    tree = roots(torch.tensor(first, dtype=torch.int64, device=device), live, limit, most)
+    first = token[:, 0].long() * live if nodes else torch.zeros(batch, dtype=torch.int64, device=device)
+    tree = roots(first, live, limit, most, int(sizes.max(initial=1)))
     drafted = []
-    for layer in layers[1:]:
-        width = max(len(nodes) for nodes in layer)
-        picks = [[column for _, column in nodes] + [0] * (width - len(nodes)) for nodes in layer]
-        above = [[up for up, _ in nodes] + [nodes[-1][0] if nodes else 0] * (width - len(nodes)) for nodes in layer]
-        at = torch.tensor(picks, device=device).view(batch, width)
-        there = torch.arange(width, device=device) < torch.tensor([len(nodes) for nodes in layer], device=device)[:, None]
-        q = torch.where(there, log_prob.float().gather(1, at), -torch.inf)
-        drafted.append((token.long().gather(1, at) * there, torch.tensor(above, device=device).view(batch, width), q))
+    for columns, above in _layers(parents, depths, there):
+        at = torch.from_numpy(columns).to(device)
+        real, at = at >= 0, at.clamp(min=0)
+        q = torch.where(real, log_prob.float().gather(1, at), -torch.inf)
+        drafted.append((token.long().gather(1, at) * real, torch.from_numpy(above).to(device), q))
     return attach(tree, drafted, count=False)
 
 
@@ -208,8 +196,8 @@ class Template:
         return known[device]
 
 
-def roots(tokens: Tensor, live: Tensor, limit: Tensor, rows: int) -> SuperTree:
-    """Roots that draft nothing: tokens int64 [B], live bool [B], row limit int64 [B], rows of the step."""
+def roots(tokens: Tensor, live: Tensor, limit: Tensor, rows: int, most: int) -> SuperTree:
+    """Roots that draft nothing: tokens int64 [B], live bool [B], row limit int64 [B], rows of the step and at most of a request."""
     root = tokens[:, None]
     zero, score = torch.zeros_like(root), torch.where(live, 0.0, -torch.inf)[:, None]
     return SuperTree(
@@ -217,9 +205,11 @@ def roots(tokens: Tensor, live: Tensor, limit: Tensor, rows: int) -> SuperTree:
         frontier=Frontier(root, zero, zero, score, torch.zeros_like(live)[:, None], 0),
         status=torch.where(live, int(Status.FINISHED), int(Status.EMPTY)).to(torch.int8),
         row_limit=limit,
+        held=live.long(),
         left=rows - live.sum(),
         invalid=torch.zeros(len(tokens), dtype=torch.int32, device=tokens.device),
         rows=rows,
+        most=most,
     )
 
 
@@ -267,38 +257,86 @@ def children(forest: Forest, fanout: int) -> Tensor:
     return table[:, :-1].view(batch, nodes, fanout)
 
 
-def _depths(b: int, parents: list[int]) -> list[int]:
-    """Depth of each node; in any order but parents first, the root at 0."""
-    depths: list[int] = []
-    for node, parent in enumerate(parents):
-        where = f"parent: request {b}, row {node}"
-        if node == 0:
-            if parent != -1:
-                raise EchoError(f"{where}: expected -1 for the root, got {parent}")
-            depths.append(0)
-        elif not 0 <= parent < len(parents):
-            raise EchoError(f"{where}: expected a row of the same request, 0 to {len(parents) - 1}, got {parent}")
-        elif parent >= node:
-            at, seen = parent, {node}
-            while at not in seen and 0 <= at < len(parents):
-                seen.add(at)
-                at = parents[at]
-            raise EchoError(f"{where}: expected a row before its child, got {parent}{', a cycle' if at in seen else ''}")
-        else:
-            depths.append(depths[parent] + 1)
-    return depths
+def host(value: Tensor) -> NDArray[Any]:
+    """A tensor's values, read back."""
+    array: NDArray[Any] = value.detach().cpu().numpy()
+    return array
 
 
-def _check_nodes(b: int, tokens: list[int], parents: list[int], scores: list[float], depths: list[int], known: list[int] | None) -> None:
-    siblings: set[tuple[int, int]] = set()
-    for node, depth in enumerate(depths):
-        where = f"request {b}, row {node}"
-        if tokens[node] < 0:
-            raise EchoError(f"token: {where}: expected a token >= 0, got {tokens[node]}")
-        if (parents[node], tokens[node]) in siblings:
-            raise EchoError(f"token: {where}: expected siblings that differ, got {tokens[node]} twice under row {parents[node]}")
-        siblings.add((parents[node], tokens[node]))
-        if node and not scores[node] < float("inf"):
-            raise EchoError(f"log_prob: {where}: expected a log-probability, got {scores[node]}")
-        if known is not None and known[node] != depth:
-            raise EchoError(f"depth: {where}: expected {depth}, one below its parent, got {known[node]}")
+def refuse(name: str, bad: NDArray[np.bool_], say: Callable[..., str]) -> None:
+    """Raises :class:`EchoError` at the first True of ``bad``, [B] or [B, n]: its request and row, and what ``say`` of them says."""
+    if bad.any():
+        at = [int(i) for i in np.unravel_index(bad.argmax(), bad.shape)]
+        where = ", ".join(f"{kind} {i}" for kind, i in zip(("request", "row"), at, strict=False))
+        raise EchoError(f"{name}: {where}: {say(*at)}")
+
+
+def _depths(parents: NDArray[Any], sizes: NDArray[Any], there: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """Depth of each node, [B, T], by pointer doubling; raises at the first node whose parent is not a row before it."""
+    column = np.arange(parents.shape[1])
+    root, outside = column == 0, (parents < 0) | (parents >= sizes[:, None])
+
+    def say(b: int, row: int) -> str:
+        parent, mine, seen = parents[b, row], parents[b, : sizes[b]].tolist(), {row}
+        if row == 0:
+            return f"expected -1 for the root, got {parent}"
+        if outside[b, row]:
+            return f"expected a row of the same request, 0 to {sizes[b] - 1}, got {parent}"
+        at = int(parent)
+        while 0 <= at < len(mine) and at not in seen:
+            seen.add(at)
+            at = mine[at]
+        return f"expected a row before its child, got {parent}{', a cycle' if at in seen else ''}"
+
+    refuse("parent", there & np.where(root, parents != -1, outside | (parents >= column)), say)
+    jump = np.where(there & ~root, parents, 0)
+    depth: NDArray[np.int64] = (there & ~root).astype(np.int64)
+    while jump.any():
+        depth += np.take_along_axis(depth, jump, 1)
+        jump = np.take_along_axis(jump, jump, 1)
+    return depth
+
+
+def _check_nodes(
+    tokens: NDArray[Any],
+    parents: NDArray[Any],
+    scores: NDArray[Any],
+    depths: NDArray[Any],
+    there: NDArray[np.bool_],
+    known: NDArray[Any] | None,
+) -> None:
+    """Raises at the first bad token, score or depth, and at the second of two equal siblings."""
+    refuse("token", there & (tokens < 0), lambda b, row: f"expected a token >= 0, got {tokens[b, row]}")
+    family = parents + np.arange(len(parents))[:, None] * parents.shape[1]
+    order = np.lexsort((tokens.ravel(), family.ravel(), ~there.ravel()))  # stable: equal siblings side by side, in order
+    twice = np.zeros(there.size, dtype=bool)
+    twice[order[1:]] = (np.diff(family.ravel()[order]) == 0) & (np.diff(tokens.ravel()[order]) == 0)
+    refuse(
+        "token",
+        there & twice.reshape(there.shape),
+        lambda b, row: f"expected siblings that differ, got {tokens[b, row]} twice under row {parents[b, row]}",
+    )
+    faulty = there & ~(scores < np.inf)
+    faulty[:, :1] = False
+    refuse("log_prob", faulty, lambda b, row: f"expected a log-probability, got {scores[b, row]}")
+    if known is not None:
+        refuse("depth", there & (known != depths), lambda b, row: f"expected {depths[b, row]}, one below its parent, got {known[b, row]}")
+
+
+def _layers(parents: NDArray[Any], depths: NDArray[Any], there: NDArray[np.bool_]) -> Iterator[tuple[NDArray[Any], NDArray[Any]]]:
+    """The nodes of each depth from 1 on, by parent's place and then column: columns [B, M], -1 beyond; parent's place, rising."""
+    batch, nodes = parents.shape
+    flat = np.flatnonzero(there)
+    flat = flat[np.argsort(depths.ravel()[flat], kind="stable")]
+    place = np.zeros(batch * nodes, dtype=np.int64)
+    for members in np.split(flat, np.cumsum(np.bincount(depths.ravel()[flat], minlength=1)))[1:-1]:
+        request, column = np.divmod(members, nodes)
+        up = place[request * nodes + parents[request, column]]
+        order = np.lexsort((up, request))
+        request, column, up = request[order], column[order], up[order]
+        count = np.bincount(request, minlength=batch)
+        local = np.arange(len(order)) - (np.cumsum(count) - count)[request]
+        place[request * nodes + column] = local
+        columns, above = np.full((batch, count.max()), -1), np.zeros((batch, count.max()), dtype=np.int64)
+        columns[request, local], above[request, local] = column, up
+        yield columns, np.maximum.accumulate(above, axis=1)

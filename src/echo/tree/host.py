@@ -1,16 +1,28 @@
-"""Looking at a packed step from the host: validation and a picture. Everything here reads back from the device."""
+"""Looking at a packed step from the host: validation and a picture in text. Everything here reads back from the device."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from echo import checks
 from echo.errors import EchoError
 from echo.tree.packed import WORD, PackedTree
+from echo.tree.supertree import Status
 
 if TYPE_CHECKING:
     from echo.tree.accepted import Accepted
+
+WHY = {
+    Status.ACTIVE: "still drafting",
+    Status.TRUNCATED: "stopped by a gate",
+    Status.STARVED: "stopped for want of rows",
+    Status.FINISHED: "drafted to the last layer",
+    Status.EXHAUSTED: "nothing to draft on",
+    Status.EMPTY: "no request",
+}
 
 
 def validate(packed: PackedTree, *, max_rows: int | None = None, chain: bool = False) -> None:
@@ -59,30 +71,57 @@ def validate(packed: PackedTree, *, max_rows: int | None = None, chain: bool = F
         _expect(pad == (batch, -1, 0, 1), "request, parent, depth, mask", f"pad row {row}", (batch, -1, 0, 1), pad)
 
 
-def render(packed: PackedTree, request: int, accepted: Accepted | None = None) -> str:
-    """A picture of one request's tree; see :meth:`~echo.tree.packed.PackedTree.render`."""
+@dataclass(frozen=True)
+class Tree:
+    """One request's tree on the host.
+
+    Attributes:
+        tokens, parent, score, bought: of each row; parents local.
+        taken: local rows of the accepted path.
+        status: why it stopped drafting, in words.
+    """
+
+    tokens: list[int]
+    parent: list[int]
+    score: list[float]
+    bought: list[bool]
+    taken: frozenset[int]
+    status: str
+
+    def kind(self, row: int) -> str:
+        """What the row was bought for."""
+        return "root" if row == 0 else "depth" if self.bought[row] else "width"
+
+
+def read(packed: PackedTree, request: int, accepted: Accepted | None = None) -> Tree:
+    """One request's tree, read back."""
     checks.integer("request", request, 0, packed.batch - 1)
     first, end = packed.indptr[request : request + 2].tolist()
     tokens, parent, score, bought = (x[first:end].tolist() for x in (packed.tokens, packed.parent, packed.score, packed.bought))
-    taken = set() if accepted is None else set(accepted.rows[request].tolist())
+    taken = () if accepted is None else (row - first for row in accepted.rows[request].tolist() if row >= 0)
+    return Tree(tokens, parent, score, bought, frozenset(taken), WHY[Status(int(packed.status[request]))])
+
+
+def render(packed: PackedTree, request: int, accepted: Accepted | None, label: Callable[[int], str]) -> str:
+    """A picture of one request's tree in text; see :meth:`~echo.tree.packed.PackedTree.render`."""
+    tree = read(packed, request, accepted)
     children: dict[int, list[int]] = {}
-    for local, up in enumerate(parent):
-        children.setdefault(up, []).append(local)
+    for row, up in enumerate(tree.parent):
+        children.setdefault(up, []).append(row)
     lines: list[tuple[str, str]] = []
 
-    def draw(local: int, lead: str, branch: str, below: str) -> None:
-        how = "root" if local == 0 else "depth" if bought[local] else "width"
-        facts = f"{math.exp(score[local]):6.3f}  {how}{'  accepted' if first + local in taken else ''}"
-        lines.append((f"{lead}{branch}{tokens[local]}", facts))
-        mine = children.get(local, [])
+    def draw(row: int, lead: str, branch: str, below: str) -> None:
+        facts = f"{math.exp(tree.score[row]):6.3f}  {tree.kind(row)}{'  accepted' if row in tree.taken else ''}"
+        lines.append((f"{lead}{branch}{label(tree.tokens[row])}", facts))
+        mine = children.get(row, [])
         for child in mine:
             last = child == mine[-1]
             draw(child, lead + below, "└─ " if last else "├─ ", "   " if last else "│  ")
 
     for root in children.get(-1, []):
         draw(root, "", "", "")
-    width = max((len(tree) for tree, _ in lines), default=0)
-    return "\n".join(f"{tree:<{width}}  {facts}" for tree, facts in lines) or f"request {request}: no rows"
+    width = max((len(text) for text, _ in lines), default=0)
+    return "\n".join(f"{text:<{width}}  {facts}" for text, facts in lines) or f"request {request}: no rows"
 
 
 def _bits(words: list[int]) -> int:

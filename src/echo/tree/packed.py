@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -14,6 +15,8 @@ from echo.errors import EchoError
 from echo.tree.supertree import SuperTree
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from echo.tree.accepted import Accepted
 
 WORD = 32
@@ -42,7 +45,7 @@ class PackedTree:
         max_depth: deepest layer of the tree it was packed from; a host int.
         outlook: float32 [B, depth, 64], where the budget is a cost model: how many scored nodes of each depth 1.. have which
             probability of acceptance f, in 64 equal bins. None otherwise.
-        expected: float32 [B], likewise: the sum of f over the request's drafted rows.
+        expected: float32 [B, depth], likewise: the sum of f over the request's drafted rows of each depth.
     """
 
     tokens: Tensor
@@ -135,10 +138,11 @@ class PackedTree:
         """
         size, base = checks.tensor("wire", wire, ["length"], torch.int32).shape[0], wire_size(batch, rows, words)
         more = size - base
-        each = more // batch - 1 if batch else 0  # outlook of one request
-        if more < 0 or (more and (each < 1 or more != batch * (each + 1) or not max_depth or each % max_depth)):
+        each = max(1, batch * max_depth)
+        bins = more // each - 1
+        if more and (bins < 1 or more % each):
             raise EchoError(f"wire: expected int32 [{base}], or with an outlook, got [{size}]")
-        sizes = [rows] * 7 + [rows * words, batch + 1, batch, batch] + ([batch, batch * each] if more else [])
+        sizes = [rows] * 7 + [rows * words, batch + 1, batch, batch] + ([each, each * bins] if more else [])
         tokens, parent, depth, request, score, node, bought, mask, indptr, status, invalid, *foresight = torch.split(wire, sizes)
         expected, outlook = (part.view(torch.float32) for part in foresight) if more else (None, None)
         return cls(
@@ -154,8 +158,8 @@ class PackedTree:
             status=status.to(torch.int8),
             invalid=invalid,
             max_depth=max_depth,
-            outlook=None if outlook is None else outlook.view(batch, max_depth, -1),
-            expected=expected,
+            outlook=None if outlook is None else outlook.view(batch, max_depth, bins),
+            expected=None if expected is None else expected.view(batch, max_depth),
         )
 
     def validate(self, *, max_rows: int | None = None, chain: bool = False) -> None:
@@ -172,17 +176,50 @@ class PackedTree:
 
         validate(self, max_rows=max_rows, chain=chain)
 
-    def render(self, request: int, accepted: Accepted | None = None) -> str:
-        """A small picture of one request's tree: token, path probability, bought by depth or by width, accepted.
+    def render(self, request: int, accepted: Accepted | None = None, *, label: Callable[[int], str] = str) -> str:
+        """A small picture of one request's tree in text: token, path probability, bought by depth or by width, accepted.
 
         Reads back from the device.
+
+        Args:
+            request: which.
+            accepted: of this step.
+            label: what to write for a token: its number, or its text by a tokenizer.
 
         Raises:
             EchoError: no such request.
         """
         from echo.tree.host import render
 
-        return render(self, request, accepted)
+        return render(self, request, accepted, label)
+
+    def plot(
+        self,
+        requests: Sequence[int] | None = None,
+        accepted: Accepted | None = None,
+        *,
+        label: Callable[[int], str] = str,
+        titles: Sequence[str] | None = None,
+    ) -> Figure:
+        """The requests' trees drawn below each other, depth from left to right: who got rows, for what, and what was accepted.
+
+        Needs matplotlib (the ``plot`` extra). Reads back from the device.
+
+        Args:
+            requests: which; all where not given.
+            accepted: of this step.
+            label: what to write for a token: its number, or its text by a tokenizer.
+            titles: a line for each request drawn, such as the end of its text.
+
+        Returns:
+            A matplotlib figure, as large as it needs to be: ``figure.savefig("step.png", dpi=150)``.
+
+        Raises:
+            EchoError: no such request, another number of titles, or no matplotlib.
+        """
+        from echo.tree.picture import plot
+
+        return plot(self, requests, accepted, label, titles)
 
     def _of_request(self, value: Tensor, more: Tensor) -> Tensor:
         """int64 [N]: each row's request's value, plus ``more``; 0 on pad rows."""
@@ -221,28 +258,27 @@ def pack(tree: SuperTree, selected: Tensor, rows: int, words: int, out: PackedTr
         return into(out, _pads(tree, rows, words))
     count = selected.flatten().cumsum(0)
     ends = count.view(batch, nodes)[:, -1].clamp(max=rows)
-    indptr = torch.cat([ends.new_zeros(1), ends])
+    indptr = F.pad(ends, (1, 0))
     row = torch.arange(rows, device=device)
-    found = torch.searchsorted(count, row + 1)  # the node at which the count reaches this row; B * T on pad rows
-    real = found < batch * nodes
+    found = torch.searchsorted(count, row, right=True)  # the node at which the count exceeds this row; B * T on pad rows
+    pad = found == batch * nodes
     at = found.clamp(max=batch * nodes - 1)
     owner = at // nodes
-    request = torch.where(real, owner, batch)
+    tree_begins, request = owner * nodes, owner.masked_fill(pad, batch)
     first = indptr.index_select(0, request)
-    tree_begins = owner * nodes
-    depth = torch.where(real, forest.depth.index_select(0, at - tree_begins), 0)
-    inner = depth > 0
+    depth = forest.depth.index_select(0, at - tree_begins).masked_fill_(pad, 0)
+    outer = depth == 0  # roots and pad rows
     above = count.index_select(0, tree_begins + forest.parent.flatten().index_select(0, at)) - 1  # global row of the parent
     packed = PackedTree(
-        tokens=torch.where(real, forest.token.flatten().index_select(0, at), 0),
-        parent=torch.where(inner, above - first, -1).int(),
+        tokens=forest.token.flatten().index_select(0, at).masked_fill_(pad, 0),
+        parent=(above - first).masked_fill_(outer, -1).int(),
         depth=depth.int(),
         request=request.int(),
         indptr=indptr.int(),
-        mask=ancestors(torch.where(inner, above, rows), torch.where(real, row - first, 0), words, tree.depth),
-        score=torch.where(real, forest.score.flatten().index_select(0, at), -torch.inf),
-        node=torch.where(real, found, -1),
-        bought=forest.bought.flatten().index_select(0, at) & real,
+        mask=ancestors(above.masked_fill_(outer, rows), (row - first).masked_fill_(pad, 0), words, tree.depth),
+        score=forest.score.flatten().index_select(0, at).masked_fill_(pad, -torch.inf),
+        node=found.masked_fill_(pad, -1),
+        bought=forest.bought.flatten().index_select(0, at) & ~pad,
         status=tree.status,
         invalid=tree.invalid,
         max_depth=tree.depth,
@@ -263,8 +299,8 @@ def ancestors(parent: Tensor, local: Tensor, words: int, max_depth: int) -> Tens
         int32 [N, words].
     """
     rows = parent.shape[0]
-    own = torch.zeros(rows + 1, words, dtype=torch.int32, device=local.device)
-    mask = own.scatter_(1, F.pad(local // WORD, (0, 1))[:, None], F.pad(1 << local % WORD, (0, 1))[:, None].int())
+    mask = torch.zeros(rows + 1, words, dtype=torch.int32, device=local.device)
+    mask[:rows].scatter_(1, (local >> 5)[:, None], (1 << (local & WORD - 1)).int()[:, None])
     jump = F.pad(parent, (0, 1), value=rows)
     for _ in range(max_depth.bit_length()):
         mask = mask | mask.index_select(0, jump)

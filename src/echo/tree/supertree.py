@@ -15,8 +15,8 @@ from echo.errors import EchoError
 DEAD_SCORE = float("-inf")
 """The score of a node that can never be selected."""
 
-UNSELECTABLE = torch.iinfo(torch.int32).max
-"""Cost of a node that can never be selected; above the bits of every finite float32 and of +inf."""
+UNSELECTABLE = 0x7F800000
+"""Cost of a node that can never be selected: the bits of +inf, above those of every finite float32."""
 
 
 class Status(IntEnum):
@@ -115,14 +115,6 @@ class Forest:
     bought: Tensor
     depth: Tensor
 
-    @property
-    def tie(self) -> Tensor:
-        """int64 [B, T]: the order among equal costs: depth, request, candidate."""
-        requests, nodes = self.token.shape
-        return (self.depth * requests + torch.arange(requests, device=self.depth.device)[:, None]) * nodes + torch.arange(
-            nodes, device=self.depth.device
-        )
-
 
 @dataclass(frozen=True)
 class SuperTree:
@@ -133,10 +125,12 @@ class SuperTree:
         frontier: the nodes to draft on next.
         status: int8 [B], a :class:`Status` each.
         row_limit: int64 [B], the most rows a request may get, root included; 0 for an empty slot.
+        held: int64 [B], rows bought so far, root included.
         left: int64 [], rows that may still be bought.
         invalid: int32 [B], draft scores at active nodes that were NaN or plus infinity, and those of layers without any finite
             score; such nodes are never selectable.
         rows: rows of this step, a host int; ``left`` never lets more be selected.
+        most: a host int that bounds ``row_limit``.
         reserve: int64 [B], rows set aside for each request, its floor less what it has bought; None: no floors.
     """
 
@@ -144,9 +138,11 @@ class SuperTree:
     frontier: Frontier
     status: Tensor
     row_limit: Tensor
+    held: Tensor
     left: Tensor
     invalid: Tensor
     rows: int
+    most: int
     reserve: Tensor | None = None
 
     @classmethod
@@ -246,21 +242,31 @@ class SuperTree:
         """The same tree with these nodes, bool [B, T], bought as well; ``left`` and ``reserve`` are the caller's business."""
         parts = torch.split(nodes, [layer.token.shape[1] for layer in self.layers], dim=1)
         layers = tuple(replace(layer, bought=layer.bought | part) for layer, part in zip(self.layers, parts, strict=True))
-        return replace(self, layers=layers)
+        return replace(self, layers=layers, held=self.held + (nodes & ~self.bought).sum(dim=1))
+
+    @property
+    def score(self) -> Tensor:
+        """float32 [B, T]: that of :attr:`forest` alone."""
+        return torch.cat([layer.score for layer in self.layers], dim=1)
+
+    @property
+    def bought(self) -> Tensor:
+        """bool [B, T]: that of :attr:`forest` alone."""
+        return torch.cat([layer.bought for layer in self.layers], dim=1)
 
     @property
     def forest(self) -> Forest:
         """All layers side by side."""
         sizes = [layer.token.shape[1] for layer in self.layers]
         above = [0, *itertools.accumulate([0, *sizes[:-2]])] if len(sizes) > 1 else [0]  # where the layer above begins
-        parents = [layer.parent + first for layer, first in zip(self.layers, above, strict=True)]
+        parents = [layer.parent + first if first else layer.parent for layer, first in zip(self.layers, above, strict=True)]
         device = self.status.device
         depth = torch.cat([torch.full((n,), layer.depth, device=device) for n, layer in zip(sizes, self.layers, strict=True)])
         return Forest(
             torch.cat([layer.token for layer in self.layers], dim=1),
             torch.cat(parents, dim=1),
-            torch.cat([layer.score for layer in self.layers], dim=1),
-            torch.cat([layer.bought for layer in self.layers], dim=1),
+            self.score,
+            self.bought,
             depth,
         )
 
@@ -270,8 +276,7 @@ def bits(score: Tensor) -> Tensor:
 
     The bits of a non-negative float rise with its value, so no device can order them differently.
     """
-    cost = (0.0 - score).view(torch.int32)
-    return torch.where(torch.isfinite(score), cost, UNSELECTABLE)
+    return torch.nan_to_num(0.0 - score, nan=torch.inf, posinf=torch.inf, neginf=torch.inf).view(torch.int32)
 
 
 def path_score(parent: Tensor, log_prob: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
@@ -288,13 +293,10 @@ def path_score(parent: Tensor, log_prob: Tensor, active: Tensor) -> tuple[Tensor
     Returns:
         float32 [B, W, k] with -inf at unselectable nodes, bool [B, W, k].
     """
-    q = log_prob.float()
-    score = torch.minimum(parent[..., None], parent[..., None] + q)
-    finite = torch.isfinite(q) & torch.isfinite(score)
-    usable = active[..., None] & finite
-    nothing = ~usable.flatten(1).any(dim=1)[:, None, None]
-    faulty = active[..., None] & ~finite & (nothing | (q != -torch.inf))
-    return torch.where(usable, score, DEAD_SCORE), faulty
+    q, parent = log_prob.float(), parent.masked_fill(~active, DEAD_SCORE)[..., None]
+    score = torch.minimum(parent, parent + torch.nan_to_num(q, nan=DEAD_SCORE, posinf=DEAD_SCORE, neginf=DEAD_SCORE))
+    nothing = score.flatten(1).amax(dim=1)[:, None, None] == DEAD_SCORE
+    return score, ((q != DEAD_SCORE) | nothing) & (score == DEAD_SCORE) & active[..., None]
 
 
 def check_size(requests: int, nodes: int, depth: int) -> None:

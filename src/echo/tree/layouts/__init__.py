@@ -1,7 +1,8 @@
 """A packed step in the layout that an engine's kernels read, and back.
 
 Exporters are device work: no read-backs, shapes from host integers, ``out=`` for an engine's persistent buffers. Importers read on the
-host and check everything. Bytes a row say what a layout costs: ``n`` rows for every request, ``context`` tokens before the step.
+host, a batch at a time, and check everything. Bytes a row say what a layout costs: ``n`` rows for every request, ``context`` tokens
+before the step.
 
 ==================  =========================================  ==============================================================
 layout              exporter, importer                         cost
@@ -12,10 +13,11 @@ SGLang masks        :func:`sglang_mask`,                       uniform; FULL_MAS
 SGLang, vLLM chain  :func:`chains`, :func:`from_chains`        ragged; chains only; 28 bytes a row
 FlashInfer          :func:`flashinfer`,                        ragged; (context + q) / 8 bytes a row, or a byte an entry flat
                     :func:`from_flashinfer`
-FlashInfer XQA      :func:`flashinfer_xqa`                     ragged; a view, nothing
+FlashInfer XQA      :func:`flashinfer_xqa`,                    ragged; a view, nothing
+                    :func:`from_flashinfer_xqa`
 TensorRT-LLM        :func:`tensorrt_llm`,                      uniform; 16 + 4 * ceil(n / 32) bytes a row
                     :func:`from_tensorrt_llm`
-vLLM ``qq_bias``    :func:`qq_bias`                            one tree for the whole batch; 4 * N bytes a row
+vLLM ``qq_bias``    :func:`qq_bias`, :func:`from_qq_bias`      one tree for the whole batch; 4 * N bytes a row
 Hugging Face        :func:`hugging_face`,                      uniform; past + n entries a row
                     :func:`from_hugging_face`
 ==================  =========================================  ==============================================================
@@ -26,7 +28,9 @@ Hugging Face        :func:`hugging_face`,                      uniform; past + n
 from echo.tree.layouts.importers import (
     from_chains,
     from_flashinfer,
+    from_flashinfer_xqa,
     from_hugging_face,
+    from_qq_bias,
     from_sglang,
     from_sglang_mask,
     from_tensorrt_llm,
@@ -54,7 +58,9 @@ __all__ = [
     "flashinfer_xqa",
     "from_chains",
     "from_flashinfer",
+    "from_flashinfer_xqa",
     "from_hugging_face",
+    "from_qq_bias",
     "from_sglang",
     "from_sglang_mask",
     "from_tensorrt_llm",

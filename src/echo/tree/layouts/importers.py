@@ -1,4 +1,4 @@
-"""The inverses: an engine's layout as a packed step. Host work that reads and checks every value.
+"""The inverses: an engine's layout as a packed step. Host work that reads and checks every value, a batch at a time.
 
 No layout carries scores: they come out as 0, path probability 1. Rows are put into canonical order, whatever theirs was.
 A uniform layout does not say that a slot is empty: without ``lengths`` it comes out as a tree of its root alone.
@@ -6,19 +6,21 @@ A uniform layout does not say that a slot is empty: without ``lengths`` it comes
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from echo import checks
 from echo.errors import EchoError
-from echo.tree.build import from_arrays
+from echo.tree.build import from_arrays, host, refuse
 from echo.tree.layouts.ragged import Chains, FlashInferMask
 from echo.tree.layouts.uniform import HuggingFaceInputs, SGLangLinks, TensorRTLinks
-from echo.tree.packed import WORD, PackedTree, pack, unpack
+from echo.tree.packed import WORD, PackedTree, pack
+
+Array = NDArray[Any]
 
 
 def from_sglang(links: SGLangLinks, *, lengths: Tensor | None = None, rows: int | None = None) -> PackedTree:
@@ -35,7 +37,15 @@ def from_sglang(links: SGLangLinks, *, lengths: Tensor | None = None, rows: int 
     batch, n = checks.tensor("retrive_next_token", links.retrive_next_token, ["B", "n"], checks.INTEGERS).shape
     checks.tensor("draft_tokens", links.draft_tokens, [batch * n], checks.INTEGERS)
     checks.tensor("retrive_next_sibling", links.retrive_next_sibling, [batch, n], checks.INTEGERS)
-    return _from_links(links.draft_tokens.view(batch, n), links.retrive_next_token, links.retrive_next_sibling, lengths, rows)
+    sizes = _sizes(lengths, batch, n, 1)
+    parent = _parents_by_links(host(links.retrive_next_token), host(links.retrive_next_sibling), sizes > 0)
+    reached = parent > -2
+    order = np.argsort(~reached, axis=1, kind="stable")  # the rows of a tree before the pads
+    place = reached.cumsum(1) - 1
+    parent = np.where(parent >= 0, np.take_along_axis(place, parent.clip(min=0), 1), -1)
+    tokens = host(links.draft_tokens).reshape(batch, n)
+    token, parent = (np.take_along_axis(x, order, 1) for x in (tokens, parent))
+    return _packed(token, parent, reached.sum(1), rows, links.draft_tokens.device)
 
 
 def from_tensorrt_llm(links: TensorRTLinks, *, rows: int | None = None) -> PackedTree:
@@ -46,7 +56,7 @@ def from_tensorrt_llm(links: TensorRTLinks, *, rows: int | None = None) -> Packe
     """
     batch, n = checks.tensor("tokens", links.tokens, ["B", "n"], checks.INTEGERS).shape
     checks.tensor("packed_mask", links.packed_mask, [batch, n, -(-n // WORD)], torch.int32)
-    return _from_squares(links.tokens, unpack(links.packed_mask)[..., :n], links.generation_lengths, rows)
+    return _from_squares(host(links.tokens), _bits(links.packed_mask)[..., :n], links.generation_lengths, rows, links.tokens.device)
 
 
 def from_sglang_mask(
@@ -75,20 +85,18 @@ def from_sglang_mask(
     checks.integer("n", n, 1)
     batch = checks.tensor("draft_tokens", draft_tokens, ["B * n"], checks.INTEGERS).shape[0] // n
     if mode == "QLEN_ONLY":
-        square = mask.reshape(batch, n, n)
+        square = host(checks.tensor("mask", mask.reshape(-1), [batch * n * n], torch.bool)).reshape(batch, n, n)
     elif mode == "QLEN_ONLY_BITPACKING":
-        checks.tensor("mask", mask, [batch * n], (torch.uint8, torch.uint16, torch.uint32))
-        words = torch.tensor(mask.tolist(), dtype=torch.int64, device=mask.device).view(batch, n, 1)
-        square = (words >> torch.arange(n, device=mask.device) & 1).bool()
+        square = _bits(checks.tensor("mask", mask, [batch * n], (torch.uint8, torch.uint16, torch.uint32))[:, None])
+        square = np.pad(square, ((0, 0), (0, max(0, n - square.shape[1]))))[:, :n].reshape(batch, n, n)
     elif mode == "FULL_MASK" and context is not None:
-        square, at = torch.empty(batch, n, n, dtype=torch.bool, device=mask.device), 0
-        for b, length in enumerate(checks.tensor("context", context, [batch], checks.INTEGERS).tolist()):
-            size = n * (length + n)
-            square[b] = _part(mask, at, size, b).view(n, length + n)[:, length:]
-            at += size
+        past = host(checks.tensor("context", context, [batch], checks.INTEGERS)).astype(np.int64)
+        refuse("context", past < 0, lambda b: f"expected tokens >= 0, got {past[b]}")
+        size = n * (past + n)
+        square = _squares(host(mask.reshape(-1)), size.cumsum() - size, past + n, past, np.full(batch, n))
     else:
         raise EchoError(f"mode: expected QLEN_ONLY, QLEN_ONLY_BITPACKING, or FULL_MASK with context, got {mode!r}")
-    return _from_squares(draft_tokens.view(batch, n), square, lengths, rows)
+    return _from_squares(host(draft_tokens).reshape(batch, n), square, lengths, rows, draft_tokens.device)
 
 
 def from_flashinfer(mask: FlashInferMask, tokens: Tensor, *, rows: int | None = None) -> PackedTree:
@@ -97,19 +105,45 @@ def from_flashinfer(mask: FlashInferMask, tokens: Tensor, *, rows: int | None = 
     Raises:
         EchoError: naming the request and the row of a mask that no tree has, or that hides a token of the context.
     """
-    ends, begins, kv = (x.tolist() for x in (mask.qo_indptr, mask.indptr, mask.kv_lens))
-    all_tokens, trees = checks.tensor("tokens", tokens, ["N"], checks.INTEGERS).tolist(), []
-    for b, length in enumerate(kv):
-        q = ends[b + 1] - ends[b]
-        entries = _part(mask.mask, begins[b], begins[b + 1] - begins[b], b)
-        if mask.mask.dtype == torch.uint8:
-            entries = (entries[:, None] >> torch.arange(8, dtype=torch.uint8, device=entries.device) & 1).bool().flatten()
-        seen = entries[: q * length].view(q, length) if q else entries.new_zeros(0, 0)
-        hidden = (~seen[:, : length - q]).any(dim=1).tolist()
-        if True in hidden:
-            raise EchoError(f"mask: request {b}, row {hidden.index(True)}: expected the whole context visible")
-        trees.append((all_tokens[ends[b] : ends[b + 1]], _parents(b, seen[:, length - q :].tolist(), padded=False)))
-    return _packed(trees, rows, tokens.device)
+    ends = _ends("qo_indptr", mask.qo_indptr, tokens)
+    q, packed = np.diff(ends), mask.mask.dtype == torch.uint8
+    checks.tensor("mask", mask.mask, ["size"], (torch.bool, torch.uint8))
+    begins = host(checks.tensor("indptr", mask.indptr, [len(ends)], checks.INTEGERS)).astype(np.int64)
+    kv = host(checks.tensor("kv_lens", mask.kv_lens, [len(q)], checks.INTEGERS)).astype(np.int64)
+    refuse("kv_lens", kv < q, lambda b: f"expected at least its {q[b]} rows, got {kv[b]}")
+    entries = _bits(mask.mask) if packed else host(mask.mask)
+    begin, past = begins[:-1] * (8 if packed else 1), kv - q
+    square = _squares(entries, begin, kv, past, q)
+    hidden = np.concatenate([[0], np.cumsum(~entries, dtype=np.int32)])
+    row = np.arange(square.shape[1])
+    first = np.where(row < q[:, None], begin[:, None] + row * kv[:, None], 0)
+    behind = np.where(row < q[:, None], first + past[:, None], 0)
+    refuse("mask", hidden[behind] > hidden[first], lambda b, row: "expected the whole context visible")
+    return _from_ragged(tokens, ends, square, rows)
+
+
+def from_flashinfer_xqa(mask: Tensor, indptr: Tensor, tokens: Tensor, *, rows: int | None = None) -> PackedTree:
+    """From FlashInfer's XQA mask uint16 [N, halves], ``q_cu_seq_lens`` int32 [B + 1] and the tokens int64 [N].
+
+    Raises:
+        EchoError: naming the request and the row of a mask that no tree has.
+    """
+    count = checks.tensor("tokens", tokens, ["N"], checks.INTEGERS).shape[0]
+    bits = _bits(checks.tensor("mask", mask, [count, "halves"], torch.uint16))
+    ends = _ends("indptr", indptr, tokens)
+    width = np.full(len(ends) - 1, bits.shape[1])
+    return _from_ragged(tokens, ends, _squares(bits.ravel(), ends[:-1] * width, width, 0, np.diff(ends)), rows)
+
+
+def from_qq_bias(bias: Tensor, tokens: Tensor, *, rows: int | None = None) -> PackedTree:
+    """From vLLM's ``qq_bias`` float32 [N, N] (below 0: hidden) and the tokens int64 [N]; a row that sees itself alone is a pad.
+
+    Raises:
+        EchoError: naming the row of a mask that no tree has.
+    """
+    count = checks.tensor("tokens", tokens, ["N"], checks.INTEGERS).shape[0]
+    square = host(checks.tensor("bias", bias, [count, count], torch.float32)) >= 0
+    return _from_squares(host(tokens)[None], square[None], None, count if rows is None else rows, tokens.device)
 
 
 def from_hugging_face(inputs: HuggingFaceInputs, *, lengths: Tensor | None = None, rows: int | None = None) -> PackedTree:
@@ -118,9 +152,10 @@ def from_hugging_face(inputs: HuggingFaceInputs, *, lengths: Tensor | None = Non
     Raises:
         EchoError: naming the request and the row of a mask that no tree has.
     """
-    n = checks.tensor("input_ids", inputs.input_ids, ["B", "n"], checks.INTEGERS).shape[1]
-    mask = inputs.attention_mask[:, 0, :, -n:]
-    return _from_squares(inputs.input_ids, mask if mask.dtype == torch.bool else mask >= 0, lengths, rows)
+    batch, n = checks.tensor("input_ids", inputs.input_ids, ["B", "n"], checks.INTEGERS).shape
+    mask = checks.tensor("attention_mask", inputs.attention_mask, [batch, 1, n, "past + n"], (torch.bool, *checks.FLOATS))[:, 0, :, -n:]
+    square = host(mask if mask.dtype == torch.bool else mask >= 0)
+    return _from_squares(host(inputs.input_ids), square, lengths, rows, inputs.input_ids.device)
 
 
 def from_chains(chain: Chains, *, rows: int | None = None) -> PackedTree:
@@ -129,85 +164,128 @@ def from_chains(chain: Chains, *, rows: int | None = None) -> PackedTree:
     Raises:
         EchoError: a negative token, naming the request and the row.
     """
-    ends, tokens = chain.qo_indptr.tolist(), chain.tokens.tolist()
-    trees = [(tokens[first:end], list(range(-1, end - first - 1))) for first, end in itertools.pairwise(ends)]
-    return _packed(trees, chain.graph_num_tokens if rows is None else rows, chain.tokens.device)
+    ends = _ends("qo_indptr", chain.qo_indptr, chain.tokens)
+    tokens = _ragged(chain.tokens, ends)
+    parents = np.broadcast_to(np.arange(-1, tokens.shape[1] - 1), tokens.shape)
+    return _packed(tokens, parents, np.diff(ends), chain.graph_num_tokens if rows is None else rows, chain.tokens.device)
 
 
-def _from_links(tokens: Tensor, token: Tensor, sibling: Tensor, lengths: Tensor | None, rows: int | None) -> PackedTree:
-    sizes = [1] * len(tokens) if lengths is None else lengths.tolist()
-    trees = []
-    for b, (mine, down, across) in enumerate(zip(tokens.tolist(), token.tolist(), sibling.tolist(), strict=True)):
-        parent = {0: -1} if sizes[b] else {}
-        waiting = [0] if sizes[b] else []
-        while waiting:
-            up = waiting.pop()
-            child, link, at = down[up], "retrive_next_token", up
-            while child != -1:
-                where = f"{link}: request {b}, row {at}"
-                if not 0 <= child < len(mine):
-                    raise EchoError(f"{where}: expected -1 or a row from 0 to {len(mine) - 1}, got {child}")
-                if child in parent:
-                    raise EchoError(f"{where}: expected a row that no other link reaches, got {child} (a cycle, or two parents)")
-                if child < up:
-                    raise EchoError(f"{where}: expected a row behind its parent {up}, got {child}")
-                parent[child] = up
-                waiting.append(child)
-                link, at, child = "retrive_next_sibling", child, across[child]
-        order = sorted(parent)
-        place = {-1: -1} | {row: i for i, row in enumerate(order)}
-        trees.append(([mine[row] for row in order], [place[parent[row]] for row in order]))
-    return _packed(trees, rows, tokens.device)
+def _parents_by_links(down: Array, across: Array, live: NDArray[np.bool_]) -> Array:
+    """Local parent of each row, int64 [B, n]: -1 for the root, -2 where no link leads. Follows all links of a distance at once."""
+    batch, n = down.shape
+    links = np.stack([down.ravel(), across.ravel()])
+    parent = np.full(batch * n, -2)
+    wave = np.flatnonzero(live) * n
+    parent[wave] = -1
+    while len(wave):
+        kind, at = np.repeat([0, 1], len(wave)), np.tile(wave, 2)
+        child, up = links[kind, at], np.where(kind, parent[at], at % n)
+        real = (child != -1) & (up >= 0)  # a root has no sibling
+        kind, at, child, up = kind[real], at[real], child[real], up[real]
+        outside = (child < 0) | (child >= n)
+        target = np.where(outside, 0, at - at % n + child)
+        order = np.lexsort((at, target))
+        twice = parent[target] > -2
+        twice[order[1:]] |= np.diff(target[order]) == 0
+        faults = np.flatnonzero(outside | twice | (child < up))
+        if len(faults):
+            i = faults[at[faults].argmin()]
+            b, row = divmod(int(at[i]), n)
+            where = f"{('retrive_next_token', 'retrive_next_sibling')[kind[i]]}: request {b}, row {row}"
+            if outside[i]:
+                raise EchoError(f"{where}: expected -1 or a row from 0 to {n - 1}, got {child[i]}")
+            if twice[i]:
+                raise EchoError(f"{where}: expected a row that no other link reaches, got {child[i]} (a cycle, or two parents)")
+            raise EchoError(f"{where}: expected a row behind its parent {up[i]}, got {child[i]}")
+        parent[target] = up
+        wave = target
+    return parent.reshape(batch, n)
 
 
-def _from_squares(tokens: Tensor, square: Tensor, lengths: Tensor | None, rows: int | None) -> PackedTree:
+def _from_squares(tokens: Array, square: NDArray[np.bool_], lengths: Tensor | None, rows: int | None, device: torch.device) -> PackedTree:
     batch, n = tokens.shape
-    checks.tensor("mask", square, [batch, n, n], torch.bool)
-    sizes = [n] * batch if lengths is None else lengths.tolist()
-    trees = []
-    for b, mine in enumerate(tokens.tolist()):
-        parents = _parents(b, square[b, : sizes[b], : sizes[b]].tolist(), padded=True)
-        trees.append((mine[: len(parents)], parents))
-    return _packed(trees, rows, tokens.device)
+    parents, sizes = _parents_by_squares(square, _sizes(lengths, batch, n, n), padded=True)
+    return _packed(tokens, parents, sizes, rows, device)
 
 
-def _parents(b: int, square: Sequence[Sequence[bool]], *, padded: bool) -> list[int]:
-    """Parent of each row: its last ancestor, whose own ancestors must be the others. Pads (seeing themselves alone) end the tree."""
-    parents: list[int] = []
-    seen = [{column for column, on in enumerate(row) if on} for row in square]
-    for row, mine in enumerate(seen):
-        above = mine - {row}
-        where = f"mask: request {b}, row {row}"
-        if row not in mine:
-            raise EchoError(f"{where}: expected a row to see itself")
-        if not above and row and padded:
-            break
-        if above and max(above) > row:
-            raise EchoError(f"{where}: expected a row before its child, got row {max(above)}")
-        if (not above) != (row == 0) or (above and seen[max(above)] != above):
-            raise EchoError(f"{where}: expected itself, a parent and that parent's ancestors, got {sorted(mine)}")
-        parents.append(max(above, default=-1))
-    for row in range(len(parents), len(seen)):
-        if seen[row] != {row}:
-            raise EchoError(f"mask: request {b}, row {row}: expected a pad that sees itself alone, got {sorted(seen[row])}")
-    return parents
+def _from_ragged(tokens: Tensor, ends: Array, square: NDArray[np.bool_], rows: int | None) -> PackedTree:
+    parents, sizes = _parents_by_squares(square, np.diff(ends), padded=False)
+    return _packed(_ragged(tokens, ends), parents, sizes, rows, tokens.device)
 
 
-def _part(mask: Tensor, begin: int, size: int, b: int) -> Tensor:
-    if begin + size > mask.numel():
-        raise EchoError(f"mask: expected at least {begin + size} entries for request {b}, got {mask.numel()}")
-    return mask.flatten()[begin : begin + size]
+def _parents_by_squares(square: NDArray[np.bool_], sizes: Array, *, padded: bool) -> tuple[Array, Array]:
+    """Parent of each row and rows of each tree: the last ancestor, whose own ancestors must be the others; pads end a tree."""
+    n = int(sizes.max(initial=1))
+    row = np.arange(n)
+    there = row < sizes[:, None]
+    square = square[:, :n, :n] & there[:, :, None] & there[:, None]
+    own, above = square[:, row, row], square & ~np.eye(n, dtype=bool)
+    alone = ~above.any(2)
+    parent = np.where(alone, -1, n - 1 - above[..., ::-1].argmax(2))
+    pad = np.logical_or.accumulate(there & alone & (row > 0), axis=1) & there if padded else np.zeros_like(there)
+    tree = there & ~pad
+    same = (square[np.arange(len(square))[:, None], parent] == above).all(2)
+
+    def seen(b: int, row: int) -> list[int]:
+        return np.flatnonzero(square[b, row]).tolist()
+
+    refuse("mask", tree & ~own, lambda b, row: "expected a row to see itself")
+    refuse("mask", tree & (parent > row), lambda b, i: f"expected a row before its child, got row {parent[b, i]}")
+    fits = (alone == (row == 0)) & (alone | same)
+    refuse("mask", tree & ~fits, lambda b, i: f"expected itself, a parent and that parent's ancestors, got {seen(b, i)}")
+    refuse("mask", pad & ~(alone & own), lambda b, i: f"expected a pad that sees itself alone, got {seen(b, i)}")
+    return parent, tree.sum(1)
 
 
-def _packed(trees: Sequence[tuple[Sequence[int], Sequence[int]]], rows: int | None, device: torch.device) -> PackedTree:
+def _squares(entries: NDArray[np.bool_], begin: Array, stride: Array, past: Array | int, q: Array) -> NDArray[np.bool_]:
+    """bool [B, most q, most q]: the last q of ``stride`` entries of each of q rows, which lie one after another from ``begin`` on."""
+    most = int(q.max(initial=1))
+    row = np.arange(most)
+    ends = begin + q * stride
+    refuse("mask", ends > len(entries), lambda b: f"expected at least {ends[b]} entries, got {len(entries)}")
+    at = (begin + past)[:, None, None] + row[:, None] * stride[:, None, None] + row
+    there = row < q[:, None]
+    inside = there[:, :, None] & there[:, None]
+    seen = np.zeros(at.shape, dtype=bool)
+    seen[inside] = entries[at[inside]]
+    return seen
+
+
+def _ends(name: str, indptr: Tensor, tokens: Tensor) -> Array:
+    """Where each request's rows begin among the tokens, int64 [B + 1], checked."""
+    rows = checks.tensor("tokens", tokens, ["N"], checks.INTEGERS).shape[0]
+    ends = host(checks.tensor(name, indptr, ["B + 1"], checks.INTEGERS)).astype(np.int64)
+    if not len(ends) or ends[0] != 0 or (np.diff(ends) < 0).any() or ends[-1] > rows:
+        raise EchoError(f"{name}: expected numbers rising from 0 to at most {rows}, got {ends.tolist()}")
+    return ends
+
+
+def _ragged(tokens: Tensor, ends: Array) -> Array:
+    """int64 [B, most]: each request's tokens, 0 beyond."""
+    column, q = np.arange(np.diff(ends).max(initial=1)), np.diff(ends)[:, None]
+    real = column < q
+    return np.where(real, host(tokens)[np.where(real, ends[:-1, None] + column, 0)], 0)
+
+
+def _bits(words: Tensor) -> NDArray[np.bool_]:
+    """bool [..., width]: integers [..., k] as bits, least significant first."""
+    values = np.ascontiguousarray(host(words))
+    return np.unpackbits(values.view(np.uint8).ravel(), bitorder="little").view(bool).reshape(*values.shape[:-1], -1)
+
+
+def _sizes(lengths: Tensor | None, batch: int, n: int, other: int) -> Array:
+    if lengths is None:
+        return np.full(batch, other)
+    sizes = host(checks.tensor("lengths", lengths, [batch], checks.INTEGERS))
+    refuse("lengths", (sizes < 0) | (sizes > n), lambda b: f"expected 0 to {n} rows, got {sizes[b]}")
+    return sizes
+
+
+def _packed(tokens: Array, parents: Array, sizes: Array, rows: int | None, device: torch.device) -> PackedTree:
     """Checked, put into canonical order and packed: token and parent of each row, by request."""
-    width = max((len(token) for token, _ in trees), default=1) or 1
-    token, parent = (
-        torch.tensor([[*tree[i], *[0] * (width - len(tree[i]))] for tree in trees], dtype=torch.int64, device=device).view(-1, width)
-        for i in (0, 1)
-    )
-    lengths = torch.tensor([len(token) for token, _ in trees], dtype=torch.int64, device=device)
-    tree = from_arrays(token, parent, torch.zeros(token.shape, device=device), lengths=lengths)
-    count = sum(len(token) for token, _ in trees)
-    selected = torch.isfinite(tree.forest.score)
-    return pack(tree, selected, max(count, 1) if rows is None else checks.integer("rows", rows, max(count, 1)), -(-width // WORD))
+    width = int(sizes.max(initial=1))
+    token, parent = (torch.from_numpy(x[:, :width].astype(np.int64)).to(device) for x in (tokens, parents))
+    tree = from_arrays(token, parent, torch.zeros(token.shape, device=device), lengths=torch.from_numpy(sizes).to(device))
+    count = max(int(sizes.sum()), 1)
+    rows = count if rows is None else checks.integer("rows", rows, count)
+    return pack(tree, torch.isfinite(tree.forest.score), rows, -(-width // WORD))

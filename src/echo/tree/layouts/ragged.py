@@ -139,19 +139,21 @@ def flashinfer(packed: PackedTree, context: Tensor, size: int, *, bits: bool = T
     checks.tensor("context", context, [packed.batch], checks.INTEGERS, packed.tokens.device)
     checks.integer("size", size, 0)
     lens = packed.indptr.diff().long()
-    kv = torch.where(lens > 0, context.long() + lens, 0)
+    kv = torch.where(lens > 0, context + lens, 0)
     entries = lens * kv
-    taken = (entries + 7) // 8 if bits else entries
-    indptr = F.pad(taken.cumsum(0), (1, 0))
-    of_request = F.pad(torch.stack([indptr[:-1], kv, kv - lens, lens]), (0, 1))  # pad rows: zeros, an empty square
-    begin, stride, past, q = of_request.index_select(1, packed.request)
-    entry = packed.local * stride + past  # each row's first entry behind the context, within its request
-    write = _clear_bits if bits else _write_entries
-    mask = write(packed.mask, q, begin, entry, size, packed.max_slots_per_request)
-    if bits:  # what is left of each request's last byte is zero
-        last = torch.where((entries % 8 > 0) & (indptr[1:] <= size), indptr[1:] - 1, size)
-        mask = mask.scatter_add_(0, last, (1 << entries % 8).to(torch.uint8))
-    mask = mask[:size]
+    indptr = F.pad((entries + 7 >> 3 if bits else entries).cumsum(0), (1, 0))
+    square = (indptr[:-1] << 3 if bits else indptr[:-1]) + kv - lens  # first entry behind the context of each request's first row
+    of_request = F.pad(torch.stack([square - packed.indptr[:-1] * kv, kv, lens], dim=1), (0, 0, 0, 1))  # pad rows: an empty square
+    begin, stride, q = of_request.index_select(0, packed.request).unbind(1)
+    entry = begin + torch.arange(packed.rows, device=q.device) * stride
+    words = torch.arange(0, WORD * packed.mask.shape[1], WORD, device=q.device)
+    hidden = (1 << (q[:, None] - words).clamp_(0, WORD)) - 1 & ~packed.mask
+    if bits:  # what is left of each request's last byte is zero, as if hidden
+        hidden = torch.cat([hidden, F.pad((-256 >> (-entries & 7) & 0xFF)[:, None], (0, len(words) - 1))])
+        entry = torch.cat([entry, (indptr[1:] << 3) - 8])
+        mask = _clear_bits(hidden, entry, size)
+    else:
+        mask = _clear_entries(hidden.int(), entry, size, packed.max_slots_per_request)
     return into(out, FlashInferMask(mask=mask, indptr=indptr.int(), qo_indptr=packed.indptr, kv_lens=kv.int()))
 
 
@@ -165,24 +167,22 @@ def flashinfer_xqa(packed: PackedTree) -> Tensor:
     return packed.mask.view(torch.uint16)
 
 
-def _write_entries(mask: Tensor, q: Tensor, begin: Tensor, entry: Tensor, size: int, width: int) -> Tensor:
-    """Flat mask bool [size + 1]: ones, and each row's square of q columns in its place."""
-    column = torch.arange(width, device=mask.device)
-    where = torch.where(column < q[:, None], (begin + entry)[:, None] + column, size).clamp_(max=size)
-    full = torch.ones(size + 1, dtype=torch.bool, device=mask.device)
-    return full.scatter_(0, where.flatten(), columns(mask, width).flatten())
+def _clear_entries(hidden: Tensor, entry: Tensor, size: int, width: int) -> Tensor:
+    """Flat mask bool [size]: ones, less each row's hidden columns: words int32 [N, words] of ``width`` columns."""
+    column = torch.arange(width, device=entry.device)
+    full = torch.ones(size + 1, dtype=torch.uint8, device=entry.device)
+    where = (entry[:, None] + column).clamp_(max=size).flatten()
+    return full.scatter_add_(0, where, columns(hidden, width).view(torch.uint8).neg().flatten())[:size].view(torch.bool)
 
 
-def _clear_bits(mask: Tensor, q: Tensor, begin: Tensor, entry: Tensor, size: int, width: int) -> Tensor:
-    """Packed mask uint8 [size + 1]: ones, less each row's hidden bits. A mask word shifted by 0 to 7 bits lies in five bytes.
+def _clear_bits(hidden: Tensor, entry: Tensor, size: int) -> Tensor:
+    """Packed mask uint8 [size]: ones, less each row's hidden bits, words int64 [N, words]. Shifted, a word lies in two of the mask's words.
 
-    No two rows share a bit, so subtraction modulo 256 clears bits, in any order.
+    No two rows share a bit, so subtraction modulo 2^32 clears bits, in any order.
     """
-    words = -(-width // WORD)
-    word = torch.arange(min(words, mask.shape[1]), device=mask.device)
-    inside = (1 << (q[:, None] - WORD * word).clamp(0, WORD)) - 1
-    hidden = (inside & ~mask[:, : len(word)].long()) << (entry % 8)[:, None]
-    five = (hidden[..., None] >> 8 * torch.arange(5, device=mask.device)).to(torch.uint8)
-    byte = (begin + entry // 8)[:, None, None] + 4 * word[:, None] + torch.arange(5, device=mask.device)
-    full = torch.full((size + 1,), 255, dtype=torch.uint8, device=mask.device)
-    return full.scatter_add_(0, byte.flatten().clamp_(max=size), five.neg().flatten())
+    count = -(-size // 4)
+    full = torch.full((count + 1,), -1, dtype=torch.int32, device=entry.device)
+    halves = (hidden << (entry & WORD - 1)[:, None]).view(torch.int32)
+    word = (entry >> 5)[:, None] + torch.arange(hidden.shape[1], device=entry.device)
+    where = torch.stack([word, word + 1], dim=-1).clamp_(0, count)
+    return full.scatter_add_(0, where.flatten(), halves.neg().flatten()).view(torch.uint8)[:size]

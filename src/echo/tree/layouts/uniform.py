@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from echo import checks
@@ -91,13 +92,13 @@ def sglang(packed: PackedTree, n: int, context: Tensor, *, out: SGLangLinks | No
 
     Source: ``build_tree_kernel_efficient`` of sglang 0.5.23.
     """
-    at, real = _grid(packed, n)
-    token, sibling = _links(packed, at, real)
-    checks.tensor("context", context, [packed.batch], checks.INTEGERS, at.device)
+    checks.tensor("context", context, [packed.batch], checks.INTEGERS, packed.tokens.device)
+    grid = _Grid(packed, n)
+    token, sibling = grid.links()
     links = SGLangLinks(
-        draft_tokens=torch.where(real, _take(packed.tokens, at), 0).flatten(),
-        positions=(torch.where(real, _take(packed.depth, at), 0) + context.long()[:, None]).flatten(),
-        retrive_index=torch.arange(packed.batch * n, device=at.device).view(packed.batch, n),
+        draft_tokens=grid.spread(packed.tokens, 0).flatten(),
+        positions=(grid.spread(packed.depth, 0) + context.long()[:, None]).flatten(),
+        retrive_index=torch.arange(packed.batch * n, device=context.device).view(packed.batch, n),
         retrive_next_token=token,
         retrive_next_sibling=sibling,
     )
@@ -131,25 +132,23 @@ def sglang_mask(
     """
     if mode == "QLEN_ONLY_BITPACKING" and n > WORD:
         raise EchoError(f"n: expected at most 32 rows for QLEN_ONLY_BITPACKING, got {n}")
-    at, real = _grid(packed, n)
-    words = _words(packed, at, real)
+    grid, local = _Grid(packed, n), torch.arange(n, device=packed.mask.device)
     if mode == "QLEN_ONLY_BITPACKING":
         kind = torch.uint8 if n <= 8 else torch.int16 if n <= 16 else torch.int32
-        narrow = words[..., 0].to(kind).flatten()
-        return into(out, narrow if n <= 8 else narrow.view(torch.uint16 if n <= 16 else torch.uint32))
-    square = columns(words, n)
+        bits = grid.spread(packed.mask[:, 0].to(kind), (1 << local).to(kind)).flatten()
+        return into(out, bits if n <= 8 else bits.view(torch.uint16 if n <= 16 else torch.uint32))
+    square = grid.square()
     if mode == "QLEN_ONLY":
         return into(out, square)
     if mode != "FULL_MASK" or context is None or size is None:
         raise EchoError(f"mode: expected QLEN_ONLY, QLEN_ONLY_BITPACKING, or FULL_MASK with context and size, got {mode!r}")
-    checks.tensor("context", context, [packed.batch], checks.INTEGERS, at.device)
+    checks.tensor("context", context, [packed.batch], checks.INTEGERS, local.device)
     checks.integer("size", size, packed.batch * n * n)
     kv = context.long() + n
-    begin = (n * kv).cumsum(0) - n * kv
-    local = torch.arange(n, device=at.device)
-    entry = (begin + context)[:, None, None] + local[:, None] * kv[:, None, None] + local
-    full = torch.ones(size + 1, dtype=torch.bool, device=at.device)
-    return into(out, full.scatter_(0, entry.flatten().clamp(max=size), square.flatten())[:size])
+    square_begin = (n * kv).cumsum(0) - n * kv + context
+    entry = (square_begin[:, None] + local * kv[:, None])[..., None] + local
+    full = torch.ones(size + 1, dtype=torch.bool, device=local.device)
+    return into(out, full.scatter_(0, entry.flatten().clamp_(max=size), square.flatten())[:size])
 
 
 def tensorrt_llm(packed: PackedTree, n: int, *, out: TensorRTLinks | None = None) -> TensorRTLinks:
@@ -162,16 +161,15 @@ def tensorrt_llm(packed: PackedTree, n: int, *, out: TensorRTLinks | None = None
 
     Source: ``spec_decoding_packed_mask`` and ``spec_decoding_position_offsets`` of TensorRT-LLM.
     """
-    at, real = _grid(packed, n)
-    token, sibling = _links(packed, at, real)
-    words = _words(packed, at, real)
+    grid = _Grid(packed, n)
+    token, sibling = grid.links(torch.int32)
     links = TensorRTLinks(
-        packed_mask=words,
-        position_offsets=torch.where(real, _take(packed.depth, at), 0),
+        packed_mask=grid.words(),
+        position_offsets=grid.spread(packed.depth, 0),
         generation_lengths=packed.indptr.diff().clamp(max=n),
-        tokens=torch.where(real, _take(packed.tokens, at), 0).int(),
-        next_token=token.int(),
-        next_sibling=sibling.int(),
+        tokens=grid.spread(packed.tokens.int(), 0),
+        next_token=token,
+        next_sibling=sibling,
     )
     return into(out, links)
 
@@ -207,20 +205,14 @@ def hugging_face(
     """
     checks.tensor("context", context, [packed.batch], checks.INTEGERS, packed.tokens.device)
     checks.integer("past", past, 0)
-    at, real = _grid(packed, n)
-    square = columns(_words(packed, at, real), n)
-    column, lens = torch.arange(past, device=at.device), context.long()[:, None]
+    grid = _Grid(packed, n)
+    column, lens = torch.arange(past, dtype=torch.int32, device=context.device), context.int()[:, None]
     prefix = column >= past - lens if left_padded else column < lens
-    mask = torch.empty(packed.batch, 1, n, past + n, dtype=dtype, device=at.device)
+    mask = torch.empty(packed.batch, 1, n, past + n, dtype=dtype, device=context.device)
     least = False if dtype == torch.bool else torch.finfo(dtype).min
-    for part, seen in ((mask[..., :past], prefix[:, None, None]), (mask[..., past:], square[:, None])):
+    for part, seen in ((mask[..., :past], prefix[:, None, None]), (mask[..., past:], grid.square()[:, None])):
         part.copy_(seen if dtype == torch.bool else torch.where(seen, 0.0, least))
-    inputs = HuggingFaceInputs(
-        input_ids=torch.where(real, _take(packed.tokens, at), 0),
-        position_ids=torch.where(real, _take(packed.depth, at), 0) + lens,
-        attention_mask=mask,
-    )
-    return into(out, inputs)
+    return into(out, HuggingFaceInputs(grid.spread(packed.tokens, 0), grid.spread(packed.depth, 0) + context.long()[:, None], mask))
 
 
 def unpad(packed: PackedTree, values: Tensor) -> Tensor:
@@ -243,38 +235,48 @@ def unpad(packed: PackedTree, values: Tensor) -> Tensor:
     return values.flatten(0, 1).index_select(0, at)
 
 
-def _grid(packed: PackedTree, n: int) -> tuple[Tensor, Tensor]:
-    """Global rows int64 [B, n] of each request's first n rows, and which of them exist, bool [B, n]."""
-    checks.integer("n", n, 1)
-    first, end = packed.indptr[:-1, None].long(), packed.indptr[1:, None].long()
-    at = first + torch.arange(n, device=first.device)
-    return at.clamp(max=packed.rows - 1), at < end
+class _Grid:
+    """Where each packed row goes among n rows of every request: the work is on N rows, whatever n is.
 
+    Attributes:
+        place: int64 [N], in [B * n]; B * n for pad rows and for rows beyond the first n of their request.
+        local: int64 [N], row within its request, or among the pad rows.
+    """
 
-def _links(packed: PackedTree, at: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
-    """First child and next sibling, local, int64 [B, n], -1 for none. Parents rise along the rows, so siblings are neighbours."""
-    batch, n = at.shape
-    parent = torch.where(real, _take(packed.parent, at), -1).long()
-    local = torch.arange(n, device=at.device)
-    repeats = torch.zeros_like(real)
-    repeats[:, 1:] = (parent[:, 1:] == parent[:, :-1]) & (parent[:, 1:] >= 0)
-    owner = torch.where((parent >= 0) & ~repeats, parent, n)
-    child = torch.full((batch, n + 1), -1, device=at.device).scatter_(1, owner, local.expand(batch, n))[:, :n]
-    sibling = torch.full_like(parent, -1)
-    sibling[:, :-1] = torch.where(repeats[:, 1:], local[1:], -1)
-    return child.contiguous(), sibling
+    def __init__(self, packed: PackedTree, n: int) -> None:
+        self.packed, self.n, self.size = packed, checks.integer("n", n, 1), packed.batch * n
+        self.local = torch.arange(packed.rows, device=packed.indptr.device) - packed.indptr.index_select(0, packed.request)
+        self.place = torch.where(self.local < n, packed.request * n + self.local, self.size).clamp_(max=self.size)
 
+    def spread(self, values: Tensor, fill: Tensor | int) -> Tensor:
+        """``values`` [N, ...] as [B, n, ...], with ``fill``, which broadcasts to it, on pad rows."""
+        made = values.new_empty(self.size + 1, *values.shape[1:])
+        grid = made[:-1].view(self.packed.batch, self.n, *values.shape[1:])
+        grid.copy_(fill) if isinstance(fill, Tensor) else grid.fill_(fill)
+        made.scatter_(0, self.place, values) if values.dim() == 1 else made.index_copy_(0, self.place, values)
+        return grid
 
-def _words(packed: PackedTree, at: Tensor, real: Tensor) -> Tensor:
-    """Mask words int32 [B, n, ceil(n / 32)]; a pad row sees itself."""
-    n = at.shape[1]
-    words = -(-n // WORD)
-    local = torch.arange(n, device=at.device)
-    own = torch.where(torch.arange(words, device=at.device) == (local // WORD)[:, None], 1, 0).int() << (local % WORD).int()[:, None]
-    have = packed.mask.shape[1]
-    mask = packed.mask[:, :words] if have >= words else torch.nn.functional.pad(packed.mask, (0, words - have))
-    return torch.where(real[..., None], _take(mask, at), own)
+    def links(self, dtype: torch.dtype = torch.int64) -> tuple[Tensor, Tensor]:
+        """First child and next sibling, local, [B, n], -1 for none. Parents rise along the rows, so siblings are neighbours."""
+        place, local = self.place, self.local.to(dtype)
+        family = place - self.local + self.packed.parent  # the parent's place
+        inside = place < self.size
+        again = (family[1:] == family[:-1]) & inside[1:]  # the next sibling of the row before it
+        first = inside & (self.packed.parent >= 0)
+        first[1:] &= ~again
+        child, sibling = torch.full((2, self.size + 1), -1, dtype=dtype, device=place.device)
+        child.scatter_(0, torch.where(first, family, self.size), local)
+        sibling.scatter_(0, place[:-1], torch.where(again, local[1:], -1))
+        return child[:-1].view(self.packed.batch, self.n), sibling[:-1].view(self.packed.batch, self.n)
 
+    def words(self) -> Tensor:
+        """Mask words int32 [B, n, ceil(n / 32)]; a pad row sees itself."""
+        words, local = -(-self.n // WORD), torch.arange(self.n, device=self.place.device)
+        own = torch.zeros(self.n, words, dtype=torch.int32, device=local.device)
+        own.scatter_(1, (local >> 5)[:, None], (1 << (local & WORD - 1)).int()[:, None])
+        return self.spread(F.pad(self.packed.mask, (0, words - self.packed.mask.shape[1])), own)
 
-def _take(value: Tensor, at: Tensor) -> Tensor:
-    return value.index_select(0, at.flatten()).view(*at.shape, *value.shape[1:])
+    def square(self) -> Tensor:
+        """bool [B, n, n]; a pad row sees itself."""
+        own = torch.eye(self.n, dtype=torch.bool, device=self.place.device)
+        return self.spread(columns(self.packed.mask, self.n), own)

@@ -1,0 +1,129 @@
+"""What a server counts of its steps: added up on the device, read when somebody asks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from echo import checks
+from echo.tree.accepted import Accepted
+from echo.tree.packed import PackedTree
+from echo.tree.supertree import Status
+
+
+@dataclass(frozen=True)
+class StepCounts:
+    """Totals on the host since :meth:`StepStats.empty`.
+
+    A *share* is what an even split would give a request of a step: N rows over its live requests, rounded down.
+
+    Attributes:
+        steps: steps observed.
+        layers: depths of their trees, summed: layers / steps is the mean draft depth, and 0 says that speculation was off.
+        requests: live requests of each step, summed; each has one root row and emits one token of the target's own.
+        rows: rows verified for requests, roots included.
+        pads: rows launched and given to nobody.
+        accepted: drafted rows accepted.
+        truncated: requests of a step that failed a gate.
+        starved: requests of a step that passed and found no row left to buy.
+        released: rows that truncated requests hold less than their share.
+        redealt: those of them that other requests hold beyond their shares. What was released and not re-dealt was launched as pads:
+            never more than ``pads``. A rule with a budget for each request re-deals nothing.
+        invalid: faulty draft scores, as :attr:`SuperTree.invalid` counts them.
+    """
+
+    steps: int = 0
+    layers: int = 0
+    requests: int = 0
+    rows: int = 0
+    pads: int = 0
+    accepted: int = 0
+    truncated: int = 0
+    starved: int = 0
+    released: int = 0
+    redealt: int = 0
+    invalid: int = 0
+
+    @property
+    def drafted(self) -> int:
+        """Drafted rows verified: rows without roots."""
+        return self.rows - self.requests
+
+    @property
+    def emitted(self) -> int:
+        """Tokens emitted: accepted drafts, and one of the target's own for each live request of a step."""
+        return self.accepted + self.requests
+
+    @property
+    def tokens_per_step(self) -> float:
+        """Tokens that a request emits in a step, on average; 0 before the first step."""
+        return self.emitted / self.requests if self.requests else 0.0
+
+
+@dataclass(frozen=True)
+class StepStats:
+    """Counters of a serving loop; a value: :meth:`observe` returns the next one, and nothing is read back before :meth:`read`.
+
+    Counters of several ranks or loops add up: ``StepStats(a.counts + b.counts)``.
+
+    Attributes:
+        counts: int64 [11], in the order of :class:`StepCounts`.
+
+    Example:
+        >>> import echo
+        >>> scheduler = echo.ElasticBudgetScheduler.eagle(n=3, beam=2, max_depth=1)
+        >>> first_layer = torch.tensor([[1, 2]]), torch.tensor([[-0.2, -2.0]])
+        >>> packed = scheduler.pack(scheduler.plant(torch.tensor([7]), first_layer=first_layer))
+        >>> stats = StepStats.empty().observe(packed, echo.verify(packed, torch.tensor([1, 5, 6])))
+        >>> stats.read().rows, stats.read().emitted
+        (3, 2)
+    """
+
+    counts: Tensor
+
+    @classmethod
+    def empty(cls, device: torch.device | str = "cpu") -> StepStats:
+        """Nothing counted yet."""
+        return cls(torch.zeros(len(fields(StepCounts)), dtype=torch.int64, device=device))
+
+    def observe(self, packed: PackedTree, accepted: Accepted) -> StepStats:
+        """After a step, on the device: a dozen small operators, fixed shapes, no read-back.
+
+        Args:
+            packed, accepted: the step.
+
+        Raises:
+            EchoError: another batch, or counters on another device.
+        """
+        checks.tensor("accepted.lengths", accepted.lengths, [packed.batch], torch.int64, self.counts.device)
+        rows = packed.indptr.diff().long()
+        live = rows > 0
+        real, requests = rows.sum(), live.sum()
+        share = packed.rows // requests.clamp(min=1)
+        truncated = live & (packed.status == int(Status.TRUNCATED))
+        released = ((share - rows).clamp(min=0) * truncated).sum()
+        odd = packed.rows - share * requests  # what an even split leaves over: beyond the shares, but released by nobody
+        beyond = ((rows - share).clamp(min=0) * live).sum() - odd
+        step = [
+            real.new_ones(()),
+            real.new_full((), packed.max_depth),
+            requests,
+            real,
+            packed.rows - real,
+            (accepted.lengths - live.long()).sum(),
+            truncated.sum(),
+            (live & (packed.status == int(Status.STARVED))).sum(),
+            released,
+            torch.minimum(released, beyond.clamp(min=0)),
+            packed.invalid.sum(dtype=torch.int64),
+        ]
+        return StepStats(self.counts + torch.stack(step))
+
+    def read(self) -> StepCounts:
+        """The totals on the host: waits for the device once."""
+        return StepCounts(*self.counts.tolist())
+
+
+__all__ = ["StepCounts", "StepStats"]
