@@ -92,7 +92,7 @@ def tail(axis, r) -> None:
 def wrong_cost(axis, r) -> None:
     """Goodput under wrong beliefs."""
     for i, (name, ratio) in enumerate(r["curves"].items()):
-        axis.plot(r["batch"], ratio, "o-", ms=3, color=(INK, "#b23a48", "#e9a13b", "#2a7f62", "#7b4b94")[i], label=name)
+        axis.plot(r["batch"], ratio, "o-", ms=3, color=(INK, "#b23a48", "#e9a13b", "#2a7f62", "#7b4b94", "#33658a")[i], label=name)
     _batches(axis, r["batch"])
 
 
