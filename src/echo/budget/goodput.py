@@ -110,8 +110,8 @@ class Goodput:
         return int(depth) + 1, max(rows, least + 1)
 
     def _unknown(self, least: int, widest: int) -> tuple[int, int]:
-        """As long as too little was seen: the deepest tree, at the knee or with two rows a request where that is more."""
-        rows = self.cost.tier(max(least + widest, self.cost.at(max(widest, 1)).knee.k_max))
+        """As long as too little was seen: the deepest tree, at the knee or with a row for every fourth request where that is more."""
+        rows = self.cost.tier(max(least + -(-widest // 4), self.cost.at(max(widest, 1)).knee.k_max))
         return (self.max_depth, rows) if widest else (0, least)
 
     def _grid(self) -> NDArray[Any]:
