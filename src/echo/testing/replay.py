@@ -226,7 +226,7 @@ def replay(
         report.accepted += int((emitted - 1).clip(min=0).sum())
         report.layers += drafted
         width = scheduler.rule.width
-        full = float(cost.draft(plan.depth, len(live) * width))
+        full = float(cost.draft(plan.depth, len(live), width))
         drafting = drafted * cost.draft_layer + nodes * cost.draft_row if compact else full
         if catch_up and plan.depth and missed_tokens:
             drafting += cost.catch_up(missed_tokens)
