@@ -26,29 +26,29 @@ class Target(Protocol):
     """The large model with its cache and its sampler. Requests live in slots; ``slots`` int64 [B] says where."""
 
     def admit(self, slots: Tensor, prompts: Sequence[Tensor], /) -> Tensor:
-        """Prefills prompts (int64 [length] each) into slots; int64 [B], the first token sampled after each."""
+        """Prefills ``prompts`` (int64 [length] each) into ``slots``; int64 [B], the first token sampled after each."""
 
     def verify(self, slots: Tensor, packed: PackedTree, /) -> Tensor:
-        """One forward pass over the packed rows; int64 [N], the token sampled after each row (pads: anything)."""
+        """One forward pass over the rows of ``packed``; int64 [N], the token sampled after each row (pads: anything)."""
 
     def keep(self, slots: Tensor, packed: PackedTree, accepted: Accepted, /) -> None:
-        """Makes the accepted rows, in order, the new end of each request's cache, and drops the others."""
+        """Makes ``accepted.rows`` of ``packed``, in order, the new end of each request's cache, and drops the others."""
 
 
 class Drafter(Protocol):
-    """What proposes tokens. Its state must depend on nothing but the emitted text."""
+    """What proposes tokens, in the target's ``slots``. Its state must depend on nothing but the emitted text."""
 
     def admit(self, slots: Tensor, prompts: Sequence[Tensor], first: Tensor, /) -> None:
-        """New requests, right after the target admitted them; ``first`` int64 [B], their first tokens."""
+        """New requests, right after the target admitted their ``prompts``; ``first`` int64 [B], their first tokens."""
 
     def draft(self, slots: Tensor, frontier: Frontier, /) -> tuple[Tensor, Tensor]:
-        """Candidates after each node: tokens int64 [B, W, k] and log-probabilities float [B, W, k].
+        """Candidates after each node of the ``frontier``: tokens int64 [B, W, k] and log-probabilities float [B, W, k].
 
         Slots with fewer than k candidates are filled with -inf. k may differ from depth to depth.
         """
 
     def keep(self, slots: Tensor, packed: PackedTree, accepted: Accepted, /) -> None:
-        """The step is over: ``accepted.tokens`` were emitted."""
+        """The step is over: of ``packed``, ``accepted.rows`` stay, and ``accepted.tokens`` were emitted."""
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,7 @@ class History:
 
     @classmethod
     def empty(cls, slots: int, depth: int, device: torch.device | str = "cpu") -> History:
-        """Of ``slots`` slots without a past, for trees of up to ``depth`` layers.
+        """Of ``slots`` slots on ``device`` without a past, for trees of up to ``depth`` layers.
 
         Raises:
             EchoError: slots below 1 or depth below 0.
@@ -74,7 +74,7 @@ class History:
         )
 
     def reset(self, slots: Tensor) -> History:
-        """Forgets the ``slots`` int64 [n], to which new requests were admitted."""
+        """Forgets the ``slots`` int64 [n], to which new requests were admitted; others are an EchoError."""
         checks.tensor("slots", slots, ["n"], torch.int64, self.steps.device)
         one = torch.ones_like(slots, dtype=torch.int32)
         return replace(self._without(slots), generation=self.generation.index_add(0, slots, one))

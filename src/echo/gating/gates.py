@@ -47,7 +47,7 @@ class Gate(Protocol):
     """One small class: statistics of a layer in, bool [B] out. None lets everybody pass at no cost."""
 
     def __call__(self, layer: LayerStatistics, /) -> Tensor | None:
-        """bool [B]: who passes; no read-back, no shape that depends on data."""
+        """bool [B]: who passes after ``layer``; no read-back, no shape that depends on data."""
 
 
 @dataclass(frozen=True)

@@ -84,8 +84,6 @@ class ConfidenceHistograms:
     def __eq__(self, other: object) -> bool:
         return isinstance(other, ConfidenceHistograms) and np.array_equal(self.mass, other.mass)
 
-    __hash__ = None  # type: ignore[assignment]
-
     @classmethod
     def empty(cls, max_depth: int, ranks: int = RANKS) -> ConfidenceHistograms:
         """No rows yet.
@@ -130,7 +128,7 @@ class ConfidenceHistograms:
         return ConfidenceHistograms(mass)
 
     def merge(self, other: ConfidenceHistograms) -> ConfidenceHistograms:
-        """The rows of both: exactly associative and commutative. The deeper of the two decides ``max_depth``.
+        """These rows and those of ``other``: exactly associative and commutative. The deeper of the two decides ``max_depth``.
 
         Raises:
             EchoError: histograms that keep other ranks apart.
@@ -150,7 +148,7 @@ class ConfidenceHistograms:
         return ConfidenceHistograms(one - two)
 
     def live(self, device: torch.device | str = "cpu") -> LiveHistograms:
-        """A copy on the device, to be updated there."""
+        """A copy on the ``device``, to be updated there."""
         return LiveHistograms(torch.from_numpy(self.mass.copy()).to(device))
 
     def save(self, path: str | os.PathLike[str]) -> None:
