@@ -180,7 +180,11 @@ class WarmupLog:
 
     @classmethod
     def stream(cls, path: str | os.PathLike[str]) -> Iterator[WarmupLog]:
-        """The files that :meth:`load` would read from ``path``, one log at a time: memory for one file only. Errors as there."""
+        """The files that :meth:`load` would read from ``path``, one log at a time: memory for one file only.
+
+        Raises:
+            EchoError: as :meth:`load`.
+        """
         text = os.fspath(path)
         names = [text] if Path(text).exists() or not glob.has_magic(text) else sorted(glob.glob(text, recursive=True))
         if not names:

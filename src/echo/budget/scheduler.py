@@ -72,12 +72,12 @@ class ElasticBudgetScheduler:
 
     @classmethod
     def paper(cls, calibration: Calibration, *, k_max: int, layer_width: int = 4, max_width: int = 8) -> ElasticBudgetScheduler:
-        """ECHO as published: ``calibration``'s gates, :class:`TwoLevel` of these widths; ``k_max`` counts roots, as ``budget`` does."""
+        """ECHO as published: ``calibration``'s gates, ``TwoLevel(layer_width, max_width)``; ``k_max`` counts roots, as ``budget`` does."""
         return cls(TwoLevel(layer_width, max_width), SparseGate(calibration), k_max, calibration.max_depth)
 
     @classmethod
     def goodput(cls, calibration: Calibration, cost: CostModel, *, beam: int = 4) -> ElasticBudgetScheduler:
-        """The best use of this machine: ``calibration``'s probabilities ranked over the batch, rows and depth by ``cost``."""
+        """The best use of this machine: ``GlobalRank(beam, calibration)``, rows and depth by ``cost``."""
         return cls(GlobalRank(beam, calibration), None, cost, calibration.max_depth)
 
     @classmethod

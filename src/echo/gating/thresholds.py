@@ -61,7 +61,7 @@ class Objective:
     width: int
 
     def __call__(self, accepted: NDArray[Any] | float, layers: NDArray[Any] | float) -> NDArray[np.float64]:
-        """Tokens per second for mean accepted tokens and mean layers a request, elementwise."""
+        """Tokens per second for mean ``accepted`` tokens and mean ``layers`` a request, elementwise."""
         rows = self.batch * (1.0 + self.width * np.asarray(layers, dtype=np.float64))
         return np.asarray(self.batch * (1.0 + np.asarray(accepted)) / self.cost(rows), dtype=np.float64)
 

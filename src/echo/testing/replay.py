@@ -109,12 +109,12 @@ class Report:
         return self.accepted / drafted if drafted else float("nan")
 
     def percentiles(self, kind: str | None = None, points: tuple[int, ...] = (1, 50, 99)) -> dict[int, float]:
-        """Percentiles over finished texts, of one kind or all, of modelled seconds a token."""
+        """The percentiles ``points`` over finished texts, of one ``kind`` or all, of modelled seconds a token."""
         rows = [answer.seconds / answer.tokens for answer in self.answers if kind in (None, answer.kind) and answer.tokens]
         return {p: float(np.percentile(rows, p)) for p in points} if rows else {}
 
     def of_kind(self, kind: str) -> dict[str, float]:
-        """The figures of one kind's finished texts: tokens and rows per step, acceptance, seconds a token, fairness among them."""
+        """The figures of the finished texts of one ``kind``: tokens and rows per step, acceptance, seconds a token, fairness among them."""
         chosen = [answer for answer in self.answers if answer.kind == kind]
         tokens, steps, rows = (sum(getattr(answer, name) for answer in chosen) for name in ("tokens", "steps", "rows"))
         return {
