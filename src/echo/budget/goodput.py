@@ -104,8 +104,8 @@ class Goodput:
         elif not probe or not tokens:
             return 0, least
         depth, place = np.unravel_index(int(rate.argmax()), rate.shape)
-        most = least + widest * (self.max_tree_rows - 1)
-        rows = min(self.cost.fill(least + int(np.ceil(drafted[depth, place]))), most)
+        rows = least + int(np.ceil(drafted[depth, place]))
+        rows = min(self.cost.fill(rows), 2 * rows, least + widest * (self.max_tree_rows - 1))
         return int(depth) + 1, max(rows, least + 1)
 
     def _unknown(self, least: int, widest: int) -> tuple[int, int]:

@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from echo.errors import EchoError
+from echo import style
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from echo.gating.calibration import Calibration, DepthCalibration
 
-ACCEPTED, REJECTED, PLAIN = "#1b7837", "#c2593f", "#555555"
+ACCEPTED, REJECTED, PLAIN = style.GOOD, style.BAD, style.PLAIN
 COLUMNS = 4
 LEAST = 1e-3
 """Left end of the confidence axes: path probabilities are small at depth."""
@@ -21,12 +21,8 @@ LEAST = 1e-3
 
 def plot(calibration: Calibration) -> Figure:
     """See :meth:`Calibration.plot`."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise EchoError("plot: expected matplotlib (pip install 'echo-specdec[plot]'), got no such module") from error
     rows = -(-calibration.max_depth // COLUMNS)
-    figure = Figure(figsize=(13, 2.1 * rows + 3.6), layout="constrained")
+    figure = style.figure(13, 2.1 * rows + 3.6)
     upper, lower = np.asarray(figure.subfigures(2, 1, height_ratios=[2.1 * rows, 3.6]))
     axes = upper.subplots(rows, min(COLUMNS, calibration.max_depth), squeeze=False).flatten()
     for axis in axes[calibration.max_depth :]:
