@@ -86,7 +86,7 @@ class History:
         return replace(self, **columns)
 
     def of(self, generation: Tensor) -> History:
-        """A lagged copy without slots given to another request since, whose ``generation``, int32 [slots], differs; EchoError on misfits."""
+        """A lagged copy without slots given to another request since: whose ``generation`` int32 [slots] differs. EchoError on misfits."""
         checks.tensor("generation", generation, list(self.generation.shape), torch.int32, self.generation.device)
         return self._without((self.generation != generation).nonzero()[:, 0])
 

@@ -99,8 +99,8 @@ class ElasticBudgetScheduler:
 
         With a number as budget: ``max_depth`` and that many rows, or depth 0 and B rows where it leaves nothing to draft for.
         With a cost model: the depth d and the rows K that maximise (B + F_d(K)) / (T(K) + draft(d)); depth 0 unless that beats
-        B / T(B) by ``margin``, or it is time for a probe. Up to as many rows again are taken where they are free. F is foreseen from the history;
-        as long as that knows too little, the deepest tree is tried at the knee, or with two rows a request where that is more.
+        B / T(B) by ``margin``, or it is time for a probe. Up to as many rows again are taken where they are free. F is foreseen from the
+        history; as long as that knows too little, the deepest tree is tried at the knee, or with two rows a request where that is more.
 
         Args:
             history: what happened up to some step before this one, on the host.
@@ -133,7 +133,7 @@ class ElasticBudgetScheduler:
         """The depth that all ranks draft, and the rows that this one adds to its prefill so that all launch the same number.
 
         Chosen is what is best for all together: the sum of their tokens over the seconds of a step that is as wide for each.
-        ``curves`` float32 [ranks, n] are every rank's :meth:`curve`, gathered; ``rank`` is this one's place. Those of another scheduler are an EchoError.
+        ``curves`` float32 [ranks, n]: every rank's :meth:`curve`, gathered, of one scheduler (else an EchoError); ``rank``: this one's.
         """
         return self._goodput.agree(curves, rank)
 

@@ -7,6 +7,7 @@ import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -83,6 +84,8 @@ class ConfidenceHistograms:
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, ConfidenceHistograms) and np.array_equal(self.mass, other.mass)
+
+    __hash__: ClassVar[None] = None  # type: ignore[assignment]
 
     @classmethod
     def empty(cls, max_depth: int, ranks: int = RANKS) -> ConfidenceHistograms:

@@ -180,7 +180,7 @@ def accept_greedy(
 
 
 def argmax_tokens(logits: Tensor, *, backend: str = "auto") -> Tensor:
-    """int64 [N]: greedy tokens of ``logits`` [N, V], by ``backend``; NaN never wins, the lowest of equals does; -1 where none is above -inf.
+    """int64 [N]: greedy tokens of ``logits`` [N, V], by ``backend``; NaN never wins, the lowest of equals does; -1 for none above -inf.
 
     Raises:
         EchoError: arguments that do not fit, or a backend that is not there.
