@@ -96,8 +96,9 @@ def tail(axis, r) -> None:
 
 def wrong_cost(axis, r) -> None:
     """Goodput under wrong beliefs."""
-    for i, (name, ratio) in enumerate(r["curves"].items()):
-        axis.plot(r["batch"], ratio, "o-", ms=3, color=(style.INK, style.BAD, *map(style.of, POLICIES[:3]))[i], label=name)
+    looks = ((style.of("goodput"), "o-"), *((colour, line) for colour in (style.BAD, style.QUIET) for line in ("o-", "o--")))
+    for (name, ratio), (colour, line) in zip(r["curves"].items(), looks, strict=True):
+        axis.plot(r["batch"], ratio, line, ms=3, color=colour, label=name)
     _batches(axis, r["batch"])
 
 
