@@ -230,6 +230,8 @@ def wrong_cost(study: Study) -> dict[str, object]:
     found = {
         name: [study.ratio(study.goodput(cost), batch=b, steps=min(STEPS, 4096 // b)) for b in batches] for name, cost in beliefs.items()
     }
+    learnt = study.goodput(beliefs["knee at twice"])
+    found["knee at twice, learning"] = [study.ratio(learnt, batch=b, steps=min(STEPS, 4096 // b), learn=0.3) for b in batches]
     return {"batch": batches, "curves": found}
 
 

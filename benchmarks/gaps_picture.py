@@ -96,8 +96,8 @@ def tail(axis, r) -> None:
 
 def wrong_cost(axis, r) -> None:
     """Goodput under wrong beliefs."""
-    looks = ((style.of("goodput"), "o-"), *((colour, line) for colour in (style.BAD, style.QUIET) for line in ("o-", "o--")))
-    for (name, ratio), (colour, line) in zip(r["curves"].items(), looks, strict=True):
+    looks = ((style.of("goodput"), "o-"), *((colour, line) for colour in (style.BAD, style.QUIET, style.INK) for line in ("o-", "o--")))
+    for (name, ratio), (colour, line) in zip(r["curves"].items(), looks, strict=False):
         axis.plot(r["batch"], ratio, line, ms=3, color=colour, label=name)
     _batches(axis, r["batch"])
 

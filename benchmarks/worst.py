@@ -15,7 +15,7 @@ MODEL = "LLaMA-3.3-70B"
 MODELS = ("LLaMA-3.1-8B", MODEL, "Qwen3-235B-A22B")
 CONTEXT = 800
 """Tokens of context of a request."""
-STEPS = {8: 100, 64: 60, 256: 40}
+STEPS = {8: 160, 64: 120, 256: 120}
 Scheduler = echo.ElasticBudgetScheduler
 
 

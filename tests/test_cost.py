@@ -232,3 +232,25 @@ def test_profile_reads_the_devices_clock():
 def test_bad_input_names_the_argument(call, message):
     with pytest.raises(echo.EchoError, match=message):
         call()
+
+
+def test_a_wrong_curve_learns_where_the_engine_goes():
+    truth = echo.CostModel((1, 256, 1024), (1.0, 1.0, 4.0), requests=(1, 64), request_seconds=(0.0, 0.5))
+    belief = echo.CostModel((1, 64, 512, 2048), (2.0, 2.0, 2.1, 9.0), requests=(1, 64), request_seconds=(0.0, 0.5))
+    visited = np.random.default_rng(0).choice([8, 32, 100, 256, 300, 600, 900], 400)
+    for rows in visited.tolist():
+        belief = belief.learn(rows, truth(rows, requests=32), requests=32)
+        assert (np.diff(belief.seconds) >= 0).all()
+    for rows in set(visited.tolist()):
+        assert belief(rows) == pytest.approx(truth(rows), rel=0.1)
+    assert len(belief.rows) <= 4 + 7
+
+
+def test_one_late_step_does_not_turn_the_curve():
+    model = echo.CostModel((1, 64), (1.0, 1.0))
+    assert model.learn(64, 1000.0).seconds == pytest.approx((1.0, 1.3))
+    assert model.learn(64, 1.0).seconds == (1.0, 1.0)
+    tiered = echo.CostModel((1, 64), (1.0, 1.0), tiers=(32, 64))
+    assert tiered.learn(5, 2.0, rate=1.0).rows == (1, 32, 64)  # the tier that was launched
+    with pytest.raises(echo.EchoError, match=r"rate: expected a number from 0\.0 to 1\.0, got 2"):
+        model.learn(64, 1.0, rate=2)

@@ -139,6 +139,14 @@ def test_rank_says_what_a_chain_would_have_accepted(trace):
         assert (step.accepted.lengths.numpy() - 1 == firsts).all()
 
 
+def test_a_cost_model_that_is_wrong_learns_from_the_steps(trace):
+    wrong = echo.CostModel((1, 64), (1.0, 1.0), draft_layer=0.02)  # rows beyond 16 cost nothing, it believes
+    scheduler = echo.ElasticBudgetScheduler.goodput(CALIBRATION, wrong, beam=3)
+    stubborn, learning = (replay(trace, scheduler, COST, batch=8, steps=300, learn=rate) for rate in (0.0, 0.2))
+    assert learning.throughput > 1.1 * stubborn.throughput
+    assert learning.misses == 0
+
+
 def test_where_nothing_was_drafted_nothing_is_recorded(trace):
     for begin, end, limit in zip(trace.indptr, trace.indptr[1:], trace.limit, strict=False):
         assert (trace.log_prob[end - 1] == -np.inf).all()  # the last token

@@ -100,7 +100,7 @@ class ElasticBudgetScheduler:
         With a number as budget: ``max_depth`` and that many rows, or depth 0 and B rows where it leaves nothing to draft for.
         With a cost model: the depth d and the rows K that maximise (B + F_d(K)) / (T(K) + draft(d)); depth 0 unless that beats
         B / T(B) by ``margin``, or it is time for a probe. Up to as many rows again are taken where they are free. F is foreseen from the
-        history; as long as that knows too little, the deepest tree is tried at the knee, or with two rows a request where that is more.
+        history; as long as that knows too little, the deepest tree is tried at the knee, or with a row for every fourth request.
 
         Args:
             history: what happened up to some step before this one, on the host.

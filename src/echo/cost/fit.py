@@ -15,6 +15,8 @@ Floats = NDArray[np.float64]
 MOST_KNOTS = 48
 """Knots of a curve at most; where samples have more different values, their quantiles."""
 RESAMPLES = 200
+NEAR = 0.03
+"""Row counts this close are one knot where a curve learns: at most 32 to an octave."""
 
 
 @dataclass(frozen=True)
@@ -222,3 +224,16 @@ def knee_intervals(
     k, _, gamma = knee(points, monotone)
     low, high = np.percentile(k, [2.5, 97.5])
     return (int(np.floor(low)), int(np.ceil(high))), (float(np.percentile(gamma, 2.5)), float(np.percentile(gamma, 97.5)))
+
+
+def given_way(curve: tuple[tuple[int, ...], tuple[float, ...]], at: int, value: float, error: float) -> tuple[Any, Any]:
+    """A curve whose value at ``at`` moves by ``error``, at the knot near it or a new one, and that falls on neither side of it."""
+    x, y = (np.asarray(part, dtype=np.float64) for part in curve)
+    knot = int(np.abs(x - at).argmin())
+    if abs(x[knot] - at) > NEAR * at:
+        knot = int(np.searchsorted(x, at))
+        x, y = np.insert(x, knot, at), np.insert(y, knot, value)
+    y[knot] = max(y[knot] + error, 1e-3 * y[0])
+    y[:knot] = np.minimum(y[:knot], y[knot])
+    y[knot:] = np.maximum(y[knot:], y[knot])
+    return tuple(int(r) for r in x), tuple(float(s) for s in y)

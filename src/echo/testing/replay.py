@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -150,6 +150,7 @@ def replay(
     prompt_rows: int = 0,
     lag: int = 0,
     capacity: int | None = None,
+    learn: float = 0.0,
     observe: Observer | None = None,
 ) -> Report:
     """Decodes the trace's texts under a policy, with continuous refill, and charges each step by the cost model.
@@ -170,6 +171,7 @@ def replay(
         prompt_rows: rows of each admission's prefill, in the forward pass of the request's first step.
         lag: steps by which the forecast's history lies behind, 0 to 2.
         capacity: rows of one request at most.
+        learn: rate at which the scheduler's own cost model, where it has one, learns what each step took (:meth:`CostModel.learn`).
         observe: is shown each step.
 
     Raises:
@@ -227,9 +229,12 @@ def replay(
         full = float(cost.draft(plan.depth, len(live) * width))
         drafting = drafted * cost.draft_layer + nodes * cost.draft_row if compact else full
         if catch_up and plan.depth and missed_tokens:
-            drafting += cost.draft_layer + cost.draft_row * missed_tokens
+            drafting += cost.catch_up(missed_tokens)
         missed_tokens = 0 if plan.depth else missed_tokens + int(emitted.sum())
-        report.seconds += cost(plan.rows + prompt_rows * len(fresh)) + drafting
+        launched = plan.rows + prompt_rows * len(fresh)
+        report.seconds += cost(launched) + drafting
+        if learn and isinstance(scheduler.budget, CostModel):
+            scheduler = replace(scheduler, budget=scheduler.budget.learn(launched, cost(launched), rate=learn))
         if observe is not None:
             observe(Record(slots.text[live], at - slots.begin[live], tree, packed, accepted, emitted, plan))
         slots.advance(live, emitted, packed.indptr.diff().numpy(), report)
