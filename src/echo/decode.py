@@ -94,7 +94,7 @@ class Step:
     finished: tuple[int, ...] = ()
 
     def log(self, first_step: int = 0, *, weights: Tensor | None = None) -> WarmupLog:
-        """Warm-up rows of this step, see :func:`warmup_rows`.
+        """Warm-up rows of this step; see :func:`warmup_rows` for the arguments.
 
         Raises:
             EchoError: the step was drafted behind a gate and has no weights: what the gate stopped would be missing, and the log

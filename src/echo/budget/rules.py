@@ -149,6 +149,9 @@ def PerRequest(n: int, beam: int, reliability: Calibration | None = None) -> Glo
         n: rows of a request, root included.
         beam: EAGLE's top-k: nodes of each layer that are drafted on.
         reliability: as in :class:`GlobalRank`.
+
+    Raises:
+        EchoError: a number below 1.
     """
     return GlobalRank(beam, reliability, max_rows=checks.integer("n", n, 1))
 

@@ -124,7 +124,7 @@ class ElasticBudgetScheduler:
         """What drafting would bring this rank, for :meth:`agree`: data-parallel ranks that share layers must run one shape.
 
         Takes what :meth:`forecast` takes, and a cost model as budget; an idle rank takes part with ``slots`` of length 0. Returns
-        float32 [n], at most 1 kB, the same n on every rank.
+        float32 [n], at most 1 kB, the same n on every rank. Another budget is an EchoError.
         """
         checks.tensor("slots", slots, ["B"], torch.int64)
         return self._goodput.curve(history, slots, checks.integer("base_rows", base_rows, 0))

@@ -125,7 +125,7 @@ class ConfidenceHistograms:
         return cls(mass)
 
     def add(self, log: WarmupLog) -> ConfidenceHistograms:
-        """These rows and the log's; see :meth:`of` for errors."""
+        """These rows and those of ``log``; see :meth:`of` for errors."""
         mass = _deepen(self.mass, _deepest(log)).copy()
         _accumulate(mass, log)
         return ConfidenceHistograms(mass)
@@ -161,7 +161,7 @@ class ConfidenceHistograms:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> ConfidenceHistograms:
-        """Reads what :meth:`save` wrote.
+        """Reads the file ``path`` that :meth:`save` wrote.
 
         Raises:
             EchoError: no whole histogram file, or one of another version.

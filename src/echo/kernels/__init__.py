@@ -170,7 +170,7 @@ def accept(
 def accept_greedy(
     parent: Tensor, indptr: Tensor, tokens: Tensor, logits: Tensor, max_depth: int, *, backend: str = "auto"
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """:func:`accept` with the arg-max of ``logits`` [N, V], read once; NaN never wins, the lowest of equals does.
+    """As :func:`accept`, with the arg-max of ``logits`` [N, V], read once; NaN never wins, the lowest of equals does.
 
     Raises:
         EchoError: arguments that do not fit, or a backend that is not there.

@@ -157,7 +157,7 @@ class Trace:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Trace:
-        """Reads what :meth:`save` wrote.
+        """Reads the ``path`` that :meth:`save` wrote.
 
         Raises:
             EchoError: not a trace, of another version, truncated, or the first value out of range with its position.
