@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from echo.errors import EchoError
 
@@ -20,7 +20,7 @@ POLICIES = {
     "global": "#7b4b94",
     "DDD": "#8d6e63",
 }
-LOOK = {
+LOOK: dict[Any, Any] = {
     "font.size": 9,
     "axes.titlesize": 10,
     "axes.titleweight": "bold",

@@ -30,7 +30,8 @@ class GateReport:
     """What one gate does to the requests of a log, behind the gates above it.
 
     Attributes:
-        depth, threshold: the gate.
+        depth: of the gate.
+        threshold: of the gate.
         asked: weighted request-steps that reach it.
         stopped: those whose confidence is not above the threshold.
         lost: those of them whose path the target would have accepted through this depth.
