@@ -37,7 +37,8 @@ class PlanError(AssertionError):
 
     def __init__(self, invariant: str, report: str, scenario: Scenario) -> None:
         super().__init__(report)
-        self.invariant, self.scenario = invariant, scenario
+        self.invariant: str = invariant
+        self.scenario: Scenario = scenario
 
 
 @dataclass(frozen=True)
