@@ -278,14 +278,7 @@ def decode(
     """
     checks.integer("slots", slots, 1)
     ends = {eos_token} if isinstance(eos_token, int) else set(eos_token or ())
-    limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
-    if len(limits) != len(prompts):
-        raise EchoError(f"max_new_tokens: expected one number for each of {len(prompts)} prompts, got {len(limits)}")
-    for limit in limits:
-        checks.integer("max_new_tokens", limit, 1)
-    for number, prompt in enumerate(prompts):
-        if len(checks.tensor(f"prompts[{number}]", prompt, ["length"], torch.int64)) == 0:
-            raise EchoError(f"prompts[{number}]: expected at least one token, got none")
+    limits = _limits(prompts, max_new_tokens)
     history = scheduler.history(slots, device)
     waiting = list(range(len(prompts)))[::-1]
     running: dict[int, int] = {}  # slot -> prompt
@@ -327,6 +320,19 @@ def decode(
                 finished.append(request)
                 del running[slot]
         yield replace(step, requests=requests, emitted=tuple(emitted), finished=tuple(finished))
+
+
+def _limits(prompts: Sequence[Tensor], max_new_tokens: int | Sequence[int]) -> list[int]:
+    """Tokens of each answer at most. Checks both arguments."""
+    limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
+    if len(limits) != len(prompts):
+        raise EchoError(f"max_new_tokens: expected one number for each of {len(prompts)} prompts, got {len(limits)}")
+    for limit in limits:
+        checks.integer("max_new_tokens", limit, 1)
+    for number, prompt in enumerate(prompts):
+        if len(checks.tensor(f"prompts[{number}]", prompt, ["length"], torch.int64)) == 0:
+            raise EchoError(f"prompts[{number}]: expected at least one token, got none")
+    return limits
 
 
 __all__ = ["Drafter", "Seconds", "Step", "Target", "decode", "outcomes", "speculate", "verify", "warmup_rows"]
