@@ -55,12 +55,14 @@ class Steps:
         tokens: int64 [steps], emitted by the batch.
         rows: int64 [steps], of the target's forward pass.
         layers: int64 [steps], drafted.
-        width: rows of a drafted layer.
+        requests: of the batch.
+        width: rows that each has in a drafted layer.
     """
 
     tokens: np.ndarray
     rows: np.ndarray
     layers: np.ndarray
+    requests: int
     width: int
 
     def rate(self, cost: echo.CostModel) -> float:
@@ -68,7 +70,7 @@ class Steps:
         return float(self.tokens.sum() / self.seconds(cost).sum())
 
     def seconds(self, cost: echo.CostModel) -> np.ndarray:
-        return np.asarray(cost(self.rows) + cost.draft(self.layers, self.width))
+        return np.asarray(cost(self.rows) + cost.draft(self.layers, self.requests, self.width))
 
     def interval(self, cost: echo.CostModel) -> tuple[float, float]:
         """95% bootstrap interval of :meth:`rate` over blocks of steps."""
@@ -92,7 +94,7 @@ def run(trace: Trace, scheduler: Scheduler, batch: int, steps: int, exact: bool 
     report = replay(trace, scheduler, FREE, batch=batch, steps=steps + WARM, order=order, observe=observe)
     assert report.misses == 0 or exact, f"{report.misses} nodes without a record: the trace is too narrow for {scheduler}"
     tokens, rows, layers = np.array(seen[WARM:]).T
-    return Steps(tokens, rows, layers, batch * scheduler.rule.width)
+    return Steps(tokens, rows, layers, batch, scheduler.rule.width)
 
 
 @dataclass

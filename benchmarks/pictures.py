@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import echo
 import gaps_picture
 import paper
 import plan
@@ -21,6 +22,7 @@ def main() -> None:
     found = {
         name: json.loads((RESULTS / f"{name}.json").read_text()) for name in ("gaps", "paper", "plan", "real_data", "replay", "service")
     }
+    echo.CostModel.from_json((RESULTS / "cost.json").read_text()).plot().savefig(IMAGES / "cost.png", dpi=150)
     gaps_picture.draw(found["gaps"], IMAGES)
     paper.draw(found["paper"]["cells"], RESULTS / "paper.png")
     plan.plot(found["plan"]["growth"], RESULTS / "plan.png")

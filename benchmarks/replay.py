@@ -64,7 +64,7 @@ class Steps:
         return float(self.tokens.sum() / self.seconds(cost, batch).sum() / (batch / cost(batch)))
 
     def seconds(self, cost: echo.CostModel, batch: int) -> np.ndarray:
-        return cost(self.rows) + cost.draft(self.layers, batch * self.width)
+        return cost(self.rows) + cost.draft(self.layers, batch, self.width)
 
     def interval(self, cost: echo.CostModel, batch: int, rng: np.random.Generator) -> tuple[float, float]:
         """95% bootstrap interval of :meth:`rate` over blocks of steps."""

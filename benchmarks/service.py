@@ -208,7 +208,7 @@ class Replica:
             return rows, 0.0, 1
         text = self.requests.text[writing]
         place = (self.rng.random(batch) * steps.counts[text]).astype(int)
-        return rows, float(self.cost.draft(layers, batch * steps.width)), steps.emitted[text, place]
+        return rows, float(self.cost.draft(layers, batch, steps.width)), steps.emitted[text, place]
 
 
 def simulate(steps: dict[tuple[int, bool], Steps], cost: echo.CostModel, load: Load, replicas: int, seed: int = 0) -> dict[str, float]:

@@ -122,7 +122,8 @@ def test_rows_within_a_cost():
 
 def test_draft_cost():
     model = echo.CostModel((1,), (1.0,), draft_layer=0.2, draft_row=0.01)
-    assert model.draft(3, 8) == pytest.approx(3 * 0.28)
+    assert model.draft(3, 2, 4) == pytest.approx(3 * 0.2 + 0.01 * 2 * (1 + 4 + 4))  # the first layer is drafted on the roots alone
+    assert model.draft([0, 1], 8, 4) == pytest.approx([0.0, 0.28])
 
 
 def test_coming_back_to_drafting():

@@ -109,7 +109,7 @@ def test_charges(trace):
     scheduler = POLICIES["eagle"]
     seen = []
     full = replay(trace, scheduler, COST, batch=4, observe=seen.append)
-    expected = sum(COST(r.forecast.rows) + r.forecast.depth * (0.02 + 0.001 * len(r.requests) * 3) for r in seen)
+    expected = sum(COST(r.forecast.rows) + COST.draft(r.forecast.depth, len(r.requests), 3) for r in seen)
     assert full.seconds == pytest.approx(expected)
     assert replay(trace, scheduler, COST, batch=4, compact=True).seconds < full.seconds
     assert replay(trace, scheduler, COST, batch=4, prompt_rows=50).seconds > full.seconds

@@ -98,7 +98,7 @@ class Goodput:
         """
         depths, probe = np.arange(1, self.max_depth + 1), tick % self.probe == 0
         step = self.cost(least + np.ceil(drafted), requests=widest)
-        seconds = step + self.cost.draft(depths, widest * self.width)[:, None]
+        seconds = step + self.cost.draft(depths, widest, self.width)[:, None]
         rate = np.where(drafted >= 1, (tokens + accepted) / seconds, 0.0)
         if rate.max() > (1 + self.margin) * tokens / self.cost(least, requests=widest):
             rate[:-1] *= not probe  # a look at the deepest layers

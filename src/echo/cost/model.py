@@ -228,9 +228,10 @@ class CostModel:
         knots, curve = fit.given_way((self.rows, self.seconds), at, value, error)
         return replace(self, rows=knots, seconds=curve)
 
-    def draft(self, layers: ArrayLike, rows_per_layer: float) -> Any:
-        """Seconds of drafting ``layers`` layers (a number or an array) of ``rows_per_layer`` rows each."""
-        return np.asarray(layers) * (self.draft_layer + self.draft_row * rows_per_layer)
+    def draft(self, layers: ArrayLike, requests: int, width: int = 1) -> Any:
+        """Seconds of ``layers`` layers (a number or an array) for ``requests``: the first on each one's root, the others on ``width`` nodes."""
+        count = np.asarray(layers)
+        return self.draft_layer * count + self.draft_row * requests * np.where(count > 0, 1 + width * (count - 1), 0)
 
     def catch_up(self, tokens: float, *, cold: bool = False) -> float:
         """Seconds that a drafter needs, once, before it can draft again: it reads ``tokens`` tokens that it has not seen.

@@ -206,7 +206,7 @@ def replay(
         emitted = np.minimum(accepted.lengths.numpy(), slots.end[live] - at - 1)
 
         _count(report, packed, emitted, tree.depth)
-        full = float(cost.draft(plan.depth, len(live) * scheduler.rule.width))
+        full = float(cost.draft(plan.depth, len(live), scheduler.rule.width))
         drafting = tree.depth * cost.draft_layer + nodes * cost.draft_row if compact else full
         if catch_up and plan.depth and missed_tokens:
             drafting += cost.catch_up(missed_tokens)
