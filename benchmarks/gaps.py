@@ -25,6 +25,7 @@ from rich.console import Console
 import echo
 from echo.testing import Record, Report, Trace
 from echo.testing import replay as play
+from gaps_picture import draw
 from policies import Setting, eagle, paper, top_k
 from replay import LAG, MAX_POOL, WARM, Steps, calibrate, halves, shapes
 
@@ -329,8 +330,6 @@ def main() -> None:
         results[name] = temperature(study, args.sampled) if name == "temperature" else SECTIONS[name](study)
         console.print(f"{name}: {time.perf_counter() - begun:.0f} s")
         args.out.write_text("{\n" + ",\n".join(f'"{key}": {json.dumps(short(value))}' for key, value in results.items()) + "\n}\n")
-    from gaps_picture import draw
-
     draw(results, args.images)
     console.print(f"{args.out} and {args.images}/gaps*.png written; {time.perf_counter() - start:.0f} s in all")
 

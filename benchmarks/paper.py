@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 import echo
+from echo import style
 from echo.testing import Record, Trace, replay
 from policies import oracle_trace
 from raised import raised, raised_to
@@ -295,42 +296,30 @@ def markdown(comparison: list[dict[str, str]], cells: dict[str, list[dict[str, o
 
 def draw(cells: dict[str, list[dict[str, object]]], path: Path) -> None:
     """A row of panels for each trace, one panel a model."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    shown = {
-        "EAGLE-3, default": "#e9a13b",
-        "EAGLE-3, matched": "#c2593f",
-        "DDD": "#8d6e63",
-        "ECHO": "#2a7f62",
-        "goodput": "#33658a",
-        "oracle": "#9aa5ab",
-    }
-    plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
+    shown = ("EAGLE-3, default", "EAGLE-3, matched", "DDD", "ECHO", "goodput", "oracle")
     models = list(echo.cost.MODELS)
-    figure, axes = plt.subplots(len(cells), len(models), figsize=(16, 6.2), sharey="row", sharex=True, layout="constrained")
-    for row, (name, own) in zip(axes, cells.items(), strict=True):
-        for axis, model in zip(row, models, strict=True):
-            for policy, colour in shown.items():
-                found = [c for c in own if c["model"] == model and c["policy"] == policy]
-                batch = [c["batch"] for c in found]
-                plain = np.array([float(str(c["plain"])) for c in found])
-                ratio, low, high = (np.array([float(str(c[k])) for c in found]) / plain for k in ("tokens_per_second", "low", "high"))
-                axis.plot(batch, ratio, "o-", ms=3, color=colour, label=policy, lw=1 if policy == "oracle" else 1.7)
-                axis.fill_between(batch, low, high, color=colour, alpha=0.15, lw=0)
-            axis.axhline(1, color="#22333b", lw=0.8)
-            axis.set_xscale("log", base=2)
-            axis.set_xticks(BATCHES, [str(b) for b in BATCHES])
-            axis.set_title(model, fontsize=9, fontweight="bold")
-            axis.set_ylim(0, None)
-        row[0].set_ylabel(f"throughput / plain, {name}")
-    for axis in axes[-1]:
-        axis.set_xlabel("batch")
-    axes[0, -1].legend(frameon=False, fontsize=8)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    with style.figure(16, 6.2) as figure:
+        axes = figure.subplots(len(cells), len(models), sharey="row", sharex=True)
+        for row, (name, own) in zip(axes, cells.items(), strict=True):
+            for axis, model in zip(row, models, strict=True):
+                for policy in shown:
+                    colour, line = style.of(policy), "o--" if policy.endswith("matched") else "o-"
+                    found = [c for c in own if c["model"] == model and c["policy"] == policy]
+                    batch = [c["batch"] for c in found]
+                    plain = np.array([float(str(c["plain"])) for c in found])
+                    ratio, low, high = (np.array([float(str(c[k])) for c in found]) / plain for k in ("tokens_per_second", "low", "high"))
+                    axis.plot(batch, ratio, line, ms=3, color=colour, label=policy, lw=1 if policy == "oracle" else 1.7)
+                    axis.fill_between(batch, low, high, color=colour, alpha=0.15, lw=0)
+                axis.axhline(1, color=style.INK, lw=0.8)
+                axis.set_xscale("log", base=2)
+                axis.set_xticks(BATCHES, [str(b) for b in BATCHES])
+                axis.set_title(model)
+                axis.set_ylim(0, None)
+            row[0].set_ylabel(f"throughput / plain, {name}")
+        for axis in axes[-1]:
+            axis.set_xlabel("batch")
+        axes[0, -1].legend()
+        figure.savefig(path, dpi=120)
 
 
 def measure(trace: Trace, share: float, models: Iterable[str]) -> tuple[dict[str, list[dict[str, object]]], float]:

@@ -29,6 +29,7 @@ import simpy
 import torch
 
 import echo
+from echo import style
 from echo.testing import Record, Trace, replay
 from raised import raised, raised_to
 from replay import calibrate, halves
@@ -346,35 +347,29 @@ def markdown(result: dict[str, Any]) -> str:
 
 def draw(result: dict[str, Any], path: Path) -> None:
     """A row for each trace: pace at 50 and 99% and the level attained by load, bursty; last, the worst ratios."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    colours = {"off": "#22333b", "EAGLE-3": "#e9a13b", "ECHO": "#2a7f62", "goodput": "#33658a"}
-    plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
-    figure, axes = plt.subplots(2, 4, figsize=(15, 6.2), layout="constrained")
-    for row, name in zip(axes, NAMES, strict=True):
-        for policy, colour in colours.items():
-            runs = [c for c in result[name]["curve"] if c["policy"] == policy]
-            rate = [r["rate"] for r in runs]
-            for axis, key, scale in zip(row, ("tpot_50", "tpot_99", f"attained_{LEVELS[0]}"), (1e3, 1e3, 1.0), strict=False):
-                axis.plot(rate, [scale * r[key] for r in runs], "o-", ms=3, color=colour, label=policy)
-        for axis, title in zip(row, ("ms a token, median", "ms a token, 99%", f"share within {LEVELS[0]} ms"), strict=False):
-            axis.set(title=f"{title}: {name}", xlabel="requests a second for each replica", ylim=(0, None))
-        for axis, limit in zip(row, (LEVELS[0], LEVELS[0], ATTAINED), strict=False):
-            axis.axhline(limit, color="#c2593f", lw=0.8, ls="--")
-    axes[0, 0].legend(frameon=False)
-    for axis, policy in zip(axes[:, 3], ("ECHO", "goodput"), strict=True):
-        cells = [c for c in result["worst"] if c["policy"] == policy]
-        places = list(dict.fromkeys(c["adversity"] for c in cells))
-        for cell in cells:
-            shade = {8: "#9ecae1", 64: "#4292c6", 256: "#084594"}[cell["batch"]]
-            axis.plot(places.index(cell["adversity"]), cell["ratio"], "o", ms=5, color=shade)
-        axis.axhline(1, color="#22333b", lw=0.8)
-        axis.set_xticks(range(len(places)), places)
-        axis.set(title=f"{policy} over off (dark: batch 256)", ylim=(0, None))
-    figure.savefig(path, dpi=120)
+    with style.figure(15, 6.2) as figure:
+        axes = figure.subplots(2, 4)
+        for row, name in zip(axes, NAMES, strict=True):
+            for policy in ("off", "EAGLE-3", "ECHO", "goodput"):
+                runs = [c for c in result[name]["curve"] if c["policy"] == policy]
+                rate = [r["rate"] for r in runs]
+                for axis, key, scale in zip(row, ("tpot_50", "tpot_99", f"attained_{LEVELS[0]}"), (1e3, 1e3, 1.0), strict=False):
+                    axis.plot(rate, [scale * r[key] for r in runs], "o-", ms=3, color=style.of(policy), label=policy)
+            for axis, title in zip(row, ("ms a token, median", "ms a token, 99%", f"share within {LEVELS[0]} ms"), strict=False):
+                axis.set(title=f"{title}: {name}", xlabel="requests a second for each replica", ylim=(0, None))
+            for axis, limit in zip(row, (LEVELS[0], LEVELS[0], ATTAINED), strict=False):
+                axis.axhline(limit, color=style.BAD, lw=0.8, ls="--")
+        axes[0, 0].legend()
+        for axis, policy in zip(axes[:, 3], ("ECHO", "goodput"), strict=True):
+            cells = [c for c in result["worst"] if c["policy"] == policy]
+            places = list(dict.fromkeys(c["adversity"] for c in cells))
+            for cell in cells:
+                shade = {8: "#9ecae1", 64: "#4292c6", 256: "#084594"}[cell["batch"]]
+                axis.plot(places.index(cell["adversity"]), cell["ratio"], "o", ms=5, color=shade)
+            axis.axhline(1, color=style.INK, lw=0.8)
+            axis.set_xticks(range(len(places)), places)
+            axis.set(title=f"{policy} over off (dark: batch 256)", ylim=(0, None))
+        figure.savefig(path, dpi=120)
 
 
 def main() -> None:

@@ -167,14 +167,17 @@ class CostModel:
         return float(y) if y.ndim == 0 else y
 
     def load(self, requests: float = 1, context: float = 0.0) -> float:
-        """The part of a step's seconds that its rows do not change."""
+        """The part of a step's seconds that its rows do not change: that of ``requests`` and of ``context``, their tokens together."""
         crowd = float(_curve(np.float64(requests), self.requests, self.request_seconds)) if self.requests else 0.0
         return crowd + self.context_token * context
 
     def at(self, requests: int = 1, context: float = 0.0) -> CostModel:
-        """The model of steps of that many requests and that much context, as a curve over rows alone, from one row a request on.
+        """The model of steps of ``requests`` and that much ``context``, as a curve over rows alone, from one row a request on.
 
         Its knee says what the paper's law says of a batch: the rows that cost no more than plain decoding of it does.
+
+        Raises:
+            EchoError: requests below 1.
         """
         first = checks.integer("requests", requests, 1)
         rows = [first, *(r for r in self.rows if r > first)]
@@ -226,7 +229,7 @@ class CostModel:
         return replace(self, rows=knots, seconds=curve)
 
     def draft(self, layers: ArrayLike, requests: int, width: int = 1) -> Any:
-        """Seconds of drafting ``layers`` layers (a number or an array): the first on each request's root, the others on ``width`` nodes."""
+        """Seconds of ``layers`` layers (a number or an array) for ``requests``: the first on each one's root, the others on ``width`` nodes."""
         count = np.asarray(layers)
         return self.draft_layer * count + self.draft_row * requests * np.where(count > 0, 1 + width * (count - 1), 0)
 
@@ -265,7 +268,7 @@ class CostModel:
 
     @classmethod
     def from_json(cls, text: str) -> CostModel:
-        """Reads what :meth:`to_json` wrote.
+        """Reads the ``text`` that :meth:`to_json` wrote.
 
         Raises:
             EchoError: not JSON, of another version, or with values out of range.
@@ -293,7 +296,7 @@ class CostModel:
 
     @classmethod
     def from_sglang(cls, text: str) -> CostModel:
-        """Reads SGLang's cost tables: the additive one, and the older one of steps per second, a step function.
+        """Reads the ``text`` of SGLang's cost tables: the additive one, and the older one of steps per second, a step function.
 
         Its tables are measured and need not rise; ours are the nearest that do (least squares). They know nothing of drafting:
         ``dataclasses.replace(model, draft_layer=...)``.

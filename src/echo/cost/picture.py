@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 def plot(model: CostModel) -> Figure:
     """See :meth:`CostModel.plot`."""
-    figure = style.figure(10, 3.8)
-    curve, chance = figure.subplots(1, 2)
-    _curve(curve, model)
-    _chance(chance, model)
+    with style.figure(10, 3.8) as figure:
+        curve, chance = figure.subplots(1, 2)
+        _curve(curve, model)
+        _chance(chance, model)
     return figure
 
 
@@ -29,7 +29,7 @@ def _curve(axis: Any, model: CostModel) -> None:
     grid = np.unique(np.geomspace(1, rows[-1], 400).round().astype(int))
     axis.plot(rows, 1e3 * np.asarray(model.seconds), "o", ms=3.5, color=style.GOOD, label="measured, fitted")
     axis.plot(grid, 1e3 * np.asarray(model(grid)), color=style.GOOD, lw=1.4, label="with tiers" if model.tiers else None)
-    axis.plot(grid, [1e3 * knee(r) for r in grid], color=style.PLAIN, lw=1, ls="--", label=f"law: K_max {knee.k_max}, γ {knee.gamma:.2g}")
+    axis.plot(grid, [1e3 * knee(r) for r in grid], color=style.INK, lw=1, ls="--", label=f"law: K_max {knee.k_max}, γ {knee.gamma:.2g}")
     axis.axvline(knee.k_max, color=style.BAD, lw=1)
     if knee.k_max_interval is not None:
         axis.axvspan(*knee.k_max_interval, color=style.BAD, alpha=0.15, lw=0, label="K_max, 95%")
@@ -37,7 +37,7 @@ def _curve(axis: Any, model: CostModel) -> None:
         most = model.requests[-1]
         axis.plot(grid, 1e3 * np.asarray(model(grid, requests=most)), color=style.QUIET, lw=1.4, label=f"{most} requests")
     axis.set(title="a step of the target", xlabel="rows", ylabel="milliseconds", xscale="log", ylim=(0, None))
-    axis.legend(frameon=False, fontsize="small")
+    axis.legend()
 
 
 def _chance(axis: Any, model: CostModel) -> None:

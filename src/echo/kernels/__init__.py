@@ -170,7 +170,7 @@ def accept(
 def accept_greedy(
     parent: Tensor, indptr: Tensor, tokens: Tensor, logits: Tensor, max_depth: int, *, backend: str = "auto"
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """:func:`accept` with the arg-max of logits [N, V], read once; NaN never wins, the lowest of equals does.
+    """As :func:`accept`, with the arg-max of ``logits`` [N, V], read once; NaN never wins, the lowest of equals does.
 
     Raises:
         EchoError: arguments that do not fit, or a backend that is not there.
@@ -180,7 +180,7 @@ def accept_greedy(
 
 
 def argmax_tokens(logits: Tensor, *, backend: str = "auto") -> Tensor:
-    """int64 [N]: greedy tokens of logits [N, V]; NaN never wins, the lowest of equals does, a row without a number above -inf has -1.
+    """int64 [N]: greedy tokens of ``logits`` [N, V], by ``backend``; NaN never wins, the lowest of equals does; -1 for none above -inf.
 
     Raises:
         EchoError: arguments that do not fit, or a backend that is not there.

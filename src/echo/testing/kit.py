@@ -37,7 +37,8 @@ class PlanError(AssertionError):
 
     def __init__(self, invariant: str, report: str, scenario: Scenario) -> None:
         super().__init__(report)
-        self.invariant, self.scenario = invariant, scenario
+        self.invariant: str = invariant
+        self.scenario: Scenario = scenario
 
 
 @dataclass(frozen=True)
@@ -137,6 +138,11 @@ def _search(scheduler: ElasticBudgetScheduler, claims: Sequence[str], examples: 
 
 def check_step(scheduler: ElasticBudgetScheduler, scenario: Scenario, *, claims: Sequence[str] = DEFAULT) -> None:
     """Plans one step and checks every invariant: :func:`check_scheduler` on a step of one's own.
+
+    Args:
+        scheduler: the policy.
+        scenario: the step.
+        claims: as in :func:`check_scheduler`.
 
     Raises:
         PlanError: with a table of the plan.

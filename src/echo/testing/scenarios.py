@@ -53,19 +53,19 @@ class Scenario:
         return self.root_tokens.shape[0]
 
     def draft(self, frontier: Frontier) -> tuple[Tensor, Tensor]:
-        """Tokens int64 and log-probabilities [B, W, k] after each node of the frontier."""
+        """Tokens int64 and log-probabilities [B, W, k] after each node of the ``frontier``."""
         vocab, k = self.log_probs.shape[1:]
         tokens = (frontier.token[..., None] + 1 + torch.arange(k)) % vocab
         return tokens, self.log_probs[frontier.depth][frontier.token]
 
     def take(self, requests: Sequence[int]) -> Scenario:
-        """The step of these requests alone, in this order."""
+        """The step of these ``requests`` alone, in this order."""
         at = torch.tensor(requests, dtype=torch.int64)
         floors, weights = (None if x is None else x[at] for x in (self.floors, self.weights))
         return Scenario(self.root_tokens[at], self.live[at], self.capacity[at], self.log_probs, self.rows, floors, weights)
 
     def grow(self, scheduler: ElasticBudgetScheduler) -> SuperTree:
-        """The super-tree, all D layers of it."""
+        """The super-tree that ``scheduler`` grows, all D layers of it."""
         tree = scheduler.plant(
             self.root_tokens, live=self.live, capacity=self.capacity, rows=self.rows, weights=self.weights, floors=self.floors
         )
@@ -74,7 +74,7 @@ class Scenario:
         return tree
 
     def plan(self, scheduler: ElasticBudgetScheduler) -> Plan:
-        """The step as this scheduler plans it."""
+        """The step as this ``scheduler`` plans it."""
         tree = self.grow(scheduler)
         return Plan(self, tree, scheduler.select(tree), scheduler.pack(tree))
 
@@ -94,11 +94,11 @@ class Plan:
     packed: PackedTree
 
     def rows(self, request: int) -> list[int]:
-        """The selected nodes of a request among its T nodes, in the order of their rows."""
+        """The selected nodes of a ``request`` among its T nodes, in the order of their rows."""
         return [int(node) for node in self.selected[request].nonzero()[:, 0]]
 
     def path(self, request: int, node: int) -> tuple[int, ...]:
-        """Tokens from the root's child down to a node, by which it is known in any batch."""
+        """Tokens from the root's child down to a ``node`` of a ``request``, by which it is known in any batch."""
         forest, tokens = self.tree.forest, list[int]()
         while int(forest.depth[node]):
             tokens.append(int(forest.token[request, node]))
@@ -106,17 +106,17 @@ class Plan:
         return tuple(reversed(tokens))
 
     def paths(self, request: int) -> set[tuple[int, ...]]:
-        """What was selected for a request."""
+        """What was selected for a ``request``, as paths."""
         return {self.path(request, node) for node in self.rows(request)}
 
 
 def burst(batch: int = 8, depth: int = 3) -> Scenario:
-    """Every slot taken, everybody confident, and one row more than there are roots."""
+    """Every one of ``batch`` slots taken, everybody confident down to ``depth``, and one row more than there are roots."""
     return _scenario(batch, depth, 0.9, rows=batch + 1)
 
 
 def one_confident_many_doubtful(batch: int = 8, depth: int = 3) -> Scenario:
-    """Request 0 is sure of its draft, the others are not; two rows a request."""
+    """Request 0 of ``batch`` is sure of its draft of ``depth`` layers, the others are not; two rows a request."""
     scenario, confident = _scenario(batch, depth, 0.2, rows=2 * batch), depth + 1  # the tokens that request 0 comes to first
     shares = torch.full((confident + batch + 2,), 0.2)
     shares[:confident] = 0.98
@@ -125,13 +125,13 @@ def one_confident_many_doubtful(batch: int = 8, depth: int = 3) -> Scenario:
 
 
 def all_equal(batch: int = 8, depth: int = 3) -> Scenario:
-    """The same request in every slot, all candidates equal, and not enough rows: nothing but the order of ties decides."""
+    """The same request in ``batch`` slots, ``depth`` layers of equal candidates, and too few rows: the order of ties decides alone."""
     scenario = _scenario(batch, depth, 0.5, rows=2 * batch + 1)
     return replace(scenario, root_tokens=torch.zeros(batch, dtype=torch.int64), log_probs=torch.full_like(scenario.log_probs, -0.5))
 
 
 def nan_storm(batch: int = 8, depth: int = 3) -> Scenario:
-    """A drafter gone wrong: two of three scores are NaN, infinite or above 0."""
+    """A drafter gone wrong, ``batch`` requests, ``depth`` layers: two of three scores are NaN, infinite or above 0."""
     scenario = _scenario(batch, depth, 0.6, rows=4 * batch)
     places = torch.arange(scenario.log_probs.numel()).view_as(scenario.log_probs)
     storm = torch.tensor([torch.nan, -0.5, torch.inf, -0.1, 0.01, -torch.inf, torch.nan])
