@@ -6,7 +6,7 @@ STAMP := .venv/.installed
 THREADS ?= $(shell nproc)
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test replay docs lint install clean
+.PHONY: demo test replay bench fuzz peers docs lint install clean
 
 demo: $(STAMP)
 	@$(BIN)/python examples/smollm2/demo.py $(ARGS)
@@ -17,6 +17,15 @@ test: lint
 
 replay: $(STAMP)
 	@$(BIN)/python benchmarks/replay.py $(ARGS)
+
+bench: $(STAMP)
+	@for name in pack plan replay gaps real_data paper service summary; do echo "== $$name"; $(BIN)/python benchmarks/$$name.py || exit 1; done
+
+fuzz: $(STAMP)
+	@$(BIN)/python benchmarks/fuzz.py $(ARGS)
+
+peers: $(STAMP)
+	@ECHO_PEERS=install $(BIN)/python -m pytest -m peers tests/test_peers.py tests/test_sglang_plugin.py tests/test_vllm_plugin.py
 
 docs: $(STAMP)
 	@$(PIP) install ".[docs]" --no-build-isolation -c constraints.txt

@@ -31,7 +31,7 @@ import torch
 
 import echo
 import peers
-from echo import kernels
+from echo import kernels, style
 from echo.tree import compact
 
 RESULTS = Path(__file__).parent / "results"
@@ -294,28 +294,24 @@ def step(device: torch.device, dry: bool) -> dict[str, Any]:
 
 def picture(report: dict[str, Any], path: Path) -> None:
     """Each case's contenders by their share of the floor."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     cases = report["attention"]
     names = [name for name in ("echo, planned", *peers.PEERS, *peers.CAUSAL) if any("share" in case[name] for case in cases)]
-    figure, axes = pyplot.subplots(figsize=(9, 1.5 + 0.28 * len(cases)), layout="constrained")
-    for name, marker in zip(names, "osv^Dx+*", strict=False):
-        found = [(case[name]["share"], at) for at, case in enumerate(cases) if "share" in case[name]]
-        axes.plot(*zip(*found, strict=True), marker, label=name, alpha=0.8)
-    labels = [
-        f"{c['model'].split(' ')[0].rstrip(',')} B={c['batch']} rows={c['rows']}{' dealt' * c['dealt']} ctx={c['context']} {c['cache'][:6]}"
-        for c in cases
-    ]
-    axes.set_yticks(range(len(cases)), labels, fontsize=7)
-    axes.set(xlabel="share of the larger floor (bytes, operations)", title=report["card"], xlim=(0, None))
-    axes.invert_yaxis()
-    axes.axvline(0.85, color="grey", linewidth=0.8, linestyle=":")
-    axes.legend(fontsize=7)
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    with style.figure(9, 1.5 + 0.28 * len(cases)) as figure:
+        axes = figure.subplots()
+        for name, marker in zip(names, "osv^Dx+*", strict=False):
+            found = [(case[name]["share"], at) for at, case in enumerate(cases) if "share" in case[name]]
+            axes.plot(*zip(*found, strict=True), marker, label=name, alpha=0.8)
+        labels = [
+            f"{c['model'].split(' ')[0].rstrip(',')} B={c['batch']} rows={c['rows']}{' dealt' * c['dealt']} ctx={c['context']} "
+            f"{c['cache'][:6]}"
+            for c in cases
+        ]
+        axes.set_yticks(range(len(cases)), labels, fontsize=7)
+        axes.set(xlabel="share of the larger floor (bytes, operations)", title=report["card"], xlim=(0, None))
+        axes.invert_yaxis()
+        axes.axvline(0.85, color=style.QUIET, lw=0.8, ls=":")
+        axes.legend(fontsize=7)
+        figure.savefig(path, dpi=120)
 
 
 def versions() -> dict[str, str]:

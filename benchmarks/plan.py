@@ -28,6 +28,7 @@ import numpy as np
 import torch
 
 import echo
+from echo import style
 
 BATCH, ROWS = 256, 1024
 SHAPES = {64: (4, (16, 4, 4, 4)), 512: (8, (64, *[8] * 7))}
@@ -164,30 +165,24 @@ def growth(planner: Any, seconds: float) -> dict[str, list[dict[str, float]]]:
 
 def plot(lines: dict[str, list[dict[str, float]]], path: Path) -> None:
     """Both growth lines, on logarithmic axes, with the slope of what is linear."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True)
-    for axis, (line, points) in zip(axes, lines.items(), strict=True):
-        x = [point[line] for point in points]
-        for name, colour in (("ours", "tab:blue"), ("sglang chains", "tab:orange")):
-            if name in points[0]:
-                label = "echo: trees" if name == "ours" else "SGLang 0.5.23: chains"
-                axis.loglog(x, [point[name] for point in points], "o-", color=colour, label=label)
-        last = points[-1]["ours"]
-        axis.loglog(x, [last * v / x[-1] for v in x], ":", color="grey", label="linear")
-        axis.set_xlabel("requests, 4 rows each" if line == "requests" else f"rows, {BATCH} requests")
-        axis.set_xticks(x, [f"{v:,}" for v in x])
-        axis.minorticks_off()
-        axis.grid(alpha=0.3)
-    axes[0].set_ylabel("microseconds, one thread")
-    axes[0].set_ylim(bottom=min(points[0]["ours"] for points in lines.values()) / 2)
-    axes[0].legend(frameon=False)
-    figure.suptitle("Ranking and dealing, 64 candidates a request")
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    with style.figure(9, 3.6) as figure:
+        axes = figure.subplots(1, 2, sharey=True)
+        for axis, (line, points) in zip(axes, lines.items(), strict=True):
+            x = [point[line] for point in points]
+            for name, colour in (("ours", style.GOOD), ("sglang chains", style.QUIET)):
+                if name in points[0]:
+                    label = "echo: trees" if name == "ours" else "SGLang 0.5.23: chains"
+                    axis.loglog(x, [point[name] for point in points], "o-", color=colour, label=label)
+            last = points[-1]["ours"]
+            axis.loglog(x, [last * v / x[-1] for v in x], ":", color=style.INK, lw=0.8, label="linear")
+            axis.set_xlabel("requests, 4 rows each" if line == "requests" else f"rows, {BATCH} requests")
+            axis.set_xticks(x, [f"{v:,}" for v in x])
+            axis.minorticks_off()
+        axes[0].set_ylabel("microseconds, one thread")
+        axes[0].set_ylim(bottom=min(points[0]["ours"] for points in lines.values()) / 2)
+        axes[0].legend()
+        figure.suptitle("Ranking and dealing, 64 candidates a request")
+        figure.savefig(path, dpi=120)
 
 
 def main() -> None:

@@ -1,57 +1,49 @@
-"""The pictures of real_data.py, drawn from its results: ``python benchmarks/real_data_picture.py`` draws them again."""
+"""The pictures of real_data.py."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-ACCEPTED, REJECTED, PLAIN, BLUE = "#1b7837", "#c2593f", "#555555", "#33658a"
+from echo import style
+
+PAPER, GOODPUT = style.of("ECHO"), style.of("goodput")
 
 
 def draw(result: dict[str, Any], images: Path) -> None:
     """Four pictures: warm_up_size, transfer, gates_and_rules, predictors (.png)."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
     for name, panel, columns, size in (
         ("warm_up_size", _size, 2, (9, 3.2)),
         ("transfer", _transfer, 2, (9.5, 3.6)),
         ("gates_and_rules", _gates, 2, (9, 3.2)),
         ("predictors", _predictors, 2, (10.5, 3.8)),
     ):
-        figure, axes = plt.subplots(1, columns, figsize=size, layout="constrained", sharey=name == "predictors")
-        panel(axes, result)
-        figure.savefig(images / f"{name}.png", dpi=110)
-        plt.close(figure)
+        with style.figure(*size) as figure:
+            panel(figure.subplots(1, columns, sharey=name == "predictors"), result)
+            figure.savefig(images / f"{name}.png", dpi=110)
 
 
 def _size(axes: Any, result: dict[str, Any]) -> None:
     rows = result["warm_up_size"]
     texts = [row["texts"] for row in rows]
-    for gates, colour in (("at most 3", BLUE), ("at most 4", ACCEPTED)):
+    for gates, colour in (("at most 3", style.QUIET), ("at most 4", PAPER)):
         share = [row["most_common"][gates]["share"] for row in rows]
         axes[0].plot(texts, share, "o-", color=colour, label=f"{gates} gates")
         for x, y, row in zip(texts, share, rows, strict=True):
             label = "·".join(map(str, row["most_common"][gates]["gates"]))
             place = (x, y + 0.03) if gates == "at most 4" else (x, y - 0.09)
             axes[0].annotate(label, place, color=colour, fontsize=7, ha="center")
-    axes[0].axhline(0.95, color=PLAIN, lw=0.8, ls=":")
+    axes[0].axhline(0.95, color=style.INK, lw=0.8, ls=":")
     axes[0].set(xscale="log", ylim=(0, 1.1), xlabel="texts in the log", ylabel="share of the most common choice", title="which gates")
     axes[0].set_xticks(texts, [str(n) for n in texts])
-    axes[0].legend(frameon=False, loc="lower right")
+    axes[0].legend(loc="lower right")
     worth = result["worth_of_size"]
     texts = [row["texts"] for row in worth]
-    axes[1].plot(texts, [100 * row["change"] for row in worth], "o-", color=ACCEPTED)
-    axes[1].fill_between(
-        texts, [100 * row["worst"] for row in worth], [100 * row["best"] for row in worth], color=ACCEPTED, alpha=0.15, lw=0
-    )
-    axes[1].axhline(0, color=PLAIN, lw=0.8)
+    axes[1].plot(texts, [100 * row["change"] for row in worth], "o-", color=PAPER)
+    axes[1].fill_between(texts, [100 * row["worst"] for row in worth], [100 * row["best"] for row in worth], color=PAPER, alpha=0.15, lw=0)
+    axes[1].axhline(0, color=style.INK, lw=0.8)
     axes[1].set(
         xscale="log", xlabel="texts in the log", ylabel="tokens a second, % of 32 texts'", title="what they are worth on other texts"
     )
@@ -81,13 +73,13 @@ def _gates(axes: Any, result: dict[str, Any]) -> None:
         ("each_row_costs", "over_plain", "throughput over plain decoding"),
     )
     for axis, (what, value, label) in zip(axes, panels, strict=True):
-        for rule, colour in (("youden", BLUE), ("goodput", ACCEPTED)):
+        for rule, colour in (("youden", PAPER), ("goodput", GOODPUT)):
             entries = [row[what] for row in rows if row["rule"] == rule]
             axis.plot(range(len(counts)), [e[value] for e in entries], "o-", color=colour, label=rule)
-        axis.axhline(rows[0][what][value], color=PLAIN, lw=0.8, ls=":", label="no gate")
+        axis.axhline(rows[0][what][value], color=style.INK, lw=0.8, ls=":", label="no gate")
         axis.set_xticks(range(len(counts)), [str(n) for n in counts[:-1]] + ["all"])
         axis.set(xlabel="gates", ylabel=label)
-    axes[0].legend(frameon=False)
+    axes[0].legend()
 
 
 def _predictors(axes: Any, result: dict[str, Any]) -> None:
@@ -95,14 +87,9 @@ def _predictors(axes: Any, result: dict[str, Any]) -> None:
     for axis, place in zip(axes, (1, 2), strict=True):
         for y, row in enumerate(rows):
             low, gain, high = (100 * row[key][place] for key in ("low", "gain", "high"))
-            axis.plot([low, high], [y, y], color=PLAIN, lw=1.5)
-            axis.plot(gain, y, "o", color=BLUE)
-        axis.axvline(0, color=PLAIN, lw=0.8)
+            axis.plot([low, high], [y, y], color=style.INK, lw=1.5)
+            axis.plot(gain, y, "o", color=style.GOOD)
+        axis.axvline(0, color=style.INK, lw=0.8)
         oracle = next(row for row in result["predictors"] if row["f"] == "oracle")["gain"][place]
         axis.set(title=f"{rows[0]['rows'][place]} drafted rows a request (oracle: {100 * oracle:+.0f}%)", xlabel="accepted drafts, %")
         axis.set_yticks(range(len(rows)), [row["f"] for row in rows])
-
-
-if __name__ == "__main__":
-    here = Path(__file__).parent
-    draw(json.loads((here / "results" / "real_data.json").read_text()), here.parent / "docs" / "images")

@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 import echo
+from echo import style
 from echo.testing import Record, Trace, replay
 from policies import CHAINS, POLICIES, Setting, chain_trace, oracle_trace
 
@@ -63,7 +64,7 @@ class Steps:
         return float(self.tokens.sum() / self.seconds(cost, batch).sum() / (batch / cost(batch)))
 
     def seconds(self, cost: echo.CostModel, batch: int) -> np.ndarray:
-        return cost(self.rows) + cost.draft(self.layers, batch * self.width)
+        return cost(self.rows) + cost.draft(self.layers, batch, self.width)
 
     def interval(self, cost: echo.CostModel, batch: int, rng: np.random.Generator) -> tuple[float, float]:
         """95% bootstrap interval of :meth:`rate` over blocks of steps."""
@@ -205,31 +206,25 @@ def show(console: Console, cells: list[dict[str, object]]) -> None:
 
 def draw(cells: list[dict[str, object]], path: Path) -> None:
     """One panel a cost shape."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    shown = {"EAGLE tree": "#e9a13b", "ECHO (paper)": "#2a7f62", "global top-K": "#7b4b94", "goodput tree": "#33658a", "oracle": "#9aa5ab"}
+    shown = ("EAGLE tree", "ECHO (paper)", "global top-K", "goodput tree", "oracle")
     names = list(dict.fromkeys(str(c["shape"]) for c in cells))
-    plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
-    figure, axes = plt.subplots(1, len(names), figsize=(3.1 * len(names), 3.4), sharey=True, layout="constrained")
-    for axis, shape in zip(axes, names, strict=True):
-        for name, colour in shown.items():
-            row = {int(str(c["batch"])): c for c in cells if c["shape"] == shape and c["policy"] == name}
-            ratio, low, high = ([float(str(row[b][key])) for b in BATCHES] for key in ("ratio", "low", "high"))
-            axis.plot(BATCHES, ratio, "o-", ms=3, color=colour, label=name, lw=1 if name == "oracle" else 1.8)
-            axis.fill_between(BATCHES, low, high, color=colour, alpha=0.15, lw=0)
-        axis.axhline(1, color="#22333b", lw=0.8)
-        axis.set_xscale("log", base=2)
-        axis.set_xticks(BATCHES, [str(b) for b in BATCHES])
-        axis.set_title(shape, fontsize=9, fontweight="bold")
-        axis.set_xlabel("batch")
-    axes[0].set_ylabel("throughput / plain decoding")
-    axes[0].set_ylim(0)
-    axes[-1].legend(frameon=False, fontsize=8)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    with style.figure(3.1 * len(names), 3.4) as figure:
+        axes = figure.subplots(1, len(names), sharey=True)
+        for axis, shape in zip(axes, names, strict=True):
+            for name in shown:
+                row = {int(str(c["batch"])): c for c in cells if c["shape"] == shape and c["policy"] == name}
+                ratio, low, high = ([float(str(row[b][key])) for b in BATCHES] for key in ("ratio", "low", "high"))
+                axis.plot(BATCHES, ratio, "o-", ms=3, color=style.of(name), label=name, lw=1 if name == "oracle" else 1.8)
+                axis.fill_between(BATCHES, low, high, color=style.of(name), alpha=0.15, lw=0)
+            axis.axhline(1, color=style.INK, lw=0.8)
+            axis.set_xscale("log", base=2)
+            axis.set_xticks(BATCHES, [str(b) for b in BATCHES])
+            axis.set_title(shape)
+            axis.set_xlabel("batch")
+        axes[0].set_ylabel("throughput / plain decoding")
+        axes[0].set_ylim(0)
+        axes[-1].legend()
+        figure.savefig(path, dpi=150)
 
 
 def main() -> None:

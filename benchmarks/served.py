@@ -90,7 +90,7 @@ def serve(
     def observe(record: Record) -> None:
         who = texts[record.requests]
         rows = int(record.packed.indptr[-1]) if real_rows else record.forecast.rows
-        seconds = float(KNEE(rows) + KNEE.draft(record.forecast.depth, batch * scheduler.rule.width))
+        seconds = float(KNEE(rows) + KNEE.draft(record.forecast.depth, batch, scheduler.rule.width))
         np.add.at(found.tokens, who, record.emitted)
         np.add.at(found.steps, who, 1)
         np.add.at(found.seconds, who, seconds / len(who))

@@ -4,6 +4,7 @@ import echo
 
 project = "ECHO"
 author = "the ECHO developers"
+copyright = "2026, the ECHO developers; Apache-2.0"
 version = release = echo.__version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.doctest", "sphinx.ext.mathjax"]
 doctest_test_doctest_blocks = ""  # docstring examples run in the tests

@@ -256,7 +256,7 @@ def measure(target: Target, bar: Progress) -> tuple:
         model(ids, past_key_values=DynamicCache(heads))
         bar.advance(task)
 
-    return echo.profile(step, counts, repeats=3, synchronize=torch.cuda.synchronize if model.device.type == "cuda" else None)
+    return echo.profile(step, counts, repeats=3, device=model.device)
 
 
 def schedule(policy: str, target: Target, drafter, prompts: Sequence[Tensor], rows: int, depth: int, bar: Progress):

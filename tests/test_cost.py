@@ -1,9 +1,12 @@
-"""Cost curves, their knee, and profiling."""
+"""Cost curves, their knee, drafting and coming back to it, SGLang's tables, the roofline, and profiling."""
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -26,7 +29,7 @@ def test_any_samples_give_a_monotone_model(samples):
     rows, seconds = zip(*samples, strict=True)
     model = echo.CostModel.from_samples(rows, seconds)
     assert (np.diff(model(np.arange(1, 400))) >= -1e-9).all()
-    assert model.knee.k_max in model.rows
+    assert model.rows[0] <= model.knee.k_max <= model.rows[-1]
     assert model.knee.gamma >= 0
     assert echo.CostModel.from_json(model.to_json()) == model
 
@@ -36,7 +39,63 @@ def test_noise_is_smoothed_away():
     law = echo.Knee(16, 0.03, 0.05)
     rows = np.tile([1, 2, 4, 8, 12, 16, 24, 32, 64, 128], 15)
     seconds = [law(k) * (1 + 0.05 * abs(rng.normal())) for k in rows]
-    assert echo.CostModel.from_samples(rows, seconds).knee.k_max in (12, 16, 24)
+    knee = echo.CostModel.from_samples(rows, seconds).knee
+    assert 14 <= knee.k_max <= 18
+    assert knee.k_max_interval[0] <= knee.k_max <= knee.k_max_interval[1]
+    assert knee.gamma_interval[0] < knee.gamma < knee.gamma_interval[1]
+    assert knee.gamma_interval[1] - knee.gamma_interval[0] < 0.02
+
+
+def test_a_knee_between_measured_points_is_found():
+    law = echo.Knee(k_max=20, t_ar=0.01, gamma=0.1)
+    rows = [1, 4, 8, 16, 32, 64]
+    assert echo.CostModel.from_samples(rows, [law(k) for k in rows]).knee.k_max == 20
+
+
+def test_intervals_cover_the_truth_about_as_often_as_they_say():
+    law, rows, hits = echo.Knee(16, 0.03, 0.05), np.tile([1, 4, 8, 12, 16, 20, 24, 32, 64], 9), 0
+    for seed in range(40):
+        noise = np.exp(0.04 * np.random.default_rng(seed).normal(size=len(rows)))
+        low, high = echo.CostModel.from_samples(rows, [law(k) for k in rows] * noise).knee.k_max_interval
+        hits += low <= 16 <= high
+    assert hits >= 34
+
+
+def test_samples_without_repetition_give_no_interval():
+    assert echo.CostModel.from_samples([1, 2, 4, 8], [1.0, 1.0, 2.0, 4.0]).knee.k_max_interval is None
+
+
+def test_wild_samples_hardly_move_the_fit():
+    rng, law = np.random.default_rng(0), echo.Knee(16, 0.03, 0.05)
+    rows = np.tile([1, 8, 16, 32, 64], 9)
+    seconds = np.array([law(k) * (1 + 0.01 * rng.normal()) for k in rows])
+    wild = seconds.copy()
+    wild[rng.choice(len(rows), 6, replace=False)] *= 20.0
+    for k in (1, 16, 64):
+        assert echo.CostModel.from_samples(rows, wild)(k) == pytest.approx(law(k), rel=0.03)
+
+
+def test_requests_context_and_prefill_are_told_apart():
+    rng, law = np.random.default_rng(1), echo.Knee(64, 0.02, 0.01)
+    requests, context = rng.choice([1, 8, 32], 400), rng.integers(0, 40_000, 400)
+    base, rows = rng.choice([0, 0, 0, 100], 400), requests * rng.integers(1, 9, 400)
+    seconds = [law(r + b) + 1e-4 * (q - 1) + 2e-7 * c for r, b, q, c in zip(rows, base, requests, context, strict=True)]
+    model = echo.CostModel.from_samples(rows, seconds, requests=requests, context=context, base_rows=base)
+    assert model.context_token == pytest.approx(2e-7, rel=0.02)
+    assert model.request_seconds == pytest.approx([0.0, 7e-4, 31e-4], rel=0.03)
+    assert model(132, requests=32, context=1e4) == pytest.approx(law(132) + 31e-4 + 2e-3, rel=0.01)
+    fixed = model.at(8, 1e4)
+    assert fixed.rows[0] == 8 and fixed(100) == pytest.approx(model(100, requests=8, context=1e4))
+    assert fixed.load(8, 1e4) == 0.0
+
+
+def test_the_knee_of_a_batch_starts_at_its_roots():
+    """A mixture of experts has no flat part from one row on, and one from where all experts are read anyway."""
+    model = echo.CostModel((1, 16, 64, 256, 512), (1.0, 4.0, 5.0, 5.0, 9.0))
+    assert model.knee.k_max < 64
+    assert model.at(64).knee.k_max == 256
+    assert model.at(1024)(1024) == pytest.approx(model(1024))
+    assert model.at(1024)(2000) == pytest.approx(model(2000))
 
 
 def test_flat_and_steep_curves():
@@ -63,7 +122,74 @@ def test_rows_within_a_cost():
 
 def test_draft_cost():
     model = echo.CostModel((1,), (1.0,), draft_layer=0.2, draft_row=0.01)
-    assert model.draft(3, 8) == pytest.approx(3 * 0.28)
+    assert model.draft(3, 2, 4) == pytest.approx(3 * 0.2 + 0.01 * 2 * (1 + 4 + 4))  # the first layer is drafted on the roots alone
+    assert model.draft([0, 1], 8, 4) == pytest.approx([0.0, 0.28])
+
+
+def test_coming_back_to_drafting():
+    model = echo.CostModel((1,), (1.0,), draft_layer=0.2, draft_row=0.01)
+    assert model.catch_up(0) == 0.0
+    assert model.catch_up(30) == pytest.approx(0.2 + 0.3)  # unmeasured: one layer over the tokens
+    measured = echo.CostModel((1,), (1.0,), draft_layer=0.2, draft_row=0.01, catch_up_token=0.002, restart=5.0)
+    assert measured.catch_up(30) == pytest.approx(0.26)
+    assert measured.catch_up(1000, cold=True) == pytest.approx(7.2)
+    fixed, each = echo.cost.line([1, 10, 100, 100], [1.01, 1.1, 2.0, 50.0])
+    assert (fixed, each) == pytest.approx((1.0, 0.01), rel=1e-3)
+
+
+def sglang_seconds(table: str, requests: int, rows: int) -> float:
+    """The reader's formula, written down anew: bias + alpha(requests) + theta(rows), clamped at both ends."""
+    t = json.loads(table)
+    theta = np.interp(rows, t["m_probes"], t["theta_seconds"])
+    return t["bias_seconds"] + np.interp(requests, t["bs_probes"], t["alpha_seconds"]) + theta
+
+
+@pytest.mark.parametrize("tiers", [(), (8, 16, 40)])
+def test_sglangs_additive_table_says_the_same_seconds(tiers):
+    model = echo.CostModel((1, 8, 20, 40), (1.0, 1.1, 1.5, 3.0), tiers=tiers, requests=(1, 4, 8), request_seconds=(0.0, 0.1, 0.3))
+    table = model.to_sglang()
+    back = echo.CostModel.from_sglang(table)
+    for rows in range(1, 41):
+        for requests in (1, 3, 8):
+            assert sglang_seconds(table, requests, rows) == pytest.approx(model(rows, requests=requests))
+            assert back(rows, requests=requests) == pytest.approx(model(rows, requests=requests))
+
+
+def test_sglangs_table_of_rates_is_a_step_function():
+    table = {"sample_batch_tokens": [1, 8, 32], "sample_steps_per_sec": [10.0, 11.0, 2.0], "max_batch_tokens": 64}
+    model = echo.CostModel.from_sglang(json.dumps(table))
+    first = (0.1 + 1 / 11) / 2  # its noise made 8 rows quicker than 1
+    assert [model(r) for r in (1, 7, 8, 31, 32, 500)] == pytest.approx([first] * 4 + [0.5] * 2)
+
+
+@pytest.mark.parametrize("name", echo.cost.MODELS)
+def test_rooflines_keep_to_physics(name):
+    shape, model = echo.cost.MODELS[name], echo.CostModel.roofline(name)
+    single = echo.CostModel.roofline(name, tensor=1)
+    peak = echo.cost.H100
+    read = 2 * (shape.weights - shape.vocab * shape.hidden) / peak.bandwidth / 8
+    if not shape.experts:
+        assert model(1) > read  # all weights but the embedding are read once
+        assert model(64) / model(1) < 1.2  # flat below the knee
+    assert model(4096) > 2 * 4096 * shape.layers * (shape.attention_weights + max(1, shape.active) * shape.ffn_weights) / peak.flops / 8
+    assert single(512) > model(512)
+    assert model.draft(1, 1) < model(1) / 10
+    assert shape.weights / 1e9 == pytest.approx(float(name.split("-")[1 if "Qwen" in name else -1].rstrip("B")), rel=0.08)
+
+
+def test_experts_are_read_as_rows_reach_them():
+    sparse = echo.CostModel.roofline("Qwen3-235B-A22B")
+    assert sparse(16) > 1.5 * sparse(1)  # more rows, more experts
+    assert sparse(256) < 1.15 * sparse(64)  # all are read by then
+    grouped = echo.CostModel.roofline("Qwen3-235B-A22B", expert=8)
+    assert (grouped(np.arange(1, 4097)) >= sparse(np.arange(1, 4097)) * (1 - 1e-9)).all()
+
+
+@pytest.mark.parametrize("model", [echo.CostModel.roofline("Qwen3-8B", tiers=(8, 64, 512)), echo.CostModel((5,), (1.0,))])
+def test_plot_draws(model, tmp_path):
+    pytest.importorskip("matplotlib")
+    model.plot().savefig(tmp_path / "cost.png")
+    assert (tmp_path / "cost.png").stat().st_size > 10_000
 
 
 def test_profile_times_every_row_count_after_a_warm_up():
@@ -74,13 +200,27 @@ def test_profile_times_every_row_count_after_a_warm_up():
     assert (seconds > 0).all()
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_profile_reads_the_devices_clock():
+    """The host returns at once; the device sleeps for as many million cycles as there are rows."""
+    rows, seconds = echo.profile(lambda r: torch.cuda._sleep(r * 1_000_000), [1, 4, 16], repeats=3, device="cuda")
+    model = echo.CostModel.from_samples(rows, seconds)
+    assert model(16) / model(4) == pytest.approx(4, rel=0.2)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
         (lambda: echo.CostModel.from_samples([], []), r"seconds: expected as many as rows \(0, at least 1\), got 0"),
         (lambda: echo.CostModel.from_samples([1, 2], [1.0]), r"seconds: expected as many as rows"),
-        (lambda: echo.CostModel.from_samples([0], [1.0]), "expected rows >= 1 and positive seconds"),
-        (lambda: echo.CostModel.from_samples([1], [float("nan")]), "expected rows >= 1 and positive seconds"),
+        (lambda: echo.CostModel.from_samples([0], [1.0]), "rows: expected at least 1 in every sample, got 0"),
+        (lambda: echo.CostModel.from_samples([1], [1.0], context=[-1]), "context: expected at least 0 in every sample, got -1"),
+        (lambda: echo.CostModel.from_samples([1], [float("nan")]), "seconds: expected a positive number in every sample"),
+        (lambda: echo.CostModel((1,), (1.0,), requests=(1, 2)), "requests: expected increasing ints >= 1, as many as request_seconds"),
+        (lambda: echo.CostModel((1,), (1.0,), requests=(1,), request_seconds=(0.1,)), "request_seconds: expected 0 at the fewest"),
+        (lambda: echo.CostModel.from_sglang("{}"), "cost: expected one of SGLang's cost tables"),
+        (lambda: echo.CostModel.roofline("GPT-2"), "model: expected an Architecture or one of LLaMA"),
+        (lambda: echo.CostModel.roofline("Qwen3-8B", tensor=8, expert=3), "expert: expected a divisor of tensor"),
         (lambda: echo.CostModel((2, 1), (1.0, 1.0)), "rows: expected increasing ints"),
         (lambda: echo.CostModel((1, 2), (2.0, 1.0)), "seconds: expected positive, non-decreasing"),
         (lambda: echo.CostModel((1,), (1.0,), tiers=(4, 2)), "tiers: expected increasing"),
@@ -93,3 +233,25 @@ def test_profile_times_every_row_count_after_a_warm_up():
 def test_bad_input_names_the_argument(call, message):
     with pytest.raises(echo.EchoError, match=message):
         call()
+
+
+def test_a_wrong_curve_learns_where_the_engine_goes():
+    truth = echo.CostModel((1, 256, 1024), (1.0, 1.0, 4.0), requests=(1, 64), request_seconds=(0.0, 0.5))
+    belief = echo.CostModel((1, 64, 512, 2048), (2.0, 2.0, 2.1, 9.0), requests=(1, 64), request_seconds=(0.0, 0.5))
+    visited = np.random.default_rng(0).choice([8, 32, 100, 256, 300, 600, 900], 400)
+    for rows in visited.tolist():
+        belief = belief.learn(rows, truth(rows, requests=32), requests=32)
+        assert (np.diff(belief.seconds) >= 0).all()
+    for rows in set(visited.tolist()):
+        assert belief(rows) == pytest.approx(truth(rows), rel=0.1)
+    assert len(belief.rows) <= 4 + 7
+
+
+def test_one_late_step_does_not_turn_the_curve():
+    model = echo.CostModel((1, 64), (1.0, 1.0))
+    assert model.learn(64, 1000.0).seconds == pytest.approx((1.0, 1.3))
+    assert model.learn(64, 1.0).seconds == (1.0, 1.0)
+    tiered = echo.CostModel((1, 64), (1.0, 1.0), tiers=(32, 64))
+    assert tiered.learn(5, 2.0, rate=1.0).rows == (1, 32, 64)  # the tier that was launched
+    with pytest.raises(echo.EchoError, match=r"rate: expected a number from 0\.0 to 1\.0, got 2"):
+        model.learn(64, 1.0, rate=2)

@@ -11,6 +11,7 @@ in this repository. The bit formula of TensorRT-LLM is applied in test_layouts.p
 from __future__ import annotations
 
 import ast
+import importlib.util
 import os
 import subprocess
 import sys
@@ -41,7 +42,7 @@ def installed(name, tmp_path_factory) -> Path:
         pytest.skip(f"set ECHO_PEERS=install, or to a folder that holds {wheel}, to compare with the peers' own code")
     folder = tmp_path_factory.mktemp(name) if asked == "install" else Path(asked)
     if asked == "install":
-        command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(folder), wheel]
+        command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(folder), wheel, "msgspec"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             pytest.skip(f"{wheel} cannot be had: {done.stderr.strip().splitlines()[-1:]}")
@@ -59,6 +60,7 @@ def peer(tmp_path_factory):
         pytest.skip("triton is imported already: run this file in a process of its own (pytest -m peers tests/test_peers.py)")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
+        patch.syspath_prepend(folder)
         for name in ("", ".kernels", ".kernels.ops", ".kernels.ops.attention", ".kernels.ops.speculative", ".srt"):
             package = types.ModuleType(f"sglang{name}")
             package.__path__ = [str(folder / f"sglang{name}".replace(".", "/"))]
@@ -298,3 +300,39 @@ def test_its_kernel_writes_our_packed_bits(tmp_path_factory, n):
             for seen in np.flatnonzero(row).tolist():
                 expected[(bid * n + tid) * width + seen // 8] |= 1 << seen % 8
     assert layouts.sglang_mask(case.packed, n, "QLEN_ONLY_BITPACKING").view(torch.uint8).tolist() == expected
+
+
+@pytest.mark.parametrize("tiers", [(), (16, 48, 100)])
+def test_its_loader_reads_our_cost_table_and_its_planner_picks_our_rows(peer, tiers, tmp_path):
+    pytest.importorskip("msgspec")
+    module = import_module_from("srt/speculative/dspark_components/dspark_sps.py")
+    model = echo.CostModel((1, 8, 32, 100), (1.0, 1.1, 1.9, 4.0), tiers=tiers, requests=(1, 8, 16), request_seconds=(0.0, 0.2, 0.3))
+    path = tmp_path / "cost.json"
+    path.write_text(model.to_sglang())
+    table = module.load_sps_table_from_path(str(path))
+    assert echo.CostModel.from_sglang(table.to_json()) == echo.CostModel.from_sglang(model.to_sglang())
+    scope = {"torch": torch, "Union": __import__("typing").Union, "DSparkScheduleConfig": object} | vars(module)
+    scope["VerifyBudgetDecision"] = types.SimpleNamespace
+    planner = Path(module.__file__).with_name("dspark_planner.py")
+    names = ("_additive_step_time_tensor", "_lookup_sps_tensor", "compute_verify_token_budget")
+    *_, decide = functions(planner, names, scope)
+    config = types.SimpleNamespace(resolved_max_verify_len=lambda: 7, survival_eps=0.0)
+    for seed in range(20):
+        requests = (1, 4, 12)[seed % 3]
+        survival = torch.rand(requests, 7, generator=torch.Generator().manual_seed(seed)).cumprod(1)
+        gain = torch.cat([torch.zeros(1), survival.flatten().sort(descending=True).values.cumsum(0)]).double()
+        rows = requests + torch.arange(len(gain))
+        rate = (requests + gain) / torch.from_numpy(model(rows.numpy(), requests=requests))
+        theirs = decide(history_survival_probs=survival, sps_table=table, cfg=config)
+        assert theirs.budget == int(rate.argmax())
+        assert theirs.predicted_theta == pytest.approx(float(rate.max()))
+
+
+def import_module_from(path):
+    """A module of sglang that needs nothing of the engine, from its file."""
+    import sglang
+
+    spec = importlib.util.spec_from_file_location(Path(path).stem, Path(sglang.__path__[0]) / path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -109,7 +109,7 @@ def test_charges(trace):
     scheduler = POLICIES["eagle"]
     seen = []
     full = replay(trace, scheduler, COST, batch=4, observe=seen.append)
-    expected = sum(COST(r.forecast.rows) + r.forecast.depth * (0.02 + 0.001 * len(r.requests) * 3) for r in seen)
+    expected = sum(COST(r.forecast.rows) + COST.draft(r.forecast.depth, len(r.requests), 3) for r in seen)
     assert full.seconds == pytest.approx(expected)
     assert replay(trace, scheduler, COST, batch=4, compact=True).seconds < full.seconds
     assert replay(trace, scheduler, COST, batch=4, prompt_rows=50).seconds > full.seconds
@@ -137,6 +137,14 @@ def test_rank_says_what_a_chain_would_have_accepted(trace):
         at = trace.indptr[step.requests] + step.position
         firsts = (rank[at] == 0).cumprod(axis=1).sum(axis=1)
         assert (step.accepted.lengths.numpy() - 1 == firsts).all()
+
+
+def test_a_cost_model_that_is_wrong_learns_from_the_steps(trace):
+    wrong = echo.CostModel((1, 64), (1.0, 1.0), draft_layer=0.02)  # rows beyond 16 cost nothing, it believes
+    scheduler = echo.ElasticBudgetScheduler.goodput(CALIBRATION, wrong, beam=3)
+    stubborn, learning = (replay(trace, scheduler, COST, batch=8, steps=300, learn=rate) for rate in (0.0, 0.2))
+    assert learning.throughput > 1.1 * stubborn.throughput
+    assert learning.misses == 0
 
 
 def test_where_nothing_was_drafted_nothing_is_recorded(trace):

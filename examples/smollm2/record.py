@@ -2,6 +2,9 @@
 
 python examples/smollm2/record.py --out benchmarks/traces/smollm2.npz             # the shipped trace
 python examples/smollm2/record.py --out larger.npz --new 400 --beam 8 --depth 10  # a larger one
+python examples/smollm2/record.py --out benchmarks/traces/smollm2-sampled.npz --temperature 0.8 --texts 32 --new 64
+
+With a temperature the target's tokens are sampled, one a position: a replay is then the live decode that draws the same tokens.
 """
 
 from __future__ import annotations
@@ -9,8 +12,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+import torch
 from rich.progress import track
 
+from data import sampled
 from drafters import Eagle
 from echo.testing import Trace, record
 from model import SmolLM2, encode, load
@@ -28,14 +33,17 @@ def main() -> None:
     parser.add_argument("--beam", type=int, default=6)
     parser.add_argument("--count", type=int, default=4, help="candidates at each node")
     parser.add_argument("--slots", type=int, default=32)
+    parser.add_argument("--texts", type=int, default=None, help="answers; all prompts where not given")
+    parser.add_argument("--temperature", type=float, default=0.0, help="of the target's sampling; 0 is greedy")
     args = parser.parse_args()
     model, tokenizer = load()
     rows = [
         (kind, prompt)
         for sets in zip(*(WARMUP[k] + EVALUATION[k] for k in KINDS), strict=True)
         for kind, prompt in zip(KINDS, sets, strict=True)
-    ]
-    target = SmolLM2(model, args.slots, LENGTH)
+    ][: args.texts]
+    torch.manual_seed(0)
+    target = SmolLM2(model, args.slots, LENGTH, (lambda logits: sampled(logits / args.temperature)) if args.temperature else None)
     drafter = Eagle(target, args.slots, LENGTH, count=args.count)
     steps = record(
         target,

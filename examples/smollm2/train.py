@@ -103,7 +103,7 @@ def fresh(vocab: Tensor, embedding: Tensor) -> EagleHead:
     return head
 
 
-def main() -> None:
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
@@ -117,7 +117,20 @@ def main() -> None:
     parser.add_argument("--init", type=Path, default=None, help="weights to go on from, with their vocabulary")
     parser.add_argument("--noise", type=float, default=0.2, help="of the features, in their root mean squares: few texts, many epochs")
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def frequent(data: list[dict], size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """How often each token was written, and the ``size`` most frequent ones."""
+    counts = torch.zeros(49152, dtype=torch.int64)
+    for row in data:
+        counts += torch.bincount(row["tokens"][row["prompt"] :].long(), minlength=len(counts))
+    prior = 0.5 * torch.arange(len(counts), 0, -1) / len(counts)  # earlier merges of the tokenizer are the more frequent ones
+    return counts, (counts + prior).topk(size).indices.sort().values
+
+
+def main() -> None:
+    args = arguments()
     torch.manual_seed(args.seed)
     data = [
         sequence
@@ -127,11 +140,7 @@ def main() -> None:
     ]
     held, data = data[::32], [sequence for number, sequence in enumerate(data) if number % 32]
     data += [sequence for sequence in data if sequence["kind"] == "asked"] * args.asked
-    counts = torch.zeros(49152, dtype=torch.int64)
-    for row in data:
-        counts += torch.bincount(row["tokens"][row["prompt"] :].long(), minlength=len(counts))
-    prior = 0.5 * torch.arange(len(counts), 0, -1) / len(counts)  # earlier merges of the tokenizer are the more frequent ones
-    vocab = (counts + prior).topk(args.vocab).indices.sort().values
+    counts, vocab = frequent(data, args.vocab)
     head = EagleHead.read(args.init).train() if args.init else None
     vocab = vocab if head is None else head.vocab
     lookup = torch.full_like(counts, -1)

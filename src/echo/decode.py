@@ -26,29 +26,29 @@ class Target(Protocol):
     """The large model with its cache and its sampler. Requests live in slots; ``slots`` int64 [B] says where."""
 
     def admit(self, slots: Tensor, prompts: Sequence[Tensor], /) -> Tensor:
-        """Prefills prompts (int64 [length] each) into slots; int64 [B], the first token sampled after each."""
+        """Prefills ``prompts`` (int64 [length] each) into ``slots``; int64 [B], the first token sampled after each."""
 
     def verify(self, slots: Tensor, packed: PackedTree, /) -> Tensor:
-        """One forward pass over the packed rows; int64 [N], the token sampled after each row (pads: anything)."""
+        """One forward pass over the rows of ``packed``; int64 [N], the token sampled after each row (pads: anything)."""
 
     def keep(self, slots: Tensor, packed: PackedTree, accepted: Accepted, /) -> None:
-        """Makes the accepted rows, in order, the new end of each request's cache, and drops the others."""
+        """Makes ``accepted.rows`` of ``packed``, in order, the new end of each request's cache, and drops the others."""
 
 
 class Drafter(Protocol):
-    """What proposes tokens. Its state must depend on nothing but the emitted text."""
+    """What proposes tokens, in the target's ``slots``. Its state must depend on nothing but the emitted text."""
 
     def admit(self, slots: Tensor, prompts: Sequence[Tensor], first: Tensor, /) -> None:
-        """New requests, right after the target admitted them; ``first`` int64 [B], their first tokens."""
+        """New requests, right after the target admitted their ``prompts``; ``first`` int64 [B], their first tokens."""
 
     def draft(self, slots: Tensor, frontier: Frontier, /) -> tuple[Tensor, Tensor]:
-        """Candidates after each node: tokens int64 [B, W, k] and log-probabilities float [B, W, k].
+        """Candidates after each node of the ``frontier``: tokens int64 [B, W, k] and log-probabilities float [B, W, k].
 
         Slots with fewer than k candidates are filled with -inf. k may differ from depth to depth.
         """
 
     def keep(self, slots: Tensor, packed: PackedTree, accepted: Accepted, /) -> None:
-        """The step is over: ``accepted.tokens`` were emitted."""
+        """The step is over: of ``packed``, ``accepted.rows`` stay, and ``accepted.tokens`` were emitted."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class Step:
     finished: tuple[int, ...] = ()
 
     def log(self, first_step: int = 0, *, weights: Tensor | None = None) -> WarmupLog:
-        """Warm-up rows of this step, see :func:`warmup_rows`.
+        """Warm-up rows of this step; see :func:`warmup_rows` for the arguments.
 
         Raises:
             EchoError: the step was drafted behind a gate and has no weights: what the gate stopped would be missing, and the log
@@ -277,14 +277,7 @@ def decode(
     """
     checks.integer("slots", slots, 1)
     ends = {eos_token} if isinstance(eos_token, int) else set(eos_token or ())
-    limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
-    if len(limits) != len(prompts):
-        raise EchoError(f"max_new_tokens: expected one number for each of {len(prompts)} prompts, got {len(limits)}")
-    for limit in limits:
-        checks.integer("max_new_tokens", limit, 1)
-    for number, prompt in enumerate(prompts):
-        if len(checks.tensor(f"prompts[{number}]", prompt, ["length"], torch.int64)) == 0:
-            raise EchoError(f"prompts[{number}]: expected at least one token, got none")
+    limits = _limits(prompts, max_new_tokens)
     history = scheduler.history(slots, device)
     waiting = list(range(len(prompts)))[::-1]
     running: dict[int, int] = {}  # slot -> prompt
@@ -326,6 +319,19 @@ def decode(
                 finished.append(request)
                 del running[slot]
         yield replace(step, requests=requests, emitted=tuple(emitted), finished=tuple(finished))
+
+
+def _limits(prompts: Sequence[Tensor], max_new_tokens: int | Sequence[int]) -> list[int]:
+    """Tokens of each answer at most. Checks both arguments."""
+    limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
+    if len(limits) != len(prompts):
+        raise EchoError(f"max_new_tokens: expected one number for each of {len(prompts)} prompts, got {len(limits)}")
+    for limit in limits:
+        checks.integer("max_new_tokens", limit, 1)
+    for number, prompt in enumerate(prompts):
+        if len(checks.tensor(f"prompts[{number}]", prompt, ["length"], torch.int64)) == 0:
+            raise EchoError(f"prompts[{number}]: expected at least one token, got none")
+    return limits
 
 
 __all__ = ["Drafter", "Seconds", "Step", "Target", "decode", "outcomes", "speculate", "verify", "warmup_rows"]

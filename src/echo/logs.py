@@ -119,7 +119,7 @@ class WarmupLog:
 
     @classmethod
     def concat(cls, logs: Iterable[WarmupLog]) -> WarmupLog:
-        """All rows of several logs; step ids are shifted so that steps of different logs stay apart.
+        """All rows of several ``logs``; step ids are shifted so that steps of different logs stay apart.
 
         Raises:
             EchoError: no log was given.
@@ -167,7 +167,7 @@ class WarmupLog:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> WarmupLog:
-        """Reads .npz, .jsonl or .parquet files: one, or all that match a glob pattern, in order of their names.
+        """Reads .npz, .jsonl or .parquet files: the one at ``path``, or all that match it as a glob pattern, in order of their names.
 
         A line of .jsonl is an object with the columns of :meth:`from_mapping`. The header that :meth:`save` writes as a first line
         counts the rows, so that a file cut at the end of a line is found out too; files without it are read as they are.
@@ -180,7 +180,11 @@ class WarmupLog:
 
     @classmethod
     def stream(cls, path: str | os.PathLike[str]) -> Iterator[WarmupLog]:
-        """The files that :meth:`load` would read, one log at a time: memory for one file only."""
+        """The files that :meth:`load` would read from ``path``, one log at a time: memory for one file only.
+
+        Raises:
+            EchoError: as :meth:`load`.
+        """
         text = os.fspath(path)
         names = [text] if Path(text).exists() or not glob.has_magic(text) else sorted(glob.glob(text, recursive=True))
         if not names:

@@ -85,7 +85,7 @@ class StepStats:
 
     @classmethod
     def empty(cls, device: torch.device | str = "cpu") -> StepStats:
-        """Nothing counted yet."""
+        """Nothing counted yet; the counters live on ``device``."""
         return cls(torch.zeros(len(fields(StepCounts)), dtype=torch.int64, device=device))
 
     def observe(self, packed: PackedTree, accepted: Accepted) -> StepStats:

@@ -97,20 +97,23 @@ class Goodput:
             tick: of the history; says whether it is time for a probe.
         """
         depths, probe = np.arange(1, self.max_depth + 1), tick % self.probe == 0
-        seconds = self.cost(least + np.ceil(drafted)) + self.cost.draft(depths, widest * self.width)[:, None]
+        step = self.cost(least + np.ceil(drafted), requests=widest)
+        seconds = step + self.cost.draft(depths, widest, self.width)[:, None]
         rate = np.where(drafted >= 1, (tokens + accepted) / seconds, 0.0)
-        if rate.max() > (1 + self.margin) * tokens / self.cost(least):
+        if rate.max() > (1 + self.margin) * tokens / self.cost(least, requests=widest):
             rate[:-1] *= not probe  # a look at the deepest layers
         elif not probe or not tokens:
             return 0, least
         depth, place = np.unravel_index(int(rate.argmax()), rate.shape)
-        most = least + widest * (self.max_tree_rows - 1)
-        rows = min(self.cost.fill(least + int(np.ceil(drafted[depth, place]))), most)
-        return int(depth) + 1, max(rows, least + 1)
+        rows = least + max(1, int(np.ceil(drafted[depth, place])))
+        free, most = self.cost.fill(rows), min(2 * rows, least + widest * (self.max_tree_rows - 1))
+        if free > most:  # more than can be of use; a tier is launched whole
+            free = self.cost.tier(rows) if self.cost.tiers else most
+        return int(depth) + 1, max(rows, free)
 
     def _unknown(self, least: int, widest: int) -> tuple[int, int]:
-        """As long as too little was seen: the deepest tree, at the knee or with two rows a request where that is more."""
-        rows = self.cost.tier(max(least + widest, self.cost.knee.k_max))
+        """As long as too little was seen: the deepest tree, at the knee or with a row for every fourth request where that is more."""
+        rows = self.cost.tier(max(least + -(-widest // 4), self.cost.at(max(widest, 1)).knee.k_max))
         return (self.max_depth, rows) if widest else (0, least)
 
     def _grid(self) -> NDArray[Any]:

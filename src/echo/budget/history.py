@@ -57,7 +57,7 @@ class History:
 
     @classmethod
     def empty(cls, slots: int, depth: int, device: torch.device | str = "cpu") -> History:
-        """Of ``slots`` slots without a past, for trees of up to ``depth`` layers.
+        """Of ``slots`` slots on ``device`` without a past, for trees of up to ``depth`` layers.
 
         Raises:
             EchoError: slots below 1 or depth below 0.
@@ -74,19 +74,19 @@ class History:
         )
 
     def reset(self, slots: Tensor) -> History:
-        """Forgets the ``slots`` int64 [n], to which new requests were admitted."""
+        """Forgets the ``slots`` int64 [n], to which new requests were admitted; others are an EchoError."""
         checks.tensor("slots", slots, ["n"], torch.int64, self.steps.device)
         one = torch.ones_like(slots, dtype=torch.int32)
         return replace(self._without(slots), generation=self.generation.index_add(0, slots, one))
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> History:
-        """A copy there: forecasts read one on the host, copied while later steps run."""
+        """A copy on ``device``: forecasts read one on the host, copied while later steps run (``non_blocking``)."""
         names = ("generation", "steps", "outlook", "expected", "accepted")
         columns: dict[str, Any] = {name: getattr(self, name).to(device, non_blocking=non_blocking) for name in names}
         return replace(self, **columns)
 
     def of(self, generation: Tensor) -> History:
-        """A lagged copy without the slots that were given to another request since: those whose generation, int32 [slots], differs."""
+        """A lagged copy without slots given to another request since: whose ``generation`` int32 [slots] differs. EchoError on misfits."""
         checks.tensor("generation", generation, list(self.generation.shape), torch.int32, self.generation.device)
         return self._without((self.generation != generation).nonzero()[:, 0])
 
@@ -96,7 +96,15 @@ class History:
         return replace(self, **columns)
 
     def observe(self, slots: Tensor, packed: PackedTree, accepted: Accepted) -> History:
-        """After a step: ``slots`` int64 [B] says where each request of the step lives. Requests without a row are left alone."""
+        """The history after a step. Requests without a row are left alone.
+
+        Args:
+            slots: int64 [B], where each request of the step lives.
+            packed, accepted: the step.
+
+        Raises:
+            EchoError: slots of another shape, dtype or device.
+        """
         checks.tensor("slots", slots, [packed.batch], torch.int64, self.steps.device)
         drafted = packed.max_depth if packed.outlook is not None else 0
         fused = kernels.fused("packing", slots)

@@ -22,7 +22,7 @@ class Rule(Protocol):
         """Most nodes of a layer that are drafted on."""
 
     def frontier(self, layer: Layer) -> tuple[Tensor, Tensor]:
-        """The nodes of a scored layer to draft on: index int64 [B, W] rising along W, and which of them count, bool [B, W]."""
+        """The nodes of a scored ``layer`` to draft on: index int64 [B, W] rising along W, and which of them count, bool [B, W]."""
 
     def buy(self, layer: Layer, passed: Tensor, room: Tensor, left: Tensor) -> Tensor | None:
         """Rows bought after a layer is scored.
@@ -48,10 +48,10 @@ class Rule(Protocol):
         """
 
     def rows(self, batch: int) -> int | None:
-        """Rows that this rule alone asks for; None: it takes whatever budget it is given."""
+        """Rows that this rule alone asks for ``batch`` requests; None: it takes whatever budget it is given."""
 
     def gain(self, tree: SuperTree) -> Tensor:
-        """f, the probability that each node's whole path is accepted: float32 [B, T]; 0 at unselectable nodes."""
+        """f, the probability that the whole path to each node of ``tree`` is accepted: float32 [B, T]; 0 at unselectable nodes."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class GlobalRank:
         return (ONE - self.cost(tree).clamp(max=ONE)).float() / ONE
 
     def cost(self, tree: SuperTree) -> Tensor:
-        """int32 [B, T], rising as f falls: the bits of -S, or 2^24 - f in 24-bit fixed point."""
+        """int32 [B, T] of ``tree``, rising as f falls: the bits of -S, or 2^24 - f in 24-bit fixed point."""
         table = None if self.reliability is None else self._table(tree.status.device)
         fused = kernels.fused("dealing", tree.status)
         if fused is not None:
@@ -129,7 +129,7 @@ class GlobalRank:
         return torch.cat(costs, dim=1).masked_fill_(raw == UNSELECTABLE, UNSELECTABLE)
 
     def weighed(self, tree: SuperTree) -> Tensor:
-        """int32 [B, T], rising as weight times f falls: the order in which rows are dealt."""
+        """int32 [B, T] of ``tree``, rising as weight times f falls: the order in which rows are dealt."""
         if tree.weight is None:
             return self.cost(tree)
         if self.reliability is None:
@@ -154,6 +154,9 @@ def PerRequest(n: int, beam: int, reliability: Calibration | None = None) -> Glo
         n: rows of a request, root included.
         beam: EAGLE's top-k: nodes of each layer that are drafted on.
         reliability: as in :class:`GlobalRank`.
+
+    Raises:
+        EchoError: a number below 1.
     """
     return GlobalRank(beam, reliability, max_rows=checks.integer("n", n, 1))
 

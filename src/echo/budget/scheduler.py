@@ -74,17 +74,17 @@ class ElasticBudgetScheduler:
 
     @classmethod
     def paper(cls, calibration: Calibration, *, k_max: int, layer_width: int = 4, max_width: int = 8) -> ElasticBudgetScheduler:
-        """ECHO as published: sparse gates, two-level budget. ``k_max`` counts roots, as ``budget`` does."""
+        """ECHO as published: ``calibration``'s gates, ``TwoLevel(layer_width, max_width)``; ``k_max`` counts roots, as ``budget`` does."""
         return cls(TwoLevel(layer_width, max_width), SparseGate(calibration), k_max, calibration.max_depth)
 
     @classmethod
     def goodput(cls, calibration: Calibration, cost: CostModel, *, beam: int = 4) -> ElasticBudgetScheduler:
-        """The best use of this machine: global ranking by calibrated probability, rows and depth from the cost model."""
+        """The best use of this machine: ``GlobalRank(beam, calibration)``, rows and depth by ``cost``."""
         return cls(GlobalRank(beam, calibration), None, cost, calibration.max_depth)
 
     @classmethod
     def eagle(cls, *, n: int, beam: int = 4, max_depth: int = 8) -> ElasticBudgetScheduler:
-        """EAGLE-2/3: each request verifies the ``n`` best rows of its own tree, root included."""
+        """EAGLE-2/3: each request verifies the ``n`` best rows of a tree of ``beam`` nodes a layer down to ``max_depth``, root included."""
         return cls(PerRequest(n, beam), max_depth=max_depth, max_tree_rows=max(64, n))
 
     @classmethod
@@ -93,7 +93,7 @@ class ElasticBudgetScheduler:
         return cls(PerRequest(1, 1), max_depth=0)
 
     def history(self, slots: int, device: torch.device | str = "cpu") -> History:
-        """A history for ``slots`` request slots, all without a past."""
+        """A history for ``slots`` request slots on ``device``, all without a past."""
         return History.empty(slots, self.max_depth, device)
 
     def forecast(self, history: History, slots: Tensor, base_rows: int = 0) -> Forecast:
@@ -101,8 +101,8 @@ class ElasticBudgetScheduler:
 
         With a number as budget: ``max_depth`` and that many rows, or depth 0 and B rows where it leaves nothing to draft for.
         With a cost model: the depth d and the rows K that maximise (B + F_d(K)) / (T(K) + draft(d)); depth 0 unless that beats
-        B / T(B) by ``margin``, or it is time for a probe. Rows that cost nothing more are taken too. F is foreseen from the history;
-        as long as that knows too little, the deepest tree is tried at the knee, or with two rows a request where that is more.
+        B / T(B) by ``margin``, or it is time for a probe. Up to as many rows again are taken where they are free. F is foreseen from the
+        history; as long as that knows too little, the deepest tree is tried at the knee, or with a row for every fourth request.
 
         Args:
             history: what happened up to some step before this one, on the host.
@@ -126,7 +126,7 @@ class ElasticBudgetScheduler:
         """What drafting would bring this rank, for :meth:`agree`: data-parallel ranks that share layers must run one shape.
 
         Takes what :meth:`forecast` takes, and a cost model as budget; an idle rank takes part with ``slots`` of length 0. Returns
-        float32 [n], at most 1 kB, the same n on every rank.
+        float32 [n], at most 1 kB, the same n on every rank. Another budget is an EchoError.
         """
         checks.tensor("slots", slots, ["B"], torch.int64)
         return self._goodput.curve(history, slots, checks.integer("base_rows", base_rows, 0))
@@ -135,7 +135,7 @@ class ElasticBudgetScheduler:
         """The depth that all ranks draft, and the rows that this one adds to its prefill so that all launch the same number.
 
         Chosen is what is best for all together: the sum of their tokens over the seconds of a step that is as wide for each.
-        ``curves`` float32 [ranks, n] are every rank's :meth:`curve`, gathered; curves of another scheduler are an EchoError.
+        ``curves`` float32 [ranks, n]: every rank's :meth:`curve`, gathered, of one scheduler (else an EchoError); ``rank``: this one's.
         """
         return self._goodput.agree(curves, rank)
 
@@ -146,7 +146,7 @@ class ElasticBudgetScheduler:
         return Goodput(self.budget, self.rule.width, self.max_depth, self.max_tree_rows, self.probe, self.margin)
 
     def max_slots_per_request(self, batch: int) -> int:
-        """The most key/value slots that one request can take in a step: what an engine must reserve before anything is drafted."""
+        """The most key/value slots that one request of ``batch`` can take in a step: what an engine reserves before it drafts."""
         alone = self.rule.rows(1)
         step = self.max_tree_rows if isinstance(self.budget, CostModel) else self._rows(batch)
         return min(self.max_tree_rows, step, self.max_tree_rows if alone is None else alone)

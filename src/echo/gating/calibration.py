@@ -120,11 +120,11 @@ class Calibration:
         return np.stack([reliability.table([maps[rank] for maps in kept]) for rank in range(ranks)])
 
     def error(self, log: WarmupLog, *, by_rank: bool = False, bins: int = 20, resamples: int = 200, seed: int = 0) -> CalibrationError:
-        """Calibration error before and after, on held-out rows; see :func:`echo.gating.calibration_error`."""
+        """Calibration error before and after, on held-out rows; see :func:`echo.gating.calibration_error` for all arguments."""
         return reliability.calibration_error(self.reliability_table(by_rank=by_rank), log, bins=bins, resamples=resamples, seed=seed)
 
     def report(self, log: WarmupLog) -> tuple[GateReport, ...]:
-        """What each gate does to the requests of a log, behind the gates above it: asked, stopped, and wrongly stopped.
+        """What each gate does to the requests of a ``log``, behind the gates above it: asked, stopped, and wrongly stopped.
 
         Raises:
             EchoError: see :func:`echo.gating.report`.
@@ -132,7 +132,7 @@ class Calibration:
         return report(log, self.thresholds)
 
     def refit(self, histograms: ConfidenceHistograms) -> Calibration:
-        """Calibrates again with the same settings, from histograms that went on counting (a lagged copy of the live ones).
+        """Calibrates again with the same settings, from ``histograms`` that went on counting (a lagged copy of the live ones).
 
         Raises:
             EchoError: the goodput rule, which needs rows joined by step; and as :func:`calibrate`.
@@ -165,7 +165,7 @@ class Calibration:
 
     @classmethod
     def from_json(cls, text: str) -> Calibration:
-        """Reads what :meth:`to_json` wrote, exactly.
+        """Reads the ``text`` that :meth:`to_json` wrote, exactly.
 
         Raises:
             EchoError: not JSON, of another version, truncated, or with a value out of range.
@@ -179,7 +179,7 @@ class Calibration:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Calibration:
-        """Reads a file that :meth:`save` wrote; see :meth:`from_json` for its errors."""
+        """Reads the file ``path`` that :meth:`save` wrote; see :meth:`from_json` for its errors."""
         return cls.from_json(Path(path).read_text(encoding="utf-8"))
 
 

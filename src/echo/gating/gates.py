@@ -47,7 +47,7 @@ class Gate(Protocol):
     """One small class: statistics of a layer in, bool [B] out. None lets everybody pass at no cost."""
 
     def __call__(self, layer: LayerStatistics, /) -> Tensor | None:
-        """bool [B]: who passes; no read-back, no shape that depends on data."""
+        """bool [B]: who passes after ``layer``; no read-back, no shape that depends on data."""
 
 
 @dataclass(frozen=True)
@@ -79,12 +79,12 @@ class SparseGate:
 
     @classmethod
     def dense(cls, calibration: Calibration) -> SparseGate:
-        """The paper's ablation: a gate at every calibrated depth, each with its own threshold."""
+        """The paper's ablation: a gate at every depth of ``calibration``, each with its own threshold."""
         return cls({d.depth: d.threshold for d in calibration.depths})
 
     @classmethod
     def fixed(cls, tau: float, depths: Sequence[int]) -> SparseGate:
-        """The paper's ablation: one threshold for all gate depths."""
+        """The paper's ablation: one threshold ``tau`` in [0, 1] for all gate ``depths``."""
         return cls(dict.fromkeys(depths, tau))
 
     @property

@@ -7,6 +7,7 @@ import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -84,7 +85,7 @@ class ConfidenceHistograms:
     def __eq__(self, other: object) -> bool:
         return isinstance(other, ConfidenceHistograms) and np.array_equal(self.mass, other.mass)
 
-    __hash__ = None  # type: ignore[assignment]
+    __hash__: ClassVar[None] = None  # type: ignore[assignment]
 
     @classmethod
     def empty(cls, max_depth: int, ranks: int = RANKS) -> ConfidenceHistograms:
@@ -124,13 +125,13 @@ class ConfidenceHistograms:
         return cls(mass)
 
     def add(self, log: WarmupLog) -> ConfidenceHistograms:
-        """These rows and the log's; see :meth:`of` for errors."""
+        """These rows and those of ``log``; see :meth:`of` for errors."""
         mass = _deepen(self.mass, _deepest(log)).copy()
         _accumulate(mass, log)
         return ConfidenceHistograms(mass)
 
     def merge(self, other: ConfidenceHistograms) -> ConfidenceHistograms:
-        """The rows of both: exactly associative and commutative. The deeper of the two decides ``max_depth``.
+        """These rows and those of ``other``: exactly associative and commutative. The deeper of the two decides ``max_depth``.
 
         Raises:
             EchoError: histograms that keep other ranks apart.
@@ -150,7 +151,7 @@ class ConfidenceHistograms:
         return ConfidenceHistograms(one - two)
 
     def live(self, device: torch.device | str = "cpu") -> LiveHistograms:
-        """A copy on the device, to be updated there."""
+        """A copy on the ``device``, to be updated there."""
         return LiveHistograms(torch.from_numpy(self.mass.copy()).to(device))
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -160,7 +161,7 @@ class ConfidenceHistograms:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> ConfidenceHistograms:
-        """Reads what :meth:`save` wrote.
+        """Reads the file ``path`` that :meth:`save` wrote.
 
         Raises:
             EchoError: no whole histogram file, or one of another version.

@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from echo.errors import EchoError
+from echo import style
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from echo.gating.calibration import Calibration, DepthCalibration
 
-ACCEPTED, REJECTED, PLAIN = "#1b7837", "#c2593f", "#555555"
+ACCEPTED, REJECTED, PLAIN = style.GOOD, style.BAD, style.INK
 COLUMNS = 4
 LEAST = 1e-3
 """Left end of the confidence axes: path probabilities are small at depth."""
@@ -21,28 +21,24 @@ LEAST = 1e-3
 
 def plot(calibration: Calibration) -> Figure:
     """See :meth:`Calibration.plot`."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise EchoError("plot: expected matplotlib (pip install 'echo-specdec[plot]'), got no such module") from error
     rows = -(-calibration.max_depth // COLUMNS)
-    figure = Figure(figsize=(13, 2.1 * rows + 3.6), layout="constrained")
-    upper, lower = np.asarray(figure.subfigures(2, 1, height_ratios=[2.1 * rows, 3.6]))
-    axes = upper.subplots(rows, min(COLUMNS, calibration.max_depth), squeeze=False).flatten()
-    for axis in axes[calibration.max_depth :]:
-        axis.set_axis_off()
-    for axis, d in zip(axes, calibration.depths, strict=False):
-        _histogram(axis, d)
-    axes[0].legend(frameon=False, fontsize="small")
-    auc, reliability = lower.subplots(1, 2)
-    _auc(auc, calibration)
-    _reliability(reliability, calibration)
+    with style.figure(13, 2.1 * rows + 3.6) as figure:
+        upper, lower = np.asarray(figure.subfigures(2, 1, height_ratios=[2.1 * rows, 3.6]))
+        axes = upper.subplots(rows, min(COLUMNS, calibration.max_depth), squeeze=False).flatten()
+        for axis in axes[calibration.max_depth :]:
+            axis.set_axis_off()
+        for axis, d in zip(axes, calibration.depths, strict=False):
+            _histogram(axis, d)
+        axes[0].legend()
+        auc, reliability = lower.subplots(1, 2)
+        _auc(auc, calibration)
+        _reliability(reliability, calibration)
     return figure
 
 
 def _histogram(axis: Any, d: DepthCalibration) -> None:
     """Density of each kind over the logarithm of the confidence, each kind of mass 1 (what lies left of the axis included)."""
-    axis.set_title(f"depth {d.depth}{', gate' if d.gate else ''}", fontsize="medium")
+    axis.set_title(f"depth {d.depth}{', gate' if d.gate else ''}")
     axis.set(xscale="log", xlim=(LEAST, 1), yticks=[], xlabel="confidence")
     if not d.profile:
         return
@@ -54,7 +50,7 @@ def _histogram(axis: Any, d: DepthCalibration) -> None:
             density = table[:, column] / table[:, column].sum() / np.maximum(width, 0.1)
             axis.stairs(np.where(width > 0, density, 0.0), edges, fill=True, alpha=0.45, color=colour, label=name)
     if d.gate:
-        axis.axvline(max(d.threshold, LEAST), color="black", lw=1.2, label="threshold")
+        axis.axvline(max(d.threshold, LEAST), color=PLAIN, lw=1.2, label="threshold")
 
 
 def _auc(axis: Any, calibration: Calibration) -> None:
@@ -73,4 +69,4 @@ def _reliability(axis: Any, calibration: Calibration) -> None:
         shade = 0.85 * (d.depth - 1) / max(1, calibration.max_depth - 1)
         axis.plot(np.exp(score), chance, color=(shade, shade * 0.8, 1 - shade), lw=1.3, label=f"depth {d.depth}")
     axis.set(title="reliability", xlabel="path probability of the draft", ylabel="P(path accepted)", xlim=(0, 1), ylim=(0, 1))
-    axis.legend(frameon=False, fontsize="small", ncols=2)
+    axis.legend(ncols=2)

@@ -30,7 +30,8 @@ class GateReport:
     """What one gate does to the requests of a log, behind the gates above it.
 
     Attributes:
-        depth, threshold: the gate.
+        depth: of the gate.
+        threshold: of the gate.
         asked: weighted request-steps that reach it.
         stopped: those whose confidence is not above the threshold.
         lost: those of them whose path the target would have accepted through this depth.
@@ -61,7 +62,7 @@ class Objective:
     width: int
 
     def __call__(self, accepted: NDArray[Any] | float, layers: NDArray[Any] | float) -> NDArray[np.float64]:
-        """Tokens per second for mean accepted tokens and mean layers a request, elementwise."""
+        """Tokens per second for mean ``accepted`` tokens and mean ``layers`` a request, elementwise."""
         rows = self.batch * (1.0 + self.width * np.asarray(layers, dtype=np.float64))
         return np.asarray(self.batch * (1.0 + np.asarray(accepted)) / self.cost(rows), dtype=np.float64)
 

@@ -44,7 +44,7 @@ def using(backend: str) -> Iterator[None]:
 
 
 def fused(part: str, at: Tensor) -> ModuleType | None:
-    """The kernels of a part of the step, "growing", "dealing" or "packing", for tensors on that device; None: torch's operations."""
+    """The kernels of a ``part`` of the step, "growing", "dealing" or "packing", for tensors where ``at`` is; None: torch's operations."""
     module = _module(part, "auto", at)
     return None if module is reference else module
 
@@ -199,7 +199,7 @@ def accept(
 def accept_greedy(
     parent: Tensor, indptr: Tensor, tokens: Tensor, logits: Tensor, max_depth: int, *, backend: str = "auto"
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """:func:`accept` with the arg-max of logits [N, V], read once; NaN never wins, the lowest of equals does.
+    """As :func:`accept`, with the arg-max of ``logits`` [N, V], read once; NaN never wins, the lowest of equals does.
 
     Raises:
         EchoError: arguments that do not fit, or a backend that is not there.
@@ -209,7 +209,7 @@ def accept_greedy(
 
 
 def argmax_tokens(logits: Tensor, *, backend: str = "auto") -> Tensor:
-    """int64 [N]: greedy tokens of logits [N, V]; NaN never wins, the lowest of equals does, a row without a number above -inf has -1.
+    """int64 [N]: greedy tokens of ``logits`` [N, V], by ``backend``; NaN never wins, the lowest of equals does; -1 for none above -inf.
 
     Raises:
         EchoError: arguments that do not fit, or a backend that is not there.

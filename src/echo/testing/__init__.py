@@ -1,8 +1,31 @@
-"""Tools for the unit tests of policies: invariants of a plan, and toy models with exact probabilities."""
+"""Tools for the unit tests of policies: a kit that finds what is wrong with a plan, replay of real drafts, and toy models."""
 
 from echo.testing.invariants import check_plan
+from echo.testing.kit import PlanError, check_scheduler, check_step
 from echo.testing.replay import Answer, Record, Report, replay
+from echo.testing.scenarios import Plan, Scenario, all_equal, burst, nan_storm, one_confident_many_doubtful
 from echo.testing.toy import TabularDrafter, TabularTarget, blurred, table
 from echo.testing.trace import Trace, record
 
-__all__ = ["Answer", "Record", "Report", "TabularDrafter", "TabularTarget", "Trace", "blurred", "check_plan", "record", "replay", "table"]
+__all__ = [
+    "Answer",
+    "Plan",
+    "PlanError",
+    "Record",
+    "Report",
+    "Scenario",
+    "TabularDrafter",
+    "TabularTarget",
+    "Trace",
+    "all_equal",
+    "blurred",
+    "burst",
+    "check_plan",
+    "check_scheduler",
+    "check_step",
+    "nan_storm",
+    "one_confident_many_doubtful",
+    "record",
+    "replay",
+    "table",
+]

@@ -11,6 +11,10 @@ from echo.tree.supertree import SuperTree
 def check_plan(tree: SuperTree, packed: PackedTree) -> None:
     """Checks a packed step against the tree it came from, row by row, in plain Python.
 
+    Args:
+        tree: what was packed.
+        packed: what it was packed to.
+
     Raises:
         AssertionError: naming the invariant of the layout or the budget that does not hold.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -109,12 +109,12 @@ class Report:
         return self.accepted / drafted if drafted else float("nan")
 
     def percentiles(self, kind: str | None = None, points: tuple[int, ...] = (1, 50, 99)) -> dict[int, float]:
-        """Percentiles over finished texts, of one kind or all, of modelled seconds a token."""
+        """The percentiles ``points`` over finished texts, of one ``kind`` or all, of modelled seconds a token."""
         rows = [answer.seconds / answer.tokens for answer in self.answers if kind in (None, answer.kind) and answer.tokens]
         return {p: float(np.percentile(rows, p)) for p in points} if rows else {}
 
     def of_kind(self, kind: str) -> dict[str, float]:
-        """The figures of one kind's finished texts: tokens and rows per step, acceptance, seconds a token, fairness among them."""
+        """The figures of the finished texts of one ``kind``: tokens and rows per step, acceptance, seconds a token, fairness among them."""
         chosen = [answer for answer in self.answers if answer.kind == kind]
         tokens, steps, rows = (sum(getattr(answer, name) for answer in chosen) for name in ("tokens", "steps", "rows"))
         return {
@@ -150,6 +150,7 @@ def replay(
     prompt_rows: int = 0,
     lag: int = 0,
     capacity: int | None = None,
+    learn: float = 0.0,
     observe: Observer | None = None,
 ) -> Report:
     """Decodes the trace's texts under a policy, with continuous refill, and charges each step by the cost model.
@@ -170,16 +171,13 @@ def replay(
         prompt_rows: rows of each admission's prefill, in the forward pass of the request's first step.
         lag: steps by which the forecast's history lies behind, 0 to 2.
         capacity: rows of one request at most.
+        learn: rate at which the scheduler's own cost model, where it has one, learns what each step took (:meth:`CostModel.learn`).
         observe: is shown each step.
 
     Raises:
         EchoError: an argument out of range, or a policy deeper than the trace.
     """
-    checks.integer("batch", batch, 1)
-    checks.integer("lag", lag, 0, 2)
-    checks.integer("prompt_rows", prompt_rows, 0)
-    if scheduler.max_depth > trace.depth:
-        raise EchoError(f"scheduler: expected max_depth of at most the trace's {trace.depth}, got {scheduler.max_depth}")
+    _check(trace, scheduler, batch, prompt_rows, lag)
     queue = np.arange(len(trace.kind)) if order is None else np.asarray(order)
     source = _Source(trace)
     slots = _Slots(trace, queue, batch, forever=steps is not None)
@@ -190,8 +188,7 @@ def replay(
     while steps is None or report.steps < steps:
         fresh = slots.refill(report.seconds)
         if len(fresh):
-            history = history.reset(torch.from_numpy(fresh))
-            past[-1] = history
+            past[-1] = history = history.reset(torch.from_numpy(fresh))
         live = slots.live()
         if not len(live):
             break
@@ -201,40 +198,59 @@ def replay(
         limit = torch.from_numpy(np.where(left > 1, room, 1))
         tree = scheduler.plant(source.text[at], capacity=limit, rows=plan.rows)
         source.begin(at)
-        drafted = nodes = 0
-        for _ in range(plan.depth):
-            active = int(tree.frontier.active.sum())
-            if active == 0:
-                break
-            nodes += active
-            drafted += 1
-            tree = scheduler.grow(tree, *source.draft(tree.frontier))
+        tree, nodes = _grow(scheduler, tree, source, plan.depth)
         packed = scheduler.pack(tree)
         accepted = verify(packed, source.target(at, packed))
         history = history.observe(where, packed, accepted)
         past.append(history)
         emitted = np.minimum(accepted.lengths.numpy(), slots.end[live] - at - 1)
 
-        report.steps += 1
-        report.request_steps += len(live)
-        report.tokens += int(emitted.sum())
-        real = int(packed.indptr[-1])
-        report.rows += real
-        report.padded += packed.rows - real
-        report.accepted += int((emitted - 1).clip(min=0).sum())
-        report.layers += drafted
-        width = scheduler.rule.width
-        full = float(cost.draft(plan.depth, len(live) * width))
-        drafting = drafted * cost.draft_layer + nodes * cost.draft_row if compact else full
+        _count(report, packed, emitted, tree.depth)
+        full = float(cost.draft(plan.depth, len(live), scheduler.rule.width))
+        drafting = tree.depth * cost.draft_layer + nodes * cost.draft_row if compact else full
         if catch_up and plan.depth and missed_tokens:
-            drafting += cost.draft_layer + cost.draft_row * missed_tokens
+            drafting += cost.catch_up(missed_tokens)
         missed_tokens = 0 if plan.depth else missed_tokens + int(emitted.sum())
-        report.seconds += cost(plan.rows + prompt_rows * len(fresh)) + drafting
+        launched = plan.rows + prompt_rows * len(fresh)
+        report.seconds += cost(launched) + drafting
+        if learn and isinstance(scheduler.budget, CostModel):
+            scheduler = replace(scheduler, budget=scheduler.budget.learn(launched, cost(launched), rate=learn))
         if observe is not None:
             observe(Record(slots.text[live], at - slots.begin[live], tree, packed, accepted, emitted, plan))
         slots.advance(live, emitted, packed.indptr.diff().numpy(), report)
     report.misses = source.misses
     return report
+
+
+def _check(trace: Trace, scheduler: ElasticBudgetScheduler, batch: int, prompt_rows: int, lag: int) -> None:
+    checks.integer("batch", batch, 1)
+    checks.integer("lag", lag, 0, 2)
+    checks.integer("prompt_rows", prompt_rows, 0)
+    if scheduler.max_depth > trace.depth:
+        raise EchoError(f"scheduler: expected max_depth of at most the trace's {trace.depth}, got {scheduler.max_depth}")
+
+
+def _grow(scheduler: ElasticBudgetScheduler, tree: SuperTree, source: _Source, depth: int) -> tuple[SuperTree, int]:
+    """The tree drafted down to ``depth``, or until nobody drafts on; and how many nodes were drafted on."""
+    nodes = 0
+    for _ in range(depth):
+        active = int(tree.frontier.active.sum())
+        if active == 0:
+            break
+        nodes += active
+        tree = scheduler.grow(tree, *source.draft(tree.frontier))
+    return tree, nodes
+
+
+def _count(report: Report, packed: PackedTree, emitted: NDArray[np.int64], layers: int) -> None:
+    real = int(packed.indptr[-1])
+    report.steps += 1
+    report.request_steps += len(emitted)
+    report.tokens += int(emitted.sum())
+    report.rows += real
+    report.padded += packed.rows - real
+    report.accepted += int((emitted - 1).clip(min=0).sum())
+    report.layers += layers
 
 
 class _Slots:

@@ -15,13 +15,19 @@ from echo.tree.supertree import Frontier
 
 
 def table(vocab: int, seed: int, sharpness: float = 2.0) -> Tensor:
-    """Random next-token probabilities float64 [vocab, vocab]: row t is the distribution after token t."""
+    """Random next-token probabilities float64 [vocab, vocab]: row t is the distribution after token t.
+
+    Args:
+        vocab: tokens.
+        seed: of the random numbers.
+        sharpness: standard deviation of the logits; 0: uniform.
+    """
     generator = torch.Generator().manual_seed(seed)
     return torch.softmax(sharpness * torch.randn(vocab, vocab, generator=generator, dtype=torch.float64), dim=-1)
 
 
 def blurred(target: Tensor, seed: int, noise: float = 0.5) -> Tensor:
-    """A draft model's table: the target's, mixed with noise."""
+    """A draft model's table: that of ``target``, mixed with a share of ``noise`` in [0, 1], another table from ``seed``."""
     return (1 - noise) * target + noise * table(target.shape[0], seed)
 
 
@@ -59,7 +65,13 @@ class TabularTarget:
 
 @dataclass
 class TabularDrafter:
-    """Proposes the ``count`` likeliest tokens of its own table after each node (:class:`echo.Drafter`)."""
+    """Proposes the ``count`` likeliest tokens of its own table after each node (:class:`echo.Drafter`).
+
+    Attributes:
+        probabilities: float [V, V].
+        count: from 1 to V.
+        dtype: of the log-probabilities.
+    """
 
     probabilities: Tensor
     count: int

@@ -128,7 +128,7 @@ class Trace:
         return rank
 
     def texts(self, chosen: Sequence[int]) -> Trace:
-        """The trace of some texts, in that order."""
+        """The trace of the ``chosen`` texts, numbers from 0, in that order."""
         rows = np.concatenate([np.arange(self.indptr[i], self.indptr[i + 1]) for i in chosen])
         lengths = np.diff(self.indptr)[list(chosen)]
         return Trace(
@@ -144,7 +144,7 @@ class Trace:
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes an npz in one atomic move. Of ``token`` and ``log_prob`` only the recorded nodes are stored, LZMA-compressed."""
+        """Writes the npz ``path`` in one atomic move. Of ``token`` and ``log_prob`` only the recorded nodes are stored, LZMA-compressed."""
         part = Path(f"{os.fspath(path)}.part")
         recorded = np.isfinite(self.log_prob).any(axis=3)
         names = ("kind", "indptr", "text", "limit", "expanded", "beam", "floor")
@@ -157,7 +157,7 @@ class Trace:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Trace:
-        """Reads what :meth:`save` wrote.
+        """Reads the ``path`` that :meth:`save` wrote.
 
         Raises:
             EchoError: not a trace, of another version, truncated, or the first value out of range with its position.

@@ -140,7 +140,7 @@ class Template:
 
     @classmethod
     def from_choices(cls, choices: Sequence[Sequence[int]]) -> Template:
-        """From Medusa's and EAGLE's notation: each node as the candidates taken from the root down to it.
+        """From Medusa's and EAGLE's notation: ``choices`` are the nodes, each as the candidates taken from the root down to it.
 
         Raises:
             EchoError: naming a choice that is empty, double, or whose parent is missing.

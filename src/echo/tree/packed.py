@@ -94,6 +94,9 @@ class PackedTree:
 
         Args:
             context: int32 or int64 [B], tokens in each request's cache before this step.
+
+        Raises:
+            EchoError: another shape or dtype.
         """
         return self._of_request(checks.tensor("context", context, [self.batch], checks.INTEGERS, self.tokens.device), self.depth)
 
@@ -107,6 +110,9 @@ class PackedTree:
             page_table: int32 or int64 [B, pages], each request's pages in order; SGLang's ``req_to_token`` is one of page size 1.
             page_size: tokens of a page; token p of a request lies in slot ``page_table[b, p // page_size] * page_size + p % page_size``.
             dummy: a slot that no request owns.
+
+        Raises:
+            EchoError: shapes or dtypes that do not fit.
         """
         place = self._of_request(checks.tensor("context", context, [self.batch], checks.INTEGERS, self.tokens.device), self.local)
         return slots(torch.where(self.request < self.batch, place, -1), self.request, page_table, page_size, dummy)
@@ -228,7 +234,7 @@ class PackedTree:
 
 
 def wire_size(batch: int, rows: int, words: int) -> int:
-    """Length of :meth:`PackedTree.wire` without an outlook."""
+    """Length of :meth:`PackedTree.wire` without an outlook, for ``batch`` requests, ``rows`` rows and ``words`` mask words of a row."""
     return rows * (7 + words) + 3 * batch + 1
 
 
@@ -353,6 +359,9 @@ def slots(place: Tensor, request: Tensor, page_table: Tensor, page_size: int, du
         page_table: int32 or int64 [B, pages].
         page_size: tokens of a page.
         dummy: a slot that no request owns.
+
+    Raises:
+        EchoError: shapes or dtypes that do not fit.
     """
     checks.tensor("page_table", page_table, ["B", "pages"], checks.INTEGERS, place.device)
     checks.integer("page_size", page_size, 1)

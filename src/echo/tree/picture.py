@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from echo import checks
+from echo import checks, style
 from echo.errors import EchoError
 from echo.tree.host import Tree, read
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 FILL = {"root": "#e6e6e6", "depth": "#cde0f3", "width": "#fbe2bb"}
 MEANING = {"root": "root", "depth": "bought by depth", "width": "bought by width"}
-ACCEPTED, EDGE, INK, PALE, RULE, BACKGROUND = "#1b7837", "#adada6", "#222222", "#6f6f6f", "#dcdcd6", "#fdfdfb"
+PALE, RULE = "#6f7a80", "#dcdfe0"
 SIZE, SMALL = 9.0, 6.5  # of text, in points
 LINE, BOX, HEAD, SPACE = 0.27, 0.2, 0.34, 0.16  # inches: a row of nodes, a node's height, a request's title, above it
 PAD, GAP, MARGIN = 0.07, 0.34, 0.3  # inches: around a node's text, between depths, around the figure
@@ -49,10 +49,7 @@ def plot(
     titles: Sequence[str] | None,
 ) -> Figure:
     """See :meth:`~echo.tree.packed.PackedTree.plot`."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise EchoError("plot: expected matplotlib (pip install 'echo-specdec[plot]'), got no such module") from error
+    style.require()
     chosen = [checks.integer("requests", b, 0, packed.batch - 1) for b in (range(packed.batch) if requests is None else requests)]
     if titles is not None and len(titles) != len(chosen):
         raise EchoError(f"titles: expected one for each of {len(chosen)} requests, got {len(titles)}")
@@ -66,20 +63,21 @@ def plot(
     wide = max([left[-1], *heads, LEGEND])
     tall = [SPACE + HEAD + LINE * (1 + max((node.y for node in own), default=0)) for own in drawn]
     size = wide + 2 * MARGIN, 2 * LINE + sum(tall) + 2 * MARGIN
-    figure = Figure(figsize=size, facecolor=BACKGROUND)
-    axis = figure.add_axes((0, 0, 1, 1))  # in inches, from the figure's upper left corner
-    axis.set(xlim=(-MARGIN, wide + MARGIN), ylim=(MARGIN - size[1], MARGIN))
-    axis.set_axis_off()
-    _legend(axis, accepted is not None)
-    top = -LINE
-    for own, name, fact, height in zip(drawn, names, facts, tall, strict=True):
-        axis.plot([0, wide], [top - SPACE / 2] * 2, color=RULE, lw=0.8)
-        axis.text(0, top - SPACE - HEAD / 2, name, size=SIZE, color=INK, va="center")
-        axis.text(wide, top - SPACE - HEAD / 2, fact, size=SIZE, color=PALE, va="center", ha="right")
-        _draw(axis, own, left, top - SPACE - HEAD - LINE / 2)
-        top -= height
-    for depth, x in enumerate(left[:-1]):
-        axis.text(x + PAD, top - LINE / 2, f"depth {depth}" if depth == 0 else str(depth), size=SMALL, color=PALE, va="center_baseline")
+    with style.figure(*size) as figure:
+        figure.set_layout_engine("none")
+        axis = figure.add_axes((0, 0, 1, 1))  # in inches, from the figure's upper left corner
+        axis.set(xlim=(-MARGIN, wide + MARGIN), ylim=(MARGIN - size[1], MARGIN))
+        axis.set_axis_off()
+        _legend(axis, accepted is not None)
+        top = -LINE
+        for own, name, fact, height in zip(drawn, names, facts, tall, strict=True):
+            axis.plot([0, wide], [top - SPACE / 2] * 2, color=RULE, lw=0.8)
+            axis.text(0, top - SPACE - HEAD / 2, name, size=SIZE, color=style.INK, va="center")
+            axis.text(wide, top - SPACE - HEAD / 2, fact, size=SIZE, color=PALE, va="center", ha="right")
+            _draw(axis, own, left, top - SPACE - HEAD - LINE / 2)
+            top -= height
+        for depth, x in enumerate(left[:-1]):
+            axis.text(x + PAD, top - LINE / 2, f"depth {depth}" if depth == 0 else str(depth), size=SMALL, color=PALE, va="center_baseline")
     return figure
 
 
@@ -130,7 +128,7 @@ def _draw(axis: Any, nodes: Sequence[_Node], left: Sequence[float], top: float) 
     for node in nodes:
         x, y = left[node.depth], top - LINE * node.y
         _box(axis, x, y, node.width, node.kind, node.taken)
-        axis.text(x + PAD, y, node.token, size=SIZE, color=INK, va="center_baseline")
+        axis.text(x + PAD, y, node.token, size=SIZE, color=style.INK, va="center_baseline")
         axis.text(x + PAD + node.token_width + 0.06, y, node.chance, size=SMALL, color=PALE, va="center_baseline")
 
 
@@ -139,7 +137,7 @@ def _edge(axis: Any, x0: float, y0: float, x1: float, y1: float, taken: bool) ->
     from matplotlib.path import Path
 
     middle = x1 - GAP / 2
-    colour, line = (ACCEPTED, 1.8) if taken else (EDGE, 0.9)
+    colour, line = (style.GOOD, 1.8) if taken else (style.QUIET, 0.9)
     path = Path([(x0, y0), (x1 - GAP, y0), (middle, y0), (middle, y1), (x1, y1)], [1, 2, 4, 4, 4])
     axis.add_patch(PathPatch(path, fill=False, ec=colour, lw=line, zorder=1 + taken))
 
@@ -147,16 +145,16 @@ def _edge(axis: Any, x0: float, y0: float, x1: float, y1: float, taken: bool) ->
 def _box(axis: Any, x: float, y: float, width: float, kind: str, taken: bool) -> None:
     from matplotlib.patches import FancyBboxPatch
 
-    style = f"round,pad=0,rounding_size={BOX / 3}"
-    colour, line = (ACCEPTED, 1.8) if taken else (EDGE, 0.6)
-    axis.add_patch(FancyBboxPatch((x, y - BOX / 2), width, BOX, boxstyle=style, fc=FILL[kind], ec=colour, lw=line, zorder=3))
+    corners = f"round,pad=0,rounding_size={BOX / 3}"
+    colour, line = (style.GOOD, 1.8) if taken else (style.QUIET, 0.6)
+    axis.add_patch(FancyBboxPatch((x, y - BOX / 2), width, BOX, boxstyle=corners, fc=FILL[kind], ec=colour, lw=line, zorder=3))
 
 
 def _legend(axis: Any, accepted: bool) -> None:
     x = 0.0
     for kind, taken, text in [*((kind, False, text) for kind, text in MEANING.items()), *([("depth", True, "accepted")] * accepted)]:
         _box(axis, x, -LINE / 2, 0.26, kind, taken)
-        axis.text(x + 0.34, -LINE / 2, text, size=SIZE, color=INK, va="center_baseline")
+        axis.text(x + 0.34, -LINE / 2, text, size=SIZE, color=style.INK, va="center_baseline")
         x += 0.34 + _width(text, SIZE) + 0.3
     axis.text(x, -LINE / 2, "numbers: path probability", size=SIZE, color=PALE, va="center_baseline")
 

@@ -56,7 +56,7 @@ class Frontier:
     depth: int
 
     def inherit(self, state: Tensor) -> Tensor:
-        """What a drafter knows of the previous frontier, [B, W', ...], gathered for these nodes, [B, W, ...].
+        """What a drafter knows of the previous frontier, ``state`` [B, W', ...], gathered for these nodes, [B, W, ...].
 
         Hidden-state rows, KV slots, positions: ``parent`` is the reorder list that says which branch each kept node needs.
         """
@@ -239,7 +239,7 @@ class SuperTree:
         return self.status == int(Status.ACTIVE)
 
     def with_bought(self, nodes: Tensor) -> SuperTree:
-        """The same tree with these nodes, bool [B, T], bought as well; ``left`` and ``reserve`` are the caller's business."""
+        """The same tree with these ``nodes``, bool [B, T], bought as well; ``left`` and ``reserve`` are the caller's business."""
         parts = torch.split(nodes, self.sizes, dim=1)
         layers = tuple(replace(layer, bought=layer.bought | part) for layer, part in zip(self.layers, parts, strict=True))
         return replace(self, layers=layers, held=self.held + (nodes & ~self.bought).sum(dim=1))

@@ -51,6 +51,10 @@ def from_sglang(links: SGLangLinks, *, lengths: Tensor | None = None, rows: int 
 def from_tensorrt_llm(links: TensorRTLinks, *, rows: int | None = None) -> PackedTree:
     """From TensorRT-LLM's packed mask; a row that sees itself alone is a pad.
 
+    Args:
+        links: as :func:`tensorrt_llm` makes them; ``tokens``, ``packed_mask`` and ``generation_lengths`` are read.
+        rows: as in :func:`from_sglang`.
+
     Raises:
         EchoError: naming the request and the row of a mask that no tree has.
     """
@@ -100,7 +104,12 @@ def from_sglang_mask(
 
 
 def from_flashinfer(mask: FlashInferMask, tokens: Tensor, *, rows: int | None = None) -> PackedTree:
-    """From FlashInfer's flat or packed custom mask (told apart by dtype) and the tokens int64 of all rows.
+    """From FlashInfer's flat or packed custom mask, told apart by dtype.
+
+    Args:
+        mask: as :func:`flashinfer` makes it.
+        tokens: int64 [rows of all requests].
+        rows: as in :func:`from_sglang`.
 
     Raises:
         EchoError: naming the request and the row of a mask that no tree has, or that hides a token of the context.
@@ -123,7 +132,13 @@ def from_flashinfer(mask: FlashInferMask, tokens: Tensor, *, rows: int | None = 
 
 
 def from_flashinfer_xqa(mask: Tensor, indptr: Tensor, tokens: Tensor, *, rows: int | None = None) -> PackedTree:
-    """From FlashInfer's XQA mask uint16 [N, halves], ``q_cu_seq_lens`` int32 [B + 1] and the tokens int64 [N].
+    """From FlashInfer's XQA mask.
+
+    Args:
+        mask: uint16 [N, halves].
+        indptr: int32 [B + 1], its ``q_cu_seq_lens``.
+        tokens: int64 [N].
+        rows: as in :func:`from_sglang`.
 
     Raises:
         EchoError: naming the request and the row of a mask that no tree has.
@@ -136,7 +151,12 @@ def from_flashinfer_xqa(mask: Tensor, indptr: Tensor, tokens: Tensor, *, rows: i
 
 
 def from_qq_bias(bias: Tensor, tokens: Tensor, *, rows: int | None = None) -> PackedTree:
-    """From vLLM's ``qq_bias`` float32 [N, N] (below 0: hidden) and the tokens int64 [N]; a row that sees itself alone is a pad.
+    """From vLLM's ``qq_bias``; a row that sees itself alone is a pad.
+
+    Args:
+        bias: float32 [N, N]; below 0: hidden.
+        tokens: int64 [N].
+        rows: as in :func:`from_sglang`.
 
     Raises:
         EchoError: naming the row of a mask that no tree has.
@@ -149,6 +169,10 @@ def from_qq_bias(bias: Tensor, tokens: Tensor, *, rows: int | None = None) -> Pa
 def from_hugging_face(inputs: HuggingFaceInputs, *, lengths: Tensor | None = None, rows: int | None = None) -> PackedTree:
     """From token ids and a 4-D mask, bool or float (below 0: hidden); a row that sees itself alone is a pad.
 
+    Args:
+        inputs: as :func:`hugging_face` makes them; ``position_ids`` are not read.
+        lengths, rows: as in :func:`from_sglang`.
+
     Raises:
         EchoError: naming the request and the row of a mask that no tree has.
     """
@@ -159,7 +183,11 @@ def from_hugging_face(inputs: HuggingFaceInputs, *, lengths: Tensor | None = Non
 
 
 def from_chains(chain: Chains, *, rows: int | None = None) -> PackedTree:
-    """From ragged chains; ``tokens`` and ``qo_indptr`` are read.
+    """From ragged chains.
+
+    Args:
+        chain: as :func:`chains` makes them; ``tokens`` and ``qo_indptr`` are read.
+        rows: N; ``graph_num_tokens`` where not given.
 
     Raises:
         EchoError: a negative token, naming the request and the row.

@@ -66,6 +66,13 @@ def chains(packed: PackedTree, *, out: Chains | None = None) -> Chains:
 
     Of a tree that branches it keeps the rows above the first branch, a chain (``packed.validate(chain=True)`` finds such trees).
 
+    Args:
+        packed: the step.
+        out: persistent buffers.
+
+    Raises:
+        EchoError: buffers that do not fit.
+
     Source: ``RaggedVerifyLayout`` of sglang 0.5.23 (``verify_lens``, ``qo_indptr``, ``graph_num_tokens``) and
     ``SpecDecodeMetadata`` of vllm 0.33.0.
     """
@@ -102,6 +109,10 @@ def qq_bias(packed: PackedTree, *, out: Tensor | None = None) -> Tensor:
     """vLLM's ``qq_bias`` float32 [N, N] for ``unified_attention``: 0 where row i sees row j, -inf elsewhere.
 
     It holds one tree for the whole batch: 4 * N bytes a row.
+
+    Args:
+        packed: the step.
+        out: persistent buffer.
 
     Raises:
         EchoError: more than one request.

@@ -156,8 +156,13 @@ def tensorrt_llm(packed: PackedTree, n: int, *, out: TensorRTLinks | None = None
 
     Uniform: B * n rows are verified instead of N, so the gain of ragged trees is lost where n is above their mean size.
 
+    Args:
+        packed: the step.
+        n: rows of every request.
+        out: persistent buffers.
+
     Raises:
-        EchoError: n below 1.
+        EchoError: n below 1, or buffers that do not fit.
 
     Source: ``spec_decoding_packed_mask`` and ``spec_decoding_position_offsets`` of TensorRT-LLM.
     """

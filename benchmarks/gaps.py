@@ -1,0 +1,338 @@
+"""What the paper leaves out, measured by exact replay: one section a question, one plot each, all in docs/gaps.md.
+
+    python benchmarks/gaps.py                        # all sections, about a minute on one quiet core
+    python benchmarks/gaps.py --only fairness tail   # some of them
+
+Calibration and tuning see one half of the texts, the figures the other. Unless a section says otherwise: 64 requests, a dense model whose
+knee lies at 256 rows, a drafted layer at 2% of a step. Throughput is a multiple of plain decoding's under the same cost curve.
+Writes benchmarks/results/gaps.json and docs/images/gaps*.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+
+import echo
+from echo.testing import Record, Report, Trace
+from echo.testing import replay as play
+from gaps_picture import draw
+from policies import Setting, eagle, paper, top_k
+from replay import LAG, MAX_POOL, WARM, Steps, calibrate, halves, shapes
+
+HERE = Path(__file__).parent
+BATCH, STEPS, LAW = 64, 100, "dense, knee at 256 rows"
+Scheduler = echo.ElasticBudgetScheduler
+
+
+@dataclass(frozen=True, eq=False)
+class Study:
+    """What all sections share: two halves of the texts, the machine, and what was calibrated on the first."""
+
+    tune: Trace
+    test: Trace
+    cost: echo.CostModel
+    calibration: echo.Calibration
+
+    def setting(self, batch: int = BATCH, cost: echo.CostModel | None = None) -> Setting:
+        """What a policy may know."""
+        return Setting(self.calibration, cost or self.cost, batch, self.tune.depth, self.tune.beam)
+
+    def tuned(self, policy: Callable) -> Scheduler:
+        """The candidate that is best on the first half."""
+        return max(policy(self.setting()), key=lambda s: self.ratio(s, trace=self.tune, steps=STEPS // 4))
+
+    def goodput(self, cost: echo.CostModel | None = None, calibration: echo.Calibration | None = None) -> Scheduler:
+        """Nothing tuned."""
+        return Scheduler.goodput(calibration or self.calibration, cost or self.cost, beam=self.tune.beam)
+
+    def paper(self, rows: int, calibration: echo.Calibration | None = None, width: int = 2) -> Scheduler:
+        """ECHO's rule and gates."""
+        return Scheduler.paper(calibration or self.calibration, k_max=rows, layer_width=width)
+
+    @lru_cache  # noqa: B019
+    def policies(self) -> dict[str, Scheduler]:
+        """One tuned representative of each family."""
+        tuned = {name: self.tuned(policy) for name, policy in {"EAGLE": eagle, "ECHO (paper)": paper, "global top-K": top_k}.items()}
+        return {**tuned, "goodput": self.goodput()}
+
+    def run(self, scheduler: Scheduler, *, trace: Trace | None = None, batch: int = BATCH, steps: int = STEPS, **options) -> Steps:
+        """Steps of a replay with texts in random order, the first ones left out."""
+        seen: list[tuple[int, int, int]] = []
+        extra = options.pop("observe", None)
+
+        def observe(record: Record) -> None:
+            seen.append((int(record.emitted.sum()), record.forecast.rows, record.forecast.depth))
+            if extra is not None:
+                extra(record)
+
+        trace, options = trace or self.test, {"lag": LAG, **options}
+        order = np.random.default_rng(1).permutation(len(trace.kind))
+        report = play(trace, scheduler, self.cost, batch=batch, steps=steps + WARM, order=order, observe=observe, **options)
+        assert report.misses == 0, f"{report.misses} nodes without a record"
+        tokens, rows, layers = np.array(seen[WARM:]).T
+        return Steps(tokens, rows, layers, scheduler.rule.width)
+
+    def ratio(self, scheduler: Scheduler, *, cost: echo.CostModel | None = None, batch: int = BATCH, **options) -> float:
+        """Throughput over plain decoding, both under the true cost."""
+        return self.run(scheduler, batch=batch, **options).rate(cost or self.cost, batch)
+
+
+def budget(study: Study) -> dict[str, object]:
+    """Throughput by K_max, where the curve has its knee and where it has another."""
+    rows = (80, 96, 128, 160, 192, 256, 320, 384, 512, 768)
+    runs = {
+        "ECHO (paper)": [study.run(study.paper(k)) for k in rows],
+        "global top-K": [study.run(Scheduler(echo.GlobalRank(study.tune.beam, study.calibration), None, k, 6)) for k in rows],
+    }
+    laws = {"knee at 256": study.cost, "knee at 1024": shapes()["mixture of experts, knee at 1024"]}
+    return {
+        "rows": rows,
+        "curves": {f"{name}, {law}": [r.rate(cost, BATCH) for r in found] for name, found in runs.items() for law, cost in laws.items()},
+    }
+
+
+def warmup(study: Study) -> dict[str, object]:
+    """Throughput by the number of texts that were calibrated on; three draws of each size."""
+    rng, sizes = np.random.default_rng(0), (1, 2, 4, 8, 16)
+    curves: dict[str, list[list[float]]] = {"ECHO (paper)": [], "goodput": []}
+    rows: list[int] = []
+    for size in (*sizes, len(study.tune.kind)):
+        draws = [rng.permutation(len(study.tune.kind))[:size] for _ in range(3 if size in sizes else 1)]
+        calibrations = [calibrate(study.tune.texts(draw)) for draw in draws]
+        rows.append(int(np.mean([sum(np.diff(study.tune.indptr)[draw]) for draw in draws])))
+        curves["ECHO (paper)"].append([study.ratio(study.paper(256, c), steps=STEPS - WARM) for c in calibrations])
+        curves["goodput"].append([study.ratio(study.goodput(calibration=c), steps=STEPS - WARM) for c in calibrations])
+    return {"positions": rows, "curves": curves}
+
+
+def gate_errors(study: Study) -> dict[str, object]:
+    """How often a threshold stops a path that the target would accept, and lets one pass that it rejects, by depth."""
+    pool = Scheduler(echo.TwoLevel(study.test.beam, 0), None, 32 * MAX_POOL, study.test.depth, max_tree_rows=MAX_POOL)
+    logs: list[echo.WarmupLog] = []
+    play(study.test, pool, study.cost, batch=32, observe=lambda r: logs.append(echo.warmup_rows(r.tree, r.packed, r.accepted)))
+    log = echo.WarmupLog.concat(logs)
+    result: dict[str, list[float]] = {name: [] for name in ("depth", "gate", "false_stops", "false_extensions", "rows")}
+    for d in study.calibration.depths:
+        mine = (log.depth == d.depth) & (log.rank == 0)
+        passed, accepted = log.confidence[mine] > d.threshold, log.accepted[mine]
+        result["depth"].append(d.depth)
+        result["gate"].append(bool(d.gate))
+        result["rows"].append(int(mine.sum()))
+        result["false_stops"].append(float((~passed & accepted).sum() / accepted.sum()))
+        result["false_extensions"].append(float((passed & ~accepted).sum() / (~accepted).sum()))
+    return result
+
+
+def doubtful(trace: Trace) -> np.ndarray:
+    """bool [R]: the quarter of the texts whose first draft is accepted least often."""
+    rank, owner = trace.rank[:, 0], np.repeat(np.arange(len(trace.kind)), np.diff(trace.indptr))
+    drafted = rank >= -1
+    rate = np.bincount(owner, (rank == 0) & drafted) / np.bincount(owner, drafted).clip(1)
+    return rate <= np.quantile(rate, 0.25)
+
+
+def fairness(study: Study) -> dict[str, object]:
+    """Who gets the rows: shares of the doubtful quarter, Jain's index, and what a floor for everybody costs."""
+    weak = doubtful(study.test)
+    result: dict[str, object] = {}
+    for name, scheduler in study.policies().items():
+        result[name] = served(study, scheduler, weak)
+    knee = study.cost.knee.k_max
+    ranked = Scheduler(echo.GlobalRank(study.tune.beam, study.calibration), None, knee, 6)
+    result["floors"] = {str(floor): served(study, Floored(ranked, floor), weak) for floor in (0, 2, 3, 4)}
+    return result
+
+
+@dataclass(frozen=True)
+class Floored:
+    """A scheduler that sets ``floor`` rows aside for every request."""
+
+    inner: Scheduler
+    floor: int
+
+    def __getattr__(self, name: str):
+        return getattr(self.inner, name)
+
+    def plant(self, roots: torch.Tensor, **options):
+        """With the floor."""
+        return self.inner.plant(roots, floors=torch.full_like(roots, self.floor), **options)
+
+
+def served(study: Study, scheduler: Scheduler, weak: np.ndarray) -> dict[str, object]:
+    """One policy's figures by request, and over time for the doubtful quarter."""
+    rows, tokens, steps = (np.zeros(len(weak)) for _ in range(3))
+    drafted = {True: [], False: []}
+
+    def observe(record: Record) -> None:
+        each = record.packed.indptr.diff().numpy()
+        np.add.at(rows, record.requests, each - 1)
+        np.add.at(tokens, record.requests, record.emitted)
+        np.add.at(steps, record.requests, 1)
+        for kind, found in drafted.items():
+            mine = weak[record.requests] == kind
+            found.append(float((each[mine] - 1).mean()) if mine.any() else float("nan"))
+
+    found = study.run(scheduler, steps=2 * STEPS, observe=observe)
+    rate, accepted = tokens / steps, tokens - steps
+    return {
+        "ratio": found.rate(study.cost, BATCH),
+        "doubtful_steps": float(steps[weak].sum() / steps.sum()),
+        "doubtful_rows": float(rows[weak].sum() / rows.sum()),
+        "doubtful_accepted": float(accepted[weak].sum() / accepted.sum()),
+        "doubtful_tokens_per_step": float(tokens[weak].sum() / steps[weak].sum()),
+        "other_tokens_per_step": float(tokens[~weak].sum() / steps[~weak].sum()),
+        "jain": float(rate.sum() ** 2 / (len(rate) * (rate**2).sum())),
+        "over_time": {"doubtful": drafted[True], "others": drafted[False]},
+    }
+
+
+def tail(study: Study) -> dict[str, object]:
+    """Tokens of one request in one step, and over a whole text: the middle and both ends."""
+    result: dict[str, object] = {}
+    for name, scheduler in study.policies().items():
+        each: list[np.ndarray] = []
+        study.run(scheduler, observe=lambda record, each=each: each.append(record.emitted.copy()))
+        order = np.random.default_rng(1).permutation(len(study.test.kind))
+        report: Report = play(study.test, scheduler, study.cost, batch=BATCH // 2, order=order)
+        step = np.concatenate(each)
+        text = [answer.tokens / answer.steps for answer in report.answers if answer.steps]
+        slow = [answer.seconds / answer.tokens for answer in report.answers if answer.tokens]
+        result[name] = {
+            "step": {str(p): float(np.percentile(step, p)) for p in (50, 95, 99)},
+            "share": [float((step >= n).mean()) for n in range(1, study.test.depth + 2)],
+            "text": {str(p): float(np.percentile(text, p)) for p in (1, 5, 50, 95, 99)},
+            "seconds_per_token": {str(p): float(np.percentile(slow, p)) for p in (50, 95, 99)},
+        }
+    return result
+
+
+def wrong_cost(study: Study) -> dict[str, object]:
+    """Goodput that believes in another machine: the knee or the drafter's price wrong by 2x."""
+    law = lambda knee: tuple(1.0 + max(0.0, r - knee) / knee for r in study.cost.rows)  # noqa: E731
+    beliefs = {
+        "true": study.cost,
+        "knee at half": replace(study.cost, seconds=law(128)),
+        "knee at twice": replace(study.cost, seconds=law(512)),
+        "draft at half": replace(study.cost, draft_layer=study.cost.draft_layer / 2),
+        "draft at twice": replace(study.cost, draft_layer=study.cost.draft_layer * 2),
+    }
+    batches = (8, 64, 128, 256)
+    found = {
+        name: [study.ratio(study.goodput(cost), batch=b, steps=min(STEPS, 4096 // b)) for b in batches] for name, cost in beliefs.items()
+    }
+    learnt = study.goodput(beliefs["knee at twice"])
+    found["knee at twice, learning"] = [study.ratio(learnt, batch=b, steps=min(STEPS, 4096 // b), learn=0.3) for b in batches]
+    return {"batch": batches, "curves": found}
+
+
+def temperature(study: Study, path: Path) -> dict[str, object]:
+    """The same prompts at temperature 0.8, with the gates and maps of greedy text, and with their own."""
+    tune, test = halves(Trace.load(path))
+    own = calibrate(tune)
+    whole = study.test.texts(range(len(test.kind)))
+    pieces = truncated(whole, int(test.limit.max()))
+    greedy = pieces.texts(np.flatnonzero(np.isin(pieces.indptr[:-1], whole.indptr)).tolist())  # the answers' beginnings
+    batch = 16
+    k_max = 6 * batch
+    result: dict[str, object] = {"positions": int(test.positions)}
+    cases = {"greedy": (greedy, study.calibration), "0.8": (test, study.calibration), "0.8, calibrated at 0.8": (test, own)}
+    for name, (trace, calibration) in cases.items():
+        chosen = {
+            "EAGLE": Scheduler.eagle(n=6, beam=2, max_depth=3),
+            "ECHO (paper)": study.paper(k_max, calibration),
+            "goodput": study.goodput(calibration=calibration),
+        }
+        found = {policy: study.run(s, trace=trace, batch=batch, steps=120) for policy, s in chosen.items()}
+        result[name] = {
+            policy: {"ratio": f.rate(study.cost, batch), "tokens_per_step": float(f.tokens.mean() / batch)} for policy, f in found.items()
+        }
+    return result
+
+
+def lag(study: Study) -> dict[str, object]:
+    """Goodput whose forecast knows the step before, or only one or two earlier."""
+    batches = (8, 64, 128)
+    found = {str(late): [study.ratio(study.goodput(), batch=b, lag=late, steps=min(80, 6144 // b)) for b in batches] for late in (0, 1, 2)}
+    return {"batch": batches, "curves": found}
+
+
+def truncated(trace: Trace, tokens: int) -> Trace:
+    """The texts cut into pieces of at most so many tokens, each a request of its own."""
+    cuts = [np.append(np.arange(a, b - 1, tokens), b) for a, b in zip(trace.indptr, trace.indptr[1:], strict=False)]
+    lengths = np.concatenate([np.diff(cut) for cut in cuts])
+    kind = np.concatenate([np.full(len(cut) - 1, kind) for cut, kind in zip(cuts, trace.kind, strict=True)])
+    limit = np.full(len(lengths), tokens + 1, np.int32)
+    return replace(trace, indptr=np.concatenate([[0], lengths.cumsum()]), kind=kind, limit=limit)
+
+
+def churn(study: Study) -> dict[str, object]:
+    """Requests that stay for a few tokens only, so that some leave and others join at every step."""
+    lives = (4, 8, 16, 32, 64)
+    policies = {name: scheduler for name, scheduler in study.policies().items() if name != "global top-K"}
+    curves: dict[str, list[float]] = {name: [] for name in policies}
+    joined: list[float] = []
+    for life in lives:
+        trace, fresh = truncated(study.test, life), list[float]()
+        for name, scheduler in policies.items():
+            see = lambda r, fresh=fresh: fresh.append(float((r.position == 0).mean()))  # noqa: E731
+            curves[name].append(study.ratio(scheduler, trace=trace, observe=see))
+        joined.append(float(np.mean(fresh[-STEPS:])))
+    return {"tokens": lives, "joined": joined, "curves": curves}
+
+
+def short(value):
+    """Four decimals."""
+    if isinstance(value, dict):
+        return {key: short(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [short(inner) for inner in value]
+    return round(value, 4) if isinstance(value, float) else value
+
+
+SECTIONS: dict[str, Callable[[Study], dict[str, object]]] = {
+    "budget": budget,
+    "warmup": warmup,
+    "gate_errors": gate_errors,
+    "fairness": fairness,
+    "tail": tail,
+    "wrong_cost": wrong_cost,
+    "lag": lag,
+    "churn": churn,
+}
+
+
+def main() -> None:
+    """Runs the sections and draws them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="*", default=[*SECTIONS, "temperature"])
+    parser.add_argument("--trace", type=Path, default=HERE / "traces" / "smollm2.npz")
+    parser.add_argument("--sampled", type=Path, default=HERE / "traces" / "smollm2-sampled.npz")
+    parser.add_argument("--out", type=Path, default=HERE / "results" / "gaps.json")
+    parser.add_argument("--images", type=Path, default=HERE.parent / "docs" / "images")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    console, start = Console(), time.perf_counter()
+    tune, test = halves(Trace.load(args.trace))
+    study = Study(tune, test, shapes()[LAW], calibrate(tune))
+    results = json.loads(args.out.read_text()) if args.out.exists() else {}
+    for name in args.only:
+        begun = time.perf_counter()
+        results[name] = temperature(study, args.sampled) if name == "temperature" else SECTIONS[name](study)
+        console.print(f"{name}: {time.perf_counter() - begun:.0f} s")
+        args.out.write_text("{\n" + ",\n".join(f'"{key}": {json.dumps(short(value))}' for key, value in results.items()) + "\n}\n")
+    draw(results, args.images)
+    console.print(f"{args.out} and {args.images}/gaps*.png written; {time.perf_counter() - start:.0f} s in all")
+
+
+if __name__ == "__main__":
+    main()

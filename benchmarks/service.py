@@ -1,0 +1,395 @@
+"""A service in simulation: how many GPUs elastic speculation saves, and what it can cost at worst.
+
+    python benchmarks/service.py               # under two minutes on one core
+    python benchmarks/service.py --share 0.1   # a glance
+
+Replicas (LLaMA-3.3-70B on 4 x H100 each, by the roofline) behind a router that sends each request to the replica with fewest: continuous
+batching, chunked prefill in the same forward pass, a limit on cached tokens. What a step emits, launches and drafts is drawn from exact
+replays of the policy at about that batch size, with and without a chunk of prefill beside it, of the text that each request writes. Then
+the worst ratio to speculation off (benchmarks/worst.py). All draws come from one seed.
+
+Writes benchmarks/results/service.json, service.md and service.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import simpy
+import torch
+
+import echo
+from echo import style
+from echo.testing import Record, Trace, replay
+from raised import raised, raised_to
+from replay import calibrate, halves
+from worst import MODEL, Scheduler, policies, worst
+
+HERE = Path(__file__).parent
+GPUS = 4
+STEPS = {1: 100, 4: 50, 16: 36, 32: 30, 64: 26, 96: 24, 128: 22, 192: 22, 256: 22}
+WARM = 8
+"""Batch sizes that are replayed, and steps of each, the first few left out; a step of another size is drawn from the next larger."""
+CHUNK = 512
+"""Rows of prefill in one step at most."""
+SLOTS = 256
+CACHE = 440_000
+"""Tokens of context that a replica can hold: what 4 x 80 GB leave beside the weights, at 328 kB a token."""
+NAMES = ("as recorded", "raised")
+LEVELS, TTFT, ATTAINED = (20, 40), 2.0, 0.95
+"""Service levels: milliseconds a token, seconds to the first token, of that share of the requests."""
+SECONDS, SETTLE = 45.0, 12.0
+"""Simulated, and of those left out at the start."""
+
+
+@dataclass(frozen=True)
+class Beside(Scheduler):
+    """A scheduler beside whose steps some rows of prefill always run."""
+
+    base: int = 0
+
+    def forecast(self, history: echo.History, slots: torch.Tensor, base_rows: int = 0) -> echo.Forecast:
+        return super().forecast(history, slots, base_rows + self.base)
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Replayed steps of a policy at one batch size.
+
+    Attributes:
+        rows: float64 [steps], rows launched for each request.
+        layers: int64 [steps], drafted.
+        emitted: int64 [texts, most], tokens of each text in each step that drafted.
+        counts: int64 [texts], how many steps those are.
+        width: rows of a drafted layer for each request.
+    """
+
+    rows: np.ndarray
+    layers: np.ndarray
+    emitted: np.ndarray
+    counts: np.ndarray
+    width: int
+
+
+def replayed(trace: Trace, scheduler: Scheduler, batch: int, base: int, share: float) -> Steps:
+    """Steps of the policy on the trace, beside ``base`` rows of prefill."""
+    own = {name: getattr(scheduler, name) for name in ("rule", "gate", "budget", "max_depth", "max_tree_rows", "probe", "margin")}
+    seen: list[tuple[float, int]] = []
+    emitted: list[list[int]] = [[] for _ in trace.kind]
+
+    def observe(record: Record) -> None:
+        seen.append((record.forecast.rows / batch, record.forecast.depth))
+        if record.forecast.depth:
+            for text, tokens in zip(record.requests, record.emitted, strict=True):
+                emitted[text].append(int(tokens))
+
+    order, steps = np.random.default_rng(2).permutation(len(trace.kind)), WARM + max(6, int(share * STEPS[batch]))
+    base = 0 if scheduler.budget is None else base  # a static tree knows of no prefill
+    replay(trace, Beside(**own, base=base), echo.CostModel((1,), (1.0,)), batch=batch, steps=steps, order=order, observe=observe)
+    rows, layers = np.array(seen[WARM:]).T
+    pool = [token for tokens in emitted for token in tokens] or [1]
+    emitted = [tokens or pool for tokens in emitted]
+    table = np.zeros((len(emitted), max(map(len, emitted))), dtype=int)
+    for row, tokens in zip(table, emitted, strict=True):
+        row[: len(tokens)] = tokens
+    return Steps(rows, layers.astype(int), table, np.array([len(tokens) for tokens in emitted]), scheduler.rule.width)
+
+
+@dataclass(frozen=True)
+class Load:
+    """Requests a second at all replicas together, and how they come: "poisson", or "bursty" (gamma gaps, coefficient of variation 3)."""
+
+    rate: float
+    kind: str
+
+    def requests(self, rng: np.random.Generator, seconds: float, texts: int) -> Requests:
+        """Prompts and answers are log-normal, as those of chats are: medians 150 and 250 tokens, at most 4,096 and 1,024."""
+        shape = 1.0 if self.kind == "poisson" else 1 / 9
+        count = int(self.rate * seconds * 1.3) + 100
+        arrival = rng.gamma(shape, 1 / (shape * self.rate), count).cumsum()
+        prompt = np.clip(rng.lognormal(np.log(150), 1.1, count), 16, 4096).astype(int)
+        output = np.clip(rng.lognormal(np.log(250), 0.8, count), 8, 1024).astype(int)
+        text, inside = rng.integers(0, texts, count), arrival < seconds
+        return Requests(*(column[inside] for column in (arrival, prompt, output, text)))
+
+
+class Requests:
+    """All requests of a run as columns: when each comes, what it reads and writes, how far it is, when its first and last token came."""
+
+    def __init__(self, arrival: np.ndarray, prompt: np.ndarray, output: np.ndarray, text: np.ndarray) -> None:
+        self.arrival, self.prompt, self.output, self.text = arrival, prompt, output, text
+        self.read, self.written = np.zeros_like(prompt), np.zeros_like(prompt)
+        self.first, self.end = np.full(len(arrival), np.inf), np.full(len(arrival), np.inf)
+
+
+@dataclass
+class Replica:
+    """One copy of the model: admits while slots and cache last, reads prompts in chunks, decodes all it holds in every step."""
+
+    env: simpy.Environment
+    requests: Requests
+    steps: dict[tuple[int, bool], Steps]
+    cost: echo.CostModel
+    rng: np.random.Generator
+    waiting: deque[int] = field(default_factory=deque)
+    held: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=int))
+    cached: int = 0
+
+    def __post_init__(self) -> None:
+        self.wake = self.env.event()
+        self.env.process(self.run())
+
+    @property
+    def load(self) -> int:
+        return len(self.waiting) + len(self.held)
+
+    def submit(self, request: int) -> None:
+        self.waiting.append(request)
+        if not self.wake.triggered:
+            self.wake.succeed()
+
+    def run(self) -> Iterator[simpy.Event]:
+        every = self.requests
+        while True:
+            if not self.load:
+                self.wake = self.env.event()
+                yield self.wake
+            while self.waiting and len(self.held) < SLOTS:
+                need = int(every.prompt[self.waiting[0]] + every.output[self.waiting[0]])
+                if self.cached + need > CACHE:
+                    break
+                self.cached += need
+                self.held = np.append(self.held, self.waiting.popleft())
+            yield self.env.timeout(self.step())
+            self.leave()
+
+    def step(self) -> float:
+        """Reads and writes; the seconds that it takes. First come, first read."""
+        every, held = self.requests, self.held
+        missing = every.prompt[held] - every.read[held]
+        part = np.clip(CHUNK - (missing.cumsum() - missing), 0, missing)
+        writing, prefill = held[missing == 0], int(part.sum())
+        context = float((every.read[writing] + every.written[writing]).sum())
+        rows, drafting, emitted = self.decide(writing, prefill)
+        every.read[held] += part
+        every.written[writing] += emitted
+        every.written[held[(missing > 0) & (part == missing)]] = 1  # the last row of the prompt gives the first token
+        return float(self.cost(rows + prefill, requests=max(1, len(writing)), context=context)) + drafting
+
+    def leave(self) -> None:
+        """After the step: who has the first token, who is done."""
+        every, held = self.requests, self.held
+        begun, done = every.written[held] >= 1, every.written[held] >= every.output[held]
+        every.first[held[begun]] = np.minimum(every.first[held[begun]], self.env.now)
+        every.end[held[done]] = self.env.now
+        self.cached -= int((every.prompt + every.output)[held[done]].sum())
+        self.held = held[~done]
+
+    def decide(self, writing: np.ndarray, prefill: int) -> tuple[float, float, np.ndarray | int]:
+        """Rows, seconds of drafting and emitted tokens: one replayed step of a few requests more at most, each text's own tokens in it."""
+        batch = len(writing)
+        if not batch:
+            return 0.0, 0.0, 0
+        size = next(b for b in STEPS if b >= batch)
+        steps = self.steps[size, prefill > CHUNK // 2]
+        pick = int(self.rng.integers(len(steps.rows)))
+        rows, layers = float(steps.rows[pick]) * batch, int(steps.layers[pick])
+        if layers == 0:
+            return rows, 0.0, 1
+        text = self.requests.text[writing]
+        place = (self.rng.random(batch) * steps.counts[text]).astype(int)
+        return rows, float(self.cost.draft(layers, batch, steps.width)), steps.emitted[text, place]
+
+
+def simulate(steps: dict[tuple[int, bool], Steps], cost: echo.CostModel, load: Load, replicas: int, seed: int = 0) -> dict[str, float]:
+    """One run of the service: throughput, seconds a token at 50, 95 and 99%, and the share of requests within the service level.
+
+    A request that is not answered within the simulated time is judged only where it has broken the level already.
+    """
+    env, rng = simpy.Environment(), np.random.default_rng(seed)
+    every = load.requests(rng, SECONDS, len(steps[1, False].counts))
+    fleet = [Replica(env, every, steps, cost, np.random.default_rng((seed, i))) for i in range(replicas)]
+
+    def arrive() -> Iterator[simpy.Event]:
+        for request, arrival in enumerate(every.arrival):
+            yield env.timeout(arrival - env.now)
+            min(fleet, key=lambda r: r.load).submit(request)
+
+    env.process(arrive())
+    env.run(until=SECONDS)
+    counted, done = every.arrival >= SETTLE, np.isfinite(every.end)
+    wait = np.minimum(every.first, SECONDS) - every.arrival
+    last = np.minimum(every.end, SECONDS)
+    pace = (last - np.minimum(every.first, last)) / np.maximum(np.minimum(every.written, every.output) - 1, 1)
+    own = pace[counted & done]
+    result = {
+        "tokens_per_second": float(every.output[done & (every.end >= SETTLE)].sum() / (SECONDS - SETTLE)),
+        **{f"tpot_{q}": float(np.percentile(own, q)) if len(own) else float("nan") for q in (50, 95, 99)},
+    }
+    for level in LEVELS:
+        broken = (wait > TTFT) | ((pace > level / 1e3) & (done | (every.written > 20)))
+        judged = counted & (done | broken)
+        result |= {f"attained_{level}": float(1.0 - broken[judged].mean()) if judged.any() else float("nan")}
+    return result
+
+
+def capacity(steps: dict[tuple[int, bool], Steps], cost: echo.CostModel, kind: str, level: int) -> float:
+    """Requests a second for each of two replicas up to which the service level is attained, by bisection."""
+    low, high = 0.0, 24.0
+    for _ in range(6):
+        middle = (low + high) / 2
+        kept = simulate(steps, cost, Load(2 * middle, kind), 2)[f"attained_{level}"] >= ATTAINED
+        low, high = (middle, high) if kept else (low, middle)
+    return low
+
+
+def fleet(steps: dict[str, dict[tuple[int, bool], Steps]], cost: echo.CostModel, most: int) -> dict[str, list[dict[str, object]]]:
+    """What a replica can carry, and how fleets of 1 to 64 do at a fifth more than "off" carries at the stricter level."""
+    carried = [
+        {"policy": policy, "arrivals": kind, "level": level, "rate": capacity(own, cost, kind, level)}
+        for policy, own in steps.items()
+        for kind, level in (("poisson", LEVELS[0]), ("bursty", LEVELS[0]), ("bursty", LEVELS[1]))
+    ]
+    load = 1.2 * float(str(carried[1]["rate"]))
+    runs = [
+        {"policy": policy, "replicas": replicas, **simulate(steps[policy], cost, Load(load * replicas, "bursty"), replicas)}
+        for policy in ("off", "goodput")
+        for replicas in (1, 8, 64)
+        if replicas <= most
+    ]
+    return {"capacity": carried, "runs": runs}
+
+
+def curve(steps: dict[str, dict[tuple[int, bool], Steps]], cost: echo.CostModel) -> list[dict[str, object]]:
+    """Two replicas under rising load, bursty."""
+    return [
+        {"policy": policy, "rate": rate, **simulate(own, cost, Load(2 * rate, "bursty"), 2)}
+        for policy, own in steps.items()
+        for rate in (1.0, 3.0, 6.0, 9.0, 12.0, 16.0)
+    ]
+
+
+def served(trace: Trace, better: bool, share: float, most: int) -> dict[str, Any]:
+    """The service on the trace as recorded, or raised."""
+    torch.set_num_threads(1)
+    tune, test = halves(trace)
+    odds = raised_to(tune, 7.0, (60, 6, 8)) if better else 1.0
+    tune, test = raised(tune, odds), raised(test, odds)
+    cost, calibration = echo.CostModel.roofline(MODEL, tensor=GPUS, most_rows=16384), calibrate(tune)
+    steps = {
+        policy: {
+            (batch, beside): replayed(test, policies(calibration, cost, batch, test.beam)[policy], batch, CHUNK * beside, share)
+            for batch in STEPS
+            for beside in (False, True)
+        }
+        for policy in policies(calibration, cost, 1, test.beam)
+    }
+    return {"odds": odds, "curve": curve(steps, cost), **fleet(steps, cost, most)}
+
+
+def measure(trace: Trace, share: float, most: int, workers: int | None = None) -> dict[str, Any]:
+    """Everything, on both traces, each part in a process of its own."""
+    with ProcessPoolExecutor(workers or os.cpu_count()) as pool:
+        recorded, better = pool.submit(served, trace, False, share, most), pool.submit(served, trace, True, share, 1)
+        ratios = pool.submit(worst, *halves(trace), share)
+        found = dict(zip(NAMES, (recorded.result(), better.result()), strict=True))
+        return {"model": MODEL, "gpus": GPUS, **found, "worst": ratios.result()}
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """Three tables: capacity and GPUs, fleets, and the worst ratios."""
+    lines: list[str] = []
+    for name in NAMES:
+        rate = {(c["policy"], c["arrivals"], c["level"]): float(c["rate"]) for c in result[name]["capacity"]}
+        columns = (("poisson", LEVELS[0]), ("bursty", LEVELS[0]), ("bursty", LEVELS[1]))
+        lines += [
+            f"Trace {name}: requests a second that a replica carries, and GPUs for 100 and 1,000 a second (Poisson):",
+            "",
+        ]
+        lines += [
+            "| policy | " + " | ".join(f"{kind}, {level} ms" for kind, level in columns) + " | 100/s | 1,000/s |",
+            "|---|---|---|---|---|---|",
+        ]
+        for policy in dict.fromkeys(c["policy"] for c in result[name]["capacity"]):
+            own = rate[policy, "poisson", LEVELS[0]]
+            need = " | ".join(f"{GPUS * int(np.ceil(load / own)):,}" if own else "-" for load in (100, 1000))
+            lines.append(f"| {policy} | " + " | ".join(f"{rate[(policy, *column)]:.1f}" for column in columns) + f" | {need} |")
+        lines.append("")
+    lines += [f"Fleets at 1.2 times what off carries at {LEVELS[0]} ms, bursty, trace as recorded:", ""]
+    lines += ["| policy | replicas | tokens/s | ms a token at 50% | 95% | 99% | within the level |", "|---|---|---|---|---|---|---|"]
+    for run in result[NAMES[0]]["runs"]:
+        pace = " | ".join(f"{1e3 * run[f'tpot_{q}']:.1f}" for q in (50, 95, 99))
+        lines.append(
+            f"| {run['policy']} | {run['replicas']} | {run['tokens_per_second']:,.0f} | {pace} | {run[f'attained_{LEVELS[0]}']:.1%} |"
+        )
+    lines += ["", "Throughput over speculation off, the worst of batches 8, 64 and 256 (exact replay, trace as recorded):", ""]
+    cells = result["worst"]
+    models, adversities = (list(dict.fromkeys(c[key] for c in cells)) for key in ("model", "adversity"))
+    lines += ["| policy | model | " + " | ".join(adversities) + " |", "|---|---|" + "---|" * len(adversities)]
+    for policy in ("ECHO", "goodput"):
+        for model in models:
+            found = {
+                a: min(c["ratio"] for c in cells if (c["policy"], c["model"], c["adversity"]) == (policy, model, a)) for a in adversities
+            }
+            lines.append(f"| {policy} | {model} | " + " | ".join(f"{found[a]:.3f}" for a in adversities) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def draw(result: dict[str, Any], path: Path) -> None:
+    """A row for each trace: pace at 50 and 99% and the level attained by load, bursty; last, the worst ratios."""
+    with style.figure(15, 6.2) as figure:
+        axes = figure.subplots(2, 4)
+        for row, name in zip(axes, NAMES, strict=True):
+            for policy in ("off", "EAGLE-3", "ECHO", "goodput"):
+                runs = [c for c in result[name]["curve"] if c["policy"] == policy]
+                rate = [r["rate"] for r in runs]
+                for axis, key, scale in zip(row, ("tpot_50", "tpot_99", f"attained_{LEVELS[0]}"), (1e3, 1e3, 1.0), strict=False):
+                    axis.plot(rate, [scale * r[key] for r in runs], "o-", ms=3, color=style.of(policy), label=policy)
+            for axis, title in zip(row, ("ms a token, median", "ms a token, 99%", f"share within {LEVELS[0]} ms"), strict=False):
+                axis.set(title=f"{title}: {name}", xlabel="requests a second for each replica", ylim=(0, None))
+            for axis, limit in zip(row, (LEVELS[0], LEVELS[0], ATTAINED), strict=False):
+                axis.axhline(limit, color=style.BAD, lw=0.8, ls="--")
+        axes[0, 0].legend()
+        for axis, policy in zip(axes[:, 3], ("ECHO", "goodput"), strict=True):
+            cells = [c for c in result["worst"] if c["policy"] == policy]
+            places = list(dict.fromkeys(c["adversity"] for c in cells))
+            for cell in cells:
+                shade = {8: "#9ecae1", 64: "#4292c6", 256: "#084594"}[cell["batch"]]
+                axis.plot(places.index(cell["adversity"]), cell["ratio"], "o", ms=5, color=shade)
+            axis.axhline(1, color=style.INK, lw=0.8)
+            axis.set_xticks(range(len(places)), places)
+            axis.set(title=f"{policy} over off (dark: batch 256)", ylim=(0, None))
+        figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    """Runs all of it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--trace", type=Path, default=HERE / "traces" / "smollm2.npz")
+    parser.add_argument("--out", type=Path, default=HERE / "results")
+    parser.add_argument("--share", type=float, default=1.0, help="of the replayed steps")
+    parser.add_argument("--replicas", type=int, default=64, help="of the largest fleet")
+    parser.add_argument("--workers", type=int, help="processes; by default as many as there are cores")
+    args = parser.parse_args()
+    start, trace = time.perf_counter(), Trace.load(args.trace)
+    result = measure(trace, args.share, args.replicas, args.workers)
+    text = markdown(result)
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "service.json").write_text(json.dumps(result, indent=1))
+    (args.out / "service.md").write_text(text)
+    draw(result, args.out / "service.png")
+    print(f"{text}\nwritten to {args.out}; {time.perf_counter() - start:.0f} s in all")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,8 @@
+"""What a step costs: rows, requests and context of the target's forward pass -> seconds; drafting, and coming back to it."""
+
+from echo.cost.fit import Knee, line
+from echo.cost.model import CostModel
+from echo.cost.profiling import profile
+from echo.cost.roofline import H100, MODELS, Architecture, Hardware
+
+__all__ = ["H100", "MODELS", "Architecture", "CostModel", "Hardware", "Knee", "line", "profile"]

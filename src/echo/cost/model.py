@@ -1,0 +1,338 @@
+"""The cost model: a value that says how many seconds each decision costs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from echo import checks
+from echo.cost import fit
+from echo.cost.fit import Knee
+from echo.errors import EchoError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from echo.cost.roofline import Architecture, Hardware
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """Seconds of a target step, ``curve(rows) + curve(requests) + context_token * context``, and of drafting.
+
+    Both curves are piecewise linear between their knots and never fall; beyond the last knot the last slope goes on, before the first
+    the first value holds. Only the first curve is needed.
+
+    Attributes:
+        rows: increasing ints, knots of the curve over the rows of the forward pass (roots, drafts, prefill).
+        seconds: non-decreasing floats, seconds of a step of that many rows, with the fewest requests and no context.
+        draft_layer: seconds that one drafted layer costs the batch, whatever its rows.
+        draft_row: seconds that each row of a drafted layer adds.
+        tiers: the row counts that the engine can launch (one CUDA graph each); empty: any.
+        requests: increasing ints, knots of the curve over the requests of the step; empty: their number costs nothing by itself.
+        request_seconds: non-decreasing floats from 0, what that many requests add.
+        context_token: seconds that each token of context (of all requests together) adds.
+        catch_up_token: seconds for each token that the drafter has to read up on after a time off; None: as ``draft_row``.
+        restart: seconds of waking a drafter that was put away altogether, on top of reading up.
+        k_max_interval: 95% interval of the knee's rows, from :meth:`from_samples`.
+        gamma_interval: 95% interval of its slope, likewise.
+    """
+
+    rows: tuple[int, ...]
+    seconds: tuple[float, ...]
+    draft_layer: float = 0.0
+    draft_row: float = 0.0
+    tiers: tuple[int, ...] = ()
+    requests: tuple[int, ...] = ()
+    request_seconds: tuple[float, ...] = ()
+    context_token: float = 0.0
+    catch_up_token: float | None = None
+    restart: float = 0.0
+    k_max_interval: tuple[int, int] | None = None
+    gamma_interval: tuple[float, float] | None = None
+
+    def __post_init__(self) -> None:
+        _check_curve("rows", self.rows, "seconds", self.seconds)
+        if (np.asarray(self.seconds) <= 0).any():
+            raise EchoError(f"seconds: expected positive, non-decreasing numbers, got {self.seconds}")
+        if self.requests or self.request_seconds:
+            _check_curve("requests", self.requests, "request_seconds", self.request_seconds)
+            if self.request_seconds[0] != 0:
+                raise EchoError(f"request_seconds: expected 0 at the fewest requests, got {self.request_seconds[0]}")
+        for name in ("draft_layer", "draft_row", "context_token", "restart"):
+            checks.real(name, getattr(self, name), 0.0)
+        if self.catch_up_token is not None:
+            checks.real("catch_up_token", self.catch_up_token, 0.0)
+        if any(a >= b for a, b in zip(self.tiers, self.tiers[1:], strict=False)) or any(t < 1 for t in self.tiers):
+            raise EchoError(f"tiers: expected increasing ints >= 1, got {self.tiers}")
+
+    @classmethod
+    def from_samples(
+        cls,
+        rows: ArrayLike,
+        seconds: ArrayLike,
+        *,
+        requests: ArrayLike | None = None,
+        context: ArrayLike | None = None,
+        base_rows: ArrayLike | None = None,
+        draft_layer: float = 0.0,
+        draft_row: float = 0.0,
+        catch_up_token: float | None = None,
+        restart: float = 0.0,
+        tiers: Sequence[int] = (),
+    ) -> CostModel:
+        """Fits measured steps: one robust regression whose coefficients, none negative, are the rises of both curves and the slope.
+
+        What varies in no sample is not told apart from the rest: with requests proportional to rows, the split between them is arbitrary.
+
+        Args:
+            rows: ints [n], at least 1, rows of each step.
+            seconds: positive floats [n].
+            requests: ints [n], requests of each step, at least 1.
+            context: numbers [n], tokens of context of all its requests together.
+            base_rows: ints [n], rows of prefill in the same forward pass, not counted in ``rows``.
+            draft_layer, draft_row, catch_up_token, restart: see the class; :func:`echo.cost.line` fits them.
+            tiers: see the class.
+
+        Raises:
+            EchoError: no samples, columns of different lengths, or values out of range.
+
+        Example:
+            >>> model = CostModel.from_samples([1, 8, 16, 32, 64], [1.0, 1.0, 1.0, 2.0, 4.0])
+            >>> model(24), model.knee.k_max
+            (1.5, 16)
+        """
+        y, table = fit.columns(seconds, rows=rows, requests=requests, context=context, base_rows=base_rows)
+        for name, least in (("rows", 1), ("requests", 1), ("context", 0), ("base_rows", 0)):
+            if name in table and not (table[name] >= least).all():
+                raise EchoError(f"{name}: expected at least {least} in every sample, got {table[name].min():g}")
+        return cls(
+            draft_layer=float(draft_layer),
+            draft_row=float(draft_row),
+            tiers=tuple(int(t) for t in tiers),
+            catch_up_token=catch_up_token,
+            restart=float(restart),
+            **fit.curves(y, table),
+        )
+
+    @classmethod
+    def roofline(
+        cls,
+        model: Architecture | str,
+        hardware: Hardware | None = None,
+        *,
+        tensor: int = 8,
+        expert: int = 1,
+        most_rows: int = 4096,
+        tiers: Sequence[int] = (),
+    ) -> CostModel:
+        """An analytic model for planning, before anything is measured: see :mod:`echo.cost.roofline` for what it counts.
+
+        Args:
+            model: what is served; a name stands for one of ``echo.cost.MODELS``.
+            hardware: on what; ``echo.cost.H100`` where not given.
+            tensor: devices that share each layer, a whole copy of the model together.
+            expert: of those, groups among which whole experts are dealt out; the devices of a group split each of theirs.
+            most_rows: last knot of the curve.
+            tiers: see the class.
+
+        Raises:
+            EchoError: an unknown name, or a number out of range.
+
+        Example:
+            >>> dense, sparse = (CostModel.roofline(name) for name in ("LLaMA-3.3-70B", "Qwen3-235B-A22B"))
+            >>> [round(model(64) / model(1), 1) for model in (dense, sparse)]  # 64 rows reach nearly all experts, one row 8 of 128
+            [1.1, 3.2]
+        """
+        from echo.cost.roofline import plan
+
+        return plan(model, hardware, tensor, expert, most_rows, tiers)
+
+    def __call__(self, rows: ArrayLike, *, requests: float = 1, context: float = 0.0) -> Any:
+        """Seconds of a target step of ``rows`` rows (a number or an array), rounded up to its tier, prefill's included.
+
+        Args:
+            rows: rows of the forward pass.
+            requests: that share it; matters where the model knows a curve over them.
+            context: their tokens of context together.
+        """
+        y = _curve(np.asarray(self.tier(rows), dtype=np.float64), self.rows, self.seconds) + self.load(requests, context)
+        return float(y) if y.ndim == 0 else y
+
+    def load(self, requests: float = 1, context: float = 0.0) -> float:
+        """The part of a step's seconds that its rows do not change: that of ``requests`` and of ``context``, their tokens together."""
+        crowd = float(_curve(np.float64(requests), self.requests, self.request_seconds)) if self.requests else 0.0
+        return crowd + self.context_token * context
+
+    def at(self, requests: int = 1, context: float = 0.0) -> CostModel:
+        """The model of steps of ``requests`` and that much ``context``, as a curve over rows alone, from one row a request on.
+
+        Its knee says what the paper's law says of a batch: the rows that cost no more than plain decoding of it does.
+
+        Raises:
+            EchoError: requests below 1.
+        """
+        first = checks.integer("requests", requests, 1)
+        rows = [first, *(r for r in self.rows if r > first)]
+        if len(rows) == 1 < len(self.rows):
+            rows.append(2 * first)  # the last slope goes on
+        curve = _curve(np.asarray(rows, dtype=np.float64), self.rows, self.seconds) + self.load(requests, context)
+        none: dict[str, Any] = {"requests": (), "request_seconds": (), "context_token": 0.0, "k_max_interval": None, "gamma_interval": None}
+        return replace(self, rows=tuple(rows), seconds=fit.rounded(curve), **none)
+
+    def tier(self, rows: ArrayLike) -> Any:
+        """The smallest tier that holds ``rows``; ``rows`` itself without tiers, or beyond the last tier."""
+        x = np.asarray(rows)
+        if self.tiers:
+            tiers = np.asarray(self.tiers)
+            x = np.where(x > tiers[-1], x, tiers[np.minimum(np.searchsorted(tiers, x), len(tiers) - 1)])
+        return int(x) if x.ndim == 0 else x
+
+    def fill(self, rows: int) -> int:
+        """The most rows that cost no more than ``rows`` do, at one of the measured counts or the end of its tier."""
+        most = np.searchsorted(self.seconds, self(rows), side="right")
+        return max(int(self.tier(rows)), self.rows[most - 1] if most else 0)
+
+    def learn(self, rows: int, seconds: float, *, requests: float = 1, context: float = 0.0, rate: float = 0.1) -> CostModel:
+        """The model after one more measured step: the curve gives way at ``rows``, elsewhere only as far as it must not fall.
+
+        Called after each step, it mends a model that was measured on another machine or under another load, where the engine goes;
+        a knee believed at twice its rows costs goodput up to a quarter of plain decoding without it.
+
+        Args:
+            rows: of the forward pass, prefill's included.
+            seconds: that the pass took, without the draft's.
+            requests, context: as in :meth:`__call__`.
+            rate: share of the error at ``rows`` that is mended; a step that took more than four times its seconds counts as four.
+
+        Raises:
+            EchoError: an argument out of range.
+
+        Example:
+            >>> CostModel((1, 64), (1.0, 1.0)).learn(64, 3.0, rate=0.5).seconds
+            (1.0, 2.0)
+        """
+        checks.integer("rows", rows, 1)
+        checks.real("seconds", seconds, 1e-12)
+        checks.real("rate", rate, 0.0, 1.0)
+        at, load = int(self.tier(rows)), self.load(requests, context)
+        value = float(_curve(np.float64(at), self.rows, self.seconds))
+        error = rate * (min(seconds, 4 * (value + load)) - value - load)
+        knots, curve = fit.given_way((self.rows, self.seconds), at, value, error)
+        return replace(self, rows=knots, seconds=curve)
+
+    def draft(self, layers: ArrayLike, requests: int, width: int = 1) -> Any:
+        """Seconds of ``layers`` layers (a number or an array) of ``requests``: the first on the roots, others on ``width`` nodes each."""
+        count = np.asarray(layers)
+        return self.draft_layer * count + self.draft_row * requests * np.where(count > 0, 1 + width * (count - 1), 0)
+
+    def catch_up(self, tokens: float, *, cold: bool = False) -> float:
+        """Seconds that a drafter needs, once, before it can draft again: it reads ``tokens`` tokens that it has not seen.
+
+        Args:
+            tokens: emitted while it was off, by all requests together; with ``cold``, their whole context.
+            cold: it was put away, its memory included, and is woken first.
+        """
+        each = self.draft_row if self.catch_up_token is None else self.catch_up_token
+        return (self.draft_layer + each * tokens if tokens > 0 else 0.0) + (self.restart if cold else 0.0)
+
+    @property
+    def knee(self) -> Knee:
+        """Least-squares fit of :class:`Knee` in relative error, exact over all integers K_max, with intervals where they are known.
+
+        A curve that rises from its first point on has its knee there; one that never rises has gamma 0 and its last point.
+        """
+        k, base, gamma = fit.knee(self.rows, self.seconds)
+        return Knee(int(k), float(base), float(gamma), self.k_max_interval, self.gamma_interval)
+
+    def rows_within(self, factor: float) -> int:
+        """The most rows of a step that costs at most ``factor`` times a step of one row: a budget where the curve has no flat part.
+
+        Raises:
+            EchoError: factor below 1.
+        """
+        checks.real("factor", factor, 1.0)
+        rows = np.arange(1, self.rows[-1] + 1)
+        return int(rows[self(rows) <= factor * self(1) * (1 + 1e-9)][-1])
+
+    def to_json(self) -> str:
+        """The model as JSON text."""
+        return json.dumps({"format": "echo-cost", "version": VERSION, **asdict(self)})
+
+    @classmethod
+    def from_json(cls, text: str) -> CostModel:
+        """Reads the ``text`` that :meth:`to_json` wrote.
+
+        Raises:
+            EchoError: not JSON, of another version, or with values out of range.
+        """
+        try:
+            data = json.loads(text)
+            if data.pop("format") != "echo-cost" or data.pop("version") != VERSION:
+                raise ValueError("another format or version")
+            fields: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in data.items()}
+            return cls(**fields)
+        except (ValueError, TypeError, AttributeError, KeyError) as error:
+            if isinstance(error, EchoError):
+                raise
+            raise EchoError(f"cost: expected the JSON of a CostModel, version {VERSION}, got: {error}") from error
+
+    def to_sglang(self) -> str:
+        """The target's part as SGLang's additive cost table (JSON): one profile serves both planners.
+
+        Its own loader reads it from ``--speculative-dspark-sps-table-path``. It gives these seconds at every whole number of rows up
+        to the last knot, tiers included, where it holds the last value.
+        """
+        from echo.cost import sglang
+
+        return sglang.write(self)
+
+    @classmethod
+    def from_sglang(cls, text: str) -> CostModel:
+        """Reads the ``text`` of SGLang's cost tables: the additive one, and the older one of steps per second, a step function.
+
+        Its tables are measured and need not rise; ours are the nearest that do (least squares). They know nothing of drafting:
+        ``dataclasses.replace(model, draft_layer=...)``.
+
+        Raises:
+            EchoError: neither of the two, or values out of range.
+        """
+        from echo.cost import sglang
+
+        return sglang.read(text)
+
+    def plot(self) -> Figure:
+        """Seconds by rows with the knee and the tiers, and the chance of acceptance from which a draft pays by batch size.
+
+        Returns:
+            A matplotlib figure; ``.savefig(path)`` writes it.
+
+        Raises:
+            EchoError: matplotlib is not installed (extra ``plot``).
+        """
+        from echo.cost import picture
+
+        return picture.plot(self)
+
+
+def _curve(x: Any, points: tuple[int, ...], values: tuple[float, ...]) -> Any:
+    y = np.interp(x, points, values)
+    if len(points) > 1:
+        slope = (values[-1] - values[-2]) / (points[-1] - points[-2])
+        y = y + slope * np.maximum(x - points[-1], 0.0)
+    return y
+
+
+def _check_curve(x_name: str, x: tuple[int, ...], y_name: str, y: tuple[float, ...]) -> None:
+    points, values = np.asarray(x), np.asarray(y, dtype=np.float64)
+    if points.ndim != 1 or not len(points) or len(points) != len(values) or (np.diff(points) <= 0).any() or points[0] < 1:
+        raise EchoError(f"{x_name}: expected increasing ints >= 1, as many as {y_name} ({len(values)}), got {x}")
+    if not np.isfinite(values).all() or (values < 0).any() or (np.diff(values) < 0).any():
+        raise EchoError(f"{y_name}: expected {'positive, ' if y_name == 'seconds' else ''}non-decreasing numbers, got {y}")

@@ -1,0 +1,381 @@
+"""One call that tries a policy on thousands of steps, and shows the smallest one that it plans wrongly."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from textwrap import shorten
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from echo import checks
+from echo.budget.scheduler import ElasticBudgetScheduler
+from echo.errors import EchoError
+from echo.testing import scenarios, selection, strategies
+from echo.testing.invariants import check_plan
+from echo.testing.scenarios import Plan, Scenario
+from echo.testing.selection import Selection
+from echo.testing.shrink import shrink
+from echo.tree.supertree import Status
+
+READS = ("_local_scalar_dense", "nonzero", "masked_select", "item", "unique", "_unique2", "equal", "repeat_interleave", "is_nonzero")
+"""Operators whose result the host waits for, or whose shape depends on data."""
+
+DEFAULT = ("ties", "order", "slots", "reads")
+
+
+class PlanError(AssertionError):
+    """A plan that breaks an invariant; the message is the report.
+
+    Attributes:
+        invariant: its name.
+        scenario: the step, to try again with ``scenario.plan(scheduler)``.
+    """
+
+    def __init__(self, invariant: str, report: str, scenario: Scenario) -> None:
+        super().__init__(report)
+        self.invariant: str = invariant
+        self.scenario: Scenario = scenario
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What was expected and what came; and where, if at one node: request and place among its T nodes."""
+
+    expected: str
+    got: str
+    where: tuple[int, int] | None = None
+
+
+class RefuseReads(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Raises on every operator that reads back from the device or makes a shape from data."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket._qualified_op_name.split("::")[1]
+        if name in READS:
+            raise EchoError(f"{name} reads back from the device, or makes a shape from its data")
+        return func(*args, **(kwargs or {}))
+
+
+def check_scheduler(
+    scheduler: ElasticBudgetScheduler,
+    *,
+    claims: Sequence[str] = DEFAULT,
+    examples: int = 200,
+    max_batch: int = 5,
+) -> None:
+    """Plans many steps, drawn by hypothesis and made by hand, and checks every invariant. The same steps in every call.
+
+    Of every policy: the bare decision holds at most the step's ``rows``, each live request's ``root``, nothing whose parent is missing
+    (``closed``), no more of a request than its ``limit``, nothing but ``finite`` scores, and all that was bought (``kept``); the same
+    step is planned the same again (``repeat``), and packed as the layout says (``layout``); the rule's ``frontier`` and ``gain`` are what
+    :class:`echo.Rule` says.
+
+    Of a policy that claims it:
+
+    - ``ties``: among equal siblings the lower candidate comes first, among equal requests the lower one.
+    - ``order``: where no two requests tie and none has a weight, permuting requests permutes the plan.
+    - ``slots``: empty slots, wherever they are, change no plan.
+    - ``reads``: nothing is read back from the device, and no shape depends on data.
+    - ``depth_first``: nothing is dealt for width while a request that passed its gate found no rows.
+    - ``full``: rows are left over only if no request may have one more.
+    - ``best``: no other choice of as many rows has a greater sum of weight times ``rule.gain`` (steps without floors).
+    - ``floors``: each request has the rows set aside for it, while it has candidates.
+    - ``alone``: each request gets the rows that it would get by itself.
+
+    Args:
+        scheduler: the policy.
+        claims: what to check beyond the first paragraph; by default the first four.
+        examples: steps drawn.
+        max_batch: most slots of a drawn step.
+
+    Raises:
+        PlanError: with a table of the smallest plan found that breaks an invariant.
+        EchoError: an unknown claim, or hypothesis is not installed.
+
+    Example:
+        >>> import echo
+        >>> from echo.testing import check_scheduler
+        >>> check_scheduler(echo.ElasticBudgetScheduler(echo.TwoLevel(2, 4), budget=16, max_depth=2), examples=20)
+    """
+    for claim in claims:
+        if claim not in (*selection.CLAIMS, *RELATIONS):
+            raise EchoError(f"claims: expected some of {(*selection.CLAIMS, *RELATIONS)}, got {claim!r}")
+    checks.integer("examples", examples, 1)
+    broken = _search(scheduler, claims, examples, max_batch)
+    if broken is not None:
+        smallest = shrink(broken.scenario, lambda step: _breaks(scheduler, step, claims) == broken.invariant)
+        check_step(scheduler, smallest, claims=claims)
+        raise broken  # of a policy that decides otherwise now
+
+
+def _search(scheduler: ElasticBudgetScheduler, claims: Sequence[str], examples: int, max_batch: int) -> PlanError | None:
+    """The first broken plan, among the drawn steps and those made by hand."""
+    package = strategies.hypothesis()
+    steps = strategies.batches(max_batch=max_batch, max_depth=min(scheduler.max_depth, 8), rows=scheduler.budget is not None)
+    options = package.settings(
+        max_examples=examples,
+        phases=(package.Phase.generate,),  # a step is a value with an order of its own: `shrink` needs a tenth of the tries
+        derandomize=True,
+        database=None,
+        deadline=None,
+        suppress_health_check=list(package.HealthCheck),
+        verbosity=package.Verbosity.quiet,
+    )
+    drawn = [claim for claim in claims if claim != "reads"]  # does not depend on the values: the scenarios will do
+    try:
+        options(package.given(steps)(lambda scenario: check_step(scheduler, scenario, claims=drawn)))()
+        for make in (scenarios.all_equal, scenarios.burst, scenarios.one_confident_many_doubtful, scenarios.nan_storm):
+            made = make(4, min(scheduler.max_depth, 3))
+            check_step(scheduler, replace(made, rows=None) if scheduler.budget is None else made, claims=claims)
+    except PlanError as broken:
+        return broken
+    return None
+
+
+def check_step(scheduler: ElasticBudgetScheduler, scenario: Scenario, *, claims: Sequence[str] = DEFAULT) -> None:
+    """Plans one step and checks every invariant: :func:`check_scheduler` on a step of one's own.
+
+    Args:
+        scheduler: the policy.
+        scenario: the step.
+        claims: as in :func:`check_scheduler`.
+
+    Raises:
+        PlanError: with a table of the plan.
+    """
+    plan = _plan(scheduler, scenario)
+    taken = Selection.of(plan.tree, plan.selected, scenario.live, scenario.floors)
+    invariants = selection.INVARIANTS | {name: check for name, check in selection.CLAIMS.items() if name in claims}
+    for name, check in invariants.items():
+        broken = check(taken)
+        if broken.any():
+            request, node = (int(i) for i in broken.nonzero()[0])
+            _raise(name, scheduler, plan, Fault(_says(check), _got(name, plan, request, node), (request, node)))
+    relations = ALWAYS | {name: check for name, check in RELATIONS.items() if name in claims}
+    for name, relation in relations.items():
+        fault = relation(scheduler, plan)
+        if fault is not None:
+            _raise(name, scheduler, plan, fault)
+
+
+def _breaks(scheduler: ElasticBudgetScheduler, scenario: Scenario, claims: Sequence[str]) -> str | None:
+    try:
+        check_step(scheduler, scenario, claims=claims)
+    except PlanError as broken:
+        return broken.invariant
+    return None
+
+
+def _plan(scheduler: ElasticBudgetScheduler, scenario: Scenario) -> Plan:
+    """The plan; what the policy raises is a broken plan too."""
+    tree = None
+    try:
+        tree = scenario.grow(scheduler)
+        return Plan(scenario, tree, scheduler.select(tree), scheduler.pack(tree))
+    except Exception as error:
+        doing = "drafting" if tree is None else "dealing"
+        lines = [f"runs: expected a plan, got {type(error).__name__} while {doing}: {error}", *_step(scheduler, scenario)]
+        raise PlanError("runs", "\n".join(lines), scenario) from error
+
+
+def _layout(scheduler: ElasticBudgetScheduler, plan: Plan) -> Fault | None:
+    if sorted(plan.packed.node[plan.packed.node >= 0].tolist()) != _members(plan):
+        return Fault("the rows that select said", f"nodes {plan.packed.node.tolist()}, selected {_members(plan)}")
+    try:
+        check_plan(plan.tree, plan.packed)
+    except AssertionError as error:
+        return Fault("a packed step that says what the tree says", str(error))
+    return None
+
+
+def _frontier(scheduler: ElasticBudgetScheduler, plan: Plan) -> Fault | None:
+    k = plan.scenario.log_probs.shape[2]
+    for layer in plan.tree.layers[1:]:
+        if layer.token.shape[1] > scheduler.rule.width * k or bool((layer.parent.diff(dim=1) < 0).any()):
+            got = f"{layer.token.shape[1] // k} at depth {layer.depth - 1}, parents {layer.parent.tolist()}"
+            return Fault(f"a frontier of at most {scheduler.rule.width} nodes, rising along W", got)
+    return None
+
+
+def _gain(scheduler: ElasticBudgetScheduler, plan: Plan) -> Fault | None:
+    gain = scheduler.rule.gain(plan.tree)
+    fits = gain.dtype == torch.float32 and gain.shape == plan.selected.shape and bool(((gain >= 0) & (gain <= 1)).all())
+    return None if fits else Fault(f"probabilities float32 {list(plan.selected.shape)} from rule.gain", f"{gain}")
+
+
+def _members(plan: Plan) -> list[int]:
+    return [int(node) for node in plan.selected.flatten().nonzero()[:, 0]]
+
+
+def _repeat(scheduler: ElasticBudgetScheduler, plan: Plan) -> Fault | None:
+    again = _plan(scheduler, plan.scenario)
+    return None if torch.equal(plan.packed.wire(), again.packed.wire()) else _changed("the same plan when asked again", plan, again)
+
+
+def _equals(scheduler: ElasticBudgetScheduler, plan: Plan) -> Fault | None:
+    """Two requests that are the same: the lower one gets what the other gets, and perhaps more."""
+    given = plan.scenario
+    seen: dict[tuple[float, ...], int] = {}
+    own = [x for x in (given.root_tokens, plan.tree.row_limit, given.floors, given.weights) if x is not None]
+    for b in (i for i in range(given.batch) if given.live[i]):
+        a = seen.setdefault(tuple(float(x[b]) for x in own), b)
+        before = plan.paths(a)
+        for node in plan.rows(b) if b != a else ():
+            if plan.path(b, node) not in before:
+                return Fault("a row before a later request that is its equal", f"request {a} without one, request {b} with it", (b, node))
+    return None
+
+
+def _slots(scheduler: ElasticBudgetScheduler, plan: Plan) -> Fault | None:
+    live = [b for b in range(plan.scenario.batch) if plan.scenario.live[b]]
+    if not live or len(live) == plan.scenario.batch:
+        return None
+    return _same("the same plan without the empty slots", plan, _plan(scheduler, plan.scenario.take(live)), live)
+
+
+def _order(scheduler: ElasticBudgetScheduler, plan: Plan) -> Fault | None:
+    tree, given = plan.tree, plan.scenario
+    if given.weights is not None or (given.floors is not None and int((given.floors - 1).clamp(min=0).sum()) > tree.rows - given.batch):
+        return None  # what is equal in the end the kit cannot know; floors that are too high are met in the order of requests
+    for value in (tree.forest.score, scheduler.rule.gain(tree)):
+        drafted = torch.where((tree.forest.depth > 0) & torch.isfinite(tree.forest.score), value, torch.nan)
+        each = [set(row[~row.isnan()].tolist()) for row in drafted]
+        if sum(map(len, each)) != len(set().union(*each)):
+            return None  # requests tie
+    turn = list(reversed(range(plan.scenario.batch)))
+    return _same("the same plan for the requests in reversed order", plan, _plan(scheduler, plan.scenario.take(turn)), turn)
+
+
+def _alone(scheduler: ElasticBudgetScheduler, plan: Plan) -> Fault | None:
+    if plan.scenario.weights is not None:
+        return None
+    for b in (i for i in range(plan.scenario.batch) if plan.scenario.live[i]):
+        fault = _same("the plan that the request gets by itself", plan, _plan(scheduler, plan.scenario.take([b])), [b])
+        if fault is not None:
+            return fault
+    return None
+
+
+def _reads(scheduler: ElasticBudgetScheduler, plan: Plan) -> Fault | None:
+    try:
+        with RefuseReads():  # type: ignore[no-untyped-call]
+            scheduler.select(plan.scenario.grow(scheduler))
+    except EchoError as error:
+        return Fault("no read-back from plant to pack", str(error))
+    return None
+
+
+def _best(scheduler: ElasticBudgetScheduler, plan: Plan) -> Fault | None:
+    """No node could be exchanged for one of greater gain: within limits and closed under parents that is the optimum."""
+    tree, selected = plan.tree, plan.selected
+    if plan.scenario.floors is not None:
+        return None
+    forest, gain = tree.forest, scheduler.rule.gain(tree)
+    gain = gain if tree.weight is None else gain * tree.weight[:, None]
+    drafted = forest.depth > 0
+    room = selected.sum(1) < tree.row_limit
+    above = torch.where(drafted & selected, forest.parent, 0)
+    leaf = selected & drafted & ~torch.zeros_like(selected).scatter_(1, above, selected & drafted)
+    for b, node in (~selected & drafted & torch.isfinite(forest.score) & selected.gather(1, forest.parent)).nonzero().tolist():
+        given_up = leaf.clone() if room[b] else leaf & (torch.arange(tree.batch) == b)[:, None]
+        given_up[b, forest.parent[b, node]] = False
+        worth = torch.where(given_up, gain, torch.inf)
+        if worth.min() < gain[b, node] * (1 - 1e-5) - 2.0**-22:
+            other, leaving = divmod(int(worth.argmin()), selected.shape[1])
+            better = f"token {int(forest.token[b, node])} of request {b} with {float(gain[b, node]):.6f} left out"
+            return Fault("the rows of greatest gain", f"one with {float(worth.min()):.6f}, and {better}", (other, leaving))
+    return None
+
+
+Relation = Callable[[ElasticBudgetScheduler, Plan], Fault | None]
+ALWAYS: dict[str, Relation] = {"frontier": _frontier, "gain": _gain, "layout": _layout, "repeat": _repeat}
+RELATIONS: dict[str, Relation] = {
+    "ties": _equals,
+    "order": _order,
+    "slots": _slots,
+    "reads": _reads,
+    "best": _best,
+    "alone": _alone,
+}
+
+
+def _same(expected: str, plan: Plan, other: Plan, requests: Sequence[int]) -> Fault | None:
+    """A fault unless request i of ``other`` has the rows of ``requests[i]``."""
+    for i, b in enumerate(requests):
+        mine, theirs = plan.paths(b), other.paths(i)
+        if mine != theirs:
+            return _differs(expected, plan, b, mine, theirs)
+    return None
+
+
+def _changed(expected: str, plan: Plan, again: Plan) -> Fault:
+    return _same(expected, plan, again, range(plan.scenario.batch)) or Fault(expected, "the same rows, and another packed step")
+
+
+def _differs(expected: str, plan: Plan, b: int, mine: set[tuple[int, ...]], theirs: set[tuple[int, ...]]) -> Fault:
+    extra = next((node for node in plan.rows(b) if plan.path(b, node) not in theirs), None)
+    here, there = (", ".join("-".join(map(str, path)) or "root" for path in sorted(paths)) for paths in (mine, theirs))
+    return Fault(expected, f"for request {b} here {here}; there {there}", None if extra is None else (b, extra))
+
+
+def _says(check: Callable[..., Tensor]) -> str:
+    return (check.__doc__ or "").split(": ", 1)[1].rstrip(".")
+
+
+def _got(name: str, plan: Plan, request: int, node: int) -> str:
+    """The offending node in words."""
+    tree = plan.tree
+    token, depth = int(tree.forest.token[request, node]), int(tree.forest.depth[node])
+    where = f"token {token} at depth {depth} of request {request}"
+    count = int(plan.selected[request].sum())
+    return {
+        "rows": f"{int(plan.selected.sum())} nodes for {tree.rows} rows",
+        "root": f"{where} {'selected' if plan.selected[request, node] else 'missing'}",
+        "closed": f"{where} without its parent, token {int(tree.forest.token[request, tree.forest.parent[request, node]])}",
+        "limit": f"{count} rows of request {request}, whose limit is {int(tree.row_limit[request])}",
+        "finite": f"{where} selected with a score of {float(tree.forest.score[request, node])}",
+        "kept": f"{where} bought and not selected",
+        "ties": f"{where} selected, an equal sibling before it not",
+        "depth_first": f"{where} dealt, and a request starved",
+        "floors": f"{count} rows of request {request}, whose floor is {0 if (f := plan.scenario.floors) is None else int(f[request])}",
+        "full": f"{tree.rows - int(plan.selected.sum())} rows left, and {where} not selected",
+    }[name]
+
+
+def _raise(name: str, scheduler: ElasticBudgetScheduler, plan: Plan, fault: Fault) -> NoReturn:
+    lines = [f"{name}: expected {fault.expected}", f"{' ' * len(name)}  got {fault.got}", *_step(scheduler, plan.scenario), ""]
+    raise PlanError(name, "\n".join([*lines, *_table(name, plan, fault.where)]), plan.scenario)
+
+
+def _step(scheduler: ElasticBudgetScheduler, scenario: Scenario) -> list[str]:
+    rows = "as many rows as it asks for" if scenario.rows is None else f"{scenario.rows} rows"
+    depth = scenario.log_probs.shape[0]
+    words = f"{int(scenario.live.sum())} requests in {scenario.batch} slots, {rows}, {depth} layers drafted"
+    rule, gate = (shorten(repr(part), 120) for part in (scheduler.rule, scheduler.gate))
+    return ["", f"the step: {words}", f"the policy: {rule}, gate {gate}"]
+
+
+def _table(name: str, plan: Plan, where: tuple[int, int] | None) -> list[str]:
+    """A row for each selected node, and for the offending one; of the request concerned alone where there are many."""
+    forest = plan.tree.forest
+    members = [(b, node) for b in range(plan.tree.batch) for node in plan.rows(b)]
+    if where is not None:
+        members = sorted({*members, where})
+        members = members if len(members) <= 24 else [member for member in members if member[0] == where[0]]
+    lines = ["request  row  token  parent  depth  path p  bought by  status"]
+    for b, node in members:
+        rows = plan.rows(b)
+        place = {n: str(row) for row, n in enumerate(rows)}
+        depth = int(forest.depth[node])
+        parent = place.get(int(forest.parent[b, node]), "gone") if depth else "-"
+        by = "-" if node not in place else "root" if depth == 0 else "depth" if forest.bought[b, node] else "width"
+        status = Status(int(plan.tree.status[b])).name.lower() if node == (rows[0] if rows else node) else ""
+        cells = (b, place.get(node, "-"), int(forest.token[b, node]), parent, depth, float(forest.score[b, node].exp()), by)
+        mark = f"   <- {name}" if (b, node) == where else ""
+        text = "{:>7}  {:>3}  {:>5}  {:>6}  {:>5}  {:6.3f}  {:<9}".format(*cells)
+        lines.append(f"{text}  {status:<9}{mark}".rstrip())
+    return lines if len(lines) <= 30 else [*lines[:30], f"... and {len(lines) - 30} more"]

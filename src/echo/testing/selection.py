@@ -1,0 +1,128 @@
+"""Invariants of the bare decision, each as a mask of the nodes that break it; leading dimensions are other plans."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from echo.tree.supertree import Status, SuperTree
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What a scheduler selected of what; any leading dimensions [...] may stand for plans.
+
+    Attributes:
+        selected: bool [..., B, T].
+        bought: bool [..., B, T], bought while drafting.
+        parent: int64 [..., B, T], a root's is its own.
+        score: float32 [..., B, T].
+        depth: int64 [T].
+        live: bool [..., B].
+        limit: int64 [..., B], most rows of a request.
+        status: int8 [..., B].
+        rows: int64 [...], rows of the step.
+        floor: int64 [..., B], rows set aside for each request; 0 without.
+    """
+
+    selected: Tensor
+    bought: Tensor
+    parent: Tensor
+    score: Tensor
+    depth: Tensor
+    live: Tensor
+    limit: Tensor
+    status: Tensor
+    rows: Tensor
+    floor: Tensor
+
+    @classmethod
+    def of(cls, tree: SuperTree, selected: Tensor, live: Tensor, floor: Tensor | None = None) -> Selection:
+        """One plan."""
+        forest = tree.forest
+        rows, least = torch.tensor(tree.rows), torch.zeros_like(tree.row_limit) if floor is None else floor
+        return cls(selected, forest.bought, forest.parent, forest.score, forest.depth, live, tree.row_limit, tree.status, rows, least)
+
+
+def overspent(s: Selection) -> Tensor:
+    """Rows: no more nodes are selected than the step has rows."""
+    count = s.selected.flatten(-2).cumsum(-1).view(s.selected.shape)
+    return s.selected & (count > s.rows[..., None, None])
+
+
+def rootless(s: Selection) -> Tensor:
+    """Root: each live request has its root, an empty slot nothing."""
+    root = s.depth == 0
+    return torch.where(root, s.selected != s.live[..., None], s.selected & ~s.live[..., None])
+
+
+def orphaned(s: Selection) -> Tensor:
+    """Closed: the parent of every selected node is selected."""
+    return s.selected & ~s.selected.gather(-1, s.parent)
+
+
+def crowded(s: Selection) -> Tensor:
+    """Limit: no request has more rows than its capacity and max_tree_rows allow."""
+    return s.selected & (s.selected.cumsum(-1) > s.limit[..., None])
+
+
+def faulty(s: Selection) -> Tensor:
+    """Finite: no node is selected whose score is NaN or infinite, or that lies below such a node."""
+    return s.selected & ~torch.isfinite(s.score)
+
+
+def returned(s: Selection) -> Tensor:
+    """Kept: what was bought is selected."""
+    return s.bought & ~s.selected
+
+
+def unstable(s: Selection) -> Tensor:
+    """Ties: of siblings with equal scores the lower candidate comes first."""
+    place = torch.arange(len(s.depth))
+    drafted = s.depth > 0
+    twin = (s.parent[..., None] == s.parent[..., None, :]) & (s.score[..., None] == s.score[..., None, :])
+    earlier = twin & (place < place[:, None]) & (s.depth == s.depth[:, None]) & drafted  # [..., v, u]: u is v's equal and before it
+    return s.selected & drafted & (earlier & ~s.selected[..., None, :]).any(-1)
+
+
+def widened(s: Selection) -> Tensor:
+    """Depth first: without floors, nothing is dealt for width while a request that passed its gate found no rows."""
+    starved = (s.status == int(Status.STARVED)).any(-1) & (s.floor <= 1).all(-1)
+    return s.selected & ~s.bought & starved[..., None, None]
+
+
+def idle(s: Selection) -> Tensor:
+    """Full: rows are left over only if no request may have one more node."""
+    left = s.selected.sum((-1, -2)) < s.rows
+    room = s.selected.sum(-1) < s.limit
+    buyable = ~s.selected & torch.isfinite(s.score) & s.selected.gather(-1, s.parent) & (s.depth > 0)
+    return buyable & room[..., None] & left[..., None, None]
+
+
+def forgone(s: Selection) -> Tensor:
+    """Floors: each request has the rows set aside for it while it has candidates; what is more than the step's rows by request."""
+    aside = (torch.minimum(s.floor, s.limit) - 1).clamp(min=0) * s.live
+    left = (s.rows - s.live.sum(-1))[..., None] - (aside.cumsum(-1) - aside)
+    due = 1 + torch.minimum(aside, left.clamp(min=0))
+    candidates = (torch.isfinite(s.score) & (s.depth > 0)).sum(-1)
+    short = s.live & (s.selected.sum(-1) < torch.minimum(due, 1 + candidates))
+    return (s.depth == 0) & short[..., None]
+
+
+Check = Callable[[Selection], Tensor]
+
+INVARIANTS: dict[str, Check] = {
+    "rows": overspent,
+    "root": rootless,
+    "closed": orphaned,
+    "limit": crowded,
+    "finite": faulty,
+    "kept": returned,
+}
+"""Of every plan, whatever the policy."""
+
+CLAIMS: dict[str, Check] = {"ties": unstable, "depth_first": widened, "full": idle, "floors": forgone}
+"""Of policies that claim them."""

@@ -1,0 +1,267 @@
+"""The kit finds planted bugs, passes what is right, and shows a plan that a person can read."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import echo
+from echo.budget.rules import deal
+from echo.testing import PlanError, Scenario, check_plan, check_scheduler, check_step, scenarios, strategies
+from echo.tree.supertree import UNSELECTABLE, bits
+
+DEPTH_FIRST = ("ties", "order", "slots", "reads", "depth_first", "floors")
+RANKED = ("ties", "order", "slots", "reads", "full", "best", "floors")
+
+
+def calibration():
+    generator = torch.Generator().manual_seed(0)
+    confidence = torch.rand(1200, generator=generator)
+    depth = torch.randint(1, 4, (1200,), generator=generator)
+    accepted = torch.rand(1200, generator=generator) < confidence
+    return echo.calibrate(echo.WarmupLog.from_arrays(depth, confidence, accepted))
+
+
+COST = echo.CostModel((1, 8, 64), (1.0, 1.0, 4.0), 0.02, tiers=(4, 8, 16, 32, 64))
+POLICIES = {
+    "paper": (lambda: echo.ElasticBudgetScheduler.paper(calibration(), k_max=12, layer_width=2), DEPTH_FIRST),
+    "narrow": (lambda: echo.ElasticBudgetScheduler(echo.TwoLevel(1, 0), None, 12, 4), DEPTH_FIRST),
+    "global": (lambda: echo.ElasticBudgetScheduler(echo.GlobalRank(2), None, 12, 3), RANKED),
+    "calibrated": (lambda: echo.ElasticBudgetScheduler(echo.GlobalRank(3, calibration()), None, 12, 3), RANKED),
+    "goodput": (lambda: echo.ElasticBudgetScheduler.goodput(calibration(), COST), RANKED),
+    "eagle": (lambda: echo.ElasticBudgetScheduler.eagle(n=5, beam=2, max_depth=3), ("ties", "order", "slots", "reads", "alone")),
+    "ddd": (
+        lambda: echo.ElasticBudgetScheduler(echo.PerRequest(5, 2), echo.BeamMassGate((2,), -1.0, 2), None, 3),
+        ("ties", "order", "slots", "reads", "alone"),
+    ),
+    "small masks": (lambda: echo.ElasticBudgetScheduler(echo.GlobalRank(2), None, 12, 3, max_tree_rows=3), RANKED),
+    "plain": (echo.ElasticBudgetScheduler.autoregressive, ("ties", "order", "slots", "reads", "alone")),
+}
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_the_librarys_own_policies_pass(name):
+    scheduler, claims = POLICIES[name]
+    check_scheduler(scheduler(), claims=claims, examples=20)
+
+
+class Overshoot(echo.TwoLevel):
+    """The published pseudo-code: who finds any budget takes a whole layer."""
+
+    def buy(self, layer, passed, room, left):
+        return super().buy(layer, passed, room, torch.where(left > 0, left + self.layer_width - 1, left))
+
+
+class WidthFirst(echo.TwoLevel):
+    """Half of the rows are kept back for width."""
+
+    def buy(self, layer, passed, room, left):
+        return super().buy(layer, passed, room, left // 2)
+
+
+class UnstableTie(echo.GlobalRank):
+    """Equal candidates in the order that a sort happened to leave them in: here the last first."""
+
+    def deal(self, tree, room, left, rows):
+        forest = tree.forest
+        late = 64 * forest.depth + 63 - torch.arange(len(forest.depth)) % 64
+        cost = torch.where(torch.isfinite(forest.score), bits(forest.score) + late, UNSELECTABLE)
+        return deal(tree, cost.int(), room, left, rows)
+
+
+class Orphan(echo.GlobalRank):
+    """Nodes ranked by their own probability, not by their path's."""
+
+    def deal(self, tree, room, left, rows):
+        forest = tree.forest
+        own = forest.score - forest.score.gather(1, forest.parent)
+        return deal(tree, bits(torch.where(forest.depth > 0, own, 0.0)), room, left, rows)
+
+
+class LostRoot(echo.ElasticBudgetScheduler):
+    """Requests that got nothing are left out of the step."""
+
+    def select(self, tree):
+        selected = super().select(tree)
+        return selected & (selected.sum(dim=1, keepdim=True) > 1)
+
+
+class Moody(echo.GlobalRank):
+    """Decides otherwise every other time."""
+
+    def deal(self, tree, room, left, rows):
+        self.__dict__["calls"] = self.__dict__.get("calls", 0) + 1
+        return super().deal(tree, room, left - self.__dict__["calls"] % 2, rows)
+
+
+class Peeking(echo.TwoLevel):
+    """Looks at the host what is left."""
+
+    def buy(self, layer, passed, room, left):
+        return super().buy(layer, passed, room, left) if int(left) else torch.zeros_like(layer.bought)
+
+
+class Greedy(echo.GlobalRank):
+    """Does not know of limits, and believes a NaN."""
+
+    def deal(self, tree, room, left, rows):
+        wanted = ~tree.forest.bought & tree.layers[0].drafted[:, None]
+        return wanted & (wanted.flatten().cumsum(0).view_as(wanted) <= left)
+
+
+class FirstCome(echo.GlobalRank):
+    """Serves slot 0 first, whatever the scores."""
+
+    def deal(self, tree, room, left, rows):
+        wanted = ~tree.forest.bought & torch.isfinite(tree.forest.score)
+        wanted &= wanted.cumsum(1) <= room[:, None]
+        return wanted & (wanted.flatten().cumsum(0).view_as(wanted) <= left)
+
+
+class Deaf(echo.GlobalRank):
+    """Deals nothing that is set aside."""
+
+    def deal(self, tree, room, left, rows):
+        return torch.zeros_like(tree.forest.bought) if tree.reserve is not None else super().deal(tree, room, left, rows)
+
+
+class Clumsy(echo.GlobalRank):
+    """Raises where a layer is narrow."""
+
+    def frontier(self, layer):
+        index = layer.score.topk(self.beam, dim=1).indices.sort(dim=1).values
+        return index, torch.isfinite(layer.score.gather(1, index))
+
+
+def planted(rule):
+    return echo.ElasticBudgetScheduler(rule, echo.SparseGate({1: 0.4}), 12, 3)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "invariant"),
+    [
+        (planted(Overshoot(2, 4)), "rows"),
+        (LostRoot(echo.TwoLevel(2, 4), None, 12, 3), "root"),
+        (planted(UnstableTie(2)), "ties"),
+        (planted(WidthFirst(2, 4)), "depth_first"),
+        (planted(Orphan(2)), "closed"),
+        (planted(Moody(2)), "layout|repeat|floors"),
+        (planted(Peeking(2, 4)), "reads"),
+        (planted(Greedy(2)), "limit|finite"),
+        (planted(FirstCome(2)), "order"),
+        (planted(Deaf(2)), "floors"),
+        (planted(Clumsy(2)), "runs"),
+    ],
+    ids=lambda value: type(getattr(value, "rule", value)).__name__,
+)
+def test_planted_bugs_are_found(scheduler, invariant):
+    with pytest.raises(PlanError) as caught:
+        check_scheduler(scheduler, claims=DEPTH_FIRST)
+    assert caught.value.invariant in invariant.split("|")
+    assert caught.value.scenario.batch <= 2, "not shrunk"
+    with pytest.raises(PlanError):  # the step that is handed back shows it again
+        check_step(scheduler, caught.value.scenario, claims=DEPTH_FIRST)
+
+
+def test_the_report_is_a_small_table():
+    with pytest.raises(PlanError) as caught:
+        check_scheduler(planted(Overshoot(2, 4)))
+    report = str(caught.value).splitlines()
+    print(caught.value)
+    assert report[0] == "rows: expected no more nodes are selected than the step has rows"
+    assert report[1].strip().startswith("got ")
+    assert report[6].split() == ["request", "row", "token", "parent", "depth", "path", "p", "bought", "by", "status"]
+    assert sum("<- rows" in line for line in report) == 1
+    assert len(report) < 16
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "claim"),
+    [
+        (planted(echo.TwoLevel(1, 0)), "full"),
+        (planted(echo.TwoLevel(2, 4)), "best"),
+        (planted(echo.TwoLevel(2, 4)), "alone"),
+        (echo.ElasticBudgetScheduler(echo.GlobalRank(2), None, 12, 3), "alone"),
+    ],
+)
+def test_false_claims_are_refuted(scheduler, claim):
+    with pytest.raises(PlanError) as caught:
+        check_scheduler(scheduler, claims=(claim,))
+    assert caught.value.invariant == claim
+
+
+@pytest.mark.parametrize("make", [scenarios.burst, scenarios.one_confident_many_doubtful, scenarios.all_equal, scenarios.nan_storm])
+@pytest.mark.parametrize("batch", [1, 8, 40])
+def test_scenarios_are_planned_right(make, batch):
+    check_step(planted(echo.TwoLevel(2, 4)), make(batch), claims=DEPTH_FIRST)
+    check_step(echo.ElasticBudgetScheduler(echo.GlobalRank(2), None, 12, 3), make(batch), claims=RANKED)
+
+
+def test_scenarios_are_what_they_say():
+    rank = echo.ElasticBudgetScheduler(echo.GlobalRank(2), None, 12, 3)
+    served = scenarios.one_confident_many_doubtful(8).plan(rank).selected.sum(1).tolist()
+    assert served[0] == max(served) > max(served[1:])
+    # nine rows beyond the roots, all of depth 1: three candidates each for the first three requests
+    assert scenarios.all_equal(8).plan(rank).selected.sum(1).tolist() == [4, 4, 4, 1, 1, 1, 1, 1]
+    assert int(scenarios.burst(8).plan(rank).selected.sum()) == 9
+    storm = scenarios.nan_storm(8).plan(rank)
+    assert int(storm.tree.invalid.sum()) > 0 and torch.isfinite(storm.tree.forest.score[storm.selected]).all()
+
+
+@given(strategies.trees(), st.sampled_from([echo.GlobalRank(2), echo.TwoLevel(2, 3)]))
+def test_drawn_trees_are_dealt_right(tree, rule):
+    check_plan(tree, echo.ElasticBudgetScheduler(rule, budget=64).pack(tree))
+
+
+@given(strategies.logs())
+def test_drawn_logs_survive_the_round_trip_through_histograms(log):
+    counts = echo.ConfidenceHistograms.of(log)
+    assert counts.rows == len(log)
+
+
+@given(strategies.cost_curves(), st.integers(1, 400))
+def test_drawn_cost_curves_never_fall(cost, rows):
+    assert cost(rows + 1) >= cost(rows) > 0
+    assert cost.tier(rows) >= rows
+    assert echo.CostModel.from_json(cost.to_json()) == cost
+
+
+def test_fuzzing_finds_what_the_kit_finds(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    fuzz = importlib.import_module("fuzz")
+    monkeypatch.setattr(fuzz, "ROUND", 64)
+    rng = np.random.default_rng(0)
+    maps = fuzz.calibration(rng)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for _ in range(4):
+            fuzz.Round.draw(rng, maps).check()
+        tight = [r for r in (fuzz.Round.draw(rng, maps) for _ in range(40)) if r.rows is not None and 0 < r.rows - r.live.shape[1] < 3]
+        monkeypatch.setattr(fuzz, "check_step", lambda *_, **__: None)  # the masks alone, which see all plans
+        bugged = [replace(r, scheduler=replace(r.scheduler, rule=Overshoot(3, 2), max_tree_rows=70)) for r in tight]
+        with pytest.raises(AssertionError, match=r"^rows: "):
+            any(drawn.check() for drawn in bugged)
+
+
+def test_bad_input_names_the_argument(monkeypatch):
+    scheduler = planted(echo.TwoLevel(2, 4))
+    with pytest.raises(echo.EchoError, match=r"claims: expected some of .*'depth_first'.*, got 'fair'"):
+        check_scheduler(scheduler, claims=("fair",))
+    with pytest.raises(echo.EchoError, match=r"examples: expected an int >= 1, got 0"):
+        check_scheduler(scheduler, examples=0)
+    with pytest.raises(echo.EchoError, match=r"root_tokens, log_probs: expected tokens .* V = 2"):
+        replace(scenarios.burst(2), log_probs=torch.zeros(1, 2, 3))
+    with pytest.raises(echo.EchoError, match=r"live: expected bool \[2\]"):
+        Scenario(torch.zeros(2, dtype=torch.int64), torch.ones(2), torch.ones(2, dtype=torch.int64), torch.zeros(1, 2, 1))
+    monkeypatch.setitem(sys.modules, "hypothesis", None)
+    with pytest.raises(echo.EchoError, match=r"hypothesis: expected it installed \(pip install 'echo-specdec\[kit\]'\)"):
+        check_scheduler(scheduler)

@@ -1,0 +1,87 @@
+"""Every public name says what it takes and raises, and stands in the API reference."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+from enum import Enum
+from pathlib import Path
+
+import pytest
+
+import echo
+
+MODULES = [importlib.import_module(f"echo{name}") for name in ("", ".cost", ".gating", ".kernels", ".testing", ".tree", ".tree.layouts")]
+PROTOCOLS = (echo.Drafter, echo.Gate, echo.Rule, echo.Target)
+REFERENCE = (Path(__file__).parents[1] / "docs" / "api.md").read_text()
+ELSEWHERE = re.compile(r"(?:[Ss]ee|[Aa]s|[Aa]s in|what) :(?:meth|func|class|mod):`")
+
+
+def public():
+    """Every public item once, with the name by which it is found first."""
+    found = {}
+    for module in MODULES:
+        for name in module.__all__:
+            if not inspect.ismodule(item := getattr(module, name)):
+                found.setdefault(id(item), (f"{module.__name__}.{name}", item))
+    return list(found.values())
+
+
+def methods(item):
+    """A class's own public functions, by name."""
+    fields = getattr(item, "__dataclass_fields__", ())
+    return {
+        name: getattr(item, name)
+        for name in vars(item)
+        if (not name.startswith("_") or name == "__call__") and inspect.isroutine(getattr(item, name)) and name not in fields
+    }
+
+
+CLASSES = [(name, item) for name, item in public() if inspect.isclass(item)]
+FUNCTIONS = [(name, item, "") for name, item in public() if inspect.isfunction(item)]
+for owner, kind in CLASSES:
+    kin = [p for p in PROTOCOLS if methods(p).keys() <= methods(kind).keys()]  # an implementation need not say again what they say
+    for name, method in methods(kind).items():
+        said = [inspect.getdoc(text) or "" for p in kin if name in methods(p) for text in (p, methods(p)[name])]
+        FUNCTIONS.append((f"{owner}.{name}", method, "\n".join(said)))
+
+
+def unsaid(doc, signature):
+    """Parameters that ``doc`` neither lists (``name: ...``, ``one, name: ...``) nor has in its text in the code font."""
+    names = [name for name in signature.parameters if name not in ("self", "cls")]
+    return [n for n in names if not re.search(rf"^ *(\w+, )*{n}(, \w+)*: |``[^`\n]*\b{n}\b[^`\n]*``", doc, re.MULTILINE)]
+
+
+@pytest.mark.parametrize(("item", "kin"), [pytest.param(item, kin, id=name) for name, item, kin in FUNCTIONS])
+def test_functions_say_what_they_take_and_raise(item, kin):
+    doc = inspect.getdoc(item) or ""
+    assert doc
+    assert ELSEWHERE.search(doc) or not unsaid(f"{doc}\n{kin}", inspect.signature(item))
+    if re.search(r"\bEchoError\(|\bchecks\.\w+\(", inspect.getsource(item)):
+        assert ELSEWHERE.search(doc) or "EchoError" in doc
+
+
+@pytest.mark.parametrize("item", [pytest.param(item, id=name) for name, item in CLASSES])
+def test_classes_say_what_they_hold(item):
+    doc = inspect.getdoc(item) or ""
+    assert doc
+    for name, part in vars(item).items():
+        if isinstance(part, property) and not name.startswith("_"):
+            assert inspect.getdoc(part), name
+    if not issubclass(item, Exception | Enum) and item not in PROTOCOLS and not getattr(item, "_is_protocol", False):
+        assert not unsaid(doc, inspect.signature(item))
+
+
+def test_all_stand_in_the_reference():
+    listed = set(re.findall(r"auto(?:class|data|function):: (\S+)", REFERENCE))
+    for name, options in re.findall(r"automodule:: (\S+)\n((?: +\S.*\n)*)", REFERENCE):
+        members = re.search(r":members:((?:.*\n +[^:\s])*.*)", options)
+        if members:
+            names = re.findall(r"\w+", members[1]) or getattr(importlib.import_module(name), "__all__", [])
+            listed |= {f"{name}.{member}" for member in names}
+    known = set()
+    for entry in listed:
+        module, _, name = entry.rpartition(".")
+        known.add(id(getattr(importlib.import_module(module), name)))
+    assert not [name for name, item in public() if id(item) not in known]
