@@ -61,6 +61,9 @@ class ElasticBudgetScheduler:
     margin: float = 0.02
 
     def __post_init__(self) -> None:
+        checks.follows("rule", self.rule, Rule)
+        if self.gate is not None:
+            checks.follows("gate", self.gate, Gate)
         checks.integer("probe", self.probe, 2)
         checks.real("margin", self.margin, 0.0)
         checks.integer("max_depth", self.max_depth, 0, 64)
@@ -395,6 +398,4 @@ class ElasticBudgetScheduler:
     def _rows(self, batch: int) -> int:
         if isinstance(self.budget, CostModel):
             return int(self.budget.tier(self.budget.knee.k_max))
-        if self.budget is not None:
-            return self.budget
-        return self.rule.rows(batch) or batch
+        return self.budget or self.rule.rows(batch) or batch

@@ -247,7 +247,7 @@ def calibrate(
     checks.integer("layer_width", layer_width, 1)
     if isinstance(log, WarmupLog):
         refuse_gated(log)
-    histograms = ConfidenceHistograms.of(log) if isinstance(log, WarmupLog) else log
+    histograms = ConfidenceHistograms.of(log) if isinstance(log, WarmupLog) else checks.instance("log", log, ConfidenceHistograms)
     kinds = histograms.mass[ROWS].sum(axis=(0, 1, 3))
     if not kinds.any():
         raise EchoError("log: expected rows, got an empty log")

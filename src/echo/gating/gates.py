@@ -69,7 +69,7 @@ class SparseGate:
 
     def __post_init__(self) -> None:
         source = self.thresholds
-        taus = source.thresholds if isinstance(source, Calibration) else dict(source)
+        taus = source.thresholds if isinstance(source, Calibration) else checks.instance("thresholds", source, Mapping)  # type: ignore[type-abstract]
         for depth, tau in taus.items():
             checks.integer("thresholds.depth", depth, 1)
             checks.real(f"thresholds[{depth}]", tau, 0.0, 1.0)
