@@ -53,7 +53,13 @@ class Drafter(Protocol):
 
 @dataclass(frozen=True)
 class Seconds:
-    """Wall time of a step by part, on the host's clock."""
+    """Wall time of a step by part, on the host's clock.
+
+    Attributes:
+        draft: the drafter's calls.
+        control: planning, packing, judging.
+        verify: the target's forward pass and its cache.
+    """
 
     draft: float = 0.0
     control: float = 0.0
