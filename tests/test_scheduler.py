@@ -354,6 +354,19 @@ def test_forecast_of_a_cost_model():
     assert sum(depth > 0 for depth in plans) == 10
 
 
+@pytest.mark.parametrize("base_rows", [0, 5, 30])
+def test_a_forecast_fills_a_tier(base_rows):
+    tiers = (4, 16, 48, 200, 256)
+    scheduler = replace(GOODPUT, budget=replace(COST, tiers=tiers))
+    slots, history = torch.arange(4), scheduler.history(4)
+    plans = [scheduler.forecast(history, slots, base_rows)]
+    for seed in range(8):
+        history = observed(scheduler, history, slots, depth=4, seed=seed, accepted=4)
+        plans.append(scheduler.forecast(history, slots, base_rows))
+    assert plans[-1].depth > 0
+    assert all(plan.rows + base_rows in tiers for plan in plans if plan.depth)
+
+
 def test_ranks_agree_on_what_is_best_for_all():
     slots, history = torch.arange(4), GOODPUT.history(4)
     for seed in range(6):

@@ -105,9 +105,11 @@ class Goodput:
         elif not probe or not tokens:
             return 0, least
         depth, place = np.unravel_index(int(rate.argmax()), rate.shape)
-        rows = least + int(np.ceil(drafted[depth, place]))
-        rows = min(self.cost.fill(rows), 2 * rows, least + widest * (self.max_tree_rows - 1))
-        return int(depth) + 1, max(rows, least + 1)
+        rows = least + max(1, int(np.ceil(drafted[depth, place])))
+        free, most = self.cost.fill(rows), min(2 * rows, least + widest * (self.max_tree_rows - 1))
+        if free > most:  # more than can be of use; a tier is launched whole
+            free = self.cost.tier(rows) if self.cost.tiers else most
+        return int(depth) + 1, max(rows, free)
 
     def _unknown(self, least: int, widest: int) -> tuple[int, int]:
         """As long as too little was seen: the deepest tree, at the knee or with a row for every fourth request where that is more."""

@@ -229,7 +229,7 @@ class CostModel:
         return replace(self, rows=knots, seconds=curve)
 
     def draft(self, layers: ArrayLike, requests: int, width: int = 1) -> Any:
-        """Seconds of ``layers`` layers (one number or many) for ``requests``: the first on each root, the others on ``width`` nodes."""
+        """Seconds of ``layers`` layers (a number or an array) of ``requests``: the first on the roots, others on ``width`` nodes each."""
         count = np.asarray(layers)
         return self.draft_layer * count + self.draft_row * requests * np.where(count > 0, 1 + width * (count - 1), 0)
 
