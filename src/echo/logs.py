@@ -175,6 +175,7 @@ class WarmupLog:
 
         Raises:
             EchoError: a file that is truncated or mixed up, with its line or row; nothing matches; or ``pyarrow`` is not there.
+            FileNotFoundError: no such file.
         """
         logs = list(cls.stream(path))
         return logs[0] if len(logs) == 1 else cls.concat(logs)

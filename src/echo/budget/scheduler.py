@@ -64,10 +64,9 @@ class ElasticBudgetScheduler:
         checks.follows("rule", self.rule, Rule)
         if self.gate is not None:
             checks.follows("gate", self.gate, Gate)
-        checks.integer("probe", self.probe, 2)
         checks.real("margin", self.margin, 0.0)
-        checks.integer("max_depth", self.max_depth, 0, 64)
-        checks.integer("max_tree_rows", self.max_tree_rows, 1, 4096)
+        for name, low, high in (("probe", 2, None), ("max_depth", 0, 64), ("max_tree_rows", 1, 4096)):
+            checks.integer(name, getattr(self, name), low, high)
         if not isinstance(self.budget, CostModel) and self.budget is not None:
             checks.integer("budget", self.budget, 1)
         if self.budget is None and self.rule.rows(1) is None:

@@ -179,7 +179,12 @@ class Calibration:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Calibration:
-        """Reads the file ``path`` that :meth:`save` wrote; see :meth:`from_json` for its errors."""
+        """Reads the file ``path`` that :meth:`save` wrote.
+
+        Raises:
+            EchoError: as :meth:`from_json`.
+            FileNotFoundError: no such file.
+        """
         return cls.from_json(Path(path).read_text(encoding="utf-8"))
 
 

@@ -165,6 +165,7 @@ class ConfidenceHistograms:
 
         Raises:
             EchoError: no whole histogram file, or one of another version.
+            FileNotFoundError: no such file.
         """
         try:
             with open(path, "rb") as handle, np.load(handle) as file:
