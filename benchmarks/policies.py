@@ -11,8 +11,6 @@ import numpy as np
 import echo
 from echo.testing import Trace
 
-MAX_ROWS = 64
-
 
 @dataclass(frozen=True)
 class Setting:

@@ -72,6 +72,7 @@ def policies(draw):
 @pytest.fixture(scope="session")
 def smollm2():
     """The real model pair's module: loaded once, 20 seconds."""
+    pytest.importorskip("transformers", reason="needs the demo extra, on Python 3.11 or later")
     import sys
     from pathlib import Path
 

@@ -9,6 +9,7 @@ from enum import Enum
 from pathlib import Path
 
 import pytest
+import torch
 
 import echo
 
@@ -85,3 +86,34 @@ def test_all_stand_in_the_reference():
         module, _, name = entry.rpartition(".")
         known.add(id(getattr(importlib.import_module(module), name)))
     assert not [name for name, item in public() if id(item) not in known]
+
+
+LOG = echo.WarmupLog.from_arrays([1] * 200, [0.9] * 100 + [0.2] * 100, [1] * 90 + [0] * 110)
+SCHEDULER = echo.ElasticBudgetScheduler(echo.GlobalRank(2), None, 6, 1)
+TREE = SCHEDULER.plant(torch.tensor([7, 9]))
+PACKED = SCHEDULER.pack(TREE)
+ACCEPTED = echo.verify(PACKED, torch.zeros(6, dtype=torch.int64))
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda: echo.ElasticBudgetScheduler("paper", None, 6), r"rule: expected a Rule \(width, frontier, buy, deal, rows, gain\)"),
+        (lambda: echo.ElasticBudgetScheduler(echo.GlobalRank, None, 6), "rule: expected a Rule"),
+        (lambda: echo.ElasticBudgetScheduler(echo.GlobalRank(2), echo.calibrate(LOG), 6), r"gate: expected a Gate \(__call__\)"),
+        (lambda: echo.SparseGate(0.5), "thresholds: expected a Mapping, got float"),
+        (lambda: echo.calibrate([LOG]), "log: expected a ConfidenceHistograms, got list"),
+        (lambda: echo.ConfidenceHistograms.of([LOG, LOG.depth]), "logs: expected a WarmupLog, got ndarray"),
+        (lambda: echo.WarmupLog.concat(["a.npz"]), "logs: expected a WarmupLog, got str"),
+        (lambda: echo.ConfidenceHistograms.of(LOG).merge(LOG), "other: expected a ConfidenceHistograms, got WarmupLog"),
+        (lambda: echo.DriftMonitor(LOG), "calibration: expected a Calibration, got WarmupLog"),
+        (lambda: echo.DriftMonitor(echo.calibrate(LOG)).check(LOG), "live: expected a ConfidenceHistograms, got WarmupLog"),
+        (lambda: echo.verify(TREE, torch.zeros(6, dtype=torch.int64)), "packed: expected a PackedTree, got SuperTree"),
+        (lambda: echo.warmup_rows(PACKED, TREE, ACCEPTED), "tree: expected a SuperTree, got PackedTree"),
+        (lambda: echo.compact(ACCEPTED, PACKED, torch.zeros(2, dtype=torch.int64)), "packed: expected a PackedTree, got Accepted"),
+        (lambda: echo.StepStats.empty().observe(PACKED, PACKED), "accepted: expected an Accepted, got PackedTree"),
+    ],
+)
+def test_what_a_stranger_mixes_up_is_named(call, says):
+    with pytest.raises(echo.EchoError, match=says):
+        call()

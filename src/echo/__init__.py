@@ -2,7 +2,7 @@
 
 from echo.budget import ElasticBudgetScheduler, Forecast, GlobalRank, History, PerRequest, Rule, TwoLevel
 from echo.cost import CostModel, Knee, profile
-from echo.decode import Drafter, Step, Target, decode, outcomes, speculate, verify, warmup_rows
+from echo.decode import Drafter, Seconds, Step, Target, decode, outcomes, speculate, verify, warmup_rows
 from echo.errors import EchoError
 from echo.gating import (
     BeamMassGate,
@@ -45,6 +45,7 @@ __all__ = [
     "PackedTree",
     "PerRequest",
     "Rule",
+    "Seconds",
     "SparseGate",
     "Status",
     "Step",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch import Tensor
 from echo.errors import EchoError
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+T = TypeVar("T")
 INTEGERS = (torch.int64, torch.int32)
 
 
@@ -40,6 +42,28 @@ def tensor(
     if device is not None and value.device != device:
         raise EchoError(f"{name}: expected a tensor on {device}, got one on {value.device}")
     return value
+
+
+def instance(name: str, value: object, kind: type[T]) -> T:
+    """``value`` if it is one.
+
+    Raises:
+        EchoError: naming the argument, what was expected and what came.
+    """
+    if not isinstance(value, kind):
+        raise EchoError(f"{name}: expected {'an' if kind.__name__[0] in 'AEIOU' else 'a'} {kind.__name__}, got {type(value).__name__}")
+    return value
+
+
+def follows(name: str, value: object, protocol: type[object]) -> None:
+    """Checks that ``value`` has all that the protocol asks for.
+
+    Raises:
+        EchoError: naming the argument, what was expected and what came.
+    """
+    wanted = [part for part in vars(protocol) if not part.startswith("_") or part == "__call__"]
+    if isinstance(value, type) or not all(hasattr(value, part) for part in wanted):
+        raise EchoError(f"{name}: expected a {protocol.__name__} ({', '.join(wanted)}), got {value!r}")
 
 
 def integer(name: str, value: object, low: int, high: int | None = None) -> int:

@@ -53,7 +53,13 @@ class Drafter(Protocol):
 
 @dataclass(frozen=True)
 class Seconds:
-    """Wall time of a step by part, on the host's clock."""
+    """Wall time of a step by part, on the host's clock.
+
+    Attributes:
+        draft: the drafter's calls.
+        control: planning, packing, judging.
+        verify: the target's forward pass and its cache.
+    """
 
     draft: float = 0.0
     control: float = 0.0
@@ -152,7 +158,8 @@ def outcomes(tree: SuperTree, packed: PackedTree, accepted: Accepted) -> tuple[T
         rank int64 [N], each row's place among its request's candidates of its depth, by path probability (0 on roots and pads); and
         bool [N], whether the target accepted the whole path to it.
     """
-    extra = packed.rows  # "no row", -1, falls on one row more, that is cut off
+    checks.instance("tree", tree, SuperTree)
+    extra = checks.instance("packed", packed, PackedTree).rows  # "no row", -1, falls on one row more, that is cut off
     rows = torch.where(accepted.rows < 0, extra, accepted.rows).flatten()
     taken = torch.zeros(packed.rows + 1, dtype=torch.bool, device=packed.tokens.device).index_fill(0, rows, True)
     ranks = torch.cat([place(bits(layer.score).long()) for layer in tree.layers], dim=1).flatten()
@@ -176,7 +183,7 @@ def verify(packed: PackedTree, target_tokens: Tensor | None = None, *, logits: T
     """
     if (target_tokens is None) == (logits is None):
         raise EchoError("target_tokens, logits: expected exactly one of them")
-    device = packed.tokens.device
+    device = checks.instance("packed", packed, PackedTree).tokens.device
     links = packed.parent, packed.indptr, packed.tokens
     if logits is not None:
         checks.tensor("logits", logits, [packed.rows, "V"], checks.FLOATS, device)

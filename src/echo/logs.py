@@ -16,6 +16,7 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from echo import checks
 from echo.errors import EchoError
 
 _FIELDS = ("depth", "confidence", "accepted", "rank", "weight", "step")
@@ -126,7 +127,7 @@ class WarmupLog:
         """
         parts, first = [], 0
         for log in logs:
-            step = _dense(log.step)
+            step = _dense(checks.instance("logs", log, WarmupLog).step)
             parts.append((log, step + first))
             first += int(step.max()) + 1 if len(log) else 0
         if not parts:
@@ -174,6 +175,7 @@ class WarmupLog:
 
         Raises:
             EchoError: a file that is truncated or mixed up, with its line or row; nothing matches; or ``pyarrow`` is not there.
+            FileNotFoundError: no such file.
         """
         logs = list(cls.stream(path))
         return logs[0] if len(logs) == 1 else cls.concat(logs)

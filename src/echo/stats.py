@@ -97,7 +97,9 @@ class StepStats:
         Raises:
             EchoError: another batch, or counters on another device.
         """
-        checks.tensor("accepted.lengths", accepted.lengths, [packed.batch], torch.int64, self.counts.device)
+        checks.instance("packed", packed, PackedTree)
+        lengths = checks.instance("accepted", accepted, Accepted).lengths
+        checks.tensor("accepted.lengths", lengths, [packed.batch], torch.int64, self.counts.device)
         rows = packed.indptr.diff().long()
         live = rows > 0
         real, requests = rows.sum(), live.sum()

@@ -63,10 +63,12 @@ class ElasticBudgetScheduler:
     margin: float = 0.02
 
     def __post_init__(self) -> None:
-        checks.integer("probe", self.probe, 2)
+        checks.follows("rule", self.rule, Rule)
+        if self.gate is not None:
+            checks.follows("gate", self.gate, Gate)
         checks.real("margin", self.margin, 0.0)
-        checks.integer("max_depth", self.max_depth, 0, 64)
-        checks.integer("max_tree_rows", self.max_tree_rows, 1, 4096)
+        for name, low, high in (("probe", 2, None), ("max_depth", 0, 64), ("max_tree_rows", 1, 4096)):
+            checks.integer(name, getattr(self, name), low, high)
         if not isinstance(self.budget, CostModel) and self.budget is not None:
             checks.integer("budget", self.budget, 1)
         if self.budget is None and self.rule.rows(1) is None:
@@ -368,6 +370,4 @@ class ElasticBudgetScheduler:
     def _rows(self, batch: int) -> int:
         if isinstance(self.budget, CostModel):
             return int(self.budget.tier(self.budget.knee.k_max))
-        if self.budget is not None:
-            return self.budget
-        return self.rule.rows(batch) or batch
+        return self.budget or self.rule.rows(batch) or batch

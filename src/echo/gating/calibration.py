@@ -179,7 +179,12 @@ class Calibration:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Calibration:
-        """Reads the file ``path`` that :meth:`save` wrote; see :meth:`from_json` for its errors."""
+        """Reads the file ``path`` that :meth:`save` wrote.
+
+        Raises:
+            EchoError: as :meth:`from_json`.
+            FileNotFoundError: no such file.
+        """
         return cls.from_json(Path(path).read_text(encoding="utf-8"))
 
 
@@ -247,7 +252,7 @@ def calibrate(
     checks.integer("layer_width", layer_width, 1)
     if isinstance(log, WarmupLog):
         refuse_gated(log)
-    histograms = ConfidenceHistograms.of(log) if isinstance(log, WarmupLog) else log
+    histograms = ConfidenceHistograms.of(log) if isinstance(log, WarmupLog) else checks.instance("log", log, ConfidenceHistograms)
     kinds = histograms.mass[ROWS].sum(axis=(0, 1, 3))
     if not kinds.any():
         raise EchoError("log: expected rows, got an empty log")

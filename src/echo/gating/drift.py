@@ -102,6 +102,7 @@ class DriftMonitor:
     min_gap: float = 0.05
 
     def __post_init__(self) -> None:
+        checks.instance("calibration", self.calibration, Calibration)
         checks.real("alpha", self.alpha, 1e-9, 0.5)
         for name in ("min_psi", "min_ks", "min_gap"):
             checks.real(name, getattr(self, name), 0.0)
@@ -109,7 +110,8 @@ class DriftMonitor:
             raise EchoError("calibration: expected one with confidence profiles, got one of an older file: calibrate again")
 
     def check(self, live: ConfidenceHistograms) -> DriftReport:
-        """Judges the rows counted in ``live``, for example ``now.since(earlier)``: a window of traffic."""
+        """Judges the rows counted in ``live``, for example ``now.since(earlier)``: a window of traffic; anything else is an EchoError."""
+        checks.instance("live", live, ConfidenceHistograms)
         return DriftReport(tuple(self._check(d, live) for d in self.calibration.depths))
 
     def _check(self, d: DepthCalibration, live: ConfidenceHistograms) -> DepthDrift:

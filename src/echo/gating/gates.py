@@ -68,8 +68,8 @@ class SparseGate:
     thresholds: Calibration | Mapping[int, float]
 
     def __post_init__(self) -> None:
-        source = self.thresholds
-        taus = source.thresholds if isinstance(source, Calibration) else dict(source)
+        taus = self.thresholds.thresholds if isinstance(self.thresholds, Calibration) else self.thresholds
+        checks.instance("thresholds", taus, Mapping)  # type: ignore[type-abstract]
         for depth, tau in taus.items():
             checks.integer("thresholds.depth", depth, 1)
             checks.real(f"thresholds[{depth}]", tau, 0.0, 1.0)

@@ -115,7 +115,7 @@ class ConfidenceHistograms:
         """
         mass: NDArray[np.int64] | None = None
         for log in (logs,) if isinstance(logs, WarmupLog) else logs:
-            deepest = _deepest(log)
+            deepest = _deepest(checks.instance("logs", log, WarmupLog))
             if mass is None:
                 mass = cls.empty(deepest, ranks).mass
             mass = _deepen(mass, deepest)
@@ -165,6 +165,7 @@ class ConfidenceHistograms:
 
         Raises:
             EchoError: no whole histogram file, or one of another version.
+            FileNotFoundError: no such file.
         """
         try:
             with open(path, "rb") as handle, np.load(handle) as file:
@@ -178,7 +179,7 @@ class ConfidenceHistograms:
         return cls(mass)
 
     def _aligned(self, name: str, other: ConfidenceHistograms) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        if self.ranks != other.ranks:
+        if self.ranks != checks.instance(name, other, ConfidenceHistograms).ranks:
             raise EchoError(f"{name}: expected histograms of {self.ranks} ranks, got {other.ranks}")
         deepest = max(self.max_depth, other.max_depth)
         return _deepen(self.mass, deepest), _deepen(other.mass, deepest)

@@ -68,7 +68,8 @@ def compact(
             moved = cache.gather(1, lists.source[..., None, None].expand(-1, -1, heads, dim))
             cache.scatter_(1, lists.target[..., None, None].expand(-1, -1, heads, dim), moved)
     """
-    device = packed.tokens.device
+    device = checks.instance("packed", packed, PackedTree).tokens.device
+    checks.instance("accepted", accepted, Accepted)
     batch, steps = checks.tensor("accepted.rows", accepted.rows, [packed.batch, "D + 1"], torch.int64, device).shape
     checks.tensor("context", context, [batch], checks.INTEGERS, device)
     fused = kernels.fused("packing", accepted.rows)

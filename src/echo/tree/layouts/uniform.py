@@ -249,7 +249,7 @@ class _Grid:
     """
 
     def __init__(self, packed: PackedTree, n: int) -> None:
-        self.packed, self.n, self.size = packed, checks.integer("n", n, 1), packed.batch * n
+        self.packed, self.n, self.size = checks.instance("packed", packed, PackedTree), checks.integer("n", n, 1), packed.batch * n
         self.local = torch.arange(packed.rows, device=packed.indptr.device) - packed.indptr.index_select(0, packed.request)
         self.place = torch.where(self.local < n, packed.request * n + self.local, self.size).clamp_(max=self.size)
 
