@@ -77,8 +77,7 @@ class PackedTree:
     def local(self) -> Tensor:
         """int64 [N], each row's place within its request; 0 on pad rows."""
         first = self.indptr.index_select(0, self.request)
-        rows = torch.arange(self.rows, device=self.tokens.device)
-        return torch.where(self.request < self.batch, rows - first, 0)
+        return torch.where(self.request < self.batch, torch.arange(self.rows, device=self.tokens.device) - first, 0)
 
     @property
     def max_slots_per_request(self) -> int:
@@ -266,8 +265,7 @@ def pack(tree: SuperTree, selected: Tensor, rows: int, words: int, out: PackedTr
         return into(out, PackedTree(**columns, status=tree.status, invalid=tree.invalid, max_depth=tree.depth))
     forest = tree.forest
     count = selected.flatten().cumsum(0)
-    ends = count.view(batch, nodes)[:, -1].clamp(max=rows)
-    indptr = F.pad(ends, (1, 0))
+    indptr = F.pad(count.view(batch, nodes)[:, -1].clamp(max=rows), (1, 0))
     row = torch.arange(rows, device=device)
     found = torch.searchsorted(count, row, right=True)  # the node at which the count exceeds this row; B * T on pad rows
     pad = found == batch * nodes
