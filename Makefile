@@ -9,6 +9,7 @@ export HF_HUB_OFFLINE := 1
 .PHONY: demo test replay bench fuzz peers docs lint install clean
 
 demo: $(STAMP)
+	@$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11) and "make demo needs Python 3.11 or newer, as transformers does")'
 	@$(BIN)/python examples/smollm2/demo.py $(ARGS)
 
 test: lint
