@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import defaultdict
 from pathlib import Path
 
@@ -47,12 +48,13 @@ def modelled() -> list[tuple[str, float, str]]:
 def timed() -> list[tuple[str, float, str]]:
     """Microseconds on one CPU thread."""
     plan, pack = found("plan")["results"], found("pack")["max_tree_rows"]["16"]["results"]
+    peer = plan.get("sglang chains 64", {"median_us": math.nan})["median_us"]  # where its wheel was there
     return [
         ("ranking and dealing 64 candidates a request, us", plan["select 64"]["median_us"], "350"),
         ("the same, calibrated, us", plan["select 64, calibrated"]["median_us"], "350"),
         ("ranking and dealing 512 candidates a request, us", plan["select 512"]["median_us"], "2000"),
         ("one grow, us", plan["grow 64"]["median_us"], "150"),
-        ("SGLang's chain planner over ours at 64", plan["sglang chains 64"]["median_us"] / plan["select 64"]["median_us"], "3"),
+        ("SGLang's chain planner over ours at 64", peer / plan["select 64"]["median_us"], "3"),
         ("pack, us", pack["pack"]["median_us"], "350"),
         ("histograms, million rows a second", found("calibration")["count"]["rows_per_s_median"] / 1e6, "50"),
         ("fuzzed plans that break an invariant", found("fuzz")["broken"], "0"),
