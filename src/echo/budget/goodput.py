@@ -14,8 +14,8 @@ from echo.budget.history import History
 from echo.cost import CostModel
 from echo.errors import EchoError
 
-CURVE = 256
-"""Numbers in a rank's curve at most: 1 kB."""
+CURVE, HEAD = 256, 4
+"""Numbers in a rank's curve at most, 1 kB, and before its F."""
 
 
 @dataclass(frozen=True)
@@ -55,37 +55,41 @@ class Goodput:
         """See :meth:`ElasticBudgetScheduler.forecast`."""
         batch, seen = len(slots), history.foresee(slots)
         least = base_rows + batch
-        depth, rows = self._unknown(least, batch) if seen is None else self._best(*seen, batch, least, batch, history.tick)
+        if seen is None:
+            depth, rows = self._unknown(least, batch)
+        else:
+            depth, rows = self._best(*seen, batch, least, batch, history.tick, int(history.unread))
         return Forecast(depth, rows - base_rows)
 
     def curve(self, history: History, slots: Tensor, base_rows: int) -> NDArray[np.float32]:
-        """See :meth:`ElasticBudgetScheduler.curve`: requests, prefill rows, ticks, then F by depth and row count."""
+        """See :meth:`ElasticBudgetScheduler.curve`: requests, prefill rows, ticks, unread tokens, then F by depth and row count."""
         batch, seen, grid = len(slots), history.foresee(slots), self._grid()
         if seen is None:
             brings = np.full((self.max_depth, len(grid)), np.nan if batch else 0.0)
         else:
             room = grid - batch - base_rows
             brings = np.stack([np.interp(room, [0.0, *rows], [0.0, *accepted]) for rows, accepted in zip(*seen, strict=True)])
-        return np.concatenate([[batch, base_rows, history.tick % self.probe], brings.ravel()]).astype(np.float32)
+        head = [batch, base_rows, history.tick % self.probe, int(history.unread)]
+        return np.concatenate([head, brings.ravel()]).astype(np.float32)
 
     def agree(self, curves: NDArray[np.float32], rank: int) -> Forecast:
         """See :meth:`ElasticBudgetScheduler.agree`."""
         grid = self._grid()
-        if curves.ndim != 2 or curves.shape[1] != 3 + self.max_depth * len(grid):
-            raise EchoError(f"curves: expected float32 [ranks, {3 + self.max_depth * len(grid)}], got {list(curves.shape)}")
+        if curves.ndim != 2 or curves.shape[1] != HEAD + self.max_depth * len(grid):
+            raise EchoError(f"curves: expected float32 [ranks, {HEAD + self.max_depth * len(grid)}], got {list(curves.shape)}")
         checks.integer("rank", rank, 0, len(curves) - 1)
-        batch, base, tick = curves[:, :3].astype(np.int64).T
-        brings = curves[:, 3:].astype(np.float64).sum(axis=0).reshape(self.max_depth, len(grid))
+        batch, base, tick, unread = curves[:, :HEAD].astype(np.int64).T
+        brings = curves[:, HEAD:].astype(np.float64).sum(axis=0).reshape(self.max_depth, len(grid))
         least, widest = int((batch + base).max()), int(batch.max())
         if np.isnan(brings).any():
             depth, rows = self._unknown(least, widest)
         else:
             drafted = np.broadcast_to(np.maximum(grid - least, 0.0), brings.shape)
-            depth, rows = self._best(drafted, brings, int(batch.sum()), least, widest, int(tick.max()))
+            depth, rows = self._best(drafted, brings, int(batch.sum()), least, widest, int(tick.max()), int(unread.max()))
         return Forecast(depth, rows - int(base[rank]))
 
     def _best(
-        self, drafted: NDArray[np.float64], accepted: NDArray[np.float64], tokens: int, least: int, widest: int, tick: int
+        self, drafted: NDArray[np.float64], accepted: NDArray[np.float64], tokens: int, least: int, widest: int, tick: int, unread: int
     ) -> tuple[int, int]:
         """Depth and rows of greatest goodput; (0, least) where nothing beats plain decoding.
 
@@ -95,10 +99,11 @@ class Goodput:
             least: rows without any drafted one.
             widest: requests of the rank that has the most.
             tick: of the history; says whether it is time for a probe.
+            unread: tokens that the drafter has to read up on before it can draft.
         """
         depths, probe = np.arange(1, self.max_depth + 1), tick % self.probe == 0
         step = self.cost(least + np.ceil(drafted), requests=widest)
-        seconds = step + self.cost.draft(depths, widest, self.width)[:, None]
+        seconds = step + self.cost.draft(depths, widest, self.width)[:, None] + self.cost.catch_up(unread)
         rate = np.where(drafted >= 1, (tokens + accepted) / seconds, 0.0)
         if rate.max() > (1 + self.margin) * tokens / self.cost(least, requests=widest):
             rate[:-1] *= not probe  # a look at the deepest layers
@@ -118,6 +123,6 @@ class Goodput:
 
     def _grid(self) -> NDArray[Any]:
         """Row counts at which ranks compare: the tiers, or evenly in the logarithm; as many as fit into a curve."""
-        count = max(2, (CURVE - 3) // max(1, self.max_depth))
+        count = max(2, (CURVE - HEAD) // max(1, self.max_depth))
         points = np.asarray(self.cost.tiers or np.geomspace(1, max(2, self.cost.rows[-1]), count).round().astype(int))
         return np.unique(points[np.linspace(0, len(points) - 1, min(count, len(points))).round().astype(int)])

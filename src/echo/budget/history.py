@@ -45,6 +45,7 @@ class History:
         outlook: float32 [depth, slots + 1, 64], sum of :attr:`PackedTree.outlook`.
         expected: float32 [depth, slots + 1], drafts of each depth that were verified and expected to be accepted.
         accepted: float32 [depth, slots + 1], those that were: over ``steps``, the survival by depth.
+        unread: int64 [], tokens emitted since something was drafted: what the drafter has to read up on first.
         tick: steps of the batch so far; a host int.
     """
 
@@ -53,6 +54,7 @@ class History:
     outlook: Tensor
     expected: Tensor
     accepted: Tensor
+    unread: Tensor
     tick: int = 0
 
     @classmethod
@@ -71,6 +73,7 @@ class History:
             torch.zeros(depth, slots + 1, BINS, device=device),
             by_depth,
             by_depth,
+            torch.zeros((), dtype=torch.int64, device=device),
         )
 
     def reset(self, slots: Tensor) -> History:
@@ -81,7 +84,7 @@ class History:
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> History:
         """A copy on ``device``: forecasts read one on the host, copied while later steps run (``non_blocking``)."""
-        names = ("generation", "steps", "outlook", "expected", "accepted")
+        names = ("generation", "steps", "outlook", "expected", "accepted", "unread")
         columns: dict[str, Any] = {name: getattr(self, name).to(device, non_blocking=non_blocking) for name in names}
         return replace(self, **columns)
 
@@ -107,13 +110,15 @@ class History:
         """
         checks.tensor("slots", slots, [packed.batch], torch.int64, self.steps.device)
         drafted = packed.max_depth if packed.outlook is not None else 0
+        read = packed.max_depth > 0  # whoever drafted has read what was emitted before
+        unread = self.unread + accepted.lengths.sum() if not read else torch.zeros_like(self.unread) if drafted else self.unread
         fused = kernels.fused("packing", slots)
         if fused is not None:
             more = None if packed.expected is None or packed.outlook is None else (packed.expected, packed.outlook)
             sums = self.steps, self.expected, self.accepted, self.outlook
             step = slots, packed.indptr, packed.status, accepted.lengths
             steps, expected, taken, outlook = fused.observe(*step, drafted, more, sums, KEEP, MEMORY)
-            return replace(self, steps=steps, expected=expected, accepted=taken, outlook=outlook, tick=self.tick + 1)
+            return replace(self, steps=steps, expected=expected, accepted=taken, outlook=outlook, unread=unread, tick=self.tick + 1)
         ran, (depth, places) = packed.indptr.diff() > 0, self.steps.shape
         layers = torch.arange(depth, device=slots.device)[:, None]
         seen = ran & ((layers < drafted) | (packed.status != int(Status.ACTIVE)) & (drafted > 0))  # who stopped has no deeper layers
@@ -138,6 +143,7 @@ class History:
             outlook=add(self.outlook, outlook),
             expected=add(self.expected, expected),
             accepted=add(self.accepted, survived.float() if drafted else None),
+            unread=unread,
             tick=self.tick + 1,
         )
 
