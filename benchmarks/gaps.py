@@ -27,7 +27,8 @@ from echo.testing import Record, Report, Trace
 from echo.testing import replay as play
 from gaps_picture import draw
 from policies import Setting, eagle, paper, top_k
-from replay import LAG, MAX_POOL, WARM, Steps, calibrate, halves, shapes
+from replay import LAG, MAX_POOL, calibrate, halves, shapes
+from steps import WARM, Steps, run
 
 HERE = Path(__file__).parent
 BATCH, STEPS, LAW = 64, 100, "dense, knee at 256 rows"
@@ -66,25 +67,12 @@ class Study:
         return {**tuned, "goodput": self.goodput()}
 
     def run(self, scheduler: Scheduler, *, trace: Trace | None = None, batch: int = BATCH, steps: int = STEPS, **options) -> Steps:
-        """Steps of a replay with texts in random order, the first ones left out."""
-        seen: list[tuple[int, int, int]] = []
-        extra = options.pop("observe", None)
+        """Steps of a replay, forecasts one step late."""
+        return run(trace or self.test, scheduler, self.cost, batch, steps, **{"lag": LAG, **options})
 
-        def observe(record: Record) -> None:
-            seen.append((int(record.emitted.sum()), record.forecast.rows, record.forecast.depth))
-            if extra is not None:
-                extra(record)
-
-        trace, options = trace or self.test, {"lag": LAG, **options}
-        order = np.random.default_rng(1).permutation(len(trace.kind))
-        report = play(trace, scheduler, self.cost, batch=batch, steps=steps + WARM, order=order, observe=observe, **options)
-        assert report.misses == 0, f"{report.misses} nodes without a record"
-        tokens, rows, layers = np.array(seen[WARM:]).T
-        return Steps(tokens, rows, layers, scheduler.rule.width)
-
-    def ratio(self, scheduler: Scheduler, *, cost: echo.CostModel | None = None, batch: int = BATCH, **options) -> float:
+    def ratio(self, scheduler: Scheduler, **options) -> float:
         """Throughput over plain decoding, both under the true cost."""
-        return self.run(scheduler, batch=batch, **options).rate(cost or self.cost, batch)
+        return self.run(scheduler, **options).ratio(self.cost)
 
 
 def budget(study: Study) -> dict[str, object]:
@@ -97,7 +85,7 @@ def budget(study: Study) -> dict[str, object]:
     laws = {"knee at 256": study.cost, "knee at 1024": shapes()["mixture of experts, knee at 1024"]}
     return {
         "rows": rows,
-        "curves": {f"{name}, {law}": [r.rate(cost, BATCH) for r in found] for name, found in runs.items() for law, cost in laws.items()},
+        "curves": {f"{name}, {law}": [r.ratio(cost) for r in found] for name, found in runs.items() for law, cost in laws.items()},
     }
 
 
@@ -185,7 +173,7 @@ def served(study: Study, scheduler: Scheduler, weak: np.ndarray) -> dict[str, ob
     found = study.run(scheduler, steps=2 * STEPS, observe=observe)
     rate, accepted = tokens / steps, tokens - steps
     return {
-        "ratio": found.rate(study.cost, BATCH),
+        "ratio": found.ratio(study.cost),
         "doubtful_steps": float(steps[weak].sum() / steps.sum()),
         "doubtful_rows": float(rows[weak].sum() / rows.sum()),
         "doubtful_accepted": float(accepted[weak].sum() / accepted.sum()),
@@ -235,6 +223,25 @@ def wrong_cost(study: Study) -> dict[str, object]:
     return {"batch": batches, "curves": found}
 
 
+def next_layer(study: Study) -> dict[str, object]:
+    """Goodput on a host that drafts only what is still active, without a gate and with :class:`echo.GoodputGate`."""
+    machines = {
+        "0.02 a layer": study.cost,
+        "0.10 a layer": replace(study.cost, draft_layer=0.10),
+        "0.05 a layer, 0.0004 a row": replace(study.cost, draft_layer=0.05, draft_row=0.0004),
+    }
+    batches, found = (1, 8, 32, 128), {}
+    for name, cost in machines.items():
+        for batch in batches:
+            free = Scheduler.goodput(study.calibration, cost, beam=study.tune.beam)
+            gate = echo.GoodputGate(study.calibration, cost, free.rule.width, price=batch / cost(batch))
+            order = np.tile(np.random.default_rng(1).permutation(len(study.test.kind)), 1 + batch // 16)  # the same texts for both
+            options = {"batch": batch, "order": order, "lag": LAG, "compact": True}
+            gated, plain = (play(study.test, s, cost, **options).throughput for s in (replace(free, gate=gate), free))
+            found.setdefault(name, []).append(gated / plain)
+    return {"batch": batches, "gated_over_ungated": found}
+
+
 def temperature(study: Study, path: Path) -> dict[str, object]:
     """The same prompts at temperature 0.8, with the gates and maps of greedy text, and with their own."""
     tune, test = halves(Trace.load(path))
@@ -254,7 +261,7 @@ def temperature(study: Study, path: Path) -> dict[str, object]:
         }
         found = {policy: study.run(s, trace=trace, batch=batch, steps=120) for policy, s in chosen.items()}
         result[name] = {
-            policy: {"ratio": f.rate(study.cost, batch), "tokens_per_step": float(f.tokens.mean() / batch)} for policy, f in found.items()
+            policy: {"ratio": f.ratio(study.cost), "tokens_per_step": float(f.tokens.mean() / batch)} for policy, f in found.items()
         }
     return result
 
@@ -308,6 +315,7 @@ SECTIONS: dict[str, Callable[[Study], dict[str, object]]] = {
     "wrong_cost": wrong_cost,
     "lag": lag,
     "churn": churn,
+    "next_layer": next_layer,
 }
 
 

@@ -24,16 +24,15 @@ from rich.table import Table
 
 import echo
 from echo import style
-from echo.testing import Record, Trace, replay
+from echo.testing import Trace
 from policies import oracle_trace
 from raised import raised, raised_to
 from replay import calibrate, halves
+from steps import Steps, run
 
 HERE = Path(__file__).parent
 BATCHES = (1, 8, 16, 32, 64, 128, 256)
 STEPS = {1: 240, 8: 100, 16: 70, 32: 50, 64: 36, 128: 28, 256: 22}
-WARM = 6
-"""First steps of a replay that are left out of its figures: all texts begin at once there."""
 CONTEXT = 800
 """Tokens of context of a request, prompt included: what instruction, code and summarising prompts with their answers come to."""
 TOKENS = 7.0
@@ -45,56 +44,6 @@ Scheduler = echo.ElasticBudgetScheduler
 
 
 FREE = echo.CostModel((1,), (1.0,))
-
-
-@dataclass(frozen=True)
-class Steps:
-    """What a replay's steps emitted, launched and drafted: enough to charge them under any cost model.
-
-    Attributes:
-        tokens: int64 [steps], emitted by the batch.
-        rows: int64 [steps], of the target's forward pass.
-        layers: int64 [steps], drafted.
-        requests: of the batch.
-        width: rows that each has in a drafted layer.
-    """
-
-    tokens: np.ndarray
-    rows: np.ndarray
-    layers: np.ndarray
-    requests: int
-    width: int
-
-    def rate(self, cost: echo.CostModel) -> float:
-        """Tokens a second."""
-        return float(self.tokens.sum() / self.seconds(cost).sum())
-
-    def seconds(self, cost: echo.CostModel) -> np.ndarray:
-        return np.asarray(cost(self.rows) + cost.draft(self.layers, self.requests, self.width))
-
-    def interval(self, cost: echo.CostModel) -> tuple[float, float]:
-        """95% bootstrap interval of :meth:`rate` over blocks of steps."""
-        block = max(1, len(self.tokens) // 12)
-        count = len(self.tokens) // block
-        tokens, seconds = (x[: count * block].reshape(count, block).sum(1) for x in (self.tokens, self.seconds(cost)))
-        pick = np.random.default_rng(0).integers(0, count, (300, count))
-        low, high = np.percentile(tokens[pick].sum(1) / seconds[pick].sum(1), [2.5, 97.5])
-        return float(low), float(high)
-
-
-def run(trace: Trace, scheduler: Scheduler, batch: int, steps: int, exact: bool = False) -> Steps:
-    """Replays in random order of texts; ``exact`` charges real rows only (the oracle's)."""
-    seen: list[tuple[int, int, int]] = []
-
-    def observe(record: Record) -> None:
-        launched = (int(record.packed.indptr[-1]), record.tree.depth) if exact else (record.forecast.rows, record.forecast.depth)
-        seen.append((int(record.emitted.sum()), *launched))
-
-    order = np.random.default_rng(1).permutation(len(trace.kind))
-    report = replay(trace, scheduler, FREE, batch=batch, steps=steps + WARM, order=order, observe=observe)
-    assert report.misses == 0 or exact, f"{report.misses} nodes without a record: the trace is too narrow for {scheduler}"
-    tokens, rows, layers = np.array(seen[WARM:]).T
-    return Steps(tokens, rows, layers, batch, scheduler.rule.width)
 
 
 @dataclass
@@ -116,7 +65,7 @@ class Bench:
         key = tuning, id(scheduler), exact
         if key not in self.cache:
             trace = self.tune if tuning else oracle_trace(self.test) if exact else self.test
-            self.cache[key] = run(trace, scheduler, self.batch, max(8, self.steps // 2) if tuning else self.steps, exact)
+            self.cache[key] = run(trace, scheduler, FREE, self.batch, max(8, self.steps // 2) if tuning else self.steps, exact=exact)
         return self.cache[key]
 
     def candidates(self) -> dict[str, list[Scheduler]]:
@@ -160,10 +109,10 @@ class Bench:
                 chosen[name] = ablated.setdefault((name, id(base)), replace(base, gate=gate))
             found = {name: self.found(scheduler) for name, scheduler in chosen.items()}
             budget = Scheduler.goodput(self.calibration, at, beam=self.test.beam)
-            found["goodput"] = run(self.test, budget, self.batch, self.steps)
+            found["goodput"] = run(self.test, budget, FREE, self.batch, self.steps)
             found["oracle"] = max((self.found(s, exact=True) for s in oracle), key=lambda steps: steps.rate(at))
             for name, steps in found.items():
-                low, high = steps.interval(at)
+                low, high = (ratio * plain for ratio in steps.interval(at))
                 floor = plain if name == "oracle" else 0.0  # an oracle may also not speculate
                 yield {
                     "model": model,

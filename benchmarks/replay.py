@@ -16,7 +16,7 @@ import json
 import os
 import time
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,16 +26,16 @@ from rich.table import Table
 
 import echo
 from echo import style
-from echo.testing import Record, Trace, replay
+from echo.testing import Trace, replay
 from policies import CHAINS, POLICIES, Setting, chain_trace, oracle_trace
+from steps import Steps, run
 
 HERE = Path(__file__).parent
 BATCHES = (1, 8, 32, 64, 128, 256)
 STEPS = {1: 320, 8: 160, 32: 80, 64: 60, 128: 40, 256: 32}
+Scheduler = echo.ElasticBudgetScheduler
 LAG = 1
 """Steps by which the forecast's history lies behind, as in engines with overlapped scheduling."""
-WARM = 8
-"""First steps of a replay that are left out of its figures: all texts begin at once there."""
 
 
 def shapes() -> dict[str, echo.CostModel]:
@@ -48,51 +48,6 @@ def shapes() -> dict[str, echo.CostModel]:
         "mixture of experts, knee at 1024": echo.CostModel(rows, law(1024), draft_layer=0.02),
         "linear overhead": echo.CostModel(rows, tuple(0.5 + r / 512 for r in rows), draft_layer=0.02),
     }
-
-
-@dataclass(frozen=True)
-class Steps:
-    """What a replay's steps emitted, launched and drafted: enough to charge them under any cost model."""
-
-    tokens: np.ndarray
-    rows: np.ndarray
-    layers: np.ndarray
-    width: int
-
-    def rate(self, cost: echo.CostModel, batch: int) -> float:
-        """Throughput over plain decoding."""
-        return float(self.tokens.sum() / self.seconds(cost, batch).sum() / (batch / cost(batch)))
-
-    def seconds(self, cost: echo.CostModel, batch: int) -> np.ndarray:
-        return cost(self.rows) + cost.draft(self.layers, batch, self.width)
-
-    def interval(self, cost: echo.CostModel, batch: int, rng: np.random.Generator) -> tuple[float, float]:
-        """95% bootstrap interval of :meth:`rate` over blocks of steps."""
-        block = max(1, min(10, len(self.tokens) // 4))
-        count = len(self.tokens) // block
-        tokens = self.tokens[: count * block].reshape(count, block).sum(1)
-        seconds = self.seconds(cost, batch)[: count * block].reshape(count, block).sum(1)
-        pick = rng.integers(0, count, (400, count))
-        rates = tokens[pick].sum(1) / seconds[pick].sum(1) / (batch / cost(batch))
-        return float(np.percentile(rates, 2.5)), float(np.percentile(rates, 97.5))
-
-
-def run(
-    trace: Trace, scheduler: echo.ElasticBudgetScheduler, cost: echo.CostModel, batch: int, share: float = 1.0, exact_rows: bool = False
-) -> Steps:
-    """Replays with texts in random order, a share of the steps; ``exact_rows`` charges real rows only (the oracle's)."""
-    order = np.random.default_rng(1).permutation(len(trace.kind))
-    seen: list[tuple[int, int, int]] = []
-
-    def observe(record: Record) -> None:
-        rows = int(record.packed.indptr[-1]) if exact_rows else record.forecast.rows
-        seen.append((int(record.emitted.sum()), rows, record.tree.depth if exact_rows else record.forecast.depth))
-
-    count = int(share * STEPS[batch]) + WARM
-    report = replay(trace, scheduler, cost, batch=batch, steps=count, order=order, lag=LAG, observe=observe)
-    assert report.misses == 0 or exact_rows, f"{report.misses} nodes without a record: the trace is too narrow for {scheduler}"
-    tokens, rows, layers = np.array(seen[WARM:]).T
-    return Steps(tokens, rows, layers, scheduler.rule.width)
 
 
 def calibrate(trace: Trace) -> echo.Calibration:
@@ -129,29 +84,28 @@ def column(path: Path, batch: int, costs: dict[str, echo.CostModel]) -> list[dic
     tune, test = halves(Trace.load(path))
     calibration = calibrate(tune)
     drafts = {name: (chain_trace(tune), chain_trace(test)) if name in CHAINS else (tune, test) for name in POLICIES}
-    rng = np.random.default_rng(0)
     cells: list[dict[str, object]] = []
     cache: dict[tuple[bool, int, str], Steps] = {}
 
     def steps(name: str, half: int, scheduler: echo.ElasticBudgetScheduler, cost: echo.CostModel) -> Steps:
         if isinstance(scheduler.budget, echo.CostModel):
-            return run(drafts[name][half], scheduler, cost, batch)
+            return run(drafts[name][half], scheduler, cost, batch, STEPS[batch], lag=LAG)
         key = name in CHAINS, half, describe(scheduler)
         if key not in cache:
-            cache[key] = run(drafts[name][half], scheduler, cost, batch, share=1.0 if half else 0.5)
+            cache[key] = run(drafts[name][half], scheduler, cost, batch, STEPS[batch] if half else STEPS[batch] // 2, lag=LAG)
         return cache[key]
 
     for (shape, cost), (name, policy) in itertools.product(costs.items(), POLICIES.items()):
         candidates = list(policy(Setting(calibration, cost, batch, tune.depth, tune.beam)))
-        best = max(candidates, key=lambda s: steps(name, 0, s, cost).rate(cost, batch)) if len(candidates) > 1 else candidates[0]
+        best = max(candidates, key=lambda s: steps(name, 0, s, cost).ratio(cost)) if len(candidates) > 1 else candidates[0]
         found = steps(name, 1, best, cost)
-        low, high = found.interval(cost, batch, rng)
+        low, high = found.interval(cost)
         cells.append(
             {
                 "shape": shape,
                 "batch": batch,
                 "policy": name,
-                "ratio": found.rate(cost, batch),
+                "ratio": found.ratio(cost),
                 "low": low,
                 "high": high,
                 "tokens_per_step": float(found.tokens.mean() / batch),
@@ -162,12 +116,12 @@ def column(path: Path, batch: int, costs: dict[str, echo.CostModel]) -> list[dic
         )
     seen = oracle_trace(test)
     found_at = [
-        run(seen, echo.ElasticBudgetScheduler(echo.GlobalRank(test.beam), None, (1 + d) * batch, d), cost, batch, exact_rows=True)
+        run(seen, Scheduler(echo.GlobalRank(test.beam), None, (1 + d) * batch, d), cost, batch, STEPS[batch], exact=True)
         for d in (1, 2, 3, 4, 6, test.depth)
     ]
     for shape, cost in costs.items():
-        best_found = max(found_at, key=lambda found: found.rate(cost, batch))
-        ratio, (low, high) = best_found.rate(cost, batch), best_found.interval(cost, batch, rng)
+        best_found = max(found_at, key=lambda found: found.ratio(cost))
+        ratio, (low, high) = best_found.ratio(cost), best_found.interval(cost)
         if ratio < 1:  # an oracle may also not speculate
             ratio = low = high = 1.0
         cells.append({"shape": shape, "batch": batch, "policy": "oracle", "ratio": ratio, "low": low, "high": high})
@@ -183,7 +137,7 @@ def trees_and_chains(path: Path, batch: int) -> list[dict[str, float]]:
     for each in (1.5, 2, 3, 4, 6, 8, 12, 16):
         rows = int(each * batch)
         tokens = [
-            run(trace, echo.ElasticBudgetScheduler(echo.GlobalRank(beam, calibration), None, rows, test.depth), free, batch).tokens.sum()
+            run(trace, Scheduler(echo.GlobalRank(beam, calibration), None, rows, test.depth), free, batch, STEPS[batch]).tokens.sum()
             for trace, beam in ((test, test.beam), (chain_trace(test), 1))
         ]
         found.append({"batch": batch, "rows_each": each, "ratio": float(tokens[0] / tokens[1])})

@@ -144,6 +144,7 @@ class Replica:
     waiting: deque[int] = field(default_factory=deque)
     held: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=int))
     cached: int = 0
+    unread: int = 0
 
     def __post_init__(self) -> None:
         self.wake = self.env.event()
@@ -205,10 +206,12 @@ class Replica:
         pick = int(self.rng.integers(len(steps.rows)))
         rows, layers = float(steps.rows[pick]) * batch, int(steps.layers[pick])
         if layers == 0:
+            self.unread += batch
             return rows, 0.0, 1
+        drafting, self.unread = float(self.cost.draft(layers, batch, steps.width) + self.cost.catch_up(self.unread)), 0
         text = self.requests.text[writing]
         place = (self.rng.random(batch) * steps.counts[text]).astype(int)
-        return rows, float(self.cost.draft(layers, batch, steps.width)), steps.emitted[text, place]
+        return rows, drafting, steps.emitted[text, place]
 
 
 def simulate(steps: dict[tuple[int, bool], Steps], cost: echo.CostModel, load: Load, replicas: int, seed: int = 0) -> dict[str, float]:

@@ -69,6 +69,32 @@ def policies(draw):
     return scheduler, batch
 
 
+def one_graph(function, cases):
+    """``function`` compiles whole and once, and gives on each of the ``cases`` what it gives uncompiled: lists of tensors."""
+    graphs, given = [], []
+
+    def backend(module, _):
+        graphs.append(module)
+        return module
+
+    torch._dynamo.reset()
+    compiled = torch.compile(function, fullgraph=True, backend=backend)
+    for case in cases:
+        given.append(function(*case))
+        assert all(torch.equal(one, two) for one, two in zip(compiled(*case), given[-1], strict=True))
+    assert len(graphs) == 1
+    return given
+
+
+@pytest.fixture
+def poisoned():
+    """Uninitialised memory holds NaN, and integers their largest value."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 @pytest.fixture(scope="session")
 def smollm2():
     """The real model pair's module: loaded once, 20 seconds."""

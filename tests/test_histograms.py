@@ -13,7 +13,7 @@ import echo
 from echo.gating import separability
 from echo.gating.histograms import BINS, PER_OCTAVE, ROWS, UNIT, WEIGHT, lower_edges, middle_scores, upper_ends
 from echo.testing import TabularDrafter, TabularTarget, table
-from test_device_rules import RefuseReads
+from echo.testing.kit import RefuseReads
 
 UNIT_FLOATS = st.floats(0, 1, width=32)
 

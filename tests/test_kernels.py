@@ -17,7 +17,7 @@ import trees
 from conftest import grow_all
 from echo import kernels
 from echo.kernels import launch, reference
-from test_device_rules import RefuseReads
+from echo.testing.kit import RefuseReads
 
 pytest.importorskip("triton")
 from echo.kernels import attention_kernels, triton_accept, triton_attention
@@ -27,16 +27,10 @@ LIMIT = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 SHAPE = {"page": 16, "heads": 2, "kv_heads": 1, "dim": 64, "dtype": torch.float32}
 
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*deterministic")  # of the twins, on a GPU
-
-
-@pytest.fixture(autouse=True)
-def _poison():
-    """Uninitialised memory holds NaN, and integers their largest value."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = [
+    pytest.mark.usefixtures("poisoned"),
+    pytest.mark.filterwarnings("ignore:.*deterministic"),  # of the twins, on a GPU
+]
 
 
 def compare(args, **options):

@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import echo
+from echo.testing.kit import RefuseReads
 from echo.tree import compact, layouts
 from echo.tree.packed import pack
 from forests import Case, forest
-from test_device_rules import RefuseReads
 
 WORDS = ("tokens", "parent", "depth", "request", "indptr")
 

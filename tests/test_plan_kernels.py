@@ -24,16 +24,10 @@ pytest.importorskip("triton")
 from echo.kernels import triton_dealing, triton_growing
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-pytestmark = pytest.mark.skipif(not triton_growing.INTERPRETED, reason="on a GPU, benchmarks/gpu.py compares whole steps")
-
-
-@pytest.fixture(autouse=True)
-def _poison():
-    """Uninitialised memory holds NaN, and integers their largest value."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = [
+    pytest.mark.skipif(not triton_growing.INTERPRETED, reason="on a GPU, benchmarks/gpu.py compares whole steps"),
+    pytest.mark.usefixtures("poisoned"),
+]
 
 
 def tensors(value, name=""):

@@ -12,7 +12,7 @@ import echo
 from echo.gating import look_up
 from echo.gating.histograms import ROWS, middle_scores
 from echo.gating.reliability import BINS_PER_NAT, ONE, TABLE_BINS
-from test_device_rules import RefuseReads
+from echo.testing.kit import RefuseReads
 
 
 def rows_of(n, seed, *, depths=2, ranks=4):

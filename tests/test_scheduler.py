@@ -385,6 +385,8 @@ def test_ranks_agree_on_what_is_best_for_all():
     assert GOODPUT.agree(idle, 1) == echo.Forecast(0, 0)
     with pytest.raises(echo.EchoError, match=r"curves: expected float32 \[ranks, \d+\], got \[2, 5\]"):
         GOODPUT.agree(idle[:, :5], 0)
+    with pytest.raises(echo.EchoError, match=r"history.steps: expected a tensor on cpu, got one on meta"):
+        GOODPUT.forecast(history.to("meta"), slots)
     with pytest.raises(echo.EchoError, match="budget: expected a CostModel"):
         SCHEDULER.curve(history, slots)
 

@@ -12,9 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import echo
-from conftest import grow_all, policies
+from conftest import grow_all, one_graph, policies
 from echo.testing import TabularDrafter, TabularTarget, blurred, table
-from test_device_rules import POLICIES, RefuseReads, inputs
+from echo.testing.kit import RefuseReads
+from test_device_rules import POLICIES, inputs
 
 
 def observed(scheduler, tree, target=None):
@@ -130,20 +131,10 @@ def test_nothing_is_read_back(name):
 
 
 def test_one_graph_serves_all_values():
-    scheduler, stats, counts = POLICIES["paper"], echo.StepStats.empty(), []
-
-    def backend(module, _):
-        counts.append(1)
-        return module
-
-    torch._dynamo.reset()
-    compiled = torch.compile(lambda counters, *data: step(scheduler, echo.StepStats(counters), *data), fullgraph=True, backend=backend)
-    for seed in range(3):
-        data = inputs(scheduler, seed)
-        after = step(scheduler, stats, *data)
-        assert torch.equal(compiled(stats.counts, *data), after)
-        stats = echo.StepStats(after)
-    assert len(counts) == 1
+    scheduler = POLICIES["paper"]
+    counts = torch.arange(len(echo.StepStats.empty().counts))
+    cases = [(counts * seed, *inputs(scheduler, seed)) for seed in range(3)]
+    one_graph(lambda counters, *data: [step(scheduler, echo.StepStats(counters), *data)], cases)
 
 
 def test_counters_of_another_batch_are_refused():

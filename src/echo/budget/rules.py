@@ -5,12 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from echo import checks, kernels
 from echo.budget.dealing import deal
 from echo.gating.calibration import BINS, BINS_PER_NAT, ONE, Calibration
+from echo.gating.reliability import on_device
 from echo.tree.supertree import DEAD_SCORE, UNSELECTABLE, Layer, SuperTree, bits
 
 
@@ -111,7 +114,9 @@ class GlobalRank:
 
     def cost(self, tree: SuperTree) -> Tensor:
         """int32 [B, T] of ``tree``, rising as f falls: the bits of -S, or 2^24 - f in 24-bit fixed point."""
-        table = None if self.reliability is None else self._table(tree.status.device)
+        table = None
+        if self.reliability is not None:
+            table = on_device(self.__dict__["_tables"], tree.status.device, self._table)
         fused = kernels.fused("dealing", tree.status)
         if fused is not None:
             parent = None if table is None else torch.cat([layer.parent for layer in tree.layers], dim=1)
@@ -138,11 +143,9 @@ class GlobalRank:
         worth = (ONE - cost).clamp(min=0).long() * (tree.weight * ONE).long()[:, None]
         return torch.where(cost < UNSELECTABLE, ONE - worth // ONE, UNSELECTABLE).int()
 
-    def _table(self, device: torch.device) -> Tensor:
-        tables: dict[torch.device, Tensor] = self.__dict__["_tables"]
-        if device not in tables and self.reliability is not None:
-            tables[device] = torch.from_numpy(ONE - self.reliability.reliability_table()).to(device)
-        return tables[device]
+    def _table(self) -> NDArray[np.int32]:
+        assert self.reliability is not None
+        return ONE - self.reliability.reliability_table()
 
 
 def PerRequest(n: int, beam: int, reliability: Calibration | None = None) -> GlobalRank:  # noqa: N802

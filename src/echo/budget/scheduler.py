@@ -112,9 +112,9 @@ class ElasticBudgetScheduler:
             base_rows: rows that prefill takes of the same forward pass.
 
         Raises:
-            EchoError: an argument of the wrong kind.
+            EchoError: an argument of the wrong kind, or a history on a device.
         """
-        batch = checks.tensor("slots", slots, ["B"], torch.int64).shape[0]
+        batch = checks.tensor("slots", slots, ["B"], torch.int64, torch.device("cpu")).shape[0]
         checks.integer("base_rows", base_rows, 0)
         off = Forecast(0, batch)
         if self.max_depth == 0:

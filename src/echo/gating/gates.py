@@ -17,7 +17,7 @@ from echo.cost import CostModel
 from echo.errors import EchoError
 from echo.gating.calibration import ONE, Calibration
 from echo.gating.histograms import MAX_WEIGHT
-from echo.gating.reliability import look_up
+from echo.gating.reliability import look_up, on_device
 
 
 class LayerStatistics(Protocol):
@@ -208,7 +208,8 @@ class GoodputGate:
     acceptance of that depth on the warm-up log. It goes on where g exceeds the price of its ``beam`` rows in the draft model, and
     anybody does only where what is gained beyond that pays the layer, whose cost the batch shares.
 
-    At full width inside a CUDA graph it saves nothing; a host that compacts gained 0 to 1.5% by replay, most with a costly drafter.
+    At full width inside a CUDA graph it saves nothing. For a host that compacts, throughput changed by -1.2% to +3.6% by replay
+    (``benchmarks/gaps.py``): a gain where layers and rows of the draft are dear and the batch is large, noise or less elsewhere.
 
     Args:
         calibration: f and r.
@@ -234,11 +235,10 @@ class GoodputGate:
 
     def __call__(self, layer: LayerStatistics, /) -> Tensor:
         """bool [B]."""
-        tables, onward, device = self.__dict__["_tables"], self.__dict__["_onward"], layer.score.device
-        if device not in tables:
-            tables[device] = torch.from_numpy(self.calibration.reliability_table()).to(device)
+        onward: list[int] = self.__dict__["_onward"]
+        table = on_device(self.__dict__["_tables"], layer.score.device, self.calibration.reliability_table)
         best = layer.score.topk(min(self.beam, layer.score.shape[1]), dim=1).values
-        chance = look_up(tables[device], best, layer.depth).long().masked_fill(best == -math.inf, 0)
+        chance = look_up(table, best, layer.depth).long().masked_fill(best == -math.inf, 0)
         gain = chance.sum(dim=1) * onward[min(layer.depth, len(onward) - 1)] // ONE
         own, shared = (int(ONE * self.price * seconds) for seconds in (self.cost.draft_row * self.beam, self.cost.draft_layer))
         beyond = torch.where(layer.drafted, gain - own, 0).clamp(min=0)

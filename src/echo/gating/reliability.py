@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,6 +67,13 @@ def table(maps: Sequence[Knots]) -> NDArray[np.int32]:
         score, chance = np.array(knots).T
         row[:] = np.clip(np.rint(np.interp(centre, score, chance) * ONE), 1, ONE)
     return result
+
+
+def on_device(tables: dict[torch.device, Tensor], device: torch.device, make: Callable[[], NDArray[np.int32]]) -> Tensor:
+    """The table that ``make`` gives, on ``device``: made and copied at the first call there, kept in ``tables``."""
+    if device not in tables:
+        tables[device] = torch.from_numpy(make()).to(device)
+    return tables[device]
 
 
 def look_up(table: Tensor, score: Tensor, depth: Tensor | int, rank: Tensor | None = None, parent: Tensor | None = None) -> Tensor:

@@ -6,7 +6,6 @@ The twins are :func:`echo.tree.packed.pack`, :func:`echo.tree.compact` and :meth
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 import triton
@@ -17,21 +16,7 @@ from echo.kernels import launch
 from echo.kernels.triton_dealing import ends, layout
 from echo.kernels.triton_growing import DEAD, INTERPRETED, as_bytes, lanes
 
-__all__ = ["INTERPRETED", "Rows", "compact", "foresee", "observe", "pack"]
-
-
-class Rows(NamedTuple):
-    """The rows of a packed step."""
-
-    tokens: Tensor
-    parent: Tensor
-    depth: Tensor
-    request: Tensor
-    indptr: Tensor
-    mask: Tensor
-    score: Tensor
-    node: Tensor
-    bought: Tensor
+__all__ = ["INTERPRETED", "compact", "foresee", "observe", "pack"]
 
 
 @triton.jit(do_not_specialize=["batch", "count", "rows", "words"])
@@ -192,8 +177,8 @@ def _observe(
 @launch.on_its_device
 def pack(
     selected: Tensor, token: Tensor, parent: Tensor, score: Tensor, bought: Tensor, rows: int, words: int, sizes: Sequence[int]
-) -> Rows:
-    """The selected nodes as ``rows`` rows.
+) -> dict[str, Tensor]:
+    """The columns of :class:`echo.PackedTree`, by name: the selected nodes as ``rows`` rows.
 
     Args:
         selected, bought: bool [B, T].
@@ -208,14 +193,14 @@ def pack(
     def ints(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.int32, device=selected.device)
 
-    out = Rows(
-        token.new_empty(rows), ints(rows), ints(rows), ints(rows), ints(batch + 1), ints(rows, words),
-        score.new_empty(rows), token.new_empty(rows), selected.new_empty(rows),
-    )  # fmt: skip
+    out = {
+        "tokens": token.new_empty(rows), "parent": ints(rows), "depth": ints(rows), "request": ints(rows), "indptr": ints(batch + 1),
+        "mask": ints(rows, words), "score": score.new_empty(rows), "node": token.new_empty(rows), "bought": selected.new_empty(rows),
+    }  # fmt: skip
     block, _ = lanes(count)
     _pack[(batch + -(-rows // block),)](
-        as_bytes(selected), token, parent, score, as_bytes(bought), selected.sum(dim=1), *out[:-1], as_bytes(out.bought),
-        batch, count, rows, words,
+        as_bytes(selected), token, parent, score, as_bytes(bought), selected.sum(dim=1),
+        *(as_bytes(column) if name == "bought" else column for name, column in out.items()), batch, count, rows, words,
         ENDS=ends(sizes), BLOCK=block, GROUP=launch.REQUESTS, num_warps=launch.warps(block),
     )  # fmt: skip
     return out

@@ -261,7 +261,7 @@ def pack(tree: SuperTree, selected: Tensor, rows: int, words: int, out: PackedTr
     fused = kernels.fused("packing", selected)
     if fused is not None:
         token, parent = (torch.cat([getattr(layer, name) for layer in tree.layers], dim=1) for name in ("token", "parent"))
-        columns = fused.pack(selected, token, parent, tree.score, tree.bought, rows, words, tree.sizes)._asdict()
+        columns = fused.pack(selected, token, parent, tree.score, tree.bought, rows, words, tree.sizes)
         return into(out, PackedTree(**columns, status=tree.status, invalid=tree.invalid, max_depth=tree.depth))
     forest = tree.forest
     count = selected.flatten().cumsum(0)
