@@ -1,11 +1,11 @@
 """CPU time of Flatten & Pack, of every exporter and importer: 256 requests, 1,024 rows, one thread, median of many runs.
 
     python benchmarks/pack.py [--repeat 200] [--max-tree-rows 16 64] [--out benchmarks/results/pack.json]
-    python benchmarks/pack.py --sglang-cpu speculative_decoding.cpp
+    python benchmarks/pack.py --sglang-cpu sglang/sgl-kernel/csrc/cpu/spec.cpp
 
 Where sglang's wheel is importable (no dependency of it is needed), its ``organize_draft_results`` runs in the same process on uniform
-trees. Its tree builder for CPUs is C++ that the wheel lacks: ``--sglang-cpu`` names the source file of sgl-project/sglang
-(sgl-kernel/csrc/cpu/speculative_decoding.cpp), which is then compiled, timed, and read back by our importers.
+trees. Its tree builder for CPUs is C++ that the wheel lacks: ``--sglang-cpu`` names the file in a checkout of sgl-project/sglang
+(csrc/cpu/spec.cpp, with the headers beside it), which is then compiled as it stands, timed, and read back by our importers.
 """
 
 from __future__ import annotations
@@ -84,9 +84,9 @@ class Mode(IntEnum):
 
 
 def compiled(path: Path) -> Callable[..., Any]:
-    """sglang's own tree builder for CPUs."""
-    text = path.read_text().replace('#include "common.h"', "#include <torch/extension.h>")
-    module = load_inline("sglang_cpu_tree", [text], functions=["build_tree_kernel_efficient_cpu"], extra_cflags=["-O3"])
+    """sglang's own tree builder for CPUs, its file untouched."""
+    text, flags = f'#include "{path.resolve()}"', ["-O3", "-march=native"]
+    module = load_inline("sglang_cpu_tree", [text], functions=["build_tree_kernel_efficient_cpu"], extra_cflags=flags)
     function: Callable[..., Any] = module.build_tree_kernel_efficient_cpu
     return function
 
@@ -220,7 +220,7 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=200)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "pack.json")
     parser.add_argument("--max-tree-rows", type=int, nargs="+", default=[16, 64])
-    parser.add_argument("--sglang-cpu", type=Path, help="sgl-kernel/csrc/cpu/speculative_decoding.cpp of sgl-project/sglang")
+    parser.add_argument("--sglang-cpu", type=Path, help="csrc/cpu/spec.cpp in a checkout of sgl-project/sglang")
     args = parser.parse_args()
     torch.set_num_threads(1)
     facts = {"requests": BATCH, "rows": ROWS, "layers": DEPTH, "threads": 1, "repeat": args.repeat, "torch": torch.__version__,
