@@ -1,8 +1,7 @@
 """A paged engine with elastic speculative decoding in one page of plain torch: the template for an engine of one's own.
 
-    python examples/engine.py                        # SmolLM2 with its EAGLE head, four requests at a time
-    python examples/engine.py --drafter lookup --policy rank --lanes 8
-    python examples/engine.py --device cuda          # the same code over the Triton kernels, a CUDA graph for each number of rows
+    python examples/smollm2/serve.py                 # SmolLM2 with its EAGLE head, four requests at a time
+    python examples/smollm2/serve.py --device cuda   # the same code over the Triton kernels, a CUDA graph for each number of rows
 
 `PagedCache` owns memory, `Engine.forward` is the model, `Engine.step` is one speculative step, `Engine.generate` the continuous batch.
 All slots are lanes of every step, so that shapes are fixed; an empty lane costs no row. A step's keys and values stay beside the
@@ -14,13 +13,9 @@ replay (`Engine.verify`) are the only lines that they do not reach.
 
 from __future__ import annotations
 
-import argparse
-import sys
-import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -216,45 +211,3 @@ def causal(_: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attention of one whole prompt: [N, H, D]."""
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)[0].transpose(0, 1)
-
-
-POLICIES = {
-    "plain": echo.ElasticBudgetScheduler.autoregressive(),
-    "eagle": echo.ElasticBudgetScheduler.eagle(n=8, beam=4, max_depth=4),
-    "echo": echo.ElasticBudgetScheduler(echo.TwoLevel(2, 4), echo.SparseGate({1: 0.3, 3: 0.2}), budget=24, max_depth=4),
-    "rank": echo.ElasticBudgetScheduler(echo.GlobalRank(3), budget=24, max_depth=4),
-}
-
-
-def main() -> None:
-    """Answers some prompts with SmolLM2 and says what the counters counted."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--policy", choices=POLICIES, default="echo")
-    parser.add_argument("--drafter", choices=("eagle", "lookup"), default="eagle")
-    parser.add_argument("--lanes", type=int, default=4)
-    parser.add_argument("--new", type=int, default=48, help="tokens of an answer at most")
-    parser.add_argument("--device", default="cpu")
-    args = parser.parse_args()
-    sys.path.insert(0, str(Path(__file__).with_name("smollm2")))
-    from drafters import Eagle, PromptLookup
-    from model import FEATURE_LAYERS, encode, load
-    from prompts import EVALUATION
-
-    model, tokenizer = load(args.device)
-    torch.set_default_device(args.device)
-    texts = [prompt for prompts in EVALUATION.values() for prompt in prompts[:2]]
-    make = {"eagle": lambda engine: Eagle(engine, args.lanes), "lookup": lambda _: PromptLookup()}[args.drafter]
-    options = {"lanes": args.lanes, "features": FEATURE_LAYERS, "eos_token": tokenizer.eos_token_id}
-    engine = Engine(model, POLICIES[args.policy], make if args.policy != "plain" else None, **options)
-    answers: list[list[int]] = [[] for _ in texts]
-    begin = time.perf_counter()
-    for request, tokens in engine.generate(encode(tokenizer, texts), args.new):
-        answers[request] += tokens
-    seconds, counts = time.perf_counter() - begin, engine.stats.read()
-    for text, answer in zip(texts, answers, strict=True):
-        print(f"> {text}\n{tokenizer.decode(answer, skip_special_tokens=True)}\n")
-    print(f"{sum(map(len, answers)) / seconds:.0f} tokens/s, {counts.tokens_per_step:.2f} tokens a step\n{counts}")
-
-
-if __name__ == "__main__":
-    main()

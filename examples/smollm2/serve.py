@@ -1,0 +1,58 @@
+"""SmolLM2 on the paged engine of examples/engine.py, with its EAGLE head or prompt look-up as drafter.
+
+    python examples/smollm2/serve.py
+    python examples/smollm2/serve.py --drafter lookup --policy rank --lanes 8
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import torch
+from drafters import Eagle, PromptLookup
+from model import FEATURE_LAYERS, encode, load
+from prompts import EVALUATION
+
+import echo
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from engine import Engine  # noqa: E402
+
+POLICIES = {
+    "plain": echo.ElasticBudgetScheduler.autoregressive(),
+    "eagle": echo.ElasticBudgetScheduler.eagle(n=8, beam=4, max_depth=4),
+    "echo": echo.ElasticBudgetScheduler(echo.TwoLevel(2, 4), echo.SparseGate({1: 0.3, 3: 0.2}), budget=24, max_depth=4),
+    "rank": echo.ElasticBudgetScheduler(echo.GlobalRank(3), budget=24, max_depth=4),
+}
+
+
+def main() -> None:
+    """Answers the prompts, prints the answers, and says what the counters counted."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--policy", choices=POLICIES, default="echo")
+    parser.add_argument("--drafter", choices=("eagle", "lookup"), default="eagle")
+    parser.add_argument("--lanes", type=int, default=4)
+    parser.add_argument("--new", type=int, default=48, help="tokens of an answer at most")
+    parser.add_argument("--device", default="cpu")
+    args = parser.parse_args()
+    model, tokenizer = load(args.device)
+    torch.set_default_device(args.device)
+    texts = [prompt for prompts in EVALUATION.values() for prompt in prompts[:2]]
+    make = {"eagle": lambda engine: Eagle(engine, args.lanes), "lookup": lambda _: PromptLookup()}[args.drafter]
+    options = {"lanes": args.lanes, "features": FEATURE_LAYERS, "eos_token": tokenizer.eos_token_id}
+    engine = Engine(model, POLICIES[args.policy], make if args.policy != "plain" else None, **options)
+    answers: list[list[int]] = [[] for _ in texts]
+    begin = time.perf_counter()
+    for request, tokens in engine.generate(encode(tokenizer, texts), args.new):
+        answers[request] += tokens
+    seconds, counts = time.perf_counter() - begin, engine.stats.read()
+    for text, answer in zip(texts, answers, strict=True):
+        print(f"> {text}\n{tokenizer.decode(answer, skip_special_tokens=True)}\n")
+    print(f"{sum(map(len, answers)) / seconds:.0f} tokens/s, {counts.tokens_per_step:.2f} tokens a step\n{counts}")
+
+
+if __name__ == "__main__":
+    main()
