@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import os
 import subprocess
 import sys
@@ -302,6 +303,14 @@ def test_verify_gives_the_same_on_both_backends():
         one, two = echo.verify(packed, **given_, backend="torch"), echo.verify(packed, **given_, backend="triton")
         assert all(torch.equal(getattr(one, name), getattr(two, name)) for name in ("tokens", "rows", "lengths", "bonus"))
         assert int(one.lengths.max()) > 1
+
+
+@pytest.mark.parametrize("name", ["tree_attention", "plan_attention", "merge_attention", "accept", "accept_greedy", "argmax_tokens"])
+def test_kernel_and_twin_have_the_same_signature(name):
+    kernel = triton_attention if "attention" in name else triton_accept
+    public, twin, launcher = (inspect.signature(getattr(module, name)) for module in (kernels, reference, kernel))
+    assert list(public.parameters.values())[:-1] == list(twin.parameters.values()) == list(launcher.parameters.values())
+    assert public.return_annotation == twin.return_annotation == launcher.return_annotation
 
 
 def test_a_backend_that_is_not_there_is_an_error(monkeypatch):
