@@ -210,10 +210,14 @@ def hugging_face(
     """
     checks.tensor("context", context, [packed.batch], checks.INTEGERS, packed.tokens.device)
     checks.integer("past", past, 0)
-    grid = _Grid(packed, n)
-    column, lens = torch.arange(past, dtype=torch.int32, device=context.device), context.int()[:, None]
+    grid, shape, device = _Grid(packed, n), (packed.batch, 1, n, past + n), context.device
+    column, lens = torch.arange(past, dtype=torch.int32, device=device), context.int()[:, None]
     prefix = column >= past - lens if left_padded else column < lens
-    mask = torch.empty(packed.batch, 1, n, past + n, dtype=dtype, device=context.device)
+    if out is None:
+        mask = torch.empty(shape, dtype=dtype, device=device)
+    else:  # far larger than all else: written where it belongs
+        buffer = checks.instance("out", out, HuggingFaceInputs).attention_mask
+        mask = checks.tensor("out.attention_mask", buffer, shape, dtype, device)
     least = False if dtype == torch.bool else torch.finfo(dtype).min
     for part, seen in ((mask[..., :past], prefix[:, None, None]), (mask[..., past:], grid.square()[:, None])):
         part.copy_(seen if dtype == torch.bool else torch.where(seen, 0.0, least))
