@@ -28,7 +28,7 @@ import echo
 from echo.kernels.reference import tree_attention
 from echo.testing import TabularDrafter, table
 from echo.tree import layouts
-from forests import forest
+from forests import forest, paths
 
 VERSIONS = {"sglang": "0.5.23", "flashinfer": "0.7.2.post1"}
 WHEELS = {"sglang": "sglang", "flashinfer": "flashinfer-python"}
@@ -224,14 +224,6 @@ def test_its_beam_draws_our_eagle_trees(peer, n):
     for _ in range(steps):
         tree = scheduler.grow(tree, *drafter.draft(torch.arange(2), tree.frontier))
     ours = scheduler.pack(tree)
-
-    def paths(packed, b):
-        first, end = packed.indptr[b : b + 2].tolist()
-        text = []
-        for row in range(first, end):
-            up = int(packed.parent[row])
-            text.append([*(text[up] if up >= 0 else []), int(packed.tokens[row])])
-        return sorted(text)
 
     assert [paths(its, b) for b in range(2)] == [paths(ours, b) for b in range(2)]
 
