@@ -124,14 +124,13 @@ class GlobalRank:
             return cost
         if table is None:
             return bits(tree.score)
-        raw, sizes = bits(tree.score), tree.sizes
-        rows = [torch.full((layer.token.shape[1],), min(layer.depth, len(table) - 1) * BINS, device=table.device) for layer in tree.layers]
-        place = (raw.view(torch.float32) * BINS_PER_NAT).clamp(max=BINS - 1).int() + torch.cat(rows)
-        own = torch.split(table.flatten().index_select(0, place.flatten()).view_as(raw), sizes, dim=1)
-        costs = [own[0]]
-        for layer, mine in zip(tree.layers[1:], own[1:], strict=True):
-            costs.append(torch.maximum(mine, costs[-1].gather(1, layer.parent)))
-        return torch.cat(costs, dim=1).masked_fill_(raw == UNSELECTABLE, UNSELECTABLE)
+        score, deepest = tree.score, len(table) - 1
+        bins = (score * -BINS_PER_NAT).clamp_(max=BINS - 1).long()
+        costs: list[Tensor] = []
+        for layer, place in zip(tree.layers, bins.split(tree.sizes, dim=1), strict=True):
+            own = table[min(layer.depth, deepest)].take(place)
+            costs.append(torch.maximum(own, costs[-1].gather(1, layer.parent)) if costs else own)
+        return torch.cat(costs, dim=1).masked_fill_(score == DEAD_SCORE, UNSELECTABLE)
 
     def weighed(self, tree: SuperTree) -> Tensor:
         """int32 [B, T] of ``tree``, rising as weight times f falls: the order in which rows are dealt."""
@@ -231,8 +230,7 @@ class TwoLevel:
 def order(layer: Layer, eligible: Tensor) -> Tensor:
     """int64 [B, M] keys of a layer's candidates: score descending, then candidate; the ineligible last."""
     candidates = torch.arange(layer.score.shape[1], device=layer.score.device)
-    cost = (0.0 - layer.score).view(torch.int32)  # of a layer's scores: no NaN, and none above zero
-    return torch.add(candidates, cost.masked_fill_(~eligible, UNSELECTABLE), alpha=1 << 31)
+    return torch.add(candidates, torch.where(eligible, bits(layer.score), UNSELECTABLE), alpha=1 << 31)
 
 
 def place(key: Tensor) -> Tensor:

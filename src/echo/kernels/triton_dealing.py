@@ -43,7 +43,6 @@ def _chance(score, parent, table, cost, count, rows, TABLE: tl.constexpr, ENDS: 
     lane = tl.arange(0, BLOCK)
     inside, node = lane < count, lane
     value = 0.0 - tl.load(score + b * count + lane, mask=inside, other=DEAD)
-    dead = ((value < float("inf")) & (value > float("-inf"))) == 0  # NaN too
     most = value.to(tl.int32, bitcast=True)
     if TABLE:
         most = tl.zeros([BLOCK], tl.int32)
@@ -53,7 +52,7 @@ def _chance(score, parent, table, cost, count, rows, TABLE: tl.constexpr, ENDS: 
             place = tl.minimum(own * 32.0, BINS - 1.0).to(tl.int32) + tl.minimum(depth, rows - 1) * BINS
             most = tl.maximum(most, tl.load(table + place, mask=inside, other=0))
             node = tl.where(depth > 0, above + tl.load(parent + b * count + node, mask=inside, other=0).to(tl.int32), 0)
-    tl.store(cost + b * count + lane, tl.where(dead, NEVER, most), mask=inside)
+    tl.store(cost + b * count + lane, tl.where(value == float("inf"), NEVER, most), mask=inside)
 
 
 @triton.jit(do_not_specialize=["count", "most"])

@@ -105,7 +105,7 @@ def _score(
     value = tl.where(value < base, value, base)
     top = tl.max(value, 0)
     nothing = tl.broadcast_to(top, [BLOCK]) == DEAD
-    fault = ((q != DEAD) | nothing) & (value == DEAD) & on & inside
+    fault = (((q != DEAD) & (number == 0)) | nothing) & on & inside
     tl.store(score + b * count + lane, value, mask=inside)
     tl.store(parent + b * count + lane, tl.load(index + b * width + w, mask=inside, other=0), mask=inside)
     tl.store(bought + b * count + lane, tl.zeros([BLOCK], tl.uint8), mask=inside)
