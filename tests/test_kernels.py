@@ -353,6 +353,20 @@ def test_bad_input(change, message, backend):
         kernels.tree_attention(**(args | change), backend=backend)
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_bad_targets(backend):
+    links, tokens = torch.zeros(4, dtype=torch.int32, device=DEVICE), torch.zeros(4, dtype=torch.int64, device=DEVICE)
+    tree, logits = (links, links[:2], tokens), torch.zeros(4, 9, device=DEVICE)
+    for function, args, message in [
+        (kernels.accept, (*tree, tokens[:3], 2), r"target_tokens: expected int64 \[4\], got int64 \[3\]"),
+        (kernels.accept_greedy, (*tree, logits[:3], 2), r"logits: expected .* \[4, V\], got float32 \[3, 9\]"),
+        (kernels.argmax_tokens, (tokens,), r"logits: expected .* \[N, V\], got int64 \[4\]"),
+        (kernels.argmax_tokens, (logits[:, :0],), r"V: expected an int from 1 to 1073741824, got 0"),
+    ]:
+        with pytest.raises(echo.EchoError, match=message):
+            function(*args, backend=backend)
+
+
 def test_the_kernel_names_layouts_it_does_not_take():
     args = trees.attention([4, 2], [9, 0], **SHAPE, device=DEVICE)
     with pytest.raises(echo.EchoError, match="key_cache: expected a contiguous last dimension"):

@@ -175,15 +175,27 @@ def merge_shapes(o1: Tensor, lse1: Tensor, o2: Tensor, lse2: Tensor) -> tuple[in
     return n, heads, dim
 
 
-def accept_shapes(parent: Tensor, indptr: Tensor, tokens: Tensor, max_depth: int) -> tuple[int, int]:
-    """N and B of a packed tree's links.
+def accept_shapes(parent: Tensor, indptr: Tensor, tokens: Tensor, target_tokens: Tensor, max_depth: int) -> tuple[int, int]:
+    """N and B of a packed tree's links and the target's tokens.
 
     Raises:
         EchoError: naming the argument, what was expected and what came.
     """
     (n,) = checks.tensor("tokens", tokens, ["N"], torch.int64).shape
     checks.tensor("parent", parent, [n], torch.int32, tokens.device)
+    checks.tensor("target_tokens", target_tokens, [n], torch.int64, tokens.device)
     batch = checks.tensor("indptr", indptr, ["B + 1"], torch.int32, tokens.device).shape[0] - 1
     checks.integer("B", batch, 0)
     checks.integer("max_depth", max_depth, 0)
     return n, batch
+
+
+def logits_shape(logits: Tensor, tokens: Tensor | None = None) -> tuple[int, int]:
+    """N and V of logits, one row for each of the ``tokens``, int64 [N], where given.
+
+    Raises:
+        EchoError: naming the argument, what was expected and what came.
+    """
+    rows, device = ("N", None) if tokens is None else (tokens.shape[0], tokens.device)
+    n, vocabulary = checks.tensor("logits", logits, [rows, "V"], checks.FLOATS, device).shape
+    return n, checks.integer("V", vocabulary, 1, 1 << 30)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from echo.kernels.inputs import Attention, Planning, accept_shapes, merge_shapes, taking
+from echo.kernels.inputs import Attention, Planning, accept_shapes, logits_shape, merge_shapes, taking
 
 
 def accept(parent: Tensor, indptr: Tensor, tokens: Tensor, target_tokens: Tensor, max_depth: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -29,7 +29,7 @@ def accept(parent: Tensor, indptr: Tensor, tokens: Tensor, target_tokens: Tensor
     Raises:
         EchoError: shapes or dtypes that do not fit.
     """
-    count, batch = accept_shapes(parent, indptr, tokens, max_depth)
+    count, batch = accept_shapes(parent, indptr, tokens, target_tokens, max_depth)
     device = tokens.device
     if batch == 0:  # an idle data-parallel rank
         nothing = torch.empty(0, max_depth + 1, dtype=torch.int64, device=device)
@@ -57,6 +57,7 @@ def accept(parent: Tensor, indptr: Tensor, tokens: Tensor, target_tokens: Tensor
 
 def argmax_tokens(logits: Tensor) -> Tensor:
     """int64 [N]: greedy tokens of logits [N, V]; NaN never wins, and a row without a number greater than -inf has -1."""
+    logits_shape(logits)
     clean = torch.where(torch.isnan(logits), -torch.inf, logits)
     value, token = clean.max(dim=-1)
     return torch.where(value > -torch.inf, token, -1)
@@ -64,6 +65,7 @@ def argmax_tokens(logits: Tensor) -> Tensor:
 
 def accept_greedy(parent: Tensor, indptr: Tensor, tokens: Tensor, logits: Tensor, max_depth: int) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`accept` with the greedy tokens of logits [N, V], as :func:`argmax_tokens` defines them."""
+    logits_shape(logits, tokens)
     return accept(parent, indptr, tokens, argmax_tokens(logits), max_depth)
 
 
