@@ -45,7 +45,6 @@ class Shapes(NamedTuple):
     heads: int
     kv_heads: int
     dim: int
-    itemsize: int
     cached: int
     page: int
     longest: int
@@ -96,7 +95,7 @@ class Planning:
             checks.integer("window", self.window, 1)
         if self.splits is not None:
             checks.integer("splits", self.splits, 1, 1024)
-        shapes = Shapes(n, batch, heads, kv_heads, dim, q.element_size(), cached, size, pages * size)
+        shapes = Shapes(n, batch, heads, kv_heads, dim, cached, size, pages * size)
         object.__setattr__(self, "shapes", shapes)
 
 

@@ -72,7 +72,7 @@ def accept_greedy(parent: Tensor, indptr: Tensor, tokens: Tensor, logits: Tensor
 @taking(Planning)
 def plan_attention(call: Planning) -> tuple[Tensor, Tensor]:
     """As :func:`echo.kernels.plan_attention`: empty tensors, since the twin needs no plan."""
-    return call.indptr.new_empty(0, 5), call.indptr.new_empty(0, 2)
+    return call.indptr[:0], call.indptr[:0]
 
 
 @taking(Attention)

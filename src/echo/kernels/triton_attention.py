@@ -31,7 +31,7 @@ class Sizes(NamedTuple):
 def _sizes(call: Planning) -> Sizes:
     s, device, splits = call.shapes, call.q.device, call.splits
     mean = s.rows / max(s.batch, 1) if splits is None else launch.FIXED_ROWS
-    tile = launch.tile(s.group, s.dim, s.itemsize, s.cached, s.page, mean, launch.generation(device))
+    tile = launch.tile(s.group, s.dim, call.q.element_size(), s.cached, s.page, mean, launch.generation(device))
     tiles = launch.most_tiles(s.rows, s.batch, s.group, tile.rows)
     target = launch.target_items(device, s.kv_heads, tile)
     return Sizes(tile, target, tiles + target, 2 * target) if splits is None else Sizes(tile, target, tiles * splits, tiles * splits)
