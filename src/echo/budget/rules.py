@@ -91,7 +91,7 @@ class GlobalRank:
 
     def frontier(self, layer: Layer) -> tuple[Tensor, Tensor]:
         """The ``beam`` best nodes of the layer."""
-        return best(layer, layer.score > DEAD_SCORE, self.beam)
+        return best(layer.score, self.beam)
 
     def buy(self, layer: Layer, passed: Tensor, room: Tensor, left: Tensor) -> Tensor | None:
         """Nothing: all rows are dealt at the end."""
@@ -127,7 +127,7 @@ class GlobalRank:
         score, deepest = tree.score, len(table) - 1
         bins = (score * -BINS_PER_NAT).clamp_(max=BINS - 1).long()
         costs: list[Tensor] = []
-        for layer, place in zip(tree.layers, bins.split(tree.sizes, dim=1), strict=True):
+        for layer, place in zip(tree.layers, torch.split(bins, tree.sizes, dim=1), strict=True):
             own = table[min(layer.depth, deepest)].take(place)
             costs.append(torch.maximum(own, costs[-1].gather(1, layer.parent)) if costs else own)
         return torch.cat(costs, dim=1).masked_fill_(score == DEAD_SCORE, UNSELECTABLE)
@@ -196,7 +196,7 @@ class TwoLevel:
 
     def frontier(self, layer: Layer) -> tuple[Tensor, Tensor]:
         """The nodes that were bought."""
-        return best(layer, layer.bought, self.layer_width)
+        return best(torch.where(layer.bought, layer.score, DEAD_SCORE), self.layer_width)
 
     def buy(self, layer: Layer, passed: Tensor, room: Tensor, left: Tensor) -> Tensor | None:
         """Each passing request's best ``layer_width`` nodes, in order of confidence, while rows remain."""
@@ -210,7 +210,7 @@ class TwoLevel:
         queue = wanted.gather(0, turn)
         before = torch.empty_like(wanted).scatter_(0, turn, queue.cumsum(0) - queue)
         granted = torch.minimum(wanted, (left - before).clamp(min=0))
-        return selectable & (place(order(layer, selectable)) < granted[:, None])
+        return selectable & (place(order(torch.where(selectable, layer.score, DEAD_SCORE))) < granted[:, None])
 
     def deal(self, tree: SuperTree, room: Tensor, left: Tensor, rows: int) -> Tensor:
         """The best unbought nodes of the batch, at most ``max_width`` of a request beyond its floor."""
@@ -227,10 +227,9 @@ class TwoLevel:
         return rank.gain(tree)
 
 
-def order(layer: Layer, eligible: Tensor) -> Tensor:
-    """int64 [B, M] keys of a layer's candidates: score descending, then candidate; the ineligible last."""
-    candidates = torch.arange(layer.score.shape[1], device=layer.score.device)
-    return torch.add(candidates, torch.where(eligible, bits(layer.score), UNSELECTABLE), alpha=1 << 31)
+def order(score: Tensor) -> Tensor:
+    """int64 [B, M] keys of a layer's candidates: score descending, then candidate."""
+    return torch.add(torch.arange(score.shape[1], device=score.device), bits(score), alpha=1 << 31)
 
 
 def place(key: Tensor) -> Tensor:
@@ -240,8 +239,7 @@ def place(key: Tensor) -> Tensor:
     return torch.empty_like(turn).scatter_(1, turn, places)
 
 
-def best(layer: Layer, eligible: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The ``count`` best eligible candidates (fewer where the layer has fewer): index int64 [B, W] rising, and bool [B, W]."""
-    width = min(count, layer.score.shape[1])
-    index = order(layer, eligible).topk(width, dim=1, largest=False, sorted=False).indices.sort(dim=1).values
-    return index, eligible.gather(1, index)
+def best(score: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """A layer's ``count`` best candidates (all where it has fewer): index int64 [B, W] rising, and which are selectable, bool [B, W]."""
+    index = order(score).topk(min(count, score.shape[1]), dim=1, largest=False, sorted=False).indices.sort(dim=1).values
+    return index, score.gather(1, index) > DEAD_SCORE

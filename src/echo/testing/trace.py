@@ -28,7 +28,7 @@ from echo.budget.rules import best, order
 from echo.budget.scheduler import ElasticBudgetScheduler
 from echo.decode import Drafter, Target, decode
 from echo.errors import EchoError
-from echo.tree.supertree import Frontier, Layer, SuperTree
+from echo.tree.supertree import DEAD_SCORE, Frontier, Layer, SuperTree
 
 VERSION = 1
 END = -1
@@ -207,7 +207,7 @@ class _Pool:
         self.smallest = torch.empty(0)
 
     def frontier(self, layer: Layer) -> tuple[Tensor, Tensor]:
-        key = order(layer, torch.isfinite(layer.score))
+        key = order(layer.score)
         better = key[:, None] <= key[:, :, None]  # [B, v, c]: c is no worse than v
         if layer.depth > 1:
             width = self.smallest.shape[1]
@@ -215,7 +215,7 @@ class _Pool:
             better &= self.smallest[:, above][:, :, above]
         better &= torch.isfinite(layer.score)[:, None]
         reachable = (better.sum(dim=2) <= self.beam) & (layer.score >= self.floor)
-        index, active = best(layer, reachable, self.width)
+        index, active = best(torch.where(reachable, layer.score, DEAD_SCORE), self.width)
         rows = better.gather(1, index[..., None].expand(-1, -1, better.shape[2]))
         self.smallest = rows.gather(2, index[:, None].expand(-1, index.shape[1], -1)) & active[:, None]
         return index, active

@@ -298,12 +298,12 @@ def path_score(parent: Tensor, log_prob: Tensor, active: Tensor) -> tuple[Tensor
     Returns:
         float32 [B, W * k] with -inf at unselectable nodes, float32 [B], int32 [B].
     """
-    q, parent = log_prob.float(), parent.masked_fill(~active, DEAD_SCORE)[..., None]
+    q, parent = log_prob.float(), torch.where(active, parent, DEAD_SCORE)[..., None]
     number = torch.nan_to_num(q, nan=DEAD_SCORE, posinf=DEAD_SCORE, neginf=DEAD_SCORE)
     score = torch.minimum(parent, parent + number).flatten(1)
     best = score.amax(dim=1)
-    faulty = ((q != number) | (best == DEAD_SCORE)[:, None, None]) & active[..., None]
-    return score, best, faulty.flatten(1).sum(dim=1, dtype=torch.int32)
+    faulty = (q != number).sum(dim=2).masked_fill_((best == DEAD_SCORE)[:, None], q.shape[2])
+    return score, best, (faulty * active).sum(dim=1).int()
 
 
 def check_size(requests: int, nodes: int, depth: int) -> None:
