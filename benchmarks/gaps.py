@@ -5,7 +5,7 @@
 
 Calibration and tuning see one half of the texts, the figures the other. Unless a section says otherwise: 64 requests, a dense model whose
 knee lies at 256 rows, a drafted layer at 2% of a step. Throughput is a multiple of plain decoding's under the same cost curve.
-Writes benchmarks/results/gaps.json and docs/images/gaps*.png.
+Writes benchmarks/results/gaps.json and docs/images/gaps-*.png.
 """
 
 from __future__ import annotations

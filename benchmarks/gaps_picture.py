@@ -120,6 +120,14 @@ def churn(axis, r) -> None:
     _ratio(axis, "tokens of a request; new ones in a step")
 
 
+def next_layer(axis, r) -> None:
+    """What a gate by goodput is worth to goodput."""
+    for (price, ratio), line in zip(r["gated_over_ungated"].items(), ("o-", "o--", "o:"), strict=True):
+        axis.plot(r["batch"], ratio, line, ms=3, color=style.of("goodput"), label=price)
+    _batches(axis, r["batch"])
+    axis.set_ylabel("throughput / without the gate")
+
+
 def temperature(axis, r) -> None:
     """Tokens a step at temperature 0 and 0.8."""
     cases = [name for name in r if name != "positions"]
@@ -141,28 +149,21 @@ PANELS = {
     "tail": (tail, "tail of a step"),
     "wrong_cost": (wrong_cost, "cost model wrong by 2x"),
     "lag": (lag, "lag of the forecast"),
+    "next_layer": (next_layer, "the next layer, by the drafter's price"),
     "churn": (churn, "churn"),
     "temperature": (temperature, "temperature 0.8"),
 }
 
 
 def draw(results: dict, folder: Path) -> None:
-    """Writes gaps.png and gaps-<section>.png."""
+    """Writes gaps-<section>.png."""
     if "fairness" in results:
         results = {**results, "floors": results["fairness"], "over_time": results["fairness"]}
-    there = [name for name in PANELS if name in results]
     folder.mkdir(parents=True, exist_ok=True)
-    for name in there:
+    for name in PANELS.keys() & results.keys():
         with style.figure(4.4, 3.2) as single:
             _panel(single.subplots(), name, results)
             single.savefig(folder / f"gaps-{name.replace('_', '-')}.png", dpi=110)
-    with style.figure(14, 9) as whole:
-        axes = whole.subplots(3, 4).flat
-        for axis, name in zip(axes, there, strict=False):
-            _panel(axis, name, results)
-        for axis in axes[len(there) :]:
-            axis.axis("off")
-        whole.savefig(folder / "gaps.png", dpi=110)
 
 
 def _panel(axis, name: str, results: dict) -> None:
