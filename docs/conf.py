@@ -18,7 +18,7 @@ napoleon_use_ivar = True
 html_theme = "furo"
 html_title = "ECHO"
 html_static_path = ["_static"]
-html_css_files = ["tables.css"]
+html_css_files = ["narrow.css"]
 html_math_renderer = "mathml"
 exclude_patterns = ["_build"]
 
