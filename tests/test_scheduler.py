@@ -209,12 +209,7 @@ def test_per_request_is_eagle_rerank():
 
 
 def test_calibrated_rank_never_rises_along_a_path():
-    rng = torch.Generator().manual_seed(0)
-    confidence = torch.rand(2000, generator=rng)
-    depth = torch.randint(1, 4, (2000,), generator=rng)
-    accepted = torch.rand(2000, generator=rng) < confidence.sqrt()
-    calibration = echo.calibrate(echo.WarmupLog.from_arrays(depth, confidence, accepted))
-    rule = echo.GlobalRank(3, calibration)
+    rule = echo.GlobalRank(3, CALIBRATION)
     scheduler = echo.ElasticBudgetScheduler(rule, budget=20, max_depth=3)
     tree = grow_all(scheduler, torch.arange(2), k=3, seed=2)
     cost = rule.cost(tree)

@@ -19,12 +19,10 @@ V = 3
 
 
 @pytest.mark.parametrize("rule", [echo.TwoLevel(2, 2), echo.GlobalRank(2), echo.PerRequest(5, 2)])
-@pytest.mark.parametrize("temperature", [0.8, 1.0])
-def test_sampling_is_lossless_by_exact_enumeration(rule, temperature):
+def test_sampling_is_lossless_by_exact_enumeration(rule):
     """Every outcome of the target's sampler at every row, weighted by its probability: the emitted text has the target's law."""
-    target = table(V, seed=1).pow(1 / temperature)
-    target = target / target.sum(-1, keepdim=True)
-    drafter = TabularDrafter(blurred(table(V, seed=1), seed=2), count=2)
+    target = table(V, seed=1)
+    drafter = TabularDrafter(blurred(target, seed=2), count=2)
     budget = None if rule.rows(1) else 5
     scheduler = echo.ElasticBudgetScheduler(rule, budget=budget, max_depth=2)
     tree = scheduler.plant(torch.tensor([1]))
