@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -88,6 +89,21 @@ def real(name: str, value: object, low: float, high: float | None = None) -> flo
     if not fits or not isinstance(value, int | float) or not low <= value <= (float("inf") if high is None else high):
         raise EchoError(f"{name}: expected a number {_range(low, high)}, got {value!r}")
     return float(value)
+
+
+@contextmanager
+def reading(expected: str) -> Iterator[None]:
+    """Whatever goes wrong in the block, where a file or a text is taken apart, says what was ``expected`` of it.
+
+    Raises:
+        EchoError: in place of every other error than itself and a missing file.
+    """
+    try:
+        yield
+    except (EchoError, FileNotFoundError):
+        raise
+    except Exception as error:
+        raise EchoError(f"{expected}, got {type(error).__name__}: {error}") from error
 
 
 def _range(low: float, high: float | None) -> str:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
@@ -167,15 +165,10 @@ class ConfidenceHistograms:
             EchoError: no whole histogram file, or one of another version.
             FileNotFoundError: no such file.
         """
-        try:
-            with open(path, "rb") as handle, np.load(handle) as file:
-                version, mass = int(file["version"]), file["mass"]
-        except (OSError, zipfile.BadZipFile, KeyError, ValueError, EOFError) as error:
-            if isinstance(error, FileNotFoundError):
-                raise
-            raise EchoError(f"path: expected histograms in {Path(path)}, got: {error}") from error
+        with checks.reading(f"path: expected histograms in {path}"), open(path, "rb") as handle, np.load(handle) as file:
+            version, mass = int(file["version"]), file["mass"]
         if version != VERSION:
-            raise EchoError(f"path: expected histograms of version {VERSION} in {Path(path)}, got version {version}")
+            raise EchoError(f"path: expected histograms of version {VERSION} in {path}, got version {version}")
         return cls(mass)
 
     def _aligned(self, name: str, other: ConfidenceHistograms) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
