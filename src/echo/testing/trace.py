@@ -13,7 +13,7 @@ import lzma
 import math
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -129,18 +129,9 @@ class Trace:
     def texts(self, chosen: Sequence[int]) -> Trace:
         """The trace of the ``chosen`` texts, numbers from 0, in that order."""
         rows = np.concatenate([np.arange(self.indptr[i], self.indptr[i + 1]) for i in chosen])
-        lengths = np.diff(self.indptr)[list(chosen)]
-        return Trace(
-            self.text[rows],
-            np.concatenate([[0], lengths.cumsum()]),
-            self.kind[list(chosen)],
-            self.limit[list(chosen)],
-            self.token[rows],
-            self.log_prob[rows],
-            self.expanded[rows],
-            self.beam,
-            self.floor,
-        )
+        columns: dict[str, Any] = {name: getattr(self, name)[rows] for name in ("text", "token", "log_prob", "expanded")}
+        columns |= {name: getattr(self, name)[list(chosen)] for name in ("kind", "limit")}
+        return replace(self, indptr=np.concatenate([[0], np.diff(self.indptr)[list(chosen)].cumsum()]), **columns)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the npz ``path`` in one atomic move. Of ``token`` and ``log_prob`` only the recorded nodes are stored, LZMA-compressed."""
