@@ -183,8 +183,9 @@ def _plan(scheduler: ElasticBudgetScheduler, scenario: Scenario) -> Plan:
 
 
 def _layout(scheduler: ElasticBudgetScheduler, plan: Plan) -> Fault | None:
-    if sorted(plan.packed.node[plan.packed.node >= 0].tolist()) != _members(plan):
-        return Fault("the rows that select said", f"nodes {plan.packed.node.tolist()}, selected {_members(plan)}")
+    selected = plan.selected.flatten().nonzero()[:, 0].tolist()
+    if sorted(plan.packed.node[plan.packed.node >= 0].tolist()) != selected:
+        return Fault("the rows that select said", f"nodes {plan.packed.node.tolist()}, selected {selected}")
     try:
         check_plan(plan.tree, plan.packed)
     except AssertionError as error:
@@ -205,10 +206,6 @@ def _gain(scheduler: ElasticBudgetScheduler, plan: Plan) -> Fault | None:
     gain = scheduler.rule.gain(plan.tree)
     fits = gain.dtype == torch.float32 and gain.shape == plan.selected.shape and bool(((gain >= 0) & (gain <= 1)).all())
     return None if fits else Fault(f"probabilities float32 {list(plan.selected.shape)} from rule.gain", f"{gain}")
-
-
-def _members(plan: Plan) -> list[int]:
-    return [int(node) for node in plan.selected.flatten().nonzero()[:, 0]]
 
 
 def _repeat(scheduler: ElasticBudgetScheduler, plan: Plan) -> Fault | None:
