@@ -9,7 +9,7 @@ import pytest
 
 import echo
 from echo.gating import separability
-from echo.gating.calibration import BINS_PER_NAT, ONE
+from echo.gating.reliability import BINS_PER_NAT, ONE
 
 
 def simulate(n, *, sharpness, depth=1, seed=0, rank=0):
