@@ -1,12 +1,15 @@
 """Sphinx configuration: MyST pages, API from docstrings, warnings are errors (``make docs``)."""
 
+from docutils import nodes
+from latex2mathml.converter import convert
+
 import echo
 
 project = "ECHO"
 author = "the ECHO developers"
 copyright = "2026, the ECHO developers; Apache-2.0"
 version = release = echo.__version__
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.doctest", "sphinx.ext.mathjax"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.doctest"]
 doctest_test_doctest_blocks = ""  # docstring examples run in the tests
 myst_enable_extensions = ["dollarmath"]
 autodoc_member_order = "bysource"
@@ -14,4 +17,15 @@ autodoc_typehints = "signature"
 napoleon_use_ivar = True
 html_theme = "furo"
 html_title = "ECHO"
+html_math_renderer = "mathml"
 exclude_patterns = ["_build"]
+
+
+def formula(translator, node):
+    """MathML, which browsers draw by themselves: the site loads nothing from elsewhere."""
+    translator.body.append(convert(node.astext(), display="block" if isinstance(node, nodes.math_block) else "inline"))
+    raise nodes.SkipNode
+
+
+def setup(app):
+    app.add_html_math_renderer("mathml", (formula, None), (formula, None))

@@ -48,7 +48,7 @@ def deal(tree: SuperTree, cost: Tensor, cap: Tensor, left: Tensor, rows: int) ->
     keys = _least(own.flatten(), spare, NOBODY)
     at = torch.where(keys < dear, keys % places, places - 1)
     chosen = torch.zeros(places, dtype=torch.uint8, device=cost.device).index_fill_(0, at, 1)  # bytes: inductor fills bools one by one
-    return chosen[:-1].view(batch, nodes).view(torch.bool)
+    return chosen[:-1].view(batch, nodes).bool()
 
 
 def _keys(tree: SuperTree, cost: Tensor, places: int) -> Tensor:

@@ -326,6 +326,8 @@ class ElasticBudgetScheduler:
 
     def select(self, tree: SuperTree) -> Tensor:
         """The bare decision: bool [B, T] over ``tree.forest``, roots, bought rows and dealt rows."""
+        if not tree.depth:  # nothing was drafted
+            return tree.bought
         most = tree.row_limit if tree.most <= self.max_tree_rows else tree.row_limit.clamp(max=self.max_tree_rows)
         room = most - tree.held
         if tree.reserve is None:
