@@ -131,7 +131,7 @@ def test_a_truncated_file_is_refused(tmp_path, kind):
         if kind == "jsonl" and cut == 0:
             assert len(echo.WarmupLog.load(path)) == 0  # an empty file is an empty log
             continue
-        with pytest.raises(echo.EchoError, match=f"log.{kind}"):
+        with pytest.raises(echo.EchoError, match=rf"expected .*log\.{kind}"):
             echo.WarmupLog.load(path)
 
 

@@ -28,16 +28,14 @@ def write(calibration: Calibration) -> str:
 
 def read(text: str, kind: type[Calibration], entry: type[DepthCalibration]) -> Calibration:
     """See :meth:`Calibration.from_json`."""
-    try:
+    with checks.reading("calibration: expected JSON text"):
         data = json.loads(text)
-    except ValueError as error:
-        raise EchoError(f"calibration: expected JSON text, got: {error}") from error
     if not isinstance(data, dict) or data.get("format") != FORMAT or data.get("version") != VERSION:
         found = (data.get("format"), data.get("version")) if isinstance(data, dict) else type(data).__name__
         newer = isinstance(found, tuple) and found[0] == FORMAT and isinstance(found[1], int) and found[1] > VERSION
         hint = ": a newer ECHO wrote it, update this one" if newer else ""
         raise EchoError(f"calibration: expected format '{FORMAT}' version {VERSION}, got {found}{hint}")
-    try:
+    with checks.reading(f"calibration: expected the fields of version {VERSION}"):
         depths = tuple(_depth(d, entry) for d in data["depths"])
         goodput = data.get("goodput")
         result = kind(
@@ -48,10 +46,6 @@ def read(text: str, kind: type[Calibration], entry: type[DepthCalibration]) -> C
             str(data.get("rule", "youden")),
             None if goodput is None else float(goodput),
         )
-    except EchoError:
-        raise
-    except (KeyError, TypeError, ValueError) as error:
-        raise EchoError(f"calibration: expected the fields of version {VERSION}, got a fault at {error}") from error
     if [d.depth for d in depths] != list(range(1, len(depths) + 1)) or not depths:
         raise EchoError(f"calibration: expected depths 1, 2, ..., got {[d.depth for d in depths]}")
     return result

@@ -23,8 +23,6 @@ from echo.tree.accepted import Accepted
 from echo.tree.packed import PackedTree
 from echo.tree.supertree import Frontier, SuperTree
 
-Observer = Callable[["Record"], object]
-
 
 @dataclass(frozen=True)
 class Record:
@@ -108,34 +106,6 @@ class Report:
         drafted = self.rows - self.request_steps
         return self.accepted / drafted if drafted else float("nan")
 
-    def percentiles(self, kind: str | None = None, points: tuple[int, ...] = (1, 50, 99)) -> dict[int, float]:
-        """The percentiles ``points`` over finished texts, of one ``kind`` or all, of modelled seconds a token."""
-        rows = [answer.seconds / answer.tokens for answer in self.answers if kind in (None, answer.kind) and answer.tokens]
-        return {p: float(np.percentile(rows, p)) for p in points} if rows else {}
-
-    def of_kind(self, kind: str) -> dict[str, float]:
-        """The figures of the finished texts of one ``kind``: tokens and rows per step, acceptance, seconds a token, fairness among them."""
-        chosen = [answer for answer in self.answers if answer.kind == kind]
-        tokens, steps, rows = (sum(getattr(answer, name) for answer in chosen) for name in ("tokens", "steps", "rows"))
-        return {
-            "texts": len(chosen),
-            "tokens_per_step": tokens / steps if steps else float("nan"),
-            "rows_per_step": rows / steps if steps else float("nan"),
-            "acceptance": (tokens - steps) / (rows - steps) if rows > steps else float("nan"),
-            "seconds_per_token": sum(answer.seconds for answer in chosen) / tokens if tokens else float("nan"),
-            "fairness": _jain(chosen),
-        }
-
-    @property
-    def fairness(self) -> float:
-        """Jain's index of the finished texts' tokens a second: 1 when all are served alike, 1/n when one gets everything."""
-        return _jain(self.answers)
-
-
-def _jain(answers: list[Answer]) -> float:
-    rate = np.array([answer.tokens / answer.seconds for answer in answers])
-    return float(rate.sum() ** 2 / (len(rate) * (rate**2).sum())) if len(rate) else float("nan")
-
 
 def replay(
     trace: Trace,
@@ -146,17 +116,17 @@ def replay(
     steps: int | None = None,
     order: NDArray[np.int64] | None = None,
     compact: bool = False,
-    catch_up: bool = True,
     prompt_rows: int = 0,
     lag: int = 0,
     capacity: int | None = None,
     learn: float = 0.0,
-    observe: Observer | None = None,
+    observe: Callable[[Record], object] | None = None,
 ) -> Report:
     """Decodes the trace's texts under a policy, with continuous refill, and charges each step by the cost model.
 
     The scheduler's own code plans each step on the recorded scores, and the text says what the target accepts: under greedy
-    decoding the steps, rows and accepted tokens are those of a live decode of the same prompts in the same slots.
+    decoding the steps, rows and accepted tokens are those of a live decode of the same prompts in the same slots. A drafter is also
+    charged for reading up on what was emitted while nothing was drafted.
 
     Args:
         trace: recorded drafts.
@@ -167,7 +137,6 @@ def replay(
         order: texts in the order of their admission; the trace's order where not given.
         compact: charge only layers and nodes that are still drafted on. By default all planned layers are charged at full
             width: inside a CUDA graph a gate saves no draft time.
-        catch_up: charge the drafter for reading what was emitted while nothing was drafted.
         prompt_rows: rows of each admission's prefill, in the forward pass of the request's first step.
         lag: steps by which the forecast's history lies behind, 0 to 2.
         capacity: rows of one request at most.
@@ -208,7 +177,7 @@ def replay(
         _count(report, packed, emitted, tree.depth)
         full = float(cost.draft(plan.depth, len(live), scheduler.rule.width))
         drafting = tree.depth * cost.draft_layer + nodes * cost.draft_row if compact else full
-        if catch_up and plan.depth and missed_tokens:
+        if plan.depth:
             drafting += cost.catch_up(missed_tokens)
         missed_tokens = 0 if plan.depth else missed_tokens + int(emitted.sum())
         launched = plan.rows + prompt_rows * len(fresh)
