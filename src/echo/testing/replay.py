@@ -23,6 +23,8 @@ from echo.tree.accepted import Accepted
 from echo.tree.packed import PackedTree
 from echo.tree.supertree import Frontier, SuperTree
 
+Observer = Callable[["Record"], object]
+
 
 @dataclass(frozen=True)
 class Record:
@@ -106,6 +108,34 @@ class Report:
         drafted = self.rows - self.request_steps
         return self.accepted / drafted if drafted else float("nan")
 
+    def percentiles(self, kind: str | None = None, points: tuple[int, ...] = (1, 50, 99)) -> dict[int, float]:
+        """The percentiles ``points`` over finished texts, of one ``kind`` or all, of modelled seconds a token."""
+        rows = [answer.seconds / answer.tokens for answer in self.answers if kind in (None, answer.kind) and answer.tokens]
+        return {p: float(np.percentile(rows, p)) for p in points} if rows else {}
+
+    def of_kind(self, kind: str) -> dict[str, float]:
+        """The figures of the finished texts of one ``kind``: tokens and rows per step, acceptance, seconds a token, fairness among them."""
+        chosen = [answer for answer in self.answers if answer.kind == kind]
+        tokens, steps, rows = (sum(getattr(answer, name) for answer in chosen) for name in ("tokens", "steps", "rows"))
+        return {
+            "texts": len(chosen),
+            "tokens_per_step": tokens / steps if steps else float("nan"),
+            "rows_per_step": rows / steps if steps else float("nan"),
+            "acceptance": (tokens - steps) / (rows - steps) if rows > steps else float("nan"),
+            "seconds_per_token": sum(answer.seconds for answer in chosen) / tokens if tokens else float("nan"),
+            "fairness": _jain(chosen),
+        }
+
+    @property
+    def fairness(self) -> float:
+        """Jain's index of the finished texts' tokens a second: 1 when all are served alike, 1/n when one gets everything."""
+        return _jain(self.answers)
+
+
+def _jain(answers: list[Answer]) -> float:
+    rate = np.array([answer.tokens / answer.seconds for answer in answers])
+    return float(rate.sum() ** 2 / (len(rate) * (rate**2).sum())) if len(rate) else float("nan")
+
 
 def replay(
     trace: Trace,
@@ -120,7 +150,7 @@ def replay(
     lag: int = 0,
     capacity: int | None = None,
     learn: float = 0.0,
-    observe: Callable[[Record], object] | None = None,
+    observe: Observer | None = None,
 ) -> Report:
     """Decodes the trace's texts under a policy, with continuous refill, and charges each step by the cost model.
 
