@@ -116,6 +116,7 @@ def test_json_and_files(tmp_path):
         (text.replace('"version": 1', '"version": 99'), r"version 1, got \('echo-calibration', 99\)"),
         (text.replace('"version": 1', '"version": 99'), "a newer ECHO wrote it, update this one"),
         (text.replace('"threshold"', '"tau"'), "expected the fields of version 1"),
+        (text.replace('"profile"', '"histogram"'), "expected the fields of version 1"),
         (text.replace('"depth": 2', '"depth": 7'), r"expected depths 1, 2, ..., got \[1, 7, 3\]"),
     ]:
         with pytest.raises(echo.EchoError, match=message):
@@ -128,20 +129,6 @@ def test_json_has_stable_bytes_that_a_person_can_read():
     assert echo.calibrate(log_of(0.8, 0.4)).to_json() == text == echo.Calibration.from_json(text).to_json()
     assert '   "threshold": 0.' in text and len(text.splitlines()) == 49  # one line for each value, a map is one
     assert list(json.loads(text))[:4] == ["format", "version", "depths", "min_auc"]
-
-
-def test_a_file_of_the_first_release_candidate_still_loads():
-    """It had no profile, no maps by rank and no rule."""
-    old = json.loads(echo.calibrate(log_of(0.8, 0.4)).to_json())
-    for name in ("rule", "goodput"):
-        del old[name]
-    for entry in old["depths"]:
-        for name in ("auc_error", "stopped", "stopped_accepted", "effective", "profile", "by_rank"):
-            del entry[name]
-    calibration = echo.Calibration.from_json(json.dumps(old))
-    assert calibration.rule == "youden" and calibration.gate_depths == (1, 2)
-    assert calibration.reliability_table(by_rank=True).shape == (1, 3, 512)
-    assert "yes" in str(calibration)
 
 
 def test_a_useless_depth_stops_nobody():

@@ -37,13 +37,13 @@ def read(text: str, kind: type[Calibration], entry: type[DepthCalibration]) -> C
         raise EchoError(f"calibration: expected format '{FORMAT}' version {VERSION}, got {found}{hint}")
     with checks.reading(f"calibration: expected the fields of version {VERSION}"):
         depths = tuple(_depth(d, entry) for d in data["depths"])
-        goodput = data.get("goodput")
+        goodput = data["goodput"]
         result = kind(
             depths,
             float(data["min_auc"]),
             int(data["min_rows"]),
             int(data["max_gates"]),
-            str(data.get("rule", "youden")),
+            str(data["rule"]),
             None if goodput is None else float(goodput),
         )
     if [d.depth for d in depths] != list(range(1, len(depths) + 1)) or not depths:
@@ -76,14 +76,14 @@ def _pair(name: str, value: Any) -> str:
 
 
 def _depth(data: Mapping[str, Any], kind: type[DepthCalibration]) -> DepthCalibration:
-    """One entry, checked. Fields that the first files of this version lacked may be missing."""
+    """One entry, checked."""
     read = kind(
         **{
             **data,
             "auc": float("nan") if data["auc"] is None else float(data["auc"]),
             "reliability": _rows(data["reliability"]),
-            "profile": _rows(data.get("profile", ())),
-            "by_rank": tuple(_rows(knots) for knots in data.get("by_rank", ())),
+            "profile": _rows(data["profile"]),
+            "by_rank": tuple(_rows(knots) for knots in data["by_rank"]),
         }
     )
     checks.integer("calibration.depth", read.depth, 1)
