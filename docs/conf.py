@@ -17,6 +17,8 @@ autodoc_typehints = "signature"
 napoleon_use_ivar = True
 html_theme = "furo"
 html_title = "ECHO"
+html_static_path = ["_static"]
+html_css_files = ["tables.css"]
 html_math_renderer = "mathml"
 exclude_patterns = ["_build"]
 
