@@ -1,4 +1,7 @@
-"""Sphinx configuration: MyST pages, API from docstrings, warnings are errors (``make docs``)."""
+"""Sphinx configuration: MyST pages, API from docstrings, formulas as MathML, warnings are errors (``make docs``)."""
+
+from docutils.nodes import SkipNode
+from latex2mathml.converter import convert
 
 import echo
 
@@ -6,7 +9,7 @@ project = "ECHO"
 author = "the ECHO developers"
 copyright = "2026, the ECHO developers; Apache-2.0"
 version = release = echo.__version__
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.doctest", "sphinx.ext.mathjax"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.doctest"]
 doctest_test_doctest_blocks = ""  # docstring examples run in the tests
 myst_enable_extensions = ["dollarmath"]
 autodoc_member_order = "bysource"
@@ -14,4 +17,19 @@ autodoc_typehints = "signature"
 napoleon_use_ivar = True
 html_theme = "furo"
 html_title = "ECHO"
+html_math_renderer = "mathml"
 exclude_patterns = ["_build"]
+
+
+def formula(display):
+    """Writes a formula as MathML, which browsers draw without a script or a font from another host."""
+
+    def visit(writer, node):
+        writer.body.append(convert(node.astext(), display=display))
+        raise SkipNode
+
+    return visit, None
+
+
+def setup(app):
+    app.add_html_math_renderer("mathml", formula("inline"), formula("block"))
