@@ -11,12 +11,14 @@ copied ahead in pieces of 16 bytes.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 os.environ["TRITON_INTERPRET"] = "0"
 
@@ -81,15 +83,11 @@ class Recorder:
 
 def record(modules: list[Any], names: tuple[str, ...], call: Any) -> dict[str, Recorder]:
     """The launches that ``call`` makes."""
-    kernels = {name: (module, Recorder(getattr(module, name))) for module in modules for name in names if hasattr(module, name)}
-    try:
-        for name, (module, recorder) in kernels.items():
-            setattr(module, name, recorder)
+    with contextlib.ExitStack() as patches:
+        places = [(module, name) for module in modules for name in names if hasattr(module, name)]
+        found = {name: patches.enter_context(mock.patch.object(module, name, Recorder(getattr(module, name)))) for module, name in places}
         call()
-    finally:
-        for name, (module, recorder) in kernels.items():
-            setattr(module, name, recorder.kernel)
-    return {name: recorder for name, (_, recorder) in kernels.items() if recorder.args}
+    return {name: recorder for name, recorder in found.items() if recorder.args}
 
 
 def source(recorder: Recorder) -> tuple[ASTSource, dict[str, int]]:
@@ -150,12 +148,8 @@ def attention(case: Case, arch: int) -> dict[str, Recorder]:
             depth=torch.zeros(n, **ints), key_scale=scales, value_scale=scales, splits=case.splits,
         )  # fmt: skip
 
-    generation = launch.generation
-    try:
-        launch.generation = lambda device: arch // 10  # type: ignore[assignment]
+    with mock.patch.object(launch, "generation", return_value=arch // 10):
         return record([attention_kernels], ("plan", "attend", "merge"), call)
-    finally:
-        launch.generation = generation
 
 
 def others(n: int, vocabulary: int) -> list[tuple[str, str, Recorder]]:

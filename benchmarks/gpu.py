@@ -316,12 +316,8 @@ def picture(report: dict[str, Any], path: Path) -> None:
 
 def versions() -> dict[str, str]:
     """Of what takes part, as far as installed."""
-    found = {}
-    for name in ("torch", "triton", "flashinfer-python", "sglang", "flash-attn-3", "numpy"):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
+    names = ("torch", "triton", "flashinfer-python", "sglang", "flash-attn-3", "numpy")
+    found = {package.name: package.version for package in importlib.metadata.distributions() if package.name in names}
     return found | {"echo": echo.__version__, "cuda": str(torch.version.cuda)}
 
 

@@ -108,6 +108,8 @@ def flex(args: Args) -> Call:
 
 def in_cache(args: Args) -> tuple[torch.Tensor, torch.Tensor]:
     """Copies of both caches with each tree's rows right behind its context."""
+    if args["key_cache"].dtype != args["q"].dtype:
+        raise UnfitError("an 8-bit cache would hold the tree's keys in 8 bits too")
     page = args["key_cache"].shape[1]
     real = args["request"] < len(args["context"])
     b = args["request"][real].long()
@@ -116,7 +118,7 @@ def in_cache(args: Args) -> tuple[torch.Tensor, torch.Tensor]:
     where = args["page_table"][b, at // page].long() * page + at % page
     caches = args["key_cache"].clone(), args["value_cache"].clone()
     for cache, own in zip(caches, (args["tree_key"], args["tree_value"]), strict=True):
-        cache.flatten(0, 1)[where] = own[real].to(cache.dtype)
+        cache.flatten(0, 1)[where] = own[real]
     return caches
 
 
@@ -124,8 +126,7 @@ def flashinfer(args: Args) -> Call:
     """FlashInfer's paged prefill with a custom mask, the tree in the cache; its plan is not charged to it."""
     import flashinfer as library
 
-    if args["key_cache"].dtype != args["q"].dtype:
-        raise UnfitError("an 8-bit cache would hold the tree's keys in 8 bits too")
+    caches, q = in_cache(args), args["q"][: int(args["indptr"][-1])]
     page, (_, heads, dim) = args["key_cache"].shape[1], args["q"].shape
     rows, context = args["indptr"].diff(), args["context"]
     used = -(-(context + rows) // page)
@@ -138,7 +139,6 @@ def flashinfer(args: Args) -> Call:
         args["indptr"], starts, indices, (context + rows - 1) % page + 1, heads, args["tree_key"].shape[1], dim, page,
         custom_mask=mask, q_data_type=args["q"].dtype, kv_data_type=args["key_cache"].dtype,
     )  # fmt: skip
-    caches, q = in_cache(args), args["q"][: int(args["indptr"][-1])]
     return lambda: wrapper.run(q, caches)
 
 
@@ -148,8 +148,6 @@ def xqa(args: Args) -> Call:
 
     page, rows, count = args["key_cache"].shape[1], args["indptr"].diff(), int(args["indptr"][-1])
     most = int(rows.max())
-    if args["key_cache"].dtype != args["q"].dtype:
-        raise UnfitError("an 8-bit cache would hold the tree's keys in 8 bits too")
     if page not in (16, 32, 64, 128) or most < 2:
         raise UnfitError("it takes pages of 16 to 128 tokens, and more than one row")
     mask = args["mask"][:count, : -(-most // 32)].contiguous().view(torch.uint16)
@@ -210,8 +208,6 @@ def flash3(args: Args) -> Call:
     except ImportError:
         from sgl_kernel.flash_attn import flash_attn_with_kvcache
 
-    if args["key_cache"].dtype != args["q"].dtype:
-        raise UnfitError("its 8-bit path takes 8-bit queries")
     rows, count = args["indptr"].diff(), int(args["indptr"][-1])
     q, (keys, values), lengths, most = args["q"][:count].contiguous(), in_cache(args), args["context"] + rows, int(rows.max())
     return lambda: flash_attn_with_kvcache(

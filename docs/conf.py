@@ -3,6 +3,9 @@
 from docutils.nodes import SkipNode
 from latex2mathml.converter import convert
 
+from docutils import nodes
+from latex2mathml.converter import convert
+
 import echo
 
 project = "ECHO"
@@ -17,19 +20,17 @@ autodoc_typehints = "signature"
 napoleon_use_ivar = True
 html_theme = "furo"
 html_title = "ECHO"
+html_static_path = ["_static"]
+html_css_files = ["tables.css"]
 html_math_renderer = "mathml"
 exclude_patterns = ["_build"]
 
 
-def formula(display):
-    """Writes a formula as MathML, which browsers draw without a script or a font from another host."""
-
-    def visit(writer, node):
-        writer.body.append(convert(node.astext(), display=display))
-        raise SkipNode
-
-    return visit, None
+def formula(translator, node):
+    """MathML, which browsers draw by themselves: the site loads nothing from elsewhere."""
+    translator.body.append(convert(node.astext(), display="block" if isinstance(node, nodes.math_block) else "inline"))
+    raise nodes.SkipNode
 
 
 def setup(app):
-    app.add_html_math_renderer("mathml", formula("inline"), formula("block"))
+    app.add_html_math_renderer("mathml", (formula, None), (formula, None))

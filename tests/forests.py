@@ -11,6 +11,15 @@ import echo
 from echo.tree.packed import pack
 
 
+def paths(packed: echo.PackedTree, b: int) -> list[list[int]]:
+    """The tokens on the way to each row of a request, sorted: its tree, whatever the order of its rows."""
+    found: list[list[int]] = []
+    for row in range(*packed.indptr[b : b + 2].tolist()):
+        up = int(packed.parent[row])
+        found.append([*(found[up] if up >= 0 else []), int(packed.tokens[row])])
+    return sorted(found)
+
+
 @dataclass
 class Row:
     """A selected node: ancestors as columns of its request's arrays, root first, itself last."""

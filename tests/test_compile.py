@@ -12,7 +12,10 @@ import pytest
 
 pytest.importorskip("triton")
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-ENVIRONMENT = os.environ | {"TRITON_INTERPRET": "0"}  # the interpreter and the compiler do not share a process
+ENVIRONMENT = os.environ | {
+    "TRITON_INTERPRET": "0",  # the interpreter and the compiler do not share a process
+    "PYTHONPATH": os.pathsep.join([str(BENCHMARKS), os.environ.get("PYTHONPATH", "")]),
+}
 
 
 def test_a_representative_subset_compiles_well():
@@ -33,8 +36,7 @@ def test_the_check_finds_spills_and_narrow_instructions():
         "assert 'shared memory' in ck.faults(entry | {'spills': 0, 'stack': 0, 'shared': 170_000}, 64, True)[0]\n"
         "assert '1 buffers' in ck.faults(entry | {'spills': 0, 'stack': 0, 'buffers': 1}, 64, True)[0]"
     )
-    environment = ENVIRONMENT | {"PYTHONPATH": os.pathsep.join([str(BENCHMARKS), os.environ.get("PYTHONPATH", "")])}
-    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+    subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, check=True)
 
 
 def test_another_batch_compiles_nothing_anew():
@@ -50,8 +52,7 @@ def test_another_batch_compiles_nothing_anew():
         "assert len(first) == 7, first.keys()\n"
         "for batch, rows in ((1, 16), (16, 12), (37, 13)): assert launches(batch, rows) == first, (batch, rows)"
     )
-    environment = ENVIRONMENT | {"PYTHONPATH": os.pathsep.join([str(BENCHMARKS), os.environ.get("PYTHONPATH", "")])}
-    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+    subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, check=True)
 
 
 def test_the_committed_table_has_no_faults_and_is_of_the_shipped_launches():

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import echo
-from conftest import grow_all
+from conftest import CALIBRATION, grow_all
 from echo.budget.dealing import deal
 from echo.tree.supertree import UNSELECTABLE
 
@@ -41,13 +41,6 @@ def forests(draw):
     rank = rule if isinstance(rule, echo.GlobalRank) else echo.GlobalRank(beam)
     caps = torch.tensor(draw(st.lists(st.integers(-2, 40), min_size=batch, max_size=batch)))
     return tree, rank.cost(tree), caps.clamp(max=tree.most)
-
-
-CALIBRATION = echo.calibrate(
-    echo.WarmupLog.from_arrays(
-        [1 + i % 3 for i in range(900)], [(i % 97) / 97 for i in range(900)], [(i * 7 % 97) < i % 97 for i in range(900)]
-    )
-)
 
 
 @given(forests(), st.integers(-2, 80), st.integers(0, 90))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 import subprocess
 import sys
 
@@ -72,6 +73,14 @@ def test_one_graph_and_no_recompile_for_other_values(name):
     weights, floors = torch.tensor([1.0, 2.0, 1.0, 3.0]), torch.tensor([1, 3, 0, 2])
     cases = [(*inputs(scheduler, seed), {"weights": weights + seed, "floors": floors + seed}) for seed in range(3)]
     one_graph(lambda *data: step(scheduler, *data), cases)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+def test_compiled_code_takes_the_same_step():
+    scheduler = POLICIES["calibrated"]
+    data = inputs(scheduler, 0)
+    eager, compiled = step(scheduler, *data), torch.compile(step, fullgraph=True)(scheduler, *data)
+    assert all(torch.equal(one, two) for one, two in zip(eager, compiled, strict=True))
 
 
 TEMPLATE = Template.from_choices([[0], [1], [0, 0], [0, 1], [0, 0, 0]])

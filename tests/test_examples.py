@@ -202,10 +202,10 @@ def test_the_engines_pages_hold_the_text(folders, prompts):
 def test_the_paged_engine_serves_the_real_model(smollm2):
     """SmolLM2 with its EAGLE head: the text of plain decoding, in fewer steps."""
     from engine import Engine
-    from serve import POLICIES as SHIPPED
 
     from drafters import Eagle
     from model import FEATURE_LAYERS, encode
+    from serve import POLICIES as SHIPPED
 
     model, tokenizer = smollm2
     prompts = encode(tokenizer, ["Count from one to ten.", "Write a Python function that adds two numbers."])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import json
 import os
@@ -70,39 +69,14 @@ def benchmarks(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
 
 
-class Stub(ModuleType):
-    """Any name is a function that says no."""
-
-    def __getattr__(self, name):
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return lambda *args, **options: False
-
-
-@pytest.fixture
-def sglang_kernels(monkeypatch):
-    """SGLang's Triton files alone, from its wheel without dependencies (``pip install --no-deps sglang==0.5.23``)."""
-    spec = importlib.util.find_spec("sglang")
-    if spec is None or spec.origin is None:  # the examples' own folder of that name is none
-        pytest.skip("sglang is not installed")
-    for name in ("sglang", "sglang.kernels", "sglang.kernels.ops", "sglang.kernels.ops.attention", "sglang.srt"):
-        module = ModuleType(name)
-        module.__path__ = [str(Path(spec.submodule_search_locations[0], *name.split(".")[1:]))]
-        monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.setitem(sys.modules, "sglang.srt.utils", Stub("sglang.srt.utils"))
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
-
-
 @pytest.mark.parametrize("shape", [(3, 4, 37, False, 16), (3, 5, 20, True, 16), (2, 16, 50, False, 1)])
-@pytest.mark.parametrize("peer", ["sdpa with mask", "flex attention", "sglang extend"])
+@pytest.mark.parametrize("peer", ["sdpa with mask", "flex attention"])
 @pytest.mark.filterwarnings("ignore:flex_attention called without")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="in the interpreter only")
-def test_peers_agree_with_the_kernel_on_the_same_ragged_trees(shape, peer, benchmarks, request):
+def test_peers_agree_with_the_kernel_on_the_same_ragged_trees(shape, peer, benchmarks):
     import gpu
     import peers
 
-    if peer.startswith("sglang"):
-        request.getfixturevalue("sglang_kernels")
     batch, rows, context, dealt, page = shape
     args = gpu.inputs(gpu.Case("tiny", batch, rows, context, dealt, page), torch.device("cpu"), 0)
     theirs = peers.PEERS[peer](args)()

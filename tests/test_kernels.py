@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import os
 import subprocess
 import sys
+from unittest import mock
 
 import pytest
 import torch
@@ -241,13 +243,9 @@ def test_the_work_list_covers_every_tile_and_block_once(seed, splits):
 
 
 def test_launchers_read_nothing_back(monkeypatch):
-    class Silent:
-        def __getitem__(self, grid):
-            return lambda *args, **options: None
-
     for module, names in ((attention_kernels, ["plan", "attend", "merge", "join"]), (triton_accept, ["_best", "_walk", "_collect"])):
         for name in names:
-            monkeypatch.setattr(module, name, Silent())
+            monkeypatch.setattr(module, name, mock.MagicMock())
     args = trees.attention([4, 2], [9, 0], **SHAPE, device=DEVICE)
     token, links = torch.zeros(8, dtype=torch.int64, device=DEVICE), (args["request"], args["indptr"])
     with RefuseReads():
@@ -304,6 +302,14 @@ def test_verify_gives_the_same_on_both_backends():
         assert int(one.lengths.max()) > 1
 
 
+@pytest.mark.parametrize("name", ["tree_attention", "plan_attention", "merge_attention", "accept", "accept_greedy", "argmax_tokens"])
+def test_kernel_and_twin_have_the_same_signature(name):
+    kernel = triton_attention if "attention" in name else triton_accept
+    public, twin, launcher = (inspect.signature(getattr(module, name)) for module in (kernels, reference, kernel))
+    assert list(public.parameters.values())[:-1] == list(twin.parameters.values()) == list(launcher.parameters.values())
+    assert public.return_annotation == twin.return_annotation == launcher.return_annotation
+
+
 def test_a_backend_that_is_not_there_is_an_error(monkeypatch):
     logits = torch.zeros(1, 3, device=DEVICE)
     with pytest.raises(echo.EchoError, match=r"backend: expected one of .* got 'cuda'"):
@@ -342,6 +348,20 @@ def test_bad_input(change, message, backend):
     args = trees.attention([4, 2], [9, 0], **SHAPE, device=DEVICE)
     with pytest.raises(echo.EchoError, match=message):
         kernels.tree_attention(**(args | change), backend=backend)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_bad_targets(backend):
+    links, tokens = torch.zeros(4, dtype=torch.int32, device=DEVICE), torch.zeros(4, dtype=torch.int64, device=DEVICE)
+    tree, logits = (links, links[:2], tokens), torch.zeros(4, 9, device=DEVICE)
+    for function, args, message in [
+        (kernels.accept, (*tree, tokens[:3], 2), r"target_tokens: expected int64 \[4\], got int64 \[3\]"),
+        (kernels.accept_greedy, (*tree, logits[:3], 2), r"logits: expected .* \[4, V\], got float32 \[3, 9\]"),
+        (kernels.argmax_tokens, (tokens,), r"logits: expected .* \[N, V\], got int64 \[4\]"),
+        (kernels.argmax_tokens, (logits[:, :0],), r"V: expected an int from 1 to 1073741824, got 0"),
+    ]:
+        with pytest.raises(echo.EchoError, match=message):
+            function(*args, backend=backend)
 
 
 def test_the_kernel_names_layouts_it_does_not_take():

@@ -15,7 +15,7 @@ import echo
 from echo.testing.kit import RefuseReads
 from echo.tree import compact, layouts
 from echo.tree.packed import pack
-from forests import Case, forest
+from forests import Case, forest, paths
 
 WORDS = ("tokens", "parent", "depth", "request", "indptr")
 
@@ -147,11 +147,7 @@ def test_masks_with_rows_in_any_order_are_the_same_trees(case, seed):
     back = layouts.from_sglang_mask(mask, tokens.flatten(), n, "QLEN_ONLY", lengths=case.packed.indptr.diff())
     back.validate()
     for b in range(case.batch):
-        paths = []
-        for row in range(*back.indptr[b : b + 2].tolist()):
-            up = int(back.parent[row])
-            paths.append([*(paths[up] if up >= 0 else []), int(back.tokens[row])])
-        assert sorted(paths) == sorted([case.tokens[b][column] for column in row.path] for row in case.rows(b))
+        assert paths(back, b) == sorted([case.tokens[b][column] for column in row.path] for row in case.rows(b))
 
 
 @given(cases(), st.sampled_from([0, 2]))
@@ -356,7 +352,9 @@ def test_out_writes_into_the_engines_buffers():
             assert torch.equal(getattr(written, f.name), getattr(value, f.name)), f.name
     with pytest.raises(echo.EchoError, match=r"out.draft_tokens: expected int64 \[48\], got int64 \[52\]"):
         layouts.sglang(case.packed, 12, context, out=layouts.sglang(case.packed, 13, context))
-    with pytest.raises(echo.EchoError, match=r"out: expected SGLangLinks, got Chains"):
+    with pytest.raises(echo.EchoError, match=r"out.attention_mask: expected bool \[4, 1, 12, 17\], got bool \[4, 1, 12, 18\]"):
+        layouts.hugging_face(case.packed, 12, context, 5, out=layouts.hugging_face(case.packed, 12, context, 6))
+    with pytest.raises(echo.EchoError, match=r"out: expected a SGLangLinks, got Chains"):
         layouts.sglang(case.packed, 12, context, out=layouts.chains(case.packed))
 
 

@@ -28,7 +28,7 @@ import echo
 from echo.kernels.reference import tree_attention
 from echo.testing import TabularDrafter, table
 from echo.tree import layouts
-from forests import forest
+from forests import forest, paths
 
 VERSIONS = {"sglang": "0.5.23", "flashinfer": "0.7.2.post1"}
 WHEELS = {"sglang": "sglang", "flashinfer": "flashinfer-python"}
@@ -194,6 +194,17 @@ def test_its_attention_with_our_mask_on_ragged_trees_is_our_reference(peer, seed
     assert float((out - expected).norm() / expected.norm()) < 1e-5
 
 
+@pytest.mark.parametrize("shape", [(3, 4, 37, False, 16), (3, 5, 20, True, 16), (2, 16, 50, False, 1)])
+def test_the_benchmark_sets_its_attention_up_right(peer, shape, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    import gpu
+    import peers
+
+    batch, rows, context, dealt, page = shape
+    args = gpu.inputs(gpu.Case("tiny", batch, rows, context, dealt, page), torch.device("cpu"), 0)
+    assert gpu.wrong(args, peers.sglang(args)()) < 1e-6
+
+
 @pytest.mark.parametrize("n", [2, 5, 9, 20])
 def test_its_beam_draws_our_eagle_trees(peer, n):
     """Its draft loop, selection and builder against ``ElasticBudgetScheduler.eagle`` with the same draft model."""
@@ -224,14 +235,6 @@ def test_its_beam_draws_our_eagle_trees(peer, n):
     for _ in range(steps):
         tree = scheduler.grow(tree, *drafter.draft(torch.arange(2), tree.frontier))
     ours = scheduler.pack(tree)
-
-    def paths(packed, b):
-        first, end = packed.indptr[b : b + 2].tolist()
-        text = []
-        for row in range(first, end):
-            up = int(packed.parent[row])
-            text.append([*(text[up] if up >= 0 else []), int(packed.tokens[row])])
-        return sorted(text)
 
     assert [paths(its, b) for b in range(2)] == [paths(ours, b) for b in range(2)]
 

@@ -115,9 +115,9 @@ def test_deals_as_torch_does(case, left, slack):
     assert torch.equal(fused, deal(*args))
 
 
-def test_costs_of_scores_that_are_no_numbers():
-    score = torch.tensor([[0.0, -0.0, -1.5, torch.nan, torch.inf, -torch.inf, -1e-45]])
-    assert torch.equal(triton_dealing.path_cost(score, None, None, [1, 6]), echo.tree.supertree.bits(score))
+def test_costs_of_extreme_scores():
+    score = torch.tensor([[0.0, -0.0, -1.5, -3.4e38, -torch.inf, -1e-45]])
+    assert torch.equal(triton_dealing.path_cost(score, None, None, [1, 5]), echo.tree.supertree.bits(score))
 
 
 def test_more_rows_than_fit_are_cut_off():
@@ -152,7 +152,7 @@ def test_a_backend_that_is_not_there():
     assert kernels.fused("packing", torch.zeros(1)) is None
 
 
-LIMITS = {"global ranking": (474, 34), "global ranking, calibrated": (502, 35), "two-level, sparse gate": (721, 39), "goodput": (581, 45)}
+LIMITS = {"global ranking": (460, 34), "global ranking, calibrated": (484, 35), "two-level, sparse gate": (719, 39), "goodput": (558, 45)}
 """The most operations of a step, as torch's, and fused."""
 
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import echo
-from conftest import grow_all, policies
+from conftest import CALIBRATION, grow_all, policies
 from echo.testing import TabularDrafter, check_plan, table
 from echo.tree import Template, compact, layouts, slots, wire_size
 from forests import forest
@@ -324,10 +324,7 @@ def test_the_wire_carries_every_bit(seed, batch):
 
 
 def test_the_wire_carries_the_outlook_that_later_steps_are_planned_from():
-    rows = range(900)
-    log = echo.WarmupLog.from_arrays([1 + i % 3 for i in rows], [(i % 97) / 97 for i in rows], [(i * 7 % 97) < i % 97 for i in rows])
-    cost = echo.CostModel([1, 8, 16, 32], [1.0, 1.1, 1.5, 2.0])
-    scheduler = echo.ElasticBudgetScheduler.goodput(echo.calibrate(log), cost, beam=2)
+    scheduler = echo.ElasticBudgetScheduler.goodput(CALIBRATION, echo.CostModel([1, 8, 16, 32], [1.0, 1.1, 1.5, 2.0]), beam=2)
     packed = scheduler.pack(grow_all(scheduler, torch.arange(3), k=3, seed=0, rows=12))
     assert packed.outlook is not None and packed.outlook.sum() > 0
     over_the_wire(packed)

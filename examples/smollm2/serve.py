@@ -1,7 +1,7 @@
 """SmolLM2 on the paged engine of examples/engine.py, with its EAGLE head or prompt look-up as drafter.
 
-    python examples/smollm2/serve.py
-    python examples/smollm2/serve.py --drafter lookup --policy rank --lanes 8
+python examples/smollm2/serve.py
+python examples/smollm2/serve.py --drafter lookup --policy rank --lanes 8
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ import time
 from pathlib import Path
 
 import torch
+
+import echo
 from drafters import Eagle, PromptLookup
 from model import FEATURE_LAYERS, encode, load
 from prompts import EVALUATION
 
-import echo
-
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from engine import Engine  # noqa: E402
+from engine import Engine
 
 POLICIES = {
     "plain": echo.ElasticBudgetScheduler.autoregressive(),

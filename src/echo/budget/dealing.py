@@ -10,6 +10,9 @@ from torch import Tensor
 from echo import kernels
 from echo.tree.supertree import UNSELECTABLE, SuperTree
 
+NOBODY = torch.iinfo(torch.int64).max
+"""Above every key."""
+
 
 def deal(tree: SuperTree, cost: Tensor, cap: Tensor, left: Tensor, rows: int) -> Tensor:
     """The cheapest unbought nodes of the batch, at most ``cap`` of a request and ``left`` in all.
@@ -36,12 +39,14 @@ def deal(tree: SuperTree, cost: Tensor, cap: Tensor, left: Tensor, rows: int) ->
         dealt: Tensor = fused.deal(cost, tree.bought, cap, left, rows, most, tree.sizes)
         return dealt
     places = batch * nodes + 1  # the last place is nobody's
-    last = torch.iinfo(torch.int64).max // places * places - 1
     spare = torch.arange(rows, device=cost.device) < rows - left
     cost = cost.masked_fill(tree.bought, UNSELECTABLE)
-    key = _keys(tree, cost, places).masked_fill_(cost > _bound(cost, cap, spare), last)
-    own = _within(key.topk(most, dim=1, largest=False).values, cap, last)
-    at = _least(own.flatten(), spare, last) % places
+    dear = _dear(cost, cap, spare).long() * ((tree.depth + 1) * places)
+    key = torch.minimum(_keys(tree, cost, places), dear)
+    ascending = key.topk(most, dim=1, largest=False) if 2 * most < nodes else key.sort(dim=1)  # whichever is quicker
+    own = _within(ascending.values[:, :most], cap, NOBODY)
+    keys = _least(own.flatten(), spare, NOBODY)
+    at = torch.where(keys < dear, keys % places, places - 1)
     chosen = torch.zeros(places, dtype=torch.uint8, device=cost.device).index_fill_(0, at, 1)  # bytes: inductor fills bools one by one
     return chosen[:-1].view(batch, nodes).bool()
 
@@ -54,20 +59,20 @@ def _keys(tree: SuperTree, cost: Tensor, places: int) -> Tensor:
         for layer, size, end in zip(tree.layers, tree.sizes, ends, strict=True)
     ]
     requests = torch.arange(0, tree.batch * ends[-1], ends[-1], device=cost.device)
-    return torch.add(torch.cat(columns) + requests[:, None], cost, alpha=(tree.depth + 1) * places)
+    return torch.add(torch.cat(columns), cost, alpha=(tree.depth + 1) * places).add_(requests[:, None])
 
 
-def _bound(cost: Tensor, cap: Tensor, spare: Tensor) -> Tensor | int:
-    """int32 []: a cost that no dealt node exceeds, from the cheapest of each of a few groups of a request's nodes.
+def _dear(cost: Tensor, cap: Tensor, spare: Tensor) -> Tensor:
+    """int32 []: a cost that all dealt nodes are below, one more than that of the cheapest of each of a few groups of a request's nodes.
 
     Dealing among some of the nodes ends at a cost that is never below the one at which dealing among all of them ends.
     """
     batch, nodes = cost.shape
     groups = -(-2 * len(spare) // max(batch, 1))
     if 2 * groups > nodes:
-        return UNSELECTABLE - 1
+        return torch.full((), UNSELECTABLE, dtype=torch.int32, device=cost.device)
     some = cost[:, nodes % groups :].view(batch, nodes // groups, groups).amin(dim=1).sort(dim=1).values
-    return _least(_within(some, cap, UNSELECTABLE).flatten(), spare, UNSELECTABLE).amax().clamp(max=UNSELECTABLE - 1)
+    return _least(_within(some, cap, UNSELECTABLE).flatten(), spare, UNSELECTABLE).amax().clamp(max=UNSELECTABLE - 1) + 1
 
 
 def _within(ascending: Tensor, cap: Tensor, last: int) -> Tensor:

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from echo import checks, kernels
 from echo.budget.dealing import deal
-from echo.gating.calibration import BINS, BINS_PER_NAT, ONE, Calibration
-from echo.gating.reliability import on_device
+from echo.gating.calibration import Calibration
+from echo.gating.reliability import BINS_PER_NAT, ONE, TABLE_BINS, on_device
 from echo.tree.supertree import DEAD_SCORE, UNSELECTABLE, Layer, SuperTree, bits
 
 
@@ -91,7 +91,7 @@ class GlobalRank:
 
     def frontier(self, layer: Layer) -> tuple[Tensor, Tensor]:
         """The ``beam`` best nodes of the layer."""
-        return best(layer, layer.score > DEAD_SCORE, self.beam)
+        return best(layer.score, self.beam)
 
     def buy(self, layer: Layer, passed: Tensor, room: Tensor, left: Tensor) -> Tensor | None:
         """Nothing: all rows are dealt at the end."""
@@ -124,14 +124,13 @@ class GlobalRank:
             return cost
         if table is None:
             return bits(tree.score)
-        raw, sizes = bits(tree.score), tree.sizes
-        rows = [torch.full((layer.token.shape[1],), min(layer.depth, len(table) - 1) * BINS, device=table.device) for layer in tree.layers]
-        place = (raw.view(torch.float32) * BINS_PER_NAT).clamp(max=BINS - 1).int() + torch.cat(rows)
-        own = torch.split(table.flatten().index_select(0, place.flatten()).view_as(raw), sizes, dim=1)
-        costs = [own[0]]
-        for layer, mine in zip(tree.layers[1:], own[1:], strict=True):
-            costs.append(torch.maximum(mine, costs[-1].gather(1, layer.parent)))
-        return torch.cat(costs, dim=1).masked_fill_(raw == UNSELECTABLE, UNSELECTABLE)
+        score, deepest = tree.score, len(table) - 1
+        bins = (score * -BINS_PER_NAT).clamp_(max=TABLE_BINS - 1).long()
+        costs: list[Tensor] = []
+        for layer, place in zip(tree.layers, torch.split(bins, tree.sizes, dim=1), strict=True):
+            own = table[min(layer.depth, deepest)].take(place)
+            costs.append(torch.maximum(own, costs[-1].gather(1, layer.parent)) if costs else own)
+        return torch.cat(costs, dim=1).masked_fill_(score == DEAD_SCORE, UNSELECTABLE)
 
     def weighed(self, tree: SuperTree) -> Tensor:
         """int32 [B, T] of ``tree``, rising as weight times f falls: the order in which rows are dealt."""
@@ -197,7 +196,7 @@ class TwoLevel:
 
     def frontier(self, layer: Layer) -> tuple[Tensor, Tensor]:
         """The nodes that were bought."""
-        return best(layer, layer.bought, self.layer_width)
+        return best(torch.where(layer.bought, layer.score, DEAD_SCORE), self.layer_width)
 
     def buy(self, layer: Layer, passed: Tensor, room: Tensor, left: Tensor) -> Tensor | None:
         """Each passing request's best ``layer_width`` nodes, in order of confidence, while rows remain."""
@@ -211,7 +210,7 @@ class TwoLevel:
         queue = wanted.gather(0, turn)
         before = torch.empty_like(wanted).scatter_(0, turn, queue.cumsum(0) - queue)
         granted = torch.minimum(wanted, (left - before).clamp(min=0))
-        return selectable & (place(order(layer, selectable)) < granted[:, None])
+        return selectable & (place(order(torch.where(selectable, layer.score, DEAD_SCORE))) < granted[:, None])
 
     def deal(self, tree: SuperTree, room: Tensor, left: Tensor, rows: int) -> Tensor:
         """The best unbought nodes of the batch, at most ``max_width`` of a request beyond its floor."""
@@ -228,11 +227,9 @@ class TwoLevel:
         return rank.gain(tree)
 
 
-def order(layer: Layer, eligible: Tensor) -> Tensor:
-    """int64 [B, M] keys of a layer's candidates: score descending, then candidate; the ineligible last."""
-    candidates = torch.arange(layer.score.shape[1], device=layer.score.device)
-    cost = (0.0 - layer.score).view(torch.int32)  # of a layer's scores: no NaN, and none above zero
-    return torch.add(candidates, cost.masked_fill_(~eligible, UNSELECTABLE), alpha=1 << 31)
+def order(score: Tensor) -> Tensor:
+    """int64 [B, M] keys of a layer's candidates: score descending, then candidate."""
+    return torch.add(torch.arange(score.shape[1], device=score.device), bits(score), alpha=1 << 31)
 
 
 def place(key: Tensor) -> Tensor:
@@ -242,8 +239,7 @@ def place(key: Tensor) -> Tensor:
     return torch.empty_like(turn).scatter_(1, turn, places)
 
 
-def best(layer: Layer, eligible: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The ``count`` best eligible candidates (fewer where the layer has fewer): index int64 [B, W] rising, and bool [B, W]."""
-    width = min(count, layer.score.shape[1])
-    index = order(layer, eligible).topk(width, dim=1, largest=False, sorted=False).indices.sort(dim=1).values
-    return index, eligible.gather(1, index)
+def best(score: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """A layer's ``count`` best candidates (all where it has fewer): index int64 [B, W] rising, and which are selectable, bool [B, W]."""
+    index = order(score).topk(min(count, score.shape[1]), dim=1, largest=False, sorted=False).indices.sort(dim=1).values
+    return index, score.gather(1, index) > DEAD_SCORE

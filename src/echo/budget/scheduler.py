@@ -220,18 +220,18 @@ class ElasticBudgetScheduler:
         fused = fused_grow(self.rule, self.gate, tree, tokens, log_probs, depth == self.max_depth)
         if fused is not None:
             return fused
-        score, faulty = path_score(frontier.score, log_probs, frontier.active)
+        score, best, faulty = path_score(frontier.score, log_probs, frontier.active)
         layer = Layer(
             depth,
             tokens.flatten(1),
             frontier.index[..., None].expand(-1, -1, k).flatten(1),
-            score.flatten(1),
+            score,
             torch.zeros(batch, width * k, dtype=torch.bool, device=tokens.device),
             tree.status == int(Status.ACTIVE),
             tree.weight,
         )
         room = tree.row_limit - tree.held
-        some = layer.drafted & (layer.log_confidence > DEAD_SCORE) & (room > 0)
+        some = layer.drafted & (best > DEAD_SCORE) & (room > 0)
         verdict = None if self.gate is None else self.gate(layer)
         passed = some if verdict is None else some & verdict
         bought, left, reserve = self._buy(tree, layer, passed, room)
@@ -256,7 +256,7 @@ class ElasticBudgetScheduler:
             row_limit=tree.row_limit,
             held=tree.held if bought is None else tree.held + bought.sum(dim=1),
             left=left,
-            invalid=tree.invalid + faulty.flatten(1).sum(dim=1, dtype=torch.int32),
+            invalid=tree.invalid + faulty,
             rows=tree.rows,
             most=tree.most,
             reserve=reserve,
@@ -326,6 +326,8 @@ class ElasticBudgetScheduler:
 
     def select(self, tree: SuperTree) -> Tensor:
         """The bare decision: bool [B, T] over ``tree.forest``, roots, bought rows and dealt rows."""
+        if not tree.depth:  # nothing was drafted
+            return tree.bought
         most = tree.row_limit if tree.most <= self.max_tree_rows else tree.row_limit.clamp(max=self.max_tree_rows)
         room = most - tree.held
         if tree.reserve is None:

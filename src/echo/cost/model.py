@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import bisect
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from echo import checks
 from echo.cost import fit
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from echo.cost.roofline import Architecture, Hardware
 
 VERSION = 1
+FAR = 1 << 40
+"""Rows beyond the last measured count at which the curve ends; nobody asks for more."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,9 @@ class CostModel:
             checks.real("catch_up_token", self.catch_up_token, 0.0)
         if any(a >= b for a, b in zip(self.tiers, self.tiers[1:], strict=False)) or any(t < 1 for t in self.tiers):
             raise EchoError(f"tiers: expected increasing ints >= 1, got {self.tiers}")
+        object.__setattr__(self, "_curve", _knots(self.rows, self.seconds))
+        object.__setattr__(self, "_crowd", _knots(self.requests, self.request_seconds) if self.requests else None)
+        object.__setattr__(self, "_ends", np.array([*self.tiers, np.inf]))
 
     @classmethod
     def from_samples(
@@ -163,13 +169,13 @@ class CostModel:
             requests: that share it; matters where the model knows a curve over them.
             context: their tokens of context together.
         """
-        y = _curve(np.asarray(self.tier(rows), dtype=np.float64), self.rows, self.seconds) + self.load(requests, context)
+        y = np.interp(self.tier(rows), *self.__dict__["_curve"]) + self.load(requests, context)
         return float(y) if y.ndim == 0 else y
 
     def load(self, requests: float = 1, context: float = 0.0) -> float:
         """The part of a step's seconds that its rows do not change: that of ``requests`` and of ``context``, their tokens together."""
-        crowd = float(_curve(np.float64(requests), self.requests, self.request_seconds)) if self.requests else 0.0
-        return crowd + self.context_token * context
+        crowd = self.__dict__["_crowd"]
+        return (float(np.interp(requests, *crowd)) if crowd else 0.0) + self.context_token * context
 
     def at(self, requests: int = 1, context: float = 0.0) -> CostModel:
         """The model of steps of ``requests`` and that much ``context``, as a curve over rows alone, from one row a request on.
@@ -183,21 +189,21 @@ class CostModel:
         rows = [first, *(r for r in self.rows if r > first)]
         if len(rows) == 1 < len(self.rows):
             rows.append(2 * first)  # the last slope goes on
-        curve = _curve(np.asarray(rows, dtype=np.float64), self.rows, self.seconds) + self.load(requests, context)
+        curve = np.interp(rows, *self.__dict__["_curve"]) + self.load(requests, context)
         none: dict[str, Any] = {"requests": (), "request_seconds": (), "context_token": 0.0, "k_max_interval": None, "gamma_interval": None}
         return replace(self, rows=tuple(rows), seconds=fit.rounded(curve), **none)
 
     def tier(self, rows: ArrayLike) -> Any:
         """The smallest tier that holds ``rows``; ``rows`` itself without tiers, or beyond the last tier."""
-        x = np.asarray(rows)
+        x, ends = np.asarray(rows), self.__dict__["_ends"]
         if self.tiers:
-            tiers = np.asarray(self.tiers)
-            x = np.where(x > tiers[-1], x, tiers[np.minimum(np.searchsorted(tiers, x), len(tiers) - 1)])
+            end = ends[ends.searchsorted(x)]
+            x = np.where(end < np.inf, end, x)
         return int(x) if x.ndim == 0 else x
 
     def fill(self, rows: int) -> int:
         """The most rows that cost no more than ``rows`` do, at one of the measured counts or the end of its tier."""
-        most = np.searchsorted(self.seconds, self(rows), side="right")
+        most = bisect.bisect_right(self.seconds, self(rows))
         return max(int(self.tier(rows)), self.rows[most - 1] if most else 0)
 
     def learn(self, rows: int, seconds: float, *, requests: float = 1, context: float = 0.0, rate: float = 0.1) -> CostModel:
@@ -223,7 +229,7 @@ class CostModel:
         checks.real("seconds", seconds, 1e-12)
         checks.real("rate", rate, 0.0, 1.0)
         at, load = int(self.tier(rows)), self.load(requests, context)
-        value = float(_curve(np.float64(at), self.rows, self.seconds))
+        value = float(np.interp(at, *self.__dict__["_curve"]))
         error = rate * (min(seconds, 4 * (value + load)) - value - load)
         knots, curve = fit.given_way((self.rows, self.seconds), at, value, error)
         return replace(self, rows=knots, seconds=curve)
@@ -231,7 +237,7 @@ class CostModel:
     def draft(self, layers: ArrayLike, requests: int, width: int = 1) -> Any:
         """Seconds of ``layers`` layers (a number or an array) of ``requests``: the first on the roots, others on ``width`` nodes each."""
         count = np.asarray(layers)
-        return self.draft_layer * count + self.draft_row * requests * np.where(count > 0, 1 + width * (count - 1), 0)
+        return self.draft_layer * count + self.draft_row * requests * np.maximum(1 + width * (count - 1), 0)
 
     def catch_up(self, tokens: float, *, cold: bool = False) -> float:
         """Seconds that a drafter needs, once, before it can draft again: it reads ``tokens`` tokens that it has not seen.
@@ -273,16 +279,12 @@ class CostModel:
         Raises:
             EchoError: not JSON, of another version, or with values out of range.
         """
-        try:
+        with checks.reading(f"cost: expected the JSON of a CostModel, version {VERSION}"):
             data = json.loads(text)
             if data.pop("format") != "echo-cost" or data.pop("version") != VERSION:
                 raise ValueError("another format or version")
             fields: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in data.items()}
             return cls(**fields)
-        except (ValueError, TypeError, AttributeError, KeyError) as error:
-            if isinstance(error, EchoError):
-                raise
-            raise EchoError(f"cost: expected the JSON of a CostModel, version {VERSION}, got: {error}") from error
 
     def to_sglang(self) -> str:
         """The target's part as SGLang's additive cost table (JSON): one profile serves both planners.
@@ -322,12 +324,10 @@ class CostModel:
         return picture.plot(self)
 
 
-def _curve(x: Any, points: tuple[int, ...], values: tuple[float, ...]) -> Any:
-    y = np.interp(x, points, values)
-    if len(points) > 1:
-        slope = (values[-1] - values[-2]) / (points[-1] - points[-2])
-        y = y + slope * np.maximum(x - points[-1], 0.0)
-    return y
+def _knots(points: tuple[int, ...], values: tuple[float, ...]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """The curve as ``np.interp`` takes it: one far knot more, so that its last slope goes on."""
+    slope = (values[-1] - values[-2]) / (points[-1] - points[-2]) if len(points) > 1 else 0.0
+    return np.array([*points, points[-1] + FAR]), np.array([*values, values[-1] + slope * FAR])
 
 
 def _check_curve(x_name: str, x: tuple[int, ...], y_name: str, y: tuple[float, ...]) -> None:

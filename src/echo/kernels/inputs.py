@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import KW_ONLY, dataclass, field
+from typing import NamedTuple, ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -13,18 +17,37 @@ from echo.errors import EchoError
 CACHES = (*checks.FLOATS, torch.float8_e4m3fn, torch.float8_e5m2)
 MODES = ("whole", "tree")
 
+P = ParamSpec("P")
+A = TypeVar("A")
+R = TypeVar("R")
+
+
+def taking(arguments: Callable[P, A]) -> Callable[[Callable[[A], R]], Callable[P, R]]:
+    """Turns a function of checked ``arguments``, one value, into one of what they are made of."""
+
+    def decorate(function: Callable[[A], R]) -> Callable[P, R]:
+        @functools.wraps(function)
+        def call(*args: P.args, **options: P.kwargs) -> R:
+            return function(arguments(*args, **options))
+
+        returned = inspect.signature(function).return_annotation
+        call.__signature__ = inspect.signature(arguments).replace(return_annotation=returned)  # type: ignore[attr-defined]
+        return call
+
+    return decorate
+
 
 class Shapes(NamedTuple):
-    """Host facts of one attention call."""
+    """Host facts of one attention call; of a page and of the longest context 0 where there is none."""
 
     rows: int
     batch: int
     heads: int
     kv_heads: int
     dim: int
-    itemsize: int
     cached: int
     page: int
+    longest: int
 
     @property
     def group(self) -> int:
@@ -32,82 +55,110 @@ class Shapes(NamedTuple):
         return self.heads // self.kv_heads
 
 
-def attention_shapes(
-    q: Tensor,
-    key_cache: Tensor | None,
-    value_cache: Tensor | None,
-    page_table: Tensor | None,
-    context: Tensor | None,
-    tree_key: Tensor,
-    tree_value: Tensor,
-    request: Tensor,
-    indptr: Tensor,
-    mask: Tensor,
-    mode: str,
-    softcap: float | None,
-    window: int | None,
-    depth: Tensor | None,
-    key_scale: Tensor | None,
-    value_scale: Tensor | None,
-    splits: int | None,
-) -> Shapes:
-    """The shapes of arguments that fit together.
+@dataclass(frozen=True)
+class Planning:
+    """The arguments of :func:`echo.kernels.plan_attention`, which fit together.
 
     Raises:
         EchoError: naming the argument, what was expected and what came.
     """
-    s = plan_shapes(q, key_cache, page_table, context, tree_key, indptr, mode, window, splits)
-    n, kv_heads, dim, device = s.rows, s.kv_heads, s.dim, q.device
-    checks.tensor("tree_value", tree_value, [n, kv_heads, dim], checks.FLOATS, device)
-    checks.tensor("request", request, [n], torch.int32, device)
-    checks.tensor("mask", mask, [n, "words"], torch.int32, device)
-    if mode == "whole" and key_cache is not None:
-        checks.tensor("value_cache", value_cache, ["pages", key_cache.shape[1], kv_heads, dim], CACHES, device)
-    for name, scales in (("key_scale", key_scale), ("value_scale", value_scale)):
-        if scales is not None:
-            checks.tensor(name, scales, [kv_heads], torch.float32, device)
-    if softcap is not None and checks.real("softcap", softcap, 0.0) == 0:
-        raise EchoError("softcap: expected a number above 0, got 0")
-    if window is not None:
-        checks.tensor("depth", depth, [n], torch.int32, device)
-    return s
+
+    q: Tensor
+    key_cache: Tensor | None
+    page_table: Tensor | None
+    context: Tensor | None
+    tree_key: Tensor
+    indptr: Tensor
+    _: KW_ONLY
+    mode: str = "whole"
+    window: int | None = None
+    splits: int | None = None
+    shapes: Shapes = field(init=False)
+
+    def __post_init__(self) -> None:
+        q = checks.tensor("q", self.q, ["N", "Hq", "D"], checks.FLOATS)
+        (n, heads, dim), device = q.shape, q.device
+        kv_heads = checks.tensor("tree_key", self.tree_key, [n, "Hkv", dim], checks.FLOATS, device).shape[1]
+        checks.integer("Hq / Hkv", heads // kv_heads if kv_heads and heads % kv_heads == 0 else 0, 1)
+        batch = checks.tensor("indptr", self.indptr, ["B + 1"], torch.int32, device).shape[0] - 1
+        checks.integer("B", batch, 0)
+        if self.mode not in MODES:
+            raise EchoError(f"mode: expected one of {MODES}, got {self.mode!r}")
+        cached, size, pages = q.element_size(), 0, 0
+        if self.mode == "whole":
+            cache = checks.tensor("key_cache", self.key_cache, ["pages", "page_size", kv_heads, dim], CACHES, device)
+            cached, size = cache.element_size(), int(cache.shape[1])
+            checks.integer("page_size", size, 1)
+            pages = checks.tensor("page_table", self.page_table, [batch, "max_pages"], torch.int32, device).shape[1]
+            checks.tensor("context", self.context, [batch], torch.int32, device)
+        if self.window is not None:
+            checks.integer("window", self.window, 1)
+        if self.splits is not None:
+            checks.integer("splits", self.splits, 1, 1024)
+        shapes = Shapes(n, batch, heads, kv_heads, dim, cached, size, pages * size)
+        object.__setattr__(self, "shapes", shapes)
 
 
-def plan_shapes(
-    q: Tensor,
-    key_cache: Tensor | None,
-    page_table: Tensor | None,
-    context: Tensor | None,
-    tree_key: Tensor,
-    indptr: Tensor,
-    mode: str,
-    window: int | None,
-    splits: int | None,
-) -> Shapes:
-    """The shapes of arguments that fit together, as far as a work list depends on them.
+@dataclass(frozen=True)
+class Attention:
+    """The arguments of :func:`echo.kernels.tree_attention`, which fit together.
 
     Raises:
         EchoError: naming the argument, what was expected and what came.
     """
-    n, heads, dim = checks.tensor("q", q, ["N", "Hq", "D"], checks.FLOATS).shape
-    kv_heads = checks.tensor("tree_key", tree_key, [n, "Hkv", dim], checks.FLOATS, q.device).shape[1]
-    checks.integer("Hq / Hkv", heads // kv_heads if kv_heads and heads % kv_heads == 0 else 0, 1)
-    batch = checks.tensor("indptr", indptr, ["B + 1"], torch.int32, q.device).shape[0] - 1
-    checks.integer("B", batch, 0)
-    if mode not in MODES:
-        raise EchoError(f"mode: expected one of {MODES}, got {mode!r}")
-    cached, size = q.element_size(), 0
-    if mode == "whole":
-        cache = checks.tensor("key_cache", key_cache, ["pages", "page_size", kv_heads, dim], CACHES, q.device)
-        cached, size = cache.element_size(), int(cache.shape[1])
-        checks.integer("page_size", size, 1)
-        checks.tensor("page_table", page_table, [batch, "max_pages"], torch.int32, q.device)
-        checks.tensor("context", context, [batch], torch.int32, q.device)
-    if window is not None:
-        checks.integer("window", window, 1)
-    if splits is not None:
-        checks.integer("splits", splits, 1, 1024)
-    return Shapes(n, batch, heads, kv_heads, dim, q.element_size(), cached, size)
+
+    q: Tensor
+    key_cache: Tensor | None
+    value_cache: Tensor | None
+    page_table: Tensor | None
+    context: Tensor | None
+    tree_key: Tensor
+    tree_value: Tensor
+    request: Tensor
+    indptr: Tensor
+    mask: Tensor
+    _: KW_ONLY
+    mode: str = "whole"
+    scale: float | None = None
+    softcap: float | None = None
+    window: int | None = None
+    depth: Tensor | None = None
+    key_scale: Tensor | None = None
+    value_scale: Tensor | None = None
+    splits: int | None = None
+    plan: tuple[Tensor, Tensor] | None = None
+    planning: Planning = field(init=False)
+
+    def __post_init__(self) -> None:
+        planning = Planning(
+            self.q, self.key_cache, self.page_table, self.context, self.tree_key, self.indptr,
+            mode=self.mode, window=self.window, splits=self.splits,
+        )  # fmt: skip
+        object.__setattr__(self, "planning", planning)
+        s, device = planning.shapes, self.q.device
+        checks.tensor("tree_value", self.tree_value, [s.rows, s.kv_heads, s.dim], checks.FLOATS, device)
+        checks.tensor("request", self.request, [s.rows], torch.int32, device)
+        checks.tensor("mask", self.mask, [s.rows, "words"], torch.int32, device)
+        if self.mode == "whole":
+            checks.tensor("value_cache", self.value_cache, ["pages", s.page, s.kv_heads, s.dim], CACHES, device)
+        for name, scales in (("key_scale", self.key_scale), ("value_scale", self.value_scale)):
+            if scales is not None:
+                checks.tensor(name, scales, [s.kv_heads], torch.float32, device)
+        if self.softcap is not None and checks.real("softcap", self.softcap, 0.0) == 0:
+            raise EchoError("softcap: expected a number above 0, got 0")
+        if self.window is not None:
+            checks.tensor("depth", self.depth, [s.rows], torch.int32, device)
+
+    @property
+    def cache(self) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+        """Keys, values, page table and context; None in mode "tree"."""
+        parts = self.key_cache, self.value_cache, self.page_table, self.context
+        return cast("tuple[Tensor, Tensor, Tensor, Tensor]", parts) if self.mode == "whole" else None
+
+    @property
+    def factor(self) -> float:
+        """Of the scores."""
+        return self.planning.shapes.dim**-0.5 if self.scale is None else float(self.scale)
 
 
 def merge_shapes(o1: Tensor, lse1: Tensor, o2: Tensor, lse2: Tensor) -> tuple[int, int, int]:
@@ -123,15 +174,27 @@ def merge_shapes(o1: Tensor, lse1: Tensor, o2: Tensor, lse2: Tensor) -> tuple[in
     return n, heads, dim
 
 
-def accept_shapes(parent: Tensor, indptr: Tensor, tokens: Tensor, max_depth: int) -> tuple[int, int]:
-    """N and B of a packed tree's links.
+def accept_shapes(parent: Tensor, indptr: Tensor, tokens: Tensor, target_tokens: Tensor, max_depth: int) -> tuple[int, int]:
+    """N and B of a packed tree's links and the target's tokens.
 
     Raises:
         EchoError: naming the argument, what was expected and what came.
     """
     (n,) = checks.tensor("tokens", tokens, ["N"], torch.int64).shape
     checks.tensor("parent", parent, [n], torch.int32, tokens.device)
+    checks.tensor("target_tokens", target_tokens, [n], torch.int64, tokens.device)
     batch = checks.tensor("indptr", indptr, ["B + 1"], torch.int32, tokens.device).shape[0] - 1
     checks.integer("B", batch, 0)
     checks.integer("max_depth", max_depth, 0)
     return n, batch
+
+
+def logits_shape(logits: Tensor, tokens: Tensor | None = None) -> tuple[int, int]:
+    """N and V of logits, one row for each of the ``tokens``, int64 [N], where given.
+
+    Raises:
+        EchoError: naming the argument, what was expected and what came.
+    """
+    rows, device = ("N", None) if tokens is None else (tokens.shape[0], tokens.device)
+    n, vocabulary = checks.tensor("logits", logits, [rows, "V"], checks.FLOATS, device).shape
+    return n, checks.integer("V", vocabulary, 1, 1 << 30)

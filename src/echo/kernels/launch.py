@@ -62,9 +62,15 @@ def power_of_two(value: int) -> int:
     return 1 << max(value - 1, 0).bit_length()
 
 
-def warps(lanes: int) -> int:
+def lanes(nodes: int) -> tuple[int, int]:
+    """Lanes for so many nodes, and how many of them are compared with all at once."""
+    block = max(16, power_of_two(nodes))
+    return block, max(1, min(block, COMPARED // block))
+
+
+def warps(block: int) -> int:
     """Warps for so many lanes of one program of a step's kernels."""
-    return max(1, min(8, lanes // 32))
+    return max(1, min(8, block // 32))
 
 
 def tile(group: int, dim: int, itemsize: int, cached: int, page: int, rows: float, generation: int) -> Tile:

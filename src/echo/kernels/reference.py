@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from echo.kernels.inputs import accept_shapes, attention_shapes, merge_shapes, plan_shapes
+from echo.kernels.inputs import Attention, Planning, accept_shapes, logits_shape, merge_shapes, taking
 
 
 def accept(parent: Tensor, indptr: Tensor, tokens: Tensor, target_tokens: Tensor, max_depth: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -29,7 +29,7 @@ def accept(parent: Tensor, indptr: Tensor, tokens: Tensor, target_tokens: Tensor
     Raises:
         EchoError: shapes or dtypes that do not fit.
     """
-    count, batch = accept_shapes(parent, indptr, tokens, max_depth)
+    count, batch = accept_shapes(parent, indptr, tokens, target_tokens, max_depth)
     device = tokens.device
     if batch == 0:  # an idle data-parallel rank
         nothing = torch.empty(0, max_depth + 1, dtype=torch.int64, device=device)
@@ -57,6 +57,7 @@ def accept(parent: Tensor, indptr: Tensor, tokens: Tensor, target_tokens: Tensor
 
 def argmax_tokens(logits: Tensor) -> Tensor:
     """int64 [N]: greedy tokens of logits [N, V]; NaN never wins, and a row without a number greater than -inf has -1."""
+    logits_shape(logits)
     clean = torch.where(torch.isnan(logits), -torch.inf, logits)
     value, token = clean.max(dim=-1)
     return torch.where(value > -torch.inf, token, -1)
@@ -64,85 +65,51 @@ def argmax_tokens(logits: Tensor) -> Tensor:
 
 def accept_greedy(parent: Tensor, indptr: Tensor, tokens: Tensor, logits: Tensor, max_depth: int) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`accept` with the greedy tokens of logits [N, V], as :func:`argmax_tokens` defines them."""
+    logits_shape(logits, tokens)
     return accept(parent, indptr, tokens, argmax_tokens(logits), max_depth)
 
 
-def plan_attention(
-    q: Tensor,
-    key_cache: Tensor | None,
-    page_table: Tensor | None,
-    context: Tensor | None,
-    tree_key: Tensor,
-    indptr: Tensor,
-    *,
-    mode: str = "whole",
-    window: int | None = None,
-    splits: int | None = None,
-) -> tuple[Tensor, Tensor]:
+@taking(Planning)
+def plan_attention(call: Planning) -> tuple[Tensor, Tensor]:
     """As :func:`echo.kernels.plan_attention`: empty tensors, since the twin needs no plan."""
-    plan_shapes(q, key_cache, page_table, context, tree_key, indptr, mode, window, splits)
-    return torch.empty(0, 5, dtype=torch.int32, device=q.device), torch.empty(0, 2, dtype=torch.int32, device=q.device)
+    return call.indptr[:0], call.indptr[:0]
 
 
-def tree_attention(
-    q: Tensor,
-    key_cache: Tensor | None,
-    value_cache: Tensor | None,
-    page_table: Tensor | None,
-    context: Tensor | None,
-    tree_key: Tensor,
-    tree_value: Tensor,
-    request: Tensor,
-    indptr: Tensor,
-    mask: Tensor,
-    *,
-    mode: str = "whole",
-    scale: float | None = None,
-    softcap: float | None = None,
-    window: int | None = None,
-    depth: Tensor | None = None,
-    key_scale: Tensor | None = None,
-    value_scale: Tensor | None = None,
-    splits: int | None = None,
-    plan: tuple[Tensor, Tensor] | None = None,
-) -> tuple[Tensor, Tensor]:
+@taking(Attention)
+def tree_attention(call: Attention) -> tuple[Tensor, Tensor]:
     """As :func:`echo.kernels.tree_attention`, computed in float64, request by request; it reads back, and needs neither splits nor plan."""
-    s = attention_shapes(
-        q, key_cache, value_cache, page_table, context, tree_key, tree_value, request, indptr, mask,
-        mode, softcap, window, depth, key_scale, value_scale, splits,
-    )  # fmt: skip
-    double, device = torch.float64, q.device
-    factor = s.dim**-0.5 if scale is None else scale
-    query = q.to(double).view(s.rows, s.kv_heads, s.group, s.dim)
-    score = torch.einsum("nhgd,nhd->nhg", query, tree_key.to(double)) * factor  # of itself alone: what a pad row sees
-    out, lse = tree_value.to(double).repeat_interleave(s.group, dim=1), _soft(score, softcap).flatten(1)
-    bit = torch.arange(32 * mask.shape[1], device=device)
+    s, double, device = call.planning.shapes, torch.float64, call.q.device
+    query = call.q.to(double).view(s.rows, s.kv_heads, s.group, s.dim)
+    tree_key, tree_value = call.tree_key.to(double), call.tree_value.to(double)
+    score = torch.einsum("nhgd,nhd->nhg", query, tree_key) * call.factor  # of itself alone: what a pad row sees
+    out, lse = tree_value.repeat_interleave(s.group, dim=1), _soft(score, call.softcap).flatten(1)
+    bit = torch.arange(32 * call.mask.shape[1], device=device)
     for b in range(s.batch):
-        rows, first, count = (request == b).nonzero()[:, 0], int(indptr[b]), int(indptr[b + 1] - indptr[b])
-        keys, values = tree_key[first : first + count].to(double), tree_value[first : first + count].to(double)
-        seen = ((mask[rows][:, bit // 32] >> (bit % 32).int()) & 1).bool()[:, :count]
+        rows, first, end = (call.request == b).nonzero()[:, 0], int(call.indptr[b]), int(call.indptr[b + 1])
+        keys, values, count = tree_key[first:end], tree_value[first:end], end - first
+        seen = ((call.mask[rows][:, bit // 32] >> (bit % 32).int()) & 1).bool()[:, :count]
         seen = torch.nn.functional.pad(seen, (0, count - seen.shape[1]))
-        place = torch.zeros(count, dtype=torch.int64, device=device) if depth is None else depth[first : first + count].long()
-        if mode == "whole" and key_cache is not None and value_cache is not None and page_table is not None and context is not None:
-            page = key_cache.shape[1]
-            length = max(min(int(context[b]), page_table.shape[1] * page), 0)
+        place = torch.zeros(count, dtype=torch.int64, device=device) if call.depth is None else call.depth[first:end].long()
+        if call.cache is not None:
+            key_cache, value_cache, page_table, context = call.cache
+            length = max(min(int(context[b]), s.longest), 0)
             at = torch.arange(length, device=device)
-            pages, slots = page_table[b, at // page].long(), at % page
+            pages, slots = page_table[b, at // s.page].long(), at % s.page
             cached = [cache[pages, slots].to(double) for cache in (key_cache, value_cache)]
-            for part, scales in enumerate((key_scale, value_scale)):
+            for part, scales in enumerate((call.key_scale, call.value_scale)):
                 if scales is not None:
                     cached[part] = cached[part] * scales.to(double)[:, None]
             keys, values = torch.cat([cached[0], keys]), torch.cat([cached[1], values])
             seen = torch.cat([seen.new_ones(len(rows), length), seen], dim=1)
             place = torch.cat([at - length, place])
-        if window is not None and depth is not None:
-            seen = seen & (depth[rows].long()[:, None] - place < window)
-        score = _soft(torch.einsum("nhgd,shd->nhgs", query[rows], keys) * factor, softcap)
+        if call.window is not None and call.depth is not None:
+            seen = seen & (call.depth[rows].long()[:, None] - place < call.window)
+        score = _soft(torch.einsum("nhgd,shd->nhgs", query[rows], keys) * call.factor, call.softcap)
         score = score.masked_fill(~seen[:, None, None], -torch.inf)
         total = score.logsumexp(-1)
         weight = torch.where(total[..., None] > -torch.inf, score.softmax(-1), 0.0)
         out[rows], lse[rows] = torch.einsum("nhgs,shd->nhgd", weight, values).flatten(1, 2), total.flatten(1)
-    return out.to(q.dtype), lse.float()
+    return out.to(call.q.dtype), lse.float()
 
 
 def _soft(score: Tensor, cap: float | None) -> Tensor:

@@ -7,9 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from echo import checks
 from echo.kernels import launch
-from echo.kernels.inputs import accept_shapes
+from echo.kernels.inputs import accept_shapes, logits_shape
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 """Whether these kernels were loaded for Triton's interpreter, which runs them on the CPU."""
@@ -104,10 +103,9 @@ def _collect(value, index, token, count, parts, PARTS: tl.constexpr, BLOCK: tl.c
     tl.store(token + row, _winners(token, value, index, row, row < count, parts, PARTS), mask=row < count)
 
 
-def _scan(logits: Tensor) -> tuple[Tensor, Tensor, int]:
+def _scan(logits: Tensor, tokens: Tensor | None = None) -> tuple[Tensor, Tensor, int]:
     """Best value and place of every chunk of every row: one read of the logits."""
-    n, vocabulary = checks.tensor("logits", logits, ["N", "V"], checks.FLOATS).shape
-    checks.integer("V", vocabulary, 1, 1 << 30)
+    n, vocabulary = logits_shape(logits, tokens)
     logits = logits if logits.stride(-1) == 1 else logits.contiguous()
     chunk = launch.vocabulary_chunk(vocabulary)
     parts = -(-vocabulary // chunk)
@@ -132,14 +130,14 @@ def argmax_tokens(logits: Tensor) -> Tensor:
 
 
 def _accept(
-    parent: Tensor, indptr: Tensor, tokens: Tensor, max_depth: int, target: Tensor, value: Tensor, index: Tensor, parts: int
+    parent: Tensor, indptr: Tensor, tokens: Tensor, target: Tensor, max_depth: int, value: Tensor, index: Tensor, parts: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    n, batch = accept_shapes(parent, indptr, tokens, max_depth)
+    n, batch = accept_shapes(parent, indptr, tokens, target, max_depth)
     rows = torch.empty(batch, max_depth + 1, dtype=torch.int64, device=tokens.device)
     emitted, lengths = torch.empty_like(rows), torch.empty(batch, dtype=torch.int64, device=tokens.device)
     if batch:
         _walk[(batch,)](
-            parent.contiguous(), indptr.contiguous(), tokens.contiguous(), target, value, index, rows, emitted, lengths,
+            parent.contiguous(), indptr.contiguous(), tokens.contiguous(), target.contiguous(), value, index, rows, emitted, lengths,
             n, parts, max_depth, PARTS=launch.power_of_two(parts) if parts else 0, BLOCK=launch.WALKED, num_warps=1,
         )  # fmt: skip
     return rows, emitted, lengths
@@ -148,14 +146,10 @@ def _accept(
 @launch.on_its_device
 def accept(parent: Tensor, indptr: Tensor, tokens: Tensor, target_tokens: Tensor, max_depth: int) -> tuple[Tensor, Tensor, Tensor]:
     """As :func:`echo.kernels.accept`."""
-    checks.tensor("target_tokens", target_tokens, list(tokens.shape), torch.int64, tokens.device)
-    target = target_tokens.contiguous()
-    return _accept(parent, indptr, tokens, max_depth, target, target, target, 0)
+    return _accept(parent, indptr, tokens, target_tokens, max_depth, target_tokens, target_tokens, 0)
 
 
 @launch.on_its_device
 def accept_greedy(parent: Tensor, indptr: Tensor, tokens: Tensor, logits: Tensor, max_depth: int) -> tuple[Tensor, Tensor, Tensor]:
     """As :func:`echo.kernels.accept_greedy`: the walk itself picks the winners of the rows that it visits."""
-    checks.tensor("logits", logits, [tokens.shape[0], "V"], checks.FLOATS, tokens.device)
-    value, index, parts = _scan(logits)
-    return _accept(parent, indptr, tokens, max_depth, tokens, value, index, parts)
+    return _accept(parent, indptr, tokens, tokens, max_depth, *_scan(logits, tokens))

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from echo.kernels import launch
-from echo.kernels.triton_growing import DEAD, INTERPRETED, NEVER, as_bytes, lanes
+from echo.kernels.triton_growing import DEAD, INTERPRETED, NEVER, as_bytes
 
 NOWHERE = tl.constexpr(1 << 62)
 BINS = tl.constexpr(512)
@@ -43,7 +43,6 @@ def _chance(score, parent, table, cost, count, rows, TABLE: tl.constexpr, ENDS: 
     lane = tl.arange(0, BLOCK)
     inside, node = lane < count, lane
     value = 0.0 - tl.load(score + b * count + lane, mask=inside, other=DEAD)
-    dead = ((value < float("inf")) & (value > float("-inf"))) == 0  # NaN too
     most = value.to(tl.int32, bitcast=True)
     if TABLE:
         most = tl.zeros([BLOCK], tl.int32)
@@ -53,7 +52,7 @@ def _chance(score, parent, table, cost, count, rows, TABLE: tl.constexpr, ENDS: 
             place = tl.minimum(own * 32.0, BINS - 1.0).to(tl.int32) + tl.minimum(depth, rows - 1) * BINS
             most = tl.maximum(most, tl.load(table + place, mask=inside, other=0))
             node = tl.where(depth > 0, above + tl.load(parent + b * count + node, mask=inside, other=0).to(tl.int32), 0)
-    tl.store(cost + b * count + lane, tl.where(dead, NEVER, most), mask=inside)
+    tl.store(cost + b * count + lane, tl.where(value == float("inf"), NEVER, most), mask=inside)
 
 
 @triton.jit(do_not_specialize=["count", "most"])
@@ -129,7 +128,7 @@ def path_cost(score: Tensor, parent: Tensor | None, table: Tensor | None, sizes:
     batch, count = score.shape
     cost = torch.empty(batch, count, dtype=torch.int32, device=score.device)
     if batch:
-        block, _ = lanes(count)
+        block, _ = launch.lanes(count)
         links = (score, cost, cost, 0) if table is None or parent is None else (score, parent, table, len(table))
         _chance[(batch,)](
             *links[:3], cost, count, links[3], TABLE=table is not None, ENDS=ends(sizes), BLOCK=block, num_warps=launch.warps(block)
@@ -155,7 +154,7 @@ def deal(cost: Tensor, bought: Tensor, cap: Tensor, left: Tensor, rows: int, mos
         return torch.zeros_like(bought)
     key = torch.empty(batch, most, dtype=torch.int64, device=cost.device)
     place, share = torch.empty_like(cost), torch.empty(batch, dtype=torch.int32, device=cost.device)
-    block, piece = lanes(count)
+    block, piece = launch.lanes(count)
     _rank[(batch,)](
         cost.contiguous(), as_bytes(bought), cap.contiguous(), key, place, count, most, ENDS=ends(sizes), BLOCK=block, PIECE=piece,
         MOST=launch.power_of_two(most), num_warps=launch.warps(block),

@@ -105,7 +105,7 @@ def _score(
     value = tl.where(value < base, value, base)
     top = tl.max(value, 0)
     nothing = tl.broadcast_to(top, [BLOCK]) == DEAD
-    fault = ((q != DEAD) | nothing) & (value == DEAD) & on & inside
+    fault = (((q != DEAD) & (number == 0)) | nothing) & on & inside
     tl.store(score + b * count + lane, value, mask=inside)
     tl.store(parent + b * count + lane, tl.load(index + b * width + w, mask=inside, other=0), mask=inside)
     tl.store(bought + b * count + lane, tl.zeros([BLOCK], tl.uint8), mask=inside)
@@ -185,12 +185,6 @@ def as_bytes(value: Tensor) -> Tensor:
     return value.contiguous().view(torch.uint8)
 
 
-def lanes(nodes: int) -> tuple[int, int]:
-    """Lanes for so many nodes, and how many of them are compared with all at once."""
-    block = max(16, launch.power_of_two(nodes))
-    return block, max(1, min(block, launch.COMPARED // block))
-
-
 @launch.on_its_device
 def plant(roots: Tensor, live: Tensor | None, capacity: Tensor | None, limit: int, most: int, deep: bool) -> Roots:
     """The state of a step of ``limit`` rows before its first layer.
@@ -243,7 +237,7 @@ def score(above: Tensor, active: Tensor, index: Tensor, log_prob: Tensor, status
         _score[(batch,)](
             above.contiguous(), as_bytes(active), index.contiguous(), log_prob, status.contiguous(), invalid.contiguous(),
             value, parent, as_bytes(bought), as_bytes(drafted), faults, best, candidates, width, k, count, *log_prob.stride(),
-            BLOCK=lanes(count)[0], num_warps=1,
+            BLOCK=launch.lanes(count)[0], num_warps=1,
         )  # fmt: skip
     return value, parent, bought, drafted, faults, best, candidates
 
@@ -274,7 +268,7 @@ def advance(
     active = torch.empty_like(index, dtype=torch.bool)
     bought = torch.empty_like(score, dtype=torch.bool) if buys else active
     after, holds, remains = torch.empty_like(status), torch.empty_like(held), torch.empty_like(left)
-    block, piece = lanes(count)
+    block, piece = launch.lanes(count)
     if batch:
         _advance[(batch,)](
             score, tokens, best, candidates, status.contiguous(), status if verdict is None else as_bytes(verdict), limit.contiguous(),

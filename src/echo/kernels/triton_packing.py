@@ -6,6 +6,7 @@ The twins are :func:`echo.tree.packed.pack`, :func:`echo.tree.compact` and :meth
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import triton
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from echo.kernels import launch
 from echo.kernels.triton_dealing import ends, layout
-from echo.kernels.triton_growing import DEAD, INTERPRETED, as_bytes, lanes
+from echo.kernels.triton_growing import DEAD, INTERPRETED, as_bytes
 
 __all__ = ["INTERPRETED", "compact", "foresee", "observe", "pack"]
 
@@ -189,15 +190,12 @@ def pack(
         sizes: nodes of each layer, together T.
     """
     batch, count = selected.shape
-
-    def ints(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.int32, device=selected.device)
-
+    ints = partial(token.new_empty, dtype=torch.int32)
     out = {
         "tokens": token.new_empty(rows), "parent": ints(rows), "depth": ints(rows), "request": ints(rows), "indptr": ints(batch + 1),
-        "mask": ints(rows, words), "score": score.new_empty(rows), "node": token.new_empty(rows), "bought": selected.new_empty(rows),
+        "mask": ints((rows, words)), "score": score.new_empty(rows), "node": token.new_empty(rows), "bought": selected.new_empty(rows),
     }  # fmt: skip
-    block, _ = lanes(count)
+    block, _ = launch.lanes(count)
     _pack[(batch + -(-rows // block),)](
         as_bytes(selected), token, parent, score, as_bytes(bought), selected.sum(dim=1),
         *(as_bytes(column) if name == "bought" else column for name, column in out.items()), batch, count, rows, words,

@@ -229,10 +229,9 @@ def attach(tree: SuperTree, layers: Sequence[tuple[Tensor, Tensor, Tensor]], *, 
     above, made, invalid = tree.layers[0].score, list(tree.layers), tree.invalid
     for depth, (token, parent, log_prob) in enumerate(layers, start=1):
         over = above.gather(1, parent)
-        score, faulty = path_score(over, log_prob[..., None], torch.isfinite(over))
-        above = score[..., 0]
+        above, _, faulty = path_score(over, log_prob[..., None], torch.isfinite(over))
         made.append(Layer(depth, token, parent, above, torch.zeros_like(parent, dtype=torch.bool), live))
-        invalid = invalid + faulty[..., 0].sum(dim=1, dtype=torch.int32) if count else invalid
+        invalid = invalid + faulty if count else invalid
     last = made[-1]
     index = torch.arange(last.token.shape[1], device=last.token.device).expand_as(last.token)
     return replace(

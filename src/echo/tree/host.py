@@ -92,6 +92,10 @@ class Tree:
         """What the row was bought for."""
         return "root" if row == 0 else "depth" if self.bought[row] else "width"
 
+    def below(self, row: int) -> list[int]:
+        """The row's children; below -1, the root."""
+        return [child for child, up in enumerate(self.parent) if up == row]
+
 
 def read(packed: PackedTree, request: int, accepted: Accepted | None = None) -> Tree:
     """One request's tree, read back."""
@@ -105,20 +109,17 @@ def read(packed: PackedTree, request: int, accepted: Accepted | None = None) -> 
 def render(packed: PackedTree, request: int, accepted: Accepted | None, label: Callable[[int], str]) -> str:
     """A picture of one request's tree in text; see :meth:`~echo.tree.packed.PackedTree.render`."""
     tree = read(packed, request, accepted)
-    children: dict[int, list[int]] = {}
-    for row, up in enumerate(tree.parent):
-        children.setdefault(up, []).append(row)
     lines: list[tuple[str, str]] = []
 
     def draw(row: int, lead: str, branch: str, below: str) -> None:
         facts = f"{math.exp(tree.score[row]):6.3f}  {tree.kind(row)}{'  accepted' if row in tree.taken else ''}"
         lines.append((f"{lead}{branch}{label(tree.tokens[row])}", facts))
-        mine = children.get(row, [])
-        for child in mine:
-            last = child == mine[-1]
+        children = tree.below(row)
+        for child in children:
+            last = child == children[-1]
             draw(child, lead + below, "└─ " if last else "├─ ", "   " if last else "│  ")
 
-    for root in children.get(-1, []):
+    for root in tree.below(-1):
         draw(root, "", "", "")
     width = max((len(text) for text, _ in lines), default=0)
     return "\n".join(f"{text:<{width}}  {facts}" for text, facts in lines) or f"request {request}: no rows"

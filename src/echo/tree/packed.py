@@ -86,7 +86,7 @@ class PackedTree:
 
     def visible(self) -> Tensor:
         """The mask as bool [N, words * 32]: column j is row j of the same request."""
-        return unpack(self.mask)
+        return columns(self.mask, WORD * self.mask.shape[1])
 
     def position(self, context: Tensor) -> Tensor:
         """Positions int64 [N]: context length + depth; 0 on pad rows.
@@ -97,7 +97,7 @@ class PackedTree:
         Raises:
             EchoError: another shape or dtype.
         """
-        return self._of_request(checks.tensor("context", context, [self.batch], checks.INTEGERS, self.tokens.device), self.depth)
+        return self._behind(context, self.depth)
 
     def slot(self, context: Tensor, page_table: Tensor, page_size: int, dummy: int) -> Tensor:
         """Key/value slots int64 [N], ragged: a request's rows lie one after another behind its context, in its own pages.
@@ -113,8 +113,8 @@ class PackedTree:
         Raises:
             EchoError: shapes or dtypes that do not fit.
         """
-        place = self._of_request(checks.tensor("context", context, [self.batch], checks.INTEGERS, self.tokens.device), self.local)
-        return slots(torch.where(self.request < self.batch, place, -1), self.request, page_table, page_size, dummy)
+        place = torch.where(self.request < self.batch, self._behind(context, self.local), -1)
+        return slots(place, self.request, page_table, page_size, dummy)
 
     def wire(self, out: Tensor | None = None) -> Tensor:
         """The whole step as one contiguous int32 tensor, to broadcast: ranks whose scores differ by an ulp must share one plan.
@@ -226,10 +226,11 @@ class PackedTree:
 
         return plot(self, requests, accepted, label, titles)
 
-    def _of_request(self, value: Tensor, more: Tensor) -> Tensor:
-        """int64 [N]: each row's request's value, plus ``more``; 0 on pad rows."""
-        known = torch.cat([value.long(), value.new_zeros(1, dtype=torch.int64)])
-        return torch.where(self.request < self.batch, known[self.request.long()] + more, 0)
+    def _behind(self, context: Tensor, offset: Tensor) -> Tensor:
+        """int64 [N]: ``context`` of each row's request, plus ``offset``; 0 on pad rows."""
+        checks.tensor("context", context, [self.batch], checks.INTEGERS, self.tokens.device)
+        known = torch.cat([context.long(), context.new_zeros(1, dtype=torch.int64)])
+        return torch.where(self.request < self.batch, known[self.request.long()] + offset, 0)
 
 
 def wire_size(batch: int, rows: int, words: int) -> int:
@@ -333,13 +334,8 @@ def _pads(tree: SuperTree, rows: int, words: int) -> PackedTree:
     )
 
 
-def unpack(mask: Tensor) -> Tensor:
-    """Mask words int32 [..., words] as bool [..., words * 32], least significant bit first."""
-    return columns(mask, WORD * mask.shape[-1])
-
-
 def columns(mask: Tensor, width: int) -> Tensor:
-    """The first ``width`` columns of mask words int32 [..., words], bool [..., width]; columns beyond the words are False."""
+    """The first ``width`` bits of mask words int32 [..., words], least significant first, bool [..., width]; False beyond the words."""
     words = -(-width // WORD)
     if mask.shape[-1] != words:
         mask = F.pad(mask, (0, words - mask.shape[-1]))  # cuts where it is negative
@@ -387,8 +383,7 @@ def into(out: T | None, value: T) -> T:
     if isinstance(mine, Tensor):
         buffer: T = checks.tensor("out", theirs, mine.shape, mine.dtype, mine.device).copy_(mine)  # type: ignore[assignment]
         return buffer
-    if type(theirs) is not type(mine):
-        raise EchoError(f"out: expected {type(mine).__name__}, got {type(theirs).__name__}")
+    checks.instance("out", theirs, type(mine))
     host = {}
     for field in fields(mine):
         new, old = getattr(mine, field.name), getattr(theirs, field.name)

@@ -91,20 +91,17 @@ def _nodes(tree: Tree, label: Callable[[int], str]) -> list[_Node]:
         width = token_width + 2 * PAD + (0.06 + _width(chance, SMALL) if chance else 0)
         depth = 0 if row == 0 else nodes[tree.parent[row]].depth + 1
         nodes.append(_Node(text, chance, tree.kind(row), row in tree.taken, tree.parent[row], depth, token_width, width))
-    children: dict[int, list[int]] = {}
-    for row, node in enumerate(nodes):
-        children.setdefault(node.parent, []).append(row)
     leaves = 0
 
     def place(row: int) -> float:
         nonlocal leaves
-        below = [place(child) for child in children.get(row, [])]
+        below = [place(child) for child in tree.below(row)]
         if not below:
             leaves += 1
         nodes[row].y = (below[0] + below[-1]) / 2 if below else leaves - 1
         return nodes[row].y
 
-    for root in children.get(-1, []):
+    for root in tree.below(-1):
         place(root)
     return nodes
 

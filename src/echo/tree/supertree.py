@@ -277,15 +277,15 @@ class SuperTree:
 
 
 def bits(score: Tensor) -> Tensor:
-    """int32 cost of float32 scores: smaller is better, equal scores have equal costs, unselectable ones the greatest.
+    """int32 cost of float32 scores <= 0 that are numbers, as :func:`path_score` makes them: smaller is better, equal scores cost the same.
 
-    The bits of a non-negative float rise with its value, so no device can order them differently.
+    The bits of a non-negative float rise with its value, so no device can order them differently; minus infinity is UNSELECTABLE.
     """
-    return torch.nan_to_num(0.0 - score, nan=torch.inf, posinf=torch.inf, neginf=torch.inf).view(torch.int32)
+    return (0.0 - score).view(torch.int32)
 
 
-def path_score(parent: Tensor, log_prob: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
-    """S(v) = min(S(parent), S(parent) + log q(v)), and which scores are faulty.
+def path_score(parent: Tensor, log_prob: Tensor, active: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """S(v) = min(S(parent), S(parent) + log q(v)), the greatest of each request, and how many of its drafts are faulty.
 
     Minus infinity says "no candidate" and is no fault by itself; NaN and plus infinity are faults, and so is each score of a
     request that has an active node and no finite score at all.
@@ -296,12 +296,14 @@ def path_score(parent: Tensor, log_prob: Tensor, active: Tensor) -> tuple[Tensor
         active: bool [B, W].
 
     Returns:
-        float32 [B, W, k] with -inf at unselectable nodes, bool [B, W, k].
+        float32 [B, W * k] with -inf at unselectable nodes, float32 [B], int32 [B].
     """
-    q, parent = log_prob.float(), parent.masked_fill(~active, DEAD_SCORE)[..., None]
-    score = torch.minimum(parent, parent + torch.nan_to_num(q, nan=DEAD_SCORE, posinf=DEAD_SCORE, neginf=DEAD_SCORE))
-    nothing = score.flatten(1).amax(dim=1)[:, None, None] == DEAD_SCORE
-    return score, ((q != DEAD_SCORE) | nothing) & (score == DEAD_SCORE) & active[..., None]
+    q, parent = log_prob.float(), torch.where(active, parent, DEAD_SCORE)[..., None]
+    number = torch.nan_to_num(q, nan=DEAD_SCORE, posinf=DEAD_SCORE, neginf=DEAD_SCORE)
+    score = torch.minimum(parent, parent + number).flatten(1)
+    best = score.amax(dim=1)
+    faulty = (q != number).sum(dim=2).masked_fill_((best == DEAD_SCORE)[:, None], q.shape[2])
+    return score, best, (faulty * active).sum(dim=1).int()
 
 
 def check_size(requests: int, nodes: int, depth: int) -> None:

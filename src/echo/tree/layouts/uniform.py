@@ -144,11 +144,13 @@ def sglang_mask(
         raise EchoError(f"mode: expected QLEN_ONLY, QLEN_ONLY_BITPACKING, or FULL_MASK with context and size, got {mode!r}")
     checks.tensor("context", context, [packed.batch], checks.INTEGERS, local.device)
     checks.integer("size", size, packed.batch * n * n)
+    if out is not None:
+        checks.tensor("out", out, [size], torch.bool, local.device)
     kv = context.long() + n
     square_begin = (n * kv).cumsum(0) - n * kv + context
     entry = (square_begin[:, None] + local * kv[:, None])[..., None] + local
-    full = torch.ones(size + 1, dtype=torch.bool, device=local.device)
-    return into(out, full.scatter_(0, entry.flatten().clamp_(max=size), square.flatten())[:size])
+    full = torch.ones(size, dtype=torch.bool, device=local.device) if out is None else out.fill_(True)
+    return full.scatter_(0, entry.flatten().clamp_(max=size - 1), square.flatten())
 
 
 def tensorrt_llm(packed: PackedTree, n: int, *, out: TensorRTLinks | None = None) -> TensorRTLinks:
@@ -210,10 +212,14 @@ def hugging_face(
     """
     checks.tensor("context", context, [packed.batch], checks.INTEGERS, packed.tokens.device)
     checks.integer("past", past, 0)
-    grid = _Grid(packed, n)
-    column, lens = torch.arange(past, dtype=torch.int32, device=context.device), context.int()[:, None]
+    grid, shape, device = _Grid(packed, n), (packed.batch, 1, n, past + n), context.device
+    column, lens = torch.arange(past, dtype=torch.int32, device=device), context.int()[:, None]
     prefix = column >= past - lens if left_padded else column < lens
-    mask = torch.empty(packed.batch, 1, n, past + n, dtype=dtype, device=context.device)
+    if out is None:
+        mask = torch.empty(shape, dtype=dtype, device=device)
+    else:  # far larger than all else: written where it belongs
+        buffer = checks.instance("out", out, HuggingFaceInputs).attention_mask
+        mask = checks.tensor("out.attention_mask", buffer, shape, dtype, device)
     least = False if dtype == torch.bool else torch.finfo(dtype).min
     for part, seen in ((mask[..., :past], prefix[:, None, None]), (mask[..., past:], grid.square()[:, None])):
         part.copy_(seen if dtype == torch.bool else torch.where(seen, 0.0, least))
