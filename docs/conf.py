@@ -1,7 +1,4 @@
-"""Sphinx configuration: MyST pages, API from docstrings, formulas as MathML, warnings are errors (``make docs``)."""
-
-from docutils.nodes import SkipNode
-from latex2mathml.converter import convert
+"""Sphinx configuration: MyST pages, API from docstrings, warnings are errors (``make docs``)."""
 
 from docutils import nodes
 from latex2mathml.converter import convert
