@@ -7,7 +7,6 @@ Six answers are replayed together under one budget. Drawn is the step whose tree
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -15,7 +14,8 @@ from transformers import AutoTokenizer
 
 import echo
 from echo.testing import Record, Trace, replay
-from replay import calibrate, halves
+from replay import arguments, calibrate, halves
+from steps import FREE
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "examples" / "smollm2"))
@@ -31,15 +31,14 @@ def contrast(record: Record) -> tuple[float, int]:
 
 def main() -> None:
     """Replays, picks, draws."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--trace", type=Path, default=HERE / "traces" / "smollm2.npz")
-    parser.add_argument("--out", type=Path, default=HERE.parent / "docs" / "images" / "tree.png")
+    parser = arguments(__doc__)
+    parser.set_defaults(out=HERE.parent / "docs" / "images" / "tree.png")
     args = parser.parse_args()
     tune, test = halves(Trace.load(args.trace))
     gate = echo.SparseGate(calibrate(tune))
     scheduler = echo.ElasticBudgetScheduler(echo.TwoLevel(layer_width=2, max_width=5), gate, BUDGET, test.depth)
     steps: list[Record] = []
-    replay(test, scheduler, echo.CostModel((1,), (1.0,)), batch=BATCH, steps=150, observe=steps.append)
+    replay(test, scheduler, FREE, batch=BATCH, steps=150, observe=steps.append)
     step = max((s for s in steps if s.packed.batch == BATCH and bool((s.packed.indptr.diff() > 1).all())), key=contrast)
 
     words = AutoTokenizer.from_pretrained(model._folder(), gguf_file=model.GGUF)

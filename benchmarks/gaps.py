@@ -10,7 +10,6 @@ Writes benchmarks/results/gaps.json and docs/images/gaps-*.png.
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
 from collections.abc import Callable
@@ -27,7 +26,7 @@ from echo.testing import Record, Report, Trace
 from echo.testing import replay as play
 from gaps_picture import draw
 from policies import Setting, eagle, paper, top_k
-from replay import LAG, MAX_POOL, calibrate, halves, shapes
+from replay import LAG, arguments, calibrate, halves, shapes, warmup_log
 from steps import WARM, Steps, run
 
 HERE = Path(__file__).parent
@@ -105,10 +104,7 @@ def warmup(study: Study) -> dict[str, object]:
 
 def gate_errors(study: Study) -> dict[str, object]:
     """How often a threshold stops a path that the target would accept, and lets one pass that it rejects, by depth."""
-    pool = Scheduler(echo.TwoLevel(study.test.beam, 0), None, 32 * MAX_POOL, study.test.depth, max_tree_rows=MAX_POOL)
-    logs: list[echo.WarmupLog] = []
-    play(study.test, pool, study.cost, batch=32, observe=lambda r: logs.append(echo.warmup_rows(r.tree, r.packed, r.accepted)))
-    log = echo.WarmupLog.concat(logs)
+    log = warmup_log(study.test)
     result: dict[str, list[float]] = {name: [] for name in ("depth", "gate", "false_stops", "false_extensions", "rows")}
     for d in study.calibration.depths:
         mine = (log.depth == d.depth) & (log.rank == 0)
@@ -321,25 +317,24 @@ SECTIONS: dict[str, Callable[[Study], dict[str, object]]] = {
 
 def main() -> None:
     """Runs the sections and draws them."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--only", nargs="*", default=[*SECTIONS, "temperature"])
-    parser.add_argument("--trace", type=Path, default=HERE / "traces" / "smollm2.npz")
     parser.add_argument("--sampled", type=Path, default=HERE / "traces" / "smollm2-sampled.npz")
-    parser.add_argument("--out", type=Path, default=HERE / "results" / "gaps.json")
     parser.add_argument("--images", type=Path, default=HERE.parent / "docs" / "images")
     args = parser.parse_args()
     torch.set_num_threads(1)
     console, start = Console(), time.perf_counter()
     tune, test = halves(Trace.load(args.trace))
     study = Study(tune, test, shapes()[LAW], calibrate(tune))
-    results = json.loads(args.out.read_text()) if args.out.exists() else {}
+    path = args.out / "gaps.json"
+    results = json.loads(path.read_text()) if path.exists() else {}
     for name in args.only:
         begun = time.perf_counter()
         results[name] = temperature(study, args.sampled) if name == "temperature" else SECTIONS[name](study)
         console.print(f"{name}: {time.perf_counter() - begun:.0f} s")
-        args.out.write_text("{\n" + ",\n".join(f'"{key}": {json.dumps(short(value))}' for key, value in results.items()) + "\n}\n")
+        path.write_text("{\n" + ",\n".join(f'"{key}": {json.dumps(short(value))}' for key, value in results.items()) + "\n}\n")
     draw(results, args.images)
-    console.print(f"{args.out} and {args.images}/gaps*.png written; {time.perf_counter() - start:.0f} s in all")
+    console.print(f"{path} and {args.images}/gaps*.png written; {time.perf_counter() - start:.0f} s in all")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from echo import style
+from replay import by_batch
 
 POLICIES = ("EAGLE", "ECHO (paper)", "global top-K", "goodput")
 
@@ -179,7 +180,5 @@ def _ratio(axis, label: str) -> None:
 
 
 def _batches(axis, batches) -> None:
-    axis.axhline(1, color=style.INK, lw=0.8)
-    axis.set_xscale("log", base=2)
-    axis.set_xticks(batches, [str(b) for b in batches])
+    by_batch(axis, batches)
     _ratio(axis, "batch")

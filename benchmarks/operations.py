@@ -18,7 +18,6 @@ from typing import Any
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported
 
-import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
@@ -26,6 +25,7 @@ import echo
 from echo import kernels
 from echo.kernels import triton_accept, triton_dealing, triton_growing, triton_packing
 from echo.tree import compact
+from plan import calibration
 
 BATCH, DEPTH, CANDIDATES, BEAM = 2, 6, 4, 4
 RESULTS = Path(__file__).parent / "results"
@@ -48,15 +48,12 @@ class Operations(TorchDispatchMode):
 
 def policies() -> dict[str, echo.ElasticBudgetScheduler]:
     """The rules of the replay's table that differ in what they compute."""
-    rng = np.random.default_rng(0)
-    confidence = rng.random(20_000).astype(np.float32)
-    calibration = echo.calibrate(echo.WarmupLog.from_arrays(rng.integers(1, 9, 20_000), confidence, rng.random(20_000) < confidence**1.3))
-    make = echo.ElasticBudgetScheduler
+    make, maps = echo.ElasticBudgetScheduler, calibration()
     return {
         "global ranking": make(echo.GlobalRank(BEAM), None, 4 * BATCH, DEPTH),
-        "global ranking, calibrated": make(echo.GlobalRank(BEAM, calibration), None, 4 * BATCH, DEPTH),
+        "global ranking, calibrated": make(echo.GlobalRank(BEAM, maps), None, 4 * BATCH, DEPTH),
         "two-level, sparse gate": make(echo.TwoLevel(2, 4), echo.SparseGate({1: 0.1, 3: 0.05}), 4 * BATCH, DEPTH),
-        "goodput": make(echo.GlobalRank(BEAM, calibration), None, echo.CostModel((1, 1024, 4096), (1.0, 1.0, 4.0)), DEPTH),
+        "goodput": make(echo.GlobalRank(BEAM, maps), None, echo.CostModel((1, 1024, 4096), (1.0, 1.0, 4.0)), DEPTH),
     }
 
 

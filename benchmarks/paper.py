@@ -10,7 +10,6 @@ one half of the texts and measured on the other. Writes benchmarks/results/paper
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
 from collections.abc import Callable, Iterable
@@ -25,12 +24,11 @@ from rich.table import Table
 import echo
 from echo import style
 from echo.testing import Trace
-from policies import oracle_trace
+from policies import one_threshold, oracle_trace
 from raised import raised, raised_to
-from replay import calibrate, halves
-from steps import Steps, run
+from replay import arguments, by_batch, calibrate, halves
+from steps import FREE, Steps, run
 
-HERE = Path(__file__).parent
 BATCHES = (1, 8, 16, 32, 64, 128, 256)
 STEPS = {1: 240, 8: 100, 16: 70, 32: 50, 64: 36, 128: 28, 256: 22}
 CONTEXT = 800
@@ -41,9 +39,6 @@ LOW, HIGH, MATCHED = (60, 6, 8), (8, 4, 5), (5, 3, 3)
 """Rows, beam and depth of EAGLE-3's tree: the paper's at batch 1 (its beam of 10 is more than the 6 on record), SGLang's default at
 load, and the start that the paper gave ECHO at load."""
 Scheduler = echo.ElasticBudgetScheduler
-
-
-FREE = echo.CostModel((1,), (1.0,))
 
 
 @dataclass
@@ -95,7 +90,10 @@ class Bench:
         """Every policy under every cost model, tuned on the other half of the texts."""
         policies = self.candidates()
         oracle = [Scheduler(echo.GlobalRank(self.test.beam), None, (1 + d) * self.batch, d) for d in (1, 3, self.test.depth)]
-        gates = dense_and_fixed(self.calibration)
+        gates = {
+            "ECHO, dense gates": echo.SparseGate.dense(self.calibration),
+            "ECHO, one threshold": one_threshold(self.calibration),
+        }
         ablated: dict[tuple[str, int], Scheduler] = {}
         for model, cost in costs.items():
             at = cost.at(self.batch, CONTEXT * self.batch)
@@ -126,15 +124,6 @@ class Bench:
                     "rows": float(steps.rows.mean()),
                     "layers": float(steps.layers.mean()),
                 }
-
-
-def dense_and_fixed(calibration: echo.Calibration) -> dict[str, echo.SparseGate]:
-    """Gates at every depth, and one threshold for all sweet spots."""
-    taus = [d.threshold for d in calibration.depths if d.gate]
-    return {
-        "ECHO, dense gates": echo.SparseGate.dense(calibration),
-        "ECHO, one threshold": echo.SparseGate.fixed(float(np.mean(taus)), calibration.gate_depths),
-    }
 
 
 @dataclass(frozen=True)
@@ -259,9 +248,7 @@ def draw(cells: dict[str, list[dict[str, object]]], path: Path) -> None:
                     ratio, low, high = (np.array([float(str(c[k])) for c in found]) / plain for k in ("tokens_per_second", "low", "high"))
                     axis.plot(batch, ratio, line, ms=3, color=colour, label=policy, lw=1 if policy == "oracle" else 1.7)
                     axis.fill_between(batch, low, high, color=colour, alpha=0.15, lw=0)
-                axis.axhline(1, color=style.INK, lw=0.8)
-                axis.set_xscale("log", base=2)
-                axis.set_xticks(BATCHES, [str(b) for b in BATCHES])
+                by_batch(axis, BATCHES)
                 axis.set_title(model)
                 axis.set_ylim(0, None)
             row[0].set_ylabel(f"throughput / plain, {name}")
@@ -287,9 +274,7 @@ def measure(trace: Trace, share: float, models: Iterable[str]) -> tuple[dict[str
 
 def main() -> None:
     """Runs all cells."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--trace", type=Path, default=HERE / "traces" / "smollm2.npz")
-    parser.add_argument("--out", type=Path, default=HERE / "results")
+    parser = arguments(__doc__)
     parser.add_argument("--share", type=float, default=1.0, help="of the steps")
     args = parser.parse_args()
     torch.set_num_threads(1)

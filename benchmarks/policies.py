@@ -70,9 +70,13 @@ def dense(s: Setting):
     yield from two_level(s, echo.SparseGate.dense(s.calibration))
 
 
+def one_threshold(calibration: echo.Calibration) -> echo.SparseGate:
+    """The mean threshold at all sweet spots."""
+    return echo.SparseGate.fixed(float(np.mean([d.threshold for d in calibration.depths if d.gate])), calibration.gate_depths)
+
+
 def fixed(s: Setting):
-    taus = [d.threshold for d in s.calibration.depths if d.gate]
-    yield from two_level(s, echo.SparseGate.fixed(float(np.mean(taus)), s.calibration.gate_depths))
+    yield from two_level(s, one_threshold(s.calibration))
 
 
 def top_k(s: Setting):

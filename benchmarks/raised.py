@@ -16,6 +16,7 @@ import numpy as np
 
 import echo
 from echo.testing import Trace, replay
+from steps import FREE
 
 
 def raised(trace: Trace, odds: float, seed: int = 0) -> Trace:
@@ -91,6 +92,6 @@ def raised_to(trace: Trace, tokens: float, tree: tuple[int, int, int]) -> float:
     low, high = 0.0, np.log(1e4)
     for _ in range(8):
         middle = (low + high) / 2
-        report = replay(raised(sample, float(np.exp(middle))), scheduler, echo.CostModel((1,), (1.0,)), batch=4)
+        report = replay(raised(sample, float(np.exp(middle))), scheduler, FREE, batch=4)
         low, high = (middle, high) if report.tokens_per_step < tokens else (low, middle)
     return float(np.exp(low))

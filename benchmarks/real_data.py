@@ -10,7 +10,6 @@ way round. Intervals are of 95%, from a bootstrap over texts. Writes benchmarks/
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import time
@@ -29,9 +28,8 @@ from echo.budget.rules import GlobalRank
 from echo.gating import Objective, goodput
 from echo.testing import Trace
 from real_data_picture import draw
-from served import BATCH, KNEE, Served, WarmUp, against, halves, serve, warm_up
-
-HERE = Path(__file__).parent
+from replay import arguments
+from served import KNEE, Served, WarmUp, against, halves, serve, warm_up
 
 
 def overview(trace: Trace, warm: WarmUp, images: Path) -> dict[str, Any]:
@@ -208,7 +206,7 @@ def ranks(trace: Trace, warm: WarmUp) -> list[dict[str, Any]]:
         "m_d(S) by rank": lambda c: predictors.ByRank(trace.beam, c),
     }
     result: list[dict[str, Any]] = []
-    for budget, batch in ((2, BATCH), (3, BATCH), (5, BATCH), (9, BATCH), (KNEE, 8), (KNEE, 32), (KNEE, 96)):
+    for budget, batch in ((2, 32), (3, 32), (5, 32), (9, 32), (KNEE, 8), (KNEE, 32), (KNEE, 96)):
         pooled = isinstance(budget, int)
         found = {}
         for name, rule in rules.items():
@@ -226,10 +224,8 @@ def ranks(trace: Trace, warm: WarmUp) -> list[dict[str, Any]]:
 
 def main() -> None:
     """All of it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--trace", type=Path, default=HERE / "traces" / "smollm2.npz")
-    parser.add_argument("--out", type=Path, default=HERE / "results")
-    parser.add_argument("--images", type=Path, default=HERE.parent / "docs" / "images")
+    parser = arguments(__doc__)
+    parser.add_argument("--images", type=Path, default=Path(__file__).parents[1] / "docs" / "images")
     args = parser.parse_args()
     torch.set_num_threads(1)
     start, trace = time.perf_counter(), Trace.load(args.trace)

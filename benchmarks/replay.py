@@ -15,6 +15,7 @@ import itertools
 import json
 import os
 import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -26,9 +27,9 @@ from rich.table import Table
 
 import echo
 from echo import style
-from echo.testing import Trace, replay
+from echo.testing import Record, Trace, replay
 from policies import CHAINS, POLICIES, Setting, chain_trace, oracle_trace
-from steps import Steps, run
+from steps import FREE, Steps, run
 
 HERE = Path(__file__).parent
 BATCHES = (1, 8, 32, 64, 128, 256)
@@ -50,17 +51,23 @@ def shapes() -> dict[str, echo.CostModel]:
     }
 
 
-def calibrate(trace: Trace) -> echo.Calibration:
-    """From an ungated replay that verifies the best of every layer at every step."""
-    scheduler = echo.ElasticBudgetScheduler(echo.TwoLevel(trace.beam, 0), None, 32 * MAX_POOL, trace.depth, max_tree_rows=MAX_POOL)
+def decode_once(trace: Trace, observe: Callable[[Record], None]) -> None:
+    """Every text decoded once, without a gate, the best of every layer verified at every step."""
+    batch, rows = 32, 64
+    scheduler = Scheduler(echo.TwoLevel(trace.beam, 0), None, batch * rows, trace.depth, max_tree_rows=rows)
+    replay(trace, scheduler, FREE, batch=batch, observe=observe)
+
+
+def warmup_log(trace: Trace) -> echo.WarmupLog:
+    """The rows of :func:`decode_once`."""
     logs: list[echo.WarmupLog] = []
-    observe = lambda record: logs.append(echo.warmup_rows(record.tree, record.packed, record.accepted))  # noqa: E731
-    replay(trace, scheduler, echo.CostModel((1,), (1.0,)), batch=32, observe=observe)
-    # Histograms, because steps end where the drafter's floor is reached: what is missing there is accepted once in 400 times.
-    return echo.calibrate(echo.ConfidenceHistograms.of(echo.WarmupLog.concat(logs)))
+    decode_once(trace, lambda record: logs.append(echo.warmup_rows(record.tree, record.packed, record.accepted)))
+    return echo.WarmupLog.concat(logs)
 
 
-MAX_POOL = 64
+def calibrate(trace: Trace) -> echo.Calibration:
+    """By histograms, because steps end where the drafter's floor is reached: what is missing there is accepted once in 400 times."""
+    return echo.calibrate(echo.ConfidenceHistograms.of(warmup_log(trace)))
 
 
 def describe(scheduler: echo.ElasticBudgetScheduler) -> str:
@@ -72,10 +79,16 @@ def describe(scheduler: echo.ElasticBudgetScheduler) -> str:
     return f"{rule} {ranked}, {gate}, budget {budget}, depth {scheduler.max_depth}"
 
 
+def split(trace: Trace) -> tuple[np.ndarray, np.ndarray]:
+    """Texts 0, 2, 4, ... of each kind, and the others."""
+    first = np.concatenate([np.flatnonzero(trace.kind == kind)[::2] for kind in np.unique(trace.kind)])
+    return first, np.setdiff1d(np.arange(len(trace.kind)), first)
+
+
 def halves(trace: Trace) -> tuple[Trace, Trace]:
     """Texts for calibration and tuning, and texts for the figures: every kind in both."""
-    first = [i for kind in np.unique(trace.kind) for i in np.flatnonzero(trace.kind == kind)[::2]]
-    return trace.texts(first), trace.texts([i for i in range(len(trace.kind)) if i not in set(first)])
+    first, others = split(trace)
+    return trace.texts(first.tolist()), trace.texts(others.tolist())
 
 
 def column(path: Path, batch: int, costs: dict[str, echo.CostModel]) -> list[dict[str, object]]:
@@ -132,12 +145,12 @@ def trees_and_chains(path: Path, batch: int) -> list[dict[str, float]]:
     """What trees emit over what chains emit, as many rows dealt by one ranking to both, without regard to cost."""
     torch.set_num_threads(1)
     tune, test = halves(Trace.load(path))
-    calibration, free = calibrate(tune), echo.CostModel((1,), (1.0,))
+    calibration = calibrate(tune)
     found = []
     for each in (1.5, 2, 3, 4, 6, 8, 12, 16):
         rows = int(each * batch)
         tokens = [
-            run(trace, Scheduler(echo.GlobalRank(beam, calibration), None, rows, test.depth), free, batch, STEPS[batch]).tokens.sum()
+            run(trace, Scheduler(echo.GlobalRank(beam, calibration), None, rows, test.depth), FREE, batch, STEPS[batch]).tokens.sum()
             for trace, beam in ((test, test.beam), (chain_trace(test), 1))
         ]
         found.append({"batch": batch, "rows_each": each, "ratio": float(tokens[0] / tokens[1])})
@@ -158,6 +171,13 @@ def show(console: Console, cells: list[dict[str, object]]) -> None:
         console.print(table)
 
 
+def by_batch(axis, batches: Sequence[int]) -> None:
+    """Batch sizes across, plain decoding as a line at 1."""
+    axis.axhline(1, color=style.INK, lw=0.8)
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(batches, [str(b) for b in batches])
+
+
 def draw(cells: list[dict[str, object]], path: Path) -> None:
     """One panel a cost shape."""
     shown = ("EAGLE tree", "ECHO (paper)", "global top-K", "goodput tree", "oracle")
@@ -170,9 +190,7 @@ def draw(cells: list[dict[str, object]], path: Path) -> None:
                 ratio, low, high = ([float(str(row[b][key])) for b in BATCHES] for key in ("ratio", "low", "high"))
                 axis.plot(BATCHES, ratio, "o-", ms=3, color=style.of(name), label=name, lw=1 if name == "oracle" else 1.8)
                 axis.fill_between(BATCHES, low, high, color=style.of(name), alpha=0.15, lw=0)
-            axis.axhline(1, color=style.INK, lw=0.8)
-            axis.set_xscale("log", base=2)
-            axis.set_xticks(BATCHES, [str(b) for b in BATCHES])
+            by_batch(axis, BATCHES)
             axis.set_title(shape)
             axis.set_xlabel("batch")
         axes[0].set_ylabel("throughput / plain decoding")
@@ -181,12 +199,18 @@ def draw(cells: list[dict[str, object]], path: Path) -> None:
         figure.savefig(path, dpi=150)
 
 
+def arguments(description: str) -> argparse.ArgumentParser:
+    """The arguments of every benchmark on a recorded trace."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--trace", type=Path, default=HERE / "traces" / "smollm2.npz")
+    parser.add_argument("--out", type=Path, default=HERE / "results")
+    return parser
+
+
 def main() -> None:
     """Runs all cells."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--trace", type=Path, default=HERE / "traces" / "smollm2.npz")
+    parser = arguments(__doc__)
     parser.add_argument("--cost", type=Path, default=HERE / "results" / "cost.json", help="this machine's measured curve")
-    parser.add_argument("--out", type=Path, default=HERE / "results")
     args = parser.parse_args()
     console, start = Console(), time.perf_counter()
     costs = shapes()

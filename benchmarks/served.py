@@ -9,9 +9,8 @@ import numpy as np
 
 import echo
 from echo.testing import Record, Trace, replay
-from replay import shapes
+from replay import decode_once, shapes, split
 
-BATCH, DEPTH_ROWS = 32, 64
 KNEE = shapes()["dense, knee at 256 rows"]
 RESAMPLES = 400
 
@@ -36,7 +35,6 @@ def warm_up(trace: Trace) -> WarmUp:
     The drafter drafts on nothing below its floor, so some steps lack deep layers. A layer that is not there has nothing to accept and
     nothing to buy: it is entered as rejected at confidence 0, without which a step would not be whole, and the goodput rule refuse it.
     """
-    scheduler = echo.ElasticBudgetScheduler(echo.TwoLevel(trace.beam, 0), None, BATCH * DEPTH_ROWS, trace.depth, max_tree_rows=DEPTH_ROWS)
     logs: list[echo.WarmupLog] = []
     texts: list[np.ndarray] = []
 
@@ -45,7 +43,7 @@ def warm_up(trace: Trace) -> WarmUp:
         logs.append(log)
         texts.append(record.requests)
 
-    replay(trace, scheduler, echo.CostModel((1,), (1.0,)), batch=BATCH, observe=observe)
+    decode_once(trace, observe)
     columns = {name: np.concatenate([getattr(log, name) for log in logs]) for name in ("depth", "confidence", "accepted", "rank", "step")}
     path = columns["rank"] == 0
     seen = np.zeros((sum(map(len, texts)), trace.depth), dtype=bool)
@@ -59,8 +57,8 @@ def warm_up(trace: Trace) -> WarmUp:
 
 def halves(trace: Trace) -> tuple[np.ndarray, np.ndarray]:
     """Texts 0, 2, 4, ... of each kind, and the others."""
-    first = np.concatenate([np.flatnonzero(trace.kind == kind)[::2] for kind in np.unique(trace.kind)])
-    return np.sort(first), np.setdiff1d(np.arange(len(trace.kind)), first)
+    first, others = split(trace)
+    return np.sort(first), others
 
 
 @dataclass(frozen=True)

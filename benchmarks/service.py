@@ -13,7 +13,6 @@ Writes benchmarks/results/service.json, service.md and service.png.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import time
@@ -32,10 +31,10 @@ import echo
 from echo import style
 from echo.testing import Record, Trace, replay
 from raised import raised, raised_to
-from replay import calibrate, halves
+from replay import arguments, calibrate, halves
+from steps import FREE
 from worst import MODEL, Scheduler, policies, worst
 
-HERE = Path(__file__).parent
 GPUS = 4
 STEPS = {1: 100, 4: 50, 16: 36, 32: 30, 64: 26, 96: 24, 128: 22, 192: 22, 256: 22}
 WARM = 8
@@ -95,7 +94,7 @@ def replayed(trace: Trace, scheduler: Scheduler, batch: int, base: int, share: f
 
     order, steps = np.random.default_rng(2).permutation(len(trace.kind)), WARM + max(6, int(share * STEPS[batch]))
     base = 0 if scheduler.budget is None else base  # a static tree knows of no prefill
-    replay(trace, Beside(**own, base=base), echo.CostModel((1,), (1.0,)), batch=batch, steps=steps, order=order, observe=observe)
+    replay(trace, Beside(**own, base=base), FREE, batch=batch, steps=steps, order=order, observe=observe)
     rows, layers = np.array(seen[WARM:]).T
     pool = [token for tokens in emitted for token in tokens] or [1]
     emitted = [tokens or pool for tokens in emitted]
@@ -377,9 +376,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
 
 def main() -> None:
     """Runs all of it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--trace", type=Path, default=HERE / "traces" / "smollm2.npz")
-    parser.add_argument("--out", type=Path, default=HERE / "results")
+    parser = arguments(__doc__)
     parser.add_argument("--share", type=float, default=1.0, help="of the replayed steps")
     parser.add_argument("--replicas", type=int, default=64, help="of the largest fleet")
     parser.add_argument("--workers", type=int, help="processes; by default as many as there are cores")

@@ -11,6 +11,8 @@ from echo.testing import Record, Trace, replay
 
 WARM = 8
 """First steps of a replay that are left out of its figures: all texts begin at once there."""
+FREE = echo.CostModel((1,), (1.0,))
+"""Charges all steps alike: for replays of which the steps are asked, not the seconds."""
 
 
 @dataclass(frozen=True)

@@ -71,14 +71,12 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60)
     args = parser.parse_args()
     sys.path.insert(0, str(Path(__file__).with_name("smollm2")))
-    from engine import POLICIES, Engine
-
-    from drafters import Eagle
-    from model import FEATURE_LAYERS, encode, load
+    from model import encode, load
     from prompts import EVALUATION
+    from serve import engine as serving
 
     model, tokenizer = load()
-    engine = Engine(model, POLICIES["echo"], lambda made: Eagle(made, 4), features=FEATURE_LAYERS, eos_token=tokenizer.eos_token_id)
+    engine = serving(model, tokenizer)
     REGISTRY.register(EchoCollector(lambda: engine.stats, {"model": "smollm2"}))
     start_http_server(args.port)
     print(f"http://localhost:{args.port}/metrics, for {args.seconds:.0f} seconds", flush=True)

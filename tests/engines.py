@@ -33,19 +33,8 @@ def sources(name: str, version: str, folder: Path) -> Path:
         if not (Path(asked) / name).is_dir():
             pytest.skip(f"no {name} in the folder that ECHO_PEERS names ({Path(asked).name})")
         return Path(asked)
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "-q",
-        "--no-deps",
-        "--only-binary",
-        ":all:",
-        "-d",
-        str(folder),
-        f"{name}=={version}",
-    ]
+    options = ["-q", "--no-deps", "--only-binary", ":all:", "-d"]
+    command = [sys.executable, "-m", "pip", "download", *options, str(folder), f"{name}=={version}"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         pytest.skip(f"{name}=={version} cannot be had: {done.stderr.strip().splitlines()[-1:]}")

@@ -28,17 +28,25 @@ POLICIES = {
 }
 
 
-def step(scheduler, roots, live, tokens, log_probs, target, served=None):
-    tree = scheduler.plant(roots, live=live, rows=24, **(served or {}))
+SERVED = {"weights": torch.tensor([1.0, 2.0, 1.0, 3.0]), "floors": torch.tensor([1, 3, 0, 2])}
+
+
+def step(scheduler, roots, live, tokens, log_probs, target, context, pages, counts, served):
+    """All that an engine leaves to us between two forwards: gate, buy, deal, pack, accept, compact, observe, count."""
+    tree = scheduler.plant(roots, live=live, rows=24, **served)
     for t, q in zip(tokens, log_probs, strict=True):
         tree = scheduler.grow(tree, t, q)
     packed = scheduler.pack(tree)
     accepted = echo.verify(packed, target)
+    lists = compact(packed, accepted, context, page_table=pages, page_size=2)
     history = scheduler.history(8).observe(torch.arange(4), packed, accepted)
-    return packed.tokens, packed.mask, packed.indptr, accepted.tokens, accepted.rows, history.steps, history.outlook, history.accepted
+    stats = echo.StepStats(counts).observe(packed, accepted)
+    planned = packed.tokens, packed.mask, packed.indptr, accepted.tokens, accepted.rows
+    return *planned, lists.source, lists.target, lists.accept_index, history.steps, history.outlook, history.accepted, stats.counts
 
 
-def inputs(scheduler, seed):
+def inputs(scheduler, seed, served):
+    """Arguments of :func:`step`."""
     generator = torch.Generator().manual_seed(seed)
     tree, drafter = scheduler.plant(torch.arange(4), rows=24), TabularDrafter(table(30, seed), count=3)
     tokens, log_probs = [], []
@@ -47,17 +55,17 @@ def inputs(scheduler, seed):
         tokens.append(t)
         log_probs.append(q)
         tree = scheduler.grow(tree, t, q)
-    live = torch.rand(4, generator=generator) < 0.8
-    return torch.arange(4), live, tokens, log_probs, torch.randint(0, 30, (scheduler.pack(tree).rows,), generator=generator)
+    live, target = torch.rand(4, generator=generator) < 0.8, torch.randint(0, 30, (scheduler.pack(tree).rows,), generator=generator)
+    context, counts = torch.randint(0, 9, (4,), generator=generator), seed * torch.arange(len(echo.StepStats.empty().counts))
+    return torch.arange(4), live, tokens, log_probs, target, context, torch.arange(80).view(4, 20).int(), counts, served
 
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_no_operator_reads_back(name):
-    scheduler = POLICIES[name]
-    data = inputs(scheduler, 0)
+    cases = [inputs(POLICIES[name], 0, served) for served in ({}, SERVED)]
     with RefuseReads():
-        step(scheduler, *data)
-        step(scheduler, *data, {"weights": torch.tensor([1.0, 2.0, 1.0, 3.0]), "floors": torch.tensor([1, 3, 0, 2])})
+        for case in cases:
+            step(POLICIES[name], *case)
 
 
 def test_the_refusing_mode_refuses():
@@ -70,15 +78,14 @@ def test_the_refusing_mode_refuses():
 @pytest.mark.parametrize("name", POLICIES)
 def test_one_graph_and_no_recompile_for_other_values(name):
     scheduler = POLICIES[name]
-    weights, floors = torch.tensor([1.0, 2.0, 1.0, 3.0]), torch.tensor([1, 3, 0, 2])
-    cases = [(*inputs(scheduler, seed), {"weights": weights + seed, "floors": floors + seed}) for seed in range(3)]
+    cases = [inputs(scheduler, seed, {name: values + seed for name, values in SERVED.items()}) for seed in range(3)]
     one_graph(lambda *data: step(scheduler, *data), cases)
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 def test_compiled_code_takes_the_same_step():
     scheduler = POLICIES["calibrated"]
-    data = inputs(scheduler, 0)
+    data = inputs(scheduler, 0, {})
     eager, compiled = step(scheduler, *data), torch.compile(step, fullgraph=True)(scheduler, *data)
     assert all(torch.equal(one, two) for one, two in zip(eager, compiled, strict=True))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -91,8 +93,6 @@ def test_shallower_windows_and_files():
 def test_bad_input_names_the_argument():
     with pytest.raises(echo.EchoError, match=r"alpha: expected a number from 1e-09 to 0\.5, got 0\.9"):
         echo.DriftMonitor(CALIBRATION, alpha=0.9)
-    bare = echo.Calibration(
-        tuple(d.__class__(*[getattr(d, f) for f in list(d.__dataclass_fields__)[:11]]) for d in CALIBRATION.depths), 0.7, 50, 4
-    )
+    bare = replace(CALIBRATION, depths=tuple(replace(d, profile=()) for d in CALIBRATION.depths))
     with pytest.raises(echo.EchoError, match="calibration: expected one with confidence profiles"):
         echo.DriftMonitor(bare)

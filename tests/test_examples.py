@@ -201,21 +201,31 @@ def test_the_engines_pages_hold_the_text(folders, prompts):
 
 def test_the_paged_engine_serves_the_real_model(smollm2):
     """SmolLM2 with its EAGLE head: the text of plain decoding, in fewer steps."""
-    from engine import Engine
-
-    from drafters import Eagle
-    from model import FEATURE_LAYERS, encode
-    from serve import POLICIES as SHIPPED
+    from model import encode
+    from serve import engine as serving
 
     model, tokenizer = smollm2
     prompts = encode(tokenizer, ["Count from one to ten.", "Write a Python function that adds two numbers."])
 
-    def run(name, drafter):
-        made, answers = Engine(model, SHIPPED[name], drafter, lanes=2, features=FEATURE_LAYERS, eos_token=2), [[], []]
+    def run(policy):
+        made, answers = serving(model, tokenizer, policy, lanes=2), [[], []]
         for request, tokens in made.generate(prompts, 16):
             answers[request] += tokens
         return answers, made.stats.read()
 
-    (plain, _), (text, counts) = run("plain", None), run("echo", lambda made: Eagle(made, 2))
+    (plain, _), (text, counts) = run("plain"), run("echo")
     assert text == plain
     assert counts.tokens_per_step > 1.4
+
+
+def test_the_exporter_runs_on_the_real_engine(smollm2, monkeypatch, capsys):
+    client = pytest.importorskip("prometheus_client")
+    import prometheus_stats
+
+    import model
+
+    monkeypatch.setattr(model, "load", lambda: smollm2)
+    monkeypatch.setattr(prometheus_stats, "REGISTRY", client.CollectorRegistry())
+    monkeypatch.setattr(sys, "argv", ["prometheus_stats.py", "--port", "0", "--seconds", "0"])
+    prometheus_stats.main()
+    assert "StepCounts(" in capsys.readouterr().out

@@ -30,7 +30,7 @@ def one_step(gate):
         tree = scheduler.grow(tree, *DRAFTER.draft(torch.arange(VOCAB), tree.frontier))
     packed = scheduler.pack(tree)
     sampled = TARGET[packed.tokens].argmax(dim=-1)
-    plan, seconds = echo.Forecast(DEPTH, tree.rows), echo.decode.__globals__["Seconds"]()
+    plan, seconds = echo.Forecast(DEPTH, tree.rows), echo.Seconds()
     return echo.Step(tree, packed, echo.verify(packed, sampled), sampled, torch.arange(VOCAB), plan, seconds, gate is not None)
 
 

@@ -15,43 +15,32 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import echo
+from conftest import CALIBRATION
 from echo.budget.rules import deal
 from echo.testing import PlanError, Scenario, check_plan, check_scheduler, check_step, scenarios, strategies
 from echo.tree.supertree import UNSELECTABLE, bits
 
 DEPTH_FIRST = ("ties", "order", "slots", "reads", "depth_first", "floors")
+ALONE = ("ties", "order", "slots", "reads", "alone")
 RANKED = ("ties", "order", "slots", "reads", "full", "best", "floors")
-
-
-def calibration():
-    generator = torch.Generator().manual_seed(0)
-    confidence = torch.rand(1200, generator=generator)
-    depth = torch.randint(1, 4, (1200,), generator=generator)
-    accepted = torch.rand(1200, generator=generator) < confidence
-    return echo.calibrate(echo.WarmupLog.from_arrays(depth, confidence, accepted))
-
-
 COST = echo.CostModel((1, 8, 64), (1.0, 1.0, 4.0), 0.02, tiers=(4, 8, 16, 32, 64))
 POLICIES = {
-    "paper": (lambda: echo.ElasticBudgetScheduler.paper(calibration(), k_max=12, layer_width=2), DEPTH_FIRST),
-    "narrow": (lambda: echo.ElasticBudgetScheduler(echo.TwoLevel(1, 0), None, 12, 4), DEPTH_FIRST),
-    "global": (lambda: echo.ElasticBudgetScheduler(echo.GlobalRank(2), None, 12, 3), RANKED),
-    "calibrated": (lambda: echo.ElasticBudgetScheduler(echo.GlobalRank(3, calibration()), None, 12, 3), RANKED),
-    "goodput": (lambda: echo.ElasticBudgetScheduler.goodput(calibration(), COST), RANKED),
-    "eagle": (lambda: echo.ElasticBudgetScheduler.eagle(n=5, beam=2, max_depth=3), ("ties", "order", "slots", "reads", "alone")),
-    "ddd": (
-        lambda: echo.ElasticBudgetScheduler(echo.PerRequest(5, 2), echo.BeamMassGate((2,), -1.0, 2), None, 3),
-        ("ties", "order", "slots", "reads", "alone"),
-    ),
-    "small masks": (lambda: echo.ElasticBudgetScheduler(echo.GlobalRank(2), None, 12, 3, max_tree_rows=3), RANKED),
-    "plain": (echo.ElasticBudgetScheduler.autoregressive, ("ties", "order", "slots", "reads", "alone")),
+    "paper": (echo.ElasticBudgetScheduler.paper(CALIBRATION, k_max=12, layer_width=2), DEPTH_FIRST),
+    "narrow": (echo.ElasticBudgetScheduler(echo.TwoLevel(1, 0), None, 12, 4), DEPTH_FIRST),
+    "global": (echo.ElasticBudgetScheduler(echo.GlobalRank(2), None, 12, 3), RANKED),
+    "calibrated": (echo.ElasticBudgetScheduler(echo.GlobalRank(3, CALIBRATION), None, 12, 3), RANKED),
+    "goodput": (echo.ElasticBudgetScheduler.goodput(CALIBRATION, COST), RANKED),
+    "eagle": (echo.ElasticBudgetScheduler.eagle(n=5, beam=2, max_depth=3), ALONE),
+    "ddd": (echo.ElasticBudgetScheduler(echo.PerRequest(5, 2), echo.BeamMassGate((2,), -1.0, 2), None, 3), ALONE),
+    "small masks": (echo.ElasticBudgetScheduler(echo.GlobalRank(2), None, 12, 3, max_tree_rows=3), RANKED),
+    "plain": (echo.ElasticBudgetScheduler.autoregressive(), ALONE),
 }
 
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_the_librarys_own_policies_pass(name):
     scheduler, claims = POLICIES[name]
-    check_scheduler(scheduler(), claims=claims, examples=20)
+    check_scheduler(scheduler, claims=claims, examples=20)
 
 
 class Overshoot(echo.TwoLevel):

@@ -131,8 +131,19 @@ def test_a_truncated_file_is_refused(tmp_path, kind):
         if kind == "jsonl" and cut == 0:
             assert len(echo.WarmupLog.load(path)) == 0  # an empty file is an empty log
             continue
-        with pytest.raises(echo.EchoError, match=f"log.{kind}"):
+        with pytest.raises(echo.EchoError, match=rf"expected .*log\.{kind}"):
             echo.WarmupLog.load(path)
+
+
+@pytest.mark.parametrize("place", [59, 1600])
+def test_a_file_with_a_damaged_byte_is_refused(tmp_path, place):
+    path = tmp_path / "log.npz"
+    small(200).save(path)
+    damaged = bytearray(path.read_bytes())
+    damaged[place] ^= 0xFF
+    path.write_bytes(damaged)
+    with pytest.raises(echo.EchoError, match="path: expected a warm-up log"):
+        echo.WarmupLog.load(path)
 
 
 def test_a_parquet_file_with_nulls_is_refused_with_its_row(tmp_path):

@@ -9,15 +9,11 @@ import pytest
 import torch
 
 import echo
+from conftest import CALIBRATION
 from echo.testing import TabularDrafter, TabularTarget, Trace, blurred, record, replay, table
 
 TARGET = table(30, seed=3, sharpness=2.5)
 COST = echo.CostModel((1, 16, 64), (1.0, 1.0, 4.0), draft_layer=0.02, draft_row=0.001)
-CALIBRATION = echo.calibrate(
-    echo.WarmupLog.from_arrays(
-        [1 + i % 4 for i in range(900)], [(i % 97) / 97 for i in range(900)], [(i * 7 % 97) < i % 97 for i in range(900)]
-    )
-)
 POLICIES = {
     "plain": echo.ElasticBudgetScheduler.autoregressive(),
     "eagle": echo.ElasticBudgetScheduler.eagle(n=6, beam=3, max_depth=4),

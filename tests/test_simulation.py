@@ -13,7 +13,7 @@ import echo
 from echo.testing import TabularDrafter, TabularTarget, Trace, record, replay, table
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-FREE = echo.CostModel((1,), (1.0,))
+FREE, COST = echo.CostModel((1,), (1.0,)), echo.CostModel.roofline("LLaMA-3.3-70B", tensor=4)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -27,6 +27,13 @@ def _path():
 
 
 @pytest.fixture(scope="module")
+def raised():
+    from raised import raised
+
+    return raised
+
+
+@pytest.fixture(scope="module")
 def trace():
     """40 toy texts, whose drafter is right half of the time."""
     target = table(60, seed=1)
@@ -37,9 +44,7 @@ def trace():
 
 
 @pytest.mark.parametrize("odds", [1.0, 3.0, 40.0])
-def test_a_raised_trace_is_a_trace_of_the_same_texts(trace, odds):
-    from raised import raised
-
+def test_a_raised_trace_is_a_trace_of_the_same_texts(raised, trace, odds):
     better = raised(trace, odds)
     assert np.array_equal(better.text, trace.text) and np.array_equal(better.indptr, trace.indptr)
     scheduler = echo.ElasticBudgetScheduler(echo.GlobalRank(3), budget=60, max_depth=4)
@@ -54,9 +59,7 @@ def test_a_raised_trace_is_a_trace_of_the_same_texts(trace, odds):
         assert len(set(siblings.tolist())) == 3
 
 
-def test_acceptance_rises_with_the_odds_and_odds_of_one_change_nothing(trace):
-    from raised import raised
-
+def test_acceptance_rises_with_the_odds_and_odds_of_one_change_nothing(raised, trace):
     assert raised(trace, 1.0) is trace
     eagle = echo.ElasticBudgetScheduler.eagle(n=8, beam=3, max_depth=4)
     found = [replay(raised(trace, odds), eagle, FREE, batch=10).tokens_per_step for odds in (1.0, 5.0, 50.0, 1e6)]
@@ -64,9 +67,7 @@ def test_acceptance_rises_with_the_odds_and_odds_of_one_change_nothing(trace):
     assert found[-1] > 4.0 > found[0]
 
 
-def test_a_most_probable_child_is_right_as_often_as_its_raised_odds_say(trace):
-    from raised import raised
-
+def test_a_most_probable_child_is_right_as_often_as_its_raised_odds_say(raised, trace):
     inside = np.ones(trace.positions, dtype=bool)
     inside[trace.indptr[1:] - 1] = False
     following, best = np.roll(trace.text, -1), trace.log_prob[:, 0, 0].astype(np.float64).argmax(1)
@@ -79,9 +80,7 @@ def test_a_most_probable_child_is_right_as_often_as_its_raised_odds_say(trace):
     assert better[:, inside].mean() == pytest.approx(expected[inside].mean(), abs=4 * error)
 
 
-def test_raising_is_deterministic_by_seed(trace):
-    from raised import raised
-
+def test_raising_is_deterministic_by_seed(raised, trace):
     same = [raised(trace, 5.0, seed=3) for _ in range(2)]
     assert np.array_equal(same[0].token, same[1].token) and np.array_equal(same[0].expanded, same[1].expanded)
     assert not np.array_equal(same[0].token, raised(trace, 5.0, seed=4).token)
@@ -129,8 +128,7 @@ def steps(trace):
 def test_the_service_is_deterministic_by_seed(steps):
     from service import Load, simulate
 
-    cost = echo.CostModel.roofline("LLaMA-3.3-70B", tensor=4)
-    first, again, other = (simulate(steps["eagle"], cost, Load(6.0, "bursty"), 2, seed) for seed in (0, 0, 1))
+    first, again, other = (simulate(steps["eagle"], COST, Load(6.0, "bursty"), 2, seed) for seed in (0, 0, 1))
     assert first == again != other
 
 
@@ -150,16 +148,14 @@ def test_the_service_keeps_its_books(steps, monkeypatch):
             assert (every.read[self.held] <= every.prompt[self.held]).all()
 
     monkeypatch.setattr(service, "Replica", Watched)
-    cost = echo.CostModel.roofline("LLaMA-3.3-70B", tensor=4)
-    found = service.simulate(steps["off"], cost, service.Load(1.5, "poisson"), 1)
+    found = service.simulate(steps["off"], COST, service.Load(1.5, "poisson"), 1)
     assert max(held) > 4500
-    assert found["tpot_50"] >= cost(1)
+    assert found["tpot_50"] >= COST(1)
     assert 0 <= found["attained_20"] <= found["attained_40"] <= 1 and found["tokens_per_second"] > 100
 
 
 def test_more_load_serves_nobody_better(steps):
     from service import Load, simulate
 
-    cost = echo.CostModel.roofline("LLaMA-3.3-70B", tensor=4)
-    attained = [simulate(steps["eagle"], cost, Load(rate, "poisson"), 1)["attained_40"] for rate in (1.0, 12.0, 60.0)]
+    attained = [simulate(steps["eagle"], COST, Load(rate, "poisson"), 1)["attained_40"] for rate in (1.0, 12.0, 60.0)]
     assert attained[0] > 0.95 and attained[0] >= attained[1] >= attained[2] and attained[2] < 0.2

@@ -20,11 +20,11 @@ def pair(smollm2):
     model, tokenizer = smollm2
     prompts = encode(tokenizer, [EVALUATION[kind][i] for kind in KINDS for i in (0, 1)])
 
-    def run(scheduler, drafter=None, slots=4, new=64):
-        target = SmolLM2(model, slots, 384)
-        draft = {None: lambda: None, "lookup": PromptLookup, "eagle": lambda: Eagle(target, slots, 384)}[drafter]()
+    def run(scheduler, drafter=None):
+        target = SmolLM2(model, 4, 384)
+        draft = {None: lambda: None, "lookup": PromptLookup, "eagle": lambda: Eagle(target, 4, 384)}[drafter]()
         texts, margins, steps = [[] for _ in prompts], [[] for _ in prompts], 0
-        for step in echo.decode(scheduler, target, draft, prompts, slots=slots, max_new_tokens=new, eos_token=2):
+        for step in echo.decode(scheduler, target, draft, prompts, slots=4, max_new_tokens=64, eos_token=2):
             steps += len(step.requests)
             for b, (request, tokens) in enumerate(zip(step.requests, step.emitted, strict=True)):
                 texts[request] += tokens
@@ -62,12 +62,6 @@ def test_greedy_text_equals_plain_decoding(pair, plain, name):
             ties += 1
     print(f"{name}: {ties} near ties, {per_step:.2f} tokens a step")
     assert per_step > (1.5 if drafter == "eagle" else 1.05)
-
-
-def test_a_request_decodes_alone_as_in_a_batch(pair, plain):
-    scheduler, drafter = POLICIES["ECHO"]
-    alone, _, _ = pair(scheduler, drafter, slots=1, new=24)
-    assert alone == [text[:24] for text in plain[0]]
 
 
 def test_prompts_are_disjoint(smollm2):
@@ -120,26 +114,24 @@ def recorded(smollm2):
 
 COST = echo.CostModel((1, 8, 32), (0.03, 0.035, 0.06), draft_layer=0.003)
 REPLAYED = {
-    "plain": echo.ElasticBudgetScheduler.autoregressive(),
-    "EAGLE": echo.ElasticBudgetScheduler.eagle(n=6, beam=3, max_depth=5),
-    "ECHO": echo.ElasticBudgetScheduler(echo.TwoLevel(2, 4), CALIBRATED, 12, 5),
-    "global ranking": echo.ElasticBudgetScheduler(echo.GlobalRank(3), None, 10, 4),
-    "goodput": echo.ElasticBudgetScheduler(echo.GlobalRank(3), None, COST, 5),
+    "plain": (3, echo.ElasticBudgetScheduler.autoregressive()),
+    "EAGLE": (1, echo.ElasticBudgetScheduler.eagle(n=6, beam=3, max_depth=5)),
+    "ECHO": (1, echo.ElasticBudgetScheduler(echo.TwoLevel(2, 4), CALIBRATED, 12, 5)),
+    "global ranking": (3, echo.ElasticBudgetScheduler(echo.GlobalRank(3), None, 10, 4)),
+    "goodput": (3, echo.ElasticBudgetScheduler(echo.GlobalRank(3), None, COST, 5)),
 }
 
 
 @pytest.mark.parametrize("name", REPLAYED)
-@pytest.mark.parametrize("slots", [1, 3])
-def test_replay_gives_the_steps_of_live_decoding(recorded, name, slots):
-    """Steps, rows and accepted tokens, the real model against its trace."""
+def test_replay_gives_the_steps_of_live_decoding(recorded, name):
+    """Steps, rows and accepted tokens, the real model, alone or three at a time, against its trace, recorded four at a time."""
     from echo.testing import replay
 
-    pair, prompts, trace = recorded
-    seen = []
-    report = replay(trace, REPLAYED[name], COST, batch=slots, capacity=32, observe=seen.append)
+    (slots, scheduler), (pair, prompts, trace), seen = REPLAYED[name], recorded, []
+    report = replay(trace, scheduler, COST, batch=slots, capacity=32, observe=seen.append)
     target, drafter = pair(slots)
     options = {"slots": slots, "max_new_tokens": 40, "eos_token": 2, "capacity": 32}
-    live = list(echo.decode(REPLAYED[name], target, drafter, prompts, **options))
+    live = list(echo.decode(scheduler, target, drafter, prompts, **options))
     assert report.misses == 0
     assert len(live) == len(seen)
     started: set[int] = set()

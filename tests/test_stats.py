@@ -12,10 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import echo
-from conftest import grow_all, one_graph, policies
+from conftest import grow_all, policies
 from echo.testing import TabularDrafter, TabularTarget, blurred, table
-from echo.testing.kit import RefuseReads
-from test_device_rules import POLICIES, inputs
 
 
 def observed(scheduler, tree, target=None):
@@ -113,28 +111,6 @@ def test_counters_add_up_over_steps_and_ranks():
         steps += 1
     assert whole.read() == echo.StepStats(one.counts + two.counts).read()
     assert (whole.read().emitted, whole.read().steps) == (tokens, steps)
-
-
-def step(scheduler, stats, roots, live, tokens, log_probs, target):
-    tree = scheduler.plant(roots, live=live, rows=24)
-    for t, q in zip(tokens, log_probs, strict=True):
-        tree = scheduler.grow(tree, t, q)
-    packed = scheduler.pack(tree)
-    return stats.observe(packed, echo.verify(packed, target)).counts
-
-
-@pytest.mark.parametrize("name", POLICIES)
-def test_nothing_is_read_back(name):
-    data = inputs(POLICIES[name], 0)
-    with RefuseReads():
-        step(POLICIES[name], echo.StepStats.empty(), *data)
-
-
-def test_one_graph_serves_all_values():
-    scheduler = POLICIES["paper"]
-    counts = torch.arange(len(echo.StepStats.empty().counts))
-    cases = [(counts * seed, *inputs(scheduler, seed)) for seed in range(3)]
-    one_graph(lambda counters, *data: [step(scheduler, echo.StepStats(counters), *data)], cases)
 
 
 def test_counters_of_another_batch_are_refused():

@@ -11,23 +11,18 @@ from hypothesis import strategies as st
 from scipy.stats import chi2
 
 import echo
-from conftest import grow_all, one_graph, policies
+from conftest import grow_all, policies
 from echo.kernels import reference
 from echo.testing import TabularDrafter, TabularTarget, blurred, table
-from echo.testing.kit import RefuseReads
-from echo.tree import compact
-from test_device_rules import POLICIES
 
 V = 3
 
 
 @pytest.mark.parametrize("rule", [echo.TwoLevel(2, 2), echo.GlobalRank(2), echo.PerRequest(5, 2)])
-@pytest.mark.parametrize("temperature", [0.8, 1.0])
-def test_sampling_is_lossless_by_exact_enumeration(rule, temperature):
+def test_sampling_is_lossless_by_exact_enumeration(rule):
     """Every outcome of the target's sampler at every row, weighted by its probability: the emitted text has the target's law."""
-    target = table(V, seed=1).pow(1 / temperature)
-    target = target / target.sum(-1, keepdim=True)
-    drafter = TabularDrafter(blurred(table(V, seed=1), seed=2), count=2)
+    target = table(V, seed=1)
+    drafter = TabularDrafter(blurred(target, seed=2), count=2)
     budget = None if rule.rows(1) else 5
     scheduler = echo.ElasticBudgetScheduler(rule, budget=budget, max_depth=2)
     tree = scheduler.plant(torch.tensor([1]))
@@ -221,40 +216,6 @@ def test_bad_input():
         echo.verify(packed, torch.zeros(3, dtype=torch.int64))
     with pytest.raises(echo.EchoError, match=r"logits: expected .* \[4, V\], got float32 \[5, 2\]"):
         echo.verify(packed, logits=torch.zeros(5, 2))
-
-
-def whole_step(scheduler, roots, tokens, log_probs, target, context, pages):
-    """Gate, buy, deal, pack, accept, compact, observe: all that an engine leaves to us between two forwards."""
-    tree = scheduler.plant(roots)
-    for t, q in zip(tokens, log_probs, strict=True):
-        tree = scheduler.grow(tree, t, q)
-    packed = scheduler.pack(tree)
-    accepted = echo.verify(packed, target)
-    lists = compact(packed, accepted, context, page_table=pages, page_size=2)
-    after = scheduler.history(len(roots)).observe(roots, packed, accepted)
-    return packed.tokens, packed.mask, accepted.tokens, lists.source, lists.target, lists.accept_index, after.steps, after.outlook
-
-
-def step_inputs(scheduler, seed):
-    generator = torch.Generator().manual_seed(seed)
-    roots, drafter = torch.arange(4), TabularDrafter(table(30, seed), count=3)
-    tree, tokens, log_probs = scheduler.plant(roots), [], []
-    for _ in range(scheduler.max_depth):
-        t, q = drafter.draft(roots, tree.frontier)
-        tokens.append(t)
-        log_probs.append(q)
-        tree = scheduler.grow(tree, t, q)
-    rows = scheduler.pack(tree).rows
-    context = torch.randint(0, 9, (4,), generator=generator)
-    return roots, tokens, log_probs, torch.randint(0, 30, (rows,), generator=generator), context, torch.arange(80).view(4, 20).int()
-
-
-def test_the_whole_step_is_one_graph_that_reads_nothing_back():
-    scheduler = POLICIES["paper"]
-    cases = [step_inputs(scheduler, seed) for seed in range(2)]
-    one_graph(lambda *data: whole_step(scheduler, *data), cases)
-    with RefuseReads():
-        whole_step(scheduler, *cases[0])
 
 
 def answers(scheduler, *, slots, prompts, limit, eos=None, drafter=True):

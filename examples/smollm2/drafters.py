@@ -123,16 +123,14 @@ class Eagle:
             self.sees = torch.zeros(batch, 1, 0, dtype=torch.bool)
             return self.tokens[slots][:, None], self.log_probs[slots][:, None]
         request, node = (frontier.active & (frontier.score >= self.floor)).nonzero(as_tuple=True)
-        parent = frontier.parent
-        state = self.state.gather(1, parent[..., None].expand(-1, -1, WIDTH))
+        state = frontier.inherit(self.state)
         position = (self.used[slots] + frontier.depth - 1)[request]
         q, k, v = self.head.inputs(state[request, node], self.embedding[frontier.token[request, node]], position)
         own = torch.zeros(batch, 2 * width, HEADS, WIDTH // HEADS)
         own[request, node], own[request, width + node] = k, v
         self.own_keys = torch.cat([self.own_keys, own[:, :width]], dim=1)
         self.own_values = torch.cat([self.own_values, own[:, width:]], dim=1)
-        inherited = self.sees.gather(1, parent[..., None].expand(-1, -1, self.sees.shape[2]))
-        self.sees = torch.cat([inherited, torch.eye(width, dtype=torch.bool).expand(batch, -1, -1)], dim=2)
+        self.sees = torch.cat([frontier.inherit(self.sees), torch.eye(width, dtype=torch.bool).expand(batch, -1, -1)], dim=2)
         queries = torch.zeros(batch, width, HEADS, WIDTH // HEADS)
         queries[request, node] = q
         longest = int(self.used[slots].max())

@@ -180,13 +180,10 @@ class SmolLM2:
 
     def keep(self, slots: Tensor, packed: echo.PackedTree, accepted: echo.Accepted) -> None:
         """Moves the accepted rows' keys and values to the end of each request's text."""
-        there = accepted.rows >= 0
-        local = torch.where(there, packed.local[accepted.rows.clamp(min=0)], 0)
-        used = self.cache.used[slots]
-        step = torch.arange(local.shape[1], device=self.device)
-        if bool((there & (local != step)).any()):
-            self.cache.move(slots, used[:, None] + torch.where(there, local, step), used[:, None] + step)
-        self.cache.used[slots] = used + accepted.lengths
+        lists = echo.compact(packed, accepted, self.cache.used[slots])
+        if bool((lists.source != lists.target).any()):
+            self.cache.move(slots, lists.source, lists.target)
+        self.cache.used[slots] = lists.context
 
     def _sample(self, logits: Tensor) -> Tensor:
         if self.sample is not None:

@@ -129,60 +129,27 @@ EVALUATION: dict[str, list[str]] = {
     ],
 }
 
-_CODE_TASKS = [
-    "computes the factorial of a number",
-    "sorts a list with bubble sort",
-    "sorts a list with quicksort",
-    "converts Celsius to Fahrenheit",
-    "finds the longest word in a sentence",
-    "counts the vowels in a string",
-    "computes the mean and the median of a list",
-    "transposes a matrix",
-    "multiplies two matrices",
-    "flattens a nested list",
-    "validates an email address",
-    "generates a random password",
-    "converts a decimal number to binary",
-    "checks whether two words are anagrams",
-    "removes all punctuation from a text",
-    "splits a list into chunks",
-    "finds the second largest number in a list",
-    "computes the area of a circle",
-    "rolls two dice and adds them",
-    "loads a JSON file and prints its keys",
-    "writes a list of lines to a file",
-    "computes the power of a number",
-    "sums the digits of a number",
-    "finds the intersection of two lists",
-    "rotates a list by k places",
-    "draws a triangle of stars",
-    "checks whether a year is a leap year",
-    "computes the distance between two points",
-    "simulates a bank account",
-    "implements a queue",
-    "implements a linked list",
-    "implements a binary tree with insertion",
-    "finds the shortest path in a graph",
-    "counts the lines in a file",
-    "downloads a file",
-    "parses a date",
-    "converts Roman numerals to integers",
-    "capitalizes every word",
-    "computes compound interest",
-    "caches its results",
-    "plays rock, paper, scissors",
-    "shuffles a deck of cards",
-    "keeps a to-do list",
-    "guesses a number",
-    "encodes a text with a Caesar cipher",
-    "finds the missing number in a sequence",
-    "computes a running total",
-    "groups words by their first letter",
-    "inverts a dictionary",
-    "checks whether brackets are balanced",
-    "prints a multiplication table",
-    "converts seconds to hours, minutes and seconds",
-]
+
+def _listed(text: str) -> list[str]:
+    """Entries between semicolons."""
+    return [entry.strip() for entry in " ".join(text.split()).split(";")]
+
+
+_CODE_TASKS = _listed("""
+    computes the factorial of a number; sorts a list with bubble sort; sorts a list with quicksort; converts Celsius to Fahrenheit;
+    finds the longest word in a sentence; counts the vowels in a string; computes the mean and the median of a list; transposes a
+    matrix; multiplies two matrices; flattens a nested list; validates an email address; generates a random password; converts a decimal
+    number to binary; checks whether two words are anagrams; removes all punctuation from a text; splits a list into chunks; finds the
+    second largest number in a list; computes the area of a circle; rolls two dice and adds them; loads a JSON file and prints its keys;
+    writes a list of lines to a file; computes the power of a number; sums the digits of a number; finds the intersection of two lists;
+    rotates a list by k places; draws a triangle of stars; checks whether a year is a leap year; computes the distance between two
+    points; simulates a bank account; implements a queue; implements a linked list; implements a binary tree with insertion; finds the
+    shortest path in a graph; counts the lines in a file; downloads a file; parses a date; converts Roman numerals to integers;
+    capitalizes every word; computes compound interest; caches its results; plays rock, paper, scissors; shuffles a deck of cards; keeps
+    a to-do list; guesses a number; encodes a text with a Caesar cipher; finds the missing number in a sequence; computes a running
+    total; groups words by their first letter; inverts a dictionary; checks whether brackets are balanced; prints a multiplication
+    table; converts seconds to hours, minutes and seconds
+""")
 _CODE_TEMPLATES = [
     "Write a Python function that {}.",
     "Write a Python program that {} and explain it.",
@@ -193,80 +160,15 @@ _CODE_TEMPLATES = [
     "Write a unit test in Python for a function that {}.",
     "Write clean, documented Python code that {}.",
 ]
-_TOPICS = [
-    "volcanoes",
-    "the moon",
-    "coffee",
-    "chess",
-    "the Roman Empire",
-    "whales",
-    "photosynthesis",
-    "electric cars",
-    "black holes",
-    "bread",
-    "tea",
-    "the human heart",
-    "earthquakes",
-    "the Great Wall of China",
-    "penguins",
-    "gravity",
-    "democracy",
-    "the printing press",
-    "inflation",
-    "vaccines",
-    "recycling",
-    "the Internet",
-    "dinosaurs",
-    "jazz",
-    "the stock market",
-    "yoga",
-    "chocolate",
-    "solar power",
-    "coral reefs",
-    "Leonardo da Vinci",
-    "the Olympic Games",
-    "sleep",
-    "bridges",
-    "the water cycle",
-    "ants",
-    "rainbows",
-    "trade",
-    "magnets",
-    "memory",
-    "the French Revolution",
-    "Mars",
-    "bicycles",
-    "antibiotics",
-    "cheese",
-    "deserts",
-    "the Silk Road",
-    "airplanes",
-    "rain forests",
-    "spiders",
-    "artificial intelligence",
-    "the violin",
-    "maps",
-    "clocks",
-    "salt",
-    "comets",
-    "hurricanes",
-    "elephants",
-    "language",
-    "robots",
-    "gardens",
-    "mushrooms",
-    "the Renaissance",
-    "tides",
-    "bats",
-    "cities",
-    "steam engines",
-    "atoms",
-    "pyramids",
-    "owls",
-    "opera",
-    "wolves",
-    "honey",
-]
+_TOPICS = _listed("""
+    volcanoes; the moon; coffee; chess; the Roman Empire; whales; photosynthesis; electric cars; black holes; bread; tea; the human
+    heart; earthquakes; the Great Wall of China; penguins; gravity; democracy; the printing press; inflation; vaccines; recycling; the
+    Internet; dinosaurs; jazz; the stock market; yoga; chocolate; solar power; coral reefs; Leonardo da Vinci; the Olympic Games; sleep;
+    bridges; the water cycle; ants; rainbows; trade; magnets; memory; the French Revolution; Mars; bicycles; antibiotics; cheese;
+    deserts; the Silk Road; airplanes; rain forests; spiders; artificial intelligence; the violin; maps; clocks; salt; comets;
+    hurricanes; elephants; language; robots; gardens; mushrooms; the Renaissance; tides; bats; cities; steam engines; atoms; pyramids;
+    owls; opera; wolves; honey
+""")
 _CHAT_TEMPLATES = [
     "Explain {} in simple words.",
     "Write a short paragraph about {}.",
@@ -283,45 +185,14 @@ _CHAT_TEMPLATES = [
     "What are the advantages and disadvantages of knowing a lot about {}?",
     "Write a quiz with three questions about {}.",
 ]
-_ADVICE = [
-    "save money every month",
-    "learn a new language",
-    "prepare for a job interview",
-    "make new friends in a new city",
-    "eat more healthily",
-    "plan a birthday party",
-    "write a good resume",
-    "train a puppy",
-    "reduce stress",
-    "grow tomatoes on a balcony",
-    "take better photographs",
-    "give a speech",
-    "clean a kitchen quickly",
-    "choose a laptop",
-    "read more books",
-    "organize a closet",
-    "negotiate a salary",
-    "stop procrastinating",
-    "bake a cake",
-    "study for an exam",
-    "be a better listener",
-    "travel cheaply",
-    "start a small business",
-    "write a novel",
-    "remember names",
-    "keep house plants alive",
-    "repair a flat tire",
-    "learn to draw",
-    "meditate",
-    "cook pasta",
-    "swim faster",
-    "teach a child to read",
-    "paint a room",
-    "set up a budget",
-    "plan a garden",
-    "write a cover letter",
-    "host guests",
-]
+_ADVICE = _listed("""
+    save money every month; learn a new language; prepare for a job interview; make new friends in a new city; eat more healthily; plan
+    a birthday party; write a good resume; train a puppy; reduce stress; grow tomatoes on a balcony; take better photographs; give a
+    speech; clean a kitchen quickly; choose a laptop; read more books; organize a closet; negotiate a salary; stop procrastinating; bake
+    a cake; study for an exam; be a better listener; travel cheaply; start a small business; write a novel; remember names; keep house
+    plants alive; repair a flat tire; learn to draw; meditate; cook pasta; swim faster; teach a child to read; paint a room; set up a
+    budget; plan a garden; write a cover letter; host guests
+""")
 _ADVICE_TEMPLATES = [
     "How can I {}?",
     "Give me five tips to {}.",
@@ -331,39 +202,12 @@ _ADVICE_TEMPLATES = [
     "Write an email to a friend who wants to {}.",
     "Make a weekly plan to {}.",
 ]
-_NAMES = [
-    "Maria",
-    "Peter",
-    "Lena",
-    "Omar",
-    "Julia",
-    "David",
-    "Nina",
-    "Carlos",
-    "Emma",
-    "Yuki",
-    "Paul",
-    "Zoe",
-    "Ivan",
-    "Ruth",
-    "Kofi",
-    "Mei",
-]
-_ITEMS = [
-    "pencils",
-    "oranges",
-    "stamps",
-    "cookies",
-    "marbles",
-    "tickets",
-    "bottles",
-    "flowers",
-    "chairs",
-    "eggs",
-    "boxes",
-    "coins",
-    "shells",
-]
+_NAMES = _listed("""
+    Maria; Peter; Lena; Omar; Julia; David; Nina; Carlos; Emma; Yuki; Paul; Zoe; Ivan; Ruth; Kofi; Mei
+""")
+_ITEMS = _listed("""
+    pencils; oranges; stamps; cookies; marbles; tickets; bottles; flowers; chairs; eggs; boxes; coins; shells
+""")
 _REASONING_TEMPLATES = [
     "{n1} has {a} {item} and buys {b} more. Then {n1} gives {c} to {n2}. How many {item} are left? Explain step by step.",
     "A box holds {c} {item}. How many boxes are needed for {big} {item}? Show your reasoning.",

@@ -29,6 +29,12 @@ POLICIES = {
 }
 
 
+def engine(model, tokenizer, policy: str = "echo", drafter: str = "eagle", lanes: int = 4) -> Engine:
+    """What serves the model."""
+    make = {"eagle": lambda made: Eagle(made, lanes), "lookup": lambda _: PromptLookup()}[drafter] if policy != "plain" else None
+    return Engine(model, POLICIES[policy], make, lanes=lanes, features=FEATURE_LAYERS, eos_token=tokenizer.eos_token_id)
+
+
 def main() -> None:
     """Answers the prompts, prints the answers, and says what the counters counted."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -41,14 +47,12 @@ def main() -> None:
     model, tokenizer = load(args.device)
     torch.set_default_device(args.device)
     texts = [prompt for prompts in EVALUATION.values() for prompt in prompts[:2]]
-    make = {"eagle": lambda engine: Eagle(engine, args.lanes), "lookup": lambda _: PromptLookup()}[args.drafter]
-    options = {"lanes": args.lanes, "features": FEATURE_LAYERS, "eos_token": tokenizer.eos_token_id}
-    engine = Engine(model, POLICIES[args.policy], make if args.policy != "plain" else None, **options)
+    served = engine(model, tokenizer, args.policy, args.drafter, args.lanes)
     answers: list[list[int]] = [[] for _ in texts]
     begin = time.perf_counter()
-    for request, tokens in engine.generate(encode(tokenizer, texts), args.new):
+    for request, tokens in served.generate(encode(tokenizer, texts), args.new):
         answers[request] += tokens
-    seconds, counts = time.perf_counter() - begin, engine.stats.read()
+    seconds, counts = time.perf_counter() - begin, served.stats.read()
     for text, answer in zip(texts, answers, strict=True):
         print(f"> {text}\n{tokenizer.decode(answer, skip_special_tokens=True)}\n")
     print(f"{sum(map(len, answers)) / seconds:.0f} tokens/s, {counts.tokens_per_step:.2f} tokens a step\n{counts}")

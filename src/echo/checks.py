@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -28,20 +30,19 @@ def tensor(
         EchoError: naming the argument, what was expected and what came.
     """
     wanted = (dtypes,) if isinstance(dtypes, torch.dtype) else tuple(dtypes)
-    fits = (
+    if (
         isinstance(value, Tensor)
         and value.dtype in wanted
         and value.dim() == len(shape)
         and all(isinstance(s, str) or s == n for s, n in zip(shape, value.shape, strict=True))
-    )
-    if not fits or not isinstance(value, Tensor):
-        text = f"{' or '.join(str(d).removeprefix('torch.') for d in wanted)} [{', '.join(str(s) for s in shape)}]"
-        if not isinstance(value, Tensor):
-            raise EchoError(f"{name}: expected a tensor {text}, got {type(value).__name__}")
+    ):
+        if device is not None and value.device != device:
+            raise EchoError(f"{name}: expected a tensor on {device}, got one on {value.device}")
+        return value
+    text = f"{' or '.join(str(d).removeprefix('torch.') for d in wanted)} [{', '.join(str(s) for s in shape)}]"
+    if isinstance(value, Tensor):
         raise EchoError(f"{name}: expected {text}, got {str(value.dtype).removeprefix('torch.')} {list(value.shape)}")
-    if device is not None and value.device != device:
-        raise EchoError(f"{name}: expected a tensor on {device}, got one on {value.device}")
-    return value
+    raise EchoError(f"{name}: expected a tensor {text}, got {type(value).__name__}")
 
 
 def instance(name: str, value: object, kind: type[T]) -> T:
@@ -72,10 +73,9 @@ def integer(name: str, value: object, low: int, high: int | None = None) -> int:
     Raises:
         EchoError: naming the argument, what was expected and what came.
     """
-    fits = isinstance(value, int) and not isinstance(value, bool) and value >= low and (high is None or value <= high)
-    if not fits or not isinstance(value, int):
-        raise EchoError(f"{name}: expected an int {_range(low, high)}, got {value!r}")
-    return value
+    if isinstance(value, int) and not isinstance(value, bool) and value >= low and (high is None or value <= high):
+        return value
+    raise EchoError(f"{name}: expected an int {_range(low, high)}, got {value!r}")
 
 
 def real(name: str, value: object, low: float, high: float | None = None) -> float:
@@ -84,10 +84,24 @@ def real(name: str, value: object, low: float, high: float | None = None) -> flo
     Raises:
         EchoError: naming the argument, what was expected and what came.
     """
-    fits = isinstance(value, int | float) and not isinstance(value, bool)
-    if not fits or not isinstance(value, int | float) or not low <= value <= (float("inf") if high is None else high):
-        raise EchoError(f"{name}: expected a number {_range(low, high)}, got {value!r}")
-    return float(value)
+    if isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= (math.inf if high is None else high):
+        return float(value)
+    raise EchoError(f"{name}: expected a number {_range(low, high)}, got {value!r}")
+
+
+@contextmanager
+def reading(expected: str) -> Iterator[None]:
+    """Whatever goes wrong in the block, where a file or a text is taken apart, says what was ``expected`` of it.
+
+    Raises:
+        EchoError: in place of every other error than itself and a missing file.
+    """
+    try:
+        yield
+    except (EchoError, FileNotFoundError):
+        raise
+    except Exception as error:
+        raise EchoError(f"{expected}, got {type(error).__name__}: {error}") from error
 
 
 def _range(low: float, high: float | None) -> str:

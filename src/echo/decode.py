@@ -339,6 +339,3 @@ def _limits(prompts: Sequence[Tensor], max_new_tokens: int | Sequence[int]) -> l
         if len(checks.tensor(f"prompts[{number}]", prompt, ["length"], torch.int64)) == 0:
             raise EchoError(f"prompts[{number}]: expected at least one token, got none")
     return limits
-
-
-__all__ = ["Drafter", "Seconds", "Step", "Target", "decode", "outcomes", "speculate", "verify", "warmup_rows"]

@@ -6,7 +6,6 @@ import glob
 import json
 import os
 import secrets
-import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -157,7 +156,7 @@ class WarmupLog:
         arrow = _arrow() if kind == ".parquet" else None
         with write_atomically(path) as handle:
             if arrow is not None:
-                arrow.write_table(_arrow_table(columns), handle)
+                arrow.parquet.write_table(arrow.table(columns), handle)
             elif kind == ".jsonl":
                 lines = [json.dumps({**_HEADER, "rows": len(self)})]
                 rows = zip(*(columns[name].tolist() for name in _FIELDS), strict=True)
@@ -198,14 +197,11 @@ class WarmupLog:
     def _read(cls, path: str) -> WarmupLog:
         read = {".jsonl": _read_jsonl, ".parquet": _read_parquet, ".npz": _read_npz}[_kind(path)]
         try:
-            log = cls.from_mapping(read(path))
-            log.validate()
-        except FileNotFoundError:
-            raise
+            with checks.reading(f"path: expected a warm-up log with the columns {', '.join(_FIELDS)}"):
+                log = cls.from_mapping(read(path))
+                log.validate()
         except EchoError as error:
             raise EchoError(f"{error}, in the warm-up log {path}") from error
-        except (OSError, zipfile.BadZipFile, KeyError, ValueError, EOFError) as error:
-            raise EchoError(f"path: expected a warm-up log with the columns {', '.join(_FIELDS)} in {path}, got: {error}") from error
         return log
 
 
@@ -268,7 +264,7 @@ def _read_jsonl(path: str) -> dict[str, Any]:
 
 
 def _read_parquet(path: str) -> dict[str, Any]:
-    table = _arrow().read_table(path)
+    table = _arrow().parquet.read_table(path)
     for name in table.column_names:
         if table[name].null_count:
             row = int(np.argmax(np.asarray(table[name].is_null())))
@@ -278,16 +274,10 @@ def _read_parquet(path: str) -> dict[str, Any]:
 
 def _arrow() -> Any:
     try:
-        from pyarrow import parquet
+        import pyarrow.parquet
     except ImportError as error:
         raise EchoError("path: expected pyarrow for Parquet files (pip install 'echo-specdec[parquet]'), got no such module") from error
-    return parquet
-
-
-def _arrow_table(columns: dict[str, Any]) -> Any:
-    import pyarrow
-
-    return pyarrow.table(columns)
+    return pyarrow
 
 
 def _dense(step: NDArray[np.int64]) -> NDArray[np.int64]:

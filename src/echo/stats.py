@@ -126,6 +126,3 @@ class StepStats:
     def read(self) -> StepCounts:
         """The totals on the host: waits for the device once."""
         return StepCounts(*self.counts.tolist())
-
-
-__all__ = ["StepCounts", "StepStats"]

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from echo import checks, kernels
 from echo.budget.dealing import deal
-from echo.gating.calibration import BINS, BINS_PER_NAT, ONE, Calibration
-from echo.gating.reliability import on_device
+from echo.gating.calibration import Calibration
+from echo.gating.reliability import BINS_PER_NAT, ONE, TABLE_BINS, on_device
 from echo.tree.supertree import DEAD_SCORE, UNSELECTABLE, Layer, SuperTree, bits
 
 
@@ -125,7 +125,7 @@ class GlobalRank:
         if table is None:
             return bits(tree.score)
         score, deepest = tree.score, len(table) - 1
-        bins = (score * -BINS_PER_NAT).clamp_(max=BINS - 1).long()
+        bins = (score * -BINS_PER_NAT).clamp_(max=TABLE_BINS - 1).long()
         costs: list[Tensor] = []
         for layer, place in zip(tree.layers, torch.split(bins, tree.sizes, dim=1), strict=True):
             own = table[min(layer.depth, deepest)].take(place)

@@ -123,9 +123,9 @@ def curves(seconds: Floats, table: dict[str, Floats]) -> dict[str, Any]:
     return fields | {"k_max_interval": k_max, "gamma_interval": gamma}
 
 
-def rounded(values: ArrayLike) -> tuple[float, ...]:
-    """To 12 digits: what the solver leaves beyond them is noise."""
-    return tuple(float(f"{value:.12g}") for value in np.asarray(values))
+def rounded(values: ArrayLike, digits: int = 12) -> tuple[float, ...]:
+    """To that many digits: what the solver leaves beyond 12 is noise."""
+    return tuple(float(f"{value:.{digits}g}") for value in np.asarray(values))
 
 
 def line(amount: ArrayLike, seconds: ArrayLike) -> tuple[float, float]:

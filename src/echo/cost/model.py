@@ -279,16 +279,12 @@ class CostModel:
         Raises:
             EchoError: not JSON, of another version, or with values out of range.
         """
-        try:
+        with checks.reading(f"cost: expected the JSON of a CostModel, version {VERSION}"):
             data = json.loads(text)
             if data.pop("format") != "echo-cost" or data.pop("version") != VERSION:
                 raise ValueError("another format or version")
             fields: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in data.items()}
             return cls(**fields)
-        except (ValueError, TypeError, AttributeError, KeyError) as error:
-            if isinstance(error, EchoError):
-                raise
-            raise EchoError(f"cost: expected the JSON of a CostModel, version {VERSION}, got: {error}") from error
 
     def to_sglang(self) -> str:
         """The target's part as SGLang's additive cost table (JSON): one profile serves both planners.

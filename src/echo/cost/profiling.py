@@ -47,27 +47,21 @@ def profile(
     for count in counts * warmup:
         step(count)
     clock = _device_clock if torch.device(device).type == "cuda" else _host_clock
-    return np.array(counts * repeats, dtype=np.int64), clock(step, counts * repeats)
+    return np.array(counts * repeats, dtype=np.int64), np.array([clock(step, count) for count in counts * repeats])
 
 
-def _host_clock(step: Callable[[int], object], counts: list[int]) -> NDArray[np.float64]:
-    marks = []
-    for count in counts:
-        start = time.perf_counter()
-        step(count)
-        marks.append(time.perf_counter() - start)
-    return np.array(marks)
+def _host_clock(step: Callable[[int], object], count: int) -> float:
+    start = time.perf_counter()
+    step(count)
+    return time.perf_counter() - start
 
 
-def _device_clock(step: Callable[[int], object], counts: list[int]) -> NDArray[np.float64]:
+def _device_clock(step: Callable[[int], object], count: int) -> float:
     """Between two events of the stream, the second awaited before the next step: what a step takes when nothing runs before it."""
-    marks = []
-    for count in counts:
-        torch.cuda.synchronize()
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        start.record()
-        step(count)
-        end.record()
-        end.synchronize()
-        marks.append(start.elapsed_time(end) / 1e3)
-    return np.array(marks)
+    torch.cuda.synchronize()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    start.record()
+    step(count)
+    end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end)) / 1e3

@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from echo import checks
+from echo.cost.fit import rounded
 from echo.cost.model import CostModel
 from echo.errors import EchoError
 
@@ -148,27 +149,22 @@ def plan(model: Architecture | str, hardware: Hardware | None, tensor: int, expe
     if tensor % expert:
         raise EchoError(f"expert: expected a divisor of tensor ({tensor}), got {expert}")
     rows = np.unique(np.concatenate([np.geomspace(1, most_rows, 40).round(), np.arange(TILE, min(most_rows, 1024) + 1, TILE)])).astype(int)
-    seconds = np.maximum.accumulate(step_seconds(model, machine, rows.astype(np.float64), tensor, expert))
+    seconds = np.maximum.accumulate(_step_seconds(model, machine, rows.astype(np.float64), tensor, expert))
     draft = replace(model, layers=1, ffn=model.draft_ffn or model.ffn, experts=0, active=0, vocab=min(DRAFT_VOCAB, model.vocab))
     # A drafter's layer also reads the feature beside the embedding: queries, keys and values from twice the width.
     weights = draft.attention_weights + draft.hidden * draft.head_dim * (draft.heads + 2 * draft.kv_heads) + draft.ffn_weights
     weights += draft.vocab * draft.hidden
-    read = weights * BYTES / (tensor * machine.bandwidth * machine.memory_share)
-    each = 2 * weights / (tensor * machine.flops * machine.compute_share)
+    draft_layer = weights * BYTES / (tensor * machine.bandwidth * machine.memory_share) + machine.layer
+    draft_layer += 2 * _reduce(machine, np.ones(1), draft.hidden, tensor)[0]
+    draft_row = 2 * weights / (tensor * machine.flops * machine.compute_share)
     keys = 2 * BYTES * model.layers * model.kv_heads * model.head_dim / min(tensor, model.kv_heads)
-    return CostModel(
-        tuple(rows.tolist()),
-        tuple(float(f"{s:.6g}") for s in seconds),
-        draft_layer=float(f"{read + machine.layer + 2 * _reduce(machine, np.ones(1), draft.hidden, tensor)[0]:.6g}"),
-        draft_row=float(f"{each:.6g}"),
-        context_token=float(f"{keys / (machine.bandwidth * machine.memory_share):.6g}"),
-        tiers=tuple(int(t) for t in tiers),
-    )
+    context_token = keys / (machine.bandwidth * machine.memory_share)
+    draft_layer, draft_row, context_token = rounded([draft_layer, draft_row, context_token], 6)
+    tiers = tuple(int(t) for t in tiers)
+    return CostModel(tuple(rows.tolist()), rounded(seconds, 6), draft_layer, draft_row, tiers, context_token=context_token)
 
 
-def step_seconds(
-    model: Architecture, machine: Hardware, rows: NDArray[np.float64], tensor: int = 1, expert: int = 1
-) -> NDArray[np.float64]:
+def _step_seconds(model: Architecture, machine: Hardware, rows: NDArray[np.float64], tensor: int, expert: int) -> NDArray[np.float64]:
     """Seconds of a forward pass of each row count, without the context's keys and values (they are the cost model's own slope)."""
     attention = _product(machine, model.attention_weights / tensor, rows)
     ffn = _experts(model, machine, rows, tensor, expert) if model.experts else _product(machine, model.ffn_weights / tensor, rows)

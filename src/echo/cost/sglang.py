@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from echo.errors import EchoError
+from echo import checks
 
 if TYPE_CHECKING:
     from echo.cost.model import CostModel
@@ -34,7 +34,7 @@ def read(text: str) -> CostModel:
     """See :meth:`CostModel.from_sglang`."""
     from echo.cost.model import CostModel
 
-    try:
+    with checks.reading("cost: expected one of SGLang's cost tables"):
         data = json.loads(text)
         if "bias_seconds" in data:
             alpha, theta = (_rising(data[name]) for name in ("alpha_seconds", "theta_seconds"))
@@ -48,10 +48,6 @@ def read(text: str) -> CostModel:
         ends |= {int(probes[-1]) + 1: float(seconds[-1])}  # held beyond the last probe, as its reader does
         steps = dict(sorted((ends | starts).items()))
         return CostModel(tuple(steps), tuple(steps.values()))
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError, ZeroDivisionError) as error:
-        if isinstance(error, EchoError):
-            raise
-        raise EchoError(f"cost: expected one of SGLang's cost tables, got: {type(error).__name__} {error}") from error
 
 
 def _rising(values: Any) -> Any:

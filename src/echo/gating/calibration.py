@@ -15,8 +15,7 @@ from echo.cost import CostModel
 from echo.errors import EchoError
 from echo.gating import files, reliability
 from echo.gating.histograms import ROWS, SQUARE, UNIT, WEIGHT, ConfidenceHistograms, upper_ends
-from echo.gating.reliability import BINS_PER_NAT, ONE, CalibrationError, Knots
-from echo.gating.reliability import TABLE_BINS as BINS
+from echo.gating.reliability import CalibrationError, Knots
 from echo.gating.separability import from_histogram
 from echo.gating.thresholds import GateReport, Objective, goodput, refuse_gated, report
 from echo.logs import WarmupLog, write_atomically
@@ -26,8 +25,6 @@ if TYPE_CHECKING:
 
 PROFILE_BINS = 20
 """Equal-mass bins of the confidence profile that a calibration keeps for the picture and for drift; 10 to 20 is the custom for PSI."""
-
-__all__ = ["BINS", "BINS_PER_NAT", "ONE", "Calibration", "DepthCalibration", "calibrate"]
 
 
 @dataclass(frozen=True)
@@ -62,12 +59,12 @@ class DepthCalibration:
     gate: bool
     reason: str
     reliability: Knots
-    auc_error: float = 0.0
-    stopped: float = 0.0
-    stopped_accepted: float = 0.0
-    effective: float = 0.0
-    profile: tuple[tuple[float, float, float], ...] = ()
-    by_rank: tuple[Knots, ...] = ()
+    auc_error: float
+    stopped: float
+    stopped_accepted: float
+    effective: float
+    profile: tuple[tuple[float, float, float], ...]
+    by_rank: tuple[Knots, ...]
 
 
 @dataclass(frozen=True)

@@ -107,7 +107,7 @@ class DriftMonitor:
         for name in ("min_psi", "min_ks", "min_gap"):
             checks.real(name, getattr(self, name), 0.0)
         if not any(d.profile for d in self.calibration.depths):
-            raise EchoError("calibration: expected one with confidence profiles, got one of an older file: calibrate again")
+            raise EchoError("calibration: expected one with confidence profiles, got one without: calibrate again")
 
     def check(self, live: ConfidenceHistograms) -> DriftReport:
         """Judges the rows counted in ``live``, for example ``now.since(earlier)``: a window of traffic; anything else is an EchoError."""

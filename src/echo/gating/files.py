@@ -28,30 +28,24 @@ def write(calibration: Calibration) -> str:
 
 def read(text: str, kind: type[Calibration], entry: type[DepthCalibration]) -> Calibration:
     """See :meth:`Calibration.from_json`."""
-    try:
+    with checks.reading("calibration: expected JSON text"):
         data = json.loads(text)
-    except ValueError as error:
-        raise EchoError(f"calibration: expected JSON text, got: {error}") from error
     if not isinstance(data, dict) or data.get("format") != FORMAT or data.get("version") != VERSION:
         found = (data.get("format"), data.get("version")) if isinstance(data, dict) else type(data).__name__
         newer = isinstance(found, tuple) and found[0] == FORMAT and isinstance(found[1], int) and found[1] > VERSION
         hint = ": a newer ECHO wrote it, update this one" if newer else ""
         raise EchoError(f"calibration: expected format '{FORMAT}' version {VERSION}, got {found}{hint}")
-    try:
+    with checks.reading(f"calibration: expected the fields of version {VERSION}"):
         depths = tuple(_depth(d, entry) for d in data["depths"])
-        goodput = data.get("goodput")
+        goodput = data["goodput"]
         result = kind(
             depths,
             float(data["min_auc"]),
             int(data["min_rows"]),
             int(data["max_gates"]),
-            str(data.get("rule", "youden")),
+            str(data["rule"]),
             None if goodput is None else float(goodput),
         )
-    except EchoError:
-        raise
-    except (KeyError, TypeError, ValueError) as error:
-        raise EchoError(f"calibration: expected the fields of version {VERSION}, got a fault at {error}") from error
     if [d.depth for d in depths] != list(range(1, len(depths) + 1)) or not depths:
         raise EchoError(f"calibration: expected depths 1, 2, ..., got {[d.depth for d in depths]}")
     return result
@@ -82,14 +76,14 @@ def _pair(name: str, value: Any) -> str:
 
 
 def _depth(data: Mapping[str, Any], kind: type[DepthCalibration]) -> DepthCalibration:
-    """One entry, checked. Fields that the first files of this version lacked may be missing."""
+    """One entry, checked."""
     read = kind(
         **{
             **data,
             "auc": float("nan") if data["auc"] is None else float(data["auc"]),
             "reliability": _rows(data["reliability"]),
-            "profile": _rows(data.get("profile", ())),
-            "by_rank": tuple(_rows(knots) for knots in data.get("by_rank", ())),
+            "profile": _rows(data["profile"]),
+            "by_rank": tuple(_rows(knots) for knots in data["by_rank"]),
         }
     )
     checks.integer("calibration.depth", read.depth, 1)

@@ -15,9 +15,9 @@ from torch import Tensor
 from echo import checks
 from echo.cost import CostModel
 from echo.errors import EchoError
-from echo.gating.calibration import ONE, Calibration
+from echo.gating.calibration import Calibration
 from echo.gating.histograms import MAX_WEIGHT
-from echo.gating.reliability import look_up, on_device
+from echo.gating.reliability import ONE, look_up, on_device
 
 
 class LayerStatistics(Protocol):

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
@@ -113,22 +111,16 @@ class ConfidenceHistograms:
         Raises:
             EchoError: no log, a depth above 64, or a weight that is neither 0 nor from 1/64 to 1024.
         """
-        mass: NDArray[np.int64] | None = None
+        mass, none = cls.empty(1, ranks).mass, True
         for log in (logs,) if isinstance(logs, WarmupLog) else logs:
-            deepest = _deepest(checks.instance("logs", log, WarmupLog))
-            if mass is None:
-                mass = cls.empty(deepest, ranks).mass
-            mass = _deepen(mass, deepest)
-            _accumulate(mass, log)
-        if mass is None:
+            mass, none = _counted(mass, checks.instance("logs", log, WarmupLog)), False
+        if none:
             raise EchoError("logs: expected at least one WarmupLog, got none")
         return cls(mass)
 
     def add(self, log: WarmupLog) -> ConfidenceHistograms:
         """These rows and those of ``log``; see :meth:`of` for errors."""
-        mass = _deepen(self.mass, _deepest(log)).copy()
-        _accumulate(mass, log)
-        return ConfidenceHistograms(mass)
+        return ConfidenceHistograms(_counted(self.mass.copy(), log))
 
     def merge(self, other: ConfidenceHistograms) -> ConfidenceHistograms:
         """These rows and those of ``other``: exactly associative and commutative. The deeper of the two decides ``max_depth``.
@@ -167,15 +159,10 @@ class ConfidenceHistograms:
             EchoError: no whole histogram file, or one of another version.
             FileNotFoundError: no such file.
         """
-        try:
-            with open(path, "rb") as handle, np.load(handle) as file:
-                version, mass = int(file["version"]), file["mass"]
-        except (OSError, zipfile.BadZipFile, KeyError, ValueError, EOFError) as error:
-            if isinstance(error, FileNotFoundError):
-                raise
-            raise EchoError(f"path: expected histograms in {Path(path)}, got: {error}") from error
+        with checks.reading(f"path: expected histograms in {path}"), open(path, "rb") as handle, np.load(handle) as file:
+            version, mass = int(file["version"]), file["mass"]
         if version != VERSION:
-            raise EchoError(f"path: expected histograms of version {VERSION} in {Path(path)}, got version {version}")
+            raise EchoError(f"path: expected histograms of version {VERSION} in {path}, got version {version}")
         return cls(mass)
 
     def _aligned(self, name: str, other: ConfidenceHistograms) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -280,24 +267,20 @@ def middle_scores() -> NDArray[np.float64]:
     return scores
 
 
-def _deepest(log: WarmupLog) -> int:
-    deepest = int(log.depth.max()) if len(log) else 1
-    if deepest > MAX_DEPTH:
-        raise EchoError(f"log.depth: expected at most {MAX_DEPTH}, got {deepest} in row {int(log.depth.argmax())}")
-    return deepest
-
-
 def _deepen(mass: NDArray[np.int64], depths: int) -> NDArray[np.int64]:
     more = depths - mass.shape[1]
     return mass if more <= 0 else np.pad(mass, [(0, 0), (0, more), (0, 0), (0, 0), (0, 0)])
 
 
-def _accumulate(mass: NDArray[np.int64], log: WarmupLog) -> None:
-    """Adds the log's rows to ``mass``, which has room for its depths, block by block."""
+def _counted(mass: NDArray[np.int64], log: WarmupLog) -> NDArray[np.int64]:
+    """``mass`` with the log's rows added in place, block by block; a deeper copy of it where it has no room for them."""
+    deepest = int(log.depth.max(initial=1))
+    if deepest > MAX_DEPTH:
+        raise EchoError(f"log.depth: expected at most {MAX_DEPTH}, got {deepest} in row {int(log.depth.argmax())}")
+    mass = _deepen(mass, deepest)
     ranks, flat = mass.shape[2], mass.reshape(3, -1)
-    unit = bool((log.weight == 1).all()) if len(log) else True
-    wrong = (log.weight > MAX_WEIGHT) | ((log.weight < MIN_WEIGHT) & (log.weight > 0)) if not unit else np.zeros(0)
-    if wrong.any():
+    unit = bool((log.weight == 1).all())
+    if not unit and (wrong := (log.weight > MAX_WEIGHT) | ((log.weight < MIN_WEIGHT) & (log.weight > 0))).any():
         row = int(wrong.argmax())
         raise EchoError(f"log.weight: expected 0 or from {MIN_WEIGHT:g} to {MAX_WEIGHT:g}, got {log.weight[row]:g} in row {row}")
     block = _BLOCK if unit else min(2 * _BLOCK, int(2.0**52 / (UNIT * max(1.0, float(log.weight.max())) ** 2)))
@@ -317,6 +300,7 @@ def _accumulate(mass: NDArray[np.int64], log: WarmupLog) -> None:
         flat[ROWS] += np.bincount(place, weights=w > 0, minlength=size).astype(np.int64)
         flat[WEIGHT] += np.bincount(place, weights=np.rint(w * UNIT), minlength=size).astype(np.int64)
         flat[SQUARE] += np.bincount(place, weights=np.rint(w * w * UNIT), minlength=size).astype(np.int64)
+    return mass
 
 
 def _places(log: WarmupLog, part: slice, ranks: int) -> NDArray[np.intp]:

@@ -13,7 +13,6 @@ if TYPE_CHECKING:
 
     from echo.gating.calibration import Calibration, DepthCalibration
 
-ACCEPTED, REJECTED, PLAIN = style.GOOD, style.BAD, style.INK
 COLUMNS = 4
 LEAST = 1e-3
 """Left end of the confidence axes: path probabilities are small at depth."""
@@ -45,25 +44,25 @@ def _histogram(axis: Any, d: DepthCalibration) -> None:
     table = np.array(d.profile)
     edges = np.concatenate([[0.0], table[:, 0]]).clip(LEAST, 1.0)
     width = np.diff(np.log(edges))
-    for column, colour, name in ((1, ACCEPTED, "accepted"), (2, REJECTED, "rejected")):
+    for column, colour, name in ((1, style.GOOD, "accepted"), (2, style.BAD, "rejected")):
         if table[:, column].sum() > 0:
             density = table[:, column] / table[:, column].sum() / np.maximum(width, 0.1)
             axis.stairs(np.where(width > 0, density, 0.0), edges, fill=True, alpha=0.45, color=colour, label=name)
     if d.gate:
-        axis.axvline(max(d.threshold, LEAST), color=PLAIN, lw=1.2, label="threshold")
+        axis.axvline(max(d.threshold, LEAST), color=style.INK, lw=1.2, label="threshold")
 
 
 def _auc(axis: Any, calibration: Calibration) -> None:
     for d in calibration.depths:
         if not np.isnan(d.auc):
-            axis.plot([d.depth, d.depth], [d.auc_low, d.auc_high], color=PLAIN, lw=1.5)
-            axis.plot(d.depth, d.auc, "o", color=PLAIN, mfc=PLAIN if d.gate else "white")
-    axis.axhline(calibration.min_auc, color=REJECTED, lw=1, ls="--")
+            axis.plot([d.depth, d.depth], [d.auc_low, d.auc_high], color=style.INK, lw=1.5)
+            axis.plot(d.depth, d.auc, "o", color=style.INK, mfc=style.INK if d.gate else "white")
+    axis.axhline(calibration.min_auc, color=style.BAD, lw=1, ls="--")
     axis.set(title="separability (filled: gate)", xlabel="depth", ylabel="AUC, 95% interval", xticks=range(1, calibration.max_depth + 1))
 
 
 def _reliability(axis: Any, calibration: Calibration) -> None:
-    axis.plot([0, 1], [0, 1], color=PLAIN, lw=1, ls=":")
+    axis.plot([0, 1], [0, 1], color=style.INK, lw=1, ls=":")
     for d in calibration.depths:
         score, chance = np.array(d.reliability).T
         shade = 0.85 * (d.depth - 1) / max(1, calibration.max_depth - 1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -99,7 +99,7 @@ def from_histogram(mass: NDArray[np.int64]) -> Separability:
     if not (totals > 0).all():
         return result
     error = float((sums[0] * sums[1]).sum() / totals.prod() / 2)
-    return Separability(result.auc, result.low, result.high, result.threshold, result.youden, error)
+    return replace(result, error=error)
 
 
 def _separate(sums: NDArray[Any], squares: NDArray[Any], bottom: NDArray[Any], top: NDArray[Any]) -> Separability:

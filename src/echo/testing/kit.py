@@ -183,8 +183,9 @@ def _plan(scheduler: ElasticBudgetScheduler, scenario: Scenario) -> Plan:
 
 
 def _layout(scheduler: ElasticBudgetScheduler, plan: Plan) -> Fault | None:
-    if sorted(plan.packed.node[plan.packed.node >= 0].tolist()) != _members(plan):
-        return Fault("the rows that select said", f"nodes {plan.packed.node.tolist()}, selected {_members(plan)}")
+    selected = plan.selected.flatten().nonzero()[:, 0].tolist()
+    if sorted(plan.packed.node[plan.packed.node >= 0].tolist()) != selected:
+        return Fault("the rows that select said", f"nodes {plan.packed.node.tolist()}, selected {selected}")
     try:
         check_plan(plan.tree, plan.packed)
     except AssertionError as error:
@@ -207,13 +208,12 @@ def _gain(scheduler: ElasticBudgetScheduler, plan: Plan) -> Fault | None:
     return None if fits else Fault(f"probabilities float32 {list(plan.selected.shape)} from rule.gain", f"{gain}")
 
 
-def _members(plan: Plan) -> list[int]:
-    return [int(node) for node in plan.selected.flatten().nonzero()[:, 0]]
-
-
 def _repeat(scheduler: ElasticBudgetScheduler, plan: Plan) -> Fault | None:
     again = _plan(scheduler, plan.scenario)
-    return None if torch.equal(plan.packed.wire(), again.packed.wire()) else _changed("the same plan when asked again", plan, again)
+    if torch.equal(plan.packed.wire(), again.packed.wire()):
+        return None
+    expected = "the same plan when asked again"
+    return _same(expected, plan, again, range(plan.scenario.batch)) or Fault(expected, "the same rows, and another packed step")
 
 
 def _equals(scheduler: ElasticBudgetScheduler, plan: Plan) -> Fault | None:
@@ -308,18 +308,10 @@ def _same(expected: str, plan: Plan, other: Plan, requests: Sequence[int]) -> Fa
     for i, b in enumerate(requests):
         mine, theirs = plan.paths(b), other.paths(i)
         if mine != theirs:
-            return _differs(expected, plan, b, mine, theirs)
+            extra = next((node for node in plan.rows(b) if plan.path(b, node) not in theirs), None)
+            here, there = (", ".join("-".join(map(str, path)) or "root" for path in sorted(paths)) for paths in (mine, theirs))
+            return Fault(expected, f"for request {b} here {here}; there {there}", None if extra is None else (b, extra))
     return None
-
-
-def _changed(expected: str, plan: Plan, again: Plan) -> Fault:
-    return _same(expected, plan, again, range(plan.scenario.batch)) or Fault(expected, "the same rows, and another packed step")
-
-
-def _differs(expected: str, plan: Plan, b: int, mine: set[tuple[int, ...]], theirs: set[tuple[int, ...]]) -> Fault:
-    extra = next((node for node in plan.rows(b) if plan.path(b, node) not in theirs), None)
-    here, there = (", ".join("-".join(map(str, path)) or "root" for path in sorted(paths)) for paths in (mine, theirs))
-    return Fault(expected, f"for request {b} here {here}; there {there}", None if extra is None else (b, extra))
 
 
 def _says(check: Callable[..., Tensor]) -> str:

@@ -146,7 +146,6 @@ def replay(
     steps: int | None = None,
     order: NDArray[np.int64] | None = None,
     compact: bool = False,
-    catch_up: bool = True,
     prompt_rows: int = 0,
     lag: int = 0,
     capacity: int | None = None,
@@ -156,7 +155,8 @@ def replay(
     """Decodes the trace's texts under a policy, with continuous refill, and charges each step by the cost model.
 
     The scheduler's own code plans each step on the recorded scores, and the text says what the target accepts: under greedy
-    decoding the steps, rows and accepted tokens are those of a live decode of the same prompts in the same slots.
+    decoding the steps, rows and accepted tokens are those of a live decode of the same prompts in the same slots. A drafter is also
+    charged for reading up on what was emitted while nothing was drafted.
 
     Args:
         trace: recorded drafts.
@@ -167,7 +167,6 @@ def replay(
         order: texts in the order of their admission; the trace's order where not given.
         compact: charge only layers and nodes that are still drafted on. By default all planned layers are charged at full
             width: inside a CUDA graph a gate saves no draft time.
-        catch_up: charge the drafter for reading what was emitted while nothing was drafted.
         prompt_rows: rows of each admission's prefill, in the forward pass of the request's first step.
         lag: steps by which the forecast's history lies behind, 0 to 2.
         capacity: rows of one request at most.
@@ -208,7 +207,7 @@ def replay(
         _count(report, packed, emitted, tree.depth)
         full = float(cost.draft(plan.depth, len(live), scheduler.rule.width))
         drafting = tree.depth * cost.draft_layer + nodes * cost.draft_row if compact else full
-        if catch_up and plan.depth and missed_tokens:
+        if plan.depth:
             drafting += cost.catch_up(missed_tokens)
         missed_tokens = 0 if plan.depth else missed_tokens + int(emitted.sum())
         launched = plan.rows + prompt_rows * len(fresh)

@@ -47,12 +47,7 @@ def _smaller(step: Scenario) -> Iterator[Scenario]:
         for request in (value != plain).nonzero()[:, 0].tolist():
             simpler = value.clone()
             simpler[request] = plain
-            yield _with(step, name, simpler)
-
-
-def _with(step: Scenario, name: str, value: torch.Tensor) -> Scenario:
-    changes = {name: value}
-    return replace(step, **changes)  # type: ignore[arg-type]
+            yield replace(step, **{name: simpler})
 
 
 def _rounder(step: Scenario, entry: int) -> Iterator[Scenario]:

@@ -95,20 +95,13 @@ def scores(numbers: np.typing.NDArray[Any], *, coarse: bool) -> torch.Tensor:
     return torch.from_numpy(np.log(np.ceil(8 * share) / 8 if coarse else share).astype(np.float32))
 
 
-def trees(*, max_batch: int = 4, max_nodes: int = 12) -> SearchStrategy[SuperTree]:
-    """Ready-made trees for :meth:`~echo.ElasticBudgetScheduler.select` and ``pack``: siblings in any order, empty slots.
-
-    Args:
-        max_batch: most requests.
-        max_nodes: most nodes of one request.
-    """
+def trees() -> SearchStrategy[SuperTree]:
+    """Ready-made trees for :meth:`~echo.ElasticBudgetScheduler.select` and ``pack``: siblings in any order, empty slots."""
     st = hypothesis().strategies
-    checks.integer("max_batch", max_batch, 1)
-    checks.integer("max_nodes", max_nodes, 1)
 
     def build(draw: Any) -> SuperTree:
-        batch = draw(st.integers(1, max_batch))
-        lengths = draw(st.lists(st.integers(0, max_nodes), min_size=batch, max_size=batch))
+        batch = draw(st.integers(1, 4))
+        lengths = draw(st.lists(st.integers(0, 12), min_size=batch, max_size=batch))
         nodes = max(1, *lengths)
         parent = [[-1] + [draw(st.integers(0, node - 1)) for node in range(1, nodes)] for _ in range(batch)]
         share = [[draw(st.integers(1, 8)) / 8 for _ in range(nodes)] for _ in range(batch)]
@@ -120,34 +113,23 @@ def trees(*, max_batch: int = 4, max_nodes: int = 12) -> SearchStrategy[SuperTre
     return strategy
 
 
-def logs(*, max_rows: int = 60, max_depth: int = 4) -> SearchStrategy[WarmupLog]:
-    """Warm-up logs of any size, the empty one included: confidences with ties, depths without a row.
-
-    Args:
-        max_rows: most rows.
-        max_depth: deepest depth.
-    """
+def logs() -> SearchStrategy[WarmupLog]:
+    """Warm-up logs of any size, the empty one included: confidences with ties, depths without a row."""
     st = hypothesis().strategies
-    checks.integer("max_depth", max_depth, 1)
-    row = st.tuples(st.integers(1, max_depth), st.integers(0, 16).map(lambda n: n / 16), st.booleans())
+    row = st.tuples(st.integers(1, 4), st.integers(0, 16).map(lambda n: n / 16), st.booleans())
 
     def build(rows: list[tuple[int, float, bool]]) -> WarmupLog:
         depth, confidence, accepted = (np.array(column) for column in zip(*rows, strict=True)) if rows else ((), (), ())
         return WarmupLog.from_arrays(np.asarray(depth, np.int64), np.asarray(confidence, np.float64), np.asarray(accepted, bool))
 
-    strategy: SearchStrategy[WarmupLog] = st.lists(row, max_size=checks.integer("max_rows", max_rows, 0)).map(build)
+    strategy: SearchStrategy[WarmupLog] = st.lists(row, max_size=60).map(build)
     return strategy
 
 
-def cost_curves(*, max_points: int = 6) -> SearchStrategy[CostModel]:
-    """Cost curves: flat, with a knee, steep, or of one point; with tiers or without; drafting free or dear.
-
-    Args:
-        max_points: most measured row counts.
-    """
+def cost_curves() -> SearchStrategy[CostModel]:
+    """Cost curves: flat, with a knee, steep, or of one point; with tiers or without; drafting free or dear."""
     st = hypothesis().strategies
-    checks.integer("max_points", max_points, 1)
-    steps = st.lists(st.tuples(st.integers(1, 64), st.integers(0, 8)), min_size=1, max_size=max_points)
+    steps = st.lists(st.tuples(st.integers(1, 64), st.integers(0, 8)), min_size=1, max_size=6)
 
     def build(points: list[tuple[int, int]], layer: int, row: int, tiers: set[int]) -> CostModel:
         rows, rises = np.array(points).T

@@ -12,10 +12,8 @@ from __future__ import annotations
 import lzma
 import math
 import os
-import zipfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
-from pathlib import Path
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -28,6 +26,7 @@ from echo.budget.rules import best, order
 from echo.budget.scheduler import ElasticBudgetScheduler
 from echo.decode import Drafter, Target, decode
 from echo.errors import EchoError
+from echo.logs import write_atomically
 from echo.tree.supertree import DEAD_SCORE, Frontier, Layer, SuperTree
 
 VERSION = 1
@@ -130,30 +129,19 @@ class Trace:
     def texts(self, chosen: Sequence[int]) -> Trace:
         """The trace of the ``chosen`` texts, numbers from 0, in that order."""
         rows = np.concatenate([np.arange(self.indptr[i], self.indptr[i + 1]) for i in chosen])
-        lengths = np.diff(self.indptr)[list(chosen)]
-        return Trace(
-            self.text[rows],
-            np.concatenate([[0], lengths.cumsum()]),
-            self.kind[list(chosen)],
-            self.limit[list(chosen)],
-            self.token[rows],
-            self.log_prob[rows],
-            self.expanded[rows],
-            self.beam,
-            self.floor,
-        )
+        columns: dict[str, Any] = {name: getattr(self, name)[rows] for name in ("text", "token", "log_prob", "expanded")}
+        columns |= {name: getattr(self, name)[list(chosen)] for name in ("kind", "limit")}
+        return replace(self, indptr=np.concatenate([[0], np.diff(self.indptr)[list(chosen)].cumsum()]), **columns)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the npz ``path`` in one atomic move. Of ``token`` and ``log_prob`` only the recorded nodes are stored, LZMA-compressed."""
-        part = Path(f"{os.fspath(path)}.part")
         recorded = np.isfinite(self.log_prob).any(axis=3)
         names = ("kind", "indptr", "text", "limit", "expanded", "beam", "floor")
         columns: dict[str, Any] = {"version": np.array(VERSION), **{name: np.asarray(getattr(self, name)) for name in names}}
         columns |= {"recorded": np.packbits(recorded), "shape": np.array(self.token.shape)}
         columns |= {"token": _shrink(self.token[recorded]), "log_prob": _shrink(_planes(self.log_prob[recorded]))}
-        with open(part, "wb") as handle:
+        with write_atomically(path) as handle:
             np.savez_compressed(handle, **columns)
-        os.replace(part, path)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Trace:
@@ -162,22 +150,17 @@ class Trace:
         Raises:
             EchoError: not a trace, of another version, truncated, or the first value out of range with its position.
         """
-        try:
-            with open(path, "rb") as handle, np.load(handle) as file:
-                if int(file["version"]) != VERSION:
-                    raise EchoError(f"path: expected a trace of version {VERSION}, got version {int(file['version'])}")
-                columns: dict[str, Any] = {f.name: file[f.name] for f in fields(cls)}
-                shape = tuple(int(n) for n in file["shape"])
-                recorded = np.unpackbits(file["recorded"], count=math.prod(shape[:3])).astype(bool).reshape(shape[:3])
-                nodes = int(recorded.sum()), shape[3]
-                token, log_prob = np.zeros(shape, np.int32), np.full(shape, -np.inf, np.float16)
-                token[recorded] = _grow(columns["token"]).view(np.int32).reshape(nodes)
-                planes = _grow(columns["log_prob"]).reshape(2, *nodes)
-                log_prob[recorded] = np.ascontiguousarray(np.moveaxis(planes, 0, -1)).view(np.float16)[..., 0]
-        except (OSError, zipfile.BadZipFile, lzma.LZMAError, KeyError, ValueError, EOFError) as error:
-            if isinstance(error, FileNotFoundError | EchoError):
-                raise
-            raise EchoError(f"path: expected a trace in {path}, got: {error}") from error
+        with checks.reading(f"path: expected a trace in {path}"), open(path, "rb") as handle, np.load(handle) as file:
+            if int(file["version"]) != VERSION:
+                raise EchoError(f"path: expected a trace of version {VERSION}, got version {int(file['version'])}")
+            columns: dict[str, Any] = {f.name: file[f.name] for f in fields(cls)}
+            shape = tuple(int(n) for n in file["shape"])
+            recorded = np.unpackbits(file["recorded"], count=math.prod(shape[:3])).astype(bool).reshape(shape[:3])
+            nodes = int(recorded.sum()), shape[3]
+            token, log_prob = np.zeros(shape, np.int32), np.full(shape, -np.inf, np.float16)
+            token[recorded] = _grow(columns["token"]).view(np.int32).reshape(nodes)
+            planes = _grow(columns["log_prob"]).reshape(2, *nodes)
+            log_prob[recorded] = np.ascontiguousarray(np.moveaxis(planes, 0, -1)).view(np.float16)[..., 0]
         columns |= {"beam": int(columns["beam"]), "floor": float(columns["floor"]), "token": token, "log_prob": log_prob}
         return cls(**columns)
 
