@@ -123,8 +123,8 @@ def churn(axis, r) -> None:
 
 def next_layer(axis, r) -> None:
     """What a gate by goodput is worth to goodput."""
-    for (price, ratio), line in zip(r["gated_over_ungated"].items(), ("o-", "o--", "o:"), strict=True):
-        axis.plot(r["batch"], ratio, line, ms=3, color=style.of("goodput"), label=price)
+    for (price, ratio), shade in zip(r["gated_over_ungated"].items(), (0.35, 0.65, 1.0), strict=True):
+        axis.plot(r["batch"], ratio, "o-", ms=3, color=style.of("goodput"), alpha=shade, label=price)
     _batches(axis, r["batch"])
     axis.set_ylabel("throughput / without the gate")
 
