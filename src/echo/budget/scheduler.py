@@ -198,7 +198,7 @@ class ElasticBudgetScheduler:
     def grow(self, tree: SuperTree, tokens: Tensor, log_probs: Tensor) -> SuperTree:
         """Scores a drafted layer, asks the gate, lets the rule buy, and finds the next frontier.
 
-        S(v) = min(S(parent), S(parent) + log q(v)). A NaN or infinite score makes its node unselectable; NaN, plus
+        S(v) = S(parent) + min(log q(v), 0). A NaN or infinite score makes its node unselectable; NaN, plus
         infinity and layers of minus infinity alone are counted in ``invalid``.
 
         Args:
@@ -224,7 +224,7 @@ class ElasticBudgetScheduler:
         layer = Layer(
             depth,
             tokens.flatten(1),
-            frontier.index[..., None].expand(-1, -1, k).flatten(1),
+            frontier.index.repeat_interleave(k, dim=1),
             score,
             torch.zeros(batch, width * k, dtype=torch.bool, device=tokens.device),
             tree.status == int(Status.ACTIVE),
@@ -239,9 +239,12 @@ class ElasticBudgetScheduler:
             layer = replace(layer, bought=bought)
         index, active = self.rule.frontier(layer)
         on = passed if bought is None else passed & bought.any(dim=1)
-        status = tree.status.masked_fill(layer.drafted, int(Status.EXHAUSTED)).masked_fill_(some, int(Status.TRUNCATED))
-        status = status if bought is None else status.masked_fill_(passed, int(Status.STARVED))
-        status = status.masked_fill_(on, int(Status.FINISHED if depth == self.max_depth else Status.ACTIVE))
+        status = tree.status.masked_fill(layer.drafted, int(Status.EXHAUSTED))
+        if verdict is not None:
+            status.masked_fill_(some, int(Status.TRUNCATED))
+        if bought is not None:
+            status.masked_fill_(passed, int(Status.STARVED))
+        status.masked_fill_(on, int(Status.FINISHED if depth == self.max_depth else Status.ACTIVE))
         return SuperTree(
             layers=(*tree.layers, layer),
             frontier=Frontier(

@@ -285,7 +285,7 @@ def bits(score: Tensor) -> Tensor:
 
 
 def path_score(parent: Tensor, log_prob: Tensor, active: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """S(v) = min(S(parent), S(parent) + log q(v)), the greatest of each request, and how many of its drafts are faulty.
+    """S(v) = S(parent) + min(log q(v), 0), the greatest of each request, and how many of its drafts are faulty.
 
     Minus infinity says "no candidate" and is no fault by itself; NaN and plus infinity are faults, and so is each score of a
     request that has an active node and no finite score at all.
@@ -300,9 +300,10 @@ def path_score(parent: Tensor, log_prob: Tensor, active: Tensor) -> tuple[Tensor
     """
     q, parent = log_prob.float(), torch.where(active, parent, DEAD_SCORE)[..., None]
     number = torch.nan_to_num(q, nan=DEAD_SCORE, posinf=DEAD_SCORE, neginf=DEAD_SCORE)
-    score = torch.minimum(parent, parent + number).flatten(1)
+    faulty = (q != number).sum(dim=2)
+    score = (parent + number.clamp_(max=0.0)).flatten(1)
     best = score.amax(dim=1)
-    faulty = (q != number).sum(dim=2).masked_fill_((best == DEAD_SCORE)[:, None], q.shape[2])
+    faulty.masked_fill_((best == DEAD_SCORE)[:, None], q.shape[2])
     return score, best, (faulty * active).sum(dim=1).int()
 
 
