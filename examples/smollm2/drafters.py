@@ -92,16 +92,17 @@ class Eagle:
         self.tokens = torch.zeros(slots, count, dtype=torch.int64)
         self.log_probs = torch.zeros(slots, count, dtype=torch.float16)  # two bytes: what a trace holds is exactly what was ranked
         self.root = torch.zeros(slots, WIDTH)
-        # Of the text not read yet, in order: slots [n], features [n, 1728], and the token after each, [n].
+        # Of the text not read yet, in order: slots [n], features [n, 1728], and the token after each, [n]; each slot's begins at its
+        # own place of the list.
         self.unread: list[tuple[Tensor, Tensor, Tensor]] = []
+        self.since = torch.zeros(slots, dtype=torch.int64)
         # Of the layers drafted in this step: states [B, W, width], keys, values [B, nodes, heads, D], who sees whom [B, W, nodes].
         self.state = self.own_keys = self.own_values = self.sees = torch.empty(0)
 
     @torch.inference_mode()
     def admit(self, slots: Tensor, prompts: Sequence[Tensor], first: Tensor) -> None:
         """Keeps the prompts' features, which the target's prefill has just left in ``hidden``; forgets who was in the slots before."""
-        self.unread = [tuple(x[~torch.isin(rows[0], slots)] for x in rows) for rows in self.unread]
-        self.used[slots] = 0
+        self.used[slots], self.since[slots] = 0, len(self.unread)
         where = torch.repeat_interleave(slots, torch.tensor([len(p) for p in prompts]))
         after = torch.cat([torch.cat([p[1:], t[None]]) for p, t in zip(prompts, first, strict=True)])
         self.unread.append((where, self.target.hidden, after))
@@ -152,8 +153,10 @@ class Eagle:
         if not self.unread:
             return
         where, features, after = (torch.cat(column) for column in zip(*self.unread, strict=True))
-        self.unread = []
-        turn = where.argsort(stable=True)
+        place = torch.repeat_interleave(torch.tensor([len(rows[0]) for rows in self.unread]))
+        mine = (place >= self.since[where]).nonzero()[:, 0]
+        self.unread, self.since = [], torch.zeros_like(self.since)
+        turn = mine[where[mine].argsort(stable=True)]
         where, features, after = where[turn], features[turn], after[turn]
         slots, request, lengths = where.unique_consecutive(return_inverse=True, return_counts=True)
         local = torch.arange(len(where)) - (lengths.cumsum(0) - lengths)[request]
