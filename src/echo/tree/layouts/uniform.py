@@ -144,13 +144,11 @@ def sglang_mask(
         raise EchoError(f"mode: expected QLEN_ONLY, QLEN_ONLY_BITPACKING, or FULL_MASK with context and size, got {mode!r}")
     checks.tensor("context", context, [packed.batch], checks.INTEGERS, local.device)
     checks.integer("size", size, packed.batch * n * n)
-    if out is not None:
-        checks.tensor("out", out, [size], torch.bool, local.device)
     kv = context.long() + n
     square_begin = (n * kv).cumsum(0) - n * kv + context
     entry = (square_begin[:, None] + local * kv[:, None])[..., None] + local
-    full = torch.ones(size, dtype=torch.bool, device=local.device) if out is None else out.fill_(True)
-    return full.scatter_(0, entry.flatten().clamp_(max=size - 1), square.flatten())
+    full = torch.ones(size + 1, dtype=torch.bool, device=local.device)  # the last takes what a size too small has no room for
+    return into(out, full.scatter_(0, entry.flatten().clamp_(max=size), square.flatten())[:size])
 
 
 def tensorrt_llm(packed: PackedTree, n: int, *, out: TensorRTLinks | None = None) -> TensorRTLinks:
