@@ -352,6 +352,15 @@ def test_out_writes_into_the_engines_buffers():
         for f in tensors(value):
             assert getattr(written, f.name).data_ptr() == getattr(buffer, f.name).data_ptr()
             assert torch.equal(getattr(written, f.name), getattr(value, f.name)), f.name
+    for call, name in (
+        (lambda out: layouts.sglang(case.packed, 12, context, out=out), "retrive_next_sibling"),
+        (lambda out: layouts.hugging_face(case.packed, 12, context, 5, out=out), "position_ids"),
+    ):
+        buffer = poisoned(call(None))
+        before = {f.name: getattr(buffer, f.name).clone() for f in tensors(buffer)}
+        with pytest.raises(echo.EchoError, match=f"out.{name}: expected"):
+            call(dataclasses.replace(buffer, **{name: before[name].flatten()[:3]}))
+        assert all(torch.equal(getattr(buffer, name), old) for name, old in before.items())  # nothing is half-written
     with pytest.raises(echo.EchoError, match=r"out.draft_tokens: expected int64 \[48\], got int64 \[52\]"):
         layouts.sglang(case.packed, 12, context, out=layouts.sglang(case.packed, 13, context))
     with pytest.raises(echo.EchoError, match=r"out.attention_mask: expected bool \[4, 1, 12, 17\], got bool \[4, 1, 12, 18\]"):

@@ -384,12 +384,14 @@ def into(out: T | None, value: T) -> T:
         buffer: T = checks.tensor("out", theirs, mine.shape, mine.dtype, mine.device).copy_(mine)  # type: ignore[assignment]
         return buffer
     checks.instance("out", theirs, type(mine))
-    host = {}
+    host, pairs = {}, []
     for field in fields(mine):
         new, old = getattr(mine, field.name), getattr(theirs, field.name)
         if isinstance(new, Tensor) and old is not None:
-            checks.tensor(f"out.{field.name}", old, new.shape, new.dtype, new.device).copy_(new)
+            pairs.append((checks.tensor(f"out.{field.name}", old, new.shape, new.dtype, new.device), new))
         else:
             host[field.name] = new
+    for old, new in pairs:  # all of it fits
+        old.copy_(new)
     written: T = replace(theirs, **host)
     return written

@@ -218,10 +218,11 @@ def hugging_face(
     else:  # far larger than all else: written where it belongs
         buffer = checks.instance("out", out, HuggingFaceInputs).attention_mask
         mask = checks.tensor("out.attention_mask", buffer, shape, dtype, device)
+    inputs = into(out, HuggingFaceInputs(grid.spread(packed.tokens, 0), grid.spread(packed.depth, 0) + context.long()[:, None], mask))
     least = False if dtype == torch.bool else torch.finfo(dtype).min
     for part, seen in ((mask[..., :past], prefix[:, None, None]), (mask[..., past:], grid.square()[:, None])):
         part.copy_(seen if dtype == torch.bool else torch.where(seen, 0.0, least))
-    return into(out, HuggingFaceInputs(grid.spread(packed.tokens, 0), grid.spread(packed.depth, 0) + context.long()[:, None], mask))
+    return inputs
 
 
 def unpad(packed: PackedTree, values: Tensor) -> Tensor:
