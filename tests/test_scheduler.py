@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from dataclasses import replace
 
 import numpy as np
@@ -309,6 +310,27 @@ def test_what_is_learnt_of_a_slot_fades_towards_everybody():
     assert float(off.foresee(torch.tensor([0]))[1].max()) == pytest.approx(fresh, rel=0.05)
 
 
+def test_what_is_foreseen_is_the_shrunk_sum_over_slots_layers_and_likelier_bins():
+    history = GOODPUT.history(5)
+    for seed in range(12):
+        history = observed(GOODPUT, history, torch.tensor([0, 3, seed % 2 + 1]), depth=2 + 2 * (seed % 3 > 0), seed=seed, accepted=seed % 4)
+    slots = torch.tensor([4, 1, 0])
+    rows, brings = history.foresee(slots)
+    steps, expected, accepted, outlook = (x.double() for x in (history.steps, history.expected, history.accepted, history.outlook))
+    everybody = outlook[:, -1] / steps[:, -1:]
+    ratio = (accepted[:, -1] + 1) / (expected[:, -1] + 1)
+    for depth in range(4):
+        for bins in range(65):
+            sums = [0.0, 0.0]
+            for d, slot, b in itertools.product(range(depth + 1), slots.tolist(), range(64 - bins, 64)):
+                nodes = (outlook[d, slot, b] + 2 * everybody[d, b]) / (steps[d, slot] + 2)
+                scale = min(float((accepted[d, slot] + 4 * ratio[d]) / (expected[d, slot] + 4)), 2.0)
+                sums[0] += float(nodes)
+                sums[1] += float(nodes) * scale * (b + 0.5) / 64
+            assert [rows[depth, bins], brings[depth, bins]] == pytest.approx(sums, rel=1e-5, abs=1e-6)
+    assert (np.diff(rows) >= 0).all() and (np.diff(brings) >= 0).all()
+
+
 def test_forecast_of_a_cost_model():
     slots = torch.arange(4)
     history = GOODPUT.history(4)
@@ -357,7 +379,7 @@ def test_ranks_agree_on_what_is_best_for_all():
     assert GOODPUT.agree(idle, 1) == echo.Forecast(0, 0)
     with pytest.raises(echo.EchoError, match=r"curves: expected float32 \[ranks, \d+\], got \[2, 5\]"):
         GOODPUT.agree(idle[:, :5], 0)
-    with pytest.raises(echo.EchoError, match=r"history.steps: expected a tensor on cpu, got one on meta"):
+    with pytest.raises(echo.EchoError, match=r"history: expected one on cpu \(see History.to\), got one on meta"):
         GOODPUT.forecast(history.to("meta"), slots)
     with pytest.raises(echo.EchoError, match="budget: expected a CostModel"):
         SCHEDULER.curve(history, slots)

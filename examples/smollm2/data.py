@@ -27,8 +27,9 @@ def greedy(logits: Tensor) -> Tensor:
 
 
 def sampled(logits: Tensor) -> Tensor:
-    """int64 [n]: tokens of the model's own distribution."""
-    return torch.multinomial(logits.softmax(dim=-1), 1)[:, 0]
+    """int64 [n]: tokens of the model's own distribution, among its 256 likeliest."""
+    top = logits.topk(256, dim=-1)
+    return top.indices.gather(1, torch.multinomial(top.values.softmax(dim=-1), 1))[:, 0]
 
 
 def questions(engine: SmolLM2, tokenizer, count: int) -> list[Tensor]:
@@ -115,7 +116,7 @@ def main() -> None:
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
-    model, tokenizer = load()
+    model, tokenizer = load(multiply=torch.bfloat16)
     engine = SmolLM2(model, args.slots, 512)
     start = time.perf_counter()
     if args.questions:

@@ -16,6 +16,8 @@ from echo.errors import EchoError
 
 CURVE, HEAD = 256, 4
 """Numbers in a rank's curve at most, 1 kB, and before its F."""
+DEPTHS = np.arange(1.0, 65.0)
+"""As deep as a scheduler may draft."""
 
 
 @dataclass(frozen=True)
@@ -53,12 +55,12 @@ class Goodput:
 
     def forecast(self, history: History, slots: Tensor, base_rows: int) -> Forecast:
         """See :meth:`ElasticBudgetScheduler.forecast`."""
-        batch, seen = len(slots), history.foresee(slots)
+        batch, seen = slots.shape[0], history.foresee(slots)
         least = base_rows + batch
         if seen is None:
             depth, rows = self._unknown(least, batch)
         else:
-            depth, rows = self._best(*seen, batch, least, batch, history.tick, int(history.unread))
+            depth, rows = self._best(*seen, batch, least, batch, history.tick, history.unread.item())
         return Forecast(depth, rows - base_rows)
 
     def curve(self, history: History, slots: Tensor, base_rows: int) -> NDArray[np.float32]:
@@ -68,7 +70,7 @@ class Goodput:
             brings = np.full((self.max_depth, len(grid)), np.nan if batch else 0.0)
         else:
             room = grid - batch - base_rows
-            brings = np.stack([np.interp(room, [0.0, *rows], [0.0, *accepted]) for rows, accepted in zip(*seen, strict=True)])
+            brings = np.stack([np.interp(room, rows, accepted) for rows, accepted in zip(*seen, strict=True)])
         head = [batch, base_rows, history.tick % self.probe, int(history.unread)]
         return np.concatenate([head, brings.ravel()]).astype(np.float32)
 
@@ -89,33 +91,35 @@ class Goodput:
         return Forecast(depth, rows - int(base[rank]))
 
     def _best(
-        self, drafted: NDArray[np.float64], accepted: NDArray[np.float64], tokens: int, least: int, widest: int, tick: int, unread: int
+        self, drafted: NDArray[Any], accepted: NDArray[Any], tokens: int, least: int, widest: int, tick: int, unread: float
     ) -> tuple[int, int]:
         """Depth and rows of greatest goodput; (0, least) where nothing beats plain decoding.
 
         Args:
-            drafted, accepted: float64 [depth, n], drafted rows of a step and what they bring.
+            drafted, accepted: float [depth, n], drafted rows of a step and what they bring; ``drafted[0, 0]`` costs nothing.
             tokens: requests, each of which emits one token more.
             least: rows without any drafted one.
             widest: requests of the rank that has the most.
             tick: of the history; says whether it is time for a probe.
             unread: tokens that the drafter has to read up on before it can draft.
         """
-        depths, probe = np.arange(1, self.max_depth + 1), tick % self.probe == 0
+        probe = tick % self.probe == 0
         step = self.cost(least + np.ceil(drafted), requests=widest)
-        seconds = step + self.cost.draft(depths, widest, self.width)[:, None] + self.cost.catch_up(unread)
-        rate = np.where(drafted >= 1, (tokens + accepted) / seconds, 0.0)
-        if rate.max() > (1 + self.margin) * tokens / self.cost(least, requests=widest):
+        drafting = self.cost.draft(DEPTHS[: self.max_depth], widest, self.width) + self.cost.catch_up(unread)
+        rate = (tokens + accepted) / (step + drafting[:, None])
+        rate *= drafted >= 1
+        best = int(rate.argmax())
+        if rate.item(best) > (1 + self.margin) * tokens / step[0, 0]:
             if probe:  # a look at the deepest layers
-                rate[:-1] = 0.0
+                best = rate.size - rate.shape[1] + int(rate[-1].argmax())
         elif not probe or not tokens:
             return 0, least
-        depth, place = np.unravel_index(int(rate.argmax()), rate.shape)
+        depth, place = divmod(best, rate.shape[1])
         rows = least + max(1, int(np.ceil(drafted[depth, place])))
         free, most = self.cost.fill(rows), min(2 * rows, least + widest * (self.max_tree_rows - 1))
         if free > most:  # more than can be of use; a tier is launched whole
             free = self.cost.tier(rows) if self.cost.tiers else most
-        return int(depth) + 1, max(rows, free)
+        return depth + 1, max(rows, free)
 
     def _unknown(self, least: int, widest: int) -> tuple[int, int]:
         """As long as too little was seen: the deepest tree, at the knee or with a row for every fourth request where that is more."""

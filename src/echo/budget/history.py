@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from echo import checks, kernels
+from echo.errors import EchoError
 from echo.tree.accepted import Accepted
 from echo.tree.packed import PackedTree
 from echo.tree.supertree import DEAD_SCORE, Status, SuperTree
@@ -28,8 +29,9 @@ PRIOR_DRAFTS = 4.0
 """Expected drafts that everybody's ratio of accepted to expected ones counts beside a slot's own."""
 BINS = 64
 """Bins of the probability of acceptance in an outlook."""
-CHANCE = (np.arange(BINS, dtype=np.float32) + 0.5) / BINS
-"""Their centres."""
+DOWN = (torch.arange(BINS)[:, None] + torch.arange(BINS + 1) >= BINS).float()
+DOWN = torch.stack([DOWN, DOWN * ((torch.arange(BINS) + 0.5) / BINS)[:, None]])
+"""float32 [2, 64, 65]: sums over the likeliest bins, none to all, of their nodes and of their nodes' probabilities."""
 
 
 @dataclass(frozen=True)
@@ -152,33 +154,35 @@ class History:
             tick=self.tick + 1,
         )
 
-    def foresee(self, slots: Tensor) -> tuple[NDArray[np.float64], NDArray[np.float64]] | None:
+    def foresee(self, slots: Tensor) -> tuple[NDArray[np.float32], NDArray[np.float32]] | None:
         """What drafting would bring the requests in ``slots``: by depth d and number of drafted rows, expected accepted drafts.
 
         Each slot's mean is shrunk towards everybody's, and so is the ratio of accepted to expected drafts at each depth, by which
         expectations are scaled: a draft that is too sure of itself is believed less. Of a history on the host (:meth:`to`).
 
         Returns:
-            ``rows`` and ``accepted`` float64 [depth, 64], both rising along the second axis: rows of probability down to each
-            bin when ``depth`` layers are drafted, and how many of them will be accepted. None: too little was drafted yet.
+            ``rows`` and ``accepted`` float32 [depth, 65], both rising from 0 along the second axis: rows of probability down to
+            each bin when ``depth`` layers are drafted, and how many of them will be accepted. None: too little was drafted yet.
 
         Raises:
             EchoError: a history on another device.
         """
-        checks.tensor("history.steps", self.steps, ["depth", "slots + 1"], torch.float32, torch.device("cpu"))
-        steps, expected, accepted = (x.numpy() for x in (self.steps, self.expected, self.accepted))
-        if not len(steps) or steps[:, -1].min() < LEARN:
+        if not self.steps.is_cpu:
+            raise EchoError(f"history: expected one on cpu (see History.to), got one on {self.steps.device}")
+        steps, expected, accepted = self.steps.numpy(), self.expected.numpy(), self.accepted.numpy()
+        depth, places = steps.shape
+        if not depth or min(steps[:, -1].tolist()) < LEARN:
             return None
         ratio = (accepted[:, -1:] + 1.0) / (expected[:, -1:] + 1.0)
-        weights = np.empty((len(steps), 2, steps.shape[1]), np.float32)
-        np.divide(np.bincount(slots.numpy(), minlength=steps.shape[1]), steps + PRIOR, out=weights[:, 0], casting="same_kind")
-        scale = np.minimum((accepted + PRIOR_DRAFTS * ratio) / (expected + PRIOR_DRAFTS), 2.0)
-        np.multiply(weights[:, 0], scale, out=weights[:, 1], casting="same_kind")
+        scale = accepted + PRIOR_DRAFTS * ratio
+        scale /= expected + PRIOR_DRAFTS
+        weights = np.empty((depth, 2, places), np.float32)
+        share, scaled = weights[:, 0], weights[:, 1]
+        np.divide(np.bincount(slots.numpy(), minlength=places).astype(np.float32), steps + PRIOR, out=share)
+        np.multiply(share, np.minimum(scale, 2.0, out=scale), out=scaled)
         weights[:, :, -1] = weights.sum(axis=2) * (PRIOR / steps[:, -1:])
-        likely = torch.bmm(torch.from_numpy(weights), self.outlook).numpy()
-        likely[:, 1] *= CHANCE
-        total = likely.transpose(1, 0, 2)[..., ::-1].cumsum(axis=1, dtype=np.float64)
-        np.cumsum(total, axis=2, out=total)
+        likely = torch.bmm(torch.from_numpy(weights), self.outlook).cumsum(0)
+        total = torch.bmm(likely.transpose(0, 1), DOWN).numpy()
         return total[0], total[1]
 
 

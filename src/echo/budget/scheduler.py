@@ -24,6 +24,8 @@ from echo.tree.build import children
 from echo.tree.packed import WORD, PackedTree, into, pack
 from echo.tree.supertree import DEAD_SCORE, Frontier, Layer, Status, SuperTree, check_size, path_score
 
+HOST = torch.device("cpu")
+
 
 @dataclass(frozen=True)
 class ElasticBudgetScheduler:
@@ -114,15 +116,12 @@ class ElasticBudgetScheduler:
         Raises:
             EchoError: an argument of the wrong kind, or a history on a device.
         """
-        batch = checks.tensor("slots", slots, ["B"], torch.int64, torch.device("cpu")).shape[0]
+        batch = checks.tensor("slots", slots, ["B"], torch.int64, HOST).shape[0]
         checks.integer("base_rows", base_rows, 0)
-        off = Forecast(0, batch)
-        if self.max_depth == 0:
-            return off
-        if not isinstance(self.budget, CostModel):
-            rows = self._rows(batch) - base_rows
-            return off if rows <= batch else Forecast(self.max_depth, rows)
-        return self._goodput.forecast(history, slots, base_rows)
+        if self.max_depth and isinstance(self.budget, CostModel):
+            return self._goodput.forecast(history, slots, base_rows)
+        rows = self._rows(batch) - base_rows if self.max_depth else 0
+        return Forecast(self.max_depth, rows) if rows > batch else Forecast(0, batch)
 
     def curve(self, history: History, slots: Tensor, base_rows: int = 0) -> NDArray[np.float32]:
         """What drafting would bring this rank, for :meth:`agree`: data-parallel ranks that share layers must run one shape.

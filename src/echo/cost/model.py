@@ -77,7 +77,7 @@ class CostModel:
             raise EchoError(f"tiers: expected increasing ints >= 1, got {self.tiers}")
         object.__setattr__(self, "_curve", _knots(self.rows, self.seconds))
         object.__setattr__(self, "_crowd", _knots(self.requests, self.request_seconds) if self.requests else None)
-        object.__setattr__(self, "_ends", np.array([*self.tiers, np.inf]))
+        object.__setattr__(self, "_ends", np.array([*self.tiers, 0.0]))
 
     @classmethod
     def from_samples(
@@ -193,12 +193,14 @@ class CostModel:
         none: dict[str, Any] = {"requests": (), "request_seconds": (), "context_token": 0.0, "k_max_interval": None, "gamma_interval": None}
         return replace(self, rows=tuple(rows), seconds=fit.rounded(curve), **none)
 
-    def tier(self, rows: ArrayLike) -> Any:
+    def tier(self, rows: int | ArrayLike) -> Any:
         """The smallest tier that holds ``rows``; ``rows`` itself without tiers, or beyond the last tier."""
+        if isinstance(rows, int):
+            place = bisect.bisect_left(self.tiers, rows)
+            return self.tiers[place] if place < len(self.tiers) else rows
         x, ends = np.asarray(rows), self.__dict__["_ends"]
         if self.tiers:
-            end = ends[ends.searchsorted(x)]
-            x = np.where(end < np.inf, end, x)
+            x = np.maximum(x, ends[ends[:-1].searchsorted(x)])
         return int(x) if x.ndim == 0 else x
 
     def fill(self, rows: int) -> int:
@@ -236,8 +238,8 @@ class CostModel:
 
     def draft(self, layers: ArrayLike, requests: int, width: int = 1) -> Any:
         """Seconds of ``layers`` layers (a number or an array) of ``requests``: the first on the roots, others on ``width`` nodes each."""
-        count = np.asarray(layers)
-        return self.draft_layer * count + self.draft_row * requests * np.maximum(1 + width * (count - 1), 0)
+        count, row = np.asarray(layers), self.draft_row * requests
+        return (self.draft_layer + row * width) * count + row * (1 - width) * (count > 0)
 
     def catch_up(self, tokens: float, *, cold: bool = False) -> float:
         """Seconds that a drafter needs, once, before it can draft again: it reads ``tokens`` tokens that it has not seen.
