@@ -224,11 +224,11 @@ def pair(target_model, draft: Path | None, slots: int, length: int, sampler: Sam
     if draft.is_dir():
         return Target(target_model, sampler, slots, length), DraftModel(load(draft, dtype, target_model.device), slots, length)
     sys.path.insert(0, str(SMOLLM2))
-    from drafters import Eagle
+    from drafters import pooled
     from model import FEATURE_LAYERS
 
     target = Target(target_model, sampler, slots, length, FEATURE_LAYERS)
-    return target, Eagle(target, slots, length, weights=draft)
+    return target, pooled(target, slots, length, weights=draft)
 
 
 def warm_up(target: Target, drafter: echo.Drafter, prompts: Sequence[Tensor], depth: int, bar: Progress) -> tuple[echo.WarmupLog, float]:

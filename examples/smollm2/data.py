@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,9 +27,11 @@ def greedy(logits: Tensor) -> Tensor:
     return logits.argmax(dim=-1)
 
 
-def sampled(logits: Tensor) -> Tensor:
-    """int64 [n]: tokens of the model's own distribution, among its 256 likeliest."""
-    top = logits.topk(256, dim=-1)
+def sampled(logits: Tensor, among: int | None = None) -> Tensor:
+    """int64 [n]: tokens of the model's own distribution, or of its ``among`` likeliest: drawing from all takes as long as the model."""
+    if among is None:
+        return torch.multinomial(logits.softmax(dim=-1), 1)[:, 0]
+    top = logits.topk(among, dim=-1)
     return top.indices.gather(1, torch.multinomial(top.values.softmax(dim=-1), 1))[:, 0]
 
 
@@ -39,7 +42,7 @@ def questions(engine: SmolLM2, tokenizer, count: int) -> list[Tensor]:
         "\0"
     )
     opening = torch.tensor(tokenizer(ahead, add_special_tokens=False)["input_ids"])
-    asked = answers(engine, [opening] * count, 64, tokenizer.eos_token_id, choose=sampled)
+    asked = answers(engine, [opening] * count, 64, tokenizer.eos_token_id, choose=partial(sampled, among=256))
     texts = [tokenizer.decode(s["tokens"][s["prompt"] :], skip_special_tokens=True).strip() for _, s in asked]
     kept = {prompt for sets in (WARMUP, EVALUATION) for prompts in sets.values() for prompt in prompts}
     return [

@@ -96,11 +96,11 @@ class Demo:
 
     def steps(self, scheduler: echo.ElasticBudgetScheduler, prompts, batch: int, new: int, **drafter_options):
         """Decodes the prompts; yields steps."""
-        from drafters import Eagle
+        from drafters import pooled
         from model import SmolLM2
 
         target = SmolLM2(self.model, batch, LENGTH)
-        drafter = Eagle(target, batch, LENGTH, count=BEAM, **drafter_options) if scheduler.max_depth else None
+        drafter = pooled(target, batch, LENGTH, count=BEAM, **drafter_options) if scheduler.max_depth else None
         return echo.decode(
             scheduler, target, drafter, prompts, slots=batch, max_new_tokens=new, eos_token=self.tokenizer.eos_token_id, capacity=64
         )

@@ -1,4 +1,4 @@
-"""Two drafters for SmolLM2: prompt lookup, which needs no training, and the trained EAGLE-style head."""
+"""The trained EAGLE-style head as a drafter for SmolLM2, and with prompt lookup as a second opinion."""
 
 from __future__ import annotations
 
@@ -13,57 +13,8 @@ from head import HEADS, WIDTH, EagleHead
 from model import SmolLM2
 
 WEIGHTS = Path(__file__).with_name("eagle.safetensors")
-
-
-class PromptLookup:
-    """Proposes what followed the longest earlier occurrence of the text's last tokens (prompt lookup, n-grams).
-
-    The log-probability of a proposal is a guess that grows with the length of the match: log(n / (n + 1)).
-
-    Args:
-        longest: longest n-gram that is looked for.
-        count: candidates at each node, from the most recent distinct continuations.
-    """
-
-    def __init__(self, longest: int = 3, count: int = 2) -> None:
-        self.longest, self.count = longest, count
-        self.texts: dict[int, list[int]] = {}
-        self.paths: list[list[list[int]]] = []
-
-    def admit(self, slots: Tensor, prompts: Sequence[Tensor], first: Tensor) -> None:
-        """Remembers prompts and first tokens."""
-        for slot, prompt, token in zip(slots.tolist(), prompts, first.tolist(), strict=True):
-            self.texts[slot] = [*prompt.tolist(), token]
-
-    def draft(self, slots: Tensor, frontier: echo.Frontier) -> tuple[Tensor, Tensor]:
-        """Continuations of each active node's path."""
-        nodes, parents = frontier.token.tolist(), frontier.parent.tolist()
-        above = self.paths
-        self.paths = [[([*above[b][p], t] if frontier.depth else []) for t, p in zip(ts, ps, strict=True)]
-                      for b, (ts, ps) in enumerate(zip(nodes, parents, strict=True))]  # fmt: skip
-        tokens = torch.zeros(*frontier.token.shape, self.count, dtype=torch.int64)
-        log_probs = torch.full(tokens.shape, -torch.inf)
-        for b, w in frontier.active.nonzero().tolist():
-            found = self._lookup(self.texts[int(slots[b])] + self.paths[b][w])
-            for j, (token, log_prob) in enumerate(found):
-                tokens[b, w, j], log_probs[b, w, j] = token, log_prob
-        return tokens, log_probs
-
-    def keep(self, slots: Tensor, packed: echo.PackedTree, accepted: echo.Accepted) -> None:
-        """Appends what was emitted."""
-        for slot, tokens, length in zip(slots.tolist(), accepted.tokens.tolist(), accepted.lengths.tolist(), strict=True):
-            self.texts[slot] += tokens[:length]
-
-    def _lookup(self, text: list[int]) -> list[tuple[int, float]]:
-        found: dict[int, float] = {}
-        for n in range(min(self.longest, len(text) - 1), 0, -1):
-            end = text[-n:]
-            for at in range(len(text) - n - 1, -1, -1):
-                if text[at : at + n] == end and text[at + n] not in found:
-                    found[text[at + n]] = float(torch.tensor(n / (n + 1) / (len(found) + 1)).log())
-                    if len(found) == self.count:
-                        return list(found.items())
-        return list(found.items())
+FLOOR = -6.0
+"""Nodes of smaller path log-probability are not drafted on: they would be accepted once in 400 times."""
 
 
 class Eagle:
@@ -76,11 +27,11 @@ class Eagle:
         target: whose ``hidden`` it reads right after each of the target's passes.
         slots, length: as of the target.
         count: candidates k at each node.
-        floor: nodes of smaller path log-probability are not drafted on: they would be accepted once in 400 times.
+        floor: nodes of smaller path log-probability are not drafted on.
     """
 
     def __init__(
-        self, target: SmolLM2, slots: int, length: int = 512, count: int = 4, floor: float = -6.0, weights: Path = WEIGHTS
+        self, target: SmolLM2, slots: int, length: int = 512, count: int = 4, floor: float = FLOOR, weights: Path = WEIGHTS
     ) -> None:
         self.target, self.count, self.floor = target, count, floor
         embedding = target.model.model.embed_tokens.weight.detach()
@@ -182,6 +133,11 @@ class Eagle:
         logits = self.head.logits(state)
         top = logits.topk(self.count, dim=-1)
         return self.head.vocab[top.indices], (top.values - logits.logsumexp(-1, keepdim=True)).half()
+
+
+def pooled(target: SmolLM2, slots: int, length: int = 512, **options) -> echo.PromptLookup:
+    """The head, and what the text's own past says: the drafter of the demo. ``options`` are :class:`Eagle`'s."""
+    return echo.PromptLookup(slots, length, Eagle(target, slots, length, **options), device=target.model.device)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:

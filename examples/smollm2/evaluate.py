@@ -10,9 +10,9 @@ import json
 from pathlib import Path
 
 import echo
-from drafters import WEIGHTS, Eagle, PromptLookup
+from drafters import WEIGHTS, Eagle
 from model import SmolLM2, encode, load
-from prompts import EVALUATION, KINDS
+from prompts import EVALUATION, KINDS, WARMUP
 
 SHAPES = {
     "chain of 5": echo.ElasticBudgetScheduler.eagle(n=6, beam=1, max_depth=5),
@@ -27,16 +27,18 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=112, help="tokens an answer")
     parser.add_argument("--slots", type=int, default=8)
     parser.add_argument("--weights", type=Path, default=WEIGHTS)
+    parser.add_argument("--warmup", action="store_true", help="on the prompts for warming up, as for the trust that ships")
     parser.add_argument("--out", type=Path, default=None)
     args = parser.parse_args()
     model, tokenizer = load()
-    kinds = [kind for kind in KINDS for _ in EVALUATION[kind]]
-    prompts = encode(tokenizer, [prompt for kind in KINDS for prompt in EVALUATION[kind]])
+    texts = WARMUP if args.warmup else EVALUATION
+    kinds = [kind for kind in KINDS for _ in texts[kind]]
+    prompts = encode(tokenizer, [prompt for kind in KINDS for prompt in texts[kind]])
     result: dict[str, dict[str, float]] = {}
 
-    def measure(name: str, scheduler: echo.ElasticBudgetScheduler, lookup: bool = False) -> None:
+    def measure(name: str, scheduler: echo.ElasticBudgetScheduler, make) -> None:
         target = SmolLM2(model, args.slots, 512)
-        drafter = PromptLookup() if lookup else Eagle(target, args.slots, 512, count=6, weights=args.weights)
+        drafter = make(target)
         tokens, steps = dict.fromkeys(KINDS, 0), dict.fromkeys(KINDS, 0)
         for step in echo.decode(
             scheduler, target, drafter, prompts, slots=args.slots, max_new_tokens=args.new, eos_token=tokenizer.eos_token_id, capacity=64
@@ -45,11 +47,17 @@ def main() -> None:
                 tokens[kinds[request]] += length
                 steps[kinds[request]] += 1
         result[name] = {"all": sum(tokens.values()) / sum(steps.values()), **{kind: tokens[kind] / steps[kind] for kind in KINDS}}
-        print(f"{name:<24}" + "  ".join(f"{kind} {value:.2f}" for kind, value in result[name].items()), flush=True)
+        print(f"{name:<36}" + "  ".join(f"{kind} {value:.2f}" for kind, value in result[name].items()), flush=True)
+        if isinstance(drafter, echo.PromptLookup):
+            print("    trust learnt: " + ", ".join(f"{share:.2f}" for share in drafter.learnt()))
 
-    measure("prompt lookup, 8 rows", SHAPES["tree of 8 rows"], lookup=True)
+    def head(target: SmolLM2) -> Eagle:
+        return Eagle(target, args.slots, 512, count=6, weights=args.weights)
+
+    measure("prompt lookup, chain of 5", SHAPES["chain of 5"], lambda _: echo.PromptLookup(args.slots, 512))
     for name, scheduler in SHAPES.items():
-        measure(name, scheduler)
+        measure(f"head, {name}", scheduler, head)
+        measure(f"head and prompt lookup, {name}", scheduler, lambda target: echo.PromptLookup(args.slots, 512, head(target)))
     if args.out:
         args.out.write_text(json.dumps(result, indent=1))
 

@@ -1,4 +1,4 @@
-"""Records a trace of the real pair: what the head drafts at every position of the target's greedy answers.
+"""Records a trace of the real pair: what head and prompt lookup draft at every position of the target's greedy answers.
 
 python examples/smollm2/record.py --out benchmarks/traces/smollm2.npz             # the shipped trace
 python examples/smollm2/record.py --out larger.npz --new 400 --beam 8 --depth 10  # a larger one
@@ -16,7 +16,7 @@ import torch
 from rich.progress import track
 
 from data import sampled
-from drafters import Eagle
+from drafters import FLOOR, pooled
 from echo.testing import Trace, record
 from model import SmolLM2, encode, load
 from prompts import EVALUATION, KINDS, WARMUP
@@ -44,7 +44,7 @@ def main() -> None:
     ][: args.texts]
     torch.manual_seed(0)
     target = SmolLM2(model, args.slots, LENGTH, (lambda logits: sampled(logits / args.temperature)) if args.temperature else None)
-    drafter = Eagle(target, args.slots, LENGTH, count=args.count)
+    drafter = pooled(target, args.slots, LENGTH, count=args.count)
     steps = record(
         target,
         drafter,
@@ -53,7 +53,7 @@ def main() -> None:
         slots=args.slots,
         depth=args.depth,
         beam=args.beam,
-        floor=drafter.floor,
+        floor=FLOOR,
         max_new_tokens=args.new,
         eos_token=tokenizer.eos_token_id,
         capacity=64,

@@ -1,4 +1,4 @@
-"""SmolLM2 on the paged engine of examples/engine.py, with its EAGLE head or prompt look-up as drafter.
+"""SmolLM2 on the paged engine of examples/engine.py, drafted by its EAGLE head, by prompt lookup or by both.
 
     python examples/smollm2/serve.py
     python examples/smollm2/serve.py --drafter lookup --policy rank --lanes 8
@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 import echo
-from drafters import Eagle, PromptLookup
+from drafters import Eagle, pooled
 from model import FEATURE_LAYERS, encode, load
 from prompts import EVALUATION
 
@@ -31,9 +31,14 @@ POLICIES = {
 }
 
 
-def engine(model, tokenizer, policy: str = "echo", drafter: str = "eagle", lanes: int = 4) -> Engine:
+def engine(model, tokenizer, policy: str = "echo", drafter: str = "both", lanes: int = 4) -> Engine:
     """What serves the model."""
-    make = {"eagle": lambda made: Eagle(made, lanes), "lookup": lambda _: PromptLookup()}[drafter] if policy != "plain" else None
+    drafters = {
+        "both": lambda made: pooled(made, lanes),
+        "eagle": lambda made: Eagle(made, lanes),
+        "lookup": lambda made: echo.PromptLookup(lanes, 512, device=made.model.device),
+    }
+    make = drafters[drafter] if policy != "plain" else None
     return Engine(model, POLICIES[policy], make, lanes=lanes, features=FEATURE_LAYERS, eos_token=tokenizer.eos_token_id)
 
 
@@ -41,7 +46,7 @@ def main() -> None:
     """Answers the prompts, prints the answers, and says what the counters counted."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--policy", choices=POLICIES, default="echo")
-    parser.add_argument("--drafter", choices=("eagle", "lookup"), default="eagle")
+    parser.add_argument("--drafter", choices=("both", "eagle", "lookup"), default="both")
     parser.add_argument("--lanes", type=int, default=4)
     parser.add_argument("--new", type=int, default=48, help="tokens of an answer at most")
     parser.add_argument("--device", default="cpu")

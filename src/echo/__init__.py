@@ -17,6 +17,7 @@ from echo.gating import (
     calibrate,
 )
 from echo.logs import WarmupLog
+from echo.lookup import PromptLookup
 from echo.stats import StepCounts, StepStats
 from echo.tree import Accepted, Compaction, Frontier, PackedTree, Status, SuperTree, Template, compact, layouts
 
@@ -44,6 +45,7 @@ __all__ = [
     "LiveHistograms",
     "PackedTree",
     "PerRequest",
+    "PromptLookup",
     "Rule",
     "Seconds",
     "SparseGate",

@@ -1,0 +1,224 @@
+"""Prompt lookup as tensors: what followed the last longest occurrence of a text's end, alone or as a second opinion on a draft.
+
+A model repeats itself and its prompt, and a small draft head does not see it: where the text's last eight tokens had occurred before,
+SmolLM2 wrote the same ninth in nine of ten cases, to which the head that ships with the examples had given a third. Two opinions are
+pooled linearly, ``q' = (1 - s) q + s [token = vote]``, so gates, rules, calibration and budgets see nothing new.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from echo import checks
+from echo.decode import Drafter
+from echo.errors import EchoError
+from echo.tree.accepted import Accepted
+from echo.tree.packed import PackedTree
+from echo.tree.supertree import DEAD_SCORE, Frontier
+
+NOTHING = -1
+"""No token: behind the end of a text, and: no vote."""
+ALONE = (0.0, 0.2, 0.5, 0.65, 0.7, 0.7, 0.75, 0.8, 0.9)
+"""How often the vote is the target's token, by length of the match: SmolLM2 on the prompts for warming up."""
+BESIDE = (0.0, 0.1, 0.3, 0.45, 0.6, 0.6, 0.6, 0.7, 0.8)
+"""The share of the vote that makes the target's text likeliest, beside its EAGLE head, likewise."""
+PRIOR = 2.0
+"""Steps that the present trust counts beside those seen."""
+
+
+@dataclass(frozen=True)
+class Texts:
+    """The text of each request slot, prompt included; a value.
+
+    Attributes:
+        tokens: int64 [slots, L]; -1 behind the end. What does not fit is not remembered.
+        used: int64 [slots], tokens of each.
+    """
+
+    tokens: Tensor
+    used: Tensor
+
+    @classmethod
+    def empty(cls, slots: int, length: int, device: torch.device | str = "cpu") -> Texts:
+        """Of ``slots`` slots for ``length`` tokens each.
+
+        Raises:
+            EchoError: a number below 1.
+        """
+        shape = checks.integer("slots", slots, 1), checks.integer("length", length, 1)
+        return cls(torch.full(shape, NOTHING, device=device), torch.zeros(slots, dtype=torch.int64, device=device))
+
+    def admit(self, slots: Tensor, texts: Sequence[Tensor]) -> Texts:
+        """New requests: ``texts`` int64 [n] each, in place of what was in ``slots`` int64 [B]."""
+        fresh = torch.nn.utils.rnn.pad_sequence(list(texts), batch_first=True, padding_value=NOTHING)
+        lengths = torch.tensor([len(text) for text in texts], device=fresh.device)
+        emptied = Texts(self.tokens.index_fill(0, slots, NOTHING), self.used.index_fill(0, slots, 0))
+        return emptied.append(slots, fresh, lengths)
+
+    def append(self, slots: Tensor, tokens: Tensor, lengths: Tensor) -> Texts:
+        """The first ``lengths`` int64 [B] of ``tokens`` int64 [B, n], behind the text in each of ``slots`` int64 [B]."""
+        room = self.tokens.shape[1]
+        begin = self.used[slots]
+        column = torch.arange(room, device=tokens.device) - begin[:, None]
+        new = tokens.gather(1, column.clamp(0, tokens.shape[1] - 1))
+        text = torch.where((column >= 0) & (column < lengths[:, None]), new, self.tokens[slots])
+        used = (begin + lengths).clamp(max=room)
+        return Texts(self.tokens.index_copy(0, slots, text), self.used.index_copy(0, slots, used))
+
+    def match(self, slots: Tensor, longest: int = 8) -> Match:
+        """Where the ends of the texts in ``slots`` int64 [B] occur: the roots' :class:`Match`."""
+        text, used = self.tokens[slots], self.used[slots]
+        back = used[:, None] - longest + torch.arange(longest, device=text.device)
+        end = torch.where(back >= 0, text.gather(1, back.clamp(min=0)), NOTHING - 1)  # [B, longest], and what equals nothing before
+        windows = F.pad(text, (longest - 1, 0), value=NOTHING).unfold(1, longest, 1)  # [B, L, longest], each ends at its place
+        run = (windows == end[:, None]).flip(2).cumprod(dim=2, dtype=torch.int32).sum(dim=2, dtype=torch.int32)
+        return Match(text, run[:, None], longest)
+
+
+@dataclass(frozen=True)
+class Match:
+    """How much of the end of each node's path, with the text before it, ends at each place of the text too.
+
+    Attributes:
+        text: int64 [B, L].
+        run: int32 [B, W, L], that many tokens; at most ``longest``.
+        longest: more is not looked at.
+    """
+
+    text: Tensor
+    run: Tensor
+    longest: int
+
+    def follow(self, frontier: Frontier) -> Match:
+        """Of the nodes of the next ``frontier``, whose parents' this is. Its work is B * W * L comparisons."""
+        before = F.pad(frontier.inherit(self.run)[..., :-1], (1, 0))
+        same = self.text[:, None] == frontier.token[..., None]
+        return replace(self, run=torch.where(same, (before + 1).clamp(max=self.longest), 0))
+
+    def votes(self) -> tuple[Tensor, Tensor]:
+        """What followed the longest match, of several the last: int64 [B, W], -1 for nothing; and its length, int64 [B, W], 0 then."""
+        length = self.text.shape[1]
+        after = F.pad(self.text[:, 1:], (0, 1), value=NOTHING)
+        key = self.run.long() * length + torch.arange(length, device=self.text.device)
+        best = torch.where((self.run > 0) & (after >= 0)[:, None], key, NOTHING).amax(dim=2)
+        return torch.where(best >= 0, after.gather(1, best.clamp(min=0) % length), NOTHING), best.clamp(min=0) // length
+
+
+def blend(tokens: Tensor, log_probs: Tensor, vote: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
+    """A second opinion on drafted candidates: ``q' = (1 - share) q + share [token = vote]``.
+
+    A vote that is not among the candidates takes the place of the least likely where it is likelier. Nodes without any candidate stay so.
+
+    Args:
+        tokens: int64 [B, W, k].
+        log_probs: float [B, W, k].
+        vote: int64 [B, W]; -1: none.
+        share: float32 [B, W] in [0, 1), that of the vote.
+
+    Returns:
+        Candidates and log-probabilities of the same shapes and dtypes.
+
+    Raises:
+        EchoError: shapes or dtypes that do not fit.
+    """
+    batch, width, k = checks.tensor("tokens", tokens, ["B", "W", "k"], torch.int64).shape
+    checks.tensor("log_probs", log_probs, [batch, width, k], checks.FLOATS, tokens.device)
+    checks.tensor("vote", vote, [batch, width], torch.int64, tokens.device)
+    checks.tensor("share", share, [batch, width], torch.float32, tokens.device)
+    asked = (vote >= 0) & (log_probs.amax(dim=2) > DEAD_SCORE)
+    share = torch.where(asked, share, 0.0)[..., None]
+    q, mine = log_probs.float() + torch.log1p(-share), share.log()
+    said = tokens == vote[..., None]
+    among = said.any(dim=2, keepdim=True)
+    place = torch.where(among[..., 0], said.int().argmax(dim=2), q.argmin(dim=2))
+    here = torch.arange(k, device=tokens.device) == place[..., None]
+    better = here & ~among & (mine > q)
+    pooled = torch.where(here & among, torch.logaddexp(q, mine), torch.where(better, mine, q))
+    return torch.where(better, vote[..., None], tokens), pooled.to(log_probs.dtype)
+
+
+class PromptLookup:
+    """Prompt lookup as a drafter (:class:`Drafter`): alone, or as a second opinion on every node that another drafts on.
+
+    Args:
+        slots, length: requests, and the tokens of each that are remembered.
+        drafter: the first opinion; None: a chain of votes.
+        longest: longest match that is looked for.
+        trust: by length of the match, its vote's share, in [0, 1), ``longest + 1`` of them; None: measured on SmolLM2, for 8.
+        device: of the texts.
+
+    Raises:
+        EchoError: an argument out of range.
+    """
+
+    def __init__(
+        self,
+        slots: int,
+        length: int,
+        drafter: Drafter | None = None,
+        *,
+        longest: int = 8,
+        trust: Sequence[float] | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        checks.integer("longest", longest, 1)
+        trust = (ALONE if drafter is None else BESIDE) if trust is None else trust
+        if len(trust) != longest + 1 or not all(0 <= share < 1 for share in trust):
+            raise EchoError(f"trust: expected {longest + 1} shares in [0, 1), for matches of 0 to {longest} tokens, got {list(trust)}")
+        self.drafter, self.longest = drafter, longest
+        self.texts = Texts.empty(slots, length, device)
+        self.trust = torch.tensor(trust, dtype=torch.float32, device=device)
+        self.match: Match | None = None
+        self._root: tuple[Tensor, ...] | None = None
+        self._won = torch.zeros(2, longest + 1, device=device)
+
+    def admit(self, slots: Tensor, prompts: Sequence[Tensor], first: Tensor) -> None:
+        """Remembers prompts and first tokens."""
+        self.texts = self.texts.admit(slots, [torch.cat([p, t[None]]) for p, t in zip(prompts, first, strict=True)])
+        if self.drafter is not None:
+            self.drafter.admit(slots, prompts, first)
+
+    def draft(self, slots: Tensor, frontier: Frontier) -> tuple[Tensor, Tensor]:
+        """What the drafter says, blended with the votes; or these alone, one a node."""
+        if frontier.depth == 0 or self.match is None:
+            self.match = self.texts.match(slots, self.longest)
+        else:
+            self.match = self.match.follow(frontier)
+        vote, run = self.match.votes()
+        share = self.trust[run]
+        if self.drafter is None:
+            said = vote.clamp(min=0)[..., None], share.log().half()[..., None]
+            first = said[0], torch.full_like(said[1], DEAD_SCORE)
+        else:
+            first = self.drafter.draft(slots, frontier)
+            said = blend(*first, vote, share)
+        if frontier.depth == 0:
+            self._root = (*(x[:, 0] for x in first), vote[:, 0], run[:, 0])
+        return said
+
+    def keep(self, slots: Tensor, packed: PackedTree, accepted: Accepted) -> None:
+        """Appends what was emitted, and sees who was right at the root."""
+        if self._root is not None and packed.max_depth:
+            tokens, log_probs, vote, run = self._root
+            truth = accepted.tokens[:, :1]
+            q = torch.where(tokens == truth, log_probs.float().exp(), 0.0).sum(dim=1).clamp(min=1e-4)
+            share, counted = self.trust[run], (accepted.lengths > 0).float()
+            mine = share * (vote == truth[:, 0])
+            self._won = self._won.index_add(1, run, torch.stack([mine / ((1 - share) * q + mine) * counted, counted]))
+        self._root = None
+        self.texts = self.texts.append(slots, accepted.tokens, accepted.lengths)
+        if self.drafter is not None:
+            self.drafter.keep(slots, packed, accepted)
+
+    def learnt(self) -> tuple[float, ...]:
+        """The ``trust`` that the steps so far suggest: one step of expectation maximisation from the present one.
+
+        The likelihood of the target's tokens rises with each such step, and has one maximum. Reads back from the device.
+        """
+        won, seen = self._won.tolist()
+        return tuple((w + PRIOR * t) / (n + PRIOR) for w, n, t in zip(won, seen, self.trust.tolist(), strict=True))

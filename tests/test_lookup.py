@@ -1,0 +1,199 @@
+"""Prompt lookup: the votes are those of a plain search, opinions pool as probabilities do, and nothing else changes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import echo
+from conftest import one_graph
+from echo.lookup import NOTHING, Texts, blend
+from echo.testing import TabularDrafter, TabularTarget, record, replay, table
+from echo.testing.kit import RefuseReads
+from echo.testing.toy import blurred
+
+
+def searched(text: list[int], path: list[int], longest: int) -> tuple[int, int]:
+    """What followed the last of the longest matches in ``text`` of the end of the text with the path behind it."""
+    end = text + path
+    for n in range(min(longest, len(end)), 0, -1):
+        for at in range(len(text) - n - 1, -1, -1):
+            if text[at : at + n] == end[-n:]:
+                return text[at + n], n
+    return NOTHING, 0
+
+
+@given(
+    st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=14), min_size=1, max_size=3),
+    st.integers(1, 5),
+    st.integers(0, 9999),
+)
+def test_votes_are_those_of_a_plain_search_at_every_node_of_a_tree(texts, longest, seed):
+    batch, generator = len(texts), torch.Generator().manual_seed(seed)
+    slots = torch.randperm(batch + 2, generator=generator)[:batch]
+    kept = Texts.empty(batch + 2, 16).admit(slots, [torch.tensor(text) for text in texts])
+    scheduler = echo.ElasticBudgetScheduler(echo.GlobalRank(3), None, 99, 3)
+    tree = scheduler.plant(torch.tensor([text[-1] for text in texts]))
+    match, paths = kept.match(slots, longest), [[[]] for _ in texts]
+    for depth in range(4):
+        if depth:
+            match, above = match.follow(tree.frontier), paths
+            token, parent = tree.frontier.token.tolist(), tree.frontier.parent.tolist()
+            paths = [[[*above[b][p], t] for t, p in zip(token[b], parent[b], strict=True)] for b in range(batch)]
+        vote, run = match.votes()
+        for b, text in enumerate(texts):
+            for w, path in enumerate(paths[b]):
+                assert (int(vote[b, w]), int(run[b, w])) == searched(text, path, longest)
+        if depth < 3:
+            shape = (*tree.frontier.token.shape, 2)
+            drawn = torch.rand(shape, generator=generator).log() - 1
+            tree = scheduler.grow(tree, torch.randint(0, 3, shape, generator=generator), drawn)
+
+
+@given(st.lists(st.tuples(st.integers(0, 2), st.lists(st.integers(0, 5), max_size=4)), max_size=8), st.integers(1, 9))
+def test_texts_keep_what_was_appended_while_there_is_room(appended, room):
+    texts, expected = Texts.empty(3, room).admit(torch.arange(3), [torch.tensor([slot]) for slot in range(3)]), [[0], [1], [2]]
+    for slot, tokens in appended:
+        padded = torch.tensor([[*tokens, *[-1] * (5 - len(tokens))]])
+        texts = texts.append(torch.tensor([slot]), padded, torch.tensor([len(tokens)]))
+        expected[slot] = (expected[slot] + tokens)[:room]
+    assert texts.used.tolist() == [len(text) for text in expected]
+    assert texts.tokens.tolist() == [text + [NOTHING] * (room - len(text)) for text in expected]
+    again = texts.admit(torch.tensor([1]), [torch.tensor([7])])  # nothing of the former request stays
+    assert again.tokens[1].tolist() == [7] + [NOTHING] * (room - 1)
+    assert torch.equal(again.tokens[::2], texts.tokens[::2])
+
+
+@given(st.integers(2, 6), st.floats(0, 0.99), st.integers(0, 9999))
+def test_a_whole_vocabulary_stays_a_distribution(vocab, share, seed):
+    generator = torch.Generator().manual_seed(seed)
+    q = torch.softmax(torch.randn(2, 3, vocab, generator=generator), dim=-1)
+    vote = torch.randint(-1, vocab, (2, 3), generator=generator)
+    every = torch.arange(vocab).expand(2, 3, -1)
+    tokens, pooled = blend(every, q.log(), vote, torch.full((2, 3), share))
+    shares = torch.where(vote >= 0, share, 0.0)[..., None]
+    assert torch.equal(tokens, every)
+    assert torch.allclose(pooled.exp(), (1 - shares) * q + shares * (every == vote[..., None]), atol=1e-6)
+
+
+def test_a_vote_takes_the_place_of_the_least_likely_only_where_it_is_likelier():
+    tokens = torch.tensor([[[5, 6], [5, 6], [5, 6], [5, 6]]])
+    q = torch.tensor([[[0.5, 0.2], [0.5, 0.2], [0.0, 0.0], [0.2, 0.5]]])
+    vote, share = torch.tensor([[9, 9, 9, -1]]), torch.tensor([[0.25, 0.05, 0.9, 0.9]])
+    seen, pooled = blend(tokens, q.log().half(), vote, share)
+    assert seen.tolist() == [[[5, 9], [5, 6], [5, 6], [5, 6]]]  # taken; too doubtful; nothing was drafted; no vote
+    assert pooled.dtype == torch.float16
+    assert torch.allclose(pooled.float().exp(), torch.tensor([[[0.375, 0.25], [0.475, 0.19], [0.0, 0.0], [0.2, 0.5]]]), atol=1e-3)
+    faulty = blend(tokens, torch.full_like(q, math.nan), vote, share)[1]
+    assert faulty.isnan().all()  # stays for the plan to count
+
+
+def test_trust_is_learnt_to_the_likeliest_share():
+    """The target follows the vote with probability 0.7 and its own table otherwise; the draft knows that table."""
+    vocab, batch, share, trust = 12, 64, 0.7, (0.0, 0.3, 0.9)
+    own, slots = table(vocab, 1), torch.arange(batch)
+    scheduler = echo.ElasticBudgetScheduler.eagle(n=2, beam=1, max_depth=1)
+    for _ in range(6):
+        lookup = echo.PromptLookup(batch, 256, TabularDrafter(own, vocab), longest=2, trust=trust)
+        generator = torch.Generator().manual_seed(0)
+        last = torch.randint(0, vocab, (batch,), generator=generator)
+        lookup.admit(slots, list(torch.randint(0, vocab, (batch, 40), generator=generator)), last)
+        for _ in range(40):
+            vote, run = lookup.texts.match(slots, 2).votes()
+            tree = scheduler.plant(last)
+            packed = scheduler.pack(scheduler.grow(tree, *lookup.draft(slots, tree.frontier)))
+            follows = (torch.rand(batch, generator=generator) < share) & (run[:, 0] > 0)
+            last = torch.where(follows, vote[:, 0], torch.multinomial(own[last], 1, generator=generator)[:, 0])
+            accepted = echo.verify(packed, torch.full((packed.rows,), -1))
+            lookup.keep(slots, packed, replace(accepted, tokens=last[:, None], lengths=torch.ones(batch, dtype=torch.int64)))
+        trust = lookup.learnt()
+    assert trust[0] == 0
+    assert trust[1:] == pytest.approx((share, share), abs=0.03)
+
+
+def pair(slots: int, lookup: bool):
+    own = table(9, 3, sharpness=4.0)
+    drafter = TabularDrafter(blurred(own, 4), 3, torch.float16)
+    return TabularTarget(own), echo.PromptLookup(slots, 64, drafter) if lookup else drafter
+
+
+PROMPTS = [torch.tensor([b, (b + 1) % 9, b]) for b in range(7)]
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_the_text_is_that_of_plain_decoding_and_takes_fewer_steps(alone):
+    scheduler, found = echo.ElasticBudgetScheduler.eagle(n=4, beam=1, max_depth=3), {}
+    for name in ("plain", "draft", "lookup"):
+        target, drafter = pair(3, name == "lookup")
+        if alone and name == "lookup":
+            drafter = echo.PromptLookup(3, 64)
+        policy = echo.ElasticBudgetScheduler.autoregressive() if name == "plain" else scheduler
+        texts: dict[int, list[int]] = {}
+        steps = list(echo.decode(policy, target, drafter, PROMPTS, slots=3, max_new_tokens=40))
+        for step in steps:
+            for request, tokens in zip(step.requests, step.emitted, strict=True):
+                texts.setdefault(request, []).extend(tokens)
+        found[name] = texts, len(steps)
+    assert found["plain"][0] == found["draft"][0] == found["lookup"][0]
+    assert found["lookup"][1] < found["plain" if alone else "draft"][1]
+
+
+def test_a_blended_draft_depends_on_the_text_alone_and_replays():
+    target, drafter = pair(7, True)
+    options = {"slots": 7, "depth": 3, "beam": 3, "floor": -math.inf, "max_new_tokens": 30, "capacity": 40}
+    *_, trace = record(target, drafter, PROMPTS, ["toy"] * 7, **options)
+    scheduler = echo.ElasticBudgetScheduler(echo.GlobalRank(2), None, 12, 3)
+    target, drafter = pair(3, True)
+    live = list(echo.decode(scheduler, target, drafter, PROMPTS, slots=3, max_new_tokens=30))
+    report = replay(trace, scheduler, echo.CostModel((1, 9), (1.0, 2.0)), batch=3)
+    assert report.misses == 0
+    assert report.steps == len(live)
+
+
+def test_no_operator_reads_back_and_a_draft_is_one_graph():
+    def step(tokens, used, slots, roots, drawn):
+        texts = Texts(tokens, used)
+        scheduler = echo.ElasticBudgetScheduler(echo.GlobalRank(2), None, 12, 2)
+        tree, match = scheduler.plant(roots), texts.match(slots, 4)
+        for depth in range(2):
+            match = match.follow(tree.frontier) if depth else match
+            vote, run = match.votes()
+            candidates = torch.arange(3).expand(*vote.shape, 3)
+            tree = scheduler.grow(tree, *blend(candidates, drawn[:, : vote.shape[1]], vote, run / 5))
+        packed = scheduler.pack(tree)
+        accepted = echo.verify(packed, packed.tokens.roll(-1))
+        after = texts.append(slots, accepted.tokens, accepted.lengths)
+        return packed.tokens, packed.mask, after.tokens, after.used
+
+    def case(seed):
+        generator = torch.Generator().manual_seed(seed)
+        tokens = torch.randint(0, 3, (6, 20), generator=generator)
+        drawn = torch.randn(4, 2, 3, generator=generator).log_softmax(-1)
+        return tokens, torch.randint(1, 15, (6,), generator=generator), torch.randperm(6, generator=generator)[:4], tokens[:4, 0], drawn
+
+    with RefuseReads():
+        step(*case(0))
+    one_graph(step, [case(seed) for seed in range(3)])
+
+
+def test_bad_input():
+    for call, says in (
+        (lambda: Texts.empty(0, 4), "slots: expected an int >= 1, got 0"),
+        (lambda: echo.PromptLookup(2, 8, longest=0), "longest: expected an int >= 1, got 0"),
+        (lambda: echo.PromptLookup(2, 8, trust=(0.0, 1.0)), r"trust: expected 9 shares in \[0, 1\), for matches of 0 to 8 tokens"),
+        (
+            lambda: blend(torch.zeros(1, 2), torch.zeros(1, 2, 2), torch.zeros(1, 2), torch.zeros(1, 2)),
+            r"tokens: expected int64 \[B, W, k\]",
+        ),
+        (
+            lambda: blend(torch.zeros(1, 2, 3).long(), torch.zeros(1, 2, 3), torch.zeros(1, 2).long(), torch.zeros(1, 3)),
+            r"share: expected float32 \[1, 2\]",
+        ),
+    ):
+        with pytest.raises(echo.EchoError, match=says):
+            call()
