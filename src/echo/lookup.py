@@ -76,8 +76,10 @@ class Texts:
         back = used[:, None] - longest + torch.arange(longest, device=text.device)
         end = torch.where(back >= 0, text.gather(1, back.clamp(min=0)), NOTHING - 1)  # [B, longest], and what equals nothing before
         windows = F.pad(text, (longest - 1, 0), value=NOTHING).unfold(1, longest, 1)  # [B, L, longest], each ends at its place
-        run = (windows == end[:, None]).flip(2).cumprod(dim=2, dtype=torch.int32).sum(dim=2, dtype=torch.int32)
-        return Match(text, run[:, None], longest)
+        place = torch.arange(1, longest + 1, dtype=torch.int32, device=text.device)
+        run = longest - ((windows != end[:, None]) * place).amax(dim=2)  # up to the last place that differs
+        after = F.pad(text[:, 1:], (0, 1), value=NOTHING)
+        return Match(torch.where(after >= 0, text, NOTHING), after, run.masked_fill(after < 0, 0)[:, None], longest)
 
 
 @dataclass(frozen=True)
@@ -85,12 +87,14 @@ class Match:
     """How much of the end of each node's path, with the text before it, ends at each place of the text too.
 
     Attributes:
-        text: int64 [B, L].
-        run: int32 [B, W, L], that many tokens; at most ``longest``.
+        text: int64 [B, L], but for its last token: nothing came after it yet. -1 from there on.
+        after: int64 [B, L], the token after each place.
+        run: int32 [B, W, L], that many tokens end there; at most ``longest``.
         longest: more is not looked at.
     """
 
     text: Tensor
+    after: Tensor
     run: Tensor
     longest: int
 
@@ -98,15 +102,14 @@ class Match:
         """Of the nodes of the next ``frontier``, whose parents' this is. Its work is B * W * L comparisons."""
         before = F.pad(frontier.inherit(self.run)[..., :-1], (1, 0))
         same = self.text[:, None] == frontier.token[..., None]
-        return replace(self, run=torch.where(same, (before + 1).clamp(max=self.longest), 0))
+        return replace(self, run=torch.where(same, (before + 1).clamp_(max=self.longest), 0))
 
     def votes(self) -> tuple[Tensor, Tensor]:
         """What followed the longest match, of several the last: int64 [B, W], -1 for nothing; and its length, int64 [B, W], 0 then."""
         length = self.text.shape[1]
-        after = F.pad(self.text[:, 1:], (0, 1), value=NOTHING)
-        key = self.run.long() * length + torch.arange(length, device=self.text.device)
-        best = torch.where((self.run > 0) & (after >= 0)[:, None], key, NOTHING).amax(dim=2)
-        return torch.where(best >= 0, after.gather(1, best.clamp(min=0) % length), NOTHING), best.clamp(min=0) // length
+        best = torch.add(torch.arange(length, dtype=torch.int32, device=self.run.device), self.run, alpha=length).amax(dim=2).long()
+        run = best // length
+        return torch.where(run > 0, self.after.gather(1, best % length), NOTHING), run
 
 
 def blend(tokens: Tensor, log_probs: Tensor, vote: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
