@@ -1,6 +1,7 @@
 """Records a trace of the real pair: what head and prompt lookup draft at every position of the target's greedy answers.
 
 python examples/smollm2/record.py --out benchmarks/traces/smollm2.npz             # the shipped trace
+python examples/smollm2/record.py --out benchmarks/traces/smollm2-head.npz --head   # the same texts, drafted by the head alone
 python examples/smollm2/record.py --out larger.npz --new 400 --beam 8 --depth 10  # a larger one
 python examples/smollm2/record.py --out benchmarks/traces/smollm2-sampled.npz --temperature 0.8 --texts 32 --new 64
 
@@ -16,7 +17,7 @@ import torch
 from rich.progress import track
 
 from data import sampled
-from drafters import FLOOR, pooled
+from drafters import FLOOR, Eagle, pooled
 from echo.testing import Trace, record
 from model import SmolLM2, encode, load
 from prompts import EVALUATION, KINDS, WARMUP
@@ -34,6 +35,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=4, help="candidates at each node")
     parser.add_argument("--slots", type=int, default=32)
     parser.add_argument("--texts", type=int, default=None, help="answers; all prompts where not given")
+    parser.add_argument("--head", action="store_true", help="the head alone, without prompt lookup")
     parser.add_argument("--temperature", type=float, default=0.0, help="of the target's sampling; 0 is greedy")
     args = parser.parse_args()
     model, tokenizer = load()
@@ -44,7 +46,7 @@ def main() -> None:
     ][: args.texts]
     torch.manual_seed(0)
     target = SmolLM2(model, args.slots, LENGTH, (lambda logits: sampled(logits / args.temperature)) if args.temperature else None)
-    drafter = pooled(target, args.slots, LENGTH, count=args.count)
+    drafter = (Eagle if args.head else pooled)(target, args.slots, LENGTH, count=args.count)
     steps = record(
         target,
         drafter,

@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from head import WIDTH, EagleHead
@@ -81,13 +82,12 @@ def loss(head: EagleHead, embedding: Tensor, batch: dict[str, Tensor], steps: in
         state = head.outputs(state, attended)
         answer, top, weight = (torch.roll(batch[name], -k - 1, dims=1) for name in ("answer", "top", "weight"))
         valid = answer & (position < length - k - 1) & (top[..., 0] >= 0)
-        logits = head.logits(state[valid]).float()
-        log_probs = logits - logits.logsumexp(-1, keepdim=True)
+        log_probs = F.log_softmax(head.logits(state[valid]), dim=-1, dtype=torch.float32)
         chosen = log_probs.gather(-1, top[valid].clamp_min(0))
         soft = -(chosen * weight[valid]).sum(-1)
         total = total + DECAY ** (k - 1) * (0.5 * soft - 0.5 * chosen[:, 0]).mean()
         possible = (answer & (position < length - k - 1)).sum()
-        right.append(float((log_probs.argmax(-1) == top[valid][:, 0]).sum() / possible))
+        right.append(float((chosen[:, 0] == log_probs.amax(-1)).sum() / possible))
     return total, right
 
 

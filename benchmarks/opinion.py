@@ -1,0 +1,134 @@
+"""What a second opinion is worth: the same texts drafted by the head alone, and with prompt lookup beside it.
+
+    python benchmarks/opinion.py                       # after replay.py, whose figures of the pooled drafts it reads
+
+Accepted drafts at equal rows, the best of the batch by calibrated path probability, with intervals from a bootstrap over texts; and
+throughput in the cells of replay.py. The oracle and the baselines are those of the head alone. Writes results/opinion.json and .png.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import defaultdict
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import echo
+from echo import style
+from echo.testing import Trace
+from predictors import ROWS, Pool, accepted, mapped, pool, ranking
+from replay import BATCHES, HERE, arguments, by_batch, column, shapes, split
+
+DRAWN = "dense, knee at 256 rows"
+
+
+def equal_rows(alone: Trace, pooled: Trace, resamples: int = 400) -> list[dict[str, float]]:
+    """Accepted drafts a position at equal rows. Maps are fitted on one half of the texts and judged on the other, both ways."""
+    pools = {"alone": pool(alone), "pooled": pool(pooled)}
+    first, _ = split(alone)
+    random, texts = np.random.default_rng(0), len(alone.kind)
+    weights = [np.ones(texts)] + [np.bincount(random.integers(0, texts, texts), minlength=texts).astype(float) for _ in range(resamples)]
+    found: dict[str, np.ndarray] = defaultdict(lambda: np.zeros((len(weights), len(ROWS))))
+    for name, p in pools.items():
+        half = np.isin(p.text, first)
+        for fit, test in ((half, ~half), (~half, half)):
+            order, positions = ranking(p, mapped(p, fit), test), np.bincount(p.text[test], minlength=texts)
+            found[name] += [accepted(order, positions, w) for w in weights]
+            found[f"oracle {name}"] += [_oracle(p, test, positions, w) for w in weights]
+    total = np.array([w[pools["alone"].text].sum() for w in weights])[:, None]
+    found = {name: values / total for name, values in found.items()}
+    gain = found["pooled"] / found["alone"] - 1
+    closed = (found["pooled"] - found["alone"]) / (found["oracle alone"] - found["alone"])
+    rows = []
+    for i, each in enumerate(ROWS):
+        low, high = np.percentile(gain[1:, i], [2.5, 97.5])
+        own = {name: float(values[0, i]) for name, values in found.items()}
+        rows.append(
+            {"rows": each, **own, "gain": float(gain[0, i]), "low": low, "high": high, "share_of_way_to_oracle": float(closed[0, i])}
+        )
+    return rows
+
+
+def _oracle(p: Pool, test: np.ndarray, positions: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """Accepted drafts [len(ROWS)] where rows go to nothing but what will be accepted."""
+    path = (weight[p.text[test]] * p.accepted[test, 1:].sum(axis=1)).sum()
+    return np.minimum(path, np.array(ROWS) * (weight * positions).sum())
+
+
+def cells(path: Path, replayed: Path) -> list[dict[str, float | str]]:
+    """Each cell of replay.py: throughput over plain decoding, and how far goodput comes from the head's best baseline to its oracle."""
+    costs = shapes()
+    if (cost := HERE / "results" / "cost.json").exists():
+        costs["two CPU cores, measured"] = echo.CostModel.from_json(cost.read_text())
+    with ProcessPoolExecutor(max_workers=os.cpu_count()) as workers:
+        order = sorted(BATCHES, reverse=True)
+        alone = [cell for part in workers.map(column, [path] * len(order), order, [costs] * len(order)) for cell in part]
+    by_cell: dict[tuple[str, int], dict[str, float]] = defaultdict(dict)
+    for cell in alone:
+        by_cell[cell["shape"], cell["batch"]][cell["policy"]] = cell["ratio"]
+    for cell in json.loads(replayed.read_text())["cells"]:
+        by_cell[cell["shape"], cell["batch"]]["pooled " + cell["policy"]] = cell["ratio"]
+    rows = []
+    for (shape, batch), own in by_cell.items():
+        best = max(1.0, *(r for name, r in own.items() if not name.startswith(("goodput", "pooled", "oracle"))))
+        best_pooled = max(
+            1.0, *(r for name, r in own.items() if name.startswith("pooled") and "goodput" not in name and "oracle" not in name)
+        )
+        row = {"alone": own["goodput tree"], "pooled": own["pooled goodput tree"], "oracle": own["oracle"]}
+        way = own["oracle"] - best
+        rows.append(
+            {"shape": shape, "batch": batch, "baseline": best, "baseline_pooled": best_pooled, **row, "oracle_pooled": own["pooled oracle"]}
+            | {f"closed_{name}": (row[name] - best) / way if way > 0.01 else float("nan") for name in ("alone", "pooled")}
+        )
+    return rows
+
+
+def draw(equal: list[dict[str, float]], found: list[dict[str, float | str]], path: Path) -> None:
+    """Accepted drafts by rows, and throughput by batch."""
+    lines = {"oracle": ("oracle", style.QUIET), "pooled": ("goodput, head and prompt lookup", style.GOOD)}
+    lines |= {"alone": ("goodput, head alone", style.of("goodput")), "baseline": ("best tuned baseline, head alone", style.of("EAGLE"))}
+    with style.figure(9, 3.4) as figure:
+        left, right = figure.subplots(1, 2)
+        x = [row["rows"] for row in equal]
+        left.plot(x, [row["oracle alone"] for row in equal], color=style.QUIET, label="oracle, head's drafts")
+        left.plot(x, [row["pooled"] for row in equal], "o-", ms=3, color=style.GOOD, label="head and prompt lookup")
+        left.plot(x, [row["alone"] for row in equal], "o-", ms=3, color=style.of("goodput"), label="head alone")
+        left.set_xscale("log", base=2)
+        left.set_xticks(x, [str(n) for n in x])
+        left.set(title="At equal rows", xlabel="drafted rows a request", ylabel="accepted drafts a step", ylim=(0, None))
+        left.legend()
+        by_batch(right, BATCHES)
+        for name, (label, colour) in lines.items():
+            row = {int(r["batch"]): float(r[name]) for r in found if r["shape"] == DRAWN}
+            right.plot(BATCHES, [row[b] for b in BATCHES], "o-", ms=3, color=colour, label=label)
+        right.set(title=f"Where rows cost ({DRAWN})", xlabel="batch", ylabel="throughput / plain decoding", ylim=(0, None))
+        right.legend()
+        figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    """Compares the two traces."""
+    parser = arguments(__doc__)
+    parser.add_argument("--alone", type=Path, default=HERE / "traces" / "smollm2-head.npz", help="the head's own drafts of the same texts")
+    args = parser.parse_args()
+    torch.set_num_threads(2)
+    alone, pooled = Trace.load(args.alone), Trace.load(args.trace)
+    if not np.array_equal(alone.text, pooled.text):
+        raise SystemExit(f"{args.alone}: expected the texts of {args.trace}, got others")
+    result = {"equal_rows": equal_rows(alone, pooled), "cells": cells(args.alone, args.out / "replay.json")}
+    (args.out / "opinion.json").write_text(json.dumps(result, indent=1) + "\n")
+    draw(result["equal_rows"], result["cells"], args.out / "opinion.png")
+    for row in result["equal_rows"]:
+        text = f"{row['alone']:.3f} -> {row['pooled']:.3f} accepted ({row['gain']:+.1%} [{row['low']:+.1%}, {row['high']:+.1%}])"
+        print(f"{row['rows']:3} rows a request: {text}, {row['share_of_way_to_oracle']:.0%} of the way to the oracle")
+    for row in result["cells"]:
+        text = f"baseline {row['baseline']:.2f}, goodput {row['alone']:.2f} -> {row['pooled']:.2f}, oracle {row['oracle']:.2f}"
+        print(f"{row['shape']:34} {row['batch']:4}  {text}; closed {row['closed_alone']:.2f} -> {row['closed_pooled']:.2f}")
+
+
+if __name__ == "__main__":
+    main()
