@@ -225,6 +225,7 @@ def test_profile_reads_the_devices_clock():
         (lambda: echo.CostModel((1, 2), (2.0, 1.0)), "seconds: expected positive, non-decreasing"),
         (lambda: echo.CostModel((1,), (1.0,), tiers=(4, 2)), "tiers: expected increasing"),
         (lambda: echo.CostModel((1,), (1.0,), draft_layer=-1), "draft_layer: expected a number >= 0"),
+        (lambda: echo.CostModel((1,), (1.0,), restart=float("inf")), "restart: expected a number >= 0.0, got inf"),
         (lambda: echo.CostModel.from_json("{"), "cost: expected the JSON of a CostModel"),
         (lambda: echo.CostModel.from_json('{"format": "x", "version": 1}'), "cost: expected the JSON of a CostModel"),
         (lambda: echo.profile(print, []), "rows: expected at least one row count"),

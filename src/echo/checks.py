@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
@@ -91,7 +91,7 @@ def real(name: str, value: object, low: float, high: float | None = None) -> flo
     Raises:
         EchoError: naming the argument, what was expected and what came.
     """
-    if isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= (math.inf if high is None else high):
+    if isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= (sys.float_info.max if high is None else high):
         return float(value)
     raise EchoError(f"{name}: expected a number {_range(low, high)}, got {value!r}")
 
