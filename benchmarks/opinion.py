@@ -1,6 +1,6 @@
 """What a second opinion is worth: the same texts drafted by the head alone, and with prompt lookup beside it.
 
-    python benchmarks/opinion.py                       # after replay.py, whose figures of the pooled drafts it reads
+    python benchmarks/opinion.py
 
 Accepted drafts at equal rows, the best of the batch by calibrated path probability, with intervals from a bootstrap over texts; and
 throughput in the cells of replay.py. The oracle and the baselines are those of the head alone. Writes results/opinion.json and .png.
@@ -15,7 +15,6 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
-import torch
 
 import echo
 from echo import style
@@ -59,19 +58,18 @@ def _oracle(p: Pool, test: np.ndarray, positions: np.ndarray, weight: np.ndarray
     return np.minimum(path, np.array(ROWS) * (weight * positions).sum())
 
 
-def cells(path: Path, replayed: Path) -> list[dict[str, float | str]]:
+def cells(alone: Path, pooled: Path) -> list[dict[str, float | str]]:
     """Each cell of replay.py: throughput over plain decoding, and how far goodput comes from the head's best baseline to its oracle."""
     costs = shapes()
     if (cost := HERE / "results" / "cost.json").exists():
         costs["two CPU cores, measured"] = echo.CostModel.from_json(cost.read_text())
+    by_cell: dict[tuple[str, int], dict[str, float]] = defaultdict(dict)
     with ProcessPoolExecutor(max_workers=os.cpu_count()) as workers:
         order = sorted(BATCHES, reverse=True)
-        alone = [cell for part in workers.map(column, [path] * len(order), order, [costs] * len(order)) for cell in part]
-    by_cell: dict[tuple[str, int], dict[str, float]] = defaultdict(dict)
-    for cell in alone:
-        by_cell[cell["shape"], cell["batch"]][cell["policy"]] = cell["ratio"]
-    for cell in json.loads(replayed.read_text())["cells"]:
-        by_cell[cell["shape"], cell["batch"]]["pooled " + cell["policy"]] = cell["ratio"]
+        for path, prefix in ((alone, ""), (pooled, "pooled ")):
+            for part in workers.map(column, [path] * len(order), order, [costs] * len(order)):
+                for cell in part:
+                    by_cell[cell["shape"], cell["batch"]][prefix + cell["policy"]] = cell["ratio"]
     rows = []
     for (shape, batch), own in by_cell.items():
         best = max(1.0, *(r for name, r in own.items() if not name.startswith(("goodput", "pooled", "oracle"))))
@@ -113,13 +111,13 @@ def draw(equal: list[dict[str, float]], found: list[dict[str, float | str]], pat
 def main() -> None:
     """Compares the two traces."""
     parser = arguments(__doc__)
+    parser.set_defaults(trace=HERE / "traces" / "smollm2-pooled.npz")
     parser.add_argument("--alone", type=Path, default=HERE / "traces" / "smollm2-head.npz", help="the head's own drafts of the same texts")
     args = parser.parse_args()
-    torch.set_num_threads(2)
     alone, pooled = Trace.load(args.alone), Trace.load(args.trace)
     if not np.array_equal(alone.text, pooled.text):
         raise SystemExit(f"{args.alone}: expected the texts of {args.trace}, got others")
-    result = {"equal_rows": equal_rows(alone, pooled), "cells": cells(args.alone, args.out / "replay.json")}
+    result = {"equal_rows": equal_rows(alone, pooled), "cells": cells(args.alone, args.trace)}
     (args.out / "opinion.json").write_text(json.dumps(result, indent=1) + "\n")
     draw(result["equal_rows"], result["cells"], args.out / "opinion.png")
     for row in result["equal_rows"]:

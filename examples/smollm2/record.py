@@ -1,11 +1,12 @@
 """Records a trace of the real pair: what head and prompt lookup draft at every position of the target's greedy answers.
 
-python examples/smollm2/record.py --out benchmarks/traces/smollm2.npz             # the shipped trace
-python examples/smollm2/record.py --out benchmarks/traces/smollm2-head.npz --head   # the same texts, drafted by the head alone
+python examples/smollm2/record.py --out benchmarks/traces/smollm2-pooled.npz      # a shipped trace
+python examples/smollm2/record.py --out benchmarks/traces/smollm2-head.npz --head  # the same texts, drafted by the head alone
 python examples/smollm2/record.py --out larger.npz --new 400 --beam 8 --depth 10  # a larger one
 python examples/smollm2/record.py --out benchmarks/traces/smollm2-sampled.npz --temperature 0.8 --texts 32 --new 64
 
-With a temperature the target's tokens are sampled, one a position: a replay is then the live decode that draws the same tokens.
+smollm2.npz and smollm2-sampled.npz there are of an earlier head, alone. With a temperature the target's tokens are sampled, one a position:
+a replay is then the live decode that draws the same tokens.
 """
 
 from __future__ import annotations

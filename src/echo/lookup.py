@@ -23,7 +23,7 @@ from echo.tree.supertree import DEAD_SCORE, Frontier
 
 NOTHING = -1
 """No token: behind the end of a text, and: no vote."""
-ALONE = (0.0, 0.2, 0.5, 0.65, 0.7, 0.7, 0.75, 0.8, 0.9)
+ALONE = (0.0, 0.2, 0.45, 0.7, 0.7, 0.7, 0.75, 0.8, 0.8)
 """How often the vote is the target's token, by length of the match: SmolLM2 on the prompts for warming up."""
 BESIDE = (0.0, 0.1, 0.3, 0.45, 0.6, 0.6, 0.6, 0.7, 0.8)
 """The share of the vote that makes the target's text likeliest, beside its EAGLE head, likewise."""
