@@ -47,7 +47,7 @@ def main() -> None:
                 tokens[kinds[request]] += length
                 steps[kinds[request]] += 1
         result[name] = {"all": sum(tokens.values()) / sum(steps.values()), **{kind: tokens[kind] / steps[kind] for kind in KINDS}}
-        print(f"{name:<36}" + "  ".join(f"{kind} {value:.2f}" for kind, value in result[name].items()), flush=True)
+        print(f"{name:<40}" + "  ".join(f"{kind} {value:.2f}" for kind, value in result[name].items()), flush=True)
         if isinstance(drafter, echo.PromptLookup):
             print("    trust learnt: " + ", ".join(f"{share:.2f}" for share in drafter.learnt()))
 
