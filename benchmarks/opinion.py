@@ -87,7 +87,7 @@ def cells(alone: Path, pooled: Path) -> list[dict[str, float | str]]:
 
 def draw(equal: list[dict[str, float]], found: list[dict[str, float | str]], path: Path) -> None:
     """Accepted drafts by rows, and throughput by batch."""
-    lines = {"oracle": ("oracle", style.QUIET), "pooled": ("goodput, head and prompt lookup", style.GOOD)}
+    lines = {"oracle": ("oracle, head's drafts", style.QUIET), "pooled": ("goodput, head and prompt lookup", style.GOOD)}
     lines |= {"alone": ("goodput, head alone", style.of("goodput")), "baseline": ("best tuned baseline, head alone", style.of("EAGLE"))}
     with style.figure(9, 3.4) as figure:
         left, right = figure.subplots(1, 2)
