@@ -1,8 +1,8 @@
 """Prompt lookup as tensors: what followed the last longest occurrence of a text's end, alone or as a second opinion on a draft.
 
 A model repeats itself and its prompt, and a small draft head does not see it: where the text's last eight tokens had occurred before,
-SmolLM2 wrote the same ninth in nine of ten cases, to which the head that ships with the examples had given a third. Two opinions are
-pooled linearly, ``q' = (1 - s) q + s [token = vote]``, so gates, rules, calibration and budgets see nothing new.
+SmolLM2 wrote the same ninth in almost nine of ten cases. Two opinions are pooled linearly, ``q' = (1 - s) q + s [token = vote]``, so
+gates, rules, calibration and budgets see nothing new.
 """
 
 from __future__ import annotations
