@@ -348,6 +348,14 @@ def test_forecast_of_a_cost_model():
     assert sum(depth > 0 for depth in plans) == 10
 
 
+def test_rounding_costs_no_row():
+    """The order of slots changes the last digits of a sum; the rows that they are worth must not change."""
+    goodput = GOODPUT._goodput
+    drafted, accepted = np.array([[0.0, 40.0]] * 4, np.float32), np.array([[0.0, 39.0]] * 4, np.float32)
+    plans = {goodput._best(drafted * np.float32(1 + noise), accepted, 4, 4, 4, 1, 0) for noise in (-4e-7, 0.0, 4e-7)}
+    assert plans == {(1, 44)}
+
+
 @pytest.mark.parametrize("base_rows", [0, 5, 30])
 def test_a_forecast_fills_a_tier(base_rows):
     tiers = (4, 16, 48, 200, 256)

