@@ -296,8 +296,8 @@ def step(device: torch.device, dry: bool) -> dict[str, Any]:
 def opinion(device: torch.device, dry: bool) -> dict[str, Any]:
     """Prompt lookup beside six drafted layers, as one CUDA graph: what a second opinion costs, and that it gives the host's integers."""
     batch, width, k, length, depth = (3, 2, 3, 40, 3) if dry else (256, 4, 4, 4096, 6)
-    texts = Texts(torch.randint(0, 50, (batch, length), device=device), torch.full((batch,), length - 8, device=device))
-    texts = texts.admit(torch.arange(batch, device=device), [text[: length - 8] for text in texts.tokens])
+    written = torch.randint(0, 50, (batch, length - 8), device=device)
+    texts = Texts.empty(batch, length, device).admit(torch.arange(batch, device=device), list(written))
     nodes = [1, *[width] * (depth - 1)]
     tokens = [torch.randint(0, 50, (batch, n, k), device=device) for n in nodes]
     log_probs = [torch.randn(batch, n, k, device=device).log_softmax(-1) for n in nodes]

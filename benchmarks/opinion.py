@@ -16,10 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
-import echo
 from echo import style
 from echo.testing import Trace
-from predictors import ROWS, Pool, accepted, mapped, pool, ranking
+from predictors import ROWS, accepted, mapped, oracle, pool, ranking
 from replay import BATCHES, HERE, arguments, by_batch, column, shapes, split
 
 DRAWN = "dense, knee at 256 rows"
@@ -37,11 +36,12 @@ def equal_rows(alone: Trace, pooled: Trace, resamples: int = 400) -> list[dict[s
         for fit, test in ((half, ~half), (~half, half)):
             order, positions = ranking(p, mapped(p, fit), test), np.bincount(p.text[test], minlength=texts)
             found[name] += [accepted(order, positions, w) for w in weights]
-            found[f"oracle {name}"] += [_oracle(p, test, positions, w) for w in weights]
+            if name == "alone":
+                found["oracle"] += [oracle(p, test, positions, w) for w in weights]
     total = np.array([w[pools["alone"].text].sum() for w in weights])[:, None]
     found = {name: values / total for name, values in found.items()}
     gain = found["pooled"] / found["alone"] - 1
-    closed = (found["pooled"] - found["alone"]) / (found["oracle alone"] - found["alone"])
+    closed = (found["pooled"] - found["alone"]) / (found["oracle"] - found["alone"])
     rows = []
     for i, each in enumerate(ROWS):
         low, high = np.percentile(gain[1:, i], [2.5, 97.5])
@@ -52,17 +52,9 @@ def equal_rows(alone: Trace, pooled: Trace, resamples: int = 400) -> list[dict[s
     return rows
 
 
-def _oracle(p: Pool, test: np.ndarray, positions: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    """Accepted drafts [len(ROWS)] where rows go to nothing but what will be accepted."""
-    path = (weight[p.text[test]] * p.accepted[test, 1:].sum(axis=1)).sum()
-    return np.minimum(path, np.array(ROWS) * (weight * positions).sum())
-
-
 def cells(alone: Path, pooled: Path) -> list[dict[str, float | str]]:
     """Each cell of replay.py: throughput over plain decoding, and how far goodput comes from the head's best baseline to its oracle."""
     costs = shapes()
-    if (cost := HERE / "results" / "cost.json").exists():
-        costs["two CPU cores, measured"] = echo.CostModel.from_json(cost.read_text())
     by_cell: dict[tuple[str, int], dict[str, float]] = defaultdict(dict)
     with ProcessPoolExecutor(max_workers=os.cpu_count()) as workers:
         order = sorted(BATCHES, reverse=True)
@@ -92,7 +84,7 @@ def draw(equal: list[dict[str, float]], found: list[dict[str, float | str]], pat
     with style.figure(9, 3.4) as figure:
         left, right = figure.subplots(1, 2)
         x = [row["rows"] for row in equal]
-        left.plot(x, [row["oracle alone"] for row in equal], color=style.QUIET, label="oracle, head's drafts")
+        left.plot(x, [row["oracle"] for row in equal], color=style.QUIET, label="oracle, head's drafts")
         left.plot(x, [row["pooled"] for row in equal], "o-", ms=3, color=style.GOOD, label="head and prompt lookup")
         left.plot(x, [row["alone"] for row in equal], "o-", ms=3, color=style.of("goodput"), label="head alone")
         left.set_xscale("log", base=2)

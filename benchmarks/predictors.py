@@ -195,6 +195,12 @@ def accepted(order: tuple[np.ndarray, np.ndarray], positions: np.ndarray, weight
     return hits[np.minimum(places, len(hits) - 1)]
 
 
+def oracle(p: Pool, chosen: np.ndarray, positions: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """Accepted drafts [len(ROWS)] where rows go to nothing but what will be accepted."""
+    path = (weight[p.text[chosen]] * p.accepted[chosen, 1:].sum(axis=1)).sum()
+    return np.minimum(path, np.array(ROWS) * (weight * positions).sum())
+
+
 def judge(p: Pool, halves: tuple[np.ndarray, np.ndarray], resamples: int = 200) -> list[dict[str, object]]:
     """Each candidate's accepted drafts a position at equal rows, its gain over the shipped one and its share of the way to the oracle.
 
@@ -207,9 +213,7 @@ def judge(p: Pool, halves: tuple[np.ndarray, np.ndarray], resamples: int = 200) 
     found: dict[str, np.ndarray] = {}
     for fit, test in (halves, halves[::-1]):
         positions = np.bincount(p.text[test], minlength=len(weights[0]))
-        path = np.array([(w[p.text[test]] * p.accepted[test, 1:].sum(axis=1)).sum() for w in weights])
-        oracle = np.minimum(path[:, None], np.outer([(w * positions).sum() for w in weights], ROWS))
-        found["oracle"] = found.get("oracle", 0.0) + oracle
+        found["oracle"] = found.get("oracle", 0.0) + np.array([oracle(p, test, positions, w) for w in weights])
         for name, f in candidates(p, fit).items():
             if f is not None:
                 order = ranking(p, f, test)

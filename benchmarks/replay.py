@@ -39,16 +39,17 @@ LAG = 1
 """Steps by which the forecast's history lies behind, as in engines with overlapped scheduling."""
 
 
-def shapes() -> dict[str, echo.CostModel]:
-    """Step seconds by rows, one step of few rows being 1; a drafted layer costs a share of it."""
+def shapes(measured: Path = HERE / "results" / "cost.json") -> dict[str, echo.CostModel]:
+    """Step seconds by rows, one step of few rows being 1; a drafted layer costs a share of it; and the ``measured`` curve, if any."""
     rows = tuple(int(r) for r in np.unique(np.geomspace(1, 16384, 60).round()))
     law = lambda knee: tuple(1.0 + max(0.0, r - knee) / knee for r in rows)  # noqa: E731
-    return {
+    costs = {
         "dense, knee at 256 rows": echo.CostModel(rows, law(256), draft_layer=0.02),
         "dense, costly drafter": echo.CostModel(rows, law(256), draft_layer=0.10),
         "mixture of experts, knee at 1024": echo.CostModel(rows, law(1024), draft_layer=0.02),
         "linear overhead": echo.CostModel(rows, tuple(0.5 + r / 512 for r in rows), draft_layer=0.02),
     }
+    return costs | ({"two CPU cores, measured": echo.CostModel.from_json(measured.read_text())} if measured.exists() else {})
 
 
 def decode_once(trace: Trace, observe: Callable[[Record], None]) -> None:
@@ -213,9 +214,7 @@ def main() -> None:
     parser.add_argument("--cost", type=Path, default=HERE / "results" / "cost.json", help="this machine's measured curve")
     args = parser.parse_args()
     console, start = Console(), time.perf_counter()
-    costs = shapes()
-    if args.cost.exists():
-        costs["two CPU cores, measured"] = echo.CostModel.from_json(args.cost.read_text())
+    costs = shapes(args.cost)
     with ProcessPoolExecutor(max_workers=os.cpu_count()) as pool:
         order = sorted(BATCHES, reverse=True)
         cells = [cell for part in pool.map(column, [args.trace] * len(order), order, [costs] * len(order)) for cell in part]

@@ -184,6 +184,14 @@ def test_no_operator_reads_back_and_a_draft_is_one_graph():
 def test_bad_input():
     for call, says in (
         (lambda: Texts.empty(0, 4), "slots: expected an int >= 1, got 0"),
+        (lambda: Texts.empty(2, 4).admit(torch.arange(2), [torch.arange(3)]), r"slots: expected int64 \[1\], got int64 \[2\]"),
+        (lambda: Texts.empty(2, 4).admit(torch.arange(1), [torch.ones(3)]), r"texts\[0\]: expected int64 \[n\], got float32 \[3\]"),
+        (
+            lambda: Texts.empty(2, 4).append(torch.arange(2), torch.ones(3, 1).long(), torch.ones(2).long()),
+            r"tokens: expected int64 \[2, n\]",
+        ),
+        (lambda: Texts.empty(2, 4).append(torch.arange(2), torch.ones(2, 1).long(), torch.ones(2)), r"lengths: expected int64 \[2\]"),
+        (lambda: Texts.empty(2, 4).match(torch.arange(2), 0), "longest: expected an int >= 1, got 0"),
         (lambda: echo.PromptLookup(2, 8, longest=0), "longest: expected an int >= 1, got 0"),
         (lambda: echo.PromptLookup(2, 8, trust=(0.0, 1.0)), r"trust: expected 9 shares in \[0, 1\), for matches of 0 to 8 tokens"),
         (

@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=112, help="tokens an answer")
     parser.add_argument("--slots", type=int, default=8)
     parser.add_argument("--weights", type=Path, default=WEIGHTS)
-    parser.add_argument("--warmup", action="store_true", help="on the prompts for warming up, as for the trust that ships")
+    parser.add_argument("--warmup", action="store_true", help="on the prompts for warming up: what trust they would teach")
     parser.add_argument("--out", type=Path, default=None)
     args = parser.parse_args()
     model, tokenizer = load()

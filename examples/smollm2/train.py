@@ -113,8 +113,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--muon-lr", type=float, default=0.02)
-    parser.add_argument("--asked", type=int, default=0, help="times more that answers to the model's own questions are seen")
-    parser.add_argument("--init", type=Path, default=None, help="weights to go on from, with their vocabulary")
     parser.add_argument("--noise", type=float, default=0.2, help="of the features, in their root mean squares: few texts, many epochs")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
@@ -139,10 +137,7 @@ def main() -> None:
         if len(sequence["tokens"]) - sequence["prompt"] > 4
     ]
     held, data = data[::32], [sequence for number, sequence in enumerate(data) if number % 32]
-    data += [sequence for sequence in data if sequence["kind"] == "asked"] * args.asked
     counts, vocab = frequent(data, args.vocab)
-    head = EagleHead.read(args.init).train() if args.init else None
-    vocab = vocab if head is None else head.vocab
     lookup = torch.full_like(counts, -1)
     lookup[vocab] = torch.arange(len(vocab))
     print(
@@ -153,7 +148,7 @@ def main() -> None:
     embedding = model.model.embed_tokens.weight.detach().clone()
     embedding = embedding / embedding.norm(dim=-1).mean()
     del model
-    head = fresh(vocab, embedding) if head is None else head
+    head = fresh(vocab, embedding)
     inner = [head.fuse.weight, head.embed.weight, head.qkv.weight, head.out.weight, head.gate_up.weight, head.down.weight]
     rest = [p for p in head.parameters() if not any(p is q for q in inner)]
     muon = torch.optim.Muon(inner, lr=args.muon_lr, weight_decay=0.01, momentum=0.95)
