@@ -24,11 +24,11 @@ from echo.tree.supertree import DEAD_SCORE, Frontier
 NOTHING = -1
 """No token: behind the end of a text, and: no vote."""
 ALONE = (0.0, 0.2, 0.45, 0.7, 0.7, 0.7, 0.75, 0.8, 0.8)
-"""How often the vote is the target's token, by length of the match. SmolLM2 on 32 prompts (`evaluate.py --warmup --new 64` of the examples):
+"""How often the vote is the target's token, by length of the match. SmolLM2 on 32 prompts (`evaluate.py --warmup --new 64`, an example):
 0, 0.21, 0.43, 0.84, 0.85, 0.47, 0.75, 0.79, 0.74; rounded, and smoothed from 3 on, of which it saw 40."""
 BESIDE = (0.0, 0.1, 0.3, 0.45, 0.6, 0.6, 0.6, 0.7, 0.8)
-"""The share of the vote that makes the target's text likeliest, beside SmolLM2's EAGLE head: round numbers, read off an earlier head's drafts
-of 64 texts. The present one's chains of 5 on the 32 prompts: 0, 0.11, 0.29, 0.42, 0.64, 0.64, 0.73, 0.68, 0.79."""
+"""The share of the vote that makes the target's text likeliest, beside SmolLM2's EAGLE head: round numbers, read off an earlier head's
+drafts of 64 texts. The present one's chains of 5 on the 32 prompts: 0, 0.11, 0.29, 0.42, 0.64, 0.64, 0.73, 0.68, 0.79."""
 PRIOR = 2.0
 """Steps that the present trust counts beside those seen."""
 
