@@ -103,7 +103,6 @@ def draw(equal: list[dict[str, float]], found: list[dict[str, float | str]], pat
 def main() -> None:
     """Compares the two traces."""
     parser = arguments(__doc__)
-    parser.set_defaults(trace=HERE / "traces" / "smollm2-pooled.npz")
     parser.add_argument("--alone", type=Path, default=HERE / "traces" / "smollm2-head.npz", help="the head's own drafts of the same texts")
     args = parser.parse_args()
     alone, pooled = Trace.load(args.alone), Trace.load(args.trace)

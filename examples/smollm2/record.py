@@ -1,12 +1,11 @@
 """Records a trace of the real pair: what head and prompt lookup draft at every position of the target's greedy answers.
 
-python examples/smollm2/record.py --out benchmarks/traces/smollm2-pooled.npz      # a shipped trace
-python examples/smollm2/record.py --out benchmarks/traces/smollm2-head.npz --head  # the same texts, drafted by the head alone
-python examples/smollm2/record.py --out larger.npz --new 400 --beam 8 --depth 10  # a larger one
-python examples/smollm2/record.py --out benchmarks/traces/smollm2-sampled.npz --temperature 0.8 --texts 32 --new 64
+python examples/smollm2/record.py --out benchmarks/traces/smollm2.npz                                                # the shipped traces:
+python examples/smollm2/record.py --out benchmarks/traces/smollm2-head.npz --head                                    # the head alone
+python examples/smollm2/record.py --out benchmarks/traces/smollm2-sampled.npz --temperature 0.8 --texts 32 --new 64  # sampled
+python examples/smollm2/record.py --out larger.npz --new 400 --beam 8 --depth 10
 
-smollm2.npz and smollm2-sampled.npz there are of an earlier head, alone. With a temperature the target's tokens are sampled, one a position:
-a replay is then the live decode that draws the same tokens.
+With a temperature the target's tokens are sampled, one a position: a replay is then the live decode that draws the same tokens.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ def main() -> None:
     """Records the held-out prompts: warm-up and evaluation sets, which the head was not trained on."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--new", type=int, default=128, help="tokens an answer")
+    parser.add_argument("--new", type=int, default=120, help="tokens an answer")
     parser.add_argument("--depth", type=int, default=8)
     parser.add_argument("--beam", type=int, default=6)
     parser.add_argument("--count", type=int, default=4, help="candidates at each node")

@@ -29,7 +29,7 @@ from echo.errors import EchoError
 from echo.logs import write_atomically
 from echo.tree.supertree import DEAD_SCORE, Frontier, Layer, SuperTree
 
-VERSION = 1
+VERSION = 2
 END = -1
 """Beyond the end of a text, and: not expanded."""
 
@@ -134,12 +134,13 @@ class Trace:
         return replace(self, indptr=np.concatenate([[0], np.diff(self.indptr)[list(chosen)].cumsum()]), **columns)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the npz ``path`` in one atomic move. Of ``token`` and ``log_prob`` only the recorded nodes are stored, LZMA-compressed."""
+        """Writes the npz ``path`` in one atomic move. Recorded nodes alone are stored, and the large arrays LZMA-compressed."""
         recorded = np.isfinite(self.log_prob).any(axis=3)
-        names = ("kind", "indptr", "text", "limit", "expanded", "beam", "floor")
+        names = ("kind", "indptr", "text", "limit", "beam", "floor")
         columns: dict[str, Any] = {"version": np.array(VERSION), **{name: np.asarray(getattr(self, name)) for name in names}}
         columns |= {"recorded": np.packbits(recorded), "shape": np.array(self.token.shape)}
         columns |= {"token": _shrink(self.token[recorded]), "log_prob": _shrink(_planes(self.log_prob[recorded]))}
+        columns["expanded"] = _shrink(self.expanded)
         with write_atomically(path) as handle:
             np.savez_compressed(handle, **columns)
 
@@ -161,6 +162,7 @@ class Trace:
             token[recorded] = _grow(columns["token"]).view(np.int32).reshape(nodes)
             planes = _grow(columns["log_prob"]).reshape(2, *nodes)
             log_prob[recorded] = np.ascontiguousarray(np.moveaxis(planes, 0, -1)).view(np.float16)[..., 0]
+            columns["expanded"] = _grow(columns["expanded"]).view(np.int8).reshape(shape[0], shape[1], -1)
         columns |= {"beam": int(columns["beam"]), "floor": float(columns["floor"]), "token": token, "log_prob": log_prob}
         return cls(**columns)
 
@@ -175,7 +177,7 @@ def _shrink(values: NDArray[Any]) -> NDArray[np.uint8]:
 
 
 def _grow(packed: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    return np.frombuffer(lzma.decompress(packed.tobytes()), np.uint8)
+    return np.frombuffer(bytearray(lzma.decompress(packed.tobytes())), np.uint8)  # writable, as torch wants it
 
 
 class _Pool:
