@@ -7,7 +7,8 @@ Ours ranks trees: it calibrates each node's probability along its path, ranks al
 request to its own limit and deals exactly the rows that are left. Theirs, ``ScheduleVerifyLensTopk`` on its own torch path, plans
 chains: it multiplies confidences along each request's chain, ranks all positions of all requests, and returns how far each chain is
 verified; there are no parents, and no limit but the chain's length. Both see as many candidates and buy as many rows. They take turns,
-and every call gets other numbers than the one before, so that no branch predictor learns them.
+every call gets other numbers than the one before, so that no branch predictor learns them, and all run under
+``torch.inference_mode``, as engines do.
 """
 
 from __future__ import annotations
@@ -185,6 +186,7 @@ def plot(lines: dict[str, list[dict[str, float]]], path: Path) -> None:
         figure.savefig(path, dpi=120)
 
 
+@torch.inference_mode()
 def main() -> None:
     """Times everything, prints a table, writes the JSON and the picture."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

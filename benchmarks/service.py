@@ -127,7 +127,7 @@ class Requests:
 
     def __init__(self, arrival: np.ndarray, prompt: np.ndarray, output: np.ndarray, text: np.ndarray) -> None:
         self.arrival, self.prompt, self.output, self.text = arrival, prompt, output, text
-        self.read, self.written = np.zeros_like(prompt), np.zeros_like(prompt)
+        self.read, self.written, self.unread = (np.zeros_like(prompt) for _ in range(3))
         self.first, self.end = np.full(len(arrival), np.inf), np.full(len(arrival), np.inf)
 
 
@@ -143,7 +143,6 @@ class Replica:
     waiting: deque[int] = field(default_factory=deque)
     held: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=int))
     cached: int = 0
-    unread: int = 0
 
     def __post_init__(self) -> None:
         self.wake = self.env.event()
@@ -204,10 +203,12 @@ class Replica:
         steps = self.steps[size, prefill > CHUNK // 2]
         pick = int(self.rng.integers(len(steps.rows)))
         rows, layers = float(steps.rows[pick]) * batch, int(steps.layers[pick])
+        unread = self.requests.unread
         if layers == 0:
-            self.unread += batch
+            unread[writing] += 1
             return rows, 0.0, 1
-        drafting, self.unread = float(self.cost.draft(layers, batch, steps.width) + self.cost.catch_up(self.unread)), 0
+        drafting = float(self.cost.draft(layers, batch, steps.width) + self.cost.catch_up(int(unread[writing].sum())))
+        unread[writing] = 0
         text = self.requests.text[writing]
         place = (self.rng.random(batch) * steps.counts[text]).astype(int)
         return rows, drafting, steps.emitted[text, place]

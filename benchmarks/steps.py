@@ -23,6 +23,7 @@ class Steps:
         tokens: int64 [steps], emitted by the batch.
         rows: int64 [steps], of the target's forward pass.
         layers: int64 [steps], drafted.
+        unread: int64 [steps], tokens that the drafter read up on after steps without a draft.
         requests: of the batch.
         width: nodes of a layer that each drafts on.
     """
@@ -30,17 +31,13 @@ class Steps:
     tokens: np.ndarray
     rows: np.ndarray
     layers: np.ndarray
+    unread: np.ndarray
     requests: int
     width: int
 
     def seconds(self, cost: echo.CostModel) -> np.ndarray:
         """Of each step: the pass, the layers, and what the drafter reads up on after steps without a draft."""
-        unread, reading = 0, np.zeros(len(self.tokens))
-        for i, (tokens, layers) in enumerate(zip(self.tokens.tolist(), self.layers.tolist(), strict=True)):
-            if layers:
-                reading[i], unread = cost.catch_up(unread), 0
-            else:
-                unread += tokens
+        reading = np.array([cost.catch_up(tokens) for tokens in self.unread.tolist()])
         return np.asarray(cost(self.rows, requests=self.requests) + cost.draft(self.layers, self.requests, self.width) + reading)
 
     def rate(self, cost: echo.CostModel) -> float:
@@ -70,17 +67,16 @@ def run(
     trace: Trace, scheduler: echo.ElasticBudgetScheduler, cost: echo.CostModel, batch: int, steps: int, *, exact: bool = False, **options
 ) -> Steps:
     """Replays texts in random order; ``exact`` keeps real rows and layers only (the oracle's); ``options`` are replay's."""
-    seen: list[tuple[int, int, int]] = []
+    seen: list[tuple[int, int, int, int]] = []
     more = options.pop("observe", None)
 
     def observe(record: Record) -> None:
         launched = (int(record.packed.indptr[-1]), record.tree.depth) if exact else (record.forecast.rows, record.forecast.depth)
-        seen.append((int(record.emitted.sum()), *launched))
+        seen.append((int(record.emitted.sum()), *launched, record.unread))
         if more is not None:
             more(record)
 
     order = np.random.default_rng(1).permutation(len(trace.kind))
     report = replay(trace, scheduler, cost, batch=batch, steps=steps + WARM, order=order, observe=observe, **options)
     assert report.misses == 0 or exact, f"{report.misses} nodes without a record: the trace is too narrow for {scheduler}"
-    tokens, rows, layers = np.array(seen[WARM:]).T
-    return Steps(tokens, rows, layers, batch, scheduler.rule.width)
+    return Steps(*np.array(seen[WARM:]).T, batch, scheduler.rule.width)

@@ -143,6 +143,17 @@ def test_a_cost_model_that_is_wrong_learns_from_the_steps(trace):
     assert learning.misses == 0
 
 
+def test_probes_of_a_drafter_that_reads_dearly_cost_half_a_percent(trace):
+    """Each row costs, so nothing pays; a token read up on costs a thirtieth of one decoded plainly."""
+    cost = echo.CostModel((1, 64), (1.0, 64.0), draft_layer=0.5, catch_up_token=0.03)
+    scheduler, read = echo.ElasticBudgetScheduler.goodput(CALIBRATION, cost, beam=3), []
+    report = replay(trace, scheduler, cost, batch=4, steps=1000, lag=1, observe=lambda record: read.append(record.unread))
+    plain = replay(trace, echo.ElasticBudgetScheduler.autoregressive(), cost, batch=4, steps=1000)
+    assert report.layers > 0  # it did look
+    assert sum(count > 0 for count in read) >= 2
+    assert 0.99 <= report.throughput / plain.throughput < 1
+
+
 def test_where_nothing_was_drafted_nothing_is_recorded(trace):
     for begin, end, limit in zip(trace.indptr, trace.indptr[1:], trace.limit, strict=False):
         assert (trace.log_prob[end - 1] == -np.inf).all()  # the last token
@@ -162,7 +173,7 @@ def test_files(trace, tmp_path):
     with pytest.raises(echo.EchoError, match="path: expected a trace"):
         Trace.load(path)
     np.savez(path, version=np.array(9))
-    with pytest.raises(echo.EchoError, match="path: expected a trace of version 1, got version 9"):
+    with pytest.raises(echo.EchoError, match="path: expected a trace of version 2, got version 9"):
         Trace.load(path)
 
 

@@ -14,8 +14,12 @@ from echo.budget.history import History
 from echo.cost import CostModel
 from echo.errors import EchoError
 
-CURVE, HEAD = 256, 4
+CURVE, HEAD = 256, 5
 """Numbers in a rank's curve at most, 1 kB, and before its F."""
+THRIFT = 0.005
+"""Share of the time without speculation that the reading for a probe may cost."""
+COMMIT = 20
+"""Steps over which a drafter's catching up is spread: about what a history remembers."""
 SHY = 1 - 1e-5
 """Rows are sums of float32: what comes out a hair above a whole number, in another order of slots, costs no row more."""
 DEPTHS = np.arange(1.0, 65.0)
@@ -62,18 +66,18 @@ class Goodput:
         if seen is None:
             depth, rows = self._unknown(least, batch)
         else:
-            depth, rows = self._best(*seen, batch, least, batch, history.tick, history.unread.item())
+            depth, rows = self._best(*seen, batch, least, batch, history.tick, history.idle, _unread(history, slots))
         return Forecast(depth, rows - base_rows)
 
     def curve(self, history: History, slots: Tensor, base_rows: int) -> NDArray[np.float32]:
-        """See :meth:`ElasticBudgetScheduler.curve`: requests, prefill rows, ticks, unread tokens, then F by depth and row count."""
+        """See :meth:`ElasticBudgetScheduler.curve`: requests, prefill rows, ticks, idle ones, unread tokens, then F."""
         batch, seen, grid = len(slots), history.foresee(slots), self._grid()
         if seen is None:
             brings = np.full((self.max_depth, len(grid)), np.nan if batch else 0.0)
         else:
             room = grid - batch - base_rows
             brings = np.stack([np.interp(room, rows, accepted) for rows, accepted in zip(*seen, strict=True)])
-        head = [batch, base_rows, history.tick % self.probe, int(history.unread)]
+        head = [batch, base_rows, history.tick % self.probe, history.idle, _unread(history, slots)]
         return np.concatenate([head, brings.ravel()]).astype(np.float32)
 
     def agree(self, curves: NDArray[np.float32], rank: int) -> Forecast:
@@ -82,18 +86,18 @@ class Goodput:
         if curves.ndim != 2 or curves.shape[1] != HEAD + self.max_depth * len(grid):
             raise EchoError(f"curves: expected float32 [ranks, {HEAD + self.max_depth * len(grid)}], got {list(curves.shape)}")
         checks.integer("rank", rank, 0, len(curves) - 1)
-        batch, base, tick, unread = curves[:, :HEAD].astype(np.int64).T
+        batch, base, *clock = curves[:, :HEAD].astype(np.int64).T
         brings = curves[:, HEAD:].astype(np.float64).sum(axis=0).reshape(self.max_depth, len(grid))
         least, widest = int((batch + base).max()), int(batch.max())
         if np.isnan(brings).any():
             depth, rows = self._unknown(least, widest)
         else:
             drafted = np.broadcast_to(np.maximum(grid - least, 0.0), brings.shape)
-            depth, rows = self._best(drafted, brings, int(batch.sum()), least, widest, int(tick.max()), int(unread.max()))
+            depth, rows = self._best(drafted, brings, int(batch.sum()), least, widest, *(int(count.max()) for count in clock))
         return Forecast(depth, rows - int(base[rank]))
 
     def _best(
-        self, drafted: NDArray[Any], accepted: NDArray[Any], tokens: int, least: int, widest: int, tick: int, unread: float
+        self, drafted: NDArray[Any], accepted: NDArray[Any], tokens: int, least: int, widest: int, tick: int, idle: int, unread: int
     ) -> tuple[int, int]:
         """Depth and rows of greatest goodput; (0, least) where nothing beats plain decoding.
 
@@ -102,20 +106,21 @@ class Goodput:
             tokens: requests, each of which emits one token more.
             least: rows without any drafted one.
             widest: requests of the rank that has the most.
-            tick: of the history; says whether it is time for a probe.
+            tick, idle: of the history; they say whether it is time for a probe.
             unread: tokens that the drafter has to read up on before it can draft.
         """
-        probe = tick % self.probe == 0
         whole = np.ceil(drafted * SHY)
         step = self.cost(least + whole, requests=widest)
-        drafting = self.cost.draft(DEPTHS[: self.max_depth], widest, self.width) + self.cost.catch_up(unread)
-        rate = (tokens + accepted) / (step + drafting[:, None])
+        drafting = self.cost.draft(DEPTHS[: self.max_depth], widest, self.width)
+        seconds = step + drafting[:, None]
+        rate = (tokens + accepted) / seconds
         rate *= drafted >= 1
         best = int(rate.argmax())
-        if rate.item(best) > (1 + self.margin) * tokens / step[0, 0]:
+        plain, reading, probe = step.item(0), self.cost.catch_up(unread), (idle or tick) % self.probe == 0
+        if rate.item(best) > (1 + self.margin) * tokens / plain * (1 + reading / (COMMIT * seconds.item(best))):
             if probe:  # a look at the deepest layers
                 best = rate.size - rate.shape[1] + int(rate[-1].argmax())
-        elif not probe or not tokens:
+        elif not probe or not tokens or reading > THRIFT * idle * plain:
             return 0, least
         depth, place = divmod(best, rate.shape[1])
         rows = least + max(1, int(whole[depth, place]))
@@ -134,3 +139,8 @@ class Goodput:
         count = max(2, (CURVE - HEAD) // max(1, self.max_depth))
         points = np.asarray(self.cost.tiers or np.geomspace(1, max(2, self.cost.rows[-1]), count).round().astype(int))
         return np.unique(points[np.linspace(0, len(points) - 1, min(count, len(points))).round().astype(int)])
+
+
+def _unread(history: History, slots: Tensor) -> int:
+    """Tokens that the drafter has to read up on before it can draft for ``slots``: none after a step that drafted."""
+    return 0 if not history.idle else int(history.unread.numpy()[slots.numpy()].sum())

@@ -39,8 +39,8 @@ class ElasticBudgetScheduler:
         budget: rows of a step, roots included (the paper's K_max counts drafted rows: ours is larger by the batch); or a
             :class:`CostModel`: the rows and the depth of greatest goodput, chosen before each step from the history; or
             None: what the rule asks for by itself.
-        probe: with a cost model, one step of this many drafts although speculation is off, so that it comes back, and to full
-            depth although less is planned.
+        probe: with a cost model, one step of this many drafts to full depth although less is planned, or although speculation is
+            off, so that it comes back. It waits as long as what the drafter would read up on costs 0.5% of the time without it.
         margin: with a cost model, the share by which speculation must promise to be faster than plain decoding.
         max_depth: deepest layer; 0 drafts nothing.
         max_tree_rows: rows of one request, root included; sets the width of the ancestor masks.

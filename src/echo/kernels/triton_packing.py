@@ -100,7 +100,10 @@ def _compact(
 
 
 @triton.jit(do_not_specialize=["count", "depth"])
-def _foresee(gain, score, selected, outlook, expected, count, depth, ENDS: tl.constexpr, BINS: tl.constexpr, PIECE: tl.constexpr):
+def _foresee(
+    gain, score, selected, outlook, expected, count, depth,
+    ENDS: tl.constexpr, BINS: tl.constexpr, SKIP: tl.constexpr, PIECE: tl.constexpr,
+):  # fmt: skip
     """One request's nodes of one layer by probability, and what of it is selected."""
     b, d = tl.program_id(0).to(tl.int64), tl.program_id(1)
     begin, end = d * 0, d * 0
@@ -112,8 +115,9 @@ def _foresee(gain, score, selected, outlook, expected, count, depth, ENDS: tl.co
         at = start + tl.arange(0, PIECE)
         node, inside = b * count + at, at < end
         chance = tl.load(gain + node, mask=inside, other=0.0)
-        counted = inside & (tl.load(score + node, mask=inside, other=DEAD) > DEAD) & (chance * BINS >= 0.5)
-        bins = tl.minimum((chance * BINS).to(tl.int32), BINS - 1)
+        place = tl.math.sqrt_rn(chance) * (BINS + SKIP)
+        counted = inside & (tl.load(score + node, mask=inside, other=DEAD) > DEAD) & (place >= SKIP)
+        bins = tl.minimum(place.to(tl.int32) - SKIP, BINS - 1)
         tally += tl.sum(((bins[:, None] == lane[None, :]) & counted[:, None]).to(tl.int32), 0)
         total += tl.where(tl.load(selected + node, mask=inside, other=0) != 0, chance, 0.0)
     tl.store(outlook + (b * depth + d) * BINS + lane, tally.to(tl.float32))
@@ -235,14 +239,14 @@ def compact(
 
 
 @launch.on_its_device
-def foresee(gain: Tensor, score: Tensor, selected: Tensor, sizes: Sequence[int], bins: int) -> tuple[Tensor, Tensor]:
-    """Of each drafted layer how many scored nodes lie in each of ``bins`` bins of probability, and the sum over the selected.
+def foresee(gain: Tensor, score: Tensor, selected: Tensor, sizes: Sequence[int], bins: int, skip: int) -> tuple[Tensor, Tensor]:
+    """Of each drafted layer how many scored nodes lie in each bin of sqrt(probability), and the sum over the selected.
 
     Args:
         gain, score: float32 [B, T].
         selected: bool [B, T].
         sizes: nodes of each layer, together T.
-        bins: a power of two.
+        bins, skip: bins, a power of two, and how many more below them are left out; all are equal, up to 1.
 
     Returns:
         float32 [B, depth, bins] and [B, depth].
@@ -252,7 +256,7 @@ def foresee(gain: Tensor, score: Tensor, selected: Tensor, sizes: Sequence[int],
     if batch and depth:
         _foresee[(batch, depth)](
             gain.contiguous(), score.contiguous(), as_bytes(selected), outlook, expected, count, depth,
-            ENDS=ends(sizes), BINS=bins, PIECE=16, num_warps=1,
+            ENDS=ends(sizes), BINS=bins, SKIP=skip, PIECE=16, num_warps=1,
         )  # fmt: skip
     return outlook, expected
 
@@ -268,8 +272,8 @@ def observe(
         slots: int64 [B].
         indptr, status, lengths: int32 [B + 1], int8 and int64 [B], of the step.
         drafted: layers of the step.
-        more: expected and outlook of the step, float32 [B, drafted] and [B, drafted, 64]; None where nothing is foreseen.
-        sums: steps, expected and accepted, float32 [depth, slots + 1], and outlook, [depth, slots + 1, 64].
+        more: expected and outlook of the step, float32 [B, drafted] and [B, drafted, bins]; None where nothing is foreseen.
+        sums: steps, expected and accepted, float32 [depth, slots + 1], and outlook, [depth, slots + 1, bins].
         keep: what a slot's sums keep.
         memory: steps of single requests that everybody's sums keep; a power of two.
     """

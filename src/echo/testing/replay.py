@@ -36,6 +36,7 @@ class Record:
         tree, packed, accepted: the values of the step.
         emitted: int64 [B], tokens that count: cut at the end of the text.
         forecast: depth and rows planned.
+        unread: tokens that the drafter reads up on in this step.
     """
 
     requests: NDArray[np.int64]
@@ -45,6 +46,7 @@ class Record:
     accepted: Accepted
     emitted: NDArray[np.int64]
     forecast: Forecast
+    unread: int
 
 
 @dataclass(frozen=True)
@@ -183,7 +185,6 @@ def replay(
     report, history = Report(), scheduler.history(batch)
     past: deque[History] = deque([history] * (lag + 1), maxlen=lag + 1)
     room = scheduler.max_tree_rows if capacity is None else capacity
-    missed_tokens = 0
     while steps is None or report.steps < steps:
         fresh = slots.refill(report.seconds)
         if len(fresh):
@@ -207,15 +208,14 @@ def replay(
         _count(report, packed, emitted, tree.depth)
         full = float(cost.draft(plan.depth, len(live), scheduler.rule.width))
         drafting = tree.depth * cost.draft_layer + nodes * cost.draft_row if compact else full
-        if plan.depth:
-            drafting += cost.catch_up(missed_tokens)
-        missed_tokens = 0 if plan.depth else missed_tokens + int(emitted.sum())
+        unread = slots.read(live, emitted, drafted=plan.depth > 0)
+        drafting += cost.catch_up(unread)
         launched = plan.rows + prompt_rows * len(fresh)
         report.seconds += cost(launched) + drafting
         if learn and isinstance(scheduler.budget, CostModel):
             scheduler = replace(scheduler, budget=scheduler.budget.learn(launched, cost(launched), rate=learn))
         if observe is not None:
-            observe(Record(slots.text[live], at - slots.begin[live], tree, packed, accepted, emitted, plan))
+            observe(Record(slots.text[live], at - slots.begin[live], tree, packed, accepted, emitted, plan, unread))
         slots.advance(live, emitted, packed.indptr.diff().numpy(), report)
     report.misses = source.misses
     return report
@@ -258,6 +258,7 @@ class _Slots:
     def __init__(self, trace: Trace, queue: NDArray[np.int64], batch: int, forever: bool) -> None:
         self.trace, self.queue, self.forever, self.next = trace, queue, forever, 0
         self.text, self.position, self.begin, self.end, self.limit, self.steps, self.rows = (np.full(batch, -1) for _ in range(7))
+        self.unread = np.zeros(batch, np.int64)
         self.since = np.zeros(batch)
 
     def refill(self, now: float) -> NDArray[np.int64]:
@@ -269,11 +270,20 @@ class _Slots:
         self.next += len(free)
         self.text[free], self.begin[free], self.end[free] = texts, self.trace.indptr[texts], self.trace.indptr[texts + 1]
         self.position[free], self.limit[free], self.since[free] = self.begin[free], self.trace.limit[texts], now
-        self.steps[free] = self.rows[free] = 0
+        self.steps[free] = self.rows[free] = self.unread[free] = 0
         return free
 
     def live(self) -> NDArray[np.int64]:
         return np.flatnonzero(self.text >= 0)
+
+    def read(self, live: NDArray[np.int64], emitted: NDArray[np.int64], drafted: bool) -> int:
+        """Tokens that a drafter reads now, of texts still being written; nothing while it is off."""
+        if not drafted:
+            self.unread[live] += emitted
+            return 0
+        unread = int(self.unread.sum())
+        self.unread[:] = 0
+        return unread
 
     def advance(self, live: NDArray[np.int64], emitted: NDArray[np.int64], rows: NDArray[np.int64], report: Report) -> None:
         """Moves on; finished texts leave and are entered in the report."""

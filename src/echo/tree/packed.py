@@ -43,8 +43,8 @@ class PackedTree:
         status: int8 [B], why each request stopped drafting (:class:`~echo.tree.supertree.Status`).
         invalid: int32 [B], faulty draft scores (:attr:`SuperTree.invalid`).
         max_depth: deepest layer of the tree it was packed from; a host int.
-        outlook: float32 [B, depth, 64], where the budget is a cost model: how many scored nodes of each depth 1.. have which
-            probability of acceptance f, in 64 equal bins. None otherwise.
+        outlook: float32 [B, depth, 32], where the budget is a cost model: how many scored nodes of each depth 1.. have which
+            probability of acceptance f, in 32 bins that are equal in sqrt(f), from f = 1/136 up. None otherwise.
         expected: float32 [B, depth], likewise: the sum of f over the request's drafted rows of each depth.
     """
 
