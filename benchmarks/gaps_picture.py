@@ -30,7 +30,7 @@ def warmup(axis, r) -> None:
         axis.plot(r["positions"], mean, "o-", ms=3, color=style.of(name), label=name)
         axis.fill_between(r["positions"], [min(d) for d in draws], [max(d) for d in draws], color=style.of(name), alpha=0.15, lw=0)
     axis.set_xscale("log")
-    axis.set_ylim(1, 1.75)
+    axis.set_ylim(1)
     _ratio(axis, "positions warmed up on")
 
 
@@ -42,7 +42,7 @@ def gate_errors(axis, r) -> None:
     axis.set_xticks(depth, [f"{d}*" if gate else str(d) for d, gate in zip(depth, r["gate"], strict=True)])
     axis.set_xlabel("depth (* gate)")
     axis.set_ylabel("share of such paths")
-    axis.set_ylim(0, 0.45)
+    _room_for_legend(axis)
 
 
 def fairness(axis, r) -> None:
@@ -56,7 +56,7 @@ def fairness(axis, r) -> None:
     for i, (key, label, colour) in enumerate(parts):
         axis.bar(np.arange(len(names)) + 0.26 * (i - 1), [r[n][f"doubtful_{key}"] for n in names], 0.25, color=colour, label=label)
     axis.set_xticks(range(len(names)), [f"{n}\nJain {r[n]['jain']:.3f}" for n in names], fontsize=6)
-    axis.set_ylim(0, 0.42)
+    _room_for_legend(axis)
     axis.set_ylabel("share of the doubtful quarter")
 
 
@@ -81,7 +81,7 @@ def floors(axis, r) -> None:
     axis.plot(at, [v["other_tokens_per_step"] for v in each.values()], "o-", ms=3, color=style.of("goodput"), label="tokens a step, others")
     axis.set_xticks(at, ["none" if k == 0 else str(k) for k in each])
     axis.set_xlabel("floor, rows of every request")
-    axis.set_ylim(0)
+    _room_for_legend(axis)
 
 
 def tail(axis, r) -> None:
@@ -115,7 +115,7 @@ def churn(axis, r) -> None:
     for name, ratio in r["curves"].items():
         axis.plot(r["tokens"], ratio, "o-", ms=3, color=style.of(name), label=name)
     axis.axhline(1, color=style.INK, lw=0.8)
-    axis.set_ylim(0.9, 1.65)
+    axis.set_ylim(0.9)
     axis.set_xscale("log", base=2)
     axis.set_xticks(r["tokens"], [f"{t}\n{j:.0%}" for t, j in zip(r["tokens"], r["joined"], strict=True)])
     _ratio(axis, "tokens of a request; new ones in a step")
@@ -135,7 +135,7 @@ def temperature(axis, r) -> None:
     for i, (policy, colour) in enumerate((p, style.of(p)) for p in ("EAGLE", "ECHO (paper)", "goodput")):
         axis.bar(np.arange(len(cases)) + 0.26 * (i - 1), [r[c][policy]["ratio"] for c in cases], 0.25, color=colour, label=policy)
     axis.axhline(1, color=style.INK, lw=0.8)
-    axis.set_ylim(0, 2.4)
+    _room_for_legend(axis)
     axis.set_xticks(range(len(cases)), [c.replace(", ", ",\n") for c in cases], fontsize=7)
     axis.set_ylabel("throughput / plain decoding")
 
@@ -172,6 +172,10 @@ def _panel(axis, name: str, results: dict) -> None:
     draw_panel(axis, results[name])
     axis.set_title(title)
     axis.legend(fontsize=6.5)
+
+
+def _room_for_legend(axis) -> None:
+    axis.set_ylim(0, 1.25 * axis.get_ylim()[1])
 
 
 def _ratio(axis, label: str) -> None:

@@ -28,13 +28,12 @@ def draw(result: dict[str, Any], images: Path) -> None:
 def _size(axes: Any, result: dict[str, Any]) -> None:
     rows = result["warm_up_size"]
     texts = [row["texts"] for row in rows]
-    for gates, colour in (("at most 3", style.QUIET), ("at most 4", PAPER)):
-        share = [row["most_common"][gates]["share"] for row in rows]
-        axes[0].plot(texts, share, "o-", color=colour, label=f"{gates} gates")
-        for x, y, row in zip(texts, share, rows, strict=True):
-            label = "·".join(map(str, row["most_common"][gates]["gates"]))
-            place = (x, y + 0.03) if gates == "at most 4" else (x, y - 0.09)
-            axes[0].annotate(label, place, color=colour, fontsize=7, ha="center")
+    for gates, other, colour in (("at most 3", "at most 4", style.QUIET), ("at most 4", "at most 3", PAPER)):
+        axes[0].plot(texts, [row["most_common"][gates]["share"] for row in rows], "o-", color=colour, label=f"{gates} gates")
+        for x, row in zip(texts, rows, strict=True):
+            mine, label = row["most_common"][gates], "·".join(map(str, row["most_common"][gates]["gates"]))
+            above = mine["share"] > row["most_common"][other]["share"]
+            axes[0].annotate(label, (x, mine["share"] + (0.03 if above else -0.08)), color=colour, fontsize=7, ha="center")
     axes[0].axhline(0.95, color=style.INK, lw=0.8, ls=":")
     axes[0].set(xscale="log", ylim=(0, 1.1), xlabel="texts in the log", ylabel="share of the most common choice", title="which gates")
     axes[0].set_xticks(texts, [str(n) for n in texts])
