@@ -300,11 +300,11 @@ def path_score(parent: Tensor, log_prob: Tensor, active: Tensor) -> tuple[Tensor
     """
     q, parent = log_prob.float(), torch.where(active, parent, DEAD_SCORE)[..., None]
     number = torch.nan_to_num(q, nan=DEAD_SCORE, posinf=DEAD_SCORE, neginf=DEAD_SCORE)
-    faulty = (q != number).sum(dim=2)
+    faulty = (q != number).sum(dim=2, dtype=torch.int32)
     score = (parent + number.clamp_(max=0.0)).flatten(1)
-    best = score.amax(dim=1)
+    best = score.max(dim=1).values
     faulty.masked_fill_((best == DEAD_SCORE)[:, None], q.shape[2])
-    return score, best, (faulty * active).sum(dim=1).int()
+    return score, best, (faulty * active).sum(dim=1, dtype=torch.int32)
 
 
 def check_size(requests: int, nodes: int, depth: int) -> None:
