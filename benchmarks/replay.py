@@ -29,7 +29,7 @@ import echo
 from echo import style
 from echo.testing import Record, Trace, replay
 from policies import CHAINS, POLICIES, Setting, chain_trace, oracle_trace
-from steps import FREE, Steps, run
+from steps import FREE, Steps, ratio_interval, run
 
 HERE = Path(__file__).parent
 BATCHES = (1, 8, 32, 64, 128, 256)
@@ -37,6 +37,8 @@ STEPS = {1: 320, 8: 160, 32: 80, 64: 60, 128: 40, 256: 32}
 Scheduler = echo.ElasticBudgetScheduler
 LONG = 600
 """Steps of the run in which goodput shows what its probes and its drafter's reading up cost where nothing is won."""
+PAIRED = {8: 1000, 64: 400}
+"""Steps by batch in which trees and chains are compared at equal rows."""
 LAG = 1
 """Steps by which the forecast's history lies behind, as in engines with overlapped scheduling."""
 
@@ -153,12 +155,12 @@ def trees_and_chains(path: Path, batch: int) -> list[dict[str, float]]:
     calibration = calibrate(tune)
     found = []
     for each in (1.5, 2, 3, 4, 6, 8, 12, 16):
-        rows = int(each * batch)
-        tokens = [
-            run(trace, Scheduler(echo.GlobalRank(beam, calibration), None, rows, test.depth), FREE, batch, STEPS[batch]).tokens.sum()
-            for trace, beam in ((test, test.beam), (chain_trace(test), 1))
-        ]
-        found.append({"batch": batch, "rows_each": each, "ratio": float(tokens[0] / tokens[1])})
+        rows, tokens = int(each * batch), []
+        for trace, beam in ((test, test.beam), (chain_trace(test), 1)):
+            scheduler = Scheduler(echo.GlobalRank(beam, calibration), None, rows, test.depth)
+            tokens.append(run(trace, scheduler, FREE, batch, PAIRED[batch]).tokens)
+        low, high = ratio_interval(*tokens)
+        found.append({"batch": batch, "rows_each": each, "ratio": float(tokens[0].sum() / tokens[1].sum()), "low": low, "high": high})
     return found
 
 
@@ -222,12 +224,12 @@ def main() -> None:
     with ProcessPoolExecutor(max_workers=os.cpu_count()) as pool:
         order = sorted(BATCHES, reverse=True)
         cells = [cell for part in pool.map(column, [args.trace] * len(order), order, [costs] * len(order)) for cell in part]
-        chains = [row for part in pool.map(trees_and_chains, [args.trace] * 2, (8, 64)) for row in part]
+        chains = [row for part in pool.map(trees_and_chains, [args.trace] * len(PAIRED), PAIRED) for row in part]
     show(console, cells)
     table = Table(title="tokens of trees / tokens of chains, at equal rows", header_style="bold")
     for name in ("rows a request", *(f"{row['rows_each']:g}" for row in chains if row["batch"] == 8)):
         table.add_column(name, justify="right")
-    for batch in (8, 64):
+    for batch in PAIRED:
         table.add_row(f"batch {batch}", *(f"{row['ratio']:.3f}" for row in chains if row["batch"] == batch))
     console.print(table)
     least = min((cell for cell in cells if "long" in cell), key=lambda cell: cell["long"])

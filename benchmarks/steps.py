@@ -58,6 +58,17 @@ class Steps:
         return float(low), float(high)
 
 
+def ratio_interval(mine: np.ndarray, theirs: np.ndarray, block: int = 10) -> tuple[float, float]:
+    """95% bootstrap interval of the ratio of two runs' sums over their steps, by blocks."""
+    random = np.random.default_rng(0)
+    sums = []
+    for values in (mine, theirs):
+        blocks = values[: len(values) // block * block].reshape(-1, block).sum(1)
+        sums.append(blocks[random.integers(0, len(blocks), (400, len(blocks)))].mean(1))
+    low, high = np.percentile(sums[0] / sums[1], [2.5, 97.5])
+    return float(low), float(high)
+
+
 def plain(cost: echo.CostModel, requests: int) -> float:
     """Tokens a second of plain decoding."""
     return requests / cost(requests, requests=requests)
