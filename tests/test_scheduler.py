@@ -374,6 +374,8 @@ def test_a_probe_waits_until_its_reading_is_cheap_beside_the_time_off():
     plans = {idle: scheduler.forecast(replace(off, idle=idle), slots, base_rows=200).depth for idle in range(1, 400)}
     assert 0.5 / (0.005 * COST(204)) == pytest.approx(15.6, abs=0.1)
     assert [idle for idle, depth in plans.items() if depth] == list(range(20, 400, 10))
+    dear = replace(scheduler, budget=replace(COST, catch_up_token=10.0))  # it comes back all the same
+    assert [idle for idle in range(1, 400) if dear.forecast(replace(off, idle=idle), slots, base_rows=200).depth] == [160, 320]
     free = replace(scheduler, budget=COST)  # reading costs nothing
     assert [idle for idle in range(1, 40) if free.forecast(replace(off, idle=idle), slots, base_rows=200).depth] == [10, 20, 30]
 

@@ -16,8 +16,8 @@ from echo.errors import EchoError
 
 CURVE, HEAD = 256, 5
 """Numbers in a rank's curve at most, 1 kB, and before its F."""
-THRIFT = 0.005
-"""Share of the time without speculation that the reading for a probe may cost."""
+THRIFT, PATIENCE = 0.005, 16
+"""Share of the time without speculation that the reading for a probe may cost; the wait that makes one due whatever it costs, in probes."""
 COMMIT = 20
 """Steps over which a drafter's catching up is spread: about what a history remembers."""
 SHY = 1 - 1e-5
@@ -117,10 +117,11 @@ class Goodput:
         rate *= drafted >= 1
         best = int(rate.argmax())
         plain, reading, probe = step.item(0), self.cost.catch_up(unread), (idle or tick) % self.probe == 0
+        cheap = reading <= THRIFT * idle * plain or idle % (PATIENCE * self.probe) == 0
         if rate.item(best) > (1 + self.margin) * tokens / plain * (1 + reading / (COMMIT * seconds.item(best))):
             if probe:  # a look at the deepest layers
                 best = rate.size - rate.shape[1] + int(rate[-1].argmax())
-        elif not probe or not tokens or reading > THRIFT * idle * plain:
+        elif not (probe and cheap and tokens):
             return 0, least
         depth, place = divmod(best, rate.shape[1])
         rows = least + max(1, int(whole[depth, place]))

@@ -40,7 +40,8 @@ class ElasticBudgetScheduler:
             :class:`CostModel`: the rows and the depth of greatest goodput, chosen before each step from the history; or
             None: what the rule asks for by itself.
         probe: with a cost model, one step of this many drafts to full depth although less is planned, or although speculation is
-            off, so that it comes back. It waits as long as what the drafter would read up on costs 0.5% of the time without it.
+            off, so that it comes back. It waits until what the drafter would read up on costs 0.5% of the time off, but no longer
+            than sixteen times as many steps.
         margin: with a cost model, the share by which speculation must promise to be faster than plain decoding.
         max_depth: deepest layer; 0 drafts nothing.
         max_tree_rows: rows of one request, root included; sets the width of the ancestor masks.
