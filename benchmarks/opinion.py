@@ -3,21 +3,25 @@
     python benchmarks/opinion.py
 
 Accepted drafts at equal rows, the best of the batch by calibrated path probability, with intervals from a bootstrap over texts; and
-throughput in the cells of replay.py. The oracle and the baselines are those of the head alone. Writes results/opinion.json and .png.
+throughput in the cells of replay.py, which is run first: results/replay.json has those of the pooled drafts. The oracle and the baselines
+are those of the head alone. Writes results/opinion.json and .png.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from echo import style
 from echo.testing import Trace
+from policies import BASELINES
 from predictors import ROWS, accepted, mapped, oracle, pool, ranking
 from replay import BATCHES, HERE, arguments, by_batch, column, shapes, split
 
@@ -52,26 +56,23 @@ def equal_rows(alone: Trace, pooled: Trace, resamples: int = 400) -> list[dict[s
     return rows
 
 
-def cells(alone: Path, pooled: Path) -> list[dict[str, float | str]]:
+def cells(alone: Path, pooled: list[dict[str, Any]]) -> list[dict[str, float | str]]:
     """Each cell of replay.py: throughput over plain decoding, and how far goodput comes from the head's best baseline to its oracle."""
-    costs = shapes()
-    by_cell: dict[tuple[str, int], dict[str, float]] = defaultdict(dict)
+    order = sorted(BATCHES, reverse=True)
     with ProcessPoolExecutor(max_workers=os.cpu_count()) as workers:
-        order = sorted(BATCHES, reverse=True)
-        for path, prefix in ((alone, ""), (pooled, "pooled ")):
-            for part in workers.map(column, [path] * len(order), order, [costs] * len(order)):
-                for cell in part:
-                    by_cell[cell["shape"], cell["batch"]][prefix + cell["policy"]] = cell["ratio"]
+        parts = workers.map(column, [alone] * len(order), order, [shapes()] * len(order))
+        found: dict[str, dict[tuple[str, int], dict[str, float]]] = {"alone": defaultdict(dict), "pooled": defaultdict(dict)}
+        for name, column_ in (("alone", itertools.chain.from_iterable(parts)), ("pooled", pooled)):
+            for cell in column_:
+                found[name][cell["shape"], cell["batch"]][cell["policy"]] = cell["ratio"]
     rows = []
-    for (shape, batch), own in by_cell.items():
-        best = max(1.0, *(r for name, r in own.items() if not name.startswith(("goodput", "pooled", "oracle"))))
-        best_pooled = max(
-            1.0, *(r for name, r in own.items() if name.startswith("pooled") and "goodput" not in name and "oracle" not in name)
-        )
-        row = {"alone": own["goodput tree"], "pooled": own["pooled goodput tree"], "oracle": own["oracle"]}
+    for (shape, batch), own in found["alone"].items():
+        both = found["pooled"][shape, batch]
+        best, best_pooled = (max(1.0, *(ratios[name] for name in BASELINES)) for ratios in (own, both))
+        row = {"alone": own["goodput tree"], "pooled": both["goodput tree"], "oracle": own["oracle"]}
         way = own["oracle"] - best
         rows.append(
-            {"shape": shape, "batch": batch, "baseline": best, "baseline_pooled": best_pooled, **row, "oracle_pooled": own["pooled oracle"]}
+            {"shape": shape, "batch": batch, "baseline": best, "baseline_pooled": best_pooled, **row, "oracle_pooled": both["oracle"]}
             | {f"closed_{name}": (row[name] - best) / way if way > 0.01 else float("nan") for name in ("alone", "pooled")}
         )
     return rows
@@ -108,7 +109,10 @@ def main() -> None:
     alone, pooled = Trace.load(args.alone), Trace.load(args.trace)
     if not np.array_equal(alone.text, pooled.text):
         raise SystemExit(f"{args.alone}: expected the texts of {args.trace}, got others")
-    result = {"equal_rows": equal_rows(alone, pooled), "cells": cells(args.alone, args.trace)}
+    replayed = json.loads((args.out / "replay.json").read_text())
+    if replayed["trace"] != args.trace.name:
+        raise SystemExit(f"replay.json: expected a replay of {args.trace.name}, got one of {replayed['trace']}: run replay.py first")
+    result = {"equal_rows": equal_rows(alone, pooled), "cells": cells(args.alone, replayed["cells"])}
     (args.out / "opinion.json").write_text(json.dumps(result, indent=1) + "\n")
     draw(result["equal_rows"], result["cells"], args.out / "opinion.png")
     for row in result["equal_rows"]:

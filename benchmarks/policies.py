@@ -14,13 +14,14 @@ from echo.testing import Trace
 
 @dataclass(frozen=True)
 class Setting:
-    """What a policy may know before it serves: the calibration, the machine, the batch; and the deepest layer on record."""
+    """What a policy may know before it serves: the calibration, the machine, the batch; the deepest layer on record; the warm-up log."""
 
     calibration: echo.Calibration
     cost: echo.CostModel
     batch: int
     depth: int
     beam: int
+    log: echo.WarmupLog | None = None
 
     @property
     def k_max(self) -> int:
@@ -79,6 +80,15 @@ def fixed(s: Setting):
     yield from two_level(s, one_threshold(s.calibration))
 
 
+def goodput_gates(s: Setting):
+    """ECHO's rule with thresholds that maximise tokens a second instead of separating, at least as wide as what is free."""
+    assert s.log is not None
+    for depth, (width, more) in itertools.product((3, s.depth), ((1, 8), (3, 8), (s.beam, 60))):
+        gate = echo.SparseGate(echo.calibrate(s.log, max_depth=depth, thresholds="goodput", cost=s.cost, batch=s.batch, layer_width=width))
+        for rows in sorted({s.k_max, 3 * s.batch}):
+            yield echo.ElasticBudgetScheduler(echo.TwoLevel(width, more), gate, rows, depth)
+
+
 def top_k(s: Setting):
     for rows, depth in itertools.product(sorted({s.k_max, 2 * s.batch, 4 * s.batch, 12 * s.batch}), (3, s.depth)):
         yield echo.ElasticBudgetScheduler(echo.GlobalRank(s.beam, s.calibration), None, rows, depth)
@@ -100,11 +110,15 @@ POLICIES: dict[str, Policy] = {
     "ECHO (paper)": paper,
     "ECHO, dense gates": dense,
     "ECHO, one threshold": fixed,
+    "ECHO, goodput gates": goodput_gates,
     "global top-K": top_k,
     "goodput chain": goodput_chain,
     "goodput tree": goodput,
 }
 """In the order of the table; the oracle, which is no policy, is :func:`oracle_trace` under any global ranking."""
+
+BASELINES = tuple(name for name in POLICIES if not name.startswith("goodput"))
+"""What goodput is judged against, each tuned."""
 
 CHAINS = ("static chain", "goodput chain")
 """Policies whose drafter proposes one token at a time: replayed on :func:`chain_trace`."""

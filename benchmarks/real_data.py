@@ -28,8 +28,8 @@ from echo.budget.rules import GlobalRank
 from echo.gating import Objective, goodput
 from echo.testing import Trace
 from real_data_picture import draw
-from replay import arguments
-from served import KNEE, Served, WarmUp, against, halves, serve, warm_up
+from replay import WarmUp, arguments, warm_up
+from served import KNEE, Served, against, halves, serve
 
 
 def overview(trace: Trace, warm: WarmUp, images: Path) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +37,7 @@ STEPS = {1: 320, 8: 160, 32: 80, 64: 60, 128: 40, 256: 32}
 Scheduler = echo.ElasticBudgetScheduler
 LONG = 600
 """Steps of the run in which goodput shows what its probes and its drafter's reading up cost where nothing is won."""
-PAIRED = {8: 1000, 64: 400}
+PAIRED = {8: 600, 64: 240}
 """Steps by batch in which trees and chains are compared at equal rows."""
 LAG = 1
 """Steps by which the forecast's history lies behind, as in engines with overlapped scheduling."""
@@ -61,6 +61,46 @@ def decode_once(trace: Trace, observe: Callable[[Record], None]) -> None:
     batch, rows = 32, 64
     scheduler = Scheduler(echo.TwoLevel(trace.beam, 0), None, batch * rows, trace.depth, max_tree_rows=rows)
     replay(trace, scheduler, FREE, batch=batch, observe=observe)
+
+
+@dataclass(frozen=True)
+class WarmUp:
+    """The log, and the text of each of its steps."""
+
+    log: echo.WarmupLog
+    text: np.ndarray
+
+    def of(self, texts: Sequence[int] | np.ndarray) -> echo.WarmupLog:
+        """The rows of some texts."""
+        keep = np.isin(self.text[self.log.step], texts)
+        columns = {name: getattr(self.log, name)[keep] for name in ("depth", "confidence", "accepted", "rank", "step")}
+        return echo.WarmupLog.from_arrays(**columns)
+
+
+def warm_up(trace: Trace) -> WarmUp:
+    """Every text decoded once, the pool verified whole.
+
+    The drafter drafts on nothing below its floor, so some steps lack deep layers. A layer that is not there has nothing to accept and
+    nothing to buy: it is entered as rejected at confidence 0, without which a step would not be whole, and the goodput rule refuse it.
+    """
+    logs: list[echo.WarmupLog] = []
+    texts: list[np.ndarray] = []
+
+    def observe(record: Record) -> None:
+        log = echo.warmup_rows(record.tree, record.packed, record.accepted, sum(map(len, texts)))
+        logs.append(log)
+        texts.append(record.requests)
+
+    decode_once(trace, observe)
+    columns = {name: np.concatenate([getattr(log, name) for log in logs]) for name in ("depth", "confidence", "accepted", "rank", "step")}
+    path = columns["rank"] == 0
+    seen = np.zeros((sum(map(len, texts)), trace.depth), dtype=bool)
+    seen[columns["step"][path], columns["depth"][path] - 1] = True
+    step, layer = np.nonzero(~seen & seen[:, :1])  # a request at its last token drafts nothing, and is no step of the log
+    missing = {"depth": layer + 1, "confidence": 0.0 * step, "accepted": step < 0, "rank": 0 * step, "step": step}
+    return WarmUp(
+        echo.WarmupLog.from_arrays(**{name: np.concatenate([columns[name], missing[name]]) for name in columns}), np.concatenate(texts)
+    )
 
 
 def warmup_log(trace: Trace) -> echo.WarmupLog:
@@ -100,7 +140,7 @@ def column(path: Path, batch: int, costs: dict[str, echo.CostModel]) -> list[dic
     """All policies and cost shapes at one batch size."""
     torch.set_num_threads(1)
     tune, test = halves(Trace.load(path))
-    calibration = calibrate(tune)
+    calibration, log = calibrate(tune), warm_up(tune).log
     drafts = {name: (chain_trace(tune), chain_trace(test)) if name in CHAINS else (tune, test) for name in POLICIES}
     cells: list[dict[str, object]] = []
     cache: dict[tuple[bool, int, str], Steps] = {}
@@ -114,7 +154,7 @@ def column(path: Path, batch: int, costs: dict[str, echo.CostModel]) -> list[dic
         return cache[key]
 
     for (shape, cost), (name, policy) in itertools.product(costs.items(), POLICIES.items()):
-        candidates = list(policy(Setting(calibration, cost, batch, tune.depth, tune.beam)))
+        candidates = list(policy(Setting(calibration, cost, batch, tune.depth, tune.beam, log)))
         best = max(candidates, key=lambda s: steps(name, 0, s, cost).ratio(cost)) if len(candidates) > 1 else candidates[0]
         found = steps(name, 1, best, cost)
         low, high = found.interval(cost)
@@ -187,7 +227,7 @@ def by_batch(axis, batches: Sequence[int]) -> None:
 
 def draw(cells: list[dict[str, object]], path: Path) -> None:
     """One panel a cost shape."""
-    shown = ("EAGLE tree", "ECHO (paper)", "global top-K", "goodput tree", "oracle")
+    shown = ("EAGLE tree", "ECHO (paper)", "ECHO, goodput gates", "global top-K", "goodput tree", "oracle")
     names = list(dict.fromkeys(str(c["shape"]) for c in cells))
     with style.figure(3.1 * len(names), 3.4) as figure:
         axes = figure.subplots(1, len(names), sharey=True)
@@ -195,7 +235,8 @@ def draw(cells: list[dict[str, object]], path: Path) -> None:
             for name in shown:
                 row = {int(str(c["batch"])): c for c in cells if c["shape"] == shape and c["policy"] == name}
                 ratio, low, high = ([float(str(row[b][key])) for b in BATCHES] for key in ("ratio", "low", "high"))
-                axis.plot(BATCHES, ratio, "o-", ms=3, color=style.of(name), label=name, lw=1 if name == "oracle" else 1.8)
+                line = "o--" if name == "ECHO, goodput gates" else "o-"
+                axis.plot(BATCHES, ratio, line, ms=3, color=style.of(name), label=name, lw=1 if name == "oracle" else 1.8)
                 axis.fill_between(BATCHES, low, high, color=style.of(name), alpha=0.15, lw=0)
             by_batch(axis, BATCHES)
             axis.set_title(shape)

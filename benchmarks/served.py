@@ -2,57 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 import echo
 from echo.testing import Record, Trace, replay
-from replay import decode_once, shapes, split
+from replay import shapes, split
 
 KNEE = shapes()["dense, knee at 256 rows"]
 RESAMPLES = 400
-
-
-@dataclass(frozen=True)
-class WarmUp:
-    """The log, and the text of each of its steps."""
-
-    log: echo.WarmupLog
-    text: np.ndarray
-
-    def of(self, texts: Sequence[int] | np.ndarray) -> echo.WarmupLog:
-        """The rows of some texts."""
-        keep = np.isin(self.text[self.log.step], texts)
-        columns = {name: getattr(self.log, name)[keep] for name in ("depth", "confidence", "accepted", "rank", "step")}
-        return echo.WarmupLog.from_arrays(**columns)
-
-
-def warm_up(trace: Trace) -> WarmUp:
-    """Every text decoded once, the pool verified whole.
-
-    The drafter drafts on nothing below its floor, so some steps lack deep layers. A layer that is not there has nothing to accept and
-    nothing to buy: it is entered as rejected at confidence 0, without which a step would not be whole, and the goodput rule refuse it.
-    """
-    logs: list[echo.WarmupLog] = []
-    texts: list[np.ndarray] = []
-
-    def observe(record: Record) -> None:
-        log = echo.warmup_rows(record.tree, record.packed, record.accepted, sum(map(len, texts)))
-        logs.append(log)
-        texts.append(record.requests)
-
-    decode_once(trace, observe)
-    columns = {name: np.concatenate([getattr(log, name) for log in logs]) for name in ("depth", "confidence", "accepted", "rank", "step")}
-    path = columns["rank"] == 0
-    seen = np.zeros((sum(map(len, texts)), trace.depth), dtype=bool)
-    seen[columns["step"][path], columns["depth"][path] - 1] = True
-    step, layer = np.nonzero(~seen & seen[:, :1])  # a request at its last token drafts nothing, and is no step of the log
-    missing = {"depth": layer + 1, "confidence": 0.0 * step, "accepted": step < 0, "rank": 0 * step, "step": step}
-    return WarmUp(
-        echo.WarmupLog.from_arrays(**{name: np.concatenate([columns[name], missing[name]]) for name in columns}), np.concatenate(texts)
-    )
 
 
 def halves(trace: Trace) -> tuple[np.ndarray, np.ndarray]:

@@ -98,10 +98,10 @@ def test_a_cut_trace_replays_exactly(trace):
 
 def test_the_papers_bench_in_small():
     from paper import Bench
-    from replay import calibrate, halves
+    from replay import calibrate, halves, warm_up
 
     tune, test = halves(Trace.load(BENCHMARKS / "traces" / "smollm2.npz").texts(range(0, 64, 8)))
-    bench = Bench(tune, test, calibrate(tune), batch=8, share=0.01)
+    bench = Bench(tune, test, calibrate(tune), warm_up(tune).log, batch=8, share=0.01)
     cells = {c["policy"]: c for c in bench.cells({"LLaMA-3.3-70B": echo.CostModel.roofline("LLaMA-3.3-70B")})}
     assert cells["EAGLE-3, default"]["rows"] == 8 * 8 and cells["EAGLE-3, matched"]["rows"] == 5 * 8
     for cell in cells.values():
