@@ -19,7 +19,8 @@ CURVE, HEAD = 256, 5
 THRIFT, PATIENCE = 0.005, 16
 """Share of the time without speculation that the reading for a probe may cost; the wait that makes one due whatever it costs, in probes."""
 COMMIT = 20
-"""Steps over which a drafter's catching up is spread: about what a history remembers."""
+"""Steps over which a drafter's catching up is spread: about what a history remembers. On the measured curve of two CPU cores, where
+nothing is won at 256 requests, 1,000 steps came to 0.946 of plain decoding before THRIFT and this, and come to 0.998 since."""
 SHY = 1 - 1e-5
 """Rows are sums of float32: what comes out a hair above a whole number, in another order of slots, costs no row more."""
 DEPTHS = np.arange(1.0, 65.0)
