@@ -120,17 +120,18 @@ class GlobalRank:
         fused = kernels.fused("dealing", tree.status)
         if fused is not None:
             parent = None if table is None else torch.cat([layer.parent for layer in tree.layers], dim=1)
-            cost: Tensor = fused.path_cost(tree.score, parent, table, tree.sizes)
-            return cost
+            found: Tensor = fused.path_cost(tree.score, parent, table, tree.sizes)
+            return found
         if table is None:
             return bits(tree.score)
-        score, deepest = tree.score, len(table) - 1
-        bins = (score * -BINS_PER_NAT).clamp_(max=TABLE_BINS - 1).long()
-        costs: list[Tensor] = []
-        for layer, place in zip(tree.layers, torch.split(bins, tree.sizes, dim=1), strict=True):
-            own = table[min(layer.depth, deepest)].take(place)
-            costs.append(torch.maximum(own, costs[-1].gather(1, layer.parent)) if costs else own)
-        return torch.cat(costs, dim=1).masked_fill_(score == DEAD_SCORE, UNSELECTABLE)
+        score, sizes, deepest = tree.score, tree.sizes, len(table) - 1
+        bins = (score * -BINS_PER_NAT).clamp_(max=TABLE_BINS - 1).int()
+        maps = [bins.new_full((n,), min(layer.depth, deepest) * TABLE_BINS) for n, layer in zip(sizes, tree.layers, strict=True)]
+        cost = table.flatten().index_select(0, bins.add_(torch.cat(maps)).flatten()).view(score.shape)
+        layers = torch.split(cost, sizes, dim=1)
+        for above, own, layer in zip(layers, layers[1:], tree.layers[1:], strict=False):
+            own.clamp_(min=above.gather(1, layer.parent))  # in place, of the layers in turn
+        return torch.where(score > DEAD_SCORE, cost, UNSELECTABLE)
 
     def weighed(self, tree: SuperTree) -> Tensor:
         """int32 [B, T] of ``tree``, rising as weight times f falls: the order in which rows are dealt."""
