@@ -127,11 +127,11 @@ class GlobalRank:
         score, sizes, deepest = tree.score, tree.sizes, len(table) - 1
         bins = (score * -BINS_PER_NAT).clamp_(max=TABLE_BINS - 1).int()
         maps = [bins.new_full((n,), min(layer.depth, deepest) * TABLE_BINS) for n, layer in zip(sizes, tree.layers, strict=True)]
-        cost = table.flatten().index_select(0, bins.add_(torch.cat(maps)).flatten()).view(score.shape)
-        layers = torch.split(cost, sizes, dim=1)
-        for above, own, layer in zip(layers, layers[1:], tree.layers[1:], strict=False):
-            own.clamp_(min=above.gather(1, layer.parent))  # in place, of the layers in turn
-        return torch.where(score > DEAD_SCORE, cost, UNSELECTABLE)
+        own = table.flatten().index_select(0, bins.add_(torch.cat(maps)).flatten()).view(score.shape)
+        costs: list[Tensor] = []
+        for layer, mine in zip(tree.layers, torch.split(own, sizes, dim=1), strict=True):
+            costs.append(torch.maximum(mine, costs[-1].gather(1, layer.parent)) if costs else mine)
+        return torch.where(score > DEAD_SCORE, torch.cat(costs, dim=1), UNSELECTABLE)
 
     def weighed(self, tree: SuperTree) -> Tensor:
         """int32 [B, T] of ``tree``, rising as weight times f falls: the order in which rows are dealt."""
