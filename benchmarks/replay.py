@@ -173,10 +173,10 @@ def column(path: Path, batch: int, costs: dict[str, echo.CostModel]) -> list[dic
                     "tuned": describe(best),
                 }
             )
+        assert cells[-1]["policy"] == "goodput tree"
         rival = max(BASELINES, key=lambda name: steps(name, 1, tuned[name], cost).ratio(cost))
         for key, name in (("long", "goodput tree"), ("long_baseline", rival)):
             cells[-1][key] = run(drafts[name][1], tuned[name], cost, batch, LONG, lag=LAG).ratio(cost)
-        assert cells[-1]["policy"] == "goodput tree"
     seen = oracle_trace(test)
     found_at = [
         run(seen, Scheduler(echo.GlobalRank(test.beam), None, (1 + d) * batch, d), cost, batch, STEPS[batch], exact=True)
