@@ -28,6 +28,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 import machine_code
+from echo.budget.history import BINS, SKIP
 from echo.kernels import attention_kernels, launch, triton_accept, triton_attention, triton_dealing, triton_growing, triton_packing
 
 RESULTS = Path(__file__).parent / "results"
@@ -182,7 +183,7 @@ def steps(batch: int, beam: int, k: int, depth: int, most: int = 64) -> list[tup
     links, context, table = torch.zeros(batch + 1, dtype=torch.int32), one[torch.int32], batched(32, torch.int32)
     found = one[torch.float32], context, one[torch.int8], one[torch.bool], one[torch.int64], one[torch.int64], left
     sums = [torch.zeros(depth, batch + 1) for _ in range(3)] + [torch.zeros(depth, batch + 1, 64)]
-    foreseen = torch.zeros(batch, depth), torch.zeros(batch, depth, 32)
+    foreseen = torch.zeros(batch, depth), torch.zeros(batch, depth, BINS)
 
     def call() -> None:
         triton_growing.plant(one[torch.int64], one[torch.bool], one[torch.int64], rows, most, True)
@@ -192,7 +193,7 @@ def steps(batch: int, beam: int, k: int, depth: int, most: int = 64) -> list[tup
         triton_dealing.deal(score.int(), yes, one[torch.int64], left, rows, most, sizes)
         triton_packing.pack(yes, place, place, score, yes, rows, -(-most // 32), sizes)
         triton_packing.compact(batched(depth + 1, torch.int64), one[torch.int64], links, context, table, 64, 0)
-        triton_packing.foresee(score, score, yes, sizes, 32, 3)
+        triton_packing.foresee(score, score, yes, sizes, BINS, SKIP)
         triton_packing.observe(one[torch.int64], links, one[torch.int8], one[torch.int64], depth, foreseen, sums, 0.95, 512)
 
     launches = record([triton_growing, triton_dealing, triton_packing], STEP, call)

@@ -24,7 +24,7 @@ from rich.table import Table
 import echo
 from echo import style
 from echo.testing import Trace
-from policies import one_threshold, oracle_trace
+from policies import goodput_gate, one_threshold, oracle_trace
 from raised import raised, raised_to
 from replay import arguments, by_batch, calibrate, halves, warm_up
 from steps import FREE, Steps, run
@@ -87,13 +87,6 @@ class Bench:
             "global top-K": [Scheduler(echo.GlobalRank(beam, calibration), None, rows, depth) for rows in budgets],
         }
 
-    def by_goodput(self, tuned: Scheduler, cost: echo.CostModel) -> Scheduler:
-        """ECHO as tuned, with thresholds that maximise tokens a second instead of separating."""
-        rule = tuned.rule
-        assert isinstance(rule, echo.TwoLevel)
-        known = {"max_depth": tuned.max_depth, "cost": cost, "batch": self.batch, "layer_width": rule.layer_width}
-        return replace(tuned, gate=echo.SparseGate(echo.calibrate(self.log, thresholds="goodput", **known)))
-
     def cells(self, costs: dict[str, echo.CostModel]) -> Iterable[dict[str, object]]:
         """Every policy under every cost model, tuned on the other half of the texts."""
         policies = self.candidates()
@@ -113,7 +106,8 @@ class Bench:
             for name, gate in gates.items():  # the paper's ablations: ECHO as tuned, another gate
                 base = chosen["ECHO"]
                 chosen[name] = ablated.setdefault((name, id(base)), replace(base, gate=gate))
-            chosen["ECHO, goodput gates"] = self.by_goodput(chosen["ECHO"], at)
+            own = chosen["ECHO"]
+            chosen["ECHO, goodput gates"] = replace(own, gate=goodput_gate(self.log, at, self.batch, own.max_depth, own.rule.width))
             found = {name: self.found(scheduler) for name, scheduler in chosen.items()}
             budget = Scheduler.goodput(self.calibration, at, beam=self.test.beam)
             found["goodput"] = run(self.test, budget, FREE, self.batch, self.steps)

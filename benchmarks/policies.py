@@ -80,11 +80,16 @@ def fixed(s: Setting):
     yield from two_level(s, one_threshold(s.calibration))
 
 
+def goodput_gate(log: echo.WarmupLog, cost: echo.CostModel, batch: int, depth: int, width: int) -> echo.SparseGate:
+    """Gates whose thresholds maximise tokens a second on the ``log`` instead of separating, for layers of ``width`` rows."""
+    return echo.SparseGate(echo.calibrate(log, max_depth=depth, thresholds="goodput", cost=cost, batch=batch, layer_width=width))
+
+
 def goodput_gates(s: Setting):
-    """ECHO's rule with thresholds that maximise tokens a second instead of separating; wider, or with rows for half a step more."""
+    """ECHO's rule behind :func:`goodput_gate`; wider, or with rows for half a step more."""
     assert s.log is not None
     for depth, (width, more) in itertools.product((3, s.depth), ((1, 8), (3, 8), (s.beam, 60))):
-        gate = echo.SparseGate(echo.calibrate(s.log, max_depth=depth, thresholds="goodput", cost=s.cost, batch=s.batch, layer_width=width))
+        gate = goodput_gate(s.log, s.cost, s.batch, depth, width)
         for rows in sorted({s.k_max, max(2 * s.batch, s.cost.rows_within(1.5))}):
             yield echo.ElasticBudgetScheduler(echo.TwoLevel(width, more), gate, rows, depth)
 

@@ -143,7 +143,7 @@ def test_a_cost_model_that_is_wrong_learns_from_the_steps(trace):
     assert learning.misses == 0
 
 
-def test_probes_of_a_drafter_that_reads_dearly_cost_half_a_percent(trace):
+def test_probes_of_a_drafter_that_reads_dearly_cost_less_than_a_percent(trace):
     """Each row costs, so nothing pays; a token read up on costs a thirtieth of one decoded plainly."""
     cost = echo.CostModel((1, 64), (1.0, 64.0), draft_layer=0.5, catch_up_token=0.03)
     scheduler, read = echo.ElasticBudgetScheduler.goodput(CALIBRATION, cost, beam=3), []

@@ -17,7 +17,8 @@ from echo.errors import EchoError
 CURVE, HEAD = 256, 5
 """Numbers in a rank's curve at most, 1 kB, and before its F."""
 THRIFT, PATIENCE = 0.005, 16
-"""Share of the time without speculation that the reading for a probe may cost; the wait that makes one due whatever it costs, in probes."""
+"""Share of the time without speculation that the reading for a probe may cost; the wait that makes one due whatever it costs, in probes:
+a choice, that no replay was long enough to judge."""
 COMMIT = 20
 """Steps over which a drafter's catching up is spread: about what a history remembers. On the measured curve of two CPU cores, where
 nothing is won at 256 requests, 1,000 steps came to 0.946 of plain decoding before THRIFT and this, and come to 0.998 since."""
@@ -71,7 +72,7 @@ class Goodput:
         return Forecast(depth, rows - base_rows)
 
     def curve(self, history: History, slots: Tensor, base_rows: int) -> NDArray[np.float32]:
-        """See :meth:`ElasticBudgetScheduler.curve`: requests, prefill rows, ticks, idle ones, unread tokens, then F."""
+        """See :meth:`ElasticBudgetScheduler.curve`: requests, prefill rows, steps, idle ones of them, unread tokens; then F by depth."""
         batch, seen, grid = len(slots), history.foresee(slots), self._grid()
         if seen is None:
             brings = np.full((self.max_depth, len(grid)), np.nan if batch else 0.0)
@@ -87,14 +88,14 @@ class Goodput:
         if curves.ndim != 2 or curves.shape[1] != HEAD + self.max_depth * len(grid):
             raise EchoError(f"curves: expected float32 [ranks, {HEAD + self.max_depth * len(grid)}], got {list(curves.shape)}")
         checks.integer("rank", rank, 0, len(curves) - 1)
-        batch, base, *clock = curves[:, :HEAD].astype(np.int64).T
+        batch, base, *counts = curves[:, :HEAD].astype(np.int64).T
         brings = curves[:, HEAD:].astype(np.float64).sum(axis=0).reshape(self.max_depth, len(grid))
         least, widest = int((batch + base).max()), int(batch.max())
         if np.isnan(brings).any():
             depth, rows = self._unknown(least, widest)
         else:
             drafted = np.broadcast_to(np.maximum(grid - least, 0.0), brings.shape)
-            depth, rows = self._best(drafted, brings, int(batch.sum()), least, widest, *(int(count.max()) for count in clock))
+            depth, rows = self._best(drafted, brings, int(batch.sum()), least, widest, *(int(count.max()) for count in counts))
         return Forecast(depth, rows - int(base[rank]))
 
     def _best(

@@ -29,7 +29,7 @@ PRIOR_DRAFTS = 4.0
 """Expected drafts that everybody's ratio of accepted to expected ones counts beside a slot's own."""
 BINS, SKIP = 32, 3
 """Bins of the probability of acceptance f in an outlook, equal in sqrt(f); below them, f < 1/136, are SKIP more that nobody counts. By
-replay 32 equal bins of f cost 0.3% of the mean throughput beside 64, and 1 to 2% at one request; these cost 0.1%."""
+replay 32 equal bins of f cost 0.2 to 0.3% of the mean throughput beside 64, and up to 1.9% at one request; these cost 0.1%."""
 DOWN = (np.arange(BINS)[:, None] + np.arange(BINS + 1) >= BINS).astype(np.float32)
 DOWN = np.stack([DOWN, DOWN * np.square((np.arange(BINS, dtype=np.float32) + SKIP + 0.5) / (BINS + SKIP))[:, None]])
 """float32 [2, 32, 33]: sums over the likeliest bins, none to all, of their nodes and of their nodes' probabilities."""

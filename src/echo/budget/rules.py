@@ -126,8 +126,8 @@ class GlobalRank:
             return bits(tree.score)
         score, sizes, deepest = tree.score, tree.sizes, len(table) - 1
         bins = (score * -BINS_PER_NAT).clamp_(max=TABLE_BINS - 1).int()
-        maps = [bins.new_full((n,), min(layer.depth, deepest) * TABLE_BINS) for n, layer in zip(sizes, tree.layers, strict=True)]
-        own = table.flatten().index_select(0, bins.add_(torch.cat(maps)).flatten()).view(score.shape)
+        begins = [bins.new_full((n,), min(layer.depth, deepest) * TABLE_BINS) for n, layer in zip(sizes, tree.layers, strict=True)]
+        own = table.flatten().index_select(0, bins.add_(torch.cat(begins)).flatten()).view(score.shape)
         costs: list[Tensor] = []
         for layer, mine in zip(tree.layers, torch.split(own, sizes, dim=1), strict=True):
             costs.append(torch.maximum(mine, costs[-1].gather(1, layer.parent)) if costs else mine)

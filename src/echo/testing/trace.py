@@ -138,9 +138,8 @@ class Trace:
         recorded = np.isfinite(self.log_prob).any(axis=3)
         names = ("kind", "indptr", "text", "limit", "beam", "floor")
         columns: dict[str, Any] = {"version": np.array(VERSION), **{name: np.asarray(getattr(self, name)) for name in names}}
-        columns |= {"recorded": np.packbits(recorded), "shape": np.array(self.token.shape)}
+        columns |= {"recorded": np.packbits(recorded), "shape": np.array(self.token.shape), "expanded": _shrink(self.expanded)}
         columns |= {"token": _shrink(self.token[recorded]), "log_prob": _shrink(_planes(self.log_prob[recorded]))}
-        columns["expanded"] = _shrink(self.expanded)
         with write_atomically(path) as handle:
             np.savez_compressed(handle, **columns)
 
