@@ -26,7 +26,7 @@ from echo import style
 from echo.testing import Trace
 from policies import goodput_gate, one_threshold, oracle_trace
 from raised import raised, raised_to
-from replay import arguments, by_batch, calibrate, halves, warm_up
+from replay import arguments, by_batch, calibrate, describe, halves, warm_up
 from steps import FREE, Steps, run
 
 BATCHES = (1, 8, 16, 32, 64, 128, 256)
@@ -54,11 +54,11 @@ class Bench:
 
     def __post_init__(self) -> None:
         self.steps = max(8, int(self.share * STEPS[self.batch]))
-        self.cache: dict[tuple[bool, int, bool], Steps] = {}
+        self.cache: dict[tuple[bool, str, bool], Steps] = {}
 
     def found(self, scheduler: Scheduler, tuning: bool = False, exact: bool = False) -> Steps:
         """The policy's steps: on the texts for tuning (half as many), on those for the figures, or as the oracle drafts them."""
-        key = tuning, id(scheduler), exact
+        key = tuning, describe(scheduler), exact
         if key not in self.cache:
             trace = self.tune if tuning else oracle_trace(self.test) if exact else self.test
             self.cache[key] = run(trace, scheduler, FREE, self.batch, max(8, self.steps // 2) if tuning else self.steps, exact=exact)
@@ -95,7 +95,6 @@ class Bench:
             "ECHO, dense gates": echo.SparseGate.dense(self.calibration),
             "ECHO, one threshold": one_threshold(self.calibration),
         }
-        ablated: dict[tuple[str, int], Scheduler] = {}
         for model, cost in costs.items():
             at = cost.at(self.batch, CONTEXT * self.batch)
             plain = self.batch / at(self.batch)
@@ -103,11 +102,9 @@ class Bench:
                 name: max(options, key=lambda s: self.found(s, tuning=True).rate(at)) if len(options) > 1 else options[0]
                 for name, options in policies.items()
             }
-            for name, gate in gates.items():  # the paper's ablations: ECHO as tuned, another gate
-                base = chosen["ECHO"]
-                chosen[name] = ablated.setdefault((name, id(base)), replace(base, gate=gate))
-            own = chosen["ECHO"]
-            chosen["ECHO, goodput gates"] = replace(own, gate=goodput_gate(self.log, at, self.batch, own.max_depth, own.rule.width))
+            own = chosen["ECHO"]  # the ablations: as tuned, another gate
+            best = goodput_gate(self.log, at, self.batch, own.max_depth, own.rule.width)
+            chosen |= {name: replace(own, gate=gate) for name, gate in (gates | {"ECHO, goodput gates": best}).items()}
             found = {name: self.found(scheduler) for name, scheduler in chosen.items()}
             budget = Scheduler.goodput(self.calibration, at, beam=self.test.beam)
             found["goodput"] = run(self.test, budget, FREE, self.batch, self.steps)

@@ -101,8 +101,12 @@ def test_the_papers_bench_in_small():
     from replay import calibrate, halves, warm_up
 
     tune, test = halves(Trace.load(BENCHMARKS / "traces" / "smollm2.npz").texts(range(0, 64, 8)))
-    bench = Bench(tune, test, calibrate(tune), warm_up(tune).log, batch=8, share=0.01)
-    cells = {c["policy"]: c for c in bench.cells({"LLaMA-3.3-70B": echo.CostModel.roofline("LLaMA-3.3-70B")})}
+    known = calibrate(tune), warm_up(tune).log
+    costs = {name: echo.CostModel.roofline(name) for name in ("Qwen3-235B-A22B", "LLaMA-3.3-70B")}
+    together = list(Bench(tune, test, *known, batch=8, share=0.01).cells(costs))
+    alone = [c for name in costs for c in Bench(tune, test, *known, batch=8, share=0.01).cells({name: costs[name]})]
+    assert together == alone  # a model's figures do not depend on those before it
+    cells = {c["policy"]: c for c in together if c["model"] == "LLaMA-3.3-70B"}
     assert cells["EAGLE-3, default"]["rows"] == 8 * 8 and cells["EAGLE-3, matched"]["rows"] == 5 * 8
     for cell in cells.values():
         assert cell["low"] <= cell["tokens_per_second"] * (1 + 1e-9) and cell["tokens_per_step"] >= 1
