@@ -82,7 +82,7 @@ class ElasticBudgetScheduler:
         """ECHO as published: ``calibration``'s gates, ``TwoLevel(layer_width, max_width)``; ``k_max`` counts roots, as ``budget`` does.
 
         In the 84 modelled cells of ``benchmarks/paper.py``, thresholds calibrated with ``thresholds="goodput"`` and the cost model
-        were faster than Youden's by 6% in the mean on the trace as recorded and 16% raised (-11 to +34%), by 20 and 33% at one request.
+        were faster than Youden's by 6.5% in the mean on the trace as recorded and 17% raised (-7 to +34%), by 20 and 33% at one request.
         """
         return cls(TwoLevel(layer_width, max_width), SparseGate(calibration), k_max, calibration.max_depth)
 
