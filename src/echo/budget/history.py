@@ -197,7 +197,7 @@ def foreseen(tree: SuperTree, gain: Tensor, selected: Tensor) -> tuple[Tensor, T
     """
     fused = kernels.fused("packing", gain)
     if fused is not None:
-        step: tuple[Tensor, Tensor] = fused.foresee(gain, tree.score, selected, tree.sizes, BINS, SKIP)
+        step: tuple[Tensor, Tensor] = fused.foresee(gain, tree.score, fused.as_selected(selected), tree.sizes, BINS, SKIP)
         return step
     batch, (roots, *sizes) = tree.batch, tree.sizes
     score, bins = tree.score[:, roots:], gain[:, roots:].sqrt() * (BINS + SKIP)
