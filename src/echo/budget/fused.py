@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -134,6 +134,8 @@ def pack(
         cost, bought, tree.row_limit, tree.held, tree.left, tree.rows, most, sizes, total=total, extra=extra, out=kept
     )
     columns = None if out is None else {name: getattr(out, name) for name in WRITTEN}
+    if columns is not None and not all(column.is_contiguous() for column in columns.values()):
+        columns = None
     made = packing.pack(selected, tree.column("token"), tree.column("parent"), score, bought, rows, words, sizes, out=columns)
     outlook, expected = None, None
     if foresees:
@@ -153,9 +155,7 @@ def check(out: PackedTree, batch: int, rows: int, words: int, device: torch.devi
         EchoError: naming the buffer that does not fit.
     """
     checks.instance("out", out, PackedTree)
-    shapes: dict[str, list[int]] = {"indptr": [batch + 1], "mask": [rows, words], "status": [batch], "invalid": [batch]}
+    shapes = {"indptr": [batch + 1], "mask": [rows, words], "status": [batch], "invalid": [batch]}
     kinds = {"tokens": torch.int64, "node": torch.int64, "score": torch.float32, "bought": torch.bool, "status": torch.int8}
-    for field in fields(PackedTree):
-        if field.name in WRITTEN or field.name in shapes:
-            value = getattr(out, field.name)
-            checks.tensor(f"out.{field.name}", value, shapes.get(field.name, [rows]), kinds.get(field.name, torch.int32), device)
+    for name in (*WRITTEN, "status", "invalid"):
+        checks.tensor(f"out.{name}", getattr(out, name), shapes.get(name, [rows]), kinds.get(name, torch.int32), device)

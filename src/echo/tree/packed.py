@@ -46,6 +46,7 @@ class PackedTree:
         outlook: float32 [B, depth, 32], where the budget is a cost model: how many scored nodes of each depth 1.. have which
             probability of acceptance f, in 32 bins that are equal in sqrt(f), from f = 1/136 up. None otherwise.
         expected: float32 [B, depth], likewise: the sum of f over the request's drafted rows of each depth.
+        drafted: int32 [], layers drafted, where ``max_depth`` is a bound only (a :class:`Workspace`'s step); None: ``max_depth`` layers.
     """
 
     tokens: Tensor
@@ -62,6 +63,7 @@ class PackedTree:
     max_depth: int
     outlook: Tensor | None = None
     expected: Tensor | None = None
+    drafted: Tensor | None = None
 
     @property
     def batch(self) -> int:
