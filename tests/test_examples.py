@@ -185,11 +185,10 @@ def test_the_engines_pages_hold_the_text(folders, prompts):
     from engine import PAGE
 
     made, text = engine(folders, POLICIES["echo"], lanes=2, pages=16), prompts[1].tolist()
-    steps = made.generate(prompts[1:2], 24)
-    while len(text) < len(prompts[1]) + 16:
-        text += next(steps)[1]
-    held = int(made.cache.context[0])
-    assert held == len(text) - 1
+    for _, tokens in made.generate(prompts[1:2], 24):
+        text += tokens
+    held = len(text) - 1
+    assert held <= int(made.cache.context[0]) <= held + made.scheduler.max_depth  # what was accepted beyond the end
     place = torch.arange(held)
     slots = made.cache.table[0, place // PAGE].long() * PAGE + place % PAGE
     with torch.inference_mode():

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from echo import checks
-from echo.budget.fused import Scratch
+from echo.budget.fused import Scratch, check
 from echo.budget.history import BINS
 from echo.budget.roots import plant
 from echo.budget.rules import GlobalRank
@@ -53,8 +53,10 @@ class Workspace:
         num_verify_tokens: the most rows of a step, roots included.
         max_num_reqs: request slots of the history; as many as lanes where not given.
         device: where all of it lies.
+        rows: another workspace's ``rows``, of as many rows and mask words, to pack into: the graphs of one target serve several policies.
 
     Attributes:
+        rows: the widest step's columns; a step is their beginning.
         history: :class:`History` of ``max_num_reqs`` slots, updated in place by :meth:`observe`. What the host counts (``tick``, ``idle``)
             is counted outside: :meth:`History.stepped`.
         stats: :class:`StepStats`, updated in place likewise.
@@ -81,6 +83,7 @@ class Workspace:
         num_verify_tokens: int,
         max_num_reqs: int | None = None,
         device: torch.device | str = "cpu",
+        rows: PackedTree | None = None,
     ) -> None:
         self.scheduler = checks.instance("scheduler", scheduler, ElasticBudgetScheduler)
         self.lanes = checks.integer("lanes", lanes, 1)
@@ -102,7 +105,7 @@ class Workspace:
         self._nodes = Nodes(*(self._new(lanes, total, dtype=kind) for kind in (i64, i64, f32, yes)))
         self._frontiers = [tuple(self._new(lanes * width, dtype=kind) for kind in (i64, i64, i64, f32, yes)) for width in self._widths]
         self._drafted = [self._new(lanes, dtype=yes) for _ in self._sizes]
-        self._status, self._final = [self._new(lanes, dtype=i8) for _ in self._sizes], self._new(lanes, dtype=i8)
+        self._status = [self._new(lanes, dtype=i8) for _ in self._sizes]
         self._limit, self._invalid = self._new(lanes, dtype=i64), self._new(lanes, dtype=i32)
         self._held = self._by_depth(lambda: self._new(lanes, dtype=i64))
         self._left = self._by_depth(lambda: self._new(dtype=i64))
@@ -114,11 +117,8 @@ class Workspace:
             "place": self._new(wide, dtype=i32), "share": self._new(lanes, dtype=i32), "counts": self._new(lanes, dtype=i64),
             "key": self._new(lanes * most, dtype=i64), "cost": self._new(wide, dtype=i32), "gain": self._new(wide, dtype=f32),
         }  # fmt: skip
-        self._rows = PackedTree(
-            tokens=self._new(n, dtype=i64), parent=self._new(n, dtype=i32), depth=self._new(n, dtype=i32), request=self._new(n, dtype=i32),
-            indptr=self._new(lanes + 1, dtype=i32), mask=self._new(n, self._words, dtype=i32), score=self._new(n, dtype=f32),
-            node=self._new(n, dtype=i64), bought=self._new(n, dtype=yes), status=self._final, invalid=self._invalid, max_depth=depth,
-        )  # fmt: skip
+        self.rows = self._packed(n) if rows is None else rows
+        check(self.rows, lanes, n, self._words, self.device)
         self._foresees = isinstance(scheduler.budget, CostModel) and depth > 0
         self._outlook = self._new(lanes, depth, BINS, dtype=f32) if self._foresees else None
         self._expected = self._new(lanes, depth, dtype=f32) if self._foresees else None
@@ -129,6 +129,15 @@ class Workspace:
         self._lists = {name: self._new(steps, dtype=kind) for name, kind in kinds.items()}
         self._context = self._new(lanes, dtype=i64)
         self._trees: dict[tuple[int, int], SuperTree] = {}
+
+    def _packed(self, n: int) -> PackedTree:
+        new, ints = self._new, torch.int32
+        return PackedTree(
+            tokens=new(n, dtype=torch.int64), parent=new(n, dtype=ints), depth=new(n, dtype=ints), request=new(n, dtype=ints),
+            indptr=new(self.lanes + 1, dtype=ints), mask=new(n, self._words, dtype=ints), score=new(n, dtype=torch.float32),
+            node=new(n, dtype=torch.int64), bought=new(n, dtype=torch.bool), status=new(self.lanes, dtype=torch.int8),
+            invalid=new(self.lanes, dtype=ints), max_depth=0,
+        )  # fmt: skip
 
     def _new(self, *shape: int, dtype: torch.dtype) -> Tensor:
         return torch.zeros(shape, dtype=dtype, device=self.device)
@@ -181,8 +190,8 @@ class Workspace:
     def pack(self, tree: SuperTree, num_verify_tokens: int | None = None) -> PackedTree:
         """As :meth:`ElasticBudgetScheduler.pack`, into so many rows (those of the workspace where not given).
 
-        ``max_depth`` of what it returns is the scheduler's: how many layers were drafted is known on the device (``drafted``), so that
-        one graph serves acceptance for every depth.
+        Where anything was drafted, ``max_depth`` of what it returns is the scheduler's: how many layers were is known on the device
+        (``drafted``), so that one graph serves acceptance for every depth. Without a layer it is plain decoding, and nothing is planned.
 
         Raises:
             EchoError: more rows than the workspace has, or fewer than requests.
@@ -190,15 +199,18 @@ class Workspace:
         n = self.num_verify_tokens if num_verify_tokens is None else num_verify_tokens
         checks.integer("num_verify_tokens", n, max(tree.batch, 1), self.num_verify_tokens)
         batch, depth = tree.batch, tree.depth
-        self._layers.fill_(depth)
+        if depth:
+            self._layers.fill_(depth)
         total = self._ends[depth]
         most = min(total, n, tree.most)
         shapes = {"place": (batch, total), "share": (batch,), "counts": (batch,), "key": (batch, most), "cost": (batch, total)}
         shapes["gain"] = (batch, total)
         scratch = Scratch(**{name: _view(self._scratch[name], shape) for name, shape in shapes.items()})
-        out = replace(self._columns(batch, n, depth), status=self._final[:batch], invalid=tree.invalid)
+        out = self._columns(batch, n, depth)
         packed = self.scheduler._pack(replace(tree, rows=n), n, self._words, self._foresees and depth > 0, out, scratch)
-        if self._outlook is not None and self._expected is not None and depth:
+        if not depth:
+            return packed
+        if self._outlook is not None and self._expected is not None:
             packed = replace(packed, outlook=self._outlook[:batch], expected=self._expected[:batch])
         return replace(packed, max_depth=self.scheduler.max_depth, drafted=self._layers)
 
@@ -278,10 +290,11 @@ class Workspace:
     def _columns(self, batch: int, rows: int, depth: int) -> PackedTree:
         """The rows of a step of that size."""
         names = ("tokens", "parent", "depth", "request", "mask", "score", "node", "bought")
-        columns: dict[str, Any] = {name: getattr(self._rows, name)[:rows] for name in names}
+        columns: dict[str, Any] = {name: getattr(self.rows, name)[:rows] for name in names}
+        columns |= {name: getattr(self.rows, name)[:batch] for name in ("status", "invalid")}
         if self._outlook is not None and self._expected is not None and depth:
             columns |= {"outlook": self._outlook[:batch, :depth], "expected": self._expected[:batch, :depth]}
-        return replace(self._rows, **columns, indptr=self._rows.indptr[: batch + 1])
+        return replace(self.rows, **columns, indptr=self.rows.indptr[: batch + 1])
 
 
 def _view(buffer: Tensor, shape: Sequence[int]) -> Tensor:

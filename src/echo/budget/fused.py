@@ -118,21 +118,24 @@ def pack(
         scratch: buffers.
     """
     dealing, packing = kernels.fused("dealing", tree.status), kernels.fused("packing", tree.status)
-    if dealing is None or packing is None or not _fits(rule, tree) or not tree.batch or not tree.depth:
+    if dealing is None or packing is None or not _fits(rule, tree) or not tree.batch:
         return None
     rank = rule.rank if isinstance(rule, TwoLevel) else rule
     if not isinstance(rank, GlobalRank):
         return None
     score, bought, sizes, most = tree.score, tree.bought, tree.sizes, min(sum(tree.sizes), tree.rows, tree.most)
     cost, table = score, rank.table(tree.status.device)
-    if table is not None:
+    if table is not None and tree.depth:
         cost = dealing.path_cost(score, tree.column("parent"), table, sizes, out=None if scratch is None else scratch.cost)
     total = max_tree_rows if rank.max_rows is None else min(max_tree_rows, rank.max_rows)
     extra = rule.max_width if isinstance(rule, TwoLevel) else max_tree_rows
     kept = None if scratch is None else dealing.Selected(scratch.place, scratch.share, scratch.counts, scratch.key)
-    selected = dealing.select(
-        cost, bought, tree.row_limit, tree.held, tree.left, tree.rows, most, sizes, total=total, extra=extra, out=kept
-    )
+    if tree.depth:
+        limits = tree.row_limit, tree.held, tree.left
+        selected = dealing.select(cost, bought, *limits, tree.rows, most, sizes, total=total, extra=extra, out=kept)
+    else:  # nothing to select: a live request holds its root
+        roots = torch.zeros_like(tree.held)[:, None] if scratch is None else scratch.place.zero_()
+        selected = dealing.Selected(roots, tree.held, tree.held, roots)
     columns = None if out is None else {name: getattr(out, name) for name in WRITTEN}
     if columns is not None and not all(column.is_contiguous() for column in columns.values()):
         columns = None
