@@ -18,7 +18,7 @@ from echo.budget.scheduler import ElasticBudgetScheduler
 from echo.errors import EchoError
 from echo.logs import WarmupLog
 from echo.tree.accepted import Accepted
-from echo.tree.packed import PackedTree
+from echo.tree.packed import PackedTree, into
 from echo.tree.supertree import Frontier, SuperTree, bits
 
 
@@ -167,7 +167,14 @@ def outcomes(tree: SuperTree, packed: PackedTree, accepted: Accepted) -> tuple[T
     return torch.where(drafted, ranks[packed.node.clamp(0, len(ranks) - 1)], 0), taken[:-1] & drafted
 
 
-def verify(packed: PackedTree, target_tokens: Tensor | None = None, *, logits: Tensor | None = None, backend: str = "auto") -> Accepted:
+def verify(
+    packed: PackedTree,
+    target_tokens: Tensor | None = None,
+    *,
+    logits: Tensor | None = None,
+    backend: str = "auto",
+    out: Accepted | None = None,
+) -> Accepted:
     """Accepts, from each root down, the child that equals the target's own token.
 
     Lossless for greedy decoding and for sampling, whatever was drafted and selected: every emitted token is the target's.
@@ -177,6 +184,7 @@ def verify(packed: PackedTree, target_tokens: Tensor | None = None, *, logits: T
         target_tokens: int64 [N], the token that the engine sampled after each row.
         logits: float [N, V] instead, for greedy decoding; NaN never wins.
         backend: "auto", "torch" or "triton", as in :mod:`echo.kernels`; both give the same bits.
+        out: buffers of the same shapes, which are written to and returned.
 
     Raises:
         EchoError: neither or both were given, shapes or dtypes that do not fit, or a backend that is not there.
@@ -191,7 +199,7 @@ def verify(packed: PackedTree, target_tokens: Tensor | None = None, *, logits: T
     else:
         tokens = checks.tensor("target_tokens", target_tokens, [packed.rows], torch.int64, device)
         rows, emitted, lengths = kernels.accept(*links, tokens, packed.max_depth, backend=backend)
-    return Accepted(emitted, rows, lengths, emitted.gather(1, (lengths - 1).clamp(min=0)[:, None])[:, 0])
+    return into(out, Accepted(emitted, rows, lengths, emitted.gather(1, (lengths - 1).clamp(min=0)[:, None])[:, 0]))
 
 
 def speculate(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from echo import checks
 from echo.tree.accepted import Accepted
-from echo.tree.packed import PackedTree
+from echo.tree.packed import PackedTree, into
 from echo.tree.supertree import Status
 
 
@@ -88,11 +88,12 @@ class StepStats:
         """Nothing counted yet; the counters live on ``device``."""
         return cls(torch.zeros(len(fields(StepCounts)), dtype=torch.int64, device=device))
 
-    def observe(self, packed: PackedTree, accepted: Accepted) -> StepStats:
+    def observe(self, packed: PackedTree, accepted: Accepted, *, out: StepStats | None = None) -> StepStats:
         """After a step, on the device: a dozen small operators, fixed shapes, no read-back.
 
         Args:
             packed, accepted: the step.
+            out: counters, these too, to which is written.
 
         Raises:
             EchoError: another batch, or counters on another device.
@@ -110,7 +111,7 @@ class StepStats:
         beyond = ((rows - share).clamp(min=0) * live).sum() - odd
         step = [
             real.new_ones(()),
-            real.new_full((), packed.max_depth),
+            real.new_full((), packed.max_depth) if packed.drafted is None else packed.drafted.long(),
             requests,
             real,
             packed.rows - real,
@@ -121,7 +122,7 @@ class StepStats:
             torch.minimum(released, beyond.clamp(min=0)),
             packed.invalid.sum(dtype=torch.int64),
         ]
-        return StepStats(self.counts + torch.stack(step))
+        return into(out, StepStats(self.counts + torch.stack(step)))
 
     def read(self) -> StepCounts:
         """The totals on the host: waits for the device once."""

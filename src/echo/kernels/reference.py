@@ -44,7 +44,7 @@ def accept(parent: Tensor, indptr: Tensor, tokens: Tensor, target_tokens: Tensor
     matches = linked & (tokens == target[above]) & (tokens >= 0)
     nowhere = torch.full((count + 1,), count, device=device)
     following = nowhere.scatter_reduce(0, above, torch.where(matches, at, count), "amin")
-    following[count] = count
+    following = torch.cat([following[:count], nowhere[:1]])
     row = torch.where(end > first, first, count)
     walk = [row]
     for _ in range(max_depth):

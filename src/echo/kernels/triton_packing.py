@@ -1,6 +1,6 @@
 """Packing, compaction and what a history learns of a step, as Triton kernels.
 
-The twins are :func:`echo.tree.packed.pack`, :func:`echo.tree.compact` and :meth:`echo.budget.History.observe`.
+The references are :func:`echo.tree.packed.pack`, :func:`echo.tree.compact` and :meth:`echo.budget.History.observe`.
 """
 
 from __future__ import annotations
@@ -14,16 +14,26 @@ import triton.language as tl
 from torch import Tensor
 
 from echo.kernels import launch
-from echo.kernels.triton_dealing import ends, layout
+from echo.kernels.triton_dealing import Selected, ends, layout
 from echo.kernels.triton_growing import DEAD, INTERPRETED, as_bytes
+
+ONE = tl.constexpr(float(1 << 24))
+"""Certainty in the fixed point of calibrated costs."""
 
 __all__ = ["INTERPRETED", "compact", "foresee", "observe", "pack"]
 
 
-@triton.jit(do_not_specialize=["batch", "count", "rows", "words"])
+@triton.jit
+def _taken(place, share, b, lane, there, count):
+    """Which nodes of a request are verified: those placed within its share."""
+    return (tl.load(place + b * count + lane, mask=there, other=2147483647) < tl.load(share + b)) & there
+
+
+@triton.jit(do_not_specialize=["batch", "count", "rows", "words", "token_row", "row"])
 def _pack(
-    selected, token, parent, score, bought, counts,
-    row_token, row_parent, row_depth, row_request, indptr, mask, row_score, row_node, row_bought, batch, count, rows, words,
+    place_at, share, token, parent, score, bought, counts,
+    row_token, row_parent, row_depth, row_request, indptr, mask, row_score, row_node, row_bought,
+    batch, count, rows, words, token_row, row,
     ENDS: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """One request's rows; behind the requests, a block of pads."""
@@ -35,39 +45,39 @@ def _pack(
         first += tl.sum(tl.load(counts + r, mask=(r < b) & (r < batch), other=0), 0)
     if b < batch:
         node = b * count + lane
-        held = tl.load(selected + node, mask=lane < count, other=0) != 0
+        held = _taken(place_at, share, b, lane, lane < count, count)
         place = tl.cumsum(held.to(tl.int32), 0) - 1
         tl.store(indptr + b + 1, tl.minimum(first + tl.load(counts + b), rows).to(tl.int32))
         tl.store(indptr, 0, mask=b == 0)
-        row, fits = first + place, held & (first + place < rows)
+        to, fits = first + place, held & (first + place < rows)
         depth, above = layout(lane, ENDS)
-        up = tl.where(depth > 0, above + tl.load(parent + node, mask=lane < count, other=0).to(tl.int32), 0)
-        tl.store(row_token + row, tl.load(token + node, mask=fits, other=0), mask=fits)
-        tl.store(row_parent + row, tl.where(depth > 0, tl.gather(place, up, 0), -1), mask=fits)
-        tl.store(row_depth + row, depth, mask=fits)
-        tl.store(row_request + row, tl.zeros_like(lane) + b.to(tl.int32), mask=fits)
-        tl.store(row_score + row, tl.load(score + node, mask=fits, other=0.0), mask=fits)
-        tl.store(row_node + row, node, mask=fits)
-        tl.store(row_bought + row, tl.load(bought + node, mask=fits, other=0), mask=fits)
+        up = tl.where(depth > 0, above + tl.load(parent + b * row + lane, mask=lane < count, other=0).to(tl.int32), 0)
+        tl.store(row_token + to, tl.load(token + b * token_row + lane, mask=fits, other=0), mask=fits)
+        tl.store(row_parent + to, tl.where(depth > 0, tl.gather(place, up, 0), -1), mask=fits)
+        tl.store(row_depth + to, depth, mask=fits)
+        tl.store(row_request + to, tl.zeros_like(lane) + b.to(tl.int32), mask=fits)
+        tl.store(row_score + to, tl.load(score + b * row + lane, mask=fits, other=0.0), mask=fits)
+        tl.store(row_node + to, node, mask=fits)
+        tl.store(row_bought + to, tl.load(bought + b * row + lane, mask=fits, other=0), mask=fits)
         for word in range(words):
             at, seen = lane, tl.zeros([BLOCK], tl.int32)
             for _ in range(len(ENDS)):
                 bit = tl.gather(place, at, 0)
                 seen = seen | tl.where(bit >> 5 == word, tl.full([BLOCK], 1, tl.int32) << (bit & 31), 0)
                 at = tl.gather(up, at, 0)
-            tl.store(mask + row * words + word, seen, mask=fits)
+            tl.store(mask + to * words + word, seen, mask=fits)
     else:
-        row = (b - batch) * BLOCK + lane
-        pad = (row >= first) & (row < rows)
-        tl.store(row_token + row, tl.zeros([BLOCK], tl.int64), mask=pad)
-        tl.store(row_parent + row, tl.full([BLOCK], -1, tl.int32), mask=pad)
-        tl.store(row_depth + row, tl.zeros([BLOCK], tl.int32), mask=pad)
-        tl.store(row_request + row, tl.zeros([BLOCK], tl.int32) + batch, mask=pad)
-        tl.store(row_score + row, tl.full([BLOCK], DEAD, tl.float32), mask=pad)
-        tl.store(row_node + row, tl.full([BLOCK], -1, tl.int64), mask=pad)
-        tl.store(row_bought + row, tl.zeros([BLOCK], tl.uint8), mask=pad)
+        to = (b - batch) * BLOCK + lane
+        pad = (to >= first) & (to < rows)
+        tl.store(row_token + to, tl.zeros([BLOCK], tl.int64), mask=pad)
+        tl.store(row_parent + to, tl.full([BLOCK], -1, tl.int32), mask=pad)
+        tl.store(row_depth + to, tl.zeros([BLOCK], tl.int32), mask=pad)
+        tl.store(row_request + to, tl.zeros([BLOCK], tl.int32) + batch, mask=pad)
+        tl.store(row_score + to, tl.full([BLOCK], DEAD, tl.float32), mask=pad)
+        tl.store(row_node + to, tl.full([BLOCK], -1, tl.int64), mask=pad)
+        tl.store(row_bought + to, tl.zeros([BLOCK], tl.uint8), mask=pad)
         for word in range(words):
-            tl.store(mask + row * words + word, tl.where(tl.zeros([BLOCK], tl.int32) + word == 0, 1, 0), mask=pad)
+            tl.store(mask + to * words + word, tl.where(tl.zeros([BLOCK], tl.int32) + word == 0, 1, 0), mask=pad)
 
 
 @triton.jit(do_not_specialize=["count", "steps", "pages", "size", "dummy"])
@@ -99,10 +109,10 @@ def _compact(
     tl.store(after + b, begin + tl.load(lengths + b, mask=inside, other=0), mask=inside & (step == 0))
 
 
-@triton.jit(do_not_specialize=["count", "depth"])
+@triton.jit(do_not_specialize=["count", "depth", "row"])
 def _foresee(
-    gain, score, selected, outlook, expected, count, depth,
-    ENDS: tl.constexpr, BINS: tl.constexpr, SKIP: tl.constexpr, PIECE: tl.constexpr,
+    gain, score, place_at, share, outlook, expected, count, depth, row,
+    COSTS: tl.constexpr, ENDS: tl.constexpr, BINS: tl.constexpr, SKIP: tl.constexpr, PIECE: tl.constexpr,
 ):  # fmt: skip
     """One request's nodes of one layer by probability, and what of it is selected."""
     b, d = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -113,13 +123,16 @@ def _foresee(
     tally = tl.zeros([BINS], tl.int32)
     for start in range(begin, end, PIECE):
         at = start + tl.arange(0, PIECE)
-        node, inside = b * count + at, at < end
-        chance = tl.load(gain + node, mask=inside, other=0.0)
+        inside = at < end
+        if COSTS:
+            chance = (ONE - tl.minimum(tl.load(gain + b * count + at, mask=inside, other=1 << 24).to(tl.float32), ONE)) / ONE
+        else:
+            chance = tl.load(gain + b * count + at, mask=inside, other=0.0)
         place = tl.math.sqrt_rn(chance) * (BINS + SKIP)
-        counted = inside & (tl.load(score + node, mask=inside, other=DEAD) > DEAD) & (place >= SKIP)
+        counted = inside & (tl.load(score + b * row + at, mask=inside, other=DEAD) > DEAD) & (place >= SKIP)
         bins = tl.minimum(place.to(tl.int32) - SKIP, BINS - 1)
         tally += tl.sum(((bins[:, None] == lane[None, :]) & counted[:, None]).to(tl.int32), 0)
-        total += tl.where(tl.load(selected + node, mask=inside, other=0) != 0, chance, 0.0)
+        total += tl.where(_taken(place_at, share, b, at, inside, count), chance, 0.0)
     tl.store(outlook + (b * depth + d) * BINS + lane, tally.to(tl.float32))
     tl.store(expected + b * depth + d, tl.sum(total, 0))
 
@@ -141,12 +154,14 @@ def _seen(slots, indptr, status, lengths, more_expected, b, batch, d, depth, dra
 
 @triton.jit(do_not_specialize=["batch", "places", "depth", "drafted"])
 def _observe(
-    slots, indptr, status, lengths, more_expected, more_outlook, steps, expected, accepted, outlook,
+    slots, indptr, status, lengths, more_expected, more_outlook, drafted_at, steps, expected, accepted, outlook,
     new_steps, new_expected, new_accepted, new_outlook, batch, places, depth, drafted, keep, share,
-    FORESEES: tl.constexpr, BINS: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr,
+    DEVICE: tl.constexpr, FORESEES: tl.constexpr, BINS: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """Some slots' sums of one depth."""
     d, place = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    if DEVICE:
+        drafted = tl.load(drafted_at)
     owner = tl.full([BLOCK], -1, tl.int32)
     all_seen, all_taken, all_expected = tl.zeros([], tl.float32), tl.zeros([], tl.float32), tl.zeros([], tl.float32)
     for start in range(0, batch, GROUP):
@@ -179,39 +194,55 @@ def _observe(
     tl.store(new_outlook + wide, tl.load(outlook + wide, mask=whole, other=0.0) * fade[:, None] + bins, mask=whole)
 
 
+def columns(like: Tensor, batch: int, rows: int, words: int) -> dict[str, Tensor]:
+    """Empty columns of :class:`echo.PackedTree`, by name, where ``like`` is."""
+    make = partial(torch.empty, device=like.device)
+    return {
+        "tokens": make(rows, dtype=torch.int64), "parent": make(rows, dtype=torch.int32), "depth": make(rows, dtype=torch.int32),
+        "request": make(rows, dtype=torch.int32), "indptr": make(batch + 1, dtype=torch.int32),
+        "mask": make(rows, words, dtype=torch.int32), "score": make(rows, dtype=torch.float32), "node": make(rows, dtype=torch.int64),
+        "bought": make(rows, dtype=torch.bool),
+    }  # fmt: skip
+
+
+def as_selected(nodes: Tensor) -> Selected:
+    """Any choice of nodes, bool [B, T], as :func:`select` says it."""
+    share = torch.ones(len(nodes), dtype=torch.int32, device=nodes.device)
+    return Selected((~nodes).int(), share, nodes.sum(dim=1), share)
+
+
 @launch.on_its_device
 def pack(
-    selected: Tensor, token: Tensor, parent: Tensor, score: Tensor, bought: Tensor, rows: int, words: int, sizes: Sequence[int]
-) -> dict[str, Tensor]:
+    selected: Selected, token: Tensor, parent: Tensor, score: Tensor, bought: Tensor, rows: int, words: int, sizes: Sequence[int],
+    out: dict[str, Tensor] | None = None,
+) -> dict[str, Tensor]:  # fmt: skip
     """The columns of :class:`echo.PackedTree`, by name: the selected nodes as ``rows`` rows.
 
     Args:
-        selected, bought: bool [B, T].
-        token, parent: int64 [B, T]; parent is an index into the nodes of the layer above.
-        score: float32 [B, T].
+        selected: what to pack.
+        token, parent, score, bought: int64, int64, float32 and bool [B, T], of a tree; the last three of one row stride. A parent is
+            an index into the nodes of the layer above.
         rows: N.
         words: mask words of a row.
         sizes: nodes of each layer, together T.
+        out: columns to write to.
     """
-    batch, count = selected.shape
-    ints = partial(token.new_empty, dtype=torch.int32)
-    out = {
-        "tokens": token.new_empty(rows), "parent": ints(rows), "depth": ints(rows), "request": ints(rows), "indptr": ints(batch + 1),
-        "mask": ints((rows, words)), "score": score.new_empty(rows), "node": token.new_empty(rows), "bought": selected.new_empty(rows),
-    }  # fmt: skip
+    batch, count = selected.place.shape
+    new = out or columns(token, batch, rows, words)
     block, _ = launch.lanes(count)
     _pack[(batch + -(-rows // block),)](
-        as_bytes(selected), token, parent, score, as_bytes(bought), selected.sum(dim=1),
-        *(as_bytes(column) if name == "bought" else column for name, column in out.items()), batch, count, rows, words,
-        ENDS=ends(sizes), BLOCK=block, GROUP=launch.REQUESTS, num_warps=launch.warps(block),
+        selected.place, selected.share, token, parent, score, as_bytes(bought), selected.counts,
+        *(as_bytes(column) if name == "bought" else column for name, column in new.items()), batch, count, rows, words,
+        token.stride(0), parent.stride(0), ENDS=ends(sizes), BLOCK=block, GROUP=launch.REQUESTS, num_warps=launch.warps(block),
     )  # fmt: skip
-    return out
+    return new
 
 
 @launch.on_its_device
 def compact(
-    rows: Tensor, lengths: Tensor, indptr: Tensor, context: Tensor, table: Tensor | None, size: int, dummy: int
-) -> dict[str, Tensor]:
+    rows: Tensor, lengths: Tensor, indptr: Tensor, context: Tensor, table: Tensor | None, size: int, dummy: int,
+    out: dict[str, Tensor] | None = None,
+) -> dict[str, Tensor]:  # fmt: skip
     """The lists of :class:`echo.tree.Compaction`, by name.
 
     Args:
@@ -222,68 +253,84 @@ def compact(
         table: int32 or int64 [B, pages]; None: places in a request's own cache.
         size: tokens of a page.
         dummy: a slot that no request owns.
+        out: lists to write to.
     """
-    batch, steps = rows.shape
-    longs = [torch.empty(batch, steps, dtype=torch.int64, device=rows.device) for _ in range(4)]
-    kept, valid = torch.empty_like(longs[0], dtype=torch.int32), torch.empty_like(longs[0], dtype=torch.bool)
-    after = torch.empty(batch, dtype=torch.int64, device=rows.device)
+    (batch, steps), make = rows.shape, partial(torch.empty, device=rows.device)
+    new = out or {
+        "accept_index": make(batch, steps, dtype=torch.int32), "gather": make(batch, steps, dtype=torch.int64),
+        "valid": make(batch, steps, dtype=torch.bool), "position": make(batch, steps, dtype=torch.int64),
+        "source": make(batch, steps, dtype=torch.int64), "target": make(batch, steps, dtype=torch.int64),
+        "context": make(batch, dtype=torch.int64),
+    }  # fmt: skip
     if batch:
         _compact[(-(-batch * steps // launch.REQUESTS),)](
             rows.contiguous(), lengths.contiguous(), indptr.contiguous(), context.contiguous(),
             rows if table is None else table.contiguous(),
-            kept, longs[0], as_bytes(valid), *longs[1:], after, batch, steps, 0 if table is None else table.shape[1], size, dummy,
+            *(as_bytes(column) if name == "valid" else column for name, column in new.items()),
+            batch, steps, 0 if table is None else table.shape[1], size, dummy,
             PAGED=table is not None, BLOCK=launch.REQUESTS, num_warps=launch.warps(launch.REQUESTS),
         )  # fmt: skip
-    names = ("accept_index", "gather", "valid", "position", "source", "target", "context")
-    return dict(zip(names, (kept, longs[0], valid, *longs[1:], after), strict=True))
+    return new
 
 
 @launch.on_its_device
-def foresee(gain: Tensor, score: Tensor, selected: Tensor, sizes: Sequence[int], bins: int, skip: int) -> tuple[Tensor, Tensor]:
+def foresee(
+    gain: Tensor, score: Tensor, selected: Selected, sizes: Sequence[int], bins: int, skip: int,
+    out: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Of each drafted layer how many scored nodes lie in each bin of sqrt(probability), and the sum over the selected.
 
     Args:
-        gain, score: float32 [B, T].
-        selected: bool [B, T].
+        gain: float32 [B, T]; or int32 [B, T], calibrated costs, which it is 1 less, in 24-bit fixed point.
+        score: float32 [B, T].
+        selected: as for :func:`pack`.
         sizes: nodes of each layer, together T.
         bins, skip: bins, a power of two, and how many more below them are left out; all are equal, up to 1.
+        out: what to write to.
 
     Returns:
         float32 [B, depth, bins] and [B, depth].
     """
     (batch, count), depth = gain.shape, len(sizes) - 1
-    outlook, expected = gain.new_empty(batch, depth, bins), gain.new_empty(batch, depth)
+    outlook, expected = out or (
+        torch.empty(batch, depth, bins, dtype=torch.float32, device=gain.device),
+        torch.empty(batch, depth, dtype=torch.float32, device=gain.device),
+    )
     if batch and depth:
         _foresee[(batch, depth)](
-            gain.contiguous(), score.contiguous(), as_bytes(selected), outlook, expected, count, depth,
-            ENDS=ends(sizes), BINS=bins, SKIP=skip, PIECE=16, num_warps=1,
+            gain.contiguous(), score, selected.place, selected.share, outlook, expected, count, expected.stride(0),
+            score.stride(0), COSTS=gain.dtype == torch.int32, ENDS=ends(sizes), BINS=bins, SKIP=skip, PIECE=16, num_warps=1,
         )  # fmt: skip
     return outlook, expected
 
 
 @launch.on_its_device
 def observe(
-    slots: Tensor, indptr: Tensor, status: Tensor, lengths: Tensor, drafted: int, more: tuple[Tensor, Tensor] | None,
-    sums: tuple[Tensor, Tensor, Tensor, Tensor], keep: float, memory: int,
-) -> list[Tensor]:  # fmt: skip
+    slots: Tensor, indptr: Tensor, status: Tensor, lengths: Tensor, drafted: int | Tensor, more: tuple[Tensor, Tensor] | None,
+    sums: tuple[Tensor, Tensor, Tensor, Tensor], keep: float, memory: int, out: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The sums after a step.
 
     Args:
         slots: int64 [B].
         indptr, status, lengths: int32 [B + 1], int8 and int64 [B], of the step.
-        drafted: layers of the step.
-        more: expected and outlook of the step, float32 [B, drafted] and [B, drafted, bins]; None where nothing is foreseen.
+        drafted: layers of the step, or int32 [] on the device.
+        more: expected and outlook of the step, float32 [B, depths] and [B, depths, bins], of which the first ``drafted`` depths count;
+            None where nothing is foreseen.
         sums: steps, expected and accepted, float32 [depth, slots + 1], and outlook, [depth, slots + 1, bins].
         keep: what a slot's sums keep.
-        memory: steps of single requests that everybody's sums keep; a power of two.
+        memory: steps of single requests that the sums over all requests keep; a power of two.
+        out: sums to write to; those that are read will do.
     """
     depth, places, bins = sums[3].shape
-    new = [torch.empty_like(value, memory_format=torch.contiguous_format) for value in sums]
+    new = out or tuple(torch.empty_like(value, memory_format=torch.contiguous_format) for value in sums)
+    foresees = more is not None and (isinstance(drafted, Tensor) or drafted > 0)
     if depth:
-        foresees = tuple(value.contiguous() for value in more) if more is not None and drafted else sums[:2]
+        step = tuple(value.contiguous() for value in more) if more is not None and foresees else sums[:2]
         _observe[(depth, -(-places // 16))](
-            slots.contiguous(), indptr.contiguous(), status.contiguous(), lengths.contiguous(), *foresees,
-            *(value.contiguous() for value in sums), *new, len(slots), places, drafted, drafted, keep, 1 / memory,
-            FORESEES=more is not None and drafted > 0, BINS=bins, BLOCK=16, GROUP=64, num_warps=2, enable_fp_fusion=False,
+            slots, indptr, status, lengths, *step, drafted if isinstance(drafted, Tensor) else indptr,
+            *(value.contiguous() for value in sums), *new, len(slots), places, step[0].shape[1],
+            0 if isinstance(drafted, Tensor) else drafted, keep, 1 / memory, DEVICE=isinstance(drafted, Tensor),
+            FORESEES=foresees, BINS=bins, BLOCK=16, GROUP=64, num_warps=2, enable_fp_fusion=False,
         )  # fmt: skip
-    return new
+    return new  # type: ignore[return-value]

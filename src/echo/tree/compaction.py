@@ -76,7 +76,11 @@ def compact(
     if fused is not None:
         table = None if page_table is None else checks.tensor("page_table", page_table, [batch, "pages"], checks.INTEGERS, device)
         sizes = checks.integer("page_size", page_size, 1), checks.integer("dummy", dummy, 0)
-        return into(out, Compaction(**fused.compact(accepted.rows, accepted.lengths, packed.indptr, context, table, *sizes)))
+        buffers = None if out is None else check(out, batch, steps, device)
+        if buffers is not None and not all(buffer.is_contiguous() for buffer in buffers.values()):
+            buffers = None
+        lists = Compaction(**fused.compact(accepted.rows, accepted.lengths, packed.indptr, context, table, *sizes, out=buffers))
+        return lists if buffers is not None else into(out, lists)
     gone, rows = accepted.rows < 0, accepted.rows.clamp(min=0)
     begin = context.long()[:, None]
     place = begin + torch.arange(steps, device=device)
@@ -98,3 +102,13 @@ def compact(
         context=context.long() + accepted.lengths,
     )
     return into(out, lists)
+
+
+def check(out: Compaction, batch: int, steps: int, device: torch.device) -> dict[str, Tensor]:
+    """The buffers by name, once all of them fit; an EchoError names the first that does not."""
+    kinds = {"accept_index": torch.int32, "valid": torch.bool}
+    checks.instance("out", out, Compaction)
+    return {
+        name: checks.tensor(f"out.{name}", value, [batch] if name == "context" else [batch, steps], kinds.get(name, torch.int64), device)
+        for name, value in vars(out).items()
+    }
