@@ -64,10 +64,3 @@ def test_half_a_file_is_joined_anew(parts):
     (files[0].parent / carry.GGUF).write_bytes(data[:100])
     assert carry.join(files[0].parent).read_bytes() == data
     assert json.loads((files[0].parent / carry.PARTS).read_text())["file"] == carry.GGUF
-
-
-def test_the_package_that_reads_the_weights_travels_with_its_version(tmp_path):
-    pytest.importorskip("gguf")
-    names = [path.name for path in carry.packages(tmp_path)]
-    assert names[0] == "gguf" and names[1].startswith("gguf-") and names[1].endswith(".dist-info")
-    assert (tmp_path / "gguf" / "__init__.py").exists() and not list(tmp_path.rglob("*.pyc"))

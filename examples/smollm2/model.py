@@ -12,10 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import carry
-
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-carry.reader()
 
 import torch
 import torch.nn.functional as F
@@ -23,10 +20,9 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
+import carry
 import echo
-
-FEATURE_LAYERS = (10, 20, 30)
-"""The hidden states after these decoder layers are what the EAGLE head reads."""
+from head import FEATURE_LAYERS
 
 
 @dataclass(frozen=True)
