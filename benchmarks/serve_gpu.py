@@ -177,10 +177,13 @@ class Load:
         prompts: int64 token ids of each lane.
         new: tokens of each answer.
         features: layers that the drafter reads.
+        fused: see :class:`GraphEagle`.
     """
 
-    def __init__(self, model: Any, lanes: int, prompts: Sequence[Tensor], new: int, features: Sequence[int]) -> None:
-        self.model, self.lanes, self.prompts, self.new, self.features = model, lanes, prompts, new, tuple(features)
+    def __init__(
+        self, model: Any, lanes: int, prompts: Sequence[Tensor], new: int, features: Sequence[int], fused: bool | None = None
+    ) -> None:
+        self.model, self.lanes, self.prompts, self.new, self.features, self.fused = model, lanes, prompts, new, tuple(features), fused
         self.device = model.device
         self.first: Engine | None = None
         self.drafter: GraphEagle | None = None
@@ -201,8 +204,8 @@ class Load:
 
     def _drafter(self, engine: Engine) -> GraphEagle:
         if self.drafter is None:
-            kind = self.model.dtype
-            self.drafter = GraphEagle(self.model, self.lanes, LENGTH, CANDIDATES, beam=BEAM, depth=DEPTH, dtype=kind)
+            options = {"beam": BEAM, "depth": DEPTH, "dtype": self.model.dtype, "fused": self.fused}
+            self.drafter = GraphEagle(self.model, self.lanes, LENGTH, CANDIDATES, **options)
         return self.drafter
 
     @torch.inference_mode()
@@ -371,7 +374,7 @@ def smollm2(args: argparse.Namespace, clock: Clock, out: Out, trace: Trace) -> N
     clock.say("the models and prompts are loaded, the calibration made")
 
     def load(kind: str, lanes: int) -> Load:
-        return Load(models[kind], lanes, (texts * -(-lanes // len(texts)))[:lanes], args.new, features)
+        return Load(models[kind], lanes, (texts * -(-lanes // len(texts)))[:lanes], args.new, features, args.fused)
 
     flat = echo.CostModel((1, MOST), (1.0, 1.0))
     for lanes in args.quick:
@@ -642,6 +645,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--dtypes", nargs="*", default=["float32", "bfloat16"])
     parser.add_argument("--limit", type=float, default=285, help="seconds of all")
     parser.add_argument("--tiny", action="store_true", help="random models of a few layers: the script alone is tried")
+    parser.add_argument("--unfused", dest="fused", action="store_false", default=None, help="the drafter in torch's operations")
     parser.add_argument("--no-shape", dest="shape", action="store_false", help="without the second panel")
     parser.add_argument("--trace", type=Path, default=HERE / "traces" / "smollm2-head.npz")
     parser.add_argument("--out", type=Path, default=HERE / "results")
@@ -660,7 +664,7 @@ def main() -> int:
     clock = Clock(args.limit)
     card = torch.cuda.get_device_name() if args.device == "cuda" else "cpu"
     versions = {"torch": torch.__version__, "cuda": torch.version.cuda, "python": sys.version.split()[0]}
-    settings = {name: getattr(args, name) for name in ("lanes", "new", "runs", "tiny", "limit")}
+    settings = {name: getattr(args, name) for name in ("lanes", "new", "runs", "tiny", "limit", "fused")}
     name = card.lower().replace(" ", "-")
     out = Out(args.out / f"serve-{name}.json", card=card, versions=versions, dtypes=args.dtypes, settings=settings)
     trace = Trace.load(args.trace)
