@@ -110,7 +110,7 @@ class Engine:
         most = len(like.sampled) if like else tier(max(lanes, rows or asked))
         self.cache = like.cache if like else PagedCache(model, lanes, pages, length)
         self.device = device = self.cache.table.device
-        self.graphs = graphs or (like.graphs if like else echo.Graphs(device))
+        self.graphs = (like.graphs if like else echo.Graphs(device)) if graphs is None else graphs
         packed = like.space.rows if like else None
         self.space = echo.Workspace(scheduler, lanes, k=candidates, num_verify_tokens=most, device=device, rows=packed)
         self.lanes = torch.arange(lanes, device=device)

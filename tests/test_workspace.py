@@ -160,7 +160,7 @@ def test_recorded_steps_run_again_on_other_data(name, backend):
         pytest.importorskip("triton")
     graphs = RecordedGraphs()
     steps = [(4, 3, 40), (4, 3, 40), (4, 3, 40), (2, 2, 8), (4, 3, 40), (2, 2, 8), (2, 3, 8), (2, 2, 8)]
-    with kernels.using(backend):
+    with kernels.using(backend), torch.inference_mode():
         check(SCHEDULERS[name], 4, 40, steps, graphs)
     assert graphs.runs["draft", 4, 3] == 2 and graphs.runs["accept", 2, 8] == 2, "acceptance is one graph for every depth"
 

@@ -380,10 +380,6 @@ class Graphs:
             result = function()
         return Captured(graph.replay, result, torch.cuda.memory_reserved(self.device) - before)
 
-    def __len__(self) -> int:
-        """Graphs captured so far."""
-        return len(self.captured)
-
     @property
     def nbytes(self) -> int:
         """Bytes by which the graphs' common pool has grown, as torch counts them; a graph's own nodes are the driver's and not in it."""
@@ -392,7 +388,7 @@ class Graphs:
     def table(self) -> str:
         """A line for each captured graph: its key and its bytes."""
         lines = [f"{entry.nbytes / 1024:10,.0f} KiB  {key}" for key, entry in self.captured.items()]
-        return "\n".join([*lines, f"{self.nbytes / 1024:10,.0f} KiB  {len(self)} graphs"])
+        return "\n".join([*lines, f"{self.nbytes / 1024:10,.0f} KiB  {len(self.captured)} graphs"])
 
 
 __all__ = ["Captured", "Graphs", "Workspace"]

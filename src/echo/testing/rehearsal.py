@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 from collections.abc import Callable, Hashable, Iterator
 from typing import Any, TypeVar
+from unittest import mock
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from echo.errors import EchoError
-from echo.testing.kit import READS
+from echo.kernels import reference
+from echo.testing.kit import reads
 from echo.workspace import Captured, Graphs
 
 T = TypeVar("T")
-REFUSED = {*READS, "lift_fresh"}
-"""What no graph can hold: looks at a device's values, shapes made from them, and constants that come from the host."""
 EMPTY = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided")
 
 
@@ -84,23 +85,29 @@ class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name, options = func.overloadpacket._qualified_op_name.split("::")[1], kwargs or {}
-        if name in REFUSED:
+        if reads(func) or name == "lift_fresh":  # the latter makes a tensor of what the host has
             raise EchoError(f"{name}: a captured function can neither look at a device's values nor bring constants from the host")
         result = func(*args, **options)
-        if not func.is_view and name not in EMPTY:
+        if name not in EMPTY and not (func.is_view and _alias(result, args)):
             self.operations.append(name)
             self._steps.append(lambda: _again(func, args, options, result))
         return result
 
     def launch(self, name: str, run: Callable[[], None]) -> None:
         """A kernel's launch, seen from outside: what its interpreter does inside is not recorded."""
-        self.operations.append(f"kernel {name}")
+        self.operations.append(name)
         self._steps.append(run)
 
     def replay(self) -> None:
         """Once more, at the same addresses."""
         for step in self._steps:
             step()
+
+
+def _alias(result: Any, args: Any) -> bool:
+    """Whether a view is one: some that are called so copy where they must, a cast for example."""
+    first = result if isinstance(result, Tensor) else result[0]
+    return bool(first.untyped_storage().data_ptr() == args[0].untyped_storage().data_ptr())
 
 
 def _again(func: Any, args: Any, options: Any, result: Any) -> None:
@@ -113,24 +120,34 @@ def _again(func: Any, args: Any, options: Any, result: Any) -> None:
 
 @contextlib.contextmanager
 def _launches(recording: Recording) -> Iterator[None]:
-    """Within it every launch of a Triton kernel is recorded."""
-    try:
-        from triton.runtime.interpreter import InterpretedFunction
-    except ImportError:  # no Triton, no launches
-        yield
-        return
-    run = InterpretedFunction.run
+    """Within it every launch of a Triton kernel is recorded, and attention's reference, which looks at values, as if it were one."""
+    attention = reference.tree_attention
 
-    def recorded(kernel: Any, *args: Any, **options: Any) -> None:
+    def attend(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
+        with _disable_current_modes():
+            result = attention(*args, **options)
+
         def again() -> None:
-            with _disable_current_modes():
-                run(kernel, *args, **options)
+            for old, new in zip(result, attention(*args, **options), strict=True):
+                old.copy_(new)
 
-        again()
-        recording.launch(kernel.fn.__name__.strip("_"), again)
+        recording.launch("attention", again)
+        return result
 
-    InterpretedFunction.run = recorded
-    try:
+    with contextlib.ExitStack() as patches:
+        patches.enter_context(mock.patch.object(reference, "tree_attention", attend))
+        if importlib.util.find_spec("triton") is not None:
+            from triton.runtime.interpreter import InterpretedFunction
+
+            run = InterpretedFunction.run
+
+            def recorded(kernel: Any, *args: Any, **options: Any) -> None:
+                def again() -> None:
+                    with _disable_current_modes():
+                        run(kernel, *args, **options)
+
+                again()
+                recording.launch(f"kernel {kernel.fn.__name__.strip('_')}", again)
+
+            patches.enter_context(mock.patch.object(InterpretedFunction, "run", recorded))
         yield
-    finally:
-        InterpretedFunction.run = run
