@@ -1,7 +1,7 @@
 """A real model on the engine of examples/engine.py, with speculation and without, and a shape of eight billion weights. No network.
 
     python benchmarks/serve_gpu.py                                   on a CUDA device, into benchmarks/results/serve-<card>.json and .png
-    python benchmarks/serve_gpu.py --device cpu --lanes 1 2 --new 8  a rehearsal; --tiny takes a random model of three layers
+    python benchmarks/serve_gpu.py --device cpu --lanes 1 2 --new 8  a rehearsal, graphs too; --tiny takes random models of a few layers
 
 First panel: SmolLM2 with its EAGLE head, greedy. All policies of a load share the target's cache, buffers and graphs, and each begins
 where prefill ended. A run counts from its first report until a request is at its end: all lanes are busy. Runs of the policies take
@@ -36,6 +36,7 @@ from torch import Tensor
 import echo
 from echo import kernels, style
 from echo.testing import Trace
+from echo.testing.rehearsal import RecordedGraphs
 from replay import calibrate, halves
 from steps import run as replayed
 
@@ -185,6 +186,7 @@ class Load:
     ) -> None:
         self.model, self.lanes, self.prompts, self.new, self.features, self.fused = model, lanes, prompts, new, tuple(features), fused
         self.device = model.device
+        self.graphs = echo.Graphs(self.device) if self.device.type == "cuda" else RecordedGraphs()
         self.first: Engine | None = None
         self.drafter: GraphEagle | None = None
         self.engines: dict[str, Engine] = {}
@@ -197,6 +199,7 @@ class Load:
             self.engines[key] = Engine(
                 self.model, scheduler, self._drafter if drafts else None, lanes=self.lanes, pages=self.lanes * -(-LENGTH // 16) + 1,
                 length=LENGTH, rows=cap(self.lanes), candidates=CANDIDATES, features=self.features if drafts else (), like=self.first,
+                graphs=self.graphs,
             )  # fmt: skip
             if self.first is None:
                 self._prefill(self.engines[key])
@@ -442,7 +445,7 @@ def smollm2(args: argparse.Namespace, clock: Clock, out: Out, trace: Trace) -> N
             if cell["dtype"] == kind:
                 clock.say(line(cell))
         for lanes, made in loads.items():
-            out.add("graphs", {"dtype": kind, "lanes": lanes, "graphs": len(made.first.graphs), "bytes": made.first.graphs.nbytes})
+            out.add("graphs", {"dtype": kind, "lanes": lanes, "graphs": len(made.graphs.captured), "bytes": made.graphs.nbytes})
         del loads, found
 
 

@@ -13,12 +13,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import echo
-from echo.testing.kit import RefuseReads
-from echo.tree import Frontier
+from echo.testing.rehearsal import RecordedGraphs
 
 pytest.importorskip("transformers", reason="the eager head needs the demo extra, on Python 3.11 or later")
 LANES, LENGTH, COUNT, BEAM, DEPTH, VOCAB, FLOOR = 4, 96, 4, 3, 4, 49152, -20.0
@@ -138,7 +136,7 @@ def test_drafts_are_the_eager_heads(drafters, seed, fused):
         pytest.importorskip("triton")
     served = Served(drafters, seed, fused)
     off = 0
-    for _ in range(24 if fused else 90):
+    for _ in range(14 if fused else 90):
         if served.slots and (served.random(0, 6) == 0 or int(served.graph.used[: len(served.slots)].max()) > LENGTH - 50):
             served.leave(int(served.graph.used[: len(served.slots)].argmax()))
         while len(served.slots) < LANES and (not served.slots or served.random(0, 2)):
@@ -150,7 +148,7 @@ def test_drafts_are_the_eager_heads(drafters, seed, fused):
             dead = (served.random(0, len(served.slots)),) if len(served.slots) > 1 and served.random(0, 3) == 0 else ()
             served.step(served.random(1, DEPTH + 1), dead)
     used = [int(served.eager.used[slot]) for slot in served.slots]
-    assert all(served.compared[depth] > (10 if fused else 50) for depth in range(DEPTH)) and served.emitted > 50
+    assert all(served.compared[depth] > (5 if fused else 50) for depth in range(DEPTH)) and served.emitted > 30
     if not served.graph.unread and not served.eager.unread:
         assert used == served.graph.used[: len(used)].tolist()
 
@@ -184,29 +182,25 @@ def step(graph, frontiers, features, tokens, lengths):
     return [*drafted, graph.root[lanes], graph.tokens[lanes], graph.log_probs[lanes], graph.used, graph.pending]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_recorded_step_run_again_on_other_data_gives_what_a_step_gives(drafters, dtype):
-    """Recorded operation by operation on one drafter's buffers, as a CUDA graph is; no operation reads or makes a shape from data."""
-    graph = drafters.graph(dtype)
-    names = [name for name, value in vars(graph).items() if torch.is_tensor(value)]
-
-    def flat(state, columns, rest):
-        vars(graph).update(state)
-        return step(graph, [Frontier(**own, depth=depth) for depth, own in enumerate(columns)], *rest)
-
-    def arguments(frontiers, *rest):
-        columns = [{k: v.clone() for k, v in vars(f).items() if k != "depth"} for f in frontiers]
-        return {name: getattr(graph, name) for name in names}, columns, rest
-
-    buffers, first = vars(graph).copy(), arguments(*rounds(graph, 0))
-    with RefuseReads():
-        recorded = make_fx(flat)(*first)
-    vars(graph).update(buffers)
-    for seed in (1, 2):
-        theirs = drafters.graph(dtype)
-        expected = step(theirs, *rounds(theirs, seed))
-        found = recorded(*arguments(*rounds(graph, seed)))
+@pytest.mark.parametrize(("dtype", "fused"), [(torch.float32, False), (torch.bfloat16, False), (torch.float32, True)])
+def test_the_recorded_step_run_again_on_other_data_gives_what_a_step_gives(drafters, dtype, fused):
+    """Rehearsed as a CUDA graph is: its Python runs no more, its inputs are where they were. The third call is the first replay."""
+    if fused:
+        pytest.importorskip("triton")
+    size = {"lanes": 2, "depth": 2} if fused else {}
+    graph, graphs = drafters.graph(dtype, fused), RecordedGraphs()
+    frontiers, *rest = rounds(drafters.graph(dtype, fused), 9, **size)
+    inputs = [*rest, *(value for f in frontiers for value in vars(f).values() if torch.is_tensor(value))]
+    for seed in range(3 if fused else 4):
+        theirs = drafters.graph(dtype, fused)
+        expected = step(theirs, *rounds(theirs, seed, **size))
+        own, *more = rounds(graph, seed, **size)
+        fresh = [*more, *(value for f in own for value in vars(f).values() if torch.is_tensor(value))]
+        for mine, value in zip(inputs, fresh, strict=True):
+            mine.copy_(value)
+        found = graphs("step", lambda: step(graph, frontiers, *rest))
         assert all(torch.equal(one, two) for one, two in zip(expected, found, strict=True))
+    assert graphs.runs["step"] == (1 if fused else 2)
 
 
 def test_it_compiles_whole(drafters):
