@@ -194,7 +194,7 @@ def steps(batch: int, beam: int, k: int, depth: int, most: int = 64) -> list[tup
         triton_packing.pack(yes, place, place, score, yes, rows, -(-most // 32), sizes)
         triton_packing.compact(batched(depth + 1, torch.int64), one[torch.int64], links, context, table, 64, 0)
         triton_packing.foresee(score, score, yes, sizes, BINS, SKIP)
-        triton_packing.observe(one[torch.int64], links, one[torch.int8], one[torch.int64], depth, foreseen, sums, 0.95, 512)
+        triton_packing.observe(one[torch.int64], one[torch.int8], one[torch.int64], one[torch.int64], depth, foreseen, sums, 0.95, 512)
 
     launches = record([triton_growing, triton_dealing, triton_packing], STEP, call)
     return [(name.strip("_"), f"beam={beam} candidates={k} depth={depth} B={batch}", recorder) for name, recorder in launches.items()]

@@ -78,7 +78,9 @@ def counting() -> Iterator[Operations]:
     operations, found = Operations(), []
     for module in (triton_accept, triton_growing, triton_dealing, triton_packing):
         found += [(module, name, kernel) for name, kernel in vars(module).items() if hasattr(kernel, "run") and hasattr(kernel, "fn")]
-    found = [entry for entry in found if entry[1] not in ("_cost", "_passing", "layout", "_below", "_winners", "_seen")]  # no kernels
+    found = [
+        entry for entry in found if entry[1] not in ("_cost", "_passing", "layout", "_below", "_winners", "_judged", "_seen")
+    ]  # no kernels
     try:
         for module, name, kernel in found:
             setattr(module, name, Launched(kernel, name.strip("_"), operations))

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from echo import checks, kernels
+from echo.checks import HostInts
 from echo.errors import EchoError
 from echo.tree.accepted import Accepted
 from echo.tree.packed import PackedTree
@@ -106,7 +107,8 @@ class History:
         return replace(self, **columns, outlook=self.outlook.masked_fill(gone[:, None], 0), unread=self.unread.masked_fill(slots, 0))
 
     def observe(self, slots: Tensor, packed: PackedTree, accepted: Accepted) -> History:
-        """The history after a step. Requests without a row are left alone.
+        """The history after a step. Requests that emitted nothing are left alone, and drafts that were not judged do not count
+        (:attr:`Accepted.drafts`).
 
         Args:
             slots: int64 [B], where each request of the step lives.
@@ -126,37 +128,39 @@ class History:
         if fused is not None:
             more = None if packed.expected is None or packed.outlook is None else (packed.expected, packed.outlook)
             sums = self.steps, self.expected, self.accepted, self.outlook
-            step = slots, packed.indptr, packed.status, accepted.lengths
+            step = slots, packed.status, accepted.lengths, accepted.beyond
             steps, expected, taken, outlook = fused.observe(*step, drafted, more, sums, KEEP, MEMORY)
             return replace(self, steps=steps, expected=expected, accepted=taken, outlook=outlook, **now)
-        ran, (depth, places) = packed.indptr.diff() > 0, self.steps.shape
+        (depth, places), drafts = self.steps.shape, accepted.drafts
         layers = torch.arange(depth, device=slots.device)[:, None]
-        seen = ran & ((layers < drafted) | (packed.status != int(Status.ACTIVE)) & (drafted > 0))  # who stopped has no deeper layers
-        own = torch.ones(places, device=slots.device).index_copy(0, slots, torch.where(ran, KEEP, 1.0))
-        fades = own.repeat(depth, 1)
-        fades[:, -1] = (1 - seen.sum(dim=1) / MEMORY).clamp(min=0)
+        seen = (layers < drafted) | (packed.status != int(Status.ACTIVE))  # who stopped has no deeper layers
+        unknown = (layers >= drafts) & (drafts >= accepted.lengths) if drafted else torch.ones_like(seen)
+        counted = seen.masked_fill_(unknown, False).float()
+        keeps = torch.full((packed.batch,), KEEP, device=slots.device).masked_fill_(accepted.lengths < 1, 1.0)
+        fades = torch.ones(places, device=slots.device).scatter_reduce(0, slots, keeps, "amin").repeat(depth, 1)
+        fades[:, -1] = torch.rsub(counted.sum(dim=1), 1, alpha=1 / MEMORY).clamp(min=0)
+        everybody, unknown = slots.new_full((1,), places - 1), unknown[:drafted]
 
         def add(sums: Tensor, more: Tensor | None) -> Tensor:
             """The ``sums`` [depth, slots + 1, ...] faded; ``more`` [drafted, B, ...] to each slot's, and its sum to everybody's."""
             faded = sums * fades.view(*fades.shape, *[1] * (sums.dim() - 2))
-            if more is None:
-                return faded
-            everybody = slots.new_full((1,), places - 1)
-            top = faded[: len(more)].index_add(1, slots, more).index_add(1, everybody, more.sum(dim=1, keepdim=True))
-            return torch.cat([top, faded[len(more) :]])
+            if more is not None:
+                faded[: len(more)].index_add_(1, slots, more).index_add_(1, everybody, more.sum(dim=1, keepdim=True))
+            return faded
 
-        outlook, expected = (None if x is None else x.transpose(0, 1) for x in (packed.outlook, packed.expected))
-        survived = ran & (accepted.lengths - 1 > layers[:drafted])
+        outlook = None if packed.outlook is None else packed.outlook.transpose(0, 1).masked_fill(unknown[..., None], 0)
+        expected = None if packed.expected is None else packed.expected.transpose(0, 1).masked_fill(unknown, 0)
+        survived = drafts > layers[:drafted]
         return replace(
             self,
-            steps=add(self.steps, seen.float()),
+            steps=add(self.steps, counted),
             outlook=add(self.outlook, outlook),
             expected=add(self.expected, expected),
             accepted=add(self.accepted, survived.float() if drafted else None),
             **now,
         )
 
-    def foresee(self, slots: Tensor) -> tuple[NDArray[np.float32], NDArray[np.float32]] | None:
+    def foresee(self, slots: HostInts) -> tuple[NDArray[np.float32], NDArray[np.float32]] | None:
         """What drafting would bring the requests in ``slots``: by depth d and number of drafted rows, expected accepted drafts.
 
         Each slot's mean is shrunk towards everybody's, and so is the ratio of accepted to expected drafts at each depth, by which
@@ -167,12 +171,13 @@ class History:
             each bin when ``depth`` layers are drafted, and how many of them will be accepted. None: too little was drafted yet.
 
         Raises:
-            EchoError: a history on another device.
+            EchoError: a history on another device, or slots that it does not have.
         """
         if not self.steps.is_cpu:
             raise EchoError(f"history: expected one on cpu (see History.to), got one on {self.steps.device}")
         steps, expected, accepted = self.steps.numpy(), self.expected.numpy(), self.accepted.numpy()
         depth, places = steps.shape
+        found = checks.integers("slots", slots, 0, places - 2)
         if not depth or min(steps[:, -1].tolist()) < LEARN:
             return None
         ratio = (accepted[:, -1:] + 1.0) / (expected[:, -1:] + 1.0)
@@ -180,7 +185,7 @@ class History:
         scale /= expected + PRIOR_DRAFTS
         weights = np.empty((depth, 2, places), np.float32)
         share, scaled = weights[:, 0], weights[:, 1]
-        np.divide(np.bincount(slots.numpy(), minlength=places).astype(np.float32), steps + PRIOR, out=share)
+        np.divide(np.bincount(found, minlength=places).astype(np.float32), steps + PRIOR, out=share)
         np.multiply(share, np.minimum(scale, 2.0, out=scale), out=scaled)
         weights[:, :, -1] = weights.sum(axis=2) * (PRIOR / steps[:, -1:])
         likely = torch.bmm(torch.from_numpy(weights), self.outlook).cumsum(0).numpy()

@@ -15,6 +15,7 @@ import contextlib
 import importlib
 import importlib.util
 from collections.abc import Iterator
+from contextvars import ContextVar
 from types import ModuleType
 
 import torch
@@ -24,23 +25,25 @@ from echo.errors import EchoError
 from echo.kernels import reference
 
 BACKENDS = ("auto", "torch", "triton")
-_preferred = ["auto"]
+_preferred = ContextVar("echo.kernels.using", default="auto")
 
 
 @contextlib.contextmanager
 def using(backend: str) -> Iterator[None]:
     """Within it, ``"auto"`` means ``backend``, of the step too: to compare both, or to keep one out.
 
+    It holds for the thread, or the asyncio task, that entered it and for no other. Code compiled by ``torch.compile`` does not see it.
+
     Raises:
         EchoError: no such backend.
     """
     if backend not in BACKENDS:
         raise EchoError(f"backend: expected one of {BACKENDS}, got {backend!r}")
-    _preferred.append(backend)
+    before = _preferred.set(backend)
     try:
         yield
     finally:
-        _preferred.pop()
+        _preferred.reset(before)
 
 
 def fused(part: str, at: Tensor) -> ModuleType | None:
@@ -54,9 +57,9 @@ def _module(name: str, backend: str, at: Tensor) -> ModuleType:
     if backend not in BACKENDS:
         raise EchoError(f"backend: expected one of {BACKENDS}, got {backend!r}")
     if backend == "auto":
-        backend = _preferred[-1]
+        backend = "torch" if torch.compiler.is_compiling() else _preferred.get()
     cuda = isinstance(at, Tensor) and at.is_cuda
-    if backend == "torch" or (backend == "auto" and (not cuda or torch.compiler.is_compiling())):
+    if backend == "torch" or (backend == "auto" and not cuda):
         return reference
     if importlib.util.find_spec("triton") is None:
         if backend == "auto":
@@ -186,26 +189,28 @@ def merge_attention(o1: Tensor, lse1: Tensor, o2: Tensor, lse2: Tensor, *, backe
 
 def accept(
     parent: Tensor, indptr: Tensor, tokens: Tensor, target_tokens: Tensor, max_depth: int, *, backend: str = "auto"
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Walks each tree from its root to the child that equals the target's token; see :func:`echo.kernels.reference.accept`.
 
     Raises:
         EchoError: arguments that do not fit, or a backend that is not there.
     """
-    result: tuple[Tensor, Tensor, Tensor] = _module("accept", backend, tokens).accept(parent, indptr, tokens, target_tokens, max_depth)
-    return result
+    walk: tuple[Tensor, ...] = _module("accept", backend, tokens).accept(parent, indptr, tokens, target_tokens, max_depth)
+    rows, emitted, lengths, beyond = walk
+    return rows, emitted, lengths, beyond
 
 
 def accept_greedy(
     parent: Tensor, indptr: Tensor, tokens: Tensor, logits: Tensor, max_depth: int, *, backend: str = "auto"
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As :func:`accept`, with the arg-max of ``logits`` [N, V], read once; NaN never wins, the lowest of equals does.
 
     Raises:
         EchoError: arguments that do not fit, or a backend that is not there.
     """
-    result: tuple[Tensor, Tensor, Tensor] = _module("accept", backend, tokens).accept_greedy(parent, indptr, tokens, logits, max_depth)
-    return result
+    walk: tuple[Tensor, ...] = _module("accept", backend, tokens).accept_greedy(parent, indptr, tokens, logits, max_depth)
+    rows, emitted, lengths, beyond = walk
+    return rows, emitted, lengths, beyond
 
 
 def argmax_tokens(logits: Tensor, *, backend: str = "auto") -> Tensor:

@@ -53,7 +53,7 @@ def _winners(target, value, index, row, there, parts, PARTS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["count", "parts", "max_depth"])
 def _walk(
-    parent, indptr, tokens, target, value, index, rows, emitted, lengths, count, parts, max_depth,
+    parent, indptr, tokens, target, value, index, rows, emitted, lengths, beyond, count, parts, max_depth,
     PARTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One request. A step looks at the rows after the one it is on: ``max_depth`` steps of at most N rows, whatever the links are.
@@ -70,30 +70,33 @@ def _walk(
     near_above = tl.load(parent + near, mask=near < end, other=-1)
     near_token = _winners(target, value, index, near, near < end, parts, PARTS)
     row = tl.where(end > first, first, NOWHERE)
-    length = 0
+    length, cut = 0, tl.full([], -1, tl.int64)
     for step in range(max_depth + 1):
+        local, token = row - first, tl.full([], -1, tl.int64)
         if row < NOWHERE:
-            local = row - first
             if local < BLOCK:
                 token = tl.sum(tl.where(lane == local, near_token, 0), 0)
             else:
                 far = row + tl.arange(0, 1)
                 token = tl.sum(_winners(target, value, index, far, far < end, parts, PARTS), 0)
+        if token >= 0:
             tl.store(rows + base + step, row.to(tl.int64))
             tl.store(emitted + base + step, token)
             length += 1
-            fits = (near > row) & (near_above == local) & (near_drafted == token) & (near_drafted >= 0)
-            child = tl.where(fits, near, NOWHERE)
+            child = tl.where((near > row) & (near_above == local) & (near_drafted == token), near, NOWHERE)
             for start in range(tl.maximum(row + 1, first + BLOCK), end, BLOCK):
                 at = start + lane
                 drafted = tl.load(tokens + at, mask=at < end, other=-1)
                 above = tl.load(parent + at, mask=at < end, other=-1)
-                child = tl.minimum(child, tl.where((above == local) & (drafted == token) & (drafted >= 0), at, NOWHERE))
+                child = tl.minimum(child, tl.where((above == local) & (drafted == token), at, NOWHERE))
             row = tl.min(child, 0)
         else:
+            cut = tl.where((row < NOWHERE) & (step > 0), row.to(tl.int64), cut)
+            row = tl.full([], NOWHERE, tl.int32)
             tl.store(rows + base + step, tl.full([], -1, tl.int64))
             tl.store(emitted + base + step, tl.full([], -1, tl.int64))
     tl.store(lengths + b, tl.full([], 0, tl.int64) + length)
+    tl.store(beyond + b, cut)
 
 
 @triton.jit(do_not_specialize=["count", "parts"])
@@ -131,25 +134,26 @@ def argmax_tokens(logits: Tensor) -> Tensor:
 
 def _accept(
     parent: Tensor, indptr: Tensor, tokens: Tensor, target: Tensor, max_depth: int, value: Tensor, index: Tensor, parts: int
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     n, batch = accept_shapes(parent, indptr, tokens, target, max_depth)
     rows = torch.empty(batch, max_depth + 1, dtype=torch.int64, device=tokens.device)
     emitted, lengths = torch.empty_like(rows), torch.empty(batch, dtype=torch.int64, device=tokens.device)
+    beyond = torch.empty_like(lengths)
     if batch:
         _walk[(batch,)](
             parent.contiguous(), indptr.contiguous(), tokens.contiguous(), target.contiguous(), value, index, rows, emitted, lengths,
-            n, parts, max_depth, PARTS=launch.power_of_two(parts) if parts else 0, BLOCK=launch.WALKED, num_warps=1,
+            beyond, n, parts, max_depth, PARTS=launch.power_of_two(parts) if parts else 0, BLOCK=launch.WALKED, num_warps=1,
         )  # fmt: skip
-    return rows, emitted, lengths
+    return rows, emitted, lengths, beyond
 
 
 @launch.on_its_device
-def accept(parent: Tensor, indptr: Tensor, tokens: Tensor, target_tokens: Tensor, max_depth: int) -> tuple[Tensor, Tensor, Tensor]:
+def accept(parent: Tensor, indptr: Tensor, tokens: Tensor, target_tokens: Tensor, max_depth: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As :func:`echo.kernels.accept`."""
     return _accept(parent, indptr, tokens, target_tokens, max_depth, target_tokens, target_tokens, 0)
 
 
 @launch.on_its_device
-def accept_greedy(parent: Tensor, indptr: Tensor, tokens: Tensor, logits: Tensor, max_depth: int) -> tuple[Tensor, Tensor, Tensor]:
+def accept_greedy(parent: Tensor, indptr: Tensor, tokens: Tensor, logits: Tensor, max_depth: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As :func:`echo.kernels.accept_greedy`: the walk itself picks the winners of the rows that it visits."""
     return _accept(parent, indptr, tokens, tokens, max_depth, *_scan(logits, tokens))

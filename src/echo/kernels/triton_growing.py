@@ -57,7 +57,7 @@ def _plant(
     live, capacity, score, alive, drafts, status, limits, held, zero, invalid, left, batch, limit, most, deep,
     LIVE: tl.constexpr, CAPACITY: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """All requests' roots."""
+    """All requests' roots: of the first ``limit`` that are live."""
     spent = tl.zeros([], tl.int64)
     for start in range(0, batch, GROUP):
         b = start + tl.arange(0, GROUP)
@@ -68,8 +68,10 @@ def _plant(
         room = tl.zeros([GROUP], tl.int64) + most
         if CAPACITY:
             room = tl.minimum(room, tl.maximum(tl.load(capacity + b, mask=there, other=1), 1))
+        missing = tl.where(lives, STARVED, EMPTY)
+        lives = lives & (spent + tl.cumsum(lives.to(tl.int32), 0) <= limit)
         on = lives & (room > 1) & (room * deep > 0)
-        reason = tl.where(lives, tl.where(room * deep > 0, EXHAUSTED, FINISHED), EMPTY)
+        reason = tl.where(lives, tl.where(room * deep > 0, EXHAUSTED, FINISHED), missing)
         tl.store(score + b, tl.where(lives, 0.0, DEAD), mask=there)
         tl.store(alive + b, lives.to(tl.uint8), mask=there)
         tl.store(drafts + b, on.to(tl.uint8), mask=there)

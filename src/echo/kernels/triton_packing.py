@@ -125,25 +125,35 @@ def _foresee(
 
 
 @triton.jit
-def _seen(slots, indptr, status, lengths, more_expected, b, batch, d, depth, drafted, FORESEES: tl.constexpr):
-    """Of some requests and one depth: whether it counts, was accepted, how far it was expected to be; who had rows; and the slot."""
+def _judged(lengths, beyond, b, there, d, CUT: tl.constexpr):
+    """Of some requests and one depth: whether drafts of it count, and that of the path was accepted; and who emitted anything."""
+    emitted = tl.load(lengths + b, mask=there, other=0)
+    right = tl.maximum(emitted - 1, 0)
+    if CUT:
+        right += (tl.load(beyond + b, mask=there, other=-1) >= 0).to(tl.int64)
+    return (emitted > 0) & ((right < emitted) | (right > d)), right > d, emitted > 0
+
+
+@triton.jit
+def _seen(slots, status, lengths, beyond, more_expected, b, batch, d, depth, drafted, CUT: tl.constexpr, FORESEES: tl.constexpr):
+    """Of some requests and one depth: whether it counts, was accepted, how far it was expected to be, was judged; who ran; the slot."""
     there = b < batch
-    ran = there & (tl.load(indptr + b + 1, mask=there, other=0) > tl.load(indptr + b, mask=there, other=0))
+    judged, right, ran = _judged(lengths, beyond, b, there, d, CUT)
     stopped = tl.load(status + b, mask=there, other=0) != 0
     reached = b * 0 + d < drafted
-    seen = ran & (reached | (stopped & (b * 0 + drafted > 0)))
-    taken = ran & reached & (tl.load(lengths + b, mask=there, other=0) - 1 > d)
+    seen = judged & (reached | (stopped & (b * 0 + drafted > 0)))
+    taken = reached & right
     likely = tl.zeros_like(seen.to(tl.float32))
     if FORESEES:
-        likely = tl.load(more_expected + b.to(tl.int64) * depth + d, mask=there & reached, other=0.0)
-    return seen.to(tl.float32), taken.to(tl.float32), likely, ran, tl.load(slots + b, mask=there, other=-1)
+        likely = tl.load(more_expected + b.to(tl.int64) * depth + d, mask=judged & reached, other=0.0)
+    return seen.to(tl.float32), taken.to(tl.float32), likely, judged & reached, ran, tl.load(slots + b, mask=there, other=-1)
 
 
 @triton.jit(do_not_specialize=["batch", "places", "depth", "drafted"])
 def _observe(
-    slots, indptr, status, lengths, more_expected, more_outlook, steps, expected, accepted, outlook,
+    slots, status, lengths, beyond, more_expected, more_outlook, steps, expected, accepted, outlook,
     new_steps, new_expected, new_accepted, new_outlook, batch, places, depth, drafted, keep, share,
-    FORESEES: tl.constexpr, BINS: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr,
+    CUT: tl.constexpr, FORESEES: tl.constexpr, BINS: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """Some slots' sums of one depth."""
     d, place = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -151,12 +161,12 @@ def _observe(
     all_seen, all_taken, all_expected = tl.zeros([], tl.float32), tl.zeros([], tl.float32), tl.zeros([], tl.float32)
     for start in range(0, batch, GROUP):
         b = start + tl.arange(0, GROUP)
-        seen, taken, likely, _, slot = _seen(slots, indptr, status, lengths, more_expected, b, batch, d, depth, drafted, FORESEES)
-        own = (slot[None, :] == place[:, None]) & (b < batch)[None, :]
+        seen, taken, likely, _, ran, slot = _seen(slots, status, lengths, beyond, more_expected, b, batch, d, depth, drafted, CUT, FORESEES)
+        own = (slot[None, :] == place[:, None]) & ran[None, :]
         owner = tl.maximum(owner, tl.max(tl.where(own, b[None, :], -1), 1))
         all_seen, all_taken, all_expected = all_seen + tl.sum(seen, 0), all_taken + tl.sum(taken, 0), all_expected + tl.sum(likely, 0)
     b = tl.where(owner >= 0, owner, batch)
-    seen, taken, likely, ran, _ = _seen(slots, indptr, status, lengths, more_expected, b, batch, d, depth, drafted, FORESEES)
+    seen, taken, likely, judged, ran, _ = _seen(slots, status, lengths, beyond, more_expected, b, batch, d, depth, drafted, CUT, FORESEES)
     everybody = place == places - 1
     fade = tl.where(everybody, tl.maximum(1.0 - all_seen * share, 0.0), tl.where(ran, keep, 1.0))
     at, inside = d.to(tl.int64) * places + place, place < places
@@ -169,11 +179,13 @@ def _observe(
     bins = tl.zeros([BLOCK, BINS], tl.float32)
     if FORESEES:
         near = (b.to(tl.int64) * depth + d)[:, None] * BINS + lane[None, :]
-        bins = tl.load(more_outlook + near, mask=((b < batch) & (b * 0 + d < drafted))[:, None] & (lane < BINS)[None, :], other=0.0)
+        bins = tl.load(more_outlook + near, mask=judged[:, None] & (lane < BINS)[None, :], other=0.0)
         if (tl.program_id(1) == tl.num_programs(1) - 1) & (d < drafted):
             total = tl.zeros([BINS], tl.float32)
             for r in range(batch):
-                total += tl.load(more_outlook + (tl.full([], 0, tl.int64) + r * depth + d) * BINS + lane)
+                counts, _, _ = _judged(lengths, beyond, r, True, d, CUT)
+                near = (tl.full([], 0, tl.int64) + r * depth + d) * BINS + lane
+                total += tl.load(more_outlook + near, mask=counts & (lane < BINS), other=0.0)
             bins = tl.where(everybody[:, None], total[None, :], bins)
     wide, whole = at[:, None] * BINS + lane[None, :], inside[:, None] & (lane < BINS)[None, :]
     tl.store(new_outlook + wide, tl.load(outlook + wide, mask=whole, other=0.0) * fade[:, None] + bins, mask=whole)
@@ -263,14 +275,14 @@ def foresee(gain: Tensor, score: Tensor, selected: Tensor, sizes: Sequence[int],
 
 @launch.on_its_device
 def observe(
-    slots: Tensor, indptr: Tensor, status: Tensor, lengths: Tensor, drafted: int, more: tuple[Tensor, Tensor] | None,
+    slots: Tensor, status: Tensor, lengths: Tensor, beyond: Tensor | None, drafted: int, more: tuple[Tensor, Tensor] | None,
     sums: tuple[Tensor, Tensor, Tensor, Tensor], keep: float, memory: int,
 ) -> list[Tensor]:  # fmt: skip
     """The sums after a step.
 
     Args:
         slots: int64 [B].
-        indptr, status, lengths: int32 [B + 1], int8 and int64 [B], of the step.
+        status, lengths, beyond: int8, int64 and int64 [B], of the step; None: no walk was cut.
         drafted: layers of the step.
         more: expected and outlook of the step, float32 [B, drafted] and [B, drafted, bins]; None where nothing is foreseen.
         sums: steps, expected and accepted, float32 [depth, slots + 1], and outlook, [depth, slots + 1, bins].
@@ -280,10 +292,12 @@ def observe(
     depth, places, bins = sums[3].shape
     new = [torch.empty_like(value, memory_format=torch.contiguous_format) for value in sums]
     if depth:
+        cut = lengths if beyond is None else beyond
         foresees = tuple(value.contiguous() for value in more) if more is not None and drafted else sums[:2]
         _observe[(depth, -(-places // 16))](
-            slots.contiguous(), indptr.contiguous(), status.contiguous(), lengths.contiguous(), *foresees,
+            slots.contiguous(), status.contiguous(), lengths.contiguous(), cut.contiguous(), *foresees,
             *(value.contiguous() for value in sums), *new, len(slots), places, drafted, drafted, keep, 1 / memory,
-            FORESEES=more is not None and drafted > 0, BINS=bins, BLOCK=16, GROUP=64, num_warps=2, enable_fp_fusion=False,
+            CUT=beyond is not None, FORESEES=more is not None and drafted > 0,
+            BINS=bins, BLOCK=16, GROUP=64, num_warps=2, enable_fp_fusion=False,
         )  # fmt: skip
     return new
