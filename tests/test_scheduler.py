@@ -292,7 +292,7 @@ def test_who_stopped_drafting_is_known_to_have_no_deeper_layer():
     tree = GOODPUT.plant(torch.arange(2))
     log_probs = torch.tensor([[[-0.1, -3.0, -4.0]], [[-torch.inf, -torch.inf, -torch.inf]]])
     packed = GOODPUT.pack(GOODPUT.grow(tree, torch.arange(3).expand(2, 1, 3), log_probs))
-    after = GOODPUT.history(2).observe(torch.arange(2), packed, echo.verify(packed, torch.full((packed.rows,), -1)))
+    after = GOODPUT.history(2).observe(torch.arange(2), packed, echo.verify(packed, torch.full((packed.rows,), 9)))
     assert after.steps.T.tolist() == [[1, 0, 0, 0], [1, 1, 1, 1], [2, 1, 1, 1]]
 
 
@@ -304,7 +304,7 @@ def test_what_is_learnt_of_a_slot_fades_towards_everybody():
     doubtful, good, fresh = (float(history.foresee(torch.tensor([slot]))[1].max()) for slot in (0, 1, 3))
     assert doubtful < fresh < good
     plain = GOODPUT.pack(GOODPUT.plant(torch.arange(1)))
-    off, one = history, echo.verify(plain, torch.full((plain.rows,), -1))
+    off, one = history, echo.verify(plain, torch.full((plain.rows,), 9))
     for _ in range(100):
         off = off.observe(torch.tensor([0]), plain, one)
     assert float(off.foresee(torch.tensor([0]))[1].max()) == pytest.approx(fresh, rel=0.05)
@@ -354,7 +354,7 @@ def test_what_the_drafter_has_to_read_is_the_text_of_who_is_still_there():
         history = observed(GOODPUT, history, slots, depth=4, seed=seed, accepted=2)
     assert not history.unread.any() and history.idle == 0
     plain = GOODPUT.pack(GOODPUT.plant(torch.arange(2)))
-    one = echo.verify(plain, torch.full((plain.rows,), -1))
+    one = echo.verify(plain, torch.full((plain.rows,), 9))
     for _ in range(3):
         history = history.observe(slots, plain, one)
     assert (history.unread.tolist(), history.idle) == ([3, 0, 0, 3, 0], 3)
@@ -448,7 +448,8 @@ SCHEDULER = echo.ElasticBudgetScheduler(echo.TwoLevel(2, 4), budget=8, max_depth
     ("call", "message"),
     [
         (lambda: SCHEDULER.plant(torch.arange(9)), r"rows: expected at least one row for each of 9 requests, got 8"),
-        (lambda: SCHEDULER.plant(torch.arange(2), rows=0), r"rows: expected an int >= 1, got 0"),
+        (lambda: SCHEDULER.plant(torch.arange(2), rows=0), r"rows: expected at least one row for each of 2 requests, got 0"),
+        (lambda: SCHEDULER.plant(torch.arange(2), rows=-1), r"rows: expected an int >= 0, got -1"),
         (lambda: SCHEDULER.plant(torch.zeros(2)), r"root_tokens: expected int64 \[B\], got float32 \[2\]"),
         (lambda: SCHEDULER.plant([1, 2]), r"root_tokens: expected a tensor int64 \[B\], got list"),
         (lambda: SCHEDULER.plant(torch.arange(2), live=torch.ones(3, dtype=torch.bool)), r"live: expected bool \[2\], got bool \[3\]"),
@@ -462,7 +463,7 @@ SCHEDULER = echo.ElasticBudgetScheduler(echo.TwoLevel(2, 4), budget=8, max_depth
             r"tokens: expected int64 \[2, 1, k\], got int64 \[2, 2, 3\]",
         ),
         (lambda: SCHEDULER.pack(SCHEDULER.plant(torch.arange(2)), rows=4), r"rows: expected at least the 8 rows .* planted with, got 4"),
-        (lambda: SCHEDULER.pack(SCHEDULER.plant(torch.arange(2)), rows=0), r"rows: expected an int >= 1, got 0"),
+        (lambda: SCHEDULER.pack(SCHEDULER.plant(torch.arange(2)), rows=0), r"rows: expected at least the 8 rows .* planted with, got 0"),
         (lambda: echo.TwoLevel(0, 4), r"layer_width: expected an int >= 1, got 0"),
         (lambda: echo.TwoLevel(2, -1), r"max_width: expected an int >= 0, got -1"),
         (lambda: echo.PerRequest(0, 2), r"n: expected an int >= 1, got 0"),

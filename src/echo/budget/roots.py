@@ -55,7 +55,9 @@ def plant(
             rows=rows,
             most=most,
         )
-    alive = torch.ones(batch, dtype=torch.bool, device=device) if live is None else live
+    present = torch.ones(batch, dtype=torch.bool, device=device) if live is None else live
+    scarce = rows < batch or budget is not None
+    alive = present & (present.cumsum(0) <= (rows if budget is None else budget)) if scarce else present
     room = torch.full((batch,), most, device=device)
     if capacity is not None:
         room = torch.minimum(room, capacity.clamp(min=1))
@@ -72,10 +74,13 @@ def plant(
     score = torch.zeros(batch, 1, device=device).masked_fill_(dead[:, None], -torch.inf)
     drafts = alive & (room > 1) if deep else torch.zeros_like(alive)
     status = torch.full((batch,), int(Status.EXHAUSTED if deep else Status.FINISHED), dtype=torch.int8, device=device)
+    status.masked_fill_(dead, int(Status.EMPTY)).masked_fill_(drafts, int(Status.ACTIVE))
+    if scarce:
+        status.masked_fill_(present & dead, int(Status.STARVED))
     planted = SuperTree(
         layers=(Layer(0, root, zero, score, alive[:, None], alive, weights),),
         frontier=Frontier(root, zero, zero, score, drafts[:, None], 0),
-        status=status.masked_fill_(dead, int(Status.EMPTY)).masked_fill_(drafts, int(Status.ACTIVE)),
+        status=status,
         row_limit=room * alive,
         held=alive.long(),
         left=left,

@@ -206,7 +206,7 @@ class LiveHistograms:
             depth: int32 or int64 [N], 0 for rows that do not count.
             log_prob: float [N], path log-probability S.
             accepted: bool [N].
-            rank: int32 or int64 [N], place of the node in its layer.
+            rank: int32 or int64 [N], place of the node in its layer; negative for rows that do not count.
             weight: float [N], inverse-probability weights (:meth:`echo.ExploringGate.weights`), 0: do not count; None: all 1.
             in_place: adds into this mass instead of a copy (4.7 MB for 8 depths), for engines with persistent buffers (CUDA graphs).
 
@@ -221,7 +221,7 @@ class LiveHistograms:
         _, depths, ranks, _, _ = self.mass.shape
         score = log_prob.float()
         w = torch.ones_like(score) if weight is None else checks.tensor("weight", weight, [count], checks.FLOATS, device).float()
-        counts = (depth >= 1) & (depth <= depths) & (score <= 0) & (w >= MIN_WEIGHT) & (w <= MAX_WEIGHT)
+        counts = (depth >= 1) & (depth <= depths) & (rank >= 0) & (score <= 0) & (w >= MIN_WEIGHT) & (w <= MAX_WEIGHT)
         confidence = torch.where(counts, score, 0.0).exp()
         column = ((confidence.view(torch.int32) >> 16) - _FIRST).clamp(0, BINS - 1).long()
         row = (depth.long().clamp(1, depths) - 1) * ranks + rank.long().clamp(0, ranks - 1)

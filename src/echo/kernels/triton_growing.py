@@ -68,8 +68,11 @@ def _plant(
     batch, limit, most, deep, row, stride,
     LIVE: tl.constexpr, CAPACITY: tl.constexpr, BUDGET: tl.constexpr, COPY: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """All requests' roots."""
+    """All requests' roots: of the first ``limit`` that are live."""
     spent = tl.zeros([], tl.int64)
+    most_rows = tl.zeros([], tl.int64) + limit
+    if BUDGET:
+        most_rows = tl.load(budget)
     for start in range(0, batch, GROUP):
         b = (start + tl.arange(0, GROUP)).to(tl.int64)
         there = b < batch
@@ -79,8 +82,10 @@ def _plant(
         room = tl.zeros([GROUP], tl.int64) + most
         if CAPACITY:
             room = tl.minimum(room, tl.maximum(tl.load(capacity + b, mask=there, other=1), 1))
+        missing = tl.where(lives, STARVED, EMPTY)
+        lives = lives & (spent + tl.cumsum(lives.to(tl.int32), 0) <= most_rows)
         on = lives & (room > 1) & (room * deep > 0)
-        reason = tl.where(lives, tl.where(room * deep > 0, EXHAUSTED, FINISHED), EMPTY)
+        reason = tl.where(lives, tl.where(room * deep > 0, EXHAUSTED, FINISHED), missing)
         if COPY:
             tl.store(token + b * row, tl.load(roots + b * stride, mask=there, other=0), mask=there)
         tl.store(parent + b * row, tl.zeros([GROUP], tl.int64), mask=there)
@@ -93,10 +98,7 @@ def _plant(
         tl.store(held + b, lives.to(tl.int64), mask=there)
         tl.store(invalid + b, tl.zeros([GROUP], tl.int32), mask=there)
         spent += tl.sum(lives.to(tl.int64), 0)
-    if BUDGET:
-        tl.store(left, tl.load(budget) - spent)
-    else:
-        tl.store(left, limit - spent)
+    tl.store(left, most_rows - spent)
 
 
 @triton.jit

@@ -26,7 +26,7 @@ class Status(IntEnum):
     TRUNCATED = 1
     """Failed a gate."""
     STARVED = 2
-    """Passed, and found no rows left to buy."""
+    """Passed, and found no rows left to buy; or live, and found no row for its root."""
     FINISHED = 3
     """Reached the deepest layer."""
     EXHAUSTED = 4
