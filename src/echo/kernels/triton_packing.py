@@ -198,7 +198,7 @@ def _observe(
         if (tl.program_id(1) == tl.num_programs(1) - 1) & (d < drafted):
             total = tl.zeros([BINS], tl.float32)
             for r in range(batch):
-                counts, _, _ = _judged(lengths, beyond, r, True, d, CUT)
+                counts, right, said = _judged(lengths, beyond, r, True, d, CUT)
                 near = (tl.full([], 0, tl.int64) + r * depth + d) * BINS + lane
                 total += tl.load(more_outlook + near, mask=counts & (lane < BINS), other=0.0)
             bins = tl.where(everybody[:, None], total[None, :], bins)
