@@ -135,7 +135,7 @@ def argmax_tokens(logits: Tensor) -> Tensor:
 def _accept(
     parent: Tensor, indptr: Tensor, tokens: Tensor, target: Tensor, max_depth: int, value: Tensor, index: Tensor, parts: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    n, batch = accept_shapes(parent, indptr, tokens, target, max_depth)
+    n, batch, max_depth = accept_shapes(parent, indptr, tokens, target, max_depth)
     rows = torch.empty(batch, max_depth + 1, dtype=torch.int64, device=tokens.device)
     emitted, lengths = torch.empty_like(rows), torch.empty(batch, dtype=torch.int64, device=tokens.device)
     beyond = torch.empty_like(lengths)
