@@ -81,7 +81,7 @@ def counting() -> Iterator[Operations]:
     found = [
         entry
         for entry in found
-        if entry[1] not in ("_cost", "_passing", "layout", "_below", "_winners", "_judged", "_seen", "_path_score", "_costs", "_taken")
+        if entry[1] not in ("_cost", "_passing", "layout", "_below", "_winners", "_drafts", "_seen", "_path_score", "_costs", "_taken")
     ]  # no kernels
     try:
         for module, name, kernel in found:

@@ -150,6 +150,16 @@ def real(name: str, value: object, low: float, high: float | None = None) -> flo
     raise EchoError(f"{name}: expected a number {_range(low, high)}, got {value!r}")
 
 
+def integer_field(owner: object, name: str, low: int, high: int | None = None) -> None:
+    """Makes a field of a frozen dataclass an int, as :func:`integer` does."""
+    object.__setattr__(owner, name, integer(name, getattr(owner, name), low, high))
+
+
+def real_field(owner: object, name: str, low: float, high: float | None = None) -> None:
+    """Makes a field of a frozen dataclass a float, as :func:`real` does."""
+    object.__setattr__(owner, name, real(name, getattr(owner, name), low, high))
+
+
 @contextmanager
 def reading(expected: str) -> Iterator[None]:
     """Whatever goes wrong in the block, where a file or a text is taken apart, says what was ``expected`` of it.

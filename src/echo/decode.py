@@ -321,7 +321,7 @@ def decode(
         EchoError: an argument of the wrong kind or out of range; and at the end, when all other prompts are answered, naming each
             prompt whose answer is unfinished because the target had no number for its next token (:attr:`Step.failed`).
     """
-    checks.integer("slots", slots, 1)
+    slots = checks.integer("slots", slots, 1)
     ends = frozenset(() if eos_token is None else checks.integers("eos_token", eos_token, 0).ravel().tolist())
     eos_tokens = torch.tensor(sorted(ends), device=device) if ends else None
     limits = _limits(prompts, max_new_tokens)

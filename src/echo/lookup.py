@@ -89,7 +89,7 @@ class Texts:
             EchoError: slots of another shape, dtype or device, or longest below 1.
         """
         checks.tensor("slots", slots, ["B"], torch.int64, self.used.device)
-        checks.integer("longest", longest, 1)
+        longest = checks.integer("longest", longest, 1)
         text, used = self.tokens[slots], self.used[slots]
         back = used[:, None] - longest + torch.arange(longest, device=text.device)
         end = torch.where(back >= 0, text.gather(1, back.clamp(min=0)), NOTHING - 1)  # [B, longest], and what equals nothing before
@@ -187,7 +187,7 @@ class PromptLookup:
         trust: Sequence[float] | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
-        checks.integer("longest", longest, 1)
+        longest = checks.integer("longest", longest, 1)
         trust = (ALONE if drafter is None else BESIDE) if trust is None else trust
         if len(trust) != longest + 1 or not all(0 <= share < 1 for share in trust):
             raise EchoError(f"trust: expected {longest + 1} shares in [0, 1), for matches of 0 to {longest} tokens, got {list(trust)}")

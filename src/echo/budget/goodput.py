@@ -86,7 +86,7 @@ class Goodput:
         grid = self._grid()
         if curves.ndim != 2 or curves.shape[1] != HEAD + self.max_depth * len(grid):
             raise EchoError(f"curves: expected float32 [ranks, {HEAD + self.max_depth * len(grid)}], got {list(curves.shape)}")
-        checks.integer("rank", rank, 0, len(curves) - 1)
+        rank = checks.integer("rank", rank, 0, len(curves) - 1)
         batch, base, *counts = curves[:, :HEAD].astype(np.int64).T
         brings = curves[:, HEAD:].astype(np.float64).sum(axis=0).reshape(self.max_depth, len(grid))
         least, widest = int((batch + base).max()), int(batch.max())

@@ -70,8 +70,8 @@ class History:
         Raises:
             EchoError: slots below 1 or depth below 0.
         """
-        checks.integer("slots", slots, 1)
-        checks.integer("depth", depth, 0)
+        slots = checks.integer("slots", slots, 1)
+        depth = checks.integer("depth", depth, 0)
         steps, expected, accepted = torch.zeros(3, depth, slots + 1, dtype=torch.float32, device=device)
         return cls(
             torch.zeros(slots, dtype=torch.int32, device=device),

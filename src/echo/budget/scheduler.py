@@ -68,11 +68,11 @@ class ElasticBudgetScheduler:
         checks.follows("rule", self.rule, Rule)
         if self.gate is not None:
             checks.follows("gate", self.gate, Gate)
-        checks.real("margin", self.margin, 0.0)
+        checks.real_field(self, "margin", 0.0)
         for name, low, high in (("probe", 2, None), ("max_depth", 0, 64), ("max_tree_rows", 1, 4096)):
-            checks.integer(name, getattr(self, name), low, high)
+            checks.integer_field(self, name, low, high)
         if not isinstance(self.budget, CostModel) and self.budget is not None:
-            checks.integer("budget", self.budget, 1)
+            checks.integer_field(self, "budget", 1)
         if self.budget is None and self.rule.rows(1) is None:
             raise EchoError(f"budget: expected rows or a CostModel for {self.rule!r}, got None")
 
@@ -318,7 +318,7 @@ class ElasticBudgetScheduler:
         Raises:
             EchoError: another batch, a tree that has layers, or fanout below 1.
         """
-        checks.integer("fanout", fanout, 1)
+        fanout = checks.integer("fanout", fanout, 1)
         if tree.depth:
             raise EchoError(f"tree: expected a tree just planted, got one of {tree.depth} layers")
         checks.integer("ready.batch", ready.batch, tree.batch, tree.batch)

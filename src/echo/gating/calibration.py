@@ -232,9 +232,9 @@ def calibrate(
         >>> calibration == calibrate(ConfidenceHistograms.of(log))
         True
     """
-    checks.real("min_auc", min_auc, 0.5, 1.0)
-    checks.integer("min_rows", min_rows, 1)
-    checks.integer("max_gates", max_gates, 2)
+    min_auc = checks.real("min_auc", min_auc, 0.5, 1.0)
+    min_rows = checks.integer("min_rows", min_rows, 1)
+    max_gates = checks.integer("max_gates", max_gates, 2)
     if thresholds not in ("youden", "goodput"):
         raise EchoError(f"thresholds: expected 'youden' or 'goodput', got {thresholds!r}")
     if thresholds == "goodput":
@@ -245,8 +245,8 @@ def calibrate(
             )
         if cost is None:
             raise EchoError("cost: expected a CostModel for thresholds='goodput', got None")
-    checks.integer("batch", batch, 1)
-    checks.integer("layer_width", layer_width, 1)
+    batch = checks.integer("batch", batch, 1)
+    layer_width = checks.integer("layer_width", layer_width, 1)
     if isinstance(log, WarmupLog):
         refuse_gated(log)
     histograms = ConfidenceHistograms.of(log) if isinstance(log, WarmupLog) else checks.instance("log", log, ConfidenceHistograms)

@@ -96,8 +96,8 @@ class ConfidenceHistograms:
         Raises:
             EchoError: an argument out of range.
         """
-        checks.integer("max_depth", max_depth, 1, MAX_DEPTH)
-        checks.integer("ranks", ranks, 1, 64)
+        max_depth = checks.integer("max_depth", max_depth, 1, MAX_DEPTH)
+        ranks = checks.integer("ranks", ranks, 1, 64)
         return cls(np.zeros((3, max_depth, ranks, 2, BINS), dtype=np.int64))
 
     @classmethod

@@ -134,8 +134,8 @@ def calibration_error(table: NDArray[np.int32], log: WarmupLog, *, bins: int = 2
     Raises:
         EchoError: no row to judge, or an argument out of range.
     """
-    checks.integer("bins", bins, 2)
-    checks.integer("resamples", resamples, 20)
+    bins = checks.integer("bins", bins, 2)
+    resamples = checks.integer("resamples", resamples, 20)
     deepest = table.shape[-2] - 1
     keep = (log.depth <= deepest) & (log.weight > 0)
     if not keep.any():

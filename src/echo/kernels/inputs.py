@@ -92,9 +92,9 @@ class Planning:
             pages = checks.tensor("page_table", self.page_table, [batch, "max_pages"], torch.int32, device).shape[1]
             checks.tensor("context", self.context, [batch], torch.int32, device)
         if self.window is not None:
-            checks.integer("window", self.window, 1)
+            checks.integer_field(self, "window", 1)
         if self.splits is not None:
-            checks.integer("splits", self.splits, 1, 1024)
+            checks.integer_field(self, "splits", 1, 1024)
         shapes = Shapes(n, batch, heads, kv_heads, dim, cached, size, pages * size)
         object.__setattr__(self, "shapes", shapes)
 
@@ -174,8 +174,8 @@ def merge_shapes(o1: Tensor, lse1: Tensor, o2: Tensor, lse2: Tensor) -> tuple[in
     return n, heads, dim
 
 
-def accept_shapes(parent: Tensor, indptr: Tensor, tokens: Tensor, target_tokens: Tensor, max_depth: int) -> tuple[int, int]:
-    """N and B of a packed tree's links and the target's tokens.
+def accept_shapes(parent: Tensor, indptr: Tensor, tokens: Tensor, target_tokens: Tensor, max_depth: int) -> tuple[int, int, int]:
+    """N, B and depth of a packed tree's links and the target's tokens.
 
     Raises:
         EchoError: naming the argument, what was expected and what came.
@@ -185,8 +185,7 @@ def accept_shapes(parent: Tensor, indptr: Tensor, tokens: Tensor, target_tokens:
     checks.tensor("target_tokens", target_tokens, [n], torch.int64, tokens.device)
     batch = checks.tensor("indptr", indptr, ["B + 1"], torch.int32, tokens.device).shape[0] - 1
     checks.integer("B", batch, 0)
-    checks.integer("max_depth", max_depth, 0)
-    return n, batch
+    return n, batch, checks.integer("max_depth", max_depth, 0)
 
 
 def logits_shape(logits: Tensor, tokens: Tensor | None = None) -> tuple[int, int]:

@@ -32,7 +32,7 @@ def accept(parent: Tensor, indptr: Tensor, tokens: Tensor, target_tokens: Tensor
     Raises:
         EchoError: shapes or dtypes that do not fit.
     """
-    count, batch = accept_shapes(parent, indptr, tokens, target_tokens, max_depth)
+    count, batch, max_depth = accept_shapes(parent, indptr, tokens, target_tokens, max_depth)
     device = tokens.device
     if batch == 0:  # an idle data-parallel rank
         nothing = torch.empty(0, max_depth + 1, dtype=torch.int64, device=device)

@@ -149,7 +149,7 @@ def walk(
     found: tuple[Tensor, Tensor, int] = (target, target, 0)
     if target.dim() == 2:
         found, target = _scan(target, tokens), tokens
-    (value, index, parts), (n, batch) = found, accept_shapes(parent, indptr, tokens, target, max_depth)
+    (value, index, parts), (n, batch, max_depth) = found, accept_shapes(parent, indptr, tokens, target, max_depth)
     if out is None:
         rows = torch.empty(batch, max_depth + 1, dtype=torch.int64, device=tokens.device)
         lengths = torch.empty(batch, dtype=torch.int64, device=tokens.device)

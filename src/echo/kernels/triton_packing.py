@@ -138,28 +138,29 @@ def _foresee(
 
 
 @triton.jit
-def _judged(lengths, beyond, b, there, d, CUT: tl.constexpr):
-    """Of some requests and one depth: whether drafts of it count, and that of the path was accepted; and who emitted anything."""
+def _drafts(lengths, beyond, b, there, CUT: tl.constexpr):
+    """Tokens that some requests emitted, and their accepted drafts: where both are as many, what is deeper was not judged."""
     emitted = tl.load(lengths + b, mask=there, other=0)
     right = tl.maximum(emitted - 1, 0)
     if CUT:
         right += (tl.load(beyond + b, mask=there, other=-1) >= 0).to(tl.int64)
-    return (emitted > 0) & ((right < emitted) | (right > d)), right > d, emitted > 0
+    return emitted, right
 
 
 @triton.jit
 def _seen(slots, status, lengths, beyond, more_expected, b, batch, d, depth, drafted, CUT: tl.constexpr, FORESEES: tl.constexpr):
     """Of some requests and one depth: whether it counts, was accepted, how far it was expected to be, was judged; who ran; the slot."""
     there = b < batch
-    judged, right, ran = _judged(lengths, beyond, b, there, d, CUT)
+    emitted, right = _drafts(lengths, beyond, b, there, CUT)
+    judged = (emitted > 0) & ((right < emitted) | (right > d))
     stopped = tl.load(status + b, mask=there, other=0) != 0
     reached = b * 0 + d < drafted
     seen = judged & (reached | (stopped & (b * 0 + drafted > 0)))
-    taken = reached & right
+    taken = reached & (right > d)
     likely = tl.zeros_like(seen.to(tl.float32))
     if FORESEES:
         likely = tl.load(more_expected + b.to(tl.int64) * depth + d, mask=judged & reached, other=0.0)
-    return seen.to(tl.float32), taken.to(tl.float32), likely, judged & reached, ran, tl.load(slots + b, mask=there, other=-1)
+    return seen.to(tl.float32), taken.to(tl.float32), likely, judged & reached, emitted > 0, tl.load(slots + b, mask=there, other=-1)
 
 
 @triton.jit(do_not_specialize=["batch", "places", "depth", "drafted"])
@@ -176,12 +177,16 @@ def _observe(
     all_seen, all_taken, all_expected = tl.zeros([], tl.float32), tl.zeros([], tl.float32), tl.zeros([], tl.float32)
     for start in range(0, batch, GROUP):
         b = start + tl.arange(0, GROUP)
-        seen, taken, likely, _, ran, slot = _seen(slots, status, lengths, beyond, more_expected, b, batch, d, depth, drafted, CUT, FORESEES)
+        seen, taken, likely, _inside, ran, slot = _seen(
+            slots, status, lengths, beyond, more_expected, b, batch, d, depth, drafted, CUT, FORESEES
+        )
         own = (slot[None, :] == place[:, None]) & ran[None, :]
         owner = tl.maximum(owner, tl.max(tl.where(own, b[None, :], -1), 1))
         all_seen, all_taken, all_expected = all_seen + tl.sum(seen, 0), all_taken + tl.sum(taken, 0), all_expected + tl.sum(likely, 0)
     b = tl.where(owner >= 0, owner, batch)
-    seen, taken, likely, judged, ran, _ = _seen(slots, status, lengths, beyond, more_expected, b, batch, d, depth, drafted, CUT, FORESEES)
+    seen, taken, likely, judged, ran, _slot = _seen(
+        slots, status, lengths, beyond, more_expected, b, batch, d, depth, drafted, CUT, FORESEES
+    )
     everybody = place == places - 1
     fade = tl.where(everybody, tl.maximum(1.0 - all_seen * share, 0.0), tl.where(ran, keep, 1.0))
     at, inside = d.to(tl.int64) * places + place, place < places
@@ -198,9 +203,9 @@ def _observe(
         if (tl.program_id(1) == tl.num_programs(1) - 1) & (d < drafted):
             total = tl.zeros([BINS], tl.float32)
             for r in range(batch):
-                counts, right, said = _judged(lengths, beyond, r, True, d, CUT)
-                near = (tl.full([], 0, tl.int64) + r * depth + d) * BINS + lane
-                total += tl.load(more_outlook + near, mask=counts & (lane < BINS), other=0.0)
+                said, drafts = _drafts(lengths, beyond, r, True, CUT)
+                counts = (said > 0) & ((drafts < said) | (drafts > d)) & (lane < BINS)
+                total += tl.load(more_outlook + (tl.full([], 0, tl.int64) + r * depth + d) * BINS + lane, mask=counts, other=0.0)
             bins = tl.where(everybody[:, None], total[None, :], bins)
     wide, whole = at[:, None] * BINS + lane[None, :], inside[:, None] & (lane < BINS)[None, :]
     tl.store(new_outlook + wide, tl.load(outlook + wide, mask=whole, other=0.0) * fade[:, None] + bins, mask=whole)

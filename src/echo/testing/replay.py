@@ -222,9 +222,9 @@ def replay(
 
 
 def _check(trace: Trace, scheduler: ElasticBudgetScheduler, batch: int, prompt_rows: int, lag: int) -> None:
-    checks.integer("batch", batch, 1)
-    checks.integer("lag", lag, 0, 2)
-    checks.integer("prompt_rows", prompt_rows, 0)
+    batch = checks.integer("batch", batch, 1)
+    lag = checks.integer("lag", lag, 0, 2)
+    prompt_rows = checks.integer("prompt_rows", prompt_rows, 0)
     if scheduler.max_depth > trace.depth:
         raise EchoError(f"scheduler: expected max_depth of at most the trace's {trace.depth}, got {scheduler.max_depth}")
 

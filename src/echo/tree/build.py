@@ -70,7 +70,7 @@ def from_paths(
 ) -> SuperTree:
     """A trie of continuations; see :meth:`~echo.tree.supertree.SuperTree.from_paths`. Host work."""
     batch = checks.tensor("root_tokens", root_tokens, ["B"], torch.int64).shape[0]
-    checks.real("prior", prior, 0.0)
+    prior = checks.real("prior", prior, 0.0)
     if len(paths) != batch or (weights is not None and len(weights) != batch):
         raise EchoError(f"paths, weights: expected one list for each of {batch} requests, got {len(paths)}")
     trees: list[tuple[list[int], list[int], list[float]]] = []

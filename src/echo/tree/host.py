@@ -99,7 +99,7 @@ class Tree:
 
 def read(packed: PackedTree, request: int, accepted: Accepted | None = None) -> Tree:
     """One request's tree, read back."""
-    checks.integer("request", request, 0, packed.batch - 1)
+    request = checks.integer("request", request, 0, packed.batch - 1)
     first, end = packed.indptr[request : request + 2].tolist()
     tokens, parent, score, bought = (x[first:end].tolist() for x in (packed.tokens, packed.parent, packed.score, packed.bought))
     taken = () if accepted is None else (row - first for row in accepted.rows[request].tolist() if row >= 0)

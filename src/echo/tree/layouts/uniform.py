@@ -143,7 +143,7 @@ def sglang_mask(
     if mode != "FULL_MASK" or context is None or size is None:
         raise EchoError(f"mode: expected QLEN_ONLY, QLEN_ONLY_BITPACKING, or FULL_MASK with context and size, got {mode!r}")
     checks.tensor("context", context, [packed.batch], checks.INTEGERS, local.device)
-    checks.integer("size", size, packed.batch * n * n)
+    size = checks.integer("size", size, packed.batch * n * n)
     kv = context.long() + n
     square_begin = (n * kv).cumsum(0) - n * kv + context
     entry = (square_begin[:, None] + local * kv[:, None])[..., None] + local
@@ -209,7 +209,7 @@ def hugging_face(
     Source: 4-D masks of transformers 5.23.0.
     """
     checks.tensor("context", context, [packed.batch], checks.INTEGERS, packed.tokens.device)
-    checks.integer("past", past, 0)
+    past = checks.integer("past", past, 0)
     grid, shape, device = _Grid(packed, n), (packed.batch, 1, n, past + n), context.device
     column, lens = torch.arange(past, dtype=torch.int32, device=device), context.int()[:, None]
     prefix = column >= past - lens if left_padded else column < lens
