@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -13,6 +14,9 @@ from torch import Tensor
 from echo.errors import EchoError
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+ROUNDING = 2.0**-6
+"""The most by which a log-probability may be above 0: half a step of float16 logits up to 64, whose log-softmax was taken in float16, and
+more than the logarithm of a bfloat16 probability that is a step above 1. What is above was never a log-probability."""
 T = TypeVar("T")
 INTEGERS = (torch.int64, torch.int32)
 
@@ -94,6 +98,13 @@ def real(name: str, value: object, low: float, high: float | None = None) -> flo
     if isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= (sys.float_info.max if high is None else high):
         return float(value)
     raise EchoError(f"{name}: expected a number {_range(low, high)}, got {value!r}")
+
+
+def instead(score: float, scores: Iterable[float]) -> str:
+    """What ``scores`` that hold such a ``score`` are likely to be instead of log-probabilities; nothing where it might be one, or NaN."""
+    if not ROUNDING < score < math.inf:
+        return ""
+    return " (probabilities? take their logarithm)" if all(0 <= q <= 1 for q in scores) else " (logits? take their log-softmax)"
 
 
 @contextmanager

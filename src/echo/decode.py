@@ -136,7 +136,7 @@ def warmup_rows(
         checks.tensor("weights", weights, [tree.batch, "depths + 1"], checks.FLOATS, kept.device)
         if weights.shape[1] <= tree.depth:
             raise EchoError(f"weights: expected a column for each depth from 0 to {tree.depth}, got {weights.shape[1]} columns")
-        weight = weights[packed.request.long().clamp(max=tree.batch - 1), packed.depth.long()].float()
+        weight = weights.detach()[packed.request.long().clamp(max=tree.batch - 1), packed.depth.long()].float()
         kept = kept & (weight > 0)
     return WarmupLog.from_arrays(
         depth=packed.depth[kept].cpu().numpy(),

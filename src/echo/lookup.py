@@ -152,8 +152,8 @@ def blend(tokens: Tensor, log_probs: Tensor, vote: Tensor, share: Tensor) -> tup
     checks.tensor("vote", vote, [batch, width], torch.int64, tokens.device)
     checks.tensor("share", share, [batch, width], torch.float32, tokens.device)
     asked = (vote >= 0) & (log_probs.amax(dim=2) > DEAD_SCORE)
-    share = torch.where(asked, share, 0.0)[..., None]
-    q, mine = log_probs.float() + torch.log1p(-share), share.log()
+    share = torch.where(asked, share.detach(), 0.0)[..., None]
+    q, mine = log_probs.detach().float() + torch.log1p(-share), share.log()
     said = tokens == vote[..., None]
     among = said.any(dim=2, keepdim=True)
     place = torch.where(among[..., 0], said.int().argmax(dim=2), q.argmin(dim=2))
@@ -219,7 +219,7 @@ class PromptLookup:
             first = self.drafter.draft(slots, frontier)
             said = blend(*first, vote, share)
         if frontier.depth == 0:
-            self._root = (*(x[:, 0] for x in first), vote[:, 0], run[:, 0])
+            self._root = (*(x[:, 0].detach() for x in first), vote[:, 0], run[:, 0])
         return said
 
     def keep(self, slots: Tensor, packed: PackedTree, accepted: Accepted) -> None:

@@ -219,7 +219,7 @@ class LiveHistograms:
         checks.tensor("accepted", accepted, [count], torch.bool, device)
         checks.tensor("rank", rank, [count], checks.INTEGERS, device)
         _, depths, ranks, _, _ = self.mass.shape
-        score = log_prob.float()
+        score = log_prob.detach().float()
         w = torch.ones_like(score) if weight is None else checks.tensor("weight", weight, [count], checks.FLOATS, device).float()
         counts = (depth >= 1) & (depth <= depths) & (score <= 0) & (w >= MIN_WEIGHT) & (w <= MAX_WEIGHT)
         confidence = torch.where(counts, score, 0.0).exp()

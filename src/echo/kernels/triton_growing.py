@@ -14,12 +14,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from echo import checks
 from echo.kernels import launch
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 """Whether these kernels were loaded for Triton's interpreter, which runs them on the CPU."""
 
 DEAD = tl.constexpr(float("-inf"))
+ROUNDING = tl.constexpr(checks.ROUNDING)
 NEVER = tl.constexpr(0x7F800000)
 ACTIVE, TRUNCATED, STARVED, FINISHED, EXHAUSTED, EMPTY = (tl.constexpr(status) for status in range(6))
 
@@ -100,7 +102,7 @@ def _score(
     on = tl.load(active + b * width + w, mask=inside, other=0) != 0
     base = tl.where(on, tl.load(above + b * width + w, mask=inside, other=DEAD), DEAD)
     q = tl.load(log_prob + b * stride_b + w * stride_w + (lane - w * k) * stride_k, mask=inside, other=DEAD).to(tl.float32)
-    number = (q > DEAD) & (q < float("inf"))
+    number = (q > DEAD) & (q <= ROUNDING)
     value = base + tl.where(number, q, DEAD)
     value = tl.where(value < base, value, base)
     top = tl.max(value, 0)
