@@ -197,8 +197,33 @@ def test_what_an_engine_computes_on_uniform_rows_comes_back_to_the_packed_rows(c
     assert torch.equal(layouts.unpad(case.packed, inputs.input_ids)[real], case.packed.tokens[real])
     states = torch.stack([inputs.position_ids, inputs.input_ids], dim=-1)
     assert torch.equal(layouts.unpad(case.packed, states)[real, 0], case.packed.position(contexts(case))[real])
+    assert (layouts.unpad(case.packed, inputs.input_ids)[~real] == -1).all()
     with pytest.raises(echo.EchoError, match="values: expected"):
         layouts.unpad(case.packed, torch.zeros(case.batch + 1, n))
+
+
+@given(cases(), st.integers(1, 6))
+def test_rows_that_an_engine_did_not_compute_have_no_token_and_no_number(case, n):
+    """A target that depends on the last token and follows the tree: from fewer rows than a tree has comes a shorter text of its own."""
+    packed, law = case.packed, torch.arange(1 + int(case.packed.tokens.max()))
+    drafted = packed.parent >= 0
+    law[packed.tokens[(packed.indptr[packed.request] + packed.parent)[drafted]]] = packed.tokens[drafted]
+    ids = layouts.hugging_face(packed, n, contexts(case), 12, left_padded=False).input_ids
+    sampled = layouts.unpad(packed, law[ids])
+    real = packed.request < case.batch
+    beyond = ~real | (packed.local >= n)
+    assert torch.equal(sampled == -1, beyond)
+    assert layouts.unpad(packed, law[ids].half()[..., None])[beyond].isnan().all()
+    assert not layouts.unpad(packed, torch.ones_like(ids, dtype=torch.bool))[beyond].any()
+    assert layouts.unpad(packed, law[ids][:, :0]).tolist() == [-1] * packed.rows
+    accepted = echo.verify(packed, sampled)
+    for b, (tokens, rows) in enumerate(zip(accepted.tokens.tolist(), accepted.rows.tolist(), strict=True)):
+        root = int(packed.tokens[packed.indptr[b]]) if packed.indptr[b] < packed.indptr[b + 1] else 0
+        for token, row in zip(tokens, rows, strict=True):
+            if token >= 0:
+                assert token == law[root]
+                assert not beyond[row]
+                root = token
 
 
 @given(cases(), st.sampled_from([0, 7]))

@@ -1,13 +1,14 @@
 """Layouts of n rows for every request: SGLang's trees, TensorRT-LLM, Hugging Face. The gain of ragged trees is lost in them.
 
 A tree's rows stay in canonical order (root, then by depth, parent, candidate), so siblings lie side by side, and the first n rows
-of a tree are a tree. A request of more than n rows exports its first n: a smaller tree, lossless where the engine's own
-verification reads the links (:func:`echo.verify` needs a target token for every row, so n must hold every tree).
+of a tree are a tree. A request of more than n rows exports its first n: a smaller tree, lossless where the engine's own verification
+reads the links, and where :func:`unpad` gives what it computed to :func:`echo.verify`: rows beyond have no target token, none is accepted.
 ``packed.max_slots_per_request`` is always enough, and ``packed.validate(max_rows=n)`` names a request that would be cut.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -230,19 +231,24 @@ def unpad(packed: PackedTree, values: Tensor) -> Tensor:
 
     Args:
         packed: the step.
-        values: [B, n, ...], any dtype; n holds every tree.
+        values: [B, n, ...], any dtype.
 
     Returns:
-        [N, ...]; on pad rows those of some row.
+        [N, ...]; nothing on pad rows and on rows beyond the first n of their request, for which nothing was computed: -1 (no token, so
+        no walk goes through them), NaN, or 0 where the dtype has neither.
 
     Raises:
         EchoError: another batch size.
     """
     if values.dim() < 2 or values.shape[0] != packed.batch:
         raise EchoError(f"values: expected [{packed.batch}, n, ...], got {list(values.shape)}")
-    n = values.shape[1]
-    at = packed.request.clamp(max=max(packed.batch - 1, 0)) * n + packed.local.clamp(max=n - 1)
-    return values.flatten(0, 1).index_select(0, at)
+    n, kind = values.shape[1], values.dtype
+    nothing = math.nan if kind.is_floating_point or kind.is_complex else -1 if kind.is_signed else 0
+    there = (packed.request < packed.batch) & (packed.local < n)
+    if packed.batch * n == 0:
+        return values.new_full((packed.rows, *values.shape[2:]), nothing)
+    rows = values.flatten(0, 1).index_select(0, torch.where(there, packed.request * n + packed.local, 0))
+    return rows.masked_fill_(~there.view(-1, *[1] * (values.dim() - 2)), nothing)
 
 
 class _Grid:
