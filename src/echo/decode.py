@@ -44,7 +44,8 @@ class Drafter(Protocol):
     def draft(self, slots: Tensor, frontier: Frontier, /) -> tuple[Tensor, Tensor]:
         """Candidates after each node of the ``frontier``: tokens int64 [B, W, k] and log-probabilities float [B, W, k].
 
-        Slots with fewer than k candidates are filled with -inf. k may differ from depth to depth.
+        Slots with fewer than k candidates are filled with -inf. k may differ from depth to depth. A step's first frontier is of depth
+        0, or of depth 1 where ``plant`` was given a first layer.
         """
 
     def keep(self, slots: Tensor, packed: PackedTree, accepted: Accepted, /) -> None:

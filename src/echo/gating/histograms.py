@@ -143,7 +143,7 @@ class ConfidenceHistograms:
         return ConfidenceHistograms(one - two)
 
     def live(self, device: torch.device | str = "cpu") -> LiveHistograms:
-        """A copy on the ``device``, to be updated there."""
+        """A copy on the ``device``, to be updated there; made before serving, since it waits for the device."""
         return LiveHistograms(torch.from_numpy(self.mass.copy()).to(device))
 
     def save(self, path: str | os.PathLike[str]) -> None:
