@@ -145,10 +145,8 @@ class Target:
         return echo.layouts.unpad(packed, tokens.view(-1, n))
 
     def keep(self, slots: Tensor, packed: echo.PackedTree, accepted: echo.Accepted) -> None:
-        context = self.store.used[slots]
-        lists = echo.compact(packed, accepted, context)
-        source = lists.source - context[:, None] + self.past  # rows lie behind the longest text, not behind their own
-        self.store.write(slots, self.step, torch.where(lists.valid, source, 0), lists.target)
+        lists = echo.compact(packed, accepted, self.store.used[slots], past=self.past)  # rows lie behind the longest text
+        self.store.write(slots, self.step, lists.source, lists.target)
         self.store.used[slots] = lists.context
 
     def _remember(self, at: int, layer, inputs, output) -> None:
