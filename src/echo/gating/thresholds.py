@@ -55,11 +55,19 @@ class Objective:
         cost: seconds by rows.
         batch: requests decoded together.
         width: rows bought of each layer; a layer is accepted if one of its ``width`` best candidates is.
+
+    Raises:
+        EchoError: an argument of the wrong kind or out of range.
     """
 
     cost: CostModel
     batch: int
     width: int
+
+    def __post_init__(self) -> None:
+        checks.instance("cost", self.cost, CostModel)
+        checks.integer("batch", self.batch, 1)
+        checks.integer("width", self.width, 1)
 
     def __call__(self, accepted: NDArray[Any] | float, layers: NDArray[Any] | float) -> NDArray[np.float64]:
         """Tokens per second for mean ``accepted`` tokens and mean ``layers`` a request, elementwise."""
@@ -149,8 +157,9 @@ def report(log: WarmupLog, thresholds: Mapping[int, float]) -> tuple[GateReport,
         thresholds: tau by depth.
 
     Raises:
-        EchoError: no row of rank 0 down to the deepest gate, or a step with two rows of rank 0 at one depth.
+        EchoError: a threshold outside [0, 1], no row of rank 0 down to the deepest gate, or a step with two rows of rank 0 at one depth.
     """
+    _check_thresholds("thresholds", thresholds)
     if not thresholds:
         return ()
     chains = join(log, max(thresholds))
@@ -187,8 +196,9 @@ def goodput(
         start: one more start of the ascent.
 
     Raises:
-        EchoError: steps whose rows do not reach ``max_depth`` (in a log with weights they are left out), or gates out of range.
+        EchoError: steps whose rows do not reach ``max_depth`` (in a log with weights they are left out), or an argument out of range.
     """
+    _check_thresholds("start", start or {})
     depths = sorted({checks.integer("gates", gate, 1, max_depth) for gate in gates})
     if not depths:
         raise EchoError("gates: expected at least one depth, got none")
@@ -213,6 +223,12 @@ def goodput(
     found = [search.ascend(taus, sizes) for taus in starts]
     taus, value = max(found, key=lambda pair: pair[1])
     return {depth: float(tau) for depth, tau in zip(depths, taus, strict=True)}, float(value)
+
+
+def _check_thresholds(name: str, thresholds: Mapping[int, float]) -> None:
+    for depth, tau in thresholds.items():
+        checks.integer(f"{name}.depth", depth, 1)
+        checks.real(f"{name}[{depth}]", tau, 0.0, 1.0)
 
 
 class _Search:
