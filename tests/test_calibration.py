@@ -82,14 +82,16 @@ def test_a_deep_gate_saves_few_layers():
 
 def test_too_few_rows_are_no_sweet_spot():
     log = echo.WarmupLog.concat([simulate(400, sharpness=1), simulate(30, sharpness=3, depth=2), simulate(400, sharpness=1, depth=3)])
-    calibration = echo.calibrate(log)
+    with pytest.warns(UserWarning, match="where fewer rows are deeper, got 30 rows of depth 2 and 400 of depth 1"):
+        calibration = echo.calibrate(log)
     assert calibration.gate_depths == (1, 3)
     assert "50 needed" in calibration.depths[1].reason
 
 
 def test_a_depth_with_one_kind_of_rows_only_is_not_a_fault():
     log = echo.WarmupLog.concat([simulate(400, sharpness=1), echo.WarmupLog.from_arrays([2] * 60, [0.5] * 60, [0] * 60)])
-    calibration = echo.calibrate(log)
+    with pytest.warns(UserWarning, match="where fewer rows are deeper, got 60 rows of depth 2 and 400 of depth 1"):
+        calibration = echo.calibrate(log)
     assert np.isnan(calibration.depths[1].auc)
     assert calibration.depths[1].threshold == 0.0  # nothing to tell apart: everybody passes
     assert echo.Calibration.from_json(calibration.to_json()).to_json() == calibration.to_json()

@@ -89,7 +89,7 @@ class WarmupLog:
             accepted: bools (or 0/1) [n].
             rank: ints [n]; 0 (the maximum path) where not given.
             weight: floats [n]; 1 where not given.
-            step: ints [n]; each row is a step of its own where not given.
+            step: ints [n]; each row is a step of its own where not given, and then nothing shows that rows are missing behind a gate.
             gated: the rows were drafted behind a gate; then ``weight`` must say how likely each was to be seen.
 
         Raises:
