@@ -191,7 +191,7 @@ def steps(batch: int, beam: int, k: int, depth: int, most: int = 64) -> list[tup
         triton_dealing.path_cost(score, place, torch.zeros(depth + 1, 512, dtype=torch.int32), sizes)
         selected = triton_dealing.select(score.int(), yes, one[torch.int64], one[torch.int64], left, rows, most, sizes)
         triton_packing.pack(selected, place, place, score, yes, rows, -(-most // 32), sizes)
-        triton_packing.compact(batched(depth + 1, torch.int64), one[torch.int64], links, context, table, 64, 0)
+        triton_packing.compact(batched(depth + 1, torch.int64), one[torch.int64], links, context, table, 64, 0, -1)
         triton_packing.foresee(score, score, selected, sizes, BINS, SKIP)
         emitted = one[torch.int8], one[torch.int64], one[torch.int64]
         triton_packing.count(links, *emitted[:2], context, rows, depth, torch.zeros(13, dtype=torch.int64))

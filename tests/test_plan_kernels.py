@@ -65,7 +65,8 @@ def step(scheduler, batch, *, pads=0, rows=None, **data):
     table = torch.arange(9 * batch).view(batch, 9).int()
     history = scheduler.history(batch + 3).observe(torch.arange(batch).flip(0) + 2, packed, accepted)
     again = history.observe(torch.arange(batch), packed, accepted)
-    lists = compact(packed, accepted, torch.arange(batch)), compact(packed, accepted, torch.arange(batch), page_table=table, page_size=2)
+    where = ({}, {"dummy": 3, "past": batch}, {"page_table": table, "page_size": 2, "dummy": 5})
+    lists = tuple(compact(packed, accepted, torch.arange(batch), **options) for options in where)
     stats = echo.StepStats.empty().observe(packed, accepted).observe(packed, accepted)
     return {"tree": tree, "packed": packed, "accepted": accepted, "lists": lists, "history": history, "again": again, "stats": stats}
 

@@ -45,7 +45,8 @@ class Drafter(Protocol):
     def draft(self, slots: Tensor, frontier: Frontier, /) -> tuple[Tensor, Tensor]:
         """Candidates after each node of the ``frontier``: tokens int64 [B, W, k] and log-probabilities float [B, W, k].
 
-        Slots with fewer than k candidates are filled with -inf. k may differ from depth to depth.
+        Slots with fewer than k candidates are filled with -inf. k may differ from depth to depth. A step's first frontier is of depth
+        0, or of depth 1 where ``plant`` was given a first layer.
         """
 
     def keep(self, slots: Tensor, packed: PackedTree, accepted: Accepted, /) -> None:
@@ -141,7 +142,7 @@ def warmup_rows(
         checks.tensor("weights", weights, [tree.batch, "depths + 1"], checks.FLOATS, kept.device)
         if weights.shape[1] <= tree.depth:
             raise EchoError(f"weights: expected a column for each depth from 0 to {tree.depth}, got {weights.shape[1]} columns")
-        weight = weights[packed.request.long().clamp(max=tree.batch - 1), packed.depth.long()].float()
+        weight = weights.detach()[packed.request.long().clamp(max=tree.batch - 1), packed.depth.long()].float()
         kept = kept & (weight > 0)
     return WarmupLog.from_arrays(
         depth=packed.depth[kept].cpu().numpy(),

@@ -62,7 +62,8 @@ def plant(
     if capacity is not None:
         room = torch.minimum(room, capacity.clamp(min=1))
     if weights is not None:
-        weights = torch.where(alive, checks.tensor("weights", weights, [batch], torch.float32, device), 0.0)
+        weights = checks.tensor("weights", weights, [batch], torch.float32, device).detach()
+        weights = torch.where(alive & torch.isfinite(weights), weights, 0.0)  # what is no number is worth least, to its request alone
         weights = (weights / weights.amax()).nan_to_num(0.0).clamp(min=2.0**-24)
     left, reserve = (rows if budget is None else budget) - alive.sum(), None
     if floors is not None:

@@ -201,13 +201,13 @@ class ElasticBudgetScheduler:
     def grow(self, tree: SuperTree, tokens: Tensor, log_probs: Tensor, *, out: SuperTree | None = None) -> SuperTree:
         """Scores a drafted layer, asks the gate, lets the rule buy, and finds the next frontier.
 
-        S(v) = S(parent) + min(log q(v), 0). A NaN or infinite score makes its node unselectable; NaN, plus
-        infinity and layers of minus infinity alone are counted in ``invalid``.
+        S(v) = S(parent) + min(log q(v), 0). A score that is no log-probability makes its node unselectable: NaN, and what is above 0 by
+        more than a rounding, as probabilities and logits are. Those, and layers of minus infinity alone, are counted in ``invalid``.
 
         Args:
             tree: with ``tree.depth < max_depth``.
             tokens: int64 [B, W, k], the candidates drafted on each node of ``tree.frontier``, in any order.
-            log_probs: float [B, W, k], their log-probabilities given their parent.
+            log_probs: float [B, W, k], their log-probabilities given their parent; no gradient is kept.
             out: a tree of a layer more (a :class:`Workspace`'s), to whose last layer, frontier and state is written.
 
         Raises:

@@ -14,12 +14,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from echo import checks
 from echo.kernels import launch
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 """Whether these kernels were loaded for Triton's interpreter, which runs them on the CPU."""
 
 DEAD = tl.constexpr(float("-inf"))
+ROUNDING = tl.constexpr(checks.ROUNDING)
 NEVER = tl.constexpr(0x7F800000)
 ACTIVE, TRUNCATED, STARVED, FINISHED, EXHAUSTED, EMPTY = (tl.constexpr(status) for status in range(6))
 
@@ -114,7 +116,7 @@ def _path_score(above, active, log_prob, r, lane, there, k, above_row, active_ro
     on = tl.load(active + r * active_row + w, mask=there, other=0) != 0
     base = tl.where(on, tl.load(above + r * above_row + w, mask=there, other=DEAD), DEAD)
     q = tl.load(log_prob + r * q_row + w * q_node + (lane - w * k) * q_child, mask=there, other=DEAD).to(tl.float32)
-    number = (q > DEAD) & (q < float("inf"))
+    number = (q > DEAD) & (q <= ROUNDING)
     value = base + tl.where(number, q, DEAD)
     return tl.where(value < base, value, base), on, (q != DEAD) & (number == 0)
 

@@ -80,10 +80,11 @@ def _pack(
             tl.store(mask + to * words + word, tl.where(tl.zeros([BLOCK], tl.int32) + word == 0, 1, 0), mask=pad)
 
 
-@triton.jit(do_not_specialize=["count", "steps", "pages", "size", "dummy"])
+@triton.jit(do_not_specialize=["count", "steps", "pages", "size", "dummy", "past"])
 def _compact(
     rows, lengths, indptr, context, table,
-    kept, gathered, valid, position, source, target, after, count, steps, pages, size, dummy, PAGED: tl.constexpr, BLOCK: tl.constexpr,
+    kept, gathered, valid, position, source, target, after, count, steps, pages, size, dummy, past,
+    PAGED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Where the rows of accepted paths lie and belong."""
     lane = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -92,7 +93,8 @@ def _compact(
     begin = tl.load(context + b, mask=inside, other=0).to(tl.int64)
     there, step = row >= 0, lane - b * steps
     row = tl.where(there, row, 0)
-    place, lies = begin + step, begin + row - tl.load(indptr + b, mask=inside, other=0)
+    place = begin + step
+    lies = tl.where(past < 0, begin, past) + row - tl.load(indptr + b, mask=inside, other=0)
     tl.store(kept + lane, tl.where(there, row, -1).to(tl.int32), mask=inside)
     tl.store(gathered + lane, row, mask=inside)
     tl.store(valid + lane, there.to(tl.uint8), mask=inside)
@@ -104,8 +106,8 @@ def _compact(
         tl.store(source + lane, tl.where(from_ok, page * size + lies % size, dummy), mask=inside)
         tl.store(target + lane, tl.where(to_ok, home * size + place % size, dummy), mask=inside)
     else:
-        tl.store(source + lane, tl.where(there, lies, 0), mask=inside)
-        tl.store(target + lane, tl.where(there, place, 0), mask=inside)
+        tl.store(source + lane, tl.where(there, lies, dummy), mask=inside)
+        tl.store(target + lane, tl.where(there, place, dummy), mask=inside)
     tl.store(after + b, begin + tl.load(lengths + b, mask=inside, other=0), mask=inside & (step == 0))
 
 
@@ -305,7 +307,7 @@ def pack(
 
 @launch.on_its_device
 def compact(
-    rows: Tensor, lengths: Tensor, indptr: Tensor, context: Tensor, table: Tensor | None, size: int, dummy: int,
+    rows: Tensor, lengths: Tensor, indptr: Tensor, context: Tensor, table: Tensor | None, size: int, dummy: int, past: int,
     out: dict[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:  # fmt: skip
     """The lists of :class:`echo.tree.Compaction`, by name.
@@ -317,7 +319,8 @@ def compact(
         context: int32 or int64 [B].
         table: int32 or int64 [B, pages]; None: places in a request's own cache.
         size: tokens of a page.
-        dummy: a slot that no request owns.
+        dummy: a slot that no request owns, or a place in a request's own cache.
+        past: place of each request's first row in its own cache; -1: behind its context.
         out: lists to write to.
     """
     (batch, steps), make = rows.shape, partial(torch.empty, device=rows.device)
@@ -332,7 +335,7 @@ def compact(
             rows.contiguous(), lengths.contiguous(), indptr.contiguous(), context.contiguous(),
             rows if table is None else table.contiguous(),
             *(as_bytes(column) if name == "valid" else column for name, column in new.items()),
-            batch, steps, 0 if table is None else table.shape[1], size, dummy,
+            batch, steps, 0 if table is None else table.shape[1], size, dummy, past,
             PAGED=table is not None, BLOCK=launch.REQUESTS, num_warps=launch.warps(launch.REQUESTS),
         )  # fmt: skip
     return new
