@@ -37,6 +37,7 @@ class GraphEagle:
         pending: steps without speculation until :meth:`catch_up` is due.
         weights: of the head.
         dtype: the head computes in it.
+        fused: between matrix products, Triton kernels (``eagle_kernels``) instead of torch's operations; on a GPU where not given.
 
     Attributes:
         used: int64 [lanes], tokens read.
@@ -45,13 +46,15 @@ class GraphEagle:
 
     def __init__(
         self, model, lanes: int, length: int = 512, count: int = 4, *, beam: int = 4, depth: int = 8, floor: float = FLOOR,
-        pending: int = 64, weights: Path = WEIGHTS, dtype: torch.dtype = torch.float32,
+        pending: int = 64, weights: Path = WEIGHTS, dtype: torch.dtype = torch.float32, fused: bool | None = None,
     ) -> None:  # fmt: skip
         embedding = model.model.embed_tokens.weight.detach()
         device, kind = embedding.device, embedding.dtype
         self.length, self.count, self.beam, self.depth, self.floor = length, count, beam, depth, floor
+        self.fused, self.eps = device.type == "cuda" if fused is None else fused, EPS
         self._weights(EagleHead.read(weights).requires_grad_(False).to(device), embedding.float(), dtype)
         self.angles = _angles(2 * length + depth, device)
+        self.turns = torch.view_as_real(self.angles)
         self.lane, self.steps = torch.arange(lanes, device=device), torch.arange(max(length, depth), device=device)
 
         # By column of a lane: its text, then the nodes drafted in this step, `beam` a layer; last one that is never looked at, for
@@ -79,6 +82,7 @@ class GraphEagle:
         self.state = torch.zeros(lanes, beam, WIDTH, dtype=dtype, device=device)
         self.mask = torch.zeros(lanes, beam, columns, dtype=dtype, device=device)
         self.angle = torch.zeros(lanes, depth, *self.angles.shape[1:], dtype=self.angles.dtype, device=device)
+        self.sees = torch.zeros(depth, lanes, beam, depth, dtype=torch.int32, device=device)  # a node's ancestor in each layer, itself last
 
         # Of the text not read yet; one place more, for what is no entry.
         self.room, self.unread = pending, 0
@@ -175,10 +179,15 @@ class GraphEagle:
         (batch, width), layer = frontier.token.shape, frontier.depth - 1
         if width > self.beam or layer >= self.depth:
             raise echo.EchoError(f"frontier: expected at most {self.beam} nodes of a depth up to {self.depth}, got {width} of {layer + 1}")
-        if layer < 0:
+        if layer >= 0 and self.fused:
+            from eagle_kernels import draft
+
+            return draft(self, frontier)
+        if layer < 0 and not self.fused:
             used = self.used[:batch, None]
             torch.where(self.column < used[..., None], self.seen, self.alone, out=self.mask[:batch])
             self.angle[:batch] = self.angles[used + self.steps[: self.depth]]
+        if layer < 0:
             return self.tokens[:batch, None], self.log_probs[:batch, None]
         mask, first = self.mask[:batch], self.text + layer * self.beam
         if layer == 0:
@@ -196,6 +205,11 @@ class GraphEagle:
 
     def _extend(self, lanes: slice, features: Tensor, tokens: Tensor, lengths: Tensor) -> None:
         """:meth:`extend` of any lanes side by side. Only each one's last token needs a query, the feed-forward layer and logits."""
+        if self.fused:
+            from eagle_kernels import extend
+
+            extend(self, lanes, features, tokens, lengths)
+            return
         used, lane, batch = self.used[lanes], self.lane[lanes], self.lane[: len(tokens)]
         place = used[:, None] + self.steps[: tokens.shape[1]]
         used.add_(lengths).clamp_(max=self.length)
