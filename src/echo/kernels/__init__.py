@@ -22,6 +22,7 @@ from torch import Tensor
 
 from echo.errors import EchoError
 from echo.kernels import reference
+from echo.kernels.inputs import AttentionPlan
 
 BACKENDS = ("auto", "torch", "triton")
 _preferred = ["auto"]
@@ -88,7 +89,7 @@ def tree_attention(
     key_scale: Tensor | None = None,
     value_scale: Tensor | None = None,
     splits: int | None = None,
-    plan: tuple[Tensor, Tensor] | None = None,
+    plan: AttentionPlan | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Attention of packed tree rows over a paged context and their own ancestors.
@@ -146,7 +147,7 @@ def plan_attention(
     window: int | None = None,
     splits: int | None = None,
     backend: str = "auto",
-) -> tuple[Tensor, Tensor]:
+) -> AttentionPlan:
     """The work list of a step, made once on the device for all its layers that share window and splits.
 
     Args:
@@ -155,12 +156,13 @@ def plan_attention(
         mode, window, splits, backend: as in :func:`tree_attention`, and the same as in the calls that get the plan.
 
     Returns:
-        Two int32 tensors to be handed to :func:`tree_attention` as ``plan``.
+        What :func:`tree_attention` takes as ``plan``. Layers of other shapes or element sizes, another mode, window or splits, refuse it;
+        that ``indptr`` and ``context`` hold what they held is not checked.
 
     Raises:
         EchoError: arguments that do not fit, or a backend that is not there.
     """
-    result: tuple[Tensor, Tensor] = _module("attention", backend, q).plan_attention(
+    result: AttentionPlan = _module("attention", backend, q).plan_attention(
         q, key_cache, page_table, context, tree_key, indptr, mode=mode, window=window, splits=splits
     )
     return result
@@ -218,4 +220,4 @@ def argmax_tokens(logits: Tensor, *, backend: str = "auto") -> Tensor:
     return result
 
 
-__all__ = ["BACKENDS", "accept", "accept_greedy", "argmax_tokens", "fused", "merge_attention", "plan_attention", "tree_attention", "using"]
+__all__ = ["BACKENDS", "AttentionPlan", "accept", "accept_greedy", "argmax_tokens", "fused", "merge_attention", "plan_attention", "tree_attention", "using"]
