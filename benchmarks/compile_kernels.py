@@ -65,7 +65,7 @@ class Case:
         return " ".join(parts + ["window"] * (self.window is not None) + ["softcap"] * (self.softcap is not None))
 
 
-STEP = ("_plant", "_grow", "_chance", "_rank", "_allot", "_pack", "_compact", "_foresee", "_observe")
+STEP = ("_plant", "_grow", "_chance", "_rank", "_allot", "_pack", "_compact", "_foresee", "_observe", "_count")
 """Kernels of a step other than attention and acceptance."""
 
 
@@ -191,9 +191,11 @@ def steps(batch: int, beam: int, k: int, depth: int, most: int = 64) -> list[tup
         triton_dealing.path_cost(score, place, torch.zeros(depth + 1, 512, dtype=torch.int32), sizes)
         selected = triton_dealing.select(score.int(), yes, one[torch.int64], one[torch.int64], left, rows, most, sizes)
         triton_packing.pack(selected, place, place, score, yes, rows, -(-most // 32), sizes)
-        triton_packing.compact(batched(depth + 1, torch.int64), one[torch.int64], links, context, table, 64, 0)
+        triton_packing.compact(batched(depth + 1, torch.int64), one[torch.int64], links, context, table, 64, 0, -1)
         triton_packing.foresee(score, score, selected, sizes, BINS, SKIP)
-        triton_packing.observe(one[torch.int64], links, one[torch.int8], one[torch.int64], depth, foreseen, sums, 0.95, 512)
+        emitted = one[torch.int8], one[torch.int64], one[torch.int64]
+        triton_packing.count(links, *emitted[:2], context, rows, depth, torch.zeros(13, dtype=torch.int64))
+        triton_packing.observe(one[torch.int64], *emitted, depth, foreseen, sums, 0.95, 512)
 
     launches = record([triton_growing, triton_dealing, triton_packing], STEP, call)
     return [(name.strip("_"), f"beam={beam} candidates={k} depth={depth} B={batch}", recorder) for name, recorder in launches.items()]

@@ -105,7 +105,7 @@ class Engine:
         sample=kernels.argmax_tokens, eos_token=-1, backend="auto", like=None, graphs=None,
     ) -> None:  # fmt: skip
         self.model, self.scheduler, self.features, self.sample = model, scheduler, features, sample
-        self.eos_token, self.backend = eos_token, backend
+        self.backend = backend
         asked = scheduler.budget if isinstance(scheduler.budget, int) else scheduler.rule.rows(lanes) or 16 * lanes
         most = len(like.sampled) if like else tier(max(lanes, rows or asked))
         self.cache = like.cache if like else PagedCache(model, lanes, pages, length)
@@ -116,6 +116,7 @@ class Engine:
         self.lanes = torch.arange(lanes, device=device)
         self.slot, self.places = self.lanes.clone(), list(range(lanes))  # each lane's slot of the history, of empty lanes too; the host's
         self.stats = self.space.stats
+        self.ends = torch.full((1,), eos_token, device=device)
         self.root, self.left = torch.zeros_like(self.lanes), torch.zeros_like(self.lanes)  # last token, tokens still to emit
         self.known = scheduler.history(lanes, "cpu")  # what the host knows of the history: forecasts never wait for the device
         kv = self.cache.kv
@@ -129,6 +130,7 @@ class Engine:
         on_gpu = device.type == "cuda"
         self.pinned = deque(torch.zeros(self.report.shape, dtype=torch.int32, device="cpu", pin_memory=on_gpu) for _ in range(2))
         self.running: list[int] = []  # the prompt that each lane answers
+        self.failed: list[int] = []
         self.first: dict[int, Tensor] = {}
         self.timed, self.times = False, dict[str, list[tuple[Any, Any]]]()
         self.drafter = drafter and drafter(self)
@@ -138,7 +140,7 @@ class Engine:
     @torch.inference_mode()
     def generate(self, prompts: Sequence[Tensor], max_new_tokens: int) -> Iterator[tuple[int, list[int]]]:
         """Answers all prompts, as many at once as lanes and pages allow; yields what a request emits, as ``(prompt, tokens)``."""
-        waiting, last = deque(range(len(prompts))), None
+        waiting, last, self.failed = deque(range(len(prompts))), None, []
         while waiting or self.running or last is not None:
             while waiting and len(self.running) < len(self.lanes):
                 prompt = prompts[waiting[0]]
@@ -151,6 +153,8 @@ class Engine:
             if last is not None:
                 yield from self.read(last)
             last = now
+        if self.failed:
+            raise ValueError(f"prompts {self.failed}: the target had no number for the next token: their answers are not whole")
 
     def admit(self, request: int, prompt: Tensor, max_new_tokens: int) -> None:
         """Prefills a request alone, causally, in the next lane, and samples its first token, which the next report brings."""
@@ -159,7 +163,7 @@ class Engine:
         first = self.sample(self.model.lm_head(states[-1:]))
         self.cache.write(cache_slots(place, self.lanes[lane].expand_as(place), self.cache.table, PAGE, DUMMY), kv)
         self.cache.context[lane], self.root[lane] = len(prompt), first[0]
-        self.left[lane] = torch.where(first[0] == self.eos_token, 0, max_new_tokens - 1)
+        self.left[lane] = torch.where(first[0] == self.ends[0], 0, max_new_tokens - 1)
         history, slot = self.space.history, self.slot[lane : lane + 1]
         fresh = history.reset(slot)
         for name in SUMS:
@@ -224,7 +228,7 @@ class Engine:
     def accept(self, packed: echo.PackedTree) -> None:
         """What the target's tokens mean: accepted rows go into pages, the history learns, the drafter extends, lanes move on."""
         lanes, space, cache = packed.batch, self.space, self.cache
-        accepted = space.accept(packed, self.sampled[: packed.rows], backend=self.backend)
+        accepted = space.accept(packed, self.sampled[: packed.rows], limits=self.left[:lanes], eos_tokens=self.ends, backend=self.backend)
         pages = {"page_table": cache.table[:lanes], "page_size": PAGE, "dummy": DUMMY}
         lists = space.compact(packed, accepted, cache.context[:lanes], **pages)
         cache.write(lists.target.flatten(), self.stash[:, :, lists.gather.flatten()])
@@ -238,16 +242,14 @@ class Engine:
         self.advance(accepted)
 
     def advance(self, accepted: echo.Accepted) -> None:
-        """What the accepted tokens mean for each lane: cut at its end; the next root; tokens left; and the step's report."""
+        """What the accepted tokens mean for each lane: what it says, its next root, the tokens left; and the step's report."""
         lanes, steps = accepted.tokens.shape
         left, root = self.left[:lanes], self.root[:lanes]
-        ends = accepted.tokens == self.eos_token
-        within = torch.arange(steps, device=ends.device) < left[:, None]
-        keeps = within & (ends.cumsum(1) == ends) & (accepted.tokens >= 0)
         self.said.fill_(-1)
-        self.said[:lanes, :steps] = torch.where(keeps, accepted.tokens, -1)
-        root.copy_(torch.where(accepted.lengths > 0, accepted.bonus, root))
-        left.copy_(torch.where((keeps & ends).any(dim=1), 0, left - keeps.sum(dim=1)))
+        self.said[:lanes, :steps] = accepted.tokens
+        torch.where(accepted.lengths > 0, accepted.bonus, root, out=root)
+        rest = torch.where(accepted.bonus == self.ends, 0, left - accepted.lengths)
+        torch.where(accepted.lengths > 0, rest, left.clamp(0, 1).neg(), out=left)  # -1: the target had no number
         torch.cat([part.view(torch.int32) for part in self.parts()], out=self.report)
 
     def parts(self) -> list[Tensor]:
@@ -280,7 +282,8 @@ class Engine:
             tokens = first + [token for token in said[lane] if token >= 0]
             if tokens:
                 yield request, tokens
-            if left[lane] == 0 and request in self.running:
+            if left[lane] < 1 and request in self.running:
+                self.failed += [request] * (left[lane] < 0)
                 self.finish(self.running.index(request))
 
     def finish(self, lane: int) -> None:

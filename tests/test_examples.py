@@ -113,6 +113,25 @@ def test_the_sampler_has_the_models_law():
     assert share[1] == share[4] == 0
 
 
+def test_a_first_layer_may_come_from_elsewhere(folders):
+    """What the draft model says after it is what it says where it drafted that layer itself."""
+    from transformers_generate import DraftModel, load
+
+    slots, prompts = torch.arange(2), [torch.tensor([5, 9, 2]), torch.tensor([7])]
+    scheduler = echo.ElasticBudgetScheduler(echo.GlobalRank(2), budget=9, max_depth=2)
+    drafter, roots = DraftModel(load(folders["draft"], "float32", "cpu"), 2, 32), torch.tensor([4, 8])
+    said = []
+    for elsewhere in (False, True, True):
+        with torch.inference_mode():
+            drafter.admit(slots, prompts, roots)
+            tree = scheduler.plant(roots)
+            first = said[0] if elsewhere else drafter.draft(slots, tree.frontier)
+            tree = scheduler.grow(tree, *first)
+            said += [first, drafter.draft(slots, tree.frontier)]
+    for tokens, log_probs in said[3::2]:
+        assert torch.equal(tokens, said[1][0]) and torch.equal(log_probs, said[1][1])
+
+
 def test_a_draft_saves_steps(folders, texts, capsys):
     generate(folders, texts, "eagle")
     assert float(capsys.readouterr().out.split(" a step")[0].split()[-1]) > 1.3

@@ -132,7 +132,7 @@ def test_rank_says_what_a_chain_would_have_accepted(trace):
     for step in seen:
         at = trace.indptr[step.requests] + step.position
         firsts = (rank[at] == 0).cumprod(axis=1).sum(axis=1)
-        assert (step.accepted.lengths.numpy() - 1 == firsts).all()
+        assert (step.accepted.drafts.numpy() == firsts).all()
 
 
 def test_a_cost_model_that_is_wrong_learns_from_the_steps(trace):

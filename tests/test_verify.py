@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import chi2
@@ -79,7 +80,7 @@ def deviation(parents, tokens, vocabulary):
     text = contexts(parents, tokens, vocabulary)
     weight = law[text[each], sampled].prod(1)
     indptr = (nodes * torch.arange(count + 1)).int()
-    _, emitted, lengths = reference.accept(parents[each].flatten().int(), indptr, tokens[each].flatten(), sampled.flatten(), nodes - 1)
+    _, emitted, lengths, _ = reference.accept(parents[each].flatten().int(), indptr, tokens[each].flatten(), sampled.flatten(), nodes - 1)
     assert int(lengths.min()) == 1 and int(lengths.max()) == nodes
     expected, written = followed(law, torch.ones(count, dtype=torch.int64), emitted)
     _, group = torch.stack([each, written], 1).unique(dim=0, return_inverse=True)
@@ -199,7 +200,7 @@ def test_duplicate_siblings_and_broken_links_end_in_defined_walks():
     tokens = torch.tensor([5, 7, 7, 8, 9, 1])
     indptr = torch.tensor([0, 5, 6], dtype=torch.int32)
     parent = torch.tensor([-1, 0, 0, 1, 77, -1], dtype=torch.int32)  # row 4 points beyond its request
-    rows, emitted, lengths = reference.accept(parent, indptr, tokens, torch.tensor([7, 8, 0, 9, 0, 1]), 3)
+    rows, emitted, lengths, _ = reference.accept(parent, indptr, tokens, torch.tensor([7, 8, 0, 9, 0, 1]), 3)
     assert rows.tolist() == [[0, 1, 3, -1], [5, -1, -1, -1]]  # of the two 7s the first row; 9 hangs nowhere
     assert emitted.tolist() == [[7, 8, 9, -1], [1, -1, -1, -1]]
     assert lengths.tolist() == [3, 1]
@@ -274,9 +275,12 @@ def test_a_step_makes_warmup_rows_and_a_gated_one_refuses():
     steps = list(echo.decode(scheduler, target, drafter, prompts, slots=4, max_new_tokens=12))
     log = echo.WarmupLog.concat([step.log() for step in steps])
     for step in steps:
-        rows = step.log()
-        assert len(rows) == int((step.packed.depth > 0).sum())
-        assert int(rows.accepted.sum()) == int((step.accepted.lengths - 1).sum())
+        rows, drafts = step.log(), step.accepted.drafts
+        known = torch.where(drafts < step.accepted.lengths, 3, drafts).repeat_interleave(
+            step.packed.indptr.diff()
+        )  # not what is behind the end
+        assert len(rows) == int(((step.packed.depth > 0) & (step.packed.depth <= F.pad(known, (0, step.packed.rows - len(known))))).sum())
+        assert int(rows.accepted.sum()) == int(drafts.sum())
         for depth in set(rows.depth.tolist()):
             first = rows.rank[rows.depth == depth] == 0
             assert first.sum() <= step.packed.batch

@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import math
+import operator
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TypeVar
+from numbers import Real
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from echo.errors import EchoError
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-T = TypeVar("T")
+ROUNDING = 2.0**-6
+"""The most by which a log-probability may be above 0: half a step of float16 logits up to 64, whose log-softmax was taken in float16, and
+more than the logarithm of a bfloat16 probability that is a step above 1. What is above was never a log-probability."""
 INTEGERS = (torch.int64, torch.int32)
+INT64 = torch.iinfo(torch.int64).max
+HostInts = Sequence[int] | NDArray[Any] | Tensor
+"""What :func:`integers` takes of several: a list, a numpy array or a CPU tensor."""
+
+T = TypeVar("T")
 
 
 def tensor(
@@ -75,25 +87,88 @@ def follows(name: str, value: object, protocol: type[object]) -> None:
 
 
 def integer(name: str, value: object, low: int, high: int | None = None) -> int:
-    """``value`` if it is an int within [low, high].
+    """``value`` as an int if it is one of any kind (Python's, numpy's, a tensor of no dimension on the host), within [low, high].
 
     Raises:
         EchoError: naming the argument, what was expected and what came.
     """
-    if isinstance(value, int) and not isinstance(value, bool) and value >= low and (high is None or value <= high):
-        return value
+    number = value if type(value) is int else _whole(value)
+    if number is not None and number >= low and (high is None or number <= high):
+        return number
     raise EchoError(f"{name}: expected an int {_range(low, high)}, got {value!r}")
 
 
-def real(name: str, value: object, low: float, high: float | None = None) -> float:
-    """``value`` as a float if it is a finite number within [low, high].
+def _whole(value: object) -> int | None:
+    """An integer of any kind; None of what is none. A bool is none, and a tensor on a device must not be waited for."""
+    if isinstance(value, bool) or (isinstance(value, Tensor) and (value.dtype == torch.bool or value.dim() or not value.is_cpu)):
+        return None
+    try:
+        return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        return None
+
+
+def integers(name: str, value: object, low: int, high: int | None = None) -> NDArray[np.int64]:
+    """``value`` as int64 [n], or [] of a single one, if it is integers of any kind within [low, high], known to the host.
+
+    Args:
+        name: of the argument.
+        value: an integer, a sequence or numpy array of them, or a tensor of no or one dimension on the host.
+        low, high: what each must be within.
 
     Raises:
         EchoError: naming the argument, what was expected and what came.
     """
-    if isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= (sys.float_info.max if high is None else high):
-        return float(value)
+    expected = f"{name}: expected ints {_range(low, high)} on the host (one, a list, an array or a CPU tensor)"
+    if isinstance(value, Tensor):
+        if not value.is_cpu:
+            raise EchoError(f"{expected}, got a tensor on {value.device}")
+        value = value.detach().numpy()
+    if isinstance(value, np.ndarray):
+        if value.ndim > 1 or value.dtype.kind not in "iu":
+            raise EchoError(f"{expected}, got {value.dtype} {list(value.shape)}")
+        found = value
+    else:
+        several = isinstance(value, Iterable) and not isinstance(value, str | bytes)
+        items: list[object] = list(value) if several else [value]  # type: ignore[call-overload]
+        numbers = [item if type(item) is int else _whole(item) for item in items]
+        if None in numbers:
+            raise EchoError(f"{expected}, got {items[numbers.index(None)]!r}")
+        found = np.array(numbers if several else numbers[0], dtype=None if items else np.int64)
+    if found.size and not (low <= found.min() and found.max() <= (INT64 if high is None else high)):
+        raise EchoError(f"{expected}, got numbers from {found.min()} to {found.max()}")
+    return found.astype(np.int64)
+
+
+def real(name: str, value: object, low: float, high: float | None = None) -> float:
+    """``value`` as a float if it is a finite number of any kind, as in :func:`integer`, within [low, high].
+
+    Raises:
+        EchoError: naming the argument, what was expected and what came.
+    """
+    scalar = isinstance(value, Tensor) and value.is_cpu and value.dim() == 0 and not value.is_complex() and value.dtype != torch.bool
+    if (isinstance(value, Real) or scalar) and not isinstance(value, bool):
+        number = float(value)  # type: ignore[arg-type]
+        if low <= number <= (sys.float_info.max if high is None else high):
+            return number
     raise EchoError(f"{name}: expected a number {_range(low, high)}, got {value!r}")
+
+
+def integer_field(owner: object, name: str, low: int, high: int | None = None) -> None:
+    """Makes a field of a frozen dataclass an int, as :func:`integer` does."""
+    object.__setattr__(owner, name, integer(name, getattr(owner, name), low, high))
+
+
+def real_field(owner: object, name: str, low: float, high: float | None = None) -> None:
+    """Makes a field of a frozen dataclass a float, as :func:`real` does."""
+    object.__setattr__(owner, name, real(name, getattr(owner, name), low, high))
+
+
+def instead(score: float, scores: Iterable[float]) -> str:
+    """What ``scores`` that hold such a ``score`` are likely to be instead of log-probabilities; nothing where it might be one, or NaN."""
+    if not ROUNDING < score < math.inf:
+        return ""
+    return " (probabilities? take their logarithm)" if all(0 <= q <= 1 for q in scores) else " (logits? take their log-softmax)"
 
 
 @contextmanager

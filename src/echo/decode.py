@@ -5,9 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from echo import checks, kernels
@@ -18,7 +19,7 @@ from echo.budget.scheduler import ElasticBudgetScheduler
 from echo.errors import EchoError
 from echo.logs import WarmupLog
 from echo.tree.accepted import Accepted
-from echo.tree.packed import PackedTree, into
+from echo.tree.packed import PackedTree
 from echo.tree.supertree import Frontier, SuperTree, bits
 
 
@@ -44,7 +45,8 @@ class Drafter(Protocol):
     def draft(self, slots: Tensor, frontier: Frontier, /) -> tuple[Tensor, Tensor]:
         """Candidates after each node of the ``frontier``: tokens int64 [B, W, k] and log-probabilities float [B, W, k].
 
-        Slots with fewer than k candidates are filled with -inf. k may differ from depth to depth.
+        Slots with fewer than k candidates are filled with -inf. k may differ from depth to depth. A step's first frontier is of depth
+        0, or of depth 1 where ``plant`` was given a first layer.
         """
 
     def keep(self, slots: Tensor, packed: PackedTree, accepted: Accepted, /) -> None:
@@ -76,15 +78,17 @@ class Step:
     """What happened in one step.
 
     Attributes:
-        tree, packed, accepted: the values of the step.
+        tree, packed, accepted: the values of the step; ``accepted`` cut at the ends of answers.
         sampled: int64 [N], the target's tokens.
         slots: int64 [B].
         forecast: depth and rows planned.
         seconds: where the time went.
         gated: a gate kept nodes from being drafted.
         requests: for steps of :func:`decode`, which prompt each of the B requests answers.
-        emitted: for steps of :func:`decode`, the tokens each emitted, cut at its end.
+        emitted: for steps of :func:`decode`, the tokens each emitted: its row of ``accepted.tokens``, in its first step behind the
+            token that prefill sampled.
         finished: for steps of :func:`decode`, the prompts answered in full with this step.
+        failed: for steps of :func:`decode`, the prompts whose answers end here unfinished: the target had no number for their next token.
     """
 
     tree: SuperTree
@@ -98,6 +102,7 @@ class Step:
     requests: tuple[int, ...] = ()
     emitted: tuple[tuple[int, ...], ...] = ()
     finished: tuple[int, ...] = ()
+    failed: tuple[int, ...] = ()
 
     def log(self, first_step: int = 0, *, weights: Tensor | None = None) -> WarmupLog:
         """Warm-up rows of this step; see :func:`warmup_rows` for the arguments.
@@ -116,9 +121,10 @@ class Step:
 def warmup_rows(
     tree: SuperTree, packed: PackedTree, accepted: Accepted, first_step: int = 0, *, weights: Tensor | None = None
 ) -> WarmupLog:
-    """Each verified drafted node with its path probability, its rank in its layer, and whether its whole path was accepted.
+    """Each judged drafted node with its path probability, its rank in its layer, and whether its whole path was accepted.
 
-    Nodes that no row was spent on are missing, not rejected: warm up with a rule that buys the best of every layer.
+    Nodes that no row was spent on are missing, not rejected: warm up with a rule that buys the best of every layer. So are those that
+    the target did not judge (:attr:`Accepted.drafts`).
 
     Args:
         tree, packed, accepted: of one step.
@@ -130,13 +136,13 @@ def warmup_rows(
         EchoError: weights of another shape or dtype.
     """
     rank, taken = outcomes(tree, packed, accepted)
-    kept = packed.depth > 0
+    kept = (packed.depth > 0) & (rank >= 0)
     weight = torch.ones(packed.rows, device=kept.device)
     if weights is not None:
         checks.tensor("weights", weights, [tree.batch, "depths + 1"], checks.FLOATS, kept.device)
         if weights.shape[1] <= tree.depth:
             raise EchoError(f"weights: expected a column for each depth from 0 to {tree.depth}, got {weights.shape[1]} columns")
-        weight = weights[packed.request.long().clamp(max=tree.batch - 1), packed.depth.long()].float()
+        weight = weights.detach()[packed.request.long().clamp(max=tree.batch - 1), packed.depth.long()].float()
         kept = kept & (weight > 0)
     return WarmupLog.from_arrays(
         depth=packed.depth[kept].cpu().numpy(),
@@ -155,16 +161,20 @@ def outcomes(tree: SuperTree, packed: PackedTree, accepted: Accepted) -> tuple[T
         tree, packed, accepted: the values of one step.
 
     Returns:
-        rank int64 [N], each row's place among its request's candidates of its depth, by path probability (0 on roots and pads); and
-        bool [N], whether the target accepted the whole path to it.
+        rank int64 [N], each row's place among its request's candidates of its depth, by path probability (0 on roots and pads); -1 on
+        rows that the target did not judge (:attr:`Accepted.drafts`). And bool [N], whether the target accepted the whole path to it.
     """
     checks.instance("tree", tree, SuperTree)
     extra = checks.instance("packed", packed, PackedTree).rows  # "no row", -1, falls on one row more, that is cut off
-    rows = torch.where(accepted.rows < 0, extra, accepted.rows).flatten()
+    drafts, path = accepted.drafts, accepted.rows.flatten()
+    rows = path if accepted.beyond is None else torch.cat([path, accepted.beyond])
+    rows = torch.where(rows < 0, extra, rows)
     taken = torch.zeros(packed.rows + 1, dtype=torch.bool, device=packed.tokens.device).index_fill(0, rows, True)
+    deepest = F.pad(torch.where(drafts < accepted.lengths, packed.max_depth, drafts), (0, 1))
     ranks = torch.cat([place(bits(layer.score).long()) for layer in tree.layers], dim=1).flatten()
+    ranks = F.pad(ranks, (0, 1))[packed.node]  # pads: the last
     drafted = packed.depth > 0
-    return torch.where(drafted, ranks[packed.node.clamp(0, len(ranks) - 1)], 0), taken[:-1] & drafted
+    return ranks.masked_fill(~drafted, 0).masked_fill(packed.depth > deepest[packed.request], -1), taken[:-1] & drafted
 
 
 def verify(
@@ -172,17 +182,22 @@ def verify(
     target_tokens: Tensor | None = None,
     *,
     logits: Tensor | None = None,
+    limits: Tensor | None = None,
+    eos_tokens: Tensor | None = None,
     backend: str = "auto",
     out: Accepted | None = None,
 ) -> Accepted:
     """Accepts, from each root down, the child that equals the target's own token.
 
-    Lossless for greedy decoding and for sampling, whatever was drafted and selected: every emitted token is the target's.
+    Lossless for greedy decoding and for sampling, whatever was drafted and selected: every emitted token is the target's. A walk ends
+    before a row without a token, as :class:`Accepted` says.
 
     Args:
         packed: the step.
-        target_tokens: int64 [N], the token that the engine sampled after each row.
-        logits: float [N, V] instead, for greedy decoding; NaN never wins.
+        target_tokens: int64 [N], the token that the engine sampled after each row; negative where there is none.
+        logits: float [N, V] instead, for greedy decoding; NaN never wins, and a row without a number above -inf has no token.
+        limits: int64 [B], tokens that each answer may still get; what lies behind is cut off as by :meth:`Accepted.cut`.
+        eos_tokens: int64 [n], tokens that end an answer, likewise.
         backend: "auto", "torch" or "triton", as in :mod:`echo.kernels`; both give the same bits.
         out: buffers of the same shapes, which are written to and returned.
 
@@ -194,12 +209,19 @@ def verify(
     device = checks.instance("packed", packed, PackedTree).tokens.device
     links = packed.parent, packed.indptr, packed.tokens
     if logits is not None:
-        checks.tensor("logits", logits, [packed.rows, "V"], checks.FLOATS, device)
-        rows, emitted, lengths = kernels.accept_greedy(*links, logits, packed.max_depth, backend=backend)
+        target = checks.tensor("logits", logits, [packed.rows, "V"], checks.FLOATS, device)
     else:
-        tokens = checks.tensor("target_tokens", target_tokens, [packed.rows], torch.int64, device)
-        rows, emitted, lengths = kernels.accept(*links, tokens, packed.max_depth, backend=backend)
-    return into(out, Accepted(emitted, rows, lengths, emitted.gather(1, (lengths - 1).clamp(min=0)[:, None])[:, 0]))
+        target = checks.tensor("target_tokens", target_tokens, [packed.rows], torch.int64, device)
+    buffers = None
+    if out is not None:
+        shape = [packed.batch, packed.max_depth + 1]
+        given = {"rows": out.rows, "tokens": out.tokens, "lengths": out.lengths, "beyond": out.beyond, "bonus": out.bonus}
+        sizes = {"rows": shape, "tokens": shape}
+        buffers = tuple(checks.tensor(f"out.{k}", v, sizes.get(k, shape[:1]), torch.int64, device) for k, v in given.items())
+    rows, tokens, lengths, beyond, bonus = kernels.walk(
+        *links, target, packed.max_depth, limits=limits, eos_tokens=eos_tokens, out=buffers, backend=backend
+    )
+    return Accepted(tokens, rows, lengths, bonus, beyond)
 
 
 def speculate(
@@ -213,8 +235,11 @@ def speculate(
     capacity: Tensor | None = None,
     base_rows: int = 0,
     peek: bool = True,
+    forecast: Forecast | None = None,
+    eos_tokens: Tensor | None = None,
+    limits: Tensor | None = None,
 ) -> tuple[Step, History]:
-    """One step: forecast, plant, grow, pack, target, verify, keep.
+    """One step: forecast, plant, grow, pack, target, verify, keep. All tensors on one device.
 
     Args:
         scheduler: the policy.
@@ -224,14 +249,17 @@ def speculate(
         history: of all slots.
         capacity: int64 [B], as in :meth:`ElasticBudgetScheduler.plant`.
         base_rows: rows that prefill takes of the same forward pass.
-        peek: stop drafting once no request is active. It reads one flag back a layer; a host inside a CUDA graph must not.
+        peek: stop drafting once no request is active. It waits for one flag a layer; a host inside a CUDA graph must not.
+        forecast: made by the scheduler from what the host knows. Defaults to one made here, for which slots and history are copied to
+            the host: on a GPU the step then begins with a wait.
+        eos_tokens, limits: where answers end, as in :meth:`Accepted.cut`.
 
     Returns:
         The step, and the history after it.
     """
     clock, drafting = time.perf_counter, 0.0
     start = clock()
-    plan = scheduler.forecast(history, slots, base_rows)
+    plan = scheduler.forecast(history.to("cpu"), slots.cpu(), base_rows) if forecast is None else forecast
     tree = scheduler.plant(root_tokens, capacity=capacity, rows=plan.rows)
     for _ in range(plan.depth if drafter is not None else 0):
         if drafter is None or (peek and not bool(tree.active.any())):
@@ -244,7 +272,7 @@ def speculate(
     planned = clock()
     sampled = target.verify(slots, packed)
     verified = clock()
-    accepted = verify(packed, sampled)
+    accepted = verify(packed, sampled, eos_tokens=eos_tokens, limits=limits)
     history = history.observe(slots, packed, accepted)
     judged = clock()
     target.keep(slots, packed, accepted)
@@ -275,6 +303,9 @@ def decode(
 ) -> Iterator[Step]:
     """Answers all prompts with continuous batching: a request that ends leaves, the next one takes its slot.
 
+    The host plans each step from what it read after the one before: the emitted tokens and the history. With ``peek=False`` nothing
+    else waits for the device.
+
     Args:
         scheduler, target, drafter, peek: as in :func:`speculate`.
         prompts: int64 [length] each.
@@ -288,61 +319,87 @@ def decode(
         A :class:`Step` for each step. The token that prefill sampled is the first of the request's first ``emitted``.
 
     Raises:
-        EchoError: an argument of the wrong kind or out of range.
+        EchoError: an argument of the wrong kind or out of range; and at the end, when all other prompts are answered, naming each
+            prompt whose answer is unfinished because the target had no number for its next token (:attr:`Step.failed`).
     """
-    checks.integer("slots", slots, 1)
-    ends = {eos_token} if isinstance(eos_token, int) else set(eos_token or ())
+    slots = checks.integer("slots", slots, 1)
+    ends = frozenset(() if eos_token is None else checks.integers("eos_token", eos_token, 0).ravel().tolist())
+    eos_tokens = torch.tensor(sorted(ends), device=device) if ends else None
     limits = _limits(prompts, max_new_tokens)
+    most = scheduler.max_tree_rows if capacity is None else checks.integer("capacity", capacity, 1)
     history = scheduler.history(slots, device)
+    known = history.to("cpu")
     waiting = list(range(len(prompts)))[::-1]
     running: dict[int, int] = {}  # slot -> prompt
     roots: dict[int, int] = {}
     counts = [0] * len(prompts)
     fresh: dict[int, int] = {}  # slot -> token sampled by prefill, not emitted yet
+    steps, failed, faults = 0, list[int](), list[str]()
     while waiting or running:
         free = [slot for slot in range(slots) if slot not in running][: len(waiting)]
         if free:
             where = torch.tensor(free, device=device)
             chosen = [waiting.pop() for _ in free]
-            texts = [prompts[i].to(device) for i in chosen]
-            first = checks.tensor("target.admit()", target.admit(where, texts), [len(free)], torch.int64)
-            if drafter is not None:
-                drafter.admit(where, texts, first)
+            texts = {slot: prompts[i].to(device) for slot, i in zip(free, chosen, strict=True)}
+            first = checks.tensor("target.admit()", target.admit(where, list(texts.values())), [len(free)], torch.int64)
             history = history.reset(where)
-            running.update(zip(free, chosen, strict=True))
-            fresh.update(zip(free, first.tolist(), strict=True))
-            roots.update(fresh)
+            known, (sampled,) = _on_host(history, first)
+            for slot, i, token in zip(free, chosen, sampled, strict=True):
+                if token < 0:
+                    failed.append(i)
+                    faults.append(f"prompt {i} at its end")
+                else:
+                    running[slot], fresh[slot], roots[slot] = i, token, token
+            begun = [slot for slot in free if slot in running]
+            if drafter is not None and begun:
+                where, first = (torch.tensor([number[slot] for slot in begun], device=device) for number in (range(slots), fresh))
+                drafter.admit(where, [texts[slot] for slot in begun], first)
         live = sorted(running)
+        if not live:
+            continue
         where = torch.tensor(live, device=device)
-        left = torch.tensor([limits[running[s]] - counts[running[s]] - (s in fresh) for s in live], device=device)
-        # Whoever needs one token more, or is at its end already, has nothing to gain from drafting.
-        room = torch.where(left > 1, scheduler.max_tree_rows if capacity is None else capacity, 1)
+        missing = [0 if fresh.get(s) in ends else limits[running[s]] - counts[running[s]] - (s in fresh) for s in live]
+        left = torch.tensor(missing, device=device)
+        # A request that needs one token more, or is at its end already, has nothing to gain from drafting.
+        room = torch.where(left > 1, most, 1)
         roots_now = torch.tensor([roots[s] for s in live], device=device)
-        step, history = speculate(scheduler, target, drafter, where, roots_now, history, capacity=room, peek=peek)
+        options: dict[str, Any] = {"capacity": room, "peek": peek, "forecast": scheduler.forecast(known, live)}
+        ending: dict[str, Any] = {"eos_tokens": eos_tokens, "limits": left}
+        step, history = speculate(scheduler, target, drafter, where, roots_now, history, **options, **ending)
+        steps += 1
+        known, (tokens, lengths) = _on_host(history, step.accepted.tokens, step.accepted.lengths)
         emitted, finished = [], []
         requests = tuple(running[s] for s in live)
-        for slot, request, tokens, length in zip(
-            live, requests, step.accepted.tokens.tolist(), step.accepted.lengths.tolist(), strict=True
-        ):
-            new = ([fresh.pop(slot)] if slot in fresh else []) + tokens[:length]
-            new = new[: limits[request] - counts[request]]
-            new = new[: next((i + 1 for i, token in enumerate(new) if token in ends), len(new))]
+        for slot, request, row, length in zip(live, requests, tokens, lengths, strict=True):
+            new = ([fresh.pop(slot)] if slot in fresh else []) + row[:length]
             counts[request] += len(new)
-            roots[slot] = tokens[length - 1]
             emitted.append(tuple(new))
-            if counts[request] == limits[request] or new[-1] in ends:
+            if counts[request] == limits[request] or (new and new[-1] in ends):
                 finished.append(request)
-                del running[slot]
-        yield replace(step, requests=requests, emitted=tuple(emitted), finished=tuple(finished))
+            elif not length:
+                failed.append(request)
+                faults.append(f"prompt {request} after {counts[request]} tokens of its answer, in step {steps}")
+            else:
+                roots[slot] = row[length - 1]
+                continue
+            del running[slot]
+        yield replace(step, requests=requests, emitted=tuple(emitted), finished=tuple(finished), failed=tuple(failed))
+        failed = []
+    if faults:
+        raise EchoError(f"target: expected a number in the row of each root, got none for {'; '.join(faults)}")
 
 
-def _limits(prompts: Sequence[Tensor], max_new_tokens: int | Sequence[int]) -> list[int]:
+def _on_host(history: History, *values: Tensor) -> tuple[History, list[Any]]:
+    """What :func:`decode` reads after an admission or a step, the history and some values: the one place where it waits for the device."""
+    return history.to("cpu"), [value.tolist() for value in values]
+
+
+def _limits(prompts: Sequence[Tensor], max_new_tokens: object) -> list[int]:
     """Tokens of each answer at most. Checks both arguments."""
-    limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
+    given = checks.integers("max_new_tokens", max_new_tokens, 1)
+    limits: list[int] = (given.repeat(len(prompts)) if given.ndim == 0 else given).tolist()
     if len(limits) != len(prompts):
         raise EchoError(f"max_new_tokens: expected one number for each of {len(prompts)} prompts, got {len(limits)}")
-    for limit in limits:
-        checks.integer("max_new_tokens", limit, 1)
     for number, prompt in enumerate(prompts):
         if len(checks.tensor(f"prompts[{number}]", prompt, ["length"], torch.int64)) == 0:
             raise EchoError(f"prompts[{number}]: expected at least one token, got none")

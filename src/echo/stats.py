@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from echo import checks
+from echo import checks, kernels
 from echo.tree.accepted import Accepted
 from echo.tree.packed import PackedTree, into
 from echo.tree.supertree import Status
@@ -22,16 +22,18 @@ class StepCounts:
     Attributes:
         steps: steps observed.
         layers: depths of their trees, summed: layers / steps is the mean draft depth, and 0 says that speculation was off.
-        requests: live requests of each step, summed; each has one root row and emits one token of the target's own.
+        requests: requests verified in each step, summed; each has one root row, and emits one token of the target's own unless silent.
         rows: rows verified for requests, roots included.
         pads: rows launched and given to nobody.
-        accepted: drafted rows accepted.
+        accepted: drafted rows accepted, whose own token was emitted too.
         truncated: requests of a step that failed a gate.
         starved: requests of a step that passed and found no row left to buy.
         released: rows that truncated requests hold less than their share.
         redealt: those of them that other requests hold beyond their shares. What was released and not re-dealt was launched as pads:
             never more than ``pads``. A rule with a budget for each request re-deals nothing.
         invalid: faulty draft scores, as :attr:`SuperTree.invalid` counts them.
+        silent: verified requests of a step that emitted nothing: the target had no number for the root, or their answer was over.
+        unserved: live requests of a step that got no row, because more were live than it has rows; they keep their root.
     """
 
     steps: int = 0
@@ -45,6 +47,8 @@ class StepCounts:
     released: int = 0
     redealt: int = 0
     invalid: int = 0
+    silent: int = 0
+    unserved: int = 0
 
     @property
     def drafted(self) -> int:
@@ -53,8 +57,8 @@ class StepCounts:
 
     @property
     def emitted(self) -> int:
-        """Tokens emitted: accepted drafts, and one of the target's own for each live request of a step."""
-        return self.accepted + self.requests
+        """Tokens emitted: accepted drafts, and one of the target's own for each verified request of a step that was not silent."""
+        return self.accepted + self.requests - self.silent
 
     @property
     def tokens_per_step(self) -> float:
@@ -69,7 +73,7 @@ class StepStats:
     Counters of several ranks or loops add up: ``StepStats(a.counts + b.counts)``.
 
     Attributes:
-        counts: int64 [11], in the order of :class:`StepCounts`.
+        counts: int64 [13], in the order of :class:`StepCounts`.
 
     Example:
         >>> import echo
@@ -89,7 +93,7 @@ class StepStats:
         return cls(torch.zeros(len(fields(StepCounts)), dtype=torch.int64, device=device))
 
     def observe(self, packed: PackedTree, accepted: Accepted, *, out: StepStats | None = None) -> StepStats:
-        """After a step, on the device: a dozen small operators, fixed shapes, no read-back.
+        """After a step, on the device: one launch on a GPU, fixed shapes, sync-free.
 
         Args:
             packed, accepted: the step.
@@ -101,6 +105,11 @@ class StepStats:
         checks.instance("packed", packed, PackedTree)
         lengths = checks.instance("accepted", accepted, Accepted).lengths
         checks.tensor("accepted.lengths", lengths, [packed.batch], torch.int64, self.counts.device)
+        layers = packed.max_depth if packed.drafted is None else packed.drafted
+        fused = kernels.fused("packing", lengths)
+        if fused is not None:
+            state = packed.indptr, packed.status, lengths, packed.invalid
+            return StepStats(fused.count(*state, packed.rows, layers, self.counts, out=None if out is None else out.counts))
         rows = packed.indptr.diff().long()
         live = rows > 0
         real, requests = rows.sum(), live.sum()
@@ -111,16 +120,18 @@ class StepStats:
         beyond = ((rows - share).clamp(min=0) * live).sum() - odd
         step = [
             real.new_ones(()),
-            real.new_full((), packed.max_depth) if packed.drafted is None else packed.drafted.long(),
+            layers.long() if isinstance(layers, Tensor) else real.new_full((), layers),
             requests,
             real,
             packed.rows - real,
-            (accepted.lengths - live.long()).sum(),
+            (lengths - 1).clamp(min=0).sum(),
             truncated.sum(),
             (live & (packed.status == int(Status.STARVED))).sum(),
             released,
             torch.minimum(released, beyond.clamp(min=0)),
             packed.invalid.sum(dtype=torch.int64),
+            (live & (lengths == 0)).sum(),
+            (~live & (packed.status != int(Status.EMPTY))).sum(),
         ]
         return into(out, StepStats(self.counts + torch.stack(step)))
 

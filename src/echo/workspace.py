@@ -124,7 +124,7 @@ class Workspace:
         self._expected = self._new(lanes, depth, dtype=f32) if self._foresees else None
         steps = lanes * (depth + 1)
         self._emitted, self._walked = self._new(steps, dtype=i64), self._new(steps, dtype=i64)
-        self._lengths, self._bonus = self._new(lanes, dtype=i64), self._new(lanes, dtype=i64)
+        self._ends_of = [self._new(lanes, dtype=i64) for _ in range(3)]  # lengths, bonus tokens, where walks were cut
         kinds = {"accept_index": i32, "gather": i64, "valid": yes, "position": i64, "source": i64, "target": i64}
         self._lists = {name: self._new(steps, dtype=kind) for name, kind in kinds.items()}
         self._context = self._new(lanes, dtype=i64)
@@ -215,16 +215,24 @@ class Workspace:
         return replace(packed, max_depth=self.scheduler.max_depth, drafted=self._layers)
 
     def accept(
-        self, packed: PackedTree, target_tokens: Tensor | None = None, *, logits: Tensor | None = None, backend: str = "auto"
+        self,
+        packed: PackedTree,
+        target_tokens: Tensor | None = None,
+        *,
+        logits: Tensor | None = None,
+        limits: Tensor | None = None,
+        eos_tokens: Tensor | None = None,
+        backend: str = "auto",
     ) -> Accepted:
         """As :func:`echo.verify`.
 
         Raises:
             EchoError: as there.
         """
-        shape = packed.batch, packed.max_depth + 1
-        out = Accepted(_view(self._emitted, shape), _view(self._walked, shape), self._lengths[: packed.batch], self._bonus[: packed.batch])
-        return verify(packed, target_tokens, logits=logits, backend=backend, out=out)
+        shape, lanes = (packed.batch, packed.max_depth + 1), slice(0, packed.batch)
+        buffers = _view(self._emitted, shape), _view(self._walked, shape), *(each[lanes] for each in self._ends_of)
+        ends: dict[str, Any] = {"limits": limits, "eos_tokens": eos_tokens}
+        return verify(packed, target_tokens, logits=logits, **ends, backend=backend, out=Accepted(*buffers))
 
     def compact(
         self,

@@ -69,7 +69,7 @@ def _dear(cost: Tensor, cap: Tensor, spare: Tensor) -> Tensor:
     """
     batch, nodes = cost.shape
     groups = -(-2 * len(spare) // max(batch, 1))
-    if 2 * groups > nodes:
+    if not 0 < 2 * groups <= nodes:
         return torch.full((), UNSELECTABLE, dtype=torch.int32, device=cost.device)
     some = cost[:, nodes % groups :].view(batch, nodes // groups, groups).amin(dim=1).sort(dim=1).values
     return _least(_within(some, cap, UNSELECTABLE).flatten(), spare, UNSELECTABLE).amax().clamp(max=UNSELECTABLE - 1) + 1

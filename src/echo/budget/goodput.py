@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from echo import checks
 from echo.budget.history import History
@@ -61,9 +60,9 @@ class Goodput:
     probe: int
     margin: float
 
-    def forecast(self, history: History, slots: Tensor, base_rows: int) -> Forecast:
+    def forecast(self, history: History, slots: NDArray[np.int64], base_rows: int) -> Forecast:
         """See :meth:`ElasticBudgetScheduler.forecast`."""
-        batch, seen = slots.shape[0], history.foresee(slots)
+        batch, seen = len(slots), history.foresee(slots)
         least = base_rows + batch
         if seen is None:
             depth, rows = self._unknown(least, batch)
@@ -71,7 +70,7 @@ class Goodput:
             depth, rows = self._best(*seen, batch, least, batch, history.tick, history.idle, _unread(history, slots))
         return Forecast(depth, rows - base_rows)
 
-    def curve(self, history: History, slots: Tensor, base_rows: int) -> NDArray[np.float32]:
+    def curve(self, history: History, slots: NDArray[np.int64], base_rows: int) -> NDArray[np.float32]:
         """See :meth:`ElasticBudgetScheduler.curve`: requests, prefill rows, steps, idle ones of them, unread tokens; then F by depth."""
         batch, seen, grid = len(slots), history.foresee(slots), self._grid()
         if seen is None:
@@ -87,7 +86,7 @@ class Goodput:
         grid = self._grid()
         if curves.ndim != 2 or curves.shape[1] != HEAD + self.max_depth * len(grid):
             raise EchoError(f"curves: expected float32 [ranks, {HEAD + self.max_depth * len(grid)}], got {list(curves.shape)}")
-        checks.integer("rank", rank, 0, len(curves) - 1)
+        rank = checks.integer("rank", rank, 0, len(curves) - 1)
         batch, base, *counts = curves[:, :HEAD].astype(np.int64).T
         brings = curves[:, HEAD:].astype(np.float64).sum(axis=0).reshape(self.max_depth, len(grid))
         least, widest = int((batch + base).max()), int(batch.max())
@@ -111,6 +110,8 @@ class Goodput:
             tick, idle: of the history; they say whether it is time for a probe.
             unread: tokens that the drafter has to read up on before it can draft.
         """
+        if not widest:  # no requests at all
+            return 0, least
         whole = np.ceil(drafted * SHY)
         step = self.cost(least + whole, requests=widest)
         drafting = self.cost.draft(DEPTHS[: self.max_depth], widest, self.width)
@@ -144,6 +145,6 @@ class Goodput:
         return np.unique(points[np.linspace(0, len(points) - 1, min(count, len(points))).round().astype(int)])
 
 
-def _unread(history: History, slots: Tensor) -> int:
+def _unread(history: History, slots: NDArray[np.int64]) -> int:
     """Tokens that the drafter has to read up on before it can draft for ``slots``: none after a step that drafted."""
-    return 0 if not history.idle else int(history.unread.numpy()[slots.numpy()].sum())
+    return 0 if not history.idle else int(history.unread.numpy()[slots].sum())

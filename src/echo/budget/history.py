@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from echo import checks, kernels
+from echo.checks import HostInts
 from echo.errors import EchoError
 from echo.tree.accepted import Accepted
 from echo.tree.packed import PackedTree, into
@@ -69,8 +70,8 @@ class History:
         Raises:
             EchoError: slots below 1 or depth below 0.
         """
-        checks.integer("slots", slots, 1)
-        checks.integer("depth", depth, 0)
+        slots = checks.integer("slots", slots, 1)
+        depth = checks.integer("depth", depth, 0)
         steps, expected, accepted = torch.zeros(3, depth, slots + 1, dtype=torch.float32, device=device)
         return cls(
             torch.zeros(slots, dtype=torch.int32, device=device),
@@ -110,7 +111,8 @@ class History:
         return replace(self, tick=self.tick + 1, idle=0 if depth else self.idle + 1)
 
     def observe(self, slots: Tensor, packed: PackedTree, accepted: Accepted, *, out: History | None = None) -> History:
-        """The history after a step. Requests without a row are left alone.
+        """The history after a step. Requests that emitted nothing are left alone, and drafts that were not judged do not count
+        (:attr:`Accepted.drafts`).
 
         Args:
             slots: int64 [B], where each request of the step lives.
@@ -132,7 +134,7 @@ class History:
         sums, fused = (self.steps, self.expected, self.accepted, self.outlook), kernels.fused("packing", slots)
         if fused is not None:
             more = None if packed.expected is None or packed.outlook is None else (packed.expected, packed.outlook)
-            step, to = (slots, packed.indptr, packed.status, accepted.lengths), None
+            step, to = (slots, packed.status, accepted.lengths, accepted.beyond), None
             if out is not None:
                 to = out.steps, out.expected, out.accepted, out.outlook
             new = fused.observe(*step, drafted, more, sums, KEEP, MEMORY, out=to)
@@ -144,33 +146,34 @@ class History:
 
     def _sums(self, slots: Tensor, packed: PackedTree, accepted: Accepted, drafted: int | Tensor) -> tuple[Tensor, ...]:
         """Steps, expected, accepted and outlook after a step of ``drafted`` layers, a number or int32 []."""
-        ran, (depth, places) = packed.indptr.diff() > 0, self.steps.shape
+        (depth, places), drafts = self.steps.shape, accepted.drafts
         layers = torch.arange(depth, device=slots.device)[:, None]
-        reached = layers < drafted
-        seen = ran & (reached | (packed.status != int(Status.ACTIVE)) & (drafted > 0))  # requests that stopped have no deeper layers
-        own = torch.ones(places, dtype=torch.float32, device=slots.device).index_copy(0, slots, torch.where(ran, KEEP, 1.0))
-        fades = own.repeat(depth, 1)
-        fades[:, -1] = (1 - seen.sum(dim=1) / MEMORY).clamp(min=0)
+        reached, judged = layers < drafted, (layers < drafts) | (drafts < accepted.lengths)
+        stopped = packed.status != int(Status.ACTIVE)  # requests that stopped have no deeper layers
+        counted = ((reached | stopped & (drafted > 0)) & judged).float()
+        keeps = torch.full((packed.batch,), KEEP, dtype=torch.float32, device=slots.device).masked_fill_(accepted.lengths < 1, 1.0)
+        ones = torch.ones(places, dtype=torch.float32, device=slots.device)
+        fades = ones.scatter_reduce(0, slots, keeps, "amin").repeat(depth, 1)
+        fades[:, -1] = torch.rsub(counted.sum(dim=1), 1, alpha=1 / MEMORY).clamp(min=0)
+        all_requests = slots.new_full((1,), places - 1)
 
         def add(sums: Tensor, more: Tensor | None) -> Tensor:
             """The ``sums`` [depth, slots + 1, ...] faded; ``more`` [drafted, B, ...] to each slot's, and its sum to all requests'."""
             faded = sums * fades.view(*fades.shape, *[1] * (sums.dim() - 2))
-            if more is None:
-                return faded
-            all_requests = slots.new_full((1,), places - 1)
-            top = faded[: len(more)].index_add(1, slots, more).index_add(1, all_requests, more.sum(dim=1, keepdim=True))
-            return torch.cat([top, faded[len(more) :]])
+            if more is not None:
+                faded[: len(more)].index_add_(1, slots, more).index_add_(1, all_requests, more.sum(dim=1, keepdim=True))
+            return faded
 
         if packed.outlook is None or packed.expected is None:
-            return add(self.steps, seen.float()), add(self.expected, None), add(self.accepted, None), add(self.outlook, None)
-        outlook, expected = packed.outlook.transpose(0, 1), packed.expected.transpose(0, 1)
-        survived = (ran & (accepted.lengths - 1 > layers[: len(outlook)])).float()
-        if isinstance(drafted, Tensor):  # buffers as deep as the scheduler drafts: what lies below this step's layers is of another
-            outlook, expected = (torch.where(reached.view(-1, *[1] * (x.dim() - 1)), x, 0.0) for x in (outlook, expected))
-            survived = survived * reached
-        return add(self.steps, seen.float()), add(self.expected, expected), add(self.accepted, survived), add(self.outlook, outlook)
+            return add(self.steps, counted), add(self.expected, None), add(self.accepted, None), add(self.outlook, None)
+        count = packed.expected.shape[1]
+        counts = (reached & judged)[:count]  # of a workspace's buffers what lies below this step's layers is of another step
+        expected = packed.expected.transpose(0, 1).masked_fill(~counts, 0)
+        outlook = packed.outlook.transpose(0, 1).masked_fill(~counts[..., None], 0)
+        survived = (reached & (drafts > layers))[:count].float()
+        return add(self.steps, counted), add(self.expected, expected), add(self.accepted, survived), add(self.outlook, outlook)
 
-    def foresee(self, slots: Tensor) -> tuple[NDArray[np.float32], NDArray[np.float32]] | None:
+    def foresee(self, slots: HostInts) -> tuple[NDArray[np.float32], NDArray[np.float32]] | None:
         """What drafting would bring the requests in ``slots``: by depth d and number of drafted rows, expected accepted drafts.
 
         Each slot's mean is shrunk towards everybody's, and so is the ratio of accepted to expected drafts at each depth, by which
@@ -181,12 +184,13 @@ class History:
             each bin when ``depth`` layers are drafted, and how many of them will be accepted. None: too little was drafted yet.
 
         Raises:
-            EchoError: a history on another device.
+            EchoError: a history on another device, or slots that it does not have.
         """
         if not self.steps.is_cpu:
             raise EchoError(f"history: expected one on cpu (see History.to), got one on {self.steps.device}")
         steps, expected, accepted = self.steps.numpy(), self.expected.numpy(), self.accepted.numpy()
         depth, places = steps.shape
+        found = checks.integers("slots", slots, 0, places - 2)
         if not depth or min(steps[:, -1].tolist()) < LEARN:
             return None
         ratio = (accepted[:, -1:] + 1.0) / (expected[:, -1:] + 1.0)
@@ -194,7 +198,7 @@ class History:
         scale /= expected + PRIOR_DRAFTS
         weights = np.empty((depth, 2, places), np.float32)
         share, scaled = weights[:, 0], weights[:, 1]
-        np.divide(np.bincount(slots.numpy(), minlength=places).astype(np.float32), steps + PRIOR, out=share)
+        np.divide(np.bincount(found, minlength=places).astype(np.float32), steps + PRIOR, out=share)
         np.multiply(share, np.minimum(scale, 2.0, out=scale), out=scaled)
         weights[:, :, -1] = weights.sum(axis=2) * (PRIOR / steps[:, -1:])
         likely = torch.bmm(torch.from_numpy(weights), self.outlook).cumsum(0).numpy()

@@ -55,12 +55,15 @@ def plant(
             rows=rows,
             most=most,
         )
-    alive = torch.ones(batch, dtype=torch.bool, device=device) if live is None else live
+    present = torch.ones(batch, dtype=torch.bool, device=device) if live is None else live
+    scarce = rows < batch or budget is not None
+    alive = present & (present.cumsum(0) <= (rows if budget is None else budget)) if scarce else present
     room = torch.full((batch,), most, device=device)
     if capacity is not None:
         room = torch.minimum(room, capacity.clamp(min=1))
     if weights is not None:
-        weights = torch.where(alive, checks.tensor("weights", weights, [batch], torch.float32, device), 0.0)
+        weights = checks.tensor("weights", weights, [batch], torch.float32, device).detach()
+        weights = torch.where(alive & torch.isfinite(weights), weights, 0.0)  # what is no number is worth least, to its request alone
         weights = (weights / weights.amax()).nan_to_num(0.0).clamp(min=2.0**-24)
     left, reserve = (rows if budget is None else budget) - alive.sum(), None
     if floors is not None:
@@ -72,10 +75,13 @@ def plant(
     score = torch.zeros(batch, 1, device=device).masked_fill_(dead[:, None], -torch.inf)
     drafts = alive & (room > 1) if deep else torch.zeros_like(alive)
     status = torch.full((batch,), int(Status.EXHAUSTED if deep else Status.FINISHED), dtype=torch.int8, device=device)
+    status.masked_fill_(dead, int(Status.EMPTY)).masked_fill_(drafts, int(Status.ACTIVE))
+    if scarce:
+        status.masked_fill_(present & dead, int(Status.STARVED))
     planted = SuperTree(
         layers=(Layer(0, root, zero, score, alive[:, None], alive, weights),),
         frontier=Frontier(root, zero, zero, score, drafts[:, None], 0),
-        status=status.masked_fill_(dead, int(Status.EMPTY)).masked_fill_(drafts, int(Status.ACTIVE)),
+        status=status,
         row_limit=room * alive,
         held=alive.long(),
         left=left,

@@ -79,9 +79,9 @@ class GlobalRank:
     max_rows: int | None = None
 
     def __post_init__(self) -> None:
-        checks.integer("beam", self.beam, 1)
+        checks.integer_field(self, "beam", 1)
         if self.max_rows is not None:
-            checks.integer("max_rows", self.max_rows, 1)
+            checks.integer_field(self, "max_rows", 1)
         object.__setattr__(self, "_tables", {})
 
     @property
@@ -187,8 +187,8 @@ class TwoLevel:
     reliability: Calibration | None = None
 
     def __post_init__(self) -> None:
-        checks.integer("layer_width", self.layer_width, 1)
-        checks.integer("max_width", self.max_width, 0)
+        checks.integer_field(self, "layer_width", 1)
+        checks.integer_field(self, "max_width", 0)
         object.__setattr__(self, "_rank", GlobalRank(self.layer_width, self.reliability))
 
     @property

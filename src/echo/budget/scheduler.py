@@ -16,6 +16,7 @@ from echo.budget.goodput import Forecast, Goodput
 from echo.budget.history import History, foreseen
 from echo.budget.roots import plant
 from echo.budget.rules import GlobalRank, PerRequest, Rule, TwoLevel
+from echo.checks import HostInts
 from echo.cost import CostModel
 from echo.errors import EchoError
 from echo.gating.calibration import Calibration
@@ -23,8 +24,6 @@ from echo.gating.gates import Gate, SparseGate
 from echo.tree.build import children
 from echo.tree.packed import WORD, PackedTree, into, pack
 from echo.tree.supertree import DEAD_SCORE, Frontier, Layer, Status, SuperTree, check_size, path_score, written
-
-HOST = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -69,11 +68,11 @@ class ElasticBudgetScheduler:
         checks.follows("rule", self.rule, Rule)
         if self.gate is not None:
             checks.follows("gate", self.gate, Gate)
-        checks.real("margin", self.margin, 0.0)
+        checks.real_field(self, "margin", 0.0)
         for name, low, high in (("probe", 2, None), ("max_depth", 0, 64), ("max_tree_rows", 1, 4096)):
-            checks.integer(name, getattr(self, name), low, high)
+            checks.integer_field(self, name, low, high)
         if not isinstance(self.budget, CostModel) and self.budget is not None:
-            checks.integer("budget", self.budget, 1)
+            checks.integer_field(self, "budget", 1)
         if self.budget is None and self.rule.rows(1) is None:
             raise EchoError(f"budget: expected rows or a CostModel for {self.rule!r}, got None")
 
@@ -105,8 +104,8 @@ class ElasticBudgetScheduler:
         """A history for ``slots`` request slots on ``device``, all without a past."""
         return History.empty(slots, self.max_depth, device)
 
-    def forecast(self, history: History, slots: Tensor, base_rows: int = 0) -> Forecast:
-        """How deep to draft and how many rows to launch, from what the host knows before the step.
+    def forecast(self, history: History, slots: HostInts, base_rows: int = 0) -> Forecast:
+        """How deep to draft and how many rows to launch, from what the host knows before the step: a row for each request at least.
 
         With a number as budget: ``max_depth`` and that many rows, or depth 0 and B rows where it leaves nothing to draft for.
         With a cost model: the depth d and the rows K that maximise (B + F_d(K)) / (T(K) + draft(d)); depth 0 unless that beats
@@ -114,28 +113,27 @@ class ElasticBudgetScheduler:
         history; as long as that knows too little, the deepest tree is tried at the knee, or with a row for every fourth request.
 
         Args:
-            history: what happened up to some step before this one, on the host.
-            slots: int64 [B], the requests of the step.
+            history: what happened up to some step before this one, on the host (:meth:`History.to`).
+            slots: ints [B], the live requests of the step: a list, a numpy array or a CPU tensor. Lanes without a request have no place.
             base_rows: rows that prefill takes of the same forward pass.
 
         Raises:
-            EchoError: an argument of the wrong kind, or a history on a device.
+            EchoError: an argument of the wrong kind, or one on a device.
         """
-        batch = checks.tensor("slots", slots, ["B"], torch.int64, HOST).shape[0]
-        checks.integer("base_rows", base_rows, 0)
+        where, base = _places(slots), checks.integer("base_rows", base_rows, 0)
+        batch = len(where)
         if self.max_depth and isinstance(self.budget, CostModel):
-            return self._goodput.forecast(history, slots, base_rows)
-        rows = self._rows(batch) - base_rows if self.max_depth else 0
+            return self._goodput.forecast(history, where, base)
+        rows = self._rows(batch) - base if self.max_depth else 0
         return Forecast(self.max_depth, rows) if rows > batch else Forecast(0, batch)
 
-    def curve(self, history: History, slots: Tensor, base_rows: int = 0) -> NDArray[np.float32]:
+    def curve(self, history: History, slots: HostInts, base_rows: int = 0) -> NDArray[np.float32]:
         """What drafting would bring this rank, for :meth:`agree`: data-parallel ranks that share layers must run one shape.
 
         Takes what :meth:`forecast` takes, and a cost model as budget; an idle rank takes part with ``slots`` of length 0. Returns
         float32 [n], at most 1 kB, the same n on every rank. Another budget is an EchoError.
         """
-        checks.tensor("slots", slots, ["B"], torch.int64)
-        return self._goodput.curve(history, slots, checks.integer("base_rows", base_rows, 0))
+        return self._goodput.curve(history, _places(slots), checks.integer("base_rows", base_rows, 0))
 
     def agree(self, curves: NDArray[np.float32], rank: int) -> Forecast:
         """The depth that all ranks draft, and the rows that this one adds to its prefill so that all launch the same number.
@@ -172,7 +170,8 @@ class ElasticBudgetScheduler:
 
         Args:
             root_tokens: int64 [B].
-            live: bool [B]; an empty slot of a padded batch costs no row.
+            live: bool [B]; an empty lane of a padded batch costs no row. Of more live requests than rows the first get one each; the
+                others emit nothing in this step, and :attr:`StepCounts.unserved` counts them.
             capacity: int64 [B], the most rows a request may get now, root included (slots allocated, context left); values below
                 1 count as 1.
             rows: rows of this step, where the forecast's differ from the budget.
@@ -184,11 +183,11 @@ class ElasticBudgetScheduler:
                 draft-extend has scored it already; it is grown at once.
 
         Raises:
-            EchoError: shapes or dtypes that do not fit, or fewer rows than requests.
+            EchoError: shapes or dtypes that do not fit, or fewer rows than requests where all are live.
         """
         batch = checks.tensor("root_tokens", root_tokens, ["B"], torch.int64).shape[0]
-        limit = self._rows(batch) if rows is None else checks.integer("rows", rows, 1)
-        if limit < batch:
+        limit = self._rows(batch) if rows is None else checks.integer("rows", rows, 0)
+        if limit < batch and live is None:
             raise EchoError(f"rows: expected at least one row for each of {batch} requests, got {limit}")
         served = live, capacity, weights, floors
         tree = plant(root_tokens, *served, rows=limit, most=self.max_tree_rows, deep=self.max_depth > 0)
@@ -202,13 +201,13 @@ class ElasticBudgetScheduler:
     def grow(self, tree: SuperTree, tokens: Tensor, log_probs: Tensor, *, out: SuperTree | None = None) -> SuperTree:
         """Scores a drafted layer, asks the gate, lets the rule buy, and finds the next frontier.
 
-        S(v) = S(parent) + min(log q(v), 0). A NaN or infinite score makes its node unselectable; NaN, plus
-        infinity and layers of minus infinity alone are counted in ``invalid``.
+        S(v) = S(parent) + min(log q(v), 0). A score that is no log-probability makes its node unselectable: NaN, and what is above 0 by
+        more than a rounding, as probabilities and logits are. Those, and layers of minus infinity alone, are counted in ``invalid``.
 
         Args:
             tree: with ``tree.depth < max_depth``.
             tokens: int64 [B, W, k], the candidates drafted on each node of ``tree.frontier``, in any order.
-            log_probs: float [B, W, k], their log-probabilities given their parent.
+            log_probs: float [B, W, k], their log-probabilities given their parent; no gradient is kept.
             out: a tree of a layer more (a :class:`Workspace`'s), to whose last layer, frontier and state is written.
 
         Raises:
@@ -319,7 +318,7 @@ class ElasticBudgetScheduler:
         Raises:
             EchoError: another batch, a tree that has layers, or fanout below 1.
         """
-        checks.integer("fanout", fanout, 1)
+        fanout = checks.integer("fanout", fanout, 1)
         if tree.depth:
             raise EchoError(f"tree: expected a tree just planted, got one of {tree.depth} layers")
         checks.integer("ready.batch", ready.batch, tree.batch, tree.batch)
@@ -366,7 +365,7 @@ class ElasticBudgetScheduler:
         Raises:
             EchoError: fewer rows than the tree was planted with.
         """
-        count = tree.rows if rows is None else checks.integer("rows", rows, 1)
+        count = tree.rows if rows is None else checks.integer("rows", rows, 0)
         if count < tree.rows:
             raise EchoError(f"rows: expected at least the {tree.rows} rows that the tree was planted with, got {count}")
         words, foresees = -(-self.max_tree_rows // WORD), isinstance(self.budget, CostModel) and tree.depth > 0
@@ -395,3 +394,11 @@ class ElasticBudgetScheduler:
         if isinstance(self.budget, CostModel):
             return int(self.budget.tier(self.budget.knee.k_max))
         return self.budget or self.rule.rows(batch) or batch
+
+
+def _places(slots: HostInts) -> NDArray[np.int64]:
+    """The requests of a step, as the host knows them."""
+    where = checks.integers("slots", slots, 0)
+    if where.ndim != 1:
+        raise EchoError(f"slots: expected one int for each request, got {where}")
+    return where

@@ -70,9 +70,9 @@ class CostModel:
             if self.request_seconds[0] != 0:
                 raise EchoError(f"request_seconds: expected 0 at the fewest requests, got {self.request_seconds[0]}")
         for name in ("draft_layer", "draft_row", "context_token", "restart"):
-            checks.real(name, getattr(self, name), 0.0)
+            checks.real_field(self, name, 0.0)
         if self.catch_up_token is not None:
-            checks.real("catch_up_token", self.catch_up_token, 0.0)
+            checks.real_field(self, "catch_up_token", 0.0)
         if any(a >= b for a, b in zip(self.tiers, self.tiers[1:], strict=False)) or any(t < 1 for t in self.tiers):
             raise EchoError(f"tiers: expected increasing ints >= 1, got {self.tiers}")
         object.__setattr__(self, "_curve", _knots(self.rows, self.seconds))
@@ -227,9 +227,9 @@ class CostModel:
             >>> CostModel((1, 64), (1.0, 1.0)).learn(64, 3.0, rate=0.5).seconds
             (1.0, 2.0)
         """
-        checks.integer("rows", rows, 1)
-        checks.real("seconds", seconds, 1e-12)
-        checks.real("rate", rate, 0.0, 1.0)
+        rows = checks.integer("rows", rows, 1)
+        seconds = checks.real("seconds", seconds, 1e-12)
+        rate = checks.real("rate", rate, 0.0, 1.0)
         at, load = int(self.tier(rows)), self.load(requests, context)
         value = float(np.interp(at, *self.__dict__["_curve"]))
         error = rate * (min(seconds, 4 * (value + load)) - value - load)
@@ -266,7 +266,7 @@ class CostModel:
         Raises:
             EchoError: factor below 1.
         """
-        checks.real("factor", factor, 1.0)
+        factor = checks.real("factor", factor, 1.0)
         rows = np.arange(1, self.rows[-1] + 1)
         return int(rows[self(rows) <= factor * self(1) * (1 + 1e-9)][-1])
 

@@ -40,8 +40,8 @@ def profile(
         EchoError: no row counts, or an argument out of range.
     """
     counts = [checks.integer("rows", r, 1) for r in rows]
-    checks.integer("repeats", repeats, 1)
-    checks.integer("warmup", warmup, 0)
+    repeats = checks.integer("repeats", repeats, 1)
+    warmup = checks.integer("warmup", warmup, 0)
     if not counts:
         raise EchoError("rows: expected at least one row count, got none")
     for count in counts * warmup:

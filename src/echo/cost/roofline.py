@@ -64,9 +64,9 @@ class Architecture:
 
     def __post_init__(self) -> None:
         for name in ("layers", "hidden", "heads", "kv_heads", "ffn", "vocab", "head_dim"):
-            checks.integer(name, getattr(self, name), 1)
-        checks.integer("experts", self.experts, 0)
-        checks.integer("active", self.active, 1 if self.experts else 0, self.experts)
+            checks.integer_field(self, name, 1)
+        checks.integer_field(self, "experts", 0)
+        checks.integer_field(self, "active", 1 if self.experts else 0, self.experts)
 
     @property
     def attention_weights(self) -> int:
@@ -113,11 +113,11 @@ class Hardware:
 
     def __post_init__(self) -> None:
         for name in ("flops", "bandwidth", "link"):
-            checks.real(name, getattr(self, name), 1.0)
+            checks.real_field(self, name, 1.0)
         for name in ("compute_share", "memory_share"):
-            checks.real(name, getattr(self, name), 0.01, 1.0)
+            checks.real_field(self, name, 0.01, 1.0)
         for name in ("hop", "layer", "route", "step"):
-            checks.real(name, getattr(self, name), 0.0)
+            checks.real_field(self, name, 0.0)
 
 
 H100 = Hardware(flops=989.4e12, bandwidth=3.35e12, link=366e9)
@@ -143,9 +143,9 @@ def plan(model: Architecture | str, hardware: Hardware | None, tensor: int, expe
             raise EchoError(f"model: expected an Architecture or one of {', '.join(MODELS)}, got {model!r}")
         model = MODELS[model]
     machine = H100 if hardware is None else hardware
-    checks.integer("tensor", tensor, 1)
-    checks.integer("expert", expert, 1, tensor)
-    checks.integer("most_rows", most_rows, 2)
+    tensor = checks.integer("tensor", tensor, 1)
+    expert = checks.integer("expert", expert, 1, tensor)
+    most_rows = checks.integer("most_rows", most_rows, 2)
     if tensor % expert:
         raise EchoError(f"expert: expected a divisor of tensor ({tensor}), got {expert}")
     rows = np.unique(np.concatenate([np.geomspace(1, most_rows, 40).round(), np.arange(TILE, min(most_rows, 1024) + 1, TILE)])).astype(int)

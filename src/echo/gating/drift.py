@@ -103,9 +103,9 @@ class DriftMonitor:
 
     def __post_init__(self) -> None:
         checks.instance("calibration", self.calibration, Calibration)
-        checks.real("alpha", self.alpha, 1e-9, 0.5)
+        checks.real_field(self, "alpha", 1e-9, 0.5)
         for name in ("min_psi", "min_ks", "min_gap"):
-            checks.real(name, getattr(self, name), 0.0)
+            checks.real_field(self, name, 0.0)
         if not any(d.profile for d in self.calibration.depths):
             raise EchoError("calibration: expected one with confidence profiles, got one without: calibrate again")
 

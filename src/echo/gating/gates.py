@@ -70,9 +70,7 @@ class SparseGate:
     def __post_init__(self) -> None:
         taus = self.thresholds.thresholds if isinstance(self.thresholds, Calibration) else self.thresholds
         checks.instance("thresholds", taus, Mapping)  # type: ignore[type-abstract]
-        for depth, tau in taus.items():
-            checks.integer("thresholds.depth", depth, 1)
-            checks.real(f"thresholds[{depth}]", tau, 0.0, 1.0)
+        taus = {checks.integer("thresholds.depth", d, 1): checks.real(f"thresholds[{d}]", tau, 0.0, 1.0) for d, tau in taus.items()}
         # Thresholds are compared as float32 logarithms, computed once here: no device takes a logarithm.
         logs = {d: float(np.float32(math.log(t))) if t > 0 else -math.inf for d, t in sorted(taus.items())}
         object.__setattr__(self, "_log_tau", logs)
@@ -122,12 +120,11 @@ class BeamMassGate:
     beam: int
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "depths", tuple(checks.integer("depths", depth, 1) for depth in self.depths))
         if not self.depths:
             raise EchoError("depths: expected at least one depth, got none")
-        for depth in self.depths:
-            checks.integer("depths", depth, 1)
-        checks.real("log_tau", self.log_tau, -1e9, math.log(1e6))
-        checks.integer("beam", self.beam, 1)
+        checks.real_field(self, "log_tau", -1e9, math.log(1e6))
+        checks.integer_field(self, "beam", 1)
 
     def __call__(self, layer: LayerStatistics, /) -> Tensor | None:
         """bool [B] at the depths, None elsewhere."""
@@ -165,7 +162,7 @@ class ExploringGate:
     uniforms: Tensor
 
     def __post_init__(self) -> None:
-        checks.real("epsilon", self.epsilon, 1.0 / MAX_WEIGHT, 1.0)
+        checks.real_field(self, "epsilon", 1.0 / MAX_WEIGHT, 1.0)
         checks.tensor("uniforms", self.uniforms, ["B"], (*checks.FLOATS, torch.float64))
 
     @property
@@ -227,8 +224,8 @@ class GoodputGate:
     price: float
 
     def __post_init__(self) -> None:
-        checks.integer("beam", self.beam, 1)
-        checks.real("price", self.price, 1e-30)
+        checks.integer_field(self, "beam", 1)
+        checks.real_field(self, "price", 1e-30)
         rate = [1.0, *((d.accepted + 1) / (d.accepted + d.rejected + 2) for d in self.calibration.depths), 0.0]
         object.__setattr__(self, "_onward", [int(ONE * min(1.0, b / a)) for a, b in itertools.pairwise(rate)])
         object.__setattr__(self, "_tables", {})

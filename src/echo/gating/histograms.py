@@ -96,8 +96,8 @@ class ConfidenceHistograms:
         Raises:
             EchoError: an argument out of range.
         """
-        checks.integer("max_depth", max_depth, 1, MAX_DEPTH)
-        checks.integer("ranks", ranks, 1, 64)
+        max_depth = checks.integer("max_depth", max_depth, 1, MAX_DEPTH)
+        ranks = checks.integer("ranks", ranks, 1, 64)
         return cls(np.zeros((3, max_depth, ranks, 2, BINS), dtype=np.int64))
 
     @classmethod
@@ -143,7 +143,7 @@ class ConfidenceHistograms:
         return ConfidenceHistograms(one - two)
 
     def live(self, device: torch.device | str = "cpu") -> LiveHistograms:
-        """A copy on the ``device``, to be updated there."""
+        """A copy on the ``device``, to be updated there; made before serving, since it waits for the device."""
         return LiveHistograms(torch.from_numpy(self.mass.copy()).to(device))
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -206,7 +206,7 @@ class LiveHistograms:
             depth: int32 or int64 [N], 0 for rows that do not count.
             log_prob: float [N], path log-probability S.
             accepted: bool [N].
-            rank: int32 or int64 [N], place of the node in its layer.
+            rank: int32 or int64 [N], place of the node in its layer; negative for rows that do not count.
             weight: float [N], inverse-probability weights (:meth:`echo.ExploringGate.weights`), 0: do not count; None: all 1.
             in_place: adds into this mass instead of a copy (4.7 MB for 8 depths), for engines with persistent buffers (CUDA graphs).
 
@@ -219,9 +219,9 @@ class LiveHistograms:
         checks.tensor("accepted", accepted, [count], torch.bool, device)
         checks.tensor("rank", rank, [count], checks.INTEGERS, device)
         _, depths, ranks, _, _ = self.mass.shape
-        score = log_prob.float()
+        score = log_prob.detach().float()
         w = torch.ones_like(score) if weight is None else checks.tensor("weight", weight, [count], checks.FLOATS, device).float()
-        counts = (depth >= 1) & (depth <= depths) & (score <= 0) & (w >= MIN_WEIGHT) & (w <= MAX_WEIGHT)
+        counts = (depth >= 1) & (depth <= depths) & (rank >= 0) & (score <= 0) & (w >= MIN_WEIGHT) & (w <= MAX_WEIGHT)
         confidence = torch.where(counts, score, 0.0).exp()
         column = ((confidence.view(torch.int32) >> 16) - _FIRST).clamp(0, BINS - 1).long()
         row = (depth.long().clamp(1, depths) - 1) * ranks + rank.long().clamp(0, ranks - 1)

@@ -15,32 +15,37 @@ import contextlib
 import importlib
 import importlib.util
 from collections.abc import Iterator
+from contextvars import ContextVar
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from echo import checks
 from echo.errors import EchoError
 from echo.kernels import reference
+from echo.kernels.inputs import AttentionPlan
 
 BACKENDS = ("auto", "torch", "triton")
-_preferred = ["auto"]
+_preferred = ContextVar("echo.kernels.using", default="auto")
 
 
 @contextlib.contextmanager
 def using(backend: str) -> Iterator[None]:
     """Within it, ``"auto"`` means ``backend``, of the step too: to compare both, or to keep one out.
 
+    It holds for the thread, or the asyncio task, that entered it and for no other. Code compiled by ``torch.compile`` does not see it.
+
     Raises:
         EchoError: no such backend.
     """
     if backend not in BACKENDS:
         raise EchoError(f"backend: expected one of {BACKENDS}, got {backend!r}")
-    _preferred.append(backend)
+    before = _preferred.set(backend)
     try:
         yield
     finally:
-        _preferred.pop()
+        _preferred.reset(before)
 
 
 def fused(part: str, at: Tensor) -> ModuleType | None:
@@ -54,9 +59,9 @@ def _module(name: str, backend: str, at: Tensor) -> ModuleType:
     if backend not in BACKENDS:
         raise EchoError(f"backend: expected one of {BACKENDS}, got {backend!r}")
     if backend == "auto":
-        backend = _preferred[-1]
+        backend = "torch" if torch.compiler.is_compiling() else _preferred.get()
     cuda = isinstance(at, Tensor) and at.is_cuda
-    if backend == "torch" or (backend == "auto" and (not cuda or torch.compiler.is_compiling())):
+    if backend == "torch" or (backend == "auto" and not cuda):
         return reference
     if importlib.util.find_spec("triton") is None:
         if backend == "auto":
@@ -88,7 +93,7 @@ def tree_attention(
     key_scale: Tensor | None = None,
     value_scale: Tensor | None = None,
     splits: int | None = None,
-    plan: tuple[Tensor, Tensor] | None = None,
+    plan: AttentionPlan | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Attention of packed tree rows over a paged context and their own ancestors.
@@ -146,7 +151,7 @@ def plan_attention(
     window: int | None = None,
     splits: int | None = None,
     backend: str = "auto",
-) -> tuple[Tensor, Tensor]:
+) -> AttentionPlan:
     """The work list of a step, made once on the device for all its layers that share window and splits.
 
     Args:
@@ -155,12 +160,13 @@ def plan_attention(
         mode, window, splits, backend: as in :func:`tree_attention`, and the same as in the calls that get the plan.
 
     Returns:
-        Two int32 tensors to be handed to :func:`tree_attention` as ``plan``.
+        What :func:`tree_attention` takes as ``plan``. Layers of other shapes or element sizes, another mode, window or splits, refuse it;
+        that ``indptr`` and ``context`` hold what they held is not checked.
 
     Raises:
         EchoError: arguments that do not fit, or a backend that is not there.
     """
-    result: tuple[Tensor, Tensor] = _module("attention", backend, q).plan_attention(
+    result: AttentionPlan = _module("attention", backend, q).plan_attention(
         q, key_cache, page_table, context, tree_key, indptr, mode=mode, window=window, splits=splits
     )
     return result
@@ -186,26 +192,65 @@ def merge_attention(o1: Tensor, lse1: Tensor, o2: Tensor, lse2: Tensor, *, backe
 
 def accept(
     parent: Tensor, indptr: Tensor, tokens: Tensor, target_tokens: Tensor, max_depth: int, *, backend: str = "auto"
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Walks each tree from its root to the child that equals the target's token; see :func:`echo.kernels.reference.accept`.
 
     Raises:
         EchoError: arguments that do not fit, or a backend that is not there.
     """
-    result: tuple[Tensor, Tensor, Tensor] = _module("accept", backend, tokens).accept(parent, indptr, tokens, target_tokens, max_depth)
-    return result
+    walk: tuple[Tensor, ...] = _module("accept", backend, tokens).accept(parent, indptr, tokens, target_tokens, max_depth)
+    rows, emitted, lengths, beyond = walk
+    return rows, emitted, lengths, beyond
 
 
 def accept_greedy(
     parent: Tensor, indptr: Tensor, tokens: Tensor, logits: Tensor, max_depth: int, *, backend: str = "auto"
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As :func:`accept`, with the arg-max of ``logits`` [N, V], read once; NaN never wins, the lowest of equals does.
 
     Raises:
         EchoError: arguments that do not fit, or a backend that is not there.
     """
-    result: tuple[Tensor, Tensor, Tensor] = _module("accept", backend, tokens).accept_greedy(parent, indptr, tokens, logits, max_depth)
-    return result
+    walk: tuple[Tensor, ...] = _module("accept", backend, tokens).accept_greedy(parent, indptr, tokens, logits, max_depth)
+    rows, emitted, lengths, beyond = walk
+    return rows, emitted, lengths, beyond
+
+
+def walk(
+    parent: Tensor, indptr: Tensor, tokens: Tensor, target: Tensor, max_depth: int, *, limits: Tensor | None = None,
+    eos_tokens: Tensor | None = None, out: tuple[Tensor, ...] | None = None, backend: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """:func:`accept` up to the end of each answer, in one launch: as if the target had no number behind it.
+
+    Args:
+        parent, indptr, tokens, max_depth: as in :func:`accept`.
+        target: int64 [N], the target's tokens; or float [N, V], its logits, of which the greedy tokens are taken.
+        limits: int64 [B], tokens that each answer may still get; as many as there are where not given.
+        eos_tokens: int64 [n], tokens that end an answer, themselves included.
+        out: what it returns, to be written to.
+        backend: "auto", "torch" or "triton".
+
+    Returns:
+        rows, emitted, lengths and beyond as of :func:`accept`; and int64 [B], the last token emitted, -1 for none.
+
+    Raises:
+        EchoError: arguments that do not fit, or a backend that is not there.
+    """
+    module = _module("accept", backend, tokens)
+    batch = indptr.shape[0] - 1
+    if limits is not None:
+        checks.tensor("limits", limits, [batch], torch.int64, tokens.device)
+    if eos_tokens is not None:
+        checks.tensor("eos_tokens", eos_tokens, ["n"], torch.int64, tokens.device)
+    if module is not reference:
+        found: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = module.walk(
+            parent, indptr, tokens, target, max_depth, limits, eos_tokens, out
+        )
+        return found
+    values = reference.walk(parent, indptr, tokens, target, max_depth, limits, eos_tokens)
+    for buffer, value in zip(out or (), values, strict=False):
+        buffer.copy_(value)
+    return values if out is None else (out[0], out[1], out[2], out[3], out[4])
 
 
 def argmax_tokens(logits: Tensor, *, backend: str = "auto") -> Tensor:
@@ -218,4 +263,16 @@ def argmax_tokens(logits: Tensor, *, backend: str = "auto") -> Tensor:
     return result
 
 
-__all__ = ["BACKENDS", "accept", "accept_greedy", "argmax_tokens", "fused", "merge_attention", "plan_attention", "tree_attention", "using"]
+__all__ = [
+    "BACKENDS",
+    "AttentionPlan",
+    "accept",
+    "accept_greedy",
+    "argmax_tokens",
+    "fused",
+    "merge_attention",
+    "plan_attention",
+    "tree_attention",
+    "using",
+    "walk",
+]

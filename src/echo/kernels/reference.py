@@ -5,54 +5,57 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from echo.kernels.inputs import Attention, Planning, accept_shapes, logits_shape, merge_shapes, taking
+from echo.kernels.inputs import Attention, AttentionPlan, Planning, accept_shapes, logits_shape, merge_shapes, taking
 
 
-def accept(parent: Tensor, indptr: Tensor, tokens: Tensor, target_tokens: Tensor, max_depth: int) -> tuple[Tensor, Tensor, Tensor]:
+def accept(parent: Tensor, indptr: Tensor, tokens: Tensor, target_tokens: Tensor, max_depth: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Walks each tree from its root to the child that equals the target's token, while there is one.
 
     Lossless by construction: what is emitted is always the target's own token. Of duplicate siblings the first row is walked on.
-    A parent outside the row's own request counts as none, so a broken link ends a walk and never leaves it.
+    A row whose target token is negative (logits without a number: :func:`argmax_tokens`) is never walked on: the walk ends before it, and
+    a request whose root is such a row emits nothing. A parent outside the row's own request counts as none, so a broken link ends a walk
+    and never leaves it.
 
     Args:
         parent: int32 [N], row of the parent within its request; -1 for none.
         indptr: int32 [B + 1], where each request's rows begin; rows from the last on are pads.
         tokens: int64 [N], the drafted tokens.
-        target_tokens: int64 [N], the target's token after each row; -1 (no row equals it) where it has none.
+        target_tokens: int64 [N], the target's token after each row; negative where it has none.
         max_depth: most steps of a walk.
 
     Returns:
         rows int64 [B, max_depth + 1], global rows walked, root first, -1 beyond;
         emitted int64 [B, max_depth + 1], the target's token at each, -1 beyond;
-        lengths int64 [B], rows walked; 0 for a request without rows.
+        lengths int64 [B], rows walked; 0 for a request without rows, or whose root has no token;
+        beyond int64 [B], the drafted row that the walk ended before because it has no token; -1 where it ended for want of a child.
 
     Raises:
         EchoError: shapes or dtypes that do not fit.
     """
-    count, batch = accept_shapes(parent, indptr, tokens, target_tokens, max_depth)
+    count, batch, max_depth = accept_shapes(parent, indptr, tokens, target_tokens, max_depth)
     device = tokens.device
     if batch == 0:  # an idle data-parallel rank
         nothing = torch.empty(0, max_depth + 1, dtype=torch.int64, device=device)
-        return nothing, nothing.clone(), nothing.new_empty(0)
+        return nothing, nothing.clone(), nothing.new_empty(0), nothing.new_empty(0)
     first, end = indptr[:-1].long(), indptr[1:].long()
     at = torch.arange(count, device=device)
     request = torch.searchsorted(end, at, right=True).clamp(max=batch - 1)
     above = first[request] + parent
     linked = (parent >= 0) & (above < at) & (at < end[request])
-    above = torch.where(linked, above, count)
+    above = torch.where(linked, above, count)  # the last row, -1 or N, stands for none
     target = torch.cat([target_tokens, target_tokens.new_full((1,), -1)])
     matches = linked & (tokens == target[above]) & (tokens >= 0)
     nowhere = torch.full((count + 1,), count, device=device)
     following = nowhere.scatter_reduce(0, above, torch.where(matches, at, count), "amin")
-    following = torch.cat([following[:count], nowhere[:1]])
-    row = torch.where(end > first, first, count)
-    walk = [row]
+    walk = [first.masked_fill(end <= first, count)]
     for _ in range(max_depth):
-        row = following[row]
-        walk.append(row)
+        walk.append(following[walk[-1]])
     rows = torch.stack(walk, dim=1)
-    there = rows < count
-    return torch.where(there, rows, -1), torch.where(there, target[rows], -1), there.sum(dim=1)
+    emitted = target[rows].clamp(min=-1)
+    there = emitted >= 0
+    rows, ended = rows.masked_fill(rows == count, -1), ~there
+    beyond = rows.masked_fill(there, -1)[:, 1:].amax(dim=1) if max_depth else torch.full_like(first, -1)
+    return rows.masked_fill(ended, -1), emitted, there.sum(dim=1), beyond
 
 
 def argmax_tokens(logits: Tensor) -> Tensor:
@@ -63,16 +66,50 @@ def argmax_tokens(logits: Tensor) -> Tensor:
     return torch.where(value > -torch.inf, token, -1)
 
 
-def accept_greedy(parent: Tensor, indptr: Tensor, tokens: Tensor, logits: Tensor, max_depth: int) -> tuple[Tensor, Tensor, Tensor]:
+def accept_greedy(parent: Tensor, indptr: Tensor, tokens: Tensor, logits: Tensor, max_depth: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """:func:`accept` with the greedy tokens of logits [N, V], as :func:`argmax_tokens` defines them."""
     logits_shape(logits, tokens)
     return accept(parent, indptr, tokens, argmax_tokens(logits), max_depth)
 
 
+def cut(
+    rows: Tensor, emitted: Tensor, lengths: Tensor, beyond: Tensor | None, limits: Tensor | None, eos_tokens: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """What :func:`accept` returned, without what lies behind the end of an answer: as if the target had no number there.
+
+    Args:
+        rows, emitted, lengths, beyond: of :func:`accept`.
+        limits: int64 [B], tokens that each answer may still get.
+        eos_tokens: int64 [n], tokens that end an answer, themselves included.
+    """
+    if eos_tokens is None and limits is None:
+        return rows, emitted, lengths, beyond
+    kept = lengths if limits is None else torch.minimum(lengths, limits.clamp(min=0))
+    if eos_tokens is not None:
+        ends = (emitted[..., None] == eos_tokens).any(dim=2) & (emitted >= 0)
+        kept = torch.minimum(kept, (ends.cumsum(dim=1) - ends.long() == 0).sum(dim=1))
+    column = torch.arange(emitted.shape[1], device=emitted.device)
+    gone, over = column >= kept[:, None], (column == kept[:, None]) & (column > 0)
+    last = torch.where(over, rows, -1).amax(dim=1)  # the row that the answer ends before
+    last = last if beyond is None else torch.maximum(last, beyond.masked_fill(kept < lengths, -1))
+    return rows.masked_fill(gone, -1), emitted.masked_fill(gone, -1), kept, last
+
+
+def walk(
+    parent: Tensor, indptr: Tensor, tokens: Tensor, target: Tensor, max_depth: int, limits: Tensor | None, eos_tokens: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """As :func:`echo.kernels.walk`."""
+    greedy = target.dim() == 2
+    found = accept_greedy(parent, indptr, tokens, target, max_depth) if greedy else accept(parent, indptr, tokens, target, max_depth)
+    rows, emitted, lengths, beyond = cut(*found, limits, eos_tokens)
+    assert beyond is not None
+    return rows, emitted, lengths, beyond, emitted.gather(1, (lengths - 1).clamp(min=0)[:, None])[:, 0]
+
+
 @taking(Planning)
-def plan_attention(call: Planning) -> tuple[Tensor, Tensor]:
-    """As :func:`echo.kernels.plan_attention`: empty tensors, since the twin needs no plan."""
-    return call.indptr[:0], call.indptr[:0]
+def plan_attention(call: Planning) -> AttentionPlan:
+    """As :func:`echo.kernels.plan_attention`: only what it was made for, since the reference needs no list."""
+    return AttentionPlan(call.shapes, None, call.indptr[:0], call.indptr[:0])
 
 
 @taking(Attention)
@@ -94,20 +131,24 @@ def tree_attention(call: Attention) -> tuple[Tensor, Tensor]:
             key_cache, value_cache, page_table, context = call.cache
             length = max(min(int(context[b]), s.longest), 0)
             at = torch.arange(length, device=device)
-            pages, slots = page_table[b, at // s.page].long(), at % s.page
+            pages = page_table[b, at // s.page].long()
+            known = (pages >= 0) & (pages < len(key_cache))
+            at, pages = at[known], pages[known]
+            slots = at % s.page
             cached = [cache[pages, slots].to(double) for cache in (key_cache, value_cache)]
             for part, scales in enumerate((call.key_scale, call.value_scale)):
                 if scales is not None:
                     cached[part] = cached[part] * scales.to(double)[:, None]
             keys, values = torch.cat([cached[0], keys]), torch.cat([cached[1], values])
-            seen = torch.cat([seen.new_ones(len(rows), length), seen], dim=1)
+            seen = torch.cat([seen.new_ones(len(rows), len(at)), seen], dim=1)
             place = torch.cat([at - length, place])
         if call.window is not None and call.depth is not None:
             seen = seen & (call.depth[rows].long()[:, None] - place < call.window)
         score = _soft(torch.einsum("nhgd,shd->nhgs", query[rows], keys) * call.factor, call.softcap)
-        score = score.masked_fill(~seen[:, None, None], -torch.inf)
-        total = score.logsumexp(-1)
-        weight = torch.where(total[..., None] > -torch.inf, score.softmax(-1), 0.0)
+        finite = values.isfinite()  # one that is not spoils the rows that see it, and no other: a weight of 0 times NaN is NaN
+        score = score.masked_fill(~finite.all(-1).T[:, None], torch.nan).masked_fill(~seen[:, None, None], -torch.inf)
+        values, total = torch.where(finite, values, 0.0), score.logsumexp(-1)
+        weight = torch.where(total[..., None] == -torch.inf, 0.0, score.softmax(-1))
         out[rows], lse[rows] = torch.einsum("nhgs,shd->nhgd", weight, values).flatten(1, 2), total.flatten(1)
     return out.to(call.q.dtype), lse.float()
 
@@ -122,5 +163,6 @@ def merge_attention(o1: Tensor, lse1: Tensor, o2: Tensor, lse2: Tensor) -> tuple
     lse = torch.logaddexp(lse1.double(), lse2.double())
     base = torch.where(lse > -torch.inf, lse, 0.0)
     first, second = (lse1.double() - base).exp(), (lse2.double() - base).exp()
-    out = o1.double() * first[..., None] + o2.double() * second[..., None]
+    part = lambda o, lse: torch.where(lse[..., None] == -torch.inf, 0.0, o.double())  # noqa: E731 - of no keys it may hold anything
+    out = part(o1, lse1) * first[..., None] + part(o2, lse2) * second[..., None]
     return out.to(o1.dtype), lse.float()

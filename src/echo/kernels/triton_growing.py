@@ -14,12 +14,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from echo import checks
 from echo.kernels import launch
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 """Whether these kernels were loaded for Triton's interpreter, which runs them on the CPU."""
 
 DEAD = tl.constexpr(float("-inf"))
+ROUNDING = tl.constexpr(checks.ROUNDING)
 NEVER = tl.constexpr(0x7F800000)
 ACTIVE, TRUNCATED, STARVED, FINISHED, EXHAUSTED, EMPTY = (tl.constexpr(status) for status in range(6))
 
@@ -68,8 +70,11 @@ def _plant(
     batch, limit, most, deep, row, stride,
     LIVE: tl.constexpr, CAPACITY: tl.constexpr, BUDGET: tl.constexpr, COPY: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """All requests' roots."""
+    """All requests' roots: of the first ``limit`` that are live."""
     spent = tl.zeros([], tl.int64)
+    most_rows = tl.zeros([], tl.int64) + limit
+    if BUDGET:
+        most_rows = tl.load(budget)
     for start in range(0, batch, GROUP):
         b = (start + tl.arange(0, GROUP)).to(tl.int64)
         there = b < batch
@@ -79,8 +84,10 @@ def _plant(
         room = tl.zeros([GROUP], tl.int64) + most
         if CAPACITY:
             room = tl.minimum(room, tl.maximum(tl.load(capacity + b, mask=there, other=1), 1))
+        missing = tl.where(lives, STARVED, EMPTY)
+        lives = lives & (spent + tl.cumsum(lives.to(tl.int32), 0) <= most_rows)
         on = lives & (room > 1) & (room * deep > 0)
-        reason = tl.where(lives, tl.where(room * deep > 0, EXHAUSTED, FINISHED), EMPTY)
+        reason = tl.where(lives, tl.where(room * deep > 0, EXHAUSTED, FINISHED), missing)
         if COPY:
             tl.store(token + b * row, tl.load(roots + b * stride, mask=there, other=0), mask=there)
         tl.store(parent + b * row, tl.zeros([GROUP], tl.int64), mask=there)
@@ -93,10 +100,7 @@ def _plant(
         tl.store(held + b, lives.to(tl.int64), mask=there)
         tl.store(invalid + b, tl.zeros([GROUP], tl.int32), mask=there)
         spent += tl.sum(lives.to(tl.int64), 0)
-    if BUDGET:
-        tl.store(left, tl.load(budget) - spent)
-    else:
-        tl.store(left, limit - spent)
+    tl.store(left, most_rows - spent)
 
 
 @triton.jit
@@ -112,7 +116,7 @@ def _path_score(above, active, log_prob, r, lane, there, k, above_row, active_ro
     on = tl.load(active + r * active_row + w, mask=there, other=0) != 0
     base = tl.where(on, tl.load(above + r * above_row + w, mask=there, other=DEAD), DEAD)
     q = tl.load(log_prob + r * q_row + w * q_node + (lane - w * k) * q_child, mask=there, other=DEAD).to(tl.float32)
-    number = (q > DEAD) & (q < float("inf"))
+    number = (q > DEAD) & (q <= ROUNDING)
     value = base + tl.where(number, q, DEAD)
     return tl.where(value < base, value, base), on, (q != DEAD) & (number == 0)
 

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from echo.kernels import launch
 from echo.kernels.triton_dealing import Selected, ends, layout
-from echo.kernels.triton_growing import DEAD, INTERPRETED, as_bytes
+from echo.kernels.triton_growing import DEAD, EMPTY, INTERPRETED, STARVED, TRUNCATED, as_bytes
 
 ONE = tl.constexpr(float(1 << 24))
 """Certainty in the fixed point of calibrated costs."""
 
-__all__ = ["INTERPRETED", "compact", "foresee", "observe", "pack"]
+__all__ = ["INTERPRETED", "compact", "count", "foresee", "observe", "pack"]
 
 
 @triton.jit
@@ -80,10 +80,11 @@ def _pack(
             tl.store(mask + to * words + word, tl.where(tl.zeros([BLOCK], tl.int32) + word == 0, 1, 0), mask=pad)
 
 
-@triton.jit(do_not_specialize=["count", "steps", "pages", "size", "dummy"])
+@triton.jit(do_not_specialize=["count", "steps", "pages", "size", "dummy", "past"])
 def _compact(
     rows, lengths, indptr, context, table,
-    kept, gathered, valid, position, source, target, after, count, steps, pages, size, dummy, PAGED: tl.constexpr, BLOCK: tl.constexpr,
+    kept, gathered, valid, position, source, target, after, count, steps, pages, size, dummy, past,
+    PAGED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Where the rows of accepted paths lie and belong."""
     lane = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -92,7 +93,8 @@ def _compact(
     begin = tl.load(context + b, mask=inside, other=0).to(tl.int64)
     there, step = row >= 0, lane - b * steps
     row = tl.where(there, row, 0)
-    place, lies = begin + step, begin + row - tl.load(indptr + b, mask=inside, other=0)
+    place = begin + step
+    lies = tl.where(past < 0, begin, past) + row - tl.load(indptr + b, mask=inside, other=0)
     tl.store(kept + lane, tl.where(there, row, -1).to(tl.int32), mask=inside)
     tl.store(gathered + lane, row, mask=inside)
     tl.store(valid + lane, there.to(tl.uint8), mask=inside)
@@ -104,8 +106,8 @@ def _compact(
         tl.store(source + lane, tl.where(from_ok, page * size + lies % size, dummy), mask=inside)
         tl.store(target + lane, tl.where(to_ok, home * size + place % size, dummy), mask=inside)
     else:
-        tl.store(source + lane, tl.where(there, lies, 0), mask=inside)
-        tl.store(target + lane, tl.where(there, place, 0), mask=inside)
+        tl.store(source + lane, tl.where(there, lies, dummy), mask=inside)
+        tl.store(target + lane, tl.where(there, place, dummy), mask=inside)
     tl.store(after + b, begin + tl.load(lengths + b, mask=inside, other=0), mask=inside & (step == 0))
 
 
@@ -138,25 +140,36 @@ def _foresee(
 
 
 @triton.jit
-def _seen(slots, indptr, status, lengths, more_expected, b, batch, d, depth, drafted, FORESEES: tl.constexpr):
-    """Of some requests and one depth: whether it counts, was accepted, how far it was expected to be; who had rows; and the slot."""
+def _drafts(lengths, beyond, b, there, CUT: tl.constexpr):
+    """Tokens that some requests emitted, and their accepted drafts: where both are as many, what is deeper was not judged."""
+    emitted = tl.load(lengths + b, mask=there, other=0)
+    right = tl.maximum(emitted - 1, 0)
+    if CUT:
+        right += (tl.load(beyond + b, mask=there, other=-1) >= 0).to(tl.int64)
+    return emitted, right
+
+
+@triton.jit
+def _seen(slots, status, lengths, beyond, more_expected, b, batch, d, depth, drafted, CUT: tl.constexpr, FORESEES: tl.constexpr):
+    """Of some requests and one depth: whether it counts, was accepted, how far it was expected to be, was judged; who ran; the slot."""
     there = b < batch
-    ran = there & (tl.load(indptr + b + 1, mask=there, other=0) > tl.load(indptr + b, mask=there, other=0))
+    emitted, right = _drafts(lengths, beyond, b, there, CUT)
+    judged = (emitted > 0) & ((right < emitted) | (right > d))
     stopped = tl.load(status + b, mask=there, other=0) != 0
     reached = b * 0 + d < drafted
-    seen = ran & (reached | (stopped & (b * 0 + drafted > 0)))
-    taken = ran & reached & (tl.load(lengths + b, mask=there, other=0) - 1 > d)
+    seen = judged & (reached | (stopped & (b * 0 + drafted > 0)))
+    taken = reached & (right > d)
     likely = tl.zeros_like(seen.to(tl.float32))
     if FORESEES:
-        likely = tl.load(more_expected + b.to(tl.int64) * depth + d, mask=there & reached, other=0.0)
-    return seen.to(tl.float32), taken.to(tl.float32), likely, ran, tl.load(slots + b, mask=there, other=-1)
+        likely = tl.load(more_expected + b.to(tl.int64) * depth + d, mask=judged & reached, other=0.0)
+    return seen.to(tl.float32), taken.to(tl.float32), likely, judged & reached, emitted > 0, tl.load(slots + b, mask=there, other=-1)
 
 
 @triton.jit(do_not_specialize=["batch", "places", "depth", "drafted"])
 def _observe(
-    slots, indptr, status, lengths, more_expected, more_outlook, drafted_at, steps, expected, accepted, outlook,
+    slots, status, lengths, beyond, more_expected, more_outlook, drafted_at, steps, expected, accepted, outlook,
     new_steps, new_expected, new_accepted, new_outlook, batch, places, depth, drafted, keep, share,
-    DEVICE: tl.constexpr, FORESEES: tl.constexpr, BINS: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr,
+    DEVICE: tl.constexpr, CUT: tl.constexpr, FORESEES: tl.constexpr, BINS: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """Some slots' sums of one depth."""
     d, place = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -166,12 +179,16 @@ def _observe(
     all_seen, all_taken, all_expected = tl.zeros([], tl.float32), tl.zeros([], tl.float32), tl.zeros([], tl.float32)
     for start in range(0, batch, GROUP):
         b = start + tl.arange(0, GROUP)
-        seen, taken, likely, _, slot = _seen(slots, indptr, status, lengths, more_expected, b, batch, d, depth, drafted, FORESEES)
-        own = (slot[None, :] == place[:, None]) & (b < batch)[None, :]
+        seen, taken, likely, _inside, ran, slot = _seen(
+            slots, status, lengths, beyond, more_expected, b, batch, d, depth, drafted, CUT, FORESEES
+        )
+        own = (slot[None, :] == place[:, None]) & ran[None, :]
         owner = tl.maximum(owner, tl.max(tl.where(own, b[None, :], -1), 1))
         all_seen, all_taken, all_expected = all_seen + tl.sum(seen, 0), all_taken + tl.sum(taken, 0), all_expected + tl.sum(likely, 0)
     b = tl.where(owner >= 0, owner, batch)
-    seen, taken, likely, ran, _ = _seen(slots, indptr, status, lengths, more_expected, b, batch, d, depth, drafted, FORESEES)
+    seen, taken, likely, judged, ran, _slot = _seen(
+        slots, status, lengths, beyond, more_expected, b, batch, d, depth, drafted, CUT, FORESEES
+    )
     everybody = place == places - 1
     fade = tl.where(everybody, tl.maximum(1.0 - all_seen * share, 0.0), tl.where(ran, keep, 1.0))
     at, inside = d.to(tl.int64) * places + place, place < places
@@ -184,14 +201,64 @@ def _observe(
     bins = tl.zeros([BLOCK, BINS], tl.float32)
     if FORESEES:
         near = (b.to(tl.int64) * depth + d)[:, None] * BINS + lane[None, :]
-        bins = tl.load(more_outlook + near, mask=((b < batch) & (b * 0 + d < drafted))[:, None] & (lane < BINS)[None, :], other=0.0)
+        bins = tl.load(more_outlook + near, mask=judged[:, None] & (lane < BINS)[None, :], other=0.0)
         if (tl.program_id(1) == tl.num_programs(1) - 1) & (d < drafted):
             total = tl.zeros([BINS], tl.float32)
             for r in range(batch):
-                total += tl.load(more_outlook + (tl.full([], 0, tl.int64) + r * depth + d) * BINS + lane)
+                said, drafts = _drafts(lengths, beyond, r, True, CUT)
+                counts = (said > 0) & ((drafts < said) | (drafts > d)) & (lane < BINS)
+                total += tl.load(more_outlook + (tl.full([], 0, tl.int64) + r * depth + d) * BINS + lane, mask=counts, other=0.0)
             bins = tl.where(everybody[:, None], total[None, :], bins)
     wide, whole = at[:, None] * BINS + lane[None, :], inside[:, None] & (lane < BINS)[None, :]
     tl.store(new_outlook + wide, tl.load(outlook + wide, mask=whole, other=0.0) * fade[:, None] + bins, mask=whole)
+
+
+@triton.jit(do_not_specialize=["batch", "rows", "layers"])
+def _count(
+    indptr, status, lengths, invalid, drafted_at, counts, new, batch, rows, layers, DEVICE: tl.constexpr, GROUP: tl.constexpr
+):  # fmt: skip
+    """All counters of a step, in the order of :class:`echo.StepCounts`."""
+    zero = tl.zeros([], tl.int64)
+    real, requests = zero, zero
+    for start in range(0, batch, GROUP):
+        b = start + tl.arange(0, GROUP)
+        there = b < batch
+        held = tl.load(indptr + b + 1, mask=there, other=0) - tl.load(indptr + b, mask=there, other=0)
+        real, requests = real + tl.sum(held.to(tl.int64), 0), requests + tl.sum((held > 0).to(tl.int64), 0)
+    share = rows // tl.maximum(requests, 1)
+    accepted, truncated, starved, released, more, faults, silent, unserved = zero, zero, zero, zero, zero, zero, zero, zero
+    for start in range(0, batch, GROUP):
+        b = start + tl.arange(0, GROUP)
+        there = b < batch
+        held = tl.load(indptr + b + 1, mask=there, other=0) - tl.load(indptr + b, mask=there, other=0)
+        live, reason, said = held > 0, tl.load(status + b, mask=there, other=EMPTY), tl.load(lengths + b, mask=there, other=0)
+        accepted += tl.sum(tl.maximum(said - 1, 0), 0)
+        cut = live & (reason == TRUNCATED)
+        truncated, starved = truncated + tl.sum(cut.to(tl.int64), 0), starved + tl.sum((live & (reason == STARVED)).to(tl.int64), 0)
+        released += tl.sum(tl.where(cut, tl.maximum(share - held, 0), 0), 0)
+        more += tl.sum(tl.where(live, tl.maximum(held - share, 0), 0), 0)
+        faults += tl.sum(tl.load(invalid + b, mask=there, other=0).to(tl.int64), 0)
+        silent += tl.sum((live & (said == 0)).to(tl.int64), 0)
+        unserved += tl.sum((there & (held == 0) & (reason != EMPTY)).to(tl.int64), 0)
+    again = tl.minimum(released, tl.maximum(more - (rows - share * requests), 0))
+    depth = zero + layers
+    if DEVICE:
+        depth = tl.load(drafted_at).to(tl.int64)
+    at = tl.arange(0, 16)
+    value = tl.where(at == 0, 1, 0).to(tl.int64)
+    value = tl.where(at == 1, depth, value)
+    value = tl.where(at == 2, requests, value)
+    value = tl.where(at == 3, real, value)
+    value = tl.where(at == 4, rows - real, value)
+    value = tl.where(at == 5, accepted, value)
+    value = tl.where(at == 6, truncated, value)
+    value = tl.where(at == 7, starved, value)
+    value = tl.where(at == 8, released, value)
+    value = tl.where(at == 9, again, value)
+    value = tl.where(at == 10, faults, value)
+    value = tl.where(at == 11, silent, value)
+    value = tl.where(at == 12, unserved, value)
+    tl.store(new + at, tl.load(counts + at, mask=at < 13, other=0) + value, mask=at < 13)
 
 
 def columns(like: Tensor, batch: int, rows: int, words: int) -> dict[str, Tensor]:
@@ -240,7 +307,7 @@ def pack(
 
 @launch.on_its_device
 def compact(
-    rows: Tensor, lengths: Tensor, indptr: Tensor, context: Tensor, table: Tensor | None, size: int, dummy: int,
+    rows: Tensor, lengths: Tensor, indptr: Tensor, context: Tensor, table: Tensor | None, size: int, dummy: int, past: int,
     out: dict[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:  # fmt: skip
     """The lists of :class:`echo.tree.Compaction`, by name.
@@ -252,7 +319,8 @@ def compact(
         context: int32 or int64 [B].
         table: int32 or int64 [B, pages]; None: places in a request's own cache.
         size: tokens of a page.
-        dummy: a slot that no request owns.
+        dummy: a slot that no request owns, or a place in a request's own cache.
+        past: place of each request's first row in its own cache; -1: behind its context.
         out: lists to write to.
     """
     (batch, steps), make = rows.shape, partial(torch.empty, device=rows.device)
@@ -267,7 +335,7 @@ def compact(
             rows.contiguous(), lengths.contiguous(), indptr.contiguous(), context.contiguous(),
             rows if table is None else table.contiguous(),
             *(as_bytes(column) if name == "valid" else column for name, column in new.items()),
-            batch, steps, 0 if table is None else table.shape[1], size, dummy,
+            batch, steps, 0 if table is None else table.shape[1], size, dummy, past,
             PAGED=table is not None, BLOCK=launch.REQUESTS, num_warps=launch.warps(launch.REQUESTS),
         )  # fmt: skip
     return new
@@ -306,14 +374,14 @@ def foresee(
 
 @launch.on_its_device
 def observe(
-    slots: Tensor, indptr: Tensor, status: Tensor, lengths: Tensor, drafted: int | Tensor, more: tuple[Tensor, Tensor] | None,
+    slots: Tensor, status: Tensor, lengths: Tensor, beyond: Tensor | None, drafted: int | Tensor, more: tuple[Tensor, Tensor] | None,
     sums: tuple[Tensor, Tensor, Tensor, Tensor], keep: float, memory: int, out: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The sums after a step.
 
     Args:
         slots: int64 [B].
-        indptr, status, lengths: int32 [B + 1], int8 and int64 [B], of the step.
+        status, lengths, beyond: int8, int64 and int64 [B], of the step; None: no walk was cut.
         drafted: layers of the step, or int32 [] on the device.
         more: expected and outlook of the step, float32 [B, depths] and [B, depths, bins], of which the first ``drafted`` depths count;
             None where nothing is foreseen.
@@ -326,11 +394,35 @@ def observe(
     new = out or tuple(torch.empty_like(value, memory_format=torch.contiguous_format) for value in sums)
     foresees = more is not None and (isinstance(drafted, Tensor) or drafted > 0)
     if depth:
-        step = tuple(value.contiguous() for value in more) if more is not None and foresees else sums[:2]
+        cut, step = lengths if beyond is None else beyond, sums[:2]
+        if more is not None and foresees:
+            step = more[0].contiguous(), more[1].contiguous()
         _observe[(depth, -(-places // 16))](
-            slots, indptr, status, lengths, *step, drafted if isinstance(drafted, Tensor) else indptr,
-            *(value.contiguous() for value in sums), *new, len(slots), places, step[0].shape[1],
-            0 if isinstance(drafted, Tensor) else drafted, keep, 1 / memory, DEVICE=isinstance(drafted, Tensor),
-            FORESEES=foresees, BINS=bins, BLOCK=16, GROUP=64, num_warps=2, enable_fp_fusion=False,
+            slots.contiguous(), status.contiguous(), lengths.contiguous(), cut.contiguous(), *step,
+            drafted if isinstance(drafted, Tensor) else lengths, *(value.contiguous() for value in sums), *new, len(slots), places,
+            step[0].shape[1], 0 if isinstance(drafted, Tensor) else drafted, keep, 1 / memory, DEVICE=isinstance(drafted, Tensor),
+            CUT=beyond is not None, FORESEES=foresees, BINS=bins, BLOCK=16, GROUP=64, num_warps=2, enable_fp_fusion=False,
         )  # fmt: skip
     return new  # type: ignore[return-value]
+
+
+@launch.on_its_device
+def count(
+    indptr: Tensor, status: Tensor, lengths: Tensor, invalid: Tensor, rows: int, layers: int | Tensor, counts: Tensor,
+    out: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """The counters after a step, int64 [13].
+
+    Args:
+        indptr, status, lengths, invalid: int32 [B + 1], int8, int64 and int32 [B], of the step.
+        rows: N.
+        layers: layers drafted, or int32 [] on the device.
+        counts: int64 [13], before it.
+        out: int64 [13], written to; ``counts`` itself will do.
+    """
+    new, on_device = torch.empty_like(counts) if out is None else out, isinstance(layers, Tensor)
+    _count[(1,)](
+        indptr.contiguous(), status.contiguous(), lengths.contiguous(), invalid.contiguous(), layers if on_device else indptr, counts, new,
+        len(status), rows, 0 if on_device else layers, DEVICE=on_device, GROUP=launch.REQUESTS, num_warps=launch.warps(launch.REQUESTS),
+    )  # fmt: skip
+    return new

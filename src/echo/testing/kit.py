@@ -109,7 +109,7 @@ def check_scheduler(
     for claim in claims:
         if claim not in (*selection.CLAIMS, *RELATIONS):
             raise EchoError(f"claims: expected some of {(*selection.CLAIMS, *RELATIONS)}, got {claim!r}")
-    checks.integer("examples", examples, 1)
+    examples = checks.integer("examples", examples, 1)
     broken = _search(scheduler, claims, examples, max_batch)
     if broken is not None:
         smallest = shrink(broken.scenario, lambda step: _breaks(scheduler, step, claims) == broken.invariant)

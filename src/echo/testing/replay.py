@@ -34,7 +34,7 @@ class Record:
         requests: int64 [B], the text that each request writes.
         position: int64 [B], its root's place in the text.
         tree, packed, accepted: the values of the step.
-        emitted: int64 [B], tokens that count: cut at the end of the text.
+        emitted: int64 [B], tokens emitted.
         forecast: depth and rows planned.
         unread: tokens that the drafter reads up on in this step.
     """
@@ -194,7 +194,7 @@ def replay(
             break
         where, at = torch.from_numpy(live), slots.position[live]
         plan = scheduler.forecast(past[0], where, base_rows=prompt_rows * len(fresh))
-        left = slots.limit[live] - (at - slots.begin[live]) - 1
+        left = np.where(slots.end[live] - at > 1, slots.limit[live] - (at - slots.begin[live]) - 1, 0)  # some end with their first token
         limit = torch.from_numpy(np.where(left > 1, room, 1))
         tree = scheduler.plant(source.text[at], capacity=limit, rows=plan.rows)
         source.begin(at)
@@ -203,7 +203,7 @@ def replay(
         accepted = verify(packed, source.target(at, packed))
         history = history.observe(where, packed, accepted)
         past.append(history)
-        emitted = np.minimum(accepted.lengths.numpy(), slots.end[live] - at - 1)
+        emitted = accepted.lengths.numpy()
 
         _count(report, packed, emitted, tree.depth)
         full = float(cost.draft(plan.depth, len(live), scheduler.rule.width))
@@ -222,9 +222,9 @@ def replay(
 
 
 def _check(trace: Trace, scheduler: ElasticBudgetScheduler, batch: int, prompt_rows: int, lag: int) -> None:
-    checks.integer("batch", batch, 1)
-    checks.integer("lag", lag, 0, 2)
-    checks.integer("prompt_rows", prompt_rows, 0)
+    batch = checks.integer("batch", batch, 1)
+    lag = checks.integer("lag", lag, 0, 2)
+    prompt_rows = checks.integer("prompt_rows", prompt_rows, 0)
     if scheduler.max_depth > trace.depth:
         raise EchoError(f"scheduler: expected max_depth of at most the trace's {trace.depth}, got {scheduler.max_depth}")
 
@@ -327,7 +327,7 @@ class _Source:
         return self.tokens[where, frontier.depth, place], log_probs
 
     def target(self, at: NDArray[np.int64], packed: PackedTree) -> Tensor:
-        """The text's own next token after each row; rows off the text's path are never reached."""
+        """The text's own next token after each row, none behind its end; rows off the text's path are never reached."""
         request = packed.request.long()
         real = request < packed.batch
         position = torch.from_numpy(at)[request.clamp(max=packed.batch - 1)]

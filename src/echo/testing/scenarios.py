@@ -139,8 +139,8 @@ def nan_storm(batch: int = 8, depth: int = 3) -> Scenario:
 
 
 def _scenario(batch: int, depth: int, share: float, rows: int) -> Scenario:
-    checks.integer("batch", batch, 1)
-    checks.integer("depth", depth, 0)
+    batch = checks.integer("batch", batch, 1)
+    depth = checks.integer("depth", depth, 0)
     vocab = max(2 * batch, 4)
     spread = share - 0.01 * torch.arange(vocab) / vocab
     whole = torch.ones(batch, dtype=torch.bool)

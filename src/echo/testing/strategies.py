@@ -44,8 +44,8 @@ def batches(*, max_batch: int = 5, max_depth: int = 4, rows: bool = True) -> Sea
         rows: also draw the rows of the step, from the number of slots up; False: what the scheduler asks for by itself.
     """
     st = hypothesis().strategies
-    checks.integer("max_batch", max_batch, 1)
-    checks.integer("max_depth", max_depth, 0)
+    max_batch = checks.integer("max_batch", max_batch, 1)
+    max_depth = checks.integer("max_depth", max_depth, 0)
 
     size = max_depth * VOCAB * CHILDREN
     slot = st.tuples(

@@ -79,7 +79,7 @@ class TabularDrafter:
 
     def __post_init__(self) -> None:
         vocab = checks.tensor("probabilities", self.probabilities, ["V", "V"], (torch.float32, torch.float64)).shape[0]
-        checks.integer("count", self.count, 1, vocab)
+        checks.integer_field(self, "count", 1, vocab)
 
     def admit(self, slots: Tensor, prompts: Sequence[Tensor], first: Tensor, /) -> None:
         """Nothing to remember."""

@@ -74,7 +74,7 @@ class Trace:
                 f"token, log_prob: expected two arrays [{positions}, D, E, k], got {self.token.shape} and {self.log_prob.shape}"
             )
         _, depth, places, k = self.token.shape
-        checks.integer("beam", self.beam, 1, places)
+        checks.integer_field(self, "beam", 1, places)
         if self.expanded.shape != (positions, depth, places * k):
             raise EchoError(f"expanded: expected [{positions}, {depth}, {places * k}], got {self.expanded.shape}")
         for name, bad in {
@@ -271,7 +271,7 @@ def record(
     """
     if len(kinds) != len(prompts):
         raise EchoError(f"kinds: expected one for each of {len(prompts)} prompts, got {len(kinds)}")
-    checks.integer("depth", depth, 1)
+    depth = checks.integer("depth", depth, 1)
     pool, watch = ElasticBudgetScheduler(_Pool(beam, places, floor), budget=2 * slots, max_depth=depth), _Watch(drafter)
     texts: list[list[int]] = [[] for _ in prompts]
     drafts: list[list[tuple[NDArray[Any], ...]]] = [[] for _ in prompts]

@@ -254,11 +254,11 @@ def pack(tree: SuperTree, selected: Tensor, rows: int, words: int, out: PackedTr
         out: a step of the same shapes (an engine's persistent buffers), whose tensors are written to and returned.
 
     Raises:
-        EchoError: shapes or dtypes that do not fit, or rows below 1.
+        EchoError: shapes or dtypes that do not fit.
     """
     batch, nodes, device = tree.batch, sum(tree.sizes), tree.status.device
     checks.tensor("selected", selected, [batch, nodes], torch.bool, device)
-    checks.integer("rows", rows, 1)
+    rows = checks.integer("rows", rows, 0)
     if batch == 0:  # an idle data-parallel rank: pads alone
         return into(out, _pads(tree, rows, words))
     fused = kernels.fused("packing", selected)
@@ -360,8 +360,8 @@ def slots(place: Tensor, request: Tensor, page_table: Tensor, page_size: int, du
         EchoError: shapes or dtypes that do not fit.
     """
     checks.tensor("page_table", page_table, ["B", "pages"], checks.INTEGERS, place.device)
-    checks.integer("page_size", page_size, 1)
-    checks.integer("dummy", dummy, 0)
+    page_size = checks.integer("page_size", page_size, 1)
+    dummy = checks.integer("dummy", dummy, 0)
     batch, pages = page_table.shape
     if batch == 0 or pages == 0:
         return torch.full_like(place, dummy)

@@ -10,6 +10,7 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
+from echo import checks
 from echo.errors import EchoError
 
 DEAD_SCORE = float("-inf")
@@ -26,7 +27,7 @@ class Status(IntEnum):
     TRUNCATED = 1
     """Failed a gate."""
     STARVED = 2
-    """Passed, and found no rows left to buy."""
+    """Passed, and found no rows left to buy; or live, and found no row for its root."""
     FINISHED = 3
     """Reached the deepest layer."""
     EXHAUSTED = 4
@@ -143,8 +144,8 @@ class SuperTree:
         row_limit: int64 [B], the most rows a request may get, root included; 0 for an empty slot.
         held: int64 [B], rows bought so far, root included.
         left: int64 [], rows that may still be bought.
-        invalid: int32 [B], draft scores at active nodes that were NaN or plus infinity, and those of layers without any finite
-            score; such nodes are never selectable.
+        invalid: int32 [B], draft scores at active nodes that were no log-probabilities (NaN, or above 0 by more than a rounding), and
+            those of layers without any finite score; such nodes are never selectable.
         rows: rows of this step, a host int; ``left`` never lets more be selected.
         most: a host int that bounds ``row_limit``.
         reserve: int64 [B], rows set aside for each request, its floor less what it has bought; None: no floors.
@@ -329,8 +330,8 @@ def bits(score: Tensor) -> Tensor:
 def path_score(parent: Tensor, log_prob: Tensor, active: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """S(v) = S(parent) + min(log q(v), 0), the greatest of each request, and how many of its drafts are faulty.
 
-    Minus infinity says "no candidate" and is no fault by itself; NaN and plus infinity are faults, and so is each score of a
-    request that has an active node and no finite score at all.
+    Minus infinity says "no candidate" and is no fault by itself; NaN and what is above 0 by more than a rounding (a probability, a
+    logit) are faults, and so is each score of a request that has an active node and no finite score at all.
 
     Args:
         parent: float32 [B, W].
@@ -340,13 +341,12 @@ def path_score(parent: Tensor, log_prob: Tensor, active: Tensor) -> tuple[Tensor
     Returns:
         float32 [B, W * k] with -inf at unselectable nodes, float32 [B], int32 [B].
     """
-    q, parent = log_prob.float(), torch.where(active, parent, DEAD_SCORE)[..., None]
-    number = torch.nan_to_num(q, nan=DEAD_SCORE, posinf=DEAD_SCORE, neginf=DEAD_SCORE)
-    faulty = (q != number).sum(dim=2, dtype=torch.int32)
-    score = (parent + number.clamp_(max=0.0)).flatten(1)
+    q, parent = log_prob.detach().float(), torch.where(active, parent, DEAD_SCORE)[..., None]
+    good = q <= checks.ROUNDING
+    score = (parent + torch.where(good, q, DEAD_SCORE).clamp_(max=0.0)).flatten(1)
     best = score.max(dim=1).values
-    faulty.masked_fill_((best == DEAD_SCORE)[:, None], q.shape[2])
-    return score, best, (faulty * active).sum(dim=1, dtype=torch.int32)
+    good.logical_and_((best > DEAD_SCORE)[:, None, None])
+    return score, best, (good < active[..., None]).sum(dim=(1, 2), dtype=torch.int32)
 
 
 def check_size(requests: int, nodes: int, depth: int) -> None:

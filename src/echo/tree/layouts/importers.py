@@ -86,7 +86,7 @@ def from_sglang_mask(
     Raises:
         EchoError: naming the request and the row of a mask that no tree has.
     """
-    checks.integer("n", n, 1)
+    n = checks.integer("n", n, 1)
     batch = checks.tensor("draft_tokens", draft_tokens, ["B * n"], checks.INTEGERS).shape[0] // n
     if mode == "QLEN_ONLY":
         square = host(checks.tensor("mask", mask.reshape(-1), [batch * n * n], torch.bool)).reshape(batch, n, n)
