@@ -163,6 +163,6 @@ def merge_attention(o1: Tensor, lse1: Tensor, o2: Tensor, lse2: Tensor) -> tuple
     lse = torch.logaddexp(lse1.double(), lse2.double())
     base = torch.where(lse > -torch.inf, lse, 0.0)
     first, second = (lse1.double() - base).exp(), (lse2.double() - base).exp()
-    part = lambda o, lse: torch.where(lse[..., None] == -torch.inf, 0.0, o.double())  # noqa: E731 - of no keys it may hold anything
-    out = part(o1, lse1) * first[..., None] + part(o2, lse2) * second[..., None]
+    gone1, gone2 = lse1[..., None] == -torch.inf, lse2[..., None] == -torch.inf  # of no keys a part may hold anything
+    out = o1.double().masked_fill(gone1, 0) * first[..., None] + o2.double().masked_fill(gone2, 0) * second[..., None]
     return out.to(o1.dtype), lse.float()
