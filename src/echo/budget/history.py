@@ -132,7 +132,7 @@ class History:
         ran, (depth, places) = packed.indptr.diff() > 0, self.steps.shape
         layers = torch.arange(depth, device=slots.device)[:, None]
         seen = ran & ((layers < drafted) | (packed.status != int(Status.ACTIVE)) & (drafted > 0))  # who stopped has no deeper layers
-        own = torch.ones(places, device=slots.device).index_copy(0, slots, torch.where(ran, KEEP, 1.0))
+        own = torch.ones(places, device=slots.device).scatter_reduce(0, slots, torch.where(ran, KEEP, 1.0), "amin")
         fades = own.repeat(depth, 1)
         fades[:, -1] = (1 - seen.sum(dim=1) / MEMORY).clamp(min=0)
 

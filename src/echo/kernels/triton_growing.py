@@ -99,7 +99,8 @@ def _score(
     inside, w = lane < count, lane // k
     on = tl.load(active + b * width + w, mask=inside, other=0) != 0
     base = tl.where(on, tl.load(above + b * width + w, mask=inside, other=DEAD), DEAD)
-    q = tl.load(log_prob + b * stride_b + w * stride_w + (lane - w * k) * stride_k, mask=inside, other=DEAD).to(tl.float32)
+    at = b * stride_b + w.to(tl.int64) * stride_w + (lane - w * k).to(tl.int64) * stride_k
+    q = tl.load(log_prob + at, mask=inside, other=DEAD).to(tl.float32)
     number = (q > DEAD) & (q < float("inf"))
     value = base + tl.where(number, q, DEAD)
     value = tl.where(value < base, value, base)
@@ -174,7 +175,8 @@ def _advance(
     at = b * width + tl.cumsum(kept.to(tl.int32), 0) - 1
     up = lane // k
     tl.store(index + at, lane.to(tl.int64), mask=kept)
-    tl.store(token + at, tl.load(tokens + b * stride_b + up * stride_w + (lane - up * k) * stride_k, mask=kept, other=0), mask=kept)
+    drafted = b * stride_b + up.to(tl.int64) * stride_w + (lane - up * k).to(tl.int64) * stride_k
+    tl.store(token + at, tl.load(tokens + drafted, mask=kept, other=0), mask=kept)
     tl.store(parent + at, up.to(tl.int64), mask=kept)
     tl.store(value + at, own, mask=kept)
     tl.store(active + at, tl.where(reason == ACTIVE, eligible.to(tl.uint8), 0), mask=kept)

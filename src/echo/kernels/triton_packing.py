@@ -89,10 +89,10 @@ def _compact(
     tl.store(position + lane, tl.where(there, place, 0), mask=inside)
     if PAGED:
         from_ok, to_ok = there & (lies >= 0) & (lies // size < pages), there & (place >= 0) & (place // size < pages)
-        page = tl.load(table + b * pages + lies // size, mask=inside & from_ok, other=0).to(tl.int64)
-        home = tl.load(table + b * pages + place // size, mask=inside & to_ok, other=0).to(tl.int64)
-        tl.store(source + lane, tl.where(from_ok, page * size + lies % size, dummy), mask=inside)
-        tl.store(target + lane, tl.where(to_ok, home * size + place % size, dummy), mask=inside)
+        page = tl.load(table + b * pages + lies // size, mask=inside & from_ok, other=-1).to(tl.int64)
+        home = tl.load(table + b * pages + place // size, mask=inside & to_ok, other=-1).to(tl.int64)
+        tl.store(source + lane, tl.where(page >= 0, page * size + lies % size, dummy), mask=inside)
+        tl.store(target + lane, tl.where(home >= 0, home * size + place % size, dummy), mask=inside)
     else:
         tl.store(source + lane, tl.where(there, lies, 0), mask=inside)
         tl.store(target + lane, tl.where(there, place, 0), mask=inside)
@@ -151,8 +151,8 @@ def _observe(
     all_seen, all_taken, all_expected = tl.zeros([], tl.float32), tl.zeros([], tl.float32), tl.zeros([], tl.float32)
     for start in range(0, batch, GROUP):
         b = start + tl.arange(0, GROUP)
-        seen, taken, likely, _, slot = _seen(slots, indptr, status, lengths, more_expected, b, batch, d, depth, drafted, FORESEES)
-        own = (slot[None, :] == place[:, None]) & (b < batch)[None, :]
+        seen, taken, likely, ran, slot = _seen(slots, indptr, status, lengths, more_expected, b, batch, d, depth, drafted, FORESEES)
+        own = (slot[None, :] == place[:, None]) & ran[None, :]
         owner = tl.maximum(owner, tl.max(tl.where(own, b[None, :], -1), 1))
         all_seen, all_taken, all_expected = all_seen + tl.sum(seen, 0), all_taken + tl.sum(taken, 0), all_expected + tl.sum(likely, 0)
     b = tl.where(owner >= 0, owner, batch)
