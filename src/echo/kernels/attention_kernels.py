@@ -105,12 +105,9 @@ def _scores(q, k, factor, cap, CAPPED: tl.constexpr):
 
 
 @triton.jit
-def _holes(v):
-    """NaN for each key whose value is not finite, else 0: added to the key's scores, it spoils the rows that see the key.
-
-    The value itself is then not loaded: a weight of 0 times NaN would spoil all rows.
-    """
-    return tl.sum(tl.where(tl.abs(v.to(tl.float32)) < float("inf"), 0.0, float("nan")), 1)
+def _broken(v):
+    """Of each key 1 where its value is not finite, else 0."""
+    return tl.max((tl.abs(v.to(tl.float32)) < float("inf")).to(tl.int32) ^ 1, 1)
 
 
 @triton.jit
@@ -159,11 +156,9 @@ def _slots(cache, page, start, key, by_page, by_slot, KEYS: tl.constexpr, PAGE: 
 @triton.jit
 def _context(
     q, acc, top, mass, key_cache, value_cache, pages, count, low, high, length, since, factor, cap, k_page, k_slot, v_page, v_slot,
-    DIM: tl.constexpr, WIDTH: tl.constexpr, KEYS: tl.constexpr, PAGE: tl.constexpr, CAPPED: tl.constexpr, WHOLE: tl.constexpr,
+    DIM: tl.constexpr, WIDTH: tl.constexpr, KEYS: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr,
 ):  # fmt: skip
-    """Blocks ``low`` to ``high`` of the context, one KV head; WHOLE: all rows see all of their keys.
-
-    A key on a page that is none of the cache's ``count`` is not there.
+    """Blocks ``low`` to ``high`` of the context, one KV head. A key on a page that is none of the cache's ``count`` is not there.
 
     The page of the next block is loaded a turn ahead. With a page number and the keys behind it in one turn, the compiler spends its
     pipeline on the page number and has one buffer of keys, filled after the products of the turn before: nothing in flight meanwhile.
@@ -171,25 +166,24 @@ def _context(
     key, d = tl.arange(0, KEYS), tl.arange(0, WIDTH)
     inner = (d < DIM if DIM < WIDTH else d >= 0)[None, :]
     page = _page(pages, low * KEYS, key, length, KEYS, PAGE)
-    for block in tl.range(low, high, num_stages=None if WHOLE else 1):
+    for block in range(low, high):
         start = block * KEYS
         ahead = _page(pages, start + KEYS, key, length, KEYS, PAGE)
         position = start + key
         known = page.to(tl.uint32, bitcast=True) < count.to(tl.uint32, bitcast=True)
         seen = position < tl.where(known, length, 0) if PAGE % KEYS == 0 else known
+        if WINDOW > 0:  # what no row sees may hold anything
+            seen = seen & (position > length - WINDOW)
         shown = seen[:, None] & inner if DIM < WIDTH else seen[:, None]
         k_at = _slots(key_cache, page, start, key, k_page, k_slot, KEYS, PAGE) + d[None, :]
         v_at = _slots(value_cache, page, start, key, v_page, v_slot, KEYS, PAGE) + d[None, :]
         k = tl.load(k_at, mask=shown, other=0.0).to(q.dtype)
         score = _scores(q, k, factor, cap, CAPPED)
         visible = seen[None, :]
-        if not WHOLE:
-            hole = _holes(tl.load(v_at, mask=shown, other=0.0).to(q.dtype))
-            shown = shown & (hole == 0)[:, None]
-            score += hole[None, :]
+        if WINDOW > 0:
             visible = visible & (position[None, :] > length + since[:, None])
-        v = tl.load(v_at, mask=shown, other=0.0).to(q.dtype)
         score = tl.where(visible, score, float("-inf"))
+        v = tl.load(v_at, mask=shown, other=0.0).to(q.dtype)
         acc, top, mass = _online(score, v, acc, top, mass)
         page = ahead
     return acc, top, mass
@@ -199,18 +193,22 @@ def _context(
 def _tree(
     q, acc, top, mass, tree_key, tree_value, bits_of, depth, low, high, rows, real, since, factor, cap, tk_row, tv_row, words,
     DIM: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Blocks ``low`` to ``high`` of a request's own rows, one KV head; ``bits_of`` points to the mask words of each row of the tile."""
+    """Blocks ``low`` to ``high`` of a request's own rows, one KV head; ``bits_of`` points to the mask words of each row of the tile.
+
+    A value that is not finite makes those rows NaN that see it. It is not loaded for the product, where 0 times NaN would spoil all rows.
+    """
     key, d = tl.arange(0, KEYS), tl.arange(0, WIDTH)
     inner = (d < DIM if DIM < WIDTH else d >= 0)[None, :]
-    for block in tl.range(low, high, num_stages=2 if q.dtype == tl.float32 else 1):
+    for block in tl.range(low, high, num_stages=STAGES):
         start = block * KEYS
         seen = start + key < rows
         shown = seen[:, None] & inner if DIM < WIDTH else seen[:, None]
         row = (start + key).to(tl.int64)
         k = tl.load(tree_key + (row * tk_row)[:, None] + d[None, :], mask=shown, other=0.0).to(q.dtype)
         v_at = tree_value + (row * tv_row)[:, None] + d[None, :]
-        hole = _holes(tl.load(v_at, mask=shown, other=0.0).to(q.dtype))
+        broken = _broken(tl.load(v_at, mask=shown, other=0.0).to(q.dtype))
         score = _scores(q, k, factor, cap, CAPPED)
         bits = tl.zeros([ROWS, KEYS], tl.int32)
         for part in tl.static_range((KEYS + 31) // 32):
@@ -220,9 +218,10 @@ def _tree(
         visible = (((bits >> ((start + key) % 32)[None, :]) & 1) != 0) & seen[None, :]
         if WINDOW > 0:
             visible = visible & (tl.load(depth + start + key, mask=seen, other=0)[None, :] > since[:, None])
-        v = tl.load(v_at, mask=shown & (hole == 0)[:, None], other=0.0).to(q.dtype)
-        score = tl.where(visible, score + hole[None, :], float("-inf"))
+        score = tl.where(visible, score, float("-inf"))
+        v = tl.load(v_at, mask=shown & (broken == 0)[:, None], other=0.0).to(q.dtype)
         acc, top, mass = _online(score, v, acc, top, mass)
+        mass = tl.where(tl.max(tl.where(visible, broken[None, :], 0), 1) > 0, float("nan"), mass)
     return acc, top, mass
 
 
@@ -233,7 +232,7 @@ def attend(
     q_row, q_head, k_page, k_slot, k_head, v_page, v_slot, v_head, table_row, tk_row, tk_head, tv_row, tv_head, words,
     HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     PAGE: tl.constexpr, PREFIX: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr, KEY_SCALED: tl.constexpr,
-    VALUE_SCALED: tl.constexpr, NARROW: tl.constexpr, DOT: tl.constexpr,
+    VALUE_SCALED: tl.constexpr, NARROW: tl.constexpr, DOT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One work item for one KV head. Heads side by side: together they read whole cache slots, at about the same time."""
     head = (tl.program_id(0) % HEADS).to(tl.int64)
@@ -259,25 +258,19 @@ def attend(
         factor, cap = scale * LOG2E, cap * LOG2E
         if PREFIX:
             narrowed, unit = _narrow(queries) if NARROW else (queries, 1.0)
-            begins, ends = first + low, first + tl.minimum(high, prefix)
-            whole = begins
-            if WINDOW > 0:  # behind the block where the last row's window begins, rows see whole blocks
-                edge = tl.maximum(length + tl.max(tl.where(real, since, -WINDOW), 0) + KEYS, 0) // KEYS
-                whole = tl.minimum(tl.maximum(edge, begins), tl.maximum(ends, begins))
-            for within in tl.static_range(0 if WINDOW > 0 else 1, 2):
-                acc, top, mass = _context(
-                    narrowed, acc, top, mass, key_cache + head * k_head, value_cache + head * v_head, table + b.to(tl.int64) * table_row,
-                    pages, whole if within else begins, ends if within else whole, length, since,
-                    factor * unit * tl.load(key_scale + head) if KEY_SCALED else factor * unit, cap, k_page, k_slot, v_page, v_slot,
-                    DIM, WIDTH, KEYS, PAGE, CAPPED, within,
-                )  # fmt: skip
+            acc, top, mass = _context(
+                narrowed, acc, top, mass, key_cache + head * k_head, value_cache + head * v_head, table + b.to(tl.int64) * table_row, pages,
+                first + low, first + tl.minimum(high, prefix), length, since,
+                factor * unit * tl.load(key_scale + head) if KEY_SCALED else factor * unit, cap, k_page, k_slot, v_page, v_slot,
+                DIM, WIDTH, KEYS, PAGE, WINDOW, CAPPED,
+            )  # fmt: skip
             if VALUE_SCALED:
                 acc = acc * tl.load(value_scale + head)
         acc, top, mass = _tree(
             queries, acc, top, mass, tree_key + begin.to(tl.int64) * tk_row + head * tk_head,
             tree_value + begin.to(tl.int64) * tv_row + head * tv_head, mask + row * words, depth + begin,
             tl.maximum(low - prefix, 0), high - prefix, rows, real, since, factor, cap, tk_row, tv_row, words,
-            DIM, WIDTH, ROWS, KEYS, WINDOW, CAPPED,
+            DIM, WIDTH, ROWS, KEYS, WINDOW, CAPPED, STAGES,
         )  # fmt: skip
         acc = acc / tl.where(mass == 0, 1.0, mass)[:, None]
         total = (top + tl.log2(tl.where(mass == 0, 1.0, mass))) * LN2

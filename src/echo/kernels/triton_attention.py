@@ -13,35 +13,36 @@ from echo import checks
 from echo.errors import EchoError
 from echo.kernels import attention_kernels as jit
 from echo.kernels import launch
-from echo.kernels.inputs import Attention, AttentionPlan, Planning, Shapes, merge_shapes, taking
+from echo.kernels.inputs import Attention, AttentionPlan, Planning, merge_shapes, taking
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 """Whether the kernels were loaded for Triton's interpreter, which runs them on the CPU."""
 
 
 class Sizes(NamedTuple):
-    """What a work list is cut to: the tile, the items of a balanced split, and room for all items and for partial results of a KV head."""
+    """What a work list is cut to: the tile, the items of a balanced split, and room for all items and, in tiles, for partial results."""
 
     tile: launch.Tile
     target: int
     items: int
-    partials: int
+    slots: int
 
 
-def _sizes(s: Shapes) -> Sizes:
+def _sizes(call: Planning) -> Sizes:
+    s = call.shapes
     mean = s.rows / max(s.batch, 1) if s.splits is None else launch.FIXED_ROWS
     tile = launch.tile(s.group, s.dim, s.itemsize, s.cached, s.page, mean, launch.generation(s.device))
     tiles = launch.most_tiles(s.rows, s.batch, s.group, tile.rows)
     target = launch.target_items(s.device, s.kv_heads, tile)
     if s.splits is None:
-        return Sizes(tile, target, tiles + target, 2 * target * tile.rows)
+        return Sizes(tile, target, tiles + target, 2 * target)
     pieces = min(s.splits, -(-s.longest // tile.keys) - (-s.rows // tile.keys))
-    return Sizes(tile, target, tiles * pieces, s.rows * s.group * pieces if pieces > 1 else 0)
+    return Sizes(tile, target, tiles * pieces, -(-s.rows * s.group * pieces // tile.rows) if pieces > 1 else 0)
 
 
 def _plan(call: Planning) -> AttentionPlan:
     s, indptr = call.shapes, call.indptr
-    sizes = _sizes(s)
+    sizes = _sizes(call)
     lengths = indptr if call.mode == "tree" or call.context is None else call.context
     work, spans = indptr.new_empty(sizes.items, jit.FIELDS.value), indptr.new_empty(s.batch + 1, 2)
     jit.plan[(s.batch + 1,)](
@@ -80,7 +81,7 @@ def tree_attention(call: Attention) -> tuple[Tensor, Tensor]:
         if capability < (8, 9):
             raise EchoError(f"key_cache: expected float8_e5m2 on compute capability {capability}, got float8_e4m3fn")
 
-    sizes = _sizes(s)
+    sizes = _sizes(call.planning)
     tile = sizes.tile
     out, lse = q.new_empty(s.rows, s.heads, s.dim), q.new_empty(s.rows, s.heads, dtype=torch.float32)
     if s.rows == 0:
@@ -90,7 +91,7 @@ def tree_attention(call: Attention) -> tuple[Tensor, Tensor]:
         raise EchoError(f"plan: expected one made by the Triton kernel for {tile}, got one for {plan.tile}")
     work = checks.tensor("plan.work", plan.work, [sizes.items, jit.FIELDS.value], torch.int32, q.device)
     spans = checks.tensor("plan.spans", plan.spans, [s.batch + 1, 2], torch.int32, q.device)
-    partial, partial_lse = lse.new_empty(sizes.partials, s.kv_heads, s.dim), lse.new_empty(sizes.partials, s.kv_heads)
+    partial, partial_lse = lse.new_empty(sizes.slots * tile.rows, s.kv_heads, s.dim), lse.new_empty(sizes.slots * tile.rows, s.kv_heads)
     indptr, mask, request = indptr.contiguous(), call.mask.contiguous(), call.request.contiguous()
     depth = indptr if call.depth is None else call.depth.contiguous()
     key_scale, value_scale = (lse if scales is None else scales.contiguous() for scales in (call.key_scale, call.value_scale))
@@ -106,6 +107,7 @@ def tree_attention(call: Attention) -> tuple[Tensor, Tensor]:
         tree_key.stride(0), tree_key.stride(1), tree_value.stride(0), tree_value.stride(1), mask.shape[1],
         **shape, HEADS=s.kv_heads, ROWS=tile.rows, KEYS=tile.keys, PAGE=s.page or 1, PREFIX=call.cache is not None, WINDOW=call.window or 0,
         KEY_SCALED=call.key_scale is not None, VALUE_SCALED=call.value_scale is not None, NARROW=narrow, DOT=_dot_type(q.dtype),
+        STAGES=tile.own_stages,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     members = launch.power_of_two(s.group)
