@@ -86,7 +86,8 @@ class Engine:
         self.cache = PagedCache(model, lanes, pages, length)
         device = self.cache.table.device
         self.lanes = torch.arange(lanes, device=device)
-        self.root, self.left = torch.zeros_like(self.lanes), torch.zeros_like(self.lanes)  # last token, tokens still to emit
+        self.root, self.left = torch.zeros_like(self.lanes), torch.zeros_like(self.lanes)  # last token, tokens still to emit (-1: broken)
+        self.ends = torch.full((1,), eos_token, device=device)
         self.history = scheduler.history(lanes, device)
         self.known = self.history.to("cpu")  # what the host knows of it: forecasts never wait for the device
         self.stats = echo.StepStats.empty(device)
@@ -96,8 +97,11 @@ class Engine:
 
     @torch.inference_mode()
     def generate(self, prompts: Sequence[Tensor], max_new_tokens: int) -> Iterator[tuple[int, list[int]]]:
-        """Answers all prompts, as many at once as lanes and pages allow; yields what a request emits, as ``(prompt, tokens)``."""
-        waiting, running = deque(range(len(prompts))), dict[int, int]()
+        """Answers all prompts, as many at once as lanes and pages allow; yields what a request emits, as ``(prompt, tokens)``.
+
+        Raises ValueError at the end where answers broke off because the model had no number for their next token.
+        """
+        waiting, running, broken = deque(range(len(prompts))), dict[int, int](), list[int]()
         while waiting or running:
             for lane in self.lanes.tolist():
                 if waiting and lane not in running:
@@ -105,15 +109,19 @@ class Engine:
                     if not self.cache.reserve(lane, len(prompt) + max_new_tokens + self.scheduler.max_depth):
                         break
                     running[lane] = waiting.popleft()
-                    yield running[lane], [self.admit(lane, prompt, max_new_tokens)]
+                    first = self.admit(lane, prompt, max_new_tokens)
+                    yield running[lane], [first] if first >= 0 else []
             if not running:
                 raise ValueError(f"prompt {waiting[0]}: {len(prompts[waiting[0]])} tokens and the answer do not fit the cache")
             said, left, self.known = self.step().tolist(), self.left.tolist(), self.history.to("cpu")  # where the host waits
             for lane, request in list(running.items()):
                 yield request, [token for token in said[lane] if token >= 0]
-                if left[lane] == 0:
+                if left[lane] <= 0:
+                    broken += [request] if left[lane] < 0 else []
                     self.cache.release(lane)
                     del running[lane]
+        if broken:
+            raise ValueError(f"model: no number for the next token of prompts {broken}")
 
     def admit(self, lane: int, prompt: Tensor, max_new_tokens: int) -> int:
         """Prefills a request alone, causally, and samples its first token."""
@@ -122,25 +130,25 @@ class Engine:
         first = self.sample(self.model.lm_head(states[-1:]))
         self.cache.write(cache_slots(place, where.expand_as(place), self.cache.table, PAGE, DUMMY), kv)
         self.cache.context[lane] = len(prompt)
-        self.root[lane], self.left[lane] = first[0], (max_new_tokens - 1) * (first[0] != self.eos_token)
+        self.root[lane] = first[0].clamp(min=0)
+        self.left[lane] = torch.where(first[0] < 0, -1, (max_new_tokens - 1) * (first[0] != self.eos_token))
         self.history, self.known = self.history.reset(where), self.known.reset(where.cpu())
         if self.drafter is not None:
-            self.drafter.admit(where, [prompt], first)
+            self.drafter.admit(where, [prompt], self.root[where])
         return int(first)
 
     def step(self) -> Tensor:
         """One speculative step of all lanes: int64 [lanes, depth + 1], the tokens each emits, -1 beyond. Reads nothing back."""
         live, scheduler, cache = self.left > 0, self.scheduler, self.cache
-        shape = scheduler.forecast(self.known, torch.tensor(sorted(cache.owned), device="cpu"))
-        rows = max(shape.rows, len(self.lanes))
+        shape = scheduler.forecast(self.known, sorted(cache.owned))
         capacity = torch.where(self.left > 1, scheduler.max_tree_rows, 1)  # who needs one token more has no use for drafts
-        tree = scheduler.plant(self.root, live=live, capacity=capacity, rows=rows)
+        tree = scheduler.plant(self.root, live=live, capacity=capacity, rows=shape.rows)
         for _ in range(shape.depth if self.drafter is not None else 0):
             tree = scheduler.grow(tree, *self.drafter.draft(self.lanes, tree.frontier))
-        packed = scheduler.pack(tree, out=self.buffers.get(rows))
-        self.buffers.setdefault(rows, replace(packed, outlook=None, expected=None))
+        packed = scheduler.pack(tree, out=self.buffers.get(shape.rows))
+        self.buffers.setdefault(shape.rows, replace(packed, outlook=None, expected=None))
         sampled, kv, self.hidden = self.verify(packed)
-        accepted = echo.verify(packed, sampled, backend=self.backend)
+        accepted = echo.verify(packed, sampled, backend=self.backend).cut(eos_tokens=self.ends, limits=self.left)
         lists = echo.compact(packed, accepted, cache.context, page_table=cache.table, page_size=PAGE, dummy=DUMMY)
         cache.write(lists.target.flatten(), kv[:, :, lists.gather.flatten()])
         cache.context.copy_(lists.context)
@@ -148,17 +156,11 @@ class Engine:
         self.stats = self.stats.observe(packed, accepted)
         if self.drafter is not None:
             self.drafter.keep(self.lanes, packed, accepted)
-        return self.advance(accepted)
-
-    def advance(self, accepted: echo.Accepted) -> Tensor:
-        """What the accepted tokens mean for each lane: cut at its end; the next root; tokens left."""
-        ends = accepted.tokens == self.eos_token
-        within = torch.arange(ends.shape[1], device=ends.device) < self.left[:, None]
-        said = torch.where(within & (ends.cumsum(1) - ends.long() == 0), accepted.tokens, -1)
-        over = ((said == self.eos_token) & (said >= 0)).any(dim=1)
-        self.left = torch.where(over, 0, self.left - (said >= 0).sum(dim=1))
-        self.root = torch.where(accepted.lengths > 0, accepted.bonus, self.root)
-        return said
+        said = accepted.lengths > 0
+        self.root = torch.where(said, accepted.bonus, self.root)
+        left = torch.where(accepted.bonus == self.ends, 0, self.left - accepted.lengths)
+        self.left = torch.where(said, left, torch.where(live, -1, self.left))
+        return accepted.tokens
 
     def verify(self, packed: echo.PackedTree) -> tuple[Tensor, Tensor, Tensor]:
         """:meth:`target`, on a GPU as one CUDA graph for each number of rows: ``packed``, cache and lanes have fixed addresses."""

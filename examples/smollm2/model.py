@@ -21,6 +21,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 import echo
+from echo import kernels
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 FEATURE_LAYERS = (10, 20, 30)
@@ -190,7 +191,7 @@ class SmolLM2:
             return self.sample(logits)
         best = logits.topk(2, dim=-1)
         self.margin = best.values[:, 0] - best.values[:, 1]
-        return best.indices[:, 0]
+        return kernels.argmax_tokens(logits)  # -1 where there is no number
 
     @torch.inference_mode()
     def forward(self, rows: Rows, select: Tensor | None = None) -> Tensor:
