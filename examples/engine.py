@@ -139,7 +139,10 @@ class Engine:
 
     @torch.inference_mode()
     def generate(self, prompts: Sequence[Tensor], max_new_tokens: int) -> Iterator[tuple[int, list[int]]]:
-        """Answers all prompts, as many at once as lanes and pages allow; yields what a request emits, as ``(prompt, tokens)``."""
+        """Answers all prompts, as many at once as lanes and pages allow; yields what a request emits, as ``(prompt, tokens)``.
+
+        Raises ValueError at the end where answers broke off because the model had no number for their next token.
+        """
         waiting, last, self.failed = deque(range(len(prompts))), None, []
         while waiting or self.running or last is not None:
             while waiting and len(self.running) < len(self.lanes):
@@ -154,7 +157,7 @@ class Engine:
                 yield from self.read(last)
             last = now
         if self.failed:
-            raise ValueError(f"prompts {self.failed}: the target had no number for the next token: their answers are not whole")
+            raise ValueError(f"model: no number for the next token of prompts {self.failed}")
 
     def admit(self, request: int, prompt: Tensor, max_new_tokens: int) -> None:
         """Prefills a request alone, causally, in the next lane, and samples its first token, which the next report brings."""
@@ -163,7 +166,7 @@ class Engine:
         first = self.sample(self.model.lm_head(states[-1:]))
         self.cache.write(cache_slots(place, self.lanes[lane].expand_as(place), self.cache.table, PAGE, DUMMY), kv)
         self.cache.context[lane], self.root[lane] = len(prompt), first[0]
-        self.left[lane] = torch.where(first[0] == self.ends[0], 0, max_new_tokens - 1)
+        self.left[lane] = torch.where(first[0] < 0, -1, torch.where(first[0] == self.ends[0], 0, max_new_tokens - 1))
         history, slot = self.space.history, self.slot[lane : lane + 1]
         fresh = history.reset(slot)
         for name in SUMS:
@@ -279,7 +282,7 @@ class Engine:
         self.known = self.known.stepped(report.depth)
         for lane, request in enumerate(report.requests):
             first = report.first[request].tolist() if request in report.first else []
-            tokens = first + [token for token in said[lane] if token >= 0]
+            tokens = [token for token in first + said[lane] if token >= 0]
             if tokens:
                 yield request, tokens
             if left[lane] < 1 and request in self.running:

@@ -28,7 +28,7 @@ import echo
 METRICS = {
     "steps": ("steps", "Steps of the target model"),
     "layers": ("layers", "Layers drafted, summed over steps"),
-    "requests": ("requests", "Live requests, summed over steps"),
+    "requests": ("requests", "Requests verified, summed over steps"),
     "rows": ("rows", "Rows verified for requests, roots included"),
     "pad_rows": ("pads", "Rows launched and given to nobody"),
     "drafted_tokens": ("drafted", "Drafted tokens verified"),
@@ -39,6 +39,8 @@ METRICS = {
     "released_rows": ("released", "Rows that truncated requests held less than their share"),
     "redealt_rows": ("redealt", "Released rows that other requests held beyond their shares"),
     "invalid_candidates": ("invalid", "Draft scores that were no numbers"),
+    "silent_requests": ("silent", "Verified requests that emitted nothing, summed over steps"),
+    "unserved_requests": ("unserved", "Live requests that got no row, summed over steps"),
 }
 """Name -> member of :class:`echo.StepCounts`, and what it says."""
 

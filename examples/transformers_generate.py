@@ -30,6 +30,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 import echo
+from echo import kernels
 
 POLICIES = ("plain", "eagle", "ddd", "echo", "rank", "goodput")
 SMOLLM2 = Path(__file__).with_name("smollm2")
@@ -104,10 +105,11 @@ class Sampler:
     def __call__(self, logits: Tensor, slots: Tensor, place: Tensor) -> Tensor:
         """Tokens int64 [n] of logits [n, V], for places [n] of the texts in slots [n]."""
         if self.temperature == 0:
-            return logits.argmax(dim=-1)
+            return kernels.argmax_tokens(logits)
         mass = (logits.double() / self.temperature).softmax(dim=-1).cumsum(dim=-1)
         u = self.uniform[slots.cpu(), place.cpu()].to(mass.device)[:, None] * mass[:, -1:]
-        return torch.searchsorted(mass, u, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
+        token = torch.searchsorted(mass, u, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
+        return torch.where(mass[:, -1] > 0, token, -1)  # no number: no token
 
 
 class Target:

@@ -180,7 +180,7 @@ def test_the_paged_engine_writes_what_transformers_writes(folders, prompts, expe
     assert answers == expected
     assert sorted(made.cache.free) == list(range(1, 8)) and not made.cache.owned
     counts = made.stats.read()
-    assert counts.emitted + len(prompts) >= sum(map(len, expected))
+    assert counts.emitted + len(prompts) == sum(map(len, expected))
     assert counts.tokens_per_step > (1.2 if name != "plain" else 0.99)
 
 
@@ -191,6 +191,31 @@ def test_the_paged_engine_runs_on_the_triton_kernels(folders, prompts, expected)
     for request, tokens in made.generate(prompts[:2], 6):
         answers[request] += tokens
     assert answers == [answer[:6] for answer in expected[:2]]
+
+
+@pytest.mark.parametrize("bad", [None, "prompt", "answer"])
+def test_the_paged_engine_stops_where_the_model_has_no_number(folders, prompts, expected, bad):
+    """After one token there is none: answers end with it, nobody else's changes, and the error names them."""
+    token = {None: -1, "prompt": int(prompts[1][-1]), "answer": expected[0][2]}[bad]
+    made, answers = engine(folders, POLICIES["eagle"], lanes=3, pages=16, eos_token=EOS), [[] for _ in prompts]
+    forward = made.forward
+
+    def spoiled(tokens, *rest):
+        states, *kept = forward(tokens, *rest)
+        return states.masked_fill((tokens == token)[:, None], torch.nan), *kept
+
+    made.forward, error = spoiled, ""
+    try:
+        for request, tokens in made.generate(prompts, NEW):
+            answers[request] += tokens
+    except ValueError as raised:
+        error = str(raised)
+    whole = [[int(prompt[-1]), *text] for prompt, text in zip(prompts, expected, strict=True)]
+    cut = [text[1 : text.index(token) + 1] if token in text[:-1] else text[1:] for text in whole]
+    assert answers == cut and (cut != expected) == (bad is not None)
+    broken = [number for number, text in enumerate(whole) if token in text[:-1]]
+    assert (f"prompts {sorted(broken)}" in error) if len(broken) == 1 else all(str(number) in error for number in broken)
+    assert sorted(made.cache.free) == list(range(1, 16))
 
 
 def test_the_engine_refuses_what_never_fits(folders):

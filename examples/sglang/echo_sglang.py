@@ -293,4 +293,4 @@ def accept(packed: echo.PackedTree, result: Any, n: int) -> echo.Accepted:
     kept = (steps < lengths[:, None]) & (index >= 0)
     tokens = torch.where(kept, result.next_token_ids.view(-1, n)[:, : len(steps)].long(), -1)
     rows = torch.where(kept, index % n + packed.indptr[:-1, None], -1)
-    return echo.Accepted(tokens, rows, lengths, tokens.gather(1, (lengths - 1)[:, None])[:, 0])
+    return echo.Accepted.of(tokens, rows, lengths)

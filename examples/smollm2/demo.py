@@ -53,7 +53,7 @@ class Run:
         self.steps += 1
         self.request_steps += len(step.requests)
         self.rows += int(step.packed.indptr[-1])
-        self.accepted += int((step.accepted.lengths - 1).sum())
+        self.accepted += int((step.accepted.lengths - 1).clamp(min=0).sum())
         self.layers += step.tree.depth
         self.draft += step.seconds.draft
         self.control += step.seconds.control

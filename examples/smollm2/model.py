@@ -22,6 +22,7 @@ from transformers.utils import logging
 
 import carry
 import echo
+from echo import kernels
 from head import FEATURE_LAYERS
 
 
@@ -195,7 +196,7 @@ class SmolLM2:
             return self.sample(logits)
         best = logits.topk(2, dim=-1)
         self.margin = best.values[:, 0] - best.values[:, 1]
-        return best.indices[:, 0]
+        return kernels.argmax_tokens(logits)  # -1 where there is no number
 
     @torch.inference_mode()
     def forward(self, rows: Rows, select: Tensor | None = None) -> Tensor:

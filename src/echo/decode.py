@@ -328,7 +328,7 @@ def decode(
     limits = _limits(prompts, max_new_tokens)
     most = scheduler.max_tree_rows if capacity is None else checks.integer("capacity", capacity, 1)
     history = scheduler.history(slots, device)
-    known = history.to("cpu")
+    known = scheduler.history(slots)
     waiting = list(range(len(prompts)))[::-1]
     running: dict[int, int] = {}  # slot -> prompt
     roots: dict[int, int] = {}

@@ -169,7 +169,8 @@ class Attention:
             self.q, self.key_cache, self.page_table, self.context, self.tree_key, self.indptr,
             mode=self.mode, window=self.window, splits=self.splits,
         )  # fmt: skip
-        object.__setattr__(self, "planning", planning)
+        for name, value in (("planning", planning), ("window", planning.window), ("splits", planning.splits)):
+            object.__setattr__(self, name, value)
         s, device = planning.shapes, self.q.device
         checks.tensor("tree_value", self.tree_value, [s.rows, s.kv_heads, s.dim], checks.FLOATS, device)
         checks.tensor("request", self.request, [s.rows], torch.int32, device)
@@ -180,8 +181,10 @@ class Attention:
         for name, scales in (("key_scale", self.key_scale), ("value_scale", self.value_scale)):
             if scales is not None:
                 checks.tensor(name, scales, [s.kv_heads], torch.float32, device)
-        if self.softcap is not None and checks.real("softcap", self.softcap, 0.0) == 0:
-            raise EchoError("softcap: expected a number above 0, got 0")
+        if self.softcap is not None:
+            checks.real_field(self, "softcap", 0.0)
+            if self.softcap == 0:
+                raise EchoError("softcap: expected a number above 0, got 0")
         if self.window is not None:
             checks.tensor("depth", self.depth, [s.rows], torch.int32, device)
         if self.plan is not None:

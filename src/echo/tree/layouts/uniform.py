@@ -264,9 +264,10 @@ class _Grid:
     """
 
     def __init__(self, packed: PackedTree, n: int) -> None:
-        self.packed, self.n, self.size = checks.instance("packed", packed, PackedTree), checks.integer("n", n, 1), packed.batch * n
+        self.packed, self.n = checks.instance("packed", packed, PackedTree), checks.integer("n", n, 1)
+        self.size = packed.batch * self.n
         self.local = torch.arange(packed.rows, device=packed.indptr.device) - packed.indptr.index_select(0, packed.request)
-        self.place = torch.where(self.local < n, packed.request * n + self.local, self.size).clamp_(max=self.size)
+        self.place = torch.where(self.local < self.n, packed.request * self.n + self.local, self.size).clamp_(max=self.size)
 
     def spread(self, values: Tensor, fill: Tensor | int) -> Tensor:
         """``values`` [N, ...] as [B, n, ...], with ``fill``, which broadcasts to it, on pad rows."""
