@@ -344,9 +344,10 @@ class Graphs:
 
     Args:
         device: where the functions' tensors are.
+        pool: an engine's own graph memory pool (``torch.cuda.graph_pool_handle()``); a new one where not given.
 
     Attributes:
-        captured: by key.
+        captured: what was captured, by key.
 
     Example:
         >>> graphs = Graphs("cpu")
@@ -354,11 +355,10 @@ class Graphs:
         2.0
     """
 
-    def __init__(self, device: torch.device | str) -> None:
-        self.device = torch.device(device)
+    def __init__(self, device: torch.device | str, *, pool: Any = None) -> None:
+        self.device, self.pool = torch.device(device), pool
         self.captured: dict[Hashable, Captured] = {}
         self._seen: set[Hashable] = set()
-        self._pool: Any = None
 
     def __call__(self, key: Hashable, function: Callable[[], T]) -> T:
         """What ``function`` returns: the same tensors on every replay of its ``key``, with new values."""
@@ -381,10 +381,10 @@ class Graphs:
 
     def capture(self, function: Callable[[], Any]) -> Captured:
         """Captures without running."""
-        if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
+        if self.pool is None:
+            self.pool = torch.cuda.graph_pool_handle()
         graph, before = torch.cuda.CUDAGraph(), torch.cuda.memory_reserved(self.device)
-        with torch.cuda.graph(graph, pool=self._pool):
+        with torch.cuda.graph(graph, pool=self.pool):
             result = function()
         return Captured(graph.replay, result, torch.cuda.memory_reserved(self.device) - before)
 
