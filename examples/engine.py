@@ -252,7 +252,7 @@ class Engine:
         self.said[:lanes, :steps] = accepted.tokens
         torch.where(accepted.lengths > 0, accepted.bonus, root, out=root)
         rest = torch.where(accepted.bonus == self.ends, 0, left - accepted.lengths)
-        torch.where(accepted.lengths > 0, rest, left.clamp(0, 1).neg(), out=left)  # -1: the target had no number
+        torch.where(accepted.lengths > 0, rest, torch.where(left > 0, -1, left), out=left)  # -1: the target had no number
         torch.cat([part.view(torch.int32) for part in self.parts()], out=self.report)
 
     def parts(self) -> list[Tensor]:

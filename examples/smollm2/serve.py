@@ -1,6 +1,6 @@
 """SmolLM2 on the paged engine of examples/engine.py, drafted by its EAGLE head, by prompt lookup or by both.
 
-The head comes twice: "eagle" computes what is needed and no more, which is quick on a CPU; "graph" has fixed shapes, so that CUDA graphs hold it.
+The head comes twice: "eagle" computes what is needed and no more, which is quick on a CPU; "graph" has fixed shapes, as CUDA graphs ask.
 
     python examples/smollm2/serve.py
     python examples/smollm2/serve.py --drafter lookup --policy rank --lanes 8
