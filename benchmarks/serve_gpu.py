@@ -446,7 +446,9 @@ def smollm2(args: argparse.Namespace, clock: Clock, out: Out, trace: Trace) -> N
             if cell["dtype"] == kind:
                 clock.say(line(cell))
         for lanes, made in loads.items():
-            out.add("graphs", {"dtype": kind, "lanes": lanes, "graphs": len(made.graphs.captured), "bytes": made.graphs.nbytes})
+            count, size = len(made.graphs.captured), made.graphs.nbytes
+            out.add("graphs", {"dtype": kind, "lanes": lanes, "graphs": count, "bytes": size})
+            clock.say(f"{kind} {lanes} lanes: {count} graphs of all policies, {size / 2**20:.1f} MiB in their pool")
         del loads, found
 
 

@@ -153,7 +153,7 @@ class Workspace:
         return sum(seen.values())
 
     def set_rows(self, rows: int) -> None:
-        """Says how many rows the next step has, outside of the captured graphs: the draft graph reads it when it buys.
+        """Makes ``rows`` the budget of the next step, outside of the captured graphs: the draft graph reads it when it buys.
 
         Raises:
             EchoError: more rows than ``num_verify_tokens``.
@@ -380,7 +380,7 @@ class Graphs:
         return self.device.type == "cuda"
 
     def capture(self, function: Callable[[], Any]) -> Captured:
-        """Captures without running."""
+        """Captures ``function`` without running it."""
         if self.pool is None:
             self.pool = torch.cuda.graph_pool_handle()
         graph, before = torch.cuda.CUDAGraph(), torch.cuda.memory_reserved(self.device)
