@@ -65,7 +65,7 @@ class Case:
         return " ".join(parts + ["window"] * (self.window is not None) + ["softcap"] * (self.softcap is not None))
 
 
-STEP = ("_plant", "_score", "_advance", "_chance", "_rank", "_allot", "_pack", "_compact", "_foresee", "_observe")
+STEP = ("_plant", "_grow", "_chance", "_rank", "_allot", "_pack", "_compact", "_foresee", "_observe", "_count")
 """Kernels of a step other than attention and acceptance."""
 
 
@@ -181,20 +181,21 @@ def steps(batch: int, beam: int, k: int, depth: int, most: int = 64) -> list[tup
     frontier = [batched(beam, dtype) for dtype in (torch.float32, torch.bool, torch.int64)]
     drafted, rows, left = torch.zeros(batch, beam, k), batch * most, torch.zeros((), dtype=torch.int64)
     links, context, table = torch.zeros(batch + 1, dtype=torch.int32), one[torch.int32], batched(32, torch.int32)
-    found = one[torch.float32], context, one[torch.int8], one[torch.bool], one[torch.int64], one[torch.int64], left
+    found = one[torch.int8], one[torch.bool], one[torch.int64], one[torch.int64], left, context
     sums = [torch.zeros(depth, batch + 1) for _ in range(3)] + [torch.zeros(depth, batch + 1, 64)]
     foreseen = torch.zeros(batch, depth), torch.zeros(batch, depth, BINS)
 
     def call() -> None:
         triton_growing.plant(one[torch.int64], one[torch.bool], one[torch.int64], rows, most, True)
-        triton_growing.score(*frontier, drafted, one[torch.int8], context)
-        triton_growing.advance(batched(beam * k, torch.float32), drafted.long(), *found, width=beam, buys=beam, stop=0)
+        triton_growing.grow(*frontier, drafted.long(), drafted, *found, width=beam, buys=beam, stop=0, tau=-1.0)
         triton_dealing.path_cost(score, place, torch.zeros(depth + 1, 512, dtype=torch.int32), sizes)
-        triton_dealing.deal(score.int(), yes, one[torch.int64], left, rows, most, sizes)
-        triton_packing.pack(yes, place, place, score, yes, rows, -(-most // 32), sizes)
-        triton_packing.compact(batched(depth + 1, torch.int64), one[torch.int64], links, context, table, 64, 0)
-        triton_packing.foresee(score, score, yes, sizes, BINS, SKIP)
-        triton_packing.observe(one[torch.int64], one[torch.int8], one[torch.int64], one[torch.int64], depth, foreseen, sums, 0.95, 512)
+        selected = triton_dealing.select(score.int(), yes, one[torch.int64], one[torch.int64], left, rows, most, sizes)
+        triton_packing.pack(selected, place, place, score, yes, rows, -(-most // 32), sizes)
+        triton_packing.compact(batched(depth + 1, torch.int64), one[torch.int64], links, context, table, 64, 0, -1)
+        triton_packing.foresee(score, score, selected, sizes, BINS, SKIP)
+        emitted = one[torch.int8], one[torch.int64], one[torch.int64]
+        triton_packing.count(links, *emitted[:2], context, rows, depth, torch.zeros(13, dtype=torch.int64))
+        triton_packing.observe(one[torch.int64], *emitted, depth, foreseen, sums, 0.95, 512)
 
     launches = record([triton_growing, triton_dealing, triton_packing], STEP, call)
     return [(name.strip("_"), f"beam={beam} candidates={k} depth={depth} B={batch}", recorder) for name, recorder in launches.items()]

@@ -19,7 +19,7 @@ from steps import FREE
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "examples" / "smollm2"))
-import model  # noqa: E402
+import carry  # noqa: E402
 
 BATCH, BUDGET = 6, 40
 
@@ -41,7 +41,8 @@ def main() -> None:
     replay(test, scheduler, FREE, batch=BATCH, steps=150, observe=steps.append)
     step = max((s for s in steps if s.packed.batch == BATCH and bool((s.packed.indptr.diff() > 1).all())), key=contrast)
 
-    words = AutoTokenizer.from_pretrained(model._folder(), gguf_file=model.GGUF)
+    file = carry.weights()
+    words = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     label = lambda token: words.decode([token]).strip(" ").replace("\n", "⏎") or "␣"  # noqa: E731
     titles = []
     for text, position in zip(step.requests, step.position, strict=True):

@@ -264,7 +264,7 @@ def step(device: torch.device, dry: bool) -> dict[str, Any]:
             tree = scheduler.grow(tree, *layer)
         packed = scheduler.pack(tree)
         accepted = echo.verify(packed, target)
-        moved = compact(packed, accepted, context, page_table=table, page_size=64)
+        moved = compact(packed, accepted, context, page_table=table, page_size=64, dummy=0)
         return packed.mask, moved.source, moved.target, history.observe(roots, packed, accepted).outlook
 
     def by(backend: str) -> tuple[torch.Tensor, ...]:

@@ -79,7 +79,9 @@ def counting() -> Iterator[Operations]:
     for module in (triton_accept, triton_growing, triton_dealing, triton_packing):
         found += [(module, name, kernel) for name, kernel in vars(module).items() if hasattr(kernel, "run") and hasattr(kernel, "fn")]
     found = [
-        entry for entry in found if entry[1] not in ("_cost", "_passing", "layout", "_below", "_winners", "_drafts", "_seen")
+        entry
+        for entry in found
+        if entry[1] not in ("_cost", "_passing", "layout", "_below", "_winners", "_drafts", "_seen", "_path_score", "_costs", "_taken")
     ]  # no kernels
     try:
         for module, name, kernel in found:
@@ -117,7 +119,7 @@ def step(scheduler: echo.ElasticBudgetScheduler, backend: str) -> dict[str, Coun
             tree = part("grow", lambda tree=tree, drafted=drafted: scheduler.grow(tree, *drafted))
         packed = part("select, pack", lambda: scheduler.pack(tree))
         accepted = part("verify", lambda: echo.verify(packed, target))
-        part("compact", lambda: compact(packed, accepted, context, page_table=table, page_size=64))
+        part("compact", lambda: compact(packed, accepted, context, page_table=table, page_size=64, dummy=0))
         part("observe", lambda: history.observe(roots, packed, accepted))
 
     whole()  # tables are copied to the device once

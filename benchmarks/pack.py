@@ -158,10 +158,10 @@ def cases(packed: echo.PackedTree, n: int, context: Tensor) -> tuple[dict[str, C
         "flashinfer_xqa": lambda: layouts.flashinfer_xqa(packed),
         "tensorrt_llm": lambda: layouts.tensorrt_llm(packed, n),
         "qq_bias (one tree)": lambda: layouts.qq_bias(single),
-        "hugging_face": lambda: layouts.hugging_face(packed, n, context, CONTEXT),
+        "hugging_face": lambda: layouts.hugging_face(packed, n, context, CONTEXT, left_padded=False),
         "slot": lambda: packed.slot(context, table, 16, 0),
         "position": lambda: packed.position(context),
-        "compact, paged": lambda: compact(packed, accepted, context, page_table=table, page_size=16),
+        "compact, paged": lambda: compact(packed, accepted, context, page_table=table, page_size=16, dummy=0),
         "wire": packed.wire,
     }
     if n > 32:

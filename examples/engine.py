@@ -1,14 +1,15 @@
-"""A paged engine with elastic speculative decoding in one page of plain torch: the template for an engine of one's own.
+"""A paged engine with elastic speculative decoding in one page of plain torch: the template for a custom engine.
 
     python examples/smollm2/serve.py                 # SmolLM2 with its EAGLE head, four requests at a time
-    python examples/smollm2/serve.py --device cuda   # the same code over the Triton kernels, a CUDA graph for each number of rows
+    python examples/smollm2/serve.py --device cuda   # the same code over the Triton kernels, in CUDA graphs
 
 `PagedCache` owns memory, `Engine.forward` is the model, `Engine.step` is one speculative step, `Engine.generate` the continuous batch.
-All slots are lanes of every step, so that shapes are fixed; an empty lane costs no row. A step's keys and values stay beside the
-cache until the target has judged: only accepted rows are written into pages, nothing has to be moved, and no page is reserved for drafts.
 
-Not run on a GPU yet. Tests run it on the CPU with the plain-torch twin and with the Triton kernels in their interpreter; capture and
-replay (`Engine.verify`) are the only lines that they do not reach.
+A step is four CUDA graphs: *draft* (lanes, depth), *plan* (lanes, depth, rows), *target* and *accept* (lanes, rows); a step without
+speculation is one. Running requests are the first lanes, a tier of 1, 2, 4, ... of them, and all that graphs exchange lies at fixed
+addresses. The host launches a step from what it knows of the step before the last, then reads the last one's report, its only transfer:
+the device never waits for it. A step's keys and values stay beside the cache until the target has judged: only accepted rows are written
+into pages, nothing has to be moved, and no page is reserved for drafts.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +30,9 @@ from echo.tree import slots as cache_slots
 
 PAGE = 16
 DUMMY = 0
-"""Page 0 belongs to nobody: what pad rows and empty lanes write goes there."""
+"""Page 0 belongs to no request: what pad rows and empty lanes write goes there."""
+SUMS = ("unread", "generation", "steps", "outlook", "expected", "accepted")
+"""Tensors of a history, those of eight bytes first."""
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
@@ -56,11 +60,25 @@ class PagedCache:
     def release(self, lane: int) -> None:
         """The request in the lane is done."""
         self.free += self.owned.pop(lane)
-        self.table[lane] = self.context[lane] = 0
+
+    def move(self, source: int, target: int) -> None:
+        """The request of lane ``source`` is from now on that of lane ``target``."""
+        self.owned[target] = self.owned.pop(source)
+        self.table[target], self.context[target] = self.table[source], self.context[source]
 
     def write(self, slots: Tensor, kv: Tensor) -> None:
         """Puts ``kv`` [layers, 2, n, Hkv, D] into ``slots`` int64 [n]."""
-        self.kv.flatten(2, 3)[:, :, slots] = kv
+        self.kv.flatten(2, 3).index_copy_(2, slots, kv)
+
+
+class Report(NamedTuple):
+    """What a step tells the host, once ``done``: ``numbers`` int32, pinned where there is a GPU; and what its lanes were at its launch."""
+
+    numbers: Tensor
+    done: Any
+    requests: list[int]
+    depth: int
+    first: dict[int, Tensor]
 
 
 class Engine:
@@ -69,132 +87,242 @@ class Engine:
     Args:
         model: a ``LlamaForCausalLM`` or one that is built alike.
         scheduler: the policy.
-        drafter: an :class:`echo.Drafter`, made by ``drafter(engine)`` because some read the engine's ``hidden``; None: plain decoding.
+        drafter: made by ``drafter(engine)``; None: plain decoding. An :class:`echo.Drafter` works as it is. One with ``extend``,
+            ``remember`` and ``move`` (``examples/smollm2/graph_eagle.py``) is captured with the step.
         lanes, pages, length: requests at once, pages of the cache, tokens of a request at most.
+        rows: rows of a step at most; where not given, what the policy asks for, or 16 for each lane.
+        candidates: those that the drafter returns after each node.
         features: after which decoder layers the hidden states are kept in ``hidden`` [N, features * width].
         sample: logits [N, V] to tokens int64 [N].
         eos_token: ends an answer.
-        backend: of :mod:`echo.kernels`; "auto" is Triton on a GPU and the plain-torch twin elsewhere.
+        backend: of :mod:`echo.kernels`; "auto" is Triton on a GPU and the plain-torch reference elsewhere.
+        like: another engine of the same model and sizes, idle while this one runs: its cache, buffers and captured target are used too.
+        graphs: :class:`echo.Graphs`; its own, or ``like``'s, where not given.
     """
 
     def __init__(
-        self, model, scheduler, drafter=None, *, lanes=4, pages=128, length=512, features=(), sample=kernels.argmax_tokens, eos_token=-1,
-        backend="auto",
+        self, model, scheduler, drafter=None, *, lanes=4, pages=128, length=512, rows=None, candidates=4, features=(),
+        sample=kernels.argmax_tokens, eos_token=-1, backend="auto", like=None, graphs=None,
     ) -> None:  # fmt: skip
         self.model, self.scheduler, self.features, self.sample = model, scheduler, features, sample
-        self.eos_token, self.backend = eos_token, backend
-        self.cache = PagedCache(model, lanes, pages, length)
-        device = self.cache.table.device
+        self.backend = backend
+        asked = scheduler.budget if isinstance(scheduler.budget, int) else scheduler.rule.rows(lanes) or 16 * lanes
+        most = len(like.sampled) if like else tier(max(lanes, rows or asked))
+        self.cache = like.cache if like else PagedCache(model, lanes, pages, length)
+        self.device = device = self.cache.table.device
+        self.graphs = (like.graphs if like else echo.Graphs(device)) if graphs is None else graphs
+        packed = like.space.rows if like else None
+        self.space = echo.Workspace(scheduler, lanes, k=candidates, num_verify_tokens=most, device=device, rows=packed)
         self.lanes = torch.arange(lanes, device=device)
-        self.root, self.left = torch.zeros_like(self.lanes), torch.zeros_like(self.lanes)  # last token, tokens still to emit (-1: broken)
+        self.slot, self.places = self.lanes.clone(), list(range(lanes))  # each lane's slot of the history, of empty lanes too; the host's
+        self.stats = self.space.stats
         self.ends = torch.full((1,), eos_token, device=device)
-        self.history = scheduler.history(lanes, device)
-        self.known = self.history.to("cpu")  # what the host knows of it: forecasts never wait for the device
-        self.stats = echo.StepStats.empty(device)
-        self.buffers, self.graphs = dict[int, echo.PackedTree](), dict[int, tuple]()
-        self.hidden = torch.empty(0)
+        self.root, self.left = torch.zeros_like(self.lanes), torch.zeros_like(self.lanes)  # last token, tokens still to emit
+        self.known = scheduler.history(lanes, "cpu")  # what the host knows of the history: forecasts never wait for the device
+        kv = self.cache.kv
+        self.stash = like.stash if like else kv.new_zeros(len(kv), 2, most, *kv.shape[4:])  # a step's keys and values
+        self.sampled = like.sampled if like else torch.zeros(most, dtype=torch.int64, device=device)
+        self.kept = like.kept if like else kv.new_zeros(most, len(features) * model.config.hidden_size)
+        self.hidden = self.kept
+        self.said = torch.full((lanes, scheduler.max_depth + 1), -1, device=device)
+        self.layout = [(part.view(torch.int32).numel(), part.dtype) for part in self.parts()]
+        self.report = torch.zeros(sum(size for size, _ in self.layout), dtype=torch.int32, device=device)
+        on_gpu = device.type == "cuda"
+        self.pinned = deque(torch.zeros(self.report.shape, dtype=torch.int32, device="cpu", pin_memory=on_gpu) for _ in range(2))
+        self.running: list[int] = []  # the prompt that each lane answers
+        self.failed: list[int] = []
+        self.first: dict[int, Tensor] = {}
+        self.timed, self.times = False, dict[str, list[tuple[Any, Any]]]()
         self.drafter = drafter and drafter(self)
+        self.extends = hasattr(self.drafter, "extend")
+        self.whole = drafter is None or self.extends  # all of a step can be captured
 
     @torch.inference_mode()
     def generate(self, prompts: Sequence[Tensor], max_new_tokens: int) -> Iterator[tuple[int, list[int]]]:
-        """Answers all prompts, as many at once as lanes and pages allow; yields what a request emits, as ``(prompt, tokens)``.
-
-        Raises ValueError at the end where answers broke off because the model had no number for their next token.
-        """
-        waiting, running, broken = deque(range(len(prompts))), dict[int, int](), list[int]()
-        while waiting or running:
-            for lane in self.lanes.tolist():
-                if waiting and lane not in running:
-                    prompt = prompts[waiting[0]]
-                    if not self.cache.reserve(lane, len(prompt) + max_new_tokens + self.scheduler.max_depth):
-                        break
-                    running[lane] = waiting.popleft()
-                    first = self.admit(lane, prompt, max_new_tokens)
-                    yield running[lane], [first] if first >= 0 else []
-            if not running:
+        """Answers all prompts, as many at once as lanes and pages allow; yields what a request emits, as ``(prompt, tokens)``."""
+        waiting, last, self.failed = deque(range(len(prompts))), None, []
+        while waiting or self.running or last is not None:
+            while waiting and len(self.running) < len(self.lanes):
+                prompt = prompts[waiting[0]]
+                if not self.cache.reserve(len(self.running), len(prompt) + max_new_tokens + self.scheduler.max_depth):
+                    break
+                self.admit(waiting.popleft(), prompt, max_new_tokens)
+            if waiting and not self.running and last is None:
                 raise ValueError(f"prompt {waiting[0]}: {len(prompts[waiting[0]])} tokens and the answer do not fit the cache")
-            said, left, self.known = self.step().tolist(), self.left.tolist(), self.history.to("cpu")  # where the host waits
-            for lane, request in list(running.items()):
-                yield request, [token for token in said[lane] if token >= 0]
-                if left[lane] <= 0:
-                    broken += [request] if left[lane] < 0 else []
-                    self.cache.release(lane)
-                    del running[lane]
-        if broken:
-            raise ValueError(f"model: no number for the next token of prompts {broken}")
+            now = self.step() if self.running else None
+            if last is not None:
+                yield from self.read(last)
+            last = now
+        if self.failed:
+            raise ValueError(f"prompts {self.failed}: the target had no number for the next token: their answers are not whole")
 
-    def admit(self, lane: int, prompt: Tensor, max_new_tokens: int) -> int:
-        """Prefills a request alone, causally, and samples its first token."""
-        where, place = self.lanes[lane : lane + 1], torch.arange(len(prompt), device=prompt.device)
-        states, kv = self.forward(prompt, place, causal)
+    def admit(self, request: int, prompt: Tensor, max_new_tokens: int) -> None:
+        """Prefills a request alone, causally, in the next lane, and samples its first token, which the next report brings."""
+        lane, place = len(self.running), torch.arange(len(prompt), device=self.device)
+        states, kv, self.hidden = self.forward(prompt, place, causal)
         first = self.sample(self.model.lm_head(states[-1:]))
-        self.cache.write(cache_slots(place, where.expand_as(place), self.cache.table, PAGE, DUMMY), kv)
-        self.cache.context[lane] = len(prompt)
-        self.root[lane] = first[0].clamp(min=0)
-        self.left[lane] = torch.where(first[0] < 0, -1, (max_new_tokens - 1) * (first[0] != self.eos_token))
-        self.history, self.known = self.history.reset(where), self.known.reset(where.cpu())
-        if self.drafter is not None:
-            self.drafter.admit(where, [prompt], self.root[where])
-        return int(first)
+        self.cache.write(cache_slots(place, self.lanes[lane].expand_as(place), self.cache.table, PAGE, DUMMY), kv)
+        self.cache.context[lane], self.root[lane] = len(prompt), first[0].clamp(min=0)
+        self.left[lane] = torch.where(first[0] < 0, -1, torch.where(first[0] == self.ends[0], 0, max_new_tokens - 1))
+        history, slot = self.space.history, self.slot[lane : lane + 1]
+        fresh = history.reset(slot)
+        for name in SUMS:
+            getattr(history, name).copy_(getattr(fresh, name))
+        self.known = self.known.reset(torch.tensor([self.places[lane]], device="cpu"))
+        self.running.append(request)
+        self.first[request] = torch.zeros(1, dtype=torch.int64, device="cpu", pin_memory=self.device.type == "cuda")
+        self.first[request].copy_(first, non_blocking=True)
+        if self.extends:
+            self.drafter.admit(lane, prompt, self.root[lane : lane + 1], self.hidden)
+        elif self.drafter is not None:
+            self.drafter.admit(slot, [prompt], self.root[lane : lane + 1])
+        self.hidden = self.kept
 
-    def step(self) -> Tensor:
-        """One speculative step of all lanes: int64 [lanes, depth + 1], the tokens each emits, -1 beyond. Reads nothing back."""
-        live, scheduler, cache = self.left > 0, self.scheduler, self.cache
-        shape = scheduler.forecast(self.known, sorted(cache.owned))
-        capacity = torch.where(self.left > 1, scheduler.max_tree_rows, 1)  # who needs one token more has no use for drafts
-        tree = scheduler.plant(self.root, live=live, capacity=capacity, rows=shape.rows)
-        for _ in range(shape.depth if self.drafter is not None else 0):
-            tree = scheduler.grow(tree, *self.drafter.draft(self.lanes, tree.frontier))
-        packed = scheduler.pack(tree, out=self.buffers.get(shape.rows))
-        self.buffers.setdefault(shape.rows, replace(packed, outlook=None, expected=None))
-        sampled, kv, self.hidden = self.verify(packed)
-        accepted = echo.verify(packed, sampled, backend=self.backend).cut(eos_tokens=self.ends, limits=self.left)
-        lists = echo.compact(packed, accepted, cache.context, page_table=cache.table, page_size=PAGE, dummy=DUMMY)
-        cache.write(lists.target.flatten(), kv[:, :, lists.gather.flatten()])
-        cache.context.copy_(lists.context)
-        self.history = self.history.observe(self.lanes, packed, accepted)
-        self.stats = self.stats.observe(packed, accepted)
-        if self.drafter is not None:
-            self.drafter.keep(self.lanes, packed, accepted)
-        said = accepted.lengths > 0
-        self.root = torch.where(said, accepted.bonus, self.root)
-        left = torch.where(accepted.bonus == self.ends, 0, self.left - accepted.lengths)
-        self.left = torch.where(said, left, torch.where(live, -1, self.left))
-        return accepted.tokens
+    def step(self) -> Report:
+        """Launches one speculative step of the running lanes. Waits for nothing."""
+        live, space, drafter = len(self.running), self.space, self.drafter
+        lanes = min(1 << (live - 1).bit_length(), len(self.lanes))
+        shape = self.scheduler.forecast(self.known, self.places[:live])
+        depth = shape.depth if drafter is not None else 0
+        if self.extends and drafter.unread and (depth or drafter.unread == drafter.room):
+            drafter.catch_up()
+        if depth == 0:
+            self.run("plain", (lanes,), lambda: self.without(lanes))
+            if self.extends:
+                drafter.unread += 1
+        else:
+            rows = min(tier(shape.rows), space.num_verify_tokens)
+            space.set_rows(min(shape.rows, rows))
+            tree = self.run("draft", (lanes, depth), lambda: self.draft(lanes, depth))
+            packed = self.run("plan", (lanes, depth, rows), lambda: space.pack(tree, rows))
+            self.run("target", (lanes, rows), lambda: self.target(packed))
+            self.run("accept", (lanes, rows), lambda: self.accept(packed))
+        return self.send(depth)
 
-    def verify(self, packed: echo.PackedTree) -> tuple[Tensor, Tensor, Tensor]:
-        """:meth:`target`, on a GPU as one CUDA graph for each number of rows: ``packed``, cache and lanes have fixed addresses."""
-        if not packed.tokens.is_cuda:
-            return self.target(packed)
-        if packed.rows not in self.graphs:
-            self.target(packed)  # compiles the kernels
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                result = self.target(packed)
-            self.graphs[packed.rows] = graph, result
-        graph, result = self.graphs[packed.rows]
-        graph.replay()
+    def run(self, part: str, key: tuple[int, ...], function: Callable[[], Any]) -> Any:
+        """A part of a step: captured by what alone changes it, but for what calls a drafter that cannot be captured."""
+        begin = self.mark()
+        if part == "target":
+            result = self.graphs((part, id(self.cache), *key), function)
+        else:
+            result = self.graphs((part, id(self), *key), function) if self.whole or part == "plan" else function()
+        if begin is not None:
+            self.times.setdefault(part, []).append((begin, self.mark()))
         return result
 
-    def target(self, packed: echo.PackedTree) -> tuple[Tensor, Tensor, Tensor]:
-        """The target's pass over a packed step: its token after each row, the rows' keys and values, their features."""
-        cache, config, n = self.cache, self.model.config, packed.rows
+    def draft(self, lanes: int, depth: int) -> echo.SuperTree:
+        """Roots, then a layer after another: the drafter says, the scheduler plans."""
+        left = self.left[:lanes]
+        capacity = torch.where(left > 1, self.scheduler.max_tree_rows, 1)  # what needs one token more has no use for drafts
+        tree = self.space.begin(self.root[:lanes], live=left > 0, capacity=capacity)
+        for _ in range(depth):
+            tree = self.space.grow(tree, *self.drafter.draft(self.slot[:lanes], tree.frontier))
+        return tree
+
+    def without(self, lanes: int) -> None:
+        """A step without speculation, whole: the roots are its rows."""
+        packed = self.space.pack(self.draft(lanes, 0), lanes)
+        self.target(packed)
+        self.accept(packed)
+
+    def accept(self, packed: echo.PackedTree) -> None:
+        """What the target's tokens mean: accepted rows go into pages, the history learns, the drafter extends, lanes move on."""
+        lanes, space, cache = packed.batch, self.space, self.cache
+        accepted = space.accept(packed, self.sampled[: packed.rows], limits=self.left[:lanes], eos_tokens=self.ends, backend=self.backend)
+        pages = {"page_table": cache.table[:lanes], "page_size": PAGE, "dummy": DUMMY}
+        lists = space.compact(packed, accepted, cache.context[:lanes], **pages)
+        cache.write(lists.target.flatten(), self.stash[:, :, lists.gather.flatten()])
+        cache.context[:lanes] = lists.context
+        space.observe(self.slot[:lanes], packed, accepted)
+        if self.extends:
+            extend = self.drafter.extend if packed.max_depth else self.drafter.remember
+            extend(self.kept[lists.gather], accepted.tokens, accepted.lengths)
+        elif self.drafter is not None:
+            self.drafter.keep(self.slot[:lanes], packed, accepted)
+        self.advance(accepted)
+
+    def advance(self, accepted: echo.Accepted) -> None:
+        """What the accepted tokens mean for each lane: what it says, its next root, the tokens left; and the step's report."""
+        lanes, steps = accepted.tokens.shape
+        left, root = self.left[:lanes], self.root[:lanes]
+        self.said.fill_(-1)
+        self.said[:lanes, :steps] = accepted.tokens
+        torch.where(accepted.lengths > 0, accepted.bonus, root, out=root)
+        rest = torch.where(accepted.bonus == self.ends, 0, left - accepted.lengths)
+        torch.where(accepted.lengths > 0, rest, left.clamp(max=0).masked_fill(left > 0, -1), out=left)  # -1: the target had no number
+        torch.cat([part.view(torch.int32) for part in self.parts()], out=self.report)
+
+    def parts(self) -> list[Tensor]:
+        """What a report is made of: tokens said, tokens left, and the history where forecasts read it."""
+        names = SUMS if isinstance(self.scheduler.budget, echo.CostModel) else ()
+        return [part.flatten() for part in (self.said, self.left, *(getattr(self.space.history, name) for name in names))]
+
+    def send(self, depth: int) -> Report:
+        """The step's one transfer to the host."""
+        numbers = self.pinned[0]
+        self.pinned.rotate()
+        numbers.copy_(self.report, non_blocking=True)
+        first, self.first = self.first, {}
+        return Report(numbers, self.mark(always=True), list(self.running), depth, first)
+
+    def read(self, report: Report) -> Iterator[tuple[int, list[int]]]:
+        """Reads a report: yields what was said, forgets what is finished, and learns what the next forecast needs."""
+        if report.done is not None:
+            report.done.synchronize()
+        sizes, kinds = zip(*self.layout, strict=True)
+        parts = [part.view(kind) for part, kind in zip(report.numbers.split(sizes), kinds, strict=True)]
+        said, left = parts[0].view(self.said.shape).tolist(), parts[1].tolist()
+        if parts[2:]:
+            sums = {name: part.view(getattr(self.known, name).shape) for name, part in zip(SUMS, parts[2:], strict=True)}
+            now, lagged = self.known.generation, replace(self.known, **sums)
+            self.known = lagged if torch.equal(now, lagged.generation) else replace(lagged.of(now), generation=now)
+        self.known = self.known.stepped(report.depth)
+        for lane, request in enumerate(report.requests):
+            first = report.first[request].tolist() if request in report.first else []
+            tokens = [token for token in first + said[lane] if token >= 0]
+            if tokens:
+                yield request, tokens
+            if left[lane] < 1 and request in self.running:
+                self.failed += [request] * (left[lane] < 0)
+                self.finish(self.running.index(request))
+
+    def finish(self, lane: int) -> None:
+        """The lane's request is done: the last one takes its place, so that running requests are always the first lanes."""
+        last = len(self.running) - 1
+        self.cache.release(lane)
+        self.left[lane] = 0
+        if lane != last:
+            self.cache.move(last, lane)
+            for state in (self.root, self.left, self.slot):
+                state[lane], state[last] = state[last].clone(), state[lane].clone()
+            self.places[lane], self.places[last] = self.places[last], self.places[lane]
+            self.running[lane] = self.running[last]
+            if self.extends:
+                self.drafter.move(last, lane)
+        self.running.pop()
+
+    def target(self, packed: echo.PackedTree) -> None:
+        """The target's pass over a packed step: its token after each row, the rows' keys and values and features, into buffers."""
+        cache, config, n, lanes = self.cache, self.model.config, packed.rows, packed.batch
+        context, table = cache.context[:lanes], cache.table[:lanes]
         q, k = (cache.kv.new_empty(n, heads, cache.kv.shape[-1]) for heads in (config.num_attention_heads, config.num_key_value_heads))
-        shape = q, cache.kv[0, 0], cache.table, cache.context, k, packed.indptr
-        plan = kernels.plan_attention(*shape, backend=self.backend)  # once for all layers
+        plan = kernels.plan_attention(q, cache.kv[0, 0], table, context, k, packed.indptr, backend=self.backend)  # once for all layers
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             keys, values = cache.kv[layer]
             tree = k, v, packed.request, packed.indptr, packed.mask
-            return kernels.tree_attention(q, keys, values, cache.table, cache.context, *tree, plan=plan, backend=self.backend)[0]
+            return kernels.tree_attention(q, keys, values, table, context, *tree, plan=plan, backend=self.backend)[0]
 
-        states, kv = self.forward(packed.tokens, packed.position(cache.context), attend)
-        return self.sample(self.model.lm_head(states)), kv, self.hidden
+        states, _, hidden = self.forward(packed.tokens, packed.position(context), attend, self.stash[:, :, :n])
+        if self.features:
+            self.kept[:n] = hidden
+        self.sampled[:n] = self.sample(self.model.lm_head(states))
 
-    def forward(self, tokens: Tensor, position: Tensor, attend: Attend) -> tuple[Tensor, Tensor]:
-        """States [N, width] before the output layer, and keys and values [layers, 2, N, Hkv, D], of N rows of any requests."""
-        base, kv, features = self.model.model, [], []
+    def forward(self, tokens: Tensor, position: Tensor, attend: Attend, kv: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """States [N, width] before the output layer, keys and values [layers, 2, N, Hkv, D], and features, of N rows of any requests."""
+        base, features = self.model.model, []
         x = base.embed_tokens(tokens)
+        kv = self.cache.kv.new_empty(len(base.layers), 2, len(x), *self.cache.kv.shape[4:]) if kv is None else kv
         cos, sin = (turn[0] for turn in base.rotary_emb(x[None], position[None]))
         for index, layer in enumerate(base.layers):
             attention, h = layer.self_attn, layer.input_layernorm(x)
@@ -202,11 +330,24 @@ class Engine:
             q, k = apply_rotary_pos_emb(q, k, cos, sin)
             x = x + attention.o_proj(attend(index, q, k, v).flatten(1))
             x = x + layer.mlp(layer.post_attention_layernorm(x))
-            kv.append(torch.stack([k, v]))
+            kv[index, 0], kv[index, 1] = k, v
             if index + 1 in self.features:
                 features.append(x)
-        self.hidden = torch.cat(features, dim=-1) if features else x[:, :0]
-        return base.norm(x), torch.stack(kv)
+        return base.norm(x), kv, torch.cat(features, dim=-1) if features else x[:, :0]
+
+    def mark(self, always: bool = False) -> Any:
+        """An event of the device at this point of a step, where it is ``timed``, or ``always``."""
+        if self.device.type != "cuda" or not (self.timed or always):
+            return None
+        event = torch.cuda.Event(enable_timing=self.timed)
+        event.record()
+        return event
+
+
+def tier(rows: int) -> int:
+    """The next of 1, 2, 3, 4, 6, 8, 12, 16, ...: few numbers of rows, so few graphs."""
+    power = 1 << max(rows - 1, 0).bit_length()
+    return power * 3 // 4 if power >= 4 and rows <= power * 3 // 4 else power
 
 
 def causal(_: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

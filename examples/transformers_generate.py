@@ -147,10 +147,8 @@ class Target:
         return echo.layouts.unpad(packed, tokens.view(-1, n))
 
     def keep(self, slots: Tensor, packed: echo.PackedTree, accepted: echo.Accepted) -> None:
-        context = self.store.used[slots]
-        lists = echo.compact(packed, accepted, context)
-        source = lists.source - context[:, None] + self.past  # rows lie behind the longest text, not behind their own
-        self.store.write(slots, self.step, torch.where(lists.valid, source, 0), lists.target)
+        lists = echo.compact(packed, accepted, self.store.used[slots], past=self.past)  # rows lie behind the longest text
+        self.store.write(slots, self.step, lists.source, lists.target)
         self.store.used[slots] = lists.context
 
     def _remember(self, at: int, layer, inputs, output) -> None:
@@ -172,20 +170,23 @@ class DraftModel:
     def __init__(self, model, slots: int, length: int, count: int = 4) -> None:
         self.model, self.count, self.store = model, count, SlotCache(slots, length, model.device)
         self.unread: dict[int, list[int]] = {}
+        self.step: DynamicCache | None = None  # of the layers drafted in this step
 
     def admit(self, slots: Tensor, prompts: Sequence[Tensor], first: Tensor) -> None:
-        self.store.used[slots] = 0
+        self.store.used[slots], self.step = 0, None
         self.unread.update((s, [*p.tolist(), t]) for s, p, t in zip(slots.tolist(), prompts, first.tolist(), strict=True))
 
     def keep(self, slots: Tensor, packed: echo.PackedTree, accepted: echo.Accepted) -> None:
+        self.step = None
         for slot, tokens, length in zip(slots.tolist(), accepted.tokens.tolist(), accepted.lengths.tolist(), strict=True):
             self.unread.setdefault(slot, []).extend(tokens[:length])
 
     def draft(self, slots: Tensor, frontier: echo.Frontier) -> tuple[Tensor, Tensor]:
-        if frontier.depth == 0:
-            candidates = self._read(slots, frontier.active[:, 0])
+        if self.step is None or frontier.depth == 0:  # the first layer may come from elsewhere
+            candidates = self._read(slots, frontier.active.any(dim=1))
             self.step, self.sees = self.store.open(slots), torch.zeros(len(slots), 1, 0, dtype=torch.bool, device=slots.device)
-            return candidates
+            if frontier.depth == 0:
+                return candidates
         batch, width = frontier.token.shape
         used = self.store.used[slots]
         own = torch.eye(width, dtype=torch.bool, device=slots.device).expand(batch, -1, -1)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
 
 import echo
+from echo.checks import ROUNDING
 
 CALIBRATION = echo.calibrate(
     echo.WarmupLog.from_arrays(
@@ -28,7 +29,7 @@ def _seed() -> None:
 
 
 def grow_all(scheduler, roots, *, k, seed, spoil=0.0, ties=False, **plant):
-    """A full tree from random draft scores; ``spoil`` is the share of NaN, +inf and -inf scores, ``ties`` makes scores coarse."""
+    """A full tree from random draft scores; ``spoil`` is the share of those that are none or at the edge, ``ties`` makes them coarse."""
     generator = torch.Generator().manual_seed(seed)
     tree = scheduler.plant(roots, **plant)
     for _ in range(scheduler.max_depth):
@@ -37,7 +38,8 @@ def grow_all(scheduler, roots, *, k, seed, spoil=0.0, ties=False, **plant):
         if ties:
             log_probs = (log_probs * 2).round() / 2
         bad = torch.rand(shape, generator=generator) < spoil
-        kinds = torch.tensor([torch.nan, torch.inf, -torch.inf])[torch.randint(0, 3, shape, generator=generator)]
+        kinds = torch.tensor([torch.nan, torch.inf, -torch.inf, 0.9, 7.0, ROUNDING, ROUNDING * (1 + 2.0**-23)])
+        kinds = kinds[torch.randint(0, len(kinds), shape, generator=generator)]
         tokens = torch.randint(0, 1000, shape, generator=generator)
         tree = scheduler.grow(tree, tokens, torch.where(bad, kinds, log_probs))
     return tree

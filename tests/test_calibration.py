@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 import echo
-from echo.gating import separability
+from echo.gating import Objective, calibration_error, goodput, report, separability
 from echo.gating.reliability import BINS_PER_NAT, ONE
 
 
@@ -18,6 +20,9 @@ def simulate(n, *, sharpness, depth=1, seed=0, rank=0):
     accepted = rng.random(n) < 0.5
     confidence = 1 / (1 + np.exp(-(rng.normal(size=n) + sharpness * (2 * accepted - 1))))
     return echo.WarmupLog.from_arrays(np.full(n, depth), confidence, accepted, rank=np.full(n, rank))
+
+
+LOG, COST = simulate(2, sharpness=1), echo.CostModel((1, 2), (1.0, 1.0))
 
 
 def brute_auc(confidence, accepted, weight):
@@ -77,14 +82,16 @@ def test_a_deep_gate_saves_few_layers():
 
 def test_too_few_rows_are_no_sweet_spot():
     log = echo.WarmupLog.concat([simulate(400, sharpness=1), simulate(30, sharpness=3, depth=2), simulate(400, sharpness=1, depth=3)])
-    calibration = echo.calibrate(log)
+    with pytest.warns(UserWarning, match="where fewer rows are deeper, got 30 rows of depth 2 and 400 of depth 1"):
+        calibration = echo.calibrate(log)
     assert calibration.gate_depths == (1, 3)
     assert "50 needed" in calibration.depths[1].reason
 
 
 def test_a_depth_with_one_kind_of_rows_only_is_not_a_fault():
     log = echo.WarmupLog.concat([simulate(400, sharpness=1), echo.WarmupLog.from_arrays([2] * 60, [0.5] * 60, [0] * 60)])
-    calibration = echo.calibrate(log)
+    with pytest.warns(UserWarning, match="where fewer rows are deeper, got 60 rows of depth 2 and 400 of depth 1"):
+        calibration = echo.calibrate(log)
     assert np.isnan(calibration.depths[1].auc)
     assert calibration.depths[1].threshold == 0.0  # nothing to tell apart: everybody passes
     assert echo.Calibration.from_json(calibration.to_json()).to_json() == calibration.to_json()
@@ -117,6 +124,10 @@ def test_json_and_files(tmp_path):
         (text.replace('"version": 1', '"version": 99'), "a newer ECHO wrote it, update this one"),
         (text.replace('"threshold"', '"tau"'), "expected the fields of version 1"),
         (text.replace('"profile"', '"histogram"'), "expected the fields of version 1"),
+        (re.sub(r'"accepted": \d+', '"accepted": -3', text), "calibration.accepted: expected an int >= 0, got -3"),
+        (re.sub(r'"effective": [^,]+', '"effective": NaN', text), "calibration.effective: expected a number >= 0.0, got nan"),
+        (re.sub(r'"profile": \[\[[^,]+', '"profile": [[-1', text), "calibration.profile: expected a number >= 0.0, got -1"),
+        (re.sub(r'"reliability": \[\[[^,]+', '"reliability": [[NaN', text), "calibration.reliability: expected rising knots"),
         (text.replace('"depth": 2', '"depth": 7'), r"expected depths 1, 2, ..., got \[1, 7, 3\]"),
     ]:
         with pytest.raises(echo.EchoError, match=message):
@@ -152,6 +163,20 @@ def test_a_useless_depth_stops_nobody():
         (lambda: echo.WarmupLog.from_arrays([0], [0.5], [1]), "depth: expected values >= 1, got 0 in row 0"),
         (lambda: echo.WarmupLog.from_arrays([1.5], [0.5], [1]), "depth: expected integers"),
         (lambda: echo.WarmupLog.from_arrays([1], [0.5], [2]), "accepted: expected values 0 or 1, got 2 in row 0"),
+        (lambda: echo.WarmupLog.from_arrays([1, 1], [0.5] * 2, [1, np.nan]), "accepted: expected values 0 or 1, got nan in row 1"),
+        (lambda: echo.WarmupLog.from_arrays([1, 2**32 + 1], [0.5] * 2, [1, 0]), "depth: expected integers of int32, got int64"),
+        (lambda: echo.WarmupLog.from_arrays([1], [0.5], [1], rank=[1e300]), "rank: expected integers of int32, got float64"),
+        (lambda: replace(LOG, accepted=np.array([2, -1])), r"accepted: expected bool_? \[n\], as from_arrays makes it, got int64 \[2\]"),
+        (lambda: replace(LOG, confidence=np.array([0.5, 0.4])), r"confidence: expected float32 \[n\], as from_arrays .* got float64 \[2\]"),
+        (lambda: goodput(LOG, (1,), 1, Objective(COST, 0, 1)), "batch: expected an int >= 1, got 0"),
+        (lambda: goodput(LOG, (1,), 1, Objective(COST, 1, 1), {1: np.nan}), r"start\[1\]: expected a number from 0.0 to 1.0, got nan"),
+        (lambda: report(LOG, {1: np.nan}), r"thresholds\[1\]: expected a number from 0.0 to 1.0, got nan"),
+        (lambda: calibration_error(np.full((2, 512), -1, np.int32), LOG), "table: expected 24-bit fixed point, from 0 to 16777216, got -1"),
+        (lambda: echo.CostModel.from_samples([1, 2], [1.0, 1.0], requests=[1, np.inf]), "requests: expected a finite number .* got inf"),
+        (lambda: echo.CostModel.from_samples([1, 2], [1.0, 1.0], context=[1, np.nan]), "context: expected a finite number .* got nan"),
+        (lambda: echo.CostModel.from_samples([1, 2], [1.0, 1.0], base_rows=[1, np.inf]), "base_rows: expected a finite number .* got inf"),
+        (lambda: echo.CostModel.from_samples([1, np.inf], [1.0, 1.0]), "rows: expected a finite number in every sample, got inf"),
+        (lambda: echo.cost.line([1, np.inf], [1.0, 1.0]), "amount: expected a finite number in every sample, got inf"),
         (lambda: echo.WarmupLog.concat([]), "logs: expected at least one WarmupLog"),
         (lambda: echo.calibrate(log_of(1), min_auc=0.3), "min_auc: expected a number from 0.5 to 1.0, got 0.3"),
         (lambda: echo.calibrate(log_of(1), max_depth=4), "max_depth: expected an int from 1 to 1, got 4"),

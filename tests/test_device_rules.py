@@ -39,7 +39,7 @@ def step(scheduler, roots, live, tokens, log_probs, target, context, pages, coun
     packed = scheduler.pack(tree)
     accepted = echo.verify(packed, target).cut(eos_tokens=tokens[0][0, 0], limits=context)
     rank, taken = echo.outcomes(tree, packed, accepted)
-    lists = compact(packed, accepted, context, page_table=pages, page_size=2)
+    lists = compact(packed, accepted, context, page_table=pages, page_size=2, dummy=0)
     history = scheduler.history(8).observe(torch.arange(4), packed, accepted)
     stats = echo.StepStats(counts).observe(packed, accepted)
     planned = packed.tokens, packed.mask, packed.indptr, accepted.tokens, accepted.rows, accepted.beyond, rank, taken
@@ -118,9 +118,10 @@ def whole_engine(scheduler, roots, tokens, log_probs, context, pages):
             layouts.flashinfer(packed, context, 100),
             layouts.flashinfer(packed, context, 400, bits=False),
             layouts.tensorrt_llm(packed, 6),
-            layouts.hugging_face(packed, 6, context, 9),
+            layouts.hugging_face(packed, 6, context, 9, left_padded=False),
             compact(packed, accepted, context),
-            compact(packed, accepted, context, page_table=pages, page_size=2),
+            compact(packed, accepted, context, past=9),
+            compact(packed, accepted, context, page_table=pages, page_size=2, dummy=0),
         ]
         members = [getattr(value, field.name) for value in values for field in dataclasses.fields(value)]
         outputs += [x for x in members if isinstance(x, torch.Tensor)]

@@ -11,6 +11,7 @@ import torch
 import echo
 from conftest import one_graph
 from echo.gating.histograms import UNIT, WEIGHT
+from echo.gating.thresholds import refuse_gated
 from echo.testing import TabularDrafter, table
 from echo.testing.kit import RefuseReads
 
@@ -88,7 +89,8 @@ def test_calibrations_agree_from_synthetic_requests():
 
     free = echo.calibrate(log(np.ones(n, bool))).depths[1]
     weighted = echo.calibrate(log(passed | explores, np.where(passed, 1.0, 10.0))).depths[1]
-    biased = echo.calibrate(log(passed)).depths[1]
+    with pytest.warns(UserWarning, match="log: expected step ids, or weights, where fewer rows are deeper"):
+        biased = echo.calibrate(log(passed)).depths[1]
     assert abs(weighted.auc - free.auc) < 0.01 and weighted.auc_low < free.auc < weighted.auc_high
     assert abs(biased.auc - free.auc) > 0.04
     assert weighted.auc_high - weighted.auc_low > free.auc_high - free.auc_low  # and it knows that it is less sure
@@ -124,8 +126,31 @@ def test_a_log_that_bears_the_mark_of_a_gate_is_refused():
         assert echo.calibrate(log(harmless)).max_depth == 2
     with pytest.raises(echo.EchoError, match=r"log: expected steps drafted without a gate, or weights, got \d+ steps that end at depth 1"):
         echo.calibrate(log(c1 > 0.4))
+    for hidden in (replace(log(c1 > 0.4), step=np.arange(n + int((c1 > 0.4).sum()))), echo.ConfidenceHistograms.of(log(c1 > 0.4))):
+        with pytest.warns(UserWarning, match=rf"where fewer rows are deeper, got {(c1 > 0.4).sum()} rows of depth 2 and {n} of depth 1"):
+            echo.calibrate(hidden)
     explores = random.random(n) < 0.2
     echo.calibrate(log((c1 > 0.4) | explores, np.where(c1 > 0.4, 1.0, 5.0)))
+
+
+@pytest.mark.parametrize("order", ["by depth", "shuffled", "by step"])
+def test_a_gate_is_found_wherever_the_rows_of_a_step_lie(order):
+    """In a log of more rows than are looked at."""
+    random, n = np.random.default_rng(5), 300_000
+    c1 = random.random(n)
+    for passed, found in ((c1 > 0.4, True), (random.random(n) < 0.6, False)):
+        depth, step = np.repeat([1, 2], [n, passed.sum()]), np.concatenate([np.arange(n), np.flatnonzero(passed)]) * 4096
+        confidence = np.concatenate([c1, (c1 * random.random(n))[passed]])
+        turn = {"by depth": np.arange(len(depth)), "shuffled": random.permutation(len(depth)), "by step": step.argsort(kind="stable")}[
+            order
+        ]
+        log = echo.WarmupLog.from_arrays(depth[turn], confidence[turn], random.random(len(depth)) < confidence[turn], step=step[turn])
+        if found:
+            with pytest.raises(echo.EchoError, match="log: expected steps drafted without a gate, or weights"):
+                refuse_gated(log)
+        else:
+            assert refuse_gated(log)
+            assert not refuse_gated(replace(log, step=np.arange(len(log))))
 
 
 @dataclass

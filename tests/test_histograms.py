@@ -274,6 +274,20 @@ def test_a_decoding_step_counts_live_what_its_log_says():
             r"depth: expected int64 or int32 \[N\], got float32 \[2\]",
         ),
         (lambda: separability([0.5], [True, False]), "confidence, accepted, weight: expected one length, got 1, 2, 1"),
+        *(
+            (lambda kind=kind, bad=bad: separability(np.array([0.9, bad], kind), [1, 0]), f"confidence: .* finite, got {bad} in row 1")
+            for kind in (np.float32, np.float64)
+            for bad in (np.nan, np.inf)
+        ),
+        (lambda: separability(["a", "b"], [1, 0]), "confidence: expected numbers, got <U1"),
+        *(
+            (lambda bad=bad: separability([0.9, 0.8, 0.1], [1, bad, 0]), f"accepted: expected values 0 or 1, got {bad} in row 1")
+            for bad in (2, -1, 0.5, np.nan)
+        ),
+        *(
+            (lambda bad=bad: separability([0.9, 0.8], [1, 0], [1, bad]), f"weight: expected values finite and >= 0, got {bad} in row 1")
+            for bad in (-1.0, np.nan, np.inf)
+        ),
     ],
 )
 def test_bad_input_names_the_argument(call, message):

@@ -192,13 +192,38 @@ def test_masks_of_fewer_rows_are_those_of_the_first_rows(case):
 @given(cases(), st.sampled_from([0, 2]))
 def test_what_an_engine_computes_on_uniform_rows_comes_back_to_the_packed_rows(case, more):
     n = case.largest + more
-    inputs = layouts.hugging_face(case.packed, n, contexts(case), 12)
+    inputs = layouts.hugging_face(case.packed, n, contexts(case), 12, left_padded=False)
     real = case.packed.request < case.batch
     assert torch.equal(layouts.unpad(case.packed, inputs.input_ids)[real], case.packed.tokens[real])
     states = torch.stack([inputs.position_ids, inputs.input_ids], dim=-1)
     assert torch.equal(layouts.unpad(case.packed, states)[real, 0], case.packed.position(contexts(case))[real])
+    assert (layouts.unpad(case.packed, inputs.input_ids)[~real] == -1).all()
     with pytest.raises(echo.EchoError, match="values: expected"):
         layouts.unpad(case.packed, torch.zeros(case.batch + 1, n))
+
+
+@given(cases(), st.integers(1, 6))
+def test_rows_that_an_engine_did_not_compute_have_no_token_and_no_number(case, n):
+    """A target that depends on the last token and follows the tree: from fewer rows than a tree has comes a shorter text of its own."""
+    packed, law = case.packed, torch.arange(1 + int(case.packed.tokens.max()))
+    drafted = packed.parent >= 0
+    law[packed.tokens[(packed.indptr[packed.request] + packed.parent)[drafted]]] = packed.tokens[drafted]
+    ids = layouts.hugging_face(packed, n, contexts(case), 12, left_padded=False).input_ids
+    sampled = layouts.unpad(packed, law[ids])
+    real = packed.request < case.batch
+    beyond = ~real | (packed.local >= n)
+    assert torch.equal(sampled == -1, beyond)
+    assert layouts.unpad(packed, law[ids].half()[..., None])[beyond].isnan().all()
+    assert not layouts.unpad(packed, torch.ones_like(ids, dtype=torch.bool))[beyond].any()
+    assert layouts.unpad(packed, law[ids][:, :0]).tolist() == [-1] * packed.rows
+    accepted = echo.verify(packed, sampled)
+    for b, (tokens, rows) in enumerate(zip(accepted.tokens.tolist(), accepted.rows.tolist(), strict=True)):
+        root = int(packed.tokens[packed.indptr[b]]) if packed.indptr[b] < packed.indptr[b + 1] else 0
+        for token, row in zip(tokens, rows, strict=True):
+            if token >= 0:
+                assert token == law[root]
+                assert not beyond[row]
+                root = token
 
 
 @given(cases(), st.sampled_from([0, 7]))
@@ -245,16 +270,50 @@ def test_tensorrt_words_are_the_oracle_and_come_back(case, more):
     same(layouts.from_tensorrt_llm(links, rows=case.packed.rows), case.packed)
 
 
-@given(cases(), st.booleans(), st.sampled_from([torch.bool, torch.float32, torch.float16]))
-def test_hugging_face_mask_is_the_oracle_and_comes_back(case, left, dtype):
+@given(cases(), st.sampled_from([torch.bool, torch.float32, torch.float16]))
+def test_hugging_face_mask_is_the_oracle_and_comes_back(case, dtype):
     n, past, context = case.largest, 12, contexts(case)
-    inputs = layouts.hugging_face(case.packed, n, context, past, left_padded=left, dtype=dtype)
+    inputs = layouts.hugging_face(case.packed, n, context, past, left_padded=False, dtype=dtype)
     mask = inputs.attention_mask if dtype == torch.bool else inputs.attention_mask == 0
     for b in range(case.batch):
         pad, own = [False] * (past - int(context[b])), [True] * int(context[b])
-        assert mask[b, 0].tolist() == [(pad + own if left else own + pad) + row for row in square(case, b, n)]
+        assert mask[b, 0].tolist() == [own + pad + row for row in square(case, b, n)]
     assert dtype == torch.bool or inputs.attention_mask.min() in (0, torch.finfo(dtype).min)
     same(layouts.from_hugging_face(inputs, lengths=case.packed.indptr.diff(), rows=case.packed.rows), case.packed)
+
+
+@given(st.integers(0, 100_000), st.integers(1, 4), st.data())
+def test_a_padded_cache_holds_every_text_after_every_step(seed, batch, data):
+    """Prompts padded on the left are moved once; then every pass appends behind the longest text, as a DynamicCache does."""
+    texts = [data.draw(st.lists(st.integers(100, 999), min_size=1, max_size=9)) for _ in range(batch)]
+    past, context = max(map(len, texts)), torch.tensor([len(text) for text in texts])
+    cache = torch.tensor([[0] * (past - len(text)) + text for text in texts])
+    cache = cache.gather(1, (torch.arange(past) + past - context[:, None]).clamp(max=past - 1))
+    for step in range(3):
+        packed, past = forest(seed + step, batch, 9, pads=2).packed, cache.shape[1]
+        n = data.draw(st.integers(packed.max_slots_per_request, packed.max_slots_per_request + 2))
+        inputs = layouts.hugging_face(packed, n, context, past, left_padded=False)
+        cache = torch.cat([cache, inputs.input_ids], dim=1)
+        target = torch.tensor(data.draw(st.permutations(packed.tokens.tolist())))
+        drafted = packed.parent >= 0
+        target[(packed.indptr[packed.request.clamp(max=batch - 1)] + packed.parent)[drafted]] = packed.tokens[drafted]
+        accepted = echo.verify(packed, target)
+        for b, rows in enumerate(accepted.rows.tolist()):
+            kept = [row for row in rows if row >= 0]
+            if kept:  # what the last accepted row sees is the text and its path
+                texts[b] += packed.tokens[kept].tolist()
+                assert cache[b][inputs.attention_mask[b, 0, int(packed.local[kept[-1]])]].tolist() == texts[b]
+        lists = compact(packed, accepted, context, past=past)
+        cache.scatter_(1, lists.target, cache.gather(1, lists.source))
+        context, cache = lists.context, cache[:, : int(lists.context.max())]
+        assert [row[:length] for row, length in zip(cache.tolist(), context.tolist(), strict=True)] == texts
+
+
+def test_a_left_padded_cache_is_refused():
+    case = forest(1, 2, 9, empty=False)
+    for padded in (None, True):
+        with pytest.raises(echo.EchoError, match=f"left_padded: expected False, a cache whose texts begin at entry 0, got {padded}"):
+            layouts.hugging_face(case.packed, 9, torch.tensor([3, 4]), 5, left_padded=padded)
 
 
 @given(cases())
@@ -340,7 +399,7 @@ def test_out_writes_into_the_engines_buffers():
         lambda out: layouts.flashinfer(case.packed, context, 400, out=out),
         lambda out: layouts.flashinfer(case.packed, context, 900, bits=False, out=out),
         lambda out: layouts.tensorrt_llm(case.packed, 12, out=out),
-        lambda out: layouts.hugging_face(case.packed, 12, context, 5, out=out),
+        lambda out: layouts.hugging_face(case.packed, 12, context, 5, left_padded=False, out=out),
         lambda out: case.packed.wire(out=out),
     ):
         value = call(None)
@@ -354,7 +413,7 @@ def test_out_writes_into_the_engines_buffers():
             assert torch.equal(getattr(written, f.name), getattr(value, f.name)), f.name
     for call, name in (
         (lambda out: layouts.sglang(case.packed, 12, context, out=out), "retrive_next_sibling"),
-        (lambda out: layouts.hugging_face(case.packed, 12, context, 5, out=out), "position_ids"),
+        (lambda out: layouts.hugging_face(case.packed, 12, context, 5, left_padded=False, out=out), "position_ids"),
     ):
         buffer = poisoned(call(None))
         before = {f.name: getattr(buffer, f.name).clone() for f in tensors(buffer)}
@@ -363,8 +422,9 @@ def test_out_writes_into_the_engines_buffers():
         assert all(torch.equal(getattr(buffer, name), old) for name, old in before.items())  # nothing is half-written
     with pytest.raises(echo.EchoError, match=r"out.draft_tokens: expected int64 \[48\], got int64 \[52\]"):
         layouts.sglang(case.packed, 12, context, out=layouts.sglang(case.packed, 13, context))
+    larger = layouts.hugging_face(case.packed, 12, context, 6, left_padded=False)
     with pytest.raises(echo.EchoError, match=r"out.attention_mask: expected bool \[4, 1, 12, 17\], got bool \[4, 1, 12, 18\]"):
-        layouts.hugging_face(case.packed, 12, context, 5, out=layouts.hugging_face(case.packed, 12, context, 6))
+        layouts.hugging_face(case.packed, 12, context, 5, left_padded=False, out=larger)
     with pytest.raises(echo.EchoError, match=r"out: expected a SGLangLinks, got Chains"):
         layouts.sglang(case.packed, 12, context, out=layouts.chains(case.packed))
 
@@ -389,8 +449,13 @@ def test_bad_input_names_the_argument():
         (lambda: layouts.sglang_mask(packed, 9, "TREE"), r"mode: expected .* got 'TREE'"),
         (lambda: layouts.sglang_mask(packed, 9, "FULL_MASK", context=good, size=5), r"size: expected an int >= 162, got 5"),
         (lambda: layouts.flashinfer(packed, good.float(), 9), context),
-        (lambda: layouts.hugging_face(packed, 9, good, -1), r"past: expected an int >= 0, got -1"),
+        (lambda: layouts.hugging_face(packed, 9, good, -1, left_padded=False), r"past: expected an int >= 0, got -1"),
         (lambda: compact(packed, echo.verify(packed, packed.tokens), good.float()), context),
+        (lambda: compact(packed, echo.verify(packed, packed.tokens), good, page_table=torch.zeros(2, 3).int()),
+         r"dummy: expected a slot that no request owns, to go with page_table, got None"),
+        (lambda: compact(packed, echo.verify(packed, packed.tokens), good, page_table=torch.zeros(2, 3).int(), dummy=0, past=4),
+         r"past: expected None, to go with page_table, got 4"),
+        (lambda: compact(packed, echo.verify(packed, packed.tokens), good, past=-1), r"past: expected an int >= 0, got -1"),
         (lambda: packed.slot(good, torch.zeros(2, 3).int(), 0, 0), r"page_size: expected an int >= 1, got 0"),
         (lambda: layouts.from_sglang_mask(torch.ones(2, 9, 9).bool(), torch.arange(18), 9, "FULL_MASK"), r"mode: expected"),
         (lambda: layouts.from_sglang_mask(torch.ones(9).bool(), torch.arange(2), 1, "FULL_MASK", context=torch.tensor([3, 20])),

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.overrides import TorchFunctionMode
 
 import echo
 from conftest import one_graph
@@ -56,17 +57,82 @@ def test_votes_are_those_of_a_plain_search_at_every_node_of_a_tree(texts, longes
 
 
 @given(st.lists(st.tuples(st.integers(0, 2), st.lists(st.integers(0, 5), max_size=4)), max_size=8), st.integers(1, 9))
-def test_texts_keep_what_was_appended_while_there_is_room(appended, room):
+def test_texts_keep_the_end_of_what_was_appended(appended, room):
     texts, expected = Texts.empty(3, room).admit(torch.arange(3), [torch.tensor([slot]) for slot in range(3)]), [[0], [1], [2]]
     for slot, tokens in appended:
         padded = torch.tensor([[*tokens, *[-1] * (5 - len(tokens))]])
         texts = texts.append(torch.tensor([slot]), padded, torch.tensor([len(tokens)]))
-        expected[slot] = (expected[slot] + tokens)[:room]
+        expected[slot] = (expected[slot] + tokens)[-room:]
     assert texts.used.tolist() == [len(text) for text in expected]
     assert texts.tokens.tolist() == [text + [NOTHING] * (room - len(text)) for text in expected]
     again = texts.admit(torch.tensor([1]), [torch.tensor([7])])  # nothing of the former request stays
     assert again.tokens[1].tolist() == [7] + [NOTHING] * (room - 1)
     assert torch.equal(again.tokens[::2], texts.tokens[::2])
+    longer = texts.admit(torch.tensor([2]), [torch.arange(room + 3)])
+    assert longer.tokens[2].tolist() == list(range(3, room + 3)) and longer.used[2] == room
+    assert texts.admit(torch.tensor([], dtype=torch.int64), []) is texts
+    nothing = texts.append(torch.tensor([0]), torch.zeros(1, 0, dtype=torch.int64), torch.tensor([0]))
+    assert torch.equal(nothing.tokens, texts.tokens) and torch.equal(nothing.used, texts.used)
+
+
+@given(st.lists(st.integers(0, 2), min_size=1, max_size=30), st.integers(1, 9), st.integers(1, 12))
+def test_a_text_longer_than_the_memory_is_searched_as_its_end_is(text, length, already):
+    lookup, scheduler = echo.PromptLookup(1, length), echo.ElasticBudgetScheduler.eagle(n=2, beam=1, max_depth=1)
+    already = min(already, len(text))
+    lookup.admit(torch.zeros(1).long(), [torch.tensor(text[: already - 1], dtype=torch.int64)], torch.tensor(text[already - 1 : already]))
+    for start in range(already, len(text), 3):
+        more = text[start : start + 3]
+        lookup.texts = lookup.texts.append(torch.zeros(1).long(), torch.tensor([[*more, 0, 0]]), torch.tensor([len(more)]))
+    vote, run = searched(text[-length:], [], 8)
+    tokens, log_probs = lookup.draft(torch.zeros(1).long(), scheduler.plant(torch.tensor(text[-1:])).frontier)
+    assert (int(tokens), log_probs.exp().item()) == (max(vote, 0), pytest.approx(lookup.trust[run].item(), abs=1e-3))
+
+
+@given(st.lists(st.lists(st.integers(0, 2), min_size=2, max_size=14), min_size=1, max_size=3), st.integers(0, 9999), st.booleans())
+def test_a_first_layer_from_elsewhere_is_followed_too(texts, seed, before):
+    """The lookup is asked at depth 1 first, in its first step or after one in which it was asked for the roots."""
+    generator, slots = torch.Generator().manual_seed(seed), torch.arange(len(texts))
+    lookup, scheduler = echo.PromptLookup(len(texts), 40), echo.ElasticBudgetScheduler(echo.GlobalRank(2), None, 20, 4)
+    texts = [list(text) for text in texts]
+    lookup.admit(slots, [torch.tensor(text[:-1]) for text in texts], torch.tensor([text[-1] for text in texts]))
+    for asked in [True] * before + [False]:
+        roots = torch.tensor([text[-1] for text in texts])
+        first = torch.randint(0, 3, (len(texts), 2), generator=generator), -torch.rand(len(texts), 2, generator=generator)
+        tree = scheduler.plant(roots, first_layer=None if asked else first)
+        paths = [[[]] for _ in texts]
+        for _ in range(tree.depth, 3):
+            if tree.depth:
+                token, parent = tree.frontier.token.tolist(), tree.frontier.parent.tolist()
+                paths = [[[*above[p], t] for t, p in zip(*node, strict=True)] for above, *node in zip(paths, token, parent, strict=True)]
+            vote, share = lookup.draft(slots, tree.frontier)
+            for b, text in enumerate(texts):
+                for w, path in enumerate(paths[b]):
+                    expected, run = searched(text, path, 8)
+                    assert int(vote[b, w]) == max(expected, 0) and share[b, w].exp().item() == pytest.approx(
+                        lookup.trust[run].item(), abs=1e-3
+                    )
+            shape = (*tree.frontier.token.shape, 2)
+            tree = scheduler.grow(tree, torch.randint(0, 3, shape, generator=generator), -torch.rand(shape, generator=generator))
+        packed = scheduler.pack(tree)
+        accepted = echo.verify(packed, torch.randint(0, 3, (packed.rows,), generator=generator))
+        lookup.keep(slots, packed, accepted)
+        texts = [text + new[:n] for text, new, n in zip(texts, accepted.tokens.tolist(), accepted.lengths.tolist(), strict=True)]
+    fresh = echo.PromptLookup(len(texts), 40)
+    with pytest.raises(echo.EchoError, match="frontier: expected one of depth 0 or 1, or one below the last, got one of depth 3"):
+        fresh.draft(slots, tree.frontier)
+
+
+def test_admission_copies_nothing_from_the_host():
+    class Refuse(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            assert func not in (torch.tensor, torch.as_tensor, torch.from_numpy, torch.Tensor.to)
+            return func(*args, **(kwargs or {}))
+
+    lookup, meta = echo.PromptLookup(3, 9, device="meta"), torch.device("meta")
+    prompts, slots = [torch.empty(n, dtype=torch.int64, device=meta) for n in (4, 12)], torch.empty(2, dtype=torch.int64, device=meta)
+    with Refuse():
+        lookup.admit(slots, prompts, slots)
+    assert lookup.texts.tokens.shape == (3, 9)
 
 
 @given(st.integers(2, 6), st.floats(0, 0.99), st.integers(0, 9999))

@@ -65,8 +65,10 @@ def step(scheduler, batch, *, pads=0, rows=None, **data):
     table = torch.arange(9 * batch).view(batch, 9).int()
     history = scheduler.history(batch + 3).observe(torch.arange(batch).flip(0) + 2, packed, accepted)
     again = history.observe(torch.arange(batch), packed, accepted)
-    lists = compact(packed, accepted, torch.arange(batch)), compact(packed, accepted, torch.arange(batch), page_table=table, page_size=2)
-    return {"tree": tree, "packed": packed, "accepted": accepted, "lists": lists, "history": history, "again": again}
+    where = ({}, {"dummy": 3, "past": batch}, {"page_table": table, "page_size": 2, "dummy": 5})
+    lists = tuple(compact(packed, accepted, torch.arange(batch), **options) for options in where)
+    stats = echo.StepStats.empty().observe(packed, accepted).observe(packed, accepted)
+    return {"tree": tree, "packed": packed, "accepted": accepted, "lists": lists, "history": history, "again": again, "stats": stats}
 
 
 def compare(scheduler, batch, **data):
@@ -152,7 +154,7 @@ def test_a_backend_that_is_not_there():
     assert kernels.fused("packing", torch.zeros(1)) is None
 
 
-LIMITS = {"global ranking": (449, 34), "global ranking, calibrated": (477, 35), "two-level, sparse gate": (710, 39), "goodput": (556, 45)}
+LIMITS = {"global ranking": (452, 18), "global ranking, calibrated": (480, 20), "two-level, sparse gate": (713, 18), "goodput": (560, 22)}
 """The most operations of a step, as torch's, and fused."""
 
 

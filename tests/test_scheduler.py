@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 import echo
 from conftest import CALIBRATION, grow_all, policies
+from echo.lookup import blend
 from echo.testing import Scenario, check_plan, check_step, strategies
-from echo.tree.supertree import Layer
+from echo.tree.supertree import Layer, path_score
 
 
 def claims(rule):
@@ -216,6 +217,68 @@ def test_calibrated_rank_never_rises_along_a_path():
     cost = rule.cost(tree)
     assert (cost >= cost.gather(1, tree.forest.parent)).all()
     check_plan(tree, scheduler.pack(tree))
+
+
+@pytest.mark.parametrize("name", ["probabilities", "logits"])
+def test_what_is_no_log_probability_is_counted_and_never_selected(name):
+    scheduler = echo.ElasticBudgetScheduler(echo.GlobalRank(2), budget=6, max_depth=1)
+    q = torch.tensor([0.02, 0.03, 0.05, 0.9])
+    wrong = {"probabilities": q, "logits": q.log() + 10}[name]
+    tree = scheduler.grow(scheduler.plant(torch.tensor([7, 8])), torch.arange(8).view(2, 1, 4), torch.stack([q.log(), wrong])[:, None])
+    packed = scheduler.pack(tree)
+    assert packed.invalid.tolist() == [0, 4]
+    assert packed.indptr.tolist() == [0, 5, 6] and packed.status[1] == echo.Status.EXHAUSTED
+    arrays = torch.tensor([[7, 1, 2, 3, 4]]), torch.tensor([[-1, 0, 0, 0, 0]]), torch.cat([torch.zeros(1), wrong])[None]
+    hint = {"probabilities": r"probabilities\? take their logarithm", "logits": r"logits\? take their log-softmax"}[name]
+    with pytest.raises(echo.EchoError, match=rf"log_prob: request 0, row 1: expected a log-probability, got .* \({hint}\)"):
+        echo.SuperTree.from_arrays(*arrays)
+    score = packed.score.clone()
+    score[1:5] = wrong
+    with pytest.raises(echo.EchoError, match=rf"score: request 0, row 1: expected at most its parent's 0.0, got .* \({hint}\)"):
+        replace(packed, score=score).validate()
+
+
+@given(st.lists(st.floats(-60, 60), min_size=3, max_size=6), st.sampled_from([torch.float32, torch.float16, torch.bfloat16]))
+def test_a_rounding_above_zero_is_no_fault(logits, dtype):
+    """A log-softmax by subtraction, in float32 or float16, and the logarithm of rounded probabilities."""
+    x = torch.tensor(logits)
+    own = x.bfloat16() if dtype == torch.bfloat16 else x.to(dtype)
+    total = own.float().logsumexp(-1)
+    found = own.float().sub(total).exp().bfloat16().mul(1 + 2.0**-7).log() if dtype == torch.bfloat16 else own - total.to(dtype)
+    assert int(path_score(torch.zeros(1, 1), found.view(1, 1, -1), torch.ones(1, 1, dtype=torch.bool))[2]) == 0
+
+
+def test_gradients_are_left_behind():
+    scheduler, drawn = echo.ElasticBudgetScheduler.goodput(CALIBRATION, echo.CostModel((1, 9), (1.0, 2.0)), beam=2), torch.randn(3, 3, 2)
+
+    def step(raw, probability):
+        log_probs = raw.log_softmax(-1)
+        tree = scheduler.plant(torch.arange(3), rows=9, weights=probability[:, 0])
+        tree = scheduler.grow_positions(tree, torch.arange(18).view(3, 3, 2), log_probs)
+        packed = scheduler.pack(tree)
+        accepted = echo.verify(packed, logits=torch.cat([raw.flatten(), raw.flatten()])[: packed.rows, None] * torch.arange(4.0))
+        history = scheduler.history(3).observe(torch.arange(3), packed, accepted)
+        logged = echo.warmup_rows(tree, packed, accepted, weights=probability)
+        columns = packed.depth, packed.score, packed.bought, packed.node, probability[:, 0].repeat(3)
+        counted = echo.ConfidenceHistograms.empty(3).live().update(*columns)
+        blended = blend(torch.zeros(3, 3, 2).long(), log_probs, torch.ones(3, 3).long(), probability[:, :3] / 4)
+        ready = echo.SuperTree.from_arrays(torch.arange(3)[None], torch.arange(-1, 2)[None], log_probs[:1, :, 0].clamp(max=0))
+        found = [value for part in (packed, accepted, history, counted) for value in vars(part).values()]
+        found += [*blended, ready.score, tree.weight]
+        return [x for x in found if isinstance(x, torch.Tensor)] + [torch.from_numpy(logged.weight)]
+
+    kept = step(drawn.clone().requires_grad_(), torch.full((3, 4), 2.0, requires_grad=True))
+    plain = step(drawn, torch.full((3, 4), 2.0))
+    assert not any(x.requires_grad for x in kept)
+    assert all(torch.equal(one, two) for one, two in zip(kept, plain, strict=True))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_weights_that_are_no_numbers_are_their_requests_own(bad):
+    scheduler = echo.ElasticBudgetScheduler(echo.GlobalRank(2), budget=6, max_depth=1)
+    first = torch.arange(6).view(3, 2), torch.tensor([[0.5, 0.4]]).log().expand(3, -1)
+    packed = scheduler.pack(scheduler.plant(torch.arange(3), weights=torch.tensor([1.0, bad, 4.0]), first_layer=first))
+    assert packed.indptr.diff().tolist() == [2, 1, 3]
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])

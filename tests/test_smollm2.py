@@ -145,3 +145,25 @@ def test_replay_gives_the_steps_of_live_decoding(recorded, name):
         assert torch.equal(step.packed.indptr, mine.packed.indptr)
         assert [len(t) - (r not in started) for r, t in zip(step.requests, step.emitted, strict=True)] == mine.emitted.tolist()
         started.update(step.requests)
+
+
+def test_a_first_layer_may_come_from_elsewhere(smollm2):
+    """What the head says after it is what it says where it drafted that layer itself, in any step."""
+    from drafters import Eagle
+    from model import SmolLM2, encode
+
+    model, tokenizer = smollm2
+    target, slots = SmolLM2(model, 1, 64), torch.arange(1)
+    scheduler, prompts = echo.ElasticBudgetScheduler(echo.GlobalRank(2), budget=6, max_depth=2), encode(tokenizer, ["Count to ten."])
+    said = []
+    for elsewhere in (False, True, True):
+        if not said or len(said) == 2:
+            drafter = Eagle(target, 1, 64)
+        roots = target.admit(slots, prompts)
+        drafter.admit(slots, prompts, roots)
+        tree = scheduler.plant(roots)
+        first = said[0] if elsewhere else drafter.draft(slots, tree.frontier)
+        tree = scheduler.grow(tree, *first)
+        said += [first, drafter.draft(slots, tree.frontier)]
+    for tokens, log_probs in said[3::2]:
+        assert torch.equal(tokens, said[1][0]) and torch.equal(log_probs, said[1][1])

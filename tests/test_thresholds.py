@@ -154,6 +154,10 @@ def test_weighted_steps_may_be_cut_short_by_the_gate():
             lambda log: report(echo.WarmupLog.from_arrays([1, 1], [0.5, 0.4], [1, 0], step=[7, 7]), {1: 0.5}),
             "log.step: expected one row of rank 0 for each depth of a step, got more in step 7 at depth 1",
         ),
+        (
+            lambda log: report(echo.WarmupLog.from_arrays(log.depth, log.confidence, log.accepted), {1: 0.5, 2: 0.1}),
+            "log.step: expected ids that join the rows of a step, got each row in a step of its own",
+        ),
     ],
 )
 def test_bad_input_names_the_argument(call, message):

@@ -261,8 +261,11 @@ def test_slots_and_compaction_leave_exactly_the_accepted_text(seed, batch, page,
     assert (slot[packed.request == batch] == 0).all() and len(set(slot[packed.request < batch].tolist())) == int(packed.indptr[-1])
     cache[slot] = packed.tokens
     position = packed.position(context)
-    lists = compact(packed, accepted, context, page_table=page_table, page_size=page)
+    lists = compact(packed, accepted, context, page_table=page_table, page_size=page, dummy=0)
+    written = cache.clone()  # by an engine that writes rows where they belong, and copies none
+    written[lists.target.flatten()] = packed.tokens[lists.gather.flatten()]
     cache[lists.target.flatten()] = cache[lists.source.flatten()]
+    assert torch.equal(written[1:], cache[1:])  # slot 0 is the dummy
     flat = compact(packed, accepted, context)
     assert (flat.source >= flat.target).all()
     own = torch.full((batch, 64), -1)  # a contiguous cache of each request, filled and moved as the docstring says
@@ -270,7 +273,10 @@ def test_slots_and_compaction_leave_exactly_the_accepted_text(seed, batch, page,
         own[b, : context[b]] = 10_000 + torch.arange(int(context[b]))
     real = packed.request < batch
     own[packed.request[real].long(), (context[packed.request[real].long()] + packed.local[real])] = packed.tokens[real]
+    spare = compact(packed, accepted, context, dummy=63)
+    written = own.scatter(1, spare.target, packed.tokens[spare.gather])
     own.scatter_(1, flat.target, own.gather(1, flat.source))
+    assert torch.equal(written[:, :63], own[:, :63])
     assert torch.equal(lists.accept_index.long(), accepted.rows)
     assert torch.equal(lists.context, context + accepted.lengths)
     for b in range(batch):

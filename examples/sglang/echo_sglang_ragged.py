@@ -33,15 +33,15 @@ def forward(original: Any, worker: Any, batch: Any, forward_batch: Any = None, *
     if not getattr(verified, "echo_ragged", False) or forward_batch.forward_metadata_ready:
         return original(worker, batch, forward_batch, *args, **kwargs)
     packed, n = verified.echo_packed, verified.draft_token_num
-    narrow, real = copy.copy(forward_batch), packed.request < packed.batch
+    narrow = copy.copy(forward_batch)
     for name in ("input_ids", "positions", "out_cache_loc", "out_cache_loc_virtual"):
         value = getattr(forward_batch, name, None)
         if isinstance(value, Tensor):
             own = layouts.unpad(packed, value.view(packed.batch, n))
-            setattr(narrow, name, torch.where(real, own, DUMMY))
+            setattr(narrow, name, torch.where(own < 0, DUMMY, own))
     result = original(worker, batch, narrow, *args, **kwargs)
     worker.model_runner.attn_backend.echo_packed = None
-    rows = (packed.indptr[:-1, None] + torch.arange(n, device=real.device)).clamp(max=packed.rows - 1).flatten()
+    rows = (packed.indptr[:-1, None] + torch.arange(n, device=packed.indptr.device)).clamp(max=packed.rows - 1).flatten()
     for name in ("next_token_logits", "hidden_states"):
         value = getattr(result.logits_output, name, None)
         if isinstance(value, Tensor):

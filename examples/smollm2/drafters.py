@@ -9,12 +9,8 @@ import torch
 from torch import Tensor
 
 import echo
-from head import HEADS, WIDTH, EagleHead
+from head import FLOOR, HEADS, WEIGHTS, WIDTH, EagleHead
 from model import SmolLM2
-
-WEIGHTS = Path(__file__).with_name("eagle.safetensors")
-FLOOR = -6.0
-"""Nodes of smaller path log-probability are not drafted on: they would be accepted once in 400 times."""
 
 
 class Eagle:
@@ -53,7 +49,7 @@ class Eagle:
     @torch.inference_mode()
     def admit(self, slots: Tensor, prompts: Sequence[Tensor], first: Tensor) -> None:
         """Keeps the prompts' features, which the target's prefill has just left in ``hidden``; forgets who was in the slots before."""
-        self.used[slots], self.since[slots] = 0, len(self.unread)
+        self.used[slots], self.since[slots], self.state = 0, len(self.unread), torch.empty(0)
         where = torch.repeat_interleave(slots, torch.tensor([len(p) for p in prompts]))
         after = torch.cat([torch.cat([p[1:], t[None]]) for p, t in zip(prompts, first, strict=True)])
         self.unread.append((where, self.target.hidden, after))
@@ -61,6 +57,7 @@ class Eagle:
     @torch.inference_mode()
     def keep(self, slots: Tensor, packed: echo.PackedTree, accepted: echo.Accepted) -> None:
         """Keeps the accepted rows' features."""
+        self.state = torch.empty(0)
         request, local = (accepted.rows >= 0).nonzero(as_tuple=True)
         self.unread.append((slots[request], self.target.hidden[accepted.rows[request, local]], accepted.tokens[request, local]))
 
@@ -68,11 +65,12 @@ class Eagle:
     def draft(self, slots: Tensor, frontier: echo.Frontier) -> tuple[Tensor, Tensor]:
         """The k likeliest tokens after each node. The root's were found when its text was read; inactive nodes are not computed."""
         batch, width = frontier.token.shape
-        if frontier.depth == 0:
+        if frontier.depth == 0 or not len(self.state):  # the first layer may come from elsewhere
             self._read()
             self.state = self.root[slots][:, None]
             self.own_keys = self.own_values = torch.empty(batch, 0, HEADS, WIDTH // HEADS)
             self.sees = torch.zeros(batch, 1, 0, dtype=torch.bool)
+        if frontier.depth == 0:
             return self.tokens[slots][:, None], self.log_probs[slots][:, None]
         request, node = (frontier.active & (frontier.score >= self.floor)).nonzero(as_tuple=True)
         state = frontier.inherit(self.state)

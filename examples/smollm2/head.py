@@ -15,6 +15,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 WIDTH, HEADS, HIDDEN, FEATURES, EMBED = 256, 4, 1024, 1728, 576
+FEATURE_LAYERS = (10, 20, 30)
+"""The target's hidden states after these decoder layers are what the head reads."""
+WEIGHTS = Path(__file__).with_name("eagle.safetensors")
+FLOOR = -6.0
+"""Nodes of smaller path log-probability are not drafted on: they would be accepted once in 400 times."""
 
 
 def rotate(x: Tensor, position: Tensor) -> Tensor:

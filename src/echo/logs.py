@@ -18,8 +18,15 @@ from numpy.typing import ArrayLike, NDArray
 from echo import checks
 from echo.errors import EchoError
 
-_FIELDS = ("depth", "confidence", "accepted", "rank", "weight", "step")
-_NEEDED = _FIELDS[:3]
+_FIELDS: dict[str, Any] = {
+    "depth": np.int32,
+    "confidence": np.float32,
+    "accepted": np.bool_,
+    "rank": np.int32,
+    "weight": np.float32,
+    "step": np.int64,
+}
+_NEEDED = tuple(_FIELDS)[:3]
 _HEADER = {"format": "echo-log", "version": 1}
 
 
@@ -50,10 +57,14 @@ class WarmupLog:
         sizes = {name: len(getattr(self, name)) for name in _FIELDS}
         if len(set(sizes.values())) > 1:
             raise EchoError(f"log: expected columns of one length, got {sizes}")
-        _check(self.depth >= 1, "depth", ">= 1", self.depth)
-        _check((self.confidence >= 0) & (self.confidence <= 1), "confidence", "within [0, 1] and not NaN", self.confidence)
-        _check(self.rank >= 0, "rank", ">= 0", self.rank)
-        _check(np.isfinite(self.weight) & (self.weight >= 0), "weight", "finite and >= 0", self.weight)
+        for name, kind in _FIELDS.items():
+            column = getattr(self, name)
+            if column.dtype != kind or column.ndim != 1:
+                raise EchoError(f"{name}: expected {kind.__name__} [n], as from_arrays makes it, got {column.dtype} {list(column.shape)}")
+        check(self.depth >= 1, "depth", ">= 1", self.depth)
+        check((self.confidence >= 0) & (self.confidence <= 1), "confidence", "within [0, 1] and not NaN", self.confidence)
+        check(self.rank >= 0, "rank", ">= 0", self.rank)
+        check_weights(self.weight)
 
     def __len__(self) -> int:
         return len(self.depth)
@@ -78,7 +89,7 @@ class WarmupLog:
             accepted: bools (or 0/1) [n].
             rank: ints [n]; 0 (the maximum path) where not given.
             weight: floats [n]; 1 where not given.
-            step: ints [n]; each row is a step of its own where not given.
+            step: ints [n]; each row is a step of its own where not given, and then nothing shows that rows are missing behind a gate.
             gated: the rows were drafted behind a gate; then ``weight`` must say how likely each was to be seen.
 
         Raises:
@@ -87,16 +98,13 @@ class WarmupLog:
         if gated and weight is None:
             raise EchoError("weight: expected inverse-probability weights for rows from behind a gate (ExploringGate), got none")
         rows = np.atleast_1d(np.asarray(depth))
-        labels = np.atleast_1d(np.asarray(accepted))
-        if labels.dtype != np.bool_:
-            _check(np.isin(labels, (0, 1)), "accepted", "0 or 1", labels)
         return cls(
-            depth=_integers("depth", rows).astype(np.int32),
+            depth=_integers("depth", rows),
             confidence=np.atleast_1d(np.asarray(confidence, dtype=np.float32)),
-            accepted=labels.astype(np.bool_),
-            rank=_integers("rank", np.zeros(len(rows)) if rank is None else np.atleast_1d(np.asarray(rank))).astype(np.int32),
+            accepted=labels(accepted),
+            rank=_integers("rank", np.zeros(len(rows)) if rank is None else np.atleast_1d(np.asarray(rank))),
             weight=np.ones(len(rows), np.float32) if weight is None else np.atleast_1d(np.asarray(weight, dtype=np.float32)),
-            step=_integers("step", np.arange(len(rows)) if step is None else np.atleast_1d(np.asarray(step))).astype(np.int64),
+            step=_integers("step", np.arange(len(rows)) if step is None else np.atleast_1d(np.asarray(step))),
         )
 
     @classmethod
@@ -131,7 +139,7 @@ class WarmupLog:
             first += int(step.max()) + 1 if len(log) else 0
         if not parts:
             raise EchoError("logs: expected at least one WarmupLog, got none")
-        columns: dict[str, Any] = {name: np.concatenate([getattr(log, name) for log, _ in parts]) for name in _FIELDS[:-1]}
+        columns: dict[str, Any] = {name: np.concatenate([getattr(log, name) for log, _ in parts]) for name in _FIELDS if name != "step"}
         return cls(step=np.concatenate([step for _, step in parts]), **columns)
 
     def validate(self) -> None:
@@ -299,13 +307,33 @@ def _first_repeat(expected: str, rows: NDArray[np.int64], *keys: NDArray[Any]) -
 
 
 def _integers(name: str, values: NDArray[Any]) -> NDArray[Any]:
-    whole = values.astype(np.int64) if values.dtype.kind in "iuf" and np.isfinite(values).all() else None
-    if whole is None or not np.array_equal(whole, values):
-        raise EchoError(f"{name}: expected integers, got {values.dtype} such as {values[:3].tolist()}")
+    kind = _FIELDS[name]
+    with np.errstate(invalid="ignore"):
+        whole = values.astype(kind if values.dtype.kind in "iuf" else np.bool_)
+    if whole.dtype != kind or not np.array_equal(whole, values):
+        raise EchoError(f"{name}: expected integers of {kind.__name__}, got {values.dtype} such as {values[:3].tolist()}")
     return whole
 
 
-def _check(good: NDArray[np.bool_], name: str, expected: str, values: NDArray[Any]) -> None:
+def labels(accepted: ArrayLike) -> NDArray[np.bool_]:
+    """bool [n] of ``accepted``, bools or 0 and 1.
+
+    Raises:
+        EchoError: the first row that is neither.
+    """
+    values = np.atleast_1d(np.asarray(accepted))
+    if values.dtype != np.bool_:
+        check(np.isin(values, (0, 1)), "accepted", "0 or 1", values)
+    return values.astype(np.bool_)
+
+
+def check_weights(weight: NDArray[Any]) -> None:
+    """Raises :class:`EchoError` at the first weight that is negative, or no finite number."""
+    check(np.isfinite(weight) & (weight >= 0), "weight", "finite and >= 0", weight)
+
+
+def check(good: NDArray[np.bool_], name: str, expected: str, values: NDArray[Any]) -> None:
+    """Raises :class:`EchoError` at the first of ``values`` that is not ``good``, with what was ``expected`` of it."""
     if not good.all():
         row = int(np.argmin(good))
         raise EchoError(f"{name}: expected values {expected}, got {values[row]} in row {row}")

@@ -35,11 +35,11 @@ PRIOR = 2.0
 
 @dataclass(frozen=True)
 class Texts:
-    """The text of each request slot, prompt included; a value.
+    """The end of each request slot's text, prompt included; a value.
 
     Attributes:
-        tokens: int64 [slots, L]; -1 behind the end. What does not fit is not remembered.
-        used: int64 [slots], tokens of each.
+        tokens: int64 [slots, L], the last L tokens of each; -1 behind the end.
+        used: int64 [slots], how many there are.
     """
 
     tokens: Tensor
@@ -56,17 +56,22 @@ class Texts:
         return cls(torch.full(shape, NOTHING, device=device), torch.zeros(slots, dtype=torch.int64, device=device))
 
     def admit(self, slots: Tensor, texts: Sequence[Tensor]) -> Texts:
-        """New requests: ``texts`` int64 [n] each, in place of what was in ``slots`` int64 [B]; what does not fit is an EchoError."""
-        checks.tensor("slots", slots, [len(texts)], torch.int64, self.used.device)
-        for b, text in enumerate(texts):
-            checks.tensor(f"texts[{b}]", text, ["n"], torch.int64)
-        fresh = torch.nn.utils.rnn.pad_sequence(list(texts), batch_first=True, padding_value=NOTHING)
-        lengths = torch.tensor([len(text) for text in texts], device=fresh.device)
-        emptied = Texts(self.tokens.index_fill(0, slots, NOTHING), self.used.index_fill(0, slots, 0))
-        return emptied.append(slots, fresh, lengths)
+        """New requests: ``texts`` int64 [n] each, in place of what was in ``slots`` int64 [B]. Copies nothing from the host.
+
+        Raises:
+            EchoError: shapes, dtypes or devices that do not fit.
+        """
+        device, room = self.used.device, self.tokens.shape[1]
+        checks.tensor("slots", slots, [len(texts)], torch.int64, device)
+        ends = [checks.tensor(f"texts[{b}]", text, ["n"], torch.int64, device)[-room:] for b, text in enumerate(texts)]
+        if not ends:
+            return self
+        tokens = torch.stack([F.pad(end, (0, room - len(end)), value=NOTHING) for end in ends])
+        used = torch.stack([end.new_full((), len(end)) for end in ends])
+        return Texts(self.tokens.index_copy(0, slots, tokens), self.used.index_copy(0, slots, used))
 
     def append(self, slots: Tensor, tokens: Tensor, lengths: Tensor) -> Texts:
-        """The first ``lengths`` int64 [B] of ``tokens`` int64 [B, n], n >= 1, behind the text in each of ``slots`` int64 [B].
+        """The first ``lengths`` int64 [B] of ``tokens`` int64 [B, n] behind the text in each of ``slots`` int64 [B].
 
         Raises:
             EchoError: shapes, dtypes or devices that do not fit.
@@ -75,12 +80,12 @@ class Texts:
         checks.tensor("tokens", tokens, [batch, "n"], torch.int64, slots.device)
         checks.tensor("lengths", lengths, [batch], torch.int64, slots.device)
         room = self.tokens.shape[1]
-        begin = self.used[slots]
-        column = torch.arange(room, device=tokens.device) - begin[:, None]
-        new = tokens.gather(1, column.clamp(0, tokens.shape[1] - 1))
-        text = torch.where((column >= 0) & (column < lengths[:, None]), new, self.tokens[slots])
-        used = (begin + lengths).clamp(max=room)
-        return Texts(self.tokens.index_copy(0, slots, text), self.used.index_copy(0, slots, used))
+        begin, end = self.used[slots], self.used[slots] + lengths
+        place = torch.arange(room, device=tokens.device) + (end - room).clamp(min=0)[:, None]  # in the whole text, whose last are kept
+        column = torch.where(place < begin[:, None], place, place - begin[:, None] + room)  # among what was and what comes
+        whole = torch.cat([self.tokens[slots], tokens], dim=1)
+        text = whole.gather(1, column.clamp(max=whole.shape[1] - 1)).masked_fill(place >= end[:, None], NOTHING)
+        return Texts(self.tokens.index_copy(0, slots, text), self.used.index_copy(0, slots, end.clamp(max=room)))
 
     def match(self, slots: Tensor, longest: int = 8) -> Match:
         """Where the last ``longest`` tokens of the texts in ``slots`` int64 [B] occur: the roots' :class:`Match`, W = 1.
@@ -152,8 +157,8 @@ def blend(tokens: Tensor, log_probs: Tensor, vote: Tensor, share: Tensor) -> tup
     checks.tensor("vote", vote, [batch, width], torch.int64, tokens.device)
     checks.tensor("share", share, [batch, width], torch.float32, tokens.device)
     asked = (vote >= 0) & (log_probs.amax(dim=2) > DEAD_SCORE)
-    share = torch.where(asked, share, 0.0)[..., None]
-    q, mine = log_probs.float() + torch.log1p(-share), share.log()
+    share = torch.where(asked, share.detach(), 0.0)[..., None]
+    q, mine = log_probs.detach().float() + torch.log1p(-share), share.log()
     said = tokens == vote[..., None]
     among = said.any(dim=2, keepdim=True)
     place = torch.where(among[..., 0], said.int().argmax(dim=2), q.argmin(dim=2))
@@ -167,11 +172,11 @@ class PromptLookup:
     """Prompt lookup as a drafter (:class:`Drafter`): alone, or as a second opinion on every node that another drafts on.
 
     Args:
-        slots, length: requests, and the tokens of each that are remembered.
+        slots, length: requests, and the last tokens of each that are remembered.
         drafter: the first opinion; None: a chain of votes.
         longest: longest match that is looked for.
         trust: by length of the match, its vote's share, in [0, 1), ``longest + 1`` of them; None: measured on SmolLM2, for 8.
-        device: of the texts.
+        device: of the texts; making a lookup waits for a copy to it, using it does not.
 
     Raises:
         EchoError: an argument out of range.
@@ -195,6 +200,7 @@ class PromptLookup:
         self.texts = Texts.empty(slots, length, device)
         self.trust = torch.tensor(trust, dtype=torch.float32, device=device)
         self.match: Match | None = None
+        self._asked: tuple[Texts, Tensor, int] | None = None  # of which texts, slots and depth that is
         self._root: tuple[Tensor, ...] | None = None
         self._won = torch.zeros(2, longest + 1, device=device)
 
@@ -205,12 +211,16 @@ class PromptLookup:
             self.drafter.admit(slots, prompts, first)
 
     def draft(self, slots: Tensor, frontier: Frontier) -> tuple[Tensor, Tensor]:
-        """What the drafter says, blended with the votes; or these alone, one a node."""
-        if frontier.depth == 0 or self.match is None:
-            self.match = self.texts.match(slots, self.longest)
-        else:
-            self.match = self.match.follow(frontier)
-        vote, run = self.match.votes()
+        """What the drafter says, blended with the votes; or these alone, one a node.
+
+        The first frontier of a step may be that of depth 1: a first layer that came from elsewhere (``plant(first_layer=...)``).
+
+        Raises:
+            EchoError: a frontier that is neither of these nor one below the last.
+        """
+        match = self._match(slots, frontier)
+        self.match, self._asked = match, (self.texts, slots, frontier.depth)
+        vote, run = match.votes()
         share = self.trust[run]
         if self.drafter is None:
             said = vote.clamp(min=0)[..., None], share.log().half()[..., None]
@@ -219,8 +229,18 @@ class PromptLookup:
             first = self.drafter.draft(slots, frontier)
             said = blend(*first, vote, share)
         if frontier.depth == 0:
-            self._root = (*(x[:, 0] for x in first), vote[:, 0], run[:, 0])
+            self._root = (*(x[:, 0].detach() for x in first), vote[:, 0], run[:, 0])
         return said
+
+    def _match(self, slots: Tensor, frontier: Frontier) -> Match:
+        texts, of, depth = self._asked or (None, None, 0)
+        if self.match is not None and texts is self.texts and frontier.depth == depth + 1 and (of is slots or depth):
+            return self.match.follow(frontier)
+        if frontier.depth > 1:
+            raise EchoError(f"frontier: expected one of depth 0 or 1, or one below the last, got one of depth {frontier.depth}")
+        self._root = None
+        roots = self.texts.match(slots, self.longest)
+        return roots.follow(frontier) if frontier.depth else roots
 
     def keep(self, slots: Tensor, packed: PackedTree, accepted: Accepted) -> None:
         """Appends what was emitted, and sees who was right at the root."""

@@ -1,44 +1,164 @@
-"""Growing a layer by the shipped rules as two kernels around the gate: the integers of :meth:`ElasticBudgetScheduler.grow`."""
+"""A step by the shipped rules as a few kernels: the integers of :class:`~echo.ElasticBudgetScheduler`'s operations.
+
+Each function returns None where torch's operations are needed: no kernels here, a custom rule, weights, floors.
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
 from torch import Tensor
 
-from echo import kernels
+from echo import checks, kernels
+from echo.budget.history import BINS, SKIP
 from echo.budget.rules import GlobalRank, Rule, TwoLevel
-from echo.gating.gates import Gate
+from echo.gating.gates import Gate, SparseGate
+from echo.tree.packed import PackedTree, into
 from echo.tree.supertree import Frontier, Layer, Status, SuperTree
 
+WRITTEN = ("tokens", "parent", "depth", "request", "indptr", "mask", "score", "node", "bought")
 
-def grow(rule: Rule, gate: Gate | None, tree: SuperTree, tokens: Tensor, log_probs: Tensor, last: bool) -> SuperTree | None:
-    """The grown tree; or None where torch's operations are needed: no kernels here, a rule of one's own, weights, floors.
+
+@dataclass(frozen=True)
+class Scratch:
+    """What the selection of a step computes on its way, at fixed addresses.
+
+    Attributes:
+        place: int32 [B, T].
+        share: int32 [B].
+        counts: int64 [B].
+        key: int64 [B, most].
+        cost: int32 [B, T], calibrated costs.
+        gain: float32 [B, T], probabilities that are not calibrated.
+    """
+
+    place: Tensor
+    share: Tensor
+    counts: Tensor
+    key: Tensor
+    cost: Tensor
+    gain: Tensor
+
+
+def _fits(rule: Rule, tree: SuperTree) -> bool:
+    return type(rule) in (GlobalRank, TwoLevel) and tree.weight is None and tree.reserve is None
+
+
+def grow(
+    rule: Rule, gate: Gate | None, tree: SuperTree, tokens: Tensor, log_probs: Tensor, last: bool, out: SuperTree | None
+) -> SuperTree | None:
+    """The grown tree.
 
     Args:
         rule, gate: the scheduler's.
-        tree, tokens, log_probs: as in :meth:`ElasticBudgetScheduler.grow`, checked.
+        tree, tokens, log_probs, out: as in :meth:`ElasticBudgetScheduler.grow`, checked.
         last: nothing is drafted on this layer.
     """
     step = kernels.fused("growing", tokens)
-    if step is None or type(rule) not in (GlobalRank, TwoLevel) or tree.weight is not None or tree.reserve is not None:
+    if step is None or not _fits(rule, tree):
         return None
     above, depth = tree.frontier, tree.depth + 1
-    old = above.score, above.active, above.index, log_probs, tree.status, tree.invalid
-    score, parent, bought, drafted, invalid, *found = step.score(*old)
-    layer = Layer(depth, tokens.flatten(1), parent, score, bought, drafted)
-    on = step.advance(
-        score, tokens, *found, tree.status, None if gate is None else gate(layer), tree.row_limit, tree.held, tree.left,
-        width=rule.width, buys=rule.width if isinstance(rule, TwoLevel) else 0, stop=int(Status.FINISHED if last else Status.ACTIVE),
-    )  # fmt: skip
-    if on.bought is not None:
-        layer = Layer(depth, layer.token, parent, score, on.bought, layer.drafted)
+    old = above.score, above.active, above.index, tokens, log_probs, tree.status
+    state = tree.row_limit, tree.held, tree.left, tree.invalid
+    known = gate is None or type(gate) is SparseGate  # a threshold is compared where the scores are made
+    tau = gate.log_tau.get(depth, -math.inf) if isinstance(gate, SparseGate) else -math.inf
+    options: Mapping[str, int] = {
+        "width": rule.width,
+        "buys": rule.width if isinstance(rule, TwoLevel) else 0,
+        "stop": int(Status.FINISHED if last else Status.ACTIVE),
+    }
+    verdict = None
+    if not known and gate is not None:
+        seen = step.grow(*old, None, *state, tau=tau, **options)
+        layer = Layer(depth, tokens.flatten(1), seen.parent, seen.score, torch.zeros_like(seen.bought), seen.drafted)
+        verdict = gate(layer)
+    buffers = None
+    if out is not None:
+        mine, on = out.layers[-1], out.frontier
+        buffers = step.Grown(
+            mine.token, mine.parent, mine.score, mine.bought, mine.drafted,
+            on.token, on.parent, on.index, on.score, on.active, out.status, out.held, out.left, out.invalid,
+        )  # fmt: skip
+    new = step.grow(*old, verdict, *state, tau=tau, **options, out=buffers)
+    if out is not None:
+        return replace(out, rows=tree.rows, most=tree.most)
     return SuperTree(
-        layers=(*tree.layers, layer),
-        frontier=Frontier(on.token, on.parent, on.place, on.score, on.active, depth),
-        status=on.status,
+        layers=(*tree.layers, Layer(depth, new.token, new.parent, new.score, new.bought, new.drafted)),
+        frontier=Frontier(new.next_token, new.next_parent, new.next_index, new.next_score, new.next_active, depth),
+        status=new.status,
         row_limit=tree.row_limit,
-        held=on.held,
-        left=on.left,
-        invalid=invalid,
+        held=new.held,
+        left=new.left,
+        invalid=new.invalid,
         rows=tree.rows,
         most=tree.most,
     )
+
+
+def pack(
+    rule: Rule,
+    tree: SuperTree,
+    rows: int,
+    words: int,
+    max_tree_rows: int,
+    *,
+    foresees: bool,
+    out: PackedTree | None,
+    scratch: Scratch | None = None,
+) -> PackedTree | None:
+    """Selection, Flatten & Pack, and what the step is expected to bring where it ``foresees``, in three to five launches.
+
+    Args:
+        rule, max_tree_rows: the scheduler's.
+        tree, rows, out: as in :meth:`ElasticBudgetScheduler.pack`, checked.
+        words: mask words of a row.
+        scratch: buffers.
+    """
+    dealing, packing = kernels.fused("dealing", tree.status), kernels.fused("packing", tree.status)
+    if dealing is None or packing is None or not _fits(rule, tree) or not tree.batch:
+        return None
+    rank = rule.rank if isinstance(rule, TwoLevel) else rule
+    if not isinstance(rank, GlobalRank):
+        return None
+    score, bought, sizes, most = tree.score, tree.bought, tree.sizes, min(sum(tree.sizes), tree.rows, tree.most)
+    cost, table = score, rank.table(tree.status.device)
+    if table is not None and tree.depth:
+        cost = dealing.path_cost(score, tree.column("parent"), table, sizes, out=None if scratch is None else scratch.cost)
+    total = max_tree_rows if rank.max_rows is None else min(max_tree_rows, rank.max_rows)
+    extra = rule.max_width if isinstance(rule, TwoLevel) else max_tree_rows
+    kept = None if scratch is None else dealing.Selected(scratch.place, scratch.share, scratch.counts, scratch.key)
+    if tree.depth:
+        limits = tree.row_limit, tree.held, tree.left
+        selected = dealing.select(cost, bought, *limits, tree.rows, most, sizes, total=total, extra=extra, out=kept)
+    else:  # nothing to select: a live request holds its root
+        roots = torch.zeros_like(tree.held)[:, None] if scratch is None else scratch.place.zero_()
+        selected = dealing.Selected(roots, tree.held, tree.held, roots)
+    columns = None if out is None else {name: getattr(out, name) for name in WRITTEN}
+    if columns is not None and not all(column.is_contiguous() for column in columns.values()):
+        columns = None
+    made = packing.pack(selected, tree.column("token"), tree.column("parent"), score, bought, rows, words, sizes, out=columns)
+    outlook, expected = None, None
+    if foresees:
+        gain = cost if table is not None else torch.exp(score, out=None if scratch is None else scratch.gain)
+        buffers = (out.outlook, out.expected) if out is not None and out.outlook is not None else None
+        outlook, expected = packing.foresee(gain, score, selected, sizes, BINS, SKIP, out=buffers)
+    packed = PackedTree(
+        **made, status=tree.status, invalid=tree.invalid, max_depth=tree.depth, outlook=outlook, expected=expected,
+    )  # fmt: skip
+    return into(out, packed)
+
+
+def check(out: PackedTree, batch: int, rows: int, words: int, device: torch.device) -> None:
+    """Checks buffers before anything is written to them: the columns of a step of these sizes.
+
+    Raises:
+        EchoError: naming the buffer that does not fit.
+    """
+    checks.instance("out", out, PackedTree)
+    shapes = {"indptr": [batch + 1], "mask": [rows, words], "status": [batch], "invalid": [batch]}
+    kinds = {"tokens": torch.int64, "node": torch.int64, "score": torch.float32, "bought": torch.bool, "status": torch.int8}
+    for name in (*WRITTEN, "status", "invalid"):
+        checks.tensor(f"out.{name}", getattr(out, name), shapes.get(name, [rows]), kinds.get(name, torch.int32), device)

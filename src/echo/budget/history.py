@@ -14,7 +14,7 @@ from echo import checks, kernels
 from echo.checks import HostInts
 from echo.errors import EchoError
 from echo.tree.accepted import Accepted
-from echo.tree.packed import PackedTree
+from echo.tree.packed import PackedTree, into
 from echo.tree.supertree import DEAD_SCORE, Status, SuperTree
 
 KEEP = 0.95
@@ -72,13 +72,13 @@ class History:
         """
         slots = checks.integer("slots", slots, 1)
         depth = checks.integer("depth", depth, 0)
-        by_depth = torch.zeros(depth, slots + 1, device=device)
+        steps, expected, accepted = torch.zeros(3, depth, slots + 1, dtype=torch.float32, device=device)
         return cls(
             torch.zeros(slots, dtype=torch.int32, device=device),
-            by_depth,
-            torch.zeros(depth, slots + 1, BINS, device=device),
-            by_depth,
-            by_depth,
+            steps,
+            torch.zeros(depth, slots + 1, BINS, dtype=torch.float32, device=device),
+            expected,
+            accepted,
             torch.zeros(slots, dtype=torch.int64, device=device),
         )
 
@@ -106,59 +106,72 @@ class History:
         columns: dict[str, Any] = {name: getattr(self, name).masked_fill(gone, 0) for name in names}
         return replace(self, **columns, outlook=self.outlook.masked_fill(gone[:, None], 0), unread=self.unread.masked_fill(slots, 0))
 
-    def observe(self, slots: Tensor, packed: PackedTree, accepted: Accepted) -> History:
+    def stepped(self, depth: int) -> History:
+        """What the host counts of a step of ``depth`` layers: where a captured graph updates the sums, it is all that is left to do."""
+        return replace(self, tick=self.tick + 1, idle=0 if depth else self.idle + 1)
+
+    def observe(self, slots: Tensor, packed: PackedTree, accepted: Accepted, *, out: History | None = None) -> History:
         """The history after a step. Requests that emitted nothing are left alone, and drafts that were not judged do not count
         (:attr:`Accepted.drafts`).
 
         Args:
             slots: int64 [B], where each request of the step lives.
             packed, accepted: the step.
+            out: a history, this one too, to whose tensors is written.
 
         Raises:
             EchoError: slots of another shape, dtype or device.
         """
         checks.tensor("slots", slots, [packed.batch], torch.int64, self.steps.device)
-        drafted = packed.max_depth if packed.outlook is not None else 0
-        now: dict[str, Any] = {"tick": self.tick + 1, "idle": 0 if packed.max_depth else self.idle + 1}
+        drafted: int | Tensor = 0
+        if packed.outlook is not None:
+            drafted = packed.max_depth if packed.drafted is None else packed.drafted
+        now: dict[str, Any] = {}
         if not packed.max_depth:
             now["unread"] = self.unread.index_add(0, slots, accepted.lengths)
-        elif drafted:  # whoever drafts has read what was emitted before; of a budget that is a number nobody asks
-            now["unread"] = torch.zeros_like(self.unread)
-        fused = kernels.fused("packing", slots)
+        elif packed.outlook is not None:  # a step that drafts has read what was emitted before; of a budget that is a number nothing asks
+            now["unread"] = torch.zeros_like(self.unread) if out is None else out.unread.zero_()
+        sums, fused = (self.steps, self.expected, self.accepted, self.outlook), kernels.fused("packing", slots)
         if fused is not None:
             more = None if packed.expected is None or packed.outlook is None else (packed.expected, packed.outlook)
-            sums = self.steps, self.expected, self.accepted, self.outlook
-            step = slots, packed.status, accepted.lengths, accepted.beyond
-            steps, expected, taken, outlook = fused.observe(*step, drafted, more, sums, KEEP, MEMORY)
-            return replace(self, steps=steps, expected=expected, accepted=taken, outlook=outlook, **now)
+            step, to = (slots, packed.status, accepted.lengths, accepted.beyond), None
+            if out is not None:
+                to = out.steps, out.expected, out.accepted, out.outlook
+            new = fused.observe(*step, drafted, more, sums, KEEP, MEMORY, out=to)
+        else:
+            new = self._sums(slots, packed, accepted, drafted)
+        names = ("steps", "expected", "accepted", "outlook")
+        value = replace(self.stepped(packed.max_depth), **dict(zip(names, new, strict=True)), **now)
+        return value if out is None else into(out, value)
+
+    def _sums(self, slots: Tensor, packed: PackedTree, accepted: Accepted, drafted: int | Tensor) -> tuple[Tensor, ...]:
+        """Steps, expected, accepted and outlook after a step of ``drafted`` layers, a number or int32 []."""
         (depth, places), drafts = self.steps.shape, accepted.drafts
         layers = torch.arange(depth, device=slots.device)[:, None]
-        seen = (layers < drafted) | (packed.status != int(Status.ACTIVE))  # who stopped has no deeper layers
-        unknown = (layers >= drafts) & (drafts >= accepted.lengths) if drafted else torch.ones_like(seen)
-        counted = seen.masked_fill_(unknown, False).float()
-        keeps = torch.full((packed.batch,), KEEP, device=slots.device).masked_fill_(accepted.lengths < 1, 1.0)
-        fades = torch.ones(places, device=slots.device).scatter_reduce(0, slots, keeps, "amin").repeat(depth, 1)
+        reached, judged = layers < drafted, (layers < drafts) | (drafts < accepted.lengths)
+        stopped = packed.status != int(Status.ACTIVE)  # requests that stopped have no deeper layers
+        counted = ((reached | stopped & (drafted > 0)) & judged).float()
+        keeps = torch.full((packed.batch,), KEEP, dtype=torch.float32, device=slots.device).masked_fill_(accepted.lengths < 1, 1.0)
+        ones = torch.ones(places, dtype=torch.float32, device=slots.device)
+        fades = ones.scatter_reduce(0, slots, keeps, "amin").repeat(depth, 1)
         fades[:, -1] = torch.rsub(counted.sum(dim=1), 1, alpha=1 / MEMORY).clamp(min=0)
-        everybody, unknown = slots.new_full((1,), places - 1), unknown[:drafted]
+        all_requests = slots.new_full((1,), places - 1)
 
         def add(sums: Tensor, more: Tensor | None) -> Tensor:
-            """The ``sums`` [depth, slots + 1, ...] faded; ``more`` [drafted, B, ...] to each slot's, and its sum to everybody's."""
+            """The ``sums`` [depth, slots + 1, ...] faded; ``more`` [drafted, B, ...] to each slot's, and its sum to all requests'."""
             faded = sums * fades.view(*fades.shape, *[1] * (sums.dim() - 2))
             if more is not None:
-                faded[: len(more)].index_add_(1, slots, more).index_add_(1, everybody, more.sum(dim=1, keepdim=True))
+                faded[: len(more)].index_add_(1, slots, more).index_add_(1, all_requests, more.sum(dim=1, keepdim=True))
             return faded
 
-        outlook = None if packed.outlook is None else packed.outlook.transpose(0, 1).masked_fill(unknown[..., None], 0)
-        expected = None if packed.expected is None else packed.expected.transpose(0, 1).masked_fill(unknown, 0)
-        survived = drafts > layers[:drafted]
-        return replace(
-            self,
-            steps=add(self.steps, counted),
-            outlook=add(self.outlook, outlook),
-            expected=add(self.expected, expected),
-            accepted=add(self.accepted, survived.float() if drafted else None),
-            **now,
-        )
+        if packed.outlook is None or packed.expected is None:
+            return add(self.steps, counted), add(self.expected, None), add(self.accepted, None), add(self.outlook, None)
+        count = packed.expected.shape[1]
+        counts = (reached & judged)[:count]  # of a workspace's buffers what lies below this step's layers is of another step
+        expected = packed.expected.transpose(0, 1).masked_fill(~counts, 0)
+        outlook = packed.outlook.transpose(0, 1).masked_fill(~counts[..., None], 0)
+        survived = (reached & (drafts > layers))[:count].float()
+        return add(self.steps, counted), add(self.expected, expected), add(self.accepted, survived), add(self.outlook, outlook)
 
     def foresee(self, slots: HostInts) -> tuple[NDArray[np.float32], NDArray[np.float32]] | None:
         """What drafting would bring the requests in ``slots``: by depth d and number of drafted rows, expected accepted drafts.
@@ -202,7 +215,7 @@ def foreseen(tree: SuperTree, gain: Tensor, selected: Tensor) -> tuple[Tensor, T
     """
     fused = kernels.fused("packing", gain)
     if fused is not None:
-        step: tuple[Tensor, Tensor] = fused.foresee(gain, tree.score, selected, tree.sizes, BINS, SKIP)
+        step: tuple[Tensor, Tensor] = fused.foresee(gain, tree.score, fused.as_selected(selected), tree.sizes, BINS, SKIP)
         return step
     batch, (roots, *sizes) = tree.batch, tree.sizes
     score, bins = tree.score[:, roots:], gain[:, roots:].sqrt() * (BINS + SKIP)

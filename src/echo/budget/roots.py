@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from echo import checks, kernels
-from echo.tree.supertree import Frontier, Layer, Status, SuperTree
+from echo.tree.supertree import Frontier, Layer, Status, SuperTree, written
 
 
 def plant(
@@ -19,8 +21,14 @@ def plant(
     rows: int,
     most: int,
     deep: bool,
+    budget: Tensor | None = None,
+    out: SuperTree | None = None,
 ) -> SuperTree:
-    """As :meth:`echo.ElasticBudgetScheduler.plant`, of ``rows`` rows and at most ``most`` a request; ``deep``: anything is drafted."""
+    """As :meth:`echo.ElasticBudgetScheduler.plant`, of ``rows`` rows and at most ``most`` a request; ``deep``: anything is drafted.
+
+    A workspace gives ``budget`` int64 [], the step's rows on the device, of which ``rows`` is a bound; and ``out``, a tree of roots to
+    whose tensors is written.
+    """
     (batch,), device = root_tokens.shape, root_tokens.device
     if live is not None:
         checks.tensor("live", live, [batch], torch.bool, device)
@@ -28,11 +36,17 @@ def plant(
         checks.tensor("capacity", capacity, [batch], torch.int64, device)
     fused, root = kernels.fused("growing", root_tokens), root_tokens[:, None]
     if fused is not None and weights is None and floors is None:
-        new = fused.plant(root_tokens, live, capacity, rows, most, deep)
-        zero, score = new.zero[:, None], new.score[:, None]
+        buffers = None
+        if out is not None:
+            top = out.layers[0]
+            state = out.status, out.row_limit, out.held, out.invalid, out.left
+            buffers = fused.Roots(top.token, top.parent, top.score, top.bought, top.drafted, out.frontier.active, *state)
+        new = fused.plant(root_tokens, live, capacity, rows if budget is None else budget, most, deep, buffers)
+        if out is not None:
+            return replace(out, rows=rows, most=most)
         return SuperTree(
-            layers=(Layer(0, root, zero, score, new.alive[:, None], new.alive),),
-            frontier=Frontier(root, zero, zero, score, new.drafts[:, None], 0),
+            layers=(Layer(0, root, new.parent, new.score, new.bought, new.alive),),
+            frontier=Frontier(root, new.parent, new.parent, new.score, new.drafts, 0),
             status=new.status,
             row_limit=new.limit,
             held=new.held,
@@ -42,14 +56,16 @@ def plant(
             most=most,
         )
     present = torch.ones(batch, dtype=torch.bool, device=device) if live is None else live
-    alive = present if rows >= batch else present & (present.cumsum(0) <= rows)
+    scarce = rows < batch or budget is not None
+    alive = present & (present.cumsum(0) <= (rows if budget is None else budget)) if scarce else present
     room = torch.full((batch,), most, device=device)
     if capacity is not None:
         room = torch.minimum(room, capacity.clamp(min=1))
     if weights is not None:
-        weights = torch.where(alive, checks.tensor("weights", weights, [batch], torch.float32, device), 0.0)
+        weights = checks.tensor("weights", weights, [batch], torch.float32, device).detach()
+        weights = torch.where(alive & torch.isfinite(weights), weights, 0.0)  # what is no number is worth least, to its request alone
         weights = (weights / weights.amax()).nan_to_num(0.0).clamp(min=2.0**-24)
-    left, reserve = rows - alive.sum(), None
+    left, reserve = (rows if budget is None else budget) - alive.sum(), None
     if floors is not None:
         aside = torch.minimum(checks.tensor("floors", floors, [batch], torch.int64, device), room) - 1
         aside = torch.where(alive, aside.clamp(min=0), 0)
@@ -60,9 +76,9 @@ def plant(
     drafts = alive & (room > 1) if deep else torch.zeros_like(alive)
     status = torch.full((batch,), int(Status.EXHAUSTED if deep else Status.FINISHED), dtype=torch.int8, device=device)
     status.masked_fill_(dead, int(Status.EMPTY)).masked_fill_(drafts, int(Status.ACTIVE))
-    if rows < batch:
+    if scarce:
         status.masked_fill_(present & dead, int(Status.STARVED))
-    return SuperTree(
+    planted = SuperTree(
         layers=(Layer(0, root, zero, score, alive[:, None], alive, weights),),
         frontier=Frontier(root, zero, zero, score, drafts[:, None], 0),
         status=status,
@@ -74,3 +90,4 @@ def plant(
         most=most,
         reserve=reserve,
     )
+    return planted if out is None else written(out, planted)

@@ -114,12 +114,9 @@ class GlobalRank:
 
     def cost(self, tree: SuperTree) -> Tensor:
         """int32 [B, T] of ``tree``, rising as f falls: the bits of -S, or 2^24 - f in 24-bit fixed point."""
-        table = None
-        if self.reliability is not None:
-            table = on_device(self.__dict__["_tables"], tree.status.device, self._table)
-        fused = kernels.fused("dealing", tree.status)
+        table, fused = self.table(tree.status.device), kernels.fused("dealing", tree.status)
         if fused is not None:
-            parent = None if table is None else torch.cat([layer.parent for layer in tree.layers], dim=1)
+            parent = None if table is None else tree.column("parent")
             found: Tensor = fused.path_cost(tree.score, parent, table, tree.sizes)
             return found
         if table is None:
@@ -142,6 +139,10 @@ class GlobalRank:
         cost = self.cost(tree)
         worth = (ONE - cost).clamp(min=0).long() * (tree.weight * ONE).long()[:, None]
         return torch.where(cost < UNSELECTABLE, ONE - worth // ONE, UNSELECTABLE).int()
+
+    def table(self, device: torch.device) -> Tensor | None:
+        """Costs by depth and bin of -S, int32 [depths + 1, 512], copied to a ``device`` once; None where f is the draft's own."""
+        return None if self.reliability is None else on_device(self.__dict__["_tables"], device, self._table)
 
     def _table(self) -> NDArray[np.int32]:
         assert self.reliability is not None
@@ -195,6 +196,12 @@ class TwoLevel:
         """``layer_width``."""
         return self.layer_width
 
+    @property
+    def rank(self) -> GlobalRank:
+        """The ranking by which the end is dealt."""
+        rank: GlobalRank = self.__dict__["_rank"]
+        return rank
+
     def frontier(self, layer: Layer) -> tuple[Tensor, Tensor]:
         """The nodes that were bought."""
         return best(torch.where(layer.bought, layer.score, DEAD_SCORE), self.layer_width)
@@ -215,8 +222,7 @@ class TwoLevel:
 
     def deal(self, tree: SuperTree, room: Tensor, left: Tensor, rows: int) -> Tensor:
         """The best unbought nodes of the batch, at most ``max_width`` of a request beyond its floor."""
-        rank: GlobalRank = self.__dict__["_rank"]
-        return deal(tree, rank.weighed(tree), room if tree.reserve is not None else room.clamp(max=self.max_width), left, rows)
+        return deal(tree, self.rank.weighed(tree), room if tree.reserve is not None else room.clamp(max=self.max_width), left, rows)
 
     def rows(self, batch: int) -> int | None:
         """None: it takes whatever budget it is given."""
@@ -224,8 +230,7 @@ class TwoLevel:
 
     def gain(self, tree: SuperTree) -> Tensor:
         """f of every node: float32 [B, T]."""
-        rank: GlobalRank = self.__dict__["_rank"]
-        return rank.gain(tree)
+        return self.rank.gain(tree)
 
 
 def order(score: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from echo import checks
-from echo.budget.fused import grow as fused_grow
+from echo.budget import fused
 from echo.budget.goodput import Forecast, Goodput
 from echo.budget.history import History, foreseen
 from echo.budget.roots import plant
@@ -23,7 +23,7 @@ from echo.gating.calibration import Calibration
 from echo.gating.gates import Gate, SparseGate
 from echo.tree.build import children
 from echo.tree.packed import WORD, PackedTree, into, pack
-from echo.tree.supertree import DEAD_SCORE, Frontier, Layer, Status, SuperTree, check_size, path_score
+from echo.tree.supertree import DEAD_SCORE, Frontier, Layer, Status, SuperTree, check_size, path_score, written
 
 
 @dataclass(frozen=True)
@@ -198,16 +198,17 @@ class ElasticBudgetScheduler:
         checks.tensor("first_layer[1]", log_probs, list(tokens.shape), checks.FLOATS, tokens.device)
         return self.grow(tree, tokens[:, None], log_probs[:, None])
 
-    def grow(self, tree: SuperTree, tokens: Tensor, log_probs: Tensor) -> SuperTree:
+    def grow(self, tree: SuperTree, tokens: Tensor, log_probs: Tensor, *, out: SuperTree | None = None) -> SuperTree:
         """Scores a drafted layer, asks the gate, lets the rule buy, and finds the next frontier.
 
-        S(v) = S(parent) + min(log q(v), 0). A NaN or infinite score makes its node unselectable; NaN, plus
-        infinity and layers of minus infinity alone are counted in ``invalid``.
+        S(v) = S(parent) + min(log q(v), 0). A score that is no log-probability makes its node unselectable: NaN, and what is above 0 by
+        more than a rounding, as probabilities and logits are. Those, and layers of minus infinity alone, are counted in ``invalid``.
 
         Args:
             tree: with ``tree.depth < max_depth``.
             tokens: int64 [B, W, k], the candidates drafted on each node of ``tree.frontier``, in any order.
-            log_probs: float [B, W, k], their log-probabilities given their parent.
+            log_probs: float [B, W, k], their log-probabilities given their parent; no gradient is kept.
+            out: a tree of a layer more (a :class:`Workspace`'s), to whose last layer, frontier and state is written.
 
         Raises:
             EchoError: shapes or dtypes that do not fit, or a layer beyond ``max_depth``.
@@ -220,9 +221,9 @@ class ElasticBudgetScheduler:
         if depth > self.max_depth:
             raise EchoError(f"tree: expected a tree of fewer than max_depth = {self.max_depth} layers, got one of {tree.depth}")
         check_size(batch, sum(tree.sizes) + width * k, depth)
-        fused = fused_grow(self.rule, self.gate, tree, tokens, log_probs, depth == self.max_depth)
-        if fused is not None:
-            return fused
+        quick = fused.grow(self.rule, self.gate, tree, tokens, log_probs, depth == self.max_depth, out)
+        if quick is not None:
+            return quick
         score, best, faulty = path_score(frontier.score, log_probs, frontier.active)
         layer = Layer(
             depth,
@@ -248,7 +249,7 @@ class ElasticBudgetScheduler:
         if bought is not None:
             status.masked_fill_(passed, int(Status.STARVED))
         status.masked_fill_(on, int(Status.FINISHED if depth == self.max_depth else Status.ACTIVE))
-        return SuperTree(
+        grown = SuperTree(
             layers=(*tree.layers, layer),
             frontier=Frontier(
                 token=layer.token.gather(1, index),
@@ -267,6 +268,7 @@ class ElasticBudgetScheduler:
             most=tree.most,
             reserve=reserve,
         )
+        return grown if out is None else written(out, grown)
 
     def _buy(self, tree: SuperTree, layer: Layer, passed: Tensor, room: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None]:
         """What the rule buys of a layer, floors first; the rows left, and those still set aside."""
@@ -366,14 +368,27 @@ class ElasticBudgetScheduler:
         count = tree.rows if rows is None else checks.integer("rows", rows, 0)
         if count < tree.rows:
             raise EchoError(f"rows: expected at least the {tree.rows} rows that the tree was planted with, got {count}")
-        words, selected = -(-self.max_tree_rows // WORD), self.select(tree)
-        packed = pack(tree, selected, count, words, out if sync is None else None)
-        if isinstance(self.budget, CostModel) and tree.depth:
-            outlook, expected = foreseen(tree, self.rule.gain(tree), selected)
-            packed = replace(packed, outlook=outlook, expected=expected)
+        words, foresees = -(-self.max_tree_rows // WORD), isinstance(self.budget, CostModel) and tree.depth > 0
+        packed = self._pack(tree, count, words, foresees, out if sync is None else None, None)
         if sync is None:
             return packed
         return into(out, PackedTree.from_wire(sync(packed.wire()), batch=tree.batch, rows=count, words=words, max_depth=tree.depth))
+
+    def _pack(
+        self, tree: SuperTree, rows: int, words: int, foresees: bool, out: PackedTree | None, scratch: fused.Scratch | None
+    ) -> PackedTree:
+        """The packed step, with what it is expected to bring where it ``foresees``; ``scratch`` are a workspace's buffers."""
+        if out is not None:
+            fused.check(out, tree.batch, rows, words, tree.status.device)
+        quick = fused.pack(self.rule, tree, rows, words, self.max_tree_rows, foresees=foresees, out=out, scratch=scratch)
+        if quick is not None:
+            return quick
+        selected = self.select(tree)
+        packed = pack(tree, selected, rows, words)
+        if foresees:
+            outlook, expected = foreseen(tree, self.rule.gain(tree), selected)
+            packed = replace(packed, outlook=outlook, expected=expected)
+        return into(out, packed)
 
     def _rows(self, batch: int) -> int:
         if isinstance(self.budget, CostModel):

@@ -47,13 +47,15 @@ def columns(seconds: ArrayLike, **inputs: ArrayLike | None) -> tuple[Floats, dic
     """Samples as float columns of one length; inputs that are None are left out.
 
     Raises:
-        EchoError: none at all, different lengths, or seconds that are not positive and finite.
+        EchoError: none at all, different lengths, inputs that are not finite, or seconds that are not positive and finite.
     """
     y = np.atleast_1d(np.asarray(seconds, dtype=np.float64))
     table = {name: np.atleast_1d(np.asarray(value, dtype=np.float64)) for name, value in inputs.items() if value is not None}
     for name, column in table.items():
         if column.shape != y.shape or y.ndim != 1 or not len(y):
             raise EchoError(f"seconds: expected as many as {name} ({len(column)}, at least 1), got {len(y)}")
+        if not np.isfinite(column).all():
+            raise EchoError(f"{name}: expected a finite number in every sample, got {column[~np.isfinite(column)][0]}")
     if not (np.isfinite(y) & (y > 0)).all():
         raise EchoError("seconds: expected a positive number in every sample")
     return y, table

@@ -17,7 +17,7 @@ from echo.gating import files, reliability
 from echo.gating.histograms import ROWS, SQUARE, UNIT, WEIGHT, ConfidenceHistograms, upper_ends
 from echo.gating.reliability import CalibrationError, Knots
 from echo.gating.separability import from_histogram
-from echo.gating.thresholds import GateReport, Objective, goodput, refuse_gated, report
+from echo.gating.thresholds import GateReport, Objective, goodput, refuse_gated, report, warn_of_missing
 from echo.logs import WarmupLog, write_atomically
 
 if TYPE_CHECKING:
@@ -206,6 +206,10 @@ def calibrate(
     A log is counted into :class:`ConfidenceHistograms` first: calibrating a log, its histograms, or merged histograms of its parts
     gives the same bits.
 
+    Rows that a gate or budget kept from being verified are missing, and what is calibrated on the others is biased. A log whose steps bear
+    the mark of a gate is refused. Where nothing joins the rows of a step (a log without step ids, histograms), a warning says that fewer
+    rows are deeper.
+
     Args:
         log: rows of steps that were drafted without a gate, or with weights; or their histograms. Rank 0 decides gates and
             thresholds, all ranks the reliability.
@@ -247,14 +251,15 @@ def calibrate(
             raise EchoError("cost: expected a CostModel for thresholds='goodput', got None")
     batch = checks.integer("batch", batch, 1)
     layer_width = checks.integer("layer_width", layer_width, 1)
-    if isinstance(log, WarmupLog):
-        refuse_gated(log)
+    shown = isinstance(log, WarmupLog) and refuse_gated(log)
     histograms = ConfidenceHistograms.of(log) if isinstance(log, WarmupLog) else checks.instance("log", log, ConfidenceHistograms)
     kinds = histograms.mass[ROWS].sum(axis=(0, 1, 3))
     if not kinds.any():
         raise EchoError("log: expected rows, got an empty log")
     if not kinds.all():
         raise EchoError(f"log: expected accepted and rejected rows, got {kinds.sum()} {'accepted' if kinds[1] else 'rejected'} rows only")
+    if not shown:
+        warn_of_missing(histograms)
     deepest = _counted(histograms)
     last = deepest if max_depth is None else checks.integer("max_depth", max_depth, 1, deepest)
     found = [_measure(histograms.mass[:, depth - 1], depth, min_auc, min_rows) for depth in range(1, last + 1)]

@@ -88,9 +88,15 @@ def _depth(data: Mapping[str, Any], kind: type[DepthCalibration]) -> DepthCalibr
     )
     checks.integer("calibration.depth", read.depth, 1)
     checks.real("calibration.threshold", read.threshold, 0.0, 1.0)
+    for name in ("accepted", "rejected"):
+        checks.integer(f"calibration.{name}", getattr(read, name), 0)
+    checks.real("calibration.effective", read.effective, 0.0)
+    for number in (number for row in read.profile for number in row):
+        checks.real("calibration.profile", number, 0.0)
     for knots in (read.reliability, *read.by_rank):
         scores, chances = [s for s, _ in knots], [p for _, p in knots]
-        if not knots or scores != sorted(scores) or chances != sorted(chances) or not 0 <= chances[0] <= chances[-1] <= 1:
+        rising = scores == sorted(scores) and chances == sorted(chances) and all(map(math.isfinite, scores + chances))
+        if not knots or not rising or not 0 <= chances[0] <= chances[-1] <= 1:
             raise EchoError(f"calibration.reliability: expected rising knots within [0, 1] at depth {read.depth}, got {knots}")
     return read
 

@@ -143,7 +143,7 @@ class ConfidenceHistograms:
         return ConfidenceHistograms(one - two)
 
     def live(self, device: torch.device | str = "cpu") -> LiveHistograms:
-        """A copy on the ``device``, to be updated there."""
+        """A copy on the ``device``, to be updated there; made before serving, since it waits for the device."""
         return LiveHistograms(torch.from_numpy(self.mass.copy()).to(device))
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -219,7 +219,7 @@ class LiveHistograms:
         checks.tensor("accepted", accepted, [count], torch.bool, device)
         checks.tensor("rank", rank, [count], checks.INTEGERS, device)
         _, depths, ranks, _, _ = self.mass.shape
-        score = log_prob.float()
+        score = log_prob.detach().float()
         w = torch.ones_like(score) if weight is None else checks.tensor("weight", weight, [count], checks.FLOATS, device).float()
         counts = (depth >= 1) & (depth <= depths) & (rank >= 0) & (score <= 0) & (w >= MIN_WEIGHT) & (w <= MAX_WEIGHT)
         confidence = torch.where(counts, score, 0.0).exp()

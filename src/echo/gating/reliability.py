@@ -134,6 +134,8 @@ def calibration_error(table: NDArray[np.int32], log: WarmupLog, *, bins: int = 2
     Raises:
         EchoError: no row to judge, or an argument out of range.
     """
+    if ((table < 0) | (table > ONE)).any():
+        raise EchoError(f"table: expected 24-bit fixed point, from 0 to {ONE}, got {table.min()} to {table.max()}")
     bins = checks.integer("bins", bins, 2)
     resamples = checks.integer("resamples", resamples, 20)
     deepest = table.shape[-2] - 1

@@ -10,6 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from echo.errors import EchoError
 from echo.gating.histograms import SQUARE, UNIT, WEIGHT, lower_edges, upper_ends
+from echo.logs import check, check_weights, labels
 
 Z95 = 1.959963984540054
 """97.5% point of the normal distribution."""
@@ -44,17 +45,21 @@ def separability(confidence: ArrayLike, accepted: ArrayLike, weight: ArrayLike |
     """Exact separability of raw rows, in any order; O(n log n). Its AUC is scikit-learn's ``roc_auc_score``.
 
     Args:
-        confidence: floats [n].
-        accepted: bools [n].
+        confidence: finite numbers [n].
+        accepted: bools (or 0/1) [n].
         weight: floats [n], at least 0; None: all 1.
 
     Raises:
-        EchoError: columns of different lengths.
+        EchoError: columns of different lengths, or the first row whose value is out of range.
     """
-    score, label = np.asarray(confidence), np.asarray(accepted, dtype=np.bool_)
-    w = np.broadcast_to(1.0, score.shape) if weight is None else np.asarray(weight, dtype=np.float64)
-    if not len(score) == len(label) == len(w):
-        raise EchoError(f"confidence, accepted, weight: expected one length, got {len(score)}, {len(label)}, {len(w)}")
+    score, label = np.atleast_1d(np.asarray(confidence)), labels(accepted)
+    w = np.broadcast_to(1.0, score.shape) if weight is None else np.atleast_1d(np.asarray(weight, dtype=np.float64))
+    if score.ndim != 1 or not score.shape == label.shape == w.shape:
+        raise EchoError(f"confidence, accepted, weight: expected one length, got {score.size}, {label.size}, {w.size}")
+    if score.dtype.kind not in "biuf":
+        raise EchoError(f"confidence: expected numbers, got {score.dtype}")
+    check(np.isfinite(score), "confidence", "that are finite", score)
+    check_weights(w)
     if weight is None and score.dtype == np.float32 and score.min(initial=0.0) >= 0:
         sums, values = _count(score, label)
         return _separate(sums, sums, values, values)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 from echo import checks
 from echo.cost import CostModel
 from echo.errors import EchoError
-from echo.gating.histograms import MAX_DEPTH
+from echo.gating.histograms import MAX_DEPTH, ROWS, UNIT, WEIGHT, ConfidenceHistograms
 from echo.gating.separability import separability
 from echo.logs import WarmupLog
 
@@ -21,8 +22,8 @@ GRID = {1: 1024, 2: 256, 3: 64}
 """Candidate thresholds of each gate in an exhaustive search over so many gates at once."""
 
 
-SAMPLE, MARK = 200_000, 20
-"""Rows looked at for the mark of a gate, and steps on either side of it."""
+SAMPLE, MARK, MIX = 200_000, 20, 0x9E3779B97F4A7C15
+"""Rows looked at for the mark of a gate, steps on either side of it, and a number that makes ids random (Knuth)."""
 
 
 @dataclass(frozen=True)
@@ -55,11 +56,19 @@ class Objective:
         cost: seconds by rows.
         batch: requests decoded together.
         width: rows bought of each layer; a layer is accepted if one of its ``width`` best candidates is.
+
+    Raises:
+        EchoError: an argument of the wrong kind or out of range.
     """
 
     cost: CostModel
     batch: int
     width: int
+
+    def __post_init__(self) -> None:
+        checks.instance("cost", self.cost, CostModel)
+        checks.integer_field(self, "batch", 1)
+        checks.integer_field(self, "width", 1)
 
     def __call__(self, accepted: NDArray[Any] | float, layers: NDArray[Any] | float) -> NDArray[np.float64]:
         """Tokens per second for mean ``accepted`` tokens and mean ``layers`` a request, elementwise."""
@@ -88,7 +97,7 @@ def join(log: WarmupLog, max_depth: int, width: int = 1) -> Chains:
     """Joins the rows of each step. A step weighs what its deepest row weighs.
 
     Raises:
-        EchoError: two rows of rank 0 at one depth of a step, or no row of rank 0.
+        EchoError: two rows of rank 0 at one depth of a step, no row of rank 0, or no step with rows of two depths though there are both.
     """
     path = (log.rank == 0) & (log.depth <= max_depth) & (log.weight > 0)
     if not path.any():
@@ -101,6 +110,8 @@ def join(log: WarmupLog, max_depth: int, width: int = 1) -> Chains:
         twice = int(np.flatnonzero(np.bincount(cell) > 1)[0])
         where = f"step {steps[twice // max_depth]} at depth {twice % max_depth + 1}"
         raise EchoError(f"log.step: expected one row of rank 0 for each depth of a step, got more in {where}")
+    if len(steps) == len(place) and column.min() < column.max():
+        raise EchoError("log.step: expected ids that join the rows of a step, got each row in a step of its own")
     confidence = np.full((len(steps), max_depth), np.nan, dtype=np.float32)
     accepted, taken = np.zeros(confidence.shape, np.bool_), np.zeros(confidence.shape, np.bool_)
     confidence[place, column] = log.confidence[path]
@@ -114,19 +125,23 @@ def join(log: WarmupLog, max_depth: int, width: int = 1) -> Chains:
     return Chains(confidence, accepted, gain, weight)
 
 
-def refuse_gated(log: WarmupLog) -> None:
+def refuse_gated(log: WarmupLog) -> bool:
     """Looks for the mark that a gate leaves in a log without weights: who goes on to the next depth and who does not is told apart by
-    a threshold on the confidence. Looks at the first 200,000 rows of steps that have more than one.
+    a threshold on the confidence. Of a log of more than 200,000 rows it looks at some steps, drawn by their ids.
+
+    Returns:
+        Whether it could be seen: rows have weights, or are joined by their steps. Without step ids they are not.
 
     Raises:
         EchoError: at some depth at least 20 steps end and at least 20 go on, and those that go on are the more confident in 99.9% of
             all pairs. Whether a target rejects, or a request ends, is never so sharp.
     """
-    head = slice(0, SAMPLE)
-    if not len(log) or not (log.weight[head] == 1).all() or (np.diff(log.step[head]) > 0).all():
-        return
-    path = (log.rank[head] == 0) & (log.depth[head] <= MAX_DEPTH)
-    step, depth, confidence = log.step[head][path], log.depth[head][path], log.confidence[head][path]
+    if not (log.weight == 1).all():
+        return True
+    path = (log.rank == 0) & (log.depth <= MAX_DEPTH)
+    if len(log) > SAMPLE:  # whole steps, wherever their rows are
+        path &= (log.step.astype(np.uint64) * np.uint64(MIX) >> np.uint64(32)) % np.uint64(-(-len(log) // SAMPLE)) == 0
+    step, depth, confidence = log.step[path], log.depth[path], log.confidence[path]
     order = np.lexsort((depth, step))
     step, depth, confidence = step[order], depth[order], confidence[order]
     follows = np.zeros(len(step), dtype=np.bool_)
@@ -139,6 +154,20 @@ def refuse_gated(log: WarmupLog) -> None:
                 f"log: expected steps drafted without a gate, or weights, got {int(here.sum()) - goes} steps that end at depth {d} and "
                 f"are less confident there than all {goes} that go on: what a gate or budget stopped is missing (ExploringGate)"
             )
+    return int((depth > 1).sum() - follows.sum()) < MARK
+
+
+def warn_of_missing(histograms: ConfidenceHistograms) -> None:
+    """Warns where rows without weights become fewer with depth, and no step says which are missing."""
+    rows = histograms.mass[ROWS, :, 0].sum(axis=(1, 2))
+    fewer = (rows[:-1] - rows[1:] >= MARK) & (rows[1:] >= MARK)
+    if fewer.any() and (histograms.mass[WEIGHT] == UNIT * histograms.mass[ROWS]).all():
+        d = int(fewer.argmax()) + 1
+        warnings.warn(
+            f"log: expected step ids, or weights, where fewer rows are deeper, got {rows[d]} rows of depth {d + 1} and {rows[d - 1]} of "
+            f"depth {d}: if a gate or budget kept the others from being verified, this calibration is biased, and no row shows it",
+            stacklevel=3,
+        )
 
 
 def report(log: WarmupLog, thresholds: Mapping[int, float]) -> tuple[GateReport, ...]:
@@ -149,8 +178,10 @@ def report(log: WarmupLog, thresholds: Mapping[int, float]) -> tuple[GateReport,
         thresholds: tau by depth.
 
     Raises:
-        EchoError: no row of rank 0 down to the deepest gate, or a step with two rows of rank 0 at one depth.
+        EchoError: a threshold outside [0, 1], no row of rank 0 down to the deepest gate, a step with two rows of rank 0 at one depth, or
+            rows that no step joins.
     """
+    thresholds = _checked("thresholds", thresholds)
     if not thresholds:
         return ()
     chains = join(log, max(thresholds))
@@ -187,8 +218,9 @@ def goodput(
         start: one more start of the ascent.
 
     Raises:
-        EchoError: steps whose rows do not reach ``max_depth`` (in a log with weights they are left out), or gates out of range.
+        EchoError: steps whose rows do not reach ``max_depth`` (in a log with weights they are left out), or an argument out of range.
     """
+    start = _checked("start", start or {})
     depths = sorted({checks.integer("gates", gate, 1, max_depth) for gate in gates})
     if not depths:
         raise EchoError("gates: expected at least one depth, got none")
@@ -213,6 +245,10 @@ def goodput(
     found = [search.ascend(taus, sizes) for taus in starts]
     taus, value = max(found, key=lambda pair: pair[1])
     return {depth: float(tau) for depth, tau in zip(depths, taus, strict=True)}, float(value)
+
+
+def _checked(name: str, thresholds: Mapping[int, float]) -> dict[int, float]:
+    return {checks.integer(f"{name}.depth", d, 1): checks.real(f"{name}[{d}]", tau, 0.0, 1.0) for d, tau in thresholds.items()}
 
 
 class _Search:

@@ -21,6 +21,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from echo import checks
 from echo.errors import EchoError
 from echo.kernels import reference
 
@@ -213,6 +214,43 @@ def accept_greedy(
     return rows, emitted, lengths, beyond
 
 
+def walk(
+    parent: Tensor, indptr: Tensor, tokens: Tensor, target: Tensor, max_depth: int, *, limits: Tensor | None = None,
+    eos_tokens: Tensor | None = None, out: tuple[Tensor, ...] | None = None, backend: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """:func:`accept` up to the end of each answer, in one launch: as if the target had no number behind it.
+
+    Args:
+        parent, indptr, tokens, max_depth: as in :func:`accept`.
+        target: int64 [N], the target's tokens; or float [N, V], its logits, of which the greedy tokens are taken.
+        limits: int64 [B], tokens that each answer may still get; as many as there are where not given.
+        eos_tokens: int64 [n], tokens that end an answer, themselves included.
+        out: what it returns, to be written to.
+        backend: "auto", "torch" or "triton".
+
+    Returns:
+        rows, emitted, lengths and beyond as of :func:`accept`; and int64 [B], the last token emitted, -1 for none.
+
+    Raises:
+        EchoError: arguments that do not fit, or a backend that is not there.
+    """
+    module = _module("accept", backend, tokens)
+    batch = indptr.shape[0] - 1
+    if limits is not None:
+        checks.tensor("limits", limits, [batch], torch.int64, tokens.device)
+    if eos_tokens is not None:
+        checks.tensor("eos_tokens", eos_tokens, ["n"], torch.int64, tokens.device)
+    if module is not reference:
+        found: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = module.walk(
+            parent, indptr, tokens, target, max_depth, limits, eos_tokens, out
+        )
+        return found
+    values = reference.walk(parent, indptr, tokens, target, max_depth, limits, eos_tokens)
+    for buffer, value in zip(out or (), values, strict=False):
+        buffer.copy_(value)
+    return values if out is None else (out[0], out[1], out[2], out[3], out[4])
+
+
 def argmax_tokens(logits: Tensor, *, backend: str = "auto") -> Tensor:
     """int64 [N]: greedy tokens of ``logits`` [N, V], by ``backend``; NaN never wins, the lowest of equals does; -1 for none above -inf.
 
@@ -223,4 +261,15 @@ def argmax_tokens(logits: Tensor, *, backend: str = "auto") -> Tensor:
     return result
 
 
-__all__ = ["BACKENDS", "accept", "accept_greedy", "argmax_tokens", "fused", "merge_attention", "plan_attention", "tree_attention", "using"]
+__all__ = [
+    "BACKENDS",
+    "accept",
+    "accept_greedy",
+    "argmax_tokens",
+    "fused",
+    "merge_attention",
+    "plan_attention",
+    "tree_attention",
+    "using",
+    "walk",
+]

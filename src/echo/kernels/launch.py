@@ -47,6 +47,12 @@ COMPARED = 2048
 REQUESTS = 256
 """Requests that a program looks at at once, where it counts what comes before its own."""
 
+SEEN = 1024
+"""Candidates of other requests that a program looks at at once, where it needs to know what they buy: 2,048 spill."""
+
+SEARCHED = 4096
+"""Binary searches that the program which finds the cutoff runs at once: more spill."""
+
 
 class Tile(NamedTuple):
     """How one program works: ``rows`` of queries times heads of a group, ``keys`` a step, and its compile options."""
@@ -66,6 +72,16 @@ def lanes(nodes: int) -> tuple[int, int]:
     """Lanes for so many nodes, and how many of them are compared with all at once."""
     block = max(16, power_of_two(nodes))
     return block, max(1, min(block, COMPARED // block))
+
+
+def cutoff_bits(group: int) -> int:
+    """Bits of the cutoff found in a round of the search among so many requests: as many as there are searches for."""
+    return max(1, min(4, (SEARCHED // group).bit_length() - 1))
+
+
+def others(block: int) -> int:
+    """Requests of so many lanes each that a program looks at at once."""
+    return max(1, min(REQUESTS, SEEN // block))
 
 
 def warps(block: int) -> int:

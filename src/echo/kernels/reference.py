@@ -72,6 +72,40 @@ def accept_greedy(parent: Tensor, indptr: Tensor, tokens: Tensor, logits: Tensor
     return accept(parent, indptr, tokens, argmax_tokens(logits), max_depth)
 
 
+def cut(
+    rows: Tensor, emitted: Tensor, lengths: Tensor, beyond: Tensor | None, limits: Tensor | None, eos_tokens: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """What :func:`accept` returned, without what lies behind the end of an answer: as if the target had no number there.
+
+    Args:
+        rows, emitted, lengths, beyond: of :func:`accept`.
+        limits: int64 [B], tokens that each answer may still get.
+        eos_tokens: int64 [n], tokens that end an answer, themselves included.
+    """
+    if eos_tokens is None and limits is None:
+        return rows, emitted, lengths, beyond
+    kept = lengths if limits is None else torch.minimum(lengths, limits.clamp(min=0))
+    if eos_tokens is not None:
+        ends = (emitted[..., None] == eos_tokens).any(dim=2) & (emitted >= 0)
+        kept = torch.minimum(kept, (ends.cumsum(dim=1) - ends.long() == 0).sum(dim=1))
+    column = torch.arange(emitted.shape[1], device=emitted.device)
+    gone, over = column >= kept[:, None], (column == kept[:, None]) & (column > 0)
+    last = torch.where(over, rows, -1).amax(dim=1)  # the row that the answer ends before
+    last = last if beyond is None else torch.maximum(last, beyond.masked_fill(kept < lengths, -1))
+    return rows.masked_fill(gone, -1), emitted.masked_fill(gone, -1), kept, last
+
+
+def walk(
+    parent: Tensor, indptr: Tensor, tokens: Tensor, target: Tensor, max_depth: int, limits: Tensor | None, eos_tokens: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """As :func:`echo.kernels.walk`."""
+    greedy = target.dim() == 2
+    found = accept_greedy(parent, indptr, tokens, target, max_depth) if greedy else accept(parent, indptr, tokens, target, max_depth)
+    rows, emitted, lengths, beyond = cut(*found, limits, eos_tokens)
+    assert beyond is not None
+    return rows, emitted, lengths, beyond, emitted.gather(1, (lengths - 1).clamp(min=0)[:, None])[:, 0]
+
+
 @taking(Planning)
 def plan_attention(call: Planning) -> tuple[Tensor, Tensor]:
     """As :func:`echo.kernels.plan_attention`: empty tensors, since the twin needs no plan."""

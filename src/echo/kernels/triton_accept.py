@@ -51,10 +51,10 @@ def _winners(target, value, index, row, there, parts, PARTS: tl.constexpr):
     return token
 
 
-@triton.jit(do_not_specialize=["count", "parts", "max_depth"])
+@triton.jit(do_not_specialize=["count", "parts", "max_depth", "endings"])
 def _walk(
-    parent, indptr, tokens, target, value, index, rows, emitted, lengths, beyond, count, parts, max_depth,
-    PARTS: tl.constexpr, BLOCK: tl.constexpr,
+    parent, indptr, tokens, target, value, index, limits, ends, rows, emitted, lengths, beyond, bonus, count, parts, max_depth, endings,
+    PARTS: tl.constexpr, LIMITS: tl.constexpr, ENDS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One request. A step looks at the rows after the one it is on: ``max_depth`` steps of at most N rows, whatever the links are.
 
@@ -70,7 +70,10 @@ def _walk(
     near_above = tl.load(parent + near, mask=near < end, other=-1)
     near_token = _winners(target, value, index, near, near < end, parts, PARTS)
     row = tl.where(end > first, first, NOWHERE)
-    length, cut = 0, tl.full([], -1, tl.int64)
+    length, cut, last = 0, tl.full([], -1, tl.int64), tl.full([], -1, tl.int64)
+    room = tl.full([], 1, tl.int64) << 62
+    if LIMITS:
+        room = tl.load(limits + b)
     for step in range(max_depth + 1):
         local, token = row - first, tl.full([], -1, tl.int64)
         if row < NOWHERE:
@@ -79,10 +82,14 @@ def _walk(
             else:
                 far = row + tl.arange(0, 1)
                 token = tl.sum(_winners(target, value, index, far, far < end, parts, PARTS), 0)
-        if token >= 0:
+        if (token >= 0) & (length < room):
             tl.store(rows + base + step, row.to(tl.int64))
             tl.store(emitted + base + step, token)
             length += 1
+            last = token
+            if ENDS > 0:
+                ending = tl.load(ends + tl.arange(0, ENDS), mask=tl.arange(0, ENDS) < endings, other=-1)
+                room = tl.where(tl.sum((ending == token).to(tl.int32), 0) > 0, 0, room)
             child = tl.where((near > row) & (near_above == local) & (near_drafted == token), near, NOWHERE)
             for start in range(tl.maximum(row + 1, first + BLOCK), end, BLOCK):
                 at = start + lane
@@ -97,6 +104,7 @@ def _walk(
             tl.store(emitted + base + step, tl.full([], -1, tl.int64))
     tl.store(lengths + b, tl.full([], 0, tl.int64) + length)
     tl.store(beyond + b, cut)
+    tl.store(bonus + b, last)
 
 
 @triton.jit(do_not_specialize=["count", "parts"])
@@ -132,28 +140,38 @@ def argmax_tokens(logits: Tensor) -> Tensor:
     return token
 
 
-def _accept(
-    parent: Tensor, indptr: Tensor, tokens: Tensor, target: Tensor, max_depth: int, value: Tensor, index: Tensor, parts: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    n, batch, max_depth = accept_shapes(parent, indptr, tokens, target, max_depth)
-    rows = torch.empty(batch, max_depth + 1, dtype=torch.int64, device=tokens.device)
-    emitted, lengths = torch.empty_like(rows), torch.empty(batch, dtype=torch.int64, device=tokens.device)
-    beyond = torch.empty_like(lengths)
+@launch.on_its_device
+def walk(
+    parent: Tensor, indptr: Tensor, tokens: Tensor, target: Tensor, max_depth: int, limits: Tensor | None = None,
+    eos_tokens: Tensor | None = None, out: tuple[Tensor, ...] | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """As :func:`echo.kernels.walk`: of logits, the walk itself picks the winners of the rows that it visits."""
+    found: tuple[Tensor, Tensor, int] = (target, target, 0)
+    if target.dim() == 2:
+        found, target = _scan(target, tokens), tokens
+    (value, index, parts), (n, batch, max_depth) = found, accept_shapes(parent, indptr, tokens, target, max_depth)
+    if out is None:
+        rows = torch.empty(batch, max_depth + 1, dtype=torch.int64, device=tokens.device)
+        lengths = torch.empty(batch, dtype=torch.int64, device=tokens.device)
+        out = rows, torch.empty_like(rows), lengths, torch.empty_like(lengths), torch.empty_like(lengths)
+    endings = 0 if eos_tokens is None else len(eos_tokens)
     if batch:
         _walk[(batch,)](
-            parent.contiguous(), indptr.contiguous(), tokens.contiguous(), target.contiguous(), value, index, rows, emitted, lengths,
-            beyond, n, parts, max_depth, PARTS=launch.power_of_two(parts) if parts else 0, BLOCK=launch.WALKED, num_warps=1,
+            parent.contiguous(), indptr.contiguous(), tokens.contiguous(), target.contiguous(), value, index,
+            indptr if limits is None else limits.contiguous(), tokens if eos_tokens is None else eos_tokens.contiguous(), *out,
+            n, parts, max_depth, endings, PARTS=launch.power_of_two(parts) if parts else 0, LIMITS=limits is not None,
+            ENDS=launch.power_of_two(endings) if endings else 0, BLOCK=launch.WALKED, num_warps=1,
         )  # fmt: skip
-    return rows, emitted, lengths, beyond
+    return out[0], out[1], out[2], out[3], out[4]
 
 
-@launch.on_its_device
 def accept(parent: Tensor, indptr: Tensor, tokens: Tensor, target_tokens: Tensor, max_depth: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As :func:`echo.kernels.accept`."""
-    return _accept(parent, indptr, tokens, target_tokens, max_depth, target_tokens, target_tokens, 0)
+    accept_shapes(parent, indptr, tokens, target_tokens, max_depth)
+    return walk(parent, indptr, tokens, target_tokens, max_depth)[:4]
 
 
-@launch.on_its_device
 def accept_greedy(parent: Tensor, indptr: Tensor, tokens: Tensor, logits: Tensor, max_depth: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As :func:`echo.kernels.accept_greedy`: the walk itself picks the winners of the rows that it visits."""
-    return _accept(parent, indptr, tokens, tokens, max_depth, *_scan(logits, tokens))
+    """As :func:`echo.kernels.accept_greedy`."""
+    logits_shape(logits, tokens)
+    return walk(parent, indptr, tokens, logits, max_depth)[:4]

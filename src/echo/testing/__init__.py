@@ -2,6 +2,7 @@
 
 from echo.testing.invariants import check_plan
 from echo.testing.kit import PlanError, check_scheduler, check_step
+from echo.testing.rehearsal import RecordedGraphs
 from echo.testing.replay import Answer, Record, Report, replay
 from echo.testing.scenarios import Plan, Scenario, all_equal, burst, nan_storm, one_confident_many_doubtful
 from echo.testing.toy import TabularDrafter, TabularTarget, blurred, table
@@ -12,6 +13,7 @@ __all__ = [
     "Plan",
     "PlanError",
     "Record",
+    "RecordedGraphs",
     "Report",
     "Scenario",
     "TabularDrafter",

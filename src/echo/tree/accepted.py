@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from echo import checks
+from echo.kernels import reference
 
 
 @dataclass(frozen=True)
@@ -66,15 +67,10 @@ class Accepted:
         """
         if eos_tokens is None and limits is None:
             return self
-        device, kept = self.lengths.device, self.lengths
+        device = self.lengths.device
         if limits is not None:
-            kept = torch.minimum(kept, checks.tensor("limits", limits, list(kept.shape), torch.int64, device).clamp(min=0))
+            checks.tensor("limits", limits, list(self.lengths.shape), torch.int64, device)
         if eos_tokens is not None:
             checks.tensor("eos_tokens", eos_tokens, ["n"], torch.int64, device)
-            ends = (self.tokens[..., None] == eos_tokens).any(dim=2) & (self.tokens >= 0)
-            kept = torch.minimum(kept, (ends.cumsum(dim=1) - ends.long() == 0).sum(dim=1))
-        column = torch.arange(self.tokens.shape[1], device=device)
-        gone, over = column >= kept[:, None], (column == kept[:, None]) & (column > 0)
-        last = torch.where(over, self.rows, -1).amax(dim=1)  # the row that the answer ends before
-        beyond = last if self.beyond is None else torch.maximum(last, self.beyond.masked_fill(kept < self.lengths, -1))
-        return Accepted.of(self.tokens.masked_fill(gone, -1), self.rows.masked_fill(gone, -1), kept, beyond)
+        rows, tokens, lengths, beyond = reference.cut(self.rows, self.tokens, self.lengths, self.beyond, limits, eos_tokens)
+        return Accepted.of(tokens, rows, lengths, beyond)

@@ -54,7 +54,7 @@ def from_arrays(
     for columns, above in _layers(parents, depths, there):
         at = torch.from_numpy(columns).to(device)
         real, at = at >= 0, at.clamp(min=0)
-        q = torch.where(real, log_prob.float().gather(1, at), -torch.inf)
+        q = torch.where(real, log_prob.detach().float().gather(1, at), -torch.inf)
         drafted.append((token.long().gather(1, at) * real, torch.from_numpy(above).to(device), q))
     return attach(tree, drafted, count=False)
 
@@ -315,9 +315,13 @@ def _check_nodes(
         there & twice.reshape(there.shape),
         lambda b, row: f"expected siblings that differ, got {tokens[b, row]} twice under row {parents[b, row]}",
     )
-    faulty = there & ~(scores < np.inf)
-    faulty[:, :1] = False
-    refuse("log_prob", faulty, lambda b, row: f"expected a log-probability, got {scores[b, row]}")
+    drafted = there.copy()
+    drafted[:, :1] = False
+    refuse(
+        "log_prob",
+        drafted & ~(scores <= checks.ROUNDING),
+        lambda b, row: f"expected a log-probability, got {scores[b, row]}{checks.instead(float(scores[b, row]), scores[drafted].tolist())}",
+    )
     if known is not None:
         refuse("depth", there & (known != depths), lambda b, row: f"expected {depths[b, row]}, one below its parent, got {known[b, row]}")
 

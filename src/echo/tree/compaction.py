@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from echo import checks, kernels
+from echo.errors import EchoError
 from echo.tree.accepted import Accepted
 from echo.tree.packed import PackedTree, into, slots
 
@@ -22,8 +23,8 @@ class Compaction:
         valid: bool [B, D + 1], the entry exists.
         position: int64 [B, D + 1], position of each kept row; 0 beyond.
         source, target: int64 [B, D + 1], where a kept row's keys and values lie, and where they belong: places in the request's own
-            cache, or slots of a paged one. Beyond, and with nothing kept, both are the same (0, or the dummy slot): a copy of it does
-            nothing. Where a path is the first rows already (a chain), source equals target too.
+            cache, or slots of a paged one. Beyond, and with nothing kept, both are the dummy: a copy of it does nothing. Where a path
+            is the first rows already (a chain), source equals target too.
         context: int64 [B], tokens in each request's cache after the step.
     """
 
@@ -43,7 +44,8 @@ def compact(
     *,
     page_table: Tensor | None = None,
     page_size: int = 1,
-    dummy: int = 0,
+    dummy: int | None = None,
+    past: int | None = None,
     out: Compaction | None = None,
 ) -> Compaction:
     """The lists that make an accepted path the end of its request's cache. No read-backs.
@@ -56,11 +58,16 @@ def compact(
         packed, accepted: the step.
         context: int32 or int64 [B], tokens in each request's cache before the step.
         page_table: int32 or int64 [B, pages], for slots of a paged cache; places in the request's own contiguous cache where not given.
-        page_size, dummy: as in :meth:`PackedTree.slot`.
+        page_size: as in :meth:`PackedTree.slot`.
+        dummy: a slot that no request owns, needed with a page table; or a place in a contiguous cache, where it defaults to 0: an engine
+            that does not copy from ``source``, but writes rows (``gather``) to ``target``, gives a place without a token, or masks by
+            ``valid``.
+        past: where every request's rows lie behind so many entries of a contiguous cache, and not behind its own context: transformers'
+            ``DynamicCache`` appends behind the longest text. Texts begin at place 0.
         out: persistent buffers.
 
     Raises:
-        EchoError: shapes or dtypes that do not fit.
+        EchoError: shapes or dtypes that do not fit, no dummy for a page table, or past with one.
 
     Example:
         A contiguous cache [B, length, heads, dim]::
@@ -72,22 +79,33 @@ def compact(
     checks.instance("accepted", accepted, Accepted)
     batch, steps = checks.tensor("accepted.rows", accepted.rows, [packed.batch, "D + 1"], torch.int64, device).shape
     checks.tensor("context", context, [batch], checks.INTEGERS, device)
+    page_size = checks.integer("page_size", page_size, 1)
+    if page_table is not None:
+        checks.tensor("page_table", page_table, [batch, "pages"], checks.INTEGERS, device)
+        if dummy is None:
+            raise EchoError("dummy: expected a slot that no request owns, to go with page_table, got None")
+        if past is not None:
+            raise EchoError(f"past: expected None, to go with page_table, got {past!r}")
+    spare = 0 if dummy is None else checks.integer("dummy", dummy, 0)
+    behind = -1 if past is None else checks.integer("past", past, 0)
     fused = kernels.fused("packing", accepted.rows)
     if fused is not None:
-        table = None if page_table is None else checks.tensor("page_table", page_table, [batch, "pages"], checks.INTEGERS, device)
-        sizes = checks.integer("page_size", page_size, 1), checks.integer("dummy", dummy, 0)
-        return into(out, Compaction(**fused.compact(accepted.rows, accepted.lengths, packed.indptr, context, table, *sizes)))
+        step = accepted.rows, accepted.lengths, packed.indptr, context, page_table, page_size, spare, behind
+        buffers = None if out is None else check(out, batch, steps, device)
+        if buffers is not None and not all(buffer.is_contiguous() for buffer in buffers.values()):
+            buffers = None
+        lists = Compaction(**fused.compact(*step, out=buffers))
+        return lists if buffers is not None else into(out, lists)
     gone, rows = accepted.rows < 0, accepted.rows.clamp(min=0)
     begin = context.long()[:, None]
     place = begin + torch.arange(steps, device=device)
-    local = rows - packed.indptr[:-1, None]
+    lies = rows - packed.indptr[:-1, None] + (begin if past is None else behind)
     if page_table is None:
-        source, target = (x.masked_fill(gone, 0) for x in (begin + local, place))
+        source, target = (x.masked_fill(gone, spare) for x in (lies, place))
     else:
-        checks.tensor("page_table", page_table, [batch, "pages"], checks.INTEGERS, device)
         request = torch.arange(batch, device=device)[:, None]
-        places = torch.stack([begin + local, place]).masked_fill_(gone, -1)
-        source, target = slots(places, request, page_table, page_size, dummy).unbind()
+        places = torch.stack([lies, place]).masked_fill_(gone, -1)
+        source, target = slots(places, request, page_table, page_size, spare).unbind()
     lists = Compaction(
         accept_index=accepted.rows.int(),
         gather=rows,
@@ -98,3 +116,13 @@ def compact(
         context=context.long() + accepted.lengths,
     )
     return into(out, lists)
+
+
+def check(out: Compaction, batch: int, steps: int, device: torch.device) -> dict[str, Tensor]:
+    """The buffers by name, once all of them fit; an EchoError names the first that does not."""
+    kinds = {"accept_index": torch.int32, "valid": torch.bool}
+    checks.instance("out", out, Compaction)
+    return {
+        name: checks.tensor(f"out.{name}", value, [batch] if name == "context" else [batch, steps], kinds.get(name, torch.int64), device)
+        for name, value in vars(out).items()
+    }

@@ -38,6 +38,7 @@ def validate(packed: PackedTree, *, max_rows: int | None = None, chain: bool = F
     tokens, parent, depth, request = (x.tolist() for x in (packed.tokens, packed.parent, packed.depth, packed.request))
     seen = [_bits(words) for words in packed.mask.tolist()]
     score = packed.score.tolist()
+    drafted = [score[row] for row in range(n) if depth[row] > 0]
     limit = min(packed.max_slots_per_request, max_rows or n)
     for b in range(batch):
         first, size = ends[b], ends[b + 1] - ends[b]
@@ -64,7 +65,8 @@ def validate(packed: PackedTree, *, max_rows: int | None = None, chain: bool = F
             siblings.add((up, tokens[row]))
             mask = seen[first + up] | 1 << local
             _expect(seen[row] == mask, "mask", where, f"{mask:#x}, itself and its ancestors", f"{seen[row]:#x}")
-            _expect(score[row] <= score[first + up], "score", where, f"at most its parent's {score[first + up]}", score[row])
+            instead = checks.instead(score[row], drafted)
+            _expect(score[row] <= score[first + up], "score", where, f"at most its parent's {score[first + up]}", f"{score[row]}{instead}")
             _expect(not chain or up == local - 1, "parent", where, f"{local - 1} (a chain)", up)
     for row in range(ends[-1], n):
         pad = (request[row], parent[row], depth[row], seen[row])

@@ -46,6 +46,7 @@ class PackedTree:
         outlook: float32 [B, depth, 32], where the budget is a cost model: how many scored nodes of each depth 1.. have which
             probability of acceptance f, in 32 bins that are equal in sqrt(f), from f = 1/136 up. None otherwise.
         expected: float32 [B, depth], likewise: the sum of f over the request's drafted rows of each depth.
+        drafted: int32 [], layers drafted, where ``max_depth`` is a bound only (a :class:`Workspace`'s step); None: ``max_depth`` layers.
     """
 
     tokens: Tensor
@@ -62,6 +63,7 @@ class PackedTree:
     max_depth: int
     outlook: Tensor | None = None
     expected: Tensor | None = None
+    drafted: Tensor | None = None
 
     @property
     def batch(self) -> int:
@@ -261,8 +263,8 @@ def pack(tree: SuperTree, selected: Tensor, rows: int, words: int, out: PackedTr
         return into(out, _pads(tree, rows, words))
     fused = kernels.fused("packing", selected)
     if fused is not None:
-        token, parent = (torch.cat([getattr(layer, name) for layer in tree.layers], dim=1) for name in ("token", "parent"))
-        columns = fused.pack(selected, token, parent, tree.score, tree.bought, rows, words, tree.sizes)
+        whole = (tree.column(name) for name in ("token", "parent", "score", "bought"))
+        columns = fused.pack(fused.as_selected(selected), *whole, rows, words, tree.sizes)
         return into(out, PackedTree(**columns, status=tree.status, invalid=tree.invalid, max_depth=tree.depth))
     forest = tree.forest
     count = selected.flatten().cumsum(0)
@@ -392,6 +394,7 @@ def into(out: T | None, value: T) -> T:
         else:
             host[field.name] = new
     for old, new in pairs:  # all of it fits
-        old.copy_(new)
+        if old is not new:
+            old.copy_(new)
     written: T = replace(theirs, **host)
     return written

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from enum import IntEnum
 
 import torch
 from torch import Tensor
 
+from echo import checks
 from echo.errors import EchoError
 
 DEAD_SCORE = float("-inf")
@@ -98,6 +99,22 @@ class Layer:
 
 
 @dataclass(frozen=True)
+class Nodes:
+    """Buffers that hold all layers side by side, each layer a few columns of them.
+
+    Attributes:
+        token, parent: int64 [B, T]; a parent is an index into the candidates of the layer above.
+        score: float32 [B, T].
+        bought: bool [B, T].
+    """
+
+    token: Tensor
+    parent: Tensor
+    score: Tensor
+    bought: Tensor
+
+
+@dataclass(frozen=True)
 class Forest:
     """All layers side by side: T nodes for each request, roots first, by depth, then candidate.
 
@@ -127,11 +144,12 @@ class SuperTree:
         row_limit: int64 [B], the most rows a request may get, root included; 0 for an empty slot.
         held: int64 [B], rows bought so far, root included.
         left: int64 [], rows that may still be bought.
-        invalid: int32 [B], draft scores at active nodes that were NaN or plus infinity, and those of layers without any finite
-            score; such nodes are never selectable.
+        invalid: int32 [B], draft scores at active nodes that were no log-probabilities (NaN, or above 0 by more than a rounding), and
+            those of layers without any finite score; such nodes are never selectable.
         rows: rows of this step, a host int; ``left`` never lets more be selected.
         most: a host int that bounds ``row_limit``.
         reserve: int64 [B], rows set aside for each request, its floor less what it has bought; None: no floors.
+        nodes: the buffers that the layers are columns of; None: each layer has its own.
     """
 
     layers: tuple[Layer, ...]
@@ -144,6 +162,7 @@ class SuperTree:
     rows: int
     most: int
     reserve: Tensor | None = None
+    nodes: Nodes | None = None
 
     @classmethod
     def from_arrays(
@@ -242,22 +261,29 @@ class SuperTree:
         """The same tree with these ``nodes``, bool [B, T], bought as well; ``left`` and ``reserve`` are the caller's business."""
         parts = torch.split(nodes, self.sizes, dim=1)
         layers = tuple(replace(layer, bought=layer.bought | part) for layer, part in zip(self.layers, parts, strict=True))
-        return replace(self, layers=layers, held=self.held + (nodes & ~self.bought).sum(dim=1))
+        return replace(self, layers=layers, held=self.held + (nodes & ~self.bought).sum(dim=1), nodes=None)
 
     @property
     def sizes(self) -> list[int]:
         """Candidates of each layer, together T; host ints."""
         return [layer.token.shape[1] for layer in self.layers]
 
+    def column(self, name: str) -> Tensor:
+        """[B, T]: ``"token"``, ``"parent"``, ``"score"`` or ``"bought"`` of all layers, side by side; copied only where they lie apart."""
+        if self.nodes is not None:
+            whole: Tensor = getattr(self.nodes, name)
+            return whole[:, : sum(self.sizes)]
+        return torch.cat([getattr(layer, name) for layer in self.layers], dim=1)
+
     @property
     def score(self) -> Tensor:
         """float32 [B, T]: that of :attr:`forest` alone."""
-        return torch.cat([layer.score for layer in self.layers], dim=1)
+        return self.column("score")
 
     @property
     def bought(self) -> Tensor:
         """bool [B, T]: that of :attr:`forest` alone."""
-        return torch.cat([layer.bought for layer in self.layers], dim=1)
+        return self.column("bought")
 
     @property
     def forest(self) -> Forest:
@@ -268,12 +294,29 @@ class SuperTree:
         device = self.status.device
         depth = torch.cat([torch.full((n,), layer.depth, device=device) for n, layer in zip(sizes, self.layers, strict=True)])
         return Forest(
-            torch.cat([layer.token for layer in self.layers], dim=1),
+            self.column("token"),
             torch.cat(parents, dim=1),
             self.score,
             self.bought,
             depth,
         )
+
+
+def written(out: SuperTree, tree: SuperTree) -> SuperTree:
+    """``out`` with the last layer, the frontier and the state of ``tree`` copied into its buffers: of the same shapes.
+
+    Raises:
+        EchoError: weights or floors, for which there are no buffers.
+    """
+    if tree.weight is not None or tree.reserve is not None:
+        raise EchoError("weights, floors: expected none where a tree is written to buffers")
+    parts = (out, tree), (out.layers[-1], tree.layers[-1]), (out.frontier, tree.frontier)
+    for old, new in parts:
+        for field in fields(new):
+            buffer, value = getattr(old, field.name), getattr(new, field.name)
+            if isinstance(value, Tensor) and buffer is not value:
+                buffer.copy_(value)
+    return replace(out, rows=tree.rows, most=tree.most)
 
 
 def bits(score: Tensor) -> Tensor:
@@ -287,8 +330,8 @@ def bits(score: Tensor) -> Tensor:
 def path_score(parent: Tensor, log_prob: Tensor, active: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """S(v) = S(parent) + min(log q(v), 0), the greatest of each request, and how many of its drafts are faulty.
 
-    Minus infinity says "no candidate" and is no fault by itself; NaN and plus infinity are faults, and so is each score of a
-    request that has an active node and no finite score at all.
+    Minus infinity says "no candidate" and is no fault by itself; NaN and what is above 0 by more than a rounding (a probability, a
+    logit) are faults, and so is each score of a request that has an active node and no finite score at all.
 
     Args:
         parent: float32 [B, W].
@@ -298,13 +341,12 @@ def path_score(parent: Tensor, log_prob: Tensor, active: Tensor) -> tuple[Tensor
     Returns:
         float32 [B, W * k] with -inf at unselectable nodes, float32 [B], int32 [B].
     """
-    q, parent = log_prob.float(), torch.where(active, parent, DEAD_SCORE)[..., None]
-    number = torch.nan_to_num(q, nan=DEAD_SCORE, posinf=DEAD_SCORE, neginf=DEAD_SCORE)
-    faulty = (q != number).sum(dim=2, dtype=torch.int32)
-    score = (parent + number.clamp_(max=0.0)).flatten(1)
+    q, parent = log_prob.detach().float(), torch.where(active, parent, DEAD_SCORE)[..., None]
+    good = q <= checks.ROUNDING
+    score = (parent + torch.where(good, q, DEAD_SCORE).clamp_(max=0.0)).flatten(1)
     best = score.max(dim=1).values
-    faulty.masked_fill_((best == DEAD_SCORE)[:, None], q.shape[2])
-    return score, best, (faulty * active).sum(dim=1, dtype=torch.int32)
+    good.logical_and_((best > DEAD_SCORE)[:, None, None])
+    return score, best, (good < active[..., None]).sum(dim=(1, 2), dtype=torch.int32)
 
 
 def check_size(requests: int, nodes: int, depth: int) -> None:

@@ -1,13 +1,14 @@
 """Layouts of n rows for every request: SGLang's trees, TensorRT-LLM, Hugging Face. The gain of ragged trees is lost in them.
 
 A tree's rows stay in canonical order (root, then by depth, parent, candidate), so siblings lie side by side, and the first n rows
-of a tree are a tree. A request of more than n rows exports its first n: a smaller tree, lossless where the engine's own
-verification reads the links (:func:`echo.verify` needs a target token for every row, so n must hold every tree).
+of a tree are a tree. A request of more than n rows exports its first n: a smaller tree, lossless where the engine's own verification
+reads the links, and where :func:`unpad` gives what it computed to :func:`echo.verify`: rows beyond have no target token, none is accepted.
 ``packed.max_slots_per_request`` is always enough, and ``packed.validate(max_rows=n)`` names a request that would be cut.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -185,34 +186,38 @@ def hugging_face(
     context: Tensor,
     past: int,
     *,
-    left_padded: bool = True,
+    left_padded: bool | None = None,
     dtype: torch.dtype = torch.bool,
     out: HuggingFaceInputs | None = None,
 ) -> HuggingFaceInputs:
     """Token ids, position ids and a 4-D mask for a transformers model with a contiguous cache of ``past`` entries.
 
-    Uniform, and the mask has past + n entries a row: for loops of one's own and for tests, not for speed. After acceptance gather the
-    accepted rows of the cache (:func:`echo.compact`).
+    Uniform, and the mask has past + n entries a row: for loops of one's own and for tests, not for speed. Each request's text begins at
+    entry 0, and the rows are appended behind entry ``past``. After acceptance ``echo.compact(..., past=past)`` says which entries of the
+    accepted rows go behind each text; crop the cache to the longest.
 
     Args:
         packed: the step.
         n: rows of every request.
         context: int32 or int64 [B], tokens of each request in the cache.
         past: entries of the cache, a host int.
-        left_padded: each request's tokens end at ``past``; else they begin at 0.
+        left_padded: must be said, and be False. In a left-padded cache texts end together, and so they cannot once requests have accepted
+            different numbers of drafts; move them to entry 0 after prefill: ``keys.gather(2, index)`` with ``index`` the entries
+            ``(arange(past) + past - context[:, None]).clamp(max=past - 1)``, expanded to the shape of the keys.
         dtype: of the mask: bool, or a float type.
         out: persistent buffers.
 
     Raises:
-        EchoError: shapes or dtypes that do not fit.
+        EchoError: shapes or dtypes that do not fit, or a cache that is left-padded.
 
     Source: 4-D masks of transformers 5.23.0.
     """
     checks.tensor("context", context, [packed.batch], checks.INTEGERS, packed.tokens.device)
     past = checks.integer("past", past, 0)
+    if left_padded is not False:
+        raise EchoError(f"left_padded: expected False, a cache whose texts begin at entry 0, got {left_padded}")
     grid, shape, device = _Grid(packed, n), (packed.batch, 1, n, past + n), context.device
     column, lens = torch.arange(past, dtype=torch.int32, device=device), context.int()[:, None]
-    prefix = column >= past - lens if left_padded else column < lens
     if out is None:
         mask = torch.empty(shape, dtype=dtype, device=device)
     else:  # far larger than all else: written where it belongs
@@ -220,7 +225,7 @@ def hugging_face(
         mask = checks.tensor("out.attention_mask", buffer, shape, dtype, device)
     inputs = into(out, HuggingFaceInputs(grid.spread(packed.tokens, 0), grid.spread(packed.depth, 0) + context.long()[:, None], mask))
     least = False if dtype == torch.bool else torch.finfo(dtype).min
-    for part, seen in ((mask[..., :past], prefix[:, None, None]), (mask[..., past:], grid.square()[:, None])):
+    for part, seen in ((mask[..., :past], (column < lens)[:, None, None]), (mask[..., past:], grid.square()[:, None])):
         part.copy_(seen if dtype == torch.bool else torch.where(seen, 0.0, least))
     return inputs
 
@@ -230,19 +235,24 @@ def unpad(packed: PackedTree, values: Tensor) -> Tensor:
 
     Args:
         packed: the step.
-        values: [B, n, ...], any dtype; n holds every tree.
+        values: [B, n, ...], any dtype.
 
     Returns:
-        [N, ...]; on pad rows those of some row.
+        [N, ...]; nothing on pad rows and on rows beyond the first n of their request, for which nothing was computed: -1 (no token, so
+        no walk goes through them), NaN, or 0 where the dtype has neither.
 
     Raises:
         EchoError: another batch size.
     """
     if values.dim() < 2 or values.shape[0] != packed.batch:
         raise EchoError(f"values: expected [{packed.batch}, n, ...], got {list(values.shape)}")
-    n = values.shape[1]
-    at = packed.request.clamp(max=max(packed.batch - 1, 0)) * n + packed.local.clamp(max=n - 1)
-    return values.flatten(0, 1).index_select(0, at)
+    n, kind = values.shape[1], values.dtype
+    nothing = math.nan if kind.is_floating_point or kind.is_complex else -1 if kind.is_signed else 0
+    there = (packed.request < packed.batch) & (packed.local < n)
+    if packed.batch * n == 0:
+        return values.new_full((packed.rows, *values.shape[2:]), nothing)
+    rows = values.flatten(0, 1).index_select(0, torch.where(there, packed.request * n + packed.local, 0))
+    return rows.masked_fill_(~there.view(-1, *[1] * (values.dim() - 2)), nothing)
 
 
 class _Grid:

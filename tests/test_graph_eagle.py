@@ -1,0 +1,362 @@
+"""The drafter of CUDA graphs drafts what the eager head drafts, with fixed shapes, in place, without a word to the host."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import echo
+from echo.testing.rehearsal import RecordedGraphs
+
+pytest.importorskip("transformers", reason="the eager head needs the demo extra, on Python 3.11 or later")
+LANES, LENGTH, COUNT, BEAM, DEPTH, VOCAB, FLOOR = 4, 96, 4, 3, 4, 49152, -20.0
+
+
+@pytest.fixture(scope="module")
+def drafters():
+    sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "smollm2"))
+    import graph_eagle
+    from drafters import Eagle
+
+    torch.manual_seed(3)
+    embedding = torch.randn(VOCAB, 576)
+    model = SimpleNamespace(model=SimpleNamespace(embed_tokens=SimpleNamespace(weight=embedding)))
+
+    def make(dtype=torch.float32):
+        options = {"beam": BEAM, "depth": DEPTH, "floor": FLOOR, "pending": 40, "dtype": dtype}
+        return graph_eagle.GraphEagle(model, LANES, LENGTH, COUNT, **options)
+
+    shared = {dtype: make(dtype) for dtype in (torch.float32, torch.bfloat16)}
+
+    def graph(dtype=torch.float32, fused=False):
+        """All buffers as they were at first, the weights shared."""
+        made = object.__new__(graph_eagle.GraphEagle)
+        weights = ("table", "vocab", "fuse", "qkv", "out", "down", "gate_up", "head")
+        vars(made).update({k: v.clone() if torch.is_tensor(v) and k not in weights else v for k, v in vars(shared[dtype]).items()})
+        made.fused = fused
+        return made
+
+    return SimpleNamespace(graph=graph, eager=lambda: Eagle(SimpleNamespace(model=model, hidden=None), LANES, LENGTH, COUNT, FLOOR))
+
+
+class Served:
+    """Random texts and a target that takes what was drafted half of the time; every step goes to both drafters, whose drafts must agree."""
+
+    def __init__(self, drafters, seed: int, fused: bool = False) -> None:
+        self.eager, self.graph = drafters.eager(), drafters.graph(fused=fused)
+        self.scheduler = echo.ElasticBudgetScheduler(echo.GlobalRank(BEAM), budget=6 * LANES, max_depth=DEPTH)
+        self.draw = torch.Generator().manual_seed(seed)
+        self.slots: list[int] = []  # of the eager head, by lane of the other
+        self.roots = torch.zeros(LANES, dtype=torch.int64)
+        self.compared, self.emitted = Counter(), 0
+
+    def features(self, *shape: int) -> torch.Tensor:
+        return torch.randn(*shape, 1728, generator=self.draw)
+
+    def random(self, low: int, high: int) -> int:
+        return int(torch.randint(low, high, (), generator=self.draw))
+
+    def admit(self) -> None:
+        lane, slot = len(self.slots), next(s for s in range(LANES) if s not in self.slots)
+        prompt = torch.randint(0, VOCAB, (self.random(1, 20),), generator=self.draw)
+        first, features = torch.randint(0, VOCAB, (1,), generator=self.draw), self.features(len(prompt))
+        self.eager.target.hidden = features
+        self.eager.admit(torch.tensor([slot]), [prompt], first)
+        self.graph.admit(lane, prompt, first, features)
+        self.slots.append(slot)
+        self.roots[lane] = first[0]
+
+    def leave(self, lane: int) -> None:
+        """The last lane's request takes the place of the one that ends."""
+        last = len(self.slots) - 1
+        if lane != last:
+            self.graph.move(last, lane)
+            self.roots[lane] = self.roots[last]
+            self.slots[lane] = self.slots[last]
+        self.slots.pop()
+
+    def step(self, depth: int, dead: tuple[int, ...] = ()) -> None:
+        slots, batch = torch.tensor(self.slots), len(self.slots)
+        live = torch.tensor([lane not in dead for lane in range(batch)])
+        if depth and self.graph.unread:
+            self.graph.catch_up()
+        tree = self.scheduler.plant(self.roots[:batch], live=live)
+        for _ in range(depth):
+            expected, found = self.eager.draft(slots, tree.frontier), self.graph.draft(slots, tree.frontier)
+            self.compare(tree.frontier, expected, found)
+            tree = self.scheduler.grow(tree, *found)
+        packed = self.scheduler.pack(tree)
+        sampled = torch.randint(0, VOCAB, (packed.rows,), generator=self.draw)
+        for row in range(packed.rows):
+            children = ((packed.parent == packed.local[row]) & (packed.request == packed.request[row])).nonzero()[:, 0]
+            if len(children) and self.random(0, 4):
+                sampled[row] = packed.tokens[children[self.random(0, len(children))]]
+        accepted = echo.verify(packed, sampled)
+        hidden = self.features(packed.rows)
+        self.eager.target.hidden = hidden
+        self.eager.keep(slots, packed, accepted)
+        kept = hidden[accepted.rows.clamp(min=0)], accepted.tokens, accepted.lengths
+        if depth:
+            self.graph.extend(*kept)
+        else:
+            self.graph.remember(*kept)
+            self.graph.unread += 1
+            if self.graph.unread == self.graph.room:
+                self.graph.catch_up()
+        self.roots[:batch] = torch.where(accepted.lengths > 0, accepted.bonus, self.roots[:batch])
+        self.emitted += int(accepted.lengths.sum())
+
+    def compare(self, frontier, expected, found) -> None:
+        """Tokens and log-probabilities to 1e-5 and the eager head's rounding to half; near tokens may change places."""
+        use = frontier.active & (frontier.score >= self.eager.floor)
+        (tokens, log_probs), (mine, mine_log_probs) = ((t[use], q[use].float()) for t, q in (expected, found))
+        assert found[0].dtype == torch.int64 and found[1].dtype == torch.float32
+        assert bool(((mine_log_probs - log_probs).abs() <= 1e-5 + log_probs.abs() * 2**-11).all())
+        near = torch.nn.functional.pad(mine_log_probs.diff(dim=1).abs() < 1e-4, (1, 1))
+        assert bool(((tokens == mine) | near[:, 1:] | near[:, :-1]).all())
+        if frontier.depth:
+            assert bool((found[1][~use] == -torch.inf).all())
+        self.compared[frontier.depth] += len(mine)
+
+
+@pytest.mark.parametrize(("seed", "fused"), [(0, False), (1, False), (2, False), (3, True)])
+def test_drafts_are_the_eager_heads(drafters, seed, fused):
+    """Over admissions, ends, moves of lanes, rejections, empty lanes, and phases without speculation, longer than what is remembered."""
+    if fused:
+        pytest.importorskip("triton")
+    served = Served(drafters, seed, fused)
+    off = 0
+    for _ in range(14 if fused else 90):
+        if served.slots and (served.random(0, 6) == 0 or int(served.graph.used[: len(served.slots)].max()) > LENGTH - 50):
+            served.leave(int(served.graph.used[: len(served.slots)].argmax()))
+        while len(served.slots) < LANES and (not served.slots or served.random(0, 2)):
+            served.admit()
+        off = off - 1 if off else (served.random(3, 48) if served.random(0, 12) == 0 else 0)
+        if off:
+            served.step(0)
+        else:
+            dead = (served.random(0, len(served.slots)),) if len(served.slots) > 1 and served.random(0, 3) == 0 else ()
+            served.step(served.random(1, DEPTH + 1), dead)
+    used = [int(served.eager.used[slot]) for slot in served.slots]
+    assert all(served.compared[depth] > (5 if fused else 50) for depth in range(DEPTH)) and served.emitted > 30
+    if not served.graph.unread and not served.eager.unread:
+        assert used == served.graph.used[: len(used)].tolist()
+
+
+def rounds(graph, seed, depth=DEPTH, lanes=LANES):
+    """A step's arguments for :func:`step`: the drafter's own drafts decide the frontiers; and a drafter that has text."""
+    draw = torch.Generator().manual_seed(seed)
+    for lane in range(lanes):
+        n = int(torch.randint(1, 20, (), generator=draw))
+        prompt = torch.randint(0, VOCAB, (n + 1,), generator=draw)
+        graph.admit(lane, prompt[:-1], prompt[-1], torch.randn(n, 1728, generator=draw))
+    scheduler = echo.ElasticBudgetScheduler(echo.GlobalRank(BEAM), budget=6 * LANES, max_depth=DEPTH)
+    tree, frontiers = scheduler.plant(torch.randint(0, VOCAB, (lanes,), generator=draw), live=torch.arange(lanes) != 1), []
+    for _ in range(depth):
+        frontiers.append(tree.frontier)
+        tree = scheduler.grow(tree, *graph.draft(torch.arange(lanes), tree.frontier))
+    lengths = torch.randint(0, DEPTH + 2, (lanes,), generator=draw)
+    tokens = torch.randint(0, VOCAB, (lanes, DEPTH + 1), generator=draw)
+    tokens = torch.where(torch.arange(DEPTH + 1) < lengths[:, None], tokens, -1)
+    return frontiers, torch.randn(lanes, DEPTH + 1, 1728, generator=draw).to(graph.pending_features.dtype), tokens, lengths
+
+
+def step(graph, frontiers, features, tokens, lengths):
+    """All of the drafter that an engine records: the layers, draft extend, and a step without speculation."""
+    lanes, drafted = graph.lane[: len(tokens)], []
+    for frontier in frontiers:
+        drafted += graph.draft(lanes, frontier)
+    graph.extend(features, tokens, lengths)
+    graph.remember(features[:, :1], tokens[:, :1], lengths.clamp(max=1))
+    graph.read(0)
+    return [*drafted, graph.root[lanes], graph.tokens[lanes], graph.log_probs[lanes], graph.used, graph.pending]
+
+
+@pytest.mark.parametrize(("dtype", "fused"), [(torch.float32, False), (torch.bfloat16, False), (torch.float32, True)])
+def test_the_recorded_step_run_again_on_other_data_gives_what_a_step_gives(drafters, dtype, fused):
+    """Rehearsed as a CUDA graph is: its Python runs no more, its inputs are where they were. The third call is the first replay."""
+    if fused:
+        pytest.importorskip("triton")
+    size = {"lanes": 2, "depth": 2} if fused else {}
+    graph, graphs = drafters.graph(dtype, fused), RecordedGraphs()
+    frontiers, *rest = rounds(drafters.graph(dtype, fused), 9, **size)
+    inputs = [*rest, *(value for f in frontiers for value in vars(f).values() if torch.is_tensor(value))]
+    for seed in range(3 if fused else 4):
+        theirs = drafters.graph(dtype, fused)
+        expected = step(theirs, *rounds(theirs, seed, **size))
+        own, *more = rounds(graph, seed, **size)
+        fresh = [*more, *(value for f in own for value in vars(f).values() if torch.is_tensor(value))]
+        for mine, value in zip(inputs, fresh, strict=True):
+            mine.copy_(value)
+        found = graphs("step", lambda: step(graph, frontiers, *rest))
+        assert all(torch.equal(one, two) for one, two in zip(expected, found, strict=True))
+    assert graphs.runs["step"] == (1 if fused else 2)
+
+
+def test_it_compiles_whole(drafters):
+    graph, theirs, graphs = drafters.graph(), drafters.graph(), []
+
+    def backend(module, _):
+        graphs.append(module)
+        return module
+
+    torch._dynamo.reset()
+    compiled = torch.compile(step, fullgraph=True, backend=backend)
+    for seed in (0, 1):
+        expected, found = step(theirs, *rounds(theirs, seed)), compiled(graph, *rounds(graph, seed))
+        assert all(torch.equal(one, two) for one, two in zip(expected, found, strict=True))
+        theirs.pending.zero_(), graph.pending.zero_()
+    assert len(graphs) == 1
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fused_layers_are_those_of_torchs_operations(drafters, dtype):
+    """To rounding. Numbers that no one wrote are NaN here, and reach nothing."""
+    pytest.importorskip("triton")
+    theirs, mine = drafters.graph(dtype), drafters.graph(dtype, fused=True)
+    near = 1e-5 if dtype == torch.float32 else 0.05
+    data = rounds(theirs, 0)
+    rounds(mine, 0)
+    for one, two in zip(step(theirs, *data), step(mine, *data), strict=True):
+        if one.is_floating_point():
+            assert torch.equal(one.isinf(), two.isinf())
+            one, two = (x.float().nan_to_num(neginf=0) for x in (one, two))  # noqa: PLW2901
+            assert float((one - two).norm() / one.norm()) < near
+        elif dtype == torch.float32:
+            assert torch.equal(one, two)
+
+
+def test_launches_of_a_fused_layer(drafters, monkeypatch):
+    """Five products and seven kernels a layer; 13 and two sums for the text; nothing at the root."""
+    pytest.importorskip("triton")
+    import eagle_kernels
+
+    launched = []
+
+    class Counted:
+        def __init__(self, name):
+            self.name = name
+
+        def __getitem__(self, grid):
+            return lambda *_, **__: launched.append(self.name)
+
+    graph = drafters.graph(fused=True)
+    frontiers, features, tokens, lengths = rounds(graph, 0)
+    for name in ("_enter", "_turn", "_attend", "_join", "_gate", "_choose"):
+        monkeypatch.setattr(eagle_kernels, name, Counted(name))
+    counts = []
+    for call in [*(lambda f=f: graph.draft(graph.lane, f) for f in frontiers), lambda: graph.extend(features, tokens, lengths)]:
+        launched.clear()
+        with Operations() as operations:
+            call()
+        counts.append((len(launched), sum(operations.count.values())))
+    assert counts == [(0, 0), (7, 5), (7, 5), (7, 5), (7, 8)]
+
+
+def test_the_kernels_compile_for_a_gpu():
+    """Without spills, few of them: layers and lanes share them."""
+    pytest.importorskip("triton")
+    result = subprocess.run([sys.executable, "-c", COMPILE], env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr[-2000:]
+    found = json.loads(result.stdout)
+    assert len(found) == 13
+    assert all(entry["spills"] == 0 and entry["stack"] == 0 for entry in found)
+
+
+ROOT = Path(__file__).parents[1]
+PATHS = [str(ROOT / "benchmarks"), str(ROOT / "examples" / "smollm2"), os.environ.get("PYTHONPATH", "")]
+ENVIRONMENT = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(PATHS)}
+COMPILE = """
+import json, torch, triton
+from types import SimpleNamespace as Any
+from triton.backends.compiler import GPUTarget
+import compile_kernels, eagle_kernels, graph_eagle, machine_code
+from echo.tree import Frontier
+
+compile_kernels.TYPES[torch.bool] = "*i1"
+found = {}
+
+class Record:
+    def __init__(self, name):
+        self.name, self.kernel = name, getattr(eagle_kernels, name)
+
+    def __getitem__(self, grid):
+        def launch(*args, **options):
+            recorder = compile_kernels.Recorder(self.kernel)
+            recorder.args, recorder.options = args, options
+            source = compile_kernels.source(recorder)
+            found[self.name, str(source[0].signature), str(source[0].constants), str(source[0].attrs)] = source
+        return launch
+
+for name in ("_enter", "_turn", "_attend", "_join", "_gate", "_choose"):
+    setattr(eagle_kernels, name, Record(name))
+embedding = torch.randn(64, 576, dtype=torch.bfloat16)
+model = Any(model=Any(embed_tokens=Any(weight=embedding)))
+head = graph_eagle.GraphEagle(model, 4, 256, 4, beam=4, depth=6, dtype=torch.bfloat16, fused=True)
+for lanes in (2, 4):
+    ints = [torch.zeros(lanes, 4, dtype=torch.int64) for _ in range(3)]
+    for depth in (1, 2, 6):
+        head.draft(None, Frontier(*ints, torch.zeros(lanes, 4), torch.zeros(lanes, 4, dtype=torch.bool), depth))
+    for span in (5, 7, 16):
+        head.extend(torch.zeros(lanes, span, 1728), torch.zeros(lanes, span, dtype=torch.int64), torch.zeros(lanes, dtype=torch.int64))
+entries = []
+for source, options in found.values():
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    entries.append({"kernel": source.name} | machine_code.resources(compiled, 90, options.get("num_warps", 4)))
+print(json.dumps(entries))
+"""
+
+
+class Operations(TorchDispatchMode):
+    """Counts what runs on a device: operations that are no views."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if not func.is_view and name not in ("empty", "new_empty", "empty_like", "empty_strided", "_unsafe_view", "detach"):
+            self.count[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_operations_of_a_step(drafters):
+    """Few, and as many for two lanes as for all. A norm counts as five here; on a GPU it is one kernel."""
+    graph, seen = drafters.graph(), []
+    for lanes in (2, LANES):
+        frontiers, features, tokens, lengths = rounds(graph, 0, lanes=lanes)
+        one = features[:, :1], tokens[:, :1], lengths.clamp(max=1)
+        calls = [(graph.draft, (graph.lane[:lanes], f)) for f in frontiers] + [
+            (graph.extend, (features, tokens, lengths)),
+            (graph.remember, one),
+        ]
+        seen.append([])
+        for call, arguments in calls:
+            with Operations() as operations:
+                call(*arguments)
+            seen[-1].append(sum(operations.count.values()))
+    assert seen[0] == seen[1]
+    assert all(count <= most for count, most in zip(seen[0], [5, 36, 38, 38, 52, 8], strict=True)), seen
+
+
+def test_a_wide_or_deep_frontier_and_a_long_prompt_are_refused(drafters):
+    graph = drafters.graph()
+    frontiers, *_ = rounds(graph, 0)
+    with pytest.raises(echo.EchoError, match=f"at most {BEAM} nodes of a depth up to {DEPTH}, got 3 of 9"):
+        graph.draft(graph.lane, replace(frontiers[-1], depth=9))
+    used = graph.used.clone()
+    with pytest.raises(echo.EchoError, match=f"prompt: expected at most {LENGTH} tokens, got 97"):
+        graph.admit(0, torch.zeros(97, dtype=torch.int64), torch.zeros(1, dtype=torch.int64), torch.zeros(97, 1728))
+    assert torch.equal(graph.used, used)
