@@ -165,7 +165,7 @@ class Engine:
         states, kv, self.hidden = self.forward(prompt, place, causal)
         first = self.sample(self.model.lm_head(states[-1:]))
         self.cache.write(cache_slots(place, self.lanes[lane].expand_as(place), self.cache.table, PAGE, DUMMY), kv)
-        self.cache.context[lane], self.root[lane] = len(prompt), first[0]
+        self.cache.context[lane], self.root[lane] = len(prompt), first[0].clamp(min=0)
         self.left[lane] = torch.where(first[0] < 0, -1, torch.where(first[0] == self.ends[0], 0, max_new_tokens - 1))
         history, slot = self.space.history, self.slot[lane : lane + 1]
         fresh = history.reset(slot)
@@ -176,16 +176,16 @@ class Engine:
         self.first[request] = torch.zeros(1, dtype=torch.int64, device="cpu", pin_memory=self.device.type == "cuda")
         self.first[request].copy_(first, non_blocking=True)
         if self.extends:
-            self.drafter.admit(lane, prompt, first, self.hidden)
+            self.drafter.admit(lane, prompt, self.root[lane : lane + 1], self.hidden)
         elif self.drafter is not None:
-            self.drafter.admit(slot, [prompt], first)
+            self.drafter.admit(slot, [prompt], self.root[lane : lane + 1])
         self.hidden = self.kept
 
     def step(self) -> Report:
         """Launches one speculative step of the running lanes. Waits for nothing."""
         live, space, drafter = len(self.running), self.space, self.drafter
         lanes = min(1 << (live - 1).bit_length(), len(self.lanes))
-        shape = self.scheduler.forecast(self.known, torch.tensor(self.places[:live], device="cpu"))
+        shape = self.scheduler.forecast(self.known, self.places[:live])
         depth = shape.depth if drafter is not None else 0
         if self.extends and drafter.unread and (depth or drafter.unread == drafter.room):
             drafter.catch_up()

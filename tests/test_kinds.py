@@ -58,12 +58,14 @@ CALLS = {
     "compact": lambda k: (
         echo.compact(PACKED, echo.verify(PACKED, PACKED.tokens), CONTEXT, page_table=TABLE, page_size=k(2), dummy=k(0)).target
     ),
+    "compact, past": lambda k: echo.compact(PACKED, ACCEPTED, CONTEXT, past=k(9)).source,
+    "workspace": lambda k: echo.Workspace(SCHEDULER, k(3), k=k(2), num_verify_tokens=k(24), max_num_reqs=k(5)).nbytes,
     "accept": lambda k: kernels.accept(*LINKS, PACKED.tokens.roll(-1), k(2))[0],
     "accept, kernel": lambda k: kernels.accept(*LINKS, PACKED.tokens.roll(-1), k(2), backend="triton")[0],
     "attention": lambda k: kernels.tree_attention(**ATTENTION, window=k(3), splits=k(2))[0],
     "attention, kernel": lambda k: kernels.tree_attention(**ATTENTION, window=k(3), splits=k(2), backend="triton")[0],
     "sglang": lambda k: layouts.sglang(PACKED, k(24), CONTEXT).positions,
-    "hugging_face": lambda k: layouts.hugging_face(PACKED, k(24), CONTEXT, k(9)).input_ids,
+    "hugging_face": lambda k: layouts.hugging_face(PACKED, k(24), CONTEXT, k(9), left_padded=False).input_ids,
     "flashinfer": lambda k: layouts.flashinfer(PACKED, CONTEXT, k(900)).mask,
     "render": lambda k: PACKED.render(k(1)),
     "validate": lambda k: PACKED.validate(max_rows=k(24)),

@@ -156,6 +156,29 @@ def test_more_live_requests_than_rows_wait_and_are_counted(name, rows, backend):
     assert (packed.status[live & ~served] == echo.Status.STARVED).all()
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("there", [2, 13])
+def test_a_workspace_has_lanes_that_need_no_row(there, backend):
+    """Rows for half of its lanes: two live requests get what they get alone; of thirteen the first eight get a row each."""
+    scheduler, live = POLICIES["calibrated"], torch.arange(16) >= 16 - there
+    with kernels.using(backend):
+        space = echo.Workspace(scheduler, 16, k=2, num_verify_tokens=8)
+        tree, alone = space.begin(torch.arange(16), live=live), scheduler.plant(torch.arange(16), live=live, rows=8)
+        for depth in range(2):
+            shape = 16, 1 if depth == 0 else 2, 2
+            layer = torch.tensor([1, 2]).expand(shape), torch.tensor([-0.2, -2.0]).expand(shape)
+            tree, alone = space.grow(tree, *layer), scheduler.grow(alone, *layer)
+        packed, expected = space.pack(tree), scheduler.pack(alone)
+        accepted = space.accept(packed, torch.full((8,), 5))
+        space.observe(torch.arange(16), packed, accepted)
+    for name in ("tokens", "parent", "indptr", "status"):
+        assert torch.equal(getattr(packed, name), getattr(expected, name)), name
+    served = min(there, 8)
+    assert accepted.lengths.tolist() == [0] * (16 - there) + [1] * served + [0] * (there - served)
+    counts = space.stats.read()
+    assert (counts.requests, counts.unserved, counts.emitted) == (served, there - served, served)
+
+
 def test_backends_plant_the_same_roots():
     if "triton" not in BACKENDS:
         pytest.skip("needs Triton's interpreter")

@@ -230,8 +230,8 @@ def test_each_part_compiles_whole(name):
 
 def test_bad_arguments():
     scheduler = SCHEDULERS["paper"]
-    with pytest.raises(echo.EchoError, match="num_verify_tokens: expected an int >= 4, got 3"):
-        echo.Workspace(scheduler, 4, k=2, num_verify_tokens=3)
+    with pytest.raises(echo.EchoError, match="num_verify_tokens: expected an int >= 1, got 0"):
+        echo.Workspace(scheduler, 4, k=2, num_verify_tokens=0)
     with pytest.raises(echo.EchoError, match="k: expected one number, or one for each of 3 depths, got 2 numbers"):
         echo.Workspace(scheduler, 4, k=[2, 2], num_verify_tokens=8)
     with pytest.raises(echo.EchoError, match="scheduler: expected an ElasticBudgetScheduler"):
@@ -244,7 +244,7 @@ def test_bad_arguments():
     tree = space.begin(torch.arange(2))
     with pytest.raises(echo.EchoError, match=r"tokens: expected int64 \[2, 1, 2\], got int64 \[2, 1, 3\]"):
         space.grow(tree, torch.zeros(2, 1, 3, dtype=torch.int64), torch.zeros(2, 1, 3))
-    with pytest.raises(echo.EchoError, match="num_verify_tokens: expected an int from 2 to 8, got 9"):
+    with pytest.raises(echo.EchoError, match="num_verify_tokens: expected an int from 1 to 8, got 9"):
         space.pack(tree, 9)
 
 

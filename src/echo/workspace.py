@@ -86,15 +86,16 @@ class Workspace:
         rows: PackedTree | None = None,
     ) -> None:
         self.scheduler = checks.instance("scheduler", scheduler, ElasticBudgetScheduler)
-        self.lanes = checks.integer("lanes", lanes, 1)
-        self.num_verify_tokens = checks.integer("num_verify_tokens", num_verify_tokens, lanes)
-        self.device, depth, n = torch.device(device), scheduler.max_depth, num_verify_tokens
-        counts = [k] * depth if isinstance(k, int) else list(k)
+        self.lanes = lanes = checks.integer("lanes", lanes, 1)
+        self.num_verify_tokens = n = checks.integer("num_verify_tokens", num_verify_tokens, 1)
+        self.device, depth = torch.device(device), scheduler.max_depth
+        given = checks.integers("k", k, 1)
+        counts: list[int] = (given.repeat(depth) if given.ndim == 0 else given).tolist()
         if len(counts) != depth:
             raise EchoError(f"k: expected one number, or one for each of {depth} depths, got {len(counts)} numbers")
         self._widths, self._sizes = [1], [1]
-        for d, each in enumerate(counts):
-            self._sizes.append(self._widths[-1] * checks.integer(f"k[{d}]", each, 1))
+        for each in counts:
+            self._sizes.append(self._widths[-1] * each)
             self._widths.append(min(scheduler.rule.width, self._sizes[-1]))
         self._ends = list(itertools.accumulate(self._sizes))
         self._words, self._buys = -(-scheduler.max_tree_rows // WORD), type(scheduler.rule) is not GlobalRank
@@ -194,10 +195,10 @@ class Workspace:
         (``drafted``), so that one graph serves acceptance for every depth. Without a layer it is plain decoding, and nothing is planned.
 
         Raises:
-            EchoError: more rows than the workspace has, or fewer than requests.
+            EchoError: more rows than the workspace has.
         """
-        n = self.num_verify_tokens if num_verify_tokens is None else num_verify_tokens
-        checks.integer("num_verify_tokens", n, max(tree.batch, 1), self.num_verify_tokens)
+        given = self.num_verify_tokens if num_verify_tokens is None else num_verify_tokens
+        n = checks.integer("num_verify_tokens", given, 1, self.num_verify_tokens)
         batch, depth = tree.batch, tree.depth
         if depth:
             self._layers.fill_(depth)

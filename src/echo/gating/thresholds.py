@@ -67,8 +67,8 @@ class Objective:
 
     def __post_init__(self) -> None:
         checks.instance("cost", self.cost, CostModel)
-        checks.integer("batch", self.batch, 1)
-        checks.integer("width", self.width, 1)
+        checks.integer_field(self, "batch", 1)
+        checks.integer_field(self, "width", 1)
 
     def __call__(self, accepted: NDArray[Any] | float, layers: NDArray[Any] | float) -> NDArray[np.float64]:
         """Tokens per second for mean ``accepted`` tokens and mean ``layers`` a request, elementwise."""
@@ -181,7 +181,7 @@ def report(log: WarmupLog, thresholds: Mapping[int, float]) -> tuple[GateReport,
         EchoError: a threshold outside [0, 1], no row of rank 0 down to the deepest gate, a step with two rows of rank 0 at one depth, or
             rows that no step joins.
     """
-    _check_thresholds("thresholds", thresholds)
+    thresholds = _checked("thresholds", thresholds)
     if not thresholds:
         return ()
     chains = join(log, max(thresholds))
@@ -220,7 +220,7 @@ def goodput(
     Raises:
         EchoError: steps whose rows do not reach ``max_depth`` (in a log with weights they are left out), or an argument out of range.
     """
-    _check_thresholds("start", start or {})
+    start = _checked("start", start or {})
     depths = sorted({checks.integer("gates", gate, 1, max_depth) for gate in gates})
     if not depths:
         raise EchoError("gates: expected at least one depth, got none")
@@ -247,10 +247,8 @@ def goodput(
     return {depth: float(tau) for depth, tau in zip(depths, taus, strict=True)}, float(value)
 
 
-def _check_thresholds(name: str, thresholds: Mapping[int, float]) -> None:
-    for depth, tau in thresholds.items():
-        checks.integer(f"{name}.depth", depth, 1)
-        checks.real(f"{name}[{depth}]", tau, 0.0, 1.0)
+def _checked(name: str, thresholds: Mapping[int, float]) -> dict[int, float]:
+    return {checks.integer(f"{name}.depth", d, 1): checks.real(f"{name}[{d}]", tau, 0.0, 1.0) for d, tau in thresholds.items()}
 
 
 class _Search:

@@ -79,7 +79,7 @@ def compact(
     checks.instance("accepted", accepted, Accepted)
     batch, steps = checks.tensor("accepted.rows", accepted.rows, [packed.batch, "D + 1"], torch.int64, device).shape
     checks.tensor("context", context, [batch], checks.INTEGERS, device)
-    checks.integer("page_size", page_size, 1)
+    page_size = checks.integer("page_size", page_size, 1)
     if page_table is not None:
         checks.tensor("page_table", page_table, [batch, "pages"], checks.INTEGERS, device)
         if dummy is None:
@@ -99,7 +99,7 @@ def compact(
     gone, rows = accepted.rows < 0, accepted.rows.clamp(min=0)
     begin = context.long()[:, None]
     place = begin + torch.arange(steps, device=device)
-    lies = rows - packed.indptr[:-1, None] + (begin if past is None else past)
+    lies = rows - packed.indptr[:-1, None] + (begin if past is None else behind)
     if page_table is None:
         source, target = (x.masked_fill(gone, spare) for x in (lies, place))
     else:
