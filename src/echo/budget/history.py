@@ -71,11 +71,11 @@ class History:
         """
         checks.integer("slots", slots, 1)
         checks.integer("depth", depth, 0)
-        by_depth = torch.zeros(depth, slots + 1, device=device)
+        by_depth = torch.zeros(depth, slots + 1, dtype=torch.float32, device=device)
         return cls(
             torch.zeros(slots, dtype=torch.int32, device=device),
             by_depth,
-            torch.zeros(depth, slots + 1, BINS, device=device),
+            torch.zeros(depth, slots + 1, BINS, dtype=torch.float32, device=device),
             by_depth,
             by_depth,
             torch.zeros(slots, dtype=torch.int64, device=device),
@@ -132,9 +132,10 @@ class History:
         ran, (depth, places) = packed.indptr.diff() > 0, self.steps.shape
         layers = torch.arange(depth, device=slots.device)[:, None]
         seen = ran & ((layers < drafted) | (packed.status != int(Status.ACTIVE)) & (drafted > 0))  # who stopped has no deeper layers
-        own = torch.ones(places, device=slots.device).index_copy(0, slots, torch.where(ran, KEEP, 1.0))
+        kept = torch.full(ran.shape, KEEP, dtype=torch.float32, device=slots.device).masked_fill_(~ran, 1.0)
+        own = torch.ones(places, dtype=torch.float32, device=slots.device).index_copy(0, slots, kept)
         fades = own.repeat(depth, 1)
-        fades[:, -1] = (1 - seen.sum(dim=1) / MEMORY).clamp(min=0)
+        fades[:, -1] = (1 - seen.sum(dim=1, dtype=torch.float32) / MEMORY).clamp(min=0)
 
         def add(sums: Tensor, more: Tensor | None) -> Tensor:
             """The ``sums`` [depth, slots + 1, ...] faded; ``more`` [drafted, B, ...] to each slot's, and its sum to everybody's."""
@@ -204,7 +205,7 @@ def foreseen(tree: SuperTree, gain: Tensor, selected: Tensor) -> tuple[Tensor, T
     begins = [torch.full((size,), d * BINS - SKIP, device=gain.device) for d, size in enumerate(sizes)]
     place = torch.cat(begins) + bins.long().clamp(SKIP, BINS + SKIP - 1)
     counted = (score > DEAD_SCORE) & (bins >= SKIP)
-    flat = torch.zeros(batch, tree.depth * BINS, device=gain.device)
+    flat = torch.zeros(batch, tree.depth * BINS, dtype=torch.float32, device=gain.device)
     layers = torch.split(torch.where(selected, gain, 0.0)[:, roots:], sizes, dim=1)
     expected = torch.stack([layer.sum(dim=1) for layer in layers], dim=1)
     return flat.scatter_add_(1, place, counted.float()).view(batch, tree.depth, BINS), expected

@@ -231,7 +231,7 @@ def score(above: Tensor, active: Tensor, index: Tensor, log_prob: Tensor, status
     """
     batch, width, k = log_prob.shape
     count = width * k
-    value = torch.empty(batch, count, device=above.device)
+    value = torch.empty(batch, count, dtype=torch.float32, device=above.device)
     parent, bought = torch.empty_like(value, dtype=torch.int64), torch.empty_like(value, dtype=torch.bool)
     drafted, best = active.new_empty(batch), value.new_empty(batch)
     faults, candidates = torch.empty_like(invalid), torch.empty_like(invalid)
