@@ -203,7 +203,7 @@ class PromptLookup:
         self.match: Match | None = None
         self._asked: tuple[Texts, Tensor, int] | None = None  # of which texts, slots and depth that is
         self._root: tuple[Tensor, ...] | None = None
-        self._won = torch.zeros(2, longest + 1, device=device)
+        self._won = torch.zeros(2, longest + 1, dtype=torch.float32, device=device)
 
     def admit(self, slots: Tensor, prompts: Sequence[Tensor], first: Tensor) -> None:
         """Remembers prompts and first tokens."""

@@ -328,7 +328,7 @@ def _pads(tree: SuperTree, rows: int, words: int) -> PackedTree:
         request=zero,
         indptr=zero.new_zeros(1),
         mask=F.pad(zero[:, None] + 1, (0, words - 1)),
-        score=torch.full((rows,), -torch.inf, device=zero.device),
+        score=torch.full((rows,), -torch.inf, dtype=torch.float32, device=zero.device),
         node=zero.long() - 1,
         bought=zero.bool(),
         status=tree.status,
