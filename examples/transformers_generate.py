@@ -271,7 +271,7 @@ def schedule(policy: str, target: Target, drafter, prompts: Sequence[Tensor], ro
         return echo.ElasticBudgetScheduler.eagle(n=rows, beam=beam, max_depth=depth)
     if policy == "ddd":
         gate = echo.BeamMassGate(tuple(range(2, depth)), -1.0, beam)
-        return echo.ElasticBudgetScheduler(echo.PerRequest(rows, beam), gate, None, depth)
+        return echo.ElasticBudgetScheduler(echo.PerRequest(rows, beam), gate, None, depth, max_tree_rows=max(64, rows))
     log, layer = warm_up(target, drafter, prompts, depth, bar)
     calibration = echo.calibrate(log, min_rows=20)
     if policy == "goodput":
