@@ -6,7 +6,7 @@ import math
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -87,6 +87,21 @@ def integer(name: str, value: object, low: int, high: int | None = None) -> int:
     if isinstance(value, int) and not isinstance(value, bool) and value >= low and (high is None or value <= high):
         return value
     raise EchoError(f"{name}: expected an int {_range(low, high)}, got {value!r}")
+
+
+def ints(name: str, values: Iterable[Any]) -> tuple[int, ...]:
+    """``values`` as Python's ints: whole numbers of any kind, numpy's and torch's too (a tensor's are read back).
+
+    Raises:
+        EchoError: naming the argument, what was expected and what came.
+    """
+    with reading(f"{name}: expected ints"):
+        given = values.tolist() if isinstance(values, Tensor) else list(values)
+        found = tuple(int(value) for value in given)
+    for value, whole in zip(given, found, strict=True):
+        if value != whole:
+            raise EchoError(f"{name}: expected ints, got {value!r}")
+    return found
 
 
 def real(name: str, value: object, low: float, high: float | None = None) -> float:

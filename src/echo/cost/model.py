@@ -31,7 +31,7 @@ class CostModel:
     """Seconds of a target step, ``curve(rows) + curve(requests) + context_token * context``, and of drafting.
 
     Both curves are piecewise linear between their knots and never fall; beyond the last knot the last slope goes on, before the first
-    the first value holds. Only the first curve is needed.
+    the first value holds. Only the first curve is needed. Numbers of numpy and torch become Python's.
 
     Attributes:
         rows: increasing ints, knots of the curve over the rows of the forward pass (roots, drafts, prefill).
@@ -62,6 +62,16 @@ class CostModel:
     gamma_interval: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
+        for name in ("rows", "tiers", "requests"):
+            object.__setattr__(self, name, checks.ints(name, getattr(self, name)))
+        for name in ("seconds", "request_seconds"):
+            with checks.reading(f"{name}: expected numbers"):
+                object.__setattr__(self, name, tuple(float(value) for value in getattr(self, name)))
+        for name, kind in (("k_max_interval", int), ("gamma_interval", float)):
+            if (ends := getattr(self, name)) is not None:
+                with checks.reading(f"{name}: expected two numbers"):
+                    low, high = (kind(end) for end in ends)
+                object.__setattr__(self, name, (low, high))
         _check_curve("rows", self.rows, "seconds", self.seconds)
         if (np.asarray(self.seconds) <= 0).any():
             raise EchoError(f"seconds: expected positive, non-decreasing numbers, got {self.seconds}")
@@ -70,9 +80,9 @@ class CostModel:
             if self.request_seconds[0] != 0:
                 raise EchoError(f"request_seconds: expected 0 at the fewest requests, got {self.request_seconds[0]}")
         for name in ("draft_layer", "draft_row", "context_token", "restart"):
-            checks.real(name, getattr(self, name), 0.0)
+            object.__setattr__(self, name, checks.real(name, getattr(self, name), 0.0))
         if self.catch_up_token is not None:
-            checks.real("catch_up_token", self.catch_up_token, 0.0)
+            object.__setattr__(self, "catch_up_token", checks.real("catch_up_token", self.catch_up_token, 0.0))
         if any(a >= b for a, b in zip(self.tiers, self.tiers[1:], strict=False)) or any(t < 1 for t in self.tiers):
             raise EchoError(f"tiers: expected increasing ints >= 1, got {self.tiers}")
         object.__setattr__(self, "_curve", _knots(self.rows, self.seconds))

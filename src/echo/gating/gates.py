@@ -122,6 +122,7 @@ class BeamMassGate:
     beam: int
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "depths", checks.ints("depths", self.depths))
         if not self.depths:
             raise EchoError("depths: expected at least one depth, got none")
         for depth in self.depths:
