@@ -237,8 +237,7 @@ def calibrate(
         True
     """
     checks.real("min_auc", min_auc, 0.5, 1.0)
-    checks.integer("min_rows", min_rows, 1)
-    checks.integer("max_gates", max_gates, 2)
+    min_rows, max_gates = checks.integer("min_rows", min_rows, 1), checks.integer("max_gates", max_gates, 2)
     if thresholds not in ("youden", "goodput"):
         raise EchoError(f"thresholds: expected 'youden' or 'goodput', got {thresholds!r}")
     if thresholds == "goodput":
