@@ -65,7 +65,7 @@ def test_bad_input():
     cache = torch.zeros(1, 1, 2, 8)
     table, context = torch.zeros(3, 1, dtype=torch.int32), torch.zeros(3, dtype=torch.int32)
     kv = torch.zeros(packed.rows, 2, 8)
-    with pytest.raises(echo.EchoError, match="Hq / Hkv"):
+    with pytest.raises(echo.EchoError, match="q: expected a multiple of the 2 heads of tree_key, got 3 heads"):
         tree_attention(q, cache, cache, table, context, kv, kv, packed.request, packed.indptr, packed.mask)
     with pytest.raises(echo.EchoError, match="mask: expected int32"):
         tree_attention(q[:, :2], cache, cache, table, context, kv, kv, packed.request, packed.indptr, packed.mask.long())

@@ -256,3 +256,21 @@ def test_one_late_step_does_not_turn_the_curve():
     assert tiered.learn(5, 2.0, rate=1.0).rows == (1, 32, 64)  # the tier that was launched
     with pytest.raises(echo.EchoError, match=r"rate: expected a number from 0\.0 to 1\.0, got 2"):
         model.learn(64, 1.0, rate=2)
+
+
+@pytest.mark.parametrize("make", [np.array, torch.tensor, list])
+def test_a_model_of_numpy_rows_is_written_compared_and_hashed_as_any(make):
+    plain = echo.CostModel(
+        (1, 8, 64), (1.0, 1.0, 2.0), 0.5, tiers=(8, 64), requests=(1, 4), request_seconds=(0.0, 0.25), k_max_interval=(3, 4)
+    )
+    rows, seconds = make([1, 8, 64]), make([1.0, 1.0, 2.0])
+    crowd = {"requests": make([1, 4]), "request_seconds": make([0.0, 0.25]), "k_max_interval": make([3, 4])}
+    model = echo.CostModel(rows, seconds, np.float64(0.5), tiers=make([8, 64]), **crowd)
+    assert model == plain and hash(model) == hash(plain)
+    assert model.to_json() == plain.to_json() and echo.CostModel.from_json(model.to_json()) == model
+    assert all(type(row) is int for row in (*model.rows, *model.tiers)) and type(model.draft_layer) is float
+    assert echo.BeamMassGate(make([1, 3]), -1.0, 2) == echo.BeamMassGate((1, 3), -1.0, 2)
+    with pytest.raises(echo.EchoError, match="rows: expected ints"):
+        echo.CostModel(make([1.5, 2.0]), seconds[:2])
+    with pytest.raises(echo.EchoError, match="tiers: expected ints"):
+        echo.CostModel(rows, seconds, tiers=make([float("nan")]))

@@ -314,6 +314,9 @@ def test_a_left_padded_cache_is_refused():
     for padded in (None, True):
         with pytest.raises(echo.EchoError, match=f"left_padded: expected False, a cache whose texts begin at entry 0, got {padded}"):
             layouts.hugging_face(case.packed, 9, torch.tensor([3, 4]), 5, left_padded=padded)
+    alone = forest(1, 1, 9, empty=False).packed
+    one, two = (layouts.hugging_face(alone, 9, torch.tensor([5]), 5, left_padded=padded).attention_mask for padded in (None, False))
+    assert torch.equal(one, two)
 
 
 @given(cases())

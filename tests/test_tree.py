@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -124,6 +125,9 @@ def test_static_template():
     any_order = Template((-1, 0, -1, 2, 1))  # children of the second root child are drafted before those of the first
     tree = any_order.fill(scheduler.plant(torch.tensor([7])), torch.tensor([[1, 2, 3, 4, 5]]), torch.zeros(1, 5))
     scheduler.pack(tree).validate()
+    for make in (torch.tensor, np.array, list):
+        assert Template.from_choices([make(choice) for choice in ([1], [0], [0, 1], [0, 0], [0, 0, 0])]) == template
+        assert hash(Template(make(template.parents), make(template.candidates))) == hash(template)
     with pytest.raises(echo.EchoError, match="parents: node 1: expected -1 or a node before it, got 1"):
         Template((-1, 1))
     with pytest.raises(echo.EchoError, match=r"choices: expected distinct paths .* got \[0, 0\]"):
@@ -138,6 +142,13 @@ def test_ngram_trie_merges_prefixes():
     packed = scheduler.pack(tree)
     assert packed.tokens.tolist() == [7, 1, 4, 2, 3, 8, 9, 5]
     assert packed.score.exp().tolist() == pytest.approx([1, 3 / 5, 1 / 5, 3 / 5 * 2 / 4, 3 / 5 / 4, 1, 1, 1 / 2])
+    rows = [torch.tensor([[1, 2], [1, 3]]), [np.array([4]), [torch.tensor(4), np.int32(5)]]], [torch.tensor([2.0, 1.0]), [1.0, 1.0]]
+    plain = [[[1, 2], [1, 3]], [[4], [4, 5]]], [[2.0, 1.0], [1.0, 1.0]]
+    one, two = (echo.SuperTree.from_paths(torch.tensor([7, 8]), paths, weights=weights) for paths, weights in (rows, plain))
+    assert torch.equal(one.forest.token, two.forest.token) and torch.equal(one.score, two.score)
+    for bad in ([[1.5]], torch.tensor([1, 2]), [["a"]]):
+        with pytest.raises(echo.EchoError, match=r"paths\[0\]: expected ints"):
+            echo.SuperTree.from_paths(torch.tensor([7]), [bad])
     with pytest.raises(echo.EchoError, match="weights: request 0: expected 1 weights, got 2"):
         echo.SuperTree.from_paths(torch.tensor([7]), [[[1]]], weights=[[1, 2]])
 

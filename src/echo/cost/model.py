@@ -31,7 +31,7 @@ class CostModel:
     """Seconds of a target step, ``curve(rows) + curve(requests) + context_token * context``, and of drafting.
 
     Both curves are piecewise linear between their knots and never fall; beyond the last knot the last slope goes on, before the first
-    the first value holds. Only the first curve is needed.
+    the first value holds. Only the first curve is needed. Numbers of numpy and torch become Python's.
 
     Attributes:
         rows: increasing ints, knots of the curve over the rows of the forward pass (roots, drafts, prefill).
@@ -62,6 +62,16 @@ class CostModel:
     gamma_interval: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
+        for name in ("rows", "tiers", "requests"):
+            object.__setattr__(self, name, tuple(checks.integers(name, getattr(self, name), 0).tolist()))
+        for name in ("seconds", "request_seconds"):
+            with checks.reading(f"{name}: expected numbers"):
+                object.__setattr__(self, name, tuple(float(value) for value in getattr(self, name)))
+        for name, kind in (("k_max_interval", int), ("gamma_interval", float)):
+            if (ends := getattr(self, name)) is not None:
+                with checks.reading(f"{name}: expected two numbers"):
+                    low, high = (kind(end) for end in ends)
+                object.__setattr__(self, name, (low, high))
         _check_curve("rows", self.rows, "seconds", self.seconds)
         if (np.asarray(self.seconds) <= 0).any():
             raise EchoError(f"seconds: expected positive, non-decreasing numbers, got {self.seconds}")

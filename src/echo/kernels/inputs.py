@@ -109,7 +109,8 @@ class Planning:
         q = checks.tensor("q", self.q, ["N", "Hq", "D"], checks.FLOATS)
         (n, heads, dim), device = q.shape, q.device
         kv_heads = checks.tensor("tree_key", self.tree_key, [n, "Hkv", dim], checks.FLOATS, device).shape[1]
-        checks.integer("Hq / Hkv", heads // kv_heads if kv_heads and heads % kv_heads == 0 else 0, 1)
+        if not kv_heads or heads % kv_heads:
+            raise EchoError(f"q: expected a multiple of the {kv_heads} heads of tree_key, got {heads} heads")
         batch = checks.tensor("indptr", self.indptr, ["B + 1"], torch.int32, device).shape[0] - 1
         checks.integer("B", batch, 0)
         if self.mode not in MODES:

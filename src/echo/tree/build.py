@@ -75,13 +75,14 @@ def from_paths(
         raise EchoError(f"paths, weights: expected one list for each of {batch} requests, got {len(paths)}")
     trees: list[tuple[list[int], list[int], list[float]]] = []
     for b, (root, mine) in enumerate(zip(root_tokens.tolist(), paths, strict=True)):
-        shares = [1.0] * len(mine) if weights is None else [checks.real(f"weights[{b}]", w, 0.0) for w in weights[b]]
+        given: Any = [1.0] * len(mine) if weights is None else weights[b]
+        shares = [checks.real(f"weights[{b}]", w, 0.0) for w in (given.tolist() if isinstance(given, Tensor) else given)]
         if len(shares) != len(mine):
             raise EchoError(f"weights: request {b}: expected {len(mine)} weights, got {len(shares)}")
         token, parent, weight, child = [root], [-1], [sum(shares)], dict[tuple[int, int], int]()
         for path, share in zip(mine, shares, strict=True):
             at = 0
-            for t in path:
+            for t in checks.integers(f"paths[{b}]", path, 0).tolist():
                 if (at, t) not in child:
                     child[at, t] = len(token)
                     token.append(t)
@@ -122,6 +123,9 @@ class Template:
     candidates: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "parents", tuple(checks.integers("parents", self.parents, -1).tolist()))
+        if self.candidates is not None:
+            object.__setattr__(self, "candidates", tuple(checks.integers("candidates", self.candidates, 0).tolist()))
         for node, parent in enumerate(self.parents):
             if not -1 <= parent < node:
                 raise EchoError(f"parents: node {node}: expected -1 or a node before it, got {parent}")
@@ -145,7 +149,7 @@ class Template:
         Raises:
             EchoError: naming a choice that is empty, double, or whose parent is missing.
         """
-        paths = sorted((tuple(choice) for choice in choices), key=lambda path: (len(path), path))
+        paths = sorted((tuple(checks.integers("choices", choice, 0).tolist()) for choice in choices), key=lambda path: (len(path), path))
         number = {path: node for node, path in enumerate(paths)}
         for path in paths:
             if not path or len(number) != len(paths) or (len(path) > 1 and path[:-1] not in number) or min(path) < 0:

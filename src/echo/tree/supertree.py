@@ -220,7 +220,7 @@ class SuperTree:
 
         Args:
             root_tokens: int64 [B], each request's last emitted token.
-            paths: for each request its continuations, the root not included; none is fine.
+            paths: for each request its continuations, the root not included, lists or tensors; none is fine.
             weights: for each request the weight of each continuation (how often it was seen); 1 where not given.
             prior: weight of "something else follows".
             rows, row_limit: as in :meth:`from_arrays`.

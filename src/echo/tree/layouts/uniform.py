@@ -201,9 +201,9 @@ def hugging_face(
         n: rows of every request.
         context: int32 or int64 [B], tokens of each request in the cache.
         past: entries of the cache, a host int.
-        left_padded: must be said, and be False. In a left-padded cache texts end together, and so they cannot once requests have accepted
-            different numbers of drafts; move them to entry 0 after prefill: ``keys.gather(2, index)`` with ``index`` the entries
-            ``(arange(past) + past - context[:, None]).clamp(max=past - 1)``, expanded to the shape of the keys.
+        left_padded: must be False, and be said for more than one request. In a left-padded cache texts end together, and so they cannot
+            once requests have accepted different numbers of drafts; move them to entry 0 after prefill: ``keys.gather(2, index)`` with
+            ``index`` the entries ``(arange(past) + past - context[:, None]).clamp(max=past - 1)``, expanded to the shape of the keys.
         dtype: of the mask: bool, or a float type.
         out: persistent buffers.
 
@@ -214,7 +214,7 @@ def hugging_face(
     """
     checks.tensor("context", context, [packed.batch], checks.INTEGERS, packed.tokens.device)
     past = checks.integer("past", past, 0)
-    if left_padded is not False:
+    if left_padded or (left_padded is None and packed.batch > 1):  # one request needs no padding
         raise EchoError(f"left_padded: expected False, a cache whose texts begin at entry 0, got {left_padded}")
     grid, shape, device = _Grid(packed, n), (packed.batch, 1, n, past + n), context.device
     column, lens = torch.arange(past, dtype=torch.int32, device=device), context.int()[:, None]
