@@ -140,6 +140,18 @@ def integers(name: str, value: object, low: int, high: int | None = None) -> NDA
     return found.astype(np.int64)
 
 
+def ints(name: str, values: object, low: int, high: int | None = None) -> tuple[int, ...]:
+    """Several integers as Python's, from what :func:`integers` takes but for a single one.
+
+    Raises:
+        EchoError: naming the argument, what was expected and what came.
+    """
+    found = integers(name, values, low, high)
+    if found.ndim == 0:
+        raise EchoError(f"{name}: expected ints {_range(low, high)}, several, got {values!r}")
+    return tuple(found.tolist())
+
+
 def real(name: str, value: object, low: float, high: float | None = None) -> float:
     """``value`` as a float if it is a finite number of any kind, as in :func:`integer`, within [low, high].
 

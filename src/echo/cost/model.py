@@ -63,7 +63,7 @@ class CostModel:
 
     def __post_init__(self) -> None:
         for name in ("rows", "tiers", "requests"):
-            object.__setattr__(self, name, tuple(checks.integers(name, getattr(self, name), 0).tolist()))
+            object.__setattr__(self, name, checks.ints(name, getattr(self, name), 0))
         for name in ("seconds", "request_seconds"):
             with checks.reading(f"{name}: expected numbers"):
                 object.__setattr__(self, name, tuple(float(value) for value in getattr(self, name)))

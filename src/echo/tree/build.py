@@ -82,7 +82,7 @@ def from_paths(
         token, parent, weight, child = [root], [-1], [sum(shares)], dict[tuple[int, int], int]()
         for path, share in zip(mine, shares, strict=True):
             at = 0
-            for t in checks.integers(f"paths[{b}]", path, 0).tolist():
+            for t in checks.ints(f"paths[{b}]", path, 0):
                 if (at, t) not in child:
                     child[at, t] = len(token)
                     token.append(t)
@@ -123,9 +123,9 @@ class Template:
     candidates: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "parents", tuple(checks.integers("parents", self.parents, -1).tolist()))
+        object.__setattr__(self, "parents", checks.ints("parents", self.parents, -1))
         if self.candidates is not None:
-            object.__setattr__(self, "candidates", tuple(checks.integers("candidates", self.candidates, 0).tolist()))
+            object.__setattr__(self, "candidates", checks.ints("candidates", self.candidates, 0))
         for node, parent in enumerate(self.parents):
             if not -1 <= parent < node:
                 raise EchoError(f"parents: node {node}: expected -1 or a node before it, got {parent}")
@@ -149,7 +149,7 @@ class Template:
         Raises:
             EchoError: naming a choice that is empty, double, or whose parent is missing.
         """
-        paths = sorted((tuple(checks.integers("choices", choice, 0).tolist()) for choice in choices), key=lambda path: (len(path), path))
+        paths = sorted((checks.ints("choices", choice, 0) for choice in choices), key=lambda path: (len(path), path))
         number = {path: node for node, path in enumerate(paths)}
         for path in paths:
             if not path or len(number) != len(paths) or (len(path) > 1 and path[:-1] not in number) or min(path) < 0:
