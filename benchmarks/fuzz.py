@@ -55,15 +55,15 @@ class Round:
         batch, depth, k, beam = (int(rng.integers(low, high)) for low, high in ((1, 6), (1, 5), (1, 4), (1, 4)))
         vocab, spare = 5, int(rng.integers(0, 1 + batch * min(beam, k) * depth))  # from nothing to about what all would buy
         reliability = calibration if rng.random() < 0.4 else None
+        limit = int(rng.choice([1, 3, 33, 70], p=[0.05, 0.25, 0.35, 0.35]))
         kind = rng.choice(["two-level", "global", "per-request"])
         rule, claims = {
             "two-level": (echo.TwoLevel(beam, int(rng.integers(0, 6)), reliability), ("ties", "depth_first", "floors")),
             "global": (echo.GlobalRank(beam, reliability), ("ties", "full", "best", "floors")),
-            "per-request": (echo.PerRequest(int(rng.integers(1, 12)), beam, reliability), ("ties", "alone")),
+            "per-request": (echo.PerRequest(int(rng.integers(1, min(12, limit + 1))), beam, reliability), ("ties", "alone")),
         }[kind]
         gates = [None, echo.SparseGate({int(rng.integers(1, depth + 1)): float(rng.random() / 2)}), echo.BeamMassGate((1, 3), -1.0, 2)]
         budget = None if kind == "per-request" else batch + spare
-        limit = int(rng.choice([1, 3, 33, 70], p=[0.05, 0.25, 0.35, 0.35]))
         scheduler = echo.ElasticBudgetScheduler(rule, gates[rng.integers(3)], budget, depth, max_tree_rows=limit)
         shape = ROUND, depth, vocab, k
         table = scores(rng.integers(0, 65536, np.prod(shape)), coarse=bool(rng.random() < 0.5)).view(shape)

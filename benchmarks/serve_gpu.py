@@ -4,10 +4,10 @@
     python benchmarks/serve_gpu.py --device cpu --lanes 1 2 --new 8  a rehearsal, graphs too; --tiny takes random models of a few layers
 
 First panel: SmolLM2 with its EAGLE head, greedy. All policies of a load share the target's cache, buffers and graphs, and each begins
-where prefill ended. A run counts from its first report until a request is at its end: all lanes are busy. Runs of the policies take
-turns; figures are medians, intervals smallest and largest. Times of parts and waits are a run of their own, between events of the
-device. Text is compared with plain decoding's of the same load; in float32 it may differ from where that one's two best logits are
-within 1e-4.
+where prefill ended. A run counts from its first report until ``--new`` tokens a lane are written, and no request ends before: all lanes
+are busy. Runs of the policies take turns; figures are medians, intervals smallest and largest. Times of parts and waits are a run of
+their own, between events of the device. Text is compared with plain decoding's of the same load; in float32 it may differ from where
+that one's two best logits are within 1e-4.
 
 Second panel: a LLaMA-3.1-8B shape. Its weights are random, so nothing is decoded: recorded drafts (SmolLM2's) are replayed, and each
 step is charged what its target pass, drafted layers and planning took on this device.
@@ -51,7 +51,9 @@ from head import FEATURE_LAYERS  # noqa: E402
 
 NEAR = 1e-4
 """In float32, sums in another order may choose the other of two logits that are closer."""
-LENGTH, CANDIDATES, BEAM, DEPTH = 256, 4, 4, 6
+LENGTH, CANDIDATES, BEAM, DEPTH = 320, 4, 4, 6
+ROOM = 2
+"""Times the tokens of a run that a request may write: those that accept more than others are ahead when it is over."""
 MOST = 2048
 """Rows of a step at most, and 32 a lane: a tree that asks for more is left out."""
 QUICK = (1, 8)
@@ -216,8 +218,8 @@ class Load:
         """All prompts, once; keeps what :meth:`begin` restores."""
         cache, drafter = engine.cache, engine.drafter
         for lane, prompt in enumerate(self.prompts):
-            assert cache.reserve(lane, len(prompt) + self.new + DEPTH + 1)
-            engine.admit(lane, prompt, self.new)
+            assert len(prompt) + ROOM * self.new + DEPTH < LENGTH and cache.reserve(lane, LENGTH)
+            engine.admit(lane, prompt, ROOM * self.new)
         synchronize(self.device)
         self.first, self.firsts = engine, [int(engine.first[lane]) for lane in range(self.lanes)]
         self.pool = list(cache.free), dict(cache.owned)
@@ -231,7 +233,7 @@ class Load:
             tensor.copy_(value)
         engine.cache.free, engine.cache.owned = list(self.pool[0]), dict(self.pool[1])
         engine.root.copy_(self.roots)
-        engine.left.fill_(self.new - 1)
+        engine.left.fill_(ROOM * self.new - 1)
         engine.slot.copy_(engine.lanes)
         engine.running, engine.places, engine.first = list(range(self.lanes)), list(range(self.lanes)), {}
         engine.known = engine.scheduler.history(self.lanes, "cpu")
@@ -249,14 +251,13 @@ class Load:
         self.begin(engine)
         engine.timed = timed
         answers, marks, last, written = [[token] for token in self.firsts], [], None, 0
-        while engine.running or last is not None:
-            now = engine.step() if engine.running else None
+        while len(engine.running) == self.lanes and (not marks or written - marks[0][1] < self.new * self.lanes):
+            now = engine.step()
             if last is not None:
                 for lane, tokens in engine.read(last):
                     answers[lane] += tokens
                     written += len(tokens)
-                if len(engine.running) == self.lanes or not marks:
-                    marks.append((time.perf_counter(), written))
+                marks.append((time.perf_counter(), written))
             last = now
         synchronize(self.device)
         (begin, before), (end, after) = marks[0], marks[-1]
@@ -319,13 +320,13 @@ class Load:
 
     @torch.inference_mode()
     def differences(self, answers: Sequence[Sequence[int]], plain: Sequence[Sequence[int]]) -> dict[str, int]:
-        """How many answers are plain decoding's, part from it at a tie, or otherwise."""
+        """How many answers are plain decoding's as far as both go, part from it at a tie, or otherwise."""
         counts = {"same": 0, "ties": 0, "different": 0}
         assert self.first is not None
         for prompt, mine, theirs in zip(self.prompts, answers, plain, strict=True):
             at = next((i for i, (a, b) in enumerate(zip(mine, theirs, strict=False)) if a != b), None)
             if at is None:
-                counts["same" if len(mine) == len(theirs) else "different"] += 1
+                counts["same"] += 1
                 continue
             text = torch.cat([prompt, prompt.new_tensor(theirs[:at])])
             states = self.first.forward(text, torch.arange(len(text), device=self.device), causal)[0]
@@ -445,7 +446,9 @@ def smollm2(args: argparse.Namespace, clock: Clock, out: Out, trace: Trace) -> N
             if cell["dtype"] == kind:
                 clock.say(line(cell))
         for lanes, made in loads.items():
-            out.add("graphs", {"dtype": kind, "lanes": lanes, "graphs": len(made.graphs.captured), "bytes": made.graphs.nbytes})
+            count, size = len(made.graphs.captured), made.graphs.nbytes
+            out.add("graphs", {"dtype": kind, "lanes": lanes, "graphs": count, "bytes": size})
+            clock.say(f"{kind} {lanes} lanes: {count} graphs of all policies, {size / 2**20:.1f} MiB in their pool")
         del loads, found
 
 

@@ -139,7 +139,10 @@ class Engine:
 
     @torch.inference_mode()
     def generate(self, prompts: Sequence[Tensor], max_new_tokens: int) -> Iterator[tuple[int, list[int]]]:
-        """Answers all prompts, as many at once as lanes and pages allow; yields what a request emits, as ``(prompt, tokens)``."""
+        """Answers all prompts, as many at once as lanes and pages allow; yields what a request emits, as ``(prompt, tokens)``.
+
+        Raises ValueError at the end where answers broke off because the model had no number for their next token.
+        """
         waiting, last, self.failed = deque(range(len(prompts))), None, []
         while waiting or self.running or last is not None:
             while waiting and len(self.running) < len(self.lanes):
@@ -154,7 +157,7 @@ class Engine:
                 yield from self.read(last)
             last = now
         if self.failed:
-            raise ValueError(f"prompts {self.failed}: the target had no number for the next token: their answers are not whole")
+            raise ValueError(f"model: no number for the next token of prompts {self.failed}")
 
     def admit(self, request: int, prompt: Tensor, max_new_tokens: int) -> None:
         """Prefills a request alone, causally, in the next lane, and samples its first token, which the next report brings."""
@@ -249,7 +252,7 @@ class Engine:
         self.said[:lanes, :steps] = accepted.tokens
         torch.where(accepted.lengths > 0, accepted.bonus, root, out=root)
         rest = torch.where(accepted.bonus == self.ends, 0, left - accepted.lengths)
-        torch.where(accepted.lengths > 0, rest, left.clamp(max=0).masked_fill(left > 0, -1), out=left)  # -1: the target had no number
+        torch.where(accepted.lengths > 0, rest, torch.where(left > 0, -1, left), out=left)  # -1: the target had no number
         torch.cat([part.view(torch.int32) for part in self.parts()], out=self.report)
 
     def parts(self) -> list[Tensor]:

@@ -200,7 +200,7 @@ class DraftModel:
     def _read(self, slots: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
         """Reads the text that came since the last time; what follows it is the first layer. Who does not draft is left for later."""
         tokens = torch.zeros(len(slots), 1, self.count, dtype=torch.int64, device=slots.device)
-        log_probs, readers = torch.full(tokens.shape, -torch.inf, device=slots.device), slots[active]
+        log_probs, readers = torch.full(tokens.shape, -torch.inf, dtype=torch.float32, device=slots.device), slots[active]
         if len(readers):
             texts = [torch.tensor(self.unread[slot], device=slots.device) for slot in readers.tolist()]
             self.unread.update((slot, []) for slot in readers.tolist())
@@ -271,7 +271,7 @@ def schedule(policy: str, target: Target, drafter, prompts: Sequence[Tensor], ro
         return echo.ElasticBudgetScheduler.eagle(n=rows, beam=beam, max_depth=depth)
     if policy == "ddd":
         gate = echo.BeamMassGate(tuple(range(2, depth)), -1.0, beam)
-        return echo.ElasticBudgetScheduler(echo.PerRequest(rows, beam), gate, None, depth)
+        return echo.ElasticBudgetScheduler(echo.PerRequest(rows, beam), gate, None, depth, max_tree_rows=max(64, rows))
     log, layer = warm_up(target, drafter, prompts, depth, bar)
     calibration = echo.calibrate(log, min_rows=20)
     if policy == "goodput":

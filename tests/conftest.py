@@ -53,12 +53,13 @@ def policies(draw):
     beam = draw(st.integers(1, 4))
     kind = draw(st.sampled_from(["two-level", "global", "per-request"]))
     budget: int | None = batch + draw(st.integers(0, 30))
+    most = draw(st.sampled_from([1, 3, 33, 70]))
     if kind == "two-level":
         rule = echo.TwoLevel(beam, draw(st.integers(0, 5)))
     elif kind == "global":
         rule = echo.GlobalRank(beam)
     else:
-        rule, budget = echo.PerRequest(draw(st.integers(1, 12)), beam), None
+        rule, budget = echo.PerRequest(draw(st.integers(1, min(12, most))), beam), None
     taus = st.floats(0, 1, width=32)
     gate = draw(
         st.one_of(
@@ -67,7 +68,7 @@ def policies(draw):
             st.floats(-3, 0).map(lambda tau: echo.BeamMassGate((1, 3), tau, 2)),
         )
     )
-    scheduler = echo.ElasticBudgetScheduler(rule, gate, budget, depth, max_tree_rows=draw(st.sampled_from([1, 3, 33, 70])))
+    scheduler = echo.ElasticBudgetScheduler(rule, gate, budget, depth, max_tree_rows=most)
     return scheduler, batch
 
 

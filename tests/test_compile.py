@@ -28,7 +28,7 @@ def test_a_representative_subset_compiles_well():
 def test_the_check_finds_spills_and_narrow_instructions():
     code = (
         "import compile_kernels as ck, torch; from echo.kernels import launch\n"
-        "launch.tile = lambda *_: launch.Tile(128, 64, 4, 2)\n"
+        "launch.tile = lambda *_: launch.Tile(128, 64, 4, 2, 2)\n"
         "entry = ck.measure(ck.attention(ck.Case(128, torch.bfloat16, 4, 16), 80)['attend'], 80)\n"
         "assert 'spill' in ck.faults(entry, 64, True)[0], entry\n"
         "entry['buffers'] = 2\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -201,8 +202,8 @@ def test_the_paged_engine_stops_where_the_model_has_no_number(folders, prompts, 
     forward = made.forward
 
     def spoiled(tokens, *rest):
-        states, *more = forward(tokens, *rest)
-        return states.masked_fill((tokens == token)[:, None], torch.nan), *more
+        states, *kept = forward(tokens, *rest)
+        return states.masked_fill((tokens == token)[:, None], torch.nan), *kept
 
     made.forward, error = spoiled, ""
     try:
@@ -259,6 +260,92 @@ def test_the_paged_engine_serves_the_real_model(smollm2):
     (plain, _), (text, counts) = run("plain"), run("echo")
     assert text == plain
     assert counts.tokens_per_step > 1.4
+
+
+def test_the_real_engine_is_captured_whole(smollm2):
+    """Every part is recorded and run again, with speculation and without: the text of plain decoding, and nothing read but the report."""
+    from engine import Engine
+
+    from echo.testing import RecordedGraphs
+    from echo.testing.kit import RefuseReads
+    from echo.testing.rehearsal import Recording, _launches
+    from graph_eagle import GraphEagle
+    from model import FEATURE_LAYERS, encode
+
+    model, tokenizer = smollm2
+    prompts = encode(tokenizer, ["Count from one to ten.", "Name three colours.", "Say hello."])
+    dear = echo.CostModel((1, 2, 64), (1.0, 2.0, 64.0))  # never worth it: only probes draft
+    policies = {
+        "plain": echo.ElasticBudgetScheduler.autoregressive(),
+        "eagle": echo.ElasticBudgetScheduler.eagle(n=6, beam=3, max_depth=3),
+        "off": echo.ElasticBudgetScheduler(echo.GlobalRank(3), None, dear, 3, probe=4),
+    }
+
+    def run(scheduler):
+        drafts = scheduler.max_depth > 0
+        make = (lambda made: GraphEagle(made.model, 2, beam=3, depth=3, fused=False)) if drafts else None
+        features, graphs = FEATURE_LAYERS if drafts else (), RecordedGraphs()
+        made = Engine(model, scheduler, make, lanes=2, pages=32, features=features, eos_token=tokenizer.eos_token_id, graphs=graphs)
+        step, answers = made.step, [[] for _ in prompts]
+
+        def refusing():
+            with _launches(Recording()), RefuseReads():  # the reference of attention looks at values, as no kernel does
+                return step()
+
+        made.step = refusing
+        for request, tokens in made.generate(prompts, 12):
+            answers[request] += tokens
+        runs = {part: sum(n for key, n in graphs.runs.items() if key[0] == part) for part in {key[0] for key in graphs.runs}}
+        return answers, runs, made
+
+    text, runs, _ = run(policies["plain"])
+    assert runs.keys() == {"plain"}
+    answers, runs, made = run(policies["eagle"])
+    assert answers == text and min(runs[part] for part in ("draft", "plan", "target", "accept")) >= 3
+    assert made.stats.read().tokens_per_step > 1.2
+    answers, runs, made = run(policies["off"])
+    assert answers == text and runs["plain"] >= 3 and 0 < made.stats.read().layers < 3 * made.stats.read().steps
+
+
+def test_what_a_step_of_the_engine_launches(smollm2):
+    """Operations and kernels of each captured part at depth 3, the target's own left out: what the host launched piece by piece before."""
+    from engine import Engine
+
+    from echo import kernels
+    from echo.testing.rehearsal import Recording, _launches
+    from graph_eagle import GraphEagle
+    from model import FEATURE_LAYERS, encode
+
+    pytest.importorskip("triton")
+    model, tokenizer = smollm2
+    scheduler = echo.ElasticBudgetScheduler(echo.TwoLevel(3, 4), echo.SparseGate({1: 0.1, 3: 0.05}), 12, 3)
+    make = lambda made: GraphEagle(made.model, 1, beam=3, depth=3, fused=True)  # noqa: E731
+    made = Engine(model, scheduler, make, lanes=1, pages=32, features=FEATURE_LAYERS, eos_token=tokenizer.eos_token_id)
+    made.cache.reserve(0, 200)
+    counts = {}
+
+    def count(part, function):
+        recording = Recording()
+        with _launches(recording), recording:
+            result = function()
+        counts[part] = len(recording.operations)
+        return result
+
+    with torch.inference_mode():
+        made.admit(0, encode(tokenizer, ["Say hello."])[0], 64)
+        with kernels.using("triton"):
+            for _ in range(2):  # tables are made once
+                tree = count("draft", lambda: made.draft(1, 3))
+                packed = count("plan", partial(made.space.pack, tree, 12))
+                with kernels.using("torch"):
+                    made.target(packed)
+                count("accept", partial(made.accept, packed))
+            plain = count("off: plan", lambda: made.space.pack(made.draft(1, 0), 1))
+            with kernels.using("torch"):
+                made.target(plain)
+            count("off: accept", lambda: made.accept(plain))
+    limits = {"draft": 40, "plan": 6, "accept": 45, "off: plan": 10, "off: accept": 30}
+    assert all(counts[part] <= most for part, most in limits.items()), counts
 
 
 def test_the_exporter_runs_on_the_real_engine(smollm2, monkeypatch, capsys):

@@ -533,6 +533,10 @@ SCHEDULER = echo.ElasticBudgetScheduler(echo.TwoLevel(2, 4), budget=8, max_depth
         (lambda: echo.GlobalRank(1.5), r"beam: expected an int >= 1, got 1.5"),
         (lambda: echo.ElasticBudgetScheduler(echo.GlobalRank(2)), r"budget: expected rows or a CostModel"),
         (lambda: echo.ElasticBudgetScheduler(echo.GlobalRank(2), budget=0), r"budget: expected an int >= 1, got 0"),
+        (
+            lambda: echo.ElasticBudgetScheduler(echo.PerRequest(100, 10)),
+            r"max_tree_rows: expected at least the 100 rows of a request that the rule asks for, got 64",
+        ),
         (lambda: echo.SparseGate({0: 0.5}), r"thresholds.depth: expected an int >= 1, got 0"),
         (lambda: echo.SparseGate({1: 1.5}), r"thresholds\[1\]: expected a number from 0.0 to 1.0, got 1.5"),
         (lambda: echo.BeamMassGate((), 0.0, 2), r"depths: expected at least one depth, got none"),
@@ -541,6 +545,19 @@ SCHEDULER = echo.ElasticBudgetScheduler(echo.TwoLevel(2, 4), budget=8, max_depth
 def test_bad_input_names_the_argument(call, message):
     with pytest.raises(echo.EchoError, match=message):
         call()
+
+
+@pytest.mark.parametrize("rule", [echo.GlobalRank(2), echo.GlobalRank(2, max_rows=5)])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_no_rows_are_launched_that_no_request_can_use(rule, batch):
+    """Rows up to 512 are free, before anything is known and after."""
+    scheduler = echo.ElasticBudgetScheduler(rule, None, echo.CostModel((1, 512, 1024), (1.0, 1.0, 2.0)), 3, max_tree_rows=8)
+    history, slots, most = scheduler.history(batch), torch.arange(batch), batch * scheduler.max_slots_per_request(batch)
+    assert scheduler.forecast(history, slots).rows <= most
+    for seed in range(12):
+        packed = scheduler.pack(grow_all(scheduler, slots, k=3, seed=seed, rows=scheduler.forecast(history, slots).rows))
+        history = history.observe(slots, packed, echo.verify(packed, packed.tokens.roll(-1)))
+        assert batch < scheduler.forecast(history, slots).rows <= most
 
 
 def test_layer_width_beyond_the_candidates_takes_what_there_is():

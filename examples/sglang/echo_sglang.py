@@ -79,7 +79,7 @@ class Planner:
         if not hasattr(target, "echo_planner"):
             pool = target.model_runner.req_to_token_pool
             policy = scheduler(worker.topk, worker.speculative_num_steps, worker.speculative_num_draft_tokens)
-            warmup, packs = os.environ.get("ECHO_WARMUP"), os.environ.get("ECHO_RAGGED", "0") != "0"
+            warmup, packs = os.environ.get("ECHO_WARMUP"), os.environ.get("ECHO_RAGGED", "") not in ("", "0")
             if packs:
                 ragged.supported(target.model_runner.attn_backend)
             if warmup and policy.gate is not None:
@@ -111,7 +111,7 @@ class Planner:
 
 
 def scheduler(topk: int, steps: int, n: int) -> echo.ElasticBudgetScheduler:
-    """The policy that the environment asks for, for trees of at most ``n`` rows; EAGLE's own where it asks for nothing."""
+    """The policy that the environment asks for, for trees of ``steps`` layers and ``n`` rows; EAGLE's own where it asks for none."""
     calibration, cost, rows = (os.environ.get(f"ECHO_{name}") for name in ("CALIBRATION", "COST", "ROWS"))
     learnt = echo.Calibration.load(calibration) if calibration else None
     if learnt is not None and cost:
@@ -122,7 +122,7 @@ def scheduler(topk: int, steps: int, n: int) -> echo.ElasticBudgetScheduler:
         policy = echo.ElasticBudgetScheduler(echo.GlobalRank(topk), budget=int(rows))
     else:
         policy = echo.ElasticBudgetScheduler.eagle(n=n, beam=topk)
-    return replace(policy, max_depth=min(steps, policy.max_depth), max_tree_rows=n)
+    return replace(policy, max_depth=steps, max_tree_rows=n)
 
 
 def host_slots(batch: Any) -> Tensor:
@@ -198,7 +198,7 @@ def plan(
         depth: layers to grow.
         rows, n: rows of the step, and of a request at most.
     """
-    tree = policy.plant(roots, capacity=torch.full_like(roots, n), rows=rows)
+    tree = policy.plant(roots, capacity=torch.full_like(roots, n), rows=max(1, rows))
     k = scores.shape[1] // parents.shape[1]
     path = scores.float().clamp(min=torch.finfo(torch.float32).tiny).log()
     node = torch.full_like(tree.frontier.token, -1)
@@ -275,7 +275,7 @@ def after_verify(original: Any, worker: Any, batch: Any, *args: Any, **kwargs: A
     if packed is None and verified.draft_token_num > 1:  # a chain
         return result
     if packed is None:  # nothing drafted: it counts as a step all the same
-        packed = planner.scheduler.pack(planner.scheduler.plant(torch.zeros_like(slots), rows=len(slots)))
+        packed = planner.scheduler.pack(planner.scheduler.plant(torch.zeros_like(slots), rows=max(1, len(slots))))
     accepted = accept(packed, result, verified.draft_token_num)
     planner.observe(slots, packed, accepted)
     if planner.warmup is not None and getattr(verified, "echo_tree", None) is not None:

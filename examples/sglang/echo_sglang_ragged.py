@@ -70,7 +70,7 @@ def attention(original: Any, backend: Any, layer: Any, *args: Any, **kwargs: Any
     if kwargs.get("sliding_window_size", -1) > -1 or kwargs.get("sinks") is not None or kwargs.get("score_mod") is not None:
         raise NotImplementedError("ragged trees: layers with a sliding window, sinks or score_mod; unset ECHO_RAGGED")
     q, k, v, out, *caches_and_prefix, _mask, _causal, _mask_indptr, longest, k_scale, v_scale, scale = args
-    lse = torch.full(q.shape[:2], -torch.inf, device=q.device)
+    lse = torch.full(q.shape[:2], -torch.inf, dtype=torch.float32, device=q.device)
     prefix = torch.zeros_like(out)  # its kernel does not write pads
     original(
         backend, layer, q, k[:0], v[:0], prefix, *caches_and_prefix, None, False, None, longest, k_scale, v_scale, scale,

@@ -33,12 +33,12 @@ class Eagle:
         embedding = target.model.model.embed_tokens.weight.detach()
         self.head = EagleHead.read(weights).to(embedding.device)
         self.embedding = embedding / embedding.norm(dim=-1).mean()
-        self.keys = torch.zeros(slots, length, HEADS, WIDTH // HEADS)
+        self.keys = torch.zeros(slots, length, HEADS, WIDTH // HEADS, dtype=torch.float32)
         self.values = torch.zeros_like(self.keys)
         self.used = torch.zeros(slots, dtype=torch.int64)
         self.tokens = torch.zeros(slots, count, dtype=torch.int64)
         self.log_probs = torch.zeros(slots, count, dtype=torch.float16)  # two bytes: what a trace holds is exactly what was ranked
-        self.root = torch.zeros(slots, WIDTH)
+        self.root = torch.zeros(slots, WIDTH, dtype=torch.float32)
         # Of the text not read yet, in order: slots [n], features [n, 1728], and the token after each, [n]; each slot's begins at its
         # own place of the list.
         self.unread: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -68,7 +68,7 @@ class Eagle:
         if frontier.depth == 0 or not len(self.state):  # the first layer may come from elsewhere
             self._read()
             self.state = self.root[slots][:, None]
-            self.own_keys = self.own_values = torch.empty(batch, 0, HEADS, WIDTH // HEADS)
+            self.own_keys = self.own_values = self.keys.new_empty(batch, 0, HEADS, WIDTH // HEADS)
             self.sees = torch.zeros(batch, 1, 0, dtype=torch.bool)
         if frontier.depth == 0:
             return self.tokens[slots][:, None], self.log_probs[slots][:, None]
@@ -76,12 +76,12 @@ class Eagle:
         state = frontier.inherit(self.state)
         position = (self.used[slots] + frontier.depth - 1)[request]
         q, k, v = self.head.inputs(state[request, node], self.embedding[frontier.token[request, node]], position)
-        own = torch.zeros(batch, 2 * width, HEADS, WIDTH // HEADS)
+        own = self.keys.new_zeros(batch, 2 * width, HEADS, WIDTH // HEADS)
         own[request, node], own[request, width + node] = k, v
         self.own_keys = torch.cat([self.own_keys, own[:, :width]], dim=1)
         self.own_values = torch.cat([self.own_values, own[:, width:]], dim=1)
         self.sees = torch.cat([frontier.inherit(self.sees), torch.eye(width, dtype=torch.bool).expand(batch, -1, -1)], dim=2)
-        queries = torch.zeros(batch, width, HEADS, WIDTH // HEADS)
+        queries = self.keys.new_zeros(batch, width, HEADS, WIDTH // HEADS)
         queries[request, node] = q
         longest = int(self.used[slots].max())
         past = torch.arange(longest) < self.used[slots][:, None]
@@ -90,7 +90,7 @@ class Eagle:
         values = torch.cat([self.values[slots, :longest], self.own_values], dim=1)
         attended = _attend(queries, keys, values, mask)
         new = self.head.outputs(state[request, node], attended[request, node])
-        self.state = torch.zeros(batch, width, WIDTH)
+        self.state = self.root.new_zeros(batch, width, WIDTH)
         self.state[request, node] = new
         tokens = torch.zeros(batch, width, self.count, dtype=torch.int64)
         log_probs = torch.full(tokens.shape, -torch.inf, dtype=torch.float16)
@@ -115,7 +115,7 @@ class Eagle:
         q, k, v = self.head.inputs(state, self.embedding[after], position)
         self.keys[where, position], self.values[where, position] = k, v
         longest = int(lengths.max())
-        queries = torch.zeros(len(slots), longest, HEADS, WIDTH // HEADS)
+        queries = self.keys.new_zeros(len(slots), longest, HEADS, WIDTH // HEADS)
         queries[request, local] = q
         total = int((used + lengths).max())
         mask = torch.arange(total) <= (used[:, None] + torch.arange(longest))[..., None]

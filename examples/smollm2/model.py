@@ -129,7 +129,7 @@ class SlotCache:
     def __init__(self, config, slots: int, length: int, device: str = "cpu") -> None:
         head = config.hidden_size // config.num_attention_heads
         shape = (config.num_hidden_layers, 2, slots, config.num_key_value_heads, length, head)
-        self.kv = torch.zeros(shape, device=device)
+        self.kv = torch.zeros(shape, dtype=torch.float32, device=device)
         self.used = torch.zeros(slots, dtype=torch.int64, device=device)
 
     def move(self, slots: Tensor, source: Tensor, target: Tensor) -> None:

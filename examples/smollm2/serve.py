@@ -1,5 +1,7 @@
 """SmolLM2 on the paged engine of examples/engine.py, drafted by its EAGLE head, by prompt lookup or by both.
 
+The head comes twice: "eagle" computes what is needed and no more, which is quick on a CPU; "graph" has fixed shapes, as CUDA graphs ask.
+
     python examples/smollm2/serve.py
     python examples/smollm2/serve.py --drafter lookup --policy rank --lanes 8
 
@@ -17,6 +19,7 @@ import torch
 
 import echo
 from drafters import Eagle, pooled
+from graph_eagle import GraphEagle
 from model import FEATURE_LAYERS, encode, load
 from prompts import EVALUATION
 
@@ -36,6 +39,7 @@ def engine(model, tokenizer, policy: str = "echo", drafter: str = "both", lanes:
     drafters = {
         "both": lambda made: pooled(made, lanes),
         "eagle": lambda made: Eagle(made, lanes),
+        "graph": lambda made: GraphEagle(made.model, lanes, beam=made.scheduler.rule.width, depth=made.scheduler.max_depth),
         "lookup": lambda made: echo.PromptLookup(lanes, 512, device=made.model.device),
     }
     make = drafters[drafter] if policy != "plain" else None
@@ -46,15 +50,16 @@ def main() -> None:
     """Answers the prompts, prints the answers, and says what the counters counted."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--policy", choices=POLICIES, default="echo")
-    parser.add_argument("--drafter", choices=("both", "eagle", "lookup"), default="both")
+    parser.add_argument("--drafter", choices=("both", "eagle", "graph", "lookup"), help="graph on a GPU, both elsewhere")
     parser.add_argument("--lanes", type=int, default=4)
     parser.add_argument("--new", type=int, default=48, help="tokens of an answer at most")
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
+    drafter = args.drafter or ("graph" if args.device.startswith("cuda") else "both")
     model, tokenizer = load(args.device)
     torch.set_default_device(args.device)
     texts = [prompt for prompts in EVALUATION.values() for prompt in prompts[:2]]
-    served = engine(model, tokenizer, args.policy, args.drafter, args.lanes)
+    served = engine(model, tokenizer, args.policy, drafter, args.lanes)
     answers: list[list[int]] = [[] for _ in texts]
     begin = time.perf_counter()
     for request, tokens in served.generate(encode(tokenizer, texts), args.new):

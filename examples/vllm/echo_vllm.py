@@ -141,7 +141,7 @@ def admit(policy: echo.ElasticBudgetScheduler, confidences: Tensor, capacities: 
     """
     batch, depth = confidences.shape
     roots = torch.zeros(batch, dtype=torch.int64, device=confidences.device)
-    tree = policy.plant(roots, rows=batch + budget, capacity=capacities.long() + 1)
+    tree = policy.plant(roots, rows=max(1, batch + budget), capacity=capacities.long() + 1)
     tree = policy.grow_positions(tree, roots[:, None, None].expand(-1, depth, 1), confidences.log()[..., None])
     return policy.select(tree).sum(dim=1) - 1
 

@@ -137,7 +137,7 @@ def warmup_rows(
     """
     rank, taken = outcomes(tree, packed, accepted)
     kept = (packed.depth > 0) & (rank >= 0)
-    weight = torch.ones(packed.rows, device=kept.device)
+    weight = torch.ones(packed.rows, dtype=torch.float32, device=kept.device)
     if weights is not None:
         checks.tensor("weights", weights, [tree.batch, "depths + 1"], checks.FLOATS, kept.device)
         if weights.shape[1] <= tree.depth:

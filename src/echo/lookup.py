@@ -130,7 +130,8 @@ class Match:
     def votes(self) -> tuple[Tensor, Tensor]:
         """What followed the longest match, of several the last: int64 [B, W], -1 for nothing; and its length, int64 [B, W], 0 then."""
         length = self.text.shape[1]
-        best = torch.add(torch.arange(length, dtype=torch.int32, device=self.run.device), self.run, alpha=length).amax(dim=2).long()
+        wide = torch.int32 if (self.longest + 1) * length <= 1 << 31 else torch.int64
+        best = torch.add(torch.arange(length, dtype=wide, device=self.run.device), self.run, alpha=length).amax(dim=2).long()
         run = best // length
         return torch.where(run > 0, self.after.gather(1, best % length), NOTHING), run
 
@@ -202,7 +203,7 @@ class PromptLookup:
         self.match: Match | None = None
         self._asked: tuple[Texts, Tensor, int] | None = None  # of which texts, slots and depth that is
         self._root: tuple[Tensor, ...] | None = None
-        self._won = torch.zeros(2, longest + 1, device=device)
+        self._won = torch.zeros(2, longest + 1, dtype=torch.float32, device=device)
 
     def admit(self, slots: Tensor, prompts: Sequence[Tensor], first: Tensor) -> None:
         """Remembers prompts and first tokens."""

@@ -154,7 +154,7 @@ class Workspace:
         return sum(seen.values())
 
     def set_rows(self, rows: int) -> None:
-        """Says how many rows the next step has, outside of the captured graphs: the draft graph reads it when it buys.
+        """Makes ``rows`` the budget of the next step, outside of the captured graphs: the draft graph reads it when it buys.
 
         Raises:
             EchoError: more rows than ``num_verify_tokens``.
@@ -345,9 +345,10 @@ class Graphs:
 
     Args:
         device: where the functions' tensors are.
+        pool: an engine's own graph memory pool (``torch.cuda.graph_pool_handle()``); a new one where not given.
 
     Attributes:
-        captured: by key.
+        captured: what was captured, by key.
 
     Example:
         >>> graphs = Graphs("cpu")
@@ -355,11 +356,10 @@ class Graphs:
         2.0
     """
 
-    def __init__(self, device: torch.device | str) -> None:
-        self.device = torch.device(device)
+    def __init__(self, device: torch.device | str, *, pool: Any = None) -> None:
+        self.device, self.pool = torch.device(device), pool
         self.captured: dict[Hashable, Captured] = {}
         self._seen: set[Hashable] = set()
-        self._pool: Any = None
 
     def __call__(self, key: Hashable, function: Callable[[], T]) -> T:
         """What ``function`` returns: the same tensors on every replay of its ``key``, with new values."""
@@ -381,11 +381,11 @@ class Graphs:
         return self.device.type == "cuda"
 
     def capture(self, function: Callable[[], Any]) -> Captured:
-        """Captures without running."""
-        if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
+        """Captures ``function`` without running it."""
+        if self.pool is None:
+            self.pool = torch.cuda.graph_pool_handle()
         graph, before = torch.cuda.CUDAGraph(), torch.cuda.memory_reserved(self.device)
-        with torch.cuda.graph(graph, pool=self._pool):
+        with torch.cuda.graph(graph, pool=self.pool):
             result = function()
         return Captured(graph.replay, result, torch.cuda.memory_reserved(self.device) - before)
 

@@ -50,7 +50,8 @@ class Goodput:
     Args:
         cost: seconds by rows.
         width: nodes of a layer that a request drafts on.
-        max_depth, max_tree_rows, probe, margin: see :class:`~echo.ElasticBudgetScheduler`.
+        max_depth, probe, margin: see :class:`~echo.ElasticBudgetScheduler`.
+        max_tree_rows: rows that one request can get at most, by the scheduler and by its rule.
     """
 
     cost: CostModel
@@ -112,6 +113,8 @@ class Goodput:
         """
         if not widest:  # no requests at all
             return 0, least
+        most = widest * (self.max_tree_rows - 1)  # more drafts have no place, and of those the likeliest bring at least their share
+        drafted, accepted = np.minimum(drafted, most), accepted * np.minimum(1.0, most / np.maximum(drafted, 1.0))
         whole = np.ceil(drafted * SHY)
         step = self.cost(least + whole, requests=widest)
         drafting = self.cost.draft(DEPTHS[: self.max_depth], widest, self.width)
@@ -128,14 +131,15 @@ class Goodput:
             return 0, least
         depth, place = divmod(best, rate.shape[1])
         rows = least + max(1, int(whole[depth, place]))
-        free, most = self.cost.fill(rows), min(2 * rows, least + widest * (self.max_tree_rows - 1))
-        if free > most:  # more than can be of use; a tier is launched whole
-            free = self.cost.tier(rows) if self.cost.tiers else most
+        free, useful = self.cost.fill(rows), min(2 * rows, least + most)
+        if free > useful:  # a tier is launched whole
+            free = self.cost.tier(rows) if self.cost.tiers else useful
         return depth + 1, max(rows, free)
 
     def _unknown(self, least: int, widest: int) -> tuple[int, int]:
         """As long as too little was seen: the deepest tree, at the knee or with a row for every fourth request where that is more."""
-        rows = self.cost.tier(max(least + -(-widest // 4), self.cost.at(max(widest, 1)).knee.k_max))
+        knee = min(self.cost.at(max(widest, 1)).knee.k_max, least + widest * (self.max_tree_rows - 1))  # more is of no use
+        rows = self.cost.tier(max(least + -(-widest // 4), knee))
         return (self.max_depth, rows) if widest else (0, least)
 
     def _grid(self) -> NDArray[Any]:

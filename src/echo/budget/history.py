@@ -222,7 +222,7 @@ def foreseen(tree: SuperTree, gain: Tensor, selected: Tensor) -> tuple[Tensor, T
     begins = [torch.full((size,), d * BINS - SKIP, device=gain.device) for d, size in enumerate(sizes)]
     place = torch.cat(begins) + bins.long().clamp(SKIP, BINS + SKIP - 1)
     counted = (score > DEAD_SCORE) & (bins >= SKIP)
-    flat = torch.zeros(batch, tree.depth * BINS, device=gain.device)
+    flat = torch.zeros(batch, tree.depth * BINS, dtype=torch.float32, device=gain.device)
     layers = torch.split(torch.where(selected, gain, 0.0)[:, roots:], sizes, dim=1)
     expected = torch.stack([layer.sum(dim=1) for layer in layers], dim=1)
     return flat.scatter_add_(1, place, counted.float()).view(batch, tree.depth, BINS), expected

@@ -72,7 +72,7 @@ def plant(
         reserve = torch.minimum(aside, (left - (aside.cumsum(0) - aside)).clamp(min=0))
         left = left - reserve.sum()
     zero, dead = torch.zeros_like(root), ~alive
-    score = torch.zeros(batch, 1, device=device).masked_fill_(dead[:, None], -torch.inf)
+    score = torch.zeros(batch, 1, dtype=torch.float32, device=device).masked_fill_(dead[:, None], -torch.inf)
     drafts = alive & (room > 1) if deep else torch.zeros_like(alive)
     status = torch.full((batch,), int(Status.EXHAUSTED if deep else Status.FINISHED), dtype=torch.int8, device=device)
     status.masked_fill_(dead, int(Status.EMPTY)).masked_fill_(drafts, int(Status.ACTIVE))

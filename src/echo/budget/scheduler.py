@@ -46,7 +46,8 @@ class ElasticBudgetScheduler:
         max_tree_rows: rows of one request, root included; sets the width of the ancestor masks.
 
     Raises:
-        EchoError: an argument out of range, or no budget for a rule that needs one.
+        EchoError: an argument out of range, no budget for a rule that needs one, or a rule that asks for more rows of a request than
+            ``max_tree_rows``.
 
     Example:
         >>> scheduler = ElasticBudgetScheduler(TwoLevel(layer_width=2, max_width=4), budget=8, max_depth=3)
@@ -73,8 +74,13 @@ class ElasticBudgetScheduler:
             checks.integer_field(self, name, low, high)
         if not isinstance(self.budget, CostModel) and self.budget is not None:
             checks.integer_field(self, "budget", 1)
-        if self.budget is None and self.rule.rows(1) is None:
+        alone = self.rule.rows(1)
+        if self.budget is None and alone is None:
             raise EchoError(f"budget: expected rows or a CostModel for {self.rule!r}, got None")
+        if alone is not None and alone > self.max_tree_rows:
+            raise EchoError(
+                f"max_tree_rows: expected at least the {alone} rows of a request that the rule asks for, got {self.max_tree_rows}"
+            )
 
     @classmethod
     def paper(cls, calibration: Calibration, *, k_max: int, layer_width: int = 4, max_width: int = 8) -> ElasticBudgetScheduler:
@@ -147,7 +153,7 @@ class ElasticBudgetScheduler:
     def _goodput(self) -> Goodput:
         if not isinstance(self.budget, CostModel):
             raise EchoError(f"budget: expected a CostModel, got {self.budget!r}")
-        return Goodput(self.budget, self.rule.width, self.max_depth, self.max_tree_rows, self.probe, self.margin)
+        return Goodput(self.budget, self.rule.width, self.max_depth, self.max_slots_per_request(1), self.probe, self.margin)
 
     def max_slots_per_request(self, batch: int) -> int:
         """The most key/value slots that one request of ``batch`` can take in a step: what an engine reserves before it drafts."""

@@ -186,7 +186,7 @@ class ExploringGate:
             layers: the step's layers, ``tree.layers``; roots may be among them.
         """
         passed = torch.ones_like(self.explores)
-        otherwise = torch.where(self.explores, 1.0 / self.epsilon, 0.0)
+        otherwise = torch.zeros_like(self.explores, dtype=torch.float32).masked_fill_(self.explores, 1.0 / self.epsilon)
         columns = [torch.ones_like(otherwise)]
         for layer in layers:
             if layer.depth < 1:

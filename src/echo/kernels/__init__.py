@@ -24,6 +24,7 @@ from torch import Tensor
 from echo import checks
 from echo.errors import EchoError
 from echo.kernels import reference
+from echo.kernels.inputs import AttentionPlan
 
 BACKENDS = ("auto", "torch", "triton")
 _preferred = ContextVar("echo.kernels.using", default="auto")
@@ -92,7 +93,7 @@ def tree_attention(
     key_scale: Tensor | None = None,
     value_scale: Tensor | None = None,
     splits: int | None = None,
-    plan: tuple[Tensor, Tensor] | None = None,
+    plan: AttentionPlan | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Attention of packed tree rows over a paged context and their own ancestors.
@@ -150,7 +151,7 @@ def plan_attention(
     window: int | None = None,
     splits: int | None = None,
     backend: str = "auto",
-) -> tuple[Tensor, Tensor]:
+) -> AttentionPlan:
     """The work list of a step, made once on the device for all its layers that share window and splits.
 
     Args:
@@ -159,12 +160,13 @@ def plan_attention(
         mode, window, splits, backend: as in :func:`tree_attention`, and the same as in the calls that get the plan.
 
     Returns:
-        Two int32 tensors to be handed to :func:`tree_attention` as ``plan``.
+        What :func:`tree_attention` takes as ``plan``. Layers of other shapes or element sizes, another mode, window or splits, refuse it;
+        that ``indptr`` and ``context`` hold what they held is not checked.
 
     Raises:
         EchoError: arguments that do not fit, or a backend that is not there.
     """
-    result: tuple[Tensor, Tensor] = _module("attention", backend, q).plan_attention(
+    result: AttentionPlan = _module("attention", backend, q).plan_attention(
         q, key_cache, page_table, context, tree_key, indptr, mode=mode, window=window, splits=splits
     )
     return result
@@ -263,6 +265,7 @@ def argmax_tokens(logits: Tensor, *, backend: str = "auto") -> Tensor:
 
 __all__ = [
     "BACKENDS",
+    "AttentionPlan",
     "accept",
     "accept_greedy",
     "argmax_tokens",

@@ -18,8 +18,10 @@ import triton.language as tl
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 FIELDS = tl.constexpr(8)
-"""Of a work item: request (-1: none), tile, first block, end block, slot of its partial result (-1: none), and the request's first row,
-rows and context length, so that a program needs one round of loads before it knows its keys."""
+"""Of a work item: request (-1: none), tile, first block, end block, where the piece's partial results begin (-1: none), and the request's
+first row, rows and context length, so that a program needs one round of loads before it knows its keys.
+
+A piece has a partial result for each of its request's rows times group, one KV head after another; ``where`` counts those of one head."""
 
 
 @triton.jit
@@ -63,10 +65,10 @@ def plan(
     chunk = tl.maximum((tl.sum(total, 0) + target - 1) // target, MIN)
     before, split = tl.zeros([BLOCK], tl.int32), tl.zeros([BLOCK], tl.int32)
     for at in range(0, me, BLOCK):
-        _, _, _, tiles, blocks = _sizes(indptr, context, at + lane, batch, limit, GROUP, ROWS, KEYS, WINDOW)
+        _, rows, _, tiles, blocks = _sizes(indptr, context, at + lane, batch, limit, GROUP, ROWS, KEYS, WINDOW)
         pieces = _pieces(blocks, chunk, splits)
         before += tl.where(at + lane < me, tiles * pieces, 0)
-        split += tl.where((at + lane < me) & (pieces > 1), tiles * pieces, 0)
+        split += tl.where((at + lane < me) & (pieces > 1), rows * GROUP * pieces, 0)
     first, slot = tl.sum(before, 0), tl.sum(split, 0)
     begin, rows, length, tiles, blocks = _sizes(indptr, context, me, batch, limit, GROUP, ROWS, KEYS, WINDOW)
     pieces = _pieces(blocks, chunk, splits)
@@ -80,7 +82,7 @@ def plan(
         tl.store(base + 1, number % tl.maximum(tiles, 1), mask=fits)
         tl.store(base + 2, (piece * blocks // tl.maximum(pieces, 1)).to(tl.int32), mask=fits)
         tl.store(base + 3, ((piece + 1) * blocks // tl.maximum(pieces, 1)).to(tl.int32), mask=fits)
-        tl.store(base + 4, tl.where(pieces > 1, slot + number, -1), mask=fits)
+        tl.store(base + 4, tl.where(pieces > 1, slot + piece.to(tl.int32) * (rows * GROUP), -1), mask=fits)
         tl.store(base + 5, begin + 0 * number, mask=fits)
         tl.store(base + 6, rows + 0 * number, mask=fits)
         tl.store(base + 7, length + 0 * number, mask=fits)
@@ -100,6 +102,12 @@ def _scores(q, k, factor, cap, CAPPED: tl.constexpr):
     """Scores in base 2, float32; so are ``factor`` and ``cap``."""
     score = tl.dot(q, tl.trans(k), input_precision="ieee") * factor
     return _capped(score, cap) if CAPPED else score
+
+
+@triton.jit
+def _broken(v):
+    """Of each key 1 where its value is not finite, else 0."""
+    return tl.max((tl.abs(v.to(tl.float32)) < float("inf")).to(tl.int32) ^ 1, 1)
 
 
 @triton.jit
@@ -127,11 +135,11 @@ def _narrow(q):
 
 @triton.jit
 def _page(pages, start, key, length, KEYS: tl.constexpr, PAGE: tl.constexpr):
-    """Number of the page that a block of context lies in; one a key where blocks do not lie within pages."""
+    """Number of the page that a block of context lies in; one a key where blocks do not lie within pages. -1: none."""
     if PAGE % KEYS == 0:
-        number = tl.load(pages + start // PAGE, mask=start < length, other=0)
+        number = tl.load(pages + start // PAGE, mask=start < length, other=-1)
     else:
-        number = tl.load(pages + (start + key) // PAGE, mask=start + key < length, other=0)
+        number = tl.load(pages + (start + key) // PAGE, mask=start + key < length, other=-1)
     return number
 
 
@@ -139,18 +147,18 @@ def _page(pages, start, key, length, KEYS: tl.constexpr, PAGE: tl.constexpr):
 def _slots(cache, page, start, key, by_page, by_slot, KEYS: tl.constexpr, PAGE: tl.constexpr):
     """Where each key of a block of context begins, as a column."""
     if PAGE % KEYS == 0:  # offsets within the block never change
-        at = cache + (page.to(tl.int64) * by_page + start % PAGE * by_slot) + (key * by_slot)[:, None]
+        at = cache + (page.to(tl.int64) * by_page + (start % PAGE).to(tl.int64) * by_slot) + (key.to(tl.int64) * by_slot)[:, None]
     else:
-        at = cache + (page.to(tl.int64) * by_page + (start + key) % PAGE * by_slot)[:, None]
+        at = cache + (page.to(tl.int64) * by_page + ((start + key) % PAGE).to(tl.int64) * by_slot)[:, None]
     return at
 
 
 @triton.jit
 def _context(
-    q, acc, top, mass, key_cache, value_cache, pages, low, high, length, since, factor, cap, k_page, k_slot, v_page, v_slot,
+    q, acc, top, mass, key_cache, value_cache, pages, count, low, high, length, since, factor, cap, k_page, k_slot, v_page, v_slot,
     DIM: tl.constexpr, WIDTH: tl.constexpr, KEYS: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr,
 ):  # fmt: skip
-    """Blocks ``low`` to ``high`` of the context, one KV head.
+    """Blocks ``low`` to ``high`` of the context, one KV head. A key on a page that is none of the cache's ``count`` is not there.
 
     The page of the next block is loaded a turn ahead. With a page number and the keys behind it in one turn, the compiler spends its
     pipeline on the page number and has one buffer of keys, filled after the products of the turn before: nothing in flight meanwhile.
@@ -162,7 +170,10 @@ def _context(
         start = block * KEYS
         ahead = _page(pages, start + KEYS, key, length, KEYS, PAGE)
         position = start + key
-        seen = position < length
+        known = page.to(tl.uint32, bitcast=True) < count.to(tl.uint32, bitcast=True)
+        seen = position < tl.where(known, length, 0) if PAGE % KEYS == 0 else known
+        if WINDOW > 0:  # what no row sees may hold anything
+            seen = seen & (position > length - WINDOW)
         shown = seen[:, None] & inner if DIM < WIDTH else seen[:, None]
         k_at = _slots(key_cache, page, start, key, k_page, k_slot, KEYS, PAGE) + d[None, :]
         v_at = _slots(value_cache, page, start, key, v_page, v_slot, KEYS, PAGE) + d[None, :]
@@ -182,15 +193,22 @@ def _context(
 def _tree(
     q, acc, top, mass, tree_key, tree_value, bits_of, depth, low, high, rows, real, since, factor, cap, tk_row, tv_row, words,
     DIM: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Blocks ``low`` to ``high`` of a request's own rows, one KV head; ``bits_of`` points to the mask words of each row of the tile."""
+    """Blocks ``low`` to ``high`` of a request's own rows, one KV head; ``bits_of`` points to the mask words of each row of the tile.
+
+    A value that is not finite makes those rows NaN that see it. It is not loaded for the product, where 0 times NaN would spoil all rows.
+    """
     key, d = tl.arange(0, KEYS), tl.arange(0, WIDTH)
     inner = (d < DIM if DIM < WIDTH else d >= 0)[None, :]
-    for block in range(low, high):
+    for block in tl.range(low, high, num_stages=STAGES):
         start = block * KEYS
         seen = start + key < rows
         shown = seen[:, None] & inner if DIM < WIDTH else seen[:, None]
-        k = tl.load(tree_key + start * tk_row + (key * tk_row)[:, None] + d[None, :], mask=shown, other=0.0).to(q.dtype)
+        row = (start + key).to(tl.int64)
+        k = tl.load(tree_key + (row * tk_row)[:, None] + d[None, :], mask=shown, other=0.0).to(q.dtype)
+        v_at = tree_value + (row * tv_row)[:, None] + d[None, :]
+        broken = _broken(tl.load(v_at, mask=shown, other=0.0).to(q.dtype))
         score = _scores(q, k, factor, cap, CAPPED)
         bits = tl.zeros([ROWS, KEYS], tl.int32)
         for part in tl.static_range((KEYS + 31) // 32):
@@ -201,22 +219,23 @@ def _tree(
         if WINDOW > 0:
             visible = visible & (tl.load(depth + start + key, mask=seen, other=0)[None, :] > since[:, None])
         score = tl.where(visible, score, float("-inf"))
-        v = tl.load(tree_value + start * tv_row + (key * tv_row)[:, None] + d[None, :], mask=shown, other=0.0).to(q.dtype)
+        v = tl.load(v_at, mask=shown & (broken == 0)[:, None], other=0.0).to(q.dtype)
         acc, top, mass = _online(score, v, acc, top, mass)
+        mass = tl.where(tl.max(tl.where(visible, broken[None, :], 0), 1) > 0, float("nan"), mass)
     return acc, top, mass
 
 
-@triton.jit(do_not_specialize=["table_row", "words"])
+@triton.jit(do_not_specialize=["pages", "table_row", "words"])
 def attend(
     q, key_cache, value_cache, table, tree_key, tree_value, mask, depth, key_scale, value_scale,
-    work, out, lse, partial, partial_lse, scale, cap,
+    work, out, lse, partial, partial_lse, scale, cap, pages,
     q_row, q_head, k_page, k_slot, k_head, v_page, v_slot, v_head, table_row, tk_row, tk_head, tv_row, tv_head, words,
     HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     PAGE: tl.constexpr, PREFIX: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr, KEY_SCALED: tl.constexpr,
-    VALUE_SCALED: tl.constexpr, NARROW: tl.constexpr, DOT: tl.constexpr,
+    VALUE_SCALED: tl.constexpr, NARROW: tl.constexpr, DOT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One work item for one KV head. Heads side by side: together they read whole cache slots, at about the same time."""
-    head = tl.program_id(0) % HEADS
+    head = (tl.program_id(0) % HEADS).to(tl.int64)
     item = work + (tl.program_id(0) // HEADS) * FIELDS
     b, tile, low, high = tl.load(item), tl.load(item + 1), tl.load(item + 2), tl.load(item + 3)
     slot, begin, rows, length = tl.load(item + 4), tl.load(item + 5), tl.load(item + 6), tl.load(item + 7)
@@ -240,8 +259,8 @@ def attend(
         if PREFIX:
             narrowed, unit = _narrow(queries) if NARROW else (queries, 1.0)
             acc, top, mass = _context(
-                narrowed, acc, top, mass, key_cache + head.to(tl.int64) * k_head, value_cache + head.to(tl.int64) * v_head,
-                table + b.to(tl.int64) * table_row, first + low, first + tl.minimum(high, prefix), length, since,
+                narrowed, acc, top, mass, key_cache + head * k_head, value_cache + head * v_head, table + b.to(tl.int64) * table_row, pages,
+                first + low, first + tl.minimum(high, prefix), length, since,
                 factor * unit * tl.load(key_scale + head) if KEY_SCALED else factor * unit, cap, k_page, k_slot, v_page, v_slot,
                 DIM, WIDTH, KEYS, PAGE, WINDOW, CAPPED,
             )  # fmt: skip
@@ -251,7 +270,7 @@ def attend(
             queries, acc, top, mass, tree_key + begin.to(tl.int64) * tk_row + head * tk_head,
             tree_value + begin.to(tl.int64) * tv_row + head * tv_head, mask + row * words, depth + begin,
             tl.maximum(low - prefix, 0), high - prefix, rows, real, since, factor, cap, tk_row, tv_row, words,
-            DIM, WIDTH, ROWS, KEYS, WINDOW, CAPPED,
+            DIM, WIDTH, ROWS, KEYS, WINDOW, CAPPED, STAGES,
         )  # fmt: skip
         acc = acc / tl.where(mass == 0, 1.0, mass)[:, None]
         total = (top + tl.log2(tl.where(mass == 0, 1.0, mass))) * LN2
@@ -260,7 +279,7 @@ def attend(
             tl.store(out + to[:, None] * DIM + d[None, :], acc.to(out.dtype.element_ty), mask=real[:, None] & inner[None, :])
             tl.store(lse + to, total, mask=real)
         else:
-            to = (slot.to(tl.int64) * HEADS + head) * ROWS + tl.arange(0, ROWS)
+            to = slot.to(tl.int64) * HEADS + head * (rows * GROUP) + fold
             tl.store(partial + to[:, None] * DIM + d[None, :], acc, mask=real[:, None] & inner[None, :])
             tl.store(partial_lse + to, total, mask=real)
 
@@ -269,11 +288,10 @@ def attend(
 def merge(
     q, tree_key, tree_value, request, indptr, spans, out, lse, partial, partial_lse, scale, cap, batch,
     q_row, q_head, tk_row, tk_head, tv_row, tv_head,
-    GROUP: tl.constexpr, MEMBERS: tl.constexpr, PARTS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
-    CAPPED: tl.constexpr,
+    GROUP: tl.constexpr, MEMBERS: tl.constexpr, PARTS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, CAPPED: tl.constexpr,
 ):  # fmt: skip
     """One row and one KV head: joins the pieces in their order, and answers pad rows, which see themselves only."""
-    n, head, heads = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
+    n, head, heads = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.num_programs(1)
     member = tl.arange(0, MEMBERS)
     d = tl.arange(0, WIDTH)
     inner = (member < GROUP)[:, None] & (d < DIM)[None, :]
@@ -293,16 +311,15 @@ def merge(
         pieces = tl.load(spans + b * 2 + 1)
         if pieces > 1:
             begin = tl.load(indptr + b)
-            tiles = ((tl.load(indptr + b + 1) - begin) * GROUP + ROWS - 1) // ROWS
-            fold = (n - begin).to(tl.int32) * GROUP + member
-            item = (tl.load(spans + b * 2) + fold // ROWS).to(tl.int64)
+            piece = (tl.load(indptr + b + 1) - begin).to(tl.int64) * GROUP
+            own = tl.load(spans + b * 2).to(tl.int64) * heads + head * piece + (n - begin) * GROUP + member
             acc = tl.zeros([MEMBERS, WIDTH], tl.float32)
             top = tl.full([MEMBERS], float("-inf"), tl.float32)
             mass = tl.zeros([MEMBERS], tl.float32)
             for first in range(0, pieces, PARTS):  # so many at once: a round is one trip to memory
                 part = first + tl.arange(0, PARTS)
                 there = (part < pieces)[:, None] & (member < GROUP)[None, :]
-                at = ((item[None, :] + (part * tiles)[:, None]) * heads + head) * ROWS + (fold % ROWS)[None, :]
+                at = own[None, :] + (part * (piece * heads))[:, None]
                 lses = tl.load(partial_lse + at, mask=there, other=float("-inf"))
                 values = tl.load(partial + at[:, :, None] * DIM + d[None, None, :], mask=there[:, :, None] & inner[None, :, :], other=0.0)
                 new = tl.maximum(top, tl.max(lses, 0))
@@ -318,7 +335,7 @@ def merge(
 
 @triton.jit(do_not_specialize=["count"])
 def join(o1, lse1, o2, lse2, out, lse, count, DIM: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr):
-    """Rows of two parts of one softmax."""
+    """Rows of two parts of one softmax; a part without keys may hold anything."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     d = tl.arange(0, WIDTH)
     inner = (row < count)[:, None] & (d < DIM)[None, :]
@@ -329,8 +346,8 @@ def join(o1, lse1, o2, lse2, out, lse, count, DIM: tl.constexpr, WIDTH: tl.const
     first, second = tl.exp2((one - base) * LOG2E), tl.exp2((two - base) * LOG2E)
     mass = first + second
     at = row[:, None] * DIM + d[None, :]
-    value = tl.load(o1 + at, mask=inner, other=0.0).to(tl.float32) * first[:, None]
-    value += tl.load(o2 + at, mask=inner, other=0.0).to(tl.float32) * second[:, None]
+    value = tl.load(o1 + at, mask=inner & (one != float("-inf"))[:, None], other=0.0).to(tl.float32) * first[:, None]
+    value += tl.load(o2 + at, mask=inner & (two != float("-inf"))[:, None], other=0.0).to(tl.float32) * second[:, None]
     value = value / tl.where(mass == 0, 1.0, mass)[:, None]
     tl.store(out + at, value.to(out.dtype.element_ty), mask=inner)
     tl.store(lse + row, top + tl.log2(tl.where(mass == 0, 1.0, mass)) * LN2, mask=row < count)

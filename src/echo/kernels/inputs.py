@@ -13,7 +13,12 @@ from torch import Tensor
 
 from echo import checks
 from echo.errors import EchoError
+from echo.kernels.launch import Tile
 
+PARTIAL_BYTES = 1 << 30
+"""What the partial results of a call with fixed splits take at most."""
+LONGEST = (1 << 31) - (1 << 10)
+"""Tokens of a context at most, so that the end of its last block is an int32."""
 CACHES = (*checks.FLOATS, torch.float8_e4m3fn, torch.float8_e5m2)
 MODES = ("whole", "tree")
 
@@ -38,21 +43,46 @@ def taking(arguments: Callable[P, A]) -> Callable[[Callable[[A], R]], Callable[P
 
 
 class Shapes(NamedTuple):
-    """Host facts of one attention call; of a page and of the longest context 0 where there is none."""
+    """Host facts of one attention call; of a page and of the longest context 0 where there is none.
+
+    ``itemsize`` and ``cached`` are bytes of an element of the queries and of the cache.
+    """
 
     rows: int
     batch: int
     heads: int
     kv_heads: int
     dim: int
+    itemsize: int
     cached: int
     page: int
     longest: int
+    mode: str
+    window: int | None
+    splits: int | None
+    device: torch.device
 
     @property
     def group(self) -> int:
         """Query heads of a KV head."""
         return self.heads // self.kv_heads
+
+
+@dataclass(frozen=True)
+class AttentionPlan:
+    """The work list of a step, for all layers that it fits: :func:`echo.kernels.plan_attention` makes it.
+
+    Attributes:
+        shapes: what it was made for; a call of anything else is refused.
+        tile: how one program works; None of the reference, which has no list.
+        work: int32 [items, 8], pieces of a request's keys.
+        spans: int32 [B + 1, 2], of each request where its partial results begin, and its pieces.
+    """
+
+    shapes: Shapes
+    tile: Tile | None
+    work: Tensor
+    spans: Tensor
 
 
 @dataclass(frozen=True)
@@ -95,8 +125,13 @@ class Planning:
             checks.integer_field(self, "window", 1)
         if self.splits is not None:
             checks.integer_field(self, "splits", 1, 1024)
-        shapes = Shapes(n, batch, heads, kv_heads, dim, cached, size, pages * size)
-        object.__setattr__(self, "shapes", shapes)
+        if self.splits is not None and self.splits > 1:
+            most = PARTIAL_BYTES // (4 * max(n, 1) * heads * (dim + 1))
+            if self.splits > most:
+                raise EchoError(f"splits: expected at most {most}, whose partial results take {PARTIAL_BYTES} bytes, got {self.splits}")
+        longest = min(pages * size, LONGEST)
+        facts = q.element_size(), cached, size, longest, self.mode, self.window, self.splits, device
+        object.__setattr__(self, "shapes", Shapes(n, batch, heads, kv_heads, dim, *facts))
 
 
 @dataclass(frozen=True)
@@ -126,7 +161,7 @@ class Attention:
     key_scale: Tensor | None = None
     value_scale: Tensor | None = None
     splits: int | None = None
-    plan: tuple[Tensor, Tensor] | None = None
+    plan: AttentionPlan | None = None
     planning: Planning = field(init=False)
 
     def __post_init__(self) -> None:
@@ -140,8 +175,9 @@ class Attention:
         checks.tensor("tree_value", self.tree_value, [s.rows, s.kv_heads, s.dim], checks.FLOATS, device)
         checks.tensor("request", self.request, [s.rows], torch.int32, device)
         checks.tensor("mask", self.mask, [s.rows, "words"], torch.int32, device)
-        if self.mode == "whole":
-            checks.tensor("value_cache", self.value_cache, ["pages", s.page, s.kv_heads, s.dim], CACHES, device)
+        if self.mode == "whole" and self.key_cache is not None:
+            pages = self.key_cache.shape[0]
+            checks.tensor("value_cache", self.value_cache, [pages, s.page, s.kv_heads, s.dim], CACHES, device)
         for name, scales in (("key_scale", self.key_scale), ("value_scale", self.value_scale)):
             if scales is not None:
                 checks.tensor(name, scales, [s.kv_heads], torch.float32, device)
@@ -151,6 +187,11 @@ class Attention:
                 raise EchoError("softcap: expected a number above 0, got 0")
         if self.window is not None:
             checks.tensor("depth", self.depth, [s.rows], torch.int32, device)
+        if self.plan is not None:
+            made = checks.instance("plan", self.plan, AttentionPlan).shapes
+            if made != s:
+                wanted, got = zip(*((f"{n}={a}", f"{n}={b}") for n, a, b in zip(s._fields, s, made, strict=True) if a != b), strict=True)
+                raise EchoError(f"plan: expected one made for {', '.join(wanted)}, got one for {', '.join(got)}")
 
     @property
     def cache(self) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:

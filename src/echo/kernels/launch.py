@@ -55,12 +55,16 @@ SEARCHED = 4096
 
 
 class Tile(NamedTuple):
-    """How one program works: ``rows`` of queries times heads of a group, ``keys`` a step, and its compile options."""
+    """How one program works: ``rows`` of queries times heads of a group, ``keys`` a step, and its compile options.
+
+    ``own_stages`` are those of the loop over a request's own rows, which is short.
+    """
 
     rows: int
     keys: int
     warps: int
     stages: int
+    own_stages: int
 
 
 def power_of_two(value: int) -> int:
@@ -108,12 +112,12 @@ def tile(group: int, dim: int, itemsize: int, cached: int, page: int, rows: floa
     """
     wide = dim > 128
     if itemsize == 4:  # exact products on the ordinary units: small tiles, for registers
-        return Tile(16, 16, 8 if wide else 4, 2)
+        return Tile(16, 16, 8 if wide else 4, 2, 3)
     height = min(max(power_of_two(round(group * rows)), 16), 64 if wide else 128)
     if generation == HOPPER and page and page % 64 == 0 and not wide and (height > 16 or cached == 1):
-        return Tile(max(height, 64), 64, 8 if height == 128 else 4, 3)
+        return Tile(max(height, 64), 64, 8 if height == 128 else 4, 3, 1)
     low = generation > HOPPER and height == 16 and dim < power_of_two(dim)  # four stages spill there
-    return Tile(height, 32, 8 if wide or height == 128 else 4, 3 if wide or low else 4)
+    return Tile(height, 32, 8 if wide or height == 128 else 4, 3 if wide or low else 4, 1 if generation >= HOPPER else 2)
 
 
 @functools.lru_cache

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from echo.kernels.inputs import Attention, Planning, accept_shapes, logits_shape, merge_shapes, taking
+from echo.kernels.inputs import Attention, AttentionPlan, Planning, accept_shapes, logits_shape, merge_shapes, taking
 
 
 def accept(parent: Tensor, indptr: Tensor, tokens: Tensor, target_tokens: Tensor, max_depth: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -107,9 +107,9 @@ def walk(
 
 
 @taking(Planning)
-def plan_attention(call: Planning) -> tuple[Tensor, Tensor]:
-    """As :func:`echo.kernels.plan_attention`: empty tensors, since the twin needs no plan."""
-    return call.indptr[:0], call.indptr[:0]
+def plan_attention(call: Planning) -> AttentionPlan:
+    """As :func:`echo.kernels.plan_attention`: only what it was made for, since the reference needs no list."""
+    return AttentionPlan(call.shapes, None, call.indptr[:0], call.indptr[:0])
 
 
 @taking(Attention)
@@ -131,20 +131,24 @@ def tree_attention(call: Attention) -> tuple[Tensor, Tensor]:
             key_cache, value_cache, page_table, context = call.cache
             length = max(min(int(context[b]), s.longest), 0)
             at = torch.arange(length, device=device)
-            pages, slots = page_table[b, at // s.page].long(), at % s.page
+            pages = page_table[b, at // s.page].long()
+            known = (pages >= 0) & (pages < len(key_cache))
+            at, pages = at[known], pages[known]
+            slots = at % s.page
             cached = [cache[pages, slots].to(double) for cache in (key_cache, value_cache)]
             for part, scales in enumerate((call.key_scale, call.value_scale)):
                 if scales is not None:
                     cached[part] = cached[part] * scales.to(double)[:, None]
             keys, values = torch.cat([cached[0], keys]), torch.cat([cached[1], values])
-            seen = torch.cat([seen.new_ones(len(rows), length), seen], dim=1)
+            seen = torch.cat([seen.new_ones(len(rows), len(at)), seen], dim=1)
             place = torch.cat([at - length, place])
         if call.window is not None and call.depth is not None:
             seen = seen & (call.depth[rows].long()[:, None] - place < call.window)
         score = _soft(torch.einsum("nhgd,shd->nhgs", query[rows], keys) * call.factor, call.softcap)
-        score = score.masked_fill(~seen[:, None, None], -torch.inf)
-        total = score.logsumexp(-1)
-        weight = torch.where(total[..., None] > -torch.inf, score.softmax(-1), 0.0)
+        finite = values.isfinite()  # one that is not spoils the rows that see it, and no other: a weight of 0 times NaN is NaN
+        score = score.masked_fill(~finite.all(-1).T[:, None], torch.nan).masked_fill(~seen[:, None, None], -torch.inf)
+        values, total = torch.where(finite, values, 0.0), score.logsumexp(-1)
+        weight = torch.where(total[..., None] == -torch.inf, 0.0, score.softmax(-1))
         out[rows], lse[rows] = torch.einsum("nhgs,shd->nhgd", weight, values).flatten(1, 2), total.flatten(1)
     return out.to(call.q.dtype), lse.float()
 
@@ -159,5 +163,6 @@ def merge_attention(o1: Tensor, lse1: Tensor, o2: Tensor, lse2: Tensor) -> tuple
     lse = torch.logaddexp(lse1.double(), lse2.double())
     base = torch.where(lse > -torch.inf, lse, 0.0)
     first, second = (lse1.double() - base).exp(), (lse2.double() - base).exp()
-    out = o1.double() * first[..., None] + o2.double() * second[..., None]
+    gone1, gone2 = lse1[..., None] == -torch.inf, lse2[..., None] == -torch.inf  # of no keys a part may hold anything
+    out = o1.double().masked_fill(gone1, 0) * first[..., None] + o2.double().masked_fill(gone2, 0) * second[..., None]
     return out.to(o1.dtype), lse.float()

@@ -13,14 +13,14 @@ from echo import checks
 from echo.errors import EchoError
 from echo.kernels import attention_kernels as jit
 from echo.kernels import launch
-from echo.kernels.inputs import Attention, Planning, merge_shapes, taking
+from echo.kernels.inputs import Attention, AttentionPlan, Planning, merge_shapes, taking
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 """Whether the kernels were loaded for Triton's interpreter, which runs them on the CPU."""
 
 
 class Sizes(NamedTuple):
-    """What a work list is cut to: the tile, the items of a balanced split, and room for all items and for split ones."""
+    """What a work list is cut to: the tile, the items of a balanced split, and room for all items and, in tiles, for partial results."""
 
     tile: launch.Tile
     target: int
@@ -29,31 +29,34 @@ class Sizes(NamedTuple):
 
 
 def _sizes(call: Planning) -> Sizes:
-    s, device, splits = call.shapes, call.q.device, call.splits
-    mean = s.rows / max(s.batch, 1) if splits is None else launch.FIXED_ROWS
-    tile = launch.tile(s.group, s.dim, call.q.element_size(), s.cached, s.page, mean, launch.generation(device))
+    s = call.shapes
+    mean = s.rows / max(s.batch, 1) if s.splits is None else launch.FIXED_ROWS
+    tile = launch.tile(s.group, s.dim, s.itemsize, s.cached, s.page, mean, launch.generation(s.device))
     tiles = launch.most_tiles(s.rows, s.batch, s.group, tile.rows)
-    target = launch.target_items(device, s.kv_heads, tile)
-    return Sizes(tile, target, tiles + target, 2 * target) if splits is None else Sizes(tile, target, tiles * splits, tiles * splits)
+    target = launch.target_items(s.device, s.kv_heads, tile)
+    if s.splits is None:
+        return Sizes(tile, target, tiles + target, 2 * target)
+    pieces = min(s.splits, -(-s.longest // tile.keys) - (-s.rows // tile.keys))
+    return Sizes(tile, target, tiles * pieces, -(-s.rows * s.group * pieces // tile.rows) if pieces > 1 else 0)
 
 
-def _work(call: Planning, sizes: Sizes) -> tuple[Tensor, Tensor]:
-    """Items int32 [items, FIELDS]; per request int32 [B + 1, 2] of first slot and pieces."""
+def _plan(call: Planning) -> AttentionPlan:
     s, indptr = call.shapes, call.indptr
+    sizes = _sizes(call)
     lengths = indptr if call.mode == "tree" or call.context is None else call.context
     work, spans = indptr.new_empty(sizes.items, jit.FIELDS.value), indptr.new_empty(s.batch + 1, 2)
     jit.plan[(s.batch + 1,)](
         indptr.contiguous(), lengths.contiguous(), work, spans, s.batch, s.longest, sizes.items, sizes.target, call.splits or 0,
         GROUP=s.group, ROWS=sizes.tile.rows, KEYS=sizes.tile.keys, WINDOW=call.window or 0, MIN=launch.MIN_BLOCKS, BLOCK=256, num_warps=4,
     )  # fmt: skip
-    return work, spans
+    return AttentionPlan(s, sizes.tile, work, spans)
 
 
 @launch.on_its_device
 @taking(Planning)
-def plan_attention(call: Planning) -> tuple[Tensor, Tensor]:
+def plan_attention(call: Planning) -> AttentionPlan:
     """As :func:`echo.kernels.plan_attention`."""
-    return _work(call, _sizes(call))
+    return _plan(call)
 
 
 @launch.on_its_device
@@ -83,27 +86,28 @@ def tree_attention(call: Attention) -> tuple[Tensor, Tensor]:
     out, lse = q.new_empty(s.rows, s.heads, s.dim), q.new_empty(s.rows, s.heads, dtype=torch.float32)
     if s.rows == 0:
         return out, lse
-    if call.plan is None:
-        work, spans = _work(call.planning, sizes)
-    else:
-        work = checks.tensor("plan[0]", call.plan[0], [sizes.items, jit.FIELDS.value], torch.int32, q.device)
-        spans = checks.tensor("plan[1]", call.plan[1], [s.batch + 1, 2], torch.int32, q.device)
-    partial, partial_lse = lse.new_empty(sizes.slots, s.kv_heads, tile.rows, s.dim), lse.new_empty(sizes.slots, s.kv_heads, tile.rows)
+    plan = _plan(call.planning) if call.plan is None else call.plan
+    if plan.tile != tile:
+        raise EchoError(f"plan: expected one made by the Triton kernel for {tile}, got one for {plan.tile}")
+    work = checks.tensor("plan.work", plan.work, [sizes.items, jit.FIELDS.value], torch.int32, q.device)
+    spans = checks.tensor("plan.spans", plan.spans, [s.batch + 1, 2], torch.int32, q.device)
+    partial, partial_lse = lse.new_empty(sizes.slots * tile.rows, s.kv_heads, s.dim), lse.new_empty(sizes.slots * tile.rows, s.kv_heads)
     indptr, mask, request = indptr.contiguous(), call.mask.contiguous(), call.request.contiguous()
     depth = indptr if call.depth is None else call.depth.contiguous()
     key_scale, value_scale = (lse if scales is None else scales.contiguous() for scales in (call.key_scale, call.value_scale))
     cap = 1.0 if call.softcap is None else float(call.softcap)
     narrow = q.dtype == torch.bfloat16 and keys.element_size() == 1 and values.element_size() == 1
     shape = {
-        "GROUP": s.group, "ROWS": tile.rows, "DIM": s.dim, "WIDTH": launch.power_of_two(s.dim), "CAPPED": call.softcap is not None,
+        "GROUP": s.group, "DIM": s.dim, "WIDTH": launch.power_of_two(s.dim), "CAPPED": call.softcap is not None,
     }  # fmt: skip
     jit.attend[(sizes.items * s.kv_heads,)](
         q, keys, values, table, tree_key, tree_value, mask, depth, key_scale, value_scale,
-        work, out, lse, partial, partial_lse, call.factor, cap,
+        work, out, lse, partial, partial_lse, call.factor, cap, keys.shape[0],
         q.stride(0), q.stride(1), *keys.stride()[:3], *values.stride()[:3], table.stride(0),
         tree_key.stride(0), tree_key.stride(1), tree_value.stride(0), tree_value.stride(1), mask.shape[1],
-        **shape, HEADS=s.kv_heads, KEYS=tile.keys, PAGE=s.page or 1, PREFIX=call.cache is not None, WINDOW=call.window or 0,
+        **shape, HEADS=s.kv_heads, ROWS=tile.rows, KEYS=tile.keys, PAGE=s.page or 1, PREFIX=call.cache is not None, WINDOW=call.window or 0,
         KEY_SCALED=call.key_scale is not None, VALUE_SCALED=call.value_scale is not None, NARROW=narrow, DOT=_dot_type(q.dtype),
+        STAGES=tile.own_stages,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     members = launch.power_of_two(s.group)

@@ -101,10 +101,10 @@ def _compact(
     tl.store(position + lane, tl.where(there, place, 0), mask=inside)
     if PAGED:
         from_ok, to_ok = there & (lies >= 0) & (lies // size < pages), there & (place >= 0) & (place // size < pages)
-        page = tl.load(table + b * pages + lies // size, mask=inside & from_ok, other=0).to(tl.int64)
-        home = tl.load(table + b * pages + place // size, mask=inside & to_ok, other=0).to(tl.int64)
-        tl.store(source + lane, tl.where(from_ok, page * size + lies % size, dummy), mask=inside)
-        tl.store(target + lane, tl.where(to_ok, home * size + place % size, dummy), mask=inside)
+        page = tl.load(table + b * pages + lies // size, mask=inside & from_ok, other=-1).to(tl.int64)
+        home = tl.load(table + b * pages + place // size, mask=inside & to_ok, other=-1).to(tl.int64)
+        tl.store(source + lane, tl.where(page >= 0, page * size + lies % size, dummy), mask=inside)
+        tl.store(target + lane, tl.where(home >= 0, home * size + place % size, dummy), mask=inside)
     else:
         tl.store(source + lane, tl.where(there, lies, dummy), mask=inside)
         tl.store(target + lane, tl.where(there, place, dummy), mask=inside)

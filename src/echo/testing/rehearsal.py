@@ -29,6 +29,10 @@ class RecordedGraphs(Graphs):
     where it lay. A number of the host that should have changed, a branch on the host, an input at a new address show as wrong results,
     as with CUDA graphs; what a capture refuses is refused when it is recorded.
 
+    Args:
+        device: where the functions' tensors are.
+        pool: as of :class:`~echo.Graphs`; not used.
+
     Attributes:
         runs: calls of each key that ran recorded operations.
 
@@ -40,8 +44,8 @@ class RecordedGraphs(Graphs):
         (5.0, {'count': 3})
     """
 
-    def __init__(self, device: torch.device | str = "cpu") -> None:
-        super().__init__(device)
+    def __init__(self, device: torch.device | str = "cpu", *, pool: Any = None) -> None:
+        super().__init__(device, pool=pool)
         self.runs: dict[Hashable, int] = {}
 
     @property
@@ -64,7 +68,7 @@ class RecordedGraphs(Graphs):
         return super().__call__(key, function)
 
     def capture(self, function: Callable[[], Any]) -> Captured:
-        """Runs the function and records it."""
+        """Runs the ``function`` and records it."""
         recording = Recording()
         with _launches(recording), recording:
             result = function()

@@ -118,7 +118,7 @@ def burst(batch: int = 8, depth: int = 3) -> Scenario:
 def one_confident_many_doubtful(batch: int = 8, depth: int = 3) -> Scenario:
     """Request 0 of ``batch`` is sure of its draft of ``depth`` layers, the others are not; two rows a request."""
     scenario, confident = _scenario(batch, depth, 0.2, rows=2 * batch), depth + 1  # the tokens that request 0 comes to first
-    shares = torch.full((confident + batch + 2,), 0.2)
+    shares = torch.full((confident + batch + 2,), 0.2, dtype=torch.float32)
     shares[:confident] = 0.98
     roots = torch.tensor([0, *range(confident, confident + batch - 1)])
     return replace(scenario, root_tokens=roots, log_probs=_candidates(shares, depth))
@@ -134,7 +134,7 @@ def nan_storm(batch: int = 8, depth: int = 3) -> Scenario:
     """A drafter gone wrong, ``batch`` requests, ``depth`` layers: two of three scores are NaN, infinite or above 0."""
     scenario = _scenario(batch, depth, 0.6, rows=4 * batch)
     places = torch.arange(scenario.log_probs.numel()).view_as(scenario.log_probs)
-    storm = torch.tensor([torch.nan, -0.5, torch.inf, -0.1, 0.01, -torch.inf, torch.nan])
+    storm = torch.tensor([torch.nan, -0.5, torch.inf, -0.1, 0.01, -torch.inf, torch.nan], dtype=torch.float32)
     return replace(scenario, log_probs=torch.where(places % 3 == 0, scenario.log_probs, storm[places % 7]))
 
 
@@ -142,7 +142,7 @@ def _scenario(batch: int, depth: int, share: float, rows: int) -> Scenario:
     batch = checks.integer("batch", batch, 1)
     depth = checks.integer("depth", depth, 0)
     vocab = max(2 * batch, 4)
-    spread = share - 0.01 * torch.arange(vocab) / vocab
+    spread = share - 0.01 * torch.arange(vocab, dtype=torch.float32) / vocab
     whole = torch.ones(batch, dtype=torch.bool)
     return Scenario(torch.arange(batch), whole, torch.full((batch,), 64), _candidates(spread, depth), rows)
 

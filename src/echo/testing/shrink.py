@@ -54,8 +54,9 @@ def _rounder(step: Scenario, entry: int) -> Iterator[Scenario]:
     """Steps whose score at that place is rounder."""
     now = float(step.log_probs.flatten()[entry].exp())
     for share in ROUND:
-        if now == float(torch.tensor(share).log().exp()):
+        score = torch.tensor(share, dtype=torch.float32).log()
+        if now == float(score.exp()):
             return
         table = step.log_probs.clone()
-        table.view(-1)[entry] = torch.tensor(share).log()
+        table.view(-1)[entry] = score
         yield replace(step, log_probs=table)

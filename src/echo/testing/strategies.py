@@ -66,13 +66,13 @@ def batches(*, max_batch: int = 5, max_depth: int = 4, rows: bool = True) -> Sea
         bad: list[tuple[int, float]],
         levels: tuple[bool, bool],
     ) -> Scenario:
-        roots, live, short, floor, weight = (torch.tensor(column) for column in zip(*slots, strict=True))
+        roots, live, short, floor, weight = (torch.from_numpy(np.array(column)) for column in zip(*slots, strict=True))
         flat = scores(np.frombuffer(numbers, ">u2"), coarse=coarse)
         for place, value in bad:
             flat[place] = value
         table = flat.view(max_depth, VOCAB, CHILDREN)
         count = max(len(slots), int(live.sum()) + spare) if rows else None
-        floors, weights = floor if levels[0] else None, weight if levels[1] else None
+        floors, weights = floor if levels[0] else None, weight.float() if levels[1] else None
         return Scenario(roots, live, CAPACITY - short, table[:depth, :, :k], count, floors, weights)
 
     strategy: SearchStrategy[Scenario] = st.builds(
@@ -107,7 +107,8 @@ def trees() -> SearchStrategy[SuperTree]:
         share = [[draw(st.integers(1, 8)) / 8 for _ in range(nodes)] for _ in range(batch)]
         token = torch.arange(nodes).expand(batch, -1)  # all of a request differ, and so do siblings
         spare = max(sum(size > 0 for size in lengths), 1) + draw(st.integers(0, 8))
-        return SuperTree.from_arrays(token, torch.tensor(parent), torch.tensor(share).log(), lengths=torch.tensor(lengths), rows=spare)
+        log_prob = torch.tensor(share, dtype=torch.float32).log()
+        return SuperTree.from_arrays(token, torch.tensor(parent), log_prob, lengths=torch.tensor(lengths), rows=spare)
 
     strategy: SearchStrategy[SuperTree] = st.composite(build)()
     return strategy

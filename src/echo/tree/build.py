@@ -199,7 +199,7 @@ class Template:
 def roots(tokens: Tensor, live: Tensor, limit: Tensor, rows: int, most: int) -> SuperTree:
     """Roots that draft nothing: tokens int64 [B], live bool [B], row limit int64 [B], rows of the step and at most of a request."""
     root = tokens[:, None]
-    zero, score = torch.zeros_like(root), torch.where(live, 0.0, -torch.inf)[:, None]
+    zero, score = torch.zeros_like(root), torch.zeros_like(root, dtype=torch.float32).masked_fill_(~live[:, None], -torch.inf)
     return SuperTree(
         layers=(Layer(0, root, zero, score, live[:, None], live),),
         frontier=Frontier(root, zero, zero, score, torch.zeros_like(live)[:, None], 0),

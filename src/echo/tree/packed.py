@@ -104,7 +104,8 @@ class PackedTree:
     def slot(self, context: Tensor, page_table: Tensor, page_size: int, dummy: int) -> Tensor:
         """Key/value slots int64 [N], ragged: a request's rows lie one after another behind its context, in its own pages.
 
-        A pad row, and a row beyond the page table (give ``plant`` a capacity, and there is none), writes to the dummy slot.
+        A pad row, a row beyond the page table (give ``plant`` a capacity, and there is none) and one on a negative page write to the
+        dummy slot.
 
         Args:
             context: int32 or int64 [B], tokens in each request's cache before this step.
@@ -327,7 +328,7 @@ def _pads(tree: SuperTree, rows: int, words: int) -> PackedTree:
         request=zero,
         indptr=zero.new_zeros(1),
         mask=F.pad(zero[:, None] + 1, (0, words - 1)),
-        score=torch.full((rows,), -torch.inf, device=zero.device),
+        score=torch.full((rows,), -torch.inf, dtype=torch.float32, device=zero.device),
         node=zero.long() - 1,
         bought=zero.bool(),
         status=tree.status,
@@ -352,7 +353,7 @@ def slots(place: Tensor, request: Tensor, page_table: Tensor, page_size: int, du
     Args:
         place: int64, each token's place in its request's text; the dummy slot where it is negative or beyond the page table.
         request: int32 or int64 of the same shape, or one that broadcasts to it.
-        page_table: int32 or int64 [B, pages].
+        page_table: int32 or int64 [B, pages]; the dummy slot where it is negative, as tables are padded.
         page_size: tokens of a page.
         dummy: a slot that no request owns.
 
@@ -365,9 +366,10 @@ def slots(place: Tensor, request: Tensor, page_table: Tensor, page_size: int, du
     batch, pages = page_table.shape
     if batch == 0 or pages == 0:
         return torch.full_like(place, dummy)
-    at = request.long().clamp(max=batch - 1) * pages + (place // page_size).clamp(0, pages - 1)
-    slot = page_table.flatten()[at].long() * page_size + place % page_size
-    return torch.where((place >= 0) & (place < pages * page_size), slot, dummy)
+    wanted = place // page_size
+    column = wanted.clamp(0, pages - 1)
+    page = page_table.flatten()[request.long().clamp(max=batch - 1) * pages + column].long()
+    return torch.where((column == wanted) & (page >= 0), page * page_size + place % page_size, dummy)
 
 
 def into(out: T | None, value: T) -> T:

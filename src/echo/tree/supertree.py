@@ -269,7 +269,7 @@ class SuperTree:
         return [layer.token.shape[1] for layer in self.layers]
 
     def column(self, name: str) -> Tensor:
-        """[B, T]: ``"token"``, ``"parent"``, ``"score"`` or ``"bought"`` of all layers, side by side; copied only where they lie apart."""
+        """[B, T]: what each layer calls ``name`` (token, parent, score, bought), side by side; copied only where they lie apart."""
         if self.nodes is not None:
             whole: Tensor = getattr(self.nodes, name)
             return whole[:, : sum(self.sizes)]

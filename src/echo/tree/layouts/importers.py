@@ -313,7 +313,7 @@ def _packed(tokens: Array, parents: Array, sizes: Array, rows: int | None, devic
     """Checked, put into canonical order and packed: token and parent of each row, by request."""
     width = int(sizes.max(initial=1))
     token, parent = (torch.from_numpy(x[:, :width].astype(np.int64)).to(device) for x in (tokens, parents))
-    tree = from_arrays(token, parent, torch.zeros(token.shape, device=device), lengths=torch.from_numpy(sizes).to(device))
+    tree = from_arrays(token, parent, torch.zeros_like(token, dtype=torch.float32), lengths=torch.from_numpy(sizes).to(device))
     count = max(int(sizes.sum()), 1)
     rows = count if rows is None else checks.integer("rows", rows, count)
     return pack(tree, torch.isfinite(tree.forest.score), rows, -(-width // WORD))

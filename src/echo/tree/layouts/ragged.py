@@ -125,7 +125,7 @@ def qq_bias(packed: PackedTree, *, out: Tensor | None = None) -> Tensor:
     square = columns(packed.mask, n)
     own = torch.eye(n, dtype=torch.bool, device=square.device)
     square = torch.where((packed.request < 1)[:, None], square, own)
-    return into(out, torch.where(square, 0.0, -torch.inf))
+    return into(out, torch.zeros_like(square, dtype=torch.float32).masked_fill_(~square, -torch.inf))
 
 
 def flashinfer(packed: PackedTree, context: Tensor, size: int, *, bits: bool = True, out: FlashInferMask | None = None) -> FlashInferMask:

@@ -226,7 +226,7 @@ def hugging_face(
     inputs = into(out, HuggingFaceInputs(grid.spread(packed.tokens, 0), grid.spread(packed.depth, 0) + context.long()[:, None], mask))
     least = False if dtype == torch.bool else torch.finfo(dtype).min
     for part, seen in ((mask[..., :past], (column < lens)[:, None, None]), (mask[..., past:], grid.square()[:, None])):
-        part.copy_(seen if dtype == torch.bool else torch.where(seen, 0.0, least))
+        part.copy_(seen) if dtype == torch.bool else part.zero_().masked_fill_(~seen, least)
     return inputs
 
 
