@@ -196,7 +196,7 @@ def test_the_paged_engine_runs_on_the_triton_kernels(folders, prompts, expected)
 
 @pytest.mark.parametrize("bad", [None, "prompt", "answer"])
 def test_the_paged_engine_stops_where_the_model_has_no_number(folders, prompts, expected, bad):
-    """After one token there is none: answers end with it, nobody else's changes, and the error names them."""
+    """After one token there is none: answers end with it, no other changes, and the error names them."""
     token = {None: -1, "prompt": int(prompts[1][-1]), "answer": expected[0][2]}[bad]
     made, answers = engine(folders, POLICIES["eagle"], lanes=3, pages=16, eos_token=EOS), [[] for _ in prompts]
     forward = made.forward

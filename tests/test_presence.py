@@ -31,7 +31,7 @@ POLICIES = {
     "two-level": echo.ElasticBudgetScheduler(echo.TwoLevel(2, 2), echo.SparseGate({1: 0.1}), 8, 2),
     "goodput": echo.ElasticBudgetScheduler(echo.GlobalRank(2), budget=COST, max_depth=2),
 }
-NOBODY = torch.empty(0, dtype=torch.int64)
+NONE = torch.empty(0, dtype=torch.int64)
 
 
 def grown(scheduler, tree, depth=2):
@@ -48,18 +48,18 @@ def test_zero_requests_are_a_step_of_pads(name, rows, backend):
     scheduler = POLICIES[name]
     with kernels.using(backend):
         history, stats = scheduler.history(4), echo.StepStats.empty()
-        plan = scheduler.forecast(history, NOBODY)
+        plan = scheduler.forecast(history, NONE)
         assert plan == scheduler.forecast(history, [])
-        tree = grown(scheduler, scheduler.plant(NOBODY, rows=plan.rows if rows == "forecast" else rows))
+        tree = grown(scheduler, scheduler.plant(NONE, rows=plan.rows if rows == "forecast" else rows))
         packed = scheduler.pack(tree)
         assert packed.batch == 0 and packed.rows == tree.rows and (packed.node == -1).all()
         packed.validate()
         for given_ in ({"target_tokens": torch.zeros(packed.rows, dtype=torch.int64)}, {"logits": torch.zeros(packed.rows, 9)}):
-            accepted = echo.verify(packed, **given_).cut(eos_tokens=torch.tensor([2]), limits=NOBODY)
+            accepted = echo.verify(packed, **given_).cut(eos_tokens=torch.tensor([2]), limits=NONE)
             assert accepted.tokens.shape == (0, tree.depth + 1) and accepted.bonus.shape == accepted.beyond.shape == (0,)
-        assert echo.compact(packed, accepted, NOBODY).context.shape == (0,)
-        assert echo.compact(packed, accepted, NOBODY, page_table=torch.empty(0, 3).int(), page_size=2, dummy=7).source.numel() == 0
-        after, counts = history.observe(NOBODY, packed, accepted), stats.observe(packed, accepted).read()
+        assert echo.compact(packed, accepted, NONE).context.shape == (0,)
+        assert echo.compact(packed, accepted, NONE, page_table=torch.empty(0, 3).int(), page_size=2, dummy=7).source.numel() == 0
+        after, counts = history.observe(NONE, packed, accepted), stats.observe(packed, accepted).read()
         assert after.tick == 1 and not after.steps.any()
         assert counts == echo.StepCounts(steps=1, layers=tree.depth, pads=packed.rows)
         assert len(echo.warmup_rows(tree, packed, accepted)) == 0
@@ -70,14 +70,14 @@ def test_zero_requests_are_a_step_of_pads(name, rows, backend):
 def test_no_prompts_are_no_steps():
     target = TabularTarget(table(5, seed=0))
     assert not list(echo.decode(POLICIES["eagle"], target, None, [], slots=3, max_new_tokens=5))
-    step, history = echo.speculate(POLICIES["goodput"], target, None, NOBODY, NOBODY, POLICIES["goodput"].history(3))
+    step, history = echo.speculate(POLICIES["goodput"], target, None, NONE, NONE, POLICIES["goodput"].history(3))
     assert step.packed.rows == 0 and history.tick == 1
 
 
 def test_idle_ranks_agree():
     scheduler = POLICIES["goodput"]
     history = scheduler.history(4)
-    idle = scheduler.curve(history, NOBODY)
+    idle = scheduler.curve(history, NONE)
     assert scheduler.agree(np.stack([idle, idle]), 1) == echo.Forecast(0, 0)
     assert scheduler.agree(np.stack([idle, scheduler.curve(history, [], base_rows=5)]), 0) == echo.Forecast(0, 5)
     assert scheduler.agree(np.stack([idle, scheduler.curve(history, [], base_rows=5)]), 1) == echo.Forecast(0, 0)
