@@ -117,6 +117,13 @@ def test_deals_as_torch_does(case, left, slack):
     assert torch.equal(fused, deal(*args))
 
 
+@pytest.mark.parametrize("searches", [16, 64, 4096])
+def test_the_cutoff_is_the_same_in_any_number_of_rounds(monkeypatch, searches):
+    """One to four bits a round, as batches of 4,096, 1,024 and 256 requests have them."""
+    monkeypatch.setattr(triton_dealing.launch, "SEARCHED", searches)
+    compare(SCHEDULERS["two-level"], 9, k=3, seed=searches, ties=True)
+
+
 def test_costs_of_extreme_scores():
     score = torch.tensor([[0.0, -0.0, -1.5, -3.4e38, -torch.inf, -1e-45]])
     assert torch.equal(triton_dealing.path_cost(score, None, None, [1, 5]), echo.tree.supertree.bits(score))

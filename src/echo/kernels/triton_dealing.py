@@ -135,7 +135,7 @@ def _allot(
     there = r < batch
     goal = tl.minimum(tl.load(left), rows)
     cutoff = tl.zeros([], tl.int64)
-    digit = tl.arange(0, DIGITS).to(tl.int64)
+    digit = (tl.arange(0, DIGITS) + (1 if BITS == 1 else 0)).to(tl.int64)  # of one bit, 1 alone is asked for
     for turn in range(ROUNDS):
         shift = BITS * (ROUNDS - 1 - turn)
         raised = cutoff + (digit << shift)
@@ -214,8 +214,8 @@ def select(
         )  # fmt: skip
         _allot[(1,)](
             new.key, left, counted, new.share, new.counts, batch, most, rows,
-            HELD=held is not None, GROUP=group, STEPS=most.bit_length(), BITS=bits, DIGITS=1 << bits, ROUNDS=-(-KEY_BITS // bits),
-            num_warps=max(1, min(32, (group << bits) // 256)),
+            HELD=held is not None, GROUP=group, STEPS=most.bit_length(), BITS=bits, DIGITS=1 << bits if bits > 1 else 1, ROUNDS=-(-KEY_BITS // bits),
+            num_warps=max(1, min(32, (group << bits) // (256 if bits > 1 else 128))),
         )  # fmt: skip
     return new
 
