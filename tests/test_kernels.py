@@ -229,7 +229,7 @@ def test_the_work_list_covers_every_tile_and_block_once(seed, splits):
     parts = sorted((slot, slot + int(rows[b]) * group) for b, t, _, _, slot, *_ in real if slot >= 0 and t == 0)
     assert [begin for begin, _ in parts] == [0, *(end for _, end in parts)][: len(parts)]  # one piece's results after another's
     assert not parts or parts[-1][1] <= partials
-    for b, t, low, high, slot, *facts in real:
+    for b, _, low, high, slot, *facts in real:
         first, pieces = spans[b].tolist()
         assert facts == [int(indptr[b]), int(rows[b]), int(context[b])]
         assert (slot >= 0) == (pieces > 1)

@@ -125,7 +125,9 @@ def merge_attention(o1: Tensor, lse1: Tensor, o2: Tensor, lse2: Tensor) -> tuple
     merge_shapes(o1, lse1, o2, lse2)
     lse = torch.logaddexp(lse1.double(), lse2.double())
     base = torch.where(lse > -torch.inf, lse, 0.0)
-    first, second = (lse1.double() - base).exp(), (lse2.double() - base).exp()
-    part = lambda o, lse: torch.where(lse[..., None] == -torch.inf, 0.0, o.double())  # noqa: E731 - of no keys it may hold anything
-    out = part(o1, lse1) * first[..., None] + part(o2, lse2) * second[..., None]
-    return out.to(o1.dtype), lse.float()
+    return (_share(o1, lse1, base) + _share(o2, lse2, base)).to(o1.dtype), lse.float()
+
+
+def _share(out: Tensor, lse: Tensor, base: Tensor) -> Tensor:
+    """What one part brings to the whole, float64; without keys it may hold anything."""
+    return torch.where(lse[..., None] == -torch.inf, 0.0, out.double() * (lse.double() - base).exp()[..., None])
