@@ -103,12 +103,14 @@ def tree_attention(
 
     Args:
         q: float16, bfloat16 or float32 [N, Hq, D].
-        key_cache, value_cache: [pages, page_size, Hkv, D], of q's kinds, or float8_e4m3fn or float8_e5m2. Pages that no context
-            reaches are never read. None in mode "tree".
-        page_table: int32 [B, max_pages]; None in mode "tree".
+        key_cache, value_cache: [pages, page_size, Hkv, D], of q's kinds, or float8_e4m3fn or float8_e5m2. What no row sees, beyond a
+            context or before its window, is never read. A cached value that is not finite may spoil all rows of its request: the root
+            sees it. None in mode "tree".
+        page_table: int32 [B, max_pages]; None in mode "tree". Tokens on a page that the cache does not have, such as the -1 that tables
+            are padded with, are not there: no row sees them.
         context: int32 [B], tokens in the cache before the tree, cut to 0 and max_pages * page_size; None in mode "tree".
-        tree_key, tree_value: [N, Hkv, D], the rows' own keys and values, of q's kinds. Finite on every row of a request; pad
-            rows may hold anything.
+        tree_key, tree_value: [N, Hkv, D], the rows' own keys and values, of q's kinds. What is not finite makes those rows NaN
+            that see it, and no others; pad rows may hold anything.
         request: int32 [N]; B on pad rows, which attend to themselves only.
         indptr: int32 [B + 1], where each request's rows begin.
         mask: int32 [N, words], ancestors and the row itself, as in a packed tree; bits beyond the request's rows are ignored.
@@ -119,7 +121,8 @@ def tree_attention(
         window: a row sees keys at most ``window - 1`` positions before its own.
         depth: int32 [N], needed with ``window``.
         key_scale, value_scale: float32 [Hkv], factors of cached keys and values, as for float8 caches.
-        splits: pieces that each request's keys are cut in, at most; balanced over the whole batch where not given.
+        splits: pieces that each request's keys are cut in, at most; balanced over the whole batch where not given. A call needs
+            4 * N * Hq * (D + 1) * splits bytes for partial results then, and is refused above 2^30; below 100 MB where not given.
         plan: what :func:`plan_attention` made for this batch; made anew where not given.
         backend: "auto", "torch" or "triton".
 
@@ -157,11 +160,11 @@ def plan_attention(
     Args:
         q, key_cache, page_table, context, tree_key, indptr: as in :func:`tree_attention`; of q, tree_key and key_cache only
             shapes and dtypes count.
-        mode, window, splits, backend: as in :func:`tree_attention`, and the same as in the calls that get the plan.
+        mode, window, splits, backend: as in :func:`tree_attention`.
 
     Returns:
-        What :func:`tree_attention` takes as ``plan``. Layers of other shapes or element sizes, another mode, window or splits, refuse it;
-        that ``indptr`` and ``context`` hold what they held is not checked.
+        What :func:`tree_attention` takes as ``plan``. Layers of other shapes, element sizes, mode, window or splits refuse it, by
+        either backend. Whether ``indptr`` and ``context`` still hold the same numbers is not checked: that would wait for the device.
 
     Raises:
         EchoError: arguments that do not fit, or a backend that is not there.
@@ -176,7 +179,7 @@ def merge_attention(o1: Tensor, lse1: Tensor, o2: Tensor, lse2: Tensor, *, backe
     """Joins attention over two disjoint sets of keys.
 
     Args:
-        o1, o2: float [N, H, D].
+        o1, o2: float [N, H, D]; a part without keys may hold anything.
         lse1, lse2: float32 [N, H], natural logs; -inf for a part without keys.
         backend: "auto", "torch" or "triton".
 

@@ -162,7 +162,9 @@ def merge_attention(o1: Tensor, lse1: Tensor, o2: Tensor, lse2: Tensor) -> tuple
     merge_shapes(o1, lse1, o2, lse2)
     lse = torch.logaddexp(lse1.double(), lse2.double())
     base = torch.where(lse > -torch.inf, lse, 0.0)
-    first, second = (lse1.double() - base).exp(), (lse2.double() - base).exp()
-    gone1, gone2 = lse1[..., None] == -torch.inf, lse2[..., None] == -torch.inf  # of no keys a part may hold anything
-    out = o1.double().masked_fill(gone1, 0) * first[..., None] + o2.double().masked_fill(gone2, 0) * second[..., None]
-    return out.to(o1.dtype), lse.float()
+    return (_share(o1, lse1, base) + _share(o2, lse2, base)).to(o1.dtype), lse.float()
+
+
+def _share(out: Tensor, lse: Tensor, base: Tensor) -> Tensor:
+    """What one part brings to the whole, float64; without keys it may hold anything."""
+    return torch.where(lse[..., None] == -torch.inf, 0.0, out.double() * (lse.double() - base).exp()[..., None])

@@ -207,6 +207,7 @@ def select(
         cost, bought, (block, piece) = by_rows(cost), by_rows(bought), launch.lanes(count)
         group, counted = launch.power_of_two(batch), limit if held is None else held
         bits = launch.cutoff_bits(group)
+        digits = 1 << bits if bits > 1 else 1
         _rank[(batch,)](
             cost, as_bytes(bought), limit, counted, new.key, new.place, count, most, total, extra, cost.stride(0), bought.stride(0),
             SCORES=cost.dtype == torch.float32, HELD=held is not None, ENDS=ends(sizes), BLOCK=block, PIECE=piece,
@@ -214,7 +215,7 @@ def select(
         )  # fmt: skip
         _allot[(1,)](
             new.key, left, counted, new.share, new.counts, batch, most, rows,
-            HELD=held is not None, GROUP=group, STEPS=most.bit_length(), BITS=bits, DIGITS=1 << bits if bits > 1 else 1, ROUNDS=-(-KEY_BITS // bits),
+            HELD=held is not None, GROUP=group, STEPS=most.bit_length(), BITS=bits, DIGITS=digits, ROUNDS=-(-KEY_BITS // bits),
             num_warps=max(1, min(32, (group << bits) // (256 if bits > 1 else 128))),
         )  # fmt: skip
     return new
