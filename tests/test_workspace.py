@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import echo
+from addresses import checked
 from conftest import CALIBRATION, one_graph, policies
 from echo import kernels
 from echo.testing import RecordedGraphs
@@ -200,6 +201,17 @@ def test_with_kernels_nothing_is_allocated(name):
     assert set(recording.operations) - set(launched) <= ALLOWED | {"copy_"}, recording.operations
     assert len(recording.operations) <= 12, recording.operations
     assert packed.tokens.data_ptr() == parts.plan(tree, 8).tokens.data_ptr()
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_kernels_touch_nothing_but_the_workspace(name):
+    """Columns of wide buffers, prefixes of lanes: every address is an element of what a launch was given."""
+    pytest.importorskip("triton")
+    parts = Parts(SCHEDULERS[name], 4, 40)
+    with kernels.using("triton"), checked() as seen:
+        for lanes, depth, rows in ((4, 3, 40), (3, 1, 5), (2, 0, 2)):
+            parts.step(echo.Graphs("cpu"), lanes, depth, rows)
+    assert seen.launches > 20
 
 
 def test_addresses_never_change():
