@@ -241,6 +241,8 @@ def test_flashinfer_masks_are_the_oracle_and_come_back(case, more):
         ends.append(len(flat))
         bytes_.append(len(packed_bits))
         assert own == np.packbits(np.array(mine, dtype=bool), bitorder="little").tolist()
+    with pytest.raises(echo.EchoError, match="size: expected an int from 0 to 2147483647, got 2147483648"):
+        layouts.flashinfer(case.packed, context, 1 << 31)
     for bits, expected, begins in ((False, flat, ends), (True, packed_bits, bytes_)):
         mask = layouts.flashinfer(case.packed, context, len(expected) + more, bits=bits)
         assert mask.mask.tolist() == expected + [255 if bits else True] * more

@@ -20,6 +20,7 @@ from conftest import CALIBRATION, grow_all
 from echo import kernels
 from echo.kernels import inputs, launch, reference
 from echo.lookup import Match
+from echo.testing import TabularDrafter, table
 from echo.tree import compact
 from echo.tree.packed import slots
 
@@ -203,10 +204,10 @@ def test_pages_that_are_none_lead_to_the_dummy_slot(backend):
         tree = scheduler.grow(tree, torch.tensor([[[1]]]), torch.tensor([[[-0.1]]]))
     packed, context = scheduler.pack(tree), torch.tensor([14])
     accepted = echo.verify(packed, torch.tensor([1, 1, 1, 1]))
-    for table in (torch.tensor([[5, -1, -1]]), torch.tensor([[5, -7]], dtype=torch.int32), torch.tensor([[5]])):
-        assert packed.slot(context, table, page_size=16, dummy=3).tolist() == [94, 95, 3, 3]
+    for pages in (torch.tensor([[5, -1, -1]]), torch.tensor([[5, -7]], dtype=torch.int32), torch.tensor([[5]])):
+        assert packed.slot(context, pages, page_size=16, dummy=3).tolist() == [94, 95, 3, 3]
         with kernels.using(backend):
-            lists = compact(packed, accepted, context, page_table=table, page_size=16, dummy=3)
+            lists = compact(packed, accepted, context, page_table=pages, page_size=16, dummy=3)
         assert lists.source.tolist() == lists.target.tolist() == [[94, 95, 3, 3]]
     place = torch.tensor([-17, -1, 0, 15, 16, 47, 48])
     assert slots(place, torch.tensor(0), torch.tensor([[-1, 2, 2]]), 16, 9).tolist() == [9, 9, 9, 9, 32, 47, 9]
@@ -301,6 +302,25 @@ def test_what_lies_before_the_window_may_hold_anything(value, backend):
                 args[name][args["page_table"][b, at // 16], at % 16] = value
     out = kernels.tree_attention(**args, window=9, backend=backend)
     assert all(torch.equal(a, b) for a, b in zip(out, clean, strict=True)) and out[0].isfinite().all()
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_a_draft_that_is_no_number_spoils_no_trust(value):
+    own, last = table(5, 1), torch.arange(2)
+
+    def learnt(change):
+        lookup = echo.PromptLookup(2, 32, TabularDrafter(own, 5), longest=2, trust=(0.0, 0.3, 0.9))
+        lookup.admit(last, [torch.tensor([0, 1, 0, 1, 2]), torch.tensor([1, 3, 1, 3])], last)
+        scheduler = echo.ElasticBudgetScheduler.eagle(n=2, beam=1, max_depth=1)
+        tree = scheduler.plant(last)
+        packed = scheduler.pack(scheduler.grow(tree, *lookup.draft(last, tree.frontier)))
+        tokens, log_probs, *vote = lookup._root
+        lookup._root = tokens, torch.where(torch.tensor([[True], [False]]), change(log_probs), log_probs), *vote
+        accepted = echo.verify(packed, torch.full((packed.rows,), -1))
+        lookup.keep(last, packed, dataclasses.replace(accepted, tokens=torch.tensor([[1], [3]]), lengths=torch.ones(2).long()))
+        return lookup.learnt()
+
+    assert learnt(lambda x: torch.full_like(x, value)) == learnt(lambda x: torch.full_like(x, -torch.inf))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

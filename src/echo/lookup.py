@@ -248,7 +248,7 @@ class PromptLookup:
         if self._root is not None and packed.max_depth:
             tokens, log_probs, vote, run = self._root
             truth = accepted.tokens[:, :1]
-            q = torch.where(tokens == truth, log_probs.float().exp(), 0.0).sum(dim=1).clamp(min=1e-4)
+            q = torch.where((tokens == truth) & log_probs.isfinite(), log_probs.float().exp(), 0.0).sum(dim=1).clamp(min=1e-4)
             share, counted = self.trust[run], (accepted.lengths > 0).float()
             mine = share * (vote == truth[:, 0])
             self._won = self._won.index_add(1, run, torch.stack([mine / ((1 - share) * q + mine) * counted, counted]))

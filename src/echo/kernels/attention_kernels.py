@@ -236,6 +236,7 @@ def attend(
 ):  # fmt: skip
     """One work item for one KV head. Heads side by side: together they read whole cache slots, at about the same time."""
     head = tl.program_id(0) % HEADS
+    far = head.to(tl.int64)  # for strides
     item = work + (tl.program_id(0) // HEADS) * FIELDS
     b, tile, low, high = tl.load(item), tl.load(item + 1), tl.load(item + 2), tl.load(item + 3)
     slot, begin, rows, length = tl.load(item + 4), tl.load(item + 5), tl.load(item + 6), tl.load(item + 7)
@@ -248,7 +249,7 @@ def attend(
         d = tl.arange(0, WIDTH)
         inner = d < DIM if DIM < WIDTH else d >= 0
         queries = tl.load(
-            q + row[:, None] * q_row + (head * GROUP + member).to(tl.int64)[:, None] * q_head + d[None, :],
+            q + row[:, None] * q_row + (far * GROUP + member)[:, None] * q_head + d[None, :],
             mask=real[:, None] & inner[None, :], other=0.0,
         ).to(DOT)  # fmt: skip
         acc = tl.zeros([ROWS, WIDTH], tl.float32)
@@ -259,7 +260,7 @@ def attend(
         if PREFIX:
             narrowed, unit = _narrow(queries) if NARROW else (queries, 1.0)
             acc, top, mass = _context(
-                narrowed, acc, top, mass, key_cache + head.to(tl.int64) * k_head, value_cache + head.to(tl.int64) * v_head,
+                narrowed, acc, top, mass, key_cache + far * k_head, value_cache + far * v_head,
                 table + b.to(tl.int64) * table_row, pages, first + low, first + tl.minimum(high, prefix), length, since,
                 factor * unit * tl.load(key_scale + head) if KEY_SCALED else factor * unit, cap, k_page, k_slot, v_page, v_slot,
                 DIM, WIDTH, KEYS, PAGE, WINDOW, CAPPED,
@@ -267,8 +268,8 @@ def attend(
             if VALUE_SCALED:
                 acc = acc * tl.load(value_scale + head)
         acc, top, mass = _tree(
-            queries, acc, top, mass, tree_key + begin.to(tl.int64) * tk_row + head.to(tl.int64) * tk_head,
-            tree_value + begin.to(tl.int64) * tv_row + head.to(tl.int64) * tv_head, mask + row * words, depth + begin,
+            queries, acc, top, mass, tree_key + begin.to(tl.int64) * tk_row + far * tk_head,
+            tree_value + begin.to(tl.int64) * tv_row + far * tv_head, mask + row * words, depth + begin,
             tl.maximum(low - prefix, 0), high - prefix, rows, real, since, factor, cap, tk_row, tv_row, words,
             DIM, WIDTH, ROWS, KEYS, WINDOW, CAPPED, STAGES,
         )  # fmt: skip

@@ -117,7 +117,8 @@ def tile(group: int, dim: int, itemsize: int, cached: int, page: int, rows: floa
     if generation == HOPPER and page and page % 64 == 0 and not wide and (height > 16 or cached == 1):
         return Tile(max(height, 64), 64, 8 if height == 128 else 4, 3, 1)
     low = generation > HOPPER and height == 16 and dim < power_of_two(dim)  # four stages spill there
-    return Tile(height, 32, 8 if wide or height == 128 else 4, 3 if wide or low else 4, 1 if generation >= HOPPER else 2)
+    large = height == 128 or (wide and height > 16)
+    return Tile(height, 32, 8 if large else 4, 3 if wide or low else 4, 1 if generation >= HOPPER else 2)
 
 
 @functools.lru_cache

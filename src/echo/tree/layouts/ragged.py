@@ -148,7 +148,7 @@ def flashinfer(packed: PackedTree, context: Tensor, size: int, *, bits: bool = T
     Source: ``segment_packbits(..., bitorder="little")`` and ``plan`` of flashinfer-python 0.7.2.post1.
     """
     checks.tensor("context", context, [packed.batch], checks.INTEGERS, packed.tokens.device)
-    size = checks.integer("size", size, 0)
+    size = checks.integer("size", size, 0, (1 << 31) - 1)  # indptr is int32
     lens = packed.indptr.diff().long()
     kv = torch.where(lens > 0, context + lens, 0)
     entries = lens * kv
