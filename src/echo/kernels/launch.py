@@ -99,7 +99,7 @@ def tile(group: int, dim: int, itemsize: int, cached: int, page: int, rows: floa
     Why these is in ``benchmarks/results/compile.md``. On Hopper 64 rows by 64 keys on its wide matrix instruction take fewer
     instructions a key than 32 by 32, even half empty, and with 8-bit keys fewer than 16 by 32. Elsewhere, and where blocks of 64 keys do
     not lie within pages, 64 keys spill. A taller tile reads a KV head's keys fewer times; more than 128 rows of 16 bits, or 64 of a
-    head dimension of 256, spill.
+    head dimension of 256 (after Hopper, of 64), spill, and so do more or fewer ``own_stages`` than these.
 
     Args:
         group: query heads of a KV head.
@@ -112,13 +112,15 @@ def tile(group: int, dim: int, itemsize: int, cached: int, page: int, rows: floa
     """
     wide = dim > 128
     if itemsize == 4:  # exact products on the ordinary units: small tiles, for registers
-        return Tile(16, 16, 8 if wide else 4, 2, 3)
-    height = min(max(power_of_two(round(group * rows)), 16), 64 if wide else 128)
+        return Tile(16, 16, 8 if wide else 4, 2, 1 if dim <= 64 else 3)
+    height = min(max(power_of_two(round(group * rows)), 16), 64 if wide or (generation > HOPPER and dim == 64) else 128)
     if generation == HOPPER and page and page % 64 == 0 and not wide and (height > 16 or cached == 1):
         return Tile(max(height, 64), 64, 8 if height == 128 else 4, 3, 1)
     low = generation > HOPPER and height == 16 and dim < power_of_two(dim)  # four stages spill there
     large = height == 128 or (wide and height > 16)
-    return Tile(height, 32, 8 if large else 4, 3 if wide or low else 4, 1 if generation >= HOPPER else 2)
+    deep = generation < HOPPER and not (wide and height == 16)
+    own = 2 if deep or (generation > HOPPER and height == 32 and dim == power_of_two(dim)) else 1
+    return Tile(height, 32, 8 if large else 4, 3 if wide or low else 4, own)
 
 
 @functools.lru_cache
