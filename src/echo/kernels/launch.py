@@ -118,7 +118,8 @@ def tile(group: int, dim: int, itemsize: int, cached: int, page: int, rows: floa
         return Tile(max(height, 64), 64, 8 if height == 128 else 4, 3, 1)
     low = generation > HOPPER and height == 16 and dim < power_of_two(dim)  # four stages spill there
     large = height == 128 or (wide and height > 16)
-    deep = generation < HOPPER and not (wide and height == 16)
+    scattered = page % 64 != 0 and dim < power_of_two(dim)
+    deep = generation < HOPPER and not (wide and height == 16) and not scattered
     own = 2 if deep or (generation > HOPPER and height == 32 and dim == power_of_two(dim)) else 1
     return Tile(height, 32, 8 if large else 4, 3 if wide or low else 4, own)
 
