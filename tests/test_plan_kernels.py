@@ -124,6 +124,17 @@ def test_the_cutoff_is_the_same_in_any_number_of_rounds(monkeypatch, searches):
     compare(SCHEDULERS["two-level"], 9, k=3, seed=searches, ties=True)
 
 
+class Open(echo.SparseGate):
+    """Thresholds that it does not ask."""
+
+    def __call__(self, layer):
+        return layer.log_confidence > -torch.inf
+
+
+def test_a_subclass_of_a_gate_is_asked_itself():
+    compare(echo.ElasticBudgetScheduler(echo.TwoLevel(2, 3), Open({1: 0.99}), 20, 3), 3, k=3, seed=1)
+
+
 def test_costs_of_extreme_scores():
     score = torch.tensor([[0.0, -0.0, -1.5, -3.4e38, -torch.inf, -1e-45]])
     assert torch.equal(triton_dealing.path_cost(score, None, None, [1, 5]), echo.tree.supertree.bits(score))

@@ -63,15 +63,15 @@ def grow(
     above, depth = tree.frontier, tree.depth + 1
     old = above.score, above.active, above.index, tokens, log_probs, tree.status
     state = tree.row_limit, tree.held, tree.left, tree.invalid
-    known = gate is None or type(gate) is SparseGate  # a threshold is compared where the scores are made
-    tau = gate.log_tau.get(depth, -math.inf) if isinstance(gate, SparseGate) else -math.inf
+    tau, verdict = -math.inf, None
+    if type(gate) is SparseGate:  # a threshold is compared where the scores are made; a subclass may ask something else
+        tau = gate.log_tau.get(depth, tau)
     options: Mapping[str, int] = {
         "width": rule.width,
         "buys": rule.width if isinstance(rule, TwoLevel) else 0,
         "stop": int(Status.FINISHED if last else Status.ACTIVE),
     }
-    verdict = None
-    if not known and gate is not None:
+    if gate is not None and type(gate) is not SparseGate:
         seen = step.grow(*old, None, *state, tau=tau, **options)
         layer = Layer(depth, tokens.flatten(1), seen.parent, seen.score, torch.zeros_like(seen.bought), seen.drafted)
         verdict = gate(layer)
