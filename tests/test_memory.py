@@ -452,3 +452,25 @@ def test_an_empty_lane_takes_nothing_from_the_request_whose_slot_it_names(backen
         again = [x.observe(torch.tensor(where), packed, accepted) for x, where in ((once, [1, 2, 0, 2]), (twice, [1, 1, 0, 0]))]
     same({"history": once, "again": again[0]}, {"history": twice, "again": again[1]})
     assert 1.9 < float(again[1].steps[0, 1]) < 2
+
+
+@INTERPRETED
+def test_buffers_with_gaps_are_written_where_they_are():
+    """``out`` of acceptance, counters and a history may be columns of something wider: what lies between is not touched."""
+
+    def gaps(value):
+        return torch.full((*value.shape, 2), 99, dtype=value.dtype)[..., 0] if isinstance(value, torch.Tensor) else value
+
+    scheduler = echo.ElasticBudgetScheduler(echo.GlobalRank(2), None, echo.CostModel((1, 64), (1.0, 2.0)), 2)
+    packed = scheduler.pack(grow_all(scheduler, torch.arange(3), k=2, seed=0, rows=12))
+    target, lanes = packed.tokens.roll(-1), torch.arange(3)
+    wanted = echo.verify(packed, target)
+    history, stats = scheduler.history(3), echo.StepStats.empty()
+    with kernels.using("triton"), checked():
+        accepted = echo.verify(packed, target, out=echo.Accepted(**{k: gaps(v) for k, v in vars(wanted).items()}))
+        known = history.observe(lanes, packed, accepted, out=dataclasses.replace(history, **{k: gaps(v) for k, v in vars(history).items()}))
+        counted = stats.observe(packed, accepted, out=echo.StepStats(gaps(stats.counts)))
+    same({"accepted": accepted, "history": known, "counts": counted},
+         {"accepted": wanted, "history": history.observe(lanes, packed, wanted), "counts": stats.observe(packed, wanted)})  # fmt: skip
+    for value in (accepted.tokens, accepted.lengths, known.steps, counted.counts):
+        assert value._base.select(-1, 1).eq(99).all()

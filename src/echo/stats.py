@@ -109,7 +109,8 @@ class StepStats:
         fused = kernels.fused("packing", lengths)
         if fused is not None:
             state = packed.indptr, packed.status, lengths, packed.invalid
-            return StepStats(fused.count(*state, packed.rows, layers, self.counts, out=None if out is None else out.counts))
+            to = out.counts if out is not None and out.counts.is_contiguous() else None
+            return into(out, StepStats(fused.count(*state, packed.rows, layers, self.counts.contiguous(), out=to)))
         rows = packed.indptr.diff().long()
         live = rows > 0
         real, requests = rows.sum(), live.sum()

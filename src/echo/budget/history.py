@@ -137,6 +137,7 @@ class History:
             step, to = (slots, packed.status, accepted.lengths, accepted.beyond), None
             if out is not None:
                 to = out.steps, out.expected, out.accepted, out.outlook
+                to = to if all(buffer.is_contiguous() for buffer in to) else None  # kernels write buffers without gaps
             new = fused.observe(*step, drafted, more, sums, KEEP, MEMORY, out=to)
         else:
             new = self._sums(slots, packed, accepted, drafted)

@@ -245,25 +245,18 @@ def walk(
         checks.tensor("limits", limits, [batch], torch.int64, tokens.device)
     if eos_tokens is not None:
         checks.tensor("eos_tokens", eos_tokens, ["n"], torch.int64, tokens.device)
-    if module is not reference:
-        found: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = module.walk(
-            parent, indptr, tokens, target, max_depth, limits, eos_tokens, out
-        )
-        return found
-    values = reference.walk(parent, indptr, tokens, target, max_depth, limits, eos_tokens)
-    for buffer, value in zip(out or (), values, strict=False):
-        buffer.copy_(value)
-    return values if out is None else (out[0], out[1], out[2], out[3], out[4])
-
-
-def argmax_tokens(logits: Tensor, *, backend: str = "auto") -> Tensor:
-    """int64 [N]: greedy tokens of ``logits`` [N, V], by ``backend``; NaN never wins, the lowest of equals does; -1 for none above -inf.
-
-    Raises:
-        EchoError: arguments that do not fit, or a backend that is not there.
-    """
-    result: Tensor = _module("accept", backend, logits).argmax_tokens(logits)
-    return result
+    values: tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+    if module is reference:
+        values = reference.walk(parent, indptr, tokens, target, max_depth, limits, eos_tokens)
+    else:  # the kernel writes buffers without gaps
+        direct = out if out is not None and all(buffer.is_contiguous() for buffer in out) else None
+        values = module.walk(parent, indptr, tokens, target, max_depth, limits, eos_tokens, direct)
+    if out is None:
+        return values
+    for buffer, value in zip(out, values, strict=True):
+        if buffer is not value:
+            buffer.copy_(value)
+    return out[0], out[1], out[2], out[3], out[4]
 
 
 __all__ = [
