@@ -533,7 +533,7 @@ class Random:
         self.table = torch.arange(pages, device=device, dtype=torch.int32).view(lanes, -1)
 
     def inputs(self, lanes: int, rows: int) -> SimpleNamespace:
-        """Rows dealt evenly, each lane's a chain."""
+        """Rows shared evenly, each lane's a chain."""
         each = torch.full((lanes,), rows // lanes)
         each[: rows % lanes] += 1
         indptr = F.pad(each.cumsum(0), (1, 0))

@@ -37,9 +37,9 @@ class Workspace:
     """The buffers of a step: what is computed between two passes of the target lies at addresses that never change.
 
     Each call below takes and returns the values that the scheduler's own call takes and returns; the tensors in them are views of these
-    buffers, valid until the same call is made again. With a GPU's kernels, a shipped rule and a
-    :class:`SparseGate` or none, planning and accepting a drafted step allocate nothing. Any prefix of
-    the lanes can be planned, and any number of rows up to ``num_verify_tokens``: a tier is a view.
+    buffers, valid until the same call is made again. With a GPU's kernels, a shipped rule and a :class:`SparseGate` or none, planning and
+    accepting a drafted step allocate nothing. Any prefix of the lanes can be planned, and any number of rows up to ``num_verify_tokens``:
+    a tier is a view.
 
     Three captures hold a step, each keyed by what alone changes it, because an engine's grammar, penalties and sampler run between them:
     *draft* (lanes, depth): :meth:`begin`, then the drafter and :meth:`grow` by turns; *plan* (lanes, depth, rows): :meth:`pack`; *accept*

@@ -198,7 +198,7 @@ class TwoLevel:
 
     @property
     def rank(self) -> GlobalRank:
-        """The ranking by which the end is dealt."""
+        """The ranking by which what is left is selected at the end."""
         rank: GlobalRank = self.__dict__["_rank"]
         return rank
 
