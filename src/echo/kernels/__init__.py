@@ -259,6 +259,16 @@ def walk(
     return out[0], out[1], out[2], out[3], out[4]
 
 
+def argmax_tokens(logits: Tensor, *, backend: str = "auto") -> Tensor:
+    """int64 [N]: greedy tokens of ``logits`` [N, V], by ``backend``; NaN never wins, the lowest of equals does; -1 for none above -inf.
+
+    Raises:
+        EchoError: arguments that do not fit, or a backend that is not there.
+    """
+    result: Tensor = _module("accept", backend, logits).argmax_tokens(logits)
+    return result
+
+
 __all__ = [
     "BACKENDS",
     "AttentionPlan",
