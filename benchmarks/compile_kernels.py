@@ -1,4 +1,4 @@
-"""Compiles the shipped kernel configurations without a GPU and writes registers, shared memory and predicted occupancy.
+"""Do all shipped kernel configurations compile well? Registers, spills, shared memory, predicted occupancy, the hot loop; no GPU.
 
     python benchmarks/compile_kernels.py            all, into benchmarks/results/compile.json and compile.md (about 5 minutes)
     python benchmarks/compile_kernels.py --quick    a representative subset, nothing written
@@ -14,7 +14,11 @@ import argparse
 import contextlib
 import json
 import os
+import re
+import subprocess
 import sys
+import tempfile
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,13 +31,22 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-import machine_code
+from common.replays import fold, write
 from echo.budget.history import BINS, SKIP
 from echo.kernels import attention_kernels, launch, triton_accept, triton_attention, triton_dealing, triton_growing, triton_packing
 
 RESULTS = Path(__file__).parent / "results"
 WIDE = {90: "HGMMA", 100: "UTCHMMA"}
 """What a tile of 64 rows and more of 16 bits must use, by architecture."""
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+SHARED = {80: (163 * 1024, 164 * 1024), 90: (227 * 1024, 228 * 1024), 100: (227 * 1024, 228 * 1024)}
+"""By architecture: shared memory that a block, and that a multiprocessor has at most; the system keeps 1 KiB of each block's."""
+MATRIX = ("UTCHMMA", "HGMMA", "HMMA")
+"""Matrix instructions in the machine code, widest first."""
+MEMORY = {80: 2.04e12 / 108 / 1.41e9, 90: 3.35e12 / 132 / 1.755e9, 100: 8.0e12 / 148 / 1.85e9}
+"""Bytes that memory delivers per multiprocessor and cycle: data sheets of A100 80 GB, H100 SXM and B200."""
+ISSUED = 4
+"""Instructions that a multiprocessor issues per cycle, one a scheduler."""
 TYPES = {
     torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64",
     torch.float8_e4m3fn: "*fp8e4nv", torch.float8_e5m2: "*fp8e5", torch.uint8: "*u8", torch.int8: "*i8",
@@ -119,15 +132,86 @@ def source(recorder: Recorder) -> tuple[ASTSource, dict[str, int]]:
     return ASTSource(recorder.kernel, signature, constexprs=fixed, attrs=hints), options
 
 
+def cuobjdump(cubin: bytes) -> tuple[str, str]:
+    """Resource usage and disassembly."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        calls = ([str(CUOBJDUMP), option, file.name] for option in ("-res-usage", "-sass"))
+        usage, sass = (subprocess.run(call, capture_output=True, text=True, check=True).stdout for call in calls)
+    assert "EXIT" in sass, "expected a disassembly"
+    return usage, sass
+
+
+def resources(compiled: Any, arch: int, warps: int) -> dict[str, Any]:
+    """Registers, spills, shared memory, and how many blocks of a kernel a multiprocessor is predicted to hold."""
+    usage, sass = cuobjdump(compiled.asm["cubin"])
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    assert found is not None, usage
+    registers, stack = int(found[1]), int(found[2])
+    # The compiler may add warps of its own (a warp that loads, say): the kernel's real size is in its launch bounds.
+    bound = re.search(r"\.(?:reqntid|maxntid) (\d+)", compiled.asm["ptx"])
+    threads = int(bound[1]) if bound else 32 * warps
+    shared, (_, whole) = compiled.metadata.shared, SHARED[arch]
+    by_registers = 65536 // (-(-registers * 32 // 256) * 256 * (threads // 32))
+    blocks = min(by_registers, whole // (shared + 1024), 2048 // threads, 32)
+    return {
+        "arch": f"sm_{arch}",
+        "registers": registers,
+        "spills": len(re.findall(r"\b(?:STL|LDL)\b", sass)),
+        "stack": stack,
+        "shared": shared,
+        "threads": threads,
+        "blocks": blocks,
+        "occupancy": round(blocks * threads / 2048, 3),
+        "matrix": next((kind for kind in MATRIX if re.search(rf"\b{kind}\b", sass)), "none"),
+    }
+
+
+def hot_loop(sass: str) -> list[str]:
+    """Opcodes of the first loop that copies to shared memory: the one over the context, where there is one."""
+    lines = re.findall(r"/\*([0-9a-f]{4,5})\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.]+)([^;]*);", sass)
+    for at, opcode, operands in lines:
+        back = re.search(r"0x([0-9a-f]+)", operands) if opcode.startswith("BRA") else None
+        if back and int(back[1], 16) < int(at, 16):
+            body = [name for place, name, _ in lines if int(back[1], 16) <= int(place, 16) <= int(at, 16)]
+            if any(name.startswith("LDGSTS") for name in body):
+                return body
+    return []
+
+
+def turn(compiled: Any, arch: int, keys: int, width: int, key_bytes: int, found: dict[str, Any]) -> dict[str, Any]:
+    """One turn of the hot loop over ``keys`` keys, each ``key_bytes`` of key and value.
+
+    ``buffers``: turns whose keys shared memory holds at once. ``in_flight``: bytes a multiprocessor may have asked for, all its blocks
+    together; memory needs about 25 KiB to be busy. ``issue``: instructions over those that fit into the time that memory takes for the
+    same keys: above 1, instructions are the limit.
+    """
+    _, sass = cuobjdump(compiled.asm["cubin"])
+    count = Counter(hot_loop(sass))
+    total = sum(count.values())
+    rings = re.findall(rf"local_alloc : \(\) -> !ttg.memdesc<(\d+)x{keys}x{width}x\w+, [^>]*mutable>", compiled.asm["ttgir"])
+    buffers = int(rings[0]) if rings else 1
+    starting = lambda *names: sum(n for name, n in count.items() if name.startswith(names))  # noqa: E731
+    return {
+        "loop": total,
+        "copies16": starting("LDGSTS.E.BYPASS.128"),
+        "barriers": starting("BAR"),
+        "buffers": buffers,
+        "in_flight": found["blocks"] * buffers * keys * key_bytes,
+        "issue": round(total * found["threads"] / 32 / keys / (ISSUED * key_bytes / MEMORY[arch]), 2),
+    }
+
+
 def measure(recorder: Recorder, arch: int) -> dict[str, Any]:
     """Compiles one launch for one architecture and reads its machine code."""
     src, options = source(recorder)
     compiled = triton.compile(src, target=GPUTarget("cuda", arch, 32), options=options)
-    found = machine_code.resources(compiled, arch, options.get("num_warps", 4))
+    found = resources(compiled, arch, options.get("num_warps", 4))
     if "KEYS" in recorder.options and "WIDTH" in recorder.options:
         cached = recorder.args[1].element_size() if recorder.options["PREFIX"] else recorder.args[0].element_size()
         keys, width, dim = (recorder.options[name] for name in ("KEYS", "WIDTH", "DIM"))
-        found |= machine_code.turn(compiled, arch, keys, width, 2 * dim * cached, found)
+        found |= turn(compiled, arch, keys, width, 2 * dim * cached, found)
     return found
 
 
@@ -225,7 +309,7 @@ def faults(entry: dict[str, Any], tile_rows: int, sixteen: bool) -> list[str]:
     """What a compiled kernel must not be."""
     arch = int(entry["arch"][3:])
     found = [f"{entry['spills']} spill instructions, {entry['stack']} bytes of stack"] * bool(entry["spills"] or entry["stack"])
-    found += [f"{entry['shared']} bytes of shared memory"] * (entry["shared"] > machine_code.SHARED[arch][0])
+    found += [f"{entry['shared']} bytes of shared memory"] * (entry["shared"] > SHARED[arch][0])
     wide = WIDE.get(arch)
     if sixteen and tile_rows >= 64 and wide and entry["matrix"] != wide:
         found.append(f"{entry['matrix']} instead of {wide}")
@@ -264,10 +348,12 @@ def run(quick: bool, archs: tuple[int, ...]) -> tuple[list[dict[str, Any]], list
     return table, broken
 
 
+COLUMNS = ("kernel", "case", "ROWS", "KEYS", "arch", "registers", "spills", "shared", "threads", "blocks", "occupancy", "matrix", "loop",
+           "barriers", "buffers", "in_flight", "issue")  # fmt: skip
+
+
 def markdown(table: list[dict[str, Any]]) -> str:
     """The table for people."""
-    head = ["kernel", "case", "ROWS", "KEYS", "arch", "registers", "spills", "shared", "threads", "blocks", "occupancy", "matrix"]
-    head += ["loop", "barriers", "buffers", "in_flight", "issue"]
     lines = [
         "# Compiled kernels",
         "",
@@ -276,27 +362,23 @@ def markdown(table: list[dict[str, Any]]) -> str:
         "`loop` its instructions, `buffers` the turns that shared memory holds, `in_flight` the bytes that a multiprocessor may have asked",
         "for, `issue` its instructions over those that fit into the time that memory takes for the same keys (data sheet rates).",
         "",
-        "| " + " | ".join(head) + " |",
-        "|" + "---|" * len(head),
+        "| " + " | ".join(COLUMNS) + " |",
+        "|" + "---|" * len(COLUMNS),
     ]
-    return "\n".join(lines + ["| " + " | ".join(str(row.get(key, "")) for key in head) + " |" for row in table]) + "\n"
+    return "\n".join(lines + ["| " + " | ".join(str(row.get(key, "")) for key in COLUMNS) + " |" for row in table]) + "\n"
 
 
 def main() -> int:
     """Compiles, prints and writes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a representative subset; nothing is written")
-    parser.add_argument("--arch", type=int, nargs="+", default=[80, 90, 100], choices=list(machine_code.SHARED))
+    parser.add_argument("--arch", type=int, nargs="+", default=[80, 90, 100], choices=list(SHARED))
     options = parser.parse_args()
     table, broken = run(options.quick, tuple(options.arch))
     if not options.quick:
-        RESULTS.mkdir(exist_ok=True)
-        facts = {
-            "triton": triton.__version__,
-            "torch": torch.__version__,
-            "launch": {k: v for k, v in vars(launch).items() if k.isupper() and len(k) > 1},
-        }
-        (RESULTS / "compile.json").write_text(json.dumps(facts | {"kernels": table}, indent=1) + "\n")
+        made_with = {k: v for k, v in vars(launch).items() if k.isupper() and len(k) > 1}
+        kept = [{key: row[key] for key in ("kernel", "case", "ROWS", "KEYS", "arch", "spills", "stack") if key in row} for row in table]
+        write(RESULTS / "compile.json", {"triton": triton.__version__, "launch": made_with, "kernels": fold(kept, "kernel", "case")})
         (RESULTS / "compile.md").write_text(markdown(table))
     print(f"{len(table)} kernels, {len(broken)} faults", *broken, sep="\n")
     return bool(broken)

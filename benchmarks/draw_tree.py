@@ -10,12 +10,12 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from steps import FREE
 from transformers import AutoTokenizer
 
 import echo
 from echo.testing import Record, Trace, replay
 from replay import arguments, calibrate, halves
-from steps import FREE
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "examples" / "smollm2"))

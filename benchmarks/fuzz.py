@@ -1,4 +1,4 @@
-"""A million random plans, none of which may break an invariant.
+"""Does any of a million random plans break an invariant?
 
     python benchmarks/fuzz.py                                # a million; two minutes on one quiet core
     python benchmarks/fuzz.py --plans 100000 --seed 7        # fewer, others

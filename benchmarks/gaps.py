@@ -19,15 +19,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from policies import Setting, eagle, paper, top_k
 from rich.console import Console
+from steps import WARM, Steps, run
 
 import echo
 from echo.testing import Record, Report, Trace
 from echo.testing import replay as play
 from gaps_picture import draw
-from policies import Setting, eagle, paper, top_k
 from replay import LAG, arguments, calibrate, halves, shapes, warmup_log
-from steps import WARM, Steps, run
 
 HERE = Path(__file__).parent
 BATCH, STEPS, LAW = 64, 100, "dense, knee at 256 rows"

@@ -1,4 +1,4 @@
-"""Speed of the kernels on a GPU against what engines use, and against what the machine allows. No network.
+"""How fast are the kernels on a GPU, beside what engines use and what the machine allows? No network.
 
     python benchmarks/gpu.py                 on a CUDA device, into benchmarks/results/gpu-<card>.json, and a picture of the shares
     python benchmarks/gpu.py --dry-run       the same path on the CPU with tiny shapes, kernels in the interpreter; nothing is written
@@ -27,10 +27,10 @@ from typing import Any
 if "--dry-run" in sys.argv:
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
 
+import peers
 import torch
 
 import echo
-import peers
 from echo import kernels, style
 from echo.lookup import Texts, blend
 from echo.tree import compact

@@ -1,4 +1,4 @@
-"""Counts what a whole step launches, plant to observe, part by part: what a CUDA graph of the step is made of.
+"""How many kernels does a whole step launch, plant to observe, part by part? What a CUDA graph of the step is made of.
 
     python benchmarks/operations.py          into benchmarks/results/operations.json; needs no GPU
 

@@ -1,16 +1,15 @@
-"""The paper's tables by exact replay: its policies on real drafts, charged by analytic cost models of its six models on 8 x H100.
+"""Do the paper's figures come out? Its policies on real drafts by exact replay, charged by rooflines of its six models on 8 x H100.
 
     python benchmarks/paper.py               # about three minutes on one core
     python benchmarks/paper.py --share 0.1   # a glance
 
 The drafts are SmolLM2-135M's (benchmarks/traces). Acceptance of so small a model does not transfer, so each figure is given twice: on the
-trace as recorded, and on the trace with acceptance raised to the paper's (benchmarks/raised.py). Policies are tuned and calibrated on
+trace as recorded, and on the trace with acceptance raised to the paper's (common/raised.py). Policies are tuned and calibrated on
 one half of the texts and measured on the other. Writes benchmarks/results/paper.json, paper.md and paper.png.
 """
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -22,12 +21,11 @@ from rich.console import Console
 from rich.table import Table
 
 import echo
+from common.policies import goodput_gate, one_threshold, oracle_trace
+from common.raised import raised, raised_to
+from common.replays import FREE, Steps, arguments, by_batch, calibrate, describe, fold, halves, run, warm_up, write
 from echo import style
 from echo.testing import Trace
-from policies import goodput_gate, one_threshold, oracle_trace
-from raised import raised, raised_to
-from replay import arguments, by_batch, calibrate, describe, halves, warm_up
-from steps import FREE, Steps, run
 
 BATCHES = (1, 8, 16, 32, 64, 128, 256)
 STEPS = {1: 240, 8: 100, 16: 70, 32: 50, 64: 36, 128: 28, 256: 22}
@@ -285,9 +283,9 @@ def main() -> None:
     for row in comparison:
         table.add_row(*row.values())
     console.print(table)
-    args.out.mkdir(parents=True, exist_ok=True)
-    head = {"trace": args.trace.name, "odds": odds, "context": CONTEXT, "seconds": round(time.perf_counter() - start, 1)}
-    (args.out / "paper.json").write_text(json.dumps(head | {"comparison": comparison, "cells": cells}, indent=1))
+    kept = ("model", "batch", "policy", "tokens_per_second", "low", "high", "plain")
+    folded = {name: fold([{key: cell[key] for key in kept} for cell in own], "model", "policy") for name, own in cells.items()}
+    write(args.out / "paper.json", {"trace": args.trace.name, "odds": odds, "context": CONTEXT, "cells": folded})
     (args.out / "paper.md").write_text(markdown(comparison, cells))
     draw(cells, args.out / "paper.png")
     console.print(f"paper.json, paper.md and paper.png written to {args.out}; {time.perf_counter() - start:.0f} s in all")

@@ -1,4 +1,4 @@
-"""Every policy on the same recorded drafts: throughput over plain decoding, by batch size and cost shape.
+"""How does every policy do on the same recorded drafts? Throughput over plain decoding, by batch size and cost shape.
 
     make replay                                        # the shipped trace, under 3 minutes on two cores
     python benchmarks/replay.py --trace other.npz      # a larger one, made by examples/smollm2/record.py
@@ -10,13 +10,9 @@ depth. Writes benchmarks/results/replay.json and replay.png.
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import time
-from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -25,12 +21,27 @@ from rich.console import Console
 from rich.table import Table
 
 import echo
+from common.policies import BASELINES, CHAINS, POLICIES, Setting, chain_trace, oracle_trace
+from common.replays import (
+    FREE,
+    HERE,
+    LAG,
+    Steps,
+    arguments,
+    by_batch,
+    calibrate,
+    describe,
+    fold,
+    halves,
+    ratio_interval,
+    run,
+    shapes,
+    warm_up,
+    write,
+)
 from echo import style
-from echo.testing import Record, Trace, replay
-from policies import BASELINES, CHAINS, POLICIES, Setting, chain_trace, oracle_trace
-from steps import FREE, Steps, ratio_interval, run
+from echo.testing import Trace
 
-HERE = Path(__file__).parent
 BATCHES = (1, 8, 32, 64, 128, 256)
 STEPS = {1: 320, 8: 160, 32: 80, 64: 60, 128: 40, 256: 32}
 Scheduler = echo.ElasticBudgetScheduler
@@ -38,101 +49,6 @@ LONG = 400
 """Steps of the runs of goodput and the best baseline that show what probes and the drafter's reading up cost where nothing is won."""
 PAIRED = {8: 600, 64: 240}
 """Steps by batch in which trees and chains are compared at equal rows."""
-LAG = 1
-"""Steps by which the forecast's history lies behind, as in engines with overlapped scheduling."""
-
-
-def shapes(measured: Path = HERE / "results" / "cost.json") -> dict[str, echo.CostModel]:
-    """Step seconds by rows, one step of few rows being 1; a drafted layer costs a share of it; and the ``measured`` curve, if any."""
-    rows = tuple(int(r) for r in np.unique(np.geomspace(1, 16384, 60).round()))
-    law = lambda knee: tuple(1.0 + max(0.0, r - knee) / knee for r in rows)  # noqa: E731
-    costs = {
-        "dense, knee at 256 rows": echo.CostModel(rows, law(256), draft_layer=0.02),
-        "dense, costly drafter": echo.CostModel(rows, law(256), draft_layer=0.10),
-        "mixture of experts, knee at 1024": echo.CostModel(rows, law(1024), draft_layer=0.02),
-        "linear overhead": echo.CostModel(rows, tuple(0.5 + r / 512 for r in rows), draft_layer=0.02),
-    }
-    return costs | ({"two CPU cores, measured": echo.CostModel.from_json(measured.read_text())} if measured.exists() else {})
-
-
-def decode_once(trace: Trace, observe: Callable[[Record], None]) -> None:
-    """Every text decoded once, without a gate, the best of every layer verified at every step."""
-    batch, rows = 32, 64
-    scheduler = Scheduler(echo.TwoLevel(trace.beam, 0), None, batch * rows, trace.depth, max_tree_rows=rows)
-    replay(trace, scheduler, FREE, batch=batch, observe=observe)
-
-
-@dataclass(frozen=True)
-class WarmUp:
-    """The log, and the text of each of its steps."""
-
-    log: echo.WarmupLog
-    text: np.ndarray
-
-    def of(self, texts: Sequence[int] | np.ndarray) -> echo.WarmupLog:
-        """The rows of some texts."""
-        keep = np.isin(self.text[self.log.step], texts)
-        columns = {name: getattr(self.log, name)[keep] for name in ("depth", "confidence", "accepted", "rank", "step")}
-        return echo.WarmupLog.from_arrays(**columns)
-
-
-def warm_up(trace: Trace) -> WarmUp:
-    """Every text decoded once, the pool verified whole.
-
-    The drafter drafts on nothing below its floor, so some steps lack deep layers. A layer that is not there has nothing to accept and
-    nothing to buy: it is entered as rejected at confidence 0, without which a step would not be whole, and the goodput rule refuse it.
-    """
-    logs: list[echo.WarmupLog] = []
-    texts: list[np.ndarray] = []
-
-    def observe(record: Record) -> None:
-        log = echo.warmup_rows(record.tree, record.packed, record.accepted, sum(map(len, texts)))
-        logs.append(log)
-        texts.append(record.requests)
-
-    decode_once(trace, observe)
-    columns = {name: np.concatenate([getattr(log, name) for log in logs]) for name in ("depth", "confidence", "accepted", "rank", "step")}
-    path = columns["rank"] == 0
-    seen = np.zeros((sum(map(len, texts)), trace.depth), dtype=bool)
-    seen[columns["step"][path], columns["depth"][path] - 1] = True
-    step, layer = np.nonzero(~seen & seen[:, :1])  # a request at its last token drafts nothing, and is no step of the log
-    missing = {"depth": layer + 1, "confidence": 0.0 * step, "accepted": step < 0, "rank": 0 * step, "step": step}
-    return WarmUp(
-        echo.WarmupLog.from_arrays(**{name: np.concatenate([columns[name], missing[name]]) for name in columns}), np.concatenate(texts)
-    )
-
-
-def warmup_log(trace: Trace) -> echo.WarmupLog:
-    """The rows of :func:`decode_once`."""
-    logs: list[echo.WarmupLog] = []
-    decode_once(trace, lambda record: logs.append(echo.warmup_rows(record.tree, record.packed, record.accepted)))
-    return echo.WarmupLog.concat(logs)
-
-
-def calibrate(trace: Trace) -> echo.Calibration:
-    """By histograms, because steps end where the drafter's floor is reached: what is missing there is accepted once in 400 times."""
-    return echo.calibrate(echo.ConfidenceHistograms.of(warmup_log(trace)))
-
-
-def describe(scheduler: echo.ElasticBudgetScheduler) -> str:
-    """The policy in a line: what was tuned, without the calibration's tables."""
-    rule = replace(scheduler.rule, reliability=None)
-    gate = f"gates {scheduler.gate.log_tau}" if isinstance(scheduler.gate, echo.SparseGate) else repr(scheduler.gate)
-    budget = "cost model" if isinstance(scheduler.budget, echo.CostModel) else scheduler.budget
-    ranked = "calibrated" if scheduler.rule.reliability else "by draft probability"
-    return f"{rule} {ranked}, {gate}, budget {budget}, depth {scheduler.max_depth}"
-
-
-def split(trace: Trace) -> tuple[np.ndarray, np.ndarray]:
-    """Texts 0, 2, 4, ... of each kind, and the others."""
-    first = np.concatenate([np.flatnonzero(trace.kind == kind)[::2] for kind in np.unique(trace.kind)])
-    return first, np.setdiff1d(np.arange(len(trace.kind)), first)
-
-
-def halves(trace: Trace) -> tuple[Trace, Trace]:
-    """Texts for calibration and tuning, and texts for the figures: every kind in both."""
-    first, others = split(trace)
-    return trace.texts(first.tolist()), trace.texts(others.tolist())
 
 
 def column(path: Path, batch: int, costs: dict[str, echo.CostModel]) -> list[dict[str, object]]:
@@ -159,20 +75,7 @@ def column(path: Path, batch: int, costs: dict[str, echo.CostModel]) -> list[dic
             best = max(candidates, key=lambda s: steps(name, 0, s, cost).ratio(cost)) if len(candidates) > 1 else candidates[0]
             found, tuned[name] = steps(name, 1, best, cost), best
             low, high = found.interval(cost)
-            cells.append(
-                {
-                    "shape": shape,
-                    "batch": batch,
-                    "policy": name,
-                    "ratio": found.ratio(cost),
-                    "low": low,
-                    "high": high,
-                    "tokens_per_step": float(found.tokens.mean() / batch),
-                    "rows": float(found.rows.mean()),
-                    "layers": float(found.layers.mean()),
-                    "tuned": describe(best),
-                }
-            )
+            cells.append({"shape": shape, "batch": batch, "policy": name, "ratio": found.ratio(cost), "low": low, "high": high})
         assert cells[-1]["policy"] == "goodput tree"
         rival = max(BASELINES, key=lambda name: steps(name, 1, tuned[name], cost).ratio(cost))
         for key, name in (("long", "goodput tree"), ("long_baseline", rival)):
@@ -221,13 +124,6 @@ def show(console: Console, cells: list[dict[str, object]]) -> None:
         console.print(table)
 
 
-def by_batch(axis, batches: Sequence[int]) -> None:
-    """Batch sizes across, plain decoding as a line at 1."""
-    axis.axhline(1, color=style.INK, lw=0.8)
-    axis.set_xscale("log", base=2)
-    axis.set_xticks(batches, [str(b) for b in batches])
-
-
 def draw(cells: list[dict[str, object]], path: Path) -> None:
     """One panel a cost shape."""
     shown = ("EAGLE tree", "ECHO (paper)", "ECHO, goodput gates", "global top-K", "goodput tree", "oracle")
@@ -250,14 +146,6 @@ def draw(cells: list[dict[str, object]], path: Path) -> None:
         figure.savefig(path, dpi=150)
 
 
-def arguments(description: str) -> argparse.ArgumentParser:
-    """The arguments of every benchmark on a recorded trace."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--trace", type=Path, default=HERE / "traces" / "smollm2.npz")
-    parser.add_argument("--out", type=Path, default=HERE / "results")
-    return parser
-
-
 def main() -> None:
     """Runs all cells."""
     parser = arguments(__doc__)
@@ -278,9 +166,7 @@ def main() -> None:
     console.print(table)
     long = np.array([[cell["long"], cell["long"] / max(1.0, cell["long_baseline"])] for cell in cells if "long" in cell]).min(axis=0)
     console.print(f"goodput over {LONG} steps: at least {long[0]:.3f} of plain decoding, {long[1]:.3f} of the best tuned baseline")
-    args.out.mkdir(parents=True, exist_ok=True)
-    result = {"trace": args.trace.name, "seconds": time.perf_counter() - start, "cells": cells, "trees_over_chains": chains}
-    (args.out / "replay.json").write_text(json.dumps(result, indent=1))
+    write(args.out / "replay.json", {"trace": args.trace.name, "cells": fold(cells, "shape", "policy"), "trees_over_chains": fold(chains)})
     draw(cells, args.out / "replay.png")
     console.print(f"{args.out / 'replay.json'} and replay.png written; {time.perf_counter() - start:.0f} s in all")
 

@@ -1,4 +1,4 @@
-"""A real model on the engine of examples/engine.py, with speculation and without, and a shape of eight billion weights. No network.
+"""How many tokens a second does a real model serve on examples/engine.py, with speculation and without? And an 8B shape? No network.
 
     python benchmarks/serve_gpu.py                                   on a CUDA device, into benchmarks/results/serve-<card>.json and .png
     python benchmarks/serve_gpu.py --device cpu --lanes 1 2 --new 8  a rehearsal, graphs too; --tiny takes random models of a few layers
@@ -34,11 +34,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import echo
+from common.replays import calibrate, halves
+from common.replays import run as replayed
 from echo import kernels, style
 from echo.testing import Trace
 from echo.testing.rehearsal import RecordedGraphs
-from replay import calibrate, halves
-from steps import run as replayed
 
 HERE = Path(__file__).parent
 EXAMPLES = HERE.parent / "examples"

@@ -1,4 +1,4 @@
-"""A service in simulation: how many GPUs elastic speculation saves, and what it can cost at worst.
+"""How many GPUs does elastic speculation save a service, and what can it cost at worst? A simulation.
 
     python benchmarks/service.py               # under two minutes on one core
     python benchmarks/service.py --share 0.1   # a glance
@@ -6,20 +6,19 @@
 Replicas (LLaMA-3.3-70B on 4 x H100 each, by the roofline) behind a router that sends each request to the replica with fewest: continuous
 batching, chunked prefill in the same forward pass, a limit on cached tokens. What a step emits, launches and drafts is drawn from exact
 replays of the policy at about that batch size, with and without a chunk of prefill beside it, of the text that each request writes. Then
-the worst ratio to speculation off (benchmarks/worst.py). All draws come from one seed.
+the worst ratio to speculation off under churn, lag and drift, by exact replay. All draws come from one seed.
 
 Writes benchmarks/results/service.json, service.md and service.png.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +27,18 @@ import simpy
 import torch
 
 import echo
+from common.raised import raised, raised_to
+from common.replays import FREE, arguments, calibrate, fold, halves, write
 from echo import style
 from echo.testing import Record, Trace, replay
-from raised import raised, raised_to
-from replay import arguments, calibrate, halves
-from steps import FREE
-from worst import MODEL, Scheduler, policies, worst
 
+MODEL = "LLaMA-3.3-70B"
+MODELS = ("LLaMA-3.1-8B", MODEL, "Qwen3-235B-A22B")
+CONTEXT = 800
+"""Tokens of context of a request."""
+WORST = {8: 160, 64: 120, 256: 120}
+"""Steps by batch of the replays for the worst ratio."""
+Scheduler = echo.ElasticBudgetScheduler
 GPUS = 4
 STEPS = {1: 100, 4: 50, 16: 36, 32: 30, 64: 26, 96: 24, 128: 22, 192: 22, 256: 22}
 WARM = 8
@@ -300,6 +304,59 @@ def served(trace: Trace, better: bool, share: float, most: int) -> dict[str, Any
     return {"odds": odds, "curve": curve(steps, cost), **fleet(steps, cost, most)}
 
 
+def policies(calibration: echo.Calibration, cost: echo.CostModel, batch: int, beam: int) -> dict[str, Scheduler]:
+    """Nothing tuned: off, SGLang's default tree, the paper's rule within the knee (at most 60 rows a request), and goodput."""
+    at = cost.at(batch, CONTEXT * batch)
+    k_max = min(at.knee.k_max, 60 * batch)
+    return {
+        "off": Scheduler.autoregressive(),
+        "EAGLE-3": Scheduler.eagle(n=8, beam=4, max_depth=5),
+        "ECHO": Scheduler(echo.TwoLevel(3, 8), echo.SparseGate(calibration), k_max, calibration.max_depth),
+        "goodput": Scheduler.goodput(calibration, at, beam=beam),
+    }
+
+
+def conditions(tune: Trace, test: Trace) -> dict[str, tuple[Trace, echo.Calibration, int]]:
+    """Trace, calibration and lag of each adversity. Drift: calibrated on code alone, used on the rest. Churn: texts of 12 tokens."""
+    known, only_code = calibrate(tune), calibrate(tune.texts(np.flatnonzero(tune.kind == "code").tolist()))
+    other = test.texts(np.flatnonzero(test.kind != "code").tolist())
+    return {
+        "none": (test, known, 0),
+        "lag 2": (test, known, 2),
+        "drift": (other, only_code, 0),
+        "churn": (cut(test, 12), known, 0),
+        "all": (cut(other, 12), only_code, 2),
+    }
+
+
+def cut(trace: Trace, tokens: int) -> Trace:
+    """The trace with every text cut into texts of that many tokens, the rest left out."""
+    starts = [np.arange(a, b - tokens + 1, tokens) for a, b in zip(trace.indptr[:-1], trace.indptr[1:], strict=True)]
+    at = (np.concatenate(starts)[:, None] + np.arange(tokens)).flatten()
+    count, kind = len(at) // tokens, np.repeat(trace.kind, [len(s) for s in starts])
+    columns = {name: getattr(trace, name)[at] for name in ("text", "token", "log_prob", "expanded")}
+    return replace(trace, **columns, kind=kind, limit=np.full(count, tokens, np.int32), indptr=np.arange(count + 1) * tokens)
+
+
+def worst(tune: Trace, test: Trace, share: float) -> list[dict[str, object]]:
+    """Exact replay of the two elastic policies in every adversity: throughput over plain decoding, catching up and probes charged."""
+    torch.set_num_threads(1)
+    cells: list[dict[str, object]] = []
+    for name, (trace, calibration, lag) in conditions(tune, test).items():
+        order = np.random.default_rng(3).permutation(len(trace.kind))
+        for model in MODELS:
+            for batch, count in WORST.items():
+                cost = echo.CostModel.roofline(model, most_rows=16384)
+                at = cost.at(batch, CONTEXT * batch)
+                for policy in ("ECHO", "goodput"):
+                    scheduler = policies(calibration, cost, batch, trace.beam)[policy]
+                    steps = max(8, int(share * count))
+                    report = replay(trace, scheduler, at, batch=batch, steps=steps, order=order, lag=lag)
+                    ratio = report.throughput / (batch / at(batch))
+                    cells.append({"adversity": name, "model": model, "batch": batch, "policy": policy, "ratio": ratio})
+    return cells
+
+
 def measure(trace: Trace, share: float, most: int, workers: int | None = None) -> dict[str, Any]:
     """Everything, on both traces, each part in a process of its own."""
     with ProcessPoolExecutor(workers or os.cpu_count()) as pool:
@@ -385,8 +442,8 @@ def main() -> None:
     start, trace = time.perf_counter(), Trace.load(args.trace)
     result = measure(trace, args.share, args.replicas, args.workers)
     text = markdown(result)
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "service.json").write_text(json.dumps(result, indent=1))
+    parts = {name: {part: fold(cells, "policy") for part, cells in result[name].items() if part != "odds"} for name in NAMES}
+    write(args.out / "service.json", parts | {"worst": fold(result["worst"], "adversity", "model", "policy")})
     (args.out / "service.md").write_text(text)
     draw(result, args.out / "service.png")
     print(f"{text}\nwritten to {args.out}; {time.perf_counter() - start:.0f} s in all")

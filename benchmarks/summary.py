@@ -7,10 +7,10 @@ from collections import defaultdict
 from pathlib import Path
 from statistics import mean
 
+from policies import BASELINES
 from rich.console import Console
 from rich.table import Table
 
-from policies import BASELINES
 from replay import LONG
 
 RESULTS = Path(__file__).parent / "results"

@@ -1,10 +1,10 @@
-"""What a second opinion is worth: the same texts drafted by the head alone, and with prompt lookup beside it.
+"""What is prompt lookup beside a drafter worth? The same texts drafted by the head alone, and with it.
 
-    python benchmarks/opinion.py
+    python benchmarks/lookup.py
 
 Accepted drafts at equal rows, the best of the batch by calibrated path probability, with intervals from a bootstrap over texts; and
 throughput in the cells of replay.py, which is run first: results/replay.json has those of the pooled drafts. The oracle and the baselines
-are those of the head alone. Writes results/opinion.json and .png.
+are those of the head alone. Writes results/lookup.json and .png.
 """
 
 from __future__ import annotations
@@ -14,18 +14,105 @@ import json
 import os
 from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
+import echo
+from common.policies import BASELINES
+from common.replays import HERE, arguments, by_batch, fold, shapes, split, unfold, write
 from echo import style
+from echo.gating import look_up
+from echo.gating.reliability import ONE
 from echo.testing import Trace
-from policies import BASELINES
-from predictors import ROWS, accepted, mapped, oracle, pool, ranking
-from replay import BATCHES, HERE, arguments, by_batch, column, shapes, split
+from echo.testing.replay import _Source
+from replay import BATCHES, column
 
+ROWS = (1, 2, 4, 8, 16)
+"""Drafted rows a request."""
 DRAWN = "dense, knee at 256 rows"
+
+
+@dataclass(frozen=True)
+class Pool:
+    """All drafts of a trace: P positions, T nodes each, the root first.
+
+    Attributes:
+        score: float32 [P, T], of the path; -inf where there is no node.
+        parent, depth: ints [P, T].
+        accepted: bool [P, T], the text goes through the node.
+        text: ints [P], whose position.
+    """
+
+    score: np.ndarray
+    parent: np.ndarray
+    depth: np.ndarray
+    accepted: np.ndarray
+    text: np.ndarray
+
+    @property
+    def drafted(self) -> np.ndarray:
+        """bool [P, T]: what may be selected."""
+        return np.isfinite(self.score) & (self.depth > 0)
+
+
+def pool(trace: Trace) -> Pool:
+    """The drafts at every position but the last of each text, on the widest beam."""
+    source, following = _Source(trace), torch.from_numpy(trace.following).long()
+    scheduler = echo.ElasticBudgetScheduler(echo.GlobalRank(trace.beam), None, 1 << 20, trace.depth)
+    at = np.delete(np.arange(trace.positions), trace.indptr[1:] - 1)
+    parts = []
+    for positions in np.array_split(at, max(1, len(at) // 512)):
+        tree = scheduler.plant(source.text[positions])
+        source.begin(positions)
+        for _ in range(trace.depth):
+            tree = scheduler.grow(tree, *source.draft(tree.frontier))
+        forest = tree.forest
+        right = forest.token == following[torch.from_numpy(positions)][:, (forest.depth - 1).clamp(min=0)]
+        right &= torch.isfinite(forest.score)
+        right[:, 0] = True
+        for _ in range(trace.depth):
+            right = right & right.gather(1, forest.parent)
+        parts.append([x.numpy() for x in (forest.score, forest.parent, forest.depth.expand_as(right), right)])
+    return Pool(*(np.concatenate(column) for column in zip(*parts, strict=True)), np.searchsorted(trace.indptr, at, side="right") - 1)
+
+
+def mapped(p: Pool, half: np.ndarray) -> np.ndarray:
+    """f [P, T] as :class:`echo.GlobalRank` has it: each score through the map of its depth, no more than its parent's f."""
+    use = p.drafted & half[:, None]
+    log = echo.WarmupLog.from_arrays(p.depth[use], np.exp(p.score[use]), p.accepted[use])
+    table = torch.from_numpy(echo.calibrate(echo.ConfidenceHistograms.of(log)).reliability_table())
+    own = look_up(table, torch.from_numpy(p.score), torch.from_numpy(np.ascontiguousarray(p.depth))).numpy() / ONE
+    f = np.where(p.drafted, own, 0.0)
+    f[:, 0] = 1.0
+    for d in range(1, int(p.depth.max()) + 1):
+        here = p.depth[0] == d
+        f[:, here] = np.minimum(f[:, here], np.take_along_axis(f, p.parent, 1)[:, here])
+    return f
+
+
+def ranking(p: Pool, f: np.ndarray, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The drafts of the positions ``chosen``, best first (ties: the shallower): whose they are, and whether accepted."""
+    use = p.drafted & chosen[:, None]
+    order = np.lexsort((p.depth[use], -f[use]))
+    return np.broadcast_to(p.text[:, None], use.shape)[use][order], p.accepted[use][order]
+
+
+def accepted(order: tuple[np.ndarray, np.ndarray], positions: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """Accepted drafts [len(ROWS)] when that many rows a position go to the best; texts count ``weight`` times."""
+    w = weight[order[0]]
+    rows, hits = np.cumsum(w), np.cumsum(w * order[1])
+    places = np.searchsorted(rows, np.array(ROWS) * (weight * positions).sum())
+    return hits[np.minimum(places, len(hits) - 1)]
+
+
+def oracle(p: Pool, chosen: np.ndarray, positions: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """Accepted drafts [len(ROWS)] where rows go to nothing but what will be accepted."""
+    path = (weight[p.text[chosen]] * p.accepted[chosen, 1:].sum(axis=1)).sum()
+    return np.minimum(path, np.array(ROWS) * (weight * positions).sum())
 
 
 def equal_rows(alone: Trace, pooled: Trace, resamples: int = 400) -> list[dict[str, float]]:
@@ -112,9 +199,9 @@ def main() -> None:
     replayed = json.loads((args.out / "replay.json").read_text())
     if replayed["trace"] != args.trace.name:
         raise SystemExit(f"replay.json: expected a replay of {args.trace.name}, got one of {replayed['trace']}: run replay.py first")
-    result = {"equal_rows": equal_rows(alone, pooled), "cells": cells(args.alone, replayed["cells"])}
-    (args.out / "opinion.json").write_text(json.dumps(result, indent=1) + "\n")
-    draw(result["equal_rows"], result["cells"], args.out / "opinion.png")
+    result = {"equal_rows": equal_rows(alone, pooled), "cells": cells(args.alone, unfold(replayed["cells"], "shape", "policy"))}
+    write(args.out / "lookup.json", {"equal_rows": result["equal_rows"], "cells": fold(result["cells"], "shape")})
+    draw(result["equal_rows"], result["cells"], args.out / "lookup.png")
     for row in result["equal_rows"]:
         text = f"{row['alone']:.3f} -> {row['pooled']:.3f} accepted ({row['gain']:+.1%} [{row['low']:+.1%}, {row['high']:+.1%}])"
         print(f"{row['rows']:3} rows a request: {text}, {row['share_of_way_to_oracle']:.0%} of the way to the oracle")

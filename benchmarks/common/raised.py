@@ -16,7 +16,8 @@ import numpy as np
 
 import echo
 from echo.testing import Trace, replay
-from steps import FREE
+
+from .replays import FREE
 
 
 def raised(trace: Trace, odds: float, seed: int = 0) -> Trace:

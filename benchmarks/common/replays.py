@@ -1,0 +1,254 @@
+"""Recorded traces as the benchmarks use them: halves, warm-up logs, cost shapes, and replays kept so that any cost model charges them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import echo
+from echo import style
+from echo.testing import Record, Trace, replay
+
+HERE = Path(__file__).parents[1]
+WARM = 8
+"""First steps of a replay that are left out of its figures: all texts begin at once there."""
+FREE = echo.CostModel((1,), (1.0,))
+"""Charges all steps alike: for replays of which the steps are asked, not the seconds."""
+LAG = 1
+"""Steps by which the forecast's history lies behind, as in engines with overlapped scheduling."""
+
+
+@dataclass(frozen=True)
+class Steps:
+    """What a replay's steps emitted, launched and drafted.
+
+    Attributes:
+        tokens: int64 [steps], emitted by the batch.
+        rows: int64 [steps], of the target's forward pass.
+        layers: int64 [steps], drafted.
+        unread: int64 [steps], tokens that the drafter read up on after steps without a draft.
+        requests: of the batch.
+        width: nodes of a layer that each drafts on.
+    """
+
+    tokens: np.ndarray
+    rows: np.ndarray
+    layers: np.ndarray
+    unread: np.ndarray
+    requests: int
+    width: int
+
+    def seconds(self, cost: echo.CostModel) -> np.ndarray:
+        """Of each step: the pass, the layers, and what the drafter reads up on after steps without a draft."""
+        reading = np.array([cost.catch_up(tokens) for tokens in self.unread.tolist()])
+        return np.asarray(cost(self.rows, requests=self.requests) + cost.draft(self.layers, self.requests, self.width) + reading)
+
+    def rate(self, cost: echo.CostModel) -> float:
+        """Tokens a second."""
+        return float(self.tokens.sum() / self.seconds(cost).sum())
+
+    def ratio(self, cost: echo.CostModel) -> float:
+        """Throughput over plain decoding."""
+        return self.rate(cost) / plain(cost, self.requests)
+
+    def interval(self, cost: echo.CostModel) -> tuple[float, float]:
+        """95% bootstrap interval of :meth:`ratio` over blocks of up to ten steps."""
+        block = max(1, min(10, len(self.tokens) // 4))
+        count = len(self.tokens) // block
+        tokens, seconds = (x[: count * block].reshape(count, block).sum(1) for x in (self.tokens, self.seconds(cost)))
+        pick = np.random.default_rng(0).integers(0, count, (400, count))
+        low, high = np.percentile(tokens[pick].sum(1) / seconds[pick].sum(1), [2.5, 97.5]) / plain(cost, self.requests)
+        return float(low), float(high)
+
+
+def ratio_interval(mine: np.ndarray, theirs: np.ndarray, block: int = 10) -> tuple[float, float]:
+    """95% bootstrap interval of the ratio of two runs' sums over their steps, by blocks."""
+    random = np.random.default_rng(0)
+    sums = []
+    for values in (mine, theirs):
+        blocks = values[: len(values) // block * block].reshape(-1, block).sum(1)
+        sums.append(blocks[random.integers(0, len(blocks), (400, len(blocks)))].mean(1))
+    low, high = np.percentile(sums[0] / sums[1], [2.5, 97.5])
+    return float(low), float(high)
+
+
+def plain(cost: echo.CostModel, requests: int) -> float:
+    """Tokens a second of plain decoding."""
+    return requests / cost(requests, requests=requests)
+
+
+def run(
+    trace: Trace, scheduler: echo.ElasticBudgetScheduler, cost: echo.CostModel, batch: int, steps: int, *, exact: bool = False, **options
+) -> Steps:
+    """Replays texts in random order; ``exact`` keeps real rows and layers only (the oracle's); ``options`` are replay's."""
+    seen: list[tuple[int, int, int, int]] = []
+    more = options.pop("observe", None)
+
+    def observe(record: Record) -> None:
+        launched = (int(record.packed.indptr[-1]), record.tree.depth) if exact else (record.forecast.rows, record.forecast.depth)
+        seen.append((int(record.emitted.sum()), *launched, record.unread))
+        if more is not None:
+            more(record)
+
+    order = np.random.default_rng(1).permutation(len(trace.kind))
+    report = replay(trace, scheduler, cost, batch=batch, steps=steps + WARM, order=order, observe=observe, **options)
+    assert report.misses == 0 or exact, f"{report.misses} nodes without a record: the trace is too narrow for {scheduler}"
+    return Steps(*np.array(seen[WARM:]).T, batch, scheduler.rule.width)
+
+
+def arguments(description: str) -> argparse.ArgumentParser:
+    """The arguments of every benchmark on a recorded trace."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--trace", type=Path, default=HERE / "traces" / "smollm2.npz")
+    parser.add_argument("--out", type=Path, default=HERE / "results")
+    return parser
+
+
+def shapes(measured: Path = HERE / "results" / "cost.json") -> dict[str, echo.CostModel]:
+    """Step seconds by rows, one step of few rows being 1; a drafted layer costs a share of it; and the ``measured`` curve, if any."""
+    rows = tuple(int(r) for r in np.unique(np.geomspace(1, 16384, 60).round()))
+    law = lambda knee: tuple(1.0 + max(0.0, r - knee) / knee for r in rows)  # noqa: E731
+    costs = {
+        "dense, knee at 256 rows": echo.CostModel(rows, law(256), draft_layer=0.02),
+        "dense, costly drafter": echo.CostModel(rows, law(256), draft_layer=0.10),
+        "mixture of experts, knee at 1024": echo.CostModel(rows, law(1024), draft_layer=0.02),
+        "linear overhead": echo.CostModel(rows, tuple(0.5 + r / 512 for r in rows), draft_layer=0.02),
+    }
+    return costs | ({"two CPU cores, measured": echo.CostModel.from_json(measured.read_text())} if measured.exists() else {})
+
+
+def split(trace: Trace) -> tuple[np.ndarray, np.ndarray]:
+    """Texts 0, 2, 4, ... of each kind, and the others."""
+    first = np.concatenate([np.flatnonzero(trace.kind == kind)[::2] for kind in np.unique(trace.kind)])
+    return first, np.setdiff1d(np.arange(len(trace.kind)), first)
+
+
+def halves(trace: Trace) -> tuple[Trace, Trace]:
+    """Texts for calibration and tuning, and texts for the figures: every kind in both."""
+    first, others = split(trace)
+    return trace.texts(first.tolist()), trace.texts(others.tolist())
+
+
+def decode_once(trace: Trace, observe: Callable[[Record], None]) -> None:
+    """Every text decoded once, without a gate, the best of every layer verified at every step."""
+    batch, rows = 32, 64
+    scheduler = echo.ElasticBudgetScheduler(echo.TwoLevel(trace.beam, 0), None, batch * rows, trace.depth, max_tree_rows=rows)
+    replay(trace, scheduler, FREE, batch=batch, observe=observe)
+
+
+@dataclass(frozen=True)
+class WarmUp:
+    """The log, and the text of each of its steps."""
+
+    log: echo.WarmupLog
+    text: np.ndarray
+
+    def of(self, texts: Sequence[int] | np.ndarray) -> echo.WarmupLog:
+        """The rows of some texts."""
+        keep = np.isin(self.text[self.log.step], texts)
+        columns = {name: getattr(self.log, name)[keep] for name in ("depth", "confidence", "accepted", "rank", "step")}
+        return echo.WarmupLog.from_arrays(**columns)
+
+
+def warm_up(trace: Trace) -> WarmUp:
+    """Every text decoded once, the pool verified whole.
+
+    The drafter drafts on nothing below its floor, so some steps lack deep layers. A layer that is not there has nothing to accept and
+    nothing to buy: it is entered as rejected at confidence 0, without which a step would not be whole, and the goodput rule refuse it.
+    """
+    logs: list[echo.WarmupLog] = []
+    texts: list[np.ndarray] = []
+
+    def observe(record: Record) -> None:
+        log = echo.warmup_rows(record.tree, record.packed, record.accepted, sum(map(len, texts)))
+        logs.append(log)
+        texts.append(record.requests)
+
+    decode_once(trace, observe)
+    columns = {name: np.concatenate([getattr(log, name) for log in logs]) for name in ("depth", "confidence", "accepted", "rank", "step")}
+    path = columns["rank"] == 0
+    seen = np.zeros((sum(map(len, texts)), trace.depth), dtype=bool)
+    seen[columns["step"][path], columns["depth"][path] - 1] = True
+    step, layer = np.nonzero(~seen & seen[:, :1])  # a request at its last token drafts nothing, and is no step of the log
+    missing = {"depth": layer + 1, "confidence": 0.0 * step, "accepted": step < 0, "rank": 0 * step, "step": step}
+    return WarmUp(
+        echo.WarmupLog.from_arrays(**{name: np.concatenate([columns[name], missing[name]]) for name in columns}), np.concatenate(texts)
+    )
+
+
+def warmup_log(trace: Trace) -> echo.WarmupLog:
+    """The rows of :func:`decode_once`."""
+    logs: list[echo.WarmupLog] = []
+    decode_once(trace, lambda record: logs.append(echo.warmup_rows(record.tree, record.packed, record.accepted)))
+    return echo.WarmupLog.concat(logs)
+
+
+def calibrate(trace: Trace) -> echo.Calibration:
+    """By histograms, because steps end where the drafter's floor is reached: what is missing there is accepted once in 400 times."""
+    return echo.calibrate(echo.ConfidenceHistograms.of(warmup_log(trace)))
+
+
+def describe(scheduler: echo.ElasticBudgetScheduler) -> str:
+    """The policy in a line: what was tuned, without the calibration's tables."""
+    rule = replace(scheduler.rule, reliability=None)
+    gate = f"gates {scheduler.gate.log_tau}" if isinstance(scheduler.gate, echo.SparseGate) else repr(scheduler.gate)
+    budget = "cost model" if isinstance(scheduler.budget, echo.CostModel) else scheduler.budget
+    ranked = "calibrated" if scheduler.rule.reliability else "by draft probability"
+    return f"{rule} {ranked}, {gate}, budget {budget}, depth {scheduler.max_depth}"
+
+
+def by_batch(axis, batches: Sequence[int]) -> None:
+    """Batch sizes across, plain decoding as a line at 1."""
+    axis.axhline(1, color=style.INK, lw=0.8)
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(batches, [str(b) for b in batches])
+
+
+def fold(cells: Sequence[dict[str, Any]], *by: str) -> dict[str, Any]:
+    """Cells as nested dictionaries of columns, small in a file: ``{model: {policy: {"batch": [...], "ratio": [...]}}}``."""
+    out: dict[str, Any] = {}
+    for cell in cells:
+        node = out
+        for key in by:
+            node = node.setdefault(cell[key], {})
+        for key, value in cell.items():
+            if key not in by:
+                node.setdefault(key, []).append(value)
+    return out
+
+
+def unfold(node: dict[str, Any], *by: str) -> list[dict[str, Any]]:
+    """The cells that :func:`fold` was given."""
+    if not by:
+        return [dict(zip(node, row, strict=True)) for row in zip(*node.values(), strict=True)]
+    return [{by[0]: name} | cell for name, inner in node.items() for cell in unfold(inner, *by[1:])]
+
+
+def short(value: Any, digits: int = 4) -> Any:
+    """Rounded to so many significant digits, in whatever it is nested."""
+    if isinstance(value, dict):
+        return {key: short(inner, digits) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [short(inner, digits) for inner in value]
+    return float(f"{value:.{digits}g}") if isinstance(value, float) else value
+
+
+def write(path: Path, result: dict[str, Any]) -> None:
+    """Rounded JSON; lists of rows have a row a line."""
+
+    def text(value: Any, indent: str) -> str:
+        if isinstance(value, dict) and any(isinstance(inner, dict | list) for inner in value.values()):
+            inner = [f"{indent} {json.dumps(str(key))}: {text(v, indent + ' ')}" for key, v in value.items()]
+            return "{\n" + ",\n".join(inner) + f"\n{indent}}}"
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            return "[\n" + ",\n".join(f"{indent} {json.dumps(row)}" for row in value) + f"\n{indent}]"
+        return json.dumps(value)
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text(short(result), "") + "\n")
