@@ -1,4 +1,4 @@
-"""What the paper leaves out, measured by exact replay: one section a question, one plot each, all in docs/gaps.md.
+"""What does the paper leave out? Measured by exact replay: one section a question, one plot each, all in docs/gaps.md.
 
     python benchmarks/gaps.py                        # all sections, about a minute on one quiet core
     python benchmarks/gaps.py --only fairness tail   # some of them
@@ -19,17 +19,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from policies import Setting, eagle, paper, top_k
 from rich.console import Console
-from steps import WARM, Steps, run
 
 import echo
+from common.policies import Setting, eagle, paper, top_k
+from common.replays import HERE, LAG, WARM, Steps, arguments, by_batch, calibrate, halves, run, shapes, warmup_log, write
+from echo import style
 from echo.testing import Record, Report, Trace
 from echo.testing import replay as play
-from gaps_picture import draw
-from replay import LAG, arguments, calibrate, halves, shapes, warmup_log
 
-HERE = Path(__file__).parent
 BATCH, STEPS, LAW = 64, 100, "dense, knee at 256 rows"
 Scheduler = echo.ElasticBudgetScheduler
 
@@ -126,30 +124,9 @@ def doubtful(trace: Trace) -> np.ndarray:
 
 
 def fairness(study: Study) -> dict[str, object]:
-    """Who gets the rows: shares of the doubtful quarter, Jain's index, and what a floor for everybody costs."""
+    """Who gets the rows: shares of the doubtful quarter, and Jain's index."""
     weak = doubtful(study.test)
-    result: dict[str, object] = {}
-    for name, scheduler in study.policies().items():
-        result[name] = served(study, scheduler, weak)
-    knee = study.cost.knee.k_max
-    ranked = Scheduler(echo.GlobalRank(study.tune.beam, study.calibration), None, knee, 6)
-    result["floors"] = {str(floor): served(study, Floored(ranked, floor), weak) for floor in (0, 2, 3, 4)}
-    return result
-
-
-@dataclass(frozen=True)
-class Floored:
-    """A scheduler that sets ``floor`` rows aside for every request."""
-
-    inner: Scheduler
-    floor: int
-
-    def __getattr__(self, name: str):
-        return getattr(self.inner, name)
-
-    def plant(self, roots: torch.Tensor, **options):
-        """With the floor."""
-        return self.inner.plant(roots, floors=torch.full_like(roots, self.floor), **options)
+    return {name: served(study, scheduler, weak) for name, scheduler in study.policies().items()}
 
 
 def served(study: Study, scheduler: Scheduler, weak: np.ndarray) -> dict[str, object]:
@@ -176,8 +153,13 @@ def served(study: Study, scheduler: Scheduler, weak: np.ndarray) -> dict[str, ob
         "doubtful_tokens_per_step": float(tokens[weak].sum() / steps[weak].sum()),
         "other_tokens_per_step": float(tokens[~weak].sum() / steps[~weak].sum()),
         "jain": float(rate.sum() ** 2 / (len(rate) * (rate**2).sum())),
-        "over_time": {"doubtful": drafted[True], "others": drafted[False]},
+        "over_time": {"doubtful": by_tens(drafted[True]), "others": by_tens(drafted[False])},
     }
+
+
+def by_tens(rows: list[float]) -> list[float]:
+    """Means of ten steps each."""
+    return np.nanmean(np.array(rows[: len(rows) // 10 * 10]).reshape(-1, 10), axis=1).tolist()
 
 
 def tail(study: Study) -> dict[str, object]:
@@ -293,15 +275,6 @@ def churn(study: Study) -> dict[str, object]:
     return {"tokens": lives, "joined": joined, "curves": curves}
 
 
-def short(value):
-    """Four decimals."""
-    if isinstance(value, dict):
-        return {key: short(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [short(inner) for inner in value]
-    return round(value, 4) if isinstance(value, float) else value
-
-
 SECTIONS: dict[str, Callable[[Study], dict[str, object]]] = {
     "budget": budget,
     "warmup": warmup,
@@ -313,6 +286,168 @@ SECTIONS: dict[str, Callable[[Study], dict[str, object]]] = {
     "churn": churn,
     "next_layer": next_layer,
 }
+
+
+POLICIES = ("EAGLE", "ECHO (paper)", "global top-K", "goodput")
+
+
+def draw_budget(axis, r) -> None:
+    """Throughput by K_max."""
+    for name, ratio in r["curves"].items():
+        policy, law = name.split(", ")
+        axis.plot(r["rows"], ratio, "o-" if law == "knee at 256" else ".--", ms=3, color=style.of(policy), label=f"{policy}, {law}")
+    axis.axvline(256, color=style.QUIET, lw=0.8)
+    _ratio(axis, "K_max, rows of 64 requests")
+    axis.set_xscale("log", base=2)
+    axis.set_xticks([64, 128, 256, 512], ["64", "128", "256", "512"])
+
+
+def draw_warmup(axis, r) -> None:
+    """Throughput by warm-up size."""
+    for name, draws in r["curves"].items():
+        mean = [np.mean(d) for d in draws]
+        axis.plot(r["positions"], mean, "o-", ms=3, color=style.of(name), label=name)
+        axis.fill_between(r["positions"], [min(d) for d in draws], [max(d) for d in draws], color=style.of(name), alpha=0.15, lw=0)
+    axis.set_xscale("log")
+    axis.set_ylim(1)
+    _ratio(axis, "positions warmed up on")
+
+
+def draw_gate_errors(axis, r) -> None:
+    """False stops and false extensions by depth."""
+    depth = np.array(r["depth"])
+    axis.bar(depth - 0.2, r["false_stops"], 0.38, color=style.BAD, label="stopped, though accepted")
+    axis.bar(depth + 0.2, r["false_extensions"], 0.38, color=style.QUIET, label="let pass, though rejected")
+    axis.set_xticks(depth, [f"{d}*" if gate else str(d) for d, gate in zip(depth, r["gate"], strict=True)])
+    axis.set_xlabel("depth (* gate)")
+    axis.set_ylabel("share of such paths")
+    _room_for_legend(axis)
+
+
+def draw_fairness(axis, r) -> None:
+    """Shares of the doubtful quarter."""
+    names = [name for name in POLICIES if name in r]
+    parts = (
+        ("steps", "of request-steps", style.QUIET),
+        ("rows", "of drafted rows", style.of("goodput")),
+        ("accepted", "of accepted drafts", style.GOOD),
+    )
+    for i, (key, label, colour) in enumerate(parts):
+        axis.bar(np.arange(len(names)) + 0.26 * (i - 1), [r[n][f"doubtful_{key}"] for n in names], 0.25, color=colour, label=label)
+    axis.set_xticks(range(len(names)), [f"{n}\nJain {r[n]['jain']:.3f}" for n in names], fontsize=6)
+    _room_for_legend(axis)
+    axis.set_ylabel("share of the doubtful quarter")
+
+
+def draw_over_time(axis, r) -> None:
+    """Drafted rows of a doubtful and of another request, ten steps after ten."""
+    for name in ("ECHO (paper)", "goodput"):
+        for who, line in (("others", "-"), ("doubtful", "--")):
+            rows = r[name]["over_time"][who]
+            axis.plot(np.arange(len(rows)) * 10 + 5, rows, line, lw=1.2, color=style.of(name), label=f"{name}, {who}")
+    axis.set_ylim(0)
+    axis.set_xlabel("step")
+    axis.set_ylabel("drafted rows a request, mean of 10 steps")
+
+
+def draw_tail(axis, r) -> None:
+    """How often a request emits at least n tokens in a step."""
+    for name, found in r.items():
+        share = [s if s else np.nan for s in found["share"]]
+        axis.plot(range(1, len(share) + 1), share, "o-", ms=3, color=style.of(name), label=name)
+    axis.set_yscale("log")
+    axis.set_ylim(5e-4, 1.2)
+    axis.set_xlabel("tokens in a step, at least")
+    axis.set_ylabel("share of request-steps")
+
+
+def draw_wrong_cost(axis, r) -> None:
+    """Goodput under wrong beliefs."""
+    looks = ((style.of("goodput"), "o-"), *((colour, line) for colour in (style.BAD, style.QUIET, style.INK) for line in ("o-", "o--")))
+    for (name, ratio), (colour, line) in zip(r["curves"].items(), looks, strict=False):
+        axis.plot(r["batch"], ratio, line, ms=3, color=colour, label=name)
+    _batches(axis, r["batch"])
+
+
+def draw_lag(axis, r) -> None:
+    """Goodput by lag."""
+    for (late, ratio), line in zip(r["curves"].items(), ("o-", "o--", "o:"), strict=True):
+        axis.plot(r["batch"], ratio, line, ms=3, color=style.of("goodput"), label=f"lag {late}")
+    _batches(axis, r["batch"])
+
+
+def draw_churn(axis, r) -> None:
+    """Throughput by how long requests stay."""
+    for name, ratio in r["curves"].items():
+        axis.plot(r["tokens"], ratio, "o-", ms=3, color=style.of(name), label=name)
+    axis.axhline(1, color=style.INK, lw=0.8)
+    axis.set_ylim(0.9)
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(r["tokens"], [f"{t}\n{j:.0%}" for t, j in zip(r["tokens"], r["joined"], strict=True)])
+    _ratio(axis, "tokens of a request; new ones in a step")
+
+
+def draw_next_layer(axis, r) -> None:
+    """What a gate by goodput is worth to goodput."""
+    for (price, ratio), shade in zip(r["gated_over_ungated"].items(), (0.35, 0.65, 1.0), strict=True):
+        axis.plot(r["batch"], ratio, "o-", ms=3, color=style.of("goodput"), alpha=shade, label=price)
+    _batches(axis, r["batch"])
+    axis.set_ylabel("throughput / without the gate")
+
+
+def draw_temperature(axis, r) -> None:
+    """Tokens a step at temperature 0 and 0.8."""
+    cases = [name for name in r if name != "positions"]
+    for i, (policy, colour) in enumerate((p, style.of(p)) for p in ("EAGLE", "ECHO (paper)", "goodput")):
+        axis.bar(np.arange(len(cases)) + 0.26 * (i - 1), [r[c][policy]["ratio"] for c in cases], 0.25, color=colour, label=policy)
+    axis.axhline(1, color=style.INK, lw=0.8)
+    _room_for_legend(axis)
+    axis.set_xticks(range(len(cases)), [c.replace(", ", ",\n") for c in cases], fontsize=7)
+    axis.set_ylabel("throughput / plain decoding")
+
+
+PANELS = {
+    "budget": (draw_budget, "K_max"),
+    "warmup": (draw_warmup, "warm-up"),
+    "gate_errors": (draw_gate_errors, "gate errors"),
+    "fairness": (draw_fairness, "who gets the rows"),
+    "over_time": (draw_over_time, "doubtful requests over time"),
+    "tail": (draw_tail, "tail of a step"),
+    "wrong_cost": (draw_wrong_cost, "cost model wrong by 2x"),
+    "lag": (draw_lag, "lag of the forecast"),
+    "next_layer": (draw_next_layer, "the next layer, by the drafter's price"),
+    "churn": (draw_churn, "churn"),
+    "temperature": (draw_temperature, "temperature 0.8"),
+}
+
+
+def draw(results: dict, folder: Path) -> None:
+    """Writes gaps-<section>.png."""
+    if "fairness" in results:
+        results = {**results, "over_time": results["fairness"]}
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in PANELS.keys() & results.keys():
+        panel, title = PANELS[name]
+        with style.figure(4.4, 3.2) as single:
+            axis = single.subplots()
+            panel(axis, results[name])
+            axis.set_title(title)
+            axis.legend(fontsize=6.5)
+            single.savefig(folder / f"gaps-{name.replace('_', '-')}.png", dpi=110)
+
+
+def _room_for_legend(axis) -> None:
+    axis.set_ylim(0, 1.25 * axis.get_ylim()[1])
+
+
+def _ratio(axis, label: str) -> None:
+    axis.set_xlabel(label)
+    axis.set_ylabel("throughput / plain decoding")
+
+
+def _batches(axis, batches) -> None:
+    by_batch(axis, batches)
+    _ratio(axis, "batch")
 
 
 def main() -> None:
@@ -332,7 +467,7 @@ def main() -> None:
         begun = time.perf_counter()
         results[name] = temperature(study, args.sampled) if name == "temperature" else SECTIONS[name](study)
         console.print(f"{name}: {time.perf_counter() - begun:.0f} s")
-        path.write_text("{\n" + ",\n".join(f'"{key}": {json.dumps(short(value))}' for key, value in results.items()) + "\n}\n")
+        write(path, results)
     draw(results, args.images)
     console.print(f"{path} and {args.images}/gaps*.png written; {time.perf_counter() - start:.0f} s in all")
 

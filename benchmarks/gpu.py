@@ -27,10 +27,10 @@ from typing import Any
 if "--dry-run" in sys.argv:
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
 
-import peers
 import torch
 
 import echo
+from common import peers
 from echo import kernels, style
 from echo.lookup import Texts, blend
 from echo.tree import compact
