@@ -20,7 +20,7 @@ replay: $(STAMP)
 	@$(BIN)/python benchmarks/replay.py $(ARGS)
 
 bench: $(STAMP)
-	@for name in pack plan replay opinion gaps real_data paper service summary; do echo "== $$name"; $(BIN)/python benchmarks/$$name.py || exit 1; done
+	@for name in host replay lookup gaps calibration paper service report; do echo "== $$name"; $(BIN)/python benchmarks/$$name.py || exit 1; done
 
 fuzz: $(STAMP)
 	@$(BIN)/python benchmarks/fuzz.py $(ARGS)

@@ -9,7 +9,6 @@ kernel) and launches of the fused kernels, which run in Triton's interpreter. No
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 from collections import Counter
 from collections.abc import Iterator
@@ -22,10 +21,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 import echo
+from common.replays import write
 from echo import kernels
 from echo.kernels import triton_accept, triton_dealing, triton_growing, triton_packing
 from echo.tree import compact
-from plan import calibration
+from host import calibration
 
 BATCH, DEPTH, CANDIDATES, BEAM = 2, 6, 4, 4
 RESULTS = Path(__file__).parent / "results"
@@ -138,8 +138,7 @@ def main() -> None:
             entry = totals | {"all": sum(totals.values()), "of which": dict(sum(counts.values(), Counter()).most_common())}
             report["steps"].setdefault(name, {})[backend] = entry
             print(name, backend, {part: n for part, n in entry.items() if part != "of which"}, flush=True)
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "operations.json").write_text(json.dumps(report, indent=1) + "\n")
+    write(RESULTS / "operations.json", report)
 
 
 if __name__ == "__main__":

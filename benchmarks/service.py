@@ -28,7 +28,7 @@ import torch
 
 import echo
 from common.raised import raised, raised_to
-from common.replays import FREE, arguments, calibrate, fold, halves, write
+from common.replays import FREE, arguments, calibrate, fold, halves, unfold, write
 from echo import style
 from echo.testing import Record, Trace, replay
 
@@ -364,6 +364,12 @@ def measure(trace: Trace, share: float, most: int, workers: int | None = None) -
         ratios = pool.submit(worst, *halves(trace), share)
         found = dict(zip(NAMES, (recorded.result(), better.result()), strict=True))
         return {"model": MODEL, "gpus": GPUS, **found, "worst": ratios.result()}
+
+
+def read(kept: dict[str, Any]) -> dict[str, Any]:
+    """What :func:`measure` gave, from the file."""
+    parts = {name: {part: unfold(cells, "policy") for part, cells in kept[name].items()} for name in NAMES}
+    return parts | {"worst": unfold(kept["worst"], "adversity", "model", "policy")}
 
 
 def markdown(result: dict[str, Any]) -> str:

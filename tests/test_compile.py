@@ -63,13 +63,14 @@ def test_the_committed_table_has_no_faults_and_is_of_the_shipped_launches():
     assert {k: v for k, v in vars(launch).items() if k.isupper() and len(k) > 1} == {
         k: tuple(v) if isinstance(v, list) else v for k, v in table["launch"].items()
     }
-    attend = [entry for entry in table["kernels"] if entry["kernel"] == "attend"]
+    kernels = table["kernels"]
     for dim in launch.HEAD_DIMS:
-        assert {e["arch"] for e in attend if e["case"].startswith(f"D={dim} ")} == {"sm_80", "sm_90", "sm_100"}
-    assert all(entry["spills"] == 0 and entry["stack"] == 0 for entry in table["kernels"])
-    for entry in attend:
-        dim, kind = int(entry["case"].split()[0][2:]), entry["case"].split()[1]
-        cached = 4 if kind == "float32" else 1 if "float8" in entry["case"] else 2
-        page = 0 if "tree part" in entry["case"] else int(entry["case"].split("page=")[1].split()[0])
-        tile = launch.tile(1, dim, max(cached, 2), cached, page, entry["ROWS"], int(entry["arch"][3:]) // 10)
-        assert tile[:2] == (entry["ROWS"], entry["KEYS"])
+        own = [columns["arch"] for case, columns in kernels["attend"].items() if case.startswith(f"D={dim} ")]
+        assert set().union(*own) == {"sm_80", "sm_90", "sm_100"}
+    assert not any(spills for cases in kernels.values() for columns in cases.values() for spills in columns["spills"] + columns["stack"])
+    for case, columns in kernels["attend"].items():
+        dim, kind = int(case.split()[0][2:]), case.split()[1]
+        cached = 4 if kind == "float32" else 1 if "float8" in case else 2
+        page = 0 if "tree part" in case else int(case.split("page=")[1].split()[0])
+        for arch, rows, keys in zip(columns["arch"], columns["ROWS"], columns["KEYS"], strict=True):
+            assert launch.tile(1, dim, max(cached, 2), cached, page, rows, int(arch[3:]) // 10)[:2] == (rows, keys)

@@ -76,7 +76,7 @@ def benchmarks(monkeypatch):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="in the interpreter only")
 def test_peers_agree_with_the_kernel_on_the_same_ragged_trees(shape, peer, benchmarks):
     import gpu
-    import peers
+    from common import peers
 
     batch, rows, context, dealt, page = shape
     args = gpu.inputs(gpu.Case("tiny", batch, rows, context, dealt, page), torch.device("cpu"), 0)
@@ -116,7 +116,7 @@ def flash_stands_in(q, keys, values, *, cache_seqlens, page_table, cu_seqlens_q,
 def test_peers_that_need_a_device_are_called_as_documented(shape, peer, benchmarks, monkeypatch):
     """Against a stand-in that keeps to their documentation, and float64."""
     import gpu
-    import peers
+    from common import peers
 
     for name in ("flashinfer", "flashinfer.decode", "flash_attn_interface"):
         monkeypatch.setitem(sys.modules, name, ModuleType(name))

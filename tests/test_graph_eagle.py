@@ -281,7 +281,7 @@ COMPILE = """
 import json, torch, triton
 from types import SimpleNamespace as Any
 from triton.backends.compiler import GPUTarget
-import compile_kernels, eagle_kernels, graph_eagle, machine_code
+import compile_kernels, eagle_kernels, graph_eagle
 from echo.tree import Frontier
 
 compile_kernels.TYPES[torch.bool] = "*i1"
@@ -313,7 +313,7 @@ for lanes in (2, 4):
 entries = []
 for source, options in found.values():
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-    entries.append({"kernel": source.name} | machine_code.resources(compiled, 90, options.get("num_warps", 4)))
+    entries.append({"kernel": source.name} | compile_kernels.resources(compiled, 90, options.get("num_warps", 4)))
 print(json.dumps(entries))
 """
 

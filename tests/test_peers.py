@@ -198,7 +198,7 @@ def test_its_attention_with_our_mask_on_ragged_trees_is_our_reference(peer, seed
 def test_the_benchmark_sets_its_attention_up_right(peer, shape, monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
     import gpu
-    import peers
+    from common import peers
 
     batch, rows, context, dealt, page = shape
     args = gpu.inputs(gpu.Case("tiny", batch, rows, context, dealt, page), torch.device("cpu"), 0)
