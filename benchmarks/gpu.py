@@ -1,6 +1,6 @@
 """How fast are the kernels on a GPU, beside what engines use and what the machine allows? No network.
 
-    python benchmarks/gpu.py                 on a CUDA device, into benchmarks/results/gpu-<card>.json, and a picture of the shares
+    python benchmarks/gpu.py                 on a CUDA device, into benchmarks/results/gpu-<card>.json
     python benchmarks/gpu.py --dry-run       the same path on the CPU with tiny shapes, kernels in the interpreter; nothing is written
 
 Correctness comes first: every contender is compared with attention in float64 on sampled rows, and one that is wrong is reported and not
@@ -31,7 +31,7 @@ import torch
 
 import echo
 from common import peers
-from echo import kernels, style
+from echo import kernels
 from echo.lookup import Texts, blend
 from echo.tree import compact
 
@@ -323,28 +323,6 @@ def opinion(device: torch.device, dry: bool) -> dict[str, Any]:
     return {"batch": batch, "nodes": width, "text": length, "layers": depth, "us": round(1e6 * seconds, 2), "p99_us": round(1e6 * slow, 2)}
 
 
-def picture(report: dict[str, Any], path: Path) -> None:
-    """Each case's contenders by their share of the floor."""
-    cases = report["attention"]
-    names = [name for name in ("echo, planned", *peers.PEERS, *peers.CAUSAL) if any("share" in case[name] for case in cases)]
-    with style.figure(9, 1.5 + 0.28 * len(cases)) as figure:
-        axes = figure.subplots()
-        for name, marker in zip(names, "osv^Dx+*", strict=False):
-            found = [(case[name]["share"], at) for at, case in enumerate(cases) if "share" in case[name]]
-            axes.plot(*zip(*found, strict=True), marker, label=name, alpha=0.8)
-        labels = [
-            f"{c['model'].split(' ')[0].rstrip(',')} B={c['batch']} rows={c['rows']}{' dealt' * c['dealt']} ctx={c['context']} "
-            f"{c['cache'][:6]}"
-            for c in cases
-        ]
-        axes.set_yticks(range(len(cases)), labels, fontsize=7)
-        axes.set(xlabel="share of the larger floor (bytes, operations)", title=report["card"], xlim=(0, None))
-        axes.invert_yaxis()
-        axes.axvline(0.85, color=style.QUIET, lw=0.8, ls=":")
-        axes.legend(fontsize=7)
-        figure.savefig(path, dpi=120)
-
-
 def versions() -> dict[str, str]:
     """Of what takes part, as far as installed."""
     names = ("torch", "triton", "flashinfer-python", "sglang", "flash-attn-3", "numpy")
@@ -388,10 +366,6 @@ def main() -> int:
         RESULTS.mkdir(exist_ok=True)
         path = RESULTS / f"gpu-{card.lower().replace(' ', '-')}.json"
         path.write_text(json.dumps(report, indent=1) + "\n")
-        try:
-            picture(report, path.with_suffix(".png"))
-        except ImportError as reason:
-            print(f"no picture: {reason}")
         print(f"written: benchmarks/results/{path.name}")
     return 0
 

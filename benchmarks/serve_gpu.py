@@ -1,6 +1,6 @@
 """How many tokens a second does a real model serve on examples/engine.py, with speculation and without? And an 8B shape? No network.
 
-    python benchmarks/serve_gpu.py                                   on a CUDA device, into benchmarks/results/serve-<card>.json and .png
+    python benchmarks/serve_gpu.py                                   on a CUDA device, into benchmarks/results/serve-<card>.json
     python benchmarks/serve_gpu.py --device cpu --lanes 1 2 --new 8  a rehearsal, graphs too; --tiny takes random models of a few layers
 
 First panel: SmolLM2 with its EAGLE head, greedy. All policies of a load share the target's cache, buffers and graphs, and each begins
@@ -36,7 +36,7 @@ from torch import Tensor
 import echo
 from common.replays import calibrate, halves
 from common.replays import run as replayed
-from echo import kernels, style
+from echo import kernels
 from echo.testing import Trace
 from echo.testing.rehearsal import RecordedGraphs
 
@@ -56,7 +56,6 @@ ROOM = 2
 """Times the tokens of a run that a request may write: those that accept more than others are ahead when it is over."""
 MOST = 2048
 """Rows of a step at most, and 32 a lane: a tree that asks for more is left out."""
-QUICK = (1, 8)
 STEPS = {1: 200, 4: 120, 16: 80, 64: 50, 256: 30}
 Scheduler = echo.ElasticBudgetScheduler
 
@@ -380,25 +379,6 @@ def smollm2(args: argparse.Namespace, clock: Clock, out: Out, trace: Trace) -> N
     def load(kind: str, lanes: int) -> Load:
         return Load(models[kind], lanes, (texts * -(-lanes // len(texts)))[:lanes], args.new, features, args.fused)
 
-    flat = echo.CostModel((1, MOST), (1.0, 1.0))
-    for lanes in args.quick:
-        made, rates = load("float32", lanes), {}
-        chosen = policies(lanes, calibration, flat)
-        names = ["EAGLE tree, 8 rows", *(["EAGLE tree, 32 rows"] if lanes == 1 else []), "plain"]  # a drafting engine prefills
-        answers = {}
-        for _ in range(3):
-            for name in names:
-                found = made.run(made.engine(chosen[name]))
-                rates.setdefault(name, []).append(found.rate)
-                answers[name] = found.answers
-        plain = statistics.median(rates["plain"][1:])
-        for name in names[:-1]:
-            rate = statistics.median(rates[name][1:])
-            same = made.differences(answers[name], answers["plain"])
-            out.add("quick", {"lanes": lanes, "policy": name, "tokens_per_s": rate, "plain": plain, "ratio": rate / plain, "text": same})
-            clock.say(f"float32, {lanes} lanes, {name}: {rate:.0f} tokens/s, plain {plain:.0f}, ratio {rate / plain:.2f}, text {same}")
-        del made
-
     for turn, kind in enumerate(args.dtypes):
         share_of_time = 0.05 + (0.75 if args.shape else 0.95) * (turn + 1) / len(args.dtypes)
         loads = {lanes: load(kind, lanes) for lanes in args.lanes}
@@ -610,42 +590,11 @@ def eight_billion(args: argparse.Namespace, clock: Clock, out: Out, trace: Trace
             )
 
 
-def draw(found: dict[str, Any], path: Path) -> None:
-    """Tokens a second of a user against those of the GPU, a line a policy."""
-    panels = [(f"SmolLM2-135M, {kind}", [cell for cell in found.get("cells", []) if cell["dtype"] == kind]) for kind in found["dtypes"]]
-    panels.append(("LLaMA-3.1-8B shape, recorded drafts", found.get("shape", [])))
-    panels = [(title, cells) for title, cells in panels if cells]
-    if not panels:
-        return
-    with style.figure(3.6 * len(panels), 3.6) as figure:
-        axes = figure.subplots(1, len(panels), squeeze=False)[0]
-        for axis, (title, cells) in zip(axes, panels, strict=True):
-            for name in dict.fromkeys(cell["policy"] for cell in cells):
-                own = sorted((cell for cell in cells if cell["policy"] == name), key=lambda cell: cell["lanes"])
-                colour = style.of("goodput" if name == "throughput-optimal" else name)
-                dash = "o--" if name in ("plain", "EAGLE tree, 32 rows") else "o-"
-                axis.plot([c["user"] for c in own], [c["tokens_per_s"] for c in own], dash, ms=3, color=colour, label=name)
-                for cell in own:
-                    rates = cell.get("rates", [])
-                    if rates:
-                        axis.plot(
-                            [min(rates) / cell["lanes"], max(rates) / cell["lanes"]],
-                            [min(rates), max(rates)],
-                            color=colour,
-                            lw=3,
-                            alpha=0.3,
-                        )
-            axis.set(title=title, xlabel="tokens/s of a user", ylabel="tokens/s of the GPU", yscale="log")
-        axes[-1].legend()
-        figure.savefig(path, dpi=150)
-
-
 def arguments() -> argparse.Namespace:
     """From the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--lanes", type=int, nargs="+", default=[1, 4, 16, 64, 256])
-    parser.add_argument("--quick", type=int, nargs="*", default=None, help=f"loads of the first ratios; {QUICK} where not given")
     parser.add_argument("--new", type=int, default=96, help="tokens of an answer")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--dtypes", nargs="*", default=["float32", "bfloat16"])
@@ -655,14 +604,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--no-shape", dest="shape", action="store_false", help="without the second panel")
     parser.add_argument("--trace", type=Path, default=HERE / "traces" / "smollm2-head.npz")
     parser.add_argument("--out", type=Path, default=HERE / "results")
-    args = parser.parse_args()
-    if args.quick is None:
-        args.quick = list(QUICK) if args.device == "cuda" else sorted({args.lanes[0], args.lanes[-1]})
-    return args
+    return parser.parse_args()
 
 
 def main() -> int:
-    """Both panels, the file, the figure."""
+    """All of it, and the file."""
     args = arguments()
     if args.device == "cuda" and not torch.cuda.is_available():
         print("no CUDA device: --device cpu rehearses")
@@ -679,10 +625,6 @@ def main() -> int:
         eight_billion(args, clock, out, trace)
     out.found["seconds"] = clock()
     out.write()
-    try:
-        draw(out.found, args.out / f"serve-{name}.png")
-    except echo.EchoError as missing:
-        print(missing)
     clock.say(f"{out.path} written")
     return 0
 

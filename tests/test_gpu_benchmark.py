@@ -36,17 +36,6 @@ def test_dry_run():
     assert report["accept"] and all(report["step"][name]["us"] > 0 for name in ("fused", "torch"))
 
 
-def test_the_picture_shows_who_was_timed(benchmarks, tmp_path):
-    pytest.importorskip("matplotlib")
-    import gpu
-
-    shares = {"echo": {"share": 0.8}, "echo, planned": {"share": 0.9}, **{name: {"absent": "no"} for name in gpu.peers.PEERS}}
-    shares |= {name: {"share": 0.95} for name in gpu.peers.CAUSAL}
-    case = {"model": "llama-3.1-8b", "batch": 32, "rows": 4, "dealt": True, "context": 2048, "cache": "bfloat16"}
-    gpu.picture({"card": "a card", "attention": [case | shares]}, tmp_path / "shares.png")
-    assert (tmp_path / "shares.png").stat().st_size > 5000
-
-
 @pytest.mark.skipif(torch.cuda.is_available(), reason="it would run in full")
 def test_without_a_device_it_says_so():
     result = run()
