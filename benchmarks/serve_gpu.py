@@ -1,16 +1,13 @@
-"""How many tokens a second does a real model serve on examples/engine.py, with speculation and without? And an 8B shape? No network.
+"""How many tokens a second does a real model serve on examples/engine.py, with speculation and without? No network.
 
     python benchmarks/serve_gpu.py                                   on a CUDA device, into benchmarks/results/serve-<card>.json
     python benchmarks/serve_gpu.py --device cpu --lanes 1 2 --new 8  a rehearsal, graphs too; --tiny takes random models of a few layers
 
-First panel: SmolLM2 with its EAGLE head, greedy. All policies of a load share the target's cache, buffers and graphs, and each begins
+SmolLM2 with its EAGLE head, greedy. All policies of a load share the target's cache, buffers and graphs, and each begins
 where prefill ended. A run counts from its first report until ``--new`` tokens a lane are written, and no request ends before: all lanes
 are busy. Runs of the policies take turns; figures are medians, intervals smallest and largest. Times of parts and waits are a run of
 their own, between events of the device. Text is compared with plain decoding's of the same load; in float32 it may differ from where
 that one's two best logits are within 1e-4.
-
-Second panel: a LLaMA-3.1-8B shape. Its weights are random, so nothing is decoded: recorded drafts (SmolLM2's) are replayed, and each
-step is charged what its target pass, drafted layers and planning took on this device.
 
 The file is written as the run goes. Every tier of rows is capped, and what the time limit cuts is missing from the end.
 """
@@ -30,13 +27,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import echo
 from common.replays import calibrate, halves
-from common.replays import run as replayed
-from echo import kernels
 from echo.testing import Trace
 from echo.testing.rehearsal import RecordedGraphs
 
@@ -56,7 +50,6 @@ ROOM = 2
 """Times the tokens of a run that a request may write: those that accept more than others are ahead when it is over."""
 MOST = 2048
 """Rows of a step at most, and 32 a lane: a tree that asks for more is left out."""
-STEPS = {1: 200, 4: 120, 16: 80, 64: 50, 256: 30}
 Scheduler = echo.ElasticBudgetScheduler
 
 
@@ -364,7 +357,7 @@ def one_cost(found: Sequence[dict[str, Any]]) -> echo.CostModel:
 
 
 def smollm2(args: argparse.Namespace, clock: Clock, out: Out, trace: Trace) -> None:
-    """The first panel."""
+    """Every load and kind: costs of the parts, then all policies in turns, then where the time went."""
     device = torch.device(args.device)
     models = {"float32": tiny(device) if args.tiny else llama.load(args.device)}
     models["bfloat16"] = llama.cast(models["float32"], torch.bfloat16)
@@ -380,7 +373,7 @@ def smollm2(args: argparse.Namespace, clock: Clock, out: Out, trace: Trace) -> N
         return Load(models[kind], lanes, (texts * -(-lanes // len(texts)))[:lanes], args.new, features, args.fused)
 
     for turn, kind in enumerate(args.dtypes):
-        share_of_time = 0.05 + (0.75 if args.shape else 0.95) * (turn + 1) / len(args.dtypes)
+        share_of_time = 0.05 + 0.95 * (turn + 1) / len(args.dtypes)
         loads = {lanes: load(kind, lanes) for lanes in args.lanes}
         found = []
         for lanes, made in loads.items():
@@ -475,121 +468,6 @@ def tiny(device: torch.device) -> llama.Llama:
     return llama.Llama(config).to(device).requires_grad_(False).eval()
 
 
-@dataclass(frozen=True)
-class Shape:
-    """Sizes of a LLaMA-like model."""
-
-    layers: int = 32
-    width: int = 4096
-    heads: int = 32
-    kv_heads: int = 8
-    size: int = 128
-    hidden: int = 14336
-    vocab: int = 128256
-    context: int = 1024
-    page: int = 64
-    distinct: int = 8
-    """Layers with a cache of their own, the others' in turn: together far beyond the device's cache."""
-    draft_vocab: int = 32000
-
-
-class Random:
-    """A model of a shape with random weights: what its passes take does not depend on them."""
-
-    def __init__(self, shape: Shape, lanes: int, device: torch.device) -> None:
-        self.shape, self.device, s = shape, device, shape
-        self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        weight = lambda *sizes: torch.empty(*sizes, device=device, dtype=self.dtype).normal_(0, 0.02)  # noqa: E731
-        self.layers = [
-            {
-                "qkv": weight((s.heads + 2 * s.kv_heads) * s.size, s.width), "out": weight(s.width, s.heads * s.size),
-                "up": weight(2 * s.hidden, s.width), "down": weight(s.width, s.hidden), "norms": weight(2, s.width),
-            }
-            for _ in range(s.layers)
-        ]  # fmt: skip
-        self.embed, self.head, self.norm = weight(s.vocab, s.width), weight(s.vocab, s.width), weight(s.width)
-        pages = lanes * s.context // s.page
-        self.kv = [torch.randn(2, pages, s.page, s.kv_heads, s.size, device=device, dtype=self.dtype) for _ in range(s.distinct)]
-        self.table = torch.arange(pages, device=device, dtype=torch.int32).view(lanes, -1)
-
-    def inputs(self, lanes: int, rows: int) -> SimpleNamespace:
-        """Rows shared evenly, each lane's a chain."""
-        each = torch.full((lanes,), rows // lanes)
-        each[: rows % lanes] += 1
-        indptr = F.pad(each.cumsum(0), (1, 0))
-        request = torch.repeat_interleave(torch.arange(lanes), each)
-        bits = (torch.arange(rows) - indptr[request])[:, None] + 1 - 32 * torch.arange(-(-int(each.max()) // 32))
-        mask = (1 << bits.clamp(0, 32)) - 1
-        mask = torch.where(mask >= 2**31, mask - 2**32, mask)
-        tokens = torch.randint(0, self.shape.vocab, (rows,), device=self.device)
-        ints = [x.int().to(self.device) for x in (request, indptr, mask)]
-        context = torch.full((lanes,), self.shape.context - self.shape.page, device=self.device, dtype=torch.int32)
-        return SimpleNamespace(tokens=tokens, request=ints[0], indptr=ints[1], mask=ints[2], table=self.table[:lanes], context=context)
-
-    def forward(self, rows: SimpleNamespace, layers: int, vocab: int) -> Tensor:
-        """A pass through so many layers and so much of the output layer."""
-        s, x, norm = self.shape, self.embed[rows.tokens], lambda x, weight: F.rms_norm(x, (self.shape.width,), weight)
-        q, k = (x.new_empty(len(x), n, s.size) for n in (s.heads, s.kv_heads))
-        plan = kernels.plan_attention(q, self.kv[0][0], rows.table, rows.context, k, rows.indptr)
-        for index, layer in enumerate(self.layers[:layers]):
-            keys, values = self.kv[index % s.distinct]
-            q, k, v = (
-                F.linear(norm(x, layer["norms"][0]), layer["qkv"]).view(len(x), -1, s.size).split([s.heads, s.kv_heads, s.kv_heads], 1)
-            )
-            tree = k, v, rows.request, rows.indptr, rows.mask
-            x = x + F.linear(
-                kernels.tree_attention(q, keys, values, rows.table, rows.context, *tree, plan=plan)[0].flatten(1), layer["out"]
-            )
-            gate, up = F.linear(norm(x, layer["norms"][1]), layer["up"]).chunk(2, dim=-1)
-            x = x + F.linear(F.silu(gate) * up, layer["down"])
-        return kernels.argmax_tokens(F.linear(norm(x, self.norm), self.head[:vocab]))
-
-
-def eight_billion(args: argparse.Namespace, clock: Clock, out: Out, trace: Trace) -> None:
-    """The second panel."""
-    device = torch.device(args.device)
-    small = Shape(2, 64, 4, 2, 16, 96, 256, 64, 16, 2, 128)
-    model = Random(Shape() if device.type == "cuda" and not args.tiny else small, max(args.lanes), device)
-    graphs, tune, test = echo.Graphs(device), *halves(trace)
-    calibration = calibrate(tune)
-
-    @torch.inference_mode()
-    def seconds(lanes: int, rows: int, layers: int, vocab: int) -> float:
-        given = model.inputs(lanes, rows)
-        return timed(lambda: graphs((lanes, rows, layers, vocab), lambda: model.forward(given, layers, vocab)), device, 10)
-
-    found = []
-    for lanes in args.lanes:
-        if clock.over(0.95):
-            break
-        target = {rows: seconds(lanes, rows, model.shape.layers, model.shape.vocab) for rows in tiers(lanes, args.tiny)}
-        layer = seconds(lanes, BEAM * lanes, 1, model.shape.draft_vocab)  # a head of one layer
-        of_small = [cost for cost in out.found.get("costs", []) if cost["lanes"] == lanes]
-        beside = of_small[-1]["plan"] + of_small[-1]["accept"] if of_small else 0.0
-        found.append({"lanes": lanes, "target": target, "draft_layer": layer, "beside": beside})
-        out.add("shape_costs", found[-1])
-        clock.say(f"8B shape, {described(found[-1])}")
-    if not found:
-        return
-    one = one_cost(found)
-    for each in found:
-        lanes = each["lanes"]
-        rows, spent = zip(*each["target"].items(), strict=True)
-        spent = tuple(max(spent[: i + 1]) for i in range(len(spent)))
-        here = echo.CostModel(rows, spent, draft_layer=each["draft_layer"] + each["beside"] / 4, tiers=rows)
-        for name, scheduler in policies(lanes, calibration, one).items():
-            if scheduler.max_depth == 0:
-                rate, ratio, low, high = lanes / here(lanes), 1.0, 1.0, 1.0
-            else:
-                steps = replayed(test, scheduler, here, lanes, STEPS.get(lanes, 40), lag=1)
-                rate, ratio, (low, high) = steps.rate(here), steps.ratio(here), steps.interval(here)
-            row = {"lanes": lanes, "policy": name, "tokens_per_s": rate, "user": rate / lanes, "ratio": ratio, "low": low, "high": high}
-            out.add("shape", row)
-            clock.say(
-                f"8B shape with recorded drafts, {lanes} lanes, {name}: {rate:.0f} tokens/s, ratio {ratio:.2f} [{low:.2f}, {high:.2f}]"
-            )
-
-
 def arguments() -> argparse.Namespace:
     """From the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -601,7 +479,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--limit", type=float, default=285, help="seconds of all")
     parser.add_argument("--tiny", action="store_true", help="random models of a few layers: the script alone is tried")
     parser.add_argument("--unfused", dest="fused", action="store_false", default=None, help="the drafter in torch's operations")
-    parser.add_argument("--no-shape", dest="shape", action="store_false", help="without the second panel")
     parser.add_argument("--trace", type=Path, default=HERE / "traces" / "smollm2-head.npz")
     parser.add_argument("--out", type=Path, default=HERE / "results")
     return parser.parse_args()
@@ -621,8 +498,6 @@ def main() -> int:
     out = Out(args.out / f"serve-{name}.json", card=card, versions=versions, dtypes=args.dtypes, settings=settings)
     trace = Trace.load(args.trace)
     smollm2(args, clock, out, trace)
-    if args.shape:
-        eight_billion(args, clock, out, trace)
     out.found["seconds"] = clock()
     out.write()
     clock.say(f"{out.path} written")
