@@ -164,10 +164,7 @@ def transfer(trace: Trace, warm: WarmUp) -> dict[str, Any]:
     sources = [*kinds, "two of each"]
     one, two = halves(trace)
     policies: dict[str, tuple[int, Callable[[echo.Calibration], echo.ElasticBudgetScheduler]]] = {
-        "gates of the paper": (
-            16,
-            lambda c: echo.ElasticBudgetScheduler(echo.TwoLevel(2, 8), echo.SparseGate(c), 3 * 16, trace.depth),
-        ),
+        "gates of the paper": (16, lambda c: echo.ElasticBudgetScheduler(echo.TwoLevel(2, 8), echo.SparseGate(c), 3 * 16, trace.depth)),
         "goodput": (96, lambda c: echo.ElasticBudgetScheduler(echo.GlobalRank(trace.beam, c), None, KNEE, trace.depth)),
     }
 

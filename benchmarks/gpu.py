@@ -32,7 +32,6 @@ import torch
 import echo
 from common import peers
 from echo import kernels
-from echo.lookup import Texts, blend
 from echo.tree import compact
 
 RESULTS = Path(__file__).parent / "results"
@@ -293,36 +292,6 @@ def step(device: torch.device, dry: bool) -> dict[str, Any]:
     return report
 
 
-def opinion(device: torch.device, dry: bool) -> dict[str, Any]:
-    """Prompt lookup beside six drafted layers, as one CUDA graph: what a second opinion costs, and that it gives the host's integers."""
-    batch, width, k, length, depth = (3, 2, 3, 40, 3) if dry else (256, 4, 4, 4096, 6)
-    written = torch.randint(0, 50, (batch, length - 8), device=device)
-    texts = Texts.empty(batch, length, device).admit(torch.arange(batch, device=device), list(written))
-    nodes = [1, *[width] * (depth - 1)]
-    tokens = [torch.randint(0, 50, (batch, n, k), device=device) for n in nodes]
-    log_probs = [torch.randn(batch, n, k, device=device).log_softmax(-1) for n in nodes]
-    trust = torch.linspace(0, 0.8, 9, device=device)
-
-    def once(at: torch.device = device) -> list[torch.Tensor]:
-        match, found = Texts(texts.tokens.to(at), texts.used.to(at)).match(torch.arange(batch, device=at)), []
-        best = torch.zeros(batch, 1, dtype=torch.int64, device=at)
-        for d, (token, q) in enumerate(zip(tokens, log_probs, strict=True)):
-            if d:
-                place = torch.zeros(batch, width, dtype=torch.int64, device=at)
-                drafted = place.bool().logical_not()
-                match = match.follow(echo.Frontier(best[:, :1].expand(-1, width), place, place, place.float(), drafted, d))
-            vote, run = match.votes()
-            best = vote.clamp(min=0)
-            found += [vote, run, blend(token.to(at), q.to(at), vote, trust.to(at)[run])[1]]
-        return found
-
-    host = once(torch.device("cpu"))
-    if not all(torch.allclose(one.cpu(), two, atol=1e-4) for one, two in zip(once(), host, strict=True)):
-        raise SystemExit("prompt lookup differs from the host's: nothing more is timed")
-    seconds, slow = timed([once])
-    return {"batch": batch, "nodes": width, "text": length, "layers": depth, "us": round(1e6 * seconds, 2), "p99_us": round(1e6 * slow, 2)}
-
-
 def versions() -> dict[str, str]:
     """Of what takes part, as far as installed."""
     names = ("torch", "triton", "flashinfer-python", "sglang", "flash-attn-3", "numpy")
@@ -357,7 +326,6 @@ def main() -> int:
         if any("wrong" in report["attention"][-1][name] for name in ("echo", "echo, planned")):
             print("our kernel is wrong on this case: nothing more is timed")
             return 1
-    report["lookup"] = opinion(device, dry)
     report["step"] = step(device, dry)  # last: compiling it takes a while
     report["seconds"] = round(time.perf_counter() - start, 1)
     if dry:

@@ -89,10 +89,7 @@ class Bench:
         """Every policy under every cost model, tuned on the other half of the texts."""
         policies = self.candidates()
         oracle = [Scheduler(echo.GlobalRank(self.test.beam), None, (1 + d) * self.batch, d) for d in (1, 3, self.test.depth)]
-        gates = {
-            "ECHO, dense gates": echo.SparseGate.dense(self.calibration),
-            "ECHO, one threshold": one_threshold(self.calibration),
-        }
+        gates = {"ECHO, dense gates": echo.SparseGate.dense(self.calibration), "ECHO, one threshold": one_threshold(self.calibration)}
         for model, cost in costs.items():
             at = cost.at(self.batch, CONTEXT * self.batch)
             plain = self.batch / at(self.batch)

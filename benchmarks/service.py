@@ -378,10 +378,7 @@ def markdown(result: dict[str, Any]) -> str:
     for name in NAMES:
         rate = {(c["policy"], c["arrivals"], c["level"]): float(c["rate"]) for c in result[name]["capacity"]}
         columns = (("poisson", LEVELS[0]), ("bursty", LEVELS[0]), ("bursty", LEVELS[1]))
-        lines += [
-            f"Trace {name}: requests a second that a replica carries, and GPUs for 100 and 1,000 a second (Poisson):",
-            "",
-        ]
+        lines += [f"Trace {name}: requests a second that a replica carries, and GPUs for 100 and 1,000 a second (Poisson):", ""]
         lines += [
             "| policy | " + " | ".join(f"{kind}, {level} ms" for kind, level in columns) + " | 100/s | 1,000/s |",
             "|---|---|---|---|---|---|",
