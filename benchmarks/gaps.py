@@ -1,4 +1,4 @@
-"""What does the paper leave out? Measured by exact replay: one section a question, one plot each, all in docs/gaps.md.
+"""What does the paper leave out? Measured by exact replay: a section of docs/gaps.md each, some with a picture.
 
     python benchmarks/gaps.py                        # all sections, about a minute on one quiet core
     python benchmarks/gaps.py --only fairness tail   # some of them
@@ -153,13 +153,14 @@ def served(study: Study, scheduler: Scheduler, weak: np.ndarray) -> dict[str, ob
         "doubtful_tokens_per_step": float(tokens[weak].sum() / steps[weak].sum()),
         "other_tokens_per_step": float(tokens[~weak].sum() / steps[~weak].sum()),
         "jain": float(rate.sum() ** 2 / (len(rate) * (rate**2).sum())),
-        "over_time": {"doubtful": by_tens(drafted[True]), "others": by_tens(drafted[False])},
+        "over_time": {"doubtful": range_of_tens(drafted[True]), "others": range_of_tens(drafted[False])},
     }
 
 
-def by_tens(rows: list[float]) -> list[float]:
-    """Means of ten steps each."""
-    return np.nanmean(np.array(rows[: len(rows) // 10 * 10]).reshape(-1, 10), axis=1).tolist()
+def range_of_tens(rows: list[float]) -> list[float]:
+    """Least and greatest mean of ten steps in a row."""
+    means = [np.nanmean(rows[i : i + 10]) for i in range(len(rows) - 9)]
+    return [float(min(means)), float(max(means))]
 
 
 def tail(study: Study) -> dict[str, object]:
@@ -302,28 +303,6 @@ def draw_budget(axis, r) -> None:
     axis.set_xticks([64, 128, 256, 512], ["64", "128", "256", "512"])
 
 
-def draw_warmup(axis, r) -> None:
-    """Throughput by warm-up size."""
-    for name, draws in r["curves"].items():
-        mean = [np.mean(d) for d in draws]
-        axis.plot(r["positions"], mean, "o-", ms=3, color=style.of(name), label=name)
-        axis.fill_between(r["positions"], [min(d) for d in draws], [max(d) for d in draws], color=style.of(name), alpha=0.15, lw=0)
-    axis.set_xscale("log")
-    axis.set_ylim(1)
-    _ratio(axis, "positions warmed up on")
-
-
-def draw_gate_errors(axis, r) -> None:
-    """False stops and false extensions by depth."""
-    depth = np.array(r["depth"])
-    axis.bar(depth - 0.2, r["false_stops"], 0.38, color=style.BAD, label="stopped, though accepted")
-    axis.bar(depth + 0.2, r["false_extensions"], 0.38, color=style.QUIET, label="let pass, though rejected")
-    axis.set_xticks(depth, [f"{d}*" if gate else str(d) for d, gate in zip(depth, r["gate"], strict=True)])
-    axis.set_xlabel("depth (* gate)")
-    axis.set_ylabel("share of such paths")
-    _room_for_legend(axis)
-
-
 def draw_fairness(axis, r) -> None:
     """Shares of the doubtful quarter."""
     names = [name for name in POLICIES if name in r]
@@ -337,17 +316,6 @@ def draw_fairness(axis, r) -> None:
     axis.set_xticks(range(len(names)), [f"{n}\nJain {r[n]['jain']:.3f}" for n in names], fontsize=6)
     _room_for_legend(axis)
     axis.set_ylabel("share of the doubtful quarter")
-
-
-def draw_over_time(axis, r) -> None:
-    """Drafted rows of a doubtful and of another request, ten steps after ten."""
-    for name in ("ECHO (paper)", "goodput"):
-        for who, line in (("others", "-"), ("doubtful", "--")):
-            rows = r[name]["over_time"][who]
-            axis.plot(np.arange(len(rows)) * 10 + 5, rows, line, lw=1.2, color=style.of(name), label=f"{name}, {who}")
-    axis.set_ylim(0)
-    axis.set_xlabel("step")
-    axis.set_ylabel("drafted rows a request, mean of 10 steps")
 
 
 def draw_tail(axis, r) -> None:
@@ -369,13 +337,6 @@ def draw_wrong_cost(axis, r) -> None:
     _batches(axis, r["batch"])
 
 
-def draw_lag(axis, r) -> None:
-    """Goodput by lag."""
-    for (late, ratio), line in zip(r["curves"].items(), ("o-", "o--", "o:"), strict=True):
-        axis.plot(r["batch"], ratio, line, ms=3, color=style.of("goodput"), label=f"lag {late}")
-    _batches(axis, r["batch"])
-
-
 def draw_churn(axis, r) -> None:
     """Throughput by how long requests stay."""
     for name, ratio in r["curves"].items():
@@ -387,44 +348,17 @@ def draw_churn(axis, r) -> None:
     _ratio(axis, "tokens of a request; new ones in a step")
 
 
-def draw_next_layer(axis, r) -> None:
-    """What a gate by goodput is worth to goodput."""
-    for (price, ratio), shade in zip(r["gated_over_ungated"].items(), (0.35, 0.65, 1.0), strict=True):
-        axis.plot(r["batch"], ratio, "o-", ms=3, color=style.of("goodput"), alpha=shade, label=price)
-    _batches(axis, r["batch"])
-    axis.set_ylabel("throughput / without the gate")
-
-
-def draw_temperature(axis, r) -> None:
-    """Tokens a step at temperature 0 and 0.8."""
-    cases = [name for name in r if name != "positions"]
-    for i, (policy, colour) in enumerate((p, style.of(p)) for p in ("EAGLE", "ECHO (paper)", "goodput")):
-        axis.bar(np.arange(len(cases)) + 0.26 * (i - 1), [r[c][policy]["ratio"] for c in cases], 0.25, color=colour, label=policy)
-    axis.axhline(1, color=style.INK, lw=0.8)
-    _room_for_legend(axis)
-    axis.set_xticks(range(len(cases)), [c.replace(", ", ",\n") for c in cases], fontsize=7)
-    axis.set_ylabel("throughput / plain decoding")
-
-
 PANELS = {
     "budget": (draw_budget, "K_max"),
-    "warmup": (draw_warmup, "warm-up"),
-    "gate_errors": (draw_gate_errors, "gate errors"),
     "fairness": (draw_fairness, "who gets the rows"),
-    "over_time": (draw_over_time, "doubtful requests over time"),
     "tail": (draw_tail, "tail of a step"),
     "wrong_cost": (draw_wrong_cost, "cost model wrong by 2x"),
-    "lag": (draw_lag, "lag of the forecast"),
-    "next_layer": (draw_next_layer, "the next layer, by the drafter's price"),
     "churn": (draw_churn, "churn"),
-    "temperature": (draw_temperature, "temperature 0.8"),
 }
 
 
 def draw(results: dict, folder: Path) -> None:
     """Writes gaps-<section>.png."""
-    if "fairness" in results:
-        results = {**results, "over_time": results["fairness"]}
     folder.mkdir(parents=True, exist_ok=True)
     for name in PANELS.keys() & results.keys():
         panel, title = PANELS[name]

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 import echo
-from common.replays import calibrate, halves
+from common.replays import calibrate, halves, short
 from echo.testing import Trace
 from echo.testing.rehearsal import RecordedGraphs
 
@@ -256,26 +256,6 @@ class Load:
         return Run(answers, after - before, end - begin, len(marks) - 1)
 
     @torch.inference_mode()
-    def bare(self, engine: Engine) -> float:
-        """Tokens a second of a loop around plain decoding's graph and nothing else but the tokens' way to the host."""
-        self.begin(engine)
-        steps, cuda = self.new - 2, self.device.type == "cuda"
-        host = [torch.zeros(self.lanes, dtype=torch.int64, pin_memory=cuda) for _ in range(2)]
-        events = [torch.cuda.Event() for _ in range(2)] if cuda else []
-        begin = 0.0
-        for step in range(steps):
-            engine.run("plain", (self.lanes,), lambda: engine.without(self.lanes))
-            host[step % 2].copy_(engine.root, non_blocking=True)
-            if cuda:
-                events[step % 2].record()
-                if step:
-                    events[1 - step % 2].synchronize()
-            if step == 1:
-                begin = time.perf_counter()
-        synchronize(self.device)
-        return self.lanes * (steps - 2) / (time.perf_counter() - begin)
-
-    @torch.inference_mode()
     def costs(self, engine: Engine, rows: Sequence[int]) -> dict[str, Any]:
         """Seconds of each part of a step: the target by rows, drafting by layers, planning and acceptance, and the plain step."""
         self.begin(engine)
@@ -380,7 +360,7 @@ def smollm2(args: argparse.Namespace, clock: Clock, out: Out, trace: Trace) -> N
             engine = made.engine(Scheduler(echo.GlobalRank(BEAM, calibration), None, cap(lanes), DEPTH))
             found.append(made.costs(engine, tiers(lanes, args.tiny)))
             out.add("costs", {"dtype": kind, **found[-1]})
-            clock.say(f"{kind}, {described(found[-1])}")
+            clock.say(f"{kind} {json.dumps(short(found[-1]))}")
             if clock.over(share_of_time):
                 break
         cost = one_cost(found)
@@ -404,8 +384,6 @@ def smollm2(args: argparse.Namespace, clock: Clock, out: Out, trace: Trace) -> N
                     cell["rates"].append(run.rate)
                     cell["answers"] = run.answers
                     cell["tokens_per_step"] = run.tokens_per_step
-                plain = made.engine(chosen[lanes]["plain"])
-                cells[lanes, "plain"].setdefault("bare", []).append(made.bare(plain))
             summarize(out, kind, cells)
         for (lanes, name), cell in cells.items():
             made, scheduler = loads[lanes], chosen[lanes][name]
@@ -417,19 +395,12 @@ def smollm2(args: argparse.Namespace, clock: Clock, out: Out, trace: Trace) -> N
         summarize(out, kind, cells)
         for cell in out.found["cells"]:
             if cell["dtype"] == kind:
-                clock.say(line(cell))
+                clock.say(json.dumps(short(cell)))
         for lanes, made in loads.items():
             count, size = len(made.graphs.captured), made.graphs.nbytes
             out.add("graphs", {"dtype": kind, "lanes": lanes, "graphs": count, "bytes": size})
             clock.say(f"{kind} {lanes} lanes: {count} graphs of all policies, {size / 2**20:.1f} MiB in their pool")
         del loads, found
-
-
-def described(cost: dict[str, Any]) -> str:
-    """Measured costs in words."""
-    target = ", ".join(f"{rows}: {seconds * 1e3:.2f}" for rows, seconds in cost["target"].items())
-    layer, beside = (1e3 * cost[name] for name in ("draft_layer", "beside"))
-    return f"{cost['lanes']} lanes: target by rows {target} ms; a drafted layer {layer:.3f} ms, planning and the rest {beside:.3f} ms"
 
 
 def summarize(out: Out, kind: str, cells: dict[tuple[int, str], dict[str, Any]]) -> None:
@@ -441,21 +412,9 @@ def summarize(out: Out, kind: str, cells: dict[tuple[int, str], dict[str, Any]])
         row = {name: value for name, value in cell.items() if name != "answers"} | {"tokens_per_s": rate, "user": rate / lanes}
         if plain is not None:
             row["ratio"] = rate / statistics.median(plain["rates"])
-        if "bare" in cell:
-            row["library_over_bare"] = rate / statistics.median(cell["bare"])
         kept.append(row)
     out.found["cells"] = kept
     out.write()
-
-
-def line(cell: dict[str, Any]) -> str:
-    """A cell in words."""
-    low, high = min(cell["rates"]), max(cell["rates"])
-    text = f"{cell['dtype']}, {cell['lanes']} lanes, {cell['policy']}: {cell['tokens_per_s']:.0f} tokens/s [{low:.0f}, {high:.0f}]"
-    text += f", ratio {cell['ratio']:.2f}" if "ratio" in cell else ""
-    text += f", {cell['library_over_bare']:.3f} of the bare loop" if "library_over_bare" in cell else ""
-    text += f", ms { ({k: round(v, 3) for k, v in cell['ms'].items()}) }, waits {cell['waits']:.1%}" if "ms" in cell else ""
-    return text + (f", text {cell['text']}" if "text" in cell else "")
 
 
 def tiny(device: torch.device) -> llama.Llama:
