@@ -230,7 +230,7 @@ def unfold(node: dict[str, Any], *by: str) -> list[dict[str, Any]]:
     return [{by[0]: name} | cell for name, inner in node.items() for cell in unfold(inner, *by[1:])]
 
 
-def short(value: Any, digits: int = 4) -> Any:
+def short(value: Any, digits: int = 5) -> Any:
     """Rounded to so many significant digits, in whatever it is nested."""
     if isinstance(value, dict):
         return {key: short(inner, digits) for key, inner in value.items()}
