@@ -185,7 +185,7 @@ def draw(equal: list[dict[str, float]], found: list[dict[str, float | str]], pat
             right.plot(BATCHES, [row[b] for b in BATCHES], "o-", ms=3, color=colour, label=label)
         right.set(title=f"Where rows cost ({DRAWN})", xlabel="batch", ylabel="throughput / plain decoding", ylim=(0, None))
         right.legend()
-        figure.savefig(path, dpi=150)
+        figure.savefig(path, dpi=110)
 
 
 def main() -> None:

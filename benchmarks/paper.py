@@ -250,7 +250,7 @@ def draw(cells: dict[str, list[dict[str, object]]], path: Path) -> None:
         for axis in axes[-1]:
             axis.set_xlabel("batch")
         axes[0, -1].legend()
-        figure.savefig(path, dpi=120)
+        figure.savefig(path, dpi=80)
 
 
 def measure(trace: Trace, share: float, models: Iterable[str]) -> tuple[dict[str, list[dict[str, object]]], float]:

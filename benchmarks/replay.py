@@ -143,7 +143,7 @@ def draw(cells: list[dict[str, object]], path: Path) -> None:
         axes[0].set_ylabel("throughput / plain decoding")
         axes[0].set_ylim(0)
         axes[-1].legend()
-        figure.savefig(path, dpi=150)
+        figure.savefig(path, dpi=100)
 
 
 def main() -> None:

@@ -432,7 +432,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
             axis.axhline(1, color=style.INK, lw=0.8)
             axis.set_xticks(range(len(places)), places)
             axis.set(title=f"{policy} over off (dark: batch 256)", ylim=(0, None))
-        figure.savefig(path, dpi=120)
+        figure.savefig(path, dpi=80)
 
 
 def main() -> None:
