@@ -135,9 +135,8 @@ def main() -> None:
         for backend in ("torch", "triton"):
             counts = step(scheduler, backend)
             totals = {part: sum(count.values()) for part, count in counts.items()}
-            entry = totals | {"all": sum(totals.values()), "of which": dict(sum(counts.values(), Counter()).most_common())}
-            report["steps"].setdefault(name, {})[backend] = entry
-            print(name, backend, {part: n for part, n in entry.items() if part != "of which"}, flush=True)
+            report["steps"].setdefault(name, {})[backend] = totals | {"all": sum(totals.values())}
+            print(name, backend, report["steps"][name][backend], dict(sum(counts.values(), Counter()).most_common(8)), flush=True)
     write(RESULTS / "operations.json", report)
 
 
