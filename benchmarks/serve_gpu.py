@@ -1,13 +1,16 @@
-"""How many tokens a second does a real model serve on examples/engine.py, with speculation and without? No network.
+"""A real model on the engine of examples/engine.py, with speculation and without, and a shape of eight billion weights. No network.
 
-    python benchmarks/serve_gpu.py                                   on a CUDA device, into benchmarks/results/serve-<card>.json
+    python benchmarks/serve_gpu.py                                   on a CUDA device, into benchmarks/results/serve-<card>.json and .png
     python benchmarks/serve_gpu.py --device cpu --lanes 1 2 --new 8  a rehearsal, graphs too; --tiny takes random models of a few layers
 
-SmolLM2 with its EAGLE head, greedy. All policies of a load share the target's cache, buffers and graphs, and each begins
+First panel: SmolLM2 with its EAGLE head, greedy. All policies of a load share the target's cache, buffers and graphs, and each begins
 where prefill ended. A run counts from its first report until ``--new`` tokens a lane are written, and no request ends before: all lanes
 are busy. Runs of the policies take turns; figures are medians, intervals smallest and largest. Times of parts and waits are a run of
 their own, between events of the device. Text is compared with plain decoding's of the same load; in float32 it may differ from where
 that one's two best logits are within 1e-4.
+
+Second panel: a LLaMA-3.1-8B shape. Its weights are random, so nothing is decoded: recorded drafts (SmolLM2's) are replayed, and each
+step is charged what its target pass, drafted layers and planning took on this device.
 
 The file is written as the run goes. Every tier of rows is capped, and what the time limit cuts is missing from the end.
 """
@@ -27,10 +30,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import echo
-from common.replays import calibrate, halves, short
+from common.replays import calibrate, halves
+from common.replays import run as replayed
+from echo import kernels, style
 from echo.testing import Trace
 from echo.testing.rehearsal import RecordedGraphs
 
@@ -50,6 +56,8 @@ ROOM = 2
 """Times the tokens of a run that a request may write: those that accept more than others are ahead when it is over."""
 MOST = 2048
 """Rows of a step at most, and 32 a lane: a tree that asks for more is left out."""
+QUICK = (1, 8)
+STEPS = {1: 200, 4: 120, 16: 80, 64: 50, 256: 30}
 Scheduler = echo.ElasticBudgetScheduler
 
 
@@ -256,6 +264,26 @@ class Load:
         return Run(answers, after - before, end - begin, len(marks) - 1)
 
     @torch.inference_mode()
+    def bare(self, engine: Engine) -> float:
+        """Tokens a second of a loop around plain decoding's graph and nothing else but the tokens' way to the host."""
+        self.begin(engine)
+        steps, cuda = self.new - 2, self.device.type == "cuda"
+        host = [torch.zeros(self.lanes, dtype=torch.int64, pin_memory=cuda) for _ in range(2)]
+        events = [torch.cuda.Event() for _ in range(2)] if cuda else []
+        begin = 0.0
+        for step in range(steps):
+            engine.run("plain", (self.lanes,), lambda: engine.without(self.lanes))
+            host[step % 2].copy_(engine.root, non_blocking=True)
+            if cuda:
+                events[step % 2].record()
+                if step:
+                    events[1 - step % 2].synchronize()
+            if step == 1:
+                begin = time.perf_counter()
+        synchronize(self.device)
+        return self.lanes * (steps - 2) / (time.perf_counter() - begin)
+
+    @torch.inference_mode()
     def costs(self, engine: Engine, rows: Sequence[int]) -> dict[str, Any]:
         """Seconds of each part of a step: the target by rows, drafting by layers, planning and acceptance, and the plain step."""
         self.begin(engine)
@@ -337,7 +365,7 @@ def one_cost(found: Sequence[dict[str, Any]]) -> echo.CostModel:
 
 
 def smollm2(args: argparse.Namespace, clock: Clock, out: Out, trace: Trace) -> None:
-    """Every load and kind: costs of the parts, then all policies in turns, then where the time went."""
+    """The first panel."""
     device = torch.device(args.device)
     models = {"float32": tiny(device) if args.tiny else llama.load(args.device)}
     models["bfloat16"] = llama.cast(models["float32"], torch.bfloat16)
@@ -352,15 +380,34 @@ def smollm2(args: argparse.Namespace, clock: Clock, out: Out, trace: Trace) -> N
     def load(kind: str, lanes: int) -> Load:
         return Load(models[kind], lanes, (texts * -(-lanes // len(texts)))[:lanes], args.new, features, args.fused)
 
+    flat = echo.CostModel((1, MOST), (1.0, 1.0))
+    for lanes in args.quick:
+        made, rates = load("float32", lanes), {}
+        chosen = policies(lanes, calibration, flat)
+        names = ["EAGLE tree, 8 rows", *(["EAGLE tree, 32 rows"] if lanes == 1 else []), "plain"]  # a drafting engine prefills
+        answers = {}
+        for _ in range(3):
+            for name in names:
+                found = made.run(made.engine(chosen[name]))
+                rates.setdefault(name, []).append(found.rate)
+                answers[name] = found.answers
+        plain = statistics.median(rates["plain"][1:])
+        for name in names[:-1]:
+            rate = statistics.median(rates[name][1:])
+            same = made.differences(answers[name], answers["plain"])
+            out.add("quick", {"lanes": lanes, "policy": name, "tokens_per_s": rate, "plain": plain, "ratio": rate / plain, "text": same})
+            clock.say(f"float32, {lanes} lanes, {name}: {rate:.0f} tokens/s, plain {plain:.0f}, ratio {rate / plain:.2f}, text {same}")
+        del made
+
     for turn, kind in enumerate(args.dtypes):
-        share_of_time = 0.05 + 0.95 * (turn + 1) / len(args.dtypes)
+        share_of_time = 0.05 + (0.75 if args.shape else 0.95) * (turn + 1) / len(args.dtypes)
         loads = {lanes: load(kind, lanes) for lanes in args.lanes}
         found = []
         for lanes, made in loads.items():
             engine = made.engine(Scheduler(echo.GlobalRank(BEAM, calibration), None, cap(lanes), DEPTH))
             found.append(made.costs(engine, tiers(lanes, args.tiny)))
             out.add("costs", {"dtype": kind, **found[-1]})
-            clock.say(f"{kind} {json.dumps(short(found[-1]))}")
+            clock.say(f"{kind}, {described(found[-1])}")
             if clock.over(share_of_time):
                 break
         cost = one_cost(found)
@@ -384,6 +431,8 @@ def smollm2(args: argparse.Namespace, clock: Clock, out: Out, trace: Trace) -> N
                     cell["rates"].append(run.rate)
                     cell["answers"] = run.answers
                     cell["tokens_per_step"] = run.tokens_per_step
+                plain = made.engine(chosen[lanes]["plain"])
+                cells[lanes, "plain"].setdefault("bare", []).append(made.bare(plain))
             summarize(out, kind, cells)
         for (lanes, name), cell in cells.items():
             made, scheduler = loads[lanes], chosen[lanes][name]
@@ -395,12 +444,19 @@ def smollm2(args: argparse.Namespace, clock: Clock, out: Out, trace: Trace) -> N
         summarize(out, kind, cells)
         for cell in out.found["cells"]:
             if cell["dtype"] == kind:
-                clock.say(json.dumps(short(cell)))
+                clock.say(line(cell))
         for lanes, made in loads.items():
             count, size = len(made.graphs.captured), made.graphs.nbytes
             out.add("graphs", {"dtype": kind, "lanes": lanes, "graphs": count, "bytes": size})
             clock.say(f"{kind} {lanes} lanes: {count} graphs of all policies, {size / 2**20:.1f} MiB in their pool")
         del loads, found
+
+
+def described(cost: dict[str, Any]) -> str:
+    """Measured costs in words."""
+    target = ", ".join(f"{rows}: {seconds * 1e3:.2f}" for rows, seconds in cost["target"].items())
+    layer, beside = (1e3 * cost[name] for name in ("draft_layer", "beside"))
+    return f"{cost['lanes']} lanes: target by rows {target} ms; a drafted layer {layer:.3f} ms, planning and the rest {beside:.3f} ms"
 
 
 def summarize(out: Out, kind: str, cells: dict[tuple[int, str], dict[str, Any]]) -> None:
@@ -412,9 +468,21 @@ def summarize(out: Out, kind: str, cells: dict[tuple[int, str], dict[str, Any]])
         row = {name: value for name, value in cell.items() if name != "answers"} | {"tokens_per_s": rate, "user": rate / lanes}
         if plain is not None:
             row["ratio"] = rate / statistics.median(plain["rates"])
+        if "bare" in cell:
+            row["library_over_bare"] = rate / statistics.median(cell["bare"])
         kept.append(row)
     out.found["cells"] = kept
     out.write()
+
+
+def line(cell: dict[str, Any]) -> str:
+    """A cell in words."""
+    low, high = min(cell["rates"]), max(cell["rates"])
+    text = f"{cell['dtype']}, {cell['lanes']} lanes, {cell['policy']}: {cell['tokens_per_s']:.0f} tokens/s [{low:.0f}, {high:.0f}]"
+    text += f", ratio {cell['ratio']:.2f}" if "ratio" in cell else ""
+    text += f", {cell['library_over_bare']:.3f} of the bare loop" if "library_over_bare" in cell else ""
+    text += f", ms { ({k: round(v, 3) for k, v in cell['ms'].items()}) }, waits {cell['waits']:.1%}" if "ms" in cell else ""
+    return text + (f", text {cell['text']}" if "text" in cell else "")
 
 
 def tiny(device: torch.device) -> llama.Llama:
@@ -427,24 +495,174 @@ def tiny(device: torch.device) -> llama.Llama:
     return llama.Llama(config).to(device).requires_grad_(False).eval()
 
 
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a LLaMA-like model."""
+
+    layers: int = 32
+    width: int = 4096
+    heads: int = 32
+    kv_heads: int = 8
+    size: int = 128
+    hidden: int = 14336
+    vocab: int = 128256
+    context: int = 1024
+    page: int = 64
+    distinct: int = 8
+    """Layers with a cache of their own, the others' in turn: together far beyond the device's cache."""
+    draft_vocab: int = 32000
+
+
+class Random:
+    """A model of a shape with random weights: what its passes take does not depend on them."""
+
+    def __init__(self, shape: Shape, lanes: int, device: torch.device) -> None:
+        self.shape, self.device, s = shape, device, shape
+        self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        weight = lambda *sizes: torch.empty(*sizes, device=device, dtype=self.dtype).normal_(0, 0.02)  # noqa: E731
+        self.layers = [
+            {
+                "qkv": weight((s.heads + 2 * s.kv_heads) * s.size, s.width), "out": weight(s.width, s.heads * s.size),
+                "up": weight(2 * s.hidden, s.width), "down": weight(s.width, s.hidden), "norms": weight(2, s.width),
+            }
+            for _ in range(s.layers)
+        ]  # fmt: skip
+        self.embed, self.head, self.norm = weight(s.vocab, s.width), weight(s.vocab, s.width), weight(s.width)
+        pages = lanes * s.context // s.page
+        self.kv = [torch.randn(2, pages, s.page, s.kv_heads, s.size, device=device, dtype=self.dtype) for _ in range(s.distinct)]
+        self.table = torch.arange(pages, device=device, dtype=torch.int32).view(lanes, -1)
+
+    def inputs(self, lanes: int, rows: int) -> SimpleNamespace:
+        """Rows shared evenly, each lane's a chain."""
+        each = torch.full((lanes,), rows // lanes)
+        each[: rows % lanes] += 1
+        indptr = F.pad(each.cumsum(0), (1, 0))
+        request = torch.repeat_interleave(torch.arange(lanes), each)
+        bits = (torch.arange(rows) - indptr[request])[:, None] + 1 - 32 * torch.arange(-(-int(each.max()) // 32))
+        mask = (1 << bits.clamp(0, 32)) - 1
+        mask = torch.where(mask >= 2**31, mask - 2**32, mask)
+        tokens = torch.randint(0, self.shape.vocab, (rows,), device=self.device)
+        ints = [x.int().to(self.device) for x in (request, indptr, mask)]
+        context = torch.full((lanes,), self.shape.context - self.shape.page, device=self.device, dtype=torch.int32)
+        return SimpleNamespace(tokens=tokens, request=ints[0], indptr=ints[1], mask=ints[2], table=self.table[:lanes], context=context)
+
+    def forward(self, rows: SimpleNamespace, layers: int, vocab: int) -> Tensor:
+        """A pass through so many layers and so much of the output layer."""
+        s, x, norm = self.shape, self.embed[rows.tokens], lambda x, weight: F.rms_norm(x, (self.shape.width,), weight)
+        q, k = (x.new_empty(len(x), n, s.size) for n in (s.heads, s.kv_heads))
+        plan = kernels.plan_attention(q, self.kv[0][0], rows.table, rows.context, k, rows.indptr)
+        for index, layer in enumerate(self.layers[:layers]):
+            keys, values = self.kv[index % s.distinct]
+            q, k, v = (
+                F.linear(norm(x, layer["norms"][0]), layer["qkv"]).view(len(x), -1, s.size).split([s.heads, s.kv_heads, s.kv_heads], 1)
+            )
+            tree = k, v, rows.request, rows.indptr, rows.mask
+            x = x + F.linear(
+                kernels.tree_attention(q, keys, values, rows.table, rows.context, *tree, plan=plan)[0].flatten(1), layer["out"]
+            )
+            gate, up = F.linear(norm(x, layer["norms"][1]), layer["up"]).chunk(2, dim=-1)
+            x = x + F.linear(F.silu(gate) * up, layer["down"])
+        return kernels.argmax_tokens(F.linear(norm(x, self.norm), self.head[:vocab]))
+
+
+def eight_billion(args: argparse.Namespace, clock: Clock, out: Out, trace: Trace) -> None:
+    """The second panel."""
+    device = torch.device(args.device)
+    small = Shape(2, 64, 4, 2, 16, 96, 256, 64, 16, 2, 128)
+    model = Random(Shape() if device.type == "cuda" and not args.tiny else small, max(args.lanes), device)
+    graphs, tune, test = echo.Graphs(device), *halves(trace)
+    calibration = calibrate(tune)
+
+    @torch.inference_mode()
+    def seconds(lanes: int, rows: int, layers: int, vocab: int) -> float:
+        given = model.inputs(lanes, rows)
+        return timed(lambda: graphs((lanes, rows, layers, vocab), lambda: model.forward(given, layers, vocab)), device, 10)
+
+    found = []
+    for lanes in args.lanes:
+        if clock.over(0.95):
+            break
+        target = {rows: seconds(lanes, rows, model.shape.layers, model.shape.vocab) for rows in tiers(lanes, args.tiny)}
+        layer = seconds(lanes, BEAM * lanes, 1, model.shape.draft_vocab)  # a head of one layer
+        of_small = [cost for cost in out.found.get("costs", []) if cost["lanes"] == lanes]
+        beside = of_small[-1]["plan"] + of_small[-1]["accept"] if of_small else 0.0
+        found.append({"lanes": lanes, "target": target, "draft_layer": layer, "beside": beside})
+        out.add("shape_costs", found[-1])
+        clock.say(f"8B shape, {described(found[-1])}")
+    if not found:
+        return
+    one = one_cost(found)
+    for each in found:
+        lanes = each["lanes"]
+        rows, spent = zip(*each["target"].items(), strict=True)
+        spent = tuple(max(spent[: i + 1]) for i in range(len(spent)))
+        here = echo.CostModel(rows, spent, draft_layer=each["draft_layer"] + each["beside"] / 4, tiers=rows)
+        for name, scheduler in policies(lanes, calibration, one).items():
+            if scheduler.max_depth == 0:
+                rate, ratio, low, high = lanes / here(lanes), 1.0, 1.0, 1.0
+            else:
+                steps = replayed(test, scheduler, here, lanes, STEPS.get(lanes, 40), lag=1)
+                rate, ratio, (low, high) = steps.rate(here), steps.ratio(here), steps.interval(here)
+            row = {"lanes": lanes, "policy": name, "tokens_per_s": rate, "user": rate / lanes, "ratio": ratio, "low": low, "high": high}
+            out.add("shape", row)
+            clock.say(
+                f"8B shape with recorded drafts, {lanes} lanes, {name}: {rate:.0f} tokens/s, ratio {ratio:.2f} [{low:.2f}, {high:.2f}]"
+            )
+
+
+def draw(found: dict[str, Any], path: Path) -> None:
+    """Tokens a second of a user against those of the GPU, a line a policy."""
+    panels = [(f"SmolLM2-135M, {kind}", [cell for cell in found.get("cells", []) if cell["dtype"] == kind]) for kind in found["dtypes"]]
+    panels.append(("LLaMA-3.1-8B shape, recorded drafts", found.get("shape", [])))
+    panels = [(title, cells) for title, cells in panels if cells]
+    if not panels:
+        return
+    with style.figure(3.6 * len(panels), 3.6) as figure:
+        axes = figure.subplots(1, len(panels), squeeze=False)[0]
+        for axis, (title, cells) in zip(axes, panels, strict=True):
+            for name in dict.fromkeys(cell["policy"] for cell in cells):
+                own = sorted((cell for cell in cells if cell["policy"] == name), key=lambda cell: cell["lanes"])
+                colour = style.of("goodput" if name == "throughput-optimal" else name)
+                dash = "o--" if name in ("plain", "EAGLE tree, 32 rows") else "o-"
+                axis.plot([c["user"] for c in own], [c["tokens_per_s"] for c in own], dash, ms=3, color=colour, label=name)
+                for cell in own:
+                    rates = cell.get("rates", [])
+                    if rates:
+                        axis.plot(
+                            [min(rates) / cell["lanes"], max(rates) / cell["lanes"]],
+                            [min(rates), max(rates)],
+                            color=colour,
+                            lw=3,
+                            alpha=0.3,
+                        )
+            axis.set(title=title, xlabel="tokens/s of a user", ylabel="tokens/s of the GPU", yscale="log")
+        axes[-1].legend()
+        figure.savefig(path, dpi=150)
+
+
 def arguments() -> argparse.Namespace:
     """From the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--lanes", type=int, nargs="+", default=[1, 4, 16, 64, 256])
+    parser.add_argument("--quick", type=int, nargs="*", default=None, help=f"loads of the first ratios; {QUICK} where not given")
     parser.add_argument("--new", type=int, default=96, help="tokens of an answer")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--dtypes", nargs="*", default=["float32", "bfloat16"])
     parser.add_argument("--limit", type=float, default=285, help="seconds of all")
     parser.add_argument("--tiny", action="store_true", help="random models of a few layers: the script alone is tried")
     parser.add_argument("--unfused", dest="fused", action="store_false", default=None, help="the drafter in torch's operations")
+    parser.add_argument("--no-shape", dest="shape", action="store_false", help="without the second panel")
     parser.add_argument("--trace", type=Path, default=HERE / "traces" / "smollm2-head.npz")
     parser.add_argument("--out", type=Path, default=HERE / "results")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.quick is None:
+        args.quick = list(QUICK) if args.device == "cuda" else sorted({args.lanes[0], args.lanes[-1]})
+    return args
 
 
 def main() -> int:
-    """All of it, and the file."""
+    """Both panels, the file, the figure."""
     args = arguments()
     if args.device == "cuda" and not torch.cuda.is_available():
         print("no CUDA device: --device cpu rehearses")
@@ -457,8 +675,14 @@ def main() -> int:
     out = Out(args.out / f"serve-{name}.json", card=card, versions=versions, dtypes=args.dtypes, settings=settings)
     trace = Trace.load(args.trace)
     smollm2(args, clock, out, trace)
+    if args.shape:
+        eight_billion(args, clock, out, trace)
     out.found["seconds"] = clock()
     out.write()
+    try:
+        draw(out.found, args.out / f"serve-{name}.png")
+    except echo.EchoError as missing:
+        print(missing)
     clock.say(f"{out.path} written")
     return 0
 

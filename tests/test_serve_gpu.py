@@ -22,14 +22,15 @@ def run(*arguments):
 
 
 def test_dry_run(tmp_path):
-    """Every policy at two loads, random models of a few layers: the same text as plain decoding."""
-    sizes = ["--lanes", "1", "2", "--new", "6", "--runs", "1", "--dtypes", "float32"]
+    """Every policy at two loads, random models of a few layers: the same text as plain decoding, and both panels in the file."""
+    sizes = ["--lanes", "1", "2", "--quick", "1", "--new", "6", "--runs", "1", "--dtypes", "float32"]
     result = run("--device", "cpu", "--tiny", *sizes, "--out", str(tmp_path))
     assert result.returncode == 0, result.stderr[-2000:]
     found = json.loads((tmp_path / "serve-cpu.json").read_text())
     assert {(cell["lanes"], cell["policy"]) for cell in found["cells"]} == {(n, name) for n in (1, 2) for name in POLICIES}
     assert all(cell["text"]["different"] == 0 and cell["tokens_per_s"] > 0 for cell in found["cells"])
-    assert all(cell["tokens_per_step"] == 1 for cell in found["cells"] if cell["policy"] == "plain")
+    assert all(cell["tokens_per_step"] == 1 and cell["library_over_bare"] > 0 for cell in found["cells"] if cell["policy"] == "plain")
+    assert len(found["quick"]) == 2 and len(found["shape"]) == 2 * len(POLICIES)
     assert "ratio" in result.stdout and not list(tmp_path.glob("*.part"))
 
 
@@ -90,3 +91,16 @@ def test_trees_that_ask_for_too_many_rows_are_left_out(serve_gpu):
     for lanes in (1, 4, 16, 64, 256):
         tiers = serve_gpu.tiers(lanes)
         assert tiers[0] == lanes and tiers[-1] <= serve_gpu.cap(lanes) <= max(2048, 2 * lanes)
+
+
+def test_the_figure(serve_gpu, tmp_path):
+    pytest.importorskip("matplotlib")
+    cells = [
+        {"dtype": "float32", "lanes": n, "policy": name, "user": 100.0, "tokens_per_s": 100.0 * n, "rates": [90.0 * n, 110.0 * n]}
+        for n in (1, 4)
+        for name in POLICIES
+    ]
+    serve_gpu.draw({"dtypes": ["float32", "bfloat16"], "cells": cells, "shape": cells}, tmp_path / "serve.png")
+    assert (tmp_path / "serve.png").stat().st_size > 5000
+    serve_gpu.draw({"dtypes": ["float32"]}, tmp_path / "nothing.png")
+    assert not (tmp_path / "nothing.png").exists()
