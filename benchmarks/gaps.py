@@ -126,30 +126,12 @@ def doubtful(trace: Trace) -> np.ndarray:
 
 
 def fairness(study: Study) -> dict[str, object]:
-    """Who gets the rows: shares of the doubtful quarter, Jain's index, and what a floor for everybody costs."""
+    """Who gets the rows: shares of the doubtful quarter and Jain's index."""
     weak = doubtful(study.test)
     result: dict[str, object] = {}
     for name, scheduler in study.policies().items():
         result[name] = served(study, scheduler, weak)
-    knee = study.cost.knee.k_max
-    ranked = Scheduler(echo.GlobalRank(study.tune.beam, study.calibration), None, knee, 6)
-    result["floors"] = {str(floor): served(study, Floored(ranked, floor), weak) for floor in (0, 2, 3, 4)}
     return result
-
-
-@dataclass(frozen=True)
-class Floored:
-    """A scheduler that sets ``floor`` rows aside for every request."""
-
-    inner: Scheduler
-    floor: int
-
-    def __getattr__(self, name: str):
-        return getattr(self.inner, name)
-
-    def plant(self, roots: torch.Tensor, **options):
-        """With the floor."""
-        return self.inner.plant(roots, floors=torch.full_like(roots, self.floor), **options)
 
 
 def served(study: Study, scheduler: Scheduler, weak: np.ndarray) -> dict[str, object]:
@@ -217,25 +199,6 @@ def wrong_cost(study: Study) -> dict[str, object]:
     learnt = study.goodput(beliefs["knee at twice"])
     found["knee at twice, learning"] = [study.ratio(learnt, batch=b, steps=min(STEPS, 4096 // b), learn=0.3) for b in batches]
     return {"batch": batches, "curves": found}
-
-
-def next_layer(study: Study) -> dict[str, object]:
-    """Goodput on a host that drafts only what is still active, without a gate and with :class:`echo.GoodputGate`."""
-    machines = {
-        "0.02 a layer": study.cost,
-        "0.10 a layer": replace(study.cost, draft_layer=0.10),
-        "0.05 a layer, 0.0004 a row": replace(study.cost, draft_layer=0.05, draft_row=0.0004),
-    }
-    batches, found = (1, 8, 32, 128), {}
-    for name, cost in machines.items():
-        for batch in batches:
-            free = Scheduler.goodput(study.calibration, cost, beam=study.tune.beam)
-            gate = echo.GoodputGate(study.calibration, cost, free.rule.width, price=batch / cost(batch))
-            order = np.tile(np.random.default_rng(1).permutation(len(study.test.kind)), 1 + batch // 16)  # the same texts for both
-            options = {"batch": batch, "order": order, "lag": LAG, "compact": True}
-            gated, plain = (play(study.test, s, cost, **options).throughput for s in (replace(free, gate=gate), free))
-            found.setdefault(name, []).append(gated / plain)
-    return {"batch": batches, "gated_over_ungated": found}
 
 
 def temperature(study: Study, path: Path) -> dict[str, object]:
@@ -311,7 +274,6 @@ SECTIONS: dict[str, Callable[[Study], dict[str, object]]] = {
     "wrong_cost": wrong_cost,
     "lag": lag,
     "churn": churn,
-    "next_layer": next_layer,
 }
 
 

@@ -72,18 +72,6 @@ def over_time(axis, r) -> None:
     axis.set_ylabel("drafted rows a request, mean of 10 steps")
 
 
-def floors(axis, r) -> None:
-    """What floors give to the doubtful and cost in all."""
-    each = {int(k): v for k, v in r["floors"].items()}
-    at = [max(1, k) for k in each]
-    axis.plot(at, [v["ratio"] for v in each.values()], "o-", ms=3, color=style.INK, label="throughput / plain")
-    axis.plot(at, [v["doubtful_tokens_per_step"] for v in each.values()], "o-", ms=3, color=style.BAD, label="tokens a step, doubtful")
-    axis.plot(at, [v["other_tokens_per_step"] for v in each.values()], "o-", ms=3, color=style.of("goodput"), label="tokens a step, others")
-    axis.set_xticks(at, ["none" if k == 0 else str(k) for k in each])
-    axis.set_xlabel("floor, rows of every request")
-    _room_for_legend(axis)
-
-
 def tail(axis, r) -> None:
     """How often a request emits at least n tokens in a step."""
     for name, found in r.items():
@@ -121,14 +109,6 @@ def churn(axis, r) -> None:
     _ratio(axis, "tokens of a request; new ones in a step")
 
 
-def next_layer(axis, r) -> None:
-    """What a gate by goodput is worth to goodput."""
-    for (price, ratio), shade in zip(r["gated_over_ungated"].items(), (0.35, 0.65, 1.0), strict=True):
-        axis.plot(r["batch"], ratio, "o-", ms=3, color=style.of("goodput"), alpha=shade, label=price)
-    _batches(axis, r["batch"])
-    axis.set_ylabel("throughput / without the gate")
-
-
 def temperature(axis, r) -> None:
     """Tokens a step at temperature 0 and 0.8."""
     cases = [name for name in r if name != "positions"]
@@ -146,11 +126,9 @@ PANELS = {
     "gate_errors": (gate_errors, "gate errors"),
     "fairness": (fairness, "who gets the rows"),
     "over_time": (over_time, "doubtful requests over time"),
-    "floors": (floors, "what floors cost"),
     "tail": (tail, "tail of a step"),
     "wrong_cost": (wrong_cost, "cost model wrong by 2x"),
     "lag": (lag, "lag of the forecast"),
-    "next_layer": (next_layer, "the next layer, by the drafter's price"),
     "churn": (churn, "churn"),
     "temperature": (temperature, "temperature 0.8"),
 }
@@ -159,7 +137,7 @@ PANELS = {
 def draw(results: dict, folder: Path) -> None:
     """Writes gaps-<section>.png."""
     if "fairness" in results:
-        results = {**results, "floors": results["fairness"], "over_time": results["fairness"]}
+        results = {**results, "over_time": results["fairness"]}
     folder.mkdir(parents=True, exist_ok=True)
     for name in PANELS.keys() & results.keys():
         with style.figure(4.4, 3.2) as single:

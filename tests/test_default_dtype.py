@@ -94,7 +94,6 @@ def policies():
         "goodput": make.goodput(learnt, cost, beam=2),
         "eagle": make.eagle(n=5, beam=2, max_depth=3),
         "exploring": make(echo.TwoLevel(2, 2), gate, 20, 3),
-        "joint": make(echo.GlobalRank(2), echo.GoodputGate(learnt, cost, 2, price=0.1), 20, 3),
         "mass": make(echo.GlobalRank(2), echo.BeamMassGate((1, 2), -1.0, 2), 20, 3),
     }
 

@@ -11,7 +11,7 @@ import torch
 
 import echo
 import trees
-from conftest import CALIBRATION, grow_all
+from conftest import grow_all
 from echo import checks, kernels
 from echo.gating import ConfidenceHistograms
 from echo.testing import TabularDrafter, TabularTarget, table
@@ -48,7 +48,6 @@ CALLS = {
     "eagle": lambda k: echo.ElasticBudgetScheduler.eagle(n=k(4), beam=k(2), max_depth=k(3)),
     "SparseGate": lambda k: echo.SparseGate({hashable(k(1)): 0.2, hashable(k(3)): 0.4}).log_tau,
     "BeamMassGate": lambda k: echo.BeamMassGate((k(1), k(3)), -1.0, k(2)),
-    "GoodputGate": lambda k: echo.GoodputGate(CALIBRATION, COST, k(2), price=4.0).beam,
     "history": lambda k: SCHEDULER.history(k(5)).steps.shape,
     "forecast": lambda k: SCHEDULER.forecast(SCHEDULER.history(4), [k(1), k(2)], k(3)),
     "forecast, one kind": lambda k: SCHEDULER.forecast(SCHEDULER.history(4), torch.tensor([1, 2], dtype=torch.uint8), k(3)),

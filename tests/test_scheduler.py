@@ -16,7 +16,7 @@ import echo
 from conftest import CALIBRATION, grow_all, policies
 from echo.lookup import blend
 from echo.testing import Scenario, check_plan, check_step, strategies
-from echo.tree.supertree import Layer, path_score
+from echo.tree.supertree import path_score
 
 
 def claims(rule):
@@ -486,22 +486,6 @@ def test_ranks_agree_on_what_is_best_for_all():
         GOODPUT.forecast(history.to("meta"), slots)
     with pytest.raises(echo.EchoError, match="budget: expected a CostModel"):
         SCHEDULER.curve(history, slots)
-
-
-def test_goodput_gate_drafts_on_where_a_layer_pays():
-    """Hand-made: f is 0.5 everywhere, half of what is accepted goes on; time is worth 2 tokens a second."""
-    rows = [(depth, 0.5, i < 100 >> depth) for depth in (1, 2, 3) for i in range(100)]
-    calibration = echo.calibrate(echo.WarmupLog.from_arrays(*map(list, zip(*rows, strict=True))), min_rows=10)
-    layer = lambda *scores: Layer(1, *[torch.zeros(2, 2, dtype=torch.int64)] * 2, torch.tensor(scores), None, torch.tensor([True, True]))  # noqa: E731
-    both, one = layer([-0.69, -0.69], [-0.69, -torch.inf]), layer([-0.69, -torch.inf], [-torch.inf, -torch.inf])
-    # two nodes bring 2 * 0.5 * 0.5 = 0.5 tokens, one 0.25; together 0.75; a layer of s seconds costs 2 s tokens
-    gate = lambda **cost: echo.GoodputGate(calibration, echo.CostModel((1, 2), (1.0, 1.0), **cost), beam=2, price=2.0)  # noqa: E731
-    assert gate(draft_layer=0.33)(both).tolist() == [True, True]
-    assert gate(draft_layer=0.42)(both).tolist() == [False, False]
-    assert gate(draft_layer=0.10)(one).tolist() == [True, False]
-    assert gate(draft_layer=0.15)(one).tolist() == [False, False]
-    assert gate(draft_layer=0.05, draft_row=0.1)(both).tolist() == [True, False]  # a request's two rows cost 0.4 tokens
-    assert replace(gate(draft_layer=0.33), price=4.0)(both).tolist() == [False, False]
 
 
 SCHEDULER = echo.ElasticBudgetScheduler(echo.TwoLevel(2, 4), budget=8, max_depth=2)
