@@ -102,7 +102,7 @@ def engine():
     """Everything between plant and the counters, by every policy: all that has a tensor."""
     found = [calibration()]
     context, pages = torch.tensor([3, 5, 2]), torch.arange(30).view(3, 10).int()
-    weighed = {"weights": torch.tensor([1.0, 2.0, 4.0], dtype=torch.float32), "floors": torch.tensor([2, 1, 3])}
+    weighed = {"weights": torch.tensor([1.0, 2.0, 4.0], dtype=torch.float32)}
     for name, scheduler in policies().items():
         for served in ({}, weighed):
             if name not in ("paper", "goodput") and kernels.fused("packing", context) is not None:

@@ -25,7 +25,7 @@ POLICIES = {
 }
 
 
-SERVED = {"weights": torch.tensor([1.0, 2.0, 1.0, 3.0]), "floors": torch.tensor([1, 3, 0, 2])}
+SERVED = {"weights": torch.tensor([1.0, 2.0, 1.0, 3.0])}
 
 
 def step(scheduler, roots, live, tokens, log_probs, target, context, pages, counts, served):

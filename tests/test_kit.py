@@ -20,9 +20,9 @@ from echo.budget.rules import deal
 from echo.testing import PlanError, Scenario, check_plan, check_scheduler, check_step, scenarios, strategies
 from echo.tree.supertree import UNSELECTABLE, bits
 
-DEPTH_FIRST = ("ties", "order", "slots", "reads", "depth_first", "floors")
+DEPTH_FIRST = ("ties", "order", "slots", "reads", "depth_first")
 ALONE = ("ties", "order", "slots", "reads", "alone")
-RANKED = ("ties", "order", "slots", "reads", "full", "best", "floors")
+RANKED = ("ties", "order", "slots", "reads", "full", "best")
 COST = echo.CostModel((1, 8, 64), (1.0, 1.0, 4.0), 0.02, tiers=(4, 8, 16, 32, 64))
 POLICIES = {
     "paper": (echo.ElasticBudgetScheduler.paper(CALIBRATION, k_max=12, layer_width=2), DEPTH_FIRST),
@@ -116,13 +116,6 @@ class FirstCome(echo.GlobalRank):
         return wanted & (wanted.flatten().cumsum(0).view_as(wanted) <= left)
 
 
-class Deaf(echo.GlobalRank):
-    """Deals nothing that is set aside."""
-
-    def deal(self, tree, room, left, rows):
-        return torch.zeros_like(tree.forest.bought) if tree.reserve is not None else super().deal(tree, room, left, rows)
-
-
 class Clumsy(echo.GlobalRank):
     """Raises where a layer is narrow."""
 
@@ -143,11 +136,10 @@ def planted(rule):
         (planted(UnstableTie(2)), "ties"),
         (planted(WidthFirst(2, 4)), "depth_first"),
         (planted(Orphan(2)), "closed"),
-        (planted(Moody(2)), "layout|repeat|floors"),
+        (planted(Moody(2)), "layout|repeat"),
         (planted(Peeking(2, 4)), "reads"),
         (planted(Greedy(2)), "limit|finite"),
         (planted(FirstCome(2)), "order"),
-        (planted(Deaf(2)), "floors"),
         (planted(Clumsy(2)), "runs"),
     ],
     ids=lambda value: type(getattr(value, "rule", value)).__name__,

@@ -1,6 +1,6 @@
 """A step by the shipped rules as a few kernels: the integers of :class:`~echo.ElasticBudgetScheduler`'s operations.
 
-Each function returns None where torch's operations are needed: no kernels here, a custom rule, weights, floors.
+Each function returns None where torch's operations are needed: no kernels here, a custom rule, weights.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Scratch:
 
 
 def _fits(rule: Rule, tree: SuperTree) -> bool:
-    return type(rule) in (GlobalRank, TwoLevel) and tree.weight is None and tree.reserve is None
+    return type(rule) in (GlobalRank, TwoLevel) and tree.weight is None
 
 
 def grow(

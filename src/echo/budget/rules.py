@@ -30,9 +30,6 @@ class Rule(Protocol):
     def buy(self, layer: Layer, passed: Tensor, room: Tensor, left: Tensor) -> Tensor | None:
         """Rows bought after a layer is scored.
 
-        With floors it is asked twice: for the rows set aside for each request, then for the rest with the first purchases in
-        ``layer.bought``.
-
         Args:
             layer: the scored layer.
             passed: bool [B], requests that draft and passed the gate.
@@ -46,8 +43,7 @@ class Rule(Protocol):
     def deal(self, tree: SuperTree, room: Tensor, left: Tensor, rows: int) -> Tensor:
         """The rest, at the end: bool [B, T] over ``tree.forest``, disjoint from what is bought, closed under parents with it.
 
-        ``room`` and ``left`` as in :meth:`buy`; ``rows`` is the step's row count, a bound of ``left`` known to the host. With floors it
-        is asked twice: for the rows set aside (``tree.reserve`` is there), then for the rest (it is not).
+        ``room`` and ``left`` as in :meth:`buy`; ``rows`` is the step's row count, a bound of ``left`` known to the host.
         """
 
     def rows(self, batch: int) -> int | None:
@@ -208,9 +204,8 @@ class TwoLevel:
 
     def buy(self, layer: Layer, passed: Tensor, room: Tensor, left: Tensor) -> Tensor | None:
         """Each passing request's best ``layer_width`` nodes, in order of confidence, while rows remain."""
-        selectable = (layer.score > DEAD_SCORE) & passed[:, None] & ~layer.bought
-        width = self.layer_width - layer.bought.sum(dim=1)
-        wanted = torch.minimum(torch.minimum(selectable.sum(dim=1), width), room)
+        selectable = (layer.score > DEAD_SCORE) & passed[:, None]
+        wanted = torch.minimum(selectable.sum(dim=1).clamp(max=self.layer_width), room)
         requests = torch.arange(len(passed), device=passed.device)
         worth = layer.log_confidence if layer.weight is None else layer.log_confidence + layer.weight.log()
         key = (bits(worth).long() << 31) + requests
@@ -221,8 +216,8 @@ class TwoLevel:
         return selectable & (place(order(torch.where(selectable, layer.score, DEAD_SCORE))) < granted[:, None])
 
     def deal(self, tree: SuperTree, room: Tensor, left: Tensor, rows: int) -> Tensor:
-        """The best unbought nodes of the batch, at most ``max_width`` of a request beyond its floor."""
-        return deal(tree, self.rank.weighed(tree), room if tree.reserve is not None else room.clamp(max=self.max_width), left, rows)
+        """The best unbought nodes of the batch, at most ``max_width`` of a request."""
+        return deal(tree, self.rank.weighed(tree), room.clamp(max=self.max_width), left, rows)
 
     def rows(self, batch: int) -> int | None:
         """None: it takes whatever budget it is given."""

@@ -87,8 +87,7 @@ def check_scheduler(
     - ``reads``: nothing is read back from the device, and no shape depends on data.
     - ``depth_first``: nothing is dealt for width while a request that passed its gate found no rows.
     - ``full``: rows are left over only if no request may have one more.
-    - ``best``: no other choice of as many rows has a greater sum of weight times ``rule.gain`` (steps without floors).
-    - ``floors``: each request has the rows set aside for it, while it has candidates.
+    - ``best``: no other choice of as many rows has a greater sum of weight times ``rule.gain``.
     - ``alone``: each request gets the rows that it would get by itself.
 
     Args:
@@ -153,7 +152,7 @@ def check_step(scheduler: ElasticBudgetScheduler, scenario: Scenario, *, claims:
         PlanError: with a table of the plan.
     """
     plan = _plan(scheduler, scenario)
-    taken = Selection.of(plan.tree, plan.selected, scenario.live, scenario.floors)
+    taken = Selection.of(plan.tree, plan.selected, scenario.live)
     invariants = selection.INVARIANTS | {name: check for name, check in selection.CLAIMS.items() if name in claims}
     for name, check in invariants.items():
         broken = check(taken)
@@ -225,7 +224,7 @@ def _equals(scheduler: ElasticBudgetScheduler, plan: Plan) -> Fault | None:
     """Two requests that are the same: the lower one gets what the other gets, and perhaps more."""
     given = plan.scenario
     seen: dict[tuple[float, ...], int] = {}
-    own = [x for x in (given.root_tokens, plan.tree.row_limit, given.floors, given.weights) if x is not None]
+    own = [x for x in (given.root_tokens, plan.tree.row_limit, given.weights) if x is not None]
     for b in (i for i in range(given.batch) if given.live[i]):
         a = seen.setdefault(tuple(float(x[b]) for x in own), b)
         before = plan.paths(a)
@@ -244,8 +243,8 @@ def _slots(scheduler: ElasticBudgetScheduler, plan: Plan) -> Fault | None:
 
 def _order(scheduler: ElasticBudgetScheduler, plan: Plan) -> Fault | None:
     tree, given = plan.tree, plan.scenario
-    if given.weights is not None or (given.floors is not None and int((given.floors - 1).clamp(min=0).sum()) > tree.rows - given.batch):
-        return None  # what is equal in the end the kit cannot know; floors that are too high are met in the order of requests
+    if given.weights is not None:
+        return None  # what is equal in the end the kit cannot know
     for value in (tree.forest.score, scheduler.rule.gain(tree)):
         drafted = torch.where((tree.forest.depth > 0) & torch.isfinite(tree.forest.score), value, torch.nan)
         each = [set(row[~row.isnan()].tolist()) for row in drafted]
@@ -277,8 +276,6 @@ def _reads(scheduler: ElasticBudgetScheduler, plan: Plan) -> Fault | None:
 def _best(scheduler: ElasticBudgetScheduler, plan: Plan) -> Fault | None:
     """No node could be exchanged for one of greater gain: within limits and closed under parents that is the optimum."""
     tree, selected = plan.tree, plan.selected
-    if plan.scenario.floors is not None:
-        return None
     forest, gain = tree.forest, scheduler.rule.gain(tree)
     gain = gain if tree.weight is None else gain * tree.weight[:, None]
     drafted = forest.depth > 0
@@ -338,7 +335,6 @@ def _got(name: str, plan: Plan, request: int, node: int) -> str:
         "kept": f"{where} bought and not selected",
         "ties": f"{where} selected, an equal sibling before it not",
         "depth_first": f"{where} dealt, and a request starved",
-        "floors": f"{count} rows of request {request}, whose floor is {0 if (f := plan.scenario.floors) is None else int(f[request])}",
         "full": f"{tree.rows - int(plan.selected.sum())} rows left, and {where} not selected",
     }[name]
 

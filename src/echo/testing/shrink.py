@@ -14,7 +14,7 @@ ROUND = (0.5, 0.9)
 
 
 def shrink(step: Scenario, fails: Callable[[Scenario], bool]) -> Scenario:
-    """Takes away requests, layers, candidates, rows, floors and weights, and rounds scores, for as long as it still fails."""
+    """Takes away requests, layers, candidates, rows and weights, and rounds scores, for as long as it still fails."""
     before = None
     while before is not step:
         before = step
@@ -38,8 +38,6 @@ def _smaller(step: Scenario) -> Iterator[Scenario]:
             yield replace(step, log_probs=less)
     if step.rows is not None and step.rows > batch:
         yield replace(step, rows=step.rows - 1)
-    if step.floors is not None:
-        yield replace(step, floors=None)
     if step.weights is not None:
         yield replace(step, weights=None)
     for name, plain in (("capacity", 12), ("live", True), ("root_tokens", 0)):
