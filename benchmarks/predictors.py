@@ -15,15 +15,15 @@ import torch
 
 import echo
 from echo.budget.rules import GlobalRank, place
-from echo.gating import look_up
+from echo.gating import look_up, reliability
 from echo.gating.reliability import ONE
 from echo.testing import Trace
 from echo.testing.replay import _Source
-from echo.tree.supertree import UNSELECTABLE, SuperTree, bits
+from echo.tree.supertree import bits
 
 ROWS = (1, 2, 4, 8, 16)
 """Drafted rows a request."""
-BINS = 4
+BINS, POOLED_ROWS = 4, 20.0
 """Bins of a second feature, of equal mass: a map each, shrunk toward the map of all."""
 
 
@@ -123,10 +123,14 @@ def mapped(p: Pool, half: np.ndarray, feature: np.ndarray | None = None, conditi
     whole = wide.dtype.kind == "i"
     bins = wide.clip(max=BINS - 1) if whole else np.searchsorted(np.quantile(wide[use], np.arange(1, BINS) / BINS), wide)
     log = echo.WarmupLog.from_arrays(p.depth[use], np.exp(x[use]), p.accepted[use], rank=bins[use])
-    calibration = echo.calibrate(echo.ConfidenceHistograms.of(log, ranks=BINS))
-    table = torch.from_numpy(calibration.reliability_table(by_rank=feature is not None))
-    score, depth, rank = (torch.from_numpy(np.ascontiguousarray(c)) for c in (x, p.depth, bins))
-    own = look_up(table, score, depth, None if feature is None else rank).numpy() / ONE
+    pooled = [d.reliability for d in echo.calibrate(echo.ConfidenceHistograms.of(log)).depths]
+    tables = [reliability.table(pooled)]
+    if feature is not None:
+        parts = [echo.WarmupLog.from_arrays(*(c[use & (bins == n)] for c in (p.depth, np.exp(x), p.accepted))) for n in range(BINS)]
+        masses = [echo.ConfidenceHistograms.empty(len(pooled)).add(part).mass.sum(axis=2) for part in parts]
+        tables = [reliability.table([reliability.fit(mass[:, d], knots, POOLED_ROWS) for d, knots in enumerate(pooled)]) for mass in masses]
+    score, depth = (torch.from_numpy(np.ascontiguousarray(c)) for c in (x, p.depth))
+    own = np.choose(bins, [look_up(torch.from_numpy(t), score, depth).numpy() for t in tables]) / ONE
     return along(p, own, np.multiply if conditional else np.minimum)
 
 
@@ -229,17 +233,3 @@ def _entry(name: str, values: np.ndarray, base: np.ndarray, oracle: np.ndarray) 
     closed = (values[0] - base[0]) / (oracle[0] - base[0])
     columns = {"accepted": values[0], "gain": gain[0], "low": low, "high": high, "share_of_way_to_oracle": closed}
     return {"f": name, "rows": list(ROWS)} | {key: np.round(column, 5).tolist() for key, column in columns.items()}
-
-
-class ByRank(GlobalRank):
-    """GlobalRank with f(v) = min(m_(d, rank)(S(v)), f(parent)): a map for each place in the layer."""
-
-    def cost(self, tree: SuperTree) -> torch.Tensor:
-        """As :meth:`GlobalRank.cost`."""
-        assert self.reliability is not None
-        table, f, costs = torch.from_numpy(self.reliability.reliability_table(by_rank=True)), None, []
-        for layer in tree.layers:
-            rank = place(bits(layer.score).long())
-            f = look_up(table, layer.score, layer.depth, rank, None if f is None else f.gather(1, layer.parent))
-            costs.append(torch.where(torch.isfinite(layer.score), ONE - f, UNSELECTABLE))
-        return torch.cat(costs, dim=1)

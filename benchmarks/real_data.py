@@ -15,7 +15,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +44,7 @@ def overview(trace: Trace, warm: WarmUp, images: Path) -> dict[str, Any]:
         "rows": len(warm.log),
         "steps": len(np.unique(warm.log.step)),
         "gates": [asdict(gate) for gate in calibration.report(warm.log)],
-        "held_out_error": {
-            name: asdict(made.error(held, by_rank=flag)) for name, flag in (("by depth", False), ("by depth and rank", True))
-        },
+        "held_out_error": {"by depth": asdict(made.error(held))},
     }
 
 
@@ -54,7 +52,7 @@ def warm_up_size(trace: Trace, warm: WarmUp, resamples: int = 200) -> list[dict[
     """How often logs of n texts, drawn with replacement, lead to one choice of gates; and how far their thresholds vary."""
     path, text = warm.log.rank == 0, warm.text[warm.log.step]
     columns = [warm.log.depth, warm.log.confidence, warm.log.accepted]
-    empty = echo.ConfidenceHistograms.empty(trace.depth, ranks=1)
+    empty = echo.ConfidenceHistograms.empty(trace.depth)
     masses = np.stack(
         [empty.add(echo.WarmupLog.from_arrays(*(c[path & (text == i)] for c in columns))).mass for i in range(len(trace.kind))]
     )
@@ -196,32 +194,6 @@ def inner_pairs(trace: Trace, warm: WarmUp, batch: int = 64) -> list[dict[str, A
     return result
 
 
-def ranks(trace: Trace, warm: WarmUp) -> list[dict[str, Any]]:
-    """Maps by depth and rank, and no maps, against maps by depth: accepted drafts at equal rows, and tokens a second under goodput."""
-    pairs = tuple(zip(halves(trace), halves(trace)[::-1], strict=True))
-    made = [echo.calibrate(warm.of(half)) for half, _ in pairs]
-    rules: dict[str, Callable[[echo.Calibration], GlobalRank]] = {
-        "m_d(S), as shipped": lambda c: GlobalRank(trace.beam, c),
-        "path probability of the draft": lambda c: GlobalRank(trace.beam),
-        "m_d(S) by rank": lambda c: predictors.ByRank(trace.beam, c),
-    }
-    result: list[dict[str, Any]] = []
-    for budget, batch in ((2, 32), (3, 32), (5, 32), (9, 32), (KNEE, 8), (KNEE, 32), (KNEE, 96)):
-        pooled = isinstance(budget, int)
-        found = {}
-        for name, rule in rules.items():
-            policies = [echo.ElasticBudgetScheduler(rule(c), None, budget * batch if pooled else budget, trace.depth) for c in made]
-            one, two = (serve(trace, test, policy, batch, 100) for (_, test), policy in zip(pairs, policies, strict=True))
-            both = one + two
-            found[name] = replace(both, tokens=both.tokens - both.steps) if pooled else both
-        unit, base = "steps" if pooled else "seconds", found["m_d(S), as shipped"]
-        for name, served in found.items():
-            entry = {"f": name, "batch": batch, "rows": budget if pooled else "goodput", f"per_{unit}": served.per(unit)}
-            result.append(entry | against(served, base, unit))
-            print(result[-1])
-    return result
-
-
 def main() -> None:
     """All of it."""
     parser = arguments(__doc__)
@@ -239,7 +211,6 @@ def main() -> None:
         "transfer": lambda: transfer(trace, warm),
         "gates_and_rules": lambda: gates_and_rules(trace, warm),
         "inner_pairs": lambda: inner_pairs(trace, warm),
-        "ranks_served": lambda: ranks(trace, warm),
         "predictors": lambda: predictors.judge(pool, (half, ~half)),
     }.items():
         result[name] = study()

@@ -81,7 +81,7 @@ def calibration():
     confidence = rng.random(900)
     log = echo.WarmupLog.from_arrays(np.arange(900) % 3 + 1, confidence, rng.random(900) < confidence, step=np.arange(900) // 3)
     made = echo.calibrate(log)
-    return log, made, made.error(log), made.report(log), made.reliability_table(by_rank=True)
+    return log, made, made.error(log), made.report(log), made.reliability_table()
 
 
 def policies():

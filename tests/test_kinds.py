@@ -69,7 +69,7 @@ CALLS = {
     "render": lambda k: PACKED.render(k(1)),
     "validate": lambda k: PACKED.validate(max_rows=k(24)),
     "lookup": lambda k: echo.PromptLookup(k(3), k(9), longest=k(8)).texts.tokens,
-    "histograms": lambda k: ConfidenceHistograms.empty(k(3), ranks=k(2)).mass.shape,
+    "histograms": lambda k: ConfidenceHistograms.empty(k(3)).mass.shape,
     "roofline": lambda k: echo.CostModel.roofline("LLaMA-3.3-70B", tensor=k(4), most_rows=k(64)),
     "at": lambda k: COST.at(k(4)),
     "learn": lambda k: COST.learn(k(8), 2.0),
