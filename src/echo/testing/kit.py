@@ -18,7 +18,6 @@ from echo.testing import scenarios, selection, strategies
 from echo.testing.invariants import check_plan
 from echo.testing.scenarios import Plan, Scenario
 from echo.testing.selection import Selection
-from echo.testing.shrink import shrink
 from echo.tree.supertree import Status
 
 READS = ("_local_scalar_dense", "nonzero", "masked_select", "item", "unique", "_unique2", "equal", "repeat_interleave", "is_nonzero")
@@ -93,7 +92,7 @@ def check_scheduler(
     Args:
         scheduler: the policy.
         claims: what to check beyond the first paragraph; by default the first four.
-        examples: steps drawn.
+        examples: steps drawn, as many of one slot at most as of two, and so on.
         max_batch: most slots of a drawn step.
 
     Raises:
@@ -109,35 +108,47 @@ def check_scheduler(
         if claim not in (*selection.CLAIMS, *RELATIONS):
             raise EchoError(f"claims: expected some of {(*selection.CLAIMS, *RELATIONS)}, got {claim!r}")
     examples = checks.integer("examples", examples, 1)
-    broken = _search(scheduler, claims, examples, max_batch)
+    broken = _search(scheduler, claims, max(1, examples // max_batch), max_batch)
     if broken is not None:
-        smallest = shrink(broken.scenario, lambda step: _breaks(scheduler, step, claims) == broken.invariant)
-        check_step(scheduler, smallest, claims=claims)
+        check_step(scheduler, broken.scenario, claims=claims)  # once more, without hypothesis' notes
         raise broken  # of a policy that decides otherwise now
 
 
 def _search(scheduler: ElasticBudgetScheduler, claims: Sequence[str], examples: int, max_batch: int) -> PlanError | None:
-    """The first broken plan, among the drawn steps and those made by hand."""
-    package = strategies.hypothesis()
-    steps = strategies.batches(max_batch=max_batch, max_depth=min(scheduler.max_depth, 8), rows=scheduler.budget is not None)
+    """The smallest broken plan that hypothesis finds, of the fewest slots that one is found with, or one made by hand."""
+    package, found = strategies.hypothesis(), list[PlanError]()
+
+    def check(scenario: Scenario, claims: Sequence[str]) -> None:
+        try:
+            check_step(scheduler, scenario, claims=claims)
+        except PlanError as broken:
+            if not found or broken.invariant == found[0].invariant:  # what is shrunk stays broken in the same way
+                found.append(broken)
+                raise
+
     options = package.settings(
         max_examples=examples,
-        phases=(package.Phase.generate,),  # a step is a value with an order of its own: `shrink` needs a tenth of the tries
+        phases=(package.Phase.generate, package.Phase.shrink),
         derandomize=True,
         database=None,
         deadline=None,
         suppress_health_check=list(package.HealthCheck),
         verbosity=package.Verbosity.quiet,
+        report_multiple_bugs=False,
     )
     drawn = [claim for claim in claims if claim != "reads"]  # does not depend on the values: the scenarios will do
     try:
-        options(package.given(steps)(lambda scenario: check_step(scheduler, scenario, claims=drawn)))()
+        for batch in range(1, max_batch + 1):
+            steps = strategies.batches(max_batch=batch, max_depth=min(scheduler.max_depth, 8), rows=scheduler.budget is not None)
+            options(package.given(steps)(lambda scenario: check(scenario, drawn)))()
         for make in (scenarios.all_equal, scenarios.burst, scenarios.one_confident_many_doubtful, scenarios.nan_storm):
-            made = make(4, min(scheduler.max_depth, 3))
-            check_step(scheduler, replace(made, rows=None) if scheduler.budget is None else made, claims=claims)
-    except PlanError as broken:
-        return broken
-    return None
+            for batch, depth in ((1, 1), (4, 3)):
+                made = make(batch, min(scheduler.max_depth, depth))
+                check(replace(made, rows=None) if scheduler.budget is None else made, claims)
+    except Exception:  # of hypothesis too, where a plan that was broken is not any more
+        if not found:
+            raise
+    return found[-1] if found else None
 
 
 def check_step(scheduler: ElasticBudgetScheduler, scenario: Scenario, *, claims: Sequence[str] = DEFAULT) -> None:
@@ -164,14 +175,6 @@ def check_step(scheduler: ElasticBudgetScheduler, scenario: Scenario, *, claims:
         fault = relation(scheduler, plan)
         if fault is not None:
             _raise(name, scheduler, plan, fault)
-
-
-def _breaks(scheduler: ElasticBudgetScheduler, scenario: Scenario, claims: Sequence[str]) -> str | None:
-    try:
-        check_step(scheduler, scenario, claims=claims)
-    except PlanError as broken:
-        return broken.invariant
-    return None
 
 
 def _plan(scheduler: ElasticBudgetScheduler, scenario: Scenario) -> Plan:

@@ -88,8 +88,8 @@ def batches(*, max_batch: int = 5, max_depth: int = 4, rows: bool = True) -> Sea
 
 
 def scores(numbers: np.typing.NDArray[Any], *, coarse: bool) -> torch.Tensor:
-    """Log-probabilities float32 [n] from 16-bit numbers [n], 0 being certain; ``coarse`` makes eighths, so that many are equal."""
-    share = 1.0 - numbers.astype(np.float64) / 65536
+    """Log-probabilities float32 [n] from 16-bit numbers [n], 0 being a half; ``coarse`` makes eighths, so that many are equal."""
+    share = 1.0 - (numbers.astype(np.float64) + 32768) % 65536 / 65536
     return torch.from_numpy(np.log(np.ceil(8 * share) / 8 if coarse else share).astype(np.float32))
 
 
