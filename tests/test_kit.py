@@ -203,6 +203,31 @@ def test_drawn_trees_are_dealt_right(tree, rule):
     check_plan(tree, echo.ElasticBudgetScheduler(rule, budget=64).pack(tree))
 
 
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("tokens", lambda x: x + 1),
+        ("tokens", lambda x: x.flip(0)),
+        ("node", lambda x: x.roll(1)),
+        ("node", lambda x: x.masked_fill(x == x.max(), 63)),
+        ("score", lambda x: x - 0.1),
+        ("bought", lambda x: ~x),
+        ("depth", lambda x: x + 1),
+        ("parent", lambda x: x.clamp(max=0)),
+        ("mask", lambda x: x | 2),
+        ("indptr", lambda x: x.clamp(max=6)),
+    ],
+)
+def test_a_step_that_is_not_the_plan_of_its_tree_is_refused(name, change):
+    plan = replace(scenarios.one_confident_many_doubtful(3), rows=12).plan(planted(echo.TwoLevel(2, 4)))
+    check_plan(plan.tree, plan.packed)
+    with pytest.raises(echo.EchoError, match=r"^[\w., ]+: "):
+        check_plan(plan.tree, replace(plan.packed, **{name: change(getattr(plan.packed, name))}))
+    fewer = replace(plan.tree, row_limit=plan.tree.row_limit.clamp(max=1))
+    with pytest.raises(echo.EchoError, match=r"^packed.indptr: expected what the tree says"):
+        check_plan(fewer, plan.packed)
+
+
 @given(strategies.logs())
 def test_drawn_logs_survive_the_round_trip_through_histograms(log):
     counts = echo.ConfidenceHistograms.of(log)

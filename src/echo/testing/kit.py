@@ -15,10 +15,10 @@ from echo import checks
 from echo.budget.scheduler import ElasticBudgetScheduler
 from echo.errors import EchoError
 from echo.testing import scenarios, selection, strategies
-from echo.testing.invariants import check_plan
 from echo.testing.scenarios import Plan, Scenario
 from echo.testing.selection import Selection
-from echo.tree.supertree import Status
+from echo.tree.packed import PackedTree
+from echo.tree.supertree import Status, SuperTree
 
 READS = ("_local_scalar_dense", "nonzero", "masked_select", "item", "unique", "_unique2", "equal", "repeat_interleave", "is_nonzero")
 """Operators whose result the host waits for, or whose shape depends on data."""
@@ -177,6 +177,48 @@ def check_step(scheduler: ElasticBudgetScheduler, scenario: Scenario, *, claims:
             _raise(name, scheduler, plan, fault)
 
 
+def check_plan(tree: SuperTree, packed: PackedTree) -> None:
+    """Checks the layout of a packed step (:meth:`PackedTree.validate`), and that it is a plan of this tree.
+
+    Args:
+        tree: what was packed.
+        packed: what it was packed to.
+
+    Raises:
+        EchoError: naming the column that is not as the layout or the tree says.
+
+    Example:
+        >>> import torch, echo
+        >>> from echo.testing import check_plan
+        >>> scheduler = echo.ElasticBudgetScheduler(echo.GlobalRank(beam=2), budget=6, max_depth=2)
+        >>> tree = scheduler.plant(torch.tensor([3]))
+        >>> tree = scheduler.grow(tree, torch.tensor([[[1, 2]]]), torch.tensor([[[-0.1, -2.4]]]))
+        >>> check_plan(tree, scheduler.pack(tree))
+    """
+    packed.validate()
+    forest, count, size = tree.forest, int(packed.indptr[-1]), packed.indptr.diff()
+    nodes, request, node = forest.token.shape[1], packed.request[:count].long(), packed.node[:count]
+    own = (node - nodes * request).clamp(0, nodes - 1)
+    at, above = nodes * request + own, node[packed.indptr[request] + packed.parent[:count].clamp(min=0)]
+    score, bought = forest.score.flatten()[at], forest.bought.flatten()[at]
+    agrees = (
+        ("rows", torch.tensor(count <= tree.rows <= packed.rows)),
+        ("indptr", (size <= tree.row_limit) & ((size > 0) == (tree.row_limit > 0))),
+        ("node", node == at),
+        ("node", node.diff() > 0),
+        ("node", packed.node[count:] == -1),
+        ("tokens", packed.tokens[:count] == forest.token.flatten()[at]),
+        ("depth", packed.depth[:count] == forest.depth[own]),
+        ("score", (packed.score[:count] == score) & torch.isfinite(score)),
+        ("parent", (own == 0) | (above == nodes * request + forest.parent.flatten()[at])),
+        ("bought", packed.bought[:count] == bought),
+        ("bought", forest.bought.sum() == bought.sum()),
+    )
+    for name, holds in agrees:
+        if not holds.all():
+            raise EchoError(f"packed.{name}: expected what the tree says, got {getattr(packed, name)}")
+
+
 def _plan(scheduler: ElasticBudgetScheduler, scenario: Scenario) -> Plan:
     """The plan; what the policy raises is a broken plan too."""
     tree = None
@@ -195,7 +237,7 @@ def _layout(scheduler: ElasticBudgetScheduler, plan: Plan) -> Fault | None:
         return Fault("the rows that select said", f"nodes {plan.packed.node.tolist()}, selected {selected}")
     try:
         check_plan(plan.tree, plan.packed)
-    except AssertionError as error:
+    except EchoError as error:
         return Fault("a packed step that says what the tree says", str(error))
     return None
 
