@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 import echo
+import roofline
 from echo import style
 from echo.testing import Trace
 from policies import goodput_gate, one_threshold, oracle_trace
@@ -262,7 +263,7 @@ def measure(trace: Trace, share: float, models: Iterable[str]) -> tuple[dict[str
     """Cells of both traces, and the odds that raise the second."""
     tune, test = halves(trace)
     odds = raised_to(tune, TOKENS, LOW)
-    costs = {name: echo.CostModel.roofline(name, most_rows=16384) for name in models}
+    costs = {name: roofline.plan(name, most_rows=16384) for name in models}
     cells: dict[str, list[dict[str, object]]] = {}
     for name, (first, second) in {"as recorded": (tune, test), "raised": (raised(tune, odds), raised(test, odds))}.items():
         calibration, log = calibrate(first), warm_up(first).log

@@ -28,6 +28,7 @@ import simpy
 import torch
 
 import echo
+import roofline
 from echo import style
 from echo.testing import Record, Trace, replay
 from raised import raised, raised_to
@@ -288,7 +289,7 @@ def served(trace: Trace, better: bool, share: float, most: int) -> dict[str, Any
     tune, test = halves(trace)
     odds = raised_to(tune, 7.0, (60, 6, 8)) if better else 1.0
     tune, test = raised(tune, odds), raised(test, odds)
-    cost, calibration = echo.CostModel.roofline(MODEL, tensor=GPUS, most_rows=16384), calibrate(tune)
+    cost, calibration = roofline.plan(MODEL, tensor=GPUS, most_rows=16384), calibrate(tune)
     steps = {
         policy: {
             (batch, beside): replayed(test, policies(calibration, cost, batch, test.beam)[policy], batch, CHUNK * beside, share)

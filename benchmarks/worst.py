@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 import echo
+import roofline
 from echo.testing import Trace, replay
 from replay import calibrate
 
@@ -61,7 +62,7 @@ def worst(tune: Trace, test: Trace, share: float) -> list[dict[str, object]]:
         order = np.random.default_rng(3).permutation(len(trace.kind))
         for model in MODELS:
             for batch, count in STEPS.items():
-                cost = echo.CostModel.roofline(model, most_rows=16384)
+                cost = roofline.plan(model, most_rows=16384)
                 at = cost.at(batch, CONTEXT * batch)
                 for policy in ("ECHO", "goodput"):
                     scheduler = policies(calibration, cost, batch, trace.beam)[policy]

@@ -70,7 +70,6 @@ CALLS = {
     "validate": lambda k: PACKED.validate(max_rows=k(24)),
     "lookup": lambda k: echo.PromptLookup(k(3), k(9), longest=k(8)).texts.tokens,
     "histograms": lambda k: ConfidenceHistograms.empty(k(3)).mass.shape,
-    "roofline": lambda k: echo.CostModel.roofline("LLaMA-3.3-70B", tensor=k(4), most_rows=k(64)),
     "at": lambda k: COST.at(k(4)),
     "learn": lambda k: COST.learn(k(8), 2.0),
     "drafter": lambda k: TabularDrafter(table(9, 0), k(3)).draft(torch.arange(1), SCHEDULER.plant(torch.arange(1)).frontier)[0],

@@ -19,8 +19,6 @@ from echo.errors import EchoError
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from echo.cost.roofline import Architecture, Hardware
-
 VERSION = 1
 FAR = 1 << 40
 """Rows beyond the last measured count at which the curve ends; nobody asks for more."""
@@ -137,39 +135,6 @@ class CostModel:
             restart=float(restart),
             **fit.curves(y, table),
         )
-
-    @classmethod
-    def roofline(
-        cls,
-        model: Architecture | str,
-        hardware: Hardware | None = None,
-        *,
-        tensor: int = 8,
-        expert: int = 1,
-        most_rows: int = 4096,
-        tiers: Sequence[int] = (),
-    ) -> CostModel:
-        """An analytic model for planning, before anything is measured: see :mod:`echo.cost.roofline` for what it counts.
-
-        Args:
-            model: what is served; a name stands for one of ``echo.cost.MODELS``.
-            hardware: on what; ``echo.cost.H100`` where not given.
-            tensor: devices that share each layer, a whole copy of the model together.
-            expert: of those, groups among which whole experts are dealt out; the devices of a group split each of theirs.
-            most_rows: last knot of the curve.
-            tiers: see the class.
-
-        Raises:
-            EchoError: an unknown name, or a number out of range.
-
-        Example:
-            >>> dense, sparse = (CostModel.roofline(name) for name in ("LLaMA-3.3-70B", "Qwen3-235B-A22B"))
-            >>> [round(model(64) / model(1), 1) for model in (dense, sparse)]  # 64 rows reach nearly all experts, one row 8 of 128
-            [1.1, 3.2]
-        """
-        from echo.cost.roofline import plan
-
-        return plan(model, hardware, tensor, expert, most_rows, tiers)
 
     def __call__(self, rows: ArrayLike, *, requests: float = 1, context: float = 0.0) -> Any:
         """Seconds of a target step of ``rows`` rows (a number or an array), rounded up to its tier, prefill's included.
