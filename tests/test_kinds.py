@@ -59,8 +59,8 @@ CALLS = {
     ),
     "compact, past": lambda k: echo.compact(PACKED, ACCEPTED, CONTEXT, past=k(9)).source,
     "workspace": lambda k: echo.Workspace(SCHEDULER, k(3), k=k(2), num_verify_tokens=k(24), max_num_reqs=k(5)).nbytes,
-    "accept": lambda k: kernels.accept(*LINKS, PACKED.tokens.roll(-1), k(2))[0],
-    "accept, kernel": lambda k: kernels.accept(*LINKS, PACKED.tokens.roll(-1), k(2), backend="triton")[0],
+    "accept": lambda k: kernels.walk(*LINKS, PACKED.tokens.roll(-1), k(2))[0],
+    "accept, kernel": lambda k: kernels.walk(*LINKS, PACKED.tokens.roll(-1), k(2), backend="triton")[0],
     "attention": lambda k: kernels.tree_attention(**ATTENTION, window=k(3), splits=k(2))[0],
     "attention, kernel": lambda k: kernels.tree_attention(**ATTENTION, window=k(3), splits=k(2), backend="triton")[0],
     "sglang": lambda k: layouts.sglang(PACKED, k(24), CONTEXT).positions,
@@ -108,7 +108,7 @@ def test_what_is_no_integer_is_refused(wrong):
         lambda: SCHEDULER.plant(torch.arange(1), rows=wrong if wrong is not None else "none"),
         lambda: SCHEDULER.forecast(SCHEDULER.history(4), [0], wrong),
         lambda: echo.SparseGate({str(wrong): 0.5}),
-        lambda: kernels.accept(*LINKS, PACKED.tokens, wrong),
+        lambda: kernels.walk(*LINKS, PACKED.tokens, wrong),
     ):
         with pytest.raises(echo.EchoError, match="expected an int"):
             call()

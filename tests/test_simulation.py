@@ -12,10 +12,10 @@ import torch
 import echo
 from echo.testing import TabularDrafter, TabularTarget, Trace, record, replay, table
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-sys.path.append(str(BENCHMARKS))
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 import roofline
 
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 FREE, COST = echo.CostModel((1,), (1.0,)), roofline.plan("LLaMA-3.3-70B", tensor=4)
 
 
