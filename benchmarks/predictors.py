@@ -16,7 +16,7 @@ import torch
 import echo
 from echo.budget.rules import GlobalRank, place
 from echo.gating import look_up, reliability
-from echo.gating.reliability import ONE
+from echo.kernels.launch import ONE
 from echo.testing import Trace
 from echo.testing.replay import _Source
 from echo.tree.supertree import bits

@@ -11,7 +11,7 @@ import pytest
 
 import echo
 from echo.gating import Objective, calibration_error, goodput, report, separability
-from echo.gating.reliability import BINS_PER_NAT, ONE
+from echo.kernels.launch import BINS_PER_NAT, ONE
 
 
 def simulate(n, *, sharpness, depth=1, seed=0, rank=0):

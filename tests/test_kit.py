@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 import echo
 from conftest import CALIBRATION
 from echo.budget.rules import deal
+from echo.kernels.launch import UNSELECTABLE
 from echo.testing import PlanError, Scenario, check_plan, check_scheduler, check_step, scenarios, strategies
-from echo.tree.supertree import UNSELECTABLE, bits
+from echo.tree.supertree import bits
 
 DEPTH_FIRST = ("ties", "order", "slots", "reads", "depth_first")
 ALONE = ("ties", "order", "slots", "reads", "alone")

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import echo
 from echo.gating import look_up
 from echo.gating.histograms import ROWS, middle_scores
-from echo.gating.reliability import BINS_PER_NAT, ONE
+from echo.kernels.launch import BINS_PER_NAT, ONE
 from echo.testing.kit import RefuseReads
 
 

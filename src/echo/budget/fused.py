@@ -16,8 +16,9 @@ from echo import checks, kernels
 from echo.budget.history import BINS, SKIP
 from echo.budget.rules import GlobalRank, Rule, TwoLevel
 from echo.gating.gates import Gate, SparseGate
+from echo.kernels.launch import Status
 from echo.tree.packed import PackedTree, into
-from echo.tree.supertree import Frontier, Layer, Status, SuperTree
+from echo.tree.supertree import Frontier, Layer, SuperTree
 
 WRITTEN = ("tokens", "parent", "depth", "request", "indptr", "mask", "score", "node", "bought")
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from echo import checks, kernels
-from echo.tree.supertree import Frontier, Layer, Status, SuperTree, written
+from echo.kernels.launch import Status
+from echo.tree.supertree import Frontier, Layer, SuperTree, written
 
 
 def plant(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -13,8 +13,9 @@ from torch import Tensor
 from echo import checks, kernels
 from echo.budget.dealing import deal
 from echo.gating.calibration import Calibration
-from echo.gating.reliability import BINS_PER_NAT, ONE, TABLE_BINS, on_device
-from echo.tree.supertree import DEAD_SCORE, UNSELECTABLE, Layer, SuperTree, bits
+from echo.gating.reliability import on_device
+from echo.kernels.launch import BINS_PER_NAT, ONE, TABLE_BINS, UNSELECTABLE
+from echo.tree.supertree import DEAD_SCORE, Layer, SuperTree, bits
 
 
 class Rule(Protocol):
@@ -73,12 +74,12 @@ class GlobalRank:
     beam: int
     reliability: Calibration | None = None
     max_rows: int | None = None
+    _tables: dict[torch.device, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         checks.integer_field(self, "beam", 1)
         if self.max_rows is not None:
             checks.integer_field(self, "max_rows", 1)
-        object.__setattr__(self, "_tables", {})
 
     @property
     def width(self) -> int:
@@ -138,7 +139,7 @@ class GlobalRank:
 
     def table(self, device: torch.device) -> Tensor | None:
         """Costs by depth and bin of -S, int32 [depths + 1, 512], copied to a ``device`` once; None where f is the draft's own."""
-        return None if self.reliability is None else on_device(self.__dict__["_tables"], device, self._table)
+        return None if self.reliability is None else on_device(self._tables, device, self._table)
 
     def _table(self) -> NDArray[np.int32]:
         assert self.reliability is not None
@@ -181,22 +182,18 @@ class TwoLevel:
     layer_width: int
     max_width: int
     reliability: Calibration | None = None
+    rank: GlobalRank = field(init=False, repr=False, compare=False)
+    """The ranking by which what is left is selected at the end."""
 
     def __post_init__(self) -> None:
         checks.integer_field(self, "layer_width", 1)
         checks.integer_field(self, "max_width", 0)
-        object.__setattr__(self, "_rank", GlobalRank(self.layer_width, self.reliability))
+        object.__setattr__(self, "rank", GlobalRank(self.layer_width, self.reliability))
 
     @property
     def width(self) -> int:
         """``layer_width``."""
         return self.layer_width
-
-    @property
-    def rank(self) -> GlobalRank:
-        """The ranking by which what is left is selected at the end."""
-        rank: GlobalRank = self.__dict__["_rank"]
-        return rank
 
     def frontier(self, layer: Layer) -> tuple[Tensor, Tensor]:
         """The nodes that were bought."""

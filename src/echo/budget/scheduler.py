@@ -21,9 +21,10 @@ from echo.cost import CostModel
 from echo.errors import EchoError
 from echo.gating.calibration import Calibration
 from echo.gating.gates import Gate, SparseGate
+from echo.kernels.launch import Status
 from echo.tree.build import children
 from echo.tree.packed import WORD, PackedTree, into, pack
-from echo.tree.supertree import DEAD_SCORE, Frontier, Layer, Status, SuperTree, check_size, path_score, written
+from echo.tree.supertree import DEAD_SCORE, Frontier, Layer, SuperTree, check_size, path_score, written
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -63,6 +63,8 @@ class SparseGate:
     """
 
     thresholds: Calibration | Mapping[int, float]
+    log_tau: dict[int, float] = field(init=False, repr=False, compare=False)
+    """log tau by gate depth, rounded to float32."""
 
     def __post_init__(self) -> None:
         taus = self.thresholds.thresholds if isinstance(self.thresholds, Calibration) else self.thresholds
@@ -70,7 +72,7 @@ class SparseGate:
         taus = {checks.integer("thresholds.depth", d, 1): checks.real(f"thresholds[{d}]", tau, 0.0, 1.0) for d, tau in taus.items()}
         # Thresholds are compared as float32 logarithms, computed once here: no device takes a logarithm.
         logs = {d: float(np.float32(math.log(t))) if t > 0 else -math.inf for d, t in sorted(taus.items())}
-        object.__setattr__(self, "_log_tau", logs)
+        object.__setattr__(self, "log_tau", logs)
 
     @classmethod
     def dense(cls, calibration: Calibration) -> SparseGate:
@@ -81,12 +83,6 @@ class SparseGate:
     def fixed(cls, tau: float, depths: Sequence[int]) -> SparseGate:
         """The paper's ablation: one threshold ``tau`` in [0, 1] for all gate ``depths``."""
         return cls(dict.fromkeys(depths, tau))
-
-    @property
-    def log_tau(self) -> dict[int, float]:
-        """log tau by gate depth, rounded to float32."""
-        logs: dict[int, float] = self.__dict__["_log_tau"]
-        return logs
 
     @property
     def depths(self) -> tuple[int, ...]:

@@ -15,12 +15,8 @@ from torch import Tensor
 from echo import checks
 from echo.errors import EchoError
 from echo.gating.histograms import UNIT, WEIGHT, middle_scores
+from echo.kernels.launch import BINS_PER_NAT, ONE, TABLE_BINS
 from echo.logs import WarmupLog
-
-ONE = 1 << 24
-"""Fixed-point 1.0 of a calibrated probability."""
-TABLE_BINS, BINS_PER_NAT = 512, 32
-"""The look-up table of a reliability map: bin i holds path log-probabilities in (-(i+1)/32, -i/32]; the last one all below."""
 
 Knots = tuple[tuple[float, float], ...]
 

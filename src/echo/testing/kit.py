@@ -14,11 +14,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from echo import checks
 from echo.budget.scheduler import ElasticBudgetScheduler
 from echo.errors import EchoError
+from echo.kernels.launch import Status
 from echo.testing import scenarios, selection, strategies
 from echo.testing.scenarios import Plan, Scenario
 from echo.testing.selection import Selection
 from echo.tree.packed import PackedTree
-from echo.tree.supertree import Status, SuperTree
+from echo.tree.supertree import SuperTree
 
 READS = ("_local_scalar_dense", "nonzero", "masked_select", "item", "unique", "_unique2", "equal", "repeat_interleave", "is_nonzero")
 """Operators whose result the host waits for, or whose shape depends on data."""

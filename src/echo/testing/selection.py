@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from echo.tree.supertree import Status, SuperTree
+from echo.kernels.launch import Status
+from echo.tree.supertree import SuperTree
 
 
 @dataclass(frozen=True)

@@ -5,35 +5,16 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from enum import IntEnum
 
 import torch
 from torch import Tensor
 
 from echo import checks
 from echo.errors import EchoError
+from echo.kernels.launch import Status
 
 DEAD_SCORE = float("-inf")
 """The score of a node that can never be selected."""
-
-UNSELECTABLE = 0x7F800000
-"""Cost of a node that can never be selected: the bits of +inf, above those of every finite float32."""
-
-
-class Status(IntEnum):
-    """Why a request stopped drafting, or that it has not."""
-
-    ACTIVE = 0
-    TRUNCATED = 1
-    """Failed a gate."""
-    STARVED = 2
-    """Passed, and found no rows left to buy; or live, and found no row for its root."""
-    FINISHED = 3
-    """Reached the deepest layer."""
-    EXHAUSTED = 4
-    """Nothing to draft on: no finite score, or the row limit of the request reached."""
-    EMPTY = 5
-    """No request in this slot."""
 
 
 @dataclass(frozen=True)
