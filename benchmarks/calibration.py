@@ -99,9 +99,7 @@ def overview(trace: Trace, warm: WarmUp, images: Path) -> dict[str, Any]:
         "rows": len(warm.log),
         "steps": len(np.unique(warm.log.step)),
         "gates": [asdict(gate) for gate in calibration.report(warm.log)],
-        "held_out_error": {
-            name: asdict(made.error(held, by_rank=flag)) for name, flag in (("by depth", False), ("by depth and rank", True))
-        },
+        "held_out_error": asdict(made.error(held)),
     }
 
 
@@ -109,7 +107,7 @@ def warm_up_size(trace: Trace, warm: WarmUp, resamples: int = 200) -> list[dict[
     """How often logs of n texts, drawn with replacement, lead to one choice of gates."""
     path, text = warm.log.rank == 0, warm.text[warm.log.step]
     columns = [warm.log.depth, warm.log.confidence, warm.log.accepted]
-    empty = echo.ConfidenceHistograms.empty(trace.depth, ranks=1)
+    empty = echo.ConfidenceHistograms.empty(trace.depth)
     masses = np.stack(
         [empty.add(echo.WarmupLog.from_arrays(*(c[path & (text == i)] for c in columns))).mass for i in range(len(trace.kind))]
     )

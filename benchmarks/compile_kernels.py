@@ -244,9 +244,9 @@ def others(n: int, vocabulary: int) -> list[tuple[str, str, Recorder]]:
     trees = links[:n], links[: n // 8 + 2], tokens
     parts = out[:, None], lse.float(), out[:, None], lse.float()
     calls = {
-        f"V={vocabulary}": lambda: triton_accept.accept_greedy(*trees, logits, n // 8 + 1),
+        f"V={vocabulary}": lambda: triton_accept.walk(*trees, logits, n // 8 + 1),
         f"V={vocabulary} arg-max": lambda: triton_accept.argmax_tokens(logits),
-        "from tokens": lambda: triton_accept.accept(*trees, tokens, n // 8 + 1),
+        "from tokens": lambda: triton_accept.walk(*trees, tokens, n // 8 + 1),
         "D=128": lambda: triton_attention.merge_attention(*parts),
     }
     found = []

@@ -46,7 +46,6 @@ class Round:
     capacity: Tensor
     log_probs: Tensor
     rows: int | None
-    floors: Tensor | None
     weights: Tensor | None
 
     @classmethod
@@ -58,8 +57,8 @@ class Round:
         limit = int(rng.choice([1, 3, 33, 70], p=[0.05, 0.25, 0.35, 0.35]))
         kind = rng.choice(["two-level", "global", "per-request"])
         rule, claims = {
-            "two-level": (echo.TwoLevel(beam, int(rng.integers(0, 6)), reliability), ("ties", "depth_first", "floors")),
-            "global": (echo.GlobalRank(beam, reliability), ("ties", "full", "best", "floors")),
+            "two-level": (echo.TwoLevel(beam, int(rng.integers(0, 6)), reliability), ("ties", "depth_first")),
+            "global": (echo.GlobalRank(beam, reliability), ("ties", "full", "best")),
             "per-request": (echo.PerRequest(int(rng.integers(1, min(12, limit + 1))), beam, reliability), ("ties", "alone")),
         }[kind]
         gates = [None, echo.SparseGate({int(rng.integers(1, depth + 1)): float(rng.random() / 2)}), echo.BeamMassGate((1, 3), -1.0, 2)]
@@ -77,27 +76,25 @@ class Round:
             torch.from_numpy(rng.integers(0, 14, (ROUND, batch))),
             table,
             None if budget is None else batch + spare,
-            torch.from_numpy(rng.integers(0, 5, (ROUND, batch))) if rng.random() < 0.3 else None,
             torch.from_numpy(rng.choice(np.float32([1, 0.5, 0.1]), (ROUND, batch))) if rng.random() < 0.3 else None,
         )
 
     def one(self, n: int) -> Scenario:
         """The n-th step by itself."""
-        floors, weights = (None if x is None else x[n] for x in (self.floors, self.weights))
-        return Scenario(self.roots[n], self.live[n], self.capacity[n], self.log_probs[n], self.rows, floors, weights)
+        weights = None if self.weights is None else self.weights[n]
+        return Scenario(self.roots[n], self.live[n], self.capacity[n], self.log_probs[n], self.rows, weights)
 
     def permuted(self, turn: Tensor) -> Round:
         """Each step's requests in another order, int64 [N, B]."""
         roots, live, capacity = (x.gather(1, turn) for x in (self.roots, self.live, self.capacity))
-        floors, weights = (None if x is None else x.gather(1, turn) for x in (self.floors, self.weights))
-        return Round(self.scheduler, self.claims, roots, live, capacity, self.log_probs, self.rows, floors, weights)
+        weights = None if self.weights is None else self.weights.gather(1, turn)
+        return Round(self.scheduler, self.claims, roots, live, capacity, self.log_probs, self.rows, weights)
 
     def plan(self) -> dict[str, Tensor]:
         """All N plans in one call."""
 
-        def step(roots: Tensor, live: Tensor, capacity: Tensor, log_probs: Tensor, *levels: Tensor) -> dict[str, Tensor]:
-            given = dict(zip([name for name in ("floors", "weights") if getattr(self, name) is not None], levels, strict=True))
-            tree = self.scheduler.plant(roots, live=live, capacity=capacity, rows=self.rows, **given)
+        def step(roots: Tensor, live: Tensor, capacity: Tensor, log_probs: Tensor, *weights: Tensor) -> dict[str, Tensor]:
+            tree = self.scheduler.plant(roots, live=live, capacity=capacity, rows=self.rows, weights=weights[0] if weights else None)
             for layer in log_probs:
                 tokens = (tree.frontier.token[..., None] + 1 + torch.arange(layer.shape[1])) % layer.shape[0]
                 tree = self.scheduler.grow(tree, tokens, layer[tree.frontier.token])
@@ -114,8 +111,8 @@ class Round:
                 "rows": torch.full_like(roots[0], tree.rows),
             }
 
-        levels = [x for x in (self.floors, self.weights) if x is not None]
-        return vmap(functionalize(step))(self.roots, self.live, self.capacity, self.log_probs, *levels)
+        weights = [] if self.weights is None else [self.weights]
+        return vmap(functionalize(step))(self.roots, self.live, self.capacity, self.log_probs, *weights)
 
     def check(self) -> None:
         """Raises at the first plan that breaks an invariant, with its table."""
@@ -132,7 +129,6 @@ class Round:
             plan["limit"],
             plan["status"],
             plan["rows"],
-            torch.zeros_like(self.roots) if self.floors is None else self.floors,
         )
         checks = INVARIANTS | {name: CLAIMS[name] for name in self.claims if name in CLAIMS}
         for name, check in checks.items():
@@ -141,7 +137,7 @@ class Round:
         order = (~self.live).long().argsort(dim=1, stable=True)
         self._none("slots", ~same(plan, self.permuted(order).plan(), order))
         turn = torch.arange(self.live.shape[1] - 1, -1, -1).expand_as(self.roots)
-        if self.floors is None and self.weights is None:
+        if self.weights is None:
             self._none("order", ~same(plan, self.permuted(turn).plan(), turn) & ~tied(plan))
 
     def _none(self, name: str, broken: Tensor) -> None:

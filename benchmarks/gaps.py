@@ -202,25 +202,6 @@ def wrong_cost(study: Study) -> dict[str, object]:
     return {"batch": batches, "curves": found}
 
 
-def next_layer(study: Study) -> dict[str, object]:
-    """Goodput on a host that drafts only what is still active, without a gate and with :class:`echo.GoodputGate`."""
-    machines = {
-        "0.02 a layer": study.cost,
-        "0.10 a layer": replace(study.cost, draft_layer=0.10),
-        "0.05 a layer, 0.0004 a row": replace(study.cost, draft_layer=0.05, draft_row=0.0004),
-    }
-    batches, found = (1, 8, 32, 128), {}
-    for name, cost in machines.items():
-        for batch in batches:
-            free = Scheduler.goodput(study.calibration, cost, beam=study.tune.beam)
-            gate = echo.GoodputGate(study.calibration, cost, free.rule.width, price=batch / cost(batch))
-            order = np.tile(np.random.default_rng(1).permutation(len(study.test.kind)), 1 + batch // 16)  # the same texts for both
-            options = {"batch": batch, "order": order, "lag": LAG, "compact": True}
-            gated, plain = (play(study.test, s, cost, **options).throughput for s in (replace(free, gate=gate), free))
-            found.setdefault(name, []).append(gated / plain)
-    return {"batch": batches, "gated_over_ungated": found}
-
-
 def temperature(study: Study, path: Path) -> dict[str, object]:
     """The same prompts at temperature 0.8, with the gates and maps of greedy text, and with their own."""
     tune, test = halves(Trace.load(path))
@@ -285,7 +266,6 @@ SECTIONS: dict[str, Callable[[Study], dict[str, object]]] = {
     "wrong_cost": wrong_cost,
     "lag": lag,
     "churn": churn,
-    "next_layer": next_layer,
 }
 
 

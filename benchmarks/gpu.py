@@ -226,11 +226,11 @@ def acceptance(device: torch.device, copy: float, dry: bool) -> list[dict[str, A
             logits = torch.randn(rows, vocabulary, device=device, dtype=dtype)
             logits.scatter_(1, tokens.roll(-1)[:, None], 9.0)  # so that walks go on
             args = (packed.parent.to(device), packed.indptr.to(device), tokens, logits, packed.max_depth)
-            same = zip(kernels.accept_greedy(*args, backend="triton"), kernels.reference.accept_greedy(*args), strict=True)
+            same = zip(kernels.walk(*args, backend="triton"), kernels.reference.walk(*args), strict=True)
             if not all(torch.equal(a, b) for a, b in same):
-                raise SystemExit("accept_greedy differs from its twin: nothing more is timed")
+                raise SystemExit("walk differs from its twin: nothing more is timed")
             read = logits.numel() * logits.element_size() / copy
-            seconds, slow = timed([lambda a=args: kernels.accept_greedy(*a, backend="triton")])
+            seconds, slow = timed([lambda a=args: kernels.walk(*a, backend="triton")])
             plain, _ = timed([lambda x=logits: x.argmax(-1)])
             times = {"us": round(1e6 * seconds, 2), "p99_us": round(1e6 * slow, 2), "torch_argmax_us": round(1e6 * plain, 2)}
             shape = {"rows": rows, "vocabulary": vocabulary, "dtype": str(dtype)[6:]}

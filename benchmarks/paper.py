@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 import echo
+from common import roofline
 from common.policies import goodput_gate, one_threshold, oracle_trace
 from common.raised import raised, raised_to
 from common.replays import FREE, Steps, arguments, by_batch, calibrate, describe, fold, halves, run, warm_up, write
@@ -230,7 +231,7 @@ def markdown(comparison: list[dict[str, str]], cells: dict[str, list[dict[str, o
 def draw(cells: dict[str, list[dict[str, object]]], path: Path) -> None:
     """A row of panels for each trace, one panel a model."""
     shown = ("EAGLE-3, default", "EAGLE-3, matched", "DDD", "ECHO", "goodput", "oracle")
-    models = list(echo.cost.MODELS)
+    models = list(roofline.MODELS)
     with style.figure(16, 6.2) as figure:
         axes = figure.subplots(len(cells), len(models), sharey="row", sharex=True)
         for row, (name, own) in zip(axes, cells.items(), strict=True):
@@ -257,7 +258,7 @@ def measure(trace: Trace, share: float, models: Iterable[str]) -> tuple[dict[str
     """Cells of both traces, and the odds that raise the second."""
     tune, test = halves(trace)
     odds = raised_to(tune, TOKENS, LOW)
-    costs = {name: echo.CostModel.roofline(name, most_rows=16384) for name in models}
+    costs = {name: roofline.plan(name, most_rows=16384) for name in models}
     cells: dict[str, list[dict[str, object]]] = {}
     for name, (first, second) in {"as recorded": (tune, test), "raised": (raised(tune, odds), raised(test, odds))}.items():
         calibration, log = calibrate(first), warm_up(first).log
@@ -274,7 +275,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     console, start = Console(), time.perf_counter()
-    cells, odds = measure(Trace.load(args.trace), args.share, echo.cost.MODELS)
+    cells, odds = measure(Trace.load(args.trace), args.share, roofline.MODELS)
     comparison = compare(cells)
     table = Table(*comparison[0], title="the paper's figures and ours", header_style="bold")
     for row in comparison:

@@ -27,6 +27,7 @@ import simpy
 import torch
 
 import echo
+from common import roofline
 from common.raised import raised, raised_to
 from common.replays import FREE, arguments, calibrate, fold, halves, unfold, write
 from echo import style
@@ -292,7 +293,7 @@ def served(trace: Trace, better: bool, share: float, most: int) -> dict[str, Any
     tune, test = halves(trace)
     odds = raised_to(tune, 7.0, (60, 6, 8)) if better else 1.0
     tune, test = raised(tune, odds), raised(test, odds)
-    cost, calibration = echo.CostModel.roofline(MODEL, tensor=GPUS, most_rows=16384), calibrate(tune)
+    cost, calibration = roofline.plan(MODEL, tensor=GPUS, most_rows=16384), calibrate(tune)
     steps = {
         policy: {
             (batch, beside): replayed(test, policies(calibration, cost, batch, test.beam)[policy], batch, CHUNK * beside, share)
@@ -346,7 +347,7 @@ def worst(tune: Trace, test: Trace, share: float) -> list[dict[str, object]]:
         order = np.random.default_rng(3).permutation(len(trace.kind))
         for model in MODELS:
             for batch, count in WORST.items():
-                cost = echo.CostModel.roofline(model, most_rows=16384)
+                cost = roofline.plan(model, most_rows=16384)
                 at = cost.at(batch, CONTEXT * batch)
                 for policy in ("ECHO", "goodput"):
                     scheduler = policies(calibration, cost, batch, trace.beam)[policy]

@@ -1,4 +1,4 @@
-"""Cost curves, their knee, drafting and coming back to it, SGLang's tables, the roofline, and profiling."""
+"""Cost curves, their knee, drafting and coming back to it, SGLang's tables, and profiling."""
 
 from __future__ import annotations
 
@@ -162,30 +162,7 @@ def test_sglangs_table_of_rates_is_a_step_function():
     assert [model(r) for r in (1, 7, 8, 31, 32, 500)] == pytest.approx([first] * 4 + [0.5] * 2)
 
 
-@pytest.mark.parametrize("name", echo.cost.MODELS)
-def test_rooflines_keep_to_physics(name):
-    shape, model = echo.cost.MODELS[name], echo.CostModel.roofline(name)
-    single = echo.CostModel.roofline(name, tensor=1)
-    peak = echo.cost.H100
-    read = 2 * (shape.weights - shape.vocab * shape.hidden) / peak.bandwidth / 8
-    if not shape.experts:
-        assert model(1) > read  # all weights but the embedding are read once
-        assert model(64) / model(1) < 1.2  # flat below the knee
-    assert model(4096) > 2 * 4096 * shape.layers * (shape.attention_weights + max(1, shape.active) * shape.ffn_weights) / peak.flops / 8
-    assert single(512) > model(512)
-    assert model.draft(1, 1) < model(1) / 10
-    assert shape.weights / 1e9 == pytest.approx(float(name.split("-")[1 if "Qwen" in name else -1].rstrip("B")), rel=0.08)
-
-
-def test_experts_are_read_as_rows_reach_them():
-    sparse = echo.CostModel.roofline("Qwen3-235B-A22B")
-    assert sparse(16) > 1.5 * sparse(1)  # more rows, more experts
-    assert sparse(256) < 1.15 * sparse(64)  # all are read by then
-    grouped = echo.CostModel.roofline("Qwen3-235B-A22B", expert=8)
-    assert (grouped(np.arange(1, 4097)) >= sparse(np.arange(1, 4097)) * (1 - 1e-9)).all()
-
-
-@pytest.mark.parametrize("model", [echo.CostModel.roofline("Qwen3-8B", tiers=(8, 64, 512)), echo.CostModel((5,), (1.0,))])
+@pytest.mark.parametrize("model", [echo.CostModel((1, 64, 512), (1.0, 1.1, 4.0), tiers=(8, 64, 512)), echo.CostModel((5,), (1.0,))])
 def test_plot_draws(model, tmp_path):
     pytest.importorskip("matplotlib")
     model.plot().savefig(tmp_path / "cost.png")
@@ -219,8 +196,6 @@ def test_profile_reads_the_devices_clock():
         (lambda: echo.CostModel((1,), (1.0,), requests=(1, 2)), "requests: expected increasing ints >= 1, as many as request_seconds"),
         (lambda: echo.CostModel((1,), (1.0,), requests=(1,), request_seconds=(0.1,)), "request_seconds: expected 0 at the fewest"),
         (lambda: echo.CostModel.from_sglang("{}"), "cost: expected one of SGLang's cost tables"),
-        (lambda: echo.CostModel.roofline("GPT-2"), "model: expected an Architecture or one of LLaMA"),
-        (lambda: echo.CostModel.roofline("Qwen3-8B", tensor=8, expert=3), "expert: expected a divisor of tensor"),
         (lambda: echo.CostModel((2, 1), (1.0, 1.0)), "rows: expected increasing ints"),
         (lambda: echo.CostModel((1, 2), (2.0, 1.0)), "seconds: expected positive, non-decreasing"),
         (lambda: echo.CostModel((1,), (1.0,), tiers=(4, 2)), "tiers: expected increasing"),

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import echo
 from conftest import CALIBRATION, grow_all
 from echo.budget.dealing import deal
-from echo.tree.supertree import UNSELECTABLE
+from echo.kernels.launch import UNSELECTABLE
 
 
 def dealt(tree, cost, cap, left):

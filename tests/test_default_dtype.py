@@ -81,7 +81,7 @@ def calibration():
     confidence = rng.random(900)
     log = echo.WarmupLog.from_arrays(np.arange(900) % 3 + 1, confidence, rng.random(900) < confidence, step=np.arange(900) // 3)
     made = echo.calibrate(log)
-    return log, made, made.error(log), made.report(log), made.reliability_table(by_rank=True)
+    return log, made, made.error(log), made.report(log), made.reliability_table()
 
 
 def policies():
@@ -94,7 +94,6 @@ def policies():
         "goodput": make.goodput(learnt, cost, beam=2),
         "eagle": make.eagle(n=5, beam=2, max_depth=3),
         "exploring": make(echo.TwoLevel(2, 2), gate, 20, 3),
-        "joint": make(echo.GlobalRank(2), echo.GoodputGate(learnt, cost, 2, price=0.1), 20, 3),
         "mass": make(echo.GlobalRank(2), echo.BeamMassGate((1, 2), -1.0, 2), 20, 3),
     }
 
@@ -103,7 +102,7 @@ def engine():
     """Everything between plant and the counters, by every policy: all that has a tensor."""
     found = [calibration()]
     context, pages = torch.tensor([3, 5, 2]), torch.arange(30).view(3, 10).int()
-    weighed = {"weights": torch.tensor([1.0, 2.0, 4.0], dtype=torch.float32), "floors": torch.tensor([2, 1, 3])}
+    weighed = {"weights": torch.tensor([1.0, 2.0, 4.0], dtype=torch.float32)}
     for name, scheduler in policies().items():
         for served in ({}, weighed):
             if name not in ("paper", "goodput") and kernels.fused("packing", context) is not None:

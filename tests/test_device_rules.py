@@ -21,14 +21,11 @@ POLICIES = {
     "calibrated": echo.ElasticBudgetScheduler(echo.GlobalRank(2, CALIBRATION), None, 24, 3),
     "eagle": echo.ElasticBudgetScheduler.eagle(n=5, beam=2, max_depth=3),
     "goodput": echo.ElasticBudgetScheduler.goodput(CALIBRATION, echo.CostModel((1, 24, 99), (1.0, 1.0, 4.0)), beam=2),
-    "joint": echo.ElasticBudgetScheduler(
-        echo.GlobalRank(2), echo.GoodputGate(CALIBRATION, echo.CostModel((1, 9), (1.0, 2.0), draft_layer=0.1), 2, price=4.0), 24, 3
-    ),
     "ddd": echo.ElasticBudgetScheduler(echo.PerRequest(5, 2), echo.BeamMassGate((2,), -1.0, 2), None, 3),
 }
 
 
-SERVED = {"weights": torch.tensor([1.0, 2.0, 1.0, 3.0]), "floors": torch.tensor([1, 3, 0, 2])}
+SERVED = {"weights": torch.tensor([1.0, 2.0, 1.0, 3.0])}
 
 
 def step(scheduler, roots, live, tokens, log_probs, target, context, pages, counts, served):

@@ -252,8 +252,8 @@ def test_launchers_read_nothing_back(monkeypatch):
     with RefuseReads():
         out, lse = kernels.tree_attention(**args, window=3, splits=2, backend="triton")
         kernels.merge_attention(out, lse, out, lse, backend="triton")
-        kernels.accept(*links, token, token, 3, backend="triton")
-        kernels.accept_greedy(*links, token, out[:, 0], 3, backend="triton")
+        kernels.walk(*links, token, token, 3, backend="triton")
+        kernels.walk(*links, token, out[:, 0], 3, backend="triton")
         kernels.argmax_tokens(out[:, 0], backend="triton")
 
 
@@ -265,8 +265,8 @@ def test_the_walk_equals_the_twin_whatever_the_links_are(rows, pads, max_depth, 
     draw = lambda low, high: torch.randint(low, high, (count,), generator=generator).to(DEVICE)  # noqa: E731
     indptr = torch.tensor([0, *rows]).cumsum(0).int().to(DEVICE)
     parent, tokens, target = draw(-3, 9).int(), draw(-1, 3), draw(-1, 3)
-    expected = reference.accept(parent, indptr, tokens, target, max_depth)
-    result = kernels.accept(parent, indptr, tokens, target, max_depth, backend="triton")
+    expected = reference.walk(parent, indptr, tokens, target, max_depth)
+    result = kernels.walk(parent, indptr, tokens, target, max_depth, backend="triton")
     assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(result, expected, strict=True))
 
 
@@ -285,8 +285,8 @@ def test_greedy_acceptance_equals_the_twin(dtype, vocabulary, monkeypatch):
     assert kernels.argmax_tokens(logits, backend="triton")[3:5].tolist() == [-1, -1]
     parent, _, _, indptr, _ = trees.links([9, 0, 8], 3, generator, DEVICE)
     tokens = torch.randint(0, min(vocabulary, 4), (20,), generator=generator).to(DEVICE)
-    expected = reference.accept_greedy(parent, indptr, tokens, logits, 5)
-    result = kernels.accept_greedy(parent, indptr, tokens, logits, 5, backend="triton")
+    expected = reference.walk(parent, indptr, tokens, logits, 5)
+    result = kernels.walk(parent, indptr, tokens, logits, 5, backend="triton")
     assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True))
 
 
@@ -303,7 +303,7 @@ def test_verify_gives_the_same_on_both_backends():
         assert int(one.lengths.max()) > 1
 
 
-@pytest.mark.parametrize("name", ["tree_attention", "plan_attention", "merge_attention", "accept", "accept_greedy", "argmax_tokens"])
+@pytest.mark.parametrize("name", ["tree_attention", "plan_attention", "merge_attention", "argmax_tokens"])
 def test_kernel_and_twin_have_the_same_signature(name):
     kernel = triton_attention if "attention" in name else triton_accept
     public, twin, launcher = (inspect.signature(getattr(module, name)) for module in (kernels, reference, kernel))
@@ -356,8 +356,8 @@ def test_bad_targets(backend):
     links, tokens = torch.zeros(4, dtype=torch.int32, device=DEVICE), torch.zeros(4, dtype=torch.int64, device=DEVICE)
     tree, logits = (links, links[:2], tokens), torch.zeros(4, 9, device=DEVICE)
     for function, args, message in [
-        (kernels.accept, (*tree, tokens[:3], 2), r"target_tokens: expected int64 \[4\], got int64 \[3\]"),
-        (kernels.accept_greedy, (*tree, logits[:3], 2), r"logits: expected .* \[4, V\], got float32 \[3, 9\]"),
+        (kernels.walk, (*tree, tokens[:3], 2), r"target_tokens: expected int64 \[4\], got int64 \[3\]"),
+        (kernels.walk, (*tree, logits[:3], 2), r"logits: expected .* \[4, V\], got float32 \[3, 9\]"),
         (kernels.argmax_tokens, (tokens,), r"logits: expected .* \[N, V\], got int64 \[4\]"),
         (kernels.argmax_tokens, (logits[:, :0],), r"V: expected an int from 1 to 1073741824, got 0"),
     ]:

@@ -11,7 +11,7 @@ import torch
 
 import echo
 import trees
-from conftest import CALIBRATION, grow_all
+from conftest import grow_all
 from echo import checks, kernels
 from echo.gating import ConfidenceHistograms
 from echo.testing import TabularDrafter, TabularTarget, table
@@ -48,7 +48,6 @@ CALLS = {
     "eagle": lambda k: echo.ElasticBudgetScheduler.eagle(n=k(4), beam=k(2), max_depth=k(3)),
     "SparseGate": lambda k: echo.SparseGate({hashable(k(1)): 0.2, hashable(k(3)): 0.4}).log_tau,
     "BeamMassGate": lambda k: echo.BeamMassGate((k(1), k(3)), -1.0, k(2)),
-    "GoodputGate": lambda k: echo.GoodputGate(CALIBRATION, COST, k(2), price=4.0).beam,
     "history": lambda k: SCHEDULER.history(k(5)).steps.shape,
     "forecast": lambda k: SCHEDULER.forecast(SCHEDULER.history(4), [k(1), k(2)], k(3)),
     "forecast, one kind": lambda k: SCHEDULER.forecast(SCHEDULER.history(4), torch.tensor([1, 2], dtype=torch.uint8), k(3)),
@@ -60,8 +59,8 @@ CALLS = {
     ),
     "compact, past": lambda k: echo.compact(PACKED, ACCEPTED, CONTEXT, past=k(9)).source,
     "workspace": lambda k: echo.Workspace(SCHEDULER, k(3), k=k(2), num_verify_tokens=k(24), max_num_reqs=k(5)).nbytes,
-    "accept": lambda k: kernels.accept(*LINKS, PACKED.tokens.roll(-1), k(2))[0],
-    "accept, kernel": lambda k: kernels.accept(*LINKS, PACKED.tokens.roll(-1), k(2), backend="triton")[0],
+    "accept": lambda k: kernels.walk(*LINKS, PACKED.tokens.roll(-1), k(2))[0],
+    "accept, kernel": lambda k: kernels.walk(*LINKS, PACKED.tokens.roll(-1), k(2), backend="triton")[0],
     "attention": lambda k: kernels.tree_attention(**ATTENTION, window=k(3), splits=k(2))[0],
     "attention, kernel": lambda k: kernels.tree_attention(**ATTENTION, window=k(3), splits=k(2), backend="triton")[0],
     "sglang": lambda k: layouts.sglang(PACKED, k(24), CONTEXT).positions,
@@ -70,8 +69,7 @@ CALLS = {
     "render": lambda k: PACKED.render(k(1)),
     "validate": lambda k: PACKED.validate(max_rows=k(24)),
     "lookup": lambda k: echo.PromptLookup(k(3), k(9), longest=k(8)).texts.tokens,
-    "histograms": lambda k: ConfidenceHistograms.empty(k(3), ranks=k(2)).mass.shape,
-    "roofline": lambda k: echo.CostModel.roofline("LLaMA-3.3-70B", tensor=k(4), most_rows=k(64)),
+    "histograms": lambda k: ConfidenceHistograms.empty(k(3)).mass.shape,
     "at": lambda k: COST.at(k(4)),
     "learn": lambda k: COST.learn(k(8), 2.0),
     "drafter": lambda k: TabularDrafter(table(9, 0), k(3)).draft(torch.arange(1), SCHEDULER.plant(torch.arange(1)).frontier)[0],
@@ -110,7 +108,7 @@ def test_what_is_no_integer_is_refused(wrong):
         lambda: SCHEDULER.plant(torch.arange(1), rows=wrong if wrong is not None else "none"),
         lambda: SCHEDULER.forecast(SCHEDULER.history(4), [0], wrong),
         lambda: echo.SparseGate({str(wrong): 0.5}),
-        lambda: kernels.accept(*LINKS, PACKED.tokens, wrong),
+        lambda: kernels.walk(*LINKS, PACKED.tokens, wrong),
     ):
         with pytest.raises(echo.EchoError, match="expected an int"):
             call()

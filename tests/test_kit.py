@@ -17,12 +17,13 @@ from hypothesis import strategies as st
 import echo
 from conftest import CALIBRATION
 from echo.budget.rules import deal
+from echo.kernels.launch import UNSELECTABLE
 from echo.testing import PlanError, Scenario, check_plan, check_scheduler, check_step, scenarios, strategies
-from echo.tree.supertree import UNSELECTABLE, bits
+from echo.tree.supertree import bits
 
-DEPTH_FIRST = ("ties", "order", "slots", "reads", "depth_first", "floors")
+DEPTH_FIRST = ("ties", "order", "slots", "reads", "depth_first")
 ALONE = ("ties", "order", "slots", "reads", "alone")
-RANKED = ("ties", "order", "slots", "reads", "full", "best", "floors")
+RANKED = ("ties", "order", "slots", "reads", "full", "best")
 COST = echo.CostModel((1, 8, 64), (1.0, 1.0, 4.0), 0.02, tiers=(4, 8, 16, 32, 64))
 POLICIES = {
     "paper": (echo.ElasticBudgetScheduler.paper(CALIBRATION, k_max=12, layer_width=2), DEPTH_FIRST),
@@ -116,13 +117,6 @@ class FirstCome(echo.GlobalRank):
         return wanted & (wanted.flatten().cumsum(0).view_as(wanted) <= left)
 
 
-class Deaf(echo.GlobalRank):
-    """Deals nothing that is set aside."""
-
-    def deal(self, tree, room, left, rows):
-        return torch.zeros_like(tree.forest.bought) if tree.reserve is not None else super().deal(tree, room, left, rows)
-
-
 class Clumsy(echo.GlobalRank):
     """Raises where a layer is narrow."""
 
@@ -143,11 +137,10 @@ def planted(rule):
         (planted(UnstableTie(2)), "ties"),
         (planted(WidthFirst(2, 4)), "depth_first"),
         (planted(Orphan(2)), "closed"),
-        (planted(Moody(2)), "layout|repeat|floors"),
+        (planted(Moody(2)), "layout|repeat"),
         (planted(Peeking(2, 4)), "reads"),
         (planted(Greedy(2)), "limit|finite"),
         (planted(FirstCome(2)), "order"),
-        (planted(Deaf(2)), "floors"),
         (planted(Clumsy(2)), "runs"),
     ],
     ids=lambda value: type(getattr(value, "rule", value)).__name__,
@@ -209,6 +202,31 @@ def test_scenarios_are_what_they_say():
 @given(strategies.trees(), st.sampled_from([echo.GlobalRank(2), echo.TwoLevel(2, 3)]))
 def test_drawn_trees_are_dealt_right(tree, rule):
     check_plan(tree, echo.ElasticBudgetScheduler(rule, budget=64).pack(tree))
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("tokens", lambda x: x + 1),
+        ("tokens", lambda x: x.flip(0)),
+        ("node", lambda x: x.roll(1)),
+        ("node", lambda x: x.masked_fill(x == x.max(), 63)),
+        ("score", lambda x: x - 0.1),
+        ("bought", lambda x: ~x),
+        ("depth", lambda x: x + 1),
+        ("parent", lambda x: x.clamp(max=0)),
+        ("mask", lambda x: x | 2),
+        ("indptr", lambda x: x.clamp(max=6)),
+    ],
+)
+def test_a_step_that_is_not_the_plan_of_its_tree_is_refused(name, change):
+    plan = replace(scenarios.one_confident_many_doubtful(3), rows=12).plan(planted(echo.TwoLevel(2, 4)))
+    check_plan(plan.tree, plan.packed)
+    with pytest.raises(echo.EchoError, match=r"^[\w., ]+: "):
+        check_plan(plan.tree, replace(plan.packed, **{name: change(getattr(plan.packed, name))}))
+    fewer = replace(plan.tree, row_limit=plan.tree.row_limit.clamp(max=1))
+    with pytest.raises(echo.EchoError, match=r"^packed.indptr: expected what the tree says"):
+        check_plan(fewer, plan.packed)
 
 
 @given(strategies.logs())

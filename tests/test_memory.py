@@ -395,11 +395,11 @@ def test_acceptance_touches_nothing_else(rows, pads, max_depth, vocabulary, seed
         patch.setattr(launch, "VOCABULARY_CHUNK", 64)
         patch.setattr(launch, "VOCABULARY_BLOCK", 64)
         walks = (
-            kernels.accept(*links, tokens, max_depth, backend="triton"),
-            kernels.accept_greedy(*links, logits, max_depth, backend="triton"),
+            kernels.walk(*links, tokens, max_depth, backend="triton"),
+            kernels.walk(*links, logits, max_depth, backend="triton"),
         )
         assert torch.equal(kernels.argmax_tokens(logits, backend="triton"), reference.argmax_tokens(logits))
-    expected = reference.accept(*links, tokens, max_depth), reference.accept_greedy(*links, logits, max_depth)
+    expected = reference.walk(*links, tokens, max_depth), reference.walk(*links, logits, max_depth)
     for walk in zip(walks, expected, strict=True):
         assert all(torch.equal(one, two) for one, two in zip(*walk, strict=True))
 

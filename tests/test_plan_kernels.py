@@ -83,7 +83,7 @@ def test_whole_steps(policy, seed, spoil, ties, data):
     scheduler, batch = policy
     live = torch.tensor(data.draw(st.lists(st.booleans(), min_size=batch, max_size=batch)))
     capacity = torch.tensor(data.draw(st.lists(st.integers(0, 9), min_size=batch, max_size=batch)))
-    served = data.draw(st.sampled_from([{}, {"weights": torch.arange(batch).float()}, {"floors": torch.arange(batch)}]))
+    served = data.draw(st.sampled_from([{}, {"weights": torch.arange(batch).float()}]))
     pads = data.draw(st.sampled_from([0, 37]))
     compare(scheduler, batch, pads=pads, k=3, seed=seed, spoil=spoil, ties=ties, live=live, capacity=capacity, **served)
 

@@ -133,7 +133,7 @@ def test_empty_lanes_need_no_row(name, backend):
 @pytest.mark.parametrize("name", POLICIES)
 def test_more_live_requests_than_rows_wait_and_are_counted(name, rows, backend):
     scheduler, live = POLICIES[name], torch.arange(12) != 1
-    weights = {"weights": torch.ones(12), "floors": torch.full((12,), 2)} if name == "two-level" else {}
+    weights = {"weights": torch.ones(12)} if name == "two-level" else {}
     history = scheduler.history(12)
     with kernels.using(backend):
         tree = grown(scheduler, scheduler.plant(torch.arange(12), live=live, rows=rows, **weights))

@@ -1,4 +1,4 @@
-"""Monotone maps by depth and rank, their look-up on the device, and the error that they remove."""
+"""Monotone maps by depth, their look-up on the device, and the error that they remove."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import echo
 from echo.gating import look_up
 from echo.gating.histograms import ROWS, middle_scores
-from echo.gating.reliability import BINS_PER_NAT, ONE, TABLE_BINS
+from echo.kernels.launch import BINS_PER_NAT, ONE
 from echo.testing.kit import RefuseReads
 
 
@@ -48,30 +48,6 @@ def test_isotonic_regression_equals_scikit_learn_on_the_binned_rows_and_is_close
     assert np.abs(raw.predict(grid) - np.interp(grid, *np.array(ours).T)).mean() < 0.01
 
 
-def test_tables_by_rank_find_what_the_pooled_one_cannot():
-    pooled, ranked = CALIBRATION.reliability_table(), CALIBRATION.reliability_table(by_rank=True)
-    assert pooled.shape == (3, TABLE_BINS) and ranked.shape == (4, 3, TABLE_BINS)
-    assert (np.diff(ranked[:, 1:], axis=-1) <= 0).all() and (ranked[:, 0] == ONE).all()
-    column = int(-np.log(0.8) * BINS_PER_NAT)
-    for rank in range(4):
-        assert ranked[rank, 1, column] / ONE == pytest.approx(0.64 / (1 + rank), abs=0.06)
-
-
-def test_a_rank_without_rows_takes_the_pooled_map():
-    calibration = echo.calibrate(rows_of(2000, 1, ranks=2))
-    assert calibration.depths[0].by_rank[3] == calibration.depths[0].reliability
-
-
-def test_a_rank_with_few_rows_stays_near_the_pooled_map():
-    """Five accepted rows of rank 1 against a pooled rate of about 0.3, which counts for 20 rows: (5 + 20 * 0.3) / 25."""
-    random = np.random.default_rng(0)
-    columns = np.ones(2005), np.full(2005, 0.5), np.concatenate([random.random(2000) < 0.3, np.ones(5, bool)])
-    d = echo.calibrate(echo.WarmupLog.from_arrays(*columns, rank=np.arange(2005) // 2000)).depths[0]
-    pooled = d.reliability[0][1]
-    assert pooled == pytest.approx(0.3, abs=0.03)
-    assert d.by_rank[1][0][1] == pytest.approx((5 + 20 * pooled) / 25, rel=1e-9)
-
-
 def test_without_evidence_the_draft_is_taken_at_its_word():
     """Depth 2 has no rows, depth 3 has three."""
     rows = rows_of(500, 0, depths=1, ranks=1)
@@ -84,11 +60,10 @@ def test_without_evidence_the_draft_is_taken_at_its_word():
 
 def test_calibration_removes_the_error_on_held_out_rows():
     held_out = rows_of(20_000, 9)
-    pooled, ranked = CALIBRATION.error(held_out), CALIBRATION.error(held_out, by_rank=True)
+    pooled = CALIBRATION.error(held_out)
     assert pooled.before[0] > 0.15 and pooled.after[0] < 0.02
     assert pooled.after[2] < pooled.before[1]  # intervals apart
     assert pooled.brier_after[0] < pooled.brier_before[0]
-    assert ranked.brier_after[0] < pooled.brier_after[0]
     for value, low, high in (pooled.before, pooled.brier_before, pooled.brier_after):
         assert low <= value <= high
     assert CALIBRATION.error(held_out) == pooled  # the seed is an argument
@@ -97,19 +72,17 @@ def test_calibration_removes_the_error_on_held_out_rows():
 @given(
     st.lists(st.floats(-40, 0, width=32) | st.just(-np.inf) | st.just(np.nan), min_size=1, max_size=20),
     st.integers(0, 5),
-    st.integers(0, 6),
 )
-def test_look_up_reads_the_table_entry(scores, depth, rank):
+def test_look_up_reads_the_table_entry(scores, depth):
     score = torch.tensor(scores, dtype=torch.float32)
-    pooled, ranked = (torch.from_numpy(CALIBRATION.reliability_table(by_rank=flag)) for flag in (False, True))
+    table = torch.from_numpy(CALIBRATION.reliability_table())
     column = [511 if not np.isfinite(s) else min(int(np.floor(-32 * s)), 511) for s in score.tolist()]
     with RefuseReads():
-        plain = look_up(pooled, score, depth)
-        many = look_up(ranked, score, torch.full_like(score, depth, dtype=torch.int32), torch.full_like(score, rank, dtype=torch.int64))
-        capped = look_up(pooled, score, depth, parent=torch.full_like(plain, 12345))
+        plain = look_up(table, score, depth)
+        many = look_up(table, score, torch.full_like(score, depth, dtype=torch.int32))
+        capped = look_up(table, score, depth, parent=torch.full_like(plain, 12345))
     assert plain.dtype == torch.int32
-    assert plain.tolist() == pooled[min(depth, 2)][column].tolist()
-    assert many.tolist() == ranked[min(rank, 3), min(depth, 2)][column].tolist()
+    assert plain.tolist() == many.tolist() == table[min(depth, 2)][column].tolist()
     assert capped.tolist() == plain.clamp(max=12345).tolist()
 
 
@@ -147,10 +120,6 @@ def test_picture_and_table():
         (
             lambda: look_up(torch.zeros(3, 5, dtype=torch.int32), torch.zeros(2), 1),
             r"table: expected int32 \[depths, 512\], got int32 \[3, 5\]",
-        ),
-        (
-            lambda: look_up(torch.zeros(3, 512, dtype=torch.int32), torch.zeros(2), 1, torch.zeros(2, dtype=torch.int64)),
-            r"table: expected int32 \[ranks, depths, 512\]",
         ),
         (lambda: CALIBRATION.error(LOG, bins=1), "bins: expected an int >= 2, got 1"),
         (lambda: CALIBRATION.error(echo.WarmupLog.from_arrays([9], [0.5], [1])), "log: expected rows of depth 1 to 2, got none"),

@@ -16,13 +16,13 @@ import echo
 from conftest import CALIBRATION, grow_all, policies
 from echo.lookup import blend
 from echo.testing import Scenario, check_plan, check_step, strategies
-from echo.tree.supertree import Layer, path_score
+from echo.tree.supertree import path_score
 
 
 def claims(rule):
     if isinstance(rule, echo.TwoLevel):
-        return "ties", "order", "slots", "depth_first", "floors"
-    return "ties", "order", "slots", *(("full", "floors") if rule.max_rows is None else ("alone",))
+        return "ties", "order", "slots", "depth_first"
+    return "ties", "order", "slots", *(("full",) if rule.max_rows is None else ("alone",))
 
 
 @given(policies(), st.data())
@@ -71,8 +71,8 @@ def closed_subsets(parent: tuple[int, ...]) -> np.ndarray:
     return chosen[chosen[:, 0] & (~chosen | chosen[:, list(parent)]).all(axis=1)]
 
 
-def best_value(value: np.ndarray, parent: list[list[int]], extra: int, least: list[int], most: list[int]) -> float:
-    """Brute force: the greatest value of ``extra`` nodes beyond the roots, over every closed choice with bounds for each request."""
+def best_value(value: np.ndarray, parent: list[list[int]], extra: int, most: list[int]) -> float:
+    """Brute force: the greatest value of ``extra`` nodes beyond the roots, over every closed choice within the limits of the requests."""
     total = np.full(extra + 1, -np.inf)
     total[0] = 0.0
     for b, up in enumerate(parent):
@@ -81,23 +81,21 @@ def best_value(value: np.ndarray, parent: list[list[int]], extra: int, least: li
         best = np.full(extra + 1, -np.inf)
         for n in range(min(extra, len(up) - 1) + 1):
             fits = count == n
-            if fits.any() and least[b] <= n + 1 <= most[b]:
+            if fits.any() and n + 1 <= most[b]:
                 best[n] = worth[fits].max()
         total = np.array([(total[: n + 1] + best[n::-1]).max() for n in range(extra + 1)])
     return float(total.max())
 
 
 @pytest.mark.parametrize("calibrated", [False, True])
-@pytest.mark.parametrize("served", ["alike", "weights", "floors"])
+@pytest.mark.parametrize("served", ["alike", "weights"])
 def test_global_rank_is_optimal_among_all_closed_subsets(calibrated, served):
-    """Over every ancestor-closed choice of as many rows, caps, floors, weights and ties included: a thousand small forests in all."""
+    """Over every ancestor-closed choice of as many rows, caps, weights and ties included: a thousand small forests in all."""
     reliability = CALIBRATION if calibrated else None
     for seed in range(170):
         rng = np.random.default_rng(seed)
         batch, extra, beam = int(rng.integers(1, 4)), int(rng.integers(1, 10)), int(rng.integers(1, 3))
         most = rng.integers(1, 9, batch)
-        floors = np.minimum(rng.integers(0, 4, batch), most) if served == "floors" else np.zeros(batch, int)
-        extra = max(extra, int((floors - 1).clip(min=0).sum()))
         weights = torch.tensor(rng.uniform(0.1, 3.0, batch), dtype=torch.float32) if served == "weights" else None
         scheduler = echo.ElasticBudgetScheduler(echo.GlobalRank(beam, reliability), budget=batch + extra, max_depth=2)
         tree = grow_all(
@@ -108,32 +106,15 @@ def test_global_rank_is_optimal_among_all_closed_subsets(calibrated, served):
             ties=bool(seed % 2),
             capacity=torch.from_numpy(most),
             weights=weights,
-            floors=torch.from_numpy(floors) if served == "floors" else None,
         )
         value = scheduler.rule.gain(tree).double().numpy() * (1 if weights is None else weights.double().numpy()[:, None])
-        usable = torch.isfinite(tree.forest.score).sum(dim=1).numpy()  # an opt-out drafts nothing
         value[:, 0] = 0
         value[~torch.isfinite(tree.forest.score).numpy()] = -np.inf
-        least = np.minimum(floors, np.minimum(most, usable)).tolist()
-        expected = best_value(np.where(np.isfinite(value), value, -1e9), tree.forest.parent.tolist(), extra, least, most.tolist())
+        expected = best_value(np.where(np.isfinite(value), value, -1e9), tree.forest.parent.tolist(), extra, most.tolist())
         selected = scheduler.select(tree).numpy()
-        assert (selected.sum(axis=1) <= most).all() and (selected.sum(axis=1) >= least).all()
+        assert (selected.sum(axis=1) <= most).all()
         assert selected.sum() <= batch + extra
         assert (np.where(selected, value, 0)).sum() == pytest.approx(expected, abs=2e-6 if weights is not None else 1e-9)
-
-
-def test_floors_are_bought_before_anybody_competes():
-    scheduler = echo.ElasticBudgetScheduler(echo.TwoLevel(1, 8), echo.SparseGate({1: 0.5}), budget=6, max_depth=4)
-    tree = chains(scheduler, [0.9, 0.9, 0.9, 0.9], [0.3, 0.9, 0.9, 0.9], floors=torch.tensor([1, 2]))
-    # request 1 fails the root gate as before, and gets its one row set aside: its best draft; request 0 has three layers left to buy
-    assert scheduler.pack(tree).indptr.tolist() == [0, 4, 6]
-    tree = chains(scheduler, [0.9, 0.9, 0.9, 0.9], [0.6, 0.9, 0.9, 0.9], floors=torch.tensor([0, 3]))
-    # both pass; request 1 buys layers 1 and 2 from what is set aside for it, request 0 the two rows that are left
-    assert [layer.bought.flatten().tolist() for layer in tree.layers[1:3]] == [[True, True], [True, True]]
-    assert scheduler.pack(tree).indptr.tolist() == [0, 3, 6]
-    tree = chains(scheduler, [0.9, 0.9, 0.9, 0.9], [0.3, 0.9, 0.9, 0.9], floors=torch.tensor([3, 6]))
-    # floors beyond the step: 2 rows for request 0 first, the 2 others for request 1, of which it has one draft to spend them on
-    assert scheduler.pack(tree).indptr.tolist() == [0, 4, 6]
 
 
 def test_weights_move_rows_to_the_better_service():
@@ -486,22 +467,6 @@ def test_ranks_agree_on_what_is_best_for_all():
         GOODPUT.forecast(history.to("meta"), slots)
     with pytest.raises(echo.EchoError, match="budget: expected a CostModel"):
         SCHEDULER.curve(history, slots)
-
-
-def test_goodput_gate_drafts_on_where_a_layer_pays():
-    """Hand-made: f is 0.5 everywhere, half of what is accepted goes on; time is worth 2 tokens a second."""
-    rows = [(depth, 0.5, i < 100 >> depth) for depth in (1, 2, 3) for i in range(100)]
-    calibration = echo.calibrate(echo.WarmupLog.from_arrays(*map(list, zip(*rows, strict=True))), min_rows=10)
-    layer = lambda *scores: Layer(1, *[torch.zeros(2, 2, dtype=torch.int64)] * 2, torch.tensor(scores), None, torch.tensor([True, True]))  # noqa: E731
-    both, one = layer([-0.69, -0.69], [-0.69, -torch.inf]), layer([-0.69, -torch.inf], [-torch.inf, -torch.inf])
-    # two nodes bring 2 * 0.5 * 0.5 = 0.5 tokens, one 0.25; together 0.75; a layer of s seconds costs 2 s tokens
-    gate = lambda **cost: echo.GoodputGate(calibration, echo.CostModel((1, 2), (1.0, 1.0), **cost), beam=2, price=2.0)  # noqa: E731
-    assert gate(draft_layer=0.33)(both).tolist() == [True, True]
-    assert gate(draft_layer=0.42)(both).tolist() == [False, False]
-    assert gate(draft_layer=0.10)(one).tolist() == [True, False]
-    assert gate(draft_layer=0.15)(one).tolist() == [False, False]
-    assert gate(draft_layer=0.05, draft_row=0.1)(both).tolist() == [True, False]  # a request's two rows cost 0.4 tokens
-    assert replace(gate(draft_layer=0.33), price=4.0)(both).tolist() == [False, False]
 
 
 SCHEDULER = echo.ElasticBudgetScheduler(echo.TwoLevel(2, 4), budget=8, max_depth=2)

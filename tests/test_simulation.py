@@ -12,8 +12,11 @@ import torch
 import echo
 from echo.testing import TabularDrafter, TabularTarget, Trace, record, replay, table
 
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+from common import roofline
+
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-FREE, COST = echo.CostModel((1,), (1.0,)), echo.CostModel.roofline("LLaMA-3.3-70B", tensor=4)
+FREE, COST = echo.CostModel((1,), (1.0,)), roofline.plan("LLaMA-3.3-70B", tensor=4)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -103,7 +106,7 @@ def test_the_papers_bench_in_small():
 
     tune, test = halves(Trace.load(BENCHMARKS / "traces" / "smollm2.npz").texts(range(0, 64, 8)))
     known = calibrate(tune), warm_up(tune).log
-    costs = {name: echo.CostModel.roofline(name) for name in ("Qwen3-235B-A22B", "LLaMA-3.3-70B")}
+    costs = {name: roofline.plan(name) for name in ("Qwen3-235B-A22B", "LLaMA-3.3-70B")}
     together = list(Bench(tune, test, *known, batch=8, share=0.01).cells(costs))
     alone = [c for name in costs for c in Bench(tune, test, *known, batch=8, share=0.01).cells({name: costs[name]})]
     assert together == alone  # a model's figures do not depend on those before it

@@ -80,7 +80,7 @@ def deviation(parents, tokens, vocabulary):
     text = contexts(parents, tokens, vocabulary)
     weight = law[text[each], sampled].prod(1)
     indptr = (nodes * torch.arange(count + 1)).int()
-    _, emitted, lengths, _ = reference.accept(parents[each].flatten().int(), indptr, tokens[each].flatten(), sampled.flatten(), nodes - 1)
+    _, emitted, lengths, *_ = reference.walk(parents[each].flatten().int(), indptr, tokens[each].flatten(), sampled.flatten(), nodes - 1)
     assert int(lengths.min()) == 1 and int(lengths.max()) == nodes
     expected, written = followed(law, torch.ones(count, dtype=torch.int64), emitted)
     _, group = torch.stack([each, written], 1).unique(dim=0, return_inverse=True)
@@ -142,7 +142,7 @@ def test_larger_trees_are_lossless_by_chi_square(nodes):
     law /= law.sum(1, keepdim=True)
     sampled = torch.multinomial(law[text].repeat(runs, 1), 1, generator=generator)[:, 0]
     indptr = (nodes * torch.arange(runs + 1)).int()
-    walked = lambda target: reference.accept(parents[0].repeat(runs).int(), indptr, tokens[0].repeat(runs), target, 4)[1]  # noqa: E731
+    walked = lambda target: reference.walk(parents[0].repeat(runs).int(), indptr, tokens[0].repeat(runs), target, 4)[1]  # noqa: E731
     assert surprise(law, walked(sampled)) > 1e-3
     biased = torch.where(torch.rand(len(sampled), generator=generator) < 0.1, 0, sampled)
     assert surprise(law, walked(biased)) < 1e-6, "the test must notice a bias of a tenth"
@@ -200,12 +200,12 @@ def test_duplicate_siblings_and_broken_links_end_in_defined_walks():
     tokens = torch.tensor([5, 7, 7, 8, 9, 1])
     indptr = torch.tensor([0, 5, 6], dtype=torch.int32)
     parent = torch.tensor([-1, 0, 0, 1, 77, -1], dtype=torch.int32)  # row 4 points beyond its request
-    rows, emitted, lengths, _ = reference.accept(parent, indptr, tokens, torch.tensor([7, 8, 0, 9, 0, 1]), 3)
+    rows, emitted, lengths, *_ = reference.walk(parent, indptr, tokens, torch.tensor([7, 8, 0, 9, 0, 1]), 3)
     assert rows.tolist() == [[0, 1, 3, -1], [5, -1, -1, -1]]  # of the two 7s the first row; 9 hangs nowhere
     assert emitted.tolist() == [[7, 8, 9, -1], [1, -1, -1, -1]]
     assert lengths.tolist() == [3, 1]
     loop = torch.tensor([-1, 1, 1, 3, 3, -1], dtype=torch.int32)  # rows that are their own parents
-    assert reference.accept(loop, indptr, tokens, torch.full((6,), 7), 3)[2].tolist() == [1, 1]
+    assert reference.walk(loop, indptr, tokens, torch.full((6,), 7), 3)[2].tolist() == [1, 1]
 
 
 def test_bad_input():

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from echo import checks, kernels
+from echo.kernels.launch import Status
 from echo.tree.accepted import Accepted
 from echo.tree.packed import PackedTree, into
-from echo.tree.supertree import Status
 
 
 @dataclass(frozen=True)

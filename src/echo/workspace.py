@@ -48,7 +48,7 @@ class Workspace:
     :meth:`begin`.
 
     Args:
-        scheduler: the policy; with weights or floors it plans without a workspace.
+        scheduler: the policy; with weights it plans without a workspace.
         lanes: the most requests of a step, empty lanes included.
         k: candidates that the drafter returns after each node; one number, or one for each depth.
         num_verify_tokens: the most rows of a step, roots included.
@@ -176,7 +176,7 @@ class Workspace:
         batch = checks.tensor("root_tokens", root_tokens, ["B"], torch.int64, self.device).shape[0]
         checks.integer("len(root_tokens)", batch, 0, self.lanes)
         options: dict[str, Any] = {"rows": self.num_verify_tokens, "most": self.scheduler.max_tree_rows, "budget": self._budget}
-        return plant(root_tokens, live, capacity, None, None, deep=self.scheduler.max_depth > 0, out=self.tree(batch, 0), **options)
+        return plant(root_tokens, live, capacity, None, deep=self.scheduler.max_depth > 0, out=self.tree(batch, 0), **options)
 
     def grow(self, tree: SuperTree, tokens: Tensor, log_probs: Tensor) -> SuperTree:
         """As :meth:`ElasticBudgetScheduler.grow`; ``tokens`` int64 and ``log_probs`` float [B, W, k], k as the workspace was made for.

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from echo import kernels
-from echo.tree.supertree import UNSELECTABLE, SuperTree
+from echo.kernels.launch import UNSELECTABLE
+from echo.tree.supertree import SuperTree
 
 NOBODY = torch.iinfo(torch.int64).max
 """Above every key."""

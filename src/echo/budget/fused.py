@@ -1,6 +1,6 @@
 """A step by the shipped rules as a few kernels: the integers of :class:`~echo.ElasticBudgetScheduler`'s operations.
 
-Each function returns None where torch's operations are needed: no kernels here, a custom rule, weights, floors.
+Each function returns None where torch's operations are needed: no kernels here, a custom rule, weights.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from echo import checks, kernels
 from echo.budget.history import BINS, SKIP
 from echo.budget.rules import GlobalRank, Rule, TwoLevel
 from echo.gating.gates import Gate, SparseGate
+from echo.kernels.launch import Status
 from echo.tree.packed import PackedTree, into
-from echo.tree.supertree import Frontier, Layer, Status, SuperTree
+from echo.tree.supertree import Frontier, Layer, SuperTree
 
 WRITTEN = ("tokens", "parent", "depth", "request", "indptr", "mask", "score", "node", "bought")
 
@@ -44,7 +45,7 @@ class Scratch:
 
 
 def _fits(rule: Rule, tree: SuperTree) -> bool:
-    return type(rule) in (GlobalRank, TwoLevel) and tree.weight is None and tree.reserve is None
+    return type(rule) in (GlobalRank, TwoLevel) and tree.weight is None
 
 
 def grow(

@@ -13,9 +13,10 @@ from torch import Tensor
 from echo import checks, kernels
 from echo.checks import HostInts
 from echo.errors import EchoError
+from echo.kernels.launch import Status
 from echo.tree.accepted import Accepted
 from echo.tree.packed import PackedTree, into
-from echo.tree.supertree import DEAD_SCORE, Status, SuperTree
+from echo.tree.supertree import DEAD_SCORE, SuperTree
 
 KEEP = 0.95
 """What a slot's sums keep from step to step: a memory of about twenty steps. This, MEMORY and both priors were chosen by replay on the

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from echo import checks, kernels
-from echo.tree.supertree import Frontier, Layer, Status, SuperTree, written
+from echo.kernels.launch import Status
+from echo.tree.supertree import Frontier, Layer, SuperTree, written
 
 
 def plant(
@@ -16,7 +17,6 @@ def plant(
     live: Tensor | None,
     capacity: Tensor | None,
     weights: Tensor | None,
-    floors: Tensor | None,
     *,
     rows: int,
     most: int,
@@ -35,7 +35,7 @@ def plant(
     if capacity is not None:
         checks.tensor("capacity", capacity, [batch], torch.int64, device)
     fused, root = kernels.fused("growing", root_tokens), root_tokens[:, None]
-    if fused is not None and weights is None and floors is None:
+    if fused is not None and weights is None:
         buffers = None
         if out is not None:
             top = out.layers[0]
@@ -65,12 +65,6 @@ def plant(
         weights = checks.tensor("weights", weights, [batch], torch.float32, device).detach()
         weights = torch.where(alive & torch.isfinite(weights), weights, 0.0)  # what is no number is worth least, to its request alone
         weights = (weights / weights.amax()).nan_to_num(0.0).clamp(min=2.0**-24)
-    left, reserve = (rows if budget is None else budget) - alive.sum(), None
-    if floors is not None:
-        aside = torch.minimum(checks.tensor("floors", floors, [batch], torch.int64, device), room) - 1
-        aside = torch.where(alive, aside.clamp(min=0), 0)
-        reserve = torch.minimum(aside, (left - (aside.cumsum(0) - aside)).clamp(min=0))
-        left = left - reserve.sum()
     zero, dead = torch.zeros_like(root), ~alive
     score = torch.zeros(batch, 1, dtype=torch.float32, device=device).masked_fill_(dead[:, None], -torch.inf)
     drafts = alive & (room > 1) if deep else torch.zeros_like(alive)
@@ -84,10 +78,9 @@ def plant(
         status=status,
         row_limit=room * alive,
         held=alive.long(),
-        left=left,
+        left=(rows if budget is None else budget) - alive.sum(),
         invalid=torch.zeros(batch, dtype=torch.int32, device=device),
         rows=rows,
         most=most,
-        reserve=reserve,
     )
     return planted if out is None else written(out, planted)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -13,8 +13,9 @@ from torch import Tensor
 from echo import checks, kernels
 from echo.budget.dealing import deal
 from echo.gating.calibration import Calibration
-from echo.gating.reliability import BINS_PER_NAT, ONE, TABLE_BINS, on_device
-from echo.tree.supertree import DEAD_SCORE, UNSELECTABLE, Layer, SuperTree, bits
+from echo.gating.reliability import on_device
+from echo.kernels.launch import BINS_PER_NAT, ONE, TABLE_BINS, UNSELECTABLE
+from echo.tree.supertree import DEAD_SCORE, Layer, SuperTree, bits
 
 
 class Rule(Protocol):
@@ -30,9 +31,6 @@ class Rule(Protocol):
     def buy(self, layer: Layer, passed: Tensor, room: Tensor, left: Tensor) -> Tensor | None:
         """Rows bought after a layer is scored.
 
-        With floors it is asked twice: for the rows set aside for each request, then for the rest with the first purchases in
-        ``layer.bought``.
-
         Args:
             layer: the scored layer.
             passed: bool [B], requests that draft and passed the gate.
@@ -46,8 +44,7 @@ class Rule(Protocol):
     def deal(self, tree: SuperTree, room: Tensor, left: Tensor, rows: int) -> Tensor:
         """The rest, at the end: bool [B, T] over ``tree.forest``, disjoint from what is bought, closed under parents with it.
 
-        ``room`` and ``left`` as in :meth:`buy`; ``rows`` is the step's row count, a bound of ``left`` known to the host. With floors it
-        is asked twice: for the rows set aside (``tree.reserve`` is there), then for the rest (it is not).
+        ``room`` and ``left`` as in :meth:`buy`; ``rows`` is the step's row count, a bound of ``left`` known to the host.
         """
 
     def rows(self, batch: int) -> int | None:
@@ -77,12 +74,12 @@ class GlobalRank:
     beam: int
     reliability: Calibration | None = None
     max_rows: int | None = None
+    _tables: dict[torch.device, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         checks.integer_field(self, "beam", 1)
         if self.max_rows is not None:
             checks.integer_field(self, "max_rows", 1)
-        object.__setattr__(self, "_tables", {})
 
     @property
     def width(self) -> int:
@@ -142,7 +139,7 @@ class GlobalRank:
 
     def table(self, device: torch.device) -> Tensor | None:
         """Costs by depth and bin of -S, int32 [depths + 1, 512], copied to a ``device`` once; None where f is the draft's own."""
-        return None if self.reliability is None else on_device(self.__dict__["_tables"], device, self._table)
+        return None if self.reliability is None else on_device(self._tables, device, self._table)
 
     def _table(self) -> NDArray[np.int32]:
         assert self.reliability is not None
@@ -185,22 +182,18 @@ class TwoLevel:
     layer_width: int
     max_width: int
     reliability: Calibration | None = None
+    rank: GlobalRank = field(init=False, repr=False, compare=False)
+    """The ranking by which what is left is selected at the end."""
 
     def __post_init__(self) -> None:
         checks.integer_field(self, "layer_width", 1)
         checks.integer_field(self, "max_width", 0)
-        object.__setattr__(self, "_rank", GlobalRank(self.layer_width, self.reliability))
+        object.__setattr__(self, "rank", GlobalRank(self.layer_width, self.reliability))
 
     @property
     def width(self) -> int:
         """``layer_width``."""
         return self.layer_width
-
-    @property
-    def rank(self) -> GlobalRank:
-        """The ranking by which what is left is selected at the end."""
-        rank: GlobalRank = self.__dict__["_rank"]
-        return rank
 
     def frontier(self, layer: Layer) -> tuple[Tensor, Tensor]:
         """The nodes that were bought."""
@@ -208,9 +201,8 @@ class TwoLevel:
 
     def buy(self, layer: Layer, passed: Tensor, room: Tensor, left: Tensor) -> Tensor | None:
         """Each passing request's best ``layer_width`` nodes, in order of confidence, while rows remain."""
-        selectable = (layer.score > DEAD_SCORE) & passed[:, None] & ~layer.bought
-        width = self.layer_width - layer.bought.sum(dim=1)
-        wanted = torch.minimum(torch.minimum(selectable.sum(dim=1), width), room)
+        selectable = (layer.score > DEAD_SCORE) & passed[:, None]
+        wanted = torch.minimum(selectable.sum(dim=1).clamp(max=self.layer_width), room)
         requests = torch.arange(len(passed), device=passed.device)
         worth = layer.log_confidence if layer.weight is None else layer.log_confidence + layer.weight.log()
         key = (bits(worth).long() << 31) + requests
@@ -221,8 +213,8 @@ class TwoLevel:
         return selectable & (place(order(torch.where(selectable, layer.score, DEAD_SCORE))) < granted[:, None])
 
     def deal(self, tree: SuperTree, room: Tensor, left: Tensor, rows: int) -> Tensor:
-        """The best unbought nodes of the batch, at most ``max_width`` of a request beyond its floor."""
-        return deal(tree, self.rank.weighed(tree), room if tree.reserve is not None else room.clamp(max=self.max_width), left, rows)
+        """The best unbought nodes of the batch, at most ``max_width`` of a request."""
+        return deal(tree, self.rank.weighed(tree), room.clamp(max=self.max_width), left, rows)
 
     def rows(self, batch: int) -> int | None:
         """None: it takes whatever budget it is given."""

@@ -21,9 +21,10 @@ from echo.cost import CostModel
 from echo.errors import EchoError
 from echo.gating.calibration import Calibration
 from echo.gating.gates import Gate, SparseGate
+from echo.kernels.launch import Status
 from echo.tree.build import children
 from echo.tree.packed import WORD, PackedTree, into, pack
-from echo.tree.supertree import DEAD_SCORE, Frontier, Layer, Status, SuperTree, check_size, path_score, written
+from echo.tree.supertree import DEAD_SCORE, Frontier, Layer, SuperTree, check_size, path_score, written
 
 
 @dataclass(frozen=True)
@@ -169,7 +170,6 @@ class ElasticBudgetScheduler:
         capacity: Tensor | None = None,
         rows: int | None = None,
         weights: Tensor | None = None,
-        floors: Tensor | None = None,
         first_layer: tuple[Tensor, Tensor] | None = None,
     ) -> SuperTree:
         """The roots: each live request's last emitted token.
@@ -183,8 +183,6 @@ class ElasticBudgetScheduler:
             rows: rows of this step, where the forecast's differ from the budget.
             weights: float32 [B], what a token of each request is worth beside the others' (service levels); only their ratios count,
                 down to 2^-24 of the greatest. Rows go where weight times probability is greatest.
-            floors: int64 [B], rows set aside for each request, root included: its best drafts get them before anybody competes,
-                gate or not. What it cannot use, others get. Floors beyond the step's rows are met in the order of requests.
             first_layer: tokens int64 [B, k] and log-probabilities float [B, k] of the first layer, where the previous step's
                 draft-extend has scored it already; it is grown at once.
 
@@ -195,8 +193,7 @@ class ElasticBudgetScheduler:
         limit = self._rows(batch) if rows is None else checks.integer("rows", rows, 0)
         if limit < batch and live is None:
             raise EchoError(f"rows: expected at least one row for each of {batch} requests, got {limit}")
-        served = live, capacity, weights, floors
-        tree = plant(root_tokens, *served, rows=limit, most=self.max_tree_rows, deep=self.max_depth > 0)
+        tree = plant(root_tokens, live, capacity, weights, rows=limit, most=self.max_tree_rows, deep=self.max_depth > 0)
         if first_layer is None:
             return tree
         tokens, log_probs = first_layer
@@ -244,7 +241,7 @@ class ElasticBudgetScheduler:
         some = layer.drafted & (best > DEAD_SCORE) & (room > 0)
         verdict = None if self.gate is None else self.gate(layer)
         passed = some if verdict is None else some & verdict
-        bought, left, reserve = self._buy(tree, layer, passed, room)
+        bought = self.rule.buy(layer, passed, room, tree.left)
         if bought is not None:
             layer = replace(layer, bought=bought)
         index, active = self.rule.frontier(layer)
@@ -268,26 +265,12 @@ class ElasticBudgetScheduler:
             status=status,
             row_limit=tree.row_limit,
             held=tree.held if bought is None else tree.held + bought.sum(dim=1),
-            left=left,
+            left=tree.left if bought is None else tree.left - bought.sum(),
             invalid=tree.invalid + faulty,
             rows=tree.rows,
             most=tree.most,
-            reserve=reserve,
         )
         return grown if out is None else written(out, grown)
-
-    def _buy(self, tree: SuperTree, layer: Layer, passed: Tensor, room: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None]:
-        """What the rule buys of a layer, floors first; the rows left, and those still set aside."""
-        if tree.reserve is None:
-            bought = self.rule.buy(layer, passed, room, tree.left)
-            return bought, tree.left if bought is None else tree.left - bought.sum(), None
-        own = self.rule.buy(layer, passed, torch.minimum(room, tree.reserve), tree.reserve.sum())
-        if own is None:
-            return None, tree.left, tree.reserve
-        spent = own.sum(dim=1)
-        more = self.rule.buy(replace(layer, bought=own), passed, room - spent, tree.left)
-        more = torch.zeros_like(own) if more is None else more & ~own
-        return own | more, tree.left - more.sum(), tree.reserve - spent
 
     def grow_positions(self, tree: SuperTree, tokens: Tensor, log_probs: Tensor) -> SuperTree:
         """Grows one layer for each position of a drafter that looks at no node, gates and purchases included.
@@ -343,14 +326,7 @@ class ElasticBudgetScheduler:
         if not tree.depth:  # nothing was drafted
             return tree.bought
         most = tree.row_limit if tree.most <= self.max_tree_rows else tree.row_limit.clamp(max=self.max_tree_rows)
-        room = most - tree.held
-        if tree.reserve is None:
-            return tree.bought | self.rule.deal(tree, room, tree.left, tree.rows)
-        aside = tree.reserve.sum()
-        own = self.rule.deal(tree, torch.minimum(room, tree.reserve), aside, tree.rows)
-        spent = own.sum(dim=1)
-        rest = replace(tree.with_bought(own), reserve=None)
-        return rest.bought | self.rule.deal(rest, room - spent, tree.left + aside - spent.sum(), tree.rows)
+        return tree.bought | self.rule.deal(tree, most - tree.held, tree.left, tree.rows)
 
     def pack(
         self,

@@ -3,6 +3,5 @@
 from echo.cost.fit import Knee, line
 from echo.cost.model import CostModel
 from echo.cost.profiling import profile
-from echo.cost.roofline import H100, MODELS, Architecture, Hardware
 
-__all__ = ["H100", "MODELS", "Architecture", "CostModel", "Hardware", "Knee", "line", "profile"]
+__all__ = ["CostModel", "Knee", "line", "profile"]

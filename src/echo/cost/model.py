@@ -6,6 +6,7 @@ import bisect
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,8 +19,6 @@ from echo.errors import EchoError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-    from echo.cost.roofline import Architecture, Hardware
 
 VERSION = 1
 FAR = 1 << 40
@@ -85,9 +84,18 @@ class CostModel:
             checks.real_field(self, "catch_up_token", 0.0)
         if any(a >= b for a, b in zip(self.tiers, self.tiers[1:], strict=False)) or any(t < 1 for t in self.tiers):
             raise EchoError(f"tiers: expected increasing ints >= 1, got {self.tiers}")
-        object.__setattr__(self, "_curve", _knots(self.rows, self.seconds))
-        object.__setattr__(self, "_crowd", _knots(self.requests, self.request_seconds) if self.requests else None)
-        object.__setattr__(self, "_ends", np.array([*self.tiers, 0.0]))
+
+    @cached_property
+    def _curve(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        return _knots(self.rows, self.seconds)
+
+    @cached_property
+    def _crowd(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        return _knots(self.requests, self.request_seconds) if self.requests else _knots((1,), (0.0,))
+
+    @cached_property
+    def _ends(self) -> NDArray[np.float64]:
+        return np.array([*self.tiers, 0.0])
 
     @classmethod
     def from_samples(
@@ -138,39 +146,6 @@ class CostModel:
             **fit.curves(y, table),
         )
 
-    @classmethod
-    def roofline(
-        cls,
-        model: Architecture | str,
-        hardware: Hardware | None = None,
-        *,
-        tensor: int = 8,
-        expert: int = 1,
-        most_rows: int = 4096,
-        tiers: Sequence[int] = (),
-    ) -> CostModel:
-        """An analytic model for planning, before anything is measured: see :mod:`echo.cost.roofline` for what it counts.
-
-        Args:
-            model: what is served; a name stands for one of ``echo.cost.MODELS``.
-            hardware: on what; ``echo.cost.H100`` where not given.
-            tensor: devices that share each layer, a whole copy of the model together.
-            expert: of those, groups among which whole experts are dealt out; the devices of a group split each of theirs.
-            most_rows: last knot of the curve.
-            tiers: see the class.
-
-        Raises:
-            EchoError: an unknown name, or a number out of range.
-
-        Example:
-            >>> dense, sparse = (CostModel.roofline(name) for name in ("LLaMA-3.3-70B", "Qwen3-235B-A22B"))
-            >>> [round(model(64) / model(1), 1) for model in (dense, sparse)]  # 64 rows reach nearly all experts, one row 8 of 128
-            [1.1, 3.2]
-        """
-        from echo.cost.roofline import plan
-
-        return plan(model, hardware, tensor, expert, most_rows, tiers)
-
     def __call__(self, rows: ArrayLike, *, requests: float = 1, context: float = 0.0) -> Any:
         """Seconds of a target step of ``rows`` rows (a number or an array), rounded up to its tier, prefill's included.
 
@@ -179,13 +154,12 @@ class CostModel:
             requests: that share it; matters where the model knows a curve over them.
             context: their tokens of context together.
         """
-        y = np.interp(self.tier(rows), *self.__dict__["_curve"]) + self.load(requests, context)
+        y = np.interp(self.tier(rows), *self._curve) + self.load(requests, context)
         return float(y) if y.ndim == 0 else y
 
     def load(self, requests: float = 1, context: float = 0.0) -> float:
         """The part of a step's seconds that its rows do not change: that of ``requests`` and of ``context``, their tokens together."""
-        crowd = self.__dict__["_crowd"]
-        return (float(np.interp(requests, *crowd)) if crowd else 0.0) + self.context_token * context
+        return float(np.interp(requests, *self._crowd)) + self.context_token * context
 
     def at(self, requests: int = 1, context: float = 0.0) -> CostModel:
         """The model of steps of ``requests`` and that much ``context``, as a curve over rows alone, from one row a request on.
@@ -199,7 +173,7 @@ class CostModel:
         rows = [first, *(r for r in self.rows if r > first)]
         if len(rows) == 1 < len(self.rows):
             rows.append(2 * first)  # the last slope goes on
-        curve = np.interp(rows, *self.__dict__["_curve"]) + self.load(requests, context)
+        curve = np.interp(rows, *self._curve) + self.load(requests, context)
         none: dict[str, Any] = {"requests": (), "request_seconds": (), "context_token": 0.0, "k_max_interval": None, "gamma_interval": None}
         return replace(self, rows=tuple(rows), seconds=fit.rounded(curve), **none)
 
@@ -208,7 +182,7 @@ class CostModel:
         if isinstance(rows, int):
             place = bisect.bisect_left(self.tiers, rows)
             return self.tiers[place] if place < len(self.tiers) else rows
-        x, ends = np.asarray(rows), self.__dict__["_ends"]
+        x, ends = np.asarray(rows), self._ends
         if self.tiers:
             x = np.maximum(x, ends[ends[:-1].searchsorted(x)])
         return int(x) if x.ndim == 0 else x
@@ -241,7 +215,7 @@ class CostModel:
         seconds = checks.real("seconds", seconds, 1e-12)
         rate = checks.real("rate", rate, 0.0, 1.0)
         at, load = int(self.tier(rows)), self.load(requests, context)
-        value = float(np.interp(at, *self.__dict__["_curve"]))
+        value = float(np.interp(at, *self._curve))
         error = rate * (min(seconds, 4 * (value + load)) - value - load)
         knots, curve = fit.given_way((self.rows, self.seconds), at, value, error)
         return replace(self, rows=knots, seconds=curve)

@@ -2,7 +2,7 @@
 
 from echo.gating.calibration import Calibration, DepthCalibration, calibrate
 from echo.gating.drift import DepthDrift, DriftMonitor, DriftReport
-from echo.gating.gates import BeamMassGate, ExploringGate, Gate, GoodputGate, LayerStatistics, SparseGate
+from echo.gating.gates import BeamMassGate, ExploringGate, Gate, LayerStatistics, SparseGate
 from echo.gating.histograms import ConfidenceHistograms, LiveHistograms
 from echo.gating.reliability import CalibrationError, calibration_error, look_up
 from echo.gating.separability import Separability, separability
@@ -20,7 +20,6 @@ __all__ = [
     "ExploringGate",
     "Gate",
     "GateReport",
-    "GoodputGate",
     "LayerStatistics",
     "LiveHistograms",
     "Objective",

@@ -45,7 +45,6 @@ class DepthCalibration:
         stopped_accepted: those of them that the target accepted.
         effective: effective number of rows of the maximum path, (sum w)^2 / sum w^2.
         profile: (greatest confidence, accepted weight, rejected weight) of up to 20 bins of about equal mass, maximum path.
-        by_rank: the map of each rank, the last for all greater ranks, shrunk toward ``reliability``.
     """
 
     depth: int
@@ -64,7 +63,6 @@ class DepthCalibration:
     stopped_accepted: float
     effective: float
     profile: tuple[tuple[float, float, float], ...]
-    by_rank: tuple[Knots, ...]
 
 
 @dataclass(frozen=True)
@@ -101,24 +99,17 @@ class Calibration:
         """tau of every gate depth."""
         return {d.depth: d.threshold for d in self.depths if d.gate}
 
-    def reliability_table(self, *, by_rank: bool = False) -> NDArray[np.int32]:
+    def reliability_table(self) -> NDArray[np.int32]:
         """P(path accepted) as 24-bit fixed point, int32 [max_depth + 1, 512]: the maps m_d, tabulated.
 
         Row d, column ``min(floor(-32 * S), 511)`` answers for a node of depth d with path log-probability S; row 0, the root,
         is 1.0. A power of two times S is exact, so every device reads the same entry (:func:`echo.gating.look_up`).
-
-        Args:
-            by_rank: one table for each rank instead, int32 [ranks, max_depth + 1, 512]; the last for all greater ranks.
         """
-        if not by_rank:
-            return reliability.table([d.reliability for d in self.depths])
-        ranks = max([1, *(len(d.by_rank) for d in self.depths)])
-        kept = [[*d.by_rank, *[d.reliability] * (ranks - len(d.by_rank))] for d in self.depths]
-        return np.stack([reliability.table([maps[rank] for maps in kept]) for rank in range(ranks)])
+        return reliability.table([d.reliability for d in self.depths])
 
-    def error(self, log: WarmupLog, *, by_rank: bool = False, bins: int = 20, resamples: int = 200, seed: int = 0) -> CalibrationError:
+    def error(self, log: WarmupLog, *, bins: int = 20, resamples: int = 200, seed: int = 0) -> CalibrationError:
         """Calibration error before and after, on held-out rows; see :func:`echo.gating.calibration_error` for all arguments."""
-        return reliability.calibration_error(self.reliability_table(by_rank=by_rank), log, bins=bins, resamples=resamples, seed=seed)
+        return reliability.calibration_error(self.reliability_table(), log, bins=bins, resamples=resamples, seed=seed)
 
     def report(self, log: WarmupLog) -> tuple[GateReport, ...]:
         """What each gate does to the requests of a ``log``, behind the gates above it: asked, stopped, and wrongly stopped.
@@ -275,8 +266,8 @@ def _counted(histograms: ConfidenceHistograms) -> int:
 
 
 def _measure(mass: NDArray[np.int64], depth: int, min_auc: float, min_rows: int) -> DepthCalibration:
-    """``mass`` int64 [3, ranks, 2, bins] of one depth."""
-    path, pooled = mass[:, 0], mass.sum(axis=1)
+    """``mass`` int64 [3, 2, 2, bins] of one depth."""
+    path = mass[:, 0]
     rejected, accepted = (int(n) for n in path[ROWS].sum(axis=1))
     s = from_histogram(path)
     if min(accepted, rejected) < min_rows:
@@ -285,7 +276,6 @@ def _measure(mass: NDArray[np.int64], depth: int, min_auc: float, min_rows: int)
     else:
         good = s.low > min_auc
         reason = f"AUC {s.auc:.2f} [{s.low:.2f}, {s.high:.2f}] {'above' if good else 'not above'} {min_auc:.2f}"
-    knots = reliability.fit(pooled)
     below = path[WEIGHT][:, upper_ends() <= s.threshold].sum(axis=1) / UNIT
     square = int(path[SQUARE].sum())
     return DepthCalibration(
@@ -299,13 +289,12 @@ def _measure(mass: NDArray[np.int64], depth: int, min_auc: float, min_rows: int)
         s.youden,
         good,
         reason,
-        knots,
+        reliability.fit(mass.sum(axis=1)),
         auc_error=s.error,
         stopped=float(below.sum()),
         stopped_accepted=float(below[1]),
         effective=float(path[WEIGHT].sum() / UNIT) ** 2 / (square / UNIT) if square else 0.0,
         profile=_profile(path[WEIGHT]),
-        by_rank=tuple(reliability.fit(mass[:, rank], knots, reliability.POOLED_ROWS) for rank in range(mass.shape[1])),
     )
 
 

@@ -83,7 +83,6 @@ def _depth(data: Mapping[str, Any], kind: type[DepthCalibration]) -> DepthCalibr
             "auc": float("nan") if data["auc"] is None else float(data["auc"]),
             "reliability": _rows(data["reliability"]),
             "profile": _rows(data["profile"]),
-            "by_rank": tuple(_rows(knots) for knots in data["by_rank"]),
         }
     )
     checks.integer("calibration.depth", read.depth, 1)
@@ -93,11 +92,11 @@ def _depth(data: Mapping[str, Any], kind: type[DepthCalibration]) -> DepthCalibr
     checks.real("calibration.effective", read.effective, 0.0)
     for number in (number for row in read.profile for number in row):
         checks.real("calibration.profile", number, 0.0)
-    for knots in (read.reliability, *read.by_rank):
-        scores, chances = [s for s, _ in knots], [p for _, p in knots]
-        rising = scores == sorted(scores) and chances == sorted(chances) and all(map(math.isfinite, scores + chances))
-        if not knots or not rising or not 0 <= chances[0] <= chances[-1] <= 1:
-            raise EchoError(f"calibration.reliability: expected rising knots within [0, 1] at depth {read.depth}, got {knots}")
+    knots = read.reliability
+    scores, chances = [s for s, _ in knots], [p for _, p in knots]
+    rising = scores == sorted(scores) and chances == sorted(chances) and all(map(math.isfinite, scores + chances))
+    if not knots or not rising or not 0 <= chances[0] <= chances[-1] <= 1:
+        raise EchoError(f"calibration.reliability: expected rising knots within [0, 1] at depth {read.depth}, got {knots}")
     return read
 
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -13,11 +12,9 @@ import torch
 from torch import Tensor
 
 from echo import checks
-from echo.cost import CostModel
 from echo.errors import EchoError
 from echo.gating.calibration import Calibration
 from echo.gating.histograms import MAX_WEIGHT
-from echo.gating.reliability import ONE, look_up, on_device
 
 
 class LayerStatistics(Protocol):
@@ -66,6 +63,8 @@ class SparseGate:
     """
 
     thresholds: Calibration | Mapping[int, float]
+    log_tau: dict[int, float] = field(init=False, repr=False, compare=False)
+    """log tau by gate depth, rounded to float32."""
 
     def __post_init__(self) -> None:
         taus = self.thresholds.thresholds if isinstance(self.thresholds, Calibration) else self.thresholds
@@ -73,7 +72,7 @@ class SparseGate:
         taus = {checks.integer("thresholds.depth", d, 1): checks.real(f"thresholds[{d}]", tau, 0.0, 1.0) for d, tau in taus.items()}
         # Thresholds are compared as float32 logarithms, computed once here: no device takes a logarithm.
         logs = {d: float(np.float32(math.log(t))) if t > 0 else -math.inf for d, t in sorted(taus.items())}
-        object.__setattr__(self, "_log_tau", logs)
+        object.__setattr__(self, "log_tau", logs)
 
     @classmethod
     def dense(cls, calibration: Calibration) -> SparseGate:
@@ -84,12 +83,6 @@ class SparseGate:
     def fixed(cls, tau: float, depths: Sequence[int]) -> SparseGate:
         """The paper's ablation: one threshold ``tau`` in [0, 1] for all gate ``depths``."""
         return cls(dict.fromkeys(depths, tau))
-
-    @property
-    def log_tau(self) -> dict[int, float]:
-        """log tau by gate depth, rounded to float32."""
-        logs: dict[int, float] = self.__dict__["_log_tau"]
-        return logs
 
     @property
     def depths(self) -> tuple[int, ...]:
@@ -195,48 +188,3 @@ class ExploringGate:
             passed = passed if verdict is None else passed & verdict
             columns.append(torch.where(passed, 1.0, otherwise))
         return torch.stack(columns, dim=1)
-
-
-@dataclass(frozen=True)
-class GoodputGate:
-    """Whether the next layer is worth its time, decided for the batch together; for hosts that draft only what is still active.
-
-    Of the next layer a request expects g = r * (sum of f(v) over its ``beam`` best nodes) accepted tokens, r being the conditional
-    acceptance of that depth on the warm-up log. It goes on where g exceeds the price of its ``beam`` rows in the draft model, and
-    anybody does only where what is gained beyond that pays the layer, whose cost the batch shares.
-
-    At full width inside a CUDA graph it saves nothing. For a host that compacts, throughput changed by -1.2% to +3.6% by replay
-    (``benchmarks/gaps.py``): a gain where layers and rows of the draft are dear and the batch is large, noise or less elsewhere.
-
-    Args:
-        calibration: f and r.
-        cost: seconds of a drafted layer and row.
-        beam: nodes of a layer that a request drafts on.
-        price: tokens per second that time is worth: what is served now, and at least plain decoding's B / T(B).
-
-    Raises:
-        EchoError: beam below 1 or a price that is not positive.
-    """
-
-    calibration: Calibration
-    cost: CostModel
-    beam: int
-    price: float
-
-    def __post_init__(self) -> None:
-        checks.integer_field(self, "beam", 1)
-        checks.real_field(self, "price", 1e-30)
-        rate = [1.0, *((d.accepted + 1) / (d.accepted + d.rejected + 2) for d in self.calibration.depths), 0.0]
-        object.__setattr__(self, "_onward", [int(ONE * min(1.0, b / a)) for a, b in itertools.pairwise(rate)])
-        object.__setattr__(self, "_tables", {})
-
-    def __call__(self, layer: LayerStatistics, /) -> Tensor:
-        """bool [B]."""
-        onward: list[int] = self.__dict__["_onward"]
-        table = on_device(self.__dict__["_tables"], layer.score.device, self.calibration.reliability_table)
-        best = layer.score.topk(min(self.beam, layer.score.shape[1]), dim=1).values
-        chance = look_up(table, best, layer.depth).long().masked_fill(best == -math.inf, 0)
-        gain = chance.sum(dim=1) * onward[min(layer.depth, len(onward) - 1)] // ONE
-        own, shared = (int(ONE * self.price * seconds) for seconds in (self.cost.draft_row * self.beam, self.cost.draft_layer))
-        beyond = torch.where(layer.drafted, gain - own, 0).clamp(min=0)
-        return (beyond > 0) & (beyond.sum() > shared)

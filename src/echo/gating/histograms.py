@@ -27,8 +27,8 @@ MIN_WEIGHT, MAX_WEIGHT = 1 / 64, 1024.0
 """Bounds of a weight that is not 0. Below the greatest the sums of a block of 2^16 rows and more, squares included, are exact in float64;
 above the smallest the rounded square is within 4%. Only ratios matter, so weights may be scaled until their smallest is 1."""
 MAX_DEPTH = 64
-RANKS = 4
-"""Ranks kept apart by default: 0, 1, 2, and the rest together."""
+RANKS = 2
+"""Ranks kept apart: 0, the maximum path, by which gates are judged, and all others together."""
 _FIRST = ((127 - OCTAVES) << 7) - 1  # upper half of the bits of 2^-24, less 1: what becomes bin 0
 _BLOCK = 1 << 18
 ROWS, WEIGHT, SQUARE = 0, 1, 2
@@ -37,14 +37,14 @@ ROWS, WEIGHT, SQUARE = 0, 1, 2
 
 @dataclass(frozen=True, eq=False)
 class ConfidenceHistograms:
-    """Accepted and rejected rows by depth, rank and confidence. A value: :meth:`add` and :meth:`merge` make new ones.
+    """Accepted and rejected rows by depth, maximum path or not, and confidence. A value: :meth:`add` and :meth:`merge` make new ones.
 
     All entries are integers, so sums are exact in any order: merging is associative and commutative, and calibrating merged
     histograms gives the same bits as calibrating all rows at once.
 
     Attributes:
-        mass: int64 [3, depths, ranks, 2, 3074]. Planes: rows, sum of weights, sum of squared weights (both in 2^-16). The second
-            to last axis is rejected, accepted; the last rank holds all greater ranks too.
+        mass: int64 [3, depths, 2, 2, 3074]. Planes: rows, sum of weights, sum of squared weights (both in 2^-16); then rank 0, all
+            other ranks; then rejected, accepted.
 
     Raises:
         EchoError: a mass of another shape or dtype, or with negative entries.
@@ -60,8 +60,9 @@ class ConfidenceHistograms:
 
     def __post_init__(self) -> None:
         shape = self.mass.shape
-        if self.mass.dtype != np.int64 or len(shape) != 5 or shape[0] != 3 or shape[3:] != (2, BINS) or not 1 <= shape[1] <= MAX_DEPTH:
-            raise EchoError(f"mass: expected int64 [3, 1..{MAX_DEPTH}, ranks, 2, {BINS}], got {self.mass.dtype} {list(shape)}")
+        fits = len(shape) == 5 and (shape[0], *shape[2:]) == (3, RANKS, 2, BINS) and 1 <= shape[1] <= MAX_DEPTH
+        if self.mass.dtype != np.int64 or not fits:
+            raise EchoError(f"mass: expected int64 [3, 1..{MAX_DEPTH}, {RANKS}, 2, {BINS}], got {self.mass.dtype} {list(shape)}")
         if self.mass.size and int(self.mass.min()) < 0:
             raise EchoError(f"mass: expected entries >= 0, got {int(self.mass.min())}")
 
@@ -69,11 +70,6 @@ class ConfidenceHistograms:
     def max_depth(self) -> int:
         """The deepest depth there is room for."""
         return int(self.mass.shape[1])
-
-    @property
-    def ranks(self) -> int:
-        """Ranks kept apart."""
-        return int(self.mass.shape[2])
 
     @property
     def rows(self) -> int:
@@ -86,32 +82,29 @@ class ConfidenceHistograms:
     __hash__: ClassVar[None] = None  # type: ignore[assignment]
 
     @classmethod
-    def empty(cls, max_depth: int, ranks: int = RANKS) -> ConfidenceHistograms:
+    def empty(cls, max_depth: int) -> ConfidenceHistograms:
         """No rows yet.
 
         Args:
             max_depth: from 1 to 64.
-            ranks: ranks kept apart, the last one for all greater ranks too; at least 1.
 
         Raises:
             EchoError: an argument out of range.
         """
         max_depth = checks.integer("max_depth", max_depth, 1, MAX_DEPTH)
-        ranks = checks.integer("ranks", ranks, 1, 64)
-        return cls(np.zeros((3, max_depth, ranks, 2, BINS), dtype=np.int64))
+        return cls(np.zeros((3, max_depth, RANKS, 2, BINS), dtype=np.int64))
 
     @classmethod
-    def of(cls, logs: WarmupLog | Iterable[WarmupLog], *, ranks: int = RANKS) -> ConfidenceHistograms:
+    def of(cls, logs: WarmupLog | Iterable[WarmupLog]) -> ConfidenceHistograms:
         """The histograms of a log, or of a stream of logs in constant memory (:meth:`WarmupLog.stream` reads files one by one).
 
         Args:
             logs: one log or many.
-            ranks: as in :meth:`empty`.
 
         Raises:
             EchoError: no log, a depth above 64, or a weight that is neither 0 nor from 1/64 to 1024.
         """
-        mass, none = cls.empty(1, ranks).mass, True
+        mass, none = cls.empty(1).mass, True
         for log in (logs,) if isinstance(logs, WarmupLog) else logs:
             mass, none = _counted(mass, checks.instance("logs", log, WarmupLog)), False
         if none:
@@ -123,11 +116,7 @@ class ConfidenceHistograms:
         return ConfidenceHistograms(_counted(self.mass.copy(), log))
 
     def merge(self, other: ConfidenceHistograms) -> ConfidenceHistograms:
-        """These rows and those of ``other``: exactly associative and commutative. The deeper of the two decides ``max_depth``.
-
-        Raises:
-            EchoError: histograms that keep other ranks apart.
-        """
+        """These rows and those of ``other``: exactly associative and commutative. The deeper of the two decides ``max_depth``."""
         one, two = self._aligned("other", other)
         return ConfidenceHistograms(one + two)
 
@@ -166,9 +155,7 @@ class ConfidenceHistograms:
         return cls(mass)
 
     def _aligned(self, name: str, other: ConfidenceHistograms) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        if self.ranks != checks.instance(name, other, ConfidenceHistograms).ranks:
-            raise EchoError(f"{name}: expected histograms of {self.ranks} ranks, got {other.ranks}")
-        deepest = max(self.max_depth, other.max_depth)
+        deepest = max(self.max_depth, checks.instance(name, other, ConfidenceHistograms).max_depth)
         return _deepen(self.mass, deepest), _deepen(other.mass, deepest)
 
 
@@ -177,7 +164,7 @@ class LiveHistograms:
     """:class:`ConfidenceHistograms` on the device, updated by a serving engine at every step without a read-back.
 
     Attributes:
-        mass: int64 [3, depths, ranks, 2, 3074], as in :class:`ConfidenceHistograms`.
+        mass: int64 [3, depths, 2, 2, 3074], as in :class:`ConfidenceHistograms`.
 
     Raises:
         EchoError: a mass of another shape or dtype.
@@ -186,7 +173,7 @@ class LiveHistograms:
     mass: Tensor
 
     def __post_init__(self) -> None:
-        checks.tensor("mass", self.mass, [3, "depths", "ranks", 2, BINS], torch.int64)
+        checks.tensor("mass", self.mass, [3, "depths", RANKS, 2, BINS], torch.int64)
 
     def update(
         self,
@@ -208,7 +195,7 @@ class LiveHistograms:
             accepted: bool [N].
             rank: int32 or int64 [N], place of the node in its layer; negative for rows that do not count.
             weight: float [N], inverse-probability weights (:meth:`echo.ExploringGate.weights`), 0: do not count; None: all 1.
-            in_place: adds into this mass instead of a copy (4.7 MB for 8 depths), for engines with persistent buffers (CUDA graphs).
+            in_place: adds into this mass instead of a copy (2.4 MB for 8 depths), for engines with persistent buffers (CUDA graphs).
 
         Raises:
             EchoError: shapes, dtypes or devices that do not fit.
@@ -218,13 +205,13 @@ class LiveHistograms:
         checks.tensor("log_prob", log_prob, [count], (*checks.FLOATS, torch.float64), device)
         checks.tensor("accepted", accepted, [count], torch.bool, device)
         checks.tensor("rank", rank, [count], checks.INTEGERS, device)
-        _, depths, ranks, _, _ = self.mass.shape
+        depths = self.mass.shape[1]
         score = log_prob.detach().float()
         w = torch.ones_like(score) if weight is None else checks.tensor("weight", weight, [count], checks.FLOATS, device).float()
         counts = (depth >= 1) & (depth <= depths) & (rank >= 0) & (score <= 0) & (w >= MIN_WEIGHT) & (w <= MAX_WEIGHT)
         confidence = torch.where(counts, score, 0.0).exp()
         column = ((confidence.view(torch.int32) >> 16) - _FIRST).clamp(0, BINS - 1).long()
-        row = (depth.long().clamp(1, depths) - 1) * ranks + rank.long().clamp(0, ranks - 1)
+        row = (depth.long().clamp(1, depths) - 1) * RANKS + rank.long().clamp(0, RANKS - 1)
         place = (row * 2 + accepted) * BINS + column
         w = torch.where(counts, w, 0.0)
         planes = torch.stack([counts.long(), (w * UNIT).round().long(), (w.double() ** 2 * UNIT).round().long()])
@@ -278,7 +265,7 @@ def _counted(mass: NDArray[np.int64], log: WarmupLog) -> NDArray[np.int64]:
     if deepest > MAX_DEPTH:
         raise EchoError(f"log.depth: expected at most {MAX_DEPTH}, got {deepest} in row {int(log.depth.argmax())}")
     mass = _deepen(mass, deepest)
-    ranks, flat = mass.shape[2], mass.reshape(3, -1)
+    flat = mass.reshape(3, -1)
     unit = bool((log.weight == 1).all())
     if not unit and (wrong := (log.weight > MAX_WEIGHT) | ((log.weight < MIN_WEIGHT) & (log.weight > 0))).any():
         row = int(wrong.argmax())
@@ -287,7 +274,7 @@ def _counted(mass: NDArray[np.int64], log: WarmupLog) -> NDArray[np.int64]:
     size = flat.shape[1]
     for start in range(0, len(log), block):
         part = slice(start, start + block)
-        place = _places(log, part, ranks)
+        place = _places(log, part)
         if unit:
             counts = np.bincount(place, minlength=size)
             flat[ROWS] += counts
@@ -303,13 +290,13 @@ def _counted(mass: NDArray[np.int64], log: WarmupLog) -> NDArray[np.int64]:
     return mass
 
 
-def _places(log: WarmupLog, part: slice, ranks: int) -> NDArray[np.intp]:
+def _places(log: WarmupLog, part: slice) -> NDArray[np.intp]:
     column = np.ascontiguousarray(log.confidence[part]).view(np.int32) >> 16
     column -= _FIRST
     np.maximum(column, 0, out=column)
     group = log.depth[part] - 1
-    group *= ranks
-    group += np.minimum(log.rank[part], ranks - 1)
+    group *= RANKS
+    group += np.minimum(log.rank[part], RANKS - 1)
     group *= 2
     group += log.accepted[part]
     group *= BINS

@@ -15,19 +15,15 @@ from torch import Tensor
 from echo import checks
 from echo.errors import EchoError
 from echo.gating.histograms import UNIT, WEIGHT, middle_scores
+from echo.kernels.launch import BINS_PER_NAT, ONE, TABLE_BINS
 from echo.logs import WarmupLog
-
-ONE = 1 << 24
-"""Fixed-point 1.0 of a calibrated probability."""
-TABLE_BINS, BINS_PER_NAT = 512, 32
-"""The look-up table of a reliability map: bin i holds path log-probabilities in (-(i+1)/32, -i/32]; the last one all below."""
 
 Knots = tuple[tuple[float, float], ...]
 
 DRAFT: Knots = tuple((score, math.exp(score)) for score in (i / 4 for i in range(-66, 1)))
 """The map that takes the draft at its word."""
-DRAFT_ROWS, POOLED_ROWS = 2.0, 20.0
-"""Rows that the draft's own probability counts for in the map of all ranks, and that map in the map of one rank."""
+DRAFT_ROWS = 2.0
+"""Rows that the draft's own probability counts for in each block of a map."""
 
 
 def fit(mass: NDArray[np.int64], prior: Knots = DRAFT, strength: float = DRAFT_ROWS) -> Knots:
@@ -36,8 +32,8 @@ def fit(mass: NDArray[np.int64], prior: Knots = DRAFT, strength: float = DRAFT_R
     Each block's probability is shrunk toward the prior, so that none is certain and a block of few rows is near what the draft says.
 
     Args:
-        mass: int64 [3, 2, 3074], one depth of :class:`ConfidenceHistograms`, one rank or the sum of some.
-        prior: the map of all ranks, where this is the map of one.
+        mass: int64 [3, 2, 3074], one depth of :class:`ConfidenceHistograms`, all ranks together.
+        prior: the map to shrink toward.
         strength: rows that it counts for in each block.
 
     Returns:
@@ -76,28 +72,26 @@ def on_device(tables: dict[torch.device, Tensor], device: torch.device, make: Ca
     return tables[device]
 
 
-def look_up(table: Tensor, score: Tensor, depth: Tensor | int, rank: Tensor | None = None, parent: Tensor | None = None) -> Tensor:
+def look_up(table: Tensor, score: Tensor, depth: Tensor | int, parent: Tensor | None = None) -> Tensor:
     """f(v) = min(m_d(S(v)), f(parent)): a multiplication by 32, a truncation and a gather, the same bits on every device.
 
     Args:
-        table: int32 [depths + 1, 512] (:meth:`Calibration.reliability_table`), or [ranks, depths + 1, 512] by rank.
+        table: int32 [depths + 1, 512] (:meth:`Calibration.reliability_table`).
         score: float32 [...], path log-probability; one that is not finite counts as the last bin.
         depth: ints of the same shape, or one; deeper than the table counts as its deepest.
-        rank: ints of the same shape, for a table by rank.
         parent: int32 of the same shape, f of each node's parent.
 
     Returns:
         int32 [...], 24-bit fixed point.
 
     Raises:
-        EchoError: a table of another shape or dtype, or a rank without a table by rank (and the other way round).
+        EchoError: a table of another shape or dtype.
     """
-    shape: list[int | str] = ["depths", TABLE_BINS] if rank is None else ["ranks", "depths", TABLE_BINS]
-    checks.tensor("table", table, shape, torch.int32, score.device)
+    checks.tensor("table", table, ["depths", TABLE_BINS], torch.int32, score.device)
     column = (torch.where(torch.isfinite(score), score, -1e6) * -BINS_PER_NAT).long().clamp(0, TABLE_BINS - 1)
-    deepest = table.shape[-2] - 1
+    deepest = table.shape[0] - 1
     row = min(depth, deepest) if isinstance(depth, int) else depth.long().clamp(0, deepest)
-    found = table[row, column] if rank is None else table[rank.long().clamp(0, table.shape[0] - 1), row, column]
+    found = table[row, column]
     return found if parent is None else torch.minimum(found, parent)
 
 
@@ -125,7 +119,7 @@ def calibration_error(table: NDArray[np.int32], log: WarmupLog, *, bins: int = 2
     The log does not hold parents, so the minimum with f(parent) is left out.
 
     Args:
-        table: int32 [depths + 1, 512] or [ranks, depths + 1, 512].
+        table: int32 [depths + 1, 512].
         log: held-out rows of all ranks; those deeper than the table do not count.
         bins: equal-mass bins.
         resamples: of the bootstrap; whole steps are drawn, since rows of one step are not independent.
@@ -138,14 +132,13 @@ def calibration_error(table: NDArray[np.int32], log: WarmupLog, *, bins: int = 2
         raise EchoError(f"table: expected 24-bit fixed point, from 0 to {ONE}, got {table.min()} to {table.max()}")
     bins = checks.integer("bins", bins, 2)
     resamples = checks.integer("resamples", resamples, 20)
-    deepest = table.shape[-2] - 1
+    deepest = table.shape[0] - 1
     keep = (log.depth <= deepest) & (log.weight > 0)
     if not keep.any():
         raise EchoError(f"log: expected rows of depth 1 to {deepest}, got none")
     with np.errstate(divide="ignore"):
         score = torch.from_numpy(np.log(log.confidence[keep]))
-    rank = torch.from_numpy(log.rank[keep]) if table.ndim == 3 else None
-    after = look_up(torch.from_numpy(table), score, torch.from_numpy(log.depth[keep]), rank).numpy() / ONE
+    after = look_up(torch.from_numpy(table), score, torch.from_numpy(log.depth[keep])).numpy() / ONE
     before = log.confidence[keep].astype(np.float64)
     label, weight = log.accepted[keep].astype(np.float64), log.weight[keep].astype(np.float64)
     step, place = np.unique(log.step[keep], return_inverse=True)

@@ -193,48 +193,35 @@ def merge_attention(o1: Tensor, lse1: Tensor, o2: Tensor, lse2: Tensor, *, backe
     return result
 
 
-def accept(
-    parent: Tensor, indptr: Tensor, tokens: Tensor, target_tokens: Tensor, max_depth: int, *, backend: str = "auto"
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Walks each tree from its root to the child that equals the target's token; see :func:`echo.kernels.reference.accept`.
-
-    Raises:
-        EchoError: arguments that do not fit, or a backend that is not there.
-    """
-    walk: tuple[Tensor, ...] = _module("accept", backend, tokens).accept(parent, indptr, tokens, target_tokens, max_depth)
-    rows, emitted, lengths, beyond = walk
-    return rows, emitted, lengths, beyond
-
-
-def accept_greedy(
-    parent: Tensor, indptr: Tensor, tokens: Tensor, logits: Tensor, max_depth: int, *, backend: str = "auto"
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As :func:`accept`, with the arg-max of ``logits`` [N, V], read once; NaN never wins, the lowest of equals does.
-
-    Raises:
-        EchoError: arguments that do not fit, or a backend that is not there.
-    """
-    walk: tuple[Tensor, ...] = _module("accept", backend, tokens).accept_greedy(parent, indptr, tokens, logits, max_depth)
-    rows, emitted, lengths, beyond = walk
-    return rows, emitted, lengths, beyond
-
-
 def walk(
     parent: Tensor, indptr: Tensor, tokens: Tensor, target: Tensor, max_depth: int, *, limits: Tensor | None = None,
     eos_tokens: Tensor | None = None, out: tuple[Tensor, ...] | None = None, backend: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """:func:`accept` up to the end of each answer, in one launch: as if the target had no number behind it.
+    """Walks each tree from its root to the child that equals the target's token, while there is one, up to the end of each answer.
+
+    Lossless by construction: what is emitted is always the target's own token. Of duplicate siblings the first row is walked on.
+    A row whose target token is negative (logits without a number: :func:`argmax_tokens`) is never walked on: the walk ends before it, and
+    a request whose root is such a row emits nothing. A parent outside the row's own request counts as none, so a broken link ends a walk
+    and never leaves it. Behind the end of an answer it is as if the target had no number.
 
     Args:
-        parent, indptr, tokens, max_depth: as in :func:`accept`.
-        target: int64 [N], the target's tokens; or float [N, V], its logits, of which the greedy tokens are taken.
+        parent: int32 [N], row of the parent within its request; -1 for none.
+        indptr: int32 [B + 1], where each request's rows begin; rows from the last on are pads.
+        tokens: int64 [N], the drafted tokens.
+        target: int64 [N], the target's token after each row, negative where it has none; or float [N, V], its logits, read once, of
+            which the greedy tokens are taken.
+        max_depth: most steps of a walk.
         limits: int64 [B], tokens that each answer may still get; as many as there are where not given.
         eos_tokens: int64 [n], tokens that end an answer, themselves included.
         out: what it returns, to be written to.
         backend: "auto", "torch" or "triton".
 
     Returns:
-        rows, emitted, lengths and beyond as of :func:`accept`; and int64 [B], the last token emitted, -1 for none.
+        rows int64 [B, max_depth + 1], global rows walked, root first, -1 beyond;
+        emitted int64 [B, max_depth + 1], the target's token at each, -1 beyond;
+        lengths int64 [B], rows walked; 0 for a request without rows, or whose root has no token;
+        beyond int64 [B], the drafted row that the walk ended before because it has no token; -1 where it ended for want of a child;
+        last int64 [B], the last token emitted, -1 for none.
 
     Raises:
         EchoError: arguments that do not fit, or a backend that is not there.
@@ -272,8 +259,6 @@ def argmax_tokens(logits: Tensor, *, backend: str = "auto") -> Tensor:
 __all__ = [
     "BACKENDS",
     "AttentionPlan",
-    "accept",
-    "accept_greedy",
     "argmax_tokens",
     "fused",
     "merge_attention",

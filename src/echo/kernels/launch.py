@@ -1,15 +1,28 @@
-"""Every choice of a launch in one place: tiles, warps, stages, splits. Host arithmetic only; nothing here imports Triton."""
+"""Every choice of a launch in one place: tiles, warps, stages, splits; and the numbers that kernels share with torch's operations.
+
+Host arithmetic only; nothing here imports Triton.
+"""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from enum import IntEnum
 from typing import NamedTuple, ParamSpec, TypeVar
 
 import torch
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+UNSELECTABLE = 0x7F800000
+"""Cost of a node that can never be selected: the bits of +inf, above those of every finite float32."""
+
+ONE = 1 << 24
+"""Fixed-point 1.0 of a calibrated probability."""
+
+TABLE_BINS, BINS_PER_NAT = 512, 32
+"""The look-up table of a reliability map: bin i holds path log-probabilities in (-(i+1)/32, -i/32]; the last one all below."""
 
 HEAD_DIMS = (64, 80, 96, 128, 256)
 """Head dimensions that are compiled and checked; any from 16 to 256 runs."""
@@ -52,6 +65,22 @@ SEEN = 1024
 
 SEARCHED = 4096
 """Binary searches that the program which finds the cutoff runs at once: more spill."""
+
+
+class Status(IntEnum):
+    """Why a request stopped drafting, or that it has not."""
+
+    ACTIVE = 0
+    TRUNCATED = 1
+    """Failed a gate."""
+    STARVED = 2
+    """Passed, and found no rows left to buy; or live, and found no row for its root."""
+    FINISHED = 3
+    """Reached the deepest layer."""
+    EXHAUSTED = 4
+    """Nothing to draft on: no finite score, or the row limit of the request reached."""
+    EMPTY = 5
+    """No request in this slot."""
 
 
 class Tile(NamedTuple):

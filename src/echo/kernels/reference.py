@@ -8,30 +8,52 @@ from torch import Tensor
 from echo.kernels.inputs import Attention, AttentionPlan, Planning, accept_shapes, logits_shape, merge_shapes, taking
 
 
-def accept(parent: Tensor, indptr: Tensor, tokens: Tensor, target_tokens: Tensor, max_depth: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Walks each tree from its root to the child that equals the target's token, while there is one.
+def argmax_tokens(logits: Tensor) -> Tensor:
+    """int64 [N]: greedy tokens of logits [N, V]; NaN never wins, and a row without a number greater than -inf has -1."""
+    logits_shape(logits)
+    clean = torch.where(torch.isnan(logits), -torch.inf, logits)
+    value, token = clean.max(dim=-1)
+    return torch.where(value > -torch.inf, token, -1)
 
-    Lossless by construction: what is emitted is always the target's own token. Of duplicate siblings the first row is walked on.
-    A row whose target token is negative (logits without a number: :func:`argmax_tokens`) is never walked on: the walk ends before it, and
-    a request whose root is such a row emits nothing. A parent outside the row's own request counts as none, so a broken link ends a walk
-    and never leaves it.
+
+def cut(
+    rows: Tensor, emitted: Tensor, lengths: Tensor, beyond: Tensor | None, limits: Tensor | None, eos_tokens: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """What :func:`walk` returned, without what lies behind the end of an answer: as if the target had no number there.
 
     Args:
-        parent: int32 [N], row of the parent within its request; -1 for none.
-        indptr: int32 [B + 1], where each request's rows begin; rows from the last on are pads.
-        tokens: int64 [N], the drafted tokens.
-        target_tokens: int64 [N], the target's token after each row; negative where it has none.
-        max_depth: most steps of a walk.
-
-    Returns:
-        rows int64 [B, max_depth + 1], global rows walked, root first, -1 beyond;
-        emitted int64 [B, max_depth + 1], the target's token at each, -1 beyond;
-        lengths int64 [B], rows walked; 0 for a request without rows, or whose root has no token;
-        beyond int64 [B], the drafted row that the walk ended before because it has no token; -1 where it ended for want of a child.
-
-    Raises:
-        EchoError: shapes or dtypes that do not fit.
+        rows, emitted, lengths, beyond: of :func:`walk`.
+        limits: int64 [B], tokens that each answer may still get.
+        eos_tokens: int64 [n], tokens that end an answer, themselves included.
     """
+    if eos_tokens is None and limits is None:
+        return rows, emitted, lengths, beyond
+    kept = lengths if limits is None else torch.minimum(lengths, limits.clamp(min=0))
+    if eos_tokens is not None:
+        ends = (emitted[..., None] == eos_tokens).any(dim=2) & (emitted >= 0)
+        kept = torch.minimum(kept, (ends.cumsum(dim=1) - ends.long() == 0).sum(dim=1))
+    column = torch.arange(emitted.shape[1], device=emitted.device)
+    gone, over = column >= kept[:, None], (column == kept[:, None]) & (column > 0)
+    last = torch.where(over, rows, -1).amax(dim=1)  # the row that the answer ends before
+    last = last if beyond is None else torch.maximum(last, beyond.masked_fill(kept < lengths, -1))
+    return rows.masked_fill(gone, -1), emitted.masked_fill(gone, -1), kept, last
+
+
+def walk(
+    parent: Tensor, indptr: Tensor, tokens: Tensor, target: Tensor, max_depth: int, limits: Tensor | None = None,
+    eos_tokens: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """As :func:`echo.kernels.walk`."""
+    if target.dim() == 2:
+        logits_shape(target, tokens)
+        target = argmax_tokens(target)
+    rows, emitted, lengths, beyond = cut(*_path(parent, indptr, tokens, target, max_depth), limits, eos_tokens)
+    assert beyond is not None
+    return rows, emitted, lengths, beyond, emitted.gather(1, (lengths - 1).clamp(min=0)[:, None])[:, 0]
+
+
+def _path(parent: Tensor, indptr: Tensor, tokens: Tensor, target_tokens: Tensor, max_depth: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Rows, emitted, lengths and beyond of a walk that no answer ends."""
     count, batch, max_depth = accept_shapes(parent, indptr, tokens, target_tokens, max_depth)
     device = tokens.device
     if batch == 0:  # an idle data-parallel rank
@@ -56,54 +78,6 @@ def accept(parent: Tensor, indptr: Tensor, tokens: Tensor, target_tokens: Tensor
     rows, ended = rows.masked_fill(rows == count, -1), ~there
     beyond = rows.masked_fill(there, -1)[:, 1:].amax(dim=1) if max_depth else torch.full_like(first, -1)
     return rows.masked_fill(ended, -1), emitted, there.sum(dim=1), beyond
-
-
-def argmax_tokens(logits: Tensor) -> Tensor:
-    """int64 [N]: greedy tokens of logits [N, V]; NaN never wins, and a row without a number greater than -inf has -1."""
-    logits_shape(logits)
-    clean = torch.where(torch.isnan(logits), -torch.inf, logits)
-    value, token = clean.max(dim=-1)
-    return torch.where(value > -torch.inf, token, -1)
-
-
-def accept_greedy(parent: Tensor, indptr: Tensor, tokens: Tensor, logits: Tensor, max_depth: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """:func:`accept` with the greedy tokens of logits [N, V], as :func:`argmax_tokens` defines them."""
-    logits_shape(logits, tokens)
-    return accept(parent, indptr, tokens, argmax_tokens(logits), max_depth)
-
-
-def cut(
-    rows: Tensor, emitted: Tensor, lengths: Tensor, beyond: Tensor | None, limits: Tensor | None, eos_tokens: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """What :func:`accept` returned, without what lies behind the end of an answer: as if the target had no number there.
-
-    Args:
-        rows, emitted, lengths, beyond: of :func:`accept`.
-        limits: int64 [B], tokens that each answer may still get.
-        eos_tokens: int64 [n], tokens that end an answer, themselves included.
-    """
-    if eos_tokens is None and limits is None:
-        return rows, emitted, lengths, beyond
-    kept = lengths if limits is None else torch.minimum(lengths, limits.clamp(min=0))
-    if eos_tokens is not None:
-        ends = (emitted[..., None] == eos_tokens).any(dim=2) & (emitted >= 0)
-        kept = torch.minimum(kept, (ends.cumsum(dim=1) - ends.long() == 0).sum(dim=1))
-    column = torch.arange(emitted.shape[1], device=emitted.device)
-    gone, over = column >= kept[:, None], (column == kept[:, None]) & (column > 0)
-    last = torch.where(over, rows, -1).amax(dim=1)  # the row that the answer ends before
-    last = last if beyond is None else torch.maximum(last, beyond.masked_fill(kept < lengths, -1))
-    return rows.masked_fill(gone, -1), emitted.masked_fill(gone, -1), kept, last
-
-
-def walk(
-    parent: Tensor, indptr: Tensor, tokens: Tensor, target: Tensor, max_depth: int, limits: Tensor | None, eos_tokens: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """As :func:`echo.kernels.walk`."""
-    greedy = target.dim() == 2
-    found = accept_greedy(parent, indptr, tokens, target, max_depth) if greedy else accept(parent, indptr, tokens, target, max_depth)
-    rows, emitted, lengths, beyond = cut(*found, limits, eos_tokens)
-    assert beyond is not None
-    return rows, emitted, lengths, beyond, emitted.gather(1, (lengths - 1).clamp(min=0)[:, None])[:, 0]
 
 
 @taking(Planning)

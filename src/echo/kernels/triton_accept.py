@@ -163,15 +163,3 @@ def walk(
             ENDS=launch.power_of_two(endings) if endings else 0, BLOCK=launch.WALKED, num_warps=1,
         )  # fmt: skip
     return out[0], out[1], out[2], out[3], out[4]
-
-
-def accept(parent: Tensor, indptr: Tensor, tokens: Tensor, target_tokens: Tensor, max_depth: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As :func:`echo.kernels.accept`."""
-    accept_shapes(parent, indptr, tokens, target_tokens, max_depth)
-    return walk(parent, indptr, tokens, target_tokens, max_depth)[:4]
-
-
-def accept_greedy(parent: Tensor, indptr: Tensor, tokens: Tensor, logits: Tensor, max_depth: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As :func:`echo.kernels.accept_greedy`."""
-    logits_shape(logits, tokens)
-    return walk(parent, indptr, tokens, logits, max_depth)[:4]

@@ -18,7 +18,7 @@ from echo.kernels import launch
 from echo.kernels.triton_growing import DEAD, INTERPRETED, NEVER, as_bytes, by_rows
 
 NOWHERE = tl.constexpr(1 << 62)
-BINS = tl.constexpr(512)
+BINS, PER_NAT = tl.constexpr(launch.TABLE_BINS), tl.constexpr(float(launch.BINS_PER_NAT))
 LEVELS = tl.constexpr(128)
 """More than there are depths: cost * LEVELS + depth is one number, below 2^38."""
 KEY_BITS = 38
@@ -66,7 +66,7 @@ def _chance(
         for _ in range(len(ENDS)):
             depth, above = layout(node, ENDS)
             own = 0.0 - tl.load(score + b * score_row + node, mask=inside, other=0.0)
-            place = tl.minimum(own * 32.0, BINS - 1.0).to(tl.int32) + tl.minimum(depth, rows - 1) * BINS
+            place = tl.minimum(own * PER_NAT, BINS - 1.0).to(tl.int32) + tl.minimum(depth, rows - 1) * BINS
             most = tl.maximum(most, tl.load(table + place, mask=inside, other=0))
             node = tl.where(depth > 0, above + tl.load(parent + b * parent_row + node, mask=inside, other=0).to(tl.int32), 0)
     tl.store(cost + b * count + lane, tl.where(value == float("inf"), NEVER, most), mask=inside)

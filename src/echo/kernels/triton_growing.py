@@ -16,14 +16,16 @@ from torch import Tensor
 
 from echo import checks
 from echo.kernels import launch
+from echo.kernels.launch import Status
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 """Whether these kernels were loaded for Triton's interpreter, which runs them on the CPU."""
 
 DEAD = tl.constexpr(float("-inf"))
 ROUNDING = tl.constexpr(checks.ROUNDING)
-NEVER = tl.constexpr(0x7F800000)
-ACTIVE, TRUNCATED, STARVED, FINISHED, EXHAUSTED, EMPTY = (tl.constexpr(status) for status in range(6))
+NEVER = tl.constexpr(launch.UNSELECTABLE)
+ACTIVE, TRUNCATED, STARVED = (tl.constexpr(int(s)) for s in (Status.ACTIVE, Status.TRUNCATED, Status.STARVED))
+FINISHED, EXHAUSTED, EMPTY = (tl.constexpr(int(s)) for s in (Status.FINISHED, Status.EXHAUSTED, Status.EMPTY))
 
 
 class Roots(NamedTuple):

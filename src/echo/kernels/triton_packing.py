@@ -17,7 +17,7 @@ from echo.kernels import launch
 from echo.kernels.triton_dealing import Selected, ends, layout
 from echo.kernels.triton_growing import DEAD, EMPTY, INTERPRETED, STARVED, TRUNCATED, as_bytes
 
-ONE = tl.constexpr(float(1 << 24))
+ONE = tl.constexpr(float(launch.ONE))
 """Certainty in the fixed point of calibrated costs."""
 
 __all__ = ["INTERPRETED", "compact", "count", "foresee", "observe", "pack"]

@@ -1,7 +1,6 @@
 """Tools for the unit tests of policies: a kit that finds what is wrong with a plan, replay of real drafts, and toy models."""
 
-from echo.testing.invariants import check_plan
-from echo.testing.kit import PlanError, check_scheduler, check_step
+from echo.testing.kit import PlanError, check_plan, check_scheduler, check_step
 from echo.testing.rehearsal import RecordedGraphs
 from echo.testing.replay import Answer, Record, Report, replay
 from echo.testing.scenarios import Plan, Scenario, all_equal, burst, nan_storm, one_confident_many_doubtful

@@ -14,12 +14,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from echo import checks
 from echo.budget.scheduler import ElasticBudgetScheduler
 from echo.errors import EchoError
+from echo.kernels.launch import Status
 from echo.testing import scenarios, selection, strategies
-from echo.testing.invariants import check_plan
 from echo.testing.scenarios import Plan, Scenario
 from echo.testing.selection import Selection
-from echo.testing.shrink import shrink
-from echo.tree.supertree import Status
+from echo.tree.packed import PackedTree
+from echo.tree.supertree import SuperTree
 
 READS = ("_local_scalar_dense", "nonzero", "masked_select", "item", "unique", "_unique2", "equal", "repeat_interleave", "is_nonzero")
 """Operators whose result the host waits for, or whose shape depends on data."""
@@ -87,14 +87,13 @@ def check_scheduler(
     - ``reads``: nothing is read back from the device, and no shape depends on data.
     - ``depth_first``: nothing is dealt for width while a request that passed its gate found no rows.
     - ``full``: rows are left over only if no request may have one more.
-    - ``best``: no other choice of as many rows has a greater sum of weight times ``rule.gain`` (steps without floors).
-    - ``floors``: each request has the rows set aside for it, while it has candidates.
+    - ``best``: no other choice of as many rows has a greater sum of weight times ``rule.gain``.
     - ``alone``: each request gets the rows that it would get by itself.
 
     Args:
         scheduler: the policy.
         claims: what to check beyond the first paragraph; by default the first four.
-        examples: steps drawn.
+        examples: steps drawn, as many of one slot at most as of two, and so on.
         max_batch: most slots of a drawn step.
 
     Raises:
@@ -110,35 +109,47 @@ def check_scheduler(
         if claim not in (*selection.CLAIMS, *RELATIONS):
             raise EchoError(f"claims: expected some of {(*selection.CLAIMS, *RELATIONS)}, got {claim!r}")
     examples = checks.integer("examples", examples, 1)
-    broken = _search(scheduler, claims, examples, max_batch)
+    broken = _search(scheduler, claims, max(1, examples // max_batch), max_batch)
     if broken is not None:
-        smallest = shrink(broken.scenario, lambda step: _breaks(scheduler, step, claims) == broken.invariant)
-        check_step(scheduler, smallest, claims=claims)
+        check_step(scheduler, broken.scenario, claims=claims)  # once more, without hypothesis' notes
         raise broken  # of a policy that decides otherwise now
 
 
 def _search(scheduler: ElasticBudgetScheduler, claims: Sequence[str], examples: int, max_batch: int) -> PlanError | None:
-    """The first broken plan, among the drawn steps and those made by hand."""
-    package = strategies.hypothesis()
-    steps = strategies.batches(max_batch=max_batch, max_depth=min(scheduler.max_depth, 8), rows=scheduler.budget is not None)
+    """The smallest broken plan that hypothesis finds, of the fewest slots that one is found with, or one made by hand."""
+    package, found = strategies.hypothesis(), list[PlanError]()
+
+    def check(scenario: Scenario, claims: Sequence[str]) -> None:
+        try:
+            check_step(scheduler, scenario, claims=claims)
+        except PlanError as broken:
+            if not found or broken.invariant == found[0].invariant:  # what is shrunk stays broken in the same way
+                found.append(broken)
+                raise
+
     options = package.settings(
         max_examples=examples,
-        phases=(package.Phase.generate,),  # a step is a value with an order of its own: `shrink` needs a tenth of the tries
+        phases=(package.Phase.generate, package.Phase.shrink),
         derandomize=True,
         database=None,
         deadline=None,
         suppress_health_check=list(package.HealthCheck),
         verbosity=package.Verbosity.quiet,
+        report_multiple_bugs=False,
     )
     drawn = [claim for claim in claims if claim != "reads"]  # does not depend on the values: the scenarios will do
     try:
-        options(package.given(steps)(lambda scenario: check_step(scheduler, scenario, claims=drawn)))()
+        for batch in range(1, max_batch + 1):
+            steps = strategies.batches(max_batch=batch, max_depth=min(scheduler.max_depth, 8), rows=scheduler.budget is not None)
+            options(package.given(steps)(lambda scenario: check(scenario, drawn)))()
         for make in (scenarios.all_equal, scenarios.burst, scenarios.one_confident_many_doubtful, scenarios.nan_storm):
-            made = make(4, min(scheduler.max_depth, 3))
-            check_step(scheduler, replace(made, rows=None) if scheduler.budget is None else made, claims=claims)
-    except PlanError as broken:
-        return broken
-    return None
+            for batch, depth in ((1, 1), (4, 3)):
+                made = make(batch, min(scheduler.max_depth, depth))
+                check(replace(made, rows=None) if scheduler.budget is None else made, claims)
+    except Exception:  # of hypothesis too, where a plan that was broken is not any more
+        if not found:
+            raise
+    return found[-1] if found else None
 
 
 def check_step(scheduler: ElasticBudgetScheduler, scenario: Scenario, *, claims: Sequence[str] = DEFAULT) -> None:
@@ -153,7 +164,7 @@ def check_step(scheduler: ElasticBudgetScheduler, scenario: Scenario, *, claims:
         PlanError: with a table of the plan.
     """
     plan = _plan(scheduler, scenario)
-    taken = Selection.of(plan.tree, plan.selected, scenario.live, scenario.floors)
+    taken = Selection.of(plan.tree, plan.selected, scenario.live)
     invariants = selection.INVARIANTS | {name: check for name, check in selection.CLAIMS.items() if name in claims}
     for name, check in invariants.items():
         broken = check(taken)
@@ -167,12 +178,46 @@ def check_step(scheduler: ElasticBudgetScheduler, scenario: Scenario, *, claims:
             _raise(name, scheduler, plan, fault)
 
 
-def _breaks(scheduler: ElasticBudgetScheduler, scenario: Scenario, claims: Sequence[str]) -> str | None:
-    try:
-        check_step(scheduler, scenario, claims=claims)
-    except PlanError as broken:
-        return broken.invariant
-    return None
+def check_plan(tree: SuperTree, packed: PackedTree) -> None:
+    """Checks the layout of a packed step (:meth:`PackedTree.validate`), and that it is a plan of this tree.
+
+    Args:
+        tree: what was packed.
+        packed: what it was packed to.
+
+    Raises:
+        EchoError: naming the column that is not as the layout or the tree says.
+
+    Example:
+        >>> import torch, echo
+        >>> from echo.testing import check_plan
+        >>> scheduler = echo.ElasticBudgetScheduler(echo.GlobalRank(beam=2), budget=6, max_depth=2)
+        >>> tree = scheduler.plant(torch.tensor([3]))
+        >>> tree = scheduler.grow(tree, torch.tensor([[[1, 2]]]), torch.tensor([[[-0.1, -2.4]]]))
+        >>> check_plan(tree, scheduler.pack(tree))
+    """
+    packed.validate()
+    forest, count, size = tree.forest, int(packed.indptr[-1]), packed.indptr.diff()
+    nodes, request, node = forest.token.shape[1], packed.request[:count].long(), packed.node[:count]
+    own = (node - nodes * request).clamp(0, nodes - 1)
+    at, above = nodes * request + own, node[packed.indptr[request] + packed.parent[:count].clamp(min=0)]
+    score, bought = forest.score.flatten()[at], forest.bought.flatten()[at]
+    agrees = (
+        ("rows", torch.tensor(count <= tree.rows <= packed.rows)),
+        ("indptr", (size <= tree.row_limit) & ((size > 0) == (tree.row_limit > 0))),
+        ("node", node == at),
+        ("node", node.diff() > 0),
+        ("node", packed.node[count:] == -1),
+        ("tokens", packed.tokens[:count] == forest.token.flatten()[at]),
+        ("depth", packed.depth[:count] == forest.depth[own]),
+        ("score", (packed.score[:count] == score) & torch.isfinite(score)),
+        ("parent", (own == 0) | (above == nodes * request + forest.parent.flatten()[at])),
+        ("bought", packed.bought[:count] == bought),
+        ("bought", forest.bought.sum() == bought.sum()),
+    )
+    for name, holds in agrees:
+        if not holds.all():
+            raise EchoError(f"packed.{name}: expected what the tree says, got {getattr(packed, name)}")
 
 
 def _plan(scheduler: ElasticBudgetScheduler, scenario: Scenario) -> Plan:
@@ -193,7 +238,7 @@ def _layout(scheduler: ElasticBudgetScheduler, plan: Plan) -> Fault | None:
         return Fault("the rows that select said", f"nodes {plan.packed.node.tolist()}, selected {selected}")
     try:
         check_plan(plan.tree, plan.packed)
-    except AssertionError as error:
+    except EchoError as error:
         return Fault("a packed step that says what the tree says", str(error))
     return None
 
@@ -225,7 +270,7 @@ def _equals(scheduler: ElasticBudgetScheduler, plan: Plan) -> Fault | None:
     """Two requests that are the same: the lower one gets what the other gets, and perhaps more."""
     given = plan.scenario
     seen: dict[tuple[float, ...], int] = {}
-    own = [x for x in (given.root_tokens, plan.tree.row_limit, given.floors, given.weights) if x is not None]
+    own = [x for x in (given.root_tokens, plan.tree.row_limit, given.weights) if x is not None]
     for b in (i for i in range(given.batch) if given.live[i]):
         a = seen.setdefault(tuple(float(x[b]) for x in own), b)
         before = plan.paths(a)
@@ -244,8 +289,8 @@ def _slots(scheduler: ElasticBudgetScheduler, plan: Plan) -> Fault | None:
 
 def _order(scheduler: ElasticBudgetScheduler, plan: Plan) -> Fault | None:
     tree, given = plan.tree, plan.scenario
-    if given.weights is not None or (given.floors is not None and int((given.floors - 1).clamp(min=0).sum()) > tree.rows - given.batch):
-        return None  # what is equal in the end the kit cannot know; floors that are too high are met in the order of requests
+    if given.weights is not None:
+        return None  # what is equal in the end the kit cannot know
     for value in (tree.forest.score, scheduler.rule.gain(tree)):
         drafted = torch.where((tree.forest.depth > 0) & torch.isfinite(tree.forest.score), value, torch.nan)
         each = [set(row[~row.isnan()].tolist()) for row in drafted]
@@ -277,8 +322,6 @@ def _reads(scheduler: ElasticBudgetScheduler, plan: Plan) -> Fault | None:
 def _best(scheduler: ElasticBudgetScheduler, plan: Plan) -> Fault | None:
     """No node could be exchanged for one of greater gain: within limits and closed under parents that is the optimum."""
     tree, selected = plan.tree, plan.selected
-    if plan.scenario.floors is not None:
-        return None
     forest, gain = tree.forest, scheduler.rule.gain(tree)
     gain = gain if tree.weight is None else gain * tree.weight[:, None]
     drafted = forest.depth > 0
@@ -338,7 +381,6 @@ def _got(name: str, plan: Plan, request: int, node: int) -> str:
         "kept": f"{where} bought and not selected",
         "ties": f"{where} selected, an equal sibling before it not",
         "depth_first": f"{where} dealt, and a request starved",
-        "floors": f"{count} rows of request {request}, whose floor is {0 if (f := plan.scenario.floors) is None else int(f[request])}",
         "full": f"{tree.rows - int(plan.selected.sum())} rows left, and {where} not selected",
     }[name]
 

@@ -27,7 +27,6 @@ class Scenario:
         capacity: int64 [B], the most rows of each request.
         log_probs: float32 [D, V, k], after token v at depth d the log-probability of its candidates, the tokens v + 1, v + 2, ... modulo V.
         rows: of the step; None: what the scheduler asks for by itself.
-        floors: int64 [B], rows set aside for each request; None: none.
         weights: float32 [B], what each request's tokens are worth; None: all alike.
     """
 
@@ -36,7 +35,6 @@ class Scenario:
     capacity: Tensor
     log_probs: Tensor
     rows: int | None = None
-    floors: Tensor | None = None
     weights: Tensor | None = None
 
     def __post_init__(self) -> None:
@@ -61,14 +59,12 @@ class Scenario:
     def take(self, requests: Sequence[int]) -> Scenario:
         """The step of these ``requests`` alone, in this order."""
         at = torch.tensor(requests, dtype=torch.int64)
-        floors, weights = (None if x is None else x[at] for x in (self.floors, self.weights))
-        return Scenario(self.root_tokens[at], self.live[at], self.capacity[at], self.log_probs, self.rows, floors, weights)
+        weights = None if self.weights is None else self.weights[at]
+        return Scenario(self.root_tokens[at], self.live[at], self.capacity[at], self.log_probs, self.rows, weights)
 
     def grow(self, scheduler: ElasticBudgetScheduler) -> SuperTree:
         """The super-tree that ``scheduler`` grows, all D layers of it."""
-        tree = scheduler.plant(
-            self.root_tokens, live=self.live, capacity=self.capacity, rows=self.rows, weights=self.weights, floors=self.floors
-        )
+        tree = scheduler.plant(self.root_tokens, live=self.live, capacity=self.capacity, rows=self.rows, weights=self.weights)
         for _ in range(self.log_probs.shape[0]):
             tree = scheduler.grow(tree, *self.draft(tree.frontier))
         return tree

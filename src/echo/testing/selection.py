@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from echo.tree.supertree import Status, SuperTree
+from echo.kernels.launch import Status
+from echo.tree.supertree import SuperTree
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,6 @@ class Selection:
         limit: int64 [..., B], most rows of a request.
         status: int8 [..., B].
         rows: int64 [...], rows of the step.
-        floor: int64 [..., B], rows set aside for each request; 0 without.
     """
 
     selected: Tensor
@@ -37,14 +37,13 @@ class Selection:
     limit: Tensor
     status: Tensor
     rows: Tensor
-    floor: Tensor
 
     @classmethod
-    def of(cls, tree: SuperTree, selected: Tensor, live: Tensor, floor: Tensor | None = None) -> Selection:
+    def of(cls, tree: SuperTree, selected: Tensor, live: Tensor) -> Selection:
         """One plan."""
         forest = tree.forest
-        rows, least = torch.tensor(tree.rows), torch.zeros_like(tree.row_limit) if floor is None else floor
-        return cls(selected, forest.bought, forest.parent, forest.score, forest.depth, live, tree.row_limit, tree.status, rows, least)
+        of = forest.bought, forest.parent, forest.score, forest.depth
+        return cls(selected, *of, live, tree.row_limit, tree.status, torch.tensor(tree.rows))
 
 
 def overspent(s: Selection) -> Tensor:
@@ -89,8 +88,8 @@ def unstable(s: Selection) -> Tensor:
 
 
 def widened(s: Selection) -> Tensor:
-    """Depth first: without floors, nothing is dealt for width while a request that passed its gate found no rows."""
-    starved = (s.status == int(Status.STARVED)).any(-1) & (s.floor <= 1).all(-1)
+    """Depth first: nothing is dealt for width while a request that passed its gate found no rows."""
+    starved = (s.status == int(Status.STARVED)).any(-1)
     return s.selected & ~s.bought & starved[..., None, None]
 
 
@@ -100,16 +99,6 @@ def idle(s: Selection) -> Tensor:
     room = s.selected.sum(-1) < s.limit
     buyable = ~s.selected & torch.isfinite(s.score) & s.selected.gather(-1, s.parent) & (s.depth > 0)
     return buyable & room[..., None] & left[..., None, None]
-
-
-def forgone(s: Selection) -> Tensor:
-    """Floors: each request has the rows set aside for it while it has candidates; what is more than the step's rows by request."""
-    aside = (torch.minimum(s.floor, s.limit) - 1).clamp(min=0) * s.live
-    left = (s.rows - s.live.sum(-1))[..., None] - (aside.cumsum(-1) - aside)
-    due = 1 + torch.minimum(aside, left.clamp(min=0))
-    candidates = (torch.isfinite(s.score) & (s.depth > 0)).sum(-1)
-    short = s.live & (s.selected.sum(-1) < torch.minimum(due, 1 + candidates))
-    return (s.depth == 0) & short[..., None]
 
 
 Check = Callable[[Selection], Tensor]
@@ -124,5 +113,5 @@ INVARIANTS: dict[str, Check] = {
 }
 """Of every plan, whatever the policy."""
 
-CLAIMS: dict[str, Check] = {"ties": unstable, "depth_first": widened, "full": idle, "floors": forgone}
+CLAIMS: dict[str, Check] = {"ties": unstable, "depth_first": widened, "full": idle}
 """Of policies that claim them."""

@@ -52,28 +52,26 @@ def batches(*, max_batch: int = 5, max_depth: int = 4, rows: bool = True) -> Sea
         st.integers(0, VOCAB - 1),
         st.sampled_from([True, True, False]),
         st.integers(0, CAPACITY - 1),
-        st.integers(0, 4),
         st.sampled_from([1.0, 0.5, 0.1]),
     )
 
     def build(
-        slots: list[tuple[int, bool, int, int, float]],
+        slots: list[tuple[int, bool, int, float]],
         depth: int,
         k: int,
         spare: int,
         coarse: bool,
         numbers: bytes,
         bad: list[tuple[int, float]],
-        levels: tuple[bool, bool],
+        weighed: bool,
     ) -> Scenario:
-        roots, live, short, floor, weight = (torch.from_numpy(np.array(column)) for column in zip(*slots, strict=True))
+        roots, live, short, weight = (torch.from_numpy(np.array(column)) for column in zip(*slots, strict=True))
         flat = scores(np.frombuffer(numbers, ">u2"), coarse=coarse)
         for place, value in bad:
             flat[place] = value
         table = flat.view(max_depth, VOCAB, CHILDREN)
         count = max(len(slots), int(live.sum()) + spare) if rows else None
-        floors, weights = floor if levels[0] else None, weight.float() if levels[1] else None
-        return Scenario(roots, live, CAPACITY - short, table[:depth, :, :k], count, floors, weights)
+        return Scenario(roots, live, CAPACITY - short, table[:depth, :, :k], count, weight.float() if weighed else None)
 
     strategy: SearchStrategy[Scenario] = st.builds(
         build,
@@ -84,14 +82,14 @@ def batches(*, max_batch: int = 5, max_depth: int = 4, rows: bool = True) -> Sea
         st.booleans(),
         st.binary(min_size=2 * size, max_size=2 * size),
         st.lists(st.tuples(st.integers(0, size - 1), st.sampled_from(FAULTS)), max_size=8) if size else st.just([]),
-        st.tuples(st.booleans(), st.booleans()),
+        st.booleans(),
     )
     return strategy
 
 
 def scores(numbers: np.typing.NDArray[Any], *, coarse: bool) -> torch.Tensor:
-    """Log-probabilities float32 [n] from 16-bit numbers [n], 0 being certain; ``coarse`` makes eighths, so that many are equal."""
-    share = 1.0 - numbers.astype(np.float64) / 65536
+    """Log-probabilities float32 [n] from 16-bit numbers [n], 0 being a half; ``coarse`` makes eighths, so that many are equal."""
+    share = 1.0 - (numbers.astype(np.float64) + 32768) % 65536 / 65536
     return torch.from_numpy(np.log(np.ceil(8 * share) / 8 if coarse else share).astype(np.float32))
 
 

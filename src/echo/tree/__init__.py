@@ -1,11 +1,12 @@
 """The super-tree, and the packed layout that engines read."""
 
+from echo.kernels.launch import Status
 from echo.tree import layouts
 from echo.tree.accepted import Accepted
 from echo.tree.build import Template
 from echo.tree.compaction import Compaction, compact
 from echo.tree.packed import PackedTree, ancestors, pack, slots, wire_size
-from echo.tree.supertree import Forest, Frontier, Layer, Status, SuperTree
+from echo.tree.supertree import Forest, Frontier, Layer, SuperTree
 
 __all__ = [
     "Accepted",

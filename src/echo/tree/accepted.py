@@ -37,7 +37,7 @@ class Accepted:
 
     @classmethod
     def of(cls, tokens: Tensor, rows: Tensor, lengths: Tensor, beyond: Tensor | None = None) -> Accepted:
-        """From what a walk returns, as in :func:`echo.kernels.accept`: the bonus token is the last that was emitted."""
+        """From what a walk returns, as in :func:`echo.kernels.walk`: the bonus token is the last that was emitted."""
         return cls(tokens, rows, lengths, tokens.gather(1, (lengths - 1).clamp(min=0)[:, None])[:, 0], beyond)
 
     @property

@@ -6,7 +6,7 @@ All of them are candidates only: ``scheduler.pack`` deals their rows by its rule
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,8 @@ from torch import Tensor
 
 from echo import checks
 from echo.errors import EchoError
-from echo.tree.supertree import Forest, Frontier, Layer, Status, SuperTree, check_size, path_score
+from echo.kernels.launch import Status
+from echo.tree.supertree import Forest, Frontier, Layer, SuperTree, check_size, path_score
 
 
 def from_arrays(
@@ -121,6 +122,8 @@ class Template:
 
     parents: tuple[int, ...]
     candidates: tuple[int, ...] | None = None
+    _layers: tuple[tuple[list[int], list[int]], ...] = field(init=False, repr=False, compare=False)
+    _devices: dict[torch.device, list[tuple[Tensor, Tensor, Tensor]]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "parents", checks.ints("parents", self.parents, -1))
@@ -140,7 +143,6 @@ class Template:
             layers.append(sorted((n for n, at in enumerate(depth) if at == d), key=lambda n: (above.index(self.parents[n]), n)))
         places = [[layers[d].index(self.parents[n]) for n in layer] for d, layer in enumerate(layers[1:])]
         object.__setattr__(self, "_layers", tuple(zip(layers[1:], places, strict=True)))
-        object.__setattr__(self, "_devices", {})
 
     @classmethod
     def from_choices(cls, choices: Sequence[Sequence[int]]) -> Template:
@@ -171,7 +173,7 @@ class Template:
         batch, nodes, device = tree.batch, len(self.parents), tree.status.device
         heads = tokens.dim() == 3
         if heads:
-            depth, k = len(self.__dict__["_layers"]), max(self._taken, default=0) + 1
+            depth, k = len(self._layers), max(self._taken, default=0) + 1
             checks.tensor("tokens", tokens, [batch, "D", "k"], torch.int64, device)
             if depth > tokens.shape[1] or k > tokens.shape[2]:
                 raise EchoError(f"tokens: expected [B, {depth}, {k}] or more, got {list(tokens.shape)}")
@@ -190,10 +192,9 @@ class Template:
 
     def _indices(self, device: torch.device) -> list[tuple[Tensor, Tensor, Tensor]]:
         """By layer: nodes, places of their parents, candidates. Copied to a device once: a copy in the step would wait for it."""
-        known: dict[torch.device, list[tuple[Tensor, Tensor, Tensor]]] = self.__dict__["_devices"]
+        known = self._devices
         if device not in known:
-            layers: tuple[tuple[list[int], list[int]], ...] = self.__dict__["_layers"]
-            lists = [(members, places, [self._taken[n] for n in members]) for members, places in layers]
+            lists = [(members, places, [self._taken[n] for n in members]) for members, places in self._layers]
             known[device] = [
                 (torch.tensor(m, device=device), torch.tensor(p, device=device), torch.tensor(t, device=device)) for m, p, t in lists
             ]

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 from echo import checks
 from echo.errors import EchoError
+from echo.kernels.launch import Status
 from echo.tree.packed import WORD, PackedTree
-from echo.tree.supertree import Status
 
 if TYPE_CHECKING:
     from echo.tree.accepted import Accepted

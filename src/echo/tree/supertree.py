@@ -5,35 +5,16 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from enum import IntEnum
 
 import torch
 from torch import Tensor
 
 from echo import checks
 from echo.errors import EchoError
+from echo.kernels.launch import Status
 
 DEAD_SCORE = float("-inf")
 """The score of a node that can never be selected."""
-
-UNSELECTABLE = 0x7F800000
-"""Cost of a node that can never be selected: the bits of +inf, above those of every finite float32."""
-
-
-class Status(IntEnum):
-    """Why a request stopped drafting, or that it has not."""
-
-    ACTIVE = 0
-    TRUNCATED = 1
-    """Failed a gate."""
-    STARVED = 2
-    """Passed, and found no rows left to buy; or live, and found no row for its root."""
-    FINISHED = 3
-    """Reached the deepest layer."""
-    EXHAUSTED = 4
-    """Nothing to draft on: no finite score, or the row limit of the request reached."""
-    EMPTY = 5
-    """No request in this slot."""
 
 
 @dataclass(frozen=True)
@@ -148,7 +129,6 @@ class SuperTree:
             those of layers without any finite score; such nodes are never selectable.
         rows: rows of this step, a host int; ``left`` never lets more be selected.
         most: a host int that bounds ``row_limit``.
-        reserve: int64 [B], rows set aside for each request, its floor less what it has bought; None: no floors.
         nodes: the buffers that the layers are columns of; None: each layer has its own.
     """
 
@@ -161,7 +141,6 @@ class SuperTree:
     invalid: Tensor
     rows: int
     most: int
-    reserve: Tensor | None = None
     nodes: Nodes | None = None
 
     @classmethod
@@ -257,12 +236,6 @@ class SuperTree:
         """bool [B]: requests that still draft. Looking at it reads back from the device; only a host without graphs may."""
         return self.status == int(Status.ACTIVE)
 
-    def with_bought(self, nodes: Tensor) -> SuperTree:
-        """The same tree with these ``nodes``, bool [B, T], bought as well; ``left`` and ``reserve`` are the caller's business."""
-        parts = torch.split(nodes, self.sizes, dim=1)
-        layers = tuple(replace(layer, bought=layer.bought | part) for layer, part in zip(self.layers, parts, strict=True))
-        return replace(self, layers=layers, held=self.held + (nodes & ~self.bought).sum(dim=1), nodes=None)
-
     @property
     def sizes(self) -> list[int]:
         """Candidates of each layer, together T; host ints."""
@@ -306,10 +279,10 @@ def written(out: SuperTree, tree: SuperTree) -> SuperTree:
     """``out`` with the last layer, the frontier and the state of ``tree`` copied into its buffers: of the same shapes.
 
     Raises:
-        EchoError: weights or floors, for which there are no buffers.
+        EchoError: weights, for which there are no buffers.
     """
-    if tree.weight is not None or tree.reserve is not None:
-        raise EchoError("weights, floors: expected none where a tree is written to buffers")
+    if tree.weight is not None:
+        raise EchoError("weights: expected none where a tree is written to buffers")
     parts = (out, tree), (out.layers[-1], tree.layers[-1]), (out.frontier, tree.frontier)
     for old, new in parts:
         for field in fields(new):

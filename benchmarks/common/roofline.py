@@ -22,10 +22,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from echo import checks
+from echo import CostModel, EchoError, checks
 from echo.cost.fit import rounded
-from echo.cost.model import CostModel
-from echo.errors import EchoError
 
 BYTES = 2
 """Of a weight, an activation and a cached number: bfloat16."""
@@ -136,8 +134,28 @@ MODELS: dict[str, Architecture] = {
 """Five models that the paper's figures name, and Vicuna-13B, on which EAGLE-3 was published."""
 
 
-def plan(model: Architecture | str, hardware: Hardware | None, tensor: int, expert: int, most_rows: int, tiers: Sequence[int]) -> CostModel:
-    """See :meth:`CostModel.roofline`."""
+def plan(
+    model: Architecture | str,
+    hardware: Hardware | None = None,
+    *,
+    tensor: int = 8,
+    expert: int = 1,
+    most_rows: int = 4096,
+    tiers: Sequence[int] = (),
+) -> CostModel:
+    """An analytic model for planning, before anything is measured.
+
+    Args:
+        model: what is served; a name stands for one of ``MODELS``.
+        hardware: on what; ``H100`` where not given.
+        tensor: devices that share each layer, a whole copy of the model together.
+        expert: of those, groups among which whole experts are dealt out; the devices of a group split each of theirs.
+        most_rows: last knot of the curve.
+        tiers: of the cost model.
+
+    Raises:
+        EchoError: an unknown name, or a number out of range.
+    """
     if isinstance(model, str):
         if model not in MODELS:
             raise EchoError(f"model: expected an Architecture or one of {', '.join(MODELS)}, got {model!r}")
