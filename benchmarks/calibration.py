@@ -24,7 +24,7 @@ import torch
 import echo
 from common.replays import WarmUp, arguments, shapes, split, warm_up, write
 from echo import style
-from echo.gating import Objective, goodput
+from echo.gating import Objective, throughput_optimal
 from echo.testing import Record, Trace, replay
 
 PAPER, GOODPUT = style.of("ECHO"), style.of("goodput")
@@ -47,7 +47,9 @@ class Served:
     seconds: np.ndarray
 
     def __add__(self, other: Served) -> Served:
-        return Served(self.tokens + other.tokens, self.steps + other.steps, self.seconds + other.seconds)
+        return Served(
+            self.tokens + other.tokens, self.steps + other.steps, self.seconds + other.seconds
+        )
 
     def per(self, unit: str, weight: np.ndarray | None = None) -> float:
         """Tokens a step, or a second."""
@@ -56,7 +58,12 @@ class Served:
 
 
 def serve(
-    trace: Trace, texts: np.ndarray, scheduler: echo.ElasticBudgetScheduler, batch: int, steps: int, real_rows: bool = False
+    trace: Trace,
+    texts: np.ndarray,
+    scheduler: echo.ElasticBudgetScheduler,
+    batch: int,
+    steps: int,
+    real_rows: bool = False,
 ) -> Served:
     """Replays some texts in random order, again and again; ``real_rows`` charges the rows that the trees have, not those launched."""
     part = trace.texts(texts.tolist())
@@ -64,8 +71,10 @@ def serve(
 
     def observe(record: Record) -> None:
         who = texts[record.requests]
-        rows = int(record.packed.indptr[-1]) if real_rows else record.forecast.rows
-        seconds = float(KNEE(rows) + KNEE.draft(record.forecast.depth, batch, scheduler.rule.width))
+        rows = int(record.packed.indptr[-1]) if real_rows else record.tier.num_verify_tokens
+        seconds = float(
+            KNEE(rows) + KNEE.draft_seconds(record.tier.depth, batch, scheduler.rule.beam)
+        )
         np.add.at(found.tokens, who, record.emitted)
         np.add.at(found.steps, who, 1)
         np.add.at(found.seconds, who, seconds / len(who))
@@ -81,7 +90,9 @@ def against(one: Served, base: Served, unit: str) -> dict[str, float]:
     random, count = np.random.default_rng(0), len(one.tokens)
     chosen = np.flatnonzero((one.steps > 0) & (base.steps > 0))
     draws = [np.bincount(chosen, minlength=count)]
-    draws += [np.bincount(random.choice(chosen, len(chosen)), minlength=count) for _ in range(RESAMPLES)]
+    draws += [
+        np.bincount(random.choice(chosen, len(chosen)), minlength=count) for _ in range(RESAMPLES)
+    ]
     change = np.array([one.per(unit, w) / base.per(unit, w) - 1.0 for w in draws])
     low, high = np.percentile(change[1:], [2.5, 97.5])
     return {"change": float(change[0]), "low": float(low), "high": float(high)}
@@ -109,7 +120,10 @@ def warm_up_size(trace: Trace, warm: WarmUp, resamples: int = 200) -> list[dict[
     columns = [warm.log.depth, warm.log.confidence, warm.log.accepted]
     empty = echo.ConfidenceHistograms.empty(trace.depth)
     masses = np.stack(
-        [empty.add(echo.WarmupLog.from_arrays(*(c[path & (text == i)] for c in columns))).mass for i in range(len(trace.kind))]
+        [
+            empty.add(echo.WarmupLog.from_arrays(*(c[path & (text == i)] for c in columns))).mass
+            for i in range(len(trace.kind))
+        ]
     )
     used = np.flatnonzero(masses.any(axis=(0, 1, 2, 3, 4)))
     flat = masses[..., used].reshape(len(masses), -1).astype(np.float64)
@@ -122,13 +136,19 @@ def warm_up_size(trace: Trace, warm: WarmUp, resamples: int = 200) -> list[dict[
             mass[..., used] = (draw_ @ flat).reshape(*mass.shape[:-1], len(used))
             for gates, kept in found.items():
                 kept.append(echo.calibrate(echo.ConfidenceHistograms(mass), max_gates=gates))
-        common = {gates: Counter(c.gate_depths for c in kept).most_common(1)[0] for gates, kept in found.items()}
+        common = {
+            gates: Counter(c.gate_depths for c in kept).most_common(1)[0]
+            for gates, kept in found.items()
+        }
         result.append(
             {
                 "texts": texts,
                 "steps": int(texts * len(np.unique(warm.log.step)) / len(masses)),
                 "path_rows": int(texts * path.sum() / len(masses)),
-                "most_common": {f"at most {gates}": {"gates": depths, "share": n / resamples} for gates, (depths, n) in common.items()},
+                "most_common": {
+                    f"at most {gates}": {"gates": depths, "share": n / resamples}
+                    for gates, (depths, n) in common.items()
+                },
             }
         )
         print(result[-1])
@@ -145,13 +165,24 @@ def worth_of_size(trace: Trace, warm: WarmUp, draws: int = 8) -> list[dict[str, 
         policy = echo.ElasticBudgetScheduler(rule, gate, (1 + trace.depth) * batch, trace.depth)
         return serve(trace, test, policy, batch, 50, real_rows=True).per("seconds")
 
-    base = {i: speed(warm.of(half), test) for i, (half, test) in enumerate(((one, two), (two, one)))}
+    base = {
+        i: speed(warm.of(half), test) for i, (half, test) in enumerate(((one, two), (two, one)))
+    }
     for texts in (1, 2, 4, 8, 16):
         found = []
         for i in range(draws):
             half, test = ((one, two), (two, one))[i % 2]
-            found.append(speed(warm.of(random.choice(half, texts, replace=False)), test) / base[i % 2] - 1.0)
-        result.append({"texts": texts, "change": float(np.mean(found)), "worst": float(np.min(found)), "best": float(np.max(found))})
+            found.append(
+                speed(warm.of(random.choice(half, texts, replace=False)), test) / base[i % 2] - 1.0
+            )
+        result.append(
+            {
+                "texts": texts,
+                "change": float(np.mean(found)),
+                "worst": float(np.min(found)),
+                "best": float(np.max(found)),
+            }
+        )
         print(result[-1])
     return result
 
@@ -162,8 +193,18 @@ def transfer(trace: Trace, warm: WarmUp) -> dict[str, Any]:
     sources = [*kinds, "two of each"]
     one, two = halves(trace)
     policies: dict[str, tuple[int, Callable[[echo.Calibration], echo.ElasticBudgetScheduler]]] = {
-        "gates of the paper": (16, lambda c: echo.ElasticBudgetScheduler(echo.TwoLevel(2, 8), echo.SparseGate(c), 3 * 16, trace.depth)),
-        "goodput": (96, lambda c: echo.ElasticBudgetScheduler(echo.GlobalRank(trace.beam, c), None, KNEE, trace.depth)),
+        "gates of the paper": (
+            16,
+            lambda c: echo.ElasticBudgetScheduler(
+                echo.TwoLevel(2, 8), echo.SparseGate(c), 3 * 16, trace.depth
+            ),
+        ),
+        "goodput": (
+            96,
+            lambda c: echo.ElasticBudgetScheduler(
+                echo.GlobalRank(trace.beam, c), None, KNEE, trace.depth
+            ),
+        ),
     }
 
     def texts(kind: str, half: np.ndarray) -> np.ndarray:
@@ -172,41 +213,66 @@ def transfer(trace: Trace, warm: WarmUp) -> dict[str, Any]:
         per = len(half) // len(kinds) ** 2  # as many texts as of one kind
         return np.concatenate([half[trace.kind[half] == k][:per] for k in kinds])
 
-    made = {(source, i): echo.calibrate(warm.of(texts(source, half))) for source in sources for i, half in enumerate((one, two))}
-    result: dict[str, Any] = {"kinds": kinds, "sources": sources, "gates": {s: made[s, 0].gate_depths for s in sources}}
+    made = {
+        (source, i): echo.calibrate(warm.of(texts(source, half)))
+        for source in sources
+        for i, half in enumerate((one, two))
+    }
+    result: dict[str, Any] = {
+        "kinds": kinds,
+        "sources": sources,
+        "gates": {s: made[s, 0].gate_depths for s in sources},
+    }
     for name, (batch, policy) in policies.items():
         served: dict[tuple[str, str], Served] = {}
         for source in sources:
             for kind in kinds:
-                parts = [serve(trace, texts(kind, test), policy(made[source, i]), batch, 80) for i, test in enumerate((two, one))]
+                parts = [
+                    serve(trace, texts(kind, test), policy(made[source, i]), batch, 80)
+                    for i, test in enumerate((two, one))
+                ]
                 served[source, kind] = parts[0] + parts[1]
-        cells = {s: {k: against(served[s, k], served[k, k], "seconds") for k in kinds} for s in sources}
+        cells = {
+            s: {k: against(served[s, k], served[k, k], "seconds") for k in kinds} for s in sources
+        }
         result[name] = cells
         for source in sources:
             print(
-                name, source, *(f"{100 * c['change']:+.1f} [{100 * c['low']:+.1f}, {100 * c['high']:+.1f}]" for c in cells[source].values())
+                name,
+                source,
+                *(
+                    f"{100 * c['change']:+.1f} [{100 * c['low']:+.1f}, {100 * c['high']:+.1f}]"
+                    for c in cells[source].values()
+                ),
             )
     return result
 
 
-def make_gate(warm: WarmUp, half: np.ndarray, rule: str, count: int, batch: int, depth: int) -> echo.SparseGate:
+def make_gate(
+    warm: WarmUp, half: np.ndarray, rule: str, count: int, batch: int, depth: int
+) -> echo.SparseGate:
     """A gate at the first depth alone, at ``count`` depths, or at all."""
     log = warm.of(half)
     if 1 < count < depth:
-        return echo.SparseGate(echo.calibrate(log, max_gates=count, thresholds=rule, cost=KNEE, batch=batch))  # type: ignore[arg-type]
+        return echo.SparseGate(
+            echo.calibrate(log, max_gates=count, thresholds=rule, cost=KNEE, batch=batch)
+        )  # type: ignore[arg-type]
     depths = range(1, 1 + count)
     if rule == "goodput":
-        return echo.SparseGate(goodput(log, depths, depth, Objective(KNEE, batch, 1))[0])
+        return echo.SparseGate(throughput_optimal(log, depths, depth, Objective(KNEE, batch, 1))[0])
     youden = echo.calibrate(log)
     return echo.SparseGate({d: youden.depths[d - 1].threshold for d in depths})
 
 
-def served_behind(trace: Trace, gates: list[echo.SparseGate | None], pooled: bool, batch: int = 64) -> Served:
+def served_behind(
+    trace: Trace, gates: list[echo.SparseGate | None], pooled: bool, batch: int = 64
+) -> Served:
     """Both halves served behind the other's gate, a layer one row wide: a fixed pool of 3 rows a request, or each row charged."""
     rule, rows = echo.TwoLevel(1, 8 if pooled else 0), (3 if pooled else 1 + trace.depth) * batch
     policies = [echo.ElasticBudgetScheduler(rule, gate, rows, trace.depth) for gate in gates]
     one, two = (
-        serve(trace, test, policy, batch, 80, real_rows=not pooled) for test, policy in zip(halves(trace)[::-1], policies, strict=True)
+        serve(trace, test, policy, batch, 80, real_rows=not pooled)
+        for test, policy in zip(halves(trace)[::-1], policies, strict=True)
     )
     return one + two
 
@@ -216,15 +282,21 @@ def gates_and_rules(trace: Trace, warm: WarmUp, batch: int = 64) -> list[dict[st
     base = {pooled: served_behind(trace, [None, None], pooled) for pooled in (True, False)}
     plain = batch / float(KNEE(batch))
     result: list[dict[str, Any]] = []
-    for rule, count in [("none", 0)] + [(rule, n) for rule in ("youden", "goodput") for n in (1, 2, 3, 4, trace.depth)]:
-        gates = [make_gate(warm, half, rule, count, batch, trace.depth) if count else None for half in halves(trace)]
+    for rule, count in [("none", 0)] + [
+        (rule, n) for rule in ("youden", "goodput") for n in (1, 2, 3, 4, trace.depth)
+    ]:
+        gates = [
+            make_gate(warm, half, rule, count, batch, trace.depth) if count else None
+            for half in halves(trace)
+        ]
         pool, costly = served_behind(trace, gates, True), served_behind(trace, gates, False)
         entry = {
             "rule": rule,
             "gates": count,
             "depths": [gate.depths for gate in gates if gate],
             "fixed_rows": {"tokens_a_step": pool.per("steps")} | against(pool, base[True], "steps"),
-            "each_row_costs": {"over_plain": costly.per("seconds") / plain} | against(costly, base[False], "seconds"),
+            "each_row_costs": {"over_plain": costly.per("seconds") / plain}
+            | against(costly, base[False], "seconds"),
         }
         result.append(entry)
         print(entry)
@@ -237,10 +309,17 @@ def inner_pairs(trace: Trace, warm: WarmUp, batch: int = 64) -> list[dict[str, A
     plain, result = batch / float(KNEE(batch)), []
     for pair in itertools.combinations(range(2, trace.depth), 2):
         gates: list[echo.SparseGate | None] = [
-            echo.SparseGate({d: c.depths[d - 1].threshold for d in (1, *pair, trace.depth)}) for c in made
+            echo.SparseGate({d: c.depths[d - 1].threshold for d in (1, *pair, trace.depth)})
+            for c in made
         ]
         pool, costly = served_behind(trace, gates, True), served_behind(trace, gates, False)
-        result.append({"pair": pair, "tokens_a_step": pool.per("steps"), "over_plain": costly.per("seconds") / plain})
+        result.append(
+            {
+                "pair": pair,
+                "tokens_a_step": pool.per("steps"),
+                "over_plain": costly.per("seconds") / plain,
+            }
+        )
         print(result[-1])
     return result
 
@@ -260,23 +339,57 @@ def draw(result: dict[str, Any], images: Path) -> None:
 def _size(axes: Any, result: dict[str, Any]) -> None:
     rows = result["warm_up_size"]
     texts = [row["texts"] for row in rows]
-    for gates, other, colour in (("at most 3", "at most 4", style.QUIET), ("at most 4", "at most 3", PAPER)):
-        axes[0].plot(texts, [row["most_common"][gates]["share"] for row in rows], "o-", color=colour, label=f"{gates} gates")
+    for gates, other, colour in (
+        ("at most 3", "at most 4", style.QUIET),
+        ("at most 4", "at most 3", PAPER),
+    ):
+        axes[0].plot(
+            texts,
+            [row["most_common"][gates]["share"] for row in rows],
+            "o-",
+            color=colour,
+            label=f"{gates} gates",
+        )
         for x, row in zip(texts, rows, strict=True):
-            mine, label = row["most_common"][gates], "·".join(map(str, row["most_common"][gates]["gates"]))
+            mine, label = (
+                row["most_common"][gates],
+                "·".join(map(str, row["most_common"][gates]["gates"])),
+            )
             above = mine["share"] > row["most_common"][other]["share"]
-            axes[0].annotate(label, (x, mine["share"] + (0.03 if above else -0.08)), color=colour, fontsize=7, ha="center")
+            axes[0].annotate(
+                label,
+                (x, mine["share"] + (0.03 if above else -0.08)),
+                color=colour,
+                fontsize=7,
+                ha="center",
+            )
     axes[0].axhline(0.95, color=style.INK, lw=0.8, ls=":")
-    axes[0].set(xscale="log", ylim=(0, 1.1), xlabel="texts in the log", ylabel="share of the most common choice", title="which gates")
+    axes[0].set(
+        xscale="log",
+        ylim=(0, 1.1),
+        xlabel="texts in the log",
+        ylabel="share of the most common choice",
+        title="which gates",
+    )
     axes[0].set_xticks(texts, [str(n) for n in texts])
     axes[0].legend(loc="lower right")
     worth = result["worth_of_size"]
     texts = [row["texts"] for row in worth]
     axes[1].plot(texts, [100 * row["change"] for row in worth], "o-", color=PAPER)
-    axes[1].fill_between(texts, [100 * row["worst"] for row in worth], [100 * row["best"] for row in worth], color=PAPER, alpha=0.15, lw=0)
+    axes[1].fill_between(
+        texts,
+        [100 * row["worst"] for row in worth],
+        [100 * row["best"] for row in worth],
+        color=PAPER,
+        alpha=0.15,
+        lw=0,
+    )
     axes[1].axhline(0, color=style.INK, lw=0.8)
     axes[1].set(
-        xscale="log", xlabel="texts in the log", ylabel="tokens a second, % of 32 texts'", title="what they are worth on other texts"
+        xscale="log",
+        xlabel="texts in the log",
+        ylabel="tokens a second, % of 32 texts'",
+        title="what they are worth on other texts",
     )
     axes[1].set_xticks(texts, [str(n) for n in texts])
 
@@ -289,7 +402,11 @@ def _transfer(axes: Any, result: dict[str, Any]) -> None:
         axis.imshow(values, cmap="RdYlGn", vmin=-6, vmax=6, aspect="auto")
         for i, j in np.ndindex(*values.shape):
             cell = cells[sources[i]][kinds[j]]
-            text = "" if sources[i] == kinds[j] else f"\n[{100 * cell['low']:+.1f}, {100 * cell['high']:+.1f}]"
+            text = (
+                ""
+                if sources[i] == kinds[j]
+                else f"\n[{100 * cell['low']:+.1f}, {100 * cell['high']:+.1f}]"
+            )
             axis.text(j, i, f"{values[i, j]:+.1f}{text}", ha="center", va="center", fontsize=7.5)
         axis.set_xticks(range(len(kinds)), kinds)
         axis.set_yticks(range(len(sources)), sources)
@@ -306,7 +423,9 @@ def _gates(axes: Any, result: dict[str, Any]) -> None:
     for axis, (what, value, label) in zip(axes, panels, strict=True):
         for rule, colour in (("youden", PAPER), ("goodput", GOODPUT)):
             entries = [row[what] for row in rows if row["rule"] == rule]
-            axis.plot(range(len(counts)), [e[value] for e in entries], "o-", color=colour, label=rule)
+            axis.plot(
+                range(len(counts)), [e[value] for e in entries], "o-", color=colour, label=rule
+            )
         axis.axhline(rows[0][what][value], color=style.INK, lw=0.8, ls=":", label="no gate")
         axis.set_xticks(range(len(counts)), [str(n) for n in counts[:-1]] + ["all"])
         axis.set(xlabel="gates", ylabel=label)
@@ -316,7 +435,9 @@ def _gates(axes: Any, result: dict[str, Any]) -> None:
 def main() -> None:
     """All of it."""
     parser = arguments(__doc__)
-    parser.add_argument("--images", type=Path, default=Path(__file__).parents[1] / "docs" / "images")
+    parser.add_argument(
+        "--images", type=Path, default=Path(__file__).parents[1] / "docs" / "images"
+    )
     args = parser.parse_args()
     torch.set_num_threads(1)
     start, trace = time.perf_counter(), Trace.load(args.trace)

@@ -33,7 +33,15 @@ from triton.compiler import ASTSource
 
 from common.replays import fold, write
 from echo.budget.history import BINS, SKIP
-from echo.kernels import attention_kernels, launch, triton_accept, triton_attention, triton_dealing, triton_growing, triton_packing
+from echo.kernels import (
+    attention_kernels,
+    launch,
+    triton_accept,
+    triton_attention,
+    triton_dealing,
+    triton_growing,
+    triton_packing,
+)
 
 RESULTS = Path(__file__).parent / "results"
 WIDE = {90: "HGMMA", 100: "UTCHMMA"}
@@ -72,13 +80,38 @@ class Case:
     @property
     def name(self) -> str:
         """As in the table."""
-        parts = [f"D={self.dim}", str(self.dtype)[6:], f"group={self.group}", f"rows={self.rows}", f"page={self.page}"]
-        parts += [str(self.cache)[6:]] * (self.cache is not None) + ["tree part"] * (self.mode == "tree")
-        parts += [f"batch={self.batch}"] * (self.batch != 8) + [f"splits={self.splits}"] * (self.splits is not None)
-        return " ".join(parts + ["window"] * (self.window is not None) + ["softcap"] * (self.softcap is not None))
+        parts = [
+            f"D={self.dim}",
+            str(self.dtype)[6:],
+            f"group={self.group}",
+            f"rows={self.rows}",
+            f"page={self.page}",
+        ]
+        parts += [str(self.cache)[6:]] * (self.cache is not None) + ["tree part"] * (
+            self.mode == "tree"
+        )
+        parts += [f"batch={self.batch}"] * (self.batch != 8) + [f"splits={self.splits}"] * (
+            self.splits is not None
+        )
+        return " ".join(
+            parts
+            + ["window"] * (self.window is not None)
+            + ["softcap"] * (self.softcap is not None)
+        )
 
 
-STEP = ("_plant", "_grow", "_chance", "_rank", "_allot", "_pack", "_compact", "_foresee", "_observe", "_count")
+STEP = (
+    "_plant",
+    "_grow",
+    "_chance",
+    "_rank",
+    "_allot",
+    "_pack",
+    "_compact",
+    "_foresee",
+    "_observe",
+    "_count",
+)
 """Kernels of a step other than attention and acceptance."""
 
 
@@ -99,7 +132,12 @@ def record(modules: list[Any], names: tuple[str, ...], call: Any) -> dict[str, R
     """The launches that ``call`` makes."""
     with contextlib.ExitStack() as patches:
         places = [(module, name) for module in modules for name in names if hasattr(module, name)]
-        found = {name: patches.enter_context(mock.patch.object(module, name, Recorder(getattr(module, name)))) for module, name in places}
+        found = {
+            name: patches.enter_context(
+                mock.patch.object(module, name, Recorder(getattr(module, name)))
+            )
+            for module, name in places
+        }
         call()
     return {name: recorder for name, recorder in found.items() if recorder.args}
 
@@ -110,7 +148,9 @@ def source(recorder: Recorder) -> tuple[ASTSource, dict[str, int]]:
     Ints equal to 1 are constants and those divisible by 16 are hinted, as pointers are, except what is not to be specialised on.
     """
     names = recorder.kernel.arg_names
-    named = dict(zip(names, recorder.args, strict=False)) | {k: v for k, v in recorder.options.items() if k in names}
+    named = dict(zip(names, recorder.args, strict=False)) | {
+        k: v for k, v in recorder.options.items() if k in names
+    }
     plain = {p.name for p in recorder.kernel.params if p.do_not_specialize}
     constants = {p.name for p in recorder.kernel.params if p.is_constexpr}
     signature, fixed, hints = {}, {}, {}
@@ -128,7 +168,11 @@ def source(recorder: Recorder) -> tuple[ASTSource, dict[str, int]]:
                 hints[(place,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = "fp32"
-    options = {k: v for k, v in recorder.options.items() if k in ("num_warps", "num_stages", "enable_fp_fusion")}
+    options = {
+        k: v
+        for k, v in recorder.options.items()
+        if k in ("num_warps", "num_stages", "enable_fp_fusion")
+    }
     return ASTSource(recorder.kernel, signature, constexprs=fixed, attrs=hints), options
 
 
@@ -138,7 +182,10 @@ def cuobjdump(cubin: bytes) -> tuple[str, str]:
         file.write(cubin)
         file.flush()
         calls = ([str(CUOBJDUMP), option, file.name] for option in ("-res-usage", "-sass"))
-        usage, sass = (subprocess.run(call, capture_output=True, text=True, check=True).stdout for call in calls)
+        usage, sass = (
+            subprocess.run(call, capture_output=True, text=True, check=True).stdout
+            for call in calls
+        )
     assert "EXIT" in sass, "expected a disassembly"
     return usage, sass
 
@@ -174,13 +221,19 @@ def hot_loop(sass: str) -> list[str]:
     for at, opcode, operands in lines:
         back = re.search(r"0x([0-9a-f]+)", operands) if opcode.startswith("BRA") else None
         if back and int(back[1], 16) < int(at, 16):
-            body = [name for place, name, _ in lines if int(back[1], 16) <= int(place, 16) <= int(at, 16)]
+            body = [
+                name
+                for place, name, _ in lines
+                if int(back[1], 16) <= int(place, 16) <= int(at, 16)
+            ]
             if any(name.startswith("LDGSTS") for name in body):
                 return body
     return []
 
 
-def turn(compiled: Any, arch: int, keys: int, width: int, key_bytes: int, found: dict[str, Any]) -> dict[str, Any]:
+def turn(
+    compiled: Any, arch: int, keys: int, width: int, key_bytes: int, found: dict[str, Any]
+) -> dict[str, Any]:
     """One turn of the hot loop over ``keys`` keys, each ``key_bytes`` of key and value.
 
     ``buffers``: turns whose keys shared memory holds at once. ``in_flight``: bytes a multiprocessor may have asked for, all its blocks
@@ -190,7 +243,10 @@ def turn(compiled: Any, arch: int, keys: int, width: int, key_bytes: int, found:
     _, sass = cuobjdump(compiled.asm["cubin"])
     count = Counter(hot_loop(sass))
     total = sum(count.values())
-    rings = re.findall(rf"local_alloc : \(\) -> !ttg.memdesc<(\d+)x{keys}x{width}x\w+, [^>]*mutable>", compiled.asm["ttgir"])
+    rings = re.findall(
+        rf"local_alloc : \(\) -> !ttg.memdesc<(\d+)x{keys}x{width}x\w+, [^>]*mutable>",
+        compiled.asm["ttgir"],
+    )
     buffers = int(rings[0]) if rings else 1
     starting = lambda *names: sum(n for name, n in count.items() if name.startswith(names))  # noqa: E731
     return {
@@ -199,7 +255,9 @@ def turn(compiled: Any, arch: int, keys: int, width: int, key_bytes: int, found:
         "barriers": starting("BAR"),
         "buffers": buffers,
         "in_flight": found["blocks"] * buffers * keys * key_bytes,
-        "issue": round(total * found["threads"] / 32 / keys / (ISSUED * key_bytes / MEMORY[arch]), 2),
+        "issue": round(
+            total * found["threads"] / 32 / keys / (ISSUED * key_bytes / MEMORY[arch]), 2
+        ),
     }
 
 
@@ -209,7 +267,11 @@ def measure(recorder: Recorder, arch: int) -> dict[str, Any]:
     compiled = triton.compile(src, target=GPUTarget("cuda", arch, 32), options=options)
     found = resources(compiled, arch, options.get("num_warps", 4))
     if "KEYS" in recorder.options and "WIDTH" in recorder.options:
-        cached = recorder.args[1].element_size() if recorder.options["PREFIX"] else recorder.args[0].element_size()
+        cached = (
+            recorder.args[1].element_size()
+            if recorder.options["PREFIX"]
+            else recorder.args[0].element_size()
+        )
         keys, width, dim = (recorder.options[name] for name in ("KEYS", "WIDTH", "DIM"))
         found |= turn(compiled, arch, keys, width, 2 * dim * cached, found)
     return found
@@ -244,45 +306,78 @@ def others(n: int, vocabulary: int) -> list[tuple[str, str, Recorder]]:
     trees = links[:n], links[: n // 8 + 2], tokens
     parts = out[:, None], lse.float(), out[:, None], lse.float()
     calls = {
-        f"V={vocabulary}": lambda: triton_accept.walk(*trees, logits, n // 8 + 1),
+        f"V={vocabulary}": lambda: triton_accept.accept(*trees, logits, n // 8 + 1),
         f"V={vocabulary} arg-max": lambda: triton_accept.argmax_tokens(logits),
-        "from tokens": lambda: triton_accept.walk(*trees, tokens, n // 8 + 1),
+        "from tokens": lambda: triton_accept.accept(*trees, tokens, n // 8 + 1),
         "D=128": lambda: triton_attention.merge_attention(*parts),
     }
     found = []
     for case, call in calls.items():
-        launches = record([triton_accept, attention_kernels], ("_best", "_walk", "_collect", "join"), call)
-        found += [(name.strip("_"), f"{case} bfloat16 N={n}", recorder) for name, recorder in launches.items()]
+        launches = record(
+            [triton_accept, attention_kernels], ("_best", "_walk", "_collect", "join"), call
+        )
+        found += [
+            (name.strip("_"), f"{case} bfloat16 N={n}", recorder)
+            for name, recorder in launches.items()
+        ]
     return found
 
 
-def steps(batch: int, beam: int, k: int, depth: int, most: int = 64) -> list[tuple[str, str, Recorder]]:
+def steps(
+    batch: int, beam: int, k: int, depth: int, most: int = 64
+) -> list[tuple[str, str, Recorder]]:
     """The launches of one step but for acceptance, of trees of that shape."""
     sizes = [1, k, *[beam * k] * (depth - 1)]
     batched = lambda n, dtype: torch.zeros(batch, n, dtype=dtype)  # noqa: E731
-    one = {dtype: torch.zeros(batch, dtype=dtype) for dtype in (torch.int8, torch.int32, torch.int64, torch.float32, torch.bool)}
-    score, place, yes = (batched(sum(sizes), dtype) for dtype in (torch.float32, torch.int64, torch.bool))
+    one = {
+        dtype: torch.zeros(batch, dtype=dtype)
+        for dtype in (torch.int8, torch.int32, torch.int64, torch.float32, torch.bool)
+    }
+    score, place, yes = (
+        batched(sum(sizes), dtype) for dtype in (torch.float32, torch.int64, torch.bool)
+    )
     frontier = [batched(beam, dtype) for dtype in (torch.float32, torch.bool, torch.int64)]
-    drafted, rows, left = torch.zeros(batch, beam, k), batch * most, torch.zeros((), dtype=torch.int64)
-    links, context, table = torch.zeros(batch + 1, dtype=torch.int32), one[torch.int32], batched(32, torch.int32)
+    drafted, rows, left = (
+        torch.zeros(batch, beam, k),
+        batch * most,
+        torch.zeros((), dtype=torch.int64),
+    )
+    links, context, table = (
+        torch.zeros(batch + 1, dtype=torch.int32),
+        one[torch.int32],
+        batched(32, torch.int32),
+    )
     found = one[torch.int8], one[torch.bool], one[torch.int64], one[torch.int64], left, context
     sums = [torch.zeros(depth, batch + 1) for _ in range(3)] + [torch.zeros(depth, batch + 1, 64)]
     foreseen = torch.zeros(batch, depth), torch.zeros(batch, depth, BINS)
 
     def call() -> None:
-        triton_growing.plant(one[torch.int64], one[torch.bool], one[torch.int64], rows, most, True)
-        triton_growing.grow(*frontier, drafted.long(), drafted, *found, width=beam, buys=beam, stop=0, tau=-1.0)
-        triton_dealing.path_cost(score, place, torch.zeros(depth + 1, 512, dtype=torch.int32), sizes)
-        selected = triton_dealing.select(score.int(), yes, one[torch.int64], one[torch.int64], left, rows, most, sizes)
+        triton_growing.begin(one[torch.int64], one[torch.bool], one[torch.int64], rows, most, True)
+        triton_growing.grow(
+            *frontier, drafted.long(), drafted, *found, beam=beam, buys=beam, stop=0, tau=-1.0
+        )
+        triton_dealing.path_cost(
+            score, place, torch.zeros(depth + 1, 512, dtype=torch.int32), sizes
+        )
+        selected = triton_dealing.select(
+            score.int(), yes, one[torch.int64], one[torch.int64], left, rows, most, sizes
+        )
         triton_packing.pack(selected, place, place, score, yes, rows, -(-most // 32), sizes)
-        triton_packing.compact(batched(depth + 1, torch.int64), one[torch.int64], links, context, table, 64, 0, -1)
-        triton_packing.foresee(score, score, selected, sizes, BINS, SKIP)
+        triton_packing.compact(
+            batched(depth + 1, torch.int64), one[torch.int64], links, context, table, 64, 0, -1
+        )
+        triton_packing.summarize(score, score, selected, sizes, BINS, SKIP)
         emitted = one[torch.int8], one[torch.int64], one[torch.int64]
-        triton_packing.count(links, *emitted[:2], context, rows, depth, torch.zeros(13, dtype=torch.int64))
+        triton_packing.count(
+            links, *emitted[:2], context, rows, depth, torch.zeros(13, dtype=torch.int64)
+        )
         triton_packing.observe(one[torch.int64], *emitted, depth, foreseen, sums, 0.95, 512)
 
     launches = record([triton_growing, triton_dealing, triton_packing], STEP, call)
-    return [(name.strip("_"), f"beam={beam} candidates={k} depth={depth} B={batch}", recorder) for name, recorder in launches.items()]
+    return [
+        (name.strip("_"), f"beam={beam} candidates={k} depth={depth} B={batch}", recorder)
+        for name, recorder in launches.items()
+    ]
 
 
 def cases(quick: bool) -> list[Case]:
@@ -291,10 +386,18 @@ def cases(quick: bool) -> list[Case]:
     # Arguments equal to 1 are compiled in as constants, which changes types: everything that can be 1 is.
     ones = Case(64, half, 1, 1, page=1, batch=1, splits=1)
     if quick:
-        return [ones, Case(128, brain, 4, 16), Case(128, brain, 4, 4), Case(80, half, 5, 20, page=1), Case(64, single, 4, 16)]
+        return [
+            ones,
+            Case(128, brain, 4, 16),
+            Case(128, brain, 4, 4),
+            Case(80, half, 5, 20, page=1),
+            Case(64, single, 4, 16),
+        ]
     # float16 compiles to what bfloat16 does; float32 has one tile.
     grid = [Case(dim, brain, 4, rows) for dim in launch.HEAD_DIMS for rows in (2, 8, 16, 32)]
-    grid += [Case(dim, single, 4, 16) for dim in launch.HEAD_DIMS] + [Case(128, half, 4, rows) for rows in (2, 16)]
+    grid += [Case(dim, single, 4, 16) for dim in launch.HEAD_DIMS] + [
+        Case(128, half, 4, rows) for rows in (2, 16)
+    ]
     e4, e5 = torch.float8_e4m3fn, torch.float8_e5m2
     features = [
         Case(128, brain, 4, 16, page=16), Case(128, brain, 4, 16, page=1), Case(128, brain, 8, 16, page=256),
@@ -308,12 +411,19 @@ def cases(quick: bool) -> list[Case]:
 def faults(entry: dict[str, Any], tile_rows: int, sixteen: bool) -> list[str]:
     """What a compiled kernel must not be."""
     arch = int(entry["arch"][3:])
-    found = [f"{entry['spills']} spill instructions, {entry['stack']} bytes of stack"] * bool(entry["spills"] or entry["stack"])
+    found = [f"{entry['spills']} spill instructions, {entry['stack']} bytes of stack"] * bool(
+        entry["spills"] or entry["stack"]
+    )
     found += [f"{entry['shared']} bytes of shared memory"] * (entry["shared"] > SHARED[arch][0])
     wide = WIDE.get(arch)
     if sixteen and tile_rows >= 64 and wide and entry["matrix"] != wide:
         found.append(f"{entry['matrix']} instead of {wide}")
-    if sixteen and tile_rows and "tree part" not in entry.get("case", "") and (entry["buffers"] < 2 or entry["copies16"] == 0):
+    if (
+        sixteen
+        and tile_rows
+        and "tree part" not in entry.get("case", "")
+        and (entry["buffers"] < 2 or entry["copies16"] == 0)
+    ):
         found.append(f"{entry['buffers']} buffers, {entry['copies16']} copies of 16 bytes")
     return found
 
@@ -325,12 +435,22 @@ def jobs(quick: bool, arch: int) -> list[tuple[str, str, Recorder, int, bool]]:
         if case.cache == torch.float8_e4m3fn and arch < 89:
             continue
         for name, recorder in attention(case, arch).items():
-            if name == "attend" or case.batch == 1 or case in (Case(128, torch.bfloat16, 4, 16), Case(256, torch.float32, 4, 16)):
+            if (
+                name == "attend"
+                or case.batch == 1
+                or case in (Case(128, torch.bfloat16, 4, 16), Case(256, torch.float32, 4, 16))
+            ):
                 height = recorder.options["ROWS"] if name == "attend" else 0
-                found.append((name.strip("_"), case.name, recorder, height, case.dtype.itemsize == 2))
+                found.append(
+                    (name.strip("_"), case.name, recorder, height, case.dtype.itemsize == 2)
+                )
     shapes = ((256, 4, 4, 6), (4096, 8, 8, 8), (1, 1, 1, 1))[: 1 + 2 * (not quick)]
     found += [(*launched, 0, False) for shape in shapes for launched in steps(*shape)]
-    return found + [(*other, 0, False) for n, vocabulary in (((64, 128256), (1, 1))[: 1 + (not quick)]) for other in others(n, vocabulary)]
+    return found + [
+        (*other, 0, False)
+        for n, vocabulary in (((64, 128256), (1, 1))[: 1 + (not quick)])
+        for other in others(n, vocabulary)
+    ]
 
 
 def run(quick: bool, archs: tuple[int, ...]) -> tuple[list[dict[str, Any]], list[str]]:
@@ -339,7 +459,11 @@ def run(quick: bool, archs: tuple[int, ...]) -> tuple[list[dict[str, Any]], list
     broken: list[str] = []
     for arch in archs:
         for kernel, name, recorder, height, sixteen in jobs(quick, arch):
-            shape = {key: recorder.options[key] for key in ("ROWS", "KEYS") if key in recorder.options and height}
+            shape = {
+                key: recorder.options[key]
+                for key in ("ROWS", "KEYS")
+                if key in recorder.options and height
+            }
             entry = {"kernel": kernel, "case": name} | shape | measure(recorder, arch)
             wrong = faults(entry, height, sixteen)
             broken += [f"{kernel} {name} {entry['arch']}: {what}" for what in wrong]
@@ -365,20 +489,44 @@ def markdown(table: list[dict[str, Any]]) -> str:
         "| " + " | ".join(COLUMNS) + " |",
         "|" + "---|" * len(COLUMNS),
     ]
-    return "\n".join(lines + ["| " + " | ".join(str(row.get(key, "")) for key in COLUMNS) + " |" for row in table]) + "\n"
+    return (
+        "\n".join(
+            lines
+            + ["| " + " | ".join(str(row.get(key, "")) for key in COLUMNS) + " |" for row in table]
+        )
+        + "\n"
+    )
 
 
 def main() -> int:
     """Compiles, prints and writes."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a representative subset; nothing is written")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="a representative subset; nothing is written"
+    )
     parser.add_argument("--arch", type=int, nargs="+", default=[80, 90, 100], choices=list(SHARED))
     options = parser.parse_args()
     table, broken = run(options.quick, tuple(options.arch))
     if not options.quick:
         made_with = {k: v for k, v in vars(launch).items() if k.isupper() and len(k) > 1}
-        kept = [{key: row[key] for key in ("kernel", "case", "ROWS", "KEYS", "arch", "spills", "stack") if key in row} for row in table]
-        write(RESULTS / "compile.json", {"triton": triton.__version__, "launch": made_with, "kernels": fold(kept, "kernel", "case")})
+        kept = [
+            {
+                key: row[key]
+                for key in ("kernel", "case", "ROWS", "KEYS", "arch", "spills", "stack")
+                if key in row
+            }
+            for row in table
+        ]
+        write(
+            RESULTS / "compile.json",
+            {
+                "triton": triton.__version__,
+                "launch": made_with,
+                "kernels": fold(kept, "kernel", "case"),
+            },
+        )
         (RESULTS / "compile.md").write_text(markdown(table))
     print(f"{len(table)} kernels, {len(broken)} faults", *broken, sep="\n")
     return bool(broken)

@@ -23,7 +23,20 @@ from rich.console import Console
 
 import echo
 from common.policies import Setting, eagle, paper, top_k
-from common.replays import HERE, LAG, WARM, Steps, arguments, by_batch, calibrate, halves, run, shapes, warmup_log, write
+from common.replays import (
+    HERE,
+    LAG,
+    WARM,
+    Steps,
+    arguments,
+    by_batch,
+    calibrate,
+    halves,
+    run,
+    shapes,
+    warmup_log,
+    write,
+)
 from echo import style
 from echo.testing import Record, Report, Trace
 from echo.testing import replay as play
@@ -47,25 +60,50 @@ class Study:
 
     def tuned(self, policy: Callable) -> Scheduler:
         """The candidate that is best on the first half."""
-        return max(policy(self.setting()), key=lambda s: self.ratio(s, trace=self.tune, steps=STEPS // 4))
+        return max(
+            policy(self.setting()), key=lambda s: self.ratio(s, trace=self.tune, steps=STEPS // 4)
+        )
 
-    def goodput(self, cost: echo.CostModel | None = None, calibration: echo.Calibration | None = None) -> Scheduler:
+    def goodput(
+        self, cost: echo.CostModel | None = None, calibration: echo.Calibration | None = None
+    ) -> Scheduler:
         """Nothing tuned."""
-        return Scheduler.goodput(calibration or self.calibration, cost or self.cost, beam=self.tune.beam)
+        return Scheduler.throughput_optimal(
+            calibration or self.calibration, cost or self.cost, beam=self.tune.beam
+        )
 
-    def paper(self, rows: int, calibration: echo.Calibration | None = None, width: int = 2) -> Scheduler:
+    def paper(
+        self, rows: int, calibration: echo.Calibration | None = None, width: int = 2
+    ) -> Scheduler:
         """ECHO's rule and gates."""
-        return Scheduler.paper(calibration or self.calibration, k_max=rows, layer_width=width)
+        return Scheduler.paper(calibration or self.calibration, k_max=rows, beam=width)
 
     @lru_cache  # noqa: B019
     def policies(self) -> dict[str, Scheduler]:
         """One tuned representative of each family."""
-        tuned = {name: self.tuned(policy) for name, policy in {"EAGLE": eagle, "ECHO (paper)": paper, "global top-K": top_k}.items()}
+        tuned = {
+            name: self.tuned(policy)
+            for name, policy in {
+                "EAGLE": eagle,
+                "ECHO (paper)": paper,
+                "global top-K": top_k,
+            }.items()
+        }
         return {**tuned, "goodput": self.goodput()}
 
-    def run(self, scheduler: Scheduler, *, trace: Trace | None = None, batch: int = BATCH, steps: int = STEPS, **options) -> Steps:
+    def run(
+        self,
+        scheduler: Scheduler,
+        *,
+        trace: Trace | None = None,
+        batch: int = BATCH,
+        steps: int = STEPS,
+        **options,
+    ) -> Steps:
         """Steps of a replay, forecasts one step late."""
-        return run(trace or self.test, scheduler, self.cost, batch, steps, **{"lag": LAG, **options})
+        return run(
+            trace or self.test, scheduler, self.cost, batch, steps, **{"lag": LAG, **options}
+        )
 
     def ratio(self, scheduler: Scheduler, **options) -> float:
         """Throughput over plain decoding, both under the true cost."""
@@ -77,12 +115,19 @@ def budget(study: Study) -> dict[str, object]:
     rows = (80, 96, 128, 160, 192, 256, 320, 384, 512, 768)
     runs = {
         "ECHO (paper)": [study.run(study.paper(k)) for k in rows],
-        "global top-K": [study.run(Scheduler(echo.GlobalRank(study.tune.beam, study.calibration), None, k, 6)) for k in rows],
+        "global top-K": [
+            study.run(Scheduler(echo.GlobalRank(study.tune.beam, study.calibration), None, k, 6))
+            for k in rows
+        ],
     }
     laws = {"knee at 256": study.cost, "knee at 1024": shapes()["mixture of experts, knee at 1024"]}
     return {
         "rows": rows,
-        "curves": {f"{name}, {law}": [r.ratio(cost) for r in found] for name, found in runs.items() for law, cost in laws.items()},
+        "curves": {
+            f"{name}, {law}": [r.ratio(cost) for r in found]
+            for name, found in runs.items()
+            for law, cost in laws.items()
+        },
     }
 
 
@@ -92,18 +137,26 @@ def warmup(study: Study) -> dict[str, object]:
     curves: dict[str, list[list[float]]] = {"ECHO (paper)": [], "goodput": []}
     rows: list[int] = []
     for size in (*sizes, len(study.tune.kind)):
-        draws = [rng.permutation(len(study.tune.kind))[:size] for _ in range(3 if size in sizes else 1)]
+        draws = [
+            rng.permutation(len(study.tune.kind))[:size] for _ in range(3 if size in sizes else 1)
+        ]
         calibrations = [calibrate(study.tune.texts(draw)) for draw in draws]
         rows.append(int(np.mean([sum(np.diff(study.tune.indptr)[draw]) for draw in draws])))
-        curves["ECHO (paper)"].append([study.ratio(study.paper(256, c), steps=STEPS - WARM) for c in calibrations])
-        curves["goodput"].append([study.ratio(study.goodput(calibration=c), steps=STEPS - WARM) for c in calibrations])
+        curves["ECHO (paper)"].append(
+            [study.ratio(study.paper(256, c), steps=STEPS - WARM) for c in calibrations]
+        )
+        curves["goodput"].append(
+            [study.ratio(study.goodput(calibration=c), steps=STEPS - WARM) for c in calibrations]
+        )
     return {"positions": rows, "curves": curves}
 
 
 def gate_errors(study: Study) -> dict[str, object]:
     """How often a threshold stops a path that the target would accept, and lets one pass that it rejects, by depth."""
     log = warmup_log(study.test)
-    result: dict[str, list[float]] = {name: [] for name in ("depth", "gate", "false_stops", "false_extensions", "rows")}
+    result: dict[str, list[float]] = {
+        name: [] for name in ("depth", "gate", "false_stops", "false_extensions", "rows")
+    }
     for d in study.calibration.depths:
         mine = (log.depth == d.depth) & (log.rank == 0)
         passed, accepted = log.confidence[mine] > d.threshold, log.accepted[mine]
@@ -153,7 +206,10 @@ def served(study: Study, scheduler: Scheduler, weak: np.ndarray) -> dict[str, ob
         "doubtful_tokens_per_step": float(tokens[weak].sum() / steps[weak].sum()),
         "other_tokens_per_step": float(tokens[~weak].sum() / steps[~weak].sum()),
         "jain": float(rate.sum() ** 2 / (len(rate) * (rate**2).sum())),
-        "over_time": {"doubtful": range_of_tens(drafted[True]), "others": range_of_tens(drafted[False])},
+        "over_time": {
+            "doubtful": range_of_tens(drafted[True]),
+            "others": range_of_tens(drafted[False]),
+        },
     }
 
 
@@ -184,8 +240,8 @@ def tail(study: Study) -> dict[str, object]:
 
 
 def wrong_cost(study: Study) -> dict[str, object]:
-    """Goodput that believes in another machine: the knee or the drafter's price wrong by 2x."""
-    law = lambda knee: tuple(1.0 + max(0.0, r - knee) / knee for r in study.cost.rows)  # noqa: E731
+    """ThroughputOptimal that believes in another machine: the knee or the drafter's price wrong by 2x."""
+    law = lambda knee: tuple(1.0 + max(0.0, r - knee) / knee for r in study.cost.num_tokens)  # noqa: E731
     beliefs = {
         "true": study.cost,
         "knee at half": replace(study.cost, seconds=law(128)),
@@ -195,10 +251,15 @@ def wrong_cost(study: Study) -> dict[str, object]:
     }
     batches = (8, 64, 128, 256)
     found = {
-        name: [study.ratio(study.goodput(cost), batch=b, steps=min(STEPS, 4096 // b)) for b in batches] for name, cost in beliefs.items()
+        name: [
+            study.ratio(study.goodput(cost), batch=b, steps=min(STEPS, 4096 // b)) for b in batches
+        ]
+        for name, cost in beliefs.items()
     }
     learnt = study.goodput(beliefs["knee at twice"])
-    found["knee at twice, learning"] = [study.ratio(learnt, batch=b, steps=min(STEPS, 4096 // b), learn=0.3) for b in batches]
+    found["knee at twice, learning"] = [
+        study.ratio(learnt, batch=b, steps=min(STEPS, 4096 // b), learn=0.3) for b in batches
+    ]
     return {"batch": batches, "curves": found}
 
 
@@ -208,36 +269,60 @@ def temperature(study: Study, path: Path) -> dict[str, object]:
     own = calibrate(tune)
     whole = study.test.texts(range(len(test.kind)))
     pieces = truncated(whole, int(test.limit.max()))
-    greedy = pieces.texts(np.flatnonzero(np.isin(pieces.indptr[:-1], whole.indptr)).tolist())  # the answers' beginnings
+    greedy = pieces.texts(
+        np.flatnonzero(np.isin(pieces.indptr[:-1], whole.indptr)).tolist()
+    )  # the answers' beginnings
     batch = 16
     k_max = 6 * batch
     result: dict[str, object] = {"positions": int(test.positions)}
-    cases = {"greedy": (greedy, study.calibration), "0.8": (test, study.calibration), "0.8, calibrated at 0.8": (test, own)}
+    cases = {
+        "greedy": (greedy, study.calibration),
+        "0.8": (test, study.calibration),
+        "0.8, calibrated at 0.8": (test, own),
+    }
     for name, (trace, calibration) in cases.items():
         chosen = {
-            "EAGLE": Scheduler.eagle(n=6, beam=2, max_depth=3),
+            "EAGLE": Scheduler.eagle(max_verify_tokens_per_req=6, beam=2, max_depth=3),
             "ECHO (paper)": study.paper(k_max, calibration),
             "goodput": study.goodput(calibration=calibration),
         }
-        found = {policy: study.run(s, trace=trace, batch=batch, steps=120) for policy, s in chosen.items()}
+        found = {
+            policy: study.run(s, trace=trace, batch=batch, steps=120)
+            for policy, s in chosen.items()
+        }
         result[name] = {
-            policy: {"ratio": f.ratio(study.cost), "tokens_per_step": float(f.tokens.mean() / batch)} for policy, f in found.items()
+            policy: {
+                "ratio": f.ratio(study.cost),
+                "tokens_per_step": float(f.tokens.mean() / batch),
+            }
+            for policy, f in found.items()
         }
     return result
 
 
 def lag(study: Study) -> dict[str, object]:
-    """Goodput whose forecast knows the step before, or only one or two earlier."""
+    """ThroughputOptimal whose forecast knows the step before, or only one or two earlier."""
     batches = (8, 64, 128)
-    found = {str(late): [study.ratio(study.goodput(), batch=b, lag=late, steps=min(80, 6144 // b)) for b in batches] for late in (0, 1, 2)}
+    found = {
+        str(late): [
+            study.ratio(study.goodput(), batch=b, lag=late, steps=min(80, 6144 // b))
+            for b in batches
+        ]
+        for late in (0, 1, 2)
+    }
     return {"batch": batches, "curves": found}
 
 
 def truncated(trace: Trace, tokens: int) -> Trace:
     """The texts cut into pieces of at most so many tokens, each a request of its own."""
-    cuts = [np.append(np.arange(a, b - 1, tokens), b) for a, b in zip(trace.indptr, trace.indptr[1:], strict=False)]
+    cuts = [
+        np.append(np.arange(a, b - 1, tokens), b)
+        for a, b in zip(trace.indptr, trace.indptr[1:], strict=False)
+    ]
     lengths = np.concatenate([np.diff(cut) for cut in cuts])
-    kind = np.concatenate([np.full(len(cut) - 1, kind) for cut, kind in zip(cuts, trace.kind, strict=True)])
+    kind = np.concatenate(
+        [np.full(len(cut) - 1, kind) for cut, kind in zip(cuts, trace.kind, strict=True)]
+    )
     limit = np.full(len(lengths), tokens + 1, np.int32)
     return replace(trace, indptr=np.concatenate([[0], lengths.cumsum()]), kind=kind, limit=limit)
 
@@ -245,7 +330,9 @@ def truncated(trace: Trace, tokens: int) -> Trace:
 def churn(study: Study) -> dict[str, object]:
     """Requests that stay for a few tokens only, so that some leave and others join at every step."""
     lives = (4, 8, 16, 32, 64)
-    policies = {name: scheduler for name, scheduler in study.policies().items() if name != "global top-K"}
+    policies = {
+        name: scheduler for name, scheduler in study.policies().items() if name != "global top-K"
+    }
     curves: dict[str, list[float]] = {name: [] for name in policies}
     joined: list[float] = []
     for life in lives:
@@ -276,7 +363,14 @@ def draw_budget(axis, r) -> None:
     """Throughput by K_max."""
     for name, ratio in r["curves"].items():
         policy, law = name.split(", ")
-        axis.plot(r["rows"], ratio, "o-" if law == "knee at 256" else ".--", ms=3, color=style.of(policy), label=f"{policy}, {law}")
+        axis.plot(
+            r["rows"],
+            ratio,
+            "o-" if law == "knee at 256" else ".--",
+            ms=3,
+            color=style.of(policy),
+            label=f"{policy}, {law}",
+        )
     axis.axvline(256, color=style.QUIET, lw=0.8)
     _ratio(axis, "K_max, rows of 64 requests")
     axis.set_xscale("log", base=2)
@@ -292,7 +386,13 @@ def draw_fairness(axis, r) -> None:
         ("accepted", "of accepted drafts", style.GOOD),
     )
     for i, (key, label, colour) in enumerate(parts):
-        axis.bar(np.arange(len(names)) + 0.26 * (i - 1), [r[n][f"doubtful_{key}"] for n in names], 0.25, color=colour, label=label)
+        axis.bar(
+            np.arange(len(names)) + 0.26 * (i - 1),
+            [r[n][f"doubtful_{key}"] for n in names],
+            0.25,
+            color=colour,
+            label=label,
+        )
     axis.set_xticks(range(len(names)), [f"{n}\nJain {r[n]['jain']:.3f}" for n in names], fontsize=6)
     _room_for_legend(axis)
     axis.set_ylabel("share of the doubtful quarter")
@@ -310,8 +410,15 @@ def draw_tail(axis, r) -> None:
 
 
 def draw_wrong_cost(axis, r) -> None:
-    """Goodput under wrong beliefs."""
-    looks = ((style.of("goodput"), "o-"), *((colour, line) for colour in (style.BAD, style.QUIET, style.INK) for line in ("o-", "o--")))
+    """ThroughputOptimal under wrong beliefs."""
+    looks = (
+        (style.of("goodput"), "o-"),
+        *(
+            (colour, line)
+            for colour in (style.BAD, style.QUIET, style.INK)
+            for line in ("o-", "o--")
+        ),
+    )
     for (name, ratio), (colour, line) in zip(r["curves"].items(), looks, strict=False):
         axis.plot(r["batch"], ratio, line, ms=3, color=colour, label=name)
     _batches(axis, r["batch"])
@@ -324,7 +431,9 @@ def draw_churn(axis, r) -> None:
     axis.axhline(1, color=style.INK, lw=0.8)
     axis.set_ylim(0.9)
     axis.set_xscale("log", base=2)
-    axis.set_xticks(r["tokens"], [f"{t}\n{j:.0%}" for t, j in zip(r["tokens"], r["joined"], strict=True)])
+    axis.set_xticks(
+        r["tokens"], [f"{t}\n{j:.0%}" for t, j in zip(r["tokens"], r["joined"], strict=True)]
+    )
     _ratio(axis, "tokens of a request; new ones in a step")
 
 
@@ -379,11 +488,15 @@ def main() -> None:
     results = json.loads(path.read_text()) if path.exists() else {}
     for name in args.only:
         begun = time.perf_counter()
-        results[name] = temperature(study, args.sampled) if name == "temperature" else SECTIONS[name](study)
+        results[name] = (
+            temperature(study, args.sampled) if name == "temperature" else SECTIONS[name](study)
+        )
         console.print(f"{name}: {time.perf_counter() - begun:.0f} s")
         write(path, results)
     draw(results, args.images)
-    console.print(f"{path} and {args.images}/gaps*.png written; {time.perf_counter() - start:.0f} s in all")
+    console.print(
+        f"{path} and {args.images}/gaps*.png written; {time.perf_counter() - start:.0f} s in all"
+    )
 
 
 if __name__ == "__main__":

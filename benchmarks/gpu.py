@@ -59,11 +59,28 @@ def cases(dry: bool) -> list[Case]:
     if dry:
         return [Case("tiny", 3, 4, 37, page=16), Case("tiny", 3, 5, 20, dealt=True, page=16)]
     name = "llama-3.1-8b"
-    grid = [Case(name, batch, rows, context) for context in (2048, 8192) for batch in (32, 128) for rows in (4, 16)]
-    grid += [Case(name, 32, 16, 8192, dealt=True), Case(name, 128, 8, 2048, dealt=True), Case(name, 256, 4, 2048, dealt=True)]
+    grid = [
+        Case(name, batch, rows, context)
+        for context in (2048, 8192)
+        for batch in (32, 128)
+        for rows in (4, 16)
+    ]
+    grid += [
+        Case(name, 32, 16, 8192, dealt=True),
+        Case(name, 128, 8, 2048, dealt=True),
+        Case(name, 256, 4, 2048, dealt=True),
+    ]
     grid += [Case(name, 1, rows, context) for rows in (1, 16, 64) for context in (512, 32768)]
-    grid += [Case(name, 32, 64, 4096), Case(name, 64, 1, 4096), Case(name, 256, 1, 512), Case(name, 8, 64, 32768)]
-    grid += [Case(name, 32, 16, 8192, cache="float8_e4m3fn"), Case(name, 128, 4, 2048, cache="float8_e4m3fn")]
+    grid += [
+        Case(name, 32, 64, 4096),
+        Case(name, 64, 1, 4096),
+        Case(name, 256, 1, 512),
+        Case(name, 8, 64, 32768),
+    ]
+    grid += [
+        Case(name, 32, 16, 8192, cache="float8_e4m3fn"),
+        Case(name, 128, 4, 2048, cache="float8_e4m3fn"),
+    ]
     return grid + [Case(other, batch, 16, 8192) for other in list(HEADS)[1:] for batch in (8, 64)]
 
 
@@ -71,12 +88,16 @@ def drafted(case: Case) -> echo.PackedTree:
     """Packed rows as our scheduler makes them from random draft scores."""
     rule: echo.Rule = echo.GlobalRank(4) if case.dealt else echo.PerRequest(case.rows, 4)
     budget = case.rows * case.batch if case.dealt else None
-    scheduler = echo.ElasticBudgetScheduler(rule, budget=budget, max_depth=6, max_tree_rows=64)
-    tree = scheduler.plant(torch.arange(case.batch))
+    scheduler = echo.ElasticBudgetScheduler(
+        rule, budget=budget, max_depth=6, max_verify_tokens_per_req=64
+    )
+    tree = scheduler.begin(torch.arange(case.batch))
     generator = torch.Generator().manual_seed(0)
     for _ in range(scheduler.max_depth):
         shape = (*tree.frontier.token.shape, 4)
-        sharp = 0.5 + 3 * torch.rand(case.batch, 1, 1, generator=generator)  # some requests are easier than others
+        sharp = 0.5 + 3 * torch.rand(
+            case.batch, 1, 1, generator=generator
+        )  # some requests are easier than others
         scores = (sharp * torch.randn(shape, generator=generator)).log_softmax(-1)
         tree = scheduler.grow(tree, torch.randint(0, 1000, shape, generator=generator), scores)
     return scheduler.pack(tree)
@@ -90,21 +111,37 @@ def inputs(case: Case, device: torch.device, seed: int) -> dict[str, torch.Tenso
     heads, kv_heads, dim = HEADS.get(case.model, (4, 2, 64))
     generator = torch.Generator(device).manual_seed(seed)
     packed = drafted(case)
-    tree = {name: getattr(packed, name).to(device) for name in ("request", "indptr", "mask", "depth")}
-    count = packed.rows
+    tree = {
+        name: getattr(packed, name).to(device) for name in ("request", "indptr", "mask", "depth")
+    }
+    count = packed.num_rows
     spread = torch.rand(case.batch, generator=torch.Generator().manual_seed(0)) * 0.5 + 0.75
     context = (case.context * (spread if case.batch > 1 else torch.ones(1))).int().to(device)
     # Room for the tree behind its context: peers want it in the cache.
     table_width = -(-(int(context.max()) + int(tree["indptr"].diff().max())) // case.page)
     pages = case.batch * table_width
-    table = torch.randperm(pages, generator=generator, device=device).int().view(case.batch, table_width)
+    table = (
+        torch.randperm(pages, generator=generator, device=device)
+        .int()
+        .view(case.batch, table_width)
+    )
     dtype = torch.float32 if case.model == "tiny" else torch.bfloat16
     normal = lambda *shape: torch.randn(shape, generator=generator, device=device, dtype=dtype)  # noqa: E731
     caches = [normal(pages, case.page, kv_heads, dim) for _ in range(2)]
     if case.cache.startswith("float8"):
         caches = [cache.to(getattr(torch, case.cache)) for cache in caches]
-    args = {"q": normal(count, heads, dim), "key_cache": caches[0], "value_cache": caches[1], "page_table": table, "context": context}
-    return args | {"tree_key": normal(count, kv_heads, dim), "tree_value": normal(count, kv_heads, dim)} | tree
+    args = {
+        "q": normal(count, heads, dim),
+        "key_cache": caches[0],
+        "value_cache": caches[1],
+        "page_table": table,
+        "context": context,
+    }
+    return (
+        args
+        | {"tree_key": normal(count, kv_heads, dim), "tree_value": normal(count, kv_heads, dim)}
+        | tree
+    )
 
 
 def ours(args: dict[str, torch.Tensor]) -> Callable[[], torch.Tensor]:
@@ -114,7 +151,10 @@ def ours(args: dict[str, torch.Tensor]) -> Callable[[], torch.Tensor]:
 
 def planned(args: dict[str, torch.Tensor]) -> Callable[[], torch.Tensor]:
     """Ours as in all layers but the first: the work list is there. Peers' plans are not charged to them either."""
-    named = {name: args[name] for name in ("q", "key_cache", "page_table", "context", "tree_key", "indptr")}
+    named = {
+        name: args[name]
+        for name in ("q", "key_cache", "page_table", "context", "tree_key", "indptr")
+    }
     plan = kernels.plan_attention(**named, backend="triton")
     return lambda: kernels.tree_attention(**args, plan=plan, backend="triton")[0]
 
@@ -147,7 +187,9 @@ def floors(device: torch.device) -> tuple[float, float]:
     a, b = torch.randn(2, n, n, device=device, dtype=dtype)
     source = torch.empty(n * n * 8, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    return 2 * source.numel() / timed([lambda: target.copy_(source)])[0], 2 * n**3 / timed([lambda: a @ b])[0]
+    return 2 * source.numel() / timed([lambda: target.copy_(source)])[0], 2 * n**3 / timed(
+        [lambda: a @ b]
+    )[0]
 
 
 def timed(calls: list[Callable[[], object]]) -> tuple[float, float]:
@@ -192,20 +234,37 @@ def attention(case: Case, device: torch.device, copy: float, rate: float) -> dic
     pairs = int((rows * (context + rows)).sum())
     floor = max(moved / copy, 4 * heads * dim * pairs / rate)
     l2 = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
-    trees = [first] + [inputs(case, device, seed) for seed in range(1, min(8, 1 + 2 * l2 // max(moved, 1)))]
+    trees = [first] + [
+        inputs(case, device, seed) for seed in range(1, min(8, 1 + 2 * l2 // max(moved, 1)))
+    ]
     chains = [peers.chained(args) for args in trees]
-    entry: dict[str, Any] = asdict(case) | {"packed_rows": len(first["q"]), "bytes": moved, "floor_us": round(1e6 * floor, 2)}
-    for name, build in {"echo": ours, "echo, planned": planned, **peers.PEERS, **peers.CAUSAL}.items():
+    entry: dict[str, Any] = asdict(case) | {
+        "packed_rows": len(first["q"]),
+        "bytes": moved,
+        "floor_us": round(1e6 * floor, 2),
+    }
+    for name, build in {
+        "echo": ours,
+        "echo, planned": planned,
+        **peers.PEERS,
+        **peers.CAUSAL,
+    }.items():
         copies = chains if name in peers.CAUSAL else trees
         try:
             call = build(copies[0])
             with poisoned():
                 result: dict[str, Any] = {"error": wrong(copies[0], call())}
-            if not result["error"] < (1e-5 if case.model == "tiny" else LIMIT * (3 if case.cache != "bfloat16" else 1)):
+            if not result["error"] < (
+                1e-5 if case.model == "tiny" else LIMIT * (3 if case.cache != "bfloat16" else 1)
+            ):
                 result["wrong"] = True
             else:
                 seconds, slow = timed([build(args) for args in copies])
-                result |= {"us": round(1e6 * seconds, 2), "p99_us": round(1e6 * slow, 2), "share": round(floor / seconds, 4)}
+                result |= {
+                    "us": round(1e6 * seconds, 2),
+                    "p99_us": round(1e6 * slow, 2),
+                    "share": round(floor / seconds, 4),
+                }
         except (ImportError, peers.UnfitError) as reason:
             result = {"absent": str(reason)}
         except Exception as reason:  # a peer's failure is a finding, ours is an error
@@ -219,22 +278,40 @@ def attention(case: Case, device: torch.device, copy: float, rate: float) -> dic
 def acceptance(device: torch.device, copy: float, dry: bool) -> list[dict[str, Any]]:
     """Acceptance from logits: checked to the bit against the twin, then timed against their read."""
     entries = []
-    for rows, vocabulary in ((12, 1000),) if dry else ((256, 128256), (1024, 128256), (512, 262144)):
+    for rows, vocabulary in (
+        ((12, 1000),) if dry else ((256, 128256), (1024, 128256), (512, 262144))
+    ):
         packed = drafted(Case("tiny", rows // 4, 4, 0))
         tokens = packed.tokens.to(device)
         for dtype in (torch.float32,) if dry else (torch.bfloat16, torch.float32):
             logits = torch.randn(rows, vocabulary, device=device, dtype=dtype)
             logits.scatter_(1, tokens.roll(-1)[:, None], 9.0)  # so that walks go on
-            args = (packed.parent.to(device), packed.indptr.to(device), tokens, logits, packed.max_depth)
-            same = zip(kernels.walk(*args, backend="triton"), kernels.reference.walk(*args), strict=True)
+            args = (
+                packed.parent.to(device),
+                packed.indptr.to(device),
+                tokens,
+                logits,
+                packed.max_depth,
+            )
+            same = zip(
+                kernels.accept(*args, backend="triton"),
+                kernels.reference.accept(*args),
+                strict=True,
+            )
             if not all(torch.equal(a, b) for a, b in same):
                 raise SystemExit("walk differs from its twin: nothing more is timed")
             read = logits.numel() * logits.element_size() / copy
-            seconds, slow = timed([lambda a=args: kernels.walk(*a, backend="triton")])
+            seconds, slow = timed([lambda a=args: kernels.accept(*a, backend="triton")])
             plain, _ = timed([lambda x=logits: x.argmax(-1)])
-            times = {"us": round(1e6 * seconds, 2), "p99_us": round(1e6 * slow, 2), "torch_argmax_us": round(1e6 * plain, 2)}
+            times = {
+                "us": round(1e6 * seconds, 2),
+                "p99_us": round(1e6 * slow, 2),
+                "torch_argmax_us": round(1e6 * plain, 2),
+            }
             shape = {"rows": rows, "vocabulary": vocabulary, "dtype": str(dtype)[6:]}
-            entries.append(shape | times | {"read_us": round(1e6 * read, 2), "share": round(read / seconds, 4)})
+            entries.append(
+                shape | times | {"read_us": round(1e6 * read, 2), "share": round(read / seconds, 4)}
+            )
     return entries
 
 
@@ -244,27 +321,39 @@ def step(device: torch.device, dry: bool) -> dict[str, Any]:
     By the fused kernels, once they give the bits of torch's operations; by those one by one; and compiled by ``torch.compile``.
     """
     batch, depth, k = (4, 2, 3) if dry else (256, 6, 4)
-    scheduler = echo.ElasticBudgetScheduler(echo.TwoLevel(2, 4), echo.SparseGate({1: 0.1, 3: 0.05}), 4 * batch, depth)
+    scheduler = echo.ElasticBudgetScheduler(
+        echo.TwoLevel(2, 4), echo.SparseGate({1: 0.1, 3: 0.05}), 4 * batch, depth
+    )
     roots = torch.arange(batch, device=device)
-    tree = scheduler.plant(roots)
+    tree = scheduler.begin(roots)
     layers = []
     for _ in range(depth):
         shape = (*tree.frontier.token.shape, k)
-        layers.append((torch.randint(0, 1000, shape, device=device), torch.randn(shape, device=device).log_softmax(-1)))
+        layers.append(
+            (
+                torch.randint(0, 1000, shape, device=device),
+                torch.randn(shape, device=device).log_softmax(-1),
+            )
+        )
         tree = scheduler.grow(tree, *layers[-1])
-    target = torch.randint(0, 1000, (scheduler.pack(tree).rows,), device=device)
+    target = torch.randint(0, 1000, (scheduler.pack(tree).num_rows,), device=device)
     context = torch.randint(0, 1000, (batch,), device=device, dtype=torch.int32)
     table = torch.arange(32 * batch, device=device, dtype=torch.int32).view(batch, 32)
     history = scheduler.history(batch, device)
 
     def once() -> tuple[torch.Tensor, ...]:
-        tree = scheduler.plant(roots)
+        tree = scheduler.begin(roots)
         for layer in layers:
             tree = scheduler.grow(tree, *layer)
         packed = scheduler.pack(tree)
-        accepted = echo.verify(packed, target)
-        moved = compact(packed, accepted, context, page_table=table, page_size=64, dummy=0)
-        return packed.mask, moved.source, moved.target, history.observe(roots, packed, accepted).outlook
+        accepted = echo.accept(packed, target)
+        moved = compact(packed, accepted, context, page_table=table, page_size=64, pad_slot_id=0)
+        return (
+            packed.mask,
+            moved.source,
+            moved.target,
+            history.observe(roots, packed, accepted).acceptance_histogram,
+        )
 
     def by(backend: str) -> tuple[torch.Tensor, ...]:
         with kernels.using(backend):
@@ -272,7 +361,10 @@ def step(device: torch.device, dry: bool) -> dict[str, Any]:
 
     if not all(torch.equal(one, two) for one, two in zip(by("triton"), by("torch"), strict=True)):
         raise SystemExit("the fused step differs from torch's operations: nothing more is timed")
-    calls: dict[str, Callable[[], object]] = {"fused": lambda: by("triton"), "torch": lambda: by("torch")}
+    calls: dict[str, Callable[[], object]] = {
+        "fused": lambda: by("triton"),
+        "torch": lambda: by("torch"),
+    }
     calls |= {} if dry else {"compiled": torch.compile(once, fullgraph=True)}
     report: dict[str, Any] = {"batch": batch, "depth": depth, "candidates": k}
     for name, call in calls.items():
@@ -295,15 +387,25 @@ def step(device: torch.device, dry: bool) -> dict[str, Any]:
 def versions() -> dict[str, str]:
     """Of what takes part, as far as installed."""
     names = ("torch", "triton", "flashinfer-python", "sglang", "flash-attn-3", "numpy")
-    found = {package.name: package.version for package in importlib.metadata.distributions() if package.name in names}
+    found = {
+        package.name: package.version
+        for package in importlib.metadata.distributions()
+        if package.name in names
+    }
     return found | {"echo": echo.__version__, "cuda": str(torch.version.cuda)}
 
 
 def main() -> int:
     """Checks, times, prints and writes."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dry-run", action="store_true", help="tiny shapes on the CPU; times mean nothing")
-    parser.add_argument("--minutes", type=float, default=6.0, help="start no further attention case after that")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="tiny shapes on the CPU; times mean nothing"
+    )
+    parser.add_argument(
+        "--minutes", type=float, default=6.0, help="start no further attention case after that"
+    )
     options = parser.parse_args()
     dry = options.dry_run
     if not dry and not torch.cuda.is_available():
@@ -313,7 +415,12 @@ def main() -> int:
     start = time.perf_counter()
     copy, rate = floors(device)
     card = "cpu, dry run" if dry else torch.cuda.get_device_name(device)
-    report: dict[str, Any] = {"card": card, "versions": versions(), "copy_bytes_per_s": copy, "matrix_flop_per_s": rate}
+    report: dict[str, Any] = {
+        "card": card,
+        "versions": versions(),
+        "copy_bytes_per_s": copy,
+        "matrix_flop_per_s": rate,
+    }
     report["accept"] = acceptance(device, copy, dry)
     report["attention"] = []
     for case in cases(dry):

@@ -70,24 +70,36 @@ def calibration() -> echo.Calibration:
     """From drafts whose confidence says a little too much."""
     rng = np.random.default_rng(0)
     confidence = rng.random(20_000).astype(np.float32)
-    return echo.calibrate(echo.WarmupLog.from_arrays(rng.integers(1, 9, 20_000), confidence, rng.random(20_000) < confidence**1.3))
+    return echo.calibrate(
+        echo.WarmupLog.from_arrays(
+            rng.integers(1, 9, 20_000), confidence, rng.random(20_000) < confidence**1.3
+        )
+    )
 
 
-def drafts(tree: echo.SuperTree, k: int, generator: torch.Generator, sharpness: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def drafts(
+    tree: echo.SuperTree, k: int, generator: torch.Generator, sharpness: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Tokens and log-probabilities for every node of the frontier, of requests that differ in how sure their draft is."""
     shape = (*tree.frontier.token.shape, k)
-    return torch.randint(0, 32000, shape, generator=generator), (sharpness * torch.randn(shape, generator=generator)).log_softmax(-1)
+    return torch.randint(0, 32000, shape, generator=generator), (
+        sharpness * torch.randn(shape, generator=generator)
+    ).log_softmax(-1)
 
 
 def steps(
-    scheduler: echo.ElasticBudgetScheduler, batch: int, rows: int, layers: tuple[int, ...], pools: int = POOLS
+    scheduler: echo.ElasticBudgetScheduler,
+    batch: int,
+    rows: int,
+    layers: tuple[int, ...],
+    pools: int = POOLS,
 ) -> list[tuple[Any, ...]]:
     """Forests ready to be planned, each with the forest a layer before and the drafts of that layer."""
     made = []
     for seed in range(pools):
         generator = torch.Generator().manual_seed(seed)
         sharpness = 0.3 + 4 * torch.rand(batch, 1, 1, generator=generator)
-        tree = scheduler.plant(torch.arange(batch), rows=rows)
+        tree = scheduler.begin(torch.arange(batch), num_verify_tokens=rows)
         for k in layers:
             before, drafted = tree, drafts(tree, k, generator, sharpness)
             tree = scheduler.grow(tree, *drafted)
@@ -98,7 +110,11 @@ def steps(
 def wheel() -> Path | None:
     """Where sglang lies, if it is installed."""
     spec = importlib.util.find_spec("sglang")
-    return Path(next(iter(spec.submodule_search_locations))) if spec is not None and spec.submodule_search_locations else None
+    return (
+        Path(next(iter(spec.submodule_search_locations)))
+        if spec is not None and spec.submodule_search_locations
+        else None
+    )
 
 
 def planner() -> Any:
@@ -106,18 +122,30 @@ def planner() -> Any:
     folder = wheel()
     if folder is None:
         return None
-    for name in ("", ".kernels", ".kernels.ops", ".kernels.ops.speculative", ".kernels.ops.speculative.dspark"):
+    for name in (
+        "",
+        ".kernels",
+        ".kernels.ops",
+        ".kernels.ops.speculative",
+        ".kernels.ops.speculative.dspark",
+    ):
         package = types.ModuleType(f"sglang{name}")
         package.__path__ = [str(folder) + name.replace(".", "/")]
         sys.modules[package.__name__] = package
-    return importlib.import_module("sglang.kernels.ops.speculative.dspark.dspark_schedule").ScheduleVerifyLensTopk
+    return importlib.import_module(
+        "sglang.kernels.ops.speculative.dspark.dspark_schedule"
+    ).ScheduleVerifyLensTopk
 
 
 def chains(theirs: Any, batch: int, candidates: int, extra: int) -> Call:
     """Their plan of ``extra`` rows among chains of that many candidates; the settings are its defaults."""
-    settings = types.SimpleNamespace(min_verify_len=1, survival_eps=1e-6, resolved_max_verify_len=lambda: candidates + 1)
+    settings = types.SimpleNamespace(
+        min_verify_len=1, survival_eps=1e-6, resolved_max_verify_len=lambda: candidates + 1
+    )
     generator = torch.Generator().manual_seed(0)
-    confidence = 1 - 12 / candidates * torch.rand(POOLS, batch, candidates, generator=generator)  # nearly all reach its least survival
+    confidence = 1 - 12 / candidates * torch.rand(
+        POOLS, batch, candidates, generator=generator
+    )  # nearly all reach its least survival
     return lambda i: theirs.torch(confidence=confidence[i % POOLS], budget=extra, cfg=settings)
 
 
@@ -127,11 +155,17 @@ def plans(theirs: Any, seconds: float) -> dict[str, float]:
     for candidates, (beam, layers) in SHAPES.items():
         calls: dict[str, Call] = {}
         for name, reliability in (("", None), (", calibrated", calibration())):
-            scheduler = echo.ElasticBudgetScheduler(echo.GlobalRank(beam, reliability), budget=ROWS, max_depth=len(layers))
+            scheduler = echo.ElasticBudgetScheduler(
+                echo.GlobalRank(beam, reliability), budget=ROWS, max_depth=len(layers)
+            )
             made = steps(scheduler, BATCH, ROWS, layers)
-            calls[f"select {candidates}{name}"] = lambda i, made=made, select=scheduler.select: select(made[i % POOLS][0])
+            calls[f"select {candidates}{name}"] = lambda i, made=made, select=scheduler.select: (
+                select(made[i % POOLS][0])
+            )
             if reliability is None:
-                calls[f"grow {candidates}"] = lambda i, made=made, grow=scheduler.grow: grow(*made[i % POOLS][1:])
+                calls[f"grow {candidates}"] = lambda i, made=made, grow=scheduler.grow: grow(
+                    *made[i % POOLS][1:]
+                )
         if theirs is not None:
             calls[f"sglang chains {candidates}"] = chains(theirs, BATCH, candidates, ROWS - BATCH)
         table |= timed(calls, seconds / len(SHAPES))
@@ -140,25 +174,39 @@ def plans(theirs: Any, seconds: float) -> dict[str, float]:
 
 def forecast() -> Call:
     """The host's decision from a history of twenty steps, of a scheduler with a cost model."""
-    cost = echo.CostModel((1, 64, 256, 512, 1024, 2048), (1.0, 1.1, 1.4, 2.0, 3.5, 7.0), 0.05, 0.0001, (256, 384, 512, 768, 1024, 2048))
+    cost = echo.CostModel(
+        (1, 64, 256, 512, 1024, 2048),
+        (1.0, 1.1, 1.4, 2.0, 3.5, 7.0),
+        0.05,
+        0.0001,
+        (256, 384, 512, 768, 1024, 2048),
+    )
     scheduler = echo.ElasticBudgetScheduler(echo.GlobalRank(4, calibration()), None, cost, 4)
     histories = [scheduler.history(BATCH)]
     slots = torch.randperm(BATCH, generator=torch.Generator().manual_seed(0))
     for tree, *_ in steps(scheduler, BATCH, ROWS, SHAPES[64][1], pools=20):
         packed = scheduler.pack(tree)
-        histories.append(histories[-1].observe(slots, packed, echo.verify(packed, packed.tokens.roll(-1))))
-    return lambda i: scheduler.forecast(histories[-1 - i % POOLS], slots)
+        histories.append(
+            histories[-1].observe(slots, packed, echo.accept(packed, packed.tokens.roll(-1)))
+        )
+    return lambda i: scheduler.choose_tier(histories[-1 - i % POOLS], slots)
 
 
 def growth(theirs: Any, seconds: float) -> dict[str, list[dict[str, float]]]:
     """Ranking and dealing of 64 candidates a request: by requests at four rows each, and by rows at 256 requests."""
     beam, layers = SHAPES[64]
     lines: dict[str, list[dict[str, float]]] = {"requests": [], "rows": []}
-    sizes = [("requests", b, 4 * b) for b in (1, 4, 16, 64, 256, 1024, 4096)] + [("rows", BATCH, n * BATCH) for n in (2, 4, 8, 16, 32)]
+    sizes = [("requests", b, 4 * b) for b in (1, 4, 16, 64, 256, 1024, 4096)] + [
+        ("rows", BATCH, n * BATCH) for n in (2, 4, 8, 16, 32)
+    ]
     for line, batch, rows in sizes:
-        scheduler = echo.ElasticBudgetScheduler(echo.GlobalRank(beam), budget=rows, max_depth=len(layers))
+        scheduler = echo.ElasticBudgetScheduler(
+            echo.GlobalRank(beam), budget=rows, max_depth=len(layers)
+        )
         made = steps(scheduler, batch, rows, layers)
-        calls: dict[str, Call] = {"ours": lambda i, made=made, select=scheduler.select: select(made[i % POOLS][0])}
+        calls: dict[str, Call] = {
+            "ours": lambda i, made=made, select=scheduler.select: select(made[i % POOLS][0])
+        }
         if theirs is not None:
             calls["sglang chains"] = chains(theirs, batch, 64, rows - batch)
         lines[line].append({"requests": batch, "rows": rows, **timed(calls, seconds / len(sizes))})
@@ -176,8 +224,12 @@ def draw(lines: dict[str, dict[str, list[float]]], path: Path) -> None:
                     label = "echo: trees" if name == "ours" else "SGLang 0.5.23: chains"
                     axis.loglog(x, points[name], "o-", color=colour, label=label)
             last = points["ours"][-1]
-            axis.loglog(x, [last * v / x[-1] for v in x], ":", color=style.INK, lw=0.8, label="linear")
-            axis.set_xlabel("requests, 4 rows each" if line == "requests" else f"rows, {BATCH} requests")
+            axis.loglog(
+                x, [last * v / x[-1] for v in x], ":", color=style.INK, lw=0.8, label="linear"
+            )
+            axis.set_xlabel(
+                "requests, 4 rows each" if line == "requests" else f"rows, {BATCH} requests"
+            )
             axis.set_xticks(x, [f"{v:,}" for v in x])
             axis.minorticks_off()
         axes[0].set_ylabel("microseconds, one thread")
@@ -191,7 +243,7 @@ def grown(scheduler: echo.ElasticBudgetScheduler, seed: int = 0) -> echo.SuperTr
     """A step of random draft scores whose sharpness differs from request to request, so that trees are ragged."""
     generator = torch.Generator().manual_seed(seed)
     sharpness = 0.3 + 4 * torch.rand(BATCH, 1, 1, generator=generator)
-    tree = scheduler.plant(torch.randint(0, 32000, (BATCH,), generator=generator))
+    tree = scheduler.begin(torch.randint(0, 32000, (BATCH,), generator=generator))
     for _ in range(DEPTH):
         shape = (*tree.frontier.token.shape, K)
         log_probs = (sharpness * torch.randn(*shape, generator=generator)).log_softmax(-1)
@@ -199,13 +251,19 @@ def grown(scheduler: echo.ElasticBudgetScheduler, seed: int = 0) -> echo.SuperTr
     return tree
 
 
-def source(path: str, names: tuple[str, ...], scope: dict[str, Any]) -> list[Callable[..., Any]] | None:
+def source(
+    path: str, names: tuple[str, ...], scope: dict[str, Any]
+) -> list[Callable[..., Any]] | None:
     """Functions of sglang by name, from the installed wheel's source, without importing the engine around them."""
     folder = wheel()
     if folder is None:
         return None
     text = (folder / path).read_text()
-    nodes = [node for node in ast.parse(text).body if isinstance(node, ast.FunctionDef) and node.name in names]
+    nodes = [
+        node
+        for node in ast.parse(text).body
+        if isinstance(node, ast.FunctionDef) and node.name in names
+    ]
     for node in nodes:
         node.decorator_list = []
     future = ast.parse("from __future__ import annotations").body
@@ -226,7 +284,9 @@ def compiled(path: Path) -> Callable[..., Any]:
     from torch.utils.cpp_extension import load_inline
 
     text, flags = f'#include "{path.resolve()}"', ["-O3", "-march=native"]
-    module = load_inline("sglang_cpu_tree", [text], functions=["build_tree_kernel_efficient_cpu"], extra_cflags=flags)
+    module = load_inline(
+        "sglang_cpu_tree", [text], functions=["build_tree_kernel_efficient_cpu"], extra_cflags=flags
+    )
     function: Callable[..., Any] = module.build_tree_kernel_efficient_cpu
     return function
 
@@ -234,7 +294,12 @@ def compiled(path: Path) -> Callable[..., Any]:
 def peers(cpp: Path | None, sizes: list[int], context: Tensor) -> dict[str, Callable[[], Any]]:
     """sglang's own steps from drafted beams to links and mask, at ``sizes`` rows for every request."""
     names = ("_select_top_k_tokens_first", "_select_top_k_tokens_later", "select_top_k_tokens")
-    scope = {"torch": torch, "fast_topk": lambda x, k, dim: x.topk(k, dim=dim), "maybe_detect_oob": lambda *_: None, "TreeMaskMode": Mode}
+    scope = {
+        "torch": torch,
+        "fast_topk": lambda x, k, dim: x.topk(k, dim=dim),
+        "maybe_detect_oob": lambda *_: None,
+        "TreeMaskMode": Mode,
+    }
     found = source("srt/speculative/spec_utils.py", names, scope)
     if found is None:
         return {}
@@ -246,14 +311,27 @@ def peers(cpp: Path | None, sizes: list[int], context: Tensor) -> dict[str, Call
     drafted = list(zip(*collected, strict=True))
     scope["build_tree_kernel_efficient_func"] = compiled(cpp) if cpp else None
     organize, build = source(  # type: ignore[misc]
-        "srt/speculative/eagle_utils.py", ("organize_draft_results", "build_tree_kernel_efficient"), scope
+        "srt/speculative/eagle_utils.py",
+        ("organize_draft_results", "build_tree_kernel_efficient"),
+        scope,
     )
     total, calls = int(context.sum()), {}
     for n in sizes:
 
         def links(n: int = n) -> Any:
             parents, index, tokens = organize(*drafted, n)
-            return build(torch.zeros(BATCH).long(), parents, index, tokens, context, total, K, DEPTH, n, Mode.QLEN_ONLY)
+            return build(
+                torch.zeros(BATCH).long(),
+                parents,
+                index,
+                tokens,
+                context,
+                total,
+                K,
+                DEPTH,
+                n,
+                Mode.QLEN_ONLY,
+            )
 
         calls[f"sglang organize_draft_results, {n} rows each"] = lambda n=n: organize(*drafted, n)
         if cpp:
@@ -267,42 +345,75 @@ def compare(theirs: Any, n: int) -> None:
     mask, positions, index, token, sibling, drafts = theirs
     one = layouts.from_sglang(layouts.SGLangLinks(drafts, positions, index, token, sibling))
     two = layouts.from_sglang_mask(mask, drafts, n, "QLEN_ONLY")
-    assert one.rows == BATCH * n and torch.equal(one.tokens, two.tokens) and torch.equal(one.mask, two.mask)
+    assert (
+        one.num_rows == BATCH * n
+        and torch.equal(one.tokens, two.tokens)
+        and torch.equal(one.mask, two.mask)
+    )
 
 
 def size(value: Any) -> int:
     """Bytes of a tensor, or of all tensors of a dataclass."""
-    parts = [value] if isinstance(value, Tensor) else [v for v in vars(value).values() if isinstance(v, Tensor)]
+    parts = (
+        [value]
+        if isinstance(value, Tensor)
+        else [v for v in vars(value).values() if isinstance(v, Tensor)]
+    )
     return sum(part.numel() * part.element_size() for part in parts)
 
 
-def cases(packed: echo.PackedTree, n: int, context: Tensor) -> tuple[dict[str, Callable[[], Any]], dict[str, Callable[[], Any]]]:
+def cases(
+    packed: echo.PackedTree, n: int, context: Tensor
+) -> tuple[dict[str, Callable[[], Any]], dict[str, Callable[[], Any]]]:
     """Exporters and importers of one step, by name."""
     lens = packed.indptr.diff()
-    entries, bits = int((lens * (context + lens)).sum()), int(((lens * (context + lens) + 7) // 8).sum())
+    entries, bits = (
+        int((lens * (context + lens)).sum()),
+        int(((lens * (context + lens) + 7) // 8).sum()),
+    )
     full = int((n * (context + n)).sum())
-    chain = echo.ElasticBudgetScheduler(echo.GlobalRank(1), budget=ROWS, max_depth=DEPTH, max_tree_rows=n)
-    chained = chain.pack(chain.grow_positions(chain.plant(torch.arange(BATCH)), torch.zeros(BATCH, 4, 1).long(), -torch.rand(BATCH, 4, 1)))
-    one = echo.ElasticBudgetScheduler(echo.GlobalRank(K), budget=n, max_depth=DEPTH, max_tree_rows=n)
-    single = one.pack(one.grow(one.plant(torch.tensor([1])), torch.arange(4).view(1, 1, 4), -torch.rand(1, 1, 4)))
+    chain = echo.ElasticBudgetScheduler(
+        echo.GlobalRank(1), budget=ROWS, max_depth=DEPTH, max_verify_tokens_per_req=n
+    )
+    chained = chain.pack(
+        chain.grow_positions(
+            chain.begin(torch.arange(BATCH)),
+            torch.zeros(BATCH, 4, 1).long(),
+            -torch.rand(BATCH, 4, 1),
+        )
+    )
+    one = echo.ElasticBudgetScheduler(
+        echo.GlobalRank(K), budget=n, max_depth=DEPTH, max_verify_tokens_per_req=n
+    )
+    single = one.pack(
+        one.grow(one.begin(torch.tensor([1])), torch.arange(4).view(1, 1, 4), -torch.rand(1, 1, 4))
+    )
     table = torch.randperm(BATCH * 80).view(BATCH, 80).int()
-    accepted = echo.verify(packed, packed.tokens.roll(-1))
+    accepted = echo.accept(packed, packed.tokens.roll(-1))
     exporters: dict[str, Callable[[], Any]] = {
         "sglang": lambda: layouts.sglang(packed, n, context),
         "sglang_mask QLEN_ONLY": lambda: layouts.sglang_mask(packed, n, "QLEN_ONLY"),
-        "sglang_mask QLEN_ONLY_BITPACKING": lambda: layouts.sglang_mask(packed, n, "QLEN_ONLY_BITPACKING"),
-        "sglang_mask FULL_MASK": lambda: layouts.sglang_mask(packed, n, "FULL_MASK", context=context, size=full),
+        "sglang_mask QLEN_ONLY_BITPACKING": lambda: layouts.sglang_mask(
+            packed, n, "QLEN_ONLY_BITPACKING"
+        ),
+        "sglang_mask FULL_MASK": lambda: layouts.sglang_mask(
+            packed, n, "FULL_MASK", prefix_lens=context, size=full
+        ),
         "chains": lambda: layouts.chains(chained),
         "flashinfer packed": lambda: layouts.flashinfer(packed, context, bits),
         "flashinfer flat": lambda: layouts.flashinfer(packed, context, entries, bits=False),
         "flashinfer_xqa": lambda: layouts.flashinfer_xqa(packed),
         "tensorrt_llm": lambda: layouts.tensorrt_llm(packed, n),
         "qq_bias (one tree)": lambda: layouts.qq_bias(single),
-        "hugging_face": lambda: layouts.hugging_face(packed, n, context, CONTEXT, left_padded=False),
-        "slot": lambda: packed.slot(context, table, 16, 0),
-        "position": lambda: packed.position(context),
-        "compact, paged": lambda: compact(packed, accepted, context, page_table=table, page_size=16, dummy=0),
-        "wire": packed.wire,
+        "hugging_face": lambda: layouts.hugging_face(
+            packed, n, context, CONTEXT, left_padded=False
+        ),
+        "slot": lambda: packed.slot_mapping(context, table, 16, 0),
+        "position": lambda: packed.positions(context),
+        "compact, paged": lambda: compact(
+            packed, accepted, context, page_table=table, page_size=16, pad_slot_id=0
+        ),
+        "wire": packed.to_buffer,
     }
     if n > 32:
         del exporters["sglang_mask QLEN_ONLY_BITPACKING"]
@@ -310,10 +421,16 @@ def cases(packed: echo.PackedTree, n: int, context: Tensor) -> tuple[dict[str, C
     tokens, back = made["sglang"].draft_tokens, {"lengths": lens}
     importers: dict[str, Callable[[], Any]] = {
         "from_sglang": lambda: layouts.from_sglang(made["sglang"], **back),
-        "from_sglang_mask QLEN_ONLY": lambda: layouts.from_sglang_mask(made["sglang_mask QLEN_ONLY"], tokens, n, "QLEN_ONLY", **back),
+        "from_sglang_mask QLEN_ONLY": lambda: layouts.from_sglang_mask(
+            made["sglang_mask QLEN_ONLY"], tokens, n, "QLEN_ONLY", **back
+        ),
         "from_chains": lambda: layouts.from_chains(made["chains"]),
-        "from_flashinfer, packed": lambda: layouts.from_flashinfer(made["flashinfer packed"], packed.tokens),
-        "from_flashinfer_xqa": lambda: layouts.from_flashinfer_xqa(made["flashinfer_xqa"], packed.indptr, packed.tokens),
+        "from_flashinfer, packed": lambda: layouts.from_flashinfer(
+            made["flashinfer packed"], packed.tokens
+        ),
+        "from_flashinfer_xqa": lambda: layouts.from_flashinfer_xqa(
+            made["flashinfer_xqa"], packed.indptr, packed.tokens
+        ),
         "from_tensorrt_llm": lambda: layouts.from_tensorrt_llm(made["tensorrt_llm"]),
         "from_hugging_face": lambda: layouts.from_hugging_face(made["hugging_face"], **back),
         "validate": packed.validate,
@@ -324,11 +441,15 @@ def cases(packed: echo.PackedTree, n: int, context: Tensor) -> tuple[dict[str, C
 def packing(n: int, seconds: float, cpp: Path | None) -> dict[str, Any]:
     """All figures with trees of at most ``n`` rows, which are also the rows of every request in uniform layouts."""
     torch.manual_seed(0)
-    scheduler = echo.ElasticBudgetScheduler(echo.GlobalRank(K), budget=ROWS, max_depth=DEPTH, max_tree_rows=n)
+    scheduler = echo.ElasticBudgetScheduler(
+        echo.GlobalRank(K), budget=ROWS, max_depth=DEPTH, max_verify_tokens_per_req=n
+    )
     tree = grown(scheduler)
     selected, packed, words = scheduler.select(tree), scheduler.pack(tree), -(-n // 32)
     packed.validate()
-    context = torch.randint(CONTEXT // 2, CONTEXT, (BATCH,), generator=torch.Generator().manual_seed(1))
+    context = torch.randint(
+        CONTEXT // 2, CONTEXT, (BATCH,), generator=torch.Generator().manual_seed(1)
+    )
     exporters, importers = cases(packed, n, context)
 
     def same_job() -> Any:
@@ -343,11 +464,19 @@ def packing(n: int, seconds: float, cpp: Path | None) -> dict[str, Any]:
         **peers(cpp, [ROWS // BATCH, *([n] if n <= K * (1 + K * (DEPTH - 1)) else [])], context),
         **exporters,
     }
-    everything = timed({name: lambda _, call=call: call() for name, call in (calls | importers).items()}, seconds)
+    everything = timed(
+        {name: lambda _, call=call: call() for name, call in (calls | importers).items()}, seconds
+    )
     results = {name: {"us": us} for name, us in everything.items()}
     results["pack"]["bytes_per_row"] = round(size(packed) / ROWS, 1)
     for name, call in exporters.items():
-        rows = n if "one tree" in name else BATCH * n if name.startswith(("sglang", "tensorrt", "hugging")) else ROWS
+        rows = (
+            n
+            if "one tree" in name
+            else BATCH * n
+            if name.startswith(("sglang", "tensorrt", "hugging"))
+            else ROWS
+        )
         results[name]["bytes_per_row"] = round(size(call()) / rows, 1)
     return results
 
@@ -357,7 +486,9 @@ def synthetic(rows: int, depths: int, seed: int = 0) -> echo.WarmupLog:
     random = np.random.default_rng(seed)
     n = rows * depths
     depth = np.repeat(np.arange(1, depths + 1, dtype=np.int32), rows)
-    confidence = random.beta(1.5, 1.2, n).astype(np.float32) ** (0.6 + 0.4 * depth.astype(np.float32))
+    confidence = random.beta(1.5, 1.2, n).astype(np.float32) ** (
+        0.6 + 0.4 * depth.astype(np.float32)
+    )
     accepted = random.random(n, dtype=np.float32) < 0.1 + 0.8 * confidence**0.7
     order = random.permutation(n)  # as a serving engine would write them: depths mixed
     return echo.WarmupLog.from_arrays(depth[order], confidence[order], accepted[order])
@@ -376,7 +507,9 @@ def cpu_seconds(call: Callable[[], object], repeats: int) -> float:
 def calibrating(rows: int, depths: int = 8) -> dict[str, Any]:
     """Rows counted a second, seconds to calibrate, and how much longer scikit-learn takes for AUC and isotonic maps of the same rows."""
     log = synthetic(rows, depths)
-    weighted = echo.WarmupLog.from_arrays(log.depth, log.confidence, log.accepted, weight=np.where(np.arange(len(log)) % 9, 1.0, 10.0))
+    weighted = echo.WarmupLog.from_arrays(
+        log.depth, log.confidence, log.accepted, weight=np.where(np.arange(len(log)) % 9, 1.0, 10.0)
+    )
     histograms = echo.ConfidenceHistograms.of(log)
     count = cpu_seconds(lambda: echo.ConfidenceHistograms.of(log), 7)
     calibrated = echo.calibrate(histograms)  # imports scipy.optimize
@@ -385,7 +518,8 @@ def calibrating(rows: int, depths: int = 8) -> dict[str, Any]:
         "rows": len(log),
         "depths": depths,
         "count_rows_per_s": len(log) / count,
-        "count_weighted_rows_per_s": len(log) / cpu_seconds(lambda: echo.ConfidenceHistograms.of(weighted), 7),
+        "count_weighted_rows_per_s": len(log)
+        / cpu_seconds(lambda: echo.ConfidenceHistograms.of(weighted), 7),
         "calibrate_s": fit,
     }
     try:
@@ -393,18 +527,24 @@ def calibrating(rows: int, depths: int = 8) -> dict[str, Any]:
         from sklearn.metrics import roc_auc_score
     except ImportError:
         return found
-    columns = [(log.confidence[log.depth == d], log.accepted[log.depth == d]) for d in range(1, depths + 1)]
+    columns = [
+        (log.confidence[log.depth == d], log.accepted[log.depth == d]) for d in range(1, depths + 1)
+    ]
     auc: list[float] = []
     exact: list[float] = []
     theirs = cpu_seconds(lambda: auc.extend(float(roc_auc_score(a, c)) for c, a in columns), 1)
-    isotonic = cpu_seconds(lambda: [IsotonicRegression(out_of_bounds="clip").fit(c, a) for c, a in columns], 1)
+    isotonic = cpu_seconds(
+        lambda: [IsotonicRegression(out_of_bounds="clip").fit(c, a) for c, a in columns], 1
+    )
     ours = cpu_seconds(lambda: exact.extend(separability(c, a).auc for c, a in columns), 1)
     return found | {
         "roc_auc_score_s": theirs,
         "isotonic_s": isotonic,
         "our_exact_auc_s": ours,
         "exact_auc_largest_difference": max(abs(x - y) for x, y in zip(auc, exact, strict=True)),
-        "binned_auc_largest_difference": max(abs(x - d.auc) for x, d in zip(auc, calibrated.depths, strict=True)),
+        "binned_auc_largest_difference": max(
+            abs(x - d.auc) for x, d in zip(auc, calibrated.depths, strict=True)
+        ),
         "scikit_learn_over_ours": (theirs + isotonic) / (count + fit),
         "scikit_learn_over_exact_auc": theirs / ours,
         "scikit_learn_over_exact_auc_and_isotonic": (theirs + isotonic) / (count + fit + ours),
@@ -422,18 +562,37 @@ def planning(seconds: float) -> dict[str, Any]:
 
 def main() -> None:
     """Times everything, prints and writes."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="*", default=["plan", "pack", "calibrate"], choices=["plan", "pack", "calibrate"])
-    parser.add_argument("--seconds", type=float, default=60, help="of timing in each section but the last")
-    parser.add_argument("--rows", type=int, default=1_000_000, help="of each depth, for calibrating")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--only",
+        nargs="*",
+        default=["plan", "pack", "calibrate"],
+        choices=["plan", "pack", "calibrate"],
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=60, help="of timing in each section but the last"
+    )
+    parser.add_argument(
+        "--rows", type=int, default=1_000_000, help="of each depth, for calibrating"
+    )
     parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--sglang-cpu", type=Path, help="csrc/cpu/spec.cpp in a checkout of sgl-project/sglang")
+    parser.add_argument(
+        "--sglang-cpu", type=Path, help="csrc/cpu/spec.cpp in a checkout of sgl-project/sglang"
+    )
     args = parser.parse_args()
     torch.set_num_threads(1)
     path = args.out / "host.json"
     found = json.loads(path.read_text()) if path.exists() else {}
-    made_with = {"torch": torch.__version__, "python": platform.python_version(), "machine": platform.machine()}
-    sections: dict[str, Callable[[], dict[str, Any]]] = {  # packing first: planning leaves an sglang without its own package behind
+    made_with = {
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+    }
+    sections: dict[
+        str, Callable[[], dict[str, Any]]
+    ] = {  # packing first: planning leaves an sglang without its own package behind
         "pack": lambda: {str(n): packing(n, args.seconds / 2, args.sglang_cpu) for n in (16, 64)},
         "plan": lambda: planning(args.seconds),
         "calibrate": lambda: calibrating(args.rows),

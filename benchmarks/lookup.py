@@ -66,18 +66,26 @@ def pool(trace: Trace) -> Pool:
     at = np.delete(np.arange(trace.positions), trace.indptr[1:] - 1)
     parts = []
     for positions in np.array_split(at, max(1, len(at) // 512)):
-        tree = scheduler.plant(source.text[positions])
+        tree = scheduler.begin(source.text[positions])
         source.begin(positions)
         for _ in range(trace.depth):
             tree = scheduler.grow(tree, *source.draft(tree.frontier))
         forest = tree.forest
-        right = forest.token == following[torch.from_numpy(positions)][:, (forest.depth - 1).clamp(min=0)]
+        right = (
+            forest.token
+            == following[torch.from_numpy(positions)][:, (forest.depth - 1).clamp(min=0)]
+        )
         right &= torch.isfinite(forest.score)
         right[:, 0] = True
         for _ in range(trace.depth):
             right = right & right.gather(1, forest.parent)
-        parts.append([x.numpy() for x in (forest.score, forest.parent, forest.depth.expand_as(right), right)])
-    return Pool(*(np.concatenate(column) for column in zip(*parts, strict=True)), np.searchsorted(trace.indptr, at, side="right") - 1)
+        parts.append(
+            [x.numpy() for x in (forest.score, forest.parent, forest.depth.expand_as(right), right)]
+        )
+    return Pool(
+        *(np.concatenate(column) for column in zip(*parts, strict=True)),
+        np.searchsorted(trace.indptr, at, side="right") - 1,
+    )
 
 
 def mapped(p: Pool, half: np.ndarray) -> np.ndarray:
@@ -85,7 +93,12 @@ def mapped(p: Pool, half: np.ndarray) -> np.ndarray:
     use = p.drafted & half[:, None]
     log = echo.WarmupLog.from_arrays(p.depth[use], np.exp(p.score[use]), p.accepted[use])
     table = torch.from_numpy(echo.calibrate(echo.ConfidenceHistograms.of(log)).reliability_table())
-    own = look_up(table, torch.from_numpy(p.score), torch.from_numpy(np.ascontiguousarray(p.depth))).numpy() / ONE
+    own = (
+        look_up(
+            table, torch.from_numpy(p.score), torch.from_numpy(np.ascontiguousarray(p.depth))
+        ).numpy()
+        / ONE
+    )
     f = np.where(p.drafted, own, 0.0)
     f[:, 0] = 1.0
     for d in range(1, int(p.depth.max()) + 1):
@@ -101,7 +114,9 @@ def ranking(p: Pool, f: np.ndarray, chosen: np.ndarray) -> tuple[np.ndarray, np.
     return np.broadcast_to(p.text[:, None], use.shape)[use][order], p.accepted[use][order]
 
 
-def accepted(order: tuple[np.ndarray, np.ndarray], positions: np.ndarray, weight: np.ndarray) -> np.ndarray:
+def accepted(
+    order: tuple[np.ndarray, np.ndarray], positions: np.ndarray, weight: np.ndarray
+) -> np.ndarray:
     """Accepted drafts [len(ROWS)] when that many rows a position go to the best; texts count ``weight`` times."""
     w = weight[order[0]]
     rows, hits = np.cumsum(w), np.cumsum(w * order[1])
@@ -120,12 +135,18 @@ def equal_rows(alone: Trace, pooled: Trace, resamples: int = 400) -> list[dict[s
     pools = {"alone": pool(alone), "pooled": pool(pooled)}
     first, _ = split(alone)
     random, texts = np.random.default_rng(0), len(alone.kind)
-    weights = [np.ones(texts)] + [np.bincount(random.integers(0, texts, texts), minlength=texts).astype(float) for _ in range(resamples)]
+    weights = [np.ones(texts)] + [
+        np.bincount(random.integers(0, texts, texts), minlength=texts).astype(float)
+        for _ in range(resamples)
+    ]
     found: dict[str, np.ndarray] = defaultdict(lambda: np.zeros((len(weights), len(ROWS))))
     for name, p in pools.items():
         half = np.isin(p.text, first)
         for fit, test in ((half, ~half), (~half, half)):
-            order, positions = ranking(p, mapped(p, fit), test), np.bincount(p.text[test], minlength=texts)
+            order, positions = (
+                ranking(p, mapped(p, fit), test),
+                np.bincount(p.text[test], minlength=texts),
+            )
             found[name] += [accepted(order, positions, w) for w in weights]
             if name == "alone":
                 found["oracle"] += [oracle(p, test, positions, w) for w in weights]
@@ -138,7 +159,14 @@ def equal_rows(alone: Trace, pooled: Trace, resamples: int = 400) -> list[dict[s
         low, high = np.percentile(gain[1:, i], [2.5, 97.5])
         own = {name: float(values[0, i]) for name, values in found.items()}
         rows.append(
-            {"rows": each, **own, "gain": float(gain[0, i]), "low": low, "high": high, "share_of_way_to_oracle": float(closed[0, i])}
+            {
+                "rows": each,
+                **own,
+                "gain": float(gain[0, i]),
+                "low": low,
+                "high": high,
+                "share_of_way_to_oracle": float(closed[0, i]),
+            }
         )
     return rows
 
@@ -148,42 +176,93 @@ def cells(alone: Path, pooled: list[dict[str, Any]]) -> list[dict[str, float | s
     order = sorted(BATCHES, reverse=True)
     with ProcessPoolExecutor(max_workers=os.cpu_count()) as workers:
         parts = workers.map(column, [alone] * len(order), order, [shapes()] * len(order))
-        found: dict[str, dict[tuple[str, int], dict[str, float]]] = {"alone": defaultdict(dict), "pooled": defaultdict(dict)}
+        found: dict[str, dict[tuple[str, int], dict[str, float]]] = {
+            "alone": defaultdict(dict),
+            "pooled": defaultdict(dict),
+        }
         for name, column_ in (("alone", itertools.chain.from_iterable(parts)), ("pooled", pooled)):
             for cell in column_:
                 found[name][cell["shape"], cell["batch"]][cell["policy"]] = cell["ratio"]
     rows = []
     for (shape, batch), own in found["alone"].items():
         both = found["pooled"][shape, batch]
-        best, best_pooled = (max(1.0, *(ratios[name] for name in BASELINES)) for ratios in (own, both))
-        row = {"alone": own["goodput tree"], "pooled": both["goodput tree"], "oracle": own["oracle"]}
+        best, best_pooled = (
+            max(1.0, *(ratios[name] for name in BASELINES)) for ratios in (own, both)
+        )
+        row = {
+            "alone": own["goodput tree"],
+            "pooled": both["goodput tree"],
+            "oracle": own["oracle"],
+        }
         way = own["oracle"] - best
         rows.append(
-            {"shape": shape, "batch": batch, "baseline": best, "baseline_pooled": best_pooled, **row, "oracle_pooled": both["oracle"]}
-            | {f"closed_{name}": (row[name] - best) / way if way > 0.01 else float("nan") for name in ("alone", "pooled")}
+            {
+                "shape": shape,
+                "batch": batch,
+                "baseline": best,
+                "baseline_pooled": best_pooled,
+                **row,
+                "oracle_pooled": both["oracle"],
+            }
+            | {
+                f"closed_{name}": (row[name] - best) / way if way > 0.01 else float("nan")
+                for name in ("alone", "pooled")
+            }
         )
     return rows
 
 
 def draw(equal: list[dict[str, float]], found: list[dict[str, float | str]], path: Path) -> None:
     """Accepted drafts by rows, and throughput by batch."""
-    lines = {"oracle": ("oracle, head's drafts", style.QUIET), "pooled": ("goodput, head and prompt lookup", style.GOOD)}
-    lines |= {"alone": ("goodput, head alone", style.of("goodput")), "baseline": ("best tuned baseline, head alone", style.of("EAGLE"))}
+    lines = {
+        "oracle": ("oracle, head's drafts", style.QUIET),
+        "pooled": ("goodput, head and prompt lookup", style.GOOD),
+    }
+    lines |= {
+        "alone": ("goodput, head alone", style.of("goodput")),
+        "baseline": ("best tuned baseline, head alone", style.of("EAGLE")),
+    }
     with style.figure(9, 3.4) as figure:
         left, right = figure.subplots(1, 2)
         x = [row["rows"] for row in equal]
-        left.plot(x, [row["oracle"] for row in equal], color=style.QUIET, label="oracle, head's drafts")
-        left.plot(x, [row["pooled"] for row in equal], "o-", ms=3, color=style.GOOD, label="head and prompt lookup")
-        left.plot(x, [row["alone"] for row in equal], "o-", ms=3, color=style.of("goodput"), label="head alone")
+        left.plot(
+            x, [row["oracle"] for row in equal], color=style.QUIET, label="oracle, head's drafts"
+        )
+        left.plot(
+            x,
+            [row["pooled"] for row in equal],
+            "o-",
+            ms=3,
+            color=style.GOOD,
+            label="head and prompt lookup",
+        )
+        left.plot(
+            x,
+            [row["alone"] for row in equal],
+            "o-",
+            ms=3,
+            color=style.of("goodput"),
+            label="head alone",
+        )
         left.set_xscale("log", base=2)
         left.set_xticks(x, [str(n) for n in x])
-        left.set(title="At equal rows", xlabel="drafted rows a request", ylabel="accepted drafts a step", ylim=(0, None))
+        left.set(
+            title="At equal rows",
+            xlabel="drafted rows a request",
+            ylabel="accepted drafts a step",
+            ylim=(0, None),
+        )
         left.legend()
         by_batch(right, BATCHES)
         for name, (label, colour) in lines.items():
             row = {int(r["batch"]): float(r[name]) for r in found if r["shape"] == DRAWN}
             right.plot(BATCHES, [row[b] for b in BATCHES], "o-", ms=3, color=colour, label=label)
-        right.set(title=f"Where rows cost ({DRAWN})", xlabel="batch", ylabel="throughput / plain decoding", ylim=(0, None))
+        right.set(
+            title=f"Where rows cost ({DRAWN})",
+            xlabel="batch",
+            ylabel="throughput / plain decoding",
+            ylim=(0, None),
+        )
         right.legend()
         figure.savefig(path, dpi=110)
 
@@ -191,23 +270,40 @@ def draw(equal: list[dict[str, float]], found: list[dict[str, float | str]], pat
 def main() -> None:
     """Compares the two traces."""
     parser = arguments(__doc__)
-    parser.add_argument("--alone", type=Path, default=HERE / "traces" / "smollm2-head.npz", help="the head's own drafts of the same texts")
+    parser.add_argument(
+        "--alone",
+        type=Path,
+        default=HERE / "traces" / "smollm2-head.npz",
+        help="the head's own drafts of the same texts",
+    )
     args = parser.parse_args()
     alone, pooled = Trace.load(args.alone), Trace.load(args.trace)
     if not np.array_equal(alone.text, pooled.text):
         raise SystemExit(f"{args.alone}: expected the texts of {args.trace}, got others")
     replayed = json.loads((args.out / "replay.json").read_text())
     if replayed["trace"] != args.trace.name:
-        raise SystemExit(f"replay.json: expected a replay of {args.trace.name}, got one of {replayed['trace']}: run replay.py first")
-    result = {"equal_rows": equal_rows(alone, pooled), "cells": cells(args.alone, unfold(replayed["cells"], "shape", "policy"))}
-    write(args.out / "lookup.json", {"equal_rows": result["equal_rows"], "cells": fold(result["cells"], "shape")})
+        raise SystemExit(
+            f"replay.json: expected a replay of {args.trace.name}, got one of {replayed['trace']}: run replay.py first"
+        )
+    result = {
+        "equal_rows": equal_rows(alone, pooled),
+        "cells": cells(args.alone, unfold(replayed["cells"], "shape", "policy")),
+    }
+    write(
+        args.out / "lookup.json",
+        {"equal_rows": result["equal_rows"], "cells": fold(result["cells"], "shape")},
+    )
     draw(result["equal_rows"], result["cells"], args.out / "lookup.png")
     for row in result["equal_rows"]:
         text = f"{row['alone']:.3f} -> {row['pooled']:.3f} accepted ({row['gain']:+.1%} [{row['low']:+.1%}, {row['high']:+.1%}])"
-        print(f"{row['rows']:3} rows a request: {text}, {row['share_of_way_to_oracle']:.0%} of the way to the oracle")
+        print(
+            f"{row['rows']:3} rows a request: {text}, {row['share_of_way_to_oracle']:.0%} of the way to the oracle"
+        )
     for row in result["cells"]:
         text = f"baseline {row['baseline']:.2f}, goodput {row['alone']:.2f} -> {row['pooled']:.2f}, oracle {row['oracle']:.2f}"
-        print(f"{row['shape']:34} {row['batch']:4}  {text}; closed {row['closed_alone']:.2f} -> {row['closed_pooled']:.2f}")
+        print(
+            f"{row['shape']:34} {row['batch']:4}  {text}; closed {row['closed_alone']:.2f} -> {row['closed_pooled']:.2f}"
+        )
 
 
 if __name__ == "__main__":

@@ -52,8 +52,15 @@ def policies() -> dict[str, echo.ElasticBudgetScheduler]:
     return {
         "global ranking": make(echo.GlobalRank(BEAM), None, 4 * BATCH, DEPTH),
         "global ranking, calibrated": make(echo.GlobalRank(BEAM, maps), None, 4 * BATCH, DEPTH),
-        "two-level, sparse gate": make(echo.TwoLevel(2, 4), echo.SparseGate({1: 0.1, 3: 0.05}), 4 * BATCH, DEPTH),
-        "goodput": make(echo.GlobalRank(BEAM, maps), None, echo.CostModel((1, 1024, 4096), (1.0, 1.0, 4.0)), DEPTH),
+        "two-level, sparse gate": make(
+            echo.TwoLevel(2, 4), echo.SparseGate({1: 0.1, 3: 0.05}), 4 * BATCH, DEPTH
+        ),
+        "goodput": make(
+            echo.GlobalRank(BEAM, maps),
+            None,
+            echo.CostModel((1, 1024, 4096), (1.0, 1.0, 4.0)),
+            DEPTH,
+        ),
     }
 
 
@@ -77,11 +84,27 @@ def counting() -> Iterator[Operations]:
     """Counts operations and launches within it."""
     operations, found = Operations(), []
     for module in (triton_accept, triton_growing, triton_dealing, triton_packing):
-        found += [(module, name, kernel) for name, kernel in vars(module).items() if hasattr(kernel, "run") and hasattr(kernel, "fn")]
+        found += [
+            (module, name, kernel)
+            for name, kernel in vars(module).items()
+            if hasattr(kernel, "run") and hasattr(kernel, "fn")
+        ]
     found = [
         entry
         for entry in found
-        if entry[1] not in ("_cost", "_passing", "layout", "_below", "_winners", "_drafts", "_seen", "_path_score", "_costs", "_taken")
+        if entry[1]
+        not in (
+            "_cost",
+            "_passing",
+            "layout",
+            "_below",
+            "_winners",
+            "_drafts",
+            "_seen",
+            "_path_score",
+            "_costs",
+            "_taken",
+        )
     ]  # no kernels
     try:
         for module, name, kernel in found:
@@ -104,7 +127,11 @@ def step(scheduler: echo.ElasticBudgetScheduler, backend: str) -> dict[str, Coun
     counts: dict[str, Counter[str]] = {}
     roots, rows = torch.arange(BATCH), 4 * BATCH
     history = scheduler.history(BATCH)
-    target, context, table = torch.zeros(rows, dtype=torch.int64), torch.arange(BATCH).int(), torch.arange(32 * BATCH).int().view(BATCH, 32)
+    target, context, table = (
+        torch.zeros(rows, dtype=torch.int64),
+        torch.arange(BATCH).int(),
+        torch.arange(32 * BATCH).int().view(BATCH, 32),
+    )
 
     def part(name: str, call: Any) -> Any:
         with kernels.using(backend), counting() as operations:
@@ -113,13 +140,18 @@ def step(scheduler: echo.ElasticBudgetScheduler, backend: str) -> dict[str, Coun
         return value
 
     def whole() -> None:
-        tree = part("plant", lambda: scheduler.plant(roots, rows=rows))
+        tree = part("plant", lambda: scheduler.begin(roots, num_verify_tokens=rows))
         for _ in range(scheduler.max_depth):
             drafted = drafts(tree)
             tree = part("grow", lambda tree=tree, drafted=drafted: scheduler.grow(tree, *drafted))
         packed = part("select, pack", lambda: scheduler.pack(tree))
-        accepted = part("verify", lambda: echo.verify(packed, target))
-        part("compact", lambda: compact(packed, accepted, context, page_table=table, page_size=64, dummy=0))
+        accepted = part("verify", lambda: echo.accept(packed, target))
+        part(
+            "compact",
+            lambda: compact(
+                packed, accepted, context, page_table=table, page_size=64, pad_slot_id=0
+            ),
+        )
         part("observe", lambda: history.observe(roots, packed, accepted))
 
     whole()  # tables are copied to the device once
@@ -130,13 +162,25 @@ def step(scheduler: echo.ElasticBudgetScheduler, backend: str) -> dict[str, Coun
 
 def main() -> None:
     """Prints and writes."""
-    report: dict[str, Any] = {"depth": DEPTH, "beam": BEAM, "candidates": CANDIDATES, "torch": torch.__version__, "steps": {}}
+    report: dict[str, Any] = {
+        "depth": DEPTH,
+        "beam": BEAM,
+        "candidates": CANDIDATES,
+        "torch": torch.__version__,
+        "steps": {},
+    }
     for name, scheduler in policies().items():
         for backend in ("torch", "triton"):
             counts = step(scheduler, backend)
             totals = {part: sum(count.values()) for part, count in counts.items()}
             report["steps"].setdefault(name, {})[backend] = totals | {"all": sum(totals.values())}
-            print(name, backend, report["steps"][name][backend], dict(sum(counts.values(), Counter()).most_common(8)), flush=True)
+            print(
+                name,
+                backend,
+                report["steps"][name][backend],
+                dict(sum(counts.values(), Counter()).most_common(8)),
+                flush=True,
+            )
     write(RESULTS / "operations.json", report)
 
 

@@ -24,7 +24,19 @@ import echo
 from common import roofline
 from common.policies import goodput_gate, one_threshold, oracle_trace
 from common.raised import raised, raised_to
-from common.replays import FREE, Steps, arguments, by_batch, calibrate, describe, fold, halves, run, warm_up, write
+from common.replays import (
+    FREE,
+    Steps,
+    arguments,
+    by_batch,
+    calibrate,
+    describe,
+    fold,
+    halves,
+    run,
+    warm_up,
+    write,
+)
 from echo import style
 from echo.testing import Trace
 
@@ -60,22 +72,44 @@ class Bench:
         key = tuning, describe(scheduler), exact
         if key not in self.cache:
             trace = self.tune if tuning else oracle_trace(self.test) if exact else self.test
-            self.cache[key] = run(trace, scheduler, FREE, self.batch, max(8, self.steps // 2) if tuning else self.steps, exact=exact)
+            self.cache[key] = run(
+                trace,
+                scheduler,
+                FREE,
+                self.batch,
+                max(8, self.steps // 2) if tuning else self.steps,
+                exact=exact,
+            )
         return self.cache[key]
 
     def candidates(self) -> dict[str, list[Scheduler]]:
         """What each policy is tuned over: budgets as multiples of the batch."""
-        batch, calibration, depth, beam = self.batch, self.calibration, self.tune.depth, self.tune.beam
+        batch, calibration, depth, beam = (
+            self.batch,
+            self.calibration,
+            self.tune.depth,
+            self.tune.beam,
+        )
         default = LOW if batch == 1 else HIGH
-        eagle = lambda shape: Scheduler.eagle(n=shape[0], beam=shape[1], max_depth=shape[2])  # noqa: E731
+        eagle = lambda shape: Scheduler.eagle(
+            max_verify_tokens_per_req=shape[0], beam=shape[1], max_depth=shape[2]
+        )
         own = echo.PerRequest(default[0], default[1])
         budgets = [m * batch for m in ((8, 16, 32, 60) if batch == 1 else (2, 3, 5, 8))]
         gates = [echo.BeamMassGate((5, 7), log_tau, beam) for log_tau in (-2.0, -1.0, -0.3)]
-        grows = [echo.BeamMassGate(tuple(range(1, depth)), float(np.log(delta)), beam) for delta in (0.4, 0.2, 0.1)]
+        grows = [
+            echo.BeamMassGate(tuple(range(1, depth)), float(np.log(delta)), beam)
+            for delta in (0.4, 0.2, 0.1)
+        ]
         return {
             "EAGLE-3, default": [eagle(default)],
             "EAGLE-3, matched": [eagle(LOW if batch == 1 else MATCHED)],
-            "EAGLE-3, tuned": [eagle(s) for s in (LOW, (32, 6, 8), (16, 4, 5), HIGH, MATCHED, (2, 1, 1))[: 4 if batch == 1 else None]],
+            "EAGLE-3, tuned": [
+                eagle(s)
+                for s in (LOW, (32, 6, 8), (16, 4, 5), HIGH, MATCHED, (2, 1, 1))[
+                    : 4 if batch == 1 else None
+                ]
+            ],
             "DDD": [Scheduler(own, gate, None, depth) for gate in gates],
             "OPT-Tree": [Scheduler(own, gate, None, depth) for gate in grows],
             "ECHO": [
@@ -83,28 +117,43 @@ class Bench:
                 for width, layers in ((3, 3), (1, depth))
                 for rows in budgets
             ],
-            "global top-K": [Scheduler(echo.GlobalRank(beam, calibration), None, rows, depth) for rows in budgets],
+            "global top-K": [
+                Scheduler(echo.GlobalRank(beam, calibration), None, rows, depth) for rows in budgets
+            ],
         }
 
     def cells(self, costs: dict[str, echo.CostModel]) -> Iterable[dict[str, object]]:
         """Every policy under every cost model, tuned on the other half of the texts."""
         policies = self.candidates()
-        oracle = [Scheduler(echo.GlobalRank(self.test.beam), None, (1 + d) * self.batch, d) for d in (1, 3, self.test.depth)]
-        gates = {"ECHO, dense gates": echo.SparseGate.dense(self.calibration), "ECHO, one threshold": one_threshold(self.calibration)}
+        oracle = [
+            Scheduler(echo.GlobalRank(self.test.beam), None, (1 + d) * self.batch, d)
+            for d in (1, 3, self.test.depth)
+        ]
+        gates = {
+            "ECHO, dense gates": echo.SparseGate.dense(self.calibration),
+            "ECHO, one threshold": one_threshold(self.calibration),
+        }
         for model, cost in costs.items():
             at = cost.at(self.batch, CONTEXT * self.batch)
             plain = self.batch / at(self.batch)
             chosen = {
-                name: max(options, key=lambda s: self.found(s, tuning=True).rate(at)) if len(options) > 1 else options[0]
+                name: max(options, key=lambda s: self.found(s, tuning=True).rate(at))
+                if len(options) > 1
+                else options[0]
                 for name, options in policies.items()
             }
             own = chosen["ECHO"]  # the ablations: as tuned, another gate
-            best = goodput_gate(self.log, at, self.batch, own.max_depth, own.rule.width)
-            chosen |= {name: replace(own, gate=gate) for name, gate in (gates | {"ECHO, goodput gates": best}).items()}
+            best = goodput_gate(self.log, at, self.batch, own.max_depth, own.rule.beam)
+            chosen |= {
+                name: replace(own, gate=gate)
+                for name, gate in (gates | {"ECHO, goodput gates": best}).items()
+            }
             found = {name: self.found(scheduler) for name, scheduler in chosen.items()}
-            budget = Scheduler.goodput(self.calibration, at, beam=self.test.beam)
+            budget = Scheduler.throughput_optimal(self.calibration, at, beam=self.test.beam)
             found["goodput"] = run(self.test, budget, FREE, self.batch, self.steps)
-            found["oracle"] = max((self.found(s, exact=True) for s in oracle), key=lambda steps: steps.rate(at))
+            found["oracle"] = max(
+                (self.found(s, exact=True) for s in oracle), key=lambda steps: steps.rate(at)
+            )
             for name, steps in found.items():
                 low, high = (ratio * plain for ratio in steps.interval(at))
                 floor = plain if name == "oracle" else 0.0  # an oracle may also not speculate
@@ -141,14 +190,22 @@ class Claim:
     ratio: bool = False
 
 
-def over(model: str, batches: tuple[int, ...], other: str, policy: str = "ECHO") -> Callable[[Callable[[str, int, str], float]], float]:
+def over(
+    model: str, batches: tuple[int, ...], other: str, policy: str = "ECHO"
+) -> Callable[[Callable[[str, int, str], float]], float]:
     """Mean over batches of a policy's throughput over another's."""
     return lambda at: float(np.mean([at(model, b, policy) / at(model, b, other) for b in batches]))
 
 
 LOADED = (128, 256)
 """What we take for the paper's budget-limited regime."""
-EIGHT, SEVENTY, Q8, Q32, Q235 = "LLaMA-3.1-8B", "LLaMA-3.3-70B", "Qwen3-8B", "Qwen3-32B", "Qwen3-235B-A22B"
+EIGHT, SEVENTY, Q8, Q32, Q235 = (
+    "LLaMA-3.1-8B",
+    "LLaMA-3.3-70B",
+    "Qwen3-8B",
+    "Qwen3-32B",
+    "Qwen3-235B-A22B",
+)
 
 
 def claims() -> list[Claim]:
@@ -156,22 +213,81 @@ def claims() -> list[Claim]:
     pairs = ((EIGHT, "+7.92%"), (SEVENTY, "+12.96%"), (Q8, "+10.00%"), (Q235, "+14.95%"))
     default = "EAGLE-3, default"
     limited = [
-        Claim(f"{m}, batch 128 and 256: ECHO over {default}", paper, over(m, LOADED, default), "experts" if m == Q235 else "host")
+        Claim(
+            f"{m}, batch 128 and 256: ECHO over {default}",
+            paper,
+            over(m, LOADED, default),
+            "experts" if m == Q235 else "host",
+        )
         for m, paper in pairs
     ]
     return [
-        Claim(f"{Q235}, batch 256: ECHO over EAGLE-3, default", "+14.4%", over(Q235, (256,), "EAGLE-3, default"), "experts"),
-        Claim(f"{Q235}, batch 256: ECHO over EAGLE-3, matched", "not given", over(Q235, (256,), "EAGLE-3, matched"), "matched"),
-        Claim(f"{EIGHT}, batch 256: ECHO over EAGLE-3, default", "+7.9%", over(EIGHT, (256,), "EAGLE-3, default"), "host"),
-        Claim(f"{EIGHT}, batch 256: ECHO over EAGLE-3, matched", "not given", over(EIGHT, (256,), "EAGLE-3, matched"), "matched"),
-        Claim(f"{EIGHT}, batch 256: dense gates over sparse", "-5.0%", over(EIGHT, (256,), "ECHO", "ECHO, dense gates"), "gates"),
-        Claim(f"{Q235}, batch 256: one threshold over one a depth", "-5.0%", over(Q235, (256,), "ECHO", "ECHO, one threshold"), "gates"),
+        Claim(
+            f"{Q235}, batch 256: ECHO over EAGLE-3, default",
+            "+14.4%",
+            over(Q235, (256,), "EAGLE-3, default"),
+            "experts",
+        ),
+        Claim(
+            f"{Q235}, batch 256: ECHO over EAGLE-3, matched",
+            "not given",
+            over(Q235, (256,), "EAGLE-3, matched"),
+            "matched",
+        ),
+        Claim(
+            f"{EIGHT}, batch 256: ECHO over EAGLE-3, default",
+            "+7.9%",
+            over(EIGHT, (256,), "EAGLE-3, default"),
+            "host",
+        ),
+        Claim(
+            f"{EIGHT}, batch 256: ECHO over EAGLE-3, matched",
+            "not given",
+            over(EIGHT, (256,), "EAGLE-3, matched"),
+            "matched",
+        ),
+        Claim(
+            f"{EIGHT}, batch 256: dense gates over sparse",
+            "-5.0%",
+            over(EIGHT, (256,), "ECHO", "ECHO, dense gates"),
+            "gates",
+        ),
+        Claim(
+            f"{Q235}, batch 256: one threshold over one a depth",
+            "-5.0%",
+            over(Q235, (256,), "ECHO", "ECHO, one threshold"),
+            "gates",
+        ),
         Claim(f"{Q32}, batch 1: ECHO over DDD", "+15.8%", over(Q32, (1,), "DDD"), "budget"),
         *limited,
-        Claim(f"{Q235}, batch 1: ECHO over plain", "2.02x", over(Q235, (1,), "plain"), "routing", ratio=True),
-        Claim(f"{Q235}, batch 1: DDD over plain", "1.77x", over(Q235, (1,), "plain", "DDD"), "routing", ratio=True),
-        Claim(f"{Q235}, batch 1: EAGLE-3 over plain", "1.69x", over(Q235, (1,), "plain", "EAGLE-3, default"), "routing", ratio=True),
-        Claim(f"{SEVENTY}, batch 1: ECHO over plain", "to 5.35x", over(SEVENTY, (1,), "plain"), "ceiling", ratio=True),
+        Claim(
+            f"{Q235}, batch 1: ECHO over plain",
+            "2.02x",
+            over(Q235, (1,), "plain"),
+            "routing",
+            ratio=True,
+        ),
+        Claim(
+            f"{Q235}, batch 1: DDD over plain",
+            "1.77x",
+            over(Q235, (1,), "plain", "DDD"),
+            "routing",
+            ratio=True,
+        ),
+        Claim(
+            f"{Q235}, batch 1: EAGLE-3 over plain",
+            "1.69x",
+            over(Q235, (1,), "plain", "EAGLE-3, default"),
+            "routing",
+            ratio=True,
+        ),
+        Claim(
+            f"{SEVENTY}, batch 1: ECHO over plain",
+            "to 5.35x",
+            over(SEVENTY, (1,), "plain"),
+            "ceiling",
+            ratio=True,
+        ),
     ]
 
 
@@ -195,7 +311,9 @@ REASONS = {
 
 def lookup(cells: list[dict[str, object]]) -> Callable[[str, int, str], float]:
     """``(model, batch, policy) -> tokens a second``; the policy "plain" is speculation off."""
-    table = {(c["model"], c["batch"], c["policy"]): float(str(c["tokens_per_second"])) for c in cells}
+    table = {
+        (c["model"], c["batch"], c["policy"]): float(str(c["tokens_per_second"])) for c in cells
+    }
     table |= {(c["model"], c["batch"], "plain"): float(str(c["plain"])) for c in cells}
     return lambda model, batch, policy: table[model, batch, policy]
 
@@ -215,16 +333,31 @@ def compare(cells: dict[str, list[dict[str, object]]]) -> list[dict[str, str]]:
 def markdown(comparison: list[dict[str, str]], cells: dict[str, list[dict[str, object]]]) -> str:
     """The comparison, and each trace's table of throughput over plain decoding for two of the models."""
     names = list(cells)
-    lines = [f"| figure | paper | {' | '.join(names)} | why |", "|---|---|" + "---|" * (len(names) + 1)]
-    lines += [f"| {r['figure']} | {r['paper']} | {' | '.join(r[n] for n in names)} | {r['why']} |" for r in comparison]
+    lines = [
+        f"| figure | paper | {' | '.join(names)} | why |",
+        "|---|---|" + "---|" * (len(names) + 1),
+    ]
+    lines += [
+        f"| {r['figure']} | {r['paper']} | {' | '.join(r[n] for n in names)} | {r['why']} |"
+        for r in comparison
+    ]
     lines += ["", "Why they differ:", ""] + [f"- *{key}*: {text}" for key, text in REASONS.items()]
     for name, own in cells.items():
         at = lookup(own)
         for model in (SEVENTY, Q235):
             lines += ["", f"Tokens a second over plain decoding, {model}, trace {name}:", ""]
-            lines += ["| batch | " + " | ".join(map(str, BATCHES)) + " |", "|---|" + "---|" * len(BATCHES)]
+            lines += [
+                "| batch | " + " | ".join(map(str, BATCHES)) + " |",
+                "|---|" + "---|" * len(BATCHES),
+            ]
             for policy in dict.fromkeys(str(c["policy"]) for c in own):
-                lines.append(f"| {policy} | " + " | ".join(f"{at(model, b, policy) / at(model, b, 'plain'):.2f}" for b in BATCHES) + " |")
+                lines.append(
+                    f"| {policy} | "
+                    + " | ".join(
+                        f"{at(model, b, policy) / at(model, b, 'plain'):.2f}" for b in BATCHES
+                    )
+                    + " |"
+                )
     return "\n".join(lines) + "\n"
 
 
@@ -241,8 +374,19 @@ def draw(cells: dict[str, list[dict[str, object]]], path: Path) -> None:
                     found = [c for c in own if c["model"] == model and c["policy"] == policy]
                     batch = [c["batch"] for c in found]
                     plain = np.array([float(str(c["plain"])) for c in found])
-                    ratio, low, high = (np.array([float(str(c[k])) for c in found]) / plain for k in ("tokens_per_second", "low", "high"))
-                    axis.plot(batch, ratio, line, ms=3, color=colour, label=policy, lw=1 if policy == "oracle" else 1.7)
+                    ratio, low, high = (
+                        np.array([float(str(c[k])) for c in found]) / plain
+                        for k in ("tokens_per_second", "low", "high")
+                    )
+                    axis.plot(
+                        batch,
+                        ratio,
+                        line,
+                        ms=3,
+                        color=colour,
+                        label=policy,
+                        lw=1 if policy == "oracle" else 1.7,
+                    )
                     axis.fill_between(batch, low, high, color=colour, alpha=0.15, lw=0)
                 by_batch(axis, BATCHES)
                 axis.set_title(model)
@@ -254,13 +398,18 @@ def draw(cells: dict[str, list[dict[str, object]]], path: Path) -> None:
         figure.savefig(path, dpi=80)
 
 
-def measure(trace: Trace, share: float, models: Iterable[str]) -> tuple[dict[str, list[dict[str, object]]], float]:
+def measure(
+    trace: Trace, share: float, models: Iterable[str]
+) -> tuple[dict[str, list[dict[str, object]]], float]:
     """Cells of both traces, and the odds that raise the second."""
     tune, test = halves(trace)
     odds = raised_to(tune, TOKENS, LOW)
     costs = {name: roofline.plan(name, most_rows=16384) for name in models}
     cells: dict[str, list[dict[str, object]]] = {}
-    for name, (first, second) in {"as recorded": (tune, test), "raised": (raised(tune, odds), raised(test, odds))}.items():
+    for name, (first, second) in {
+        "as recorded": (tune, test),
+        "raised": (raised(tune, odds), raised(test, odds)),
+    }.items():
         calibration, log = calibrate(first), warm_up(first).log
         cells[name] = []
         for batch in BATCHES:
@@ -282,11 +431,19 @@ def main() -> None:
         table.add_row(*row.values())
     console.print(table)
     kept = ("model", "batch", "policy", "tokens_per_second", "low", "high", "plain")
-    folded = {name: fold([{key: cell[key] for key in kept} for cell in own], "model", "policy") for name, own in cells.items()}
-    write(args.out / "paper.json", {"trace": args.trace.name, "odds": odds, "context": CONTEXT, "cells": folded})
+    folded = {
+        name: fold([{key: cell[key] for key in kept} for cell in own], "model", "policy")
+        for name, own in cells.items()
+    }
+    write(
+        args.out / "paper.json",
+        {"trace": args.trace.name, "odds": odds, "context": CONTEXT, "cells": folded},
+    )
     (args.out / "paper.md").write_text(markdown(comparison, cells))
     draw(cells, args.out / "paper.png")
-    console.print(f"paper.json, paper.md and paper.png written to {args.out}; {time.perf_counter() - start:.0f} s in all")
+    console.print(
+        f"paper.json, paper.md and paper.png written to {args.out}; {time.perf_counter() - start:.0f} s in all"
+    )
 
 
 if __name__ == "__main__":

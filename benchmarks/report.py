@@ -46,7 +46,7 @@ def replayed() -> list[dict[str, float]]:
 
 
 def over_baseline(row: dict[str, float]) -> float:
-    """Goodput beside the best tuned baseline, or plain decoding."""
+    """ThroughputOptimal beside the best tuned baseline, or plain decoding."""
     return row["goodput tree"] / max(1.0, *(row[name] for name in BASELINES))
 
 
@@ -56,14 +56,23 @@ def prolonged() -> list[dict[str, float]]:
 
 
 def modelled() -> list[float]:
-    """Goodput over plain decoding in each cell of the paper's models."""
-    cells = [cell for own in found("paper")["cells"].values() for cell in unfold(own, "model", "policy") if cell["policy"] == "goodput"]
+    """ThroughputOptimal over plain decoding in each cell of the paper's models."""
+    cells = [
+        cell
+        for own in found("paper")["cells"].values()
+        for cell in unfold(own, "model", "policy")
+        if cell["policy"] == "goodput"
+    ]
     return [cell["tokens_per_second"] / cell["plain"] for cell in cells]
 
 
 def adverse() -> list[float]:
-    """Goodput over speculation off."""
-    return [cell["ratio"] for cell in unfold(found("service")["worst"], "adversity", "model", "policy") if cell["policy"] == "goodput"]
+    """ThroughputOptimal over speculation off."""
+    return [
+        cell["ratio"]
+        for cell in unfold(found("service")["worst"], "adversity", "model", "policy")
+        if cell["policy"] == "goodput"
+    ]
 
 
 def planning(name: str) -> float:
@@ -73,29 +82,65 @@ def planning(name: str) -> float:
 
 SECTIONS = (
     (
-        ("goodput over plain decoding, worst cell", lambda: min(row["goodput tree"] for row in replayed()), "0.99"),
-        ("goodput over the best tuned baseline, worst cell", lambda: min(map(over_baseline, replayed())), "0.99"),
-        ("goodput over plain decoding in 400 steps, worst cell", lambda: min(c["long"] for c in prolonged()), "0.99"),
+        (
+            "goodput over plain decoding, worst cell",
+            lambda: min(row["goodput tree"] for row in replayed()),
+            "0.99",
+        ),
+        (
+            "goodput over the best tuned baseline, worst cell",
+            lambda: min(map(over_baseline, replayed())),
+            "0.99",
+        ),
+        (
+            "goodput over plain decoding in 400 steps, worst cell",
+            lambda: min(c["long"] for c in prolonged()),
+            "0.99",
+        ),
         (
             "goodput over the best tuned baseline in 400 steps, worst cell",
             lambda: min(c["long"] / c["long_baseline"] for c in prolonged()),
             "0.99",
         ),
-        ("trees over chains at equal rows, mean", lambda: mean(found("replay")["trees_over_chains"]["ratio"]), "1.05"),
+        (
+            "trees over chains at equal rows, mean",
+            lambda: mean(found("replay")["trees_over_chains"]["ratio"]),
+            "1.05",
+        ),
     ),
     (
-        ("goodput over plain decoding, the paper's models, worst cell", lambda: min(modelled()), "0.99"),
-        ("goodput over speculation off under lag, drift and churn, worst", lambda: min(adverse()), "0.98"),
+        (
+            "goodput over plain decoding, the paper's models, worst cell",
+            lambda: min(modelled()),
+            "0.99",
+        ),
+        (
+            "goodput over speculation off under lag, drift and churn, worst",
+            lambda: min(adverse()),
+            "0.98",
+        ),
     ),
     (
         ("ranking and dealing 64 candidates a request, us", lambda: planning("select 64"), "350"),
         ("the same, calibrated, us", lambda: planning("select 64, calibrated"), "350"),
-        ("ranking and dealing 512 candidates a request, us", lambda: planning("select 512"), "2000"),
+        (
+            "ranking and dealing 512 candidates a request, us",
+            lambda: planning("select 512"),
+            "2000",
+        ),
         ("one grow, us", lambda: planning("grow 64"), "150"),
         ("a forecast, us", lambda: planning("forecast"), "50"),
-        ("SGLang's chain planner over ours at 64", lambda: planning("sglang chains 64") / planning("select 64"), "3"),
+        (
+            "SGLang's chain planner over ours at 64",
+            lambda: planning("sglang chains 64") / planning("select 64"),
+            "3",
+        ),
         ("pack, us", lambda: found("host")["pack"]["16"]["pack"]["us"], "350"),
-        ("histograms, million rows a second", lambda: found("host")["calibrate"]["count_rows_per_s"] / 1e6, "50"),
+        (
+            "histograms, million rows a second",
+            lambda: found("host")["calibrate"]["count_rows_per_s"] / 1e6,
+            "50",
+        ),
         ("fuzzed plans that break an invariant", lambda: found("fuzz")["broken"], "0"),
     ),
 )
@@ -112,9 +157,14 @@ def pictures() -> None:
     import replay as policies
     import service
 
-    echo.CostModel.from_json((RESULTS / "cost.json").read_text()).plot().savefig(IMAGES / "cost.png", dpi=150)
+    echo.CostModel.from_json((RESULTS / "cost.json").read_text()).plot().savefig(
+        IMAGES / "cost.png", dpi=150
+    )
     gaps.draw(found("gaps"), IMAGES)
-    paper.draw({name: unfold(cells, "model", "policy") for name, cells in found("paper")["cells"].items()}, RESULTS / "paper.png")
+    paper.draw(
+        {name: unfold(cells, "model", "policy") for name, cells in found("paper")["cells"].items()},
+        RESULTS / "paper.png",
+    )
     host.draw(found("host")["plan"]["growth"], RESULTS / "plan.png")
     calibration.draw(found("calibration"), IMAGES)
     own = found("lookup")
@@ -137,10 +187,15 @@ def tree() -> None:
 
     tune, test = halves(Trace.load(HERE / "traces" / "smollm2.npz"))
     gate = echo.SparseGate(calibrate(tune))
-    scheduler = echo.ElasticBudgetScheduler(echo.TwoLevel(layer_width=2, max_width=5), gate, BUDGET, test.depth)
+    scheduler = echo.ElasticBudgetScheduler(
+        echo.TwoLevel(beam=2, max_extra_tokens=5), gate, BUDGET, test.depth
+    )
     steps: list[Record] = []
     replay(test, scheduler, FREE, batch=BATCH, steps=150, observe=steps.append)
-    step = max((s for s in steps if s.packed.batch == BATCH and bool((s.packed.indptr.diff() > 1).all())), key=contrast)
+    step = max(
+        (s for s in steps if s.packed.batch == BATCH and bool((s.packed.indptr.diff() > 1).all())),
+        key=contrast,
+    )
     file = carry.weights()
     words = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     label = lambda token: words.decode([token]).strip(" ").replace("\n", "⏎") or "␣"  # noqa: E731
@@ -173,8 +228,12 @@ def table() -> None:
 
 def main() -> None:
     """One of the three."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pictures", dest="run", action="store_const", const=pictures, default=table)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--pictures", dest="run", action="store_const", const=pictures, default=table
+    )
     parser.add_argument("--tree", dest="run", action="store_const", const=tree)
     parser.parse_args().run()
 

@@ -68,7 +68,7 @@ def cap(lanes: int) -> int:
 
 def fits(scheduler: Scheduler, lanes: int) -> bool:
     """Whether the policy's rows are no more than :func:`cap`."""
-    return (scheduler.rule.rows(lanes) or 0) <= cap(lanes)
+    return (scheduler.rule.default_budget(lanes) or 0) <= cap(lanes)
 
 
 def tiers(lanes: int, few: bool = False) -> list[int]:
@@ -77,13 +77,17 @@ def tiers(lanes: int, few: bool = False) -> list[int]:
     return [lanes * n for n in each[:: 3 if few else 1] if lanes * n <= cap(lanes)]
 
 
-def policies(lanes: int, calibration: echo.Calibration, cost: echo.CostModel) -> dict[str, Scheduler]:
+def policies(
+    lanes: int, calibration: echo.Calibration, cost: echo.CostModel
+) -> dict[str, Scheduler]:
     """By name; the last is one configuration for all loads, the others' budgets are what a step of this load holds for little."""
     budget = min(max(cost.at(lanes).knee.k_max, 2 * lanes), cap(lanes))
     made = {
         "plain": Scheduler.autoregressive(),
-        "EAGLE tree, 8 rows": Scheduler.eagle(n=8, beam=BEAM, max_depth=4),
-        "EAGLE tree, 32 rows": Scheduler.eagle(n=32, beam=BEAM, max_depth=DEPTH),
+        "EAGLE tree, 8 rows": Scheduler.eagle(max_verify_tokens_per_req=8, beam=BEAM, max_depth=4),
+        "EAGLE tree, 32 rows": Scheduler.eagle(
+            max_verify_tokens_per_req=32, beam=BEAM, max_depth=DEPTH
+        ),
         "ECHO": replace(Scheduler.paper(calibration, k_max=budget), max_depth=DEPTH),
         "global ranking": Scheduler(echo.GlobalRank(BEAM, calibration), None, budget, DEPTH),
         "throughput-optimal": Scheduler(echo.GlobalRank(BEAM, calibration), None, cost, DEPTH),
@@ -184,9 +188,22 @@ class Load:
     """
 
     def __init__(
-        self, model: Any, lanes: int, prompts: Sequence[Tensor], new: int, features: Sequence[int], fused: bool | None = None
+        self,
+        model: Any,
+        lanes: int,
+        prompts: Sequence[Tensor],
+        new: int,
+        features: Sequence[int],
+        fused: bool | None = None,
     ) -> None:
-        self.model, self.lanes, self.prompts, self.new, self.features, self.fused = model, lanes, prompts, new, tuple(features), fused
+        self.model, self.lanes, self.prompts, self.new, self.features, self.fused = (
+            model,
+            lanes,
+            prompts,
+            new,
+            tuple(features),
+            fused,
+        )
         self.device = model.device
         self.graphs = echo.Graphs(self.device) if self.device.type == "cuda" else RecordedGraphs()
         self.first: Engine | None = None
@@ -223,7 +240,15 @@ class Load:
         synchronize(self.device)
         self.first, self.firsts = engine, [int(engine.first[lane]) for lane in range(self.lanes)]
         self.pool = list(cache.free), dict(cache.owned)
-        state = [cache.table, cache.context, drafter.used, drafter.root, drafter.tokens, drafter.log_probs, drafter.pending]
+        state = [
+            cache.table,
+            cache.context,
+            drafter.used,
+            drafter.root,
+            drafter.tokens,
+            drafter.log_probs,
+            drafter.pending,
+        ]
         self.saved, self.roots = [(tensor, tensor.clone()) for tensor in state], engine.root.clone()
 
     @torch.inference_mode()
@@ -235,13 +260,17 @@ class Load:
         engine.root.copy_(self.roots)
         engine.left.fill_(ROOM * self.new - 1)
         engine.slot.copy_(engine.lanes)
-        engine.running, engine.places, engine.first = list(range(self.lanes)), list(range(self.lanes)), {}
+        engine.running, engine.places, engine.first = (
+            list(range(self.lanes)),
+            list(range(self.lanes)),
+            {},
+        )
         engine.known = engine.scheduler.history(self.lanes, "cpu")
         for name, value in vars(engine.scheduler.history(self.lanes, self.device)).items():
             if isinstance(value, Tensor):
                 getattr(engine.space.history, name).copy_(value)
         if engine.drafter is not None:
-            engine.drafter.unread = 0
+            engine.drafter.num_unprocessed_tokens = 0
         engine.timed, engine.times = False, {}
         synchronize(self.device)
 
@@ -251,7 +280,9 @@ class Load:
         self.begin(engine)
         engine.timed = timed
         answers, marks, last, written = [[token] for token in self.firsts], [], None, 0
-        while len(engine.running) == self.lanes and (not marks or written - marks[0][1] < self.new * self.lanes):
+        while len(engine.running) == self.lanes and (
+            not marks or written - marks[0][1] < self.new * self.lanes
+        ):
             now = engine.step()
             if last is not None:
                 for lane, tokens in engine.read(last):
@@ -296,17 +327,24 @@ class Load:
         def pack(count: int) -> echo.PackedTree:
             return engine.run("plan", (lanes, deep, count), lambda: space.pack(tree, count))
 
-        seconds, drafting = {}, {depth: timed(lambda depth=depth: draft(depth), self.device) for depth in (1, deep)}
+        seconds, drafting = (
+            {},
+            {depth: timed(lambda depth=depth: draft(depth), self.device) for depth in (1, deep)},
+        )
         for count in rows:
-            space.set_rows(count)
+            space.set_num_verify_tokens(count)
             tree = draft(deep)
             packed = pack(count)
             target = lambda: engine.run("target", (lanes, count), lambda: engine.target(packed))  # noqa: B023, E731
             seconds[count] = timed(target, self.device)
         planning = timed(lambda: pack(count), self.device)
-        accepting = timed(lambda: engine.run("accept", (lanes, count), lambda: engine.accept(packed)), self.device)
+        accepting = timed(
+            lambda: engine.run("accept", (lanes, count), lambda: engine.accept(packed)), self.device
+        )
         self.begin(engine)
-        plain = timed(lambda: engine.run("plain", (lanes,), lambda: engine.without(lanes)), self.device)
+        plain = timed(
+            lambda: engine.run("plain", (lanes,), lambda: engine.without(lanes)), self.device
+        )
         return {
             "lanes": lanes,
             "target": seconds,
@@ -319,17 +357,23 @@ class Load:
         }
 
     @torch.inference_mode()
-    def differences(self, answers: Sequence[Sequence[int]], plain: Sequence[Sequence[int]]) -> dict[str, int]:
+    def differences(
+        self, answers: Sequence[Sequence[int]], plain: Sequence[Sequence[int]]
+    ) -> dict[str, int]:
         """How many answers are plain decoding's as far as both go, part from it at a tie, or otherwise."""
         counts = {"same": 0, "ties": 0, "different": 0}
         assert self.first is not None
         for prompt, mine, theirs in zip(self.prompts, answers, plain, strict=True):
-            at = next((i for i, (a, b) in enumerate(zip(mine, theirs, strict=False)) if a != b), None)
+            at = next(
+                (i for i, (a, b) in enumerate(zip(mine, theirs, strict=False)) if a != b), None
+            )
             if at is None:
                 counts["same"] += 1
                 continue
             text = torch.cat([prompt, prompt.new_tensor(theirs[:at])])
-            states = self.first.forward(text, torch.arange(len(text), device=self.device), causal)[0]
+            states = self.first.forward(text, torch.arange(len(text), device=self.device), causal)[
+                0
+            ]
             best = self.model.lm_head(states[-1:]).float().topk(2).values[0]
             counts["ties" if float(best[0] - best[1]) < NEAR else "different"] += 1
         return counts
@@ -345,23 +389,39 @@ def parts(engine: Engine) -> dict[str, Any]:
     """Milliseconds a step of each part, the rest between them, and the share of the time in which the device had no part to run."""
     synchronize(engine.device)
     origin = next(iter(engine.times.values()))[0][0]
-    spans = sorted((origin.elapsed_time(a), origin.elapsed_time(b), name) for name, pairs in engine.times.items() for a, b in pairs)
+    spans = sorted(
+        (origin.elapsed_time(a), origin.elapsed_time(b), name)
+        for name, pairs in engine.times.items()
+        for a, b in pairs
+    )
     steps = max(len(engine.times.get("target", ())) + len(engine.times.get("plain", ())), 1)
     total = spans[-1][1] - spans[0][0]
     busy = sum(end - begin for begin, end, _ in spans)
-    by_part = {name: sum(end - begin for begin, end, part in spans if part == name) / steps for name in engine.times}
-    return {"ms": by_part | {"rest": (total - busy) / steps, "step": total / steps}, "waits": (total - busy) / total, "steps": steps}
+    by_part = {
+        name: sum(end - begin for begin, end, part in spans if part == name) / steps
+        for name in engine.times
+    }
+    return {
+        "ms": by_part | {"rest": (total - busy) / steps, "step": total / steps},
+        "waits": (total - busy) / total,
+        "steps": steps,
+    }
 
 
 def one_cost(found: Sequence[dict[str, Any]]) -> echo.CostModel:
     """What all loads' measurements say together: one configuration."""
-    samples = [(rows, each["lanes"], seconds) for each in found for rows, seconds in each["target"].items()]
+    samples = [
+        (rows, each["lanes"], seconds) for each in found for rows, seconds in each["target"].items()
+    ]
     rows, lanes, seconds = zip(*samples, strict=True)
     # What a speculating step costs beside its layers is spread over four of them.
     layer, row = echo.cost.line(
-        [each["lanes"] * BEAM for each in found], [max(each["draft_layer"] + each["beside"] / 4, 1e-9) for each in found]
+        [each["lanes"] * BEAM for each in found],
+        [max(each["draft_layer"] + each["beside"] / 4, 1e-9) for each in found],
     )
-    return echo.CostModel.from_samples(rows, seconds, requests=lanes, draft_layer=layer, draft_row=row)
+    return echo.CostModel.from_samples(
+        rows, seconds, num_reqs=lanes, draft_layer=layer, draft_token=row
+    )
 
 
 def smollm2(args: argparse.Namespace, clock: Clock, out: Out, trace: Trace) -> None:
@@ -371,20 +431,35 @@ def smollm2(args: argparse.Namespace, clock: Clock, out: Out, trace: Trace) -> N
     models["bfloat16"] = llama.cast(models["float32"], torch.bfloat16)
     features = (1, 2, 3) if args.tiny else FEATURE_LAYERS
     kinds = json.loads((EXAMPLES / "smollm2" / "prompts.json").read_text())["evaluation"]
-    texts = [torch.tensor(ids, device=device) for rows in zip(*kinds.values(), strict=True) for ids in rows]
+    texts = [
+        torch.tensor(ids, device=device)
+        for rows in zip(*kinds.values(), strict=True)
+        for ids in rows
+    ]
     if args.tiny:
         texts = [ids[:12] % models["float32"].config.vocab_size for ids in texts]
     calibration = calibrate(halves(trace)[0])
     clock.say("the models and prompts are loaded, the calibration made")
 
     def load(kind: str, lanes: int) -> Load:
-        return Load(models[kind], lanes, (texts * -(-lanes // len(texts)))[:lanes], args.new, features, args.fused)
+        return Load(
+            models[kind],
+            lanes,
+            (texts * -(-lanes // len(texts)))[:lanes],
+            args.new,
+            features,
+            args.fused,
+        )
 
     flat = echo.CostModel((1, MOST), (1.0, 1.0))
     for lanes in args.quick:
         made, rates = load("float32", lanes), {}
         chosen = policies(lanes, calibration, flat)
-        names = ["EAGLE tree, 8 rows", *(["EAGLE tree, 32 rows"] if lanes == 1 else []), "plain"]  # a drafting engine prefills
+        names = [
+            "EAGLE tree, 8 rows",
+            *(["EAGLE tree, 32 rows"] if lanes == 1 else []),
+            "plain",
+        ]  # a drafting engine prefills
         answers = {}
         for _ in range(3):
             for name in names:
@@ -395,8 +470,20 @@ def smollm2(args: argparse.Namespace, clock: Clock, out: Out, trace: Trace) -> N
         for name in names[:-1]:
             rate = statistics.median(rates[name][1:])
             same = made.differences(answers[name], answers["plain"])
-            out.add("quick", {"lanes": lanes, "policy": name, "tokens_per_s": rate, "plain": plain, "ratio": rate / plain, "text": same})
-            clock.say(f"float32, {lanes} lanes, {name}: {rate:.0f} tokens/s, plain {plain:.0f}, ratio {rate / plain:.2f}, text {same}")
+            out.add(
+                "quick",
+                {
+                    "lanes": lanes,
+                    "policy": name,
+                    "tokens_per_s": rate,
+                    "plain": plain,
+                    "ratio": rate / plain,
+                    "text": same,
+                },
+            )
+            clock.say(
+                f"float32, {lanes} lanes, {name}: {rate:.0f} tokens/s, plain {plain:.0f}, ratio {rate / plain:.2f}, text {same}"
+            )
         del made
 
     for turn, kind in enumerate(args.dtypes):
@@ -404,7 +491,9 @@ def smollm2(args: argparse.Namespace, clock: Clock, out: Out, trace: Trace) -> N
         loads = {lanes: load(kind, lanes) for lanes in args.lanes}
         found = []
         for lanes, made in loads.items():
-            engine = made.engine(Scheduler(echo.GlobalRank(BEAM, calibration), None, cap(lanes), DEPTH))
+            engine = made.engine(
+                Scheduler(echo.GlobalRank(BEAM, calibration), None, cap(lanes), DEPTH)
+            )
             found.append(made.costs(engine, tiers(lanes, args.tiny)))
             out.add("costs", {"dtype": kind, **found[-1]})
             clock.say(f"{kind}, {described(found[-1])}")
@@ -427,7 +516,9 @@ def smollm2(args: argparse.Namespace, clock: Clock, out: Out, trace: Trace) -> N
                 turns = list(chosen[lanes].items())
                 for name, scheduler in turns[number % len(turns) :] + turns[: number % len(turns)]:
                     run = made.run(made.engine(scheduler))
-                    cell = cells.setdefault((lanes, name), {"dtype": kind, "lanes": lanes, "policy": name, "rates": []})
+                    cell = cells.setdefault(
+                        (lanes, name), {"dtype": kind, "lanes": lanes, "policy": name, "rates": []}
+                    )
                     cell["rates"].append(run.rate)
                     cell["answers"] = run.answers
                     cell["tokens_per_step"] = run.tokens_per_step
@@ -448,7 +539,9 @@ def smollm2(args: argparse.Namespace, clock: Clock, out: Out, trace: Trace) -> N
         for lanes, made in loads.items():
             count, size = len(made.graphs.captured), made.graphs.nbytes
             out.add("graphs", {"dtype": kind, "lanes": lanes, "graphs": count, "bytes": size})
-            clock.say(f"{kind} {lanes} lanes: {count} graphs of all policies, {size / 2**20:.1f} MiB in their pool")
+            clock.say(
+                f"{kind} {lanes} lanes: {count} graphs of all policies, {size / 2**20:.1f} MiB in their pool"
+            )
         del loads, found
 
 
@@ -465,7 +558,10 @@ def summarize(out: Out, kind: str, cells: dict[tuple[int, str], dict[str, Any]])
     for (lanes, _), cell in cells.items():
         plain = cells.get((lanes, "plain"))
         rate = statistics.median(cell["rates"])
-        row = {name: value for name, value in cell.items() if name != "answers"} | {"tokens_per_s": rate, "user": rate / lanes}
+        row = {name: value for name, value in cell.items() if name != "answers"} | {
+            "tokens_per_s": rate,
+            "user": rate / lanes,
+        }
         if plain is not None:
             row["ratio"] = rate / statistics.median(plain["rates"])
         if "bare" in cell:
@@ -480,8 +576,14 @@ def line(cell: dict[str, Any]) -> str:
     low, high = min(cell["rates"]), max(cell["rates"])
     text = f"{cell['dtype']}, {cell['lanes']} lanes, {cell['policy']}: {cell['tokens_per_s']:.0f} tokens/s [{low:.0f}, {high:.0f}]"
     text += f", ratio {cell['ratio']:.2f}" if "ratio" in cell else ""
-    text += f", {cell['library_over_bare']:.3f} of the bare loop" if "library_over_bare" in cell else ""
-    text += f", ms { ({k: round(v, 3) for k, v in cell['ms'].items()}) }, waits {cell['waits']:.1%}" if "ms" in cell else ""
+    text += (
+        f", {cell['library_over_bare']:.3f} of the bare loop" if "library_over_bare" in cell else ""
+    )
+    text += (
+        f", ms { ({k: round(v, 3) for k, v in cell['ms'].items()}) }, waits {cell['waits']:.1%}"
+        if "ms" in cell
+        else ""
+    )
     return text + (f", text {cell['text']}" if "text" in cell else "")
 
 
@@ -519,7 +621,9 @@ class Random:
     def __init__(self, shape: Shape, lanes: int, device: torch.device) -> None:
         self.shape, self.device, s = shape, device, shape
         self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        weight = lambda *sizes: torch.empty(*sizes, device=device, dtype=self.dtype).normal_(0, 0.02)  # noqa: E731
+        weight = lambda *sizes: torch.empty(*sizes, device=device, dtype=self.dtype).normal_(
+            0, 0.02
+        )
         self.layers = [
             {
                 "qkv": weight((s.heads + 2 * s.kv_heads) * s.size, s.width), "out": weight(s.width, s.heads * s.size),
@@ -527,9 +631,16 @@ class Random:
             }
             for _ in range(s.layers)
         ]  # fmt: skip
-        self.embed, self.head, self.norm = weight(s.vocab, s.width), weight(s.vocab, s.width), weight(s.width)
+        self.embed, self.head, self.norm = (
+            weight(s.vocab, s.width),
+            weight(s.vocab, s.width),
+            weight(s.width),
+        )
         pages = lanes * s.context // s.page
-        self.kv = [torch.randn(2, pages, s.page, s.kv_heads, s.size, device=device, dtype=self.dtype) for _ in range(s.distinct)]
+        self.kv = [
+            torch.randn(2, pages, s.page, s.kv_heads, s.size, device=device, dtype=self.dtype)
+            for _ in range(s.distinct)
+        ]
         self.table = torch.arange(pages, device=device, dtype=torch.int32).view(lanes, -1)
 
     def inputs(self, lanes: int, rows: int) -> SimpleNamespace:
@@ -538,27 +649,49 @@ class Random:
         each[: rows % lanes] += 1
         indptr = F.pad(each.cumsum(0), (1, 0))
         request = torch.repeat_interleave(torch.arange(lanes), each)
-        bits = (torch.arange(rows) - indptr[request])[:, None] + 1 - 32 * torch.arange(-(-int(each.max()) // 32))
+        bits = (
+            (torch.arange(rows) - indptr[request])[:, None]
+            + 1
+            - 32 * torch.arange(-(-int(each.max()) // 32))
+        )
         mask = (1 << bits.clamp(0, 32)) - 1
         mask = torch.where(mask >= 2**31, mask - 2**32, mask)
         tokens = torch.randint(0, self.shape.vocab, (rows,), device=self.device)
         ints = [x.int().to(self.device) for x in (request, indptr, mask)]
-        context = torch.full((lanes,), self.shape.context - self.shape.page, device=self.device, dtype=torch.int32)
-        return SimpleNamespace(tokens=tokens, request=ints[0], indptr=ints[1], mask=ints[2], table=self.table[:lanes], context=context)
+        context = torch.full(
+            (lanes,), self.shape.context - self.shape.page, device=self.device, dtype=torch.int32
+        )
+        return SimpleNamespace(
+            tokens=tokens,
+            request=ints[0],
+            indptr=ints[1],
+            mask=ints[2],
+            table=self.table[:lanes],
+            context=context,
+        )
 
     def forward(self, rows: SimpleNamespace, layers: int, vocab: int) -> Tensor:
         """A pass through so many layers and so much of the output layer."""
-        s, x, norm = self.shape, self.embed[rows.tokens], lambda x, weight: F.rms_norm(x, (self.shape.width,), weight)
+        s, x, norm = (
+            self.shape,
+            self.embed[rows.tokens],
+            lambda x, weight: F.rms_norm(x, (self.shape.width,), weight),
+        )
         q, k = (x.new_empty(len(x), n, s.size) for n in (s.heads, s.kv_heads))
         plan = kernels.plan_attention(q, self.kv[0][0], rows.table, rows.context, k, rows.indptr)
         for index, layer in enumerate(self.layers[:layers]):
             keys, values = self.kv[index % s.distinct]
             q, k, v = (
-                F.linear(norm(x, layer["norms"][0]), layer["qkv"]).view(len(x), -1, s.size).split([s.heads, s.kv_heads, s.kv_heads], 1)
+                F.linear(norm(x, layer["norms"][0]), layer["qkv"])
+                .view(len(x), -1, s.size)
+                .split([s.heads, s.kv_heads, s.kv_heads], 1)
             )
             tree = k, v, rows.request, rows.indptr, rows.mask
             x = x + F.linear(
-                kernels.tree_attention(q, keys, values, rows.table, rows.context, *tree, plan=plan)[0].flatten(1), layer["out"]
+                kernels.tree_attention(q, keys, values, rows.table, rows.context, *tree, plan=plan)[
+                    0
+                ].flatten(1),
+                layer["out"],
             )
             gate, up = F.linear(norm(x, layer["norms"][1]), layer["up"]).chunk(2, dim=-1)
             x = x + F.linear(F.silu(gate) * up, layer["down"])
@@ -569,20 +702,31 @@ def eight_billion(args: argparse.Namespace, clock: Clock, out: Out, trace: Trace
     """The second panel."""
     device = torch.device(args.device)
     small = Shape(2, 64, 4, 2, 16, 96, 256, 64, 16, 2, 128)
-    model = Random(Shape() if device.type == "cuda" and not args.tiny else small, max(args.lanes), device)
+    model = Random(
+        Shape() if device.type == "cuda" and not args.tiny else small, max(args.lanes), device
+    )
     graphs, tune, test = echo.Graphs(device), *halves(trace)
     calibration = calibrate(tune)
 
     @torch.inference_mode()
     def seconds(lanes: int, rows: int, layers: int, vocab: int) -> float:
         given = model.inputs(lanes, rows)
-        return timed(lambda: graphs((lanes, rows, layers, vocab), lambda: model.forward(given, layers, vocab)), device, 10)
+        return timed(
+            lambda: graphs(
+                (lanes, rows, layers, vocab), lambda: model.forward(given, layers, vocab)
+            ),
+            device,
+            10,
+        )
 
     found = []
     for lanes in args.lanes:
         if clock.over(0.95):
             break
-        target = {rows: seconds(lanes, rows, model.shape.layers, model.shape.vocab) for rows in tiers(lanes, args.tiny)}
+        target = {
+            rows: seconds(lanes, rows, model.shape.layers, model.shape.vocab)
+            for rows in tiers(lanes, args.tiny)
+        }
         layer = seconds(lanes, BEAM * lanes, 1, model.shape.draft_vocab)  # a head of one layer
         of_small = [cost for cost in out.found.get("costs", []) if cost["lanes"] == lanes]
         beside = of_small[-1]["plan"] + of_small[-1]["accept"] if of_small else 0.0
@@ -596,14 +740,24 @@ def eight_billion(args: argparse.Namespace, clock: Clock, out: Out, trace: Trace
         lanes = each["lanes"]
         rows, spent = zip(*each["target"].items(), strict=True)
         spent = tuple(max(spent[: i + 1]) for i in range(len(spent)))
-        here = echo.CostModel(rows, spent, draft_layer=each["draft_layer"] + each["beside"] / 4, tiers=rows)
+        here = echo.CostModel(
+            rows, spent, draft_layer=each["draft_layer"] + each["beside"] / 4, tiers=rows
+        )
         for name, scheduler in policies(lanes, calibration, one).items():
             if scheduler.max_depth == 0:
                 rate, ratio, low, high = lanes / here(lanes), 1.0, 1.0, 1.0
             else:
                 steps = replayed(test, scheduler, here, lanes, STEPS.get(lanes, 40), lag=1)
                 rate, ratio, (low, high) = steps.rate(here), steps.ratio(here), steps.interval(here)
-            row = {"lanes": lanes, "policy": name, "tokens_per_s": rate, "user": rate / lanes, "ratio": ratio, "low": low, "high": high}
+            row = {
+                "lanes": lanes,
+                "policy": name,
+                "tokens_per_s": rate,
+                "user": rate / lanes,
+                "ratio": ratio,
+                "low": low,
+                "high": high,
+            }
             out.add("shape", row)
             clock.say(
                 f"8B shape with recorded drafts, {lanes} lanes, {name}: {rate:.0f} tokens/s, ratio {ratio:.2f} [{low:.2f}, {high:.2f}]"
@@ -612,7 +766,13 @@ def eight_billion(args: argparse.Namespace, clock: Clock, out: Out, trace: Trace
 
 def draw(found: dict[str, Any], path: Path) -> None:
     """Tokens a second of a user against those of the GPU, a line a policy."""
-    panels = [(f"SmolLM2-135M, {kind}", [cell for cell in found.get("cells", []) if cell["dtype"] == kind]) for kind in found["dtypes"]]
+    panels = [
+        (
+            f"SmolLM2-135M, {kind}",
+            [cell for cell in found.get("cells", []) if cell["dtype"] == kind],
+        )
+        for kind in found["dtypes"]
+    ]
     panels.append(("LLaMA-3.1-8B shape, recorded drafts", found.get("shape", [])))
     panels = [(title, cells) for title, cells in panels if cells]
     if not panels:
@@ -621,10 +781,20 @@ def draw(found: dict[str, Any], path: Path) -> None:
         axes = figure.subplots(1, len(panels), squeeze=False)[0]
         for axis, (title, cells) in zip(axes, panels, strict=True):
             for name in dict.fromkeys(cell["policy"] for cell in cells):
-                own = sorted((cell for cell in cells if cell["policy"] == name), key=lambda cell: cell["lanes"])
+                own = sorted(
+                    (cell for cell in cells if cell["policy"] == name),
+                    key=lambda cell: cell["lanes"],
+                )
                 colour = style.of("goodput" if name == "throughput-optimal" else name)
                 dash = "o--" if name in ("plain", "EAGLE tree, 32 rows") else "o-"
-                axis.plot([c["user"] for c in own], [c["tokens_per_s"] for c in own], dash, ms=3, color=colour, label=name)
+                axis.plot(
+                    [c["user"] for c in own],
+                    [c["tokens_per_s"] for c in own],
+                    dash,
+                    ms=3,
+                    color=colour,
+                    label=name,
+                )
                 for cell in own:
                     rates = cell.get("rates", [])
                     if rates:
@@ -635,29 +805,53 @@ def draw(found: dict[str, Any], path: Path) -> None:
                             lw=3,
                             alpha=0.3,
                         )
-            axis.set(title=title, xlabel="tokens/s of a user", ylabel="tokens/s of the GPU", yscale="log")
+            axis.set(
+                title=title, xlabel="tokens/s of a user", ylabel="tokens/s of the GPU", yscale="log"
+            )
         axes[-1].legend()
         figure.savefig(path, dpi=150)
 
 
 def arguments() -> argparse.Namespace:
     """From the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--lanes", type=int, nargs="+", default=[1, 4, 16, 64, 256])
-    parser.add_argument("--quick", type=int, nargs="*", default=None, help=f"loads of the first ratios; {QUICK} where not given")
+    parser.add_argument(
+        "--quick",
+        type=int,
+        nargs="*",
+        default=None,
+        help=f"loads of the first ratios; {QUICK} where not given",
+    )
     parser.add_argument("--new", type=int, default=96, help="tokens of an answer")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--dtypes", nargs="*", default=["float32", "bfloat16"])
     parser.add_argument("--limit", type=float, default=285, help="seconds of all")
-    parser.add_argument("--tiny", action="store_true", help="random models of a few layers: the script alone is tried")
-    parser.add_argument("--unfused", dest="fused", action="store_false", default=None, help="the drafter in torch's operations")
-    parser.add_argument("--no-shape", dest="shape", action="store_false", help="without the second panel")
+    parser.add_argument(
+        "--tiny",
+        action="store_true",
+        help="random models of a few layers: the script alone is tried",
+    )
+    parser.add_argument(
+        "--unfused",
+        dest="fused",
+        action="store_false",
+        default=None,
+        help="the drafter in torch's operations",
+    )
+    parser.add_argument(
+        "--no-shape", dest="shape", action="store_false", help="without the second panel"
+    )
     parser.add_argument("--trace", type=Path, default=HERE / "traces" / "smollm2-head.npz")
     parser.add_argument("--out", type=Path, default=HERE / "results")
     args = parser.parse_args()
     if args.quick is None:
-        args.quick = list(QUICK) if args.device == "cuda" else sorted({args.lanes[0], args.lanes[-1]})
+        args.quick = (
+            list(QUICK) if args.device == "cuda" else sorted({args.lanes[0], args.lanes[-1]})
+        )
     return args
 
 
@@ -669,10 +863,22 @@ def main() -> int:
         return 2
     clock = Clock(args.limit)
     card = torch.cuda.get_device_name() if args.device == "cuda" else "cpu"
-    versions = {"torch": torch.__version__, "cuda": torch.version.cuda, "python": sys.version.split()[0]}
-    settings = {name: getattr(args, name) for name in ("lanes", "new", "runs", "tiny", "limit", "fused")}
+    versions = {
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "python": sys.version.split()[0],
+    }
+    settings = {
+        name: getattr(args, name) for name in ("lanes", "new", "runs", "tiny", "limit", "fused")
+    }
     name = card.lower().replace(" ", "-")
-    out = Out(args.out / f"serve-{name}.json", card=card, versions=versions, dtypes=args.dtypes, settings=settings)
+    out = Out(
+        args.out / f"serve-{name}.json",
+        card=card,
+        versions=versions,
+        dtypes=args.dtypes,
+        settings=settings,
+    )
     trace = Trace.load(args.trace)
     smollm2(args, clock, out, trace)
     if args.shape:

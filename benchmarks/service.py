@@ -62,8 +62,10 @@ class Beside(Scheduler):
 
     base: int = 0
 
-    def forecast(self, history: echo.History, slots: torch.Tensor, base_rows: int = 0) -> echo.Forecast:
-        return super().forecast(history, slots, base_rows + self.base)
+    def choose_tier(
+        self, history: echo.History, slots: torch.Tensor, base_rows: int = 0
+    ) -> echo.Tier:
+        return super().choose_tier(history, slots, base_rows + self.base)
 
 
 @dataclass(frozen=True)
@@ -87,26 +89,46 @@ class Steps:
 
 def replayed(trace: Trace, scheduler: Scheduler, batch: int, base: int, share: float) -> Steps:
     """Steps of the policy on the trace, beside ``base`` rows of prefill."""
-    own = {name: getattr(scheduler, name) for name in ("rule", "gate", "budget", "max_depth", "max_tree_rows", "probe", "margin")}
+    own = {
+        name: getattr(scheduler, name)
+        for name in ("rule", "gate", "budget", "max_depth", "max_tree_rows", "probe", "margin")
+    }
     seen: list[tuple[float, int]] = []
     emitted: list[list[int]] = [[] for _ in trace.kind]
 
     def observe(record: Record) -> None:
-        seen.append((record.forecast.rows / batch, record.forecast.depth))
-        if record.forecast.depth:
+        seen.append((record.tier.num_verify_tokens / batch, record.tier.depth))
+        if record.tier.depth:
             for text, tokens in zip(record.requests, record.emitted, strict=True):
                 emitted[text].append(int(tokens))
 
-    order, steps = np.random.default_rng(2).permutation(len(trace.kind)), WARM + max(6, int(share * STEPS[batch]))
+    order, steps = (
+        np.random.default_rng(2).permutation(len(trace.kind)),
+        WARM + max(6, int(share * STEPS[batch])),
+    )
     base = 0 if scheduler.budget is None else base  # a static tree knows of no prefill
-    replay(trace, Beside(**own, base=base), FREE, batch=batch, steps=steps, order=order, observe=observe)
+    replay(
+        trace,
+        Beside(**own, base=base),
+        FREE,
+        batch=batch,
+        steps=steps,
+        order=order,
+        observe=observe,
+    )
     rows, layers = np.array(seen[WARM:]).T
     pool = [token for tokens in emitted for token in tokens] or [1]
     emitted = [tokens or pool for tokens in emitted]
     table = np.zeros((len(emitted), max(map(len, emitted))), dtype=int)
     for row, tokens in zip(table, emitted, strict=True):
         row[: len(tokens)] = tokens
-    return Steps(rows, layers.astype(int), table, np.array([len(tokens) for tokens in emitted]), scheduler.rule.width)
+    return Steps(
+        rows,
+        layers.astype(int),
+        table,
+        np.array([len(tokens) for tokens in emitted]),
+        scheduler.rule.beam,
+    )
 
 
 @dataclass(frozen=True)
@@ -130,7 +152,9 @@ class Load:
 class Requests:
     """All requests of a run as columns: when each comes, what it reads and writes, how far it is, when its first and last token came."""
 
-    def __init__(self, arrival: np.ndarray, prompt: np.ndarray, output: np.ndarray, text: np.ndarray) -> None:
+    def __init__(
+        self, arrival: np.ndarray, prompt: np.ndarray, output: np.ndarray, text: np.ndarray
+    ) -> None:
         self.arrival, self.prompt, self.output, self.text = arrival, prompt, output, text
         self.read, self.written, self.unread = (np.zeros_like(prompt) for _ in range(3))
         self.first, self.end = np.full(len(arrival), np.inf), np.full(len(arrival), np.inf)
@@ -187,8 +211,13 @@ class Replica:
         rows, drafting, emitted = self.decide(writing, prefill)
         every.read[held] += part
         every.written[writing] += emitted
-        every.written[held[(missing > 0) & (part == missing)]] = 1  # the last row of the prompt gives the first token
-        return float(self.cost(rows + prefill, requests=max(1, len(writing)), context=context)) + drafting
+        every.written[held[(missing > 0) & (part == missing)]] = (
+            1  # the last row of the prompt gives the first token
+        )
+        return (
+            float(self.cost(rows + prefill, num_reqs=max(1, len(writing)), context_tokens=context))
+            + drafting
+        )
 
     def leave(self) -> None:
         """After the step: who has the first token, who is done."""
@@ -212,21 +241,32 @@ class Replica:
         if layers == 0:
             unread[writing] += 1
             return rows, 0.0, 1
-        drafting = float(self.cost.draft(layers, batch, steps.width) + self.cost.catch_up(int(unread[writing].sum())))
+        drafting = float(
+            self.cost.draft_seconds(layers, batch, steps.width)
+            + self.cost.extend_seconds(int(unread[writing].sum()))
+        )
         unread[writing] = 0
         text = self.requests.text[writing]
         place = (self.rng.random(batch) * steps.counts[text]).astype(int)
         return rows, drafting, steps.emitted[text, place]
 
 
-def simulate(steps: dict[tuple[int, bool], Steps], cost: echo.CostModel, load: Load, replicas: int, seed: int = 0) -> dict[str, float]:
+def simulate(
+    steps: dict[tuple[int, bool], Steps],
+    cost: echo.CostModel,
+    load: Load,
+    replicas: int,
+    seed: int = 0,
+) -> dict[str, float]:
     """One run of the service: throughput, seconds a token at 50, 95 and 99%, and the share of requests within the service level.
 
     A request that is not answered within the simulated time is judged only where it has broken the level already.
     """
     env, rng = simpy.Environment(), np.random.default_rng(seed)
     every = load.requests(rng, SECONDS, len(steps[1, False].counts))
-    fleet = [Replica(env, every, steps, cost, np.random.default_rng((seed, i))) for i in range(replicas)]
+    fleet = [
+        Replica(env, every, steps, cost, np.random.default_rng((seed, i))) for i in range(replicas)
+    ]
 
     def arrive() -> Iterator[simpy.Event]:
         for request, arrival in enumerate(every.arrival):
@@ -238,20 +278,33 @@ def simulate(steps: dict[tuple[int, bool], Steps], cost: echo.CostModel, load: L
     counted, done = every.arrival >= SETTLE, np.isfinite(every.end)
     wait = np.minimum(every.first, SECONDS) - every.arrival
     last = np.minimum(every.end, SECONDS)
-    pace = (last - np.minimum(every.first, last)) / np.maximum(np.minimum(every.written, every.output) - 1, 1)
+    pace = (last - np.minimum(every.first, last)) / np.maximum(
+        np.minimum(every.written, every.output) - 1, 1
+    )
     own = pace[counted & done]
     result = {
-        "tokens_per_second": float(every.output[done & (every.end >= SETTLE)].sum() / (SECONDS - SETTLE)),
-        **{f"tpot_{q}": float(np.percentile(own, q)) if len(own) else float("nan") for q in (50, 95, 99)},
+        "tokens_per_second": float(
+            every.output[done & (every.end >= SETTLE)].sum() / (SECONDS - SETTLE)
+        ),
+        **{
+            f"tpot_{q}": float(np.percentile(own, q)) if len(own) else float("nan")
+            for q in (50, 95, 99)
+        },
     }
     for level in LEVELS:
         broken = (wait > TTFT) | ((pace > level / 1e3) & (done | (every.written > 20)))
         judged = counted & (done | broken)
-        result |= {f"attained_{level}": float(1.0 - broken[judged].mean()) if judged.any() else float("nan")}
+        result |= {
+            f"attained_{level}": float(1.0 - broken[judged].mean())
+            if judged.any()
+            else float("nan")
+        }
     return result
 
 
-def capacity(steps: dict[tuple[int, bool], Steps], cost: echo.CostModel, kind: str, level: int) -> float:
+def capacity(
+    steps: dict[tuple[int, bool], Steps], cost: echo.CostModel, kind: str, level: int
+) -> float:
     """Requests a second for each of two replicas up to which the service level is attained, by bisection."""
     low, high = 0.0, 24.0
     for _ in range(6):
@@ -261,16 +314,27 @@ def capacity(steps: dict[tuple[int, bool], Steps], cost: echo.CostModel, kind: s
     return low
 
 
-def fleet(steps: dict[str, dict[tuple[int, bool], Steps]], cost: echo.CostModel, most: int) -> dict[str, list[dict[str, object]]]:
+def fleet(
+    steps: dict[str, dict[tuple[int, bool], Steps]], cost: echo.CostModel, most: int
+) -> dict[str, list[dict[str, object]]]:
     """What a replica can carry, and how fleets of 1 to 64 do at a fifth more than "off" carries at the stricter level."""
     carried = [
-        {"policy": policy, "arrivals": kind, "level": level, "rate": capacity(own, cost, kind, level)}
+        {
+            "policy": policy,
+            "arrivals": kind,
+            "level": level,
+            "rate": capacity(own, cost, kind, level),
+        }
         for policy, own in steps.items()
         for kind, level in (("poisson", LEVELS[0]), ("bursty", LEVELS[0]), ("bursty", LEVELS[1]))
     ]
     load = 1.2 * float(str(carried[1]["rate"]))
     runs = [
-        {"policy": policy, "replicas": replicas, **simulate(steps[policy], cost, Load(load * replicas, "bursty"), replicas)}
+        {
+            "policy": policy,
+            "replicas": replicas,
+            **simulate(steps[policy], cost, Load(load * replicas, "bursty"), replicas),
+        }
         for policy in ("off", "goodput")
         for replicas in (1, 8, 64)
         if replicas <= most
@@ -278,7 +342,9 @@ def fleet(steps: dict[str, dict[tuple[int, bool], Steps]], cost: echo.CostModel,
     return {"capacity": carried, "runs": runs}
 
 
-def curve(steps: dict[str, dict[tuple[int, bool], Steps]], cost: echo.CostModel) -> list[dict[str, object]]:
+def curve(
+    steps: dict[str, dict[tuple[int, bool], Steps]], cost: echo.CostModel
+) -> list[dict[str, object]]:
     """Two replicas under rising load, bursty."""
     return [
         {"policy": policy, "rate": rate, **simulate(own, cost, Load(2 * rate, "bursty"), 2)}
@@ -296,7 +362,13 @@ def served(trace: Trace, better: bool, share: float, most: int) -> dict[str, Any
     cost, calibration = roofline.plan(MODEL, tensor=GPUS, most_rows=16384), calibrate(tune)
     steps = {
         policy: {
-            (batch, beside): replayed(test, policies(calibration, cost, batch, test.beam)[policy], batch, CHUNK * beside, share)
+            (batch, beside): replayed(
+                test,
+                policies(calibration, cost, batch, test.beam)[policy],
+                batch,
+                CHUNK * beside,
+                share,
+            )
             for batch in STEPS
             for beside in (False, True)
         }
@@ -305,21 +377,28 @@ def served(trace: Trace, better: bool, share: float, most: int) -> dict[str, Any
     return {"odds": odds, "curve": curve(steps, cost), **fleet(steps, cost, most)}
 
 
-def policies(calibration: echo.Calibration, cost: echo.CostModel, batch: int, beam: int) -> dict[str, Scheduler]:
+def policies(
+    calibration: echo.Calibration, cost: echo.CostModel, batch: int, beam: int
+) -> dict[str, Scheduler]:
     """Nothing tuned: off, SGLang's default tree, the paper's rule within the knee (at most 60 rows a request), and goodput."""
     at = cost.at(batch, CONTEXT * batch)
     k_max = min(at.knee.k_max, 60 * batch)
     return {
         "off": Scheduler.autoregressive(),
-        "EAGLE-3": Scheduler.eagle(n=8, beam=4, max_depth=5),
-        "ECHO": Scheduler(echo.TwoLevel(3, 8), echo.SparseGate(calibration), k_max, calibration.max_depth),
-        "goodput": Scheduler.goodput(calibration, at, beam=beam),
+        "EAGLE-3": Scheduler.eagle(max_verify_tokens_per_req=8, beam=4, max_depth=5),
+        "ECHO": Scheduler(
+            echo.TwoLevel(3, 8), echo.SparseGate(calibration), k_max, calibration.max_depth
+        ),
+        "goodput": Scheduler.throughput_optimal(calibration, at, beam=beam),
     }
 
 
 def conditions(tune: Trace, test: Trace) -> dict[str, tuple[Trace, echo.Calibration, int]]:
     """Trace, calibration and lag of each adversity. Drift: calibrated on code alone, used on the rest. Churn: texts of 12 tokens."""
-    known, only_code = calibrate(tune), calibrate(tune.texts(np.flatnonzero(tune.kind == "code").tolist()))
+    known, only_code = (
+        calibrate(tune),
+        calibrate(tune.texts(np.flatnonzero(tune.kind == "code").tolist())),
+    )
     other = test.texts(np.flatnonzero(test.kind != "code").tolist())
     return {
         "none": (test, known, 0),
@@ -332,11 +411,20 @@ def conditions(tune: Trace, test: Trace) -> dict[str, tuple[Trace, echo.Calibrat
 
 def cut(trace: Trace, tokens: int) -> Trace:
     """The trace with every text cut into texts of that many tokens, the rest left out."""
-    starts = [np.arange(a, b - tokens + 1, tokens) for a, b in zip(trace.indptr[:-1], trace.indptr[1:], strict=True)]
+    starts = [
+        np.arange(a, b - tokens + 1, tokens)
+        for a, b in zip(trace.indptr[:-1], trace.indptr[1:], strict=True)
+    ]
     at = (np.concatenate(starts)[:, None] + np.arange(tokens)).flatten()
     count, kind = len(at) // tokens, np.repeat(trace.kind, [len(s) for s in starts])
     columns = {name: getattr(trace, name)[at] for name in ("text", "token", "log_prob", "expanded")}
-    return replace(trace, **columns, kind=kind, limit=np.full(count, tokens, np.int32), indptr=np.arange(count + 1) * tokens)
+    return replace(
+        trace,
+        **columns,
+        kind=kind,
+        limit=np.full(count, tokens, np.int32),
+        indptr=np.arange(count + 1) * tokens,
+    )
 
 
 def worst(tune: Trace, test: Trace, share: float) -> list[dict[str, object]]:
@@ -352,16 +440,29 @@ def worst(tune: Trace, test: Trace, share: float) -> list[dict[str, object]]:
                 for policy in ("ECHO", "goodput"):
                     scheduler = policies(calibration, cost, batch, trace.beam)[policy]
                     steps = max(8, int(share * count))
-                    report = replay(trace, scheduler, at, batch=batch, steps=steps, order=order, lag=lag)
+                    report = replay(
+                        trace, scheduler, at, batch=batch, steps=steps, order=order, lag=lag
+                    )
                     ratio = report.throughput / (batch / at(batch))
-                    cells.append({"adversity": name, "model": model, "batch": batch, "policy": policy, "ratio": ratio})
+                    cells.append(
+                        {
+                            "adversity": name,
+                            "model": model,
+                            "batch": batch,
+                            "policy": policy,
+                            "ratio": ratio,
+                        }
+                    )
     return cells
 
 
 def measure(trace: Trace, share: float, most: int, workers: int | None = None) -> dict[str, Any]:
     """Everything, on both traces, each part in a process of its own."""
     with ProcessPoolExecutor(workers or os.cpu_count()) as pool:
-        recorded, better = pool.submit(served, trace, False, share, most), pool.submit(served, trace, True, share, 1)
+        recorded, better = (
+            pool.submit(served, trace, False, share, most),
+            pool.submit(served, trace, True, share, 1),
+        )
         ratios = pool.submit(worst, *halves(trace), share)
         found = dict(zip(NAMES, (recorded.result(), better.result()), strict=True))
         return {"model": MODEL, "gpus": GPUS, **found, "worst": ratios.result()}
@@ -369,7 +470,10 @@ def measure(trace: Trace, share: float, most: int, workers: int | None = None) -
 
 def read(kept: dict[str, Any]) -> dict[str, Any]:
     """What :func:`measure` gave, from the file."""
-    parts = {name: {part: unfold(cells, "policy") for part, cells in kept[name].items()} for name in NAMES}
+    parts = {
+        name: {part: unfold(cells, "policy") for part, cells in kept[name].items()}
+        for name in NAMES
+    }
     return parts | {"worst": unfold(kept["worst"], "adversity", "model", "policy")}
 
 
@@ -377,35 +481,73 @@ def markdown(result: dict[str, Any]) -> str:
     """Three tables: capacity and GPUs, fleets, and the worst ratios."""
     lines: list[str] = []
     for name in NAMES:
-        rate = {(c["policy"], c["arrivals"], c["level"]): float(c["rate"]) for c in result[name]["capacity"]}
+        rate = {
+            (c["policy"], c["arrivals"], c["level"]): float(c["rate"])
+            for c in result[name]["capacity"]
+        }
         columns = (("poisson", LEVELS[0]), ("bursty", LEVELS[0]), ("bursty", LEVELS[1]))
-        lines += [f"Trace {name}: requests a second that a replica carries, and GPUs for 100 and 1,000 a second (Poisson):", ""]
         lines += [
-            "| policy | " + " | ".join(f"{kind}, {level} ms" for kind, level in columns) + " | 100/s | 1,000/s |",
+            f"Trace {name}: requests a second that a replica carries, and GPUs for 100 and 1,000 a second (Poisson):",
+            "",
+        ]
+        lines += [
+            "| policy | "
+            + " | ".join(f"{kind}, {level} ms" for kind, level in columns)
+            + " | 100/s | 1,000/s |",
             "|---|---|---|---|---|---|",
         ]
         for policy in dict.fromkeys(c["policy"] for c in result[name]["capacity"]):
             own = rate[policy, "poisson", LEVELS[0]]
-            need = " | ".join(f"{GPUS * int(np.ceil(load / own)):,}" if own else "-" for load in (100, 1000))
-            lines.append(f"| {policy} | " + " | ".join(f"{rate[(policy, *column)]:.1f}" for column in columns) + f" | {need} |")
+            need = " | ".join(
+                f"{GPUS * int(np.ceil(load / own)):,}" if own else "-" for load in (100, 1000)
+            )
+            lines.append(
+                f"| {policy} | "
+                + " | ".join(f"{rate[(policy, *column)]:.1f}" for column in columns)
+                + f" | {need} |"
+            )
         lines.append("")
-    lines += [f"Fleets at 1.2 times what off carries at {LEVELS[0]} ms, bursty, trace as recorded:", ""]
-    lines += ["| policy | replicas | tokens/s | ms a token at 50% | 95% | 99% | within the level |", "|---|---|---|---|---|---|---|"]
+    lines += [
+        f"Fleets at 1.2 times what off carries at {LEVELS[0]} ms, bursty, trace as recorded:",
+        "",
+    ]
+    lines += [
+        "| policy | replicas | tokens/s | ms a token at 50% | 95% | 99% | within the level |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for run in result[NAMES[0]]["runs"]:
         pace = " | ".join(f"{1e3 * run[f'tpot_{q}']:.1f}" for q in (50, 95, 99))
         lines.append(
             f"| {run['policy']} | {run['replicas']} | {run['tokens_per_second']:,.0f} | {pace} | {run[f'attained_{LEVELS[0]}']:.1%} |"
         )
-    lines += ["", "Throughput over speculation off, the worst of batches 8, 64 and 256 (exact replay, trace as recorded):", ""]
+    lines += [
+        "",
+        "Throughput over speculation off, the worst of batches 8, 64 and 256 (exact replay, trace as recorded):",
+        "",
+    ]
     cells = result["worst"]
-    models, adversities = (list(dict.fromkeys(c[key] for c in cells)) for key in ("model", "adversity"))
-    lines += ["| policy | model | " + " | ".join(adversities) + " |", "|---|---|" + "---|" * len(adversities)]
+    models, adversities = (
+        list(dict.fromkeys(c[key] for c in cells)) for key in ("model", "adversity")
+    )
+    lines += [
+        "| policy | model | " + " | ".join(adversities) + " |",
+        "|---|---|" + "---|" * len(adversities),
+    ]
     for policy in ("ECHO", "goodput"):
         for model in models:
             found = {
-                a: min(c["ratio"] for c in cells if (c["policy"], c["model"], c["adversity"]) == (policy, model, a)) for a in adversities
+                a: min(
+                    c["ratio"]
+                    for c in cells
+                    if (c["policy"], c["model"], c["adversity"]) == (policy, model, a)
+                )
+                for a in adversities
             }
-            lines.append(f"| {policy} | {model} | " + " | ".join(f"{found[a]:.3f}" for a in adversities) + " |")
+            lines.append(
+                f"| {policy} | {model} | "
+                + " | ".join(f"{found[a]:.3f}" for a in adversities)
+                + " |"
+            )
     return "\n".join(lines) + "\n"
 
 
@@ -417,10 +559,30 @@ def draw(result: dict[str, Any], path: Path) -> None:
             for policy in ("off", "EAGLE-3", "ECHO", "goodput"):
                 runs = [c for c in result[name]["curve"] if c["policy"] == policy]
                 rate = [r["rate"] for r in runs]
-                for axis, key, scale in zip(row, ("tpot_50", "tpot_99", f"attained_{LEVELS[0]}"), (1e3, 1e3, 1.0), strict=False):
-                    axis.plot(rate, [scale * r[key] for r in runs], "o-", ms=3, color=style.of(policy), label=policy)
-            for axis, title in zip(row, ("ms a token, median", "ms a token, 99%", f"share within {LEVELS[0]} ms"), strict=False):
-                axis.set(title=f"{title}: {name}", xlabel="requests a second for each replica", ylim=(0, None))
+                for axis, key, scale in zip(
+                    row,
+                    ("tpot_50", "tpot_99", f"attained_{LEVELS[0]}"),
+                    (1e3, 1e3, 1.0),
+                    strict=False,
+                ):
+                    axis.plot(
+                        rate,
+                        [scale * r[key] for r in runs],
+                        "o-",
+                        ms=3,
+                        color=style.of(policy),
+                        label=policy,
+                    )
+            for axis, title in zip(
+                row,
+                ("ms a token, median", "ms a token, 99%", f"share within {LEVELS[0]} ms"),
+                strict=False,
+            ):
+                axis.set(
+                    title=f"{title}: {name}",
+                    xlabel="requests a second for each replica",
+                    ylim=(0, None),
+                )
             for axis, limit in zip(row, (LEVELS[0], LEVELS[0], ATTAINED), strict=False):
                 axis.axhline(limit, color=style.BAD, lw=0.8, ls="--")
         axes[0, 0].legend()
@@ -441,13 +603,23 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--share", type=float, default=1.0, help="of the replayed steps")
     parser.add_argument("--replicas", type=int, default=64, help="of the largest fleet")
-    parser.add_argument("--workers", type=int, help="processes; by default as many as there are cores")
+    parser.add_argument(
+        "--workers", type=int, help="processes; by default as many as there are cores"
+    )
     args = parser.parse_args()
     start, trace = time.perf_counter(), Trace.load(args.trace)
     result = measure(trace, args.share, args.replicas, args.workers)
     text = markdown(result)
-    parts = {name: {part: fold(cells, "policy") for part, cells in result[name].items() if part != "odds"} for name in NAMES}
-    write(args.out / "service.json", parts | {"worst": fold(result["worst"], "adversity", "model", "policy")})
+    parts = {
+        name: {
+            part: fold(cells, "policy") for part, cells in result[name].items() if part != "odds"
+        }
+        for name in NAMES
+    }
+    write(
+        args.out / "service.json",
+        parts | {"worst": fold(result["worst"], "adversity", "model", "policy")},
+    )
     (args.out / "service.md").write_text(text)
     draw(result, args.out / "service.png")
     print(f"{text}\nwritten to {args.out}; {time.perf_counter() - start:.0f} s in all")

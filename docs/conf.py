@@ -25,7 +25,9 @@ exclude_patterns = ["_build"]
 
 def formula(translator, node):
     """MathML, which browsers draw by themselves: the site loads nothing from elsewhere."""
-    translator.body.append(convert(node.astext(), display="block" if isinstance(node, nodes.math_block) else "inline"))
+    translator.body.append(
+        convert(node.astext(), display="block" if isinstance(node, nodes.math_block) else "inline")
+    )
     raise nodes.SkipNode
 
 

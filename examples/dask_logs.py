@@ -22,7 +22,9 @@ def reduce(paths: list[str], client: Client) -> echo.ConfidenceHistograms:
     parts = client.map(count, paths)
     while len(parts) > 1:
         pairs = zip(parts[::2], parts[1::2], strict=False)
-        parts = [client.submit(echo.ConfidenceHistograms.merge, a, b) for a, b in pairs] + parts[len(parts) & ~1 :]
+        parts = [client.submit(echo.ConfidenceHistograms.merge, a, b) for a, b in pairs] + parts[
+            len(parts) & ~1 :
+        ]
     return parts[0].result()
 
 
@@ -32,7 +34,9 @@ if __name__ == "__main__":
     parser.add_argument("out")
     parser.add_argument("--scheduler")
     args = parser.parse_args()
-    with Client(args.scheduler or LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None)) as client:
+    with Client(
+        args.scheduler or LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None)
+    ) as client:
         calibration = echo.calibrate(reduce(sorted(glob.glob(args.logs)), client))
     calibration.save(args.out)
     print(calibration)

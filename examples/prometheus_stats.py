@@ -35,7 +35,10 @@ METRICS = {
     "accepted_tokens": ("accepted", "Drafted tokens accepted"),
     "emitted_tokens": ("emitted", "Tokens emitted by speculative steps"),
     "truncated_requests": ("truncated", "Requests that failed a gate, summed over steps"),
-    "starved_requests": ("starved", "Requests that passed and found no row left, summed over steps"),
+    "starved_requests": (
+        "starved",
+        "Requests that passed and found no row left, summed over steps",
+    ),
     "released_rows": ("released", "Rows that truncated requests held less than their share"),
     "redealt_rows": ("redealt", "Released rows that other requests held beyond their shares"),
     "invalid_candidates": ("invalid", "Draft scores that were no numbers"),
@@ -54,7 +57,9 @@ class EchoCollector(Collector):
         labels: of this engine, for example ``{"model": "smollm2"}``.
     """
 
-    def __init__(self, newest: Callable[[], echo.StepStats], labels: dict[str, str] | None = None) -> None:
+    def __init__(
+        self, newest: Callable[[], echo.StepStats], labels: dict[str, str] | None = None
+    ) -> None:
         self.newest, self.labels = newest, labels or {}
 
     def collect(self) -> Iterator[CounterMetricFamily]:
@@ -68,7 +73,9 @@ class EchoCollector(Collector):
 
 def main() -> None:
     """Serves prompts over and over while the exporter runs."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--port", type=int, default=9464)
     parser.add_argument("--seconds", type=float, default=60)
     args = parser.parse_args()
@@ -82,7 +89,10 @@ def main() -> None:
     REGISTRY.register(EchoCollector(lambda: engine.stats, {"model": "smollm2"}))
     start_http_server(args.port)
     print(f"http://localhost:{args.port}/metrics, for {args.seconds:.0f} seconds", flush=True)
-    prompts, end = encode(tokenizer, [prompt for rows in EVALUATION.values() for prompt in rows]), time.monotonic() + args.seconds
+    prompts, end = (
+        encode(tokenizer, [prompt for rows in EVALUATION.values() for prompt in rows]),
+        time.monotonic() + args.seconds,
+    )
     for prompt in itertools.cycle(range(0, len(prompts), 8)):
         for _ in engine.generate(prompts[prompt : prompt + 8], 48):
             if time.monotonic() > end:

@@ -50,7 +50,9 @@ class Checked:
             offset = pointers[mask & (pointers // WINDOW == n)] - (n * WINDOW + MIDDLE + tensor.low)
             outside = offset[~tensor.holds(offset)]
             shape, stride = list(tensor.value.shape), tensor.value.stride()
-            assert not len(outside), f"{self.kernel}: {tensor.name} {shape}, strides {stride}, bytes {outside[:4].tolist()}"
+            assert not len(outside), (
+                f"{self.kernel}: {tensor.name} {shape}, strides {stride}, bytes {outside[:4].tolist()}"
+            )
         self.lanes += int(mask.sum())
         return np.where(mask, pointers % WINDOW - MIDDLE, 0).astype(np.uint64)
 
@@ -60,7 +62,11 @@ def checked():
     """Within it, kernels in the interpreter touch nothing but elements of their arguments; else an InterpreterError says what."""
     interpreter = pytest.importorskip("triton.runtime.interpreter")
     seen = Checked()
-    builder, convert, launch = interpreter.InterpreterBuilder, interpreter._implicit_cvt, interpreter.GridExecutor.__call__
+    builder, convert, launch = (
+        interpreter.InterpreterBuilder,
+        interpreter._implicit_cvt,
+        interpreter.GridExecutor.__call__,
+    )
     load, store = builder.create_masked_load, builder.create_masked_store
 
     def started(self, *args, **options):
@@ -82,8 +88,18 @@ def checked():
         for holder, name, value in (
             (interpreter.GridExecutor, "__call__", started),
             (interpreter, "_implicit_cvt", converted),
-            (builder, "create_masked_load", lambda self, pointers, mask, *more: load(self, at(pointers, mask), mask, *more)),
-            (builder, "create_masked_store", lambda self, pointers, new, mask, *more: store(self, at(pointers, mask), new, mask, *more)),
+            (
+                builder,
+                "create_masked_load",
+                lambda self, pointers, mask, *more: load(self, at(pointers, mask), mask, *more),
+            ),
+            (
+                builder,
+                "create_masked_store",
+                lambda self, pointers, new, mask, *more: store(
+                    self, at(pointers, mask), new, mask, *more
+                ),
+            ),
         ):
             patches.enter_context(mock.patch.object(holder, name, value))
         yield seen
@@ -91,7 +107,11 @@ def checked():
 
 def apart(value, strides):
     """A copy of ``value`` with those ``strides``, in memory of which only the pages in use exist."""
-    last = 0 if not value.numel() else sum((size - 1) * stride for size, stride in zip(value.shape, strides, strict=True))
+    last = (
+        0
+        if not value.numel()
+        else sum((size - 1) * stride for size, stride in zip(value.shape, strides, strict=True))
+    )
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000)
     try:
         memory = mmap.mmap(-1, (last + 1) * value.element_size(), flags=flags)

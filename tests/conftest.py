@@ -15,11 +15,15 @@ from echo.checks import ROUNDING
 
 CALIBRATION = echo.calibrate(
     echo.WarmupLog.from_arrays(
-        [1 + i % 3 for i in range(900)], [(i % 97) / 97 for i in range(900)], [(i * 7 % 97) < i % 97 for i in range(900)]
+        [1 + i % 3 for i in range(900)],
+        [(i % 97) / 97 for i in range(900)],
+        [(i * 7 % 97) < i % 97 for i in range(900)],
     )
 )
 
-settings.register_profile("echo", deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile(
+    "echo", deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow]
+)
 settings.load_profile("echo")
 
 
@@ -31,14 +35,16 @@ def _seed() -> None:
 def grow_all(scheduler, roots, *, k, seed, spoil=0.0, ties=False, **plant):
     """A full tree from random draft scores; ``spoil`` is the share of those that are none or at the edge, ``ties`` makes them coarse."""
     generator = torch.Generator().manual_seed(seed)
-    tree = scheduler.plant(roots, **plant)
+    tree = scheduler.begin(roots, **plant)
     for _ in range(scheduler.max_depth):
         shape = (*tree.frontier.token.shape, k)
         log_probs = (1.5 * torch.randn(shape, generator=generator)).log_softmax(-1)
         if ties:
             log_probs = (log_probs * 2).round() / 2
         bad = torch.rand(shape, generator=generator) < spoil
-        kinds = torch.tensor([torch.nan, torch.inf, -torch.inf, 0.9, 7.0, ROUNDING, ROUNDING * (1 + 2.0**-23)])
+        kinds = torch.tensor(
+            [torch.nan, torch.inf, -torch.inf, 0.9, 7.0, ROUNDING, ROUNDING * (1 + 2.0**-23)]
+        )
         kinds = kinds[torch.randint(0, len(kinds), shape, generator=generator)]
         tokens = torch.randint(0, 1000, shape, generator=generator)
         tree = scheduler.grow(tree, tokens, torch.where(bad, kinds, log_probs))
@@ -68,7 +74,9 @@ def policies(draw):
             st.floats(-3, 0).map(lambda tau: echo.BeamMassGate((1, 3), tau, 2)),
         )
     )
-    scheduler = echo.ElasticBudgetScheduler(rule, gate, budget, depth, max_tree_rows=most)
+    scheduler = echo.ElasticBudgetScheduler(
+        rule, gate, budget, depth, max_verify_tokens_per_req=most
+    )
     return scheduler, batch
 
 
@@ -84,7 +92,9 @@ def one_graph(function, cases):
     compiled = torch.compile(function, fullgraph=True, backend=backend)
     for case in cases:
         given.append(function(*case))
-        assert all(torch.equal(one, two) for one, two in zip(compiled(*case), given[-1], strict=True))
+        assert all(
+            torch.equal(one, two) for one, two in zip(compiled(*case), given[-1], strict=True)
+        )
     assert len(graphs) == 1
     return given
 

@@ -28,7 +28,9 @@ def sources(name: str, version: str, folder: Path) -> Path:
     """The folder that holds package ``name``; skips the test where it cannot be had."""
     asked = os.environ.get("ECHO_PEERS")
     if not asked:
-        pytest.skip(f"set ECHO_PEERS=install, or to a folder that holds {name}=={version}, to test with the engine's own code")
+        pytest.skip(
+            f"set ECHO_PEERS=install, or to a folder that holds {name}=={version}, to test with the engine's own code"
+        )
     if asked != "install":
         if not (Path(asked) / name).is_dir():
             pytest.skip(f"no {name} in the folder that ECHO_PEERS names ({Path(asked).name})")
@@ -40,7 +42,9 @@ def sources(name: str, version: str, folder: Path) -> Path:
         pytest.skip(f"{name}=={version} cannot be had: {done.stderr.strip().splitlines()[-1:]}")
     for wheel in folder.glob("*.whl"):
         with zipfile.ZipFile(wheel) as archive:
-            archive.extractall(folder, [member for member in archive.namelist() if member.endswith(".py")])
+            archive.extractall(
+                folder, [member for member in archive.namelist() if member.endswith(".py")]
+            )
         wheel.unlink()
     return folder
 
@@ -70,7 +74,11 @@ class Module(types.ModuleType):
     def __getattr__(self, name: str) -> object:
         if name.startswith("__"):
             raise AttributeError(name)
-        value = Loose(name, (StandIn,), {}) if name[0].isupper() and not name.isupper() else mock.MagicMock(name=f"{self.__name__}.{name}")
+        value = (
+            Loose(name, (StandIn,), {})
+            if name[0].isupper() and not name.isupper()
+            else mock.MagicMock(name=f"{self.__name__}.{name}")
+        )
         setattr(self, name, value)
         return value
 
@@ -81,11 +89,15 @@ class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     def __init__(self, folder: Path, packages: Sequence[str], real: Sequence[str]) -> None:
         self.folder, self.packages, self.real = folder, packages, real
 
-    def find_spec(self, name: str, path: object = None, target: object = None) -> importlib.machinery.ModuleSpec | None:
+    def find_spec(
+        self, name: str, path: object = None, target: object = None
+    ) -> importlib.machinery.ModuleSpec | None:
         if name.partition(".")[0] not in self.packages or name.startswith(tuple(self.real)):
             return None
         there = self.folder / name.replace(".", "/")
-        if name.startswith(f"{self.packages[0]}.") and not (there.is_dir() or there.with_suffix(".py").is_file()):
+        if name.startswith(f"{self.packages[0]}.") and not (
+            there.is_dir() or there.with_suffix(".py").is_file()
+        ):
             return None  # an attribute, not a module
         return importlib.machinery.ModuleSpec(name, self, is_package=True)
 
@@ -122,12 +134,22 @@ def compiled(path: Path, names: tuple[str, ...], inside: str | None) -> types.Co
     """The code of :func:`definitions`."""
     found = ast.parse(path.read_text()).body
     if inside is not None:
-        found = next(node for node in found if isinstance(node, ast.ClassDef) and node.name == inside).body
-    chosen = [node for node in found if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name in names]
+        found = next(
+            node for node in found if isinstance(node, ast.ClassDef) and node.name == inside
+        ).body
+    chosen = [
+        node
+        for node in found
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name in names
+    ]
     assert sorted(node.name for node in chosen) == sorted(names)
-    return compile(ast.Module(chosen, []), path.name, "exec", flags=__future__.annotations.compiler_flag)
+    return compile(
+        ast.Module(chosen, []), path.name, "exec", flags=__future__.annotations.compiler_flag
+    )
 
 
-def definitions(path: Path, names: tuple[str, ...], scope: dict[str, object], inside: str | None = None) -> None:
+def definitions(
+    path: Path, names: tuple[str, ...], scope: dict[str, object], inside: str | None = None
+) -> None:
     """Runs functions and classes of a module that cannot be imported (methods of class ``inside``) from its source in ``scope``."""
     exec(compiled(path, names, inside), scope)

@@ -43,7 +43,10 @@ class Case:
 
     def rows(self, b: int) -> list[Row]:
         """The oracle's order: by depth, then by the columns on the way down, which is by parent and then candidate."""
-        paths = sorted((self.path(b, column) for column in self.selected[b]), key=lambda path: (len(path), path))
+        paths = sorted(
+            (self.path(b, column) for column in self.selected[b]),
+            key=lambda path: (len(path), path),
+        )
         return [Row(b, path, self.tokens[b][path[-1]], self.score(b, path)) for path in paths]
 
     def path(self, b: int, column: int) -> list[int]:
@@ -73,14 +76,27 @@ class Case:
         return [place.get(tuple(row.path[:-1]), -1) for row in self.rows(b)]
 
 
-def forest(seed: int, batch: int, most: int, *, shape: str = "any", pads: int = 0, empty: bool = True, exact: bool = False) -> Case:
+def forest(
+    seed: int,
+    batch: int,
+    most: int,
+    *,
+    shape: str = "any",
+    pads: int = 0,
+    empty: bool = True,
+    exact: bool = False,
+) -> Case:
     """Trees of up to ``most`` nodes, or all of exactly so many; ``any`` or ``chain``."""
     rng = random.Random(seed)
     tokens, parents, log_probs, selected = [], [], [], []
     for _ in range(batch):
         size = 0 if empty and rng.random() < 0.15 else most if exact else rng.randint(1, most)
         deep = rng.random()
-        own, up, q = ([rng.randrange(1000)] if size else []), ([-1] if size else []), ([0.0] if size else [])
+        own, up, q = (
+            ([rng.randrange(1000)] if size else []),
+            ([-1] if size else []),
+            ([0.0] if size else []),
+        )
         for node in range(1, size):
             parent = node - 1 if shape == "chain" or rng.random() < deep else rng.randrange(node)
             taken = {own[n] for n in range(1, node) if up[n] == parent}
@@ -96,17 +112,22 @@ def forest(seed: int, batch: int, most: int, *, shape: str = "any", pads: int = 
             target.append(column)
         selected.append(chosen)
     width = max(1, *(len(own) for own in tokens))
-    filled = [torch.tensor([[*own, *[0] * (width - len(own))] for own in table]) for table in (tokens, parents, log_probs)]
+    filled = [
+        torch.tensor([[*own, *[0] * (width - len(own))] for own in table])
+        for table in (tokens, parents, log_probs)
+    ]
     lengths = torch.tensor([len(own) for own in tokens])
-    tree = echo.SuperTree.from_arrays(filled[0], filled[1], filled[2].float(), lengths=lengths)
+    tree = echo.SuperTree.from_arrays(filled[0], filled[1], filled[2].float(), num_nodes=lengths)
     case = Case(tokens, parents, log_probs, selected, tree, None)  # type: ignore[arg-type]
-    chosen_nodes = torch.zeros_like(tree.forest.bought)
+    chosen_nodes = torch.zeros_like(tree.forest.committed)
     for b in range(batch):
         places = node_of(case, b)
         for column in selected[b]:
             chosen_nodes[b, places[column]] = True
     rows = sum(len(own) for own in selected) + pads
-    case.packed = pack(tree, chosen_nodes, max(rows, 1), -(-max(1, *(len(own) for own in selected)) // 32))
+    case.packed = pack(
+        tree, chosen_nodes, max(rows, 1), -(-max(1, *(len(own) for own in selected)) // 32)
+    )
     return case
 
 

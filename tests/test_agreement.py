@@ -19,12 +19,21 @@ SCHEDULER = echo.ElasticBudgetScheduler(echo.GlobalRank(3), None, COST, DEPTH)
 
 def drafted(rank: int, seed: int) -> echo.SuperTree:
     """A tree of many equal scores, each rank's log-probabilities off by an ulp at random places."""
-    shared, own = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(1000 * seed + rank)
-    tree = SCHEDULER.plant(torch.arange(BATCH), rows=24)
+    shared, own = (
+        torch.Generator().manual_seed(seed),
+        torch.Generator().manual_seed(1000 * seed + rank),
+    )
+    tree = SCHEDULER.begin(torch.arange(BATCH), num_verify_tokens=24)
     for _ in range(DEPTH):
         shape = (*tree.frontier.token.shape, 3)
-        log_probs = ((2 * torch.randn(shape, generator=shared)).log_softmax(-1) * 2).round() / 2 - 0.25
-        noisy = torch.where(torch.rand(shape, generator=own) < 0.5, torch.nextafter(log_probs, torch.tensor(-9.0)), log_probs)
+        log_probs = (
+            (2 * torch.randn(shape, generator=shared)).log_softmax(-1) * 2
+        ).round() / 2 - 0.25
+        noisy = torch.where(
+            torch.rand(shape, generator=own) < 0.5,
+            torch.nextafter(log_probs, torch.tensor(-9.0)),
+            log_probs,
+        )
         tokens = torch.arange(3).expand(shape).contiguous()
         dist.broadcast(tokens, 0)
         tree = SCHEDULER.grow(tree, tokens, noisy)
@@ -43,19 +52,24 @@ def serve(rank: int, store: str, out: str) -> None:
     history = SCHEDULER.history(BATCH)
     for seed in range(5):
         tree = drafted(rank, seed)
-        alone.append(SCHEDULER.pack(tree).wire())
+        alone.append(SCHEDULER.pack(tree).to_buffer())
         packed = SCHEDULER.pack(tree, sync=broadcast)
-        together.append(packed.wire())
-        accepted = echo.verify(packed, torch.zeros(packed.rows, dtype=torch.int64))
+        together.append(packed.to_buffer())
+        accepted = echo.accept(packed, torch.zeros(packed.num_rows, dtype=torch.int64))
         history = history.observe(torch.arange(BATCH), packed, accepted)
     mine = torch.arange(BATCH if rank < RANKS - 1 else 0)  # the last rank is idle
     base = 7 * rank
-    curve = torch.from_numpy(SCHEDULER.curve(history, mine, base))
+    curve = torch.from_numpy(SCHEDULER.tier_curve(history, mine, base))
     gathered = [torch.empty_like(curve) for _ in range(RANKS)]
     dist.all_gather(gathered, curve)
-    plan = SCHEDULER.agree(torch.stack(gathered).numpy(), rank)
-    outlook = history.outlook.sum().item()
-    np.savez(f"{out}/{rank}.npz", alone=torch.stack(alone), together=torch.stack(together), plan=[plan.depth, plan.rows + base, outlook])
+    plan = SCHEDULER.agree_on_tier(torch.stack(gathered).numpy(), rank)
+    outlook = history.acceptance_histogram.sum().item()
+    np.savez(
+        f"{out}/{rank}.npz",
+        alone=torch.stack(alone),
+        together=torch.stack(together),
+        plan=[plan.depth, plan.num_verify_tokens + base, outlook],
+    )
     dist.destroy_process_group()
 
 
@@ -72,7 +86,10 @@ def ranks(tmp_path_factory):
 def test_ranks_that_differ_by_an_ulp_share_one_plan_when_it_is_broadcast(ranks):
     for rank in ranks[1:]:
         assert (rank["together"] == ranks[0]["together"]).all()
-    assert any((rank["alone"][:, 24 : 2 * 24] != ranks[0]["alone"][:, 24 : 2 * 24]).any() for rank in ranks[1:])  # parents of the rows
+    assert any(
+        (rank["alone"][:, 24 : 2 * 24] != ranks[0]["alone"][:, 24 : 2 * 24]).any()
+        for rank in ranks[1:]
+    )  # parents of the rows
 
 
 def test_data_parallel_ranks_launch_one_shape(ranks):

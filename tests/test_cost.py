@@ -29,7 +29,7 @@ def test_any_samples_give_a_monotone_model(samples):
     rows, seconds = zip(*samples, strict=True)
     model = echo.CostModel.from_samples(rows, seconds)
     assert (np.diff(model(np.arange(1, 400))) >= -1e-9).all()
-    assert model.rows[0] <= model.knee.k_max <= model.rows[-1]
+    assert model.num_tokens[0] <= model.knee.k_max <= model.num_tokens[-1]
     assert model.knee.gamma >= 0
     assert echo.CostModel.from_json(model.to_json()) == model
 
@@ -56,13 +56,17 @@ def test_intervals_cover_the_truth_about_as_often_as_they_say():
     law, rows, hits = echo.Knee(16, 0.03, 0.05), np.tile([1, 4, 8, 12, 16, 20, 24, 32, 64], 9), 0
     for seed in range(40):
         noise = np.exp(0.04 * np.random.default_rng(seed).normal(size=len(rows)))
-        low, high = echo.CostModel.from_samples(rows, [law(k) for k in rows] * noise).knee.k_max_interval
+        low, high = echo.CostModel.from_samples(
+            rows, [law(k) for k in rows] * noise
+        ).knee.k_max_interval
         hits += low <= 16 <= high
     assert hits >= 34
 
 
 def test_samples_without_repetition_give_no_interval():
-    assert echo.CostModel.from_samples([1, 2, 4, 8], [1.0, 1.0, 2.0, 4.0]).knee.k_max_interval is None
+    assert (
+        echo.CostModel.from_samples([1, 2, 4, 8], [1.0, 1.0, 2.0, 4.0]).knee.k_max_interval is None
+    )
 
 
 def test_wild_samples_hardly_move_the_fit():
@@ -79,13 +83,22 @@ def test_requests_context_and_prefill_are_told_apart():
     rng, law = np.random.default_rng(1), echo.Knee(64, 0.02, 0.01)
     requests, context = rng.choice([1, 8, 32], 400), rng.integers(0, 40_000, 400)
     base, rows = rng.choice([0, 0, 0, 100], 400), requests * rng.integers(1, 9, 400)
-    seconds = [law(r + b) + 1e-4 * (q - 1) + 2e-7 * c for r, b, q, c in zip(rows, base, requests, context, strict=True)]
-    model = echo.CostModel.from_samples(rows, seconds, requests=requests, context=context, base_rows=base)
+    seconds = [
+        law(r + b) + 1e-4 * (q - 1) + 2e-7 * c
+        for r, b, q, c in zip(rows, base, requests, context, strict=True)
+    ]
+    model = echo.CostModel.from_samples(
+        rows, seconds, num_reqs=requests, context_tokens=context, num_other_tokens=base
+    )
     assert model.context_token == pytest.approx(2e-7, rel=0.02)
     assert model.request_seconds == pytest.approx([0.0, 7e-4, 31e-4], rel=0.03)
-    assert model(132, requests=32, context=1e4) == pytest.approx(law(132) + 31e-4 + 2e-3, rel=0.01)
+    assert model(132, num_reqs=32, context_tokens=1e4) == pytest.approx(
+        law(132) + 31e-4 + 2e-3, rel=0.01
+    )
     fixed = model.at(8, 1e4)
-    assert fixed.rows[0] == 8 and fixed(100) == pytest.approx(model(100, requests=8, context=1e4))
+    assert fixed.num_tokens[0] == 8 and fixed(100) == pytest.approx(
+        model(100, num_reqs=8, context_tokens=1e4)
+    )
     assert fixed.load(8, 1e4) == 0.0
 
 
@@ -99,40 +112,48 @@ def test_the_knee_of_a_batch_starts_at_its_roots():
 
 
 def test_flat_and_steep_curves():
-    assert echo.CostModel.from_samples([1, 8, 64], [1.0, 1.0, 1.0]).knee == echo.Knee(64, pytest.approx(1.0), 0.0)
+    assert echo.CostModel.from_samples([1, 8, 64], [1.0, 1.0, 1.0]).knee == echo.Knee(
+        64, pytest.approx(1.0), 0.0
+    )
     assert echo.CostModel.from_samples([1, 2, 4], [1.0, 2.0, 4.0]).knee.k_max == 1
     assert echo.CostModel.from_samples([5], [1.0]).knee.k_max == 5
 
 
 def test_tiers_are_paid_in_full():
     model = echo.CostModel.from_samples([1, 100], [1.0, 100.0], tiers=[8, 16, 64])
-    assert model.tier(9) == 16
+    assert model.round_up(9) == 16
     assert model(9) == model(16) == 16.0
-    assert model.tier(np.array([1, 16, 17, 70])).tolist() == [8, 16, 64, 70]
+    assert model.round_up(np.array([1, 16, 17, 70])).tolist() == [8, 16, 64, 70]
 
 
 def test_rows_within_a_cost():
     model = echo.CostModel.from_samples([1, 16, 64], [1.0, 1.0, 4.0])
-    assert model.rows_within(1.0) == 16
-    assert model.rows_within(2.0) == 32
-    assert model.rows_within(99) == 64
+    assert model.tokens_within(1.0) == 16
+    assert model.tokens_within(2.0) == 32
+    assert model.tokens_within(99) == 64
     with pytest.raises(echo.EchoError, match=r"factor: expected a number >= 1.0, got 0.5"):
-        model.rows_within(0.5)
+        model.tokens_within(0.5)
 
 
 def test_draft_cost():
-    model = echo.CostModel((1,), (1.0,), draft_layer=0.2, draft_row=0.01)
-    assert model.draft(3, 2, 4) == pytest.approx(3 * 0.2 + 0.01 * 2 * (1 + 4 + 4))  # the first layer is drafted on the roots alone
-    assert model.draft([0, 1], 8, 4) == pytest.approx([0.0, 0.28])
+    model = echo.CostModel((1,), (1.0,), draft_layer=0.2, draft_token=0.01)
+    assert model.draft_seconds(3, 2, 4) == pytest.approx(
+        3 * 0.2 + 0.01 * 2 * (1 + 4 + 4)
+    )  # the first layer is drafted on the roots alone
+    assert model.draft_seconds([0, 1], 8, 4) == pytest.approx([0.0, 0.28])
 
 
 def test_coming_back_to_drafting():
-    model = echo.CostModel((1,), (1.0,), draft_layer=0.2, draft_row=0.01)
-    assert model.catch_up(0) == 0.0
-    assert model.catch_up(30) == pytest.approx(0.2 + 0.3)  # unmeasured: one layer over the tokens
-    measured = echo.CostModel((1,), (1.0,), draft_layer=0.2, draft_row=0.01, catch_up_token=0.002, restart=5.0)
-    assert measured.catch_up(30) == pytest.approx(0.26)
-    assert measured.catch_up(1000, cold=True) == pytest.approx(7.2)
+    model = echo.CostModel((1,), (1.0,), draft_layer=0.2, draft_token=0.01)
+    assert model.extend_seconds(0) == 0.0
+    assert model.extend_seconds(30) == pytest.approx(
+        0.2 + 0.3
+    )  # unmeasured: one layer over the tokens
+    measured = echo.CostModel(
+        (1,), (1.0,), draft_layer=0.2, draft_token=0.01, extend_token=0.002, restart=5.0
+    )
+    assert measured.extend_seconds(30) == pytest.approx(0.26)
+    assert measured.extend_seconds(1000, cold=True) == pytest.approx(7.2)
     fixed, each = echo.cost.line([1, 10, 100, 100], [1.01, 1.1, 2.0, 50.0])
     assert (fixed, each) == pytest.approx((1.0, 0.01), rel=1e-3)
 
@@ -146,23 +167,41 @@ def sglang_seconds(table: str, requests: int, rows: int) -> float:
 
 @pytest.mark.parametrize("tiers", [(), (8, 16, 40)])
 def test_sglangs_additive_table_says_the_same_seconds(tiers):
-    model = echo.CostModel((1, 8, 20, 40), (1.0, 1.1, 1.5, 3.0), tiers=tiers, requests=(1, 4, 8), request_seconds=(0.0, 0.1, 0.3))
+    model = echo.CostModel(
+        (1, 8, 20, 40),
+        (1.0, 1.1, 1.5, 3.0),
+        tiers=tiers,
+        num_reqs=(1, 4, 8),
+        request_seconds=(0.0, 0.1, 0.3),
+    )
     table = model.to_sglang()
     back = echo.CostModel.from_sglang(table)
     for rows in range(1, 41):
         for requests in (1, 3, 8):
-            assert sglang_seconds(table, requests, rows) == pytest.approx(model(rows, requests=requests))
-            assert back(rows, requests=requests) == pytest.approx(model(rows, requests=requests))
+            assert sglang_seconds(table, requests, rows) == pytest.approx(
+                model(rows, num_reqs=requests)
+            )
+            assert back(rows, num_reqs=requests) == pytest.approx(model(rows, num_reqs=requests))
 
 
 def test_sglangs_table_of_rates_is_a_step_function():
-    table = {"sample_batch_tokens": [1, 8, 32], "sample_steps_per_sec": [10.0, 11.0, 2.0], "max_batch_tokens": 64}
+    table = {
+        "sample_batch_tokens": [1, 8, 32],
+        "sample_steps_per_sec": [10.0, 11.0, 2.0],
+        "max_batch_tokens": 64,
+    }
     model = echo.CostModel.from_sglang(json.dumps(table))
     first = (0.1 + 1 / 11) / 2  # its noise made 8 rows quicker than 1
     assert [model(r) for r in (1, 7, 8, 31, 32, 500)] == pytest.approx([first] * 4 + [0.5] * 2)
 
 
-@pytest.mark.parametrize("model", [echo.CostModel((1, 64, 512), (1.0, 1.1, 4.0), tiers=(8, 64, 512)), echo.CostModel((5,), (1.0,))])
+@pytest.mark.parametrize(
+    "model",
+    [
+        echo.CostModel((1, 64, 512), (1.0, 1.1, 4.0), tiers=(8, 64, 512)),
+        echo.CostModel((5,), (1.0,)),
+    ],
+)
 def test_plot_draws(model, tmp_path):
     pytest.importorskip("matplotlib")
     model.plot().savefig(tmp_path / "cost.png")
@@ -180,7 +219,9 @@ def test_profile_times_every_row_count_after_a_warm_up():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_profile_reads_the_devices_clock():
     """The host returns at once; the device sleeps for as many million cycles as there are rows."""
-    rows, seconds = echo.profile(lambda r: torch.cuda._sleep(r * 1_000_000), [1, 4, 16], repeats=3, device="cuda")
+    rows, seconds = echo.profile(
+        lambda r: torch.cuda._sleep(r * 1_000_000), [1, 4, 16], repeats=3, device="cuda"
+    )
     model = echo.CostModel.from_samples(rows, seconds)
     assert model(16) / model(4) == pytest.approx(4, rel=0.2)
 
@@ -188,21 +229,48 @@ def test_profile_reads_the_devices_clock():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: echo.CostModel.from_samples([], []), r"seconds: expected as many as rows \(0, at least 1\), got 0"),
+        (
+            lambda: echo.CostModel.from_samples([], []),
+            r"seconds: expected as many as rows \(0, at least 1\), got 0",
+        ),
         (lambda: echo.CostModel.from_samples([1, 2], [1.0]), r"seconds: expected as many as rows"),
-        (lambda: echo.CostModel.from_samples([0], [1.0]), "rows: expected at least 1 in every sample, got 0"),
-        (lambda: echo.CostModel.from_samples([1], [1.0], context=[-1]), "context: expected at least 0 in every sample, got -1"),
-        (lambda: echo.CostModel.from_samples([1], [float("nan")]), "seconds: expected a positive number in every sample"),
-        (lambda: echo.CostModel((1,), (1.0,), requests=(1, 2)), "requests: expected increasing ints >= 1, as many as request_seconds"),
-        (lambda: echo.CostModel((1,), (1.0,), requests=(1,), request_seconds=(0.1,)), "request_seconds: expected 0 at the fewest"),
+        (
+            lambda: echo.CostModel.from_samples([0], [1.0]),
+            "rows: expected at least 1 in every sample, got 0",
+        ),
+        (
+            lambda: echo.CostModel.from_samples([1], [1.0], context_tokens=[-1]),
+            "context: expected at least 0 in every sample, got -1",
+        ),
+        (
+            lambda: echo.CostModel.from_samples([1], [float("nan")]),
+            "seconds: expected a positive number in every sample",
+        ),
+        (
+            lambda: echo.CostModel((1,), (1.0,), num_reqs=(1, 2)),
+            "requests: expected increasing ints >= 1, as many as request_seconds",
+        ),
+        (
+            lambda: echo.CostModel((1,), (1.0,), num_reqs=(1,), request_seconds=(0.1,)),
+            "request_seconds: expected 0 at the fewest",
+        ),
         (lambda: echo.CostModel.from_sglang("{}"), "cost: expected one of SGLang's cost tables"),
         (lambda: echo.CostModel((2, 1), (1.0, 1.0)), "rows: expected increasing ints"),
         (lambda: echo.CostModel((1, 2), (2.0, 1.0)), "seconds: expected positive, non-decreasing"),
         (lambda: echo.CostModel((1,), (1.0,), tiers=(4, 2)), "tiers: expected increasing"),
-        (lambda: echo.CostModel((1,), (1.0,), draft_layer=-1), "draft_layer: expected a number >= 0"),
-        (lambda: echo.CostModel((1,), (1.0,), restart=float("inf")), "restart: expected a number >= 0.0, got inf"),
+        (
+            lambda: echo.CostModel((1,), (1.0,), draft_layer=-1),
+            "draft_layer: expected a number >= 0",
+        ),
+        (
+            lambda: echo.CostModel((1,), (1.0,), restart=float("inf")),
+            "restart: expected a number >= 0.0, got inf",
+        ),
         (lambda: echo.CostModel.from_json("{"), "cost: expected the JSON of a CostModel"),
-        (lambda: echo.CostModel.from_json('{"format": "x", "version": 1}'), "cost: expected the JSON of a CostModel"),
+        (
+            lambda: echo.CostModel.from_json('{"format": "x", "version": 1}'),
+            "cost: expected the JSON of a CostModel",
+        ),
         (lambda: echo.profile(print, []), "rows: expected at least one row count"),
     ],
 )
@@ -212,38 +280,55 @@ def test_bad_input_names_the_argument(call, message):
 
 
 def test_a_wrong_curve_learns_where_the_engine_goes():
-    truth = echo.CostModel((1, 256, 1024), (1.0, 1.0, 4.0), requests=(1, 64), request_seconds=(0.0, 0.5))
-    belief = echo.CostModel((1, 64, 512, 2048), (2.0, 2.0, 2.1, 9.0), requests=(1, 64), request_seconds=(0.0, 0.5))
+    truth = echo.CostModel(
+        (1, 256, 1024), (1.0, 1.0, 4.0), num_reqs=(1, 64), request_seconds=(0.0, 0.5)
+    )
+    belief = echo.CostModel(
+        (1, 64, 512, 2048), (2.0, 2.0, 2.1, 9.0), num_reqs=(1, 64), request_seconds=(0.0, 0.5)
+    )
     visited = np.random.default_rng(0).choice([8, 32, 100, 256, 300, 600, 900], 400)
     for rows in visited.tolist():
-        belief = belief.learn(rows, truth(rows, requests=32), requests=32)
+        belief = belief.update(rows, truth(rows, num_reqs=32), num_reqs=32)
         assert (np.diff(belief.seconds) >= 0).all()
     for rows in set(visited.tolist()):
         assert belief(rows) == pytest.approx(truth(rows), rel=0.1)
-    assert len(belief.rows) <= 4 + 7
+    assert len(belief.num_tokens) <= 4 + 7
 
 
 def test_one_late_step_does_not_turn_the_curve():
     model = echo.CostModel((1, 64), (1.0, 1.0))
-    assert model.learn(64, 1000.0).seconds == pytest.approx((1.0, 1.3))
-    assert model.learn(64, 1.0).seconds == (1.0, 1.0)
+    assert model.update(64, 1000.0).seconds == pytest.approx((1.0, 1.3))
+    assert model.update(64, 1.0).seconds == (1.0, 1.0)
     tiered = echo.CostModel((1, 64), (1.0, 1.0), tiers=(32, 64))
-    assert tiered.learn(5, 2.0, rate=1.0).rows == (1, 32, 64)  # the tier that was launched
+    assert tiered.update(5, 2.0, rate=1.0).num_tokens == (1, 32, 64)  # the tier that was launched
     with pytest.raises(echo.EchoError, match=r"rate: expected a number from 0\.0 to 1\.0, got 2"):
-        model.learn(64, 1.0, rate=2)
+        model.update(64, 1.0, rate=2)
 
 
 @pytest.mark.parametrize("make", [np.array, torch.tensor, list])
 def test_a_model_of_numpy_rows_is_written_compared_and_hashed_as_any(make):
     plain = echo.CostModel(
-        (1, 8, 64), (1.0, 1.0, 2.0), 0.5, tiers=(8, 64), requests=(1, 4), request_seconds=(0.0, 0.25), k_max_interval=(3, 4)
+        (1, 8, 64),
+        (1.0, 1.0, 2.0),
+        0.5,
+        tiers=(8, 64),
+        num_reqs=(1, 4),
+        request_seconds=(0.0, 0.25),
+        k_max_interval=(3, 4),
     )
     rows, seconds = make([1, 8, 64]), make([1.0, 1.0, 2.0])
-    crowd = {"requests": make([1, 4]), "request_seconds": make([0.0, 0.25]), "k_max_interval": make([3, 4])}
+    crowd = {
+        "requests": make([1, 4]),
+        "request_seconds": make([0.0, 0.25]),
+        "k_max_interval": make([3, 4]),
+    }
     model = echo.CostModel(rows, seconds, np.float64(0.5), tiers=make([8, 64]), **crowd)
     assert model == plain and hash(model) == hash(plain)
     assert model.to_json() == plain.to_json() and echo.CostModel.from_json(model.to_json()) == model
-    assert all(type(row) is int for row in (*model.rows, *model.tiers)) and type(model.draft_layer) is float
+    assert (
+        all(type(row) is int for row in (*model.num_tokens, *model.tiers))
+        and type(model.draft_layer) is float
+    )
     assert echo.BeamMassGate(make([1, 3]), -1.0, 2) == echo.BeamMassGate((1, 3), -1.0, 2)
     with pytest.raises(echo.EchoError, match="rows: expected ints"):
         echo.CostModel(make([1.5, 2.0]), seconds[:2])

@@ -19,7 +19,12 @@ import echo
 import test_device_rules
 from echo.testing.kit import READS
 
-DEVICES = ["meta", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
+DEVICES = [
+    "meta",
+    pytest.param(
+        "cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+    ),
+]
 VOCABULARY, SLOTS = 50, 3
 POLICIES = test_device_rules.POLICIES | {"plain": echo.ElasticBudgetScheduler.autoregressive()}
 
@@ -32,7 +37,11 @@ class RefuseHost(TorchDispatchMode):
         if name in READS:
             raise echo.EchoError(f"{name} reads back from the device")
         out = func(*args, **(kwargs or {}))
-        places = {leaf.device.type for leaf in tree_leaves((args, kwargs, out)) if isinstance(leaf, torch.Tensor)}
+        places = {
+            leaf.device.type
+            for leaf in tree_leaves((args, kwargs, out))
+            if isinstance(leaf, torch.Tensor)
+        }
         if len(places) > 1 and not (name == "_to_copy" and not out.is_cpu):
             raise echo.EchoError(f"{name} between {sorted(places)}")
         return out
@@ -46,27 +55,27 @@ def following(tokens):
 class Target:
     """Knows what follows by arithmetic, and reads nothing."""
 
-    def admit(self, slots, prompts):
+    def admit(self, req_indices, prompts):
         return following(torch.stack([prompt[-1] for prompt in prompts]))
 
-    def verify(self, slots, packed):
+    def verify(self, req_indices, packed):
         return following(packed.tokens)
 
-    def keep(self, slots, packed, accepted):
+    def compact(self, req_indices, packed, accepted):
         """There is no cache."""
 
 
 class Drafter:
     """Says what follows, and something else."""
 
-    def admit(self, slots, prompts, first):
-        assert slots.device == first.device == prompts[0].device
+    def admit(self, req_indices, prompts, first):
+        assert req_indices.device == first.device == prompts[0].device
 
-    def draft(self, slots, frontier):
+    def draft(self, req_indices, frontier):
         tokens = torch.stack([following(frontier.token), frontier.token], dim=-1)
         return tokens, torch.stack([frontier.score * 0 - 0.2, frontier.score * 0 - 2.0], dim=-1)
 
-    def keep(self, slots, packed, accepted):
+    def extend(self, req_indices, packed, accepted):
         """Nothing to remember."""
 
 
@@ -82,7 +91,9 @@ class OnHost:
         with _disable_current_modes():
             if not history.steps.is_meta:
                 return ORIGINAL(history, *values)
-            fake = [torch.full(value.shape, 1 if value.dim() == 1 else 7).tolist() for value in values]
+            fake = [
+                torch.full(value.shape, 1 if value.dim() == 1 else 7).tolist() for value in values
+            ]
             return self.scheduler.history(SLOTS), fake
 
 
@@ -97,15 +108,27 @@ def test_decode_waits_in_one_place(name, device, monkeypatch):
     host = OnHost(scheduler)
     monkeypatch.setattr(LOOP, "_on_host", host)
     texts, steps, admitted = [[] for _ in prompts], 0, 0
-    options = {"slots": SLOTS, "max_new_tokens": 6, "eos_token": [44, 45], "peek": False, "device": device}
+    options = {
+        "slots": SLOTS,
+        "max_new_tokens": 6,
+        "eos_token": [44, 45],
+        "peek": False,
+        "device": device,
+    }
     with RefuseHost():
         for step in echo.decode(scheduler, Target(), Drafter(), prompts, **options):
             steps += 1
             for request, tokens in zip(step.requests, step.emitted, strict=True):
                 admitted += not texts[request]
                 texts[request] += tokens
-            outcomes = echo.outcomes(step.tree, step.packed, step.accepted)
-            places = *outcomes, step.packed.tokens, step.accepted.tokens, step.sampled, step.slots
+            outcomes = echo.draft_labels(step.tree, step.packed, step.accepted)
+            places = (
+                *outcomes,
+                step.packed.tokens,
+                step.accepted.tokens,
+                step.sampled,
+                step.req_indices,
+            )
             assert all(place.device.type == device for place in places)
     assert steps > 1 and steps < host.calls <= 2 * steps  # one a step, and one an admission
     if device == "meta":
@@ -128,36 +151,46 @@ def test_the_loop_of_the_readme(name, device):
     known = scheduler.history(8)
     with RefuseHost():
         for lag in range(3):
-            shape = scheduler.forecast(known, ids)
-            tree = scheduler.plant(root_tokens, rows=shape.rows)
+            shape = scheduler.choose_tier(known, ids)
+            tree = scheduler.begin(root_tokens, num_verify_tokens=shape.num_verify_tokens)
             for _ in range(shape.depth):
                 tree = scheduler.grow(tree, *Drafter().draft(slots, tree.frontier))
             packed = scheduler.pack(tree)
-            accepted = echo.verify(packed, Target().verify(slots, packed))
+            accepted = echo.accept(packed, Target().verify(slots, packed))
             history = history.observe(slots, packed, accepted)
             stats = stats.observe(packed, accepted)
-            root_tokens = torch.where(accepted.lengths > 0, accepted.bonus, root_tokens)
+            root_tokens = torch.where(accepted.num_emitted > 0, accepted.bonus, root_tokens)
             if lag and device != "meta":
                 with _disable_current_modes():
                     known = history.to("cpu")
     if device != "meta":
-        assert stats.read().emitted >= 12
+        assert stats.read().emitted_tokens >= 12
 
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_speculate_plans_from_what_the_host_knows(device):
     scheduler, slots = POLICIES["goodput"], torch.arange(4, device=device)
     history, known = scheduler.history(4, device), scheduler.history(4)
-    options = {"peek": False, "forecast": scheduler.forecast(known, range(4)), "limits": torch.full((4,), 2, device=device)}
+    options = {
+        "peek": False,
+        "forecast": scheduler.choose_tier(known, range(4)),
+        "limits": torch.full((4,), 2, device=device),
+    }
     with RefuseHost():
-        step, history = echo.speculate(scheduler, Target(), Drafter(), slots, slots + 5, history, **options)
-    assert step.forecast == options["forecast"] and history.steps.device.type == device
+        step, history = echo.speculate(
+            scheduler, Target(), Drafter(), slots, slots + 5, history, **options
+        )
+    assert step.tier == options["forecast"] and history.steps.device.type == device
     if device == "meta":
-        with pytest.raises(NotImplementedError, match="Cannot copy out of meta"):  # without one it copies
-            echo.speculate(scheduler, Target(), Drafter(), slots, slots + 5, history, peek=False)
+        with pytest.raises(
+            NotImplementedError, match="Cannot copy out of meta"
+        ):  # without one it copies
+            echo.speculate(
+                scheduler, Target(), Drafter(), slots, slots + 5, history, early_stop=False
+            )
     else:
         again, _ = echo.speculate(scheduler, Target(), Drafter(), slots, slots + 5, history)
-        assert again.forecast == scheduler.forecast(history.to("cpu"), slots.tolist())
+        assert again.tier == scheduler.choose_tier(history.to("cpu"), slots.tolist())
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -165,12 +198,28 @@ def test_speculate_plans_from_what_the_host_knows(device):
 def test_a_plan_is_made_on_the_host(call, device):
     scheduler = POLICIES["goodput"]
     plan, history = getattr(scheduler, call), scheduler.history(4)
-    with pytest.raises(echo.EchoError, match=f"slots: expected ints >= 0 on the host .* got a tensor on {device}"):
+    with pytest.raises(
+        echo.EchoError, match=f"slots: expected ints >= 0 on the host .* got a tensor on {device}"
+    ):
         plan(history, torch.arange(4, device=device))
-    with pytest.raises(echo.EchoError, match=f"history: expected one on cpu .* got one on {device}"):
+    with pytest.raises(
+        echo.EchoError, match=f"history: expected one on cpu .* got one on {device}"
+    ):
         plan(history.to(device), [0, 1])
-    same = [plan(history, ids) for ids in ([2, 0], (2, 0), np.array([2, 0]), np.array([2, 0], np.int32), torch.tensor([2, 0]))]
-    assert all(np.array_equal(one, same[0], equal_nan=True) if call == "curve" else one == same[0] for one in same)
+    same = [
+        plan(history, ids)
+        for ids in (
+            [2, 0],
+            (2, 0),
+            np.array([2, 0]),
+            np.array([2, 0], np.int32),
+            torch.tensor([2, 0]),
+        )
+    ]
+    assert all(
+        np.array_equal(one, same[0], equal_nan=True) if call == "curve" else one == same[0]
+        for one in same
+    )
     for wrong in ([4], [0.5], [True], torch.tensor([[1]]), "0", 3, [None], torch.tensor([-1])):
         with pytest.raises(echo.EchoError, match="slots: expected"):
             plan(history, wrong)

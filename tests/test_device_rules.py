@@ -13,15 +13,19 @@ import torch
 import echo
 from conftest import CALIBRATION, one_graph
 from echo.testing import TabularDrafter, table
-from echo.testing.kit import RefuseReads
+from echo.testing.kit import RefuseSyncs
 from echo.tree import Template, compact, layouts
 
 POLICIES = {
     "paper": echo.ElasticBudgetScheduler(echo.TwoLevel(2, 4), echo.SparseGate(CALIBRATION), 24, 3),
     "calibrated": echo.ElasticBudgetScheduler(echo.GlobalRank(2, CALIBRATION), None, 24, 3),
-    "eagle": echo.ElasticBudgetScheduler.eagle(n=5, beam=2, max_depth=3),
-    "goodput": echo.ElasticBudgetScheduler.goodput(CALIBRATION, echo.CostModel((1, 24, 99), (1.0, 1.0, 4.0)), beam=2),
-    "ddd": echo.ElasticBudgetScheduler(echo.PerRequest(5, 2), echo.BeamMassGate((2,), -1.0, 2), None, 3),
+    "eagle": echo.ElasticBudgetScheduler.eagle(max_verify_tokens_per_req=5, beam=2, max_depth=3),
+    "goodput": echo.ElasticBudgetScheduler.throughput_optimal(
+        CALIBRATION, echo.CostModel((1, 24, 99), (1.0, 1.0, 4.0)), beam=2
+    ),
+    "ddd": echo.ElasticBudgetScheduler(
+        echo.PerRequest(5, 2), echo.BeamMassGate((2,), -1.0, 2), None, 3
+    ),
 }
 
 
@@ -30,20 +34,40 @@ SERVED = {"weights": torch.tensor([1.0, 2.0, 1.0, 3.0])}
 
 def step(scheduler, roots, live, tokens, log_probs, target, context, pages, counts, served):
     """All that an engine leaves to us between two forwards: gate, buy, deal, pack, accept, compact, observe, count."""
-    tree = scheduler.plant(roots, live=live, rows=24, **served)
+    tree = scheduler.begin(roots, live=live, num_verify_tokens=24, **served)
     for t, q in zip(tokens, log_probs, strict=True):
         tree = scheduler.grow(tree, t, q)
     packed = scheduler.pack(tree)
-    accepted = echo.verify(packed, target).cut(eos_tokens=tokens[0][0, 0], limits=context)
-    rank, taken = echo.outcomes(tree, packed, accepted)
-    lists = compact(packed, accepted, context, page_table=pages, page_size=2, dummy=0)
+    accepted = echo.accept(packed, target).truncate(
+        eos_tokens=tokens[0][0, 0], max_new_tokens=context
+    )
+    rank, taken = echo.draft_labels(tree, packed, accepted)
+    lists = compact(packed, accepted, context, page_table=pages, page_size=2, pad_slot_id=0)
     history = scheduler.history(8).observe(torch.arange(4), packed, accepted)
     stats = echo.StepStats(counts).observe(packed, accepted)
-    planned = packed.tokens, packed.mask, packed.indptr, accepted.tokens, accepted.rows, accepted.beyond, rank, taken
-    return *planned, lists.source, lists.target, lists.accept_index, history.steps, history.outlook, history.accepted, stats.counts
+    planned = (
+        packed.tokens,
+        packed.mask,
+        packed.indptr,
+        accepted.tokens,
+        accepted.rows,
+        accepted.cut_row,
+        rank,
+        taken,
+    )
+    return (
+        *planned,
+        lists.source,
+        lists.target,
+        lists.accept_index,
+        history.steps,
+        history.acceptance_histogram,
+        history.accepted,
+        stats.counts,
+    )
 
 
-class RefuseConstants(RefuseReads):
+class RefuseConstants(RefuseSyncs):
     """Of numbers too that the host would copy to a device in the middle of a step."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -55,16 +79,35 @@ class RefuseConstants(RefuseReads):
 def inputs(scheduler, seed, served):
     """Arguments of :func:`step`."""
     generator = torch.Generator().manual_seed(seed)
-    tree, drafter = scheduler.plant(torch.arange(4), rows=24), TabularDrafter(table(30, seed), count=3)
+    tree, drafter = (
+        scheduler.begin(torch.arange(4), num_verify_tokens=24),
+        TabularDrafter(table(30, seed), k=3),
+    )
     tokens, log_probs = [], []
     for _ in range(scheduler.max_depth):
         t, q = drafter.draft(torch.arange(4), tree.frontier)
         tokens.append(t)
         log_probs.append(q)
         tree = scheduler.grow(tree, t, q)
-    live, target = torch.rand(4, generator=generator) < 0.8, torch.randint(0, 30, (scheduler.pack(tree).rows,), generator=generator)
-    context, counts = torch.randint(0, 9, (4,), generator=generator), seed * torch.arange(len(echo.StepStats.empty().counts))
-    return torch.arange(4), live, tokens, log_probs, target, context, torch.arange(80).view(4, 20).int(), counts, served
+    live, target = (
+        torch.rand(4, generator=generator) < 0.8,
+        torch.randint(0, 30, (scheduler.pack(tree).num_rows,), generator=generator),
+    )
+    context, counts = (
+        torch.randint(0, 9, (4,), generator=generator),
+        seed * torch.arange(len(echo.StepStats.empty().counts)),
+    )
+    return (
+        torch.arange(4),
+        live,
+        tokens,
+        log_probs,
+        target,
+        context,
+        torch.arange(80).view(4, 20).int(),
+        counts,
+        served,
+    )
 
 
 @pytest.mark.parametrize("name", POLICIES)
@@ -77,16 +120,19 @@ def test_no_operator_reads_back(name):
 
 
 def test_the_refusing_mode_refuses():
-    with RefuseReads(), pytest.raises(echo.EchoError, match="reads back"):
+    with RefuseSyncs(), pytest.raises(echo.EchoError, match="reads back"):
         torch.ones(3).nonzero()
-    with RefuseReads(), pytest.raises(echo.EchoError, match="reads back"):
+    with RefuseSyncs(), pytest.raises(echo.EchoError, match="reads back"):
         bool(torch.ones(1) > 0)
 
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_one_graph_and_no_recompile_for_other_values(name):
     scheduler = POLICIES[name]
-    cases = [inputs(scheduler, seed, {name: values + seed for name, values in SERVED.items()}) for seed in range(3)]
+    cases = [
+        inputs(scheduler, seed, {name: values + seed for name, values in SERVED.items()})
+        for seed in range(3)
+    ]
     one_graph(lambda *data: step(scheduler, *data), cases)
 
 
@@ -104,11 +150,11 @@ TEMPLATE = Template.from_choices([[0], [1], [0, 0], [0, 1], [0, 0, 0]])
 def whole_engine(scheduler, roots, tokens, log_probs, context, pages):
     """Every drafter that is not a beam, then everything that an engine asks of a packed step."""
     outputs = []
-    grown = scheduler.grow_positions(scheduler.plant(roots), tokens, log_probs)
-    filled = TEMPLATE.fill(scheduler.plant(roots), tokens, log_probs)
-    for tree in (grown, filled, scheduler.grow_ready(scheduler.plant(roots), filled, 2)):
+    grown = scheduler.grow_positions(scheduler.begin(roots), tokens, log_probs)
+    filled = TEMPLATE.fill(scheduler.begin(roots), tokens, log_probs)
+    for tree in (grown, filled, scheduler.grow_from(scheduler.begin(roots), filled, 2)):
         packed = scheduler.pack(tree, sync=lambda wire: wire + 0)
-        accepted = echo.verify(packed, packed.tokens.roll(-1))
+        accepted = echo.accept(packed, packed.tokens.roll(-1))
         values = [
             layouts.sglang(packed, 6, context),
             layouts.chains(packed),
@@ -117,14 +163,20 @@ def whole_engine(scheduler, roots, tokens, log_probs, context, pages):
             layouts.tensorrt_llm(packed, 6),
             layouts.hugging_face(packed, 6, context, 9, left_padded=False),
             compact(packed, accepted, context),
-            compact(packed, accepted, context, past=9),
-            compact(packed, accepted, context, page_table=pages, page_size=2, dummy=0),
+            compact(packed, accepted, context, past_len=9),
+            compact(packed, accepted, context, page_table=pages, page_size=2, pad_slot_id=0),
         ]
-        members = [getattr(value, field.name) for value in values for field in dataclasses.fields(value)]
+        members = [
+            getattr(value, field.name) for value in values for field in dataclasses.fields(value)
+        ]
         outputs += [x for x in members if isinstance(x, torch.Tensor)]
-        outputs += [packed.position(context), packed.slot(context, pages, 2, 0), layouts.sglang_mask(packed, 6, "QLEN_ONLY")]
+        outputs += [
+            packed.positions(context),
+            packed.slot_mapping(context, pages, 2, 0),
+            layouts.sglang_mask(packed, 6, "QLEN_ONLY"),
+        ]
         outputs += [layouts.sglang_mask(packed, 6, "QLEN_ONLY_BITPACKING")]
-        outputs += [layouts.sglang_mask(packed, 6, "FULL_MASK", context=context, size=400)]
+        outputs += [layouts.sglang_mask(packed, 6, "FULL_MASK", prefix_lens=context, size=400)]
     return tuple(outputs)
 
 
@@ -132,11 +184,17 @@ def engine_inputs(seed):
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(0, 9, (4, 3, 2), generator=generator)
     log_probs = torch.rand(4, 3, 2, generator=generator).log()
-    return torch.arange(4), tokens, log_probs, torch.randint(0, 9, (4,), generator=generator), torch.arange(40).view(4, 10).int()
+    return (
+        torch.arange(4),
+        tokens,
+        log_probs,
+        torch.randint(0, 9, (4,), generator=generator),
+        torch.arange(40).view(4, 10).int(),
+    )
 
 
 def test_no_exporter_reads_back():
-    with RefuseReads():
+    with RefuseSyncs():
         whole_engine(POLICIES["paper"], *engine_inputs(0))
 
 

@@ -13,9 +13,13 @@ import echo
 def rows_of(n, seed, *, shift=0.0, harder=0.0, depths=4):
     """Confidences Beta(2 + shift, 1.5); the target accepts with a probability lower by ``harder``."""
     random = np.random.default_rng(seed)
-    confidence = random.beta(2 + shift, 1.5, (depths, n)) ** np.arange(1, depths + 1)[:, None] ** 0.5
+    confidence = (
+        random.beta(2 + shift, 1.5, (depths, n)) ** np.arange(1, depths + 1)[:, None] ** 0.5
+    )
     accepted = random.random((depths, n)) < 0.1 + 0.7 * confidence - harder
-    return echo.WarmupLog.from_arrays(np.repeat(np.arange(1, depths + 1), n), confidence.flatten(), accepted.flatten())
+    return echo.WarmupLog.from_arrays(
+        np.repeat(np.arange(1, depths + 1), n), confidence.flatten(), accepted.flatten()
+    )
 
 
 CALIBRATION = echo.calibrate(rows_of(4000, 0))
@@ -32,7 +36,11 @@ def test_false_alarms_are_as_rare_as_promised():
     for seed in range(300):
         calibration = echo.calibrate(rows_of(1500, 10_000 + seed))
         window = histograms(500, 20_000 + seed)
-        strict += echo.DriftMonitor(calibration, alpha=0.05, min_psi=0, min_ks=0, min_gap=0).check(window).drifted
+        strict += (
+            echo.DriftMonitor(calibration, alpha=0.05, min_psi=0, min_ks=0, min_gap=0)
+            .check(window)
+            .drifted
+        )
         usual += echo.DriftMonitor(calibration).check(window).drifted
     assert 1 <= strict <= 15 + 8  # 8: two standard deviations
     assert usual <= 3
@@ -40,21 +48,33 @@ def test_false_alarms_are_as_rare_as_promised():
 
 @pytest.mark.parametrize(
     ("planted", "found"),
-    [({"shift": 1.5}, ("psi", "ks")), ({"harder": 0.15}, ("gap",)), ({"shift": -0.8, "harder": 0.2}, ("psi", "ks", "gap"))],
+    [
+        ({"shift": 1.5}, ("psi", "ks")),
+        ({"harder": 0.15}, ("gap",)),
+        ({"shift": -0.8, "harder": 0.2}, ("psi", "ks", "gap")),
+    ],
 )
 def test_a_planted_shift_is_found(planted, found):
     hits = 0
     for seed in range(20):
         report = echo.DriftMonitor(CALIBRATION).check(histograms(1000, 500 + seed, **planted))
         first = report.depths[0]
-        names = {"psi": first.psi > first.psi_limit, "ks": first.ks > first.ks_limit, "gap": abs(first.gap) > first.gap_limit}
+        names = {
+            "psi": first.psi > first.psi_limit,
+            "ks": first.ks > first.ks_limit,
+            "gap": abs(first.gap) > first.gap_limit,
+        }
         hits += report.drifted and all(names[name] for name in found)
     assert hits >= 19
 
 
 def test_a_trifling_shift_does_not_alarm_however_many_rows():
     window = histograms(300_000, 1, shift=0.05, harder=0.01)
-    assert echo.DriftMonitor(echo.calibrate(rows_of(300_000, 2)), min_psi=0, min_ks=0, min_gap=0).check(window).drifted
+    assert (
+        echo.DriftMonitor(echo.calibrate(rows_of(300_000, 2)), min_psi=0, min_ks=0, min_gap=0)
+        .check(window)
+        .drifted
+    )
     assert not echo.DriftMonitor(echo.calibrate(rows_of(300_000, 2))).check(window).drifted
 
 
@@ -62,7 +82,10 @@ def test_few_rows_are_not_judged_and_the_limit_falls_with_rows():
     report = echo.DriftMonitor(CALIBRATION).check(histograms(60, 1, shift=3))
     assert not report.drifted
     assert "not judged: 60 live rows" in str(report)
-    limits = [echo.DriftMonitor(CALIBRATION).check(histograms(n, 1)).depths[0].psi_limit for n in (150, 1000, 100_000)]
+    limits = [
+        echo.DriftMonitor(CALIBRATION).check(histograms(n, 1)).depths[0].psi_limit
+        for n in (150, 1000, 100_000)
+    ]
     assert limits[0] > limits[1] > limits[2] > 0.1
 
 
@@ -77,7 +100,9 @@ def test_a_window_is_a_difference_of_snapshots():
 def test_weighted_rows_count_by_their_effective_number():
     log = rows_of(2000, 3)
     weight = np.where(np.arange(len(log)) % 10 == 0, 10.0, 1.0)
-    window = echo.ConfidenceHistograms.of(echo.WarmupLog.from_arrays(log.depth, log.confidence, log.accepted, weight=weight))
+    window = echo.ConfidenceHistograms.of(
+        echo.WarmupLog.from_arrays(log.depth, log.confidence, log.accepted, weight=weight)
+    )
     first = echo.DriftMonitor(CALIBRATION).check(window).depths[0]
     assert first.rows == pytest.approx(3800**2 / 21_800, rel=0.01)
     assert first.psi_limit == pytest.approx(0.1 + 19 * (1 / first.rows + 1 / 4000), rel=0.01)
@@ -91,7 +116,9 @@ def test_shallower_windows_and_files():
 
 
 def test_bad_input_names_the_argument():
-    with pytest.raises(echo.EchoError, match=r"alpha: expected a number from 1e-09 to 0\.5, got 0\.9"):
+    with pytest.raises(
+        echo.EchoError, match=r"alpha: expected a number from 1e-09 to 0\.5, got 0\.9"
+    ):
         echo.DriftMonitor(CALIBRATION, alpha=0.9)
     bare = replace(CALIBRATION, depths=tuple(replace(d, profile=()) for d in CALIBRATION.depths))
     with pytest.raises(echo.EchoError, match="calibration: expected one with confidence profiles"):

@@ -12,7 +12,10 @@ import torch
 import echo
 
 transformers = pytest.importorskip("transformers")
-sys.path[:0] = [str(Path(__file__).parents[1] / "examples"), str(Path(__file__).parents[1] / "examples" / "smollm2")]
+sys.path[:0] = [
+    str(Path(__file__).parents[1] / "examples"),
+    str(Path(__file__).parents[1] / "examples" / "smollm2"),
+]
 
 VOCAB, EOS, NEW = 97, 93, 20
 LENGTHS = (3, 11, 1, 7, 16)
@@ -36,9 +39,13 @@ def folders(tmp_path_factory):
     """A target and a draft that agrees with it often: the target's weights, disturbed; both with a tokenizer, as on a hub."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    words = Tokenizer(
+        models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>")
+    )
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>", pad_token="<pad>")
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=words, eos_token="</s>", pad_token="<pad>"
+    )
     where = {}
     for name, noise in (("target", 0.0), ("draft", 0.01)):
         model = llama(0, 3)
@@ -53,7 +60,9 @@ def folders(tmp_path_factory):
 @pytest.fixture(scope="module")
 def texts():
     generator = torch.Generator().manual_seed(1)
-    return [" ".join(WORDS[t] for t in torch.randint(2, 60, (n,), generator=generator)) for n in LENGTHS]
+    return [
+        " ".join(WORDS[t] for t in torch.randint(2, 60, (n,), generator=generator)) for n in LENGTHS
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -62,9 +71,14 @@ def expected(folders, texts):
     model = transformers.AutoModelForCausalLM.from_pretrained(folders["target"])
     tokenizer = transformers.AutoTokenizer.from_pretrained(folders["target"], padding_side="left")
     inputs = tokenizer(texts, return_tensors="pt", padding=True, return_token_type_ids=False)
-    rows = model.generate(**inputs, max_new_tokens=NEW, do_sample=False)[:, inputs["input_ids"].shape[1] :].tolist()
+    rows = model.generate(**inputs, max_new_tokens=NEW, do_sample=False)[
+        :, inputs["input_ids"].shape[1] :
+    ].tolist()
     answers = [row[: row.index(EOS) + 1] if EOS in row else row for row in rows]
-    assert len({tuple(answer) for answer in answers}) == len(answers) and len({t for a in answers for t in a}) > 20
+    assert (
+        len({tuple(answer) for answer in answers}) == len(answers)
+        and len({t for a in answers for t in a}) > 20
+    )
     assert 1 < min(map(len, answers)) < NEW == max(map(len, answers))
     return answers
 
@@ -88,7 +102,9 @@ def sampled(folders, prompts):
     """One token at a time, without a cache, each by inversion with its own number of the seed's."""
     model, answers = transformers.AutoModelForCausalLM.from_pretrained(folders["target"]), []
     for number, prompt in enumerate(prompts):
-        uniform = torch.rand(99, generator=torch.Generator().manual_seed((7 << 24) + number), dtype=torch.float64)
+        uniform = torch.rand(
+            99, generator=torch.Generator().manual_seed((7 << 24) + number), dtype=torch.float64
+        )
         ids = prompt.tolist()
         while len(ids) < len(prompt) + NEW and ids[len(prompt) :][-1:] != [EOS]:
             mass = (model(torch.tensor([ids])).logits[0, -1].double() / 0.8).softmax(-1).cumsum(-1)
@@ -99,7 +115,10 @@ def sampled(folders, prompts):
 
 @pytest.mark.parametrize("policy", ["plain", "eagle", "rank"])
 def test_sampled_text_depends_on_the_seed_alone(folders, texts, sampled, policy):
-    assert generate(folders, texts, policy, "--temperature", "0.8", "--seed", "7", "--batch", "4") == sampled
+    assert (
+        generate(folders, texts, policy, "--temperature", "0.8", "--seed", "7", "--batch", "4")
+        == sampled
+    )
 
 
 def test_the_sampler_has_the_models_law():
@@ -109,7 +128,12 @@ def test_the_sampler_has_the_models_law():
     sampler.uniform[0] = torch.linspace(0, 1, 1002, dtype=torch.float64)[:-1]
     logits = torch.tensor([0.3, -torch.inf, 1.2, 0.0, -torch.inf])
     place = torch.arange(1001)
-    share = torch.bincount(sampler(logits.expand(1001, -1), torch.zeros_like(place), place), minlength=5) / 1001
+    share = (
+        torch.bincount(
+            sampler(logits.expand(1001, -1), torch.zeros_like(place), place), minlength=5
+        )
+        / 1001
+    )
     assert torch.allclose(share, (logits / 0.5).softmax(-1), atol=2e-3)
     assert share[1] == share[4] == 0
 
@@ -120,12 +144,15 @@ def test_a_first_layer_may_come_from_elsewhere(folders):
 
     slots, prompts = torch.arange(2), [torch.tensor([5, 9, 2]), torch.tensor([7])]
     scheduler = echo.ElasticBudgetScheduler(echo.GlobalRank(2), budget=9, max_depth=2)
-    drafter, roots = DraftModel(load(folders["draft"], "float32", "cpu"), 2, 32), torch.tensor([4, 8])
+    drafter, roots = (
+        DraftModel(load(folders["draft"], "float32", "cpu"), 2, 32),
+        torch.tensor([4, 8]),
+    )
     said = []
     for elsewhere in (False, True, True):
         with torch.inference_mode():
             drafter.admit(slots, prompts, roots)
-            tree = scheduler.plant(roots)
+            tree = scheduler.begin(roots)
             first = said[0] if elsewhere else drafter.draft(slots, tree.frontier)
             tree = scheduler.grow(tree, *first)
             said += [first, drafter.draft(slots, tree.frontier)]
@@ -151,9 +178,11 @@ def test_a_model_that_forgets_is_refused(folders, tmp_path):
 PLAIN = echo.ElasticBudgetScheduler.autoregressive()
 POLICIES = {
     "plain": PLAIN,
-    "eagle": echo.ElasticBudgetScheduler.eagle(n=6, beam=2, max_depth=3),
+    "eagle": echo.ElasticBudgetScheduler.eagle(max_verify_tokens_per_req=6, beam=2, max_depth=3),
     "echo": echo.ElasticBudgetScheduler(echo.TwoLevel(2, 4), echo.SparseGate({1: 0.3}), 20, 3),
-    "goodput": echo.ElasticBudgetScheduler(echo.GlobalRank(3), None, echo.CostModel((1, 8, 32), (1.0, 1.1, 2.0), draft_layer=0.05), 3),
+    "goodput": echo.ElasticBudgetScheduler(
+        echo.GlobalRank(3), None, echo.CostModel((1, 8, 32), (1.0, 1.1, 2.0), draft_layer=0.05), 3
+    ),
 }
 
 
@@ -162,8 +191,14 @@ def engine(folders, scheduler, **options):
     from engine import Engine
     from transformers_generate import DraftModel, load
 
-    drafter = (lambda made: DraftModel(load(folders["draft"], "float32", "cpu"), len(made.lanes), 64)) if scheduler.max_depth else None
-    return Engine(load(folders["target"], "float32", "cpu"), scheduler, drafter, length=64, **options)
+    drafter = (
+        (lambda made: DraftModel(load(folders["draft"], "float32", "cpu"), len(made.lanes), 64))
+        if scheduler.max_depth
+        else None
+    )
+    return Engine(
+        load(folders["target"], "float32", "cpu"), scheduler, drafter, length=64, **options
+    )
 
 
 @pytest.fixture(scope="module")
@@ -175,7 +210,10 @@ def prompts(folders, texts):
 @pytest.mark.parametrize("name", POLICIES)
 def test_the_paged_engine_writes_what_transformers_writes(folders, prompts, expected, name):
     """Fewer lanes than prompts, pages for two or three requests only: admission waits for pages, and every page comes back."""
-    made, answers = engine(folders, POLICIES[name], lanes=4, pages=8, eos_token=EOS), [[] for _ in prompts]
+    made, answers = (
+        engine(folders, POLICIES[name], lanes=4, pages=8, eos_token=EOS),
+        [[] for _ in prompts],
+    )
     for request, tokens in made.generate(prompts, NEW):
         answers[request] += tokens
     assert answers == expected
@@ -188,7 +226,10 @@ def test_the_paged_engine_writes_what_transformers_writes(folders, prompts, expe
 def test_the_paged_engine_runs_on_the_triton_kernels(folders, prompts, expected):
     """In Triton's interpreter, or compiled where there is a GPU."""
     pytest.importorskip("triton")
-    made, answers = engine(folders, POLICIES["echo"], lanes=2, pages=16, eos_token=EOS, backend="triton"), [[], []]
+    made, answers = (
+        engine(folders, POLICIES["echo"], lanes=2, pages=16, eos_token=EOS, backend="triton"),
+        [[], []],
+    )
     for request, tokens in made.generate(prompts[:2], 6):
         answers[request] += tokens
     assert answers == [answer[:6] for answer in expected[:2]]
@@ -198,7 +239,10 @@ def test_the_paged_engine_runs_on_the_triton_kernels(folders, prompts, expected)
 def test_the_paged_engine_stops_where_the_model_has_no_number(folders, prompts, expected, bad):
     """After one token there is none: answers end with it, no other changes, and the error names them."""
     token = {None: -1, "prompt": int(prompts[1][-1]), "answer": expected[0][2]}[bad]
-    made, answers = engine(folders, POLICIES["eagle"], lanes=3, pages=16, eos_token=EOS), [[] for _ in prompts]
+    made, answers = (
+        engine(folders, POLICIES["eagle"], lanes=3, pages=16, eos_token=EOS),
+        [[] for _ in prompts],
+    )
     forward = made.forward
 
     def spoiled(tokens, *rest):
@@ -215,7 +259,11 @@ def test_the_paged_engine_stops_where_the_model_has_no_number(folders, prompts, 
     cut = [text[1 : text.index(token) + 1] if token in text[:-1] else text[1:] for text in whole]
     assert answers == cut and (cut != expected) == (bad is not None)
     broken = [number for number, text in enumerate(whole) if token in text[:-1]]
-    assert (f"prompts {sorted(broken)}" in error) if len(broken) == 1 else all(str(number) in error for number in broken)
+    assert (
+        (f"prompts {sorted(broken)}" in error)
+        if len(broken) == 1
+        else all(str(number) in error for number in broken)
+    )
     assert sorted(made.cache.free) == list(range(1, 16))
 
 
@@ -233,7 +281,9 @@ def test_the_engines_pages_hold_the_text(folders, prompts):
     for _, tokens in made.generate(prompts[1:2], 24):
         text += tokens
     held = len(text) - 1
-    assert held <= int(made.cache.context[0]) <= held + made.scheduler.max_depth  # what was accepted beyond the end
+    assert (
+        held <= int(made.cache.context[0]) <= held + made.scheduler.max_depth
+    )  # what was accepted beyond the end
     place = torch.arange(held)
     slots = made.cache.table[0, place // PAGE].long() * PAGE + place % PAGE
     with torch.inference_mode():
@@ -249,7 +299,9 @@ def test_the_paged_engine_serves_the_real_model(smollm2):
     from serve import engine as serving
 
     model, tokenizer = smollm2
-    prompts = encode(tokenizer, ["Count from one to ten.", "Write a Python function that adds two numbers."])
+    prompts = encode(
+        tokenizer, ["Count from one to ten.", "Write a Python function that adds two numbers."]
+    )
 
     def run(policy):
         made, answers = serving(model, tokenizer, policy, lanes=2), [[], []]
@@ -267,7 +319,7 @@ def test_the_real_engine_is_captured_whole(smollm2):
     from engine import Engine
 
     from echo.testing import RecordedGraphs
-    from echo.testing.kit import RefuseReads
+    from echo.testing.kit import RefuseSyncs
     from echo.testing.rehearsal import Recording, _launches
     from graph_eagle import GraphEagle
     from model import FEATURE_LAYERS, encode
@@ -277,34 +329,61 @@ def test_the_real_engine_is_captured_whole(smollm2):
     dear = echo.CostModel((1, 2, 64), (1.0, 2.0, 64.0))  # never worth it: only probes draft
     policies = {
         "plain": echo.ElasticBudgetScheduler.autoregressive(),
-        "eagle": echo.ElasticBudgetScheduler.eagle(n=6, beam=3, max_depth=3),
-        "off": echo.ElasticBudgetScheduler(echo.GlobalRank(3), None, dear, 3, probe=4),
+        "eagle": echo.ElasticBudgetScheduler.eagle(
+            max_verify_tokens_per_req=6, beam=3, max_depth=3
+        ),
+        "off": echo.ElasticBudgetScheduler(echo.GlobalRank(3), None, dear, 3, probe_interval=4),
     }
 
     def run(scheduler):
         drafts = scheduler.max_depth > 0
-        make = (lambda made: GraphEagle(made.model, 2, beam=3, depth=3, fused=False)) if drafts else None
+        make = (
+            (lambda made: GraphEagle(made.model, 2, beam=3, depth=3, fused=False))
+            if drafts
+            else None
+        )
         features, graphs = FEATURE_LAYERS if drafts else (), RecordedGraphs()
-        made = Engine(model, scheduler, make, lanes=2, pages=32, features=features, eos_token=tokenizer.eos_token_id, graphs=graphs)
+        made = Engine(
+            model,
+            scheduler,
+            make,
+            lanes=2,
+            pages=32,
+            features=features,
+            eos_token=tokenizer.eos_token_id,
+            graphs=graphs,
+        )
         step, answers = made.step, [[] for _ in prompts]
 
         def refusing():
-            with _launches(Recording()), RefuseReads():  # the reference of attention looks at values, as no kernel does
+            with (
+                _launches(Recording()),
+                RefuseSyncs(),
+            ):  # the reference of attention looks at values, as no kernel does
                 return step()
 
         made.step = refusing
         for request, tokens in made.generate(prompts, 12):
             answers[request] += tokens
-        runs = {part: sum(n for key, n in graphs.runs.items() if key[0] == part) for part in {key[0] for key in graphs.runs}}
+        runs = {
+            part: sum(n for key, n in graphs.runs.items() if key[0] == part)
+            for part in {key[0] for key in graphs.runs}
+        }
         return answers, runs, made
 
     text, runs, _ = run(policies["plain"])
     assert runs.keys() == {"plain"}
     answers, runs, made = run(policies["eagle"])
-    assert answers == text and min(runs[part] for part in ("draft", "plan", "target", "accept")) >= 3
+    assert (
+        answers == text and min(runs[part] for part in ("draft", "plan", "target", "accept")) >= 3
+    )
     assert made.stats.read().tokens_per_step > 1.2
     answers, runs, made = run(policies["off"])
-    assert answers == text and runs["plain"] >= 3 and 0 < made.stats.read().layers < 3 * made.stats.read().steps
+    assert (
+        answers == text
+        and runs["plain"] >= 3
+        and 0 < made.stats.read().layers < 3 * made.stats.read().steps
+    )
 
 
 def test_what_a_step_of_the_engine_launches(smollm2):
@@ -318,9 +397,19 @@ def test_what_a_step_of_the_engine_launches(smollm2):
 
     pytest.importorskip("triton")
     model, tokenizer = smollm2
-    scheduler = echo.ElasticBudgetScheduler(echo.TwoLevel(3, 4), echo.SparseGate({1: 0.1, 3: 0.05}), 12, 3)
+    scheduler = echo.ElasticBudgetScheduler(
+        echo.TwoLevel(3, 4), echo.SparseGate({1: 0.1, 3: 0.05}), 12, 3
+    )
     make = lambda made: GraphEagle(made.model, 1, beam=3, depth=3, fused=True)  # noqa: E731
-    made = Engine(model, scheduler, make, lanes=1, pages=32, features=FEATURE_LAYERS, eos_token=tokenizer.eos_token_id)
+    made = Engine(
+        model,
+        scheduler,
+        make,
+        lanes=1,
+        pages=32,
+        features=FEATURE_LAYERS,
+        eos_token=tokenizer.eos_token_id,
+    )
     made.cache.reserve(0, 200)
     counts = {}
 

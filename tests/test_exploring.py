@@ -13,11 +13,11 @@ from conftest import one_graph
 from echo.gating.histograms import UNIT, WEIGHT
 from echo.gating.thresholds import refuse_gated
 from echo.testing import TabularDrafter, table
-from echo.testing.kit import RefuseReads
+from echo.testing.kit import RefuseSyncs
 
 VOCAB, DEPTH = 40, 4
 TARGET = table(VOCAB, 0)
-DRAFTER = TabularDrafter(0.5 * TARGET + 0.5 * table(VOCAB, 1), count=3)
+DRAFTER = TabularDrafter(0.5 * TARGET + 0.5 * table(VOCAB, 1), k=3)
 GATE = echo.SparseGate({1: 0.22, 3: 0.015})
 FREE = echo.ElasticBudgetScheduler(echo.TwoLevel(2, 0), None, VOCAB * (1 + 2 * DEPTH), DEPTH)
 """Rows enough for everybody: only the gate keeps rows from being seen."""
@@ -26,13 +26,22 @@ FREE = echo.ElasticBudgetScheduler(echo.TwoLevel(2, 0), None, VOCAB * (1 + 2 * D
 def one_step(gate):
     """All tokens of the vocabulary as roots, one step."""
     scheduler = replace(FREE, gate=gate)
-    tree = scheduler.plant(torch.arange(VOCAB))
+    tree = scheduler.begin(torch.arange(VOCAB))
     for _ in range(DEPTH):
         tree = scheduler.grow(tree, *DRAFTER.draft(torch.arange(VOCAB), tree.frontier))
     packed = scheduler.pack(tree)
     sampled = TARGET[packed.tokens].argmax(dim=-1)
-    plan, seconds = echo.Forecast(DEPTH, tree.rows), echo.Seconds()
-    return echo.Step(tree, packed, echo.verify(packed, sampled), sampled, torch.arange(VOCAB), plan, seconds, gate is not None)
+    plan, seconds = echo.Tier(DEPTH, tree.num_verify_tokens), echo.Seconds()
+    return echo.Step(
+        tree,
+        packed,
+        echo.accept(packed, sampled),
+        sampled,
+        torch.arange(VOCAB),
+        plan,
+        seconds,
+        gate is not None,
+    )
 
 
 def explored(epsilon, uniforms):
@@ -89,11 +98,15 @@ def test_calibrations_agree_from_synthetic_requests():
 
     free = echo.calibrate(log(np.ones(n, bool))).depths[1]
     weighted = echo.calibrate(log(passed | explores, np.where(passed, 1.0, 10.0))).depths[1]
-    with pytest.warns(UserWarning, match="log: expected step ids, or weights, where fewer rows are deeper"):
+    with pytest.warns(
+        UserWarning, match="log: expected step ids, or weights, where fewer rows are deeper"
+    ):
         biased = echo.calibrate(log(passed)).depths[1]
     assert abs(weighted.auc - free.auc) < 0.01 and weighted.auc_low < free.auc < weighted.auc_high
     assert abs(biased.auc - free.auc) > 0.04
-    assert weighted.auc_high - weighted.auc_low > free.auc_high - free.auc_low  # and it knows that it is less sure
+    assert (
+        weighted.auc_high - weighted.auc_low > free.auc_high - free.auc_low
+    )  # and it knows that it is less sure
     assert weighted.effective < weighted.accepted + weighted.rejected
     assert sum(a + r for _, a, r in weighted.profile) == pytest.approx(n, rel=0.03)
 
@@ -101,10 +114,14 @@ def test_calibrations_agree_from_synthetic_requests():
 def test_a_gated_step_without_weights_is_refused():
     with pytest.raises(echo.EchoError, match="expected a step drafted without a gate, or weights"):
         one_step(GATE).log()
-    with pytest.raises(echo.EchoError, match="expected inverse-probability weights for rows from behind a gate"):
+    with pytest.raises(
+        echo.EchoError, match="expected inverse-probability weights for rows from behind a gate"
+    ):
         echo.WarmupLog.from_arrays([1], [0.5], [1], gated=True)
     step = one_step(GATE)
-    with pytest.raises(echo.EchoError, match="weights: expected a column for each depth from 0 to 4, got 2 columns"):
+    with pytest.raises(
+        echo.EchoError, match="weights: expected a column for each depth from 0 to 4, got 2 columns"
+    ):
         step.log(weights=torch.ones(VOCAB, 2))
 
 
@@ -120,14 +137,25 @@ def test_a_log_that_bears_the_mark_of_a_gate_is_refused():
         keep = np.concatenate([np.ones(n, bool), second])
         weights = None if weight is None else np.concatenate([np.ones(n), weight])[keep]
         columns = np.repeat([1, 2], n)[keep], np.concatenate([c1, c2])[keep], accepted[keep]
-        return echo.WarmupLog.from_arrays(*columns, step=np.tile(np.arange(n), 2)[keep], weight=weights)
+        return echo.WarmupLog.from_arrays(
+            *columns, step=np.tile(np.arange(n), 2)[keep], weight=weights
+        )
 
     for harmless in (np.ones(n, bool), random.random(n) < 0.5, random.random(n) < c1, c1 > 0.97):
         assert echo.calibrate(log(harmless)).max_depth == 2
-    with pytest.raises(echo.EchoError, match=r"log: expected steps drafted without a gate, or weights, got \d+ steps that end at depth 1"):
+    with pytest.raises(
+        echo.EchoError,
+        match=r"log: expected steps drafted without a gate, or weights, got \d+ steps that end at depth 1",
+    ):
         echo.calibrate(log(c1 > 0.4))
-    for hidden in (replace(log(c1 > 0.4), step=np.arange(n + int((c1 > 0.4).sum()))), echo.ConfidenceHistograms.of(log(c1 > 0.4))):
-        with pytest.warns(UserWarning, match=rf"where fewer rows are deeper, got {(c1 > 0.4).sum()} rows of depth 2 and {n} of depth 1"):
+    for hidden in (
+        replace(log(c1 > 0.4), step=np.arange(n + int((c1 > 0.4).sum()))),
+        echo.ConfidenceHistograms.of(log(c1 > 0.4)),
+    ):
+        with pytest.warns(
+            UserWarning,
+            match=rf"where fewer rows are deeper, got {(c1 > 0.4).sum()} rows of depth 2 and {n} of depth 1",
+        ):
             echo.calibrate(hidden)
     explores = random.random(n) < 0.2
     echo.calibrate(log((c1 > 0.4) | explores, np.where(c1 > 0.4, 1.0, 5.0)))
@@ -139,14 +167,26 @@ def test_a_gate_is_found_wherever_the_rows_of_a_step_lie(order):
     random, n = np.random.default_rng(5), 300_000
     c1 = random.random(n)
     for passed, found in ((c1 > 0.4, True), (random.random(n) < 0.6, False)):
-        depth, step = np.repeat([1, 2], [n, passed.sum()]), np.concatenate([np.arange(n), np.flatnonzero(passed)]) * 4096
+        depth, step = (
+            np.repeat([1, 2], [n, passed.sum()]),
+            np.concatenate([np.arange(n), np.flatnonzero(passed)]) * 4096,
+        )
         confidence = np.concatenate([c1, (c1 * random.random(n))[passed]])
-        turn = {"by depth": np.arange(len(depth)), "shuffled": random.permutation(len(depth)), "by step": step.argsort(kind="stable")}[
-            order
-        ]
-        log = echo.WarmupLog.from_arrays(depth[turn], confidence[turn], random.random(len(depth)) < confidence[turn], step=step[turn])
+        turn = {
+            "by depth": np.arange(len(depth)),
+            "shuffled": random.permutation(len(depth)),
+            "by step": step.argsort(kind="stable"),
+        }[order]
+        log = echo.WarmupLog.from_arrays(
+            depth[turn],
+            confidence[turn],
+            random.random(len(depth)) < confidence[turn],
+            step=step[turn],
+        )
         if found:
-            with pytest.raises(echo.EchoError, match="log: expected steps drafted without a gate, or weights"):
+            with pytest.raises(
+                echo.EchoError, match="log: expected steps drafted without a gate, or weights"
+            ):
                 refuse_gated(log)
         else:
             assert refuse_gated(log)
@@ -163,8 +203,17 @@ class Seen:
 
 
 def test_weights_by_hand():
-    layers = [Seen(d, torch.tensor(c).log()) for d, c in ((1, [0.9, 0.3, 0.3, 0.9]), (2, [0.8, 0.2, 0.2, 0.1]), (3, [0.7, 0.2, 0.2, 0.05]))]
-    gate = echo.ExploringGate(echo.SparseGate({1: 0.5, 3: 0.1}), 0.125, torch.tensor([0.5, 0.5, 0.1, 0.9]))
+    layers = [
+        Seen(d, torch.tensor(c).log())
+        for d, c in (
+            (1, [0.9, 0.3, 0.3, 0.9]),
+            (2, [0.8, 0.2, 0.2, 0.1]),
+            (3, [0.7, 0.2, 0.2, 0.05]),
+        )
+    ]
+    gate = echo.ExploringGate(
+        echo.SparseGate({1: 0.5, 3: 0.1}), 0.125, torch.tensor([0.5, 0.5, 0.1, 0.9])
+    )
     assert gate.weights(layers).tolist() == [
         [1, 1, 1, 1],  # passes both gates
         [1, 0, 0, 0],  # stopped at depth 1, heads were not thrown
@@ -173,7 +222,7 @@ def test_weights_by_hand():
     ]
     assert gate(layers[0]).tolist() == [True, False, True, True]
     assert gate(layers[1]) is None
-    with RefuseReads():
+    with RefuseSyncs():
         gate.weights(layers)
         gate(layers[0])
 
@@ -184,11 +233,13 @@ def test_uniforms_are_an_input_of_one_graph():
     def step(uniforms, tokens, log_probs):
         gate = echo.ExploringGate(GATE, 0.3, uniforms)
         scheduler = replace(FREE, gate=gate, max_depth=1)
-        tree = scheduler.grow(scheduler.plant(torch.arange(VOCAB)), tokens, log_probs)
+        tree = scheduler.grow(scheduler.begin(torch.arange(VOCAB)), tokens, log_probs)
         return scheduler.pack(tree).tokens, gate.weights(tree.layers)
 
-    drafted = DRAFTER.draft(torch.arange(VOCAB), FREE.plant(torch.arange(VOCAB)).frontier)
-    uniforms = [torch.rand(VOCAB, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
+    drafted = DRAFTER.draft(torch.arange(VOCAB), FREE.begin(torch.arange(VOCAB)).frontier)
+    uniforms = [
+        torch.rand(VOCAB, generator=torch.Generator().manual_seed(seed)) for seed in range(3)
+    ]
     seen = one_graph(step, [(drawn, *drafted) for drawn in uniforms])
     assert not torch.equal(seen[0][0], seen[1][0])
 
@@ -203,8 +254,14 @@ def test_epsilon_one_is_no_gate():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: echo.ExploringGate(GATE, 0.0, torch.rand(3)), "epsilon: expected a number from 0.0009765625 to 1.0, got 0.0"),
-        (lambda: echo.ExploringGate(GATE, 0.1, torch.rand(3, 2)), r"uniforms: expected .* \[B\], got float32 \[3, 2\]"),
+        (
+            lambda: echo.ExploringGate(GATE, 0.0, torch.rand(3)),
+            "epsilon: expected a number from 0.0009765625 to 1.0, got 0.0",
+        ),
+        (
+            lambda: echo.ExploringGate(GATE, 0.1, torch.rand(3, 2)),
+            r"uniforms: expected .* \[B\], got float32 \[3, 2\]",
+        ),
     ],
 )
 def test_bad_input_names_the_argument(call, message):

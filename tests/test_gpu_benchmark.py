@@ -22,8 +22,14 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 def run(*arguments, code=None):
     path = os.pathsep.join([str(BENCHMARKS), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, *(["-c", code] if code else [str(BENCHMARKS / "gpu.py")]), *arguments]
-    return subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, check=False)
+    command = [
+        sys.executable,
+        *(["-c", code] if code else [str(BENCHMARKS / "gpu.py")]),
+        *arguments,
+    ]
+    return subprocess.run(
+        command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, check=False
+    )
 
 
 def test_dry_run():
@@ -31,7 +37,9 @@ def test_dry_run():
     assert result.returncode == 0, result.stderr[-2000:]
     report = json.loads(result.stdout.splitlines()[-1])
     for case in report["attention"]:
-        assert all(case[name]["error"] < 1e-6 for name in ("echo", "sdpa with mask", "flex attention"))
+        assert all(
+            case[name]["error"] < 1e-6 for name in ("echo", "sdpa with mask", "flex attention")
+        )
     assert report["accept"] and all(report["step"][name]["us"] > 0 for name in ("fused", "torch"))
 
 
@@ -58,7 +66,9 @@ def benchmarks(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
 
 
-@pytest.mark.parametrize("shape", [(3, 4, 37, False, 16), (3, 5, 20, True, 16), (2, 16, 50, False, 1)])
+@pytest.mark.parametrize(
+    "shape", [(3, 4, 37, False, 16), (3, 5, 20, True, 16), (2, 16, 50, False, 1)]
+)
 @pytest.mark.parametrize("peer", ["sdpa with mask", "flex attention"])
 @pytest.mark.filterwarnings("ignore:flex_attention called without")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="in the interpreter only")
@@ -80,26 +90,55 @@ def stands_in(q, caches, table, lengths, starts, visible, **_):
     page, group = caches[0].shape[1], q.shape[1] // caches[0].shape[2]
     for b, (first, end) in enumerate(itertools.pairwise(starts.tolist())):
         at = torch.arange(int(lengths[b]))
-        keys, values = (cache[table[b, at // page].long(), at % page].repeat_interleave(group, 1).transpose(0, 1) for cache in caches)
+        keys, values = (
+            cache[table[b, at // page].long(), at % page]
+            .repeat_interleave(group, 1)
+            .transpose(0, 1)
+            for cache in caches
+        )
         mask = torch.ones(end - first, len(at), dtype=torch.bool)
         mask[:, len(at) - (end - first) :] = visible[first:end, : end - first]
-        out[first:end] = F.scaled_dot_product_attention(q[first:end].transpose(0, 1), keys, values, attn_mask=mask).transpose(0, 1)
+        out[first:end] = F.scaled_dot_product_attention(
+            q[first:end].transpose(0, 1), keys, values, attn_mask=mask
+        ).transpose(0, 1)
     return out
 
 
-def xqa_stands_in(q, caches, workspace, table, lengths, most, *, mask, q_len_per_req, q_cu_seq_lens, **options):
+def xqa_stands_in(
+    q, caches, workspace, table, lengths, most, *, mask, q_len_per_req, q_cu_seq_lens, **options
+):
     assert mask.dtype == torch.uint16 and mask.shape == (len(q), -(-q_len_per_req // 32) * 2)
     bit = torch.arange(16 * mask.shape[1])
-    return stands_in(q, caches, table, lengths, q_cu_seq_lens, (mask.int()[:, bit // 16] >> bit % 16 & 1).bool(), **options)
+    return stands_in(
+        q,
+        caches,
+        table,
+        lengths,
+        q_cu_seq_lens,
+        (mask.int()[:, bit // 16] >> bit % 16 & 1).bool(),
+        **options,
+    )
 
 
-def flash_stands_in(q, keys, values, *, cache_seqlens, page_table, cu_seqlens_q, max_seqlen_q, causal, **options):
+def flash_stands_in(
+    q, keys, values, *, cache_seqlens, page_table, cu_seqlens_q, max_seqlen_q, causal, **options
+):
     assert causal
     local = torch.cat([torch.arange(n) for n in cu_seqlens_q.diff().tolist()])
-    return stands_in(q, (keys, values), page_table, cache_seqlens, cu_seqlens_q, torch.arange(max_seqlen_q) <= local[:, None], **options)
+    return stands_in(
+        q,
+        (keys, values),
+        page_table,
+        cache_seqlens,
+        cu_seqlens_q,
+        torch.arange(max_seqlen_q) <= local[:, None],
+        **options,
+    )
 
 
-@pytest.mark.parametrize("shape", [(3, 4, 37, False, 16), (3, 5, 20, True, 16), (2, 40, 50, False, 64)])
+@pytest.mark.parametrize(
+    "shape", [(3, 4, 37, False, 16), (3, 5, 20, True, 16), (2, 40, 50, False, 64)]
+)
 @pytest.mark.parametrize("peer", ["flashinfer xqa", "flash attention 3, causal"])
 def test_peers_that_need_a_device_are_called_as_documented(shape, peer, benchmarks, monkeypatch):
     """Against a stand-in that keeps to their documentation, and float64."""

@@ -18,7 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import echo
 from echo.testing.rehearsal import RecordedGraphs
 
-pytest.importorskip("transformers", reason="the eager head needs the demo extra, on Python 3.11 or later")
+pytest.importorskip(
+    "transformers", reason="the eager head needs the demo extra, on Python 3.11 or later"
+)
 LANES, LENGTH, COUNT, BEAM, DEPTH, VOCAB, FLOOR = 4, 96, 4, 3, 4, 49152, -20.0
 
 
@@ -42,11 +44,19 @@ def drafters():
         """All buffers as they were at first, the weights shared."""
         made = object.__new__(graph_eagle.GraphEagle)
         weights = ("table", "vocab", "fuse", "qkv", "out", "down", "gate_up", "head")
-        vars(made).update({k: v.clone() if torch.is_tensor(v) and k not in weights else v for k, v in vars(shared[dtype]).items()})
+        vars(made).update(
+            {
+                k: v.clone() if torch.is_tensor(v) and k not in weights else v
+                for k, v in vars(shared[dtype]).items()
+            }
+        )
         made.fused = fused
         return made
 
-    return SimpleNamespace(graph=graph, eager=lambda: Eagle(SimpleNamespace(model=model, hidden=None), LANES, LENGTH, COUNT, FLOOR))
+    return SimpleNamespace(
+        graph=graph,
+        eager=lambda: Eagle(SimpleNamespace(model=model, hidden=None), LANES, LENGTH, COUNT, FLOOR),
+    )
 
 
 class Served:
@@ -54,7 +64,9 @@ class Served:
 
     def __init__(self, drafters, seed: int, fused: bool = False) -> None:
         self.eager, self.graph = drafters.eager(), drafters.graph(fused=fused)
-        self.scheduler = echo.ElasticBudgetScheduler(echo.GlobalRank(BEAM), budget=6 * LANES, max_depth=DEPTH)
+        self.scheduler = echo.ElasticBudgetScheduler(
+            echo.GlobalRank(BEAM), budget=6 * LANES, max_depth=DEPTH
+        )
         self.draw = torch.Generator().manual_seed(seed)
         self.slots: list[int] = []  # of the eager head, by lane of the other
         self.roots = torch.zeros(LANES, dtype=torch.int64)
@@ -69,7 +81,10 @@ class Served:
     def admit(self) -> None:
         lane, slot = len(self.slots), next(s for s in range(LANES) if s not in self.slots)
         prompt = torch.randint(0, VOCAB, (self.random(1, 20),), generator=self.draw)
-        first, features = torch.randint(0, VOCAB, (1,), generator=self.draw), self.features(len(prompt))
+        first, features = (
+            torch.randint(0, VOCAB, (1,), generator=self.draw),
+            self.features(len(prompt)),
+        )
         self.eager.target.hidden = features
         self.eager.admit(torch.tensor([slot]), [prompt], first)
         self.graph.admit(lane, prompt, first, features)
@@ -88,38 +103,47 @@ class Served:
     def step(self, depth: int, dead: tuple[int, ...] = ()) -> None:
         slots, batch = torch.tensor(self.slots), len(self.slots)
         live = torch.tensor([lane not in dead for lane in range(batch)])
-        if depth and self.graph.unread:
+        if depth and self.graph.num_unprocessed_tokens:
             self.graph.catch_up()
-        tree = self.scheduler.plant(self.roots[:batch], live=live)
+        tree = self.scheduler.begin(self.roots[:batch], live=live)
         for _ in range(depth):
-            expected, found = self.eager.draft(slots, tree.frontier), self.graph.draft(slots, tree.frontier)
+            expected, found = (
+                self.eager.draft(slots, tree.frontier),
+                self.graph.draft(slots, tree.frontier),
+            )
             self.compare(tree.frontier, expected, found)
             tree = self.scheduler.grow(tree, *found)
         packed = self.scheduler.pack(tree)
-        sampled = torch.randint(0, VOCAB, (packed.rows,), generator=self.draw)
-        for row in range(packed.rows):
-            children = ((packed.parent == packed.local[row]) & (packed.request == packed.request[row])).nonzero()[:, 0]
+        sampled = torch.randint(0, VOCAB, (packed.num_rows,), generator=self.draw)
+        for row in range(packed.num_rows):
+            children = (
+                (packed.parent == packed.local_row[row]) & (packed.request == packed.request[row])
+            ).nonzero()[:, 0]
             if len(children) and self.random(0, 4):
                 sampled[row] = packed.tokens[children[self.random(0, len(children))]]
-        accepted = echo.verify(packed, sampled)
-        hidden = self.features(packed.rows)
+        accepted = echo.accept(packed, sampled)
+        hidden = self.features(packed.num_rows)
         self.eager.target.hidden = hidden
-        self.eager.keep(slots, packed, accepted)
-        kept = hidden[accepted.rows.clamp(min=0)], accepted.tokens, accepted.lengths
+        self.eager.extend(slots, packed, accepted)
+        kept = hidden[accepted.rows.clamp(min=0)], accepted.tokens, accepted.num_emitted
         if depth:
             self.graph.extend(*kept)
         else:
             self.graph.remember(*kept)
-            self.graph.unread += 1
-            if self.graph.unread == self.graph.room:
+            self.graph.num_unprocessed_tokens += 1
+            if self.graph.num_unprocessed_tokens == self.graph.room:
                 self.graph.catch_up()
-        self.roots[:batch] = torch.where(accepted.lengths > 0, accepted.bonus, self.roots[:batch])
-        self.emitted += int(accepted.lengths.sum())
+        self.roots[:batch] = torch.where(
+            accepted.num_emitted > 0, accepted.bonus, self.roots[:batch]
+        )
+        self.emitted += int(accepted.num_emitted.sum())
 
     def compare(self, frontier, expected, found) -> None:
         """Tokens and log-probabilities to 1e-5 and the eager head's rounding to half; near tokens may change places."""
         use = frontier.active & (frontier.score >= self.eager.floor)
-        (tokens, log_probs), (mine, mine_log_probs) = ((t[use], q[use].float()) for t, q in (expected, found))
+        (tokens, log_probs), (mine, mine_log_probs) = (
+            (t[use], q[use].float()) for t, q in (expected, found)
+        )
         assert found[0].dtype == torch.int64 and found[1].dtype == torch.float32
         assert bool(((mine_log_probs - log_probs).abs() <= 1e-5 + log_probs.abs() * 2**-11).all())
         near = torch.nn.functional.pad(mine_log_probs.diff(dim=1).abs() < 1e-4, (1, 1))
@@ -137,7 +161,10 @@ def test_drafts_are_the_eager_heads(drafters, seed, fused):
     served = Served(drafters, seed, fused)
     off = 0
     for _ in range(14 if fused else 90):
-        if served.slots and (served.random(0, 6) == 0 or int(served.graph.used[: len(served.slots)].max()) > LENGTH - 50):
+        if served.slots and (
+            served.random(0, 6) == 0
+            or int(served.graph.used[: len(served.slots)].max()) > LENGTH - 50
+        ):
             served.leave(int(served.graph.used[: len(served.slots)].argmax()))
         while len(served.slots) < LANES and (not served.slots or served.random(0, 2)):
             served.admit()
@@ -145,11 +172,18 @@ def test_drafts_are_the_eager_heads(drafters, seed, fused):
         if off:
             served.step(0)
         else:
-            dead = (served.random(0, len(served.slots)),) if len(served.slots) > 1 and served.random(0, 3) == 0 else ()
+            dead = (
+                (served.random(0, len(served.slots)),)
+                if len(served.slots) > 1 and served.random(0, 3) == 0
+                else ()
+            )
             served.step(served.random(1, DEPTH + 1), dead)
     used = [int(served.eager.used[slot]) for slot in served.slots]
-    assert all(served.compared[depth] > (5 if fused else 50) for depth in range(DEPTH)) and served.emitted > 30
-    if not served.graph.unread and not served.eager.unread:
+    assert (
+        all(served.compared[depth] > (5 if fused else 50) for depth in range(DEPTH))
+        and served.emitted > 30
+    )
+    if not served.graph.num_unprocessed_tokens and not served.eager.num_unprocessed_tokens:
         assert used == served.graph.used[: len(used)].tolist()
 
 
@@ -160,15 +194,27 @@ def rounds(graph, seed, depth=DEPTH, lanes=LANES):
         n = int(torch.randint(1, 20, (), generator=draw))
         prompt = torch.randint(0, VOCAB, (n + 1,), generator=draw)
         graph.admit(lane, prompt[:-1], prompt[-1], torch.randn(n, 1728, generator=draw))
-    scheduler = echo.ElasticBudgetScheduler(echo.GlobalRank(BEAM), budget=6 * LANES, max_depth=DEPTH)
-    tree, frontiers = scheduler.plant(torch.randint(0, VOCAB, (lanes,), generator=draw), live=torch.arange(lanes) != 1), []
+    scheduler = echo.ElasticBudgetScheduler(
+        echo.GlobalRank(BEAM), budget=6 * LANES, max_depth=DEPTH
+    )
+    tree, frontiers = (
+        scheduler.begin(
+            torch.randint(0, VOCAB, (lanes,), generator=draw), live=torch.arange(lanes) != 1
+        ),
+        [],
+    )
     for _ in range(depth):
         frontiers.append(tree.frontier)
         tree = scheduler.grow(tree, *graph.draft(torch.arange(lanes), tree.frontier))
     lengths = torch.randint(0, DEPTH + 2, (lanes,), generator=draw)
     tokens = torch.randint(0, VOCAB, (lanes, DEPTH + 1), generator=draw)
     tokens = torch.where(torch.arange(DEPTH + 1) < lengths[:, None], tokens, -1)
-    return frontiers, torch.randn(lanes, DEPTH + 1, 1728, generator=draw).to(graph.pending_features.dtype), tokens, lengths
+    return (
+        frontiers,
+        torch.randn(lanes, DEPTH + 1, 1728, generator=draw).to(graph.pending_features.dtype),
+        tokens,
+        lengths,
+    )
 
 
 def step(graph, frontiers, features, tokens, lengths):
@@ -179,10 +225,19 @@ def step(graph, frontiers, features, tokens, lengths):
     graph.extend(features, tokens, lengths)
     graph.remember(features[:, :1], tokens[:, :1], lengths.clamp(max=1))
     graph.read(0)
-    return [*drafted, graph.root[lanes], graph.tokens[lanes], graph.log_probs[lanes], graph.used, graph.pending]
+    return [
+        *drafted,
+        graph.root[lanes],
+        graph.tokens[lanes],
+        graph.log_probs[lanes],
+        graph.used,
+        graph.pending,
+    ]
 
 
-@pytest.mark.parametrize(("dtype", "fused"), [(torch.float32, False), (torch.bfloat16, False), (torch.float32, True)])
+@pytest.mark.parametrize(
+    ("dtype", "fused"), [(torch.float32, False), (torch.bfloat16, False), (torch.float32, True)]
+)
 def test_the_recorded_step_run_again_on_other_data_gives_what_a_step_gives(drafters, dtype, fused):
     """Rehearsed as a CUDA graph is: its Python runs no more, its inputs are where they were. The third call is the first replay."""
     if fused:
@@ -190,12 +245,18 @@ def test_the_recorded_step_run_again_on_other_data_gives_what_a_step_gives(draft
     size = {"lanes": 2, "depth": 2} if fused else {}
     graph, graphs = drafters.graph(dtype, fused), RecordedGraphs()
     frontiers, *rest = rounds(drafters.graph(dtype, fused), 9, **size)
-    inputs = [*rest, *(value for f in frontiers for value in vars(f).values() if torch.is_tensor(value))]
+    inputs = [
+        *rest,
+        *(value for f in frontiers for value in vars(f).values() if torch.is_tensor(value)),
+    ]
     for seed in range(3 if fused else 4):
         theirs = drafters.graph(dtype, fused)
         expected = step(theirs, *rounds(theirs, seed, **size))
         own, *more = rounds(graph, seed, **size)
-        fresh = [*more, *(value for f in own for value in vars(f).values() if torch.is_tensor(value))]
+        fresh = [
+            *more,
+            *(value for f in own for value in vars(f).values() if torch.is_tensor(value)),
+        ]
         for mine, value in zip(inputs, fresh, strict=True):
             mine.copy_(value)
         found = graphs("step", lambda: step(graph, frontiers, *rest))
@@ -256,7 +317,10 @@ def test_launches_of_a_fused_layer(drafters, monkeypatch):
     for name in ("_enter", "_turn", "_attend", "_join", "_gate", "_choose"):
         monkeypatch.setattr(eagle_kernels, name, Counted(name))
     counts = []
-    for call in [*(lambda f=f: graph.draft(graph.lane, f) for f in frontiers), lambda: graph.extend(features, tokens, lengths)]:
+    for call in [
+        *(lambda f=f: graph.draft(graph.lane, f) for f in frontiers),
+        lambda: graph.extend(features, tokens, lengths),
+    ]:
         launched.clear()
         with Operations() as operations:
             call()
@@ -267,7 +331,13 @@ def test_launches_of_a_fused_layer(drafters, monkeypatch):
 def test_the_kernels_compile_for_a_gpu():
     """Without spills, few of them: layers and lanes share them."""
     pytest.importorskip("triton")
-    result = subprocess.run([sys.executable, "-c", COMPILE], env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        [sys.executable, "-c", COMPILE],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert result.returncode == 0, result.stderr[-2000:]
     found = json.loads(result.stdout)
     assert len(found) == 13
@@ -275,7 +345,11 @@ def test_the_kernels_compile_for_a_gpu():
 
 
 ROOT = Path(__file__).parents[1]
-PATHS = [str(ROOT / "benchmarks"), str(ROOT / "examples" / "smollm2"), os.environ.get("PYTHONPATH", "")]
+PATHS = [
+    str(ROOT / "benchmarks"),
+    str(ROOT / "examples" / "smollm2"),
+    os.environ.get("PYTHONPATH", ""),
+]
 ENVIRONMENT = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(PATHS)}
 COMPILE = """
 import json, torch, triton
@@ -327,7 +401,14 @@ class Operations(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
-        if not func.is_view and name not in ("empty", "new_empty", "empty_like", "empty_strided", "_unsafe_view", "detach"):
+        if not func.is_view and name not in (
+            "empty",
+            "new_empty",
+            "empty_like",
+            "empty_strided",
+            "_unsafe_view",
+            "detach",
+        ):
             self.count[name] += 1
         return func(*args, **(kwargs or {}))
 
@@ -348,15 +429,24 @@ def test_operations_of_a_step(drafters):
                 call(*arguments)
             seen[-1].append(sum(operations.count.values()))
     assert seen[0] == seen[1]
-    assert all(count <= most for count, most in zip(seen[0], [5, 36, 38, 38, 52, 8], strict=True)), seen
+    assert all(
+        count <= most for count, most in zip(seen[0], [5, 36, 38, 38, 52, 8], strict=True)
+    ), seen
 
 
 def test_a_wide_or_deep_frontier_and_a_long_prompt_are_refused(drafters):
     graph = drafters.graph()
     frontiers, *_ = rounds(graph, 0)
-    with pytest.raises(echo.EchoError, match=f"at most {BEAM} nodes of a depth up to {DEPTH}, got 3 of 9"):
+    with pytest.raises(
+        echo.EchoError, match=f"at most {BEAM} nodes of a depth up to {DEPTH}, got 3 of 9"
+    ):
         graph.draft(graph.lane, replace(frontiers[-1], depth=9))
     used = graph.used.clone()
     with pytest.raises(echo.EchoError, match=f"prompt: expected at most {LENGTH} tokens, got 97"):
-        graph.admit(0, torch.zeros(97, dtype=torch.int64), torch.zeros(1, dtype=torch.int64), torch.zeros(97, 1728))
+        graph.admit(
+            0,
+            torch.zeros(97, dtype=torch.int64),
+            torch.zeros(1, dtype=torch.int64),
+            torch.zeros(97, 1728),
+        )
     assert torch.equal(graph.used, used)

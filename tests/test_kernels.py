@@ -19,7 +19,7 @@ import trees
 from conftest import grow_all
 from echo import kernels
 from echo.kernels import launch, reference
-from echo.testing.kit import RefuseReads
+from echo.testing.kit import RefuseSyncs
 
 pytest.importorskip("triton")
 from echo.kernels import attention_kernels, triton_accept, triton_attention
@@ -49,7 +49,11 @@ def compare(args, **options):
 @pytest.mark.parametrize(
     ("rows", "contexts", "shape"),
     [
-        ([1, 7, 0, 3], [0, 1, 9, 17], {"heads": 4, "kv_heads": 2}),  # an empty slot, no context, one token, one past a page
+        (
+            [1, 7, 0, 3],
+            [0, 1, 9, 17],
+            {"heads": 4, "kv_heads": 2},
+        ),  # an empty slot, no context, one token, one past a page
         ([63], [16], {}),  # context ends with its page
         ([65], [15], {}),  # three mask words
         ([1, 1, 1], [33, 5, 64], {"page": 1, "heads": 3}),  # roots only, a group of three
@@ -80,7 +84,10 @@ def test_attention_equals_the_twin(dtype, rows, contexts, shape):
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_features_equal_the_twin(dtype, options):
-    compare(trees.attention([5, 1, 18], [0, 50, 37], **(SHAPE | {"dtype": dtype}), device=DEVICE), **options)
+    compare(
+        trees.attention([5, 1, 18], [0, 50, 37], **(SHAPE | {"dtype": dtype}), device=DEVICE),
+        **options,
+    )
 
 
 @pytest.mark.parametrize("cache", [None, torch.float8_e4m3fn])
@@ -89,14 +96,25 @@ def test_tiles_of_hopper_compute_the_same(rows, cache, monkeypatch):
     """Its tall tiles take 64 keys a step: two mask words, a page."""
     monkeypatch.setattr(launch, "generation", lambda device: launch.HOPPER)
     contexts = [150, 4, 63][: len(rows)]
-    args = trees.attention(rows, contexts, **(SHAPE | {"dtype": torch.float16, "heads": 4, "page": 64}), cache=cache, device=DEVICE)
+    args = trees.attention(
+        rows,
+        contexts,
+        **(SHAPE | {"dtype": torch.float16, "heads": 4, "page": 64}),
+        cache=cache,
+        device=DEVICE,
+    )
     compare(args)
     compare(args | {"page_table": args["page_table"].repeat(1, 2)}, window=40, splits=2)
 
 
 @pytest.mark.parametrize("size", [1.0, 1e6])
 def test_eight_bit_keys_meet_bfloat16_queries_of_any_size(size):
-    args = trees.attention([3, 9], [35, 20], **(SHAPE | {"dtype": torch.bfloat16, "heads": 4, "kv_heads": 2}), cache=torch.float8_e4m3fn)
+    args = trees.attention(
+        [3, 9],
+        [35, 20],
+        **(SHAPE | {"dtype": torch.bfloat16, "heads": 4, "kv_heads": 2}),
+        cache=torch.float8_e4m3fn,
+    )
     args = {name: value.to(DEVICE) for name, value in args.items()}
     args["q"][1] = 0
     compare(args | {"q": args["q"] * size}, scale=0.1 / size)
@@ -104,8 +122,17 @@ def test_eight_bit_keys_meet_bfloat16_queries_of_any_size(size):
 
 @pytest.mark.parametrize("cache", [torch.float8_e4m3fn, torch.float8_e5m2])
 def test_eight_bit_caches_with_scales(cache):
-    args = trees.attention([3, 9], [35, 20], **(SHAPE | {"dtype": torch.float16, "heads": 4, "kv_heads": 2}), cache=cache, device=DEVICE)
-    scales = {"key_scale": torch.tensor([0.5, 2.0], device=DEVICE), "value_scale": torch.tensor([3.0, 0.25], device=DEVICE)}
+    args = trees.attention(
+        [3, 9],
+        [35, 20],
+        **(SHAPE | {"dtype": torch.float16, "heads": 4, "kv_heads": 2}),
+        cache=cache,
+        device=DEVICE,
+    )
+    scales = {
+        "key_scale": torch.tensor([0.5, 2.0], device=DEVICE),
+        "value_scale": torch.tensor([3.0, 0.25], device=DEVICE),
+    }
     compare(args, **scales)
     compare(args, **scales, splits=2)
 
@@ -113,7 +140,10 @@ def test_eight_bit_caches_with_scales(cache):
 def test_tree_part_needs_no_cache():
     args = trees.attention([5, 1], [20, 3], **SHAPE, device=DEVICE)
     bare = args | dict.fromkeys(["key_cache", "value_cache", "page_table", "context"])
-    one, two = compare(bare, mode="tree"), kernels.tree_attention(**args, mode="tree", backend="triton")
+    one, two = (
+        compare(bare, mode="tree"),
+        kernels.tree_attention(**args, mode="tree", backend="triton"),
+    )
     assert torch.equal(one[0], two[0]) and torch.equal(one[1], two[1])
 
 
@@ -121,7 +151,9 @@ def test_merging_context_and_tree_part_gives_the_whole():
     args = trees.attention([5, 0, 11], [0, 4, 37], **SHAPE, pads=0, device=DEVICE)
     whole, lse = reference.tree_attention(**args)
     part = kernels.tree_attention(**args, mode="tree", backend="triton")
-    nothing = args | {"mask": torch.zeros_like(args["mask"])}  # rows that see no row see the context only
+    nothing = args | {
+        "mask": torch.zeros_like(args["mask"])
+    }  # rows that see no row see the context only
     context = kernels.tree_attention(**nothing, backend="triton")
     assert (context[1][:5] == -torch.inf).all() and (context[0][:5] == 0).all()
     for backend in ("torch", "triton"):
@@ -159,10 +191,17 @@ def test_one_request_at_a_time_equals_the_batch(dtype):
 @pytest.mark.parametrize("options", [{}, {"splits": 3}, {"mode": "tree"}, {"window": 20}])
 def test_one_plan_serves_all_layers(options):
     args = trees.attention([7, 0, 21], [40, 3, 90], **SHAPE, device=DEVICE)
-    named = {name: args[name] for name in ("q", "key_cache", "page_table", "context", "tree_key", "indptr")}
+    named = {
+        name: args[name]
+        for name in ("q", "key_cache", "page_table", "context", "tree_key", "indptr")
+    }
     plan = kernels.plan_attention(**named, **options, backend="triton")
     for seed in range(2):
-        layer = args | {"q": torch.randn(args["q"].shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)}
+        layer = args | {
+            "q": torch.randn(args["q"].shape, generator=torch.Generator().manual_seed(seed)).to(
+                DEVICE
+            )
+        }
         one = kernels.tree_attention(**layer, **options, plan=plan, backend="triton")
         two = kernels.tree_attention(**layer, **options, backend="triton")
         assert torch.equal(one[0], two[0]) and torch.equal(one[1], two[1])
@@ -172,9 +211,13 @@ def test_one_plan_serves_all_layers(options):
 
 def test_any_mask_and_any_cache_layout():
     """Bits that are no ancestors, bits beyond the request's rows; keys by slot then head, values by head then slot."""
-    args = trees.attention([5, 40, 3], [18, 33, 0], **(SHAPE | {"heads": 4, "kv_heads": 2}), device=DEVICE)
+    args = trees.attention(
+        [5, 40, 3], [18, 33, 0], **(SHAPE | {"heads": 4, "kv_heads": 2}), device=DEVICE
+    )
     generator = torch.Generator().manual_seed(1)
-    noise = torch.randint(-(1 << 31), 1 << 31, args["mask"].shape, generator=generator).int().to(DEVICE)
+    noise = (
+        torch.randint(-(1 << 31), 1 << 31, args["mask"].shape, generator=generator).int().to(DEVICE)
+    )
     args["value_cache"] = args["value_cache"].transpose(1, 2).contiguous().transpose(1, 2)
     compare(args | {"mask": args["mask"] | noise})
     compare(args | {"mask": torch.full_like(noise, -1)}, splits=2)
@@ -215,8 +258,14 @@ def test_the_work_list_covers_every_tile_and_block_once(seed, splits):
     tiles, blocks = -(-rows * group // tile), -(-context // keys) - (-rows // keys)
     bound = launch.most_tiles(int(rows.sum()), batch, group, tile)
     assert bound >= int(tiles.sum())
-    items, partials = (bound + target, 2 * target * tile) if splits == 0 else (bound * splits, int(rows.sum()) * group * splits)
-    work = torch.full((items, attention_kernels.FIELDS.value), 1 << 30, dtype=torch.int32, device=DEVICE)
+    items, partials = (
+        (bound + target, 2 * target * tile)
+        if splits == 0
+        else (bound * splits, int(rows.sum()) * group * splits)
+    )
+    work = torch.full(
+        (items, attention_kernels.FIELDS.value), 1 << 30, dtype=torch.int32, device=DEVICE
+    )
     spans = torch.full((batch + 1, 2), 1 << 30, dtype=torch.int32, device=DEVICE)
     attention_kernels.plan[(batch + 1,)](
         indptr, context.int().to(DEVICE), work, spans, batch, 1 << 20, items, target, splits,
@@ -225,9 +274,18 @@ def test_the_work_list_covers_every_tile_and_block_once(seed, splits):
     real = work[work[:, 0] >= 0].tolist()
     assert (work[len(real) :, 0] == -1).all()
     covered = sorted((b, t, block) for b, t, low, high, *_ in real for block in range(low, high))
-    assert covered == [(b, t, block) for b in range(batch) for t in range(int(tiles[b])) for block in range(int(blocks[b]))]
-    parts = sorted((slot, slot + int(rows[b]) * group) for b, t, _, _, slot, *_ in real if slot >= 0 and t == 0)
-    assert [begin for begin, _ in parts] == [0, *(end for _, end in parts)][: len(parts)]  # one piece's results after another's
+    assert covered == [
+        (b, t, block)
+        for b in range(batch)
+        for t in range(int(tiles[b]))
+        for block in range(int(blocks[b]))
+    ]
+    parts = sorted(
+        (slot, slot + int(rows[b]) * group) for b, t, _, _, slot, *_ in real if slot >= 0 and t == 0
+    )
+    assert [begin for begin, _ in parts] == [0, *(end for _, end in parts)][
+        : len(parts)
+    ]  # one piece's results after another's
     assert not parts or parts[-1][1] <= partials
     for b, _, low, high, slot, *facts in real:
         first, pieces = spans[b].tolist()
@@ -244,30 +302,43 @@ def test_the_work_list_covers_every_tile_and_block_once(seed, splits):
 
 
 def test_launchers_read_nothing_back(monkeypatch):
-    for module, names in ((attention_kernels, ["plan", "attend", "merge", "join"]), (triton_accept, ["_best", "_walk", "_collect"])):
+    for module, names in (
+        (attention_kernels, ["plan", "attend", "merge", "join"]),
+        (triton_accept, ["_best", "_walk", "_collect"]),
+    ):
         for name in names:
             monkeypatch.setattr(module, name, mock.MagicMock())
     args = trees.attention([4, 2], [9, 0], **SHAPE, device=DEVICE)
-    token, links = torch.zeros(8, dtype=torch.int64, device=DEVICE), (args["request"], args["indptr"])
-    with RefuseReads():
+    token, links = (
+        torch.zeros(8, dtype=torch.int64, device=DEVICE),
+        (args["request"], args["indptr"]),
+    )
+    with RefuseSyncs():
         out, lse = kernels.tree_attention(**args, window=3, splits=2, backend="triton")
         kernels.merge_attention(out, lse, out, lse, backend="triton")
-        kernels.walk(*links, token, token, 3, backend="triton")
-        kernels.walk(*links, token, out[:, 0], 3, backend="triton")
+        kernels.accept(*links, token, token, 3, backend="triton")
+        kernels.accept(*links, token, out[:, 0], 3, backend="triton")
         kernels.argmax_tokens(out[:, 0], backend="triton")
 
 
 @settings(max_examples=40)
-@given(st.lists(st.sampled_from([0, 1, 3, 7, 70]), min_size=1, max_size=4), st.integers(0, 3), st.integers(0, 6), st.integers(0, 10_000))
+@given(
+    st.lists(st.sampled_from([0, 1, 3, 7, 70]), min_size=1, max_size=4),
+    st.integers(0, 3),
+    st.integers(0, 6),
+    st.integers(0, 10_000),
+)
 def test_the_walk_equals_the_twin_whatever_the_links_are(rows, pads, max_depth, seed):
     generator = torch.Generator().manual_seed(seed)
     count = sum(rows) + pads
     draw = lambda low, high: torch.randint(low, high, (count,), generator=generator).to(DEVICE)  # noqa: E731
     indptr = torch.tensor([0, *rows]).cumsum(0).int().to(DEVICE)
     parent, tokens, target = draw(-3, 9).int(), draw(-1, 3), draw(-1, 3)
-    expected = reference.walk(parent, indptr, tokens, target, max_depth)
-    result = kernels.walk(parent, indptr, tokens, target, max_depth, backend="triton")
-    assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(result, expected, strict=True))
+    expected = reference.accept(parent, indptr, tokens, target, max_depth)
+    result = kernels.accept(parent, indptr, tokens, target, max_depth, backend="triton")
+    assert all(
+        torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(result, expected, strict=True)
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -281,33 +352,53 @@ def test_greedy_acceptance_equals_the_twin(dtype, vocabulary, monkeypatch):
         logits[torch.rand(logits.shape, generator=generator) < share] = value
     logits[3], logits[4] = torch.nan, -torch.inf
     logits = logits.to(DEVICE)
-    assert torch.equal(kernels.argmax_tokens(logits, backend="triton"), reference.argmax_tokens(logits))
+    assert torch.equal(
+        kernels.argmax_tokens(logits, backend="triton"), reference.argmax_tokens(logits)
+    )
     assert kernels.argmax_tokens(logits, backend="triton")[3:5].tolist() == [-1, -1]
     parent, _, _, indptr, _ = trees.links([9, 0, 8], 3, generator, DEVICE)
     tokens = torch.randint(0, min(vocabulary, 4), (20,), generator=generator).to(DEVICE)
-    expected = reference.walk(parent, indptr, tokens, logits, 5)
-    result = kernels.walk(parent, indptr, tokens, logits, 5, backend="triton")
+    expected = reference.accept(parent, indptr, tokens, logits, 5)
+    result = kernels.accept(parent, indptr, tokens, logits, 5, backend="triton")
     assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True))
 
 
 def test_verify_gives_the_same_on_both_backends():
-    scheduler = echo.ElasticBudgetScheduler.eagle(n=6, beam=2, max_depth=3)
-    packed = scheduler.pack(grow_all(scheduler, torch.arange(3, device=DEVICE), k=2, seed=0)) if DEVICE == "cpu" else None
+    scheduler = echo.ElasticBudgetScheduler.eagle(max_verify_tokens_per_req=6, beam=2, max_depth=3)
+    packed = (
+        scheduler.pack(grow_all(scheduler, torch.arange(3, device=DEVICE), k=2, seed=0))
+        if DEVICE == "cpu"
+        else None
+    )
     if packed is None:
         pytest.skip("the toy drafter is on the CPU")
-    logits = torch.randn(packed.rows, 1000)
+    logits = torch.randn(packed.num_rows, 1000)
     logits.scatter_(1, packed.tokens.roll(-1)[:, None], 9.0)  # so that something is accepted
     for given_ in ({"logits": logits}, {"target_tokens": logits.argmax(-1)}):
-        one, two = echo.verify(packed, **given_, backend="torch"), echo.verify(packed, **given_, backend="triton")
-        assert all(torch.equal(getattr(one, name), getattr(two, name)) for name in ("tokens", "rows", "lengths", "bonus"))
-        assert int(one.lengths.max()) > 1
+        one, two = (
+            echo.accept(packed, **given_, backend="torch"),
+            echo.accept(packed, **given_, backend="triton"),
+        )
+        assert all(
+            torch.equal(getattr(one, name), getattr(two, name))
+            for name in ("tokens", "rows", "lengths", "bonus")
+        )
+        assert int(one.num_emitted.max()) > 1
 
 
-@pytest.mark.parametrize("name", ["tree_attention", "plan_attention", "merge_attention", "argmax_tokens"])
+@pytest.mark.parametrize(
+    "name", ["tree_attention", "plan_attention", "merge_attention", "argmax_tokens"]
+)
 def test_kernel_and_twin_have_the_same_signature(name):
     kernel = triton_attention if "attention" in name else triton_accept
-    public, twin, launcher = (inspect.signature(getattr(module, name)) for module in (kernels, reference, kernel))
-    assert list(public.parameters.values())[:-1] == list(twin.parameters.values()) == list(launcher.parameters.values())
+    public, twin, launcher = (
+        inspect.signature(getattr(module, name)) for module in (kernels, reference, kernel)
+    )
+    assert (
+        list(public.parameters.values())[:-1]
+        == list(twin.parameters.values())
+        == list(launcher.parameters.values())
+    )
     assert public.return_annotation == twin.return_annotation == launcher.return_annotation
 
 
@@ -329,7 +420,9 @@ def test_triton_on_the_cpu_without_the_interpreter_is_an_error():
         "except echo.EchoError as error: assert 'expected CUDA tensors' in str(error), error\n"
         "else: raise SystemExit('no error')"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"TRITON_INTERPRET": "0"})
+    subprocess.run(
+        [sys.executable, "-c", code], check=True, env=os.environ | {"TRITON_INTERPRET": "0"}
+    )
 
 
 @pytest.mark.parametrize(
@@ -340,7 +433,10 @@ def test_triton_on_the_cpu_without_the_interpreter_is_an_error():
         ({"softcap": 0.0}, "softcap: expected a number above 0"),
         ({"splits": 0}, "splits: expected an int from 1"),
         ({"key_cache": None}, "key_cache: expected a tensor"),
-        ({"indptr": torch.zeros(2, dtype=torch.int32, device=DEVICE)}, r"page_table: expected int32 \[1, max_pages\]"),
+        (
+            {"indptr": torch.zeros(2, dtype=torch.int32, device=DEVICE)},
+            r"page_table: expected int32 \[1, max_pages\]",
+        ),
         ({"key_scale": torch.ones(2, device=DEVICE)}, r"key_scale: expected float32 \[1\]"),
     ],
 )
@@ -353,13 +449,28 @@ def test_bad_input(change, message, backend):
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_bad_targets(backend):
-    links, tokens = torch.zeros(4, dtype=torch.int32, device=DEVICE), torch.zeros(4, dtype=torch.int64, device=DEVICE)
+    links, tokens = (
+        torch.zeros(4, dtype=torch.int32, device=DEVICE),
+        torch.zeros(4, dtype=torch.int64, device=DEVICE),
+    )
     tree, logits = (links, links[:2], tokens), torch.zeros(4, 9, device=DEVICE)
     for function, args, message in [
-        (kernels.walk, (*tree, tokens[:3], 2), r"target_tokens: expected int64 \[4\], got int64 \[3\]"),
-        (kernels.walk, (*tree, logits[:3], 2), r"logits: expected .* \[4, V\], got float32 \[3, 9\]"),
+        (
+            kernels.accept,
+            (*tree, tokens[:3], 2),
+            r"target_tokens: expected int64 \[4\], got int64 \[3\]",
+        ),
+        (
+            kernels.accept,
+            (*tree, logits[:3], 2),
+            r"logits: expected .* \[4, V\], got float32 \[3, 9\]",
+        ),
         (kernels.argmax_tokens, (tokens,), r"logits: expected .* \[N, V\], got int64 \[4\]"),
-        (kernels.argmax_tokens, (logits[:, :0],), r"V: expected an int from 1 to 1073741824, got 0"),
+        (
+            kernels.argmax_tokens,
+            (logits[:, :0],),
+            r"V: expected an int from 1 to 1073741824, got 0",
+        ),
     ]:
         with pytest.raises(echo.EchoError, match=message):
             function(*args, backend=backend)
@@ -368,7 +479,12 @@ def test_bad_targets(backend):
 def test_the_kernel_names_layouts_it_does_not_take():
     args = trees.attention([4, 2], [9, 0], **SHAPE, device=DEVICE)
     with pytest.raises(echo.EchoError, match="key_cache: expected a contiguous last dimension"):
-        kernels.tree_attention(**(args | {"key_cache": args["key_cache"].transpose(1, 3).contiguous().transpose(1, 3)}), backend="triton")
+        kernels.tree_attention(
+            **(
+                args | {"key_cache": args["key_cache"].transpose(1, 3).contiguous().transpose(1, 3)}
+            ),
+            backend="triton",
+        )
     small = trees.attention([4, 2], [9, 0], **(SHAPE | {"dim": 8}), device=DEVICE)
     with pytest.raises(echo.EchoError, match="head dimensions from 16 to 256"):
         kernels.tree_attention(**small, backend="triton")

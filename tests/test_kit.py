@@ -16,24 +16,46 @@ from hypothesis import strategies as st
 
 import echo
 from conftest import CALIBRATION
-from echo.budget.rules import deal
-from echo.kernels.launch import UNSELECTABLE
-from echo.testing import PlanError, Scenario, check_plan, check_scheduler, check_step, scenarios, strategies
-from echo.tree.supertree import bits
+from echo.budget.dealing import select_cheapest
+from echo.kernels.codes import UNSELECTABLE
+from echo.testing import (
+    PlanError,
+    Scenario,
+    check_plan,
+    check_scheduler,
+    check_step,
+    scenarios,
+    strategies,
+)
+from echo.tree.supertree import cost_bits
 
 DEPTH_FIRST = ("ties", "order", "slots", "reads", "depth_first")
 ALONE = ("ties", "order", "slots", "reads", "alone")
 RANKED = ("ties", "order", "slots", "reads", "full", "best")
 COST = echo.CostModel((1, 8, 64), (1.0, 1.0, 4.0), 0.02, tiers=(4, 8, 16, 32, 64))
 POLICIES = {
-    "paper": (echo.ElasticBudgetScheduler.paper(CALIBRATION, k_max=12, layer_width=2), DEPTH_FIRST),
+    "paper": (echo.ElasticBudgetScheduler.paper(CALIBRATION, k_max=12, beam=2), DEPTH_FIRST),
     "narrow": (echo.ElasticBudgetScheduler(echo.TwoLevel(1, 0), None, 12, 4), DEPTH_FIRST),
     "global": (echo.ElasticBudgetScheduler(echo.GlobalRank(2), None, 12, 3), RANKED),
-    "calibrated": (echo.ElasticBudgetScheduler(echo.GlobalRank(3, CALIBRATION), None, 12, 3), RANKED),
-    "goodput": (echo.ElasticBudgetScheduler.goodput(CALIBRATION, COST), RANKED),
-    "eagle": (echo.ElasticBudgetScheduler.eagle(n=5, beam=2, max_depth=3), ALONE),
-    "ddd": (echo.ElasticBudgetScheduler(echo.PerRequest(5, 2), echo.BeamMassGate((2,), -1.0, 2), None, 3), ALONE),
-    "small masks": (echo.ElasticBudgetScheduler(echo.GlobalRank(2), None, 12, 3, max_tree_rows=3), RANKED),
+    "calibrated": (
+        echo.ElasticBudgetScheduler(echo.GlobalRank(3, CALIBRATION), None, 12, 3),
+        RANKED,
+    ),
+    "goodput": (echo.ElasticBudgetScheduler.throughput_optimal(CALIBRATION, COST), RANKED),
+    "eagle": (
+        echo.ElasticBudgetScheduler.eagle(max_verify_tokens_per_req=5, beam=2, max_depth=3),
+        ALONE,
+    ),
+    "ddd": (
+        echo.ElasticBudgetScheduler(
+            echo.PerRequest(5, 2), echo.BeamMassGate((2,), -1.0, 2), None, 3
+        ),
+        ALONE,
+    ),
+    "small masks": (
+        echo.ElasticBudgetScheduler(echo.GlobalRank(2), None, 12, 3, max_verify_tokens_per_req=3),
+        RANKED,
+    ),
     "plain": (echo.ElasticBudgetScheduler.autoregressive(), ALONE),
 }
 
@@ -47,34 +69,38 @@ def test_the_librarys_own_policies_pass(name):
 class Overshoot(echo.TwoLevel):
     """The published pseudo-code: who finds any budget takes a whole layer."""
 
-    def buy(self, layer, passed, room, left):
-        return super().buy(layer, passed, room, torch.where(left > 0, left + self.layer_width - 1, left))
+    def commit(self, layer, passed, room, left):
+        return super().commit(layer, passed, room, torch.where(left > 0, left + self.beam - 1, left))
 
 
 class WidthFirst(echo.TwoLevel):
     """Half of the rows are kept back for width."""
 
-    def buy(self, layer, passed, room, left):
-        return super().buy(layer, passed, room, left // 2)
+    def commit(self, layer, passed, room, left):
+        return super().commit(layer, passed, room, left // 2)
 
 
 class UnstableTie(echo.GlobalRank):
     """Equal candidates in the order that a sort happened to leave them in: here the last first."""
 
-    def deal(self, tree, room, left, rows):
+    def select(self, tree, room, left, rows):
         forest = tree.forest
         late = 64 * forest.depth + 63 - torch.arange(len(forest.depth)) % 64
-        cost = torch.where(torch.isfinite(forest.score), bits(forest.score) + late, UNSELECTABLE)
-        return deal(tree, cost.int(), room, left, rows)
+        cost = torch.where(
+            torch.isfinite(forest.score), cost_bits(forest.score) + late, UNSELECTABLE
+        )
+        return select_cheapest(tree, cost.int(), room, left, rows)
 
 
 class Orphan(echo.GlobalRank):
     """Nodes ranked by their own probability, not by their path's."""
 
-    def deal(self, tree, room, left, rows):
+    def select(self, tree, room, left, rows):
         forest = tree.forest
         own = forest.score - forest.score.gather(1, forest.parent)
-        return deal(tree, bits(torch.where(forest.depth > 0, own, 0.0)), room, left, rows)
+        return select_cheapest(
+            tree, cost_bits(torch.where(forest.depth > 0, own, 0.0)), room, left, rows
+        )
 
 
 class LostRoot(echo.ElasticBudgetScheduler):
@@ -88,31 +114,35 @@ class LostRoot(echo.ElasticBudgetScheduler):
 class Moody(echo.GlobalRank):
     """Decides otherwise every other time."""
 
-    def deal(self, tree, room, left, rows):
+    def select(self, tree, room, left, rows):
         self.__dict__["calls"] = self.__dict__.get("calls", 0) + 1
-        return super().deal(tree, room, left - self.__dict__["calls"] % 2, rows)
+        return super().select(tree, room, left - self.__dict__["calls"] % 2, rows)
 
 
 class Peeking(echo.TwoLevel):
     """Looks at the host what is left."""
 
-    def buy(self, layer, passed, room, left):
-        return super().buy(layer, passed, room, left) if int(left) else torch.zeros_like(layer.bought)
+    def commit(self, layer, passed, room, left):
+        return (
+            super().commit(layer, passed, room, left)
+            if int(left)
+            else torch.zeros_like(layer.committed)
+        )
 
 
 class Greedy(echo.GlobalRank):
     """Does not know of limits, and believes a NaN."""
 
-    def deal(self, tree, room, left, rows):
-        wanted = ~tree.forest.bought & tree.layers[0].drafted[:, None]
+    def select(self, tree, room, left, rows):
+        wanted = ~tree.forest.committed & tree.layers[0].drafted[:, None]
         return wanted & (wanted.flatten().cumsum(0).view_as(wanted) <= left)
 
 
 class FirstCome(echo.GlobalRank):
     """Serves slot 0 first, whatever the scores."""
 
-    def deal(self, tree, room, left, rows):
-        wanted = ~tree.forest.bought & torch.isfinite(tree.forest.score)
+    def select(self, tree, room, left, rows):
+        wanted = ~tree.forest.committed & torch.isfinite(tree.forest.score)
         wanted &= wanted.cumsum(1) <= room[:, None]
         return wanted & (wanted.flatten().cumsum(0).view_as(wanted) <= left)
 
@@ -161,7 +191,18 @@ def test_the_report_is_a_small_table():
     print(caught.value)
     assert report[0] == "rows: expected no more nodes are selected than the step has rows"
     assert report[1].strip().startswith("got ")
-    assert report[6].split() == ["request", "row", "token", "parent", "depth", "path", "p", "bought", "by", "status"]
+    assert report[6].split() == [
+        "request",
+        "row",
+        "token",
+        "parent",
+        "depth",
+        "path",
+        "p",
+        "bought",
+        "by",
+        "status",
+    ]
     assert sum("<- rows" in line for line in report) == 1
     assert len(report) < 16
 
@@ -181,11 +222,21 @@ def test_false_claims_are_refuted(scheduler, claim):
     assert caught.value.invariant == claim
 
 
-@pytest.mark.parametrize("make", [scenarios.burst, scenarios.one_confident_many_doubtful, scenarios.all_equal, scenarios.nan_storm])
+@pytest.mark.parametrize(
+    "make",
+    [
+        scenarios.burst,
+        scenarios.one_confident_many_doubtful,
+        scenarios.all_equal,
+        scenarios.nan_storm,
+    ],
+)
 @pytest.mark.parametrize("batch", [1, 8, 40])
 def test_scenarios_are_planned_right(make, batch):
     check_step(planted(echo.TwoLevel(2, 4)), make(batch), claims=DEPTH_FIRST)
-    check_step(echo.ElasticBudgetScheduler(echo.GlobalRank(2), None, 12, 3), make(batch), claims=RANKED)
+    check_step(
+        echo.ElasticBudgetScheduler(echo.GlobalRank(2), None, 12, 3), make(batch), claims=RANKED
+    )
 
 
 def test_scenarios_are_what_they_say():
@@ -196,7 +247,10 @@ def test_scenarios_are_what_they_say():
     assert scenarios.all_equal(8).plan(rank).selected.sum(1).tolist() == [4, 4, 4, 1, 1, 1, 1, 1]
     assert int(scenarios.burst(8).plan(rank).selected.sum()) == 9
     storm = scenarios.nan_storm(8).plan(rank)
-    assert int(storm.tree.invalid.sum()) > 0 and torch.isfinite(storm.tree.forest.score[storm.selected]).all()
+    assert (
+        int(storm.tree.invalid.sum()) > 0
+        and torch.isfinite(storm.tree.forest.score[storm.selected]).all()
+    )
 
 
 @given(strategies.trees(), st.sampled_from([echo.GlobalRank(2), echo.TwoLevel(2, 3)]))
@@ -220,11 +274,13 @@ def test_drawn_trees_are_dealt_right(tree, rule):
     ],
 )
 def test_a_step_that_is_not_the_plan_of_its_tree_is_refused(name, change):
-    plan = replace(scenarios.one_confident_many_doubtful(3), rows=12).plan(planted(echo.TwoLevel(2, 4)))
+    plan = replace(scenarios.one_confident_many_doubtful(3), num_verify_tokens=12).plan(
+        planted(echo.TwoLevel(2, 4))
+    )
     check_plan(plan.tree, plan.packed)
     with pytest.raises(echo.EchoError, match=r"^[\w., ]+: "):
         check_plan(plan.tree, replace(plan.packed, **{name: change(getattr(plan.packed, name))}))
-    fewer = replace(plan.tree, row_limit=plan.tree.row_limit.clamp(max=1))
+    fewer = replace(plan.tree, verify_limits=plan.tree.verify_limits.clamp(max=1))
     with pytest.raises(echo.EchoError, match=r"^packed.indptr: expected what the tree says"):
         check_plan(fewer, plan.packed)
 
@@ -238,7 +294,7 @@ def test_drawn_logs_survive_the_round_trip_through_histograms(log):
 @given(strategies.cost_curves(), st.integers(1, 400))
 def test_drawn_cost_curves_never_fall(cost, rows):
     assert cost(rows + 1) >= cost(rows) > 0
-    assert cost.tier(rows) >= rows
+    assert cost.round_up(rows) >= rows
     assert echo.CostModel.from_json(cost.to_json()) == cost
 
 
@@ -252,23 +308,42 @@ def test_fuzzing_finds_what_the_kit_finds(monkeypatch):
         warnings.simplefilter("ignore")
         for _ in range(4):
             fuzz.Round.draw(rng, maps).check()
-        tight = [r for r in (fuzz.Round.draw(rng, maps) for _ in range(40)) if r.rows is not None and 0 < r.rows - r.live.shape[1] < 3]
-        monkeypatch.setattr(fuzz, "check_step", lambda *_, **__: None)  # the masks alone, which see all plans
-        bugged = [replace(r, scheduler=replace(r.scheduler, rule=Overshoot(3, 2), max_tree_rows=70)) for r in tight]
+        tight = [
+            r
+            for r in (fuzz.Round.draw(rng, maps) for _ in range(40))
+            if r.rows is not None and 0 < r.rows - r.live.shape[1] < 3
+        ]
+        monkeypatch.setattr(
+            fuzz, "check_step", lambda *_, **__: None
+        )  # the masks alone, which see all plans
+        bugged = [
+            replace(r, scheduler=replace(r.scheduler, rule=Overshoot(3, 2), max_tree_rows=70))
+            for r in tight
+        ]
         with pytest.raises(AssertionError, match=r"^rows: "):
             any(drawn.check() for drawn in bugged)
 
 
 def test_bad_input_names_the_argument(monkeypatch):
     scheduler = planted(echo.TwoLevel(2, 4))
-    with pytest.raises(echo.EchoError, match=r"claims: expected some of .*'depth_first'.*, got 'fair'"):
+    with pytest.raises(
+        echo.EchoError, match=r"claims: expected some of .*'depth_first'.*, got 'fair'"
+    ):
         check_scheduler(scheduler, claims=("fair",))
     with pytest.raises(echo.EchoError, match=r"examples: expected an int >= 1, got 0"):
         check_scheduler(scheduler, examples=0)
     with pytest.raises(echo.EchoError, match=r"root_tokens, log_probs: expected tokens .* V = 2"):
         replace(scenarios.burst(2), log_probs=torch.zeros(1, 2, 3))
     with pytest.raises(echo.EchoError, match=r"live: expected bool \[2\]"):
-        Scenario(torch.zeros(2, dtype=torch.int64), torch.ones(2), torch.ones(2, dtype=torch.int64), torch.zeros(1, 2, 1))
+        Scenario(
+            torch.zeros(2, dtype=torch.int64),
+            torch.ones(2),
+            torch.ones(2, dtype=torch.int64),
+            torch.zeros(1, 2, 1),
+        )
     monkeypatch.setitem(sys.modules, "hypothesis", None)
-    with pytest.raises(echo.EchoError, match=r"hypothesis: expected it installed \(pip install 'echo-specdec\[kit\]'\)"):
+    with pytest.raises(
+        echo.EchoError,
+        match=r"hypothesis: expected it installed \(pip install 'echo-specdec\[kit\]'\)",
+    ):
         check_scheduler(scheduler)

@@ -38,16 +38,29 @@ def small(tmp_path_factory):
     types = gguf.GGMLQuantizationType
     shapes = {"token_embd": (VOCAB, WIDTH, types.Q8_0), "output_norm": (1, WIDTH, types.F32)}
     for layer in range(LAYERS):
-        block = {"attn_q": (HEADS * SIZE, WIDTH), "attn_k": (KV_HEADS * SIZE, WIDTH), "attn_v": (KV_HEADS * SIZE, WIDTH)}
-        block |= {"attn_output": (WIDTH, HEADS * SIZE), "ffn_gate": (HIDDEN, WIDTH), "ffn_up": (HIDDEN, WIDTH), "ffn_down": (WIDTH, HIDDEN)}
+        block = {
+            "attn_q": (HEADS * SIZE, WIDTH),
+            "attn_k": (KV_HEADS * SIZE, WIDTH),
+            "attn_v": (KV_HEADS * SIZE, WIDTH),
+        }
+        block |= {
+            "attn_output": (WIDTH, HEADS * SIZE),
+            "ffn_gate": (HIDDEN, WIDTH),
+            "ffn_up": (HIDDEN, WIDTH),
+            "ffn_down": (WIDTH, HIDDEN),
+        }
         shapes |= {f"blk.{layer}.{name}": (*shape, types.Q4_1) for name, shape in block.items()}
-        shapes |= {f"blk.{layer}.{name}": (1, WIDTH, types.F32) for name in ("attn_norm", "ffn_norm")}
+        shapes |= {
+            f"blk.{layer}.{name}": (1, WIDTH, types.F32) for name in ("attn_norm", "ffn_norm")
+        }
     for name, (rows, columns, kind) in shapes.items():
         weight = draw.standard_normal((rows, columns)).astype(np.float32)
         weight = weight[0] if rows == 1 else weight
         packed = weight if kind == types.F32 else gguf.quants.quantize(weight, kind)
         writer.add_tensor(f"{name}.weight", packed, raw_dtype=kind)
-        decoded[name] = torch.from_numpy(weight if kind == types.F32 else gguf.quants.dequantize(packed, kind))
+        decoded[name] = torch.from_numpy(
+            weight if kind == types.F32 else gguf.quants.dequantize(packed, kind)
+        )
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -62,12 +75,28 @@ def test_weights_are_what_the_reference_package_decodes(small):
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert torch.equal(model.model.norm.weight, decoded["output_norm"])
     for index, layer in enumerate(model.model.layers):
-        own = {name.split(".")[2]: weight for name, weight in decoded.items() if name.startswith(f"blk.{index}.")}
+        own = {
+            name.split(".")[2]: weight
+            for name, weight in decoded.items()
+            if name.startswith(f"blk.{index}.")
+        }
         attention, mlp = layer.self_attn, layer.mlp
-        rest = {"attn_v": attention.v_proj, "attn_output": attention.o_proj, "ffn_gate": mlp.gate_proj, "ffn_up": mlp.up_proj}
-        rest |= {"ffn_down": mlp.down_proj, "attn_norm": layer.input_layernorm, "ffn_norm": layer.post_attention_layernorm}
+        rest = {
+            "attn_v": attention.v_proj,
+            "attn_output": attention.o_proj,
+            "ffn_gate": mlp.gate_proj,
+            "ffn_up": mlp.up_proj,
+        }
+        rest |= {
+            "ffn_down": mlp.down_proj,
+            "attn_norm": layer.input_layernorm,
+            "ffn_norm": layer.post_attention_layernorm,
+        }
         assert all(torch.equal(part.weight, own[name]) for name, part in rest.items())
-        for name, part, heads in (("attn_q", attention.q_proj, HEADS), ("attn_k", attention.k_proj, KV_HEADS)):
+        for name, part, heads in (
+            ("attn_q", attention.q_proj, HEADS),
+            ("attn_k", attention.k_proj, KV_HEADS),
+        ):
             pairs = own[name].view(heads, SIZE // 2, 2, WIDTH)
             assert torch.equal(part.weight.view(heads, 2, SIZE // 2, WIDTH), pairs.transpose(1, 2))
     assert model.config.eos_token_id == 2 and model.dtype == torch.float32
@@ -75,13 +104,21 @@ def test_weights_are_what_the_reference_package_decodes(small):
 
 def test_cast_changes_the_weights_alone(small):
     model = llama.load(folder=small[0])
-    other, loaded = llama.cast(model, torch.bfloat16), llama.load(dtype=torch.bfloat16, folder=small[0])
+    other, loaded = (
+        llama.cast(model, torch.bfloat16),
+        llama.load(dtype=torch.bfloat16, folder=small[0]),
+    )
     for one, two in zip(other.state_dict().values(), loaded.state_dict().values(), strict=True):
         assert one.dtype == torch.bfloat16 and torch.equal(one, two)
     assert other.lm_head.weight is other.model.embed_tokens.weight and model.dtype == torch.float32
     for made in (other, loaded):
         turned = made.model.rotary_emb(torch.zeros(1), torch.arange(9))
-        assert all(torch.equal(a, b) for a, b in zip(turned, model.model.rotary_emb(torch.zeros(1), torch.arange(9)), strict=True))
+        assert all(
+            torch.equal(a, b)
+            for a, b in zip(
+                turned, model.model.rotary_emb(torch.zeros(1), torch.arange(9)), strict=True
+            )
+        )
 
 
 def test_other_files_are_refused(small, tmp_path):
@@ -103,13 +140,20 @@ def test_the_real_one_is_transformers(smollm2):
     assert len(theirs.layers) == len(mine.layers)
     for one, two in zip(theirs.layers[::10], mine.layers[::10], strict=True):
         assert torch.equal(one.input_layernorm.weight, two.input_layernorm.weight)
-        assert torch.allclose(one.post_attention_layernorm(x), two.post_attention_layernorm(x), atol=1e-6)
+        assert torch.allclose(
+            one.post_attention_layernorm(x), two.post_attention_layernorm(x), atol=1e-6
+        )
         for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-            assert torch.allclose(getattr(one.self_attn, name)(x), getattr(two.self_attn, name)(x), atol=1e-4)
+            assert torch.allclose(
+                getattr(one.self_attn, name)(x), getattr(two.self_attn, name)(x), atol=1e-4
+            )
         assert torch.allclose(one.mlp(x), two.mlp(x), atol=1e-3, rtol=1e-4)
         assert one.self_attn.head_dim == two.self_attn.head_dim
     place = torch.arange(700)[None]
-    assert all(torch.equal(a, b) for a, b in zip(theirs.rotary_emb(x, place), mine.rotary_emb(x, place), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(theirs.rotary_emb(x, place), mine.rotary_emb(x, place), strict=True)
+    )
 
 
 def test_committed_tokens_are_the_tokenizers(smollm2):
@@ -118,4 +162,7 @@ def test_committed_tokens_are_the_tokenizers(smollm2):
 
     for name, sets in json.loads(TOKENS.read_text()).items():
         for kind, rows in sets.items():
-            assert rows == [ids.tolist() for ids in encode(smollm2[1], (WARMUP if name == "warmup" else EVALUATION)[kind])]
+            assert rows == [
+                ids.tolist()
+                for ids in encode(smollm2[1], (WARMUP if name == "warmup" else EVALUATION)[kind])
+            ]

@@ -17,7 +17,11 @@ FIELDS = ("depth", "confidence", "accepted", "rank", "weight", "step")
 
 
 def same(one, two):
-    return all(np.array_equal(getattr(one, f), getattr(two, f)) and getattr(one, f).dtype == getattr(two, f).dtype for f in FIELDS)
+    return all(
+        np.array_equal(getattr(one, f), getattr(two, f))
+        and getattr(one, f).dtype == getattr(two, f).dtype
+        for f in FIELDS
+    )
 
 
 @st.composite
@@ -30,7 +34,10 @@ def logs(draw):
         draw(hnp.arrays(np.bool_, n)),
         rank=draw(hnp.arrays(np.int32, n, elements=st.integers(0, 1000))),
         weight=draw(hnp.arrays(np.float32, n, elements=st.floats(0, 1000, width=32))),
-        step=np.array(draw(st.lists(st.integers(-(2**62), 2**62), min_size=n, max_size=n, unique=True)), dtype=np.int64),
+        step=np.array(
+            draw(st.lists(st.integers(-(2**62), 2**62), min_size=n, max_size=n, unique=True)),
+            dtype=np.int64,
+        ),
     )
 
 
@@ -48,19 +55,27 @@ def test_files_round_trip_exactly(tmp_path, kind, log):
 
 def small(n=4, seed=0):
     random = np.random.default_rng(seed)
-    return echo.WarmupLog.from_arrays(np.arange(n) % 2 + 1, random.random(n), random.random(n) < 0.5, step=np.arange(n) // 2)
+    return echo.WarmupLog.from_arrays(
+        np.arange(n) % 2 + 1, random.random(n), random.random(n) < 0.5, step=np.arange(n) // 2
+    )
 
 
 def test_from_mapping():
     log = small()
     assert same(echo.WarmupLog.from_mapping({f: getattr(log, f) for f in FIELDS}), log)
     assert same(
-        echo.WarmupLog.from_mapping({"accepted": [1], "confidence": [0.5], "depth": [2]}), echo.WarmupLog.from_arrays([2], [0.5], [1])
+        echo.WarmupLog.from_mapping({"accepted": [1], "confidence": [0.5], "depth": [2]}),
+        echo.WarmupLog.from_arrays([2], [0.5], [1]),
     )
-    with pytest.raises(echo.EchoError, match="columns: expected depth, confidence, accepted, got none named accepted"):
+    with pytest.raises(
+        echo.EchoError,
+        match="columns: expected depth, confidence, accepted, got none named accepted",
+    ):
         echo.WarmupLog.from_mapping({"depth": [1], "confidence": [0.5]})
     with pytest.raises(echo.EchoError, match=r"columns: expected only .*, got label"):
-        echo.WarmupLog.from_mapping({"depth": [1], "confidence": [0.5], "accepted": [1], "label": [1]})
+        echo.WarmupLog.from_mapping(
+            {"depth": [1], "confidence": [0.5], "accepted": [1], "label": [1]}
+        )
 
 
 def test_a_glob_loads_all_files_and_keeps_their_steps_apart(tmp_path):
@@ -70,8 +85,12 @@ def test_a_glob_loads_all_files_and_keeps_their_steps_apart(tmp_path):
     whole = echo.WarmupLog.load(tmp_path / "day*")
     assert same(whole, echo.WarmupLog.concat(parts))
     assert len(np.unique(whole.step)) == 6
-    assert echo.ConfidenceHistograms.of(echo.WarmupLog.stream(tmp_path / "day*")) == echo.ConfidenceHistograms.of(whole)
-    with pytest.raises(echo.EchoError, match=r"path: expected files that match .*night\*, got none"):
+    assert echo.ConfidenceHistograms.of(
+        echo.WarmupLog.stream(tmp_path / "day*")
+    ) == echo.ConfidenceHistograms.of(whole)
+    with pytest.raises(
+        echo.EchoError, match=r"path: expected files that match .*night\*, got none"
+    ):
         echo.WarmupLog.load(tmp_path / "night*")
     with pytest.raises(FileNotFoundError):
         echo.WarmupLog.load(tmp_path / "night.npz")
@@ -96,13 +115,28 @@ def line(**change):
             [line(), '{"depth": 1, "confidence": 0.5}'],
             "line 2: expected the columns depth, confidence, accepted, step, got depth, confidence,",
         ),
-        ([line(), line(extra=1)], "line 2: expected the columns .*, got depth, confidence, accepted, step, extra,"),
+        (
+            [line(), line(extra=1)],
+            "line 2: expected the columns .*, got depth, confidence, accepted, step, extra,",
+        ),
         (['{"depth": 1}'], "line 1: expected the columns depth, confidence, accepted, got depth,"),
         ([line(), line(step=4, depth="2")], "line 2: expected numbers and true or false, got"),
-        ([line(), line(step=4, confidence=1.5)], r"confidence: expected values within \[0, 1\] and not NaN, got 1.5 in row 1"),
-        ([line(), line(step=4), line()], r"step, depth, rank: expected each once, got \(3, 1, 0\) again in row 2"),
-        (['{"format": "echo-log", "version": 2, "rows": 1}', line()], "line 1: expected the header"),
-        (['{"format": "echo-log", "version": 1, "rows": 3}', line(), line(step=4)], "line 3: expected 3 rows as the header says"),
+        (
+            [line(), line(step=4, confidence=1.5)],
+            r"confidence: expected values within \[0, 1\] and not NaN, got 1.5 in row 1",
+        ),
+        (
+            [line(), line(step=4), line()],
+            r"step, depth, rank: expected each once, got \(3, 1, 0\) again in row 2",
+        ),
+        (
+            ['{"format": "echo-log", "version": 2, "rows": 1}', line()],
+            "line 1: expected the header",
+        ),
+        (
+            ['{"format": "echo-log", "version": 1, "rows": 3}', line(), line(step=4)],
+            "line 3: expected 3 rows as the header says",
+        ),
     ],
 )
 def test_a_faulty_jsonl_file_is_refused_with_its_line_or_row(tmp_path, lines, message):
@@ -114,8 +148,13 @@ def test_a_faulty_jsonl_file_is_refused_with_its_line_or_row(tmp_path, lines, me
 
 
 def test_a_target_accepts_one_path():
-    log = echo.WarmupLog.from_arrays([1, 1, 1, 2], [0.5, 0.3, 0.2, 0.1], [1, 0, 1, 0], rank=[0, 1, 2, 0], step=[8, 8, 8, 8])
-    with pytest.raises(echo.EchoError, match=r"accepted: expected one accepted row a step and depth, got \(8, 1\) again in row 2"):
+    log = echo.WarmupLog.from_arrays(
+        [1, 1, 1, 2], [0.5, 0.3, 0.2, 0.1], [1, 0, 1, 0], rank=[0, 1, 2, 0], step=[8, 8, 8, 8]
+    )
+    with pytest.raises(
+        echo.EchoError,
+        match=r"accepted: expected one accepted row a step and depth, got \(8, 1\) again in row 2",
+    ):
         log.validate()
 
 
@@ -150,9 +189,14 @@ def test_a_parquet_file_with_nulls_is_refused_with_its_row(tmp_path):
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
 
-    table = pyarrow.table({"depth": [1, 1, None], "confidence": [0.5, 0.4, 0.3], "accepted": [True, False, True]})
+    table = pyarrow.table(
+        {"depth": [1, 1, None], "confidence": [0.5, 0.4, 0.3], "accepted": [True, False, True]}
+    )
     parquet.write_table(table, tmp_path / "log.parquet")
-    with pytest.raises(echo.EchoError, match="depth: expected a value in every row, got null in row 2, in the warm-up log"):
+    with pytest.raises(
+        echo.EchoError,
+        match="depth: expected a value in every row, got null in row 2, in the warm-up log",
+    ):
         echo.WarmupLog.load(tmp_path / "log.parquet")
 
 
@@ -192,5 +236,7 @@ def test_a_saved_file_may_be_read_by_whoever_may_read_other_new_files(tmp_path):
 
 
 def test_another_kind_of_file_is_refused(tmp_path):
-    with pytest.raises(echo.EchoError, match=r"path: expected a .npz, .jsonl or .parquet file, got .*log.csv"):
+    with pytest.raises(
+        echo.EchoError, match=r"path: expected a .npz, .jsonl or .parquet file, got .*log.csv"
+    ):
         small().save(tmp_path / "log.csv")

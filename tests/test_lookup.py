@@ -15,7 +15,7 @@ import echo
 from conftest import one_graph
 from echo.lookup import NOTHING, Texts, blend
 from echo.testing import TabularDrafter, TabularTarget, record, replay, table
-from echo.testing.kit import RefuseReads
+from echo.testing.kit import RefuseSyncs
 from echo.testing.toy import blurred
 
 
@@ -39,14 +39,17 @@ def test_votes_are_those_of_a_plain_search_at_every_node_of_a_tree(texts, longes
     slots = torch.randperm(batch + 2, generator=generator)[:batch]
     kept = Texts.empty(batch + 2, 16).admit(slots, [torch.tensor(text) for text in texts])
     scheduler = echo.ElasticBudgetScheduler(echo.GlobalRank(3), None, 99, 3)
-    tree = scheduler.plant(torch.tensor([text[-1] for text in texts]))
+    tree = scheduler.begin(torch.tensor([text[-1] for text in texts]))
     match, paths = kept.match(slots, longest), [[[]] for _ in texts]
     for depth in range(4):
         if depth:
             match, above = match.follow(tree.frontier), paths
             token, parent = tree.frontier.token.tolist(), tree.frontier.parent.tolist()
-            paths = [[[*above[b][p], t] for t, p in zip(token[b], parent[b], strict=True)] for b in range(batch)]
-        vote, run = match.votes()
+            paths = [
+                [[*above[b][p], t] for t, p in zip(token[b], parent[b], strict=True)]
+                for b in range(batch)
+            ]
+        vote, run = match.proposals()
         for b, text in enumerate(texts):
             for w, path in enumerate(paths[b]):
                 assert (int(vote[b, w]), int(run[b, w])) == searched(text, path, longest)
@@ -56,69 +59,122 @@ def test_votes_are_those_of_a_plain_search_at_every_node_of_a_tree(texts, longes
             tree = scheduler.grow(tree, torch.randint(0, 3, shape, generator=generator), drawn)
 
 
-@given(st.lists(st.tuples(st.integers(0, 2), st.lists(st.integers(0, 5), max_size=4)), max_size=8), st.integers(1, 9))
+@given(
+    st.lists(st.tuples(st.integers(0, 2), st.lists(st.integers(0, 5), max_size=4)), max_size=8),
+    st.integers(1, 9),
+)
 def test_texts_keep_the_end_of_what_was_appended(appended, room):
-    texts, expected = Texts.empty(3, room).admit(torch.arange(3), [torch.tensor([slot]) for slot in range(3)]), [[0], [1], [2]]
+    texts, expected = (
+        Texts.empty(3, room).admit(torch.arange(3), [torch.tensor([slot]) for slot in range(3)]),
+        [[0], [1], [2]],
+    )
     for slot, tokens in appended:
         padded = torch.tensor([[*tokens, *[-1] * (5 - len(tokens))]])
         texts = texts.append(torch.tensor([slot]), padded, torch.tensor([len(tokens)]))
         expected[slot] = (expected[slot] + tokens)[-room:]
     assert texts.used.tolist() == [len(text) for text in expected]
     assert texts.tokens.tolist() == [text + [NOTHING] * (room - len(text)) for text in expected]
-    again = texts.admit(torch.tensor([1]), [torch.tensor([7])])  # nothing of the former request stays
+    again = texts.admit(
+        torch.tensor([1]), [torch.tensor([7])]
+    )  # nothing of the former request stays
     assert again.tokens[1].tolist() == [7] + [NOTHING] * (room - 1)
     assert torch.equal(again.tokens[::2], texts.tokens[::2])
     longer = texts.admit(torch.tensor([2]), [torch.arange(room + 3)])
     assert longer.tokens[2].tolist() == list(range(3, room + 3)) and longer.used[2] == room
     assert texts.admit(torch.tensor([], dtype=torch.int64), []) is texts
-    nothing = texts.append(torch.tensor([0]), torch.zeros(1, 0, dtype=torch.int64), torch.tensor([0]))
+    nothing = texts.append(
+        torch.tensor([0]), torch.zeros(1, 0, dtype=torch.int64), torch.tensor([0])
+    )
     assert torch.equal(nothing.tokens, texts.tokens) and torch.equal(nothing.used, texts.used)
 
 
 @given(st.lists(st.integers(0, 2), min_size=1, max_size=30), st.integers(1, 9), st.integers(1, 12))
 def test_a_text_longer_than_the_memory_is_searched_as_its_end_is(text, length, already):
-    lookup, scheduler = echo.PromptLookup(1, length), echo.ElasticBudgetScheduler.eagle(n=2, beam=1, max_depth=1)
+    lookup, scheduler = (
+        echo.PromptLookup(1, length),
+        echo.ElasticBudgetScheduler.eagle(max_verify_tokens_per_req=2, beam=1, max_depth=1),
+    )
     already = min(already, len(text))
-    lookup.admit(torch.zeros(1).long(), [torch.tensor(text[: already - 1], dtype=torch.int64)], torch.tensor(text[already - 1 : already]))
+    lookup.admit(
+        torch.zeros(1).long(),
+        [torch.tensor(text[: already - 1], dtype=torch.int64)],
+        torch.tensor(text[already - 1 : already]),
+    )
     for start in range(already, len(text), 3):
         more = text[start : start + 3]
-        lookup.texts = lookup.texts.append(torch.zeros(1).long(), torch.tensor([[*more, 0, 0]]), torch.tensor([len(more)]))
+        lookup.texts = lookup.texts.append(
+            torch.zeros(1).long(), torch.tensor([[*more, 0, 0]]), torch.tensor([len(more)])
+        )
     vote, run = searched(text[-length:], [], 8)
-    tokens, log_probs = lookup.draft(torch.zeros(1).long(), scheduler.plant(torch.tensor(text[-1:])).frontier)
-    assert (int(tokens), log_probs.exp().item()) == (max(vote, 0), pytest.approx(lookup.trust[run].item(), abs=1e-3))
+    tokens, log_probs = lookup.draft(
+        torch.zeros(1).long(), scheduler.begin(torch.tensor(text[-1:])).frontier
+    )
+    assert (int(tokens), log_probs.exp().item()) == (
+        max(vote, 0),
+        pytest.approx(lookup.mixing_weights[run].item(), abs=1e-3),
+    )
 
 
-@given(st.lists(st.lists(st.integers(0, 2), min_size=2, max_size=14), min_size=1, max_size=3), st.integers(0, 9999), st.booleans())
+@given(
+    st.lists(st.lists(st.integers(0, 2), min_size=2, max_size=14), min_size=1, max_size=3),
+    st.integers(0, 9999),
+    st.booleans(),
+)
 def test_a_first_layer_from_elsewhere_is_followed_too(texts, seed, before):
     """The lookup is asked at depth 1 first, in its first step or after one in which it was asked for the roots."""
     generator, slots = torch.Generator().manual_seed(seed), torch.arange(len(texts))
-    lookup, scheduler = echo.PromptLookup(len(texts), 40), echo.ElasticBudgetScheduler(echo.GlobalRank(2), None, 20, 4)
+    lookup, scheduler = (
+        echo.PromptLookup(len(texts), 40),
+        echo.ElasticBudgetScheduler(echo.GlobalRank(2), None, 20, 4),
+    )
     texts = [list(text) for text in texts]
-    lookup.admit(slots, [torch.tensor(text[:-1]) for text in texts], torch.tensor([text[-1] for text in texts]))
+    lookup.admit(
+        slots,
+        [torch.tensor(text[:-1]) for text in texts],
+        torch.tensor([text[-1] for text in texts]),
+    )
     for asked in [True] * before + [False]:
         roots = torch.tensor([text[-1] for text in texts])
-        first = torch.randint(0, 3, (len(texts), 2), generator=generator), -torch.rand(len(texts), 2, generator=generator)
-        tree = scheduler.plant(roots, first_layer=None if asked else first)
+        first = (
+            torch.randint(0, 3, (len(texts), 2), generator=generator),
+            -torch.rand(len(texts), 2, generator=generator),
+        )
+        tree = scheduler.begin(roots, first_layer=None if asked else first)
         paths = [[[]] for _ in texts]
         for _ in range(tree.depth, 3):
             if tree.depth:
                 token, parent = tree.frontier.token.tolist(), tree.frontier.parent.tolist()
-                paths = [[[*above[p], t] for t, p in zip(*node, strict=True)] for above, *node in zip(paths, token, parent, strict=True)]
+                paths = [
+                    [[*above[p], t] for t, p in zip(*node, strict=True)]
+                    for above, *node in zip(paths, token, parent, strict=True)
+                ]
             vote, share = lookup.draft(slots, tree.frontier)
             for b, text in enumerate(texts):
                 for w, path in enumerate(paths[b]):
                     expected, run = searched(text, path, 8)
-                    assert int(vote[b, w]) == max(expected, 0) and share[b, w].exp().item() == pytest.approx(
-                        lookup.trust[run].item(), abs=1e-3
-                    )
+                    assert int(vote[b, w]) == max(expected, 0) and share[
+                        b, w
+                    ].exp().item() == pytest.approx(lookup.mixing_weights[run].item(), abs=1e-3)
             shape = (*tree.frontier.token.shape, 2)
-            tree = scheduler.grow(tree, torch.randint(0, 3, shape, generator=generator), -torch.rand(shape, generator=generator))
+            tree = scheduler.grow(
+                tree,
+                torch.randint(0, 3, shape, generator=generator),
+                -torch.rand(shape, generator=generator),
+            )
         packed = scheduler.pack(tree)
-        accepted = echo.verify(packed, torch.randint(0, 3, (packed.rows,), generator=generator))
-        lookup.keep(slots, packed, accepted)
-        texts = [text + new[:n] for text, new, n in zip(texts, accepted.tokens.tolist(), accepted.lengths.tolist(), strict=True)]
+        accepted = echo.accept(packed, torch.randint(0, 3, (packed.num_rows,), generator=generator))
+        lookup.extend(slots, packed, accepted)
+        texts = [
+            text + new[:n]
+            for text, new, n in zip(
+                texts, accepted.tokens.tolist(), accepted.num_emitted.tolist(), strict=True
+            )
+        ]
     fresh = echo.PromptLookup(len(texts), 40)
-    with pytest.raises(echo.EchoError, match="frontier: expected one of depth 0 or 1, or one below the last, got one of depth 3"):
+    with pytest.raises(
+        echo.EchoError,
+        match="frontier: expected one of depth 0 or 1, or one below the last, got one of depth 3",
+    ):
         fresh.draft(slots, tree.frontier)
 
 
@@ -129,7 +185,10 @@ def test_admission_copies_nothing_from_the_host():
             return func(*args, **(kwargs or {}))
 
     lookup, meta = echo.PromptLookup(3, 9, device="meta"), torch.device("meta")
-    prompts, slots = [torch.empty(n, dtype=torch.int64, device=meta) for n in (4, 12)], torch.empty(2, dtype=torch.int64, device=meta)
+    prompts, slots = (
+        [torch.empty(n, dtype=torch.int64, device=meta) for n in (4, 12)],
+        torch.empty(2, dtype=torch.int64, device=meta),
+    )
     with Refuse():
         lookup.admit(slots, prompts, slots)
     assert lookup.texts.tokens.shape == (3, 9)
@@ -144,7 +203,9 @@ def test_a_whole_vocabulary_stays_a_distribution(vocab, share, seed):
     tokens, pooled = blend(every, q.log(), vote, torch.full((2, 3), share))
     shares = torch.where(vote >= 0, share, 0.0)[..., None]
     assert torch.equal(tokens, every)
-    assert torch.allclose(pooled.exp(), (1 - shares) * q + shares * (every == vote[..., None]), atol=1e-6)
+    assert torch.allclose(
+        pooled.exp(), (1 - shares) * q + shares * (every == vote[..., None]), atol=1e-6
+    )
 
 
 def test_a_vote_takes_the_place_of_the_least_likely_only_where_it_is_likelier():
@@ -152,9 +213,15 @@ def test_a_vote_takes_the_place_of_the_least_likely_only_where_it_is_likelier():
     q = torch.tensor([[[0.5, 0.2], [0.5, 0.2], [0.0, 0.0], [0.2, 0.5]]])
     vote, share = torch.tensor([[9, 9, 9, -1]]), torch.tensor([[0.25, 0.05, 0.9, 0.9]])
     seen, pooled = blend(tokens, q.log().half(), vote, share)
-    assert seen.tolist() == [[[5, 9], [5, 6], [5, 6], [5, 6]]]  # taken; too doubtful; nothing was drafted; no vote
+    assert seen.tolist() == [
+        [[5, 9], [5, 6], [5, 6], [5, 6]]
+    ]  # taken; too doubtful; nothing was drafted; no vote
     assert pooled.dtype == torch.float16
-    assert torch.allclose(pooled.float().exp(), torch.tensor([[[0.375, 0.25], [0.475, 0.19], [0.0, 0.0], [0.2, 0.5]]]), atol=1e-3)
+    assert torch.allclose(
+        pooled.float().exp(),
+        torch.tensor([[[0.375, 0.25], [0.475, 0.19], [0.0, 0.0], [0.2, 0.5]]]),
+        atol=1e-3,
+    )
     faulty = blend(tokens, torch.full_like(q, math.nan), vote, share)[1]
     assert faulty.isnan().all()  # stays for the plan to count
 
@@ -163,21 +230,31 @@ def test_trust_is_learnt_to_the_likeliest_share():
     """The target follows the vote with probability 0.7 and its own table otherwise; the draft knows that table."""
     vocab, batch, share, trust = 12, 64, 0.7, (0.0, 0.3, 0.9)
     own, slots = table(vocab, 1), torch.arange(batch)
-    scheduler = echo.ElasticBudgetScheduler.eagle(n=2, beam=1, max_depth=1)
+    scheduler = echo.ElasticBudgetScheduler.eagle(max_verify_tokens_per_req=2, beam=1, max_depth=1)
     for _ in range(6):
-        lookup = echo.PromptLookup(batch, 256, TabularDrafter(own, vocab), longest=2, trust=trust)
+        lookup = echo.PromptLookup(
+            batch, 256, TabularDrafter(own, vocab), max_ngram=2, mixing_weights=trust
+        )
         generator = torch.Generator().manual_seed(0)
         last = torch.randint(0, vocab, (batch,), generator=generator)
         lookup.admit(slots, list(torch.randint(0, vocab, (batch, 40), generator=generator)), last)
         for _ in range(40):
-            vote, run = lookup.texts.match(slots, 2).votes()
-            tree = scheduler.plant(last)
+            vote, run = lookup.texts.match(slots, 2).proposals()
+            tree = scheduler.begin(last)
             packed = scheduler.pack(scheduler.grow(tree, *lookup.draft(slots, tree.frontier)))
             follows = (torch.rand(batch, generator=generator) < share) & (run[:, 0] > 0)
-            last = torch.where(follows, vote[:, 0], torch.multinomial(own[last], 1, generator=generator)[:, 0])
-            accepted = echo.verify(packed, torch.full((packed.rows,), -1))
-            lookup.keep(slots, packed, replace(accepted, tokens=last[:, None], lengths=torch.ones(batch, dtype=torch.int64)))
-        trust = lookup.learnt()
+            last = torch.where(
+                follows, vote[:, 0], torch.multinomial(own[last], 1, generator=generator)[:, 0]
+            )
+            accepted = echo.accept(packed, torch.full((packed.num_rows,), -1))
+            lookup.extend(
+                slots,
+                packed,
+                replace(
+                    accepted, tokens=last[:, None], num_emitted=torch.ones(batch, dtype=torch.int64)
+                ),
+            )
+        trust = lookup.fit_weights()
     assert trust[0] == 0
     assert trust[1:] == pytest.approx((share, share), abs=0.03)
 
@@ -193,14 +270,19 @@ PROMPTS = [torch.tensor([b, (b + 1) % 9, b]) for b in range(7)]
 
 @pytest.mark.parametrize("alone", [False, True])
 def test_the_text_is_that_of_plain_decoding_and_takes_fewer_steps(alone):
-    scheduler, found = echo.ElasticBudgetScheduler.eagle(n=4, beam=1, max_depth=3), {}
+    scheduler, found = (
+        echo.ElasticBudgetScheduler.eagle(max_verify_tokens_per_req=4, beam=1, max_depth=3),
+        {},
+    )
     for name in ("plain", "draft", "lookup"):
         target, drafter = pair(3, name == "lookup")
         if alone and name == "lookup":
             drafter = echo.PromptLookup(3, 64)
         policy = echo.ElasticBudgetScheduler.autoregressive() if name == "plain" else scheduler
         texts: dict[int, list[int]] = {}
-        steps = list(echo.decode(policy, target, drafter, PROMPTS, slots=3, max_new_tokens=40))
+        steps = list(
+            echo.decode(policy, target, drafter, PROMPTS, max_num_reqs=3, max_new_tokens=40)
+        )
         for step in steps:
             for request, tokens in zip(step.requests, step.emitted, strict=True):
                 texts.setdefault(request, []).extend(tokens)
@@ -211,11 +293,18 @@ def test_the_text_is_that_of_plain_decoding_and_takes_fewer_steps(alone):
 
 def test_a_blended_draft_depends_on_the_text_alone_and_replays():
     target, drafter = pair(7, True)
-    options = {"slots": 7, "depth": 3, "beam": 3, "floor": -math.inf, "max_new_tokens": 30, "capacity": 40}
+    options = {
+        "slots": 7,
+        "depth": 3,
+        "beam": 3,
+        "floor": -math.inf,
+        "max_new_tokens": 30,
+        "capacity": 40,
+    }
     *_, trace = record(target, drafter, PROMPTS, ["toy"] * 7, **options)
     scheduler = echo.ElasticBudgetScheduler(echo.GlobalRank(2), None, 12, 3)
     target, drafter = pair(3, True)
-    live = list(echo.decode(scheduler, target, drafter, PROMPTS, slots=3, max_new_tokens=30))
+    live = list(echo.decode(scheduler, target, drafter, PROMPTS, max_num_reqs=3, max_new_tokens=30))
     report = replay(trace, scheduler, echo.CostModel((1, 9), (1.0, 2.0)), batch=3)
     assert report.misses == 0
     assert report.steps == len(live)
@@ -225,24 +314,32 @@ def test_no_operator_reads_back_and_a_draft_is_one_graph():
     def step(tokens, used, slots, roots, drawn):
         texts = Texts(tokens, used)
         scheduler = echo.ElasticBudgetScheduler(echo.GlobalRank(2), None, 12, 2)
-        tree, match = scheduler.plant(roots), texts.match(slots, 4)
+        tree, match = scheduler.begin(roots), texts.match(slots, 4)
         for depth in range(2):
             match = match.follow(tree.frontier) if depth else match
-            vote, run = match.votes()
+            vote, run = match.proposals()
             candidates = torch.arange(3).expand(*vote.shape, 3)
-            tree = scheduler.grow(tree, *blend(candidates, drawn[:, : vote.shape[1]], vote, run / 5))
+            tree = scheduler.grow(
+                tree, *blend(candidates, drawn[:, : vote.shape[1]], vote, run / 5)
+            )
         packed = scheduler.pack(tree)
-        accepted = echo.verify(packed, packed.tokens.roll(-1))
-        after = texts.append(slots, accepted.tokens, accepted.lengths)
+        accepted = echo.accept(packed, packed.tokens.roll(-1))
+        after = texts.append(slots, accepted.tokens, accepted.num_emitted)
         return packed.tokens, packed.mask, after.tokens, after.used
 
     def case(seed):
         generator = torch.Generator().manual_seed(seed)
         tokens = torch.randint(0, 3, (6, 20), generator=generator)
         drawn = torch.randn(4, 2, 3, generator=generator).log_softmax(-1)
-        return tokens, torch.randint(1, 15, (6,), generator=generator), torch.randperm(6, generator=generator)[:4], tokens[:4, 0], drawn
+        return (
+            tokens,
+            torch.randint(1, 15, (6,), generator=generator),
+            torch.randperm(6, generator=generator)[:4],
+            tokens[:4, 0],
+            drawn,
+        )
 
-    with RefuseReads():
+    with RefuseSyncs():
         step(*case(0))
     one_graph(step, [case(seed) for seed in range(3)])
 
@@ -250,22 +347,48 @@ def test_no_operator_reads_back_and_a_draft_is_one_graph():
 def test_bad_input():
     for call, says in (
         (lambda: Texts.empty(0, 4), "slots: expected an int >= 1, got 0"),
-        (lambda: Texts.empty(2, 4).admit(torch.arange(2), [torch.arange(3)]), r"slots: expected int64 \[1\], got int64 \[2\]"),
-        (lambda: Texts.empty(2, 4).admit(torch.arange(1), [torch.ones(3)]), r"texts\[0\]: expected int64 \[n\], got float32 \[3\]"),
         (
-            lambda: Texts.empty(2, 4).append(torch.arange(2), torch.ones(3, 1).long(), torch.ones(2).long()),
+            lambda: Texts.empty(2, 4).admit(torch.arange(2), [torch.arange(3)]),
+            r"slots: expected int64 \[1\], got int64 \[2\]",
+        ),
+        (
+            lambda: Texts.empty(2, 4).admit(torch.arange(1), [torch.ones(3)]),
+            r"texts\[0\]: expected int64 \[n\], got float32 \[3\]",
+        ),
+        (
+            lambda: Texts.empty(2, 4).append(
+                torch.arange(2), torch.ones(3, 1).long(), torch.ones(2).long()
+            ),
             r"tokens: expected int64 \[2, n\]",
         ),
-        (lambda: Texts.empty(2, 4).append(torch.arange(2), torch.ones(2, 1).long(), torch.ones(2)), r"lengths: expected int64 \[2\]"),
-        (lambda: Texts.empty(2, 4).match(torch.arange(2), 0), "longest: expected an int >= 1, got 0"),
-        (lambda: echo.PromptLookup(2, 8, longest=0), "longest: expected an int >= 1, got 0"),
-        (lambda: echo.PromptLookup(2, 8, trust=(0.0, 1.0)), r"trust: expected 9 shares in \[0, 1\), for matches of 0 to 8 tokens"),
         (
-            lambda: blend(torch.zeros(1, 2), torch.zeros(1, 2, 2), torch.zeros(1, 2), torch.zeros(1, 2)),
+            lambda: Texts.empty(2, 4).append(
+                torch.arange(2), torch.ones(2, 1).long(), torch.ones(2)
+            ),
+            r"lengths: expected int64 \[2\]",
+        ),
+        (
+            lambda: Texts.empty(2, 4).match(torch.arange(2), 0),
+            "longest: expected an int >= 1, got 0",
+        ),
+        (lambda: echo.PromptLookup(2, 8, max_ngram=0), "longest: expected an int >= 1, got 0"),
+        (
+            lambda: echo.PromptLookup(2, 8, mixing_weights=(0.0, 1.0)),
+            r"trust: expected 9 shares in \[0, 1\), for matches of 0 to 8 tokens",
+        ),
+        (
+            lambda: blend(
+                torch.zeros(1, 2), torch.zeros(1, 2, 2), torch.zeros(1, 2), torch.zeros(1, 2)
+            ),
             r"tokens: expected int64 \[B, W, k\]",
         ),
         (
-            lambda: blend(torch.zeros(1, 2, 3).long(), torch.zeros(1, 2, 3), torch.zeros(1, 2).long(), torch.zeros(1, 3)),
+            lambda: blend(
+                torch.zeros(1, 2, 3).long(),
+                torch.zeros(1, 2, 3),
+                torch.zeros(1, 2).long(),
+                torch.zeros(1, 3),
+            ),
             r"share: expected float32 \[1, 2\]",
         ),
     ):

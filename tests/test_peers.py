@@ -39,10 +39,23 @@ def installed(name, tmp_path_factory) -> Path:
     """The folder that holds a package; skips with a clear word where it cannot be had."""
     asked, wheel = os.environ.get("ECHO_PEERS"), f"{WHEELS[name]}=={VERSIONS[name]}"
     if not asked:
-        pytest.skip(f"set ECHO_PEERS=install, or to a folder that holds {wheel}, to compare with the peers' own code")
+        pytest.skip(
+            f"set ECHO_PEERS=install, or to a folder that holds {wheel}, to compare with the peers' own code"
+        )
     folder = tmp_path_factory.mktemp(name) if asked == "install" else Path(asked)
     if asked == "install":
-        command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(folder), wheel, "msgspec"]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "install",
+            "-q",
+            "--no-deps",
+            "--target",
+            str(folder),
+            wheel,
+            "msgspec",
+        ]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             pytest.skip(f"{wheel} cannot be had: {done.stderr.strip().splitlines()[-1:]}")
@@ -57,21 +70,44 @@ def peer(tmp_path_factory):
     folder = installed("sglang", tmp_path_factory)
     triton = sys.modules.get("triton")
     if triton is not None and not triton.knobs.runtime.interpret:
-        pytest.skip("triton is imported already: run this file in a process of its own (pytest -m peers tests/test_peers.py)")
+        pytest.skip(
+            "triton is imported already: run this file in a process of its own (pytest -m peers tests/test_peers.py)"
+        )
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
         patch.syspath_prepend(folder)
-        for name in ("", ".kernels", ".kernels.ops", ".kernels.ops.attention", ".kernels.ops.speculative", ".srt"):
+        for name in (
+            "",
+            ".kernels",
+            ".kernels.ops",
+            ".kernels.ops.attention",
+            ".kernels.ops.speculative",
+            ".srt",
+        ):
             package = types.ModuleType(f"sglang{name}")
             package.__path__ = [str(folder / f"sglang{name}".replace(".", "/"))]
             patch.setitem(sys.modules, package.__name__, package)
         import triton
 
         no = dict.fromkeys(
-            ("is_cpu", "is_cuda", "is_hip", "is_musa", "is_npu", "is_gfx95_supported", "is_gfx1250_supported"), lambda: False
+            (
+                "is_cpu",
+                "is_cuda",
+                "is_hip",
+                "is_musa",
+                "is_npu",
+                "is_gfx95_supported",
+                "is_gfx1250_supported",
+            ),
+            lambda: False,
         )
         stand_ins = {
-            "srt.utils": no | {"is_xpu": lambda: True, "next_power_of_2": triton.next_power_of_2, "get_device_core_count": lambda *_: 1},
+            "srt.utils": no
+            | {
+                "is_xpu": lambda: True,
+                "next_power_of_2": triton.next_power_of_2,
+                "get_device_core_count": lambda *_: 1,
+            },
             "srt.environ": {"envs": mock.MagicMock()},
             "srt.platforms": {"current_platform": None, "__path__": []},
             "srt.platforms.interface": {"reject_out_of_tree_path": None},
@@ -93,7 +129,11 @@ def flashinfer(tmp_path_factory):
 
 def functions(file, names, scope):
     """Functions of a module that cannot be imported without the engine, by name from its source."""
-    nodes = [node for node in ast.parse(file.read_text()).body if isinstance(node, ast.FunctionDef) and node.name in names]
+    nodes = [
+        node
+        for node in ast.parse(file.read_text()).body
+        if isinstance(node, ast.FunctionDef) and node.name in names
+    ]
     for node in nodes:
         node.decorator_list = []  # torch.compile
     exec(compile(ast.Module(nodes, []), str(file), "exec"), scope)
@@ -106,7 +146,9 @@ def build(peer, packed, n, context, mode):
     batch = packed.batch
     parent = packed.parent.view(batch, n).long()
     siblings = torch.zeros_like(parent)
-    siblings[:, 1:] = torch.tensor([[own[:i].count(own[i]) for i in range(1, n)] for own in parent.tolist()]).view(batch, n - 1)
+    siblings[:, 1:] = torch.tensor(
+        [[own[:i].count(own[i]) for i in range(1, n)] for own in parent.tolist()]
+    ).view(batch, n - 1)
     topk = int(siblings.max()) + 1
     flat = parent * topk + siblings
     parent_list = torch.cat([torch.full((batch, 1), -1), flat[:, 1:]], dim=1)
@@ -114,7 +156,16 @@ def build(peer, packed, n, context, mode):
     mask, positions = torch.ones(size, dtype=torch.bool), torch.empty(batch * n, dtype=torch.int64)
     links = [torch.full((batch, n), -1) for _ in range(3)]
     tree.build_tree_kernel_efficient_func(
-        parent_list, flat[:, 1:].contiguous(), context, mask, positions, *links, topk, packed.max_depth + 1, n, tree.TreeMaskMode(mode)
+        parent_list,
+        flat[:, 1:].contiguous(),
+        context,
+        mask,
+        positions,
+        *links,
+        topk,
+        packed.max_depth + 1,
+        n,
+        tree.TreeMaskMode(mode),
     )
     return mask, positions, links
 
@@ -131,7 +182,12 @@ def test_its_builder_makes_our_links_positions_and_masks(peer, seed, n):
         assert torch.equal(ours.retrive_next_token, token)
         assert torch.equal(ours.retrive_next_sibling, sibling)
         name = ("FULL_MASK", "QLEN_ONLY")[mode]
-        assert torch.equal(layouts.sglang_mask(case.packed, n, name, context=context, size=len(mask)).flatten(), mask)
+        assert torch.equal(
+            layouts.sglang_mask(
+                case.packed, n, name, prefix_lens=context, size=len(mask)
+            ).flatten(),
+            mask,
+        )
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -144,7 +200,9 @@ def test_its_mask_reader_finds_our_links_in_our_mask(peer, seed):
     read = peer("kernels.ops.speculative.reconstruct_tree").reconstruct_indices_from_tree_mask_func
     read(layouts.sglang_mask(case.packed, n, "QLEN_ONLY"), context, positions, *links, 4, n)
     for own, its in zip(
-        (ours.positions, ours.retrive_index, ours.retrive_next_token, ours.retrive_next_sibling), (positions, *links), strict=True
+        (ours.positions, ours.retrive_index, ours.retrive_next_token, ours.retrive_next_sibling),
+        (positions, *links),
+        strict=True,
     ):
         assert torch.equal(own.flatten(), its)
 
@@ -154,47 +212,78 @@ def test_its_greedy_verify_accepts_what_ours_accepts(peer, seed):
     case, n = forest(seed, 4, 16, empty=False), 17
     packed = case.packed
     generator = torch.Generator().manual_seed(seed)
-    target = torch.randint(0, 3, (packed.rows,), generator=generator)
-    for row in range(packed.rows):  # often a child's token
-        below = [c for c in range(packed.rows) if packed.request[c] == packed.request[row] and packed.parent[c] == packed.local[row]]
+    target = torch.randint(0, 3, (packed.num_rows,), generator=generator)
+    for row in range(packed.num_rows):  # often a child's token
+        below = [
+            c
+            for c in range(packed.num_rows)
+            if packed.request[c] == packed.request[row]
+            and packed.parent[c] == packed.local_row[row]
+        ]
         if below and torch.rand(1, generator=generator) < 0.8:
-            target[row] = packed.tokens[below[int(torch.randint(0, len(below), (1,), generator=generator))]]
-    accepted = echo.verify(packed, target)
+            target[row] = packed.tokens[
+                below[int(torch.randint(0, len(below), (1,), generator=generator))]
+            ]
+    accepted = echo.accept(packed, target)
     steps = packed.max_depth + 1
     links = layouts.sglang(packed, n, torch.zeros(4, dtype=torch.int64))
-    grid = (packed.indptr[:-1, None] + torch.arange(n)).clamp(max=packed.rows - 1)
-    predicts, index, count = torch.full((4 * n,), -1).int(), torch.full((4, steps), -1).int(), torch.empty(4).int()
+    grid = (packed.indptr[:-1, None] + torch.arange(n)).clamp(max=packed.num_rows - 1)
+    predicts, index, count = (
+        torch.full((4 * n,), -1).int(),
+        torch.full((4, steps), -1).int(),
+        torch.empty(4).int(),
+    )
     peer("kernels.ops.speculative.spec_tree").verify_tree_greedy_func(
         predicts, index, count, links.draft_tokens.view(4, n), links.retrive_index, links.retrive_next_token,
         links.retrive_next_sibling, target[grid],
     )  # fmt: skip
-    assert torch.equal(count + 1, accepted.lengths.int()) and int(count.max()) > 0
+    assert torch.equal(count + 1, accepted.num_emitted.int()) and int(count.max()) > 0
     rows = index % n + packed.indptr[:-1, None]
     assert torch.equal(torch.where(index >= 0, rows, -1).long(), accepted.rows)
-    assert torch.equal(torch.where(index >= 0, predicts[index.clamp(min=0)], -1).long(), accepted.tokens)
+    assert torch.equal(
+        torch.where(index >= 0, predicts[index.clamp(min=0)], -1).long(), accepted.tokens
+    )
 
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_its_attention_with_our_mask_on_ragged_trees_is_our_reference(peer, seed):
     case, context = forest(seed, 3, 20, empty=False), torch.tensor([5, 0, 33])
     packed, dim = case.packed, 16
-    rows = packed.rows
+    rows = packed.num_rows
     q, k, v = torch.randn(rows, 4, dim), torch.randn(rows, 2, dim), torch.randn(rows, 2, dim)
     cache = torch.randn(2, 120, 1, 2, dim)
     table = torch.randperm(120)[:99].view(3, 33).int()
     indices = torch.cat([own[:length] for own, length in zip(table, context.tolist(), strict=True)])
     kv_indptr = torch.cat([torch.zeros(1), context.cumsum(0)]).int()
-    mask = layouts.flashinfer(packed, context, int((packed.indptr.diff() * (context + packed.indptr.diff())).sum()), bits=False)
+    mask = layouts.flashinfer(
+        packed,
+        context,
+        int((packed.indptr.diff() * (context + packed.indptr.diff())).sum()),
+        bits=False,
+    )
     out = torch.full_like(q, torch.nan)
     peer("kernels.ops.attention.extend_attention").extend_attention_fwd(
         q, k, v, out, cache[0, :, 0], cache[1, :, 0], packed.indptr, kv_indptr, indices, mask.mask, True, mask.indptr,
         int(packed.indptr.diff().max()), 1.0, 1.0,
     )  # fmt: skip
-    expected, _ = tree_attention(q, cache[0], cache[1], table, context.int(), k, v, packed.request, packed.indptr, packed.mask)
+    expected, _ = tree_attention(
+        q,
+        cache[0],
+        cache[1],
+        table,
+        context.int(),
+        k,
+        v,
+        packed.request,
+        packed.indptr,
+        packed.mask,
+    )
     assert float((out - expected).norm() / expected.norm()) < 1e-5
 
 
-@pytest.mark.parametrize("shape", [(3, 4, 37, False, 16), (3, 5, 20, True, 16), (2, 16, 50, False, 1)])
+@pytest.mark.parametrize(
+    "shape", [(3, 4, 37, False, 16), (3, 5, 20, True, 16), (2, 16, 50, False, 1)]
+)
 def test_the_benchmark_sets_its_attention_up_right(peer, shape, monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
     import gpu
@@ -210,9 +299,17 @@ def test_its_beam_draws_our_eagle_trees(peer, n):
     """Its draft loop, selection and builder against ``ElasticBudgetScheduler.eagle`` with the same draft model."""
     spec = peer("kernels.ops.speculative.spec_tree")
     topk, steps, context = 3, 4, torch.tensor([3, 8])
-    drafter, roots = TabularDrafter(table(40, seed=n), count=topk), torch.tensor([5, 11])
-    scope = {"torch": torch, "Optional": object | None, "List": list, "maybe_detect_oob": lambda *_: None}
-    scope |= {"Optional": __import__("typing").Optional, "fast_topk": lambda x, k, dim: x.topk(k, dim=dim)}
+    drafter, roots = TabularDrafter(table(40, seed=n), k=topk), torch.tensor([5, 11])
+    scope = {
+        "torch": torch,
+        "Optional": object | None,
+        "List": list,
+        "maybe_detect_oob": lambda *_: None,
+    }
+    scope |= {
+        "Optional": __import__("typing").Optional,
+        "fast_topk": lambda x, k, dim: x.topk(k, dim=dim),
+    }
     names = ("_select_top_k_tokens_first", "_select_top_k_tokens_later", "select_top_k_tokens")
     speculative = Path(import_module("sglang").__path__[0]) / "srt" / "speculative"
     *_, select = functions(speculative / "spec_utils.py", names, scope)
@@ -227,11 +324,26 @@ def test_its_beam_draws_our_eagle_trees(peer, n):
     parents, selected, drafts = organize(*zip(*collected, strict=True), n)
     mask, positions = torch.ones(2 * n * n, dtype=torch.bool), torch.empty(2 * n, dtype=torch.int64)
     links = [torch.full((2, n), -1) for _ in range(3)]
-    spec.build_tree_kernel_efficient_func(parents, selected, context, mask, positions, *links, topk, steps, n, spec.TreeMaskMode.QLEN_ONLY)
-    its = layouts.from_sglang(layouts.SGLangLinks(torch.cat([roots[:, None], drafts], 1).flatten(), positions, *links))
+    spec.build_tree_kernel_efficient_func(
+        parents,
+        selected,
+        context,
+        mask,
+        positions,
+        *links,
+        topk,
+        steps,
+        n,
+        spec.TreeMaskMode.QLEN_ONLY,
+    )
+    its = layouts.from_sglang(
+        layouts.SGLangLinks(torch.cat([roots[:, None], drafts], 1).flatten(), positions, *links)
+    )
 
-    scheduler = echo.ElasticBudgetScheduler.eagle(n=n, beam=topk, max_depth=steps)
-    tree = scheduler.plant(roots)
+    scheduler = echo.ElasticBudgetScheduler.eagle(
+        max_verify_tokens_per_req=n, beam=topk, max_depth=steps
+    )
+    tree = scheduler.begin(roots)
     for _ in range(steps):
         tree = scheduler.grow(tree, *drafter.draft(torch.arange(2), tree.frontier))
     ours = scheduler.pack(tree)
@@ -244,7 +356,9 @@ class NumpyBits:
 
     @staticmethod
     def segment_packbits(x, indptr, new_indptr, bitorder, y):
-        for first, end, begin in zip(indptr[:-1].tolist(), indptr[1:].tolist(), new_indptr[:-1].tolist(), strict=True):
+        for first, end, begin in zip(
+            indptr[:-1].tolist(), indptr[1:].tolist(), new_indptr[:-1].tolist(), strict=True
+        ):
             bits = np.packbits(x[first:end].numpy(), bitorder=bitorder)
             y[begin : begin + len(bits)] = torch.from_numpy(bits)
 
@@ -268,8 +382,13 @@ def test_its_plan_packs_our_flat_mask_to_our_packed_one(flashinfer, seed):
 
 def test_its_kernel_reads_our_bits(flashinfer):
     """The two lines by which its kernel finds a bit, in its own words, applied to our packed mask."""
-    header = (flashinfer / "data" / "include" / "flashinfer" / "attention" / "variants.cuh").read_text()
-    assert "custom_mask_ptr = params.maybe_custom_mask + params.maybe_mask_indptr[batch_idx];" in header
+    header = (
+        flashinfer / "data" / "include" / "flashinfer" / "attention" / "variants.cuh"
+    ).read_text()
+    assert (
+        "custom_mask_ptr = params.maybe_custom_mask + params.maybe_mask_indptr[batch_idx];"
+        in header
+    )
     assert "offset = static_cast<uint64_t>(qo_idx) * kv_len + kv_idx;" in header
     assert "mask &= ((custom_mask_ptr[offset / 8] >> (offset % 8)) & 1);" in header
     case, context = forest(5, 4, 40, empty=False), torch.tensor([5, 0, 33, 8])
@@ -279,14 +398,24 @@ def test_its_kernel_reads_our_bits(flashinfer):
         kv_len = past + len(sees)
         own = mask.mask[int(mask.indptr[b]) :].tolist()
         for qo_idx, row in enumerate(sees):
-            bits = [own[(qo_idx * kv_len + kv_idx) // 8] >> (qo_idx * kv_len + kv_idx) % 8 & 1 for kv_idx in range(kv_len)]
+            bits = [
+                own[(qo_idx * kv_len + kv_idx) // 8] >> (qo_idx * kv_len + kv_idx) % 8 & 1
+                for kv_idx in range(kv_len)
+            ]
             assert bits == [True] * past + row
 
 
 @pytest.mark.parametrize("n", [7, 12, 30])
 def test_its_kernel_writes_our_packed_bits(tmp_path_factory, n):
     """Bit-packing has no builder but SGLang's CUDA kernel: its lines that place a bit, in its own words, against our bytes."""
-    folder = installed("sglang", tmp_path_factory) / "sglang" / "kernels" / "jit" / "include" / "sgl_kernel"
+    folder = (
+        installed("sglang", tmp_path_factory)
+        / "sglang"
+        / "kernels"
+        / "jit"
+        / "include"
+        / "sgl_kernel"
+    )
     header = (folder / "speculative" / "eagle.cuh").read_text()
     for line in (
         "token_tree_idx = (bid * draft_token_num + tid) * num_bytes_per_item;",
@@ -302,19 +431,34 @@ def test_its_kernel_writes_our_packed_bits(tmp_path_factory, n):
         for tid, row in enumerate(case.sees(bid)):
             for seen in np.flatnonzero(row).tolist():
                 expected[(bid * n + tid) * width + seen // 8] |= 1 << seen % 8
-    assert layouts.sglang_mask(case.packed, n, "QLEN_ONLY_BITPACKING").view(torch.uint8).tolist() == expected
+    assert (
+        layouts.sglang_mask(case.packed, n, "QLEN_ONLY_BITPACKING").view(torch.uint8).tolist()
+        == expected
+    )
 
 
 @pytest.mark.parametrize("tiers", [(), (16, 48, 100)])
 def test_its_loader_reads_our_cost_table_and_its_planner_picks_our_rows(peer, tiers, tmp_path):
     pytest.importorskip("msgspec")
     module = import_module_from("srt/speculative/dspark_components/dspark_sps.py")
-    model = echo.CostModel((1, 8, 32, 100), (1.0, 1.1, 1.9, 4.0), tiers=tiers, requests=(1, 8, 16), request_seconds=(0.0, 0.2, 0.3))
+    model = echo.CostModel(
+        (1, 8, 32, 100),
+        (1.0, 1.1, 1.9, 4.0),
+        tiers=tiers,
+        num_reqs=(1, 8, 16),
+        request_seconds=(0.0, 0.2, 0.3),
+    )
     path = tmp_path / "cost.json"
     path.write_text(model.to_sglang())
     table = module.load_sps_table_from_path(str(path))
-    assert echo.CostModel.from_sglang(table.to_json()) == echo.CostModel.from_sglang(model.to_sglang())
-    scope = {"torch": torch, "Union": __import__("typing").Union, "DSparkScheduleConfig": object} | vars(module)
+    assert echo.CostModel.from_sglang(table.to_json()) == echo.CostModel.from_sglang(
+        model.to_sglang()
+    )
+    scope = {
+        "torch": torch,
+        "Union": __import__("typing").Union,
+        "DSparkScheduleConfig": object,
+    } | vars(module)
     scope["VerifyBudgetDecision"] = types.SimpleNamespace
     planner = Path(module.__file__).with_name("dspark_planner.py")
     names = ("_additive_step_time_tensor", "_lookup_sps_tensor", "compute_verify_token_budget")
@@ -323,9 +467,11 @@ def test_its_loader_reads_our_cost_table_and_its_planner_picks_our_rows(peer, ti
     for seed in range(20):
         requests = (1, 4, 12)[seed % 3]
         survival = torch.rand(requests, 7, generator=torch.Generator().manual_seed(seed)).cumprod(1)
-        gain = torch.cat([torch.zeros(1), survival.flatten().sort(descending=True).values.cumsum(0)]).double()
+        gain = torch.cat(
+            [torch.zeros(1), survival.flatten().sort(descending=True).values.cumsum(0)]
+        ).double()
         rows = requests + torch.arange(len(gain))
-        rate = (requests + gain) / torch.from_numpy(model(rows.numpy(), requests=requests))
+        rate = (requests + gain) / torch.from_numpy(model(rows.numpy(), num_reqs=requests))
         theirs = decide(history_survival_probs=survival, sps_table=table, cfg=config)
         assert theirs.budget == int(rate.argmax())
         assert theirs.predicted_theta == pytest.approx(float(rate.max()))

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import echo
 from conftest import CALIBRATION, grow_all, policies
 from echo import kernels
-from echo.budget.dealing import deal
+from echo.budget.dealing import select_cheapest
 from echo.tree import compact
 from echo.tree.packed import pack
 from test_dealing import forests
@@ -25,7 +25,9 @@ from echo.kernels import triton_dealing, triton_growing
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 pytestmark = [
-    pytest.mark.skipif(not triton_growing.INTERPRETED, reason="on a GPU, benchmarks/gpu.py compares whole steps"),
+    pytest.mark.skipif(
+        not triton_growing.INTERPRETED, reason="on a GPU, benchmarks/gpu.py compares whole steps"
+    ),
     pytest.mark.usefixtures("poisoned"),
 ]
 
@@ -37,9 +39,15 @@ def tensors(value, name=""):
     if isinstance(value, dict):
         return {k: v for key, part in value.items() for k, v in tensors(part, key).items()}
     if isinstance(value, tuple):
-        return {k: v for i, part in enumerate(value) for k, v in tensors(part, f"{name}.{i}").items()}
+        return {
+            k: v for i, part in enumerate(value) for k, v in tensors(part, f"{name}.{i}").items()
+        }
     if dataclasses.is_dataclass(value):
-        return {k: v for f in dataclasses.fields(value) for k, v in tensors(getattr(value, f.name), f"{name}.{f.name}").items()}
+        return {
+            k: v
+            for f in dataclasses.fields(value)
+            for k, v in tensors(getattr(value, f.name), f"{name}.{f.name}").items()
+        }
     return {}
 
 
@@ -51,7 +59,9 @@ def same(fused, plain):
         if name.endswith("expected"):  # sums of probabilities, in another order
             assert torch.allclose(value, other, rtol=1e-6), name
             continue
-        if name.startswith(("history.", "again.")) and value.dim() > 1:  # everybody's sums, in the last place, are in another order
+        if (
+            name.startswith(("history.", "again.")) and value.dim() > 1
+        ):  # everybody's sums, in the last place, are in another order
             assert torch.allclose(value[:, -1], other[:, -1]), name
             value, other = value[:, :-1], other[:, :-1]  # noqa: PLW2901
         assert value.dtype == other.dtype and torch.equal(value, other), name
@@ -60,15 +70,25 @@ def same(fused, plain):
 def step(scheduler, batch, *, pads=0, rows=None, **data):
     """Everything between the roots and the history, and what came of it."""
     tree = grow_all(scheduler, torch.arange(batch), rows=rows, **data)
-    packed = scheduler.pack(tree, rows=tree.rows + pads)
-    accepted = echo.verify(packed, packed.tokens.roll(-1))
+    packed = scheduler.pack(tree, num_verify_tokens=tree.num_verify_tokens + pads)
+    accepted = echo.accept(packed, packed.tokens.roll(-1))
     table = torch.arange(9 * batch).view(batch, 9).int()
-    history = scheduler.history(batch + 3).observe(torch.arange(batch).flip(0) + 2, packed, accepted)
+    history = scheduler.history(batch + 3).observe(
+        torch.arange(batch).flip(0) + 2, packed, accepted
+    )
     again = history.observe(torch.arange(batch), packed, accepted)
     where = ({}, {"dummy": 3, "past": batch}, {"page_table": table, "page_size": 2, "dummy": 5})
     lists = tuple(compact(packed, accepted, torch.arange(batch), **options) for options in where)
     stats = echo.StepStats.empty().observe(packed, accepted).observe(packed, accepted)
-    return {"tree": tree, "packed": packed, "accepted": accepted, "lists": lists, "history": history, "again": again, "stats": stats}
+    return {
+        "tree": tree,
+        "packed": packed,
+        "accepted": accepted,
+        "lists": lists,
+        "history": history,
+        "again": again,
+        "stats": stats,
+    }
 
 
 def compare(scheduler, batch, **data):
@@ -85,26 +105,64 @@ def test_whole_steps(policy, seed, spoil, ties, data):
     capacity = torch.tensor(data.draw(st.lists(st.integers(0, 9), min_size=batch, max_size=batch)))
     served = data.draw(st.sampled_from([{}, {"weights": torch.arange(batch).float()}]))
     pads = data.draw(st.sampled_from([0, 37]))
-    compare(scheduler, batch, pads=pads, k=3, seed=seed, spoil=spoil, ties=ties, live=live, capacity=capacity, **served)
+    compare(
+        scheduler,
+        batch,
+        pads=pads,
+        k=3,
+        seed=seed,
+        spoil=spoil,
+        ties=ties,
+        live=live,
+        capacity=capacity,
+        **served,
+    )
 
 
 SCHEDULERS = {
-    "two-level": echo.ElasticBudgetScheduler(echo.TwoLevel(2, 3), echo.SparseGate({1: 0.1, 2: 0.05}), 150, 3),
-    "calibrated": echo.ElasticBudgetScheduler(echo.GlobalRank(2, CALIBRATION), None, 150, 3, max_tree_rows=33),
-    "goodput": echo.ElasticBudgetScheduler.goodput(CALIBRATION, echo.CostModel((1, 24, 99), (1.0, 1.0, 4.0)), beam=2),
+    "two-level": echo.ElasticBudgetScheduler(
+        echo.TwoLevel(2, 3), echo.SparseGate({1: 0.1, 2: 0.05}), 150, 3
+    ),
+    "calibrated": echo.ElasticBudgetScheduler(
+        echo.GlobalRank(2, CALIBRATION), None, 150, 3, max_verify_tokens_per_req=33
+    ),
+    "goodput": echo.ElasticBudgetScheduler.throughput_optimal(
+        CALIBRATION, echo.CostModel((1, 24, 99), (1.0, 1.0, 4.0)), beam=2
+    ),
     "autoregressive": echo.ElasticBudgetScheduler.autoregressive(),
 }
 
 
 @pytest.mark.parametrize(
-    ("name", "batch"), [("two-level", 1), ("two-level", 64), ("calibrated", 3), ("goodput", 1), ("goodput", 40), ("autoregressive", 3)]
+    ("name", "batch"),
+    [
+        ("two-level", 1),
+        ("two-level", 64),
+        ("calibrated", 3),
+        ("goodput", 1),
+        ("goodput", 40),
+        ("autoregressive", 3),
+    ],
 )
 def test_one_request_and_many(name, batch):
-    compare(SCHEDULERS[name], batch, rows=150 if name == "goodput" else None, k=3, seed=batch, ties=batch > 1)
+    compare(
+        SCHEDULERS[name],
+        batch,
+        rows=150 if name == "goodput" else None,
+        k=3,
+        seed=batch,
+        ties=batch > 1,
+    )
 
 
 def test_trees_of_three_mask_words():
-    compare(echo.ElasticBudgetScheduler(echo.GlobalRank(7), None, 200, 3, max_tree_rows=90), 3, k=7, seed=0, pads=5)
+    compare(
+        echo.ElasticBudgetScheduler(echo.GlobalRank(7), None, 200, 3, max_verify_tokens_per_req=90),
+        3,
+        k=7,
+        seed=0,
+        pads=5,
+    )
 
 
 @settings(max_examples=12)
@@ -113,8 +171,8 @@ def test_deals_as_torch_does(case, left, slack):
     tree, cost, cap = case
     args = tree, cost, cap, torch.tensor(left), max(left, 1) + slack
     with kernels.using("triton"):
-        fused = deal(*args)
-    assert torch.equal(fused, deal(*args))
+        fused = select_cheapest(*args)
+    assert torch.equal(fused, select_cheapest(*args))
 
 
 @pytest.mark.parametrize("searches", [16, 64, 4096])
@@ -132,17 +190,21 @@ class Open(echo.SparseGate):
 
 
 def test_a_subclass_of_a_gate_is_asked_itself():
-    compare(echo.ElasticBudgetScheduler(echo.TwoLevel(2, 3), Open({1: 0.99}), 20, 3), 3, k=3, seed=1)
+    compare(
+        echo.ElasticBudgetScheduler(echo.TwoLevel(2, 3), Open({1: 0.99}), 20, 3), 3, k=3, seed=1
+    )
 
 
 def test_costs_of_extreme_scores():
     score = torch.tensor([[0.0, -0.0, -1.5, -3.4e38, -torch.inf, -1e-45]])
-    assert torch.equal(triton_dealing.path_cost(score, None, None, [1, 5]), echo.tree.supertree.bits(score))
+    assert torch.equal(
+        triton_dealing.path_cost(score, None, None, [1, 5]), echo.tree.supertree.cost_bits(score)
+    )
 
 
 def test_more_rows_than_fit_are_cut_off():
     tree = grow_all(SCHEDULERS["calibrated"], torch.arange(5), k=3, seed=1)
-    chosen = torch.ones_like(tree.forest.bought)
+    chosen = torch.ones_like(tree.forest.committed)
     with kernels.using("triton"):
         fused = pack(tree, chosen, 17, 1)
     same(fused, pack(tree, chosen, 17, 1))
@@ -154,10 +216,13 @@ def test_an_idle_rank():
 
 def test_strided_drafts_and_half_precision():
     scheduler, roots = SCHEDULERS["two-level"], torch.arange(3)
-    tokens, log_probs = torch.randint(0, 9, (3, 3, 4)).transpose(0, 1), torch.randn(3, 4, 3).half().log_softmax(1).transpose(1, 2)
+    tokens, log_probs = (
+        torch.randint(0, 9, (3, 3, 4)).transpose(0, 1),
+        torch.randn(3, 4, 3).half().log_softmax(1).transpose(1, 2),
+    )
 
     def grown():
-        return scheduler.grow_positions(scheduler.plant(roots), tokens, log_probs)
+        return scheduler.grow_positions(scheduler.begin(roots), tokens, log_probs)
 
     with kernels.using("triton"):
         fused = grown()
@@ -165,14 +230,22 @@ def test_strided_drafts_and_half_precision():
 
 
 def test_a_backend_that_is_not_there():
-    with pytest.raises(echo.EchoError, match=r"backend: expected one of .* got 'cuda'"), kernels.using("cuda"):
+    with (
+        pytest.raises(echo.EchoError, match=r"backend: expected one of .* got 'cuda'"),
+        kernels.using("cuda"),
+    ):
         pass
     with kernels.using("triton"), kernels.using("torch"):
         assert kernels.fused("packing", torch.zeros(1)) is None
     assert kernels.fused("packing", torch.zeros(1)) is None
 
 
-LIMITS = {"global ranking": (452, 18), "global ranking, calibrated": (480, 20), "two-level, sparse gate": (713, 18), "goodput": (560, 22)}
+LIMITS = {
+    "global ranking": (452, 18),
+    "global ranking, calibrated": (480, 20),
+    "two-level, sparse gate": (713, 18),
+    "goodput": (560, 22),
+}
 """The most operations of a step, as torch's, and fused."""
 
 
@@ -183,14 +256,29 @@ def test_a_step_launches_no_more_than_it_did():
     committed = json.loads((BENCHMARKS / "results" / "operations.json").read_text())["steps"]
     for name, scheduler in operations.policies().items():
         for backend, most in zip(("torch", "triton"), LIMITS[name], strict=True):
-            total = sum(sum(count.values()) for count in operations.step(scheduler, backend).values())
+            total = sum(
+                sum(count.values()) for count in operations.step(scheduler, backend).values()
+            )
             assert total <= most, (name, backend, total)
             assert committed[name][backend]["all"] <= most
 
 
 def test_the_committed_table_has_every_kernel_on_every_architecture():
     table = json.loads((BENCHMARKS / "results" / "compile.json").read_text())["kernels"]
-    for kernel in ("plant", "grow", "chance", "rank", "allot", "pack", "compact", "foresee", "observe", "count"):
+    for kernel in (
+        "plant",
+        "grow",
+        "chance",
+        "rank",
+        "allot",
+        "pack",
+        "compact",
+        "foresee",
+        "observe",
+        "count",
+    ):
         own = table[kernel].values()
-        assert set().union(*(columns["arch"] for columns in own)) == {"sm_80", "sm_90", "sm_100"}, kernel
+        assert set().union(*(columns["arch"] for columns in own)) == {"sm_80", "sm_90", "sm_100"}, (
+            kernel
+        )
         assert not any(spills for columns in own for spills in columns["spills"]), kernel

@@ -32,22 +32,48 @@ def plugin(monkeypatch):
 def test_depths_and_rows_are_the_engines(plugin, monkeypatch, tmp_path, steps, asked):
     CALIBRATION.save(tmp_path / "calibration.json")
     (tmp_path / "cost.json").write_text(echo.CostModel((1, 64), (1.0, 2.0)).to_json())
-    given = {"ROWS": "64", "CALIBRATION": str(tmp_path / "calibration.json"), "COST": str(tmp_path / "cost.json")}
+    given = {
+        "ROWS": "64",
+        "CALIBRATION": str(tmp_path / "calibration.json"),
+        "COST": str(tmp_path / "cost.json"),
+    }
     for name in asked.split():
         monkeypatch.setenv(f"ECHO_{name}", given[name])
     policy = plugin("sglang").scheduler(4, steps, 48)
-    assert (policy.max_depth, policy.max_tree_rows, policy.rule.width) == (steps, 48, 4)
+    assert (policy.max_depth, policy.max_verify_tokens_per_req, policy.rule.beam) == (steps, 48, 4)
     chain = plugin("vllm").scheduler(steps)
-    assert (chain.max_depth, chain.max_tree_rows, chain.rule.width) == (steps, steps + 1, 1)
+    assert (chain.max_depth, chain.max_verify_tokens_per_req, chain.rule.beam) == (
+        steps,
+        steps + 1,
+        1,
+    )
 
 
 def test_a_plan_without_requests_and_one_deeper_than_eight(plugin):
     module, nothing = plugin("sglang"), torch.zeros(0, dtype=torch.int64)
     policy = module.scheduler(2, 12, 30)
-    tree, packed = module.plan(policy, nothing, torch.zeros(0, 3).long(), torch.zeros(0, 6), torch.zeros(0, 6).long(), 2, 0, 30)
+    tree, packed = module.plan(
+        policy,
+        nothing,
+        torch.zeros(0, 3).long(),
+        torch.zeros(0, 6),
+        torch.zeros(0, 6).long(),
+        2,
+        0,
+        30,
+    )
     assert packed.batch == 0 and packed.request.tolist() == [0]
     parents = torch.tensor([[-1, *(2 * i for i in range(11))]])  # each layer's best goes on
-    tree, packed = module.plan(policy, torch.tensor([7]), parents, 0.9 ** torch.arange(1.0, 25)[None], torch.arange(24)[None], 12, 30, 30)
+    tree, packed = module.plan(
+        policy,
+        torch.tensor([7]),
+        parents,
+        0.9 ** torch.arange(1.0, 25)[None],
+        torch.arange(24)[None],
+        12,
+        30,
+        30,
+    )
     assert tree.depth == 12 and int(packed.depth.max()) == 12
 
 

@@ -13,7 +13,10 @@ import torch
 
 import echo
 
-MODULES = [importlib.import_module(f"echo{name}") for name in ("", ".cost", ".gating", ".kernels", ".testing", ".tree", ".tree.layouts")]
+MODULES = [
+    importlib.import_module(f"echo{name}")
+    for name in ("", ".cost", ".gating", ".kernels", ".testing", ".tree", ".tree.layouts")
+]
 PROTOCOLS = (echo.Drafter, echo.Gate, echo.Rule, echo.Target)
 REFERENCE = (Path(__file__).parents[1] / "docs" / "api.md").read_text()
 ELSEWHERE = re.compile(r"(?:[Ss]ee|[Aa]s|[Aa]s in|what) :(?:meth|func|class|mod):`")
@@ -35,26 +38,41 @@ def methods(item):
     return {
         name: getattr(item, name)
         for name in vars(item)
-        if (not name.startswith("_") or name == "__call__") and inspect.isroutine(getattr(item, name)) and name not in fields
+        if (not name.startswith("_") or name == "__call__")
+        and inspect.isroutine(getattr(item, name))
+        and name not in fields
     }
 
 
 CLASSES = [(name, item) for name, item in public() if inspect.isclass(item)]
 FUNCTIONS = [(name, item, "") for name, item in public() if inspect.isfunction(item)]
 for owner, kind in CLASSES:
-    kin = [p for p in PROTOCOLS if methods(p).keys() <= methods(kind).keys()]  # an implementation need not say again what they say
+    kin = [
+        p for p in PROTOCOLS if methods(p).keys() <= methods(kind).keys()
+    ]  # an implementation need not say again what they say
     for name, method in methods(kind).items():
-        said = [inspect.getdoc(text) or "" for p in kin if name in methods(p) for text in (p, methods(p)[name])]
+        said = [
+            inspect.getdoc(text) or ""
+            for p in kin
+            if name in methods(p)
+            for text in (p, methods(p)[name])
+        ]
         FUNCTIONS.append((f"{owner}.{name}", method, "\n".join(said)))
 
 
 def unsaid(doc, signature):
     """Parameters that ``doc`` neither lists (``name: ...``, ``one, name: ...``) nor has in its text in the code font."""
     names = [name for name in signature.parameters if name not in ("self", "cls")]
-    return [n for n in names if not re.search(rf"^ *(\w+, )*{n}(, \w+)*: |``[^`\n]*\b{n}\b[^`\n]*``", doc, re.MULTILINE)]
+    return [
+        n
+        for n in names
+        if not re.search(rf"^ *(\w+, )*{n}(, \w+)*: |``[^`\n]*\b{n}\b[^`\n]*``", doc, re.MULTILINE)
+    ]
 
 
-@pytest.mark.parametrize(("item", "kin"), [pytest.param(item, kin, id=name) for name, item, kin in FUNCTIONS])
+@pytest.mark.parametrize(
+    ("item", "kin"), [pytest.param(item, kin, id=name) for name, item, kin in FUNCTIONS]
+)
 def test_functions_say_what_they_take_and_raise(item, kin):
     doc = inspect.getdoc(item) or ""
     assert doc
@@ -70,7 +88,11 @@ def test_classes_say_what_they_hold(item):
     for name, part in vars(item).items():
         if isinstance(part, property) and not name.startswith("_"):
             assert inspect.getdoc(part), name
-    if not issubclass(item, Exception | Enum) and item not in PROTOCOLS and not getattr(item, "_is_protocol", False):
+    if (
+        not issubclass(item, Exception | Enum)
+        and item not in PROTOCOLS
+        and not getattr(item, "_is_protocol", False)
+    ):
         assert not unsaid(doc, inspect.signature(item))
 
 
@@ -79,7 +101,9 @@ def test_all_stand_in_the_reference():
     for name, options in re.findall(r"automodule:: (\S+)\n((?: +\S.*\n)*)", REFERENCE):
         members = re.search(r":members:((?:.*\n +[^:\s])*.*)", options)
         if members:
-            names = re.findall(r"\w+", members[1]) or getattr(importlib.import_module(name), "__all__", [])
+            names = re.findall(r"\w+", members[1]) or getattr(
+                importlib.import_module(name), "__all__", []
+            )
             listed |= {f"{name}.{member}" for member in names}
     known = set()
     for entry in listed:
@@ -90,28 +114,55 @@ def test_all_stand_in_the_reference():
 
 LOG = echo.WarmupLog.from_arrays([1] * 200, [0.9] * 100 + [0.2] * 100, [1] * 90 + [0] * 110)
 SCHEDULER = echo.ElasticBudgetScheduler(echo.GlobalRank(2), None, 6, 1)
-TREE = SCHEDULER.plant(torch.tensor([7, 9]))
+TREE = SCHEDULER.begin(torch.tensor([7, 9]))
 PACKED = SCHEDULER.pack(TREE)
-ACCEPTED = echo.verify(PACKED, torch.zeros(6, dtype=torch.int64))
+ACCEPTED = echo.accept(PACKED, torch.zeros(6, dtype=torch.int64))
 
 
 @pytest.mark.parametrize(
     ("call", "says"),
     [
-        (lambda: echo.ElasticBudgetScheduler("paper", None, 6), r"rule: expected a Rule \(width, frontier, buy, deal, rows, gain\)"),
+        (
+            lambda: echo.ElasticBudgetScheduler("paper", None, 6),
+            r"rule: expected a Rule \(width, frontier, buy, deal, rows, gain\)",
+        ),
         (lambda: echo.ElasticBudgetScheduler(echo.GlobalRank, None, 6), "rule: expected a Rule"),
-        (lambda: echo.ElasticBudgetScheduler(echo.GlobalRank(2), echo.calibrate(LOG), 6), r"gate: expected a Gate \(__call__\)"),
+        (
+            lambda: echo.ElasticBudgetScheduler(echo.GlobalRank(2), echo.calibrate(LOG), 6),
+            r"gate: expected a Gate \(__call__\)",
+        ),
         (lambda: echo.SparseGate(0.5), "thresholds: expected a Mapping, got float"),
         (lambda: echo.calibrate([LOG]), "log: expected a ConfidenceHistograms, got list"),
-        (lambda: echo.ConfidenceHistograms.of([LOG, LOG.depth]), "logs: expected a WarmupLog, got ndarray"),
+        (
+            lambda: echo.ConfidenceHistograms.of([LOG, LOG.depth]),
+            "logs: expected a WarmupLog, got ndarray",
+        ),
         (lambda: echo.WarmupLog.concat(["a.npz"]), "logs: expected a WarmupLog, got str"),
-        (lambda: echo.ConfidenceHistograms.of(LOG).merge(LOG), "other: expected a ConfidenceHistograms, got WarmupLog"),
+        (
+            lambda: echo.ConfidenceHistograms.of(LOG).merge(LOG),
+            "other: expected a ConfidenceHistograms, got WarmupLog",
+        ),
         (lambda: echo.DriftMonitor(LOG), "calibration: expected a Calibration, got WarmupLog"),
-        (lambda: echo.DriftMonitor(echo.calibrate(LOG)).check(LOG), "live: expected a ConfidenceHistograms, got WarmupLog"),
-        (lambda: echo.verify(TREE, torch.zeros(6, dtype=torch.int64)), "packed: expected a PackedTree, got SuperTree"),
-        (lambda: echo.warmup_rows(PACKED, TREE, ACCEPTED), "tree: expected a SuperTree, got PackedTree"),
-        (lambda: echo.compact(ACCEPTED, PACKED, torch.zeros(2, dtype=torch.int64)), "packed: expected a PackedTree, got Accepted"),
-        (lambda: echo.StepStats.empty().observe(PACKED, PACKED), "accepted: expected an Accepted, got PackedTree"),
+        (
+            lambda: echo.DriftMonitor(echo.calibrate(LOG)).check(LOG),
+            "live: expected a ConfidenceHistograms, got WarmupLog",
+        ),
+        (
+            lambda: echo.accept(TREE, torch.zeros(6, dtype=torch.int64)),
+            "packed: expected a PackedTree, got SuperTree",
+        ),
+        (
+            lambda: echo.warmup_log(PACKED, TREE, ACCEPTED),
+            "tree: expected a SuperTree, got PackedTree",
+        ),
+        (
+            lambda: echo.compact(ACCEPTED, PACKED, torch.zeros(2, dtype=torch.int64)),
+            "packed: expected a PackedTree, got Accepted",
+        ),
+        (
+            lambda: echo.StepStats.empty().observe(PACKED, PACKED),
+            "accepted: expected an Accepted, got PackedTree",
+        ),
     ],
 )
 def test_what_a_stranger_mixes_up_is_named(call, says):

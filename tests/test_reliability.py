@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 import echo
 from echo.gating import look_up
 from echo.gating.histograms import ROWS, middle_scores
-from echo.kernels.launch import BINS_PER_NAT, ONE
-from echo.testing.kit import RefuseReads
+from echo.kernels.codes import BINS_PER_NAT, ONE
+from echo.testing.kit import RefuseSyncs
 
 
 def rows_of(n, seed, *, depths=2, ranks=4):
@@ -21,7 +21,9 @@ def rows_of(n, seed, *, depths=2, ranks=4):
     depth, rank = random.integers(1, depths + 1, n), random.integers(0, ranks, n)
     confidence = np.exp(-random.exponential(1.0, n) * depth)
     accepted = random.random(n) < confidence**2 / (1 + rank)
-    return echo.WarmupLog.from_arrays(depth, confidence, accepted, rank=rank, step=np.arange(n) // 4)
+    return echo.WarmupLog.from_arrays(
+        depth, confidence, accepted, rank=rank, step=np.arange(n) // 4
+    )
 
 
 LOG = rows_of(40_000, 0)
@@ -35,14 +37,18 @@ def test_isotonic_regression_equals_scikit_learn_on_the_binned_rows_and_is_close
     filled = np.flatnonzero(rejected + accepted)
     weight, hits = (rejected + accepted)[filled], accepted[filled]
     fitted = (
-        isotonic.IsotonicRegression().fit(middle_scores()[filled], hits / weight, sample_weight=weight).predict(middle_scores()[filled])
+        isotonic.IsotonicRegression()
+        .fit(middle_scores()[filled], hits / weight, sample_weight=weight)
+        .predict(middle_scores()[filled])
     )
     first = np.flatnonzero(np.diff(fitted, prepend=-1) > 1e-12)
     blocks = np.add.reduceat(weight, first)
     ours = echo.calibrate(log).depths[0].reliability
     centre = np.add.reduceat(weight * middle_scores()[filled], first) / blocks
     shrunk = (fitted[first] * blocks + 2 * np.exp(centre)) / (blocks + 2)
-    assert np.array(ours)[:, 1] == pytest.approx(np.maximum.accumulate(shrunk), abs=2e-4)  # the prior is tabulated
+    assert np.array(ours)[:, 1] == pytest.approx(
+        np.maximum.accumulate(shrunk), abs=2e-4
+    )  # the prior is tabulated
     raw = isotonic.IsotonicRegression().fit(np.log(log.confidence.astype(np.float64)), log.accepted)
     grid = np.linspace(-3, -0.05, 60)
     assert np.abs(raw.predict(grid) - np.interp(grid, *np.array(ours).T)).mean() < 0.01
@@ -70,14 +76,18 @@ def test_calibration_removes_the_error_on_held_out_rows():
 
 
 @given(
-    st.lists(st.floats(-40, 0, width=32) | st.just(-np.inf) | st.just(np.nan), min_size=1, max_size=20),
+    st.lists(
+        st.floats(-40, 0, width=32) | st.just(-np.inf) | st.just(np.nan), min_size=1, max_size=20
+    ),
     st.integers(0, 5),
 )
 def test_look_up_reads_the_table_entry(scores, depth):
     score = torch.tensor(scores, dtype=torch.float32)
     table = torch.from_numpy(CALIBRATION.reliability_table())
-    column = [511 if not np.isfinite(s) else min(int(np.floor(-32 * s)), 511) for s in score.tolist()]
-    with RefuseReads():
+    column = [
+        511 if not np.isfinite(s) else min(int(np.floor(-32 * s)), 511) for s in score.tolist()
+    ]
+    with RefuseSyncs():
         plain = look_up(table, score, depth)
         many = look_up(table, score, torch.full_like(score, depth, dtype=torch.int32))
         capped = look_up(table, score, depth, parent=torch.full_like(plain, 12345))
@@ -87,7 +97,9 @@ def test_look_up_reads_the_table_entry(scores, depth):
 
 
 def test_look_up_is_what_the_rules_use():
-    tree = echo.ElasticBudgetScheduler(echo.GlobalRank(2, CALIBRATION), None, 10, 2).plant(torch.tensor([1, 2]))
+    tree = echo.ElasticBudgetScheduler(echo.GlobalRank(2, CALIBRATION), None, 10, 2).begin(
+        torch.tensor([1, 2])
+    )
     scheduler = echo.ElasticBudgetScheduler(echo.GlobalRank(2, CALIBRATION), None, 10, 2)
     for _ in range(2):
         shape = (*tree.frontier.token.shape, 3)
@@ -95,8 +107,12 @@ def test_look_up_is_what_the_rules_use():
     cost = echo.GlobalRank(2, CALIBRATION).cost(tree)
     table, f, expected = torch.from_numpy(CALIBRATION.reliability_table()), None, []
     for layer in tree.layers:
-        f = look_up(table, layer.score, layer.depth, parent=None if f is None else f.gather(1, layer.parent))
-        expected.append(torch.where(torch.isfinite(layer.score), ONE - f, torch.iinfo(torch.int32).max))
+        f = look_up(
+            table, layer.score, layer.depth, parent=None if f is None else f.gather(1, layer.parent)
+        )
+        expected.append(
+            torch.where(torch.isfinite(layer.score), ONE - f, torch.iinfo(torch.int32).max)
+        )
     assert torch.equal(cost, torch.cat(expected, dim=1))
 
 
@@ -122,7 +138,10 @@ def test_picture_and_table():
             r"table: expected int32 \[depths, 512\], got int32 \[3, 5\]",
         ),
         (lambda: CALIBRATION.error(LOG, bins=1), "bins: expected an int >= 2, got 1"),
-        (lambda: CALIBRATION.error(echo.WarmupLog.from_arrays([9], [0.5], [1])), "log: expected rows of depth 1 to 2, got none"),
+        (
+            lambda: CALIBRATION.error(echo.WarmupLog.from_arrays([9], [0.5], [1])),
+            "log: expected rows of depth 1 to 2, got none",
+        ),
     ],
 )
 def test_bad_input_names_the_argument(call, message):

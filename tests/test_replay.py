@@ -13,19 +13,25 @@ from conftest import CALIBRATION
 from echo.testing import TabularDrafter, TabularTarget, Trace, blurred, record, replay, table
 
 TARGET = table(30, seed=3, sharpness=2.5)
-COST = echo.CostModel((1, 16, 64), (1.0, 1.0, 4.0), draft_layer=0.02, draft_row=0.001)
+COST = echo.CostModel((1, 16, 64), (1.0, 1.0, 4.0), draft_layer=0.02, draft_token=0.001)
 POLICIES = {
     "plain": echo.ElasticBudgetScheduler.autoregressive(),
-    "eagle": echo.ElasticBudgetScheduler.eagle(n=6, beam=3, max_depth=4),
-    "echo": echo.ElasticBudgetScheduler(echo.TwoLevel(2, 3), echo.SparseGate({1: 0.2, 3: 0.2}), 20, 4),
+    "eagle": echo.ElasticBudgetScheduler.eagle(max_verify_tokens_per_req=6, beam=3, max_depth=4),
+    "echo": echo.ElasticBudgetScheduler(
+        echo.TwoLevel(2, 3), echo.SparseGate({1: 0.2, 3: 0.2}), 20, 4
+    ),
     "global": echo.ElasticBudgetScheduler(echo.GlobalRank(3), None, 18, 3),
-    "ddd": echo.ElasticBudgetScheduler(echo.PerRequest(8, 3), echo.BeamMassGate((2, 3), -1.0, 3), None, 4),
-    "goodput": echo.ElasticBudgetScheduler.goodput(CALIBRATION, COST, beam=3),
+    "ddd": echo.ElasticBudgetScheduler(
+        echo.PerRequest(8, 3), echo.BeamMassGate((2, 3), -1.0, 3), None, 4
+    ),
+    "goodput": echo.ElasticBudgetScheduler.throughput_optimal(CALIBRATION, COST, beam=3),
 }
 
 
 def pair():
-    return TabularTarget(TARGET), TabularDrafter(blurred(TARGET, seed=4, noise=0.3), count=3, dtype=torch.float16)
+    return TabularTarget(TARGET), TabularDrafter(
+        blurred(TARGET, seed=4, noise=0.3), k=3, dtype=torch.float16
+    )
 
 
 PROMPTS = [torch.tensor([i]) for i in range(12)]
@@ -34,7 +40,14 @@ PROMPTS = [torch.tensor([i]) for i in range(12)]
 @pytest.fixture(scope="module")
 def trace() -> Trace:
     *counts, result = record(
-        *pair(), PROMPTS, ["odd" if i % 2 else "even" for i in range(12)], slots=4, depth=4, beam=3, max_new_tokens=17, eos_token=5
+        *pair(),
+        PROMPTS,
+        ["odd" if i % 2 else "even" for i in range(12)],
+        max_num_reqs=4,
+        depth=4,
+        beam=3,
+        max_new_tokens=17,
+        eos_token=5,
     )
     assert counts == sorted(counts)
     assert isinstance(result, Trace)
@@ -43,8 +56,16 @@ def trace() -> Trace:
 
 def live_steps(scheduler, batch):
     return [
-        (step.requests, [len(t) - (f == 0) for t, f in zip(step.emitted, firsts, strict=True)], step.packed)
-        for step, firsts in _first_flags(echo.decode(scheduler, *pair(), PROMPTS, slots=batch, max_new_tokens=17, eos_token=5))
+        (
+            step.requests,
+            [len(t) - (f == 0) for t, f in zip(step.emitted, firsts, strict=True)],
+            step.packed,
+        )
+        for step, firsts in _first_flags(
+            echo.decode(
+                scheduler, *pair(), PROMPTS, max_num_reqs=batch, max_new_tokens=17, eos_token=5
+            )
+        )
     ]
 
 
@@ -70,20 +91,29 @@ def test_replay_equals_live_decoding(trace, name, batch):
         assert torch.equal(packed.tokens, mine.packed.tokens)
         assert torch.equal(packed.parent, mine.packed.parent)
         assert torch.equal(packed.indptr, mine.packed.indptr)
-    assert report.tokens == sum(len(trace.text[a:b]) - 1 for a, b in zip(trace.indptr, trace.indptr[1:], strict=False))
+    assert report.tokens == sum(
+        len(trace.text[a:b]) - 1 for a, b in zip(trace.indptr, trace.indptr[1:], strict=False)
+    )
 
 
 def test_a_policy_wider_than_the_record_is_counted_as_missing(trace):
     wide = echo.ElasticBudgetScheduler(echo.GlobalRank(9), None, 60, 4)
     assert replay(trace, wide, COST, batch=4).misses > 0
-    with pytest.raises(echo.EchoError, match=r"scheduler: expected max_depth of at most the trace's 4, got 5"):
-        replay(trace, echo.ElasticBudgetScheduler.eagle(n=4, beam=2, max_depth=5), COST, batch=4)
+    with pytest.raises(
+        echo.EchoError, match=r"scheduler: expected max_depth of at most the trace's 4, got 5"
+    ):
+        replay(
+            trace,
+            echo.ElasticBudgetScheduler.eagle(max_verify_tokens_per_req=4, beam=2, max_depth=5),
+            COST,
+            batch=4,
+        )
 
 
 def test_plain_decoding_costs_one_step_a_token(trace):
     report = replay(trace, POLICIES["plain"], COST, batch=4)
     assert report.tokens_per_step == 1.0
-    assert report.rows == report.request_steps == report.tokens
+    assert report.verify_tokens == report.request_steps == report.tokens
     assert report.seconds == pytest.approx(report.steps)
     assert len(report.answers) == 12
     assert sum(answer.tokens for answer in report.answers) == report.tokens
@@ -92,7 +122,7 @@ def test_plain_decoding_costs_one_step_a_token(trace):
 def test_figures_by_kind_add_up(trace):
     report = replay(trace, POLICIES["echo"], COST, batch=4)
     assert sum(report.of_kind(kind)["texts"] for kind in ("odd", "even")) == 12
-    assert sum(answer.rows for answer in report.answers) == report.rows
+    assert sum(answer.verify_tokens for answer in report.answers) == report.verify_tokens
     low, high = sorted(report.of_kind(kind)["tokens_per_step"] for kind in ("odd", "even"))
     assert low <= report.tokens_per_step <= high
     low, high = sorted(report.of_kind(kind)["acceptance"] for kind in ("odd", "even"))
@@ -105,10 +135,14 @@ def test_charges(trace):
     scheduler = POLICIES["eagle"]
     seen = []
     full = replay(trace, scheduler, COST, batch=4, observe=seen.append)
-    expected = sum(COST(r.forecast.rows) + COST.draft(r.forecast.depth, len(r.requests), 3) for r in seen)
+    expected = sum(
+        COST(r.choose_tier.num_verify_tokens)
+        + COST.draft_seconds(r.choose_tier.depth, len(r.requests), 3)
+        for r in seen
+    )
     assert full.seconds == pytest.approx(expected)
     assert replay(trace, scheduler, COST, batch=4, compact=True).seconds < full.seconds
-    assert replay(trace, scheduler, COST, batch=4, prompt_rows=50).seconds > full.seconds
+    assert replay(trace, scheduler, COST, batch=4, prefill_tokens=50).seconds > full.seconds
 
 
 def test_refill_goes_on_forever_where_steps_are_given(trace):
@@ -128,26 +162,44 @@ def test_lag_changes_nothing_but_the_plan(trace):
 def test_rank_says_what_a_chain_would_have_accepted(trace):
     rank, seen = trace.rank, []
     assert {-2, 0, 1} <= set(np.unique(rank)) <= {-2, -1, 0, 1, 2}
-    replay(trace, echo.ElasticBudgetScheduler(echo.TwoLevel(1, 0), None, 20, 4), COST, batch=4, observe=seen.append)
+    replay(
+        trace,
+        echo.ElasticBudgetScheduler(echo.TwoLevel(1, 0), None, 20, 4),
+        COST,
+        batch=4,
+        observe=seen.append,
+    )
     for step in seen:
         at = trace.indptr[step.requests] + step.position
         firsts = (rank[at] == 0).cumprod(axis=1).sum(axis=1)
-        assert (step.accepted.drafts.numpy() == firsts).all()
+        assert (step.accepted.num_accepted_drafts.numpy() == firsts).all()
 
 
 def test_a_cost_model_that_is_wrong_learns_from_the_steps(trace):
-    wrong = echo.CostModel((1, 64), (1.0, 1.0), draft_layer=0.02)  # rows beyond 16 cost nothing, it believes
-    scheduler = echo.ElasticBudgetScheduler.goodput(CALIBRATION, wrong, beam=3)
-    stubborn, learning = (replay(trace, scheduler, COST, batch=8, steps=300, learn=rate) for rate in (0.0, 0.2))
+    wrong = echo.CostModel(
+        (1, 64), (1.0, 1.0), draft_layer=0.02
+    )  # rows beyond 16 cost nothing, it believes
+    scheduler = echo.ElasticBudgetScheduler.throughput_optimal(CALIBRATION, wrong, beam=3)
+    stubborn, learning = (
+        replay(trace, scheduler, COST, batch=8, steps=300, update_rate=rate) for rate in (0.0, 0.2)
+    )
     assert learning.throughput > 1.1 * stubborn.throughput
     assert learning.misses == 0
 
 
 def test_probes_of_a_drafter_that_reads_dearly_cost_less_than_a_percent(trace):
     """Each row costs, so nothing pays; a token read up on costs a thirtieth of one decoded plainly."""
-    cost = echo.CostModel((1, 64), (1.0, 64.0), draft_layer=0.5, catch_up_token=0.03)
-    scheduler, read = echo.ElasticBudgetScheduler.goodput(CALIBRATION, cost, beam=3), []
-    report = replay(trace, scheduler, cost, batch=4, steps=1000, lag=1, observe=lambda record: read.append(record.unread))
+    cost = echo.CostModel((1, 64), (1.0, 64.0), draft_layer=0.5, extend_token=0.03)
+    scheduler, read = echo.ElasticBudgetScheduler.throughput_optimal(CALIBRATION, cost, beam=3), []
+    report = replay(
+        trace,
+        scheduler,
+        cost,
+        batch=4,
+        steps=1000,
+        lag=1,
+        observe=lambda record: read.append(record.num_unprocessed_tokens),
+    )
     plain = replay(trace, echo.ElasticBudgetScheduler.autoregressive(), cost, batch=4, steps=1000)
     assert report.layers > 0  # it did look
     assert sum(count > 0 for count in read) >= 2
@@ -182,7 +234,10 @@ def test_faults_are_named_with_their_place(trace):
 
     log_prob = trace.log_prob.copy()
     log_prob[7, 1, 2, 0] = np.nan
-    with pytest.raises(echo.EchoError, match=r"log_prob: expected a value in range, got nan at position 7, index \(1, 2, 0\)"):
+    with pytest.raises(
+        echo.EchoError,
+        match=r"log_prob: expected a value in range, got nan at position 7, index \(1, 2, 0\)",
+    ):
         replace(trace, log_prob=log_prob)
     expanded = trace.expanded.copy()
     expanded[3, 0, 1] = 99
@@ -195,14 +250,28 @@ def test_faults_are_named_with_their_place(trace):
 def test_part_of_a_trace(trace):
     part = trace.texts([3, 1])
     assert part.kind.tolist() == ["odd", "odd"]
-    assert part.text.tolist() == [*trace.text[trace.indptr[3] : trace.indptr[4]], *trace.text[trace.indptr[1] : trace.indptr[2]]]
+    assert part.text.tolist() == [
+        *trace.text[trace.indptr[3] : trace.indptr[4]],
+        *trace.text[trace.indptr[1] : trace.indptr[2]],
+    ]
     assert replay(part, POLICIES["eagle"], COST, batch=2).misses == 0
 
 
 def test_record_wants_half_precision():
     target, _ = pair()
     with pytest.raises(echo.EchoError, match="float16"):
-        list(record(target, TabularDrafter(TARGET, count=2), PROMPTS, [""] * 12, slots=2, depth=2, beam=2, max_new_tokens=4))
+        list(
+            record(
+                target,
+                TabularDrafter(TARGET, k=2),
+                PROMPTS,
+                [""] * 12,
+                max_num_reqs=2,
+                depth=2,
+                beam=2,
+                max_new_tokens=4,
+            )
+        )
 
 
 def test_records_are_closed_under_narrower_frontiers(trace):
@@ -213,11 +282,20 @@ def test_records_are_closed_under_narrower_frontiers(trace):
             index, active = super().frontier(layer)
             generator = torch.Generator().manual_seed(layer.depth + int(layer.token.sum()))
             count = torch.randint(1, self.beam + 1, (len(index), 1), generator=generator)
-            rank = layer.score.gather(1, index).argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+            rank = (
+                layer.score.gather(1, index)
+                .argsort(dim=1, descending=True, stable=True)
+                .argsort(dim=1)
+            )
             return index, active & (rank < count)
 
     for beam in (1, 2, 3):
-        assert replay(trace, echo.ElasticBudgetScheduler(Erratic(beam), None, 30, 4), COST, batch=4).misses == 0
+        assert (
+            replay(
+                trace, echo.ElasticBudgetScheduler(Erratic(beam), None, 30, 4), COST, batch=4
+            ).misses
+            == 0
+        )
 
 
 def test_the_shipped_trace_replays_without_a_miss():
@@ -229,10 +307,12 @@ def test_the_shipped_trace_replays_without_a_miss():
     assert shipped.beam >= 6
     assert set(shipped.kind) == {"code", "reasoning", "summary", "chat"}
     for scheduler in (
-        echo.ElasticBudgetScheduler.eagle(n=60, beam=6, max_depth=8),
-        echo.ElasticBudgetScheduler.eagle(n=5, beam=1, max_depth=4),
+        echo.ElasticBudgetScheduler.eagle(max_verify_tokens_per_req=60, beam=6, max_depth=8),
+        echo.ElasticBudgetScheduler.eagle(max_verify_tokens_per_req=5, beam=1, max_depth=4),
         echo.ElasticBudgetScheduler(echo.TwoLevel(3, 8), echo.SparseGate({1: 0.3, 4: 0.3}), 90, 8),
-        echo.ElasticBudgetScheduler(echo.GlobalRank(6), None, echo.CostModel((1, 200), (1.0, 1.5)), 8),
+        echo.ElasticBudgetScheduler(
+            echo.GlobalRank(6), None, echo.CostModel((1, 200), (1.0, 1.5)), 8
+        ),
     ):
         report = replay(shipped, scheduler, COST, batch=32, steps=60)
         assert report.misses == 0

@@ -23,10 +23,20 @@ def test_rooflines_keep_to_physics(name):
     if not shape.experts:
         assert model(1) > read  # all weights but the embedding are read once
         assert model(64) / model(1) < 1.2  # flat below the knee
-    assert model(4096) > 2 * 4096 * shape.layers * (shape.attention_weights + max(1, shape.active) * shape.ffn_weights) / peak.flops / 8
+    assert (
+        model(4096)
+        > 2
+        * 4096
+        * shape.layers
+        * (shape.attention_weights + max(1, shape.active) * shape.ffn_weights)
+        / peak.flops
+        / 8
+    )
     assert single(512) > model(512)
-    assert model.draft(1, 1) < model(1) / 10
-    assert shape.weights / 1e9 == pytest.approx(float(name.split("-")[1 if "Qwen" in name else -1].rstrip("B")), rel=0.08)
+    assert model.draft_seconds(1, 1) < model(1) / 10
+    assert shape.weights / 1e9 == pytest.approx(
+        float(name.split("-")[1 if "Qwen" in name else -1].rstrip("B")), rel=0.08
+    )
 
 
 def test_experts_are_read_as_rows_reach_them():
@@ -41,7 +51,10 @@ def test_experts_are_read_as_rows_reach_them():
     ("call", "message"),
     [
         (lambda: roofline.plan("GPT-2"), "model: expected an Architecture or one of LLaMA"),
-        (lambda: roofline.plan("Qwen3-8B", tensor=8, expert=3), "expert: expected a divisor of tensor"),
+        (
+            lambda: roofline.plan("Qwen3-8B", tensor=8, expert=3),
+            "expert: expected a divisor of tensor",
+        ),
         (lambda: roofline.plan("Qwen3-8B", most_rows=1), "most_rows: expected an int >= 2, got 1"),
     ],
 )

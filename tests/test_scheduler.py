@@ -22,17 +22,24 @@ from echo.tree.supertree import path_score
 def claims(rule):
     if isinstance(rule, echo.TwoLevel):
         return "ties", "order", "slots", "depth_first"
-    return "ties", "order", "slots", *(("full",) if rule.max_rows is None else ("alone",))
+    return (
+        "ties",
+        "order",
+        "slots",
+        *(("full",) if rule.max_verify_tokens_per_req is None else ("alone",)),
+    )
 
 
 @given(policies(), st.data())
 def test_every_plan_keeps_the_invariants_and_what_its_rule_claims(policy, data):
     scheduler, batch = policy
-    steps = strategies.batches(max_batch=batch, max_depth=scheduler.max_depth, rows=scheduler.budget is not None)
+    steps = strategies.batches(
+        max_batch=batch, max_depth=scheduler.max_depth, rows=scheduler.budget is not None
+    )
     step = data.draw(steps)
     check_step(scheduler, step, claims=claims(scheduler.rule))
     tree = step.grow(scheduler)
-    check_plan(tree, scheduler.pack(tree, rows=tree.rows + 7))
+    check_plan(tree, scheduler.pack(tree, num_verify_tokens=tree.num_verify_tokens + 7))
 
 
 @given(policies(), st.integers(0, 10_000), st.booleans())
@@ -40,22 +47,33 @@ def test_rows_are_left_over_only_if_nothing_is_left_to_buy(policy, seed, ties):
     scheduler, batch = policy
     tree = grow_all(scheduler, torch.arange(batch), k=3, seed=seed, ties=ties)
     selected = scheduler.select(tree)
-    room = tree.row_limit - selected.sum(1)
+    room = tree.verify_limits - selected.sum(1)
     if isinstance(scheduler.rule, echo.TwoLevel):
-        room = torch.minimum(room, scheduler.rule.max_width - (selected & ~tree.forest.bought).sum(1))
-    elif scheduler.rule.max_rows is not None:
-        room = torch.minimum(room, scheduler.rule.max_rows - selected.sum(1))
+        room = torch.minimum(
+            room, scheduler.rule.max_extra_tokens - (selected & ~tree.forest.committed).sum(1)
+        )
+    elif scheduler.rule.max_verify_tokens_per_req is not None:
+        room = torch.minimum(room, scheduler.rule.max_verify_tokens_per_req - selected.sum(1))
     buyable = (torch.isfinite(tree.forest.score) & ~selected).any(1) & (room > 0)
-    assert int(selected.sum()) == tree.rows or not buyable.any()
-    assert int(tree.left) == 0 or not (tree.status == echo.Status.STARVED).any()  # a passing request that found nothing left
+    assert int(selected.sum()) == tree.num_verify_tokens or not buyable.any()
+    assert (
+        int(tree.num_remaining) == 0 or not (tree.status == echo.Status.STARVED).any()
+    )  # a passing request that found nothing left
 
 
 @given(policies(), st.integers(0, 10_000), st.randoms(use_true_random=False))
 def test_permuting_requests_permutes_the_plan(policy, seed, random):
     scheduler, batch = policy
     turn = random.sample(range(batch), batch)
-    log_probs = (1.5 * torch.randn(scheduler.max_depth, 40, 3, generator=torch.Generator().manual_seed(seed))).log_softmax(-1)
-    step = Scenario(torch.arange(batch), torch.ones(batch, dtype=torch.bool), torch.full((batch,), 64), log_probs)
+    log_probs = (
+        1.5 * torch.randn(scheduler.max_depth, 40, 3, generator=torch.Generator().manual_seed(seed))
+    ).log_softmax(-1)
+    step = Scenario(
+        torch.arange(batch),
+        torch.ones(batch, dtype=torch.bool),
+        torch.full((batch,), 64),
+        log_probs,
+    )
     plan, other = step.plan(scheduler), step.take(turn).plan(scheduler)
     drafted = plan.tree.forest.score[:, 1:]
     drafted = drafted[torch.isfinite(drafted)]
@@ -94,10 +112,20 @@ def test_global_rank_is_optimal_among_all_closed_subsets(calibrated, served):
     reliability = CALIBRATION if calibrated else None
     for seed in range(170):
         rng = np.random.default_rng(seed)
-        batch, extra, beam = int(rng.integers(1, 4)), int(rng.integers(1, 10)), int(rng.integers(1, 3))
+        batch, extra, beam = (
+            int(rng.integers(1, 4)),
+            int(rng.integers(1, 10)),
+            int(rng.integers(1, 3)),
+        )
         most = rng.integers(1, 9, batch)
-        weights = torch.tensor(rng.uniform(0.1, 3.0, batch), dtype=torch.float32) if served == "weights" else None
-        scheduler = echo.ElasticBudgetScheduler(echo.GlobalRank(beam, reliability), budget=batch + extra, max_depth=2)
+        weights = (
+            torch.tensor(rng.uniform(0.1, 3.0, batch), dtype=torch.float32)
+            if served == "weights"
+            else None
+        )
+        scheduler = echo.ElasticBudgetScheduler(
+            echo.GlobalRank(beam, reliability), budget=batch + extra, max_depth=2
+        )
         tree = grow_all(
             scheduler,
             torch.arange(batch),
@@ -107,21 +135,34 @@ def test_global_rank_is_optimal_among_all_closed_subsets(calibrated, served):
             capacity=torch.from_numpy(most),
             weights=weights,
         )
-        value = scheduler.rule.gain(tree).double().numpy() * (1 if weights is None else weights.double().numpy()[:, None])
+        value = scheduler.rule.acceptance_probability(tree).double().numpy() * (
+            1 if weights is None else weights.double().numpy()[:, None]
+        )
         value[:, 0] = 0
         value[~torch.isfinite(tree.forest.score).numpy()] = -np.inf
-        expected = best_value(np.where(np.isfinite(value), value, -1e9), tree.forest.parent.tolist(), extra, most.tolist())
+        expected = best_value(
+            np.where(np.isfinite(value), value, -1e9),
+            tree.forest.parent.tolist(),
+            extra,
+            most.tolist(),
+        )
         selected = scheduler.select(tree).numpy()
         assert (selected.sum(axis=1) <= most).all()
         assert selected.sum() <= batch + extra
-        assert (np.where(selected, value, 0)).sum() == pytest.approx(expected, abs=2e-6 if weights is not None else 1e-9)
+        assert (np.where(selected, value, 0)).sum() == pytest.approx(
+            expected, abs=2e-6 if weights is not None else 1e-9
+        )
 
 
 def test_weights_move_rows_to_the_better_service():
     for rule in (echo.TwoLevel(1, 8), echo.GlobalRank(1)):
         scheduler = echo.ElasticBudgetScheduler(rule, budget=4, max_depth=2)
         drafts = [0.8, 0.8], [0.6, 0.9]
-        assert scheduler.pack(chains(scheduler, *drafts)).indptr.tolist() == [0, 3, 4] if rule == echo.GlobalRank(1) else True
+        assert (
+            scheduler.pack(chains(scheduler, *drafts)).indptr.tolist() == [0, 3, 4]
+            if rule == echo.GlobalRank(1)
+            else True
+        )
         weighed = scheduler.pack(chains(scheduler, *drafts, weights=torch.tensor([1.0, 2.0])))
         # twice 0.6 and twice 0.54 beat 0.8; level by level request 1 is first too, and its second layer comes before none of request 0's
         assert weighed.indptr.tolist() == ([0, 1, 4] if rule == echo.GlobalRank(1) else [0, 2, 4])
@@ -129,7 +170,7 @@ def test_weights_move_rows_to_the_better_service():
 
 def chains(scheduler, *probabilities, **served):
     """A tree of chains: each request's draft gives one candidate a layer with these conditional probabilities."""
-    tree = scheduler.plant(torch.arange(len(probabilities)), **served)
+    tree = scheduler.begin(torch.arange(len(probabilities)), **served)
     for depth in range(scheduler.max_depth):
         p = torch.tensor([request[depth] for request in probabilities])
         tree = scheduler.grow(tree, torch.full((len(p), 1, 1), 10 + depth), p.log()[:, None, None])
@@ -137,7 +178,9 @@ def chains(scheduler, *probabilities, **served):
 
 
 def test_budget_moves_from_the_doubtful_to_the_confident():
-    scheduler = echo.ElasticBudgetScheduler(echo.TwoLevel(1, 8), echo.SparseGate({1: 0.5}), budget=6, max_depth=4)
+    scheduler = echo.ElasticBudgetScheduler(
+        echo.TwoLevel(1, 8), echo.SparseGate({1: 0.5}), budget=6, max_depth=4
+    )
     tree = chains(scheduler, [0.9, 0.9, 0.9, 0.9], [0.3, 0.9, 0.9, 0.9])
     packed = scheduler.pack(tree)
     # rows 6 = 2 roots + request 0's four layers; request 1 fails the root gate (0.3 <= 0.5) and keeps its root
@@ -147,10 +190,16 @@ def test_budget_moves_from_the_doubtful_to_the_confident():
 
 
 def test_rows_left_widen_a_lone_request():
-    scheduler = echo.ElasticBudgetScheduler(echo.TwoLevel(1, 8), echo.SparseGate({2: 0.5}), budget=6, max_depth=2)
-    tree = scheduler.plant(torch.tensor([7]))
-    tree = scheduler.grow(tree, torch.tensor([[[1, 2, 3]]]), torch.tensor([[[0.6, 0.3, 0.1]]]).log())
-    tree = scheduler.grow(tree, torch.tensor([[[4, 5, 6]]]), torch.tensor([[[0.7, 0.2, 0.1]]]).log())
+    scheduler = echo.ElasticBudgetScheduler(
+        echo.TwoLevel(1, 8), echo.SparseGate({2: 0.5}), budget=6, max_depth=2
+    )
+    tree = scheduler.begin(torch.tensor([7]))
+    tree = scheduler.grow(
+        tree, torch.tensor([[[1, 2, 3]]]), torch.tensor([[[0.6, 0.3, 0.1]]]).log()
+    )
+    tree = scheduler.grow(
+        tree, torch.tensor([[[4, 5, 6]]]), torch.tensor([[[0.7, 0.2, 0.1]]]).log()
+    )
     packed = scheduler.pack(tree)
     # depth 1 buys token 1 (0.6); depth 2 has confidence 0.42 <= 0.5: truncated. Left 4 of 6: 4 (0.42), 2 (0.3), 5 (0.12), 3 (0.1)
     assert packed.tokens.tolist() == [7, 1, 2, 3, 4, 5]
@@ -160,11 +209,11 @@ def test_rows_left_widen_a_lone_request():
 
 def test_confident_requests_buy_first_and_the_last_buyer_gets_a_part():
     scheduler = echo.ElasticBudgetScheduler(echo.TwoLevel(2, 8), budget=3 + 3, max_depth=2)
-    tree = scheduler.plant(torch.tensor([7, 8, 9]))
+    tree = scheduler.begin(torch.tensor([7, 8, 9]))
     p = torch.tensor([[[0.5, 0.4]], [[0.8, 0.1]], [[0.7, 0.2]]])
     tree = scheduler.grow(tree, torch.tensor([[[1, 2]], [[3, 4]], [[5, 6]]]), p.log())
     # 3 rows beyond the roots: request 1 (0.8) buys two, request 2 (0.7) one, request 0 (0.5) passes and finds none
-    assert tree.layers[1].bought.tolist() == [[False, False], [True, True], [True, False]]
+    assert tree.layers[1].committed.tolist() == [[False, False], [True, True], [True, False]]
     assert tree.status.tolist() == [echo.Status.STARVED, echo.Status.ACTIVE, echo.Status.ACTIVE]
     assert tree.frontier.active.tolist() == [[False, False], [True, True], [True, False]]
 
@@ -173,17 +222,17 @@ def test_first_layer_is_not_dealt_by_request_index():
     """The paper's pseudo-code gave the first 64 of 256 requests everything; buying after scoring goes by confidence."""
     scheduler = echo.ElasticBudgetScheduler(echo.TwoLevel(4, 4), budget=512, max_depth=1)
     generator = torch.Generator().manual_seed(1)
-    tree = scheduler.plant(torch.arange(256))
+    tree = scheduler.begin(torch.arange(256))
     log_probs = torch.randn(256, 1, 4, generator=generator).log_softmax(-1)
     tree = scheduler.grow(tree, torch.randint(0, 9, (256, 1, 4), generator=generator), log_probs)
-    served = tree.layers[1].bought.any(1)
+    served = tree.layers[1].committed.any(1)
     confidence = tree.layers[1].log_confidence
     assert int(served.sum()) == 64
     assert confidence[served].min() >= confidence[~served].max()
 
 
 def test_per_request_is_eagle_rerank():
-    scheduler = echo.ElasticBudgetScheduler.eagle(n=4, beam=2, max_depth=2)
+    scheduler = echo.ElasticBudgetScheduler.eagle(max_verify_tokens_per_req=4, beam=2, max_depth=2)
     tree = grow_all(scheduler, torch.arange(3), k=3, seed=5)
     selected = scheduler.select(tree)
     for b in range(3):
@@ -205,47 +254,101 @@ def test_what_is_no_log_probability_is_counted_and_never_selected(name):
     scheduler = echo.ElasticBudgetScheduler(echo.GlobalRank(2), budget=6, max_depth=1)
     q = torch.tensor([0.02, 0.03, 0.05, 0.9])
     wrong = {"probabilities": q, "logits": q.log() + 10}[name]
-    tree = scheduler.grow(scheduler.plant(torch.tensor([7, 8])), torch.arange(8).view(2, 1, 4), torch.stack([q.log(), wrong])[:, None])
+    tree = scheduler.grow(
+        scheduler.begin(torch.tensor([7, 8])),
+        torch.arange(8).view(2, 1, 4),
+        torch.stack([q.log(), wrong])[:, None],
+    )
     packed = scheduler.pack(tree)
     assert packed.invalid.tolist() == [0, 4]
     assert packed.indptr.tolist() == [0, 5, 6] and packed.status[1] == echo.Status.EXHAUSTED
-    arrays = torch.tensor([[7, 1, 2, 3, 4]]), torch.tensor([[-1, 0, 0, 0, 0]]), torch.cat([torch.zeros(1), wrong])[None]
-    hint = {"probabilities": r"probabilities\? take their logarithm", "logits": r"logits\? take their log-softmax"}[name]
-    with pytest.raises(echo.EchoError, match=rf"log_prob: request 0, row 1: expected a log-probability, got .* \({hint}\)"):
+    arrays = (
+        torch.tensor([[7, 1, 2, 3, 4]]),
+        torch.tensor([[-1, 0, 0, 0, 0]]),
+        torch.cat([torch.zeros(1), wrong])[None],
+    )
+    hint = {
+        "probabilities": r"probabilities\? take their logarithm",
+        "logits": r"logits\? take their log-softmax",
+    }[name]
+    with pytest.raises(
+        echo.EchoError,
+        match=rf"log_prob: request 0, row 1: expected a log-probability, got .* \({hint}\)",
+    ):
         echo.SuperTree.from_arrays(*arrays)
     score = packed.score.clone()
     score[1:5] = wrong
-    with pytest.raises(echo.EchoError, match=rf"score: request 0, row 1: expected at most its parent's 0.0, got .* \({hint}\)"):
+    with pytest.raises(
+        echo.EchoError,
+        match=rf"score: request 0, row 1: expected at most its parent's 0.0, got .* \({hint}\)",
+    ):
         replace(packed, score=score).validate()
 
 
-@given(st.lists(st.floats(-60, 60), min_size=3, max_size=6), st.sampled_from([torch.float32, torch.float16, torch.bfloat16]))
+@given(
+    st.lists(st.floats(-60, 60), min_size=3, max_size=6),
+    st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+)
 def test_a_rounding_above_zero_is_no_fault(logits, dtype):
     """A log-softmax by subtraction, in float32 or float16, and the logarithm of rounded probabilities."""
     x = torch.tensor(logits)
     own = x.bfloat16() if dtype == torch.bfloat16 else x.to(dtype)
     total = own.float().logsumexp(-1)
-    found = own.float().sub(total).exp().bfloat16().mul(1 + 2.0**-7).log() if dtype == torch.bfloat16 else own - total.to(dtype)
-    assert int(path_score(torch.zeros(1, 1), found.view(1, 1, -1), torch.ones(1, 1, dtype=torch.bool))[2]) == 0
+    found = (
+        own.float().sub(total).exp().bfloat16().mul(1 + 2.0**-7).log()
+        if dtype == torch.bfloat16
+        else own - total.to(dtype)
+    )
+    assert (
+        int(
+            path_score(torch.zeros(1, 1), found.view(1, 1, -1), torch.ones(1, 1, dtype=torch.bool))[
+                2
+            ]
+        )
+        == 0
+    )
 
 
 def test_gradients_are_left_behind():
-    scheduler, drawn = echo.ElasticBudgetScheduler.goodput(CALIBRATION, echo.CostModel((1, 9), (1.0, 2.0)), beam=2), torch.randn(3, 3, 2)
+    scheduler, drawn = (
+        echo.ElasticBudgetScheduler.throughput_optimal(
+            CALIBRATION, echo.CostModel((1, 9), (1.0, 2.0)), beam=2
+        ),
+        torch.randn(3, 3, 2),
+    )
 
     def step(raw, probability):
         log_probs = raw.log_softmax(-1)
-        tree = scheduler.plant(torch.arange(3), rows=9, weights=probability[:, 0])
+        tree = scheduler.begin(
+            torch.arange(3), num_verify_tokens=9, request_weights=probability[:, 0]
+        )
         tree = scheduler.grow_positions(tree, torch.arange(18).view(3, 3, 2), log_probs)
         packed = scheduler.pack(tree)
-        accepted = echo.verify(packed, logits=torch.cat([raw.flatten(), raw.flatten()])[: packed.rows, None] * torch.arange(4.0))
+        accepted = echo.accept(
+            packed,
+            logits=torch.cat([raw.flatten(), raw.flatten()])[: packed.num_rows, None]
+            * torch.arange(4.0),
+        )
         history = scheduler.history(3).observe(torch.arange(3), packed, accepted)
-        logged = echo.warmup_rows(tree, packed, accepted, weights=probability)
-        columns = packed.depth, packed.score, packed.bought, packed.node, probability[:, 0].repeat(3)
+        logged = echo.warmup_log(tree, packed, accepted, weights=probability)
+        columns = (
+            packed.depth,
+            packed.score,
+            packed.committed,
+            packed.node,
+            probability[:, 0].repeat(3),
+        )
         counted = echo.ConfidenceHistograms.empty(3).live().update(*columns)
-        blended = blend(torch.zeros(3, 3, 2).long(), log_probs, torch.ones(3, 3).long(), probability[:, :3] / 4)
-        ready = echo.SuperTree.from_arrays(torch.arange(3)[None], torch.arange(-1, 2)[None], log_probs[:1, :, 0].clamp(max=0))
-        found = [value for part in (packed, accepted, history, counted) for value in vars(part).values()]
-        found += [*blended, ready.score, tree.weight]
+        blended = blend(
+            torch.zeros(3, 3, 2).long(), log_probs, torch.ones(3, 3).long(), probability[:, :3] / 4
+        )
+        ready = echo.SuperTree.from_arrays(
+            torch.arange(3)[None], torch.arange(-1, 2)[None], log_probs[:1, :, 0].clamp(max=0)
+        )
+        found = [
+            value for part in (packed, accepted, history, counted) for value in vars(part).values()
+        ]
+        found += [*blended, ready.score, tree.request_weights]
         return [x for x in found if isinstance(x, torch.Tensor)] + [torch.from_numpy(logged.weight)]
 
     kept = step(drawn.clone().requires_grad_(), torch.full((3, 4), 2.0, requires_grad=True))
@@ -258,7 +361,11 @@ def test_gradients_are_left_behind():
 def test_weights_that_are_no_numbers_are_their_requests_own(bad):
     scheduler = echo.ElasticBudgetScheduler(echo.GlobalRank(2), budget=6, max_depth=1)
     first = torch.arange(6).view(3, 2), torch.tensor([[0.5, 0.4]]).log().expand(3, -1)
-    packed = scheduler.pack(scheduler.plant(torch.arange(3), weights=torch.tensor([1.0, bad, 4.0]), first_layer=first))
+    packed = scheduler.pack(
+        scheduler.begin(
+            torch.arange(3), request_weights=torch.tensor([1.0, bad, 4.0]), first_layer=first
+        )
+    )
     assert packed.indptr.diff().tolist() == [2, 1, 3]
 
 
@@ -269,18 +376,25 @@ def test_faulty_scores_are_counted_and_touch_nobody_else(bad):
     clean = torch.tensor([[[0.5, 0.3, 0.2]], [[0.6, 0.3, 0.1]]]).log()
     dirty = clean.clone()
     dirty[1] = bad
-    tree = scheduler.grow(scheduler.plant(roots), tokens, dirty)
+    tree = scheduler.grow(scheduler.begin(roots), tokens, dirty)
     packed = scheduler.pack(tree)
     assert packed.invalid.tolist() == [0, 3]
     assert packed.indptr.tolist() == [0, 4, 5]  # request 1 keeps its root alone
     assert packed.status.tolist() == [echo.Status.FINISHED, echo.Status.EXHAUSTED]
-    alone = scheduler.pack(scheduler.grow(scheduler.plant(roots[:1]), tokens[:1], clean[:1]))
+    alone = scheduler.pack(scheduler.grow(scheduler.begin(roots[:1]), tokens[:1], clean[:1]))
     assert packed.tokens[:4].tolist() == alone.tokens[:4].tolist()
 
 
 def test_capacity_of_one_is_an_opt_out_and_an_empty_slot_costs_nothing():
     scheduler = echo.ElasticBudgetScheduler(echo.GlobalRank(2), budget=9, max_depth=2)
-    tree = grow_all(scheduler, torch.arange(3), k=2, seed=0, live=torch.tensor([True, False, True]), capacity=torch.tensor([1, 64, 64]))
+    tree = grow_all(
+        scheduler,
+        torch.arange(3),
+        k=2,
+        seed=0,
+        live=torch.tensor([True, False, True]),
+        capacity=torch.tensor([1, 64, 64]),
+    )
     packed = scheduler.pack(tree)
     assert packed.indptr.diff().tolist()[:2] == [1, 0]
     assert packed.status.tolist()[:2] == [echo.Status.EXHAUSTED, echo.Status.EMPTY]
@@ -289,10 +403,10 @@ def test_capacity_of_one_is_an_opt_out_and_an_empty_slot_costs_nothing():
 def test_forecast_switches_speculation_off_where_nothing_is_left():
     scheduler = echo.ElasticBudgetScheduler(echo.GlobalRank(2), budget=16, max_depth=4)
     history = scheduler.history(32)
-    assert scheduler.forecast(history, torch.arange(4)) == echo.Forecast(4, 16)
-    assert scheduler.forecast(history, torch.arange(4), base_rows=10) == echo.Forecast(4, 6)
-    assert scheduler.forecast(history, torch.arange(16)) == echo.Forecast(0, 16)
-    assert scheduler.forecast(history, torch.arange(32)) == echo.Forecast(0, 32)
+    assert scheduler.choose_tier(history, torch.arange(4)) == echo.Tier(4, 16)
+    assert scheduler.choose_tier(history, torch.arange(4), num_other_tokens=10) == echo.Tier(4, 6)
+    assert scheduler.choose_tier(history, torch.arange(16)) == echo.Tier(0, 16)
+    assert scheduler.choose_tier(history, torch.arange(32)) == echo.Tier(0, 32)
 
 
 COST = echo.CostModel((1, 32, 256), (1.0, 1.0, 8.0), draft_layer=0.02)
@@ -301,14 +415,22 @@ COST = echo.CostModel((1, 32, 256), (1.0, 1.0, 8.0), draft_layer=0.02)
 def observed(scheduler, history, slots, *, depth, seed, accepted=2):
     """One step of random drafts for the ``slots``, of which the first ``accepted`` of each request's best path are accepted."""
     batch = len(slots)
-    tree = scheduler.plant(torch.arange(batch), rows=8 * batch)
+    tree = scheduler.begin(torch.arange(batch), num_verify_tokens=8 * batch)
     generator = torch.Generator().manual_seed(seed)
     for _ in range(depth):
         shape = (*tree.frontier.token.shape, 3)
-        tree = scheduler.grow(tree, torch.arange(3).expand(shape), (2 * torch.randn(shape, generator=generator)).log_softmax(-1))
+        tree = scheduler.grow(
+            tree,
+            torch.arange(3).expand(shape),
+            (2 * torch.randn(shape, generator=generator)).log_softmax(-1),
+        )
     packed = scheduler.pack(tree)
     lengths = torch.full((batch,), 1 + min(accepted, depth))
-    return history.observe(slots, packed, replace(echo.verify(packed, torch.full((packed.rows,), -1)), lengths=lengths))
+    return history.observe(
+        slots,
+        packed,
+        replace(echo.accept(packed, torch.full((packed.num_rows,), -1)), num_emitted=lengths),
+    )
 
 
 GOODPUT = echo.ElasticBudgetScheduler(echo.GlobalRank(3), None, COST, 4)
@@ -317,9 +439,11 @@ GOODPUT = echo.ElasticBudgetScheduler(echo.GlobalRank(3), None, COST, 4)
 def test_history_is_a_value_and_forgets_on_reset():
     empty, slots = GOODPUT.history(5), torch.tensor([4, 1])
     after = observed(GOODPUT, empty, slots, depth=2, seed=0)
-    assert not empty.steps.any() and not empty.outlook.any() and empty.tick == 0
-    assert after.tick == 1
-    assert after.steps[:2].tolist() == [[0, 1, 0, 0, 1, 2]] * 2  # own steps at each depth, then everybody's
+    assert not empty.steps.any() and not empty.acceptance_histogram.any() and empty.num_steps == 0
+    assert after.num_steps == 1
+    assert (
+        after.steps[:2].tolist() == [[0, 1, 0, 0, 1, 2]] * 2
+    )  # own steps at each depth, then everybody's
     assert after.accepted[:2].tolist() == [[0, 1, 0, 0, 1, 2]] * 2
     assert not after.steps[2:].any()  # deeper layers were not drafted, and nobody had stopped
     again = after.reset(torch.tensor([4]))
@@ -327,16 +451,20 @@ def test_history_is_a_value_and_forgets_on_reset():
     assert again.generation.tolist() == [0, 0, 0, 0, 1]
     # a lagged copy: what it knows of a slot that has another request by now is not of that request
     lagged = after.of(again.generation)
-    assert torch.equal(lagged.steps, again.steps) and torch.equal(lagged.outlook, again.outlook)
-    assert torch.equal(after.of(after.generation).outlook, after.outlook)
-    assert after.to("meta").outlook.is_meta and after.to("meta").tick == 1
+    assert torch.equal(lagged.steps, again.steps) and torch.equal(
+        lagged.acceptance_histogram, again.acceptance_histogram
+    )
+    assert torch.equal(after.of(after.generation).acceptance_histogram, after.acceptance_histogram)
+    assert after.to("meta").acceptance_histogram.is_meta and after.to("meta").num_steps == 1
 
 
 def test_who_stopped_drafting_is_known_to_have_no_deeper_layer():
-    tree = GOODPUT.plant(torch.arange(2))
+    tree = GOODPUT.begin(torch.arange(2))
     log_probs = torch.tensor([[[-0.1, -3.0, -4.0]], [[-torch.inf, -torch.inf, -torch.inf]]])
     packed = GOODPUT.pack(GOODPUT.grow(tree, torch.arange(3).expand(2, 1, 3), log_probs))
-    after = GOODPUT.history(2).observe(torch.arange(2), packed, echo.verify(packed, torch.full((packed.rows,), 9)))
+    after = GOODPUT.history(2).observe(
+        torch.arange(2), packed, echo.accept(packed, torch.full((packed.num_rows,), 9))
+    )
     assert after.steps.T.tolist() == [[1, 0, 0, 0], [1, 1, 1, 1], [2, 1, 1, 1]]
 
 
@@ -345,50 +473,84 @@ def test_what_is_learnt_of_a_slot_fades_towards_everybody():
     for seed in range(20):
         history = observed(GOODPUT, history, torch.tensor([0]), depth=4, seed=seed, accepted=0)
         history = observed(GOODPUT, history, torch.tensor([1, 2]), depth=4, seed=seed, accepted=3)
-    doubtful, good, fresh = (float(history.foresee(torch.tensor([slot]))[1].max()) for slot in (0, 1, 3))
+    doubtful, good, fresh = (
+        float(history.predict(torch.tensor([slot]))[1].max()) for slot in (0, 1, 3)
+    )
     assert doubtful < fresh < good
-    plain = GOODPUT.pack(GOODPUT.plant(torch.arange(1)))
-    off, one = history, echo.verify(plain, torch.full((plain.rows,), 9))
+    plain = GOODPUT.pack(GOODPUT.begin(torch.arange(1)))
+    off, one = history, echo.accept(plain, torch.full((plain.num_rows,), 9))
     for _ in range(100):
         off = off.observe(torch.tensor([0]), plain, one)
-    assert float(off.foresee(torch.tensor([0]))[1].max()) == pytest.approx(fresh, rel=0.05)
+    assert float(off.predict(torch.tensor([0]))[1].max()) == pytest.approx(fresh, rel=0.05)
 
 
 def test_what_is_foreseen_is_the_shrunk_sum_over_slots_layers_and_likelier_bins():
     history = GOODPUT.history(5)
     for seed in range(12):
-        history = observed(GOODPUT, history, torch.tensor([0, 3, seed % 2 + 1]), depth=2 + 2 * (seed % 3 > 0), seed=seed, accepted=seed % 4)
+        history = observed(
+            GOODPUT,
+            history,
+            torch.tensor([0, 3, seed % 2 + 1]),
+            depth=2 + 2 * (seed % 3 > 0),
+            seed=seed,
+            accepted=seed % 4,
+        )
     slots = torch.tensor([4, 1, 0])
-    rows, brings = history.foresee(slots)
-    steps, expected, accepted, outlook = (x.double() for x in (history.steps, history.expected, history.accepted, history.outlook))
+    rows, brings = history.predict(slots)
+    steps, expected, accepted, outlook = (
+        x.double()
+        for x in (history.steps, history.expected, history.accepted, history.acceptance_histogram)
+    )
     everybody = outlook[:, -1] / steps[:, -1:]
     ratio = (accepted[:, -1] + 1) / (expected[:, -1] + 1)
     for depth in range(4):
         for bins in range(33):
             sums = [0.0, 0.0]
-            for d, slot, b in itertools.product(range(depth + 1), slots.tolist(), range(32 - bins, 32)):
+            for d, slot, b in itertools.product(
+                range(depth + 1), slots.tolist(), range(32 - bins, 32)
+            ):
                 nodes = (outlook[d, slot, b] + 2 * everybody[d, b]) / (steps[d, slot] + 2)
-                scale = min(float((accepted[d, slot] + 4 * ratio[d]) / (expected[d, slot] + 4)), 2.0)
+                scale = min(
+                    float((accepted[d, slot] + 4 * ratio[d]) / (expected[d, slot] + 4)), 2.0
+                )
                 sums[0] += float(nodes)
                 sums[1] += float(nodes) * scale * ((b + 3.5) / 35) ** 2
-            assert [rows[depth, bins], brings[depth, bins]] == pytest.approx(sums, rel=1e-5, abs=1e-6)
+            assert [rows[depth, bins], brings[depth, bins]] == pytest.approx(
+                sums, rel=1e-5, abs=1e-6
+            )
     assert (np.diff(rows) >= 0).all() and (np.diff(brings) >= 0).all()
 
 
 def test_forecast_of_a_cost_model():
     slots = torch.arange(4)
     history = GOODPUT.history(4)
-    assert GOODPUT.forecast(history, slots) == echo.Forecast(4, 32)  # nothing known: the deepest tree, at the knee
-    assert GOODPUT.forecast(history, slots[:0]) == echo.Forecast(0, 0)
+    assert GOODPUT.choose_tier(history, slots) == echo.Tier(
+        4, 32
+    )  # nothing known: the deepest tree, at the knee
+    assert GOODPUT.choose_tier(history, slots[:0]) == echo.Tier(0, 0)
     good = bad = history
     for seed in range(6):
-        good, bad = (observed(GOODPUT, h, slots, depth=4, seed=seed, accepted=n) for h, n in ((good, 4), (bad, 0)))
-    assert GOODPUT.forecast(good, slots).rows == 32  # rows up to the knee cost nothing
-    assert GOODPUT.forecast(good, slots).depth >= 3
-    assert 12 <= GOODPUT.forecast(good, slots, base_rows=20).rows < 32  # prefill takes of the flat part
-    assert GOODPUT.forecast(replace(bad, tick=1), slots, base_rows=200) == echo.Forecast(0, 4)
-    assert GOODPUT.forecast(replace(bad, tick=100), slots, base_rows=200).depth > 0  # a probe
-    plans = [GOODPUT.forecast(replace(bad, tick=tick), slots, base_rows=200).depth for tick in range(1000)]
+        good, bad = (
+            observed(GOODPUT, h, slots, depth=4, seed=seed, accepted=n)
+            for h, n in ((good, 4), (bad, 0))
+        )
+    assert (
+        GOODPUT.choose_tier(good, slots).num_verify_tokens == 32
+    )  # rows up to the knee cost nothing
+    assert GOODPUT.choose_tier(good, slots).depth >= 3
+    assert (
+        12 <= GOODPUT.choose_tier(good, slots, num_other_tokens=20).num_verify_tokens < 32
+    )  # prefill takes of the flat part
+    assert GOODPUT.choose_tier(replace(bad, num_steps=1), slots, num_other_tokens=200) == echo.Tier(
+        0, 4
+    )
+    assert (
+        GOODPUT.choose_tier(replace(bad, num_steps=100), slots, num_other_tokens=200).depth > 0
+    )  # a probe
+    plans = [
+        GOODPUT.choose_tier(replace(bad, num_steps=tick), slots, num_other_tokens=200).depth
+        for tick in range(1000)
+    ]
     assert sum(depth > 0 for depth in plans) == 10
 
 
@@ -396,39 +558,62 @@ def test_what_the_drafter_has_to_read_is_the_text_of_who_is_still_there():
     history, slots = GOODPUT.history(5), torch.tensor([3, 0])
     for seed in range(2):
         history = observed(GOODPUT, history, slots, depth=4, seed=seed, accepted=2)
-    assert not history.unread.any() and history.idle == 0
-    plain = GOODPUT.pack(GOODPUT.plant(torch.arange(2)))
-    one = echo.verify(plain, torch.full((plain.rows,), 9))
+    assert not history.num_unprocessed_tokens.any() and history.num_idle_steps == 0
+    plain = GOODPUT.pack(GOODPUT.begin(torch.arange(2)))
+    one = echo.accept(plain, torch.full((plain.num_rows,), 9))
     for _ in range(3):
         history = history.observe(slots, plain, one)
-    assert (history.unread.tolist(), history.idle) == ([3, 0, 0, 3, 0], 3)
+    assert (history.num_unprocessed_tokens.tolist(), history.num_idle_steps) == ([3, 0, 0, 3, 0], 3)
     fresh = history.reset(torch.tensor([3]))
-    assert fresh.unread.tolist() == [3, 0, 0, 0, 0]
-    assert torch.equal(history.of(fresh.generation).unread, fresh.unread)
-    assert observed(GOODPUT, fresh, slots, depth=1, seed=0).unread.tolist() == [0] * 5
+    assert fresh.num_unprocessed_tokens.tolist() == [3, 0, 0, 0, 0]
+    assert torch.equal(
+        history.without_stale(fresh.generation).num_unprocessed_tokens, fresh.num_unprocessed_tokens
+    )
+    assert (
+        observed(GOODPUT, fresh, slots, depth=1, seed=0).num_unprocessed_tokens.tolist() == [0] * 5
+    )
 
 
 def test_a_probe_waits_until_its_reading_is_cheap_beside_the_time_off():
     """Reading up on 4 * 60 tokens costs 0.02 + 0.48 s; a step of 204 rows takes 6.4 s, and 0.5% of 16 of them is as much."""
-    scheduler = replace(GOODPUT, budget=replace(COST, catch_up_token=0.002), probe=10)
+    scheduler = replace(GOODPUT, budget=replace(COST, extend_token=0.002), probe_interval=10)
     history, slots = scheduler.history(4), torch.arange(4)
     for seed in range(6):
         history = observed(scheduler, history, slots, depth=4, seed=seed, accepted=0)
-    off = replace(history, tick=1, unread=torch.full((4,), 60))
-    plans = {idle: scheduler.forecast(replace(off, idle=idle), slots, base_rows=200).depth for idle in range(1, 400)}
+    off = replace(history, num_steps=1, num_unprocessed_tokens=torch.full((4,), 60))
+    plans = {
+        idle: scheduler.choose_tier(
+            replace(off, num_idle_steps=idle), slots, num_other_tokens=200
+        ).depth
+        for idle in range(1, 400)
+    }
     assert 0.5 / (0.005 * COST(204)) == pytest.approx(15.6, abs=0.1)
     assert [idle for idle, depth in plans.items() if depth] == list(range(20, 400, 10))
-    dear = replace(scheduler, budget=replace(COST, catch_up_token=10.0))  # it comes back all the same
-    assert [idle for idle in range(1, 400) if dear.forecast(replace(off, idle=idle), slots, base_rows=200).depth] == [160, 320]
+    dear = replace(scheduler, budget=replace(COST, extend_token=10.0))  # it comes back all the same
+    assert [
+        idle
+        for idle in range(1, 400)
+        if dear.choose_tier(replace(off, num_idle_steps=idle), slots, num_other_tokens=200).depth
+    ] == [160, 320]
     free = replace(scheduler, budget=COST)  # reading costs nothing
-    assert [idle for idle in range(1, 40) if free.forecast(replace(off, idle=idle), slots, base_rows=200).depth] == [10, 20, 30]
+    assert [
+        idle
+        for idle in range(1, 40)
+        if free.choose_tier(replace(off, num_idle_steps=idle), slots, num_other_tokens=200).depth
+    ] == [10, 20, 30]
 
 
 def test_rounding_costs_no_row():
     """The order of slots changes the last digits of a sum; the rows that they are worth must not change."""
-    goodput = GOODPUT._goodput
-    drafted, accepted = np.array([[0.0, 40.0]] * 4, np.float32), np.array([[0.0, 39.0]] * 4, np.float32)
-    plans = {goodput._best(drafted * np.float32(1 + noise), accepted, 4, 4, 4, 1, 0, 0) for noise in (-4e-7, 0.0, 4e-7)}
+    goodput = GOODPUT._throughput_optimal
+    drafted, accepted = (
+        np.array([[0.0, 40.0]] * 4, np.float32),
+        np.array([[0.0, 39.0]] * 4, np.float32),
+    )
+    plans = {
+        goodput._best(drafted * np.float32(1 + noise), accepted, 4, 4, 4, 1, 0, 0)
+        for noise in (-4e-7, 0.0, 4e-7)
+    }
     assert plans == {(1, 44)}
 
 
@@ -437,36 +622,49 @@ def test_a_forecast_fills_a_tier(base_rows):
     tiers = (4, 16, 48, 200, 256)
     scheduler = replace(GOODPUT, budget=replace(COST, tiers=tiers))
     slots, history = torch.arange(4), scheduler.history(4)
-    plans = [scheduler.forecast(history, slots, base_rows)]
+    plans = [scheduler.choose_tier(history, slots, base_rows)]
     for seed in range(8):
         history = observed(scheduler, history, slots, depth=4, seed=seed, accepted=4)
-        plans.append(scheduler.forecast(history, slots, base_rows))
+        plans.append(scheduler.choose_tier(history, slots, base_rows))
     assert plans[-1].depth > 0
-    assert all(plan.rows + base_rows in tiers for plan in plans if plan.depth)
+    assert all(plan.num_verify_tokens + base_rows in tiers for plan in plans if plan.depth)
 
 
 def test_ranks_agree_on_what_is_best_for_all():
     slots, history = torch.arange(4), GOODPUT.history(4)
     for seed in range(6):
         history = observed(GOODPUT, history, slots, depth=4, seed=seed, accepted=3)
-    history = replace(history, tick=1)
+    history = replace(history, num_steps=1)
     base = [0, 9, 40, 0]
-    curves = np.stack([GOODPUT.curve(history, slots[: 4 * (rank < 3)], rows) for rank, rows in enumerate(base)])
+    curves = np.stack(
+        [
+            GOODPUT.tier_curve(history, slots[: 4 * (rank < 3)], rows)
+            for rank, rows in enumerate(base)
+        ]
+    )
     assert curves.nbytes <= 4 * 1024
-    plans = [GOODPUT.agree(curves, rank) for rank in range(4)]
+    plans = [GOODPUT.agree_on_tier(curves, rank) for rank in range(4)]
     assert len({plan.depth for plan in plans}) == 1
-    assert {plan.rows + rows for plan, rows in zip(plans, base, strict=True)} == {plans[0].rows}  # one shape, prefill included
-    alone = GOODPUT.agree(curves[:1], 0)
+    assert {plan.num_verify_tokens + rows for plan, rows in zip(plans, base, strict=True)} == {
+        plans[0].num_verify_tokens
+    }  # one shape, prefill included
+    alone = GOODPUT.agree_on_tier(curves[:1], 0)
     assert alone.depth > 0
-    assert alone.rows == pytest.approx(GOODPUT.forecast(history, slots).rows, rel=0.1)
-    idle = np.stack([GOODPUT.curve(history, slots[:0])] * 2)
-    assert GOODPUT.agree(idle, 1) == echo.Forecast(0, 0)
-    with pytest.raises(echo.EchoError, match=r"curves: expected float32 \[ranks, \d+\], got \[2, 5\]"):
-        GOODPUT.agree(idle[:, :5], 0)
-    with pytest.raises(echo.EchoError, match=r"history: expected one on cpu \(see History.to\), got one on meta"):
-        GOODPUT.forecast(history.to("meta"), slots)
+    assert alone.num_verify_tokens == pytest.approx(
+        GOODPUT.choose_tier(history, slots).num_verify_tokens, rel=0.1
+    )
+    idle = np.stack([GOODPUT.tier_curve(history, slots[:0])] * 2)
+    assert GOODPUT.agree_on_tier(idle, 1) == echo.Tier(0, 0)
+    with pytest.raises(
+        echo.EchoError, match=r"curves: expected float32 \[ranks, \d+\], got \[2, 5\]"
+    ):
+        GOODPUT.agree_on_tier(idle[:, :5], 0)
+    with pytest.raises(
+        echo.EchoError, match=r"history: expected one on cpu \(see History.to\), got one on meta"
+    ):
+        GOODPUT.choose_tier(history.to("meta"), slots)
     with pytest.raises(echo.EchoError, match="budget: expected a CostModel"):
-        SCHEDULER.curve(history, slots)
+        SCHEDULER.tier_curve(history, slots)
 
 
 SCHEDULER = echo.ElasticBudgetScheduler(echo.TwoLevel(2, 4), budget=8, max_depth=2)
@@ -475,35 +673,76 @@ SCHEDULER = echo.ElasticBudgetScheduler(echo.TwoLevel(2, 4), budget=8, max_depth
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: SCHEDULER.plant(torch.arange(9)), r"rows: expected at least one row for each of 9 requests, got 8"),
-        (lambda: SCHEDULER.plant(torch.arange(2), rows=0), r"rows: expected at least one row for each of 2 requests, got 0"),
-        (lambda: SCHEDULER.plant(torch.arange(2), rows=-1), r"rows: expected an int >= 0, got -1"),
-        (lambda: SCHEDULER.plant(torch.zeros(2)), r"root_tokens: expected int64 \[B\], got float32 \[2\]"),
-        (lambda: SCHEDULER.plant([1, 2]), r"root_tokens: expected a tensor int64 \[B\], got list"),
-        (lambda: SCHEDULER.plant(torch.arange(2), live=torch.ones(3, dtype=torch.bool)), r"live: expected bool \[2\], got bool \[3\]"),
-        (lambda: SCHEDULER.plant(torch.arange(2), capacity=torch.ones(2)), r"capacity: expected int64 \[2\], got float32 \[2\]"),
         (
-            lambda: SCHEDULER.grow(SCHEDULER.plant(torch.arange(2)), torch.zeros(2, 1, 3, dtype=torch.int64), torch.zeros(2, 1, 4)),
+            lambda: SCHEDULER.begin(torch.arange(9)),
+            r"rows: expected at least one row for each of 9 requests, got 8",
+        ),
+        (
+            lambda: SCHEDULER.begin(torch.arange(2), num_verify_tokens=0),
+            r"rows: expected at least one row for each of 2 requests, got 0",
+        ),
+        (
+            lambda: SCHEDULER.begin(torch.arange(2), num_verify_tokens=-1),
+            r"rows: expected an int >= 0, got -1",
+        ),
+        (
+            lambda: SCHEDULER.begin(torch.zeros(2)),
+            r"root_tokens: expected int64 \[B\], got float32 \[2\]",
+        ),
+        (lambda: SCHEDULER.begin([1, 2]), r"root_tokens: expected a tensor int64 \[B\], got list"),
+        (
+            lambda: SCHEDULER.begin(torch.arange(2), live=torch.ones(3, dtype=torch.bool)),
+            r"live: expected bool \[2\], got bool \[3\]",
+        ),
+        (
+            lambda: SCHEDULER.begin(torch.arange(2), verify_limits=torch.ones(2)),
+            r"capacity: expected int64 \[2\], got float32 \[2\]",
+        ),
+        (
+            lambda: SCHEDULER.grow(
+                SCHEDULER.begin(torch.arange(2)),
+                torch.zeros(2, 1, 3, dtype=torch.int64),
+                torch.zeros(2, 1, 4),
+            ),
             r"log_probs: expected float32 or bfloat16 or float16 \[2, 1, 3\], got float32 \[2, 1, 4\]",
         ),
         (
-            lambda: SCHEDULER.grow(SCHEDULER.plant(torch.arange(2)), torch.zeros(2, 2, 3, dtype=torch.int64), torch.zeros(2, 2, 3)),
+            lambda: SCHEDULER.grow(
+                SCHEDULER.begin(torch.arange(2)),
+                torch.zeros(2, 2, 3, dtype=torch.int64),
+                torch.zeros(2, 2, 3),
+            ),
             r"tokens: expected int64 \[2, 1, k\], got int64 \[2, 2, 3\]",
         ),
-        (lambda: SCHEDULER.pack(SCHEDULER.plant(torch.arange(2)), rows=4), r"rows: expected at least the 8 rows .* planted with, got 4"),
-        (lambda: SCHEDULER.pack(SCHEDULER.plant(torch.arange(2)), rows=0), r"rows: expected at least the 8 rows .* planted with, got 0"),
+        (
+            lambda: SCHEDULER.pack(SCHEDULER.begin(torch.arange(2)), num_verify_tokens=4),
+            r"rows: expected at least the 8 rows .* planted with, got 4",
+        ),
+        (
+            lambda: SCHEDULER.pack(SCHEDULER.begin(torch.arange(2)), num_verify_tokens=0),
+            r"rows: expected at least the 8 rows .* planted with, got 0",
+        ),
         (lambda: echo.TwoLevel(0, 4), r"layer_width: expected an int >= 1, got 0"),
         (lambda: echo.TwoLevel(2, -1), r"max_width: expected an int >= 0, got -1"),
         (lambda: echo.PerRequest(0, 2), r"n: expected an int >= 1, got 0"),
         (lambda: echo.GlobalRank(1.5), r"beam: expected an int >= 1, got 1.5"),
-        (lambda: echo.ElasticBudgetScheduler(echo.GlobalRank(2)), r"budget: expected rows or a CostModel"),
-        (lambda: echo.ElasticBudgetScheduler(echo.GlobalRank(2), budget=0), r"budget: expected an int >= 1, got 0"),
+        (
+            lambda: echo.ElasticBudgetScheduler(echo.GlobalRank(2)),
+            r"budget: expected rows or a CostModel",
+        ),
+        (
+            lambda: echo.ElasticBudgetScheduler(echo.GlobalRank(2), budget=0),
+            r"budget: expected an int >= 1, got 0",
+        ),
         (
             lambda: echo.ElasticBudgetScheduler(echo.PerRequest(100, 10)),
             r"max_tree_rows: expected at least the 100 rows of a request that the rule asks for, got 64",
         ),
         (lambda: echo.SparseGate({0: 0.5}), r"thresholds.depth: expected an int >= 1, got 0"),
-        (lambda: echo.SparseGate({1: 1.5}), r"thresholds\[1\]: expected a number from 0.0 to 1.0, got 1.5"),
+        (
+            lambda: echo.SparseGate({1: 1.5}),
+            r"thresholds\[1\]: expected a number from 0.0 to 1.0, got 1.5",
+        ),
         (lambda: echo.BeamMassGate((), 0.0, 2), r"depths: expected at least one depth, got none"),
     ],
 )
@@ -512,28 +751,47 @@ def test_bad_input_names_the_argument(call, message):
         call()
 
 
-@pytest.mark.parametrize("rule", [echo.GlobalRank(2), echo.GlobalRank(2, max_rows=5)])
+@pytest.mark.parametrize(
+    "rule", [echo.GlobalRank(2), echo.GlobalRank(2, max_verify_tokens_per_req=5)]
+)
 @pytest.mark.parametrize("batch", [1, 3])
 def test_no_rows_are_launched_that_no_request_can_use(rule, batch):
     """Rows up to 512 are free, before anything is known and after."""
-    scheduler = echo.ElasticBudgetScheduler(rule, None, echo.CostModel((1, 512, 1024), (1.0, 1.0, 2.0)), 3, max_tree_rows=8)
-    history, slots, most = scheduler.history(batch), torch.arange(batch), batch * scheduler.max_slots_per_request(batch)
-    assert scheduler.forecast(history, slots).rows <= most
+    scheduler = echo.ElasticBudgetScheduler(
+        rule, None, echo.CostModel((1, 512, 1024), (1.0, 1.0, 2.0)), 3, max_verify_tokens_per_req=8
+    )
+    history, slots, most = (
+        scheduler.history(batch),
+        torch.arange(batch),
+        batch * scheduler.num_lookahead_slots(batch),
+    )
+    assert scheduler.choose_tier(history, slots).num_verify_tokens <= most
     for seed in range(12):
-        packed = scheduler.pack(grow_all(scheduler, slots, k=3, seed=seed, rows=scheduler.forecast(history, slots).rows))
-        history = history.observe(slots, packed, echo.verify(packed, packed.tokens.roll(-1)))
-        assert batch < scheduler.forecast(history, slots).rows <= most
+        packed = scheduler.pack(
+            grow_all(
+                scheduler,
+                slots,
+                k=3,
+                seed=seed,
+                rows=scheduler.choose_tier(history, slots).num_verify_tokens,
+            )
+        )
+        history = history.observe(slots, packed, echo.accept(packed, packed.tokens.roll(-1)))
+        assert batch < scheduler.choose_tier(history, slots).num_verify_tokens <= most
 
 
 def test_layer_width_beyond_the_candidates_takes_what_there_is():
     scheduler = echo.ElasticBudgetScheduler(echo.TwoLevel(50, 0), budget=64, max_depth=2)
     tree = grow_all(scheduler, torch.arange(1), k=2, seed=0)
     assert [layer.token.shape[1] for layer in tree.layers] == [1, 2, 4]
-    assert tree.forest.bought.all()
+    assert tree.forest.committed.all()
 
 
 def test_a_tree_deeper_than_planned_is_refused():
     tree = grow_all(SCHEDULER, torch.arange(2), k=2, seed=0)
     width = tree.frontier.token.shape[1]
-    with pytest.raises(echo.EchoError, match=r"tree: expected a tree of fewer than max_depth = 2 layers, got one of 2"):
+    with pytest.raises(
+        echo.EchoError,
+        match=r"tree: expected a tree of fewer than max_depth = 2 layers, got one of 2",
+    ):
         SCHEDULER.grow(tree, torch.zeros(2, width, 1, dtype=torch.int64), torch.zeros(2, width, 1))

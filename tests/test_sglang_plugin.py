@@ -28,7 +28,12 @@ from sglang_server import VOCAB, ForwardBatch, N, Server, Tables, TargetWorker, 
 
 VERSION = "0.5.23"
 PLUGIN = Path(__file__).parents[1] / "examples" / "sglang"
-REAL = ("sglang.srt.speculative.", "sglang.srt.plugins", "sglang.kernels.ops.speculative.", "sglang.kernels.ops.attention.")
+REAL = (
+    "sglang.srt.speculative.",
+    "sglang.srt.plugins",
+    "sglang.kernels.ops.speculative.",
+    "sglang.kernels.ops.attention.",
+)
 REAL += ("sglang.srt.layers.attention.triton_backend",)
 pytestmark = pytest.mark.peers
 
@@ -43,15 +48,30 @@ def engine(folder, tmp_path_factory):
     """SGLang's modules with the plugin installed and loaded by its own ``load_plugins``; yields the plugin's module."""
     triton = pytest.importorskip("triton")
     if not triton.knobs.runtime.interpret:
-        pytest.skip("triton is imported without its interpreter: run this file in a process of its own")
+        pytest.skip(
+            "triton is imported without its interpreter: run this file in a process of its own"
+        )
     with pytest.MonkeyPatch.context() as patch, around(folder, ("sglang", "msgspec"), REAL):
         patch.syspath_prepend(str(PLUGIN))
         patch.syspath_prepend(installed(tmp_path_factory.mktemp("site")))
         for name in ("sglang.srt.utils", "sglang.srt.utils.common"):
             utils = import_module(name)
-            for kind in ("cpu", "cuda", "hip", "musa", "npu", "gfx95_supported", "gfx942_supported", "gfx1250_supported"):
+            for kind in (
+                "cpu",
+                "cuda",
+                "hip",
+                "musa",
+                "npu",
+                "gfx95_supported",
+                "gfx942_supported",
+                "gfx1250_supported",
+            ):
                 setattr(utils, f"is_{kind}", lambda *_: False)
-            utils.is_xpu, utils.next_power_of_2, utils.get_device_core_count = lambda: True, triton.next_power_of_2, lambda *_: 1
+            utils.is_xpu, utils.next_power_of_2, utils.get_device_core_count = (
+                lambda: True,
+                triton.next_power_of_2,
+                lambda *_: 1,
+            )
             utils.fast_topk = lambda x, k, dim: x.topk(k, dim=dim)
         envs = import_module("sglang.srt.environ").envs
         envs.SGLANG_SIMULATE_ACC_LEN.get.return_value = -1
@@ -61,14 +81,24 @@ def engine(folder, tmp_path_factory):
         alone = SimpleNamespace(tp_group=SimpleNamespace(world_size=1), pp_size=1)
         context = import_module("sglang.srt.runtime_context")
         context.get_spec, context.get_parallel = lambda: spec, lambda: alone
-        context.get_exec = lambda: SimpleNamespace(mamba=SimpleNamespace(enable_mamba_extra_buffer=False))
-        import_module("sglang.kernels.ops.sampling").softmax = lambda logits, **_: logits.softmax(-1)
+        context.get_exec = lambda: SimpleNamespace(
+            mamba=SimpleNamespace(enable_mamba_extra_buffer=False)
+        )
+        import_module("sglang.kernels.ops.sampling").softmax = lambda logits, **_: logits.softmax(
+            -1
+        )
         import_module("sglang.srt.configs.hybrid_arch").mambaish_config = lambda _: None
         batches = import_module("sglang.srt.model_executor.forward_batch_info")
         kinds = {"IntEnum": IntEnum, "auto": auto, "total_ordering": total_ordering}
-        definitions(folder / "sglang/srt/model_executor/forward_batch_info.py", ("ForwardMode", "CaptureHiddenMode"), kinds)
+        definitions(
+            folder / "sglang/srt/model_executor/forward_batch_info.py",
+            ("ForwardMode", "CaptureHiddenMode"),
+            kinds,
+        )
         vars(batches).update(kinds, ForwardBatch=ForwardBatch)
-        import_module("sglang.srt.managers.tp_worker").TpModelWorker = type("TpModelWorker", (TargetWorker,), {})
+        import_module("sglang.srt.managers.tp_worker").TpModelWorker = type(
+            "TpModelWorker", (TargetWorker,), {}
+        )
         import_module("sglang.srt.plugins").load_plugins()
         registry = import_module("sglang.srt.plugins.hook_registry").HookRegistry
         assert len(registry._hooks) == 8 and registry._patched == set(registry._hooks)
@@ -88,7 +118,9 @@ def installed(site):
     return str(site)
 
 
-@pytest.mark.parametrize(("ragged", "mask"), [(False, None), (False, "FULL_MASK"), (False, "QLEN_ONLY"), (True, None)])
+@pytest.mark.parametrize(
+    ("ragged", "mask"), [(False, None), (False, "FULL_MASK"), (False, "QLEN_ONLY"), (True, None)]
+)
 def test_planned_steps_write_the_targets_own_text(engine, monkeypatch, ragged, mask):
     monkeypatch.setenv("ECHO_ROWS", "14")
     monkeypatch.setenv("ECHO_RAGGED", str(int(ragged)))
@@ -97,8 +129,8 @@ def test_planned_steps_write_the_targets_own_text(engine, monkeypatch, ragged, m
     for _ in range(5):
         result, verified = server.step()
         packed, logits = verified.echo_packed, server.worker.target_worker.logits.next_token_logits
-        packed.validate(max_rows=N)
-        ours = echo.verify(packed, logits=layouts.unpad(packed, logits.view(3, N, VOCAB)))
+        packed.validate(max_verify_tokens_per_req=N)
+        ours = echo.accept(packed, logits=layouts.unpad(packed, logits.view(3, N, VOCAB)))
         theirs = engine.accept(packed, result, N)
         for name in ("tokens", "rows", "lengths", "bonus"):
             assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
@@ -107,7 +139,7 @@ def test_planned_steps_write_the_targets_own_text(engine, monkeypatch, ragged, m
     emitted = sum(map(len, server.texts)) - sum(map(len, prompts))
     assert emitted > 5 * 3 * 1.3
     assert set(server.worker.target_worker.rows) == ({14} if ragged else {3 * N})
-    assert server.worker.target_worker.echo_planner.history.tick == 5
+    assert server.worker.target_worker.echo_planner.history.num_steps == 5
 
 
 def test_a_ragged_forward_takes_the_packed_rows_and_gives_back_uniform_ones(engine):
@@ -118,19 +150,25 @@ def test_a_ragged_forward_takes_the_packed_rows_and_gives_back_uniform_ones(engi
 
     def model(_worker, _batch, batch):
         seen.append(batch)
-        own = torch.arange(packed.rows)
-        return SimpleNamespace(logits_output=SimpleNamespace(next_token_logits=own[:, None], hidden_states=None))
+        own = torch.arange(packed.num_rows)
+        return SimpleNamespace(
+            logits_output=SimpleNamespace(next_token_logits=own[:, None], hidden_states=None)
+        )
 
     whole = SimpleNamespace(
         spec_info=SimpleNamespace(echo_ragged=True, echo_packed=packed, draft_token_num=n), forward_metadata_ready=False,
         input_ids=links.draft_tokens, positions=links.positions, out_cache_loc=torch.arange(1, 3 * n + 1), out_cache_loc_virtual=None,
     )  # fmt: skip
     worker = SimpleNamespace(model_runner=SimpleNamespace(attn_backend=backend))
-    logits = sys.modules["echo_sglang_ragged"].forward(model, worker, None, whole).logits_output.next_token_logits.view(3, n)
+    logits = (
+        sys.modules["echo_sglang_ragged"]
+        .forward(model, worker, None, whole)
+        .logits_output.next_token_logits.view(3, n)
+    )
     real, batch = packed.request < 3, seen[0]
     assert torch.equal(batch.input_ids[real], packed.tokens[real])
-    assert torch.equal(batch.positions[real], packed.position(torch.tensor([5, 1, 7]))[real])
-    assert torch.equal(batch.out_cache_loc[real], (1 + packed.request * n + packed.local)[real])
+    assert torch.equal(batch.positions[real], packed.positions(torch.tensor([5, 1, 7]))[real])
+    assert torch.equal(batch.out_cache_loc[real], (1 + packed.request * n + packed.local_row)[real])
     assert (~real).sum() == 3 and not batch.out_cache_loc[~real].any()
     for b, (first, end) in enumerate(packed.indptr.unfold(0, 2, 1).tolist()):
         assert logits[b, : end - first].tolist() == list(range(first, end))
@@ -160,7 +198,11 @@ def paths(verified):
     """Every row's tokens from the root down, sorted, for each request."""
     n = verified.draft_token_num
     links = layouts.SGLangLinks(
-        verified.draft_token, verified.positions, verified.retrieve_index, verified.retrieve_next_token, verified.retrieve_next_sibling
+        verified.draft_token,
+        verified.positions,
+        verified.retrieve_index,
+        verified.retrieve_next_token,
+        verified.retrieve_next_sibling,
     )
     packed = layouts.from_sglang(links)
     for b in range(len(verified.draft_token) // n):
@@ -189,7 +231,14 @@ def test_the_forecast_picks_the_graph_set(engine, monkeypatch, tmp_path, seconds
         built.append((depth, n))
         state = import_module("sglang.srt.speculative.adaptive_runtime_state").SpecRuntimeState
         return state(
-            depth, n, server.draft.draft_attn_backend, None, server.worker.target_worker.model_runner.attn_backend, None, None, None
+            depth,
+            n,
+            server.draft.draft_attn_backend,
+            None,
+            server.worker.target_worker.model_runner.attn_backend,
+            None,
+            None,
+            None,
         )
 
     server.worker.build_adaptive_runtime_state = build
@@ -205,12 +254,17 @@ def test_the_forecast_picks_the_graph_set(engine, monkeypatch, tmp_path, seconds
 
 def test_every_rank_follows_the_plan_of_rank_0(engine, monkeypatch):
     tables, prompts = Tables(7), texts(1, 3)
-    wire = Server(Tables(8), prompts).step()[1].echo_packed.wire()  # another draft's
-    parallel = SimpleNamespace(tp_group=SimpleNamespace(world_size=2, broadcast=lambda _, src: wire if src == 0 else None), pp_size=1)
-    monkeypatch.setattr(import_module("sglang.srt.runtime_context"), "get_parallel", lambda: parallel)
+    wire = Server(Tables(8), prompts).step()[1].echo_packed.to_buffer()  # another draft's
+    parallel = SimpleNamespace(
+        tp_group=SimpleNamespace(world_size=2, broadcast=lambda _, src: wire if src == 0 else None),
+        pp_size=1,
+    )
+    monkeypatch.setattr(
+        import_module("sglang.srt.runtime_context"), "get_parallel", lambda: parallel
+    )
     server = Server(tables, prompts)
     _, verified = server.step()
-    assert torch.equal(verified.echo_packed.wire(), wire)
+    assert torch.equal(verified.echo_packed.to_buffer(), wire)
     for text, prompt in zip(server.texts, prompts, strict=True):
         assert text == tables.greedy(prompt, len(text) - len(prompt))
 
@@ -228,9 +282,18 @@ def test_a_prefill_forgets_what_the_slots_former_owners_did(engine):
     server.step()
     planner = server.worker.target_worker.echo_planner
     request = SimpleNamespace(kv=SimpleNamespace(req_pool_idx=int(server.slots[0])))
-    prefill = SimpleNamespace(forward_mode=server.modes.EXTEND, is_extend_in_batch=True, req_pool_indices=server.slots[:1], reqs=[request])
+    prefill = SimpleNamespace(
+        forward_mode=server.modes.EXTEND,
+        is_extend_in_batch=True,
+        req_pool_indices=server.slots[:1],
+        reqs=[request],
+    )
     assert engine.before_draft(lambda *_: "prefilled", server.worker, prefill) == "prefilled"
-    assert planner.generation[server.slots].tolist() == [1, 0, 0]  # so a plan from an older history leaves the slot out
+    assert planner.generation[server.slots].tolist() == [
+        1,
+        0,
+        0,
+    ]  # so a plan from an older history leaves the slot out
     assert torch.equal(planner.history.generation, planner.generation)
 
 
@@ -239,7 +302,7 @@ def test_plans_are_made_from_two_steps_ago(engine):
     for _ in range(3):
         server.step()
     planner = server.worker.target_worker.echo_planner
-    assert [int(history.tick) for history, _ in planner.seen] == [2, 3]
+    assert [int(history.num_steps) for history, _ in planner.seen] == [2, 3]
 
 
 def warmup(engine, monkeypatch, tmp_path):
@@ -266,12 +329,20 @@ def attention(context, table, cap):
         pool.cache[0, where], pool.cache[1, where] = k, v
 
     def read(_, req_pool_indices, seq_lens, indptr, out):
-        torch.cat([table[b, :length] for b, length in zip(req_pool_indices, seq_lens.tolist(), strict=True)], out=out)
+        torch.cat(
+            [
+                table[b, :length]
+                for b, length in zip(req_pool_indices, seq_lens.tolist(), strict=True)
+            ],
+            out=out,
+        )
 
     pool.set_kv_buffer = store
     module.KVWriteLoc.for_batch = lambda batch, **_: batch.out_cache_loc
     kernel = import_module("sglang.kernels.ops.attention.extend_attention").extend_attention_fwd
-    backend = object.__new__(type("Backend", (module.TritonAttnBackend,), {"__abstractmethods__": frozenset()}))
+    backend = object.__new__(
+        type("Backend", (module.TritonAttnBackend,), {"__abstractmethods__": frozenset()})
+    )
     vars(backend).update(
         dllm_attention=None, window_kv_indptr=None, device="cpu", sliding_window_size=None, use_sliding_window_kv_pool=False, dcp_size=1,
         mask_indptr=torch.zeros(len(context) + 1, dtype=torch.int64), kv_indptr=torch.zeros(len(context) + 1, dtype=torch.int32),
@@ -291,9 +362,19 @@ def attend(backend, layer, packed, context, table, n, q, k, v, ragged):
     """One verify forward pass of a layer over the packed rows, or over n rows of every request."""
     module = import_module("sglang.srt.model_executor.forward_batch_info")
     size = int((n * (context + n)).sum())
-    mask = layouts.sglang_mask(packed, n, "FULL_MASK", context=context, size=size)
-    info = SimpleNamespace(num_tokens_per_req=n, draft_token_num=n, custom_mask=mask, echo_packed=packed, echo_ragged=ragged)
-    where = torch.where(packed.request < packed.batch, table[packed.request.clamp(max=packed.batch - 1).long(), 60 + packed.local], 0)
+    mask = layouts.sglang_mask(packed, n, "FULL_MASK", prefix_lens=context, size=size)
+    info = SimpleNamespace(
+        num_tokens_per_req=n,
+        draft_token_num=n,
+        custom_mask=mask,
+        echo_packed=packed,
+        echo_ragged=ragged,
+    )
+    where = torch.where(
+        packed.request < packed.batch,
+        table[packed.request.clamp(max=packed.batch - 1).long(), 60 + packed.local_row],
+        0,
+    )
     batch = SimpleNamespace(
         forward_mode=module.ForwardMode.TARGET_VERIFY, batch_size=packed.batch, spec_info=info, req_pool_indices=torch.arange(packed.batch),
         seq_lens=context, seq_lens_sum=int(context.sum()), kv_loc_plan=None, input_ids=packed.tokens, out_cache_loc=where,
@@ -303,13 +384,19 @@ def attend(backend, layer, packed, context, table, n, q, k, v, ragged):
     return backend.forward_extend(q.flatten(1), k, v, layer, batch).view(-1, HEADS, DIM), where
 
 
-@pytest.mark.filterwarnings("ignore:divide by zero")  # a request without a context, in the interpreter
+@pytest.mark.filterwarnings(
+    "ignore:divide by zero"
+)  # a request without a context, in the interpreter
 @pytest.mark.parametrize("cap", [0.0, 3.0])
 def test_ragged_attention_on_a_uniform_tree_is_its_own(engine, cap):
     packed, context = forest(1, 3, 9, empty=False, exact=True).packed, torch.tensor([5, 0, 33])
     table = 1 + torch.randperm(SLOTS - 1)[: 3 * 53].view(3, 53)
     table = torch.cat([table[:, :33], torch.zeros(3, 27, dtype=torch.int64), table[:, 33:]], dim=1)
-    q, k, v = torch.randn(27, HEADS, DIM), torch.randn(27, KV_HEADS, DIM), torch.randn(27, KV_HEADS, DIM)
+    q, k, v = (
+        torch.randn(27, HEADS, DIM),
+        torch.randn(27, KV_HEADS, DIM),
+        torch.randn(27, KV_HEADS, DIM),
+    )
     backend, layer, _ = attention(context, table, cap)
     own, _ = attend(backend, layer, packed, context, table, 9, q, k, v, ragged=False)
     ours, _ = attend(backend, layer, packed, context, table, 9, q, k, v, ragged=True)
@@ -323,12 +410,27 @@ def test_ragged_attention_on_ragged_trees_is_the_reference(engine, seed):
     packed, context = forest(seed, 3, 20, empty=False, pads=2).packed, torch.tensor([5, 0, 33])
     table = 1 + torch.randperm(SLOTS - 1)[: 3 * 53].view(3, 53)
     table = torch.cat([table[:, :33], torch.zeros(3, 27, dtype=torch.int64), table[:, 33:]], dim=1)
-    shape = packed.rows
-    q, k, v = torch.randn(shape, HEADS, DIM), torch.randn(shape, KV_HEADS, DIM), torch.randn(shape, KV_HEADS, DIM)
+    shape = packed.num_rows
+    q, k, v = (
+        torch.randn(shape, HEADS, DIM),
+        torch.randn(shape, KV_HEADS, DIM),
+        torch.randn(shape, KV_HEADS, DIM),
+    )
     backend, layer, pool = attention(context, table, 0.0)
     out, where = attend(backend, layer, packed, context, table, 20, q, k, v, ragged=True)
     cache = pool.cache[:, :, None]
-    expected, _ = tree_attention(q, cache[0], cache[1], table.int(), context.int(), k, v, packed.request, packed.indptr, packed.mask)
+    expected, _ = tree_attention(
+        q,
+        cache[0],
+        cache[1],
+        table.int(),
+        context.int(),
+        k,
+        v,
+        packed.request,
+        packed.indptr,
+        packed.mask,
+    )
     assert float((out - expected).norm() / expected.norm()) < 1e-5
     real = packed.request < packed.batch
     assert torch.equal(pool.cache[0, where[real]], k[real])  # kept for the next step

@@ -25,7 +25,14 @@ def _path():
         patch.syspath_prepend(BENCHMARKS)
         patch.syspath_prepend(Path(__file__).parent)
         yield
-        for name in ("common", "common.policies", "common.raised", "common.replays", "paper", "service"):
+        for name in (
+            "common",
+            "common.policies",
+            "common.raised",
+            "common.replays",
+            "paper",
+            "service",
+        ):
             sys.modules.pop(name, None)
 
 
@@ -40,9 +47,14 @@ def raised():
 def trace():
     """40 toy texts, whose drafter is right half of the time."""
     target = table(60, seed=1)
-    pair = TabularTarget(target), TabularDrafter((target + table(60, seed=2)) / 2, count=3, dtype=torch.float16)
+    pair = (
+        TabularTarget(target),
+        TabularDrafter((target + table(60, seed=2)) / 2, k=3, dtype=torch.float16),
+    )
     prompts = [torch.tensor([t]) for t in range(40)]
-    *_, found = record(*pair, prompts, ["even", "odd"] * 20, slots=40, depth=4, beam=3, max_new_tokens=20)
+    *_, found = record(
+        *pair, prompts, ["even", "odd"] * 20, max_num_reqs=40, depth=4, beam=3, max_new_tokens=20
+    )
     return found
 
 
@@ -64,8 +76,11 @@ def test_a_raised_trace_is_a_trace_of_the_same_texts(raised, trace, odds):
 
 def test_acceptance_rises_with_the_odds_and_odds_of_one_change_nothing(raised, trace):
     assert raised(trace, 1.0) is trace
-    eagle = echo.ElasticBudgetScheduler.eagle(n=8, beam=3, max_depth=4)
-    found = [replay(raised(trace, odds), eagle, FREE, batch=10).tokens_per_step for odds in (1.0, 5.0, 50.0, 1e6)]
+    eagle = echo.ElasticBudgetScheduler.eagle(max_verify_tokens_per_req=8, beam=3, max_depth=4)
+    found = [
+        replay(raised(trace, odds), eagle, FREE, batch=10).tokens_per_step
+        for odds in (1.0, 5.0, 50.0, 1e6)
+    ]
     assert found == sorted(found)
     assert found[-1] > 4.0 > found[0]
 
@@ -78,14 +93,18 @@ def test_a_most_probable_child_is_right_as_often_as_its_raised_odds_say(raised, 
     q = np.exp(trace.log_prob[at, 0, 0, best].astype(np.float64))
     right = trace.token[at, 0, 0, best] == following
     expected = right + ~right * (4.0 * q / (1 + 4.0 * q))  # odds times 5: (p - q) / (1 - q)
-    better = np.stack([raised(trace, 5.0, seed).token[at, 0, 0, best] == following for seed in range(5)])
+    better = np.stack(
+        [raised(trace, 5.0, seed).token[at, 0, 0, best] == following for seed in range(5)]
+    )
     error = np.sqrt((expected * (1 - expected))[inside].sum() / 5) / inside.sum()
     assert better[:, inside].mean() == pytest.approx(expected[inside].mean(), abs=4 * error)
 
 
 def test_raising_is_deterministic_by_seed(raised, trace):
     same = [raised(trace, 5.0, seed=3) for _ in range(2)]
-    assert np.array_equal(same[0].token, same[1].token) and np.array_equal(same[0].expanded, same[1].expanded)
+    assert np.array_equal(same[0].token, same[1].token) and np.array_equal(
+        same[0].expanded, same[1].expanded
+    )
     assert not np.array_equal(same[0].token, raised(trace, 5.0, seed=4).token)
 
 
@@ -95,7 +114,12 @@ def test_a_cut_trace_replays_exactly(trace):
 
     short = cut(trace, 6)
     assert (np.diff(short.indptr) == 6).all()
-    report = replay(short, echo.ElasticBudgetScheduler(echo.GlobalRank(3), budget=60, max_depth=4), FREE, batch=10)
+    report = replay(
+        short,
+        echo.ElasticBudgetScheduler(echo.GlobalRank(3), budget=60, max_depth=4),
+        FREE,
+        batch=10,
+    )
     assert report.misses == 0
     assert sum(a.tokens for a in report.answers) == 5 * len(short.kind)
 
@@ -108,12 +132,18 @@ def test_the_papers_bench_in_small():
     known = calibrate(tune), warm_up(tune).log
     costs = {name: roofline.plan(name) for name in ("Qwen3-235B-A22B", "LLaMA-3.3-70B")}
     together = list(Bench(tune, test, *known, batch=8, share=0.01).cells(costs))
-    alone = [c for name in costs for c in Bench(tune, test, *known, batch=8, share=0.01).cells({name: costs[name]})]
+    alone = [
+        c
+        for name in costs
+        for c in Bench(tune, test, *known, batch=8, share=0.01).cells({name: costs[name]})
+    ]
     assert together == alone  # a model's figures do not depend on those before it
     cells = {c["policy"]: c for c in together if c["model"] == "LLaMA-3.3-70B"}
     assert cells["EAGLE-3, default"]["rows"] == 8 * 8 and cells["EAGLE-3, matched"]["rows"] == 5 * 8
     for cell in cells.values():
-        assert cell["low"] <= cell["tokens_per_second"] * (1 + 1e-9) and cell["tokens_per_step"] >= 1
+        assert (
+            cell["low"] <= cell["tokens_per_second"] * (1 + 1e-9) and cell["tokens_per_step"] >= 1
+        )
     assert cells["oracle"]["tokens_per_second"] >= cells["oracle"]["plain"]
     assert cells["oracle"]["rows"] < cells["EAGLE-3, matched"]["rows"]
 
@@ -125,10 +155,14 @@ def steps(trace):
     from service import CHUNK, replayed
 
     service.SECONDS, service.SETTLE = 20.0, 4.0
-    eagle = echo.ElasticBudgetScheduler.eagle(n=6, beam=3, max_depth=3)
+    eagle = echo.ElasticBudgetScheduler.eagle(max_verify_tokens_per_req=6, beam=3, max_depth=3)
     plain = echo.ElasticBudgetScheduler.autoregressive()
     return {
-        name: {(b, beside): replayed(trace, scheduler, b, CHUNK * beside, share=0.1) for b in service.STEPS for beside in (False, True)}
+        name: {
+            (b, beside): replayed(trace, scheduler, b, CHUNK * beside, share=0.1)
+            for b in service.STEPS
+            for beside in (False, True)
+        }
         for name, scheduler in {"eagle": eagle, "off": plain}.items()
     }
 
@@ -136,7 +170,9 @@ def steps(trace):
 def test_the_service_is_deterministic_by_seed(steps):
     from service import Load, simulate
 
-    first, again, other = (simulate(steps["eagle"], COST, Load(6.0, "bursty"), 2, seed) for seed in (0, 0, 1))
+    first, again, other = (
+        simulate(steps["eagle"], COST, Load(6.0, "bursty"), 2, seed) for seed in (0, 0, 1)
+    )
     assert first == again != other
 
 
@@ -152,18 +188,25 @@ def test_the_service_keeps_its_books(steps, monkeypatch):
             super().leave()
             every = self.requests
             held.append(self.cached)
-            assert self.cached == int((every.prompt + every.output)[self.held].sum()) <= service.CACHE
+            assert (
+                self.cached == int((every.prompt + every.output)[self.held].sum()) <= service.CACHE
+            )
             assert (every.read[self.held] <= every.prompt[self.held]).all()
 
     monkeypatch.setattr(service, "Replica", Watched)
     found = service.simulate(steps["off"], COST, service.Load(1.5, "poisson"), 1)
     assert max(held) > 4500
     assert found["tpot_50"] >= COST(1)
-    assert 0 <= found["attained_20"] <= found["attained_40"] <= 1 and found["tokens_per_second"] > 100
+    assert (
+        0 <= found["attained_20"] <= found["attained_40"] <= 1 and found["tokens_per_second"] > 100
+    )
 
 
 def test_more_load_serves_nobody_better(steps):
     from service import Load, simulate
 
-    attained = [simulate(steps["eagle"], COST, Load(rate, "poisson"), 1)["attained_40"] for rate in (1.0, 12.0, 60.0)]
+    attained = [
+        simulate(steps["eagle"], COST, Load(rate, "poisson"), 1)["attained_40"]
+        for rate in (1.0, 12.0, 60.0)
+    ]
     assert attained[0] > 0.95 and attained[0] >= attained[1] >= attained[2] and attained[2] < 0.2

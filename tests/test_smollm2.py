@@ -22,10 +22,16 @@ def pair(smollm2):
 
     def run(scheduler, drafter=None):
         target = SmolLM2(model, 4, 384)
-        made = {"lookup": lambda: echo.PromptLookup(4, 384), "eagle": lambda: Eagle(target, 4, 384), "both": lambda: pooled(target, 4, 384)}
+        made = {
+            "lookup": lambda: echo.PromptLookup(4, 384),
+            "eagle": lambda: Eagle(target, 4, 384),
+            "both": lambda: pooled(target, 4, 384),
+        }
         draft = made[drafter]() if drafter else None
         texts, margins, steps = [[] for _ in prompts], [[] for _ in prompts], 0
-        for step in echo.decode(scheduler, target, draft, prompts, slots=4, max_new_tokens=64, eos_token=2):
+        for step in echo.decode(
+            scheduler, target, draft, prompts, max_num_reqs=4, max_new_tokens=64, eos_token=2
+        ):
             steps += len(step.requests)
             for b, (request, tokens) in enumerate(zip(step.requests, step.emitted, strict=True)):
                 texts[request] += tokens
@@ -42,7 +48,10 @@ def plain(pair):
 
 CALIBRATED = echo.SparseGate({1: 0.3, 3: 0.2})
 POLICIES = {
-    "EAGLE": (echo.ElasticBudgetScheduler.eagle(n=8, beam=4, max_depth=4), "eagle"),
+    "EAGLE": (
+        echo.ElasticBudgetScheduler.eagle(max_verify_tokens_per_req=8, beam=4, max_depth=4),
+        "eagle",
+    ),
     "ECHO": (echo.ElasticBudgetScheduler(echo.TwoLevel(2, 4), CALIBRATED, 20, 4), "both"),
     "global ranking": (echo.ElasticBudgetScheduler(echo.GlobalRank(3), None, 24, 4), "eagle"),
     "prompt lookup": (echo.ElasticBudgetScheduler(echo.GlobalRank(2), None, 16, 4), "lookup"),
@@ -59,7 +68,9 @@ def test_greedy_text_equals_plain_decoding(pair, plain, name):
     for text, reference, margin in zip(texts, expected, margins, strict=True):
         if text != reference:
             first = next(i for i, (a, b) in enumerate(zip(text, reference, strict=False)) if a != b)
-            assert margin[first - 1] < NEAR_TIE, f"{name}: differs at token {first}, where the best logit leads by {margin[first - 1]}"
+            assert margin[first - 1] < NEAR_TIE, (
+                f"{name}: differs at token {first}, where the best logit leads by {margin[first - 1]}"
+            )
             ties += 1
     print(f"{name}: {ties} near ties, {per_step:.2f} tokens a step")
     assert per_step > (1.05 if drafter == "lookup" else 1.5)
@@ -84,7 +95,7 @@ def test_cache_holds_the_text(smollm2):
     target, drafter = SmolLM2(model, 1, 256), echo.PromptLookup(1, 256)
     scheduler = echo.ElasticBudgetScheduler(echo.GlobalRank(2), None, 12, 4)
     text = prompt[0].tolist()
-    for step in echo.decode(scheduler, target, drafter, prompt, slots=1, max_new_tokens=40):
+    for step in echo.decode(scheduler, target, drafter, prompt, max_num_reqs=1, max_new_tokens=40):
         text += step.emitted[0]
     fresh = SmolLM2(model, 1, 256)
     used = min(int(target.cache.used[0]), len(text))
@@ -107,7 +118,15 @@ def recorded(smollm2):
         return target, pooled(target, slots, 320, count=3)
 
     target, drafter = pair(4)
-    options = {"slots": 4, "depth": 5, "beam": 3, "floor": FLOOR, "max_new_tokens": 40, "eos_token": 2, "capacity": 32}
+    options = {
+        "slots": 4,
+        "depth": 5,
+        "beam": 3,
+        "floor": FLOOR,
+        "max_new_tokens": 40,
+        "eos_token": 2,
+        "capacity": 32,
+    }
     *_, trace = record(target, drafter, prompts, KINDS, **options)
     return pair, prompts, trace
 
@@ -115,7 +134,10 @@ def recorded(smollm2):
 COST = echo.CostModel((1, 8, 32), (0.03, 0.035, 0.06), draft_layer=0.003)
 REPLAYED = {
     "plain": (3, echo.ElasticBudgetScheduler.autoregressive()),
-    "EAGLE": (1, echo.ElasticBudgetScheduler.eagle(n=6, beam=3, max_depth=5)),
+    "EAGLE": (
+        1,
+        echo.ElasticBudgetScheduler.eagle(max_verify_tokens_per_req=6, beam=3, max_depth=5),
+    ),
     "ECHO": (1, echo.ElasticBudgetScheduler(echo.TwoLevel(2, 4), CALIBRATED, 12, 5)),
     "global ranking": (3, echo.ElasticBudgetScheduler(echo.GlobalRank(3), None, 10, 4)),
     "goodput": (3, echo.ElasticBudgetScheduler(echo.GlobalRank(3), None, COST, 5)),
@@ -128,14 +150,18 @@ def test_replay_gives_the_steps_of_live_decoding(recorded, name):
     from echo.testing import replay
 
     (slots, scheduler), (pair, prompts, trace), seen = REPLAYED[name], recorded, []
-    report = replay(trace, scheduler, COST, batch=slots, capacity=32, observe=seen.append)
+    report = replay(
+        trace, scheduler, COST, batch=slots, max_verify_tokens_per_req=32, observe=seen.append
+    )
     target, drafter = pair(slots)
     options = {"slots": slots, "max_new_tokens": 40, "eos_token": 2, "capacity": 32}
     live = list(echo.decode(scheduler, target, drafter, prompts, **options))
     assert report.misses == 0
     assert len(live) == len(seen)
     started: set[int] = set()
-    if name == "goodput":  # its history hears, in a live decode, of drafts accepted beyond the end of a text, which no trace knows
+    if (
+        name == "goodput"
+    ):  # its history hears, in a live decode, of drafts accepted beyond the end of a text, which no trace knows
         ended = next(i for i, step in enumerate(live) if step.finished)
         assert ended > 8
         live, seen = live[: ended + 1], seen[: ended + 1]
@@ -143,7 +169,9 @@ def test_replay_gives_the_steps_of_live_decoding(recorded, name):
         assert list(step.requests) == mine.requests.tolist()
         assert torch.equal(step.packed.tokens, mine.packed.tokens)
         assert torch.equal(step.packed.indptr, mine.packed.indptr)
-        assert [len(t) - (r not in started) for r, t in zip(step.requests, step.emitted, strict=True)] == mine.emitted.tolist()
+        assert [
+            len(t) - (r not in started) for r, t in zip(step.requests, step.emitted, strict=True)
+        ] == mine.emitted.tolist()
         started.update(step.requests)
 
 
@@ -154,14 +182,17 @@ def test_a_first_layer_may_come_from_elsewhere(smollm2):
 
     model, tokenizer = smollm2
     target, slots = SmolLM2(model, 1, 64), torch.arange(1)
-    scheduler, prompts = echo.ElasticBudgetScheduler(echo.GlobalRank(2), budget=6, max_depth=2), encode(tokenizer, ["Count to ten."])
+    scheduler, prompts = (
+        echo.ElasticBudgetScheduler(echo.GlobalRank(2), budget=6, max_depth=2),
+        encode(tokenizer, ["Count to ten."]),
+    )
     said = []
     for elsewhere in (False, True, True):
         if not said or len(said) == 2:
             drafter = Eagle(target, 1, 64)
         roots = target.admit(slots, prompts)
         drafter.admit(slots, prompts, roots)
-        tree = scheduler.plant(roots)
+        tree = scheduler.begin(roots)
         first = said[0] if elsewhere else drafter.draft(slots, tree.frontier)
         tree = scheduler.grow(tree, *first)
         said += [first, drafter.draft(slots, tree.frontier)]

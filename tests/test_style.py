@@ -16,7 +16,11 @@ SCHEDULER = echo.ElasticBudgetScheduler(echo.GlobalRank(1), None, 2, 1)
 
 @pytest.mark.parametrize(
     "draw",
-    [CALIBRATION.plot, echo.CostModel((1, 2), (1.0, 2.0)).plot, SCHEDULER.pack(SCHEDULER.plant(torch.tensor([1]))).plot],
+    [
+        CALIBRATION.plot,
+        echo.CostModel((1, 2), (1.0, 2.0)).plot,
+        SCHEDULER.pack(SCHEDULER.begin(torch.tensor([1]))).plot,
+    ],
     ids=["calibration", "cost", "packed"],
 )
 def test_a_plot_without_matplotlib_says_how_to_get_it(draw, monkeypatch):

@@ -23,18 +23,18 @@ V = 3
 def test_sampling_is_lossless_by_exact_enumeration(rule):
     """Every outcome of the target's sampler at every row, weighted by its probability: the emitted text has the target's law."""
     target = table(V, seed=1)
-    drafter = TabularDrafter(blurred(target, seed=2), count=2)
-    budget = None if rule.rows(1) else 5
+    drafter = TabularDrafter(blurred(target, seed=2), k=2)
+    budget = None if rule.default_budget(1) else 5
     scheduler = echo.ElasticBudgetScheduler(rule, budget=budget, max_depth=2)
-    tree = scheduler.plant(torch.tensor([1]))
+    tree = scheduler.begin(torch.tensor([1]))
     for _ in range(2):
         tree = scheduler.grow(tree, *drafter.draft(torch.arange(1), tree.frontier))
     packed = scheduler.pack(tree)
     laws = target[packed.tokens]
     emitted: dict[tuple[int, ...], float] = {}
-    for outcome in itertools.product(range(V), repeat=packed.rows):
-        accepted = echo.verify(packed, torch.tensor(outcome))
-        text = tuple(accepted.tokens[0, : int(accepted.lengths[0])].tolist())
+    for outcome in itertools.product(range(V), repeat=packed.num_rows):
+        accepted = echo.accept(packed, torch.tensor(outcome))
+        text = tuple(accepted.tokens[0, : int(accepted.num_emitted[0])].tolist())
         weight = float(torch.stack([laws[row, token] for row, token in enumerate(outcome)]).prod())
         emitted[text] = emitted.get(text, 0.0) + weight
     assert sum(emitted.values()) == pytest.approx(1.0)
@@ -72,7 +72,15 @@ def followed(law, text, tokens):
 def deviation(parents, tokens, vocabulary):
     """Over all outcomes of the sampler at all rows: how far the law of what is emitted is from the target's, at most."""
     trees, nodes = parents.shape
-    law = torch.rand(2 * vocabulary**nodes, vocabulary, dtype=torch.float64, generator=torch.Generator().manual_seed(nodes)) + 0.05
+    law = (
+        torch.rand(
+            2 * vocabulary**nodes,
+            vocabulary,
+            dtype=torch.float64,
+            generator=torch.Generator().manual_seed(nodes),
+        )
+        + 0.05
+    )
     law /= law.sum(1, keepdim=True)  # of the next token after any text, whatever it is
     outcome = torch.cartesian_prod(*[torch.arange(vocabulary)] * nodes).view(-1, nodes)
     count = trees * len(outcome)
@@ -80,12 +88,17 @@ def deviation(parents, tokens, vocabulary):
     text = contexts(parents, tokens, vocabulary)
     weight = law[text[each], sampled].prod(1)
     indptr = (nodes * torch.arange(count + 1)).int()
-    _, emitted, lengths, *_ = reference.walk(parents[each].flatten().int(), indptr, tokens[each].flatten(), sampled.flatten(), nodes - 1)
+    _, emitted, lengths, *_ = reference.accept(
+        parents[each].flatten().int(), indptr, tokens[each].flatten(), sampled.flatten(), nodes - 1
+    )
     assert int(lengths.min()) == 1 and int(lengths.max()) == nodes
     expected, written = followed(law, torch.ones(count, dtype=torch.int64), emitted)
     _, group = torch.stack([each, written], 1).unique(dim=0, return_inverse=True)
     found = torch.zeros(int(group.max()) + 1, dtype=torch.float64).index_add_(0, group, weight)
-    assert torch.allclose(torch.zeros(trees, dtype=torch.float64).index_add_(0, each, weight), torch.ones(trees, dtype=torch.float64))
+    assert torch.allclose(
+        torch.zeros(trees, dtype=torch.float64).index_add_(0, each, weight),
+        torch.ones(trees, dtype=torch.float64),
+    )
     return float((found[group] - expected).abs().max())
 
 
@@ -93,7 +106,9 @@ def deviation(parents, tokens, vocabulary):
 def test_every_small_tree_is_lossless_by_exact_enumeration(nodes):
     """Two tokens: every tree with every labelling, duplicate siblings too."""
     parents = arrays(nodes)
-    labels = torch.cartesian_prod(*[torch.arange(2)] * nodes).view(-1, nodes)[: 2 ** (nodes - 1)]  # the root's own token is no matter
+    labels = torch.cartesian_prod(*[torch.arange(2)] * nodes).view(-1, nodes)[
+        : 2 ** (nodes - 1)
+    ]  # the root's own token is no matter
     each = torch.arange(len(parents)).repeat_interleave(len(labels))
     assert deviation(parents[each], labels.repeat(len(parents), 1), 2) < 1e-12
 
@@ -124,7 +139,10 @@ def surprise(law, emitted):
             expected = law[after] * len(seen)
             if float(expected.min()) >= 10:
                 count = torch.bincount(seen, minlength=law.shape[1])
-                value, freedom = value + float(((count - expected) ** 2 / expected).sum()), freedom + law.shape[1] - 1
+                value, freedom = (
+                    value + float(((count - expected) ** 2 / expected).sum()),
+                    freedom + law.shape[1] - 1,
+                )
         text = torch.where(token >= 0, text * law.shape[1] + token, 0)
     assert freedom > 20, "the test needs drafts that are accepted"
     return float(chi2.sf(value, freedom))
@@ -135,14 +153,26 @@ def test_larger_trees_are_lossless_by_chi_square(nodes):
     vocabulary, runs, generator = 4, 8000, torch.Generator().manual_seed(nodes)
     parents = torch.full((1, nodes), -1)
     tokens = torch.zeros(1, nodes, dtype=torch.int64)
-    for i in range(1, nodes):  # bushy and shallow: four children at most, in the order of their tokens
+    for i in range(
+        1, nodes
+    ):  # bushy and shallow: four children at most, in the order of their tokens
         parents[0, i], tokens[0, i] = (i - 1) // vocabulary, (i - 1) % vocabulary
     text = contexts(parents, tokens, vocabulary)[0]
-    law = torch.rand(int(text.max()) * vocabulary + vocabulary, vocabulary, dtype=torch.float64, generator=generator) + 0.2
+    law = (
+        torch.rand(
+            int(text.max()) * vocabulary + vocabulary,
+            vocabulary,
+            dtype=torch.float64,
+            generator=generator,
+        )
+        + 0.2
+    )
     law /= law.sum(1, keepdim=True)
     sampled = torch.multinomial(law[text].repeat(runs, 1), 1, generator=generator)[:, 0]
     indptr = (nodes * torch.arange(runs + 1)).int()
-    walked = lambda target: reference.walk(parents[0].repeat(runs).int(), indptr, tokens[0].repeat(runs), target, 4)[1]  # noqa: E731
+    walked = lambda target: reference.accept(
+        parents[0].repeat(runs).int(), indptr, tokens[0].repeat(runs), target, 4
+    )[1]
     assert surprise(law, walked(sampled)) > 1e-3
     biased = torch.where(torch.rand(len(sampled), generator=generator) < 0.1, 0, sampled)
     assert surprise(law, walked(biased)) < 1e-6, "the test must notice a bias of a tenth"
@@ -156,7 +186,11 @@ def walk(packed, target):
         row, rows = (first, []) if end > first else (None, [])
         while row is not None:
             rows.append(row)
-            children = [c for c in range(first, end) if int(packed.parent[c]) == row - first and packed.tokens[c] == target[row]]
+            children = [
+                c
+                for c in range(first, end)
+                if int(packed.parent[c]) == row - first and packed.tokens[c] == target[row]
+            ]
             row = children[0] if children else None
         result.append(rows)
     return result
@@ -168,14 +202,22 @@ def test_the_walk_is_the_rule(policy, seed):
     tree = grow_all(scheduler, torch.arange(batch), k=3, seed=seed, live=torch.arange(batch) != 1)
     packed = scheduler.pack(tree)
     generator = torch.Generator().manual_seed(seed)
-    target = torch.randint(0, 1000, (packed.rows,), generator=generator)
-    for row in range(packed.rows):  # make acceptance likely: a child's token, where there is one
-        children = ((packed.request == packed.request[row]) & (packed.parent == packed.local[row]) & (packed.depth > 0)).nonzero()[:, 0]
+    target = torch.randint(0, 1000, (packed.num_rows,), generator=generator)
+    for row in range(
+        packed.num_rows
+    ):  # make acceptance likely: a child's token, where there is one
+        children = (
+            (packed.request == packed.request[row])
+            & (packed.parent == packed.local_row[row])
+            & (packed.depth > 0)
+        ).nonzero()[:, 0]
         if len(children) and torch.rand(1, generator=generator) < 0.7:
-            target[row] = packed.tokens[children[int(torch.randint(0, len(children), (1,), generator=generator))]]
-    accepted = echo.verify(packed, target)
+            target[row] = packed.tokens[
+                children[int(torch.randint(0, len(children), (1,), generator=generator))]
+            ]
+    accepted = echo.accept(packed, target)
     expected = walk(packed, target)
-    assert accepted.lengths.tolist() == [len(rows) for rows in expected]
+    assert accepted.num_emitted.tolist() == [len(rows) for rows in expected]
     for b, rows in enumerate(expected):
         assert accepted.rows[b].tolist() == rows + [-1] * (packed.max_depth + 1 - len(rows))
         assert accepted.tokens[b, : len(rows)].tolist() == target[rows].tolist()
@@ -183,48 +225,66 @@ def test_the_walk_is_the_rule(policy, seed):
 
 
 def test_greedy_logits_and_tokens_agree():
-    scheduler = echo.ElasticBudgetScheduler.eagle(n=6, beam=2, max_depth=3)
+    scheduler = echo.ElasticBudgetScheduler.eagle(max_verify_tokens_per_req=6, beam=2, max_depth=3)
     packed = scheduler.pack(grow_all(scheduler, torch.arange(3), k=2, seed=0))
-    logits = torch.randn(packed.rows, 1000)
-    one, two = echo.verify(packed, logits=logits), echo.verify(packed, logits.argmax(-1))
+    logits = torch.randn(packed.num_rows, 1000)
+    one, two = echo.accept(packed, logits=logits), echo.accept(packed, logits.argmax(-1))
     assert torch.equal(one.tokens, two.tokens)
     assert torch.equal(one.rows, two.rows)
 
 
 def test_nan_logits_never_win():
-    logits = torch.tensor([[float("nan"), 1.0, 2.0], [float("nan")] * 3, [0.0, float("-inf"), float("nan")], [float("-inf")] * 3])
+    logits = torch.tensor(
+        [
+            [float("nan"), 1.0, 2.0],
+            [float("nan")] * 3,
+            [0.0, float("-inf"), float("nan")],
+            [float("-inf")] * 3,
+        ]
+    )
     assert reference.argmax_tokens(logits).tolist() == [2, -1, 0, -1]
 
 
 def test_duplicate_siblings_and_broken_links_end_in_defined_walks():
     tokens = torch.tensor([5, 7, 7, 8, 9, 1])
     indptr = torch.tensor([0, 5, 6], dtype=torch.int32)
-    parent = torch.tensor([-1, 0, 0, 1, 77, -1], dtype=torch.int32)  # row 4 points beyond its request
-    rows, emitted, lengths, *_ = reference.walk(parent, indptr, tokens, torch.tensor([7, 8, 0, 9, 0, 1]), 3)
-    assert rows.tolist() == [[0, 1, 3, -1], [5, -1, -1, -1]]  # of the two 7s the first row; 9 hangs nowhere
+    parent = torch.tensor(
+        [-1, 0, 0, 1, 77, -1], dtype=torch.int32
+    )  # row 4 points beyond its request
+    rows, emitted, lengths, *_ = reference.accept(
+        parent, indptr, tokens, torch.tensor([7, 8, 0, 9, 0, 1]), 3
+    )
+    assert rows.tolist() == [
+        [0, 1, 3, -1],
+        [5, -1, -1, -1],
+    ]  # of the two 7s the first row; 9 hangs nowhere
     assert emitted.tolist() == [[7, 8, 9, -1], [1, -1, -1, -1]]
     assert lengths.tolist() == [3, 1]
     loop = torch.tensor([-1, 1, 1, 3, 3, -1], dtype=torch.int32)  # rows that are their own parents
-    assert reference.walk(loop, indptr, tokens, torch.full((6,), 7), 3)[2].tolist() == [1, 1]
+    assert reference.accept(loop, indptr, tokens, torch.full((6,), 7), 3)[2].tolist() == [1, 1]
 
 
 def test_bad_input():
-    scheduler = echo.ElasticBudgetScheduler.eagle(n=2, beam=1, max_depth=1)
+    scheduler = echo.ElasticBudgetScheduler.eagle(max_verify_tokens_per_req=2, beam=1, max_depth=1)
     packed = scheduler.pack(grow_all(scheduler, torch.arange(2), k=1, seed=0))
     with pytest.raises(echo.EchoError, match="exactly one of them"):
-        echo.verify(packed)
-    with pytest.raises(echo.EchoError, match=r"target_tokens: expected int64 \[4\], got int64 \[3\]"):
-        echo.verify(packed, torch.zeros(3, dtype=torch.int64))
+        echo.accept(packed)
+    with pytest.raises(
+        echo.EchoError, match=r"target_tokens: expected int64 \[4\], got int64 \[3\]"
+    ):
+        echo.accept(packed, torch.zeros(3, dtype=torch.int64))
     with pytest.raises(echo.EchoError, match=r"logits: expected .* \[4, V\], got float32 \[5, 2\]"):
-        echo.verify(packed, logits=torch.zeros(5, 2))
+        echo.accept(packed, logits=torch.zeros(5, 2))
 
 
 def answers(scheduler, *, slots, prompts, limit, eos=None, drafter=True):
     probabilities = table(20, seed=3, sharpness=3.0)
     target = TabularTarget(probabilities)
-    draft = TabularDrafter(blurred(probabilities, seed=4, noise=0.3), count=3) if drafter else None
+    draft = TabularDrafter(blurred(probabilities, seed=4, noise=0.3), k=3) if drafter else None
     texts = [[] for _ in prompts]
-    for step in echo.decode(scheduler, target, draft, prompts, slots=slots, max_new_tokens=limit, eos_token=eos):
+    for step in echo.decode(
+        scheduler, target, draft, prompts, max_num_reqs=slots, max_new_tokens=limit, eos_token=eos
+    ):
         for request, tokens in zip(step.requests, step.emitted, strict=True):
             texts[request] += tokens
     return texts
@@ -236,27 +296,39 @@ def test_greedy_decoding_is_lossless_under_every_policy(policy, slots, limit, st
     prompts = [torch.tensor([7 * i % 20, i % 20]) for i in range(6)]
     limits = [max(1, limit - i) for i in range(6)]
     eos = 5 if stop else None
-    plain = answers(echo.ElasticBudgetScheduler.autoregressive(), slots=1, prompts=prompts, limit=limits, eos=eos, drafter=False)
+    plain = answers(
+        echo.ElasticBudgetScheduler.autoregressive(),
+        slots=1,
+        prompts=prompts,
+        limit=limits,
+        eos=eos,
+        drafter=False,
+    )
     assert answers(scheduler, slots=slots, prompts=prompts, limit=limits, eos=eos) == plain
     assert all(len(text) <= n for text, n in zip(plain, limits, strict=True))
     assert all(5 not in text[:-1] for text in plain) or not stop
 
 
 def test_any_of_several_tokens_ends_an_answer():
-    scheduler, prompts = echo.ElasticBudgetScheduler.eagle(n=4, beam=2, max_depth=2), [torch.tensor([t]) for t in range(12)]
+    scheduler, prompts = (
+        echo.ElasticBudgetScheduler.eagle(max_verify_tokens_per_req=4, beam=2, max_depth=2),
+        [torch.tensor([t]) for t in range(12)],
+    )
     whole = answers(scheduler, slots=4, prompts=prompts, limit=12)
     ends = {whole[0][3], whole[1][5]}
-    cut = [text[: next((i + 1 for i, t in enumerate(text) if t in ends), len(text))] for text in whole]
+    cut = [
+        text[: next((i + 1 for i, t in enumerate(text) if t in ends), len(text))] for text in whole
+    ]
     assert cut != whole
     assert answers(scheduler, slots=4, prompts=prompts, limit=12, eos=sorted(ends)) == cut
 
 
 def test_decode_refills_slots_and_leaves_the_target_with_the_text():
     probabilities = table(20, seed=3)
-    target, drafter = TabularTarget(probabilities), TabularDrafter(probabilities, count=2)
+    target, drafter = TabularTarget(probabilities), TabularDrafter(probabilities, k=2)
     scheduler = echo.ElasticBudgetScheduler(echo.TwoLevel(2, 2), budget=12, max_depth=3)
     prompts = [torch.tensor([i]) for i in range(5)]
-    steps = list(echo.decode(scheduler, target, drafter, prompts, slots=2, max_new_tokens=9))
+    steps = list(echo.decode(scheduler, target, drafter, prompts, max_num_reqs=2, max_new_tokens=9))
     assert max(len(step.requests) for step in steps) == 2
     assert sorted(request for step in steps for request in step.finished) == list(range(5))
     assert all(step.seconds.total > 0 for step in steps)
@@ -269,33 +341,67 @@ def test_decode_refills_slots_and_leaves_the_target_with_the_text():
 
 def test_a_step_makes_warmup_rows_and_a_gated_one_refuses():
     probabilities = table(20, seed=3)
-    target, drafter = TabularTarget(probabilities), TabularDrafter(blurred(probabilities, seed=4), count=3)
+    target, drafter = (
+        TabularTarget(probabilities),
+        TabularDrafter(blurred(probabilities, seed=4), k=3),
+    )
     scheduler = echo.ElasticBudgetScheduler(echo.TwoLevel(2, 0), budget=64, max_depth=3)
     prompts = [torch.tensor([i]) for i in range(4)]
-    steps = list(echo.decode(scheduler, target, drafter, prompts, slots=4, max_new_tokens=12))
+    steps = list(
+        echo.decode(scheduler, target, drafter, prompts, max_num_reqs=4, max_new_tokens=12)
+    )
     log = echo.WarmupLog.concat([step.log() for step in steps])
     for step in steps:
-        rows, drafts = step.log(), step.accepted.drafts
-        known = torch.where(drafts < step.accepted.lengths, 3, drafts).repeat_interleave(
+        rows, drafts = step.log(), step.accepted.num_accepted_drafts
+        known = torch.where(drafts < step.accepted.num_emitted, 3, drafts).repeat_interleave(
             step.packed.indptr.diff()
         )  # not what is behind the end
-        assert len(rows) == int(((step.packed.depth > 0) & (step.packed.depth <= F.pad(known, (0, step.packed.rows - len(known))))).sum())
+        assert len(rows) == int(
+            (
+                (step.packed.depth > 0)
+                & (step.packed.depth <= F.pad(known, (0, step.packed.num_rows - len(known))))
+            ).sum()
+        )
         assert int(rows.accepted.sum()) == int(drafts.sum())
         for depth in set(rows.depth.tolist()):
             first = rows.rank[rows.depth == depth] == 0
             assert first.sum() <= step.packed.batch
             best = step.tree.layers[depth].log_confidence.exp()
-            assert all(c in best.tolist() for c in rows.confidence[rows.depth == depth][first].tolist())
+            assert all(
+                c in best.tolist() for c in rows.confidence[rows.depth == depth][first].tolist()
+            )
     assert len(set(log.step.tolist())) == sum(len(set(s.log().step.tolist())) for s in steps)
-    gated = echo.ElasticBudgetScheduler(echo.TwoLevel(2, 0), echo.SparseGate({1: 0.1}), budget=64, max_depth=3)
-    step = next(iter(echo.decode(gated, target, drafter, prompts, slots=4, max_new_tokens=12)))
+    gated = echo.ElasticBudgetScheduler(
+        echo.TwoLevel(2, 0), echo.SparseGate({1: 0.1}), budget=64, max_depth=3
+    )
+    step = next(
+        iter(echo.decode(gated, target, drafter, prompts, max_num_reqs=4, max_new_tokens=12))
+    )
     with pytest.raises(echo.EchoError, match="behind a gate"):
         step.log()
 
 
 def test_decode_refuses_bad_prompts():
-    scheduler, target = echo.ElasticBudgetScheduler.autoregressive(), TabularTarget(table(5, seed=0))
+    scheduler, target = (
+        echo.ElasticBudgetScheduler.autoregressive(),
+        TabularTarget(table(5, seed=0)),
+    )
     with pytest.raises(echo.EchoError, match=r"prompts\[1\]: expected at least one token"):
-        list(echo.decode(scheduler, target, None, [torch.tensor([1]), torch.empty(0, dtype=torch.int64)], slots=1, max_new_tokens=2))
-    with pytest.raises(echo.EchoError, match=r"max_new_tokens: expected one number for each of 1 prompts, got 2"):
-        list(echo.decode(scheduler, target, None, [torch.tensor([1])], slots=1, max_new_tokens=[1, 2]))
+        list(
+            echo.decode(
+                scheduler,
+                target,
+                None,
+                [torch.tensor([1]), torch.empty(0, dtype=torch.int64)],
+                max_num_reqs=1,
+                max_new_tokens=2,
+            )
+        )
+    with pytest.raises(
+        echo.EchoError, match=r"max_new_tokens: expected one number for each of 1 prompts, got 2"
+    ):
+        list(
+            echo.decode(
+                scheduler, target, None, [torch.tensor([1])], max_num_reqs=1, max_new_tokens=[1, 2]
+            )
+        )

@@ -46,7 +46,9 @@ def engine(folder, monkeypatch):
     """vLLM's modules, without the engine around them."""
     triton = pytest.importorskip("triton")
     if not triton.knobs.runtime.interpret:
-        pytest.skip("triton is imported without its interpreter: run this file in a process of its own")
+        pytest.skip(
+            "triton is imported without its interpreter: run this file in a process of its own"
+        )
     monkeypatch.syspath_prepend(str(PLUGIN))
     with around(folder, ("vllm",), REAL):
         vars(import_module("vllm.triton_utils")).update(tl=triton.language, triton=triton)
@@ -69,12 +71,26 @@ def metadata(folder, drafts, roots):
     scope = {"np": np, "async_tensor_h2d": lambda x, device: torch.from_numpy(x.copy())}
     scope["SpecDecodeMetadata"] = import_module("vllm.v1.spec_decode.metadata").SpecDecodeMetadata
     names = ("_calc_spec_decode_metadata", "_get_cumsum_and_arange")
-    definitions(folder / "vllm/v1/worker/gpu_model_runner.py", names, scope, inside="GPUModelRunner")
+    definitions(
+        folder / "vllm/v1/worker/gpu_model_runner.py", names, scope, inside="GPUModelRunner"
+    )
     counts = np.array([len(own) for own in drafts], dtype=np.int32)
-    ids = torch.tensor([token for root, own in zip(roots, drafts, strict=True) for token in (root, *own)], dtype=torch.int32)
-    self = SimpleNamespace(_arange_scratch=np.arange(4096), arange_np=np.arange(4096), device="cpu", input_ids=SimpleNamespace(gpu=ids))
-    self._get_cumsum_and_arange = lambda *args, **kwargs: scope["_get_cumsum_and_arange"](self, *args, **kwargs)
-    return scope["_calc_spec_decode_metadata"](self, counts, np.cumsum(counts + 1, dtype=np.int32)), ids
+    ids = torch.tensor(
+        [token for root, own in zip(roots, drafts, strict=True) for token in (root, *own)],
+        dtype=torch.int32,
+    )
+    self = SimpleNamespace(
+        _arange_scratch=np.arange(4096),
+        arange_np=np.arange(4096),
+        device="cpu",
+        input_ids=SimpleNamespace(gpu=ids),
+    )
+    self._get_cumsum_and_arange = lambda *args, **kwargs: scope["_get_cumsum_and_arange"](
+        self, *args, **kwargs
+    )
+    return scope["_calc_spec_decode_metadata"](
+        self, counts, np.cumsum(counts + 1, dtype=np.int32)
+    ), ids
 
 
 class Batch:
@@ -100,7 +116,9 @@ class Batch:
         ids = np.zeros((len(self.texts), WIDTH), dtype=np.int32)
         for row, text in enumerate(self.texts):
             ids[row, : len(text)] = text
-        return proposer.propose(self.emitted, np.array([len(text) for text in self.texts]), ids, slot_mappings=None)
+        return proposer.propose(
+            self.emitted, np.array([len(text) for text in self.texts]), ids, slot_mappings=None
+        )
 
     def step(self, proposer):
         drafts = self.propose(proposer)
@@ -110,7 +128,11 @@ class Batch:
         else:
             info, ids = metadata(self.folder, drafts, [text[-1] for text in self.texts])
             before = [text[-2] for text in self.texts]
-            above = [t for b, text, own in zip(before, self.texts, drafts, strict=True) for t in ([b, text[-1], *own][: 1 + len(own)])]
+            above = [
+                t
+                for b, text, own in zip(before, self.texts, drafts, strict=True)
+                for t in ([b, text[-1], *own][: 1 + len(own)])
+            ]
             logits = self.table[torch.tensor(above), ids.long()][info.logits_indices]
             bonus = logits[info.bonus_logits_indices].argmax(-1, keepdim=True).int()
             greedy = SimpleNamespace(all_greedy=True, all_random=False)
@@ -137,14 +159,25 @@ def test_chains_of_chosen_lengths_write_the_targets_own_text(engine, folder, mon
         batch.step(proposer)
     for text, prompt in zip(batch.texts, given, strict=True):
         assert text == batch.greedy(prompt, len(text) - len(prompt))
-    assert sum(map(len, batch.texts)) - sum(map(len, given)) > 1.4 * 16 * 4  # lookups found what repeats
+    assert (
+        sum(map(len, batch.texts)) - sum(map(len, given)) > 1.4 * 16 * 4
+    )  # lookups found what repeats
     counts = np.array(batch.counts)
     if rows:
         assert (counts.sum(axis=1) <= 9 - 4).all() and (counts.sum(axis=1) == 9 - 4).any()
         assert any(len(set(own)) > 2 for own in batch.counts)  # lengths differ within a step
     else:
         assert counts.max() == DEPTH
-    assert proposer.history.tick == 15 and proposer.history.generation.tolist() == [1, 1, 1, 1, 0, 0, 0, 0]
+    assert proposer.history.num_steps == 15 and proposer.history.generation.tolist() == [
+        1,
+        1,
+        1,
+        1,
+        0,
+        0,
+        0,
+        0,
+    ]
 
 
 def test_requests_keep_their_memory_when_rows_move(engine, folder):
@@ -167,12 +200,18 @@ def test_the_history_leaves_out_who_has_ended(engine):
     """What the others' slots remember does not depend on it."""
     plugin = import_module("echo_vllm")
     cost = echo.CostModel((1, 64), (1.0, 1.0))
-    policy = echo.ElasticBudgetScheduler(echo.GlobalRank(1), budget=cost, max_depth=DEPTH, max_tree_rows=DEPTH + 1)
-    tree = policy.plant(torch.arange(4), rows=12)
-    packed = policy.pack(policy.grow_positions(tree, torch.ones(4, DEPTH, 1).long(), torch.rand(4, DEPTH, 1).log()))
+    policy = echo.ElasticBudgetScheduler(
+        echo.GlobalRank(1), budget=cost, max_depth=DEPTH, max_verify_tokens_per_req=DEPTH + 1
+    )
+    tree = policy.begin(torch.arange(4), num_verify_tokens=12)
+    packed = policy.pack(
+        policy.grow_positions(tree, torch.ones(4, DEPTH, 1).long(), torch.rand(4, DEPTH, 1).log())
+    )
     slots, lengths, kept = torch.tensor([5, 0, 3, 6]), torch.tensor([2, 1, 3, 1]), [3, 0]
     whole = policy.history(8).observe(slots, packed, plugin.accepted(DEPTH, lengths))
-    part = policy.history(8).observe(slots[kept], plugin.only(packed, kept), plugin.accepted(DEPTH, lengths[kept]))
+    part = policy.history(8).observe(
+        slots[kept], plugin.only(packed, kept), plugin.accepted(DEPTH, lengths[kept])
+    )
     for name in ("steps", "outlook", "expected", "accepted"):
         own, both = getattr(part, name), getattr(whole, name)
         assert torch.equal(own[:, [6, 5]], both[:, [6, 5]]) and not own[:, [0, 3]].any()
@@ -189,7 +228,9 @@ def test_a_row_still_reading_its_prompt_gets_no_drafts(engine, folder):
 
 
 @pytest.mark.parametrize(("seconds", "most"), [((1.0, 64.0), 3 * DEPTH), ((1.0, 1.0), 1000)])
-def test_a_cost_model_turns_drafting_off_where_rows_are_dear(engine, folder, monkeypatch, tmp_path, seconds, most):
+def test_a_cost_model_turns_drafting_off_where_rows_are_dear(
+    engine, folder, monkeypatch, tmp_path, seconds, most
+):
     (tmp_path / "cost.json").write_text(echo.CostModel((1, 64), seconds).to_json())
     monkeypatch.setenv("ECHO_COST", str(tmp_path / "cost.json"))
     given = prompts(3)
@@ -197,7 +238,9 @@ def test_a_cost_model_turns_drafting_off_where_rows_are_dear(engine, folder, mon
     for _ in range(12):
         batch.step(proposer)
     drafts = sum(map(sum, batch.counts[4:]))
-    assert drafts <= most and (drafts > 3 * DEPTH) == (most > 3 * DEPTH)  # a probe at most, or every step
+    assert drafts <= most and (drafts > 3 * DEPTH) == (
+        most > 3 * DEPTH
+    )  # a probe at most, or every step
     for text, prompt in zip(batch.texts, given, strict=True):
         assert text == batch.greedy(prompt, len(text) - len(prompt))
 
@@ -219,12 +262,17 @@ def test_our_chain_layout_is_its_step_metadata(engine, folder, seed):
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_our_ranking_in_its_adaptive_verification_admits_what_its_own_does(engine, monkeypatch, seed):
+def test_our_ranking_in_its_adaptive_verification_admits_what_its_own_does(
+    engine, monkeypatch, seed
+):
     module = import_module("vllm.v1.worker.gpu.spec_decode.adaptive_verification")
     monkeypatch.setattr(module, "_assign_draft_token_budget_compiled", None)
     import_module("echo_vllm").register()
     generator = torch.Generator().manual_seed(seed)
-    confidences, slots = torch.rand(9, DEPTH, generator=generator), torch.randperm(9, generator=generator)[:6]
+    confidences, slots = (
+        torch.rand(9, DEPTH, generator=generator),
+        torch.randperm(9, generator=generator)[:6],
+    )
     capacities = torch.randint(0, DEPTH + 1, (6,), generator=generator).int()
     for budget in range(1, int(capacities.sum())):
         ours, theirs = capacities.clone(), capacities.clone()
@@ -238,7 +286,9 @@ def test_a_calibration_changes_whom_it_admits(engine, monkeypatch, tmp_path):
     rng, size = np.random.default_rng(0), 4000
     depth = rng.integers(1, 3, size)
     truth = np.where(depth == 1, 0.5, 0.1)  # whatever the confidence was
-    log = echo.WarmupLog.from_arrays(depth=depth, confidence=rng.random(size), accepted=rng.random(size) < truth)
+    log = echo.WarmupLog.from_arrays(
+        depth=depth, confidence=rng.random(size), accepted=rng.random(size) < truth
+    )
     echo.calibrate(log).save(tmp_path / "calibration.json")
     confidences, slots = torch.tensor([[0.9, 0.9], [0.4, 0.4]]), torch.arange(2)
 

@@ -12,7 +12,7 @@ from addresses import checked
 from conftest import CALIBRATION, one_graph, policies
 from echo import kernels
 from echo.testing import RecordedGraphs
-from echo.testing.kit import RefuseReads
+from echo.testing.kit import RefuseSyncs
 from echo.testing.rehearsal import Recording, _launches
 from echo.tree import compact
 from test_plan_kernels import same
@@ -20,10 +20,14 @@ from test_plan_kernels import same
 K, PAGE = 3, 2
 COST = echo.CostModel((1, 24, 99), (1.0, 1.0, 4.0))
 SCHEDULERS = {
-    "paper": echo.ElasticBudgetScheduler(echo.TwoLevel(2, 3), echo.SparseGate({1: 0.1, 2: 0.05}), 40, 3),
-    "ranking": echo.ElasticBudgetScheduler(echo.GlobalRank(2), None, 40, 3, max_tree_rows=33),
-    "eagle": echo.ElasticBudgetScheduler.eagle(n=5, beam=2, max_depth=3),
-    "throughput": echo.ElasticBudgetScheduler.goodput(CALIBRATION, COST, beam=2),
+    "paper": echo.ElasticBudgetScheduler(
+        echo.TwoLevel(2, 3), echo.SparseGate({1: 0.1, 2: 0.05}), 40, 3
+    ),
+    "ranking": echo.ElasticBudgetScheduler(
+        echo.GlobalRank(2), None, 40, 3, max_verify_tokens_per_req=33
+    ),
+    "eagle": echo.ElasticBudgetScheduler.eagle(max_verify_tokens_per_req=5, beam=2, max_depth=3),
+    "throughput": echo.ElasticBudgetScheduler.throughput_optimal(CALIBRATION, COST, beam=2),
     "uncalibrated": echo.ElasticBudgetScheduler(echo.GlobalRank(2), None, COST, 3),
 }
 
@@ -35,7 +39,7 @@ def drafts(scheduler, batch, seed):
         shape = batch, width, K
         scores = (1.5 * torch.randn(shape, generator=generator)).log_softmax(-1)
         made.append((torch.randint(0, 20, shape, generator=generator), scores))
-        width = min(scheduler.rule.width, width * K)
+        width = min(scheduler.rule.beam, width * K)
     return made
 
 
@@ -54,14 +58,32 @@ def data(scheduler, lanes, seed):
 
 def eager(scheduler, inputs, depth, rows, history, stats):
     """A step by the scheduler's own calls."""
-    tree = scheduler.plant(inputs["roots"], live=inputs["live"], capacity=inputs["capacity"], rows=rows)
+    tree = scheduler.begin(
+        inputs["roots"],
+        live=inputs["live"],
+        verify_limits=inputs["capacity"],
+        num_verify_tokens=rows,
+    )
     for tokens, log_probs in inputs["drafts"][:depth]:
         tree = scheduler.grow(tree, tokens, log_probs)
     packed = scheduler.pack(tree)
-    accepted = echo.verify(packed, inputs["target"][:rows])
-    lists = compact(packed, accepted, inputs["context"], page_table=inputs["table"], page_size=PAGE, dummy=0)
+    accepted = echo.accept(packed, inputs["target"][:rows])
+    lists = compact(
+        packed,
+        accepted,
+        inputs["context"],
+        page_table=inputs["table"],
+        page_size=PAGE,
+        pad_slot_id=0,
+    )
     lanes = torch.arange(len(inputs["roots"]))
-    return packed, accepted, lists, history.observe(lanes, packed, accepted), stats.observe(packed, accepted)
+    return (
+        packed,
+        accepted,
+        lists,
+        history.observe(lanes, packed, accepted),
+        stats.observe(packed, accepted),
+    )
 
 
 class Parts:
@@ -75,13 +97,17 @@ class Parts:
         for name, value in inputs.items():
             mine = self.inputs[name]
             for old, new in (
-                [(mine, value)] if name != "drafts" else [p for pair in zip(mine, value, strict=True) for p in zip(*pair, strict=True)]
+                [(mine, value)]
+                if name != "drafts"
+                else [p for pair in zip(mine, value, strict=True) for p in zip(*pair, strict=True)]
             ):
                 old[: len(new)] = new
 
     def draft(self, lanes, depth):
         i = self.inputs
-        tree = self.space.begin(i["roots"][:lanes], live=i["live"][:lanes], capacity=i["capacity"][:lanes])
+        tree = self.space.begin(
+            i["roots"][:lanes], live=i["live"][:lanes], verify_limits=i["capacity"][:lanes]
+        )
         for tokens, log_probs in i["drafts"][:depth]:
             tree = self.space.grow(tree, tokens[:lanes], log_probs[:lanes])
         return tree
@@ -91,14 +117,14 @@ class Parts:
 
     def accept(self, packed):
         lanes, i = packed.batch, self.inputs
-        accepted = self.space.accept(packed, i["target"][: packed.rows])
+        accepted = self.space.accept(packed, i["target"][: packed.num_rows])
         pages = {"page_table": i["table"][:lanes], "page_size": PAGE, "dummy": 0}
         lists = self.space.compact(packed, accepted, i["context"][:lanes], **pages)
         self.space.observe(torch.arange(lanes), packed, accepted)
         return accepted, lists
 
     def step(self, graphs, lanes, depth, rows):
-        self.space.set_rows(rows)
+        self.space.set_num_verify_tokens(rows)
         tree = graphs(("draft", lanes, depth), lambda: self.draft(lanes, depth))
         packed = graphs(("plan", lanes, depth, rows), lambda: self.plan(tree, rows))
         return packed, *graphs(("accept", lanes, rows), lambda: self.accept(packed))
@@ -119,12 +145,19 @@ def check(scheduler, lanes, rows, steps, graphs, seed=0):
         history, stats = wanted[3:]
         parts.fill(inputs)
         packed, accepted, lists = parts.step(graphs, n, depth, count)
-        fair = packed.outlook is None or not depth
-        assert int(packed.drafted) == depth
-        columns = {k: v for k, v in vars(packed).items() if k not in ("max_depth", "drafted", "outlook", "expected")}
+        fair = packed.acceptance_histogram is None or not depth
+        assert int(packed.num_layers) == depth
+        columns = {
+            k: v
+            for k, v in vars(packed).items()
+            if k not in ("max_depth", "drafted", "outlook", "expected")
+        }
         same({k: columns[k] for k in columns}, {k: getattr(wanted[0], k) for k in columns})
         if not fair:
-            same((packed.outlook[:, :depth], packed.expected[:, :depth]), (wanted[0].outlook, wanted[0].expected))
+            same(
+                (packed.acceptance_histogram[:, :depth], packed.expected[:, :depth]),
+                (wanted[0].acceptance_histogram, wanted[0].expected),
+            )
         same(cut(accepted, depth), vars(wanted[1]))
         same(cut(lists, depth), vars(wanted[2]))
         assert not accepted.rows[:, depth + 1 :].ge(0).any()
@@ -149,8 +182,17 @@ def test_every_tier_plans_as_the_scheduler_does(name, backend):
 def test_any_policy(policy, seed, drawn):
     scheduler, lanes = policy
     rows = lanes + 20
-    tier = st.tuples(st.integers(1, lanes), st.integers(1, scheduler.max_depth), st.integers(lanes, rows))
-    check(scheduler, lanes, rows, drawn.draw(st.lists(tier, min_size=1, max_size=3)), echo.Graphs("cpu"), seed)
+    tier = st.tuples(
+        st.integers(1, lanes), st.integers(1, scheduler.max_depth), st.integers(lanes, rows)
+    )
+    check(
+        scheduler,
+        lanes,
+        rows,
+        drawn.draw(st.lists(tier, min_size=1, max_size=3)),
+        echo.Graphs("cpu"),
+        seed,
+    )
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
@@ -160,10 +202,21 @@ def test_recorded_steps_run_again_on_other_data(name, backend):
     if backend == "triton":
         pytest.importorskip("triton")
     graphs = RecordedGraphs()
-    steps = [(4, 3, 40), (4, 3, 40), (4, 3, 40), (2, 2, 8), (4, 3, 40), (2, 2, 8), (2, 3, 8), (2, 2, 8)]
+    steps = [
+        (4, 3, 40),
+        (4, 3, 40),
+        (4, 3, 40),
+        (2, 2, 8),
+        (4, 3, 40),
+        (2, 2, 8),
+        (2, 3, 8),
+        (2, 2, 8),
+    ]
     with kernels.using(backend), torch.inference_mode():
         check(SCHEDULERS[name], 4, 40, steps, graphs)
-    assert graphs.runs["draft", 4, 3] == 2 and graphs.runs["accept", 2, 8] == 2, "acceptance is one graph for every depth"
+    assert graphs.runs["draft", 4, 3] == 2 and graphs.runs["accept", 2, 8] == 2, (
+        "acceptance is one graph for every depth"
+    )
 
 
 def test_a_stale_host_number_is_found():
@@ -194,7 +247,7 @@ def test_with_kernels_nothing_is_allocated(name):
     with kernels.using("triton"):
         parts.step(echo.Graphs("cpu"), 4, 3, 40)
         recording = Recording()
-        with _launches(recording), recording, RefuseReads():
+        with _launches(recording), recording, RefuseSyncs():
             tree = parts.draft(4, 3)
             packed = parts.plan(tree, 40)
     launched = [name for name in recording.operations if name.startswith("kernel")]
@@ -220,7 +273,12 @@ def test_addresses_never_change():
     for turn in range(3):
         parts.fill(data(scheduler, 4, turn))
         packed, accepted, lists = parts.step(graphs, 4, 3, 40)
-        values = [*vars(packed).values(), *vars(accepted).values(), *vars(lists).values(), *vars(parts.space.history).values()]
+        values = [
+            *vars(packed).values(),
+            *vars(accepted).values(),
+            *vars(lists).values(),
+            *vars(parts.space.history).values(),
+        ]
         seen.add(tuple(value.data_ptr() for value in values if isinstance(value, torch.Tensor)))
     assert len(seen) == 1
 
@@ -235,7 +293,12 @@ def test_each_part_compiles_whole(name):
         tree = parts.draft(4, 3)
         packed = parts.plan(tree, 40)
         accepted, lists = parts.accept(packed)
-        return packed.tokens.clone(), packed.mask.clone(), accepted.tokens.clone(), lists.target.clone()
+        return (
+            packed.tokens.clone(),
+            packed.mask.clone(),
+            accepted.tokens.clone(),
+            lists.target.clone(),
+        )
 
     one_graph(run, [tuple(data(scheduler, 4, seed).values()) for seed in range(3)])
 
@@ -244,19 +307,27 @@ def test_bad_arguments():
     scheduler = SCHEDULERS["paper"]
     with pytest.raises(echo.EchoError, match="num_verify_tokens: expected an int >= 1, got 0"):
         echo.Workspace(scheduler, 4, k=2, num_verify_tokens=0)
-    with pytest.raises(echo.EchoError, match="k: expected one number, or one for each of 3 depths, got 2 numbers"):
+    with pytest.raises(
+        echo.EchoError, match="k: expected one number, or one for each of 3 depths, got 2 numbers"
+    ):
         echo.Workspace(scheduler, 4, k=[2, 2], num_verify_tokens=8)
     with pytest.raises(echo.EchoError, match="scheduler: expected an ElasticBudgetScheduler"):
         echo.Workspace(None, 4, k=2, num_verify_tokens=8)
     space = echo.Workspace(scheduler, 4, k=2, num_verify_tokens=8)
     with pytest.raises(echo.EchoError, match="rows: expected an int from 1 to 8, got 9"):
-        space.set_rows(9)
-    with pytest.raises(echo.EchoError, match=r"len\(root_tokens\): expected an int from 0 to 4, got 5"):
+        space.set_num_verify_tokens(9)
+    with pytest.raises(
+        echo.EchoError, match=r"len\(root_tokens\): expected an int from 0 to 4, got 5"
+    ):
         space.begin(torch.arange(5))
     tree = space.begin(torch.arange(2))
-    with pytest.raises(echo.EchoError, match=r"tokens: expected int64 \[2, 1, 2\], got int64 \[2, 1, 3\]"):
+    with pytest.raises(
+        echo.EchoError, match=r"tokens: expected int64 \[2, 1, 2\], got int64 \[2, 1, 3\]"
+    ):
         space.grow(tree, torch.zeros(2, 1, 3, dtype=torch.int64), torch.zeros(2, 1, 3))
-    with pytest.raises(echo.EchoError, match="num_verify_tokens: expected an int from 1 to 8, got 9"):
+    with pytest.raises(
+        echo.EchoError, match="num_verify_tokens: expected an int from 1 to 8, got 9"
+    ):
         space.pack(tree, 9)
 
 
@@ -264,7 +335,7 @@ def test_k_by_depth_and_zero_depth():
     scheduler = echo.ElasticBudgetScheduler(echo.GlobalRank(3), None, 12, 2)
     space = echo.Workspace(scheduler, 2, k=[4, 2], num_verify_tokens=12)
     tree = space.begin(torch.tensor([1, 2]))
-    plain = scheduler.plant(torch.tensor([1, 2]))
+    plain = scheduler.begin(torch.tensor([1, 2]))
     for shape in ((2, 1, 4), (2, 3, 2)):
         tokens, log_probs = torch.randint(0, 9, shape), torch.randn(shape).log_softmax(-1)
         tree, plain = space.grow(tree, tokens, log_probs), scheduler.grow(plain, tokens, log_probs)

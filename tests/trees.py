@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from echo.tree.packed import ancestors
+from echo.tree.packed import ancestor_masks
 
 
 def links(rows, pads, generator, device="cpu"):
@@ -22,11 +22,13 @@ def links(rows, pads, generator, device="cpu"):
                 depth[row] = depth[int(indptr[b]) + int(parent[row])] + 1
     first = indptr[request.clamp(max=max(batch - 1, 0))]
     above = torch.where(parent >= 0, first + parent, count)
-    mask = ancestors(above, local, -(-max([*rows, 1]) // 32), int(depth.max()) if count else 0)
+    mask = ancestor_masks(above, local, -(-max([*rows, 1]) // 32), int(depth.max()) if count else 0)
     return tuple(x.int().to(device) for x in (parent, depth, request, indptr, mask))
 
 
-def attention(rows, contexts, *, page, heads, kv_heads, dim, dtype, pads=2, seed=0, cache=None, device="cpu"):
+def attention(
+    rows, contexts, *, page, heads, kv_heads, dim, dtype, pads=2, seed=0, cache=None, device="cpu"
+):
     """Arguments of tree attention by name; depth too."""
     generator = torch.Generator().manual_seed(seed)
     _, depth, request, indptr, mask = links(rows, pads, generator, device)
@@ -35,7 +37,9 @@ def attention(rows, contexts, *, page, heads, kv_heads, dim, dtype, pads=2, seed
     used = [-(-c // page) for c in contexts]
     pages = sum(used) + 2
     order = torch.randperm(pages, generator=generator)
-    table = order[-1].repeat(len(rows), max([*used, 1]))  # past its context, a row of the table points to a page of NaN
+    table = order[-1].repeat(
+        len(rows), max([*used, 1])
+    )  # past its context, a row of the table points to a page of NaN
     caches = torch.full((2, pages, page, kv_heads, dim), torch.nan)
     at = 0
     for b, length in enumerate(contexts):
@@ -44,7 +48,9 @@ def attention(rows, contexts, *, page, heads, kv_heads, dim, dtype, pads=2, seed
             filled = min(page, length - j * page)
             caches[:, order[at], :filled] = normal(2, filled, kv_heads, dim)
             at += 1
-    fused = normal(count, heads + 2 * kv_heads, dim).to(device, dtype)  # q, k, v as slices of one projection: not contiguous
+    fused = normal(count, heads + 2 * kv_heads, dim).to(
+        device, dtype
+    )  # q, k, v as slices of one projection: not contiguous
     caches = caches.to(device, cache or dtype)
     return {
         "q": fused[:, :heads],
@@ -65,7 +71,9 @@ def alone(args, b):
     """Request ``b`` of a batch as a batch of one."""
     first, end = int(args["indptr"][b]), int(args["indptr"][b + 1])
     rows = slice(first, end)
-    single = args | {name: args[name][rows] for name in ("q", "tree_key", "tree_value", "mask", "depth")}
+    single = args | {
+        name: args[name][rows] for name in ("q", "tree_key", "tree_value", "mask", "depth")
+    }
     single["request"] = torch.zeros_like(args["request"][rows])
     single["indptr"] = (args["indptr"][b : b + 2] - first).int()
     return single | {name: args[name][b : b + 1] for name in ("page_table", "context")}, rows

@@ -36,7 +36,8 @@ def gathered(args: Args, b: int) -> tuple[torch.Tensor, torch.Tensor]:
     pages, slots = args["page_table"][b, at // page].long(), at % page
     kind = args["q"].dtype
     return tuple(  # type: ignore[return-value]
-        torch.cat([args[f"{name}_cache"][pages, slots].to(kind), args[f"tree_{name}"][first:end]]) for name in ("key", "value")
+        torch.cat([args[f"{name}_cache"][pages, slots].to(kind), args[f"tree_{name}"][first:end]])
+        for name in ("key", "value")
     )
 
 
@@ -51,7 +52,9 @@ def exact(args: Args, row: int) -> torch.Tensor:
     return torch.einsum("hgs,shd->hgd", score.softmax(-1), value).flatten(0, 1)
 
 
-def padded(args: Args) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def padded(
+    args: Args,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Dense q [B, Hq, R, D], k and v [B, Hkv, S, D], mask bool [B, 1, R, S], and each real row's place in [B * R]."""
     rows, context = args["indptr"].diff().long(), args["context"].long()
     batch, most, longest = len(rows), int(rows.max()), int((rows + context).max())
@@ -72,7 +75,13 @@ def padded(args: Args) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.
         mask[b, 0, :number] = False
         mask[b, 0, :number, : len(key)] = visible(args, b)
         place.append(b * most + torch.arange(number, device=q.device))
-    return q.transpose(1, 2).contiguous(), k.transpose(1, 2).contiguous(), v.transpose(1, 2).contiguous(), mask, torch.cat(place)
+    return (
+        q.transpose(1, 2).contiguous(),
+        k.transpose(1, 2).contiguous(),
+        v.transpose(1, 2).contiguous(),
+        mask,
+        torch.cat(place),
+    )
 
 
 def packed(out: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
@@ -83,7 +92,12 @@ def packed(out: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
 def sdpa(args: Args) -> Call:
     """torch's attention with a dense mask, over keys gathered beforehand: the gather and the packing are not charged to it."""
     q, k, v, mask, place = padded(args)
-    return lambda: packed(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1]), place)
+    return lambda: packed(
+        F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1]
+        ),
+        place,
+    )
 
 
 @lru_cache
@@ -100,10 +114,18 @@ def flex(args: Args) -> Call:
 
     q, k, v, mask, place = padded(args)
     blocks = create_block_mask(
-        lambda b, h, i, j: mask[b, 0, i, j], len(q), None, q.shape[2], k.shape[2], device=str(q.device), BLOCK_SIZE=128
+        lambda b, h, i, j: mask[b, 0, i, j],
+        len(q),
+        None,
+        q.shape[2],
+        k.shape[2],
+        device=str(q.device),
+        BLOCK_SIZE=128,
     )
     attend = compiled() if q.is_cuda else flex_attention
-    return lambda: packed(attend(q, k, v, enable_gqa=q.shape[1] != k.shape[1], block_mask=blocks), place)
+    return lambda: packed(
+        attend(q, k, v, enable_gqa=q.shape[1] != k.shape[1], block_mask=blocks), place
+    )
 
 
 def in_cache(args: Args) -> tuple[torch.Tensor, torch.Tensor]:
@@ -152,7 +174,11 @@ def xqa(args: Args) -> Call:
         raise UnfitError("it takes pages of 16 to 128 tokens, and more than one row")
     mask = args["mask"][:count, : -(-most // 32)].contiguous().view(torch.uint16)
     workspace = torch.zeros(256 << 20, dtype=torch.uint8, device=args["q"].device)
-    q, caches, lengths = args["q"][:count].contiguous(), in_cache(args), (args["context"] + rows).to(torch.uint32)
+    q, caches, lengths = (
+        args["q"][:count].contiguous(),
+        in_cache(args),
+        (args["context"] + rows).to(torch.uint32),
+    )
     table, out = args["page_table"], torch.empty_like(q)
     return lambda: xqa_batch_decode_with_kv_cache(
         q, caches, workspace, table, lengths, table.shape[1] * page, bmm1_scale=q.shape[-1] ** -0.5, out=out, q_len_per_req=most,
@@ -184,7 +210,21 @@ def sglang(args: Args) -> Call:
 
     def call() -> torch.Tensor:
         extend_attention_fwd(
-            q, k, v, out, *flat, args["indptr"], starts, indices, mask, True, mask_starts, most, 1.0, 1.0, sm_scale=q.shape[-1] ** -0.5
+            q,
+            k,
+            v,
+            out,
+            *flat,
+            args["indptr"],
+            starts,
+            indices,
+            mask,
+            True,
+            mask_starts,
+            most,
+            1.0,
+            1.0,
+            sm_scale=q.shape[-1] ** -0.5,
         )
         return out
 
@@ -196,7 +236,11 @@ def chained(args: Args) -> Args:
     count, words = args["mask"].shape
     local = torch.arange(count, device=args["mask"].device)
     real = args["request"] < len(args["context"])
-    local = torch.where(real, local - args["indptr"].long()[args["request"].long().clamp(max=len(args["context"]) - 1)], 0)
+    local = torch.where(
+        real,
+        local - args["indptr"].long()[args["request"].long().clamp(max=len(args["context"]) - 1)],
+        0,
+    )
     bits = (local[:, None] + 1 - 32 * torch.arange(words, device=local.device)).clamp(0, 32)
     return args | {"mask": ((1 << bits) - 1).to(torch.int32)}
 
@@ -209,7 +253,12 @@ def flash3(args: Args) -> Call:
         from sgl_kernel.flash_attn import flash_attn_with_kvcache
 
     rows, count = args["indptr"].diff(), int(args["indptr"][-1])
-    q, (keys, values), lengths, most = args["q"][:count].contiguous(), in_cache(args), args["context"] + rows, int(rows.max())
+    q, (keys, values), lengths, most = (
+        args["q"][:count].contiguous(),
+        in_cache(args),
+        args["context"] + rows,
+        int(rows.max()),
+    )
     return lambda: flash_attn_with_kvcache(
         q, keys, values, cache_seqlens=lengths, page_table=args["page_table"], cu_seqlens_q=args["indptr"], max_seqlen_q=most,
         softmax_scale=q.shape[-1] ** -0.5, causal=True,
@@ -223,13 +272,28 @@ def flash2(args: Args) -> Call:
     if not args["q"].is_cuda:
         raise UnfitError("it runs on CUDA devices only")
     rows, count = args["indptr"].diff(), int(args["indptr"][-1])
-    keys, values = (torch.cat(parts) for parts in zip(*(gathered(args, b) for b in range(len(rows))), strict=True))
+    keys, values = (
+        torch.cat(parts)
+        for parts in zip(*(gathered(args, b) for b in range(len(rows))), strict=True)
+    )
     ends = torch.cat([rows.new_zeros(1), (args["context"] + rows).cumsum(0)]).int()
-    q, most, longest = args["q"][:count].contiguous(), int(rows.max()), int((args["context"] + rows).max())
+    q, most, longest = (
+        args["q"][:count].contiguous(),
+        int(rows.max()),
+        int((args["context"] + rows).max()),
+    )
     group = {"enable_gqa": q.shape[1] != keys.shape[1]}
-    return lambda: varlen_attn(q, keys, values, args["indptr"], ends, most, longest, window_size=(-1, 0), **group)
+    return lambda: varlen_attn(
+        q, keys, values, args["indptr"], ends, most, longest, window_size=(-1, 0), **group
+    )
 
 
-PEERS = {"flashinfer": flashinfer, "flashinfer xqa": xqa, "sglang extend": sglang, "flex attention": flex, "sdpa with mask": sdpa}
+PEERS = {
+    "flashinfer": flashinfer,
+    "flashinfer xqa": xqa,
+    "sglang extend": sglang,
+    "flex attention": flex,
+    "sdpa with mask": sdpa,
+}
 CAUSAL = {"flash attention 3, causal": flash3, "flash attention 2, causal": flash2}
 """Of chains, not of trees: what attention of as many rows costs without a mask."""

@@ -35,21 +35,39 @@ Policy = Callable[[Setting], Iterator[echo.ElasticBudgetScheduler]]
 
 def chain(s: Setting):
     for depth in (1, 2, 3, 4, 6):
-        yield echo.ElasticBudgetScheduler.eagle(n=depth + 1, beam=1, max_depth=depth)
+        yield echo.ElasticBudgetScheduler.eagle(
+            max_verify_tokens_per_req=depth + 1, beam=1, max_depth=depth
+        )
 
 
-SHAPES = ((2, 1, 1), (3, 2, 2), (4, 2, 2), (5, 3, 3), (6, 2, 3), (8, 3, 4), (12, 4, 4), (16, 4, 5), (24, 6, 6), (32, 6, 8), (60, 6, 8))
+SHAPES = (
+    (2, 1, 1),
+    (3, 2, 2),
+    (4, 2, 2),
+    (5, 3, 3),
+    (6, 2, 3),
+    (8, 3, 4),
+    (12, 4, 4),
+    (16, 4, 5),
+    (24, 6, 6),
+    (32, 6, 8),
+    (60, 6, 8),
+)
 """EAGLE trees: rows, beam, depth."""
 
 
 def eagle(s: Setting):
     for n, beam, depth in SHAPES:
-        yield echo.ElasticBudgetScheduler.eagle(n=n, beam=beam, max_depth=depth)
+        yield echo.ElasticBudgetScheduler.eagle(
+            max_verify_tokens_per_req=n, beam=beam, max_depth=depth
+        )
 
 
 def ddd(s: Setting):
     for n, log_tau in ((8, -1.0), (16, -1.0), (16, -2.0), (32, -2.0)):
-        yield echo.ElasticBudgetScheduler(echo.PerRequest(n, s.beam), echo.BeamMassGate((3, 5, 7), log_tau, s.beam), None, s.depth)
+        yield echo.ElasticBudgetScheduler(
+            echo.PerRequest(n, s.beam), echo.BeamMassGate((3, 5, 7), log_tau, s.beam), None, s.depth
+        )
 
 
 def opt_tree(s: Setting):
@@ -59,7 +77,9 @@ def opt_tree(s: Setting):
 
 
 def two_level(s: Setting, gate: echo.Gate) -> Iterator[echo.ElasticBudgetScheduler]:
-    for width, rows, depth in itertools.product((1, 2, 3), sorted({s.k_max, 3 * s.batch}), (3, s.depth)):
+    for width, rows, depth in itertools.product(
+        (1, 2, 3), sorted({s.k_max, 3 * s.batch}), (3, s.depth)
+    ):
         yield echo.ElasticBudgetScheduler(echo.TwoLevel(width, 8), gate, rows, depth)
 
 
@@ -73,16 +93,24 @@ def dense(s: Setting):
 
 def one_threshold(calibration: echo.Calibration) -> echo.SparseGate:
     """The mean threshold at all sweet spots."""
-    return echo.SparseGate.fixed(float(np.mean([d.threshold for d in calibration.depths if d.gate])), calibration.gate_depths)
+    return echo.SparseGate.fixed(
+        float(np.mean([d.threshold for d in calibration.depths if d.gate])), calibration.gate_depths
+    )
 
 
 def fixed(s: Setting):
     yield from two_level(s, one_threshold(s.calibration))
 
 
-def goodput_gate(log: echo.WarmupLog, cost: echo.CostModel, batch: int, depth: int, width: int) -> echo.SparseGate:
+def goodput_gate(
+    log: echo.WarmupLog, cost: echo.CostModel, batch: int, depth: int, width: int
+) -> echo.SparseGate:
     """Gates whose thresholds maximise tokens a second on the ``log`` instead of separating, for layers of ``width`` rows."""
-    return echo.SparseGate(echo.calibrate(log, max_depth=depth, thresholds="goodput", cost=cost, batch=batch, layer_width=width))
+    return echo.SparseGate(
+        echo.calibrate(
+            log, max_depth=depth, thresholds="goodput", cost=cost, batch=batch, beam=width
+        )
+    )
 
 
 def goodput_gates(s: Setting):
@@ -90,21 +118,23 @@ def goodput_gates(s: Setting):
     assert s.log is not None
     for depth, (width, more) in itertools.product((3, s.depth), ((1, 8), (3, 8), (s.beam, 60))):
         gate = goodput_gate(s.log, s.cost, s.batch, depth, width)
-        for rows in sorted({s.k_max, max(2 * s.batch, s.cost.rows_within(1.5))}):
+        for rows in sorted({s.k_max, max(2 * s.batch, s.cost.tokens_within(1.5))}):
             yield echo.ElasticBudgetScheduler(echo.TwoLevel(width, more), gate, rows, depth)
 
 
 def top_k(s: Setting):
-    for rows, depth in itertools.product(sorted({s.k_max, 2 * s.batch, 4 * s.batch, 12 * s.batch}), (3, s.depth)):
+    for rows, depth in itertools.product(
+        sorted({s.k_max, 2 * s.batch, 4 * s.batch, 12 * s.batch}), (3, s.depth)
+    ):
         yield echo.ElasticBudgetScheduler(echo.GlobalRank(s.beam, s.calibration), None, rows, depth)
 
 
 def goodput(s: Setting):
-    yield echo.ElasticBudgetScheduler.goodput(s.calibration, s.cost, beam=s.beam)
+    yield echo.ElasticBudgetScheduler.throughput_optimal(s.calibration, s.cost, beam=s.beam)
 
 
 def goodput_chain(s: Setting):
-    yield echo.ElasticBudgetScheduler.goodput(s.calibration, s.cost, beam=1)
+    yield echo.ElasticBudgetScheduler.throughput_optimal(s.calibration, s.cost, beam=1)
 
 
 POLICIES: dict[str, Policy] = {

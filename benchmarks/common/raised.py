@@ -30,24 +30,39 @@ def raised(trace: Trace, odds: float, seed: int = 0) -> Trace:
     """
     if odds == 1:
         return trace
-    out = replace(trace, token=trace.token.copy(), log_prob=_surer(trace.log_prob, odds), expanded=trace.expanded.copy())
-    k, draws = trace.token.shape[3], np.random.default_rng(seed).random((trace.positions, trace.depth))
+    out = replace(
+        trace,
+        token=trace.token.copy(),
+        log_prob=_surer(trace.log_prob, odds),
+        expanded=trace.expanded.copy(),
+    )
+    k, draws = (
+        trace.token.shape[3],
+        np.random.default_rng(seed).random((trace.positions, trace.depth)),
+    )
     for first, end in zip(trace.indptr[:-1], trace.indptr[1:], strict=True):
-        for t in range(int(end) - 2, int(first) - 1, -1):  # from the back: what is grafted is raised already
+        for t in range(
+            int(end) - 2, int(first) - 1, -1
+        ):  # from the back: what is grafted is raised already
             place = 0
             for d in range(min(trace.depth, int(end) - t - 1)):
                 score = trace.log_prob[t, d, place].astype(np.float64)
                 best, own = int(score.argmax()), out.token[t, d, place]
                 hit = np.flatnonzero((own == trace.text[t + d + 1]) & np.isfinite(score))
                 q = np.exp(score[best])
-                if not (len(hit) and hit[0] == best) and draws[t, d] * (1.0 - q + odds * q) < (odds - 1.0) * q:
+                if (
+                    not (len(hit) and hit[0] == best)
+                    and draws[t, d] * (1.0 - q + odds * q) < (odds - 1.0) * q
+                ):
                     own[hit], own[best] = own[best], trace.text[t + d + 1]
                     _graft(out, t, d, place * k + best, t + d + 1)
                     break
                 place = int(out.expanded[t, d, place * k + hit[0]]) if len(hit) else -1
                 if place < 0:
                     break
-    return replace(out, floor=0.0)  # where the recorded drafter stopped, this one does, surer or not
+    return replace(
+        out, floor=0.0
+    )  # where the recorded drafter stopped, this one does, surer or not
 
 
 def _surer(log_prob: np.ndarray, odds: float) -> np.ndarray:
@@ -59,7 +74,9 @@ def _surer(log_prob: np.ndarray, odds: float) -> np.ndarray:
     q = np.where(known, np.exp(np.where(known, best, 0.0)), 0.5)
     shrink = -np.log1p((odds - 1.0) * q)  # (1 - p) / (1 - q), and p / q is odds times that
     score = score + shrink
-    np.put_along_axis(score, top, np.where(known, np.minimum(best + np.log(odds) + shrink, 0.0), -np.inf), -1)
+    np.put_along_axis(
+        score, top, np.where(known, np.minimum(best + np.log(odds) + shrink, 0.0), -np.inf), -1
+    )
     return score.astype(np.float16)
 
 
@@ -72,14 +89,19 @@ def _graft(trace: Trace, t: int, d: int, child: int, source: int) -> None:
     expanded[t, d, child] = -1
     for layer, here in enumerate(range(d + 1, trace.depth)):
         kept = set(expanded[t, here - 1][expanded[t, here - 1] >= 0].tolist())
-        below_old = {int(p) for place in old for p in expanded[t, here, place * k : place * k + k]} - {-1}
+        below_old = {
+            int(p) for place in old for p in expanded[t, here, place * k : place * k + k]
+        } - {-1}
         free = [place for place in range(places) if place not in kept]
         for place in old:
             log_prob[t, here, place], expanded[t, here, place * k : place * k + k] = -np.inf, -1
         below: dict[int, int] = {}
         for (theirs, above), mine in zip(new.items(), free, strict=False):
             expanded[t, here - 1, above] = mine
-            token[t, here, mine], log_prob[t, here, mine] = token[source, layer, theirs], log_prob[source, layer, theirs]
+            token[t, here, mine], log_prob[t, here, mine] = (
+                token[source, layer, theirs],
+                log_prob[source, layer, theirs],
+            )
             expanded[t, here, mine * k : mine * k + k] = -1
             children = expanded[source, layer, theirs * k : theirs * k + k]
             below |= {int(p): mine * k + j for j, p in enumerate(children) if p >= 0}
@@ -89,7 +111,9 @@ def _graft(trace: Trace, t: int, d: int, child: int, source: int) -> None:
 def raised_to(trace: Trace, tokens: float, tree: tuple[int, int, int]) -> float:
     """The odds with which that tree (rows, beam, depth) reaches that many tokens a step, by bisection over an eighth of the texts."""
     sample = trace.texts(range(0, len(trace.kind), 8))
-    scheduler = echo.ElasticBudgetScheduler.eagle(n=tree[0], beam=tree[1], max_depth=tree[2])
+    scheduler = echo.ElasticBudgetScheduler.eagle(
+        max_verify_tokens_per_req=tree[0], beam=tree[1], max_depth=tree[2]
+    )
     low, high = 0.0, np.log(1e4)
     for _ in range(8):
         middle = (low + high) / 2

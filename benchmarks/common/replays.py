@@ -46,8 +46,12 @@ class Steps:
 
     def seconds(self, cost: echo.CostModel) -> np.ndarray:
         """Of each step: the pass, the layers, and what the drafter reads up on after steps without a draft."""
-        reading = np.array([cost.catch_up(tokens) for tokens in self.unread.tolist()])
-        return np.asarray(cost(self.rows, requests=self.requests) + cost.draft(self.layers, self.requests, self.width) + reading)
+        reading = np.array([cost.extend_seconds(tokens) for tokens in self.unread.tolist()])
+        return np.asarray(
+            cost(self.rows, num_reqs=self.requests)
+            + cost.draft_seconds(self.layers, self.requests, self.width)
+            + reading
+        )
 
     def rate(self, cost: echo.CostModel) -> float:
         """Tokens a second."""
@@ -61,9 +65,14 @@ class Steps:
         """95% bootstrap interval of :meth:`ratio` over blocks of up to ten steps."""
         block = max(1, min(10, len(self.tokens) // 4))
         count = len(self.tokens) // block
-        tokens, seconds = (x[: count * block].reshape(count, block).sum(1) for x in (self.tokens, self.seconds(cost)))
+        tokens, seconds = (
+            x[: count * block].reshape(count, block).sum(1)
+            for x in (self.tokens, self.seconds(cost))
+        )
         pick = np.random.default_rng(0).integers(0, count, (400, count))
-        low, high = np.percentile(tokens[pick].sum(1) / seconds[pick].sum(1), [2.5, 97.5]) / plain(cost, self.requests)
+        low, high = np.percentile(tokens[pick].sum(1) / seconds[pick].sum(1), [2.5, 97.5]) / plain(
+            cost, self.requests
+        )
         return float(low), float(high)
 
 
@@ -80,31 +89,55 @@ def ratio_interval(mine: np.ndarray, theirs: np.ndarray, block: int = 10) -> tup
 
 def plain(cost: echo.CostModel, requests: int) -> float:
     """Tokens a second of plain decoding."""
-    return requests / cost(requests, requests=requests)
+    return requests / cost(requests, num_reqs=requests)
 
 
 def run(
-    trace: Trace, scheduler: echo.ElasticBudgetScheduler, cost: echo.CostModel, batch: int, steps: int, *, exact: bool = False, **options
+    trace: Trace,
+    scheduler: echo.ElasticBudgetScheduler,
+    cost: echo.CostModel,
+    batch: int,
+    steps: int,
+    *,
+    exact: bool = False,
+    **options,
 ) -> Steps:
     """Replays texts in random order; ``exact`` keeps real rows and layers only (the oracle's); ``options`` are replay's."""
     seen: list[tuple[int, int, int, int]] = []
     more = options.pop("observe", None)
 
     def observe(record: Record) -> None:
-        launched = (int(record.packed.indptr[-1]), record.tree.depth) if exact else (record.forecast.rows, record.forecast.depth)
-        seen.append((int(record.emitted.sum()), *launched, record.unread))
+        launched = (
+            (int(record.packed.indptr[-1]), record.tree.depth)
+            if exact
+            else (record.tier.num_verify_tokens, record.tier.depth)
+        )
+        seen.append((int(record.emitted.sum()), *launched, record.num_unprocessed_tokens))
         if more is not None:
             more(record)
 
     order = np.random.default_rng(1).permutation(len(trace.kind))
-    report = replay(trace, scheduler, cost, batch=batch, steps=steps + WARM, order=order, observe=observe, **options)
-    assert report.misses == 0 or exact, f"{report.misses} nodes without a record: the trace is too narrow for {scheduler}"
-    return Steps(*np.array(seen[WARM:]).T, batch, scheduler.rule.width)
+    report = replay(
+        trace,
+        scheduler,
+        cost,
+        batch=batch,
+        steps=steps + WARM,
+        order=order,
+        observe=observe,
+        **options,
+    )
+    assert report.misses == 0 or exact, (
+        f"{report.misses} nodes without a record: the trace is too narrow for {scheduler}"
+    )
+    return Steps(*np.array(seen[WARM:]).T, batch, scheduler.rule.beam)
 
 
 def arguments(description: str) -> argparse.ArgumentParser:
     """The arguments of every benchmark on a recorded trace."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--trace", type=Path, default=HERE / "traces" / "smollm2.npz")
     parser.add_argument("--out", type=Path, default=HERE / "results")
     return parser
@@ -118,14 +151,22 @@ def shapes(measured: Path = HERE / "results" / "cost.json") -> dict[str, echo.Co
         "dense, knee at 256 rows": echo.CostModel(rows, law(256), draft_layer=0.02),
         "dense, costly drafter": echo.CostModel(rows, law(256), draft_layer=0.10),
         "mixture of experts, knee at 1024": echo.CostModel(rows, law(1024), draft_layer=0.02),
-        "linear overhead": echo.CostModel(rows, tuple(0.5 + r / 512 for r in rows), draft_layer=0.02),
+        "linear overhead": echo.CostModel(
+            rows, tuple(0.5 + r / 512 for r in rows), draft_layer=0.02
+        ),
     }
-    return costs | ({"two CPU cores, measured": echo.CostModel.from_json(measured.read_text())} if measured.exists() else {})
+    return costs | (
+        {"two CPU cores, measured": echo.CostModel.from_json(measured.read_text())}
+        if measured.exists()
+        else {}
+    )
 
 
 def split(trace: Trace) -> tuple[np.ndarray, np.ndarray]:
     """Texts 0, 2, 4, ... of each kind, and the others."""
-    first = np.concatenate([np.flatnonzero(trace.kind == kind)[::2] for kind in np.unique(trace.kind)])
+    first = np.concatenate(
+        [np.flatnonzero(trace.kind == kind)[::2] for kind in np.unique(trace.kind)]
+    )
     return first, np.setdiff1d(np.arange(len(trace.kind)), first)
 
 
@@ -138,7 +179,13 @@ def halves(trace: Trace) -> tuple[Trace, Trace]:
 def decode_once(trace: Trace, observe: Callable[[Record], None]) -> None:
     """Every text decoded once, without a gate, the best of every layer verified at every step."""
     batch, rows = 32, 64
-    scheduler = echo.ElasticBudgetScheduler(echo.TwoLevel(trace.beam, 0), None, batch * rows, trace.depth, max_tree_rows=rows)
+    scheduler = echo.ElasticBudgetScheduler(
+        echo.TwoLevel(trace.beam, 0),
+        None,
+        batch * rows,
+        trace.depth,
+        max_verify_tokens_per_req=rows,
+    )
     replay(trace, scheduler, FREE, batch=batch, observe=observe)
 
 
@@ -152,7 +199,10 @@ class WarmUp:
     def of(self, texts: Sequence[int] | np.ndarray) -> echo.WarmupLog:
         """The rows of some texts."""
         keep = np.isin(self.text[self.log.step], texts)
-        columns = {name: getattr(self.log, name)[keep] for name in ("depth", "confidence", "accepted", "rank", "step")}
+        columns = {
+            name: getattr(self.log, name)[keep]
+            for name in ("depth", "confidence", "accepted", "rank", "step")
+        }
         return echo.WarmupLog.from_arrays(**columns)
 
 
@@ -166,26 +216,43 @@ def warm_up(trace: Trace) -> WarmUp:
     texts: list[np.ndarray] = []
 
     def observe(record: Record) -> None:
-        log = echo.warmup_rows(record.tree, record.packed, record.accepted, sum(map(len, texts)))
+        log = echo.warmup_log(record.tree, record.packed, record.accepted, sum(map(len, texts)))
         logs.append(log)
         texts.append(record.requests)
 
     decode_once(trace, observe)
-    columns = {name: np.concatenate([getattr(log, name) for log in logs]) for name in ("depth", "confidence", "accepted", "rank", "step")}
+    columns = {
+        name: np.concatenate([getattr(log, name) for log in logs])
+        for name in ("depth", "confidence", "accepted", "rank", "step")
+    }
     path = columns["rank"] == 0
     seen = np.zeros((sum(map(len, texts)), trace.depth), dtype=bool)
     seen[columns["step"][path], columns["depth"][path] - 1] = True
-    step, layer = np.nonzero(~seen & seen[:, :1])  # a request at its last token drafts nothing, and is no step of the log
-    missing = {"depth": layer + 1, "confidence": 0.0 * step, "accepted": step < 0, "rank": 0 * step, "step": step}
+    step, layer = np.nonzero(
+        ~seen & seen[:, :1]
+    )  # a request at its last token drafts nothing, and is no step of the log
+    missing = {
+        "depth": layer + 1,
+        "confidence": 0.0 * step,
+        "accepted": step < 0,
+        "rank": 0 * step,
+        "step": step,
+    }
     return WarmUp(
-        echo.WarmupLog.from_arrays(**{name: np.concatenate([columns[name], missing[name]]) for name in columns}), np.concatenate(texts)
+        echo.WarmupLog.from_arrays(
+            **{name: np.concatenate([columns[name], missing[name]]) for name in columns}
+        ),
+        np.concatenate(texts),
     )
 
 
 def warmup_log(trace: Trace) -> echo.WarmupLog:
     """The rows of :func:`decode_once`."""
     logs: list[echo.WarmupLog] = []
-    decode_once(trace, lambda record: logs.append(echo.warmup_rows(record.tree, record.packed, record.accepted)))
+    decode_once(
+        trace,
+        lambda record: logs.append(echo.warmup_log(record.tree, record.packed, record.accepted)),
+    )
     return echo.WarmupLog.concat(logs)
 
 
@@ -197,7 +264,11 @@ def calibrate(trace: Trace) -> echo.Calibration:
 def describe(scheduler: echo.ElasticBudgetScheduler) -> str:
     """The policy in a line: what was tuned, without the calibration's tables."""
     rule = replace(scheduler.rule, reliability=None)
-    gate = f"gates {scheduler.gate.log_tau}" if isinstance(scheduler.gate, echo.SparseGate) else repr(scheduler.gate)
+    gate = (
+        f"gates {scheduler.gate.log_tau}"
+        if isinstance(scheduler.gate, echo.SparseGate)
+        else repr(scheduler.gate)
+    )
     budget = "cost model" if isinstance(scheduler.budget, echo.CostModel) else scheduler.budget
     ranked = "calibrated" if scheduler.rule.reliability else "by draft probability"
     return f"{rule} {ranked}, {gate}, budget {budget}, depth {scheduler.max_depth}"
@@ -243,11 +314,18 @@ def write(path: Path, result: dict[str, Any]) -> None:
     """Rounded JSON; lists of rows have a row a line."""
 
     def text(value: Any, indent: str) -> str:
-        if isinstance(value, dict) and any(isinstance(inner, dict | list) for inner in value.values()):
-            inner = [f"{indent} {json.dumps(str(key))}: {text(v, indent + ' ')}" for key, v in value.items()]
+        if isinstance(value, dict) and any(
+            isinstance(inner, dict | list) for inner in value.values()
+        ):
+            inner = [
+                f"{indent} {json.dumps(str(key))}: {text(v, indent + ' ')}"
+                for key, v in value.items()
+            ]
             return "{\n" + ",\n".join(inner) + f"\n{indent}}}"
         if isinstance(value, list) and value and isinstance(value[0], dict):
-            return "[\n" + ",\n".join(f"{indent} {json.dumps(row)}" for row in value) + f"\n{indent}]"
+            return (
+                "[\n" + ",\n".join(f"{indent} {json.dumps(row)}" for row in value) + f"\n{indent}]"
+            )
         return json.dumps(value)
 
     path.parent.mkdir(parents=True, exist_ok=True)

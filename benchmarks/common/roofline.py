@@ -128,7 +128,9 @@ MODELS: dict[str, Architecture] = {
     "LLaMA-3.3-70B": Architecture(80, 8192, 64, 8, 28672, 128256),
     "Qwen3-8B": Architecture(36, 4096, 32, 8, 12288, 151936),
     "Qwen3-32B": Architecture(64, 5120, 64, 8, 25600, 151936),
-    "Qwen3-235B-A22B": Architecture(94, 4096, 64, 4, 1536, 151936, experts=128, active=8, draft_ffn=12288),
+    "Qwen3-235B-A22B": Architecture(
+        94, 4096, 64, 4, 1536, 151936, experts=128, active=8, draft_ffn=12288
+    ),
     "Vicuna-13B": Architecture(40, 5120, 40, 40, 13824, 32000),
 }
 """Five models that the paper's figures name, and Vicuna-13B, on which EAGLE-3 was published."""
@@ -158,7 +160,9 @@ def plan(
     """
     if isinstance(model, str):
         if model not in MODELS:
-            raise EchoError(f"model: expected an Architecture or one of {', '.join(MODELS)}, got {model!r}")
+            raise EchoError(
+                f"model: expected an Architecture or one of {', '.join(MODELS)}, got {model!r}"
+            )
         model = MODELS[model]
     machine = H100 if hardware is None else hardware
     tensor = checks.integer("tensor", tensor, 1)
@@ -166,29 +170,68 @@ def plan(
     most_rows = checks.integer("most_rows", most_rows, 2)
     if tensor % expert:
         raise EchoError(f"expert: expected a divisor of tensor ({tensor}), got {expert}")
-    rows = np.unique(np.concatenate([np.geomspace(1, most_rows, 40).round(), np.arange(TILE, min(most_rows, 1024) + 1, TILE)])).astype(int)
-    seconds = np.maximum.accumulate(_step_seconds(model, machine, rows.astype(np.float64), tensor, expert))
-    draft = replace(model, layers=1, ffn=model.draft_ffn or model.ffn, experts=0, active=0, vocab=min(DRAFT_VOCAB, model.vocab))
+    rows = np.unique(
+        np.concatenate(
+            [
+                np.geomspace(1, most_rows, 40).round(),
+                np.arange(TILE, min(most_rows, 1024) + 1, TILE),
+            ]
+        )
+    ).astype(int)
+    seconds = np.maximum.accumulate(
+        _step_seconds(model, machine, rows.astype(np.float64), tensor, expert)
+    )
+    draft = replace(
+        model,
+        layers=1,
+        ffn=model.draft_ffn or model.ffn,
+        experts=0,
+        active=0,
+        vocab=min(DRAFT_VOCAB, model.vocab),
+    )
     # A drafter's layer also reads the feature beside the embedding: queries, keys and values from twice the width.
-    weights = draft.attention_weights + draft.hidden * draft.head_dim * (draft.heads + 2 * draft.kv_heads) + draft.ffn_weights
+    weights = (
+        draft.attention_weights
+        + draft.hidden * draft.head_dim * (draft.heads + 2 * draft.kv_heads)
+        + draft.ffn_weights
+    )
     weights += draft.vocab * draft.hidden
-    draft_layer = weights * BYTES / (tensor * machine.bandwidth * machine.memory_share) + machine.layer
+    draft_layer = (
+        weights * BYTES / (tensor * machine.bandwidth * machine.memory_share) + machine.layer
+    )
     draft_layer += 2 * _reduce(machine, np.ones(1), draft.hidden, tensor)[0]
     draft_row = 2 * weights / (tensor * machine.flops * machine.compute_share)
     keys = 2 * BYTES * model.layers * model.kv_heads * model.head_dim / min(tensor, model.kv_heads)
     context_token = keys / (machine.bandwidth * machine.memory_share)
     draft_layer, draft_row, context_token = rounded([draft_layer, draft_row, context_token], 6)
     tiers = tuple(int(t) for t in tiers)
-    return CostModel(tuple(rows.tolist()), rounded(seconds, 6), draft_layer, draft_row, tiers, context_token=context_token)
+    return CostModel(
+        tuple(rows.tolist()),
+        rounded(seconds, 6),
+        draft_layer,
+        draft_row,
+        tiers,
+        context_token=context_token,
+    )
 
 
-def _step_seconds(model: Architecture, machine: Hardware, rows: NDArray[np.float64], tensor: int, expert: int) -> NDArray[np.float64]:
+def _step_seconds(
+    model: Architecture, machine: Hardware, rows: NDArray[np.float64], tensor: int, expert: int
+) -> NDArray[np.float64]:
     """Seconds of a forward pass of each row count, without the context's keys and values (they are the cost model's own slope)."""
     attention = _product(machine, model.attention_weights / tensor, rows)
-    ffn = _experts(model, machine, rows, tensor, expert) if model.experts else _product(machine, model.ffn_weights / tensor, rows)
+    ffn = (
+        _experts(model, machine, rows, tensor, expert)
+        if model.experts
+        else _product(machine, model.ffn_weights / tensor, rows)
+    )
     fixed = machine.layer + (machine.route if model.experts else 0.0)
     layer = attention + ffn + 2 * _reduce(machine, rows, model.hidden, tensor) + fixed
-    return model.layers * layer + _product(machine, model.vocab * model.hidden / tensor, rows) + machine.step
+    return (
+        model.layers * layer
+        + _product(machine, model.vocab * model.hidden / tensor, rows)
+        + machine.step
+    )
 
 
 def _product(machine: Hardware, weights: float, rows: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -198,19 +241,29 @@ def _product(machine: Hardware, weights: float, rows: NDArray[np.float64]) -> ND
     return np.maximum(compute, weights * BYTES / (machine.bandwidth * machine.memory_share))
 
 
-def _experts(model: Architecture, machine: Hardware, rows: NDArray[np.float64], tensor: int, expert: int) -> NDArray[np.float64]:
+def _experts(
+    model: Architecture, machine: Hardware, rows: NDArray[np.float64], tensor: int, expert: int
+) -> NDArray[np.float64]:
     """A layer of experts: those hit are read; each computes whole tiles; the fullest of the groups is waited for."""
     chosen = rows * model.active
     hit = model.experts * (1.0 - (1.0 - model.active / model.experts) ** rows)
-    tiles = np.maximum(chosen / hit, TILE / 4)  # grouped products use tiles of 16 rows where an expert has few
+    tiles = np.maximum(
+        chosen / hit, TILE / 4
+    )  # grouped products use tiles of 16 rows where an expert has few
     group = chosen / expert
-    crowd = 1.0 if expert == 1 else 1.0 + math.sqrt(2 * math.log(expert)) / np.sqrt(np.maximum(group, 1.0))
+    crowd = (
+        1.0
+        if expert == 1
+        else 1.0 + math.sqrt(2 * math.log(expert)) / np.sqrt(np.maximum(group, 1.0))
+    )
     share = model.ffn_weights / tensor
     compute = 2 * share * hit * tiles * crowd / (machine.flops * machine.compute_share)
     return np.maximum(compute, share * hit * BYTES / (machine.bandwidth * machine.memory_share))
 
 
-def _reduce(machine: Hardware, rows: NDArray[np.float64], hidden: int, tensor: int) -> NDArray[np.float64]:
+def _reduce(
+    machine: Hardware, rows: NDArray[np.float64], hidden: int, tensor: int
+) -> NDArray[np.float64]:
     """An all-reduce of the rows' residual stream."""
     if tensor == 1:
         return np.zeros_like(rows)

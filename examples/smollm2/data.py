@@ -38,15 +38,24 @@ def sampled(logits: Tensor, among: int | None = None) -> Tensor:
 def questions(engine: SmolLM2, tokenizer, count: int) -> list[Tensor]:
     """Chat prompts that the model asks itself: it samples the user's turn (Magpie, arXiv 2406.08464), which gives far more
     variety than templates do. Those of the warm-up and evaluation sets are left out, should they come up."""
-    ahead, behind = tokenizer.apply_chat_template([{"role": "user", "content": "\0"}], tokenize=False, add_generation_prompt=True).split(
-        "\0"
-    )
+    ahead, behind = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "\0"}], tokenize=False, add_generation_prompt=True
+    ).split("\0")
     opening = torch.tensor(tokenizer(ahead, add_special_tokens=False)["input_ids"])
-    asked = answers(engine, [opening] * count, 64, tokenizer.eos_token_id, choose=partial(sampled, among=256))
-    texts = [tokenizer.decode(s["tokens"][s["prompt"] :], skip_special_tokens=True).strip() for _, s in asked]
-    kept = {prompt for sets in (WARMUP, EVALUATION) for prompts in sets.values() for prompt in prompts}
+    asked = answers(
+        engine, [opening] * count, 64, tokenizer.eos_token_id, choose=partial(sampled, among=256)
+    )
+    texts = [
+        tokenizer.decode(s["tokens"][s["prompt"] :], skip_special_tokens=True).strip()
+        for _, s in asked
+    ]
+    kept = {
+        prompt for sets in (WARMUP, EVALUATION) for prompts in sets.values() for prompt in prompts
+    }
     return [
-        torch.tensor(tokenizer(ahead + t + behind, add_special_tokens=False)["input_ids"]) for t in texts if len(t) > 8 and t not in kept
+        torch.tensor(tokenizer(ahead + t + behind, add_special_tokens=False)["input_ids"])
+        for t in texts
+        if len(t) > 8 and t not in kept
     ]
 
 
@@ -90,8 +99,16 @@ def _prefill(engine, slots, prompts, indices, running, choose) -> None:
     ids = torch.tensor(slots)
     logits = engine.forward(engine.prompt_rows(ids, prompts), lengths.cumsum(0) - 1)
     engine.cache.used[ids] = lengths
-    for slot, index, prompt, features in zip(slots, indices, prompts, engine.hidden.half().split(lengths.tolist()), strict=True):
-        running[slot] = {"index": index, "tokens": prompt.tolist(), "prompt": len(prompt), "ids": [], "log_probs": []}
+    for slot, index, prompt, features in zip(
+        slots, indices, prompts, engine.hidden.half().split(lengths.tolist()), strict=True
+    ):
+        running[slot] = {
+            "index": index,
+            "tokens": prompt.tolist(),
+            "prompt": len(prompt),
+            "ids": [],
+            "log_probs": [],
+        }
         running[slot]["features"] = [features.clone()]
     _append(logits, slots, running, choose)
 
@@ -110,7 +127,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--prompts", type=int, default=6000, help="from templates and topics")
-    parser.add_argument("--questions", type=int, default=0, help="instead, as many prompts that the model asks itself")
+    parser.add_argument(
+        "--questions",
+        type=int,
+        default=0,
+        help="instead, as many prompts that the model asks itself",
+    )
     parser.add_argument("--first", type=int, default=0, help="number of the first shard")
     parser.add_argument("--slots", type=int, default=128)
     parser.add_argument("--max-new", type=int, default=176)
@@ -126,8 +148,18 @@ def main() -> None:
         encoded = questions(engine, tokenizer, args.questions)
         kinds = ["asked"] * len(encoded)
     else:
-        drafts = dict(answers(engine, encode(tokenizer, passage_prompts(192, args.seed)), 100, tokenizer.eos_token_id))
-        texts = [tokenizer.decode(s["tokens"][s["prompt"] :], skip_special_tokens=True).strip() for s in drafts.values()]
+        drafts = dict(
+            answers(
+                engine,
+                encode(tokenizer, passage_prompts(192, args.seed)),
+                100,
+                tokenizer.eos_token_id,
+            )
+        )
+        texts = [
+            tokenizer.decode(s["tokens"][s["prompt"] :], skip_special_tokens=True).strip()
+            for s in drafts.values()
+        ]
         kinds, prompts = zip(*training_prompts(args.prompts, texts, args.seed), strict=True)
         encoded = encode(tokenizer, prompts)
     shard, written, total = [], args.first, 0
@@ -138,7 +170,10 @@ def main() -> None:
         if len(shard) == 256 or late:
             torch.save(shard, args.out / f"{written:04d}.pt")
             written, shard = written + 1, []
-            print(f"{written} shards, {total} tokens, {total / (time.perf_counter() - start):.0f} tokens/s", flush=True)
+            print(
+                f"{written} shards, {total} tokens, {total / (time.perf_counter() - start):.0f} tokens/s",
+                flush=True,
+            )
         if late:
             return
     if shard:

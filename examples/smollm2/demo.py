@@ -53,10 +53,10 @@ class Run:
         self.steps += 1
         self.request_steps += len(step.requests)
         self.rows += int(step.packed.indptr[-1])
-        self.accepted += int((step.accepted.lengths - 1).clamp(min=0).sum())
+        self.accepted += int((step.accepted.num_emitted - 1).clamp(min=0).sum())
         self.layers += step.tree.depth
         self.draft += step.seconds.draft
-        self.control += step.seconds.control
+        self.control += step.seconds.scheduling
         self.verify += step.seconds.verify
         for request, tokens in zip(step.requests, step.emitted, strict=True):
             self.tokens += len(tokens)
@@ -89,25 +89,49 @@ class Demo:
         self.console = console
         with console.status("loading SmolLM2-135M-Instruct (20 seconds)"):
             self.model, self.tokenizer = load()
-        interleaved = lambda rows: [prompt for group in zip(*(rows[kind] for kind in KINDS), strict=True) for prompt in group]  # noqa: E731
+        interleaved = lambda rows: [
+            prompt
+            for group in zip(*(rows[kind] for kind in KINDS), strict=True)
+            for prompt in group
+        ]
         self.warmup = encode(self.tokenizer, interleaved(WARMUP))
         self.texts = interleaved(EVALUATION)
         self.evaluation = encode(self.tokenizer, self.texts)
 
-    def steps(self, scheduler: echo.ElasticBudgetScheduler, prompts, batch: int, new: int, **drafter_options):
+    def steps(
+        self,
+        scheduler: echo.ElasticBudgetScheduler,
+        prompts,
+        batch: int,
+        new: int,
+        **drafter_options,
+    ):
         """Decodes the prompts; yields steps."""
         from drafters import pooled
         from model import SmolLM2
 
         target = SmolLM2(self.model, batch, LENGTH)
-        drafter = pooled(target, batch, LENGTH, count=BEAM, **drafter_options) if scheduler.max_depth else None
+        drafter = (
+            pooled(target, batch, LENGTH, count=BEAM, **drafter_options)
+            if scheduler.max_depth
+            else None
+        )
         return echo.decode(
-            scheduler, target, drafter, prompts, slots=batch, max_new_tokens=new, eos_token=self.tokenizer.eos_token_id, capacity=64
+            scheduler,
+            target,
+            drafter,
+            prompts,
+            max_num_reqs=batch,
+            max_new_tokens=new,
+            eos_token=self.tokenizer.eos_token_id,
+            max_verify_tokens_per_req=64,
         )
 
     def record(self, prompts: int, new: int) -> echo.WarmupLog:
         """Warm-up rows of an ungated run that verifies the best nodes of every layer."""
-        scheduler = echo.ElasticBudgetScheduler(echo.TwoLevel(BEAM, 0), budget=8 * 64, max_depth=DEPTH)
+        scheduler = echo.ElasticBudgetScheduler(
+            echo.TwoLevel(BEAM, 0), budget=8 * 64, max_depth=DEPTH
+        )
         logs, done = [], 0
         with self._progress() as bar:
             task = bar.add_task("warm-up: drafting without a gate", total=prompts)
@@ -128,21 +152,34 @@ class Demo:
             task = bar.add_task("cost curve: rows -> seconds", total=len(ROWS) * (repeats + 1) + 2)
 
             def step(rows: int) -> None:
-                target.verify(torch.arange(rows), plain.pack(plain.plant(torch.full((rows,), 100))))
+                target.verify(torch.arange(rows), plain.pack(plain.begin(torch.full((rows,), 100))))
                 bar.advance(task)
 
             rows, seconds = echo.profile(step, ROWS, repeats=repeats)
             layer = []  # seconds of a drafted layer, control included, at batch 1 and 16
             for batch in (1, 16):
-                scheduler = echo.ElasticBudgetScheduler.eagle(n=4, beam=BEAM, max_depth=4)
+                scheduler = echo.ElasticBudgetScheduler.eagle(
+                    max_verify_tokens_per_req=4, beam=BEAM, max_depth=4
+                )
                 done = list(self.steps(scheduler, self.warmup[:batch], batch, 16))[1:]
-                layer.append(sum(s.seconds.draft + s.seconds.control for s in done) / sum(s.tree.depth for s in done))
+                layer.append(
+                    sum(s.seconds.draft + s.seconds.scheduling for s in done)
+                    / sum(s.tree.depth for s in done)
+                )
                 bar.advance(task)
         nodes = (1 + 3 * BEAM) / 4  # that each request drafts on in one of four layers
         each = max(0.0, (layer[1] - layer[0]) / (15 * nodes))
-        return echo.CostModel.from_samples(rows, seconds, draft_layer=max(0.0, layer[0] - nodes * each), draft_row=each)
+        return echo.CostModel.from_samples(
+            rows, seconds, draft_layer=max(0.0, layer[0] - nodes * each), draft_token=each
+        )
 
-    def compare(self, policies: dict[str, echo.ElasticBudgetScheduler], batches: dict[int, int], new: int, rounds: int) -> list[Run]:
+    def compare(
+        self,
+        policies: dict[str, echo.ElasticBudgetScheduler],
+        batches: dict[int, int],
+        new: int,
+        rounds: int,
+    ) -> list[Run]:
         """Every policy at every batch size, the fastest of its rounds: what else the machine does only ever adds time.
 
         Rounds alternate the order of the policies, so that a slow moment hits none of them alone.
@@ -155,33 +192,51 @@ class Demo:
                     for name in list(policies)[:: 1 if number % 2 == 0 else -1]:
                         bar.update(task, description=f"decoding: batch {batch}, {name}")
                         run, start = Run(name, batch), time.perf_counter()
-                        for step in self.steps(policies[name], self.evaluation[:prompts], batch, new):
+                        for step in self.steps(
+                            policies[name], self.evaluation[:prompts], batch, new
+                        ):
                             run.add(step)
                         run.seconds = time.perf_counter() - start
-                        runs[batch, name] = min(runs.get((batch, name), run), run, key=lambda r: r.seconds)
+                        runs[batch, name] = min(
+                            runs.get((batch, name), run), run, key=lambda r: r.seconds
+                        )
                         bar.advance(task)
         return list(runs.values())
 
     def _progress(self) -> Progress:
-        columns = (TextColumn("{task.description:<52}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        columns = (
+            TextColumn("{task.description:<52}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+        )
         return Progress(*columns, console=self.console)
 
 
 def budget(cost: echo.CostModel) -> int:
     """K_max: the knee, or the rows that cost half a step more than one row does, where the curve hardly has a flat part."""
-    return max(cost.knee.k_max, cost.rows_within(1.5))
+    return max(cost.knee.k_max, cost.tokens_within(1.5))
 
 
-def policies(calibration: echo.Calibration, cost: echo.CostModel) -> dict[str, echo.ElasticBudgetScheduler]:
+def policies(
+    calibration: echo.Calibration, cost: echo.CostModel
+) -> dict[str, echo.ElasticBudgetScheduler]:
     """The compared policies: one row each of the library's table."""
     k_max = budget(cost)
     return {
         PLAIN: echo.ElasticBudgetScheduler.autoregressive(),
-        "EAGLE tree, 8 rows each": echo.ElasticBudgetScheduler.eagle(n=8, beam=BEAM, max_depth=4),
-        "ECHO, the paper": echo.ElasticBudgetScheduler.paper(calibration, k_max=k_max, layer_width=2),
-        "global ranking": echo.ElasticBudgetScheduler(echo.GlobalRank(BEAM, calibration), budget=k_max, max_depth=DEPTH),
+        "EAGLE tree, 8 rows each": echo.ElasticBudgetScheduler.eagle(
+            max_verify_tokens_per_req=8, beam=BEAM, max_depth=4
+        ),
+        "ECHO, the paper": echo.ElasticBudgetScheduler.paper(calibration, k_max=k_max, beam=2),
+        "global ranking": echo.ElasticBudgetScheduler(
+            echo.GlobalRank(BEAM, calibration), budget=k_max, max_depth=DEPTH
+        ),
         # Catch-up of the drafter and control beyond the layers are not in this cost model: they were worth 3 to 8% of a step at batch 16.
-        "goodput": replace(echo.ElasticBudgetScheduler.goodput(calibration, cost, beam=BEAM), margin=0.05),
+        "goodput": replace(
+            echo.ElasticBudgetScheduler.throughput_optimal(calibration, cost, beam=BEAM),
+            margin=0.05,
+        ),
     }
 
 
@@ -206,7 +261,11 @@ def show(console: Console, runs: list[Run]) -> None:
     for run in runs:
         f = run.figures()
         ratio = f["tokens_per_second"] / base[run.batch]
-        share = "-" if f["drafted_accepted"] != f["drafted_accepted"] else f"{f['drafted_accepted']:.0%}"
+        share = (
+            "-"
+            if f["drafted_accepted"] != f["drafted_accepted"]
+            else f"{f['drafted_accepted']:.0%}"
+        )
         table.add_row(
             str(run.batch), run.policy, f"{f['tokens_per_second']:.0f}", f"{ratio:.2f}x", f"{f['tokens_per_step']:.2f}",
             f"{f['rows_per_step']:.1f}", f"{f['layers_per_step']:.1f}", share,
@@ -217,9 +276,17 @@ def show(console: Console, runs: list[Run]) -> None:
 
 def main() -> None:
     """Runs the demo."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--full", action="store_true", help="all prompts at all batch sizes, longer answers, more rounds")
-    parser.add_argument("--out", type=Path, default=Path("out"), help="folder of the JSON and the picture")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--full",
+        action="store_true",
+        help="all prompts at all batch sizes, longer answers, more rounds",
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("out"), help="folder of the JSON and the picture"
+    )
     args = parser.parse_args()
     console = Console(width=150) if not sys.stdout.isatty() else Console()
     start = time.perf_counter()
@@ -227,17 +294,33 @@ def main() -> None:
     log = demo.record(32, 96 if args.full else 64)
     calibration = echo.calibrate(log)
     for d in calibration.depths:
-        console.print(f"  depth {d.depth}: {'gate above ' + format(d.threshold, '.2f') if d.gate else 'no gate        '}  {d.reason}")
+        console.print(
+            f"  depth {d.depth}: {'gate above ' + format(d.threshold, '.2f') if d.gate else 'no gate        '}  {d.reason}"
+        )
     cost = demo.cost(9 if args.full else 5)
     knee = cost.knee
-    console.print(f"  one row {1e3 * cost(1):.0f} ms; the knee is at {knee.k_max}, then {knee.gamma:.1%} of a step for each row more")
+    console.print(
+        f"  one row {1e3 * cost(1):.0f} ms; the knee is at {knee.k_max}, then {knee.gamma:.1%} of a step for each row more"
+    )
     console.print(f"  K_max = {budget(cost)} rows")
-    console.print(f"  a drafted layer {1e3 * cost.draft_layer:.1f} ms and {1e3 * cost.draft_row:.2f} ms a row")
+    console.print(
+        f"  a drafted layer {1e3 * cost.draft_layer:.1f} ms and {1e3 * cost.draft_token:.2f} ms a row"
+    )
     batches = {1: 32, 4: 32, 16: 32} if args.full else {1: 4, 4: 8, 16: 32}
-    runs = demo.compare(policies(calibration, cost), batches, 128 if args.full else 64, 3 if args.full else 2)
+    runs = demo.compare(
+        policies(calibration, cost), batches, 128 if args.full else 64, 3 if args.full else 2
+    )
     show(console, runs)
-    agree = sum(run.answers == other.answers for other in runs if other.policy == PLAIN for run in runs if run.batch == other.batch)
-    console.print(f"same text as plain decoding: {agree} of {len(runs)} runs (float32; near ties of the two best logits may differ)")
+    agree = sum(
+        run.answers == other.answers
+        for other in runs
+        if other.policy == PLAIN
+        for run in runs
+        if run.batch == other.batch
+    )
+    console.print(
+        f"same text as plain decoding: {agree} of {len(runs)} runs (float32; near ties of the two best logits may differ)"
+    )
 
     from picture import draw
 
@@ -262,12 +345,17 @@ def main() -> None:
     }
     (args.out / "demo.json").write_text(json.dumps(result, indent=1))
     draw(log, calibration, cost, budget(cost), runs, args.out / "demo.png", PLAIN)
-    shortest = min((run for run in runs if run.batch == max(batches) and run.policy != PLAIN), key=lambda run: run.seconds)
+    shortest = min(
+        (run for run in runs if run.batch == max(batches) and run.policy != PLAIN),
+        key=lambda run: run.seconds,
+    )
     console.print(f"\nWhat the model wrote ({shortest.policy}, batch {shortest.batch}):")
     for number in (0, 3):
         text = demo.tokenizer.decode(shortest.answers[number], skip_special_tokens=True)
         console.print(f"[bold]{demo.texts[number]}[/bold]\n{text}\n", highlight=False)
-    console.print(f"{args.out / 'demo.png'} and {args.out / 'demo.json'} written; {time.perf_counter() - start:.0f} s in all")
+    console.print(
+        f"{args.out / 'demo.png'} and {args.out / 'demo.json'} written; {time.perf_counter() - start:.0f} s in all"
+    )
 
 
 def _cpu() -> str:

@@ -27,7 +27,13 @@ class Eagle:
     """
 
     def __init__(
-        self, target: SmolLM2, slots: int, length: int = 512, count: int = 4, floor: float = FLOOR, weights: Path = WEIGHTS
+        self,
+        target: SmolLM2,
+        slots: int,
+        length: int = 512,
+        count: int = 4,
+        floor: float = FLOOR,
+        weights: Path = WEIGHTS,
     ) -> None:
         self.target, self.count, self.floor = target, count, floor
         embedding = target.model.model.embed_tokens.weight.detach()
@@ -37,7 +43,9 @@ class Eagle:
         self.values = torch.zeros_like(self.keys)
         self.used = torch.zeros(slots, dtype=torch.int64)
         self.tokens = torch.zeros(slots, count, dtype=torch.int64)
-        self.log_probs = torch.zeros(slots, count, dtype=torch.float16)  # two bytes: what a trace holds is exactly what was ranked
+        self.log_probs = torch.zeros(
+            slots, count, dtype=torch.float16
+        )  # two bytes: what a trace holds is exactly what was ranked
         self.root = torch.zeros(slots, WIDTH, dtype=torch.float32)
         # Of the text not read yet, in order: slots [n], features [n, 1728], and the token after each, [n]; each slot's begins at its
         # own place of the list.
@@ -47,47 +55,64 @@ class Eagle:
         self.state = self.own_keys = self.own_values = self.sees = torch.empty(0)
 
     @torch.inference_mode()
-    def admit(self, slots: Tensor, prompts: Sequence[Tensor], first: Tensor) -> None:
+    def admit(self, req_indices: Tensor, prompts: Sequence[Tensor], first: Tensor) -> None:
         """Keeps the prompts' features, which the target's prefill has just left in ``hidden``; forgets who was in the slots before."""
-        self.used[slots], self.since[slots], self.state = 0, len(self.unread), torch.empty(0)
-        where = torch.repeat_interleave(slots, torch.tensor([len(p) for p in prompts]))
-        after = torch.cat([torch.cat([p[1:], t[None]]) for p, t in zip(prompts, first, strict=True)])
+        self.used[req_indices], self.since[req_indices], self.state = (
+            0,
+            len(self.unread),
+            torch.empty(0),
+        )
+        where = torch.repeat_interleave(req_indices, torch.tensor([len(p) for p in prompts]))
+        after = torch.cat(
+            [torch.cat([p[1:], t[None]]) for p, t in zip(prompts, first, strict=True)]
+        )
         self.unread.append((where, self.target.hidden, after))
 
     @torch.inference_mode()
-    def keep(self, slots: Tensor, packed: echo.PackedTree, accepted: echo.Accepted) -> None:
+    def extend(self, req_indices: Tensor, packed: echo.PackedTree, accepted: echo.Accepted) -> None:
         """Keeps the accepted rows' features."""
         self.state = torch.empty(0)
         request, local = (accepted.rows >= 0).nonzero(as_tuple=True)
-        self.unread.append((slots[request], self.target.hidden[accepted.rows[request, local]], accepted.tokens[request, local]))
+        self.unread.append(
+            (
+                req_indices[request],
+                self.target.hidden[accepted.rows[request, local]],
+                accepted.tokens[request, local],
+            )
+        )
 
     @torch.inference_mode()
-    def draft(self, slots: Tensor, frontier: echo.Frontier) -> tuple[Tensor, Tensor]:
+    def draft(self, req_indices: Tensor, frontier: echo.Frontier) -> tuple[Tensor, Tensor]:
         """The k likeliest tokens after each node. The root's were found when its text was read; inactive nodes are not computed."""
         batch, width = frontier.token.shape
         if frontier.depth == 0 or not len(self.state):  # the first layer may come from elsewhere
             self._read()
-            self.state = self.root[slots][:, None]
+            self.state = self.root[req_indices][:, None]
             self.own_keys = self.own_values = self.keys.new_empty(batch, 0, HEADS, WIDTH // HEADS)
             self.sees = torch.zeros(batch, 1, 0, dtype=torch.bool)
         if frontier.depth == 0:
-            return self.tokens[slots][:, None], self.log_probs[slots][:, None]
+            return self.tokens[req_indices][:, None], self.log_probs[req_indices][:, None]
         request, node = (frontier.active & (frontier.score >= self.floor)).nonzero(as_tuple=True)
         state = frontier.inherit(self.state)
-        position = (self.used[slots] + frontier.depth - 1)[request]
-        q, k, v = self.head.inputs(state[request, node], self.embedding[frontier.token[request, node]], position)
+        position = (self.used[req_indices] + frontier.depth - 1)[request]
+        q, k, v = self.head.inputs(
+            state[request, node], self.embedding[frontier.token[request, node]], position
+        )
         own = self.keys.new_zeros(batch, 2 * width, HEADS, WIDTH // HEADS)
         own[request, node], own[request, width + node] = k, v
         self.own_keys = torch.cat([self.own_keys, own[:, :width]], dim=1)
         self.own_values = torch.cat([self.own_values, own[:, width:]], dim=1)
-        self.sees = torch.cat([frontier.inherit(self.sees), torch.eye(width, dtype=torch.bool).expand(batch, -1, -1)], dim=2)
+        self.sees = torch.cat(
+            [frontier.inherit(self.sees), torch.eye(width, dtype=torch.bool).expand(batch, -1, -1)],
+            dim=2,
+        )
         queries = self.keys.new_zeros(batch, width, HEADS, WIDTH // HEADS)
         queries[request, node] = q
-        longest = int(self.used[slots].max())
-        past = torch.arange(longest) < self.used[slots][:, None]
+        longest = int(self.used[req_indices].max())
+        past = torch.arange(longest) < self.used[req_indices][:, None]
         mask = torch.cat([past[:, None].expand(-1, width, -1), self.sees], dim=2)
-        keys = torch.cat([self.keys[slots, :longest], self.own_keys], dim=1)
-        values = torch.cat([self.values[slots, :longest], self.own_values], dim=1)
+        keys = torch.cat([self.keys[req_indices, :longest], self.own_keys], dim=1)
+        values = torch.cat([self.values[req_indices, :longest], self.own_values], dim=1)
         attended = _attend(queries, keys, values, mask)
         new = self.head.outputs(state[request, node], attended[request, node])
         self.state = self.root.new_zeros(batch, width, WIDTH)
@@ -130,15 +155,21 @@ class Eagle:
     def _candidates(self, state: Tensor) -> tuple[Tensor, Tensor]:
         logits = self.head.logits(state)
         top = logits.topk(self.count, dim=-1)
-        return self.head.vocab[top.indices], (top.values - logits.logsumexp(-1, keepdim=True)).half()
+        return self.head.vocab[top.indices], (
+            top.values - logits.logsumexp(-1, keepdim=True)
+        ).half()
 
 
 def pooled(target: SmolLM2, slots: int, length: int = 512, **options) -> echo.PromptLookup:
     """The head, and what the text's own past says: the drafter of the demo. ``options`` are :class:`Eagle`'s."""
-    return echo.PromptLookup(slots, length, Eagle(target, slots, length, **options), device=target.model.device)
+    return echo.PromptLookup(
+        slots, length, Eagle(target, slots, length, **options), device=target.model.device
+    )
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """[B, R, heads, D] queries over [B, S, heads, D] keys; ``mask`` bool [B, R, S]."""
-    out = torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), attn_mask=mask[:, None])
+    out = torch.nn.functional.scaled_dot_product_attention(
+        *(x.transpose(1, 2) for x in (q, k, v)), attn_mask=mask[:, None]
+    )
     return out.transpose(1, 2)

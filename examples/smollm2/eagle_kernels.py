@@ -49,7 +49,10 @@ def _enter(source, lane_stride, parent, state, normed, seen, sees, nodes, layer,
         for each in range(layer):
             tl.store(mine + each, tl.load(seen + (lane * BEAM + above) * DEPTH + each))
         tl.store(mine + layer, node.to(tl.int32))
-    tl.store(normed + row * WIDTH + column, _norm(x.to(tl.float32), WIDTH, EPS).to(normed.dtype.element_ty))
+    tl.store(
+        normed + row * WIDTH + column,
+        _norm(x.to(tl.float32), WIDTH, EPS).to(normed.dtype.element_ty),
+    )
 
 
 @triton.jit(do_not_specialize=["token_stride", "nodes", "layer", "first", "length", "scratch"])
@@ -70,8 +73,12 @@ def _turn(qkv, table, tokens, token_stride, angles, used, lengths, queries, kv, 
     cos, sin = tl.load(turn), tl.load(turn + 1)
     for part in tl.static_range(3):
         at = part * WIDTH + 2 * pair
-        a = tl.load(qkv + row * (3 * WIDTH) + at).to(tl.float32) + tl.load(table + token * (3 * WIDTH) + at).to(tl.float32)
-        b = tl.load(qkv + row * (3 * WIDTH) + at + 1).to(tl.float32) + tl.load(table + token * (3 * WIDTH) + at + 1).to(tl.float32)
+        a = tl.load(qkv + row * (3 * WIDTH) + at).to(tl.float32) + tl.load(
+            table + token * (3 * WIDTH) + at
+        ).to(tl.float32)
+        b = tl.load(qkv + row * (3 * WIDTH) + at + 1).to(tl.float32) + tl.load(
+            table + token * (3 * WIDTH) + at + 1
+        ).to(tl.float32)
         if part < 2:
             a, b = a * cos - b * sin, a * sin + b * cos
         if part == 0:
@@ -88,7 +95,11 @@ def _softmax(scores, seen, values, most, total, sums):
     scores = tl.where(seen, scores, float("-inf"))
     higher = tl.maximum(most, tl.max(scores, 1))
     share, less = tl.exp(scores - higher[:, None]), tl.exp(most - higher)
-    return higher, total * less + tl.sum(share, 1), sums * less[:, None] + tl.dot(share.to(values.dtype), values, input_precision="ieee")
+    return (
+        higher,
+        total * less + tl.sum(share, 1),
+        sums * less[:, None] + tl.dot(share.to(values.dtype), values, input_precision="ieee"),
+    )
 
 
 @triton.jit(do_not_specialize=["nodes", "layer", "text", "length"])
@@ -107,7 +118,9 @@ def _attend(queries, kv, lane_stride, used, lengths, sees, out, nodes, layer, te
     else:
         row = lane * nodes + query
         real = query < nodes
-    q = tl.load(queries + row[:, None] * WIDTH + head * SIZE + dim[None, :], mask=real[:, None], other=0.0).to(DOT)
+    q = tl.load(
+        queries + row[:, None] * WIDTH + head * SIZE + dim[None, :], mask=real[:, None], other=0.0
+    ).to(DOT)
     base = kv + lane * lane_stride + head * SIZE
     most = tl.full([QUERIES], -1e30, tl.float32)
     total, sums = tl.zeros([QUERIES], tl.float32), tl.zeros([QUERIES, SIZE], tl.float32)
@@ -128,11 +141,17 @@ def _attend(queries, kv, lane_stride, used, lengths, sees, out, nodes, layer, te
         mine = sees + (lane * BEAM + query)[:, None] * DEPTH + (node // BEAM)[None, :]
         ancestor = tl.load(mine, mask=real[:, None] & there[None, :], other=-1)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * SIZE**-0.5
-        most, total, sums = _softmax(scores, ancestor == (node % BEAM)[None, :], v, most, total, sums)
+        most, total, sums = _softmax(
+            scores, ancestor == (node % BEAM)[None, :], v, most, total, sums
+        )
     sums = sums / tl.where(total > 0, total, 1.0)[:, None]
     if TEXT:
         row = lane + query * 0
-    tl.store(out + row[:, None] * WIDTH + head * SIZE + dim[None, :], sums.to(out.dtype.element_ty), mask=real[:, None])
+    tl.store(
+        out + row[:, None] * WIDTH + head * SIZE + dim[None, :],
+        sums.to(out.dtype.element_ty),
+        mask=real[:, None],
+    )
 
 
 @triton.jit(do_not_specialize=["nodes", "span"])
@@ -143,9 +162,15 @@ def _join(base, add, lengths, state, lane_stride, normed, nodes, span, LAST: tl.
     lane, node, column = row // nodes, row % nodes, tl.arange(0, WIDTH)
     fresh = tl.load(lengths + lane) if LAST or GUARD else 1
     at = lane * span + tl.maximum(fresh - 1, 0) if LAST else row
-    x = tl.load(base + at * WIDTH + column).to(tl.float32) + tl.load(add + row * WIDTH + column).to(tl.float32)
+    x = tl.load(base + at * WIDTH + column).to(tl.float32) + tl.load(add + row * WIDTH + column).to(
+        tl.float32
+    )
     writes = (column >= 0) & (fresh > 0) if GUARD else column >= 0
-    tl.store(state + lane * lane_stride + node * WIDTH + column, x.to(state.dtype.element_ty), mask=writes)
+    tl.store(
+        state + lane * lane_stride + node * WIDTH + column,
+        x.to(state.dtype.element_ty),
+        mask=writes,
+    )
     tl.store(normed + row * WIDTH + column, _norm(x, WIDTH, EPS).to(normed.dtype.element_ty))
 
 
@@ -155,7 +180,9 @@ def _gate(both, out, HIDDEN: tl.constexpr):
     row, column = tl.program_id(0), tl.arange(0, HIDDEN)
     gate = tl.load(both + row * (2 * HIDDEN) + column).to(tl.float32)
     up = tl.load(both + row * (2 * HIDDEN) + HIDDEN + column).to(tl.float32)
-    tl.store(out + row * HIDDEN + column, (gate / (1 + tl.exp(-gate)) * up).to(out.dtype.element_ty))
+    tl.store(
+        out + row * HIDDEN + column, (gate / (1 + tl.exp(-gate)) * up).to(out.dtype.element_ty)
+    )
 
 
 @triton.jit
@@ -174,7 +201,11 @@ def _choose(logits, vocab, score, active, lengths, tokens, log_probs, size, floo
         best = tl.max(x, 0)
         index = tl.min(tl.where(x == best, place, size - 1), 0)
         tl.store(tokens + row * COUNT + rank, tl.load(vocab + index), mask=writes)
-        tl.store(log_probs + row * COUNT + rank, tl.where(drafted, best - total, float("-inf")), mask=writes)
+        tl.store(
+            log_probs + row * COUNT + rank,
+            tl.where(drafted, best - total, float("-inf")),
+            mask=writes,
+        )
         x = tl.where(place == index, float("-inf"), x)
 
 
@@ -200,7 +231,9 @@ def draft(head: GraphEagle, frontier: echo.Frontier) -> tuple[Tensor, Tensor]:
         DOT=_products(kv.dtype),
     )  # fmt: skip
     plain = {"LAST": False, "GUARD": False, **sizes}
-    _join[(rows,)](state, torch.mm(attended, head.out.T), used, state, nodes * WIDTH, normed, nodes, 1, **plain)
+    _join[(rows,)](
+        state, torch.mm(attended, head.out.T), used, state, nodes * WIDTH, normed, nodes, 1, **plain
+    )
     down = _feed_forward(head, normed)
     _join[(rows,)](state, down, used, head.state, head.state.stride(0), normed, nodes, 1, **plain)
     tokens = torch.empty(batch, nodes, head.count, dtype=torch.int64, device=kv.device)
@@ -213,7 +246,9 @@ def draft(head: GraphEagle, frontier: echo.Frontier) -> tuple[Tensor, Tensor]:
     return tokens, log_probs
 
 
-def extend(head: GraphEagle, lanes: slice, features: Tensor, tokens: Tensor, lengths: Tensor) -> None:
+def extend(
+    head: GraphEagle, lanes: slice, features: Tensor, tokens: Tensor, lengths: Tensor
+) -> None:
     """:meth:`GraphEagle.extend` of any lanes side by side."""
     (batch, span), used, kv = tokens.shape, head.used[lanes], head.kv[lanes]
     rows, lengths = batch * span, lengths.contiguous()
@@ -221,7 +256,9 @@ def extend(head: GraphEagle, lanes: slice, features: Tensor, tokens: Tensor, len
     normed, queries = torch.empty_like(state), torch.empty_like(state)
     sizes = {"WIDTH": WIDTH, "EPS": head.eps}
     tree = {"TEXT": True, "BEAM": head.beam, "DEPTH": head.depth}
-    _enter[(rows,)](state, WIDTH, tokens, state, normed, head.sees, head.sees, 1, 0, ROOT=False, **tree, **sizes)
+    _enter[(rows,)](
+        state, WIDTH, tokens, state, normed, head.sees, head.sees, 1, 0, ROOT=False, **tree, **sizes
+    )
     _turn[(rows,)](
         torch.mm(normed, head.qkv.T), head.table, tokens, tokens.stride(0), head.turns, used, lengths, queries, kv, kv.stride(0),
         span, 0, 0, head.length, head.scratch, TEXT=True, WIDTH=WIDTH, SIZE=SIZE,
@@ -231,7 +268,19 @@ def extend(head: GraphEagle, lanes: slice, features: Tensor, tokens: Tensor, len
         queries, kv, kv.stride(0), used, lengths, head.sees, attended, span, 0, head.text, head.length, **tree,
         WIDTH=WIDTH, SIZE=SIZE, QUERIES=QUERIES, BLOCK=KEYS, OWN=16, DOT=_products(kv.dtype),
     )  # fmt: skip
-    _join[(batch,)](state, torch.mm(attended, head.out.T), lengths, new, WIDTH, normed, 1, span, LAST=True, GUARD=False, **sizes)
+    _join[(batch,)](
+        state,
+        torch.mm(attended, head.out.T),
+        lengths,
+        new,
+        WIDTH,
+        normed,
+        1,
+        span,
+        LAST=True,
+        GUARD=False,
+        **sizes,
+    )
     down, root = _feed_forward(head, normed), head.root[lanes]
     _join[(batch,)](new, down, lengths, root, WIDTH, normed, 1, 1, LAST=False, GUARD=True, **sizes)
     logits = torch.mm(normed, head.head.T)

@@ -50,17 +50,30 @@ class GraphEagle:
     ) -> None:  # fmt: skip
         embedding = model.model.embed_tokens.weight.detach()
         device, kind = embedding.device, embedding.dtype
-        self.length, self.count, self.beam, self.depth, self.floor = length, count, beam, depth, floor
+        self.length, self.count, self.beam, self.depth, self.floor = (
+            length,
+            count,
+            beam,
+            depth,
+            floor,
+        )
         self.fused, self.eps = device.type == "cuda" if fused is None else fused, EPS
-        self._weights(EagleHead.read(weights).requires_grad_(False).to(device), embedding.float(), dtype)
+        self._weights(
+            EagleHead.read(weights).requires_grad_(False).to(device), embedding.float(), dtype
+        )
         self.angles = _angles(2 * length + depth, device)
         self.turns = torch.view_as_real(self.angles)
-        self.lane, self.steps = torch.arange(lanes, device=device), torch.arange(max(length, depth), device=device)
+        self.lane, self.steps = (
+            torch.arange(lanes, device=device),
+            torch.arange(max(length, depth), device=device),
+        )
 
         # By column of a lane: its text, then the nodes drafted in this step, `beam` a layer; last one that is never looked at, for
         # what is no entry.
         self.text = -(-length // 8) * 8
-        columns = -(-(self.text + depth * beam + 1) // 8) * 8  # strides of 8, as masks of attention want them
+        columns = (
+            -(-(self.text + depth * beam + 1) // 8) * 8
+        )  # strides of 8, as masks of attention want them
         self.scratch = columns - 1
         self.kv = torch.zeros(lanes, columns, 2, HEADS, SIZE, dtype=dtype, device=device)
         self.column = torch.arange(columns, device=device)
@@ -81,8 +94,12 @@ class GraphEagle:
         # Of the layers drafted in this step.
         self.state = torch.zeros(lanes, beam, WIDTH, dtype=dtype, device=device)
         self.mask = torch.zeros(lanes, beam, columns, dtype=dtype, device=device)
-        self.angle = torch.zeros(lanes, depth, *self.angles.shape[1:], dtype=self.angles.dtype, device=device)
-        self.sees = torch.zeros(depth, lanes, beam, depth, dtype=torch.int32, device=device)  # a node's ancestor in each layer, itself last
+        self.angle = torch.zeros(
+            lanes, depth, *self.angles.shape[1:], dtype=self.angles.dtype, device=device
+        )
+        self.sees = torch.zeros(
+            depth, lanes, beam, depth, dtype=torch.int32, device=device
+        )  # a node's ancestor in each layer, itself last
 
         # Of the text not read yet; one place more, for what is no entry.
         self.room, self.unread = pending, 0
@@ -94,8 +111,15 @@ class GraphEagle:
         """The head's matrices with the norms' weights in them, and the part of queries, keys and values that a token alone decides."""
         of_token, of_state = head.qkv.weight.split(WIDTH, dim=1)
         # The pairs that turn together lie side by side, as one complex number: products of queries and keys are the same.
-        order = torch.arange(WIDTH, device=embedding.device).view(HEADS, 2, -1).transpose(1, 2).flatten()
-        order = torch.cat([order, order + WIDTH, torch.arange(2 * WIDTH, 3 * WIDTH, device=embedding.device)])
+        order = (
+            torch.arange(WIDTH, device=embedding.device)
+            .view(HEADS, 2, -1)
+            .transpose(1, 2)
+            .flatten()
+        )
+        order = torch.cat(
+            [order, order + WIDTH, torch.arange(2 * WIDTH, 3 * WIDTH, device=embedding.device)]
+        )
         table = head.norm_embed(head.embed(embedding / embedding.norm(dim=-1).mean()))
         self.table = (table @ of_token[order].T).to(dtype)
         self.vocab, self.fuse = head.vocab, head.fuse.weight.to(dtype)
@@ -117,11 +141,15 @@ class GraphEagle:
             EchoError: a prompt longer than ``length``.
         """
         if len(prompt) > self.length:
-            raise echo.EchoError(f"prompt: expected at most {self.length} tokens, got {len(prompt)}")
+            raise echo.EchoError(
+                f"prompt: expected at most {self.length} tokens, got {len(prompt)}"
+            )
         at = slice(lane, lane + 1)
         self.used[at] = self.pending[at] = 0
         after = torch.cat([prompt[1:], first.view(1)])
-        self._extend(at, features[None], after[None], torch.full((1,), len(prompt), device=self.used.device))
+        self._extend(
+            at, features[None], after[None], torch.full((1,), len(prompt), device=self.used.device)
+        )
 
     def extend(self, features: Tensor, tokens: Tensor, lengths: Tensor) -> None:
         """Reads what the first B lanes emitted, and finds their next first layer.
@@ -178,7 +206,9 @@ class GraphEagle:
         """
         (batch, width), layer = frontier.token.shape, frontier.depth - 1
         if width > self.beam or layer >= self.depth:
-            raise echo.EchoError(f"frontier: expected at most {self.beam} nodes of a depth up to {self.depth}, got {width} of {layer + 1}")
+            raise echo.EchoError(
+                f"frontier: expected at most {self.beam} nodes of a depth up to {self.depth}, got {width} of {layer + 1}"
+            )
         if layer >= 0 and self.fused:
             from eagle_kernels import draft
 
@@ -197,7 +227,9 @@ class GraphEagle:
             mask[:, :width, self.text : first] = frontier.inherit(mask[..., self.text : first])
         q, kv = self._inputs(state, frontier.token, self.angle[:batch, layer, None])
         self.kv[:batch, first : first + width] = kv
-        new = self._outputs(state, q, self.kv[:batch, : first + self.beam], mask[:, :width, : first + self.beam])
+        new = self._outputs(
+            state, q, self.kv[:batch, : first + self.beam], mask[:, :width, : first + self.beam]
+        )
         self.state[:batch, :width] = new
         tokens, log_probs = self._candidates(new)
         drafted = frontier.active & (frontier.score >= self.floor)
@@ -215,12 +247,21 @@ class GraphEagle:
         used.add_(lengths).clamp_(max=self.length)
         state = F.linear(features.to(self.fuse.dtype), self.fuse)
         q, kv = self._inputs(state, tokens.clamp(min=0), self.angles[place])
-        self.kv.index_put_((lane[:, None], torch.where(place < used[:, None], place, self.scratch)), kv.to(self.kv.dtype))
+        self.kv.index_put_(
+            (lane[:, None], torch.where(place < used[:, None], place, self.scratch)),
+            kv.to(self.kv.dtype),
+        )
         last = batch, (lengths - 1).clamp(min=0)
-        mask = torch.where(self.column[: self.text] < used[:, None], self.seen, self.alone[0, : self.text])[:, None]
-        new = self._outputs(state[last][:, None], q[last][:, None], self.kv[lanes, : self.text], mask)
+        mask = torch.where(
+            self.column[: self.text] < used[:, None], self.seen, self.alone[0, : self.text]
+        )[:, None]
+        new = self._outputs(
+            state[last][:, None], q[last][:, None], self.kv[lanes, : self.text], mask
+        )
         keep = torch.where(lengths > 0, lane, len(self.lane))
-        for mine, found in zip((self.root, self.tokens, self.log_probs), (new, *self._candidates(new)), strict=True):
+        for mine, found in zip(
+            (self.root, self.tokens, self.log_probs), (new, *self._candidates(new)), strict=True
+        ):
             mine.index_copy_(0, keep, found[:, 0])
 
     def _inputs(self, state: Tensor, tokens: Tensor, angle: Tensor) -> tuple[Tensor, Tensor]:

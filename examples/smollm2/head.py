@@ -52,7 +52,9 @@ class EagleHead(nn.Module):
         self.down = nn.Linear(HIDDEN, WIDTH, bias=False)
         self.head = nn.Linear(WIDTH, len(vocab), bias=False)
 
-    def inputs(self, state: Tensor, embedding: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def inputs(
+        self, state: Tensor, embedding: Tensor, position: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated queries, rotated keys, values: each [..., T, heads, D], of states [..., T, width] and embeddings [..., T, 576]."""
         x = torch.cat([self.norm_embed(self.embed(embedding)), self.norm_state(state)], dim=-1)
         q, k, v = (y.unflatten(-1, (HEADS, -1)) for y in self.qkv(x).chunk(3, dim=-1))
@@ -70,11 +72,19 @@ class EagleHead(nn.Module):
         return self.head(self.norm_out(state))
 
     def save(self, path: Path) -> None:
-        save_file({k: v.half() if v.is_floating_point() else v.int() for k, v in self.state_dict().items()}, path)
+        save_file(
+            {
+                k: v.half() if v.is_floating_point() else v.int()
+                for k, v in self.state_dict().items()
+            },
+            path,
+        )
 
     @classmethod
     def read(cls, path: Path) -> EagleHead:
         weights = load_file(path)
         head = cls(weights["vocab"].long())
-        head.load_state_dict({k: v.float() if v.is_floating_point() else v.long() for k, v in weights.items()})
+        head.load_state_dict(
+            {k: v.float() if v.is_floating_point() else v.long() for k, v in weights.items()}
+        )
         return head.eval()

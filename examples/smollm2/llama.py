@@ -20,7 +20,19 @@ import carry
 
 BLOCK = 32
 """Weights that share a scale."""
-SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+SCALARS = {
+    0: "B",
+    1: "b",
+    2: "H",
+    3: "h",
+    4: "I",
+    5: "i",
+    6: "f",
+    7: "?",
+    10: "Q",
+    11: "q",
+    12: "d",
+}
 STRING, ARRAY = 8, 9
 
 
@@ -29,10 +41,14 @@ class Rotary(nn.Module):
 
     def __init__(self, size: int, base: float) -> None:
         super().__init__()
-        self.frequency = nn.Buffer(1.0 / base ** (torch.arange(0, size, 2) / size), persistent=False)
+        self.frequency = nn.Buffer(
+            1.0 / base ** (torch.arange(0, size, 2) / size), persistent=False
+        )
 
     def forward(self, x: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
-        angle = (position[..., None].float() * self.frequency.float()).repeat(*[1] * position.dim(), 2)
+        angle = (position[..., None].float() * self.frequency.float()).repeat(
+            *[1] * position.dim(), 2
+        )
         return angle.cos().to(x.dtype), angle.sin().to(x.dtype)
 
 
@@ -54,14 +70,18 @@ class Layer(nn.Module):
     def __init__(self, config: SimpleNamespace) -> None:
         super().__init__()
         width, size = config.hidden_size, config.head_dim
-        heads, kv_heads = (n * size for n in (config.num_attention_heads, config.num_key_value_heads))
+        heads, kv_heads = (
+            n * size for n in (config.num_attention_heads, config.num_key_value_heads)
+        )
         self.self_attn = nn.Module()
         self.self_attn.head_dim = size
         for name, rows in (("q_proj", heads), ("k_proj", kv_heads), ("v_proj", kv_heads)):
             setattr(self.self_attn, name, nn.Linear(width, rows, bias=False))
         self.self_attn.o_proj = nn.Linear(heads, width, bias=False)
         self.mlp = Mlp(width, config.intermediate_size)
-        self.input_layernorm, self.post_attention_layernorm = (nn.RMSNorm(width, config.rms_norm_eps) for _ in range(2))
+        self.input_layernorm, self.post_attention_layernorm = (
+            nn.RMSNorm(width, config.rms_norm_eps) for _ in range(2)
+        )
 
 
 class Llama(nn.Module):
@@ -88,7 +108,9 @@ class Llama(nn.Module):
         return self.lm_head.weight.dtype
 
 
-def load(device: str = "cpu", dtype: torch.dtype = torch.float32, folder: Path | str | None = None) -> Llama:
+def load(
+    device: str = "cpu", dtype: torch.dtype = torch.float32, folder: Path | str | None = None
+) -> Llama:
     """The model, from the installed package or carried parts (:func:`carry.weights`)."""
     facts, tensors = read(carry.weights(folder), device)
     config = SimpleNamespace(
@@ -105,7 +127,12 @@ def load(device: str = "cpu", dtype: torch.dtype = torch.float32, folder: Path |
     )
     with torch.device("meta"):
         model = Llama(config)
-    theirs = {"attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj"}
+    theirs = {
+        "attn_q": "self_attn.q_proj",
+        "attn_k": "self_attn.k_proj",
+        "attn_v": "self_attn.v_proj",
+        "attn_output": "self_attn.o_proj",
+    }
     theirs |= {f"ffn_{part}": f"mlp.{part}_proj" for part in ("gate", "up", "down")}
     theirs |= {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
     theirs |= {"token_embd": "embed_tokens", "output_norm": "norm"}
@@ -113,8 +140,15 @@ def load(device: str = "cpu", dtype: torch.dtype = torch.float32, folder: Path |
     for name, weight in tensors:
         part = name.removesuffix(".weight").split(".")
         own = f"layers.{part[1]}.{theirs[part[2]]}" if part[0] == "blk" else theirs[part[0]]
-        paired = part[-1] in ("attn_q", "attn_k")  # what turns together lies side by side in the file
-        turned = weight.view(-1, config.head_dim // 2, 2, weight.shape[1]).transpose(1, 2).flatten(0, 2) if paired else weight
+        paired = part[-1] in (
+            "attn_q",
+            "attn_k",
+        )  # what turns together lies side by side in the file
+        turned = (
+            weight.view(-1, config.head_dim // 2, 2, weight.shape[1]).transpose(1, 2).flatten(0, 2)
+            if paired
+            else weight
+        )
         weights[f"model.{own}.weight"] = turned.to(dtype)
     weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
     model.load_state_dict(weights, assign=True)
@@ -127,7 +161,9 @@ def cast(model: Llama, dtype: torch.dtype) -> Llama:
     """The same weights in another type."""
     with torch.device("meta"):
         other = Llama(model.config)
-    other.load_state_dict({name: weight.to(dtype) for name, weight in model.state_dict().items()}, assign=True)
+    other.load_state_dict(
+        {name: weight.to(dtype) for name, weight in model.state_dict().items()}, assign=True
+    )
     other.lm_head.weight = other.model.embed_tokens.weight
     other.model.rotary_emb = model.model.rotary_emb
     return other.requires_grad_(False).eval()
@@ -171,13 +207,17 @@ def read(file: Path, device: str = "cpu") -> tuple[dict[str, object], Iterator[t
 
     magic, version = take("4sI")
     if magic != b"GGUF" or version != 3:
-        raise ValueError(f"{file}: expected a GGUF file of version 3, got {magic!r}, version {version}")
+        raise ValueError(
+            f"{file}: expected a GGUF file of version 3, got {magic!r}, version {version}"
+        )
     count, pairs = take("QQ")
     facts = {text(): value(*take("I")) for _ in range(pairs)}
     listed = [(text(), take("Q" * take("I")[0])[::-1], *take("IQ")) for _ in range(count)]
     unknown = {kind for _, _, kind, _ in listed} - KINDS.keys()
     if unknown:
-        raise ValueError(f"{file}: expected tensors of types {sorted(KINDS)}, got {sorted(unknown)}")
+        raise ValueError(
+            f"{file}: expected tensors of types {sorted(KINDS)}, got {sorted(unknown)}"
+        )
     align = facts.get("general.alignment", 32)
     begin = -(-at // align) * align
 

@@ -51,7 +51,16 @@ class Rows:
     mask: Tensor
 
     @classmethod
-    def build(cls, cache: SlotCache, slots: Tensor, request: Tensor, local: Tensor, tokens: Tensor, depth: Tensor, visible: Tensor) -> Rows:
+    def build(
+        cls,
+        cache: SlotCache,
+        slots: Tensor,
+        request: Tensor,
+        local: Tensor,
+        tokens: Tensor,
+        depth: Tensor,
+        visible: Tensor,
+    ) -> Rows:
         """Rows at ``depth`` [N] below the end of their request's text.
 
         ``slots`` [B]; ``request``, ``local``, ``tokens`` [N]; ``visible`` bool [B, R, R], which rows of its own request a row sees.
@@ -75,12 +84,18 @@ class Rows:
 class PackedLinear(nn.Module):
     """A bias-free linear layer over weights in oneDNN's blocked layout (CPU); float32 in and out, multiplied in ``dtype``."""
 
-    def __init__(self, linear: nn.Linear, dtype: torch.dtype = torch.float32, rows: int = 32) -> None:
+    def __init__(
+        self, linear: nn.Linear, dtype: torch.dtype = torch.float32, rows: int = 32
+    ) -> None:
         super().__init__()
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach().to(dtype).contiguous(), rows)
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(
+            linear.weight.detach().to(dtype).contiguous(), rows
+        )
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x.to(self.packed.dtype), self.packed, None, "none", [], "").to(x.dtype)
+        return torch.ops.mkldnn._linear_pointwise(
+            x.to(self.packed.dtype), self.packed, None, "none", [], ""
+        ).to(x.dtype)
 
 
 def load(
@@ -107,9 +122,18 @@ def load(
     logging.disable_progress_bar()
     file = carry.weights(folder)
     tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=dtype).eval().to(device)
+    model = (
+        AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=dtype)
+        .eval()
+        .to(device)
+    )
     model.set_attn_implementation("echo_slots")
-    if packed and device == "cpu" and dtype == torch.float32 and torch.backends.mkldnn.is_available():
+    if (
+        packed
+        and device == "cpu"
+        and dtype == torch.float32
+        and torch.backends.mkldnn.is_available()
+    ):
         for parent in list(model.modules()):
             for name, child in list(parent.named_children()):
                 if isinstance(child, nn.Linear):
@@ -119,7 +143,12 @@ def load(
 
 def encode(tokenizer, prompts: Sequence[str]) -> list[Tensor]:
     """Chat prompts to int64 token ids, through the model's own template."""
-    texts = [tokenizer.apply_chat_template([{"role": "user", "content": p}], tokenize=False, add_generation_prompt=True) for p in prompts]
+    texts = [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": p}], tokenize=False, add_generation_prompt=True
+        )
+        for p in prompts
+    ]
     return [torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
 
 
@@ -151,7 +180,9 @@ class SmolLM2:
     ``margin`` holds, after a greedy verify, how far each row's best logit lies above its second, float32 [N].
     """
 
-    def __init__(self, model, slots: int, length: int = 512, sample: Callable[[Tensor], Tensor] | None = None) -> None:
+    def __init__(
+        self, model, slots: int, length: int = 512, sample: Callable[[Tensor], Tensor] | None = None
+    ) -> None:
         self.model = model
         self.device = model.device
         self.length = length
@@ -162,34 +193,48 @@ class SmolLM2:
         for handle in getattr(model, "_echo_hooks", []):
             handle.remove()
         model._echo_hooks = [
-            model.model.layers[layer - 1].register_forward_hook(lambda _, __, out, at=layer: self._features.__setitem__(at, out[0]))
+            model.model.layers[layer - 1].register_forward_hook(
+                lambda _, __, out, at=layer: self._features.__setitem__(at, out[0])
+            )
             for layer in FEATURE_LAYERS
         ]
 
-    def admit(self, slots: Tensor, prompts: Sequence[Tensor]) -> Tensor:
+    def admit(self, req_indices: Tensor, prompts: Sequence[Tensor]) -> Tensor:
         """Prefills prompts and samples each one's first token."""
         lengths = torch.tensor([len(p) for p in prompts], device=self.device)
-        logits = self.forward(self.prompt_rows(slots, prompts), lengths.cumsum(0) - 1)
-        self.cache.used[slots] = lengths
+        logits = self.forward(self.prompt_rows(req_indices, prompts), lengths.cumsum(0) - 1)
+        self.cache.used[req_indices] = lengths
         return self._sample(logits)
 
-    def verify(self, slots: Tensor, packed: echo.PackedTree) -> Tensor:
+    def verify(self, req_indices: Tensor, packed: echo.PackedTree) -> Tensor:
         """The target's token after each packed row. Pad rows are left out of the pass: nothing here needs a fixed shape."""
         real = int(packed.indptr[-1])
-        request, local = packed.request[:real].long(), packed.local[:real]
+        request, local = packed.request[:real].long(), packed.local_row[:real]
         longest = int(packed.indptr.diff().max())
-        visible = torch.zeros(len(slots), longest, longest, dtype=torch.bool, device=self.device)
+        visible = torch.zeros(
+            len(req_indices), longest, longest, dtype=torch.bool, device=self.device
+        )
         visible[request, local] = packed.visible()[:real, :longest]
-        rows = Rows.build(self.cache, slots, request, local, packed.tokens[:real], packed.depth[:real].long(), visible)
+        rows = Rows.build(
+            self.cache,
+            req_indices,
+            request,
+            local,
+            packed.tokens[:real],
+            packed.depth[:real].long(),
+            visible,
+        )
         tokens = self._sample(self.forward(rows))
-        return F.pad(tokens, (0, packed.rows - real), value=-1)
+        return F.pad(tokens, (0, packed.num_rows - real), value=-1)
 
-    def keep(self, slots: Tensor, packed: echo.PackedTree, accepted: echo.Accepted) -> None:
+    def compact(
+        self, req_indices: Tensor, packed: echo.PackedTree, accepted: echo.Accepted
+    ) -> None:
         """Moves the accepted rows' keys and values to the end of each request's text."""
-        lists = echo.compact(packed, accepted, self.cache.used[slots])
+        lists = echo.compact(packed, accepted, self.cache.used[req_indices])
         if bool((lists.source != lists.target).any()):
-            self.cache.move(slots, lists.source, lists.target)
-        self.cache.used[slots] = lists.context
+            self.cache.move(req_indices, lists.source, lists.target)
+        self.cache.used[req_indices] = lists.prefix_lens
 
     def _sample(self, logits: Tensor) -> Tensor:
         if self.sample is not None:
@@ -202,7 +247,11 @@ class SmolLM2:
     def forward(self, rows: Rows, select: Tensor | None = None) -> Tensor:
         """Logits float32 [N, vocab], or of the rows ``select`` [n] only."""
         out = self.model.model(
-            input_ids=rows.tokens[None], position_ids=rows.position[None], use_cache=False, rows=rows, cache=self.cache
+            input_ids=rows.tokens[None],
+            position_ids=rows.position[None],
+            use_cache=False,
+            rows=rows,
+            cache=self.cache,
         ).last_hidden_state[0]
         self.hidden = torch.cat([self._features[layer] for layer in FEATURE_LAYERS], dim=-1)
         return self.model.lm_head(out if select is None else out[select])
@@ -211,11 +260,17 @@ class SmolLM2:
         """Whole prompts as rows: a chain for each request, from an empty slot."""
         lengths = torch.tensor([len(p) for p in prompts], device=self.device)
         request = torch.repeat_interleave(torch.arange(len(prompts), device=self.device), lengths)
-        local = torch.arange(len(request), device=self.device) - (lengths.cumsum(0) - lengths)[request]
-        causal = torch.ones(int(lengths.max()), int(lengths.max()), dtype=torch.bool, device=self.device).tril()
+        local = (
+            torch.arange(len(request), device=self.device) - (lengths.cumsum(0) - lengths)[request]
+        )
+        causal = torch.ones(
+            int(lengths.max()), int(lengths.max()), dtype=torch.bool, device=self.device
+        ).tril()
         self.cache.used[slots] = 0
         tokens = torch.cat(list(prompts)).to(self.device)
-        return Rows.build(self.cache, slots, request, local, tokens, local, causal.expand(len(prompts), -1, -1))
+        return Rows.build(
+            self.cache, slots, request, local, tokens, local, causal.expand(len(prompts), -1, -1)
+        )
 
     def token_rows(self, slots: Tensor, tokens: Tensor) -> Rows:
         """One row for each request: plain decoding."""
@@ -224,7 +279,9 @@ class SmolLM2:
         return Rows.build(self.cache, slots, request, request * 0, tokens, request * 0, alone)
 
 
-def slot_attention(module, query, key, value, attention_mask, *, scaling, rows: Rows, cache: SlotCache, **_):
+def slot_attention(
+    module, query, key, value, attention_mask, *, scaling, rows: Rows, cache: SlotCache, **_
+):
     """transformers attention function: write the rows' keys and values, then attend within each request.
 
     ``query`` is [1, Hq, N, D], ``key`` and ``value`` [1, Hkv, N, D]. Requests are padded to the longest only here; query heads
@@ -239,10 +296,18 @@ def slot_attention(module, query, key, value, attention_mask, *, scaling, rows: 
     padded = query.new_zeros(lanes, longest, heads, dim)
     padded[rows.lane, rows.local] = query[0].transpose(0, 1)
     group = heads // kv_heads
-    folded = padded.view(lanes, longest, kv_heads, group, dim).permute(0, 2, 3, 1, 4).reshape(lanes, kv_heads, group * longest, dim)
+    folded = (
+        padded.view(lanes, longest, kv_heads, group, dim)
+        .permute(0, 2, 3, 1, 4)
+        .reshape(lanes, kv_heads, group * longest, dim)
+    )
     mask = rows.mask[:, None].repeat(1, 1, group, 1)
     out = F.scaled_dot_product_attention(folded, past[0], past[1], attn_mask=mask, scale=scaling)
-    out = out.view(lanes, kv_heads, group, longest, dim).permute(0, 3, 1, 2, 4).reshape(lanes, longest, heads, dim)
+    out = (
+        out.view(lanes, kv_heads, group, longest, dim)
+        .permute(0, 3, 1, 2, 4)
+        .reshape(lanes, longest, heads, dim)
+    )
     return out[rows.lane, rows.local][None], None
 
 

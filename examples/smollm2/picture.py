@@ -10,7 +10,15 @@ import echo
 from echo import style
 
 
-def draw(log: echo.WarmupLog, calibration: echo.Calibration, cost: echo.CostModel, k_max: int, runs, path: Path, plain: str) -> None:
+def draw(
+    log: echo.WarmupLog,
+    calibration: echo.Calibration,
+    cost: echo.CostModel,
+    k_max: int,
+    runs,
+    path: Path,
+    plain: str,
+) -> None:
     """Writes the picture.
 
     Args:
@@ -36,19 +44,33 @@ def _histograms(figure, log: echo.WarmupLog, calibration: echo.Calibration) -> N
     bins = np.linspace(0, 1, 21)
     for axis, d in zip(np.atleast_1d(axes), calibration.depths, strict=True):
         here = (log.depth == d.depth) & (log.rank == 0)
-        for accepted, colour, label in ((False, style.BAD, "rejected"), (True, style.GOOD, "accepted")):
+        for accepted, colour, label in (
+            (False, style.BAD, "rejected"),
+            (True, style.GOOD, "accepted"),
+        ):
             rows = log.confidence[here & (log.accepted == accepted)]
-            axis.hist(rows, bins, weights=np.full(len(rows), 1 / max(1, len(rows))), color=colour, alpha=0.6, label=label)
+            axis.hist(
+                rows,
+                bins,
+                weights=np.full(len(rows), 1 / max(1, len(rows))),
+                color=colour,
+                alpha=0.6,
+                label=label,
+            )
         if d.gate:
             axis.axvline(d.threshold, color=style.INK, lw=1.5)
             label = f"gate\n{d.threshold:.2f}"
             at = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points"}
-            axis.annotate(label, (d.threshold, 0.97), xytext=(4, 0), va="top", color=style.INK, **at)
+            axis.annotate(
+                label, (d.threshold, 0.97), xytext=(4, 0), va="top", color=style.INK, **at
+            )
         axis.set_title(f"depth {d.depth}")
         axis.set_xlabel("path confidence")
     np.atleast_1d(axes)[0].set_ylabel("share of rows")
     np.atleast_1d(axes)[-1].legend(loc="center right")
-    figure.suptitle("Where confidence separates accepted from rejected drafts", fontsize=12, fontweight="bold")
+    figure.suptitle(
+        "Where confidence separates accepted from rejected drafts", fontsize=12, fontweight="bold"
+    )
 
 
 def _auc(axis, calibration: echo.Calibration) -> None:
@@ -57,7 +79,9 @@ def _auc(axis, calibration: echo.Calibration) -> None:
     spread = np.abs(np.array([[d.auc_low, d.auc_high] for d in calibration.depths]).T - auc)
     axis.errorbar(depth, auc, spread, color=style.QUIET, fmt="none", capsize=3)
     gates = [d.gate for d in calibration.depths]
-    axis.scatter(depth, auc, c=[style.INK if g else "white" for g in gates], edgecolor=style.INK, zorder=3)
+    axis.scatter(
+        depth, auc, c=[style.INK if g else "white" for g in gates], edgecolor=style.INK, zorder=3
+    )
     axis.axhline(calibration.min_auc, color=style.BAD, lw=1, ls="--")
     axis.set_xlabel("depth")
     axis.set_title("AUC by depth (filled: gate)")
@@ -65,11 +89,18 @@ def _auc(axis, calibration: echo.Calibration) -> None:
 
 
 def _cost(axis, cost: echo.CostModel, k_max: int) -> None:
-    rows = np.array(cost.rows)
+    rows = np.array(cost.num_tokens)
     knee = cost.knee
     axis.plot(rows, 1e3 * np.array(cost.seconds), "o-", color=style.INK, ms=4, label="measured")
     fine = np.linspace(1, rows[-1], 200)
-    axis.plot(fine, [1e3 * knee(k) for k in fine], color=style.BAD, lw=1, ls="--", label=f"T (1 + γ max(0, K - {knee.k_max}))")
+    axis.plot(
+        fine,
+        [1e3 * knee(k) for k in fine],
+        color=style.BAD,
+        lw=1,
+        ls="--",
+        label=f"T (1 + γ max(0, K - {knee.k_max}))",
+    )
     axis.axvline(k_max, color=style.QUIET, lw=1)
     at = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points"}
     axis.annotate(f"K_max = {k_max}", (k_max, 0.02), (5, 0), color=style.INK, **at)
@@ -89,7 +120,10 @@ def _throughput(axis, runs, plain: str) -> None:
         ratio = [speed[b, name] / speed[b, plain] for b in batches]
         at = np.arange(len(batches)) + (i - (len(names) - 1) / 2) * width
         bars = axis.bar(at, ratio, width * 0.92, color=style.of(name), label=name)
-        labels = [f"{speed[b, name]:.0f}\ntok/s" if name == plain else f"{r:.2f}" for b, r in zip(batches, ratio, strict=True)]
+        labels = [
+            f"{speed[b, name]:.0f}\ntok/s" if name == plain else f"{r:.2f}"
+            for b, r in zip(batches, ratio, strict=True)
+        ]
         axis.bar_label(bars, labels, fontsize=7, padding=2)
     axis.axhline(1, color=style.INK, lw=0.8)
     axis.set_xticks(range(len(batches)), [f"batch {b}" for b in batches])

@@ -250,7 +250,9 @@ _PASSAGE_TEMPLATES = [
 
 def passage_prompts(count: int, seed: int = 0) -> list[str]:
     """``count`` prompts whose answers serve as the passages of training summaries."""
-    rows = [template.format(topic) for template, topic in itertools.product(_PASSAGE_TEMPLATES, _TOPICS)]
+    rows = [
+        template.format(topic) for template, topic in itertools.product(_PASSAGE_TEMPLATES, _TOPICS)
+    ]
     return _take(rows, count, random.Random(seed))
 
 
@@ -262,9 +264,15 @@ def training_prompts(count: int, passages: list[str], seed: int = 0) -> list[tup
         t.format(x) for t, x in itertools.product(_ADVICE_TEMPLATES, _ADVICE)
     ]
     pools = {
-        "code": _take([t.format(x) for t, x in itertools.product(_CODE_TEMPLATES, _CODE_TASKS)], each, rng),
+        "code": _take(
+            [t.format(x) for t, x in itertools.product(_CODE_TEMPLATES, _CODE_TASKS)], each, rng
+        ),
         "reasoning": [_word_problem(rng) for _ in range(each)],
-        "summary": _take([t.format(x) for t, x in itertools.product(_SUMMARY_TEMPLATES, passages)], each, rng) if passages else [],
+        "summary": _take(
+            [t.format(x) for t, x in itertools.product(_SUMMARY_TEMPLATES, passages)], each, rng
+        )
+        if passages
+        else [],
         "chat": _take(chat, each, rng),
     }
     rows = [(kind, prompt) for kind, prompts in pools.items() for prompt in prompts]
@@ -286,7 +294,9 @@ def _word_problem(rng: random.Random) -> str:
         "big": rng.randint(60, 400),
         "p": 5 * rng.randint(1, 15),
     }
-    return rng.choice(_REASONING_TEMPLATES).format(n1=first, n2=second, item=rng.choice(_ITEMS), **values)
+    return rng.choice(_REASONING_TEMPLATES).format(
+        n1=first, n2=second, item=rng.choice(_ITEMS), **values
+    )
 
 
 def tokens() -> dict[str, dict[str, list[list[int]]]]:
@@ -299,7 +309,10 @@ def tokens() -> dict[str, dict[str, list[list[int]]]]:
     file = carry.weights()
     tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     sets = {"warmup": WARMUP, "evaluation": EVALUATION}
-    return {name: {kind: [ids.tolist() for ids in encode(tokenizer, rows[kind])] for kind in KINDS} for name, rows in sets.items()}
+    return {
+        name: {kind: [ids.tolist() for ids in encode(tokenizer, rows[kind])] for kind in KINDS}
+        for name, rows in sets.items()
+    }
 
 
 if __name__ == "__main__":

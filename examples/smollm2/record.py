@@ -27,16 +27,22 @@ LENGTH = 768
 
 def main() -> None:
     """Records the held-out prompts: warm-up and evaluation sets, which the head was not trained on."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--new", type=int, default=120, help="tokens an answer")
     parser.add_argument("--depth", type=int, default=8)
     parser.add_argument("--beam", type=int, default=6)
     parser.add_argument("--count", type=int, default=4, help="candidates at each node")
     parser.add_argument("--slots", type=int, default=32)
-    parser.add_argument("--texts", type=int, default=None, help="answers; all prompts where not given")
+    parser.add_argument(
+        "--texts", type=int, default=None, help="answers; all prompts where not given"
+    )
     parser.add_argument("--head", action="store_true", help="the head alone, without prompt lookup")
-    parser.add_argument("--temperature", type=float, default=0.0, help="of the target's sampling; 0 is greedy")
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, help="of the target's sampling; 0 is greedy"
+    )
     args = parser.parse_args()
     model, tokenizer = load()
     rows = [
@@ -45,20 +51,25 @@ def main() -> None:
         for kind, prompt in zip(KINDS, sets, strict=True)
     ][: args.texts]
     torch.manual_seed(0)
-    target = SmolLM2(model, args.slots, LENGTH, (lambda logits: sampled(logits / args.temperature)) if args.temperature else None)
+    target = SmolLM2(
+        model,
+        args.slots,
+        LENGTH,
+        (lambda logits: sampled(logits / args.temperature)) if args.temperature else None,
+    )
     drafter = (Eagle if args.head else pooled)(target, args.slots, LENGTH, count=args.count)
     steps = record(
         target,
         drafter,
         encode(tokenizer, [prompt for _, prompt in rows]),
         [kind for kind, _ in rows],
-        slots=args.slots,
+        max_num_reqs=args.slots,
         depth=args.depth,
         beam=args.beam,
         floor=FLOOR,
         max_new_tokens=args.new,
         eos_token=tokenizer.eos_token_id,
-        capacity=64,
+        max_verify_tokens_per_req=64,
     )
     trace = None
     for step in track(steps, description="recording", total=len(rows) * args.new // args.slots):

@@ -28,8 +28,10 @@ from engine import Engine
 
 POLICIES = {
     "plain": echo.ElasticBudgetScheduler.autoregressive(),
-    "eagle": echo.ElasticBudgetScheduler.eagle(n=8, beam=4, max_depth=4),
-    "echo": echo.ElasticBudgetScheduler(echo.TwoLevel(2, 4), echo.SparseGate({1: 0.3, 3: 0.2}), budget=24, max_depth=4),
+    "eagle": echo.ElasticBudgetScheduler.eagle(max_verify_tokens_per_req=8, beam=4, max_depth=4),
+    "echo": echo.ElasticBudgetScheduler(
+        echo.TwoLevel(2, 4), echo.SparseGate({1: 0.3, 3: 0.2}), budget=24, max_depth=4
+    ),
     "rank": echo.ElasticBudgetScheduler(echo.GlobalRank(3), budget=24, max_depth=4),
 }
 
@@ -39,18 +41,33 @@ def engine(model, tokenizer, policy: str = "echo", drafter: str = "both", lanes:
     drafters = {
         "both": lambda made: pooled(made, lanes),
         "eagle": lambda made: Eagle(made, lanes),
-        "graph": lambda made: GraphEagle(made.model, lanes, beam=made.scheduler.rule.width, depth=made.scheduler.max_depth),
+        "graph": lambda made: GraphEagle(
+            made.model, lanes, beam=made.scheduler.rule.beam, depth=made.scheduler.max_depth
+        ),
         "lookup": lambda made: echo.PromptLookup(lanes, 512, device=made.model.device),
     }
     make = drafters[drafter] if policy != "plain" else None
-    return Engine(model, POLICIES[policy], make, lanes=lanes, features=FEATURE_LAYERS, eos_token=tokenizer.eos_token_id)
+    return Engine(
+        model,
+        POLICIES[policy],
+        make,
+        lanes=lanes,
+        features=FEATURE_LAYERS,
+        eos_token=tokenizer.eos_token_id,
+    )
 
 
 def main() -> None:
     """Answers the prompts, prints the answers, and says what the counters counted."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--policy", choices=POLICIES, default="echo")
-    parser.add_argument("--drafter", choices=("both", "eagle", "graph", "lookup"), help="graph on a GPU, both elsewhere")
+    parser.add_argument(
+        "--drafter",
+        choices=("both", "eagle", "graph", "lookup"),
+        help="graph on a GPU, both elsewhere",
+    )
     parser.add_argument("--lanes", type=int, default=4)
     parser.add_argument("--new", type=int, default=48, help="tokens of an answer at most")
     parser.add_argument("--device", default="cpu")
@@ -67,7 +84,9 @@ def main() -> None:
     seconds, counts = time.perf_counter() - begin, served.stats.read()
     for text, answer in zip(texts, answers, strict=True):
         print(f"> {text}\n{tokenizer.decode(answer, skip_special_tokens=True)}\n")
-    print(f"{sum(map(len, answers)) / seconds:.0f} tokens/s, {counts.tokens_per_step:.2f} tokens a step\n{counts}")
+    print(
+        f"{sum(map(len, answers)) / seconds:.0f} tokens/s, {counts.tokens_per_step:.2f} tokens a step\n{counts}"
+    )
 
 
 if __name__ == "__main__":

@@ -27,7 +27,10 @@ DECAY = 0.85
 def batches(data: list[dict], tokens: int, generator: torch.Generator):
     """Endless batches of similar length, each of about ``tokens`` tokens with padding."""
     while True:
-        order = sorted(torch.randperm(len(data), generator=generator).tolist(), key=lambda i: len(data[i]["tokens"]) // 16)
+        order = sorted(
+            torch.randperm(len(data), generator=generator).tolist(),
+            key=lambda i: len(data[i]["tokens"]) // 16,
+        )
         groups, group, longest = [], [], 0
         for i in order:
             longest = max(longest, len(data[i]["tokens"]))
@@ -60,7 +63,9 @@ def collate(rows: list[dict], lookup: Tensor) -> dict[str, Tensor]:
     return {"tokens": tokens, "features": features, "answer": answer, "top": top, "weight": weight}
 
 
-def loss(head: EagleHead, embedding: Tensor, batch: dict[str, Tensor], steps: int) -> tuple[Tensor, list[float]]:
+def loss(
+    head: EagleHead, embedding: Tensor, batch: dict[str, Tensor], steps: int
+) -> tuple[Tensor, list[float]]:
     """The weighted loss and each step's share of answers whose target token is the head's first choice."""
     tokens, length = batch["tokens"], batch["tokens"].shape[1]
     position = torch.arange(length)[None]
@@ -80,7 +85,9 @@ def loss(head: EagleHead, embedding: Tensor, batch: dict[str, Tensor], steps: in
         for j, extra in enumerate(values[1:]):
             attended = attended + share[..., length + j].transpose(1, 2)[..., None] * extra
         state = head.outputs(state, attended)
-        answer, top, weight = (torch.roll(batch[name], -k - 1, dims=1) for name in ("answer", "top", "weight"))
+        answer, top, weight = (
+            torch.roll(batch[name], -k - 1, dims=1) for name in ("answer", "top", "weight")
+        )
         valid = answer & (position < length - k - 1) & (top[..., 0] >= 0)
         log_probs = F.log_softmax(head.logits(state[valid]), dim=-1, dtype=torch.float32)
         chosen = log_probs.gather(-1, top[valid].clamp_min(0))
@@ -113,7 +120,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--muon-lr", type=float, default=0.02)
-    parser.add_argument("--noise", type=float, default=0.2, help="of the features, in their root mean squares: few texts, many epochs")
+    parser.add_argument(
+        "--noise",
+        type=float,
+        default=0.2,
+        help="of the features, in their root mean squares: few texts, many epochs",
+    )
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 
@@ -123,7 +135,9 @@ def frequent(data: list[dict], size: int) -> tuple[torch.Tensor, torch.Tensor]:
     counts = torch.zeros(49152, dtype=torch.int64)
     for row in data:
         counts += torch.bincount(row["tokens"][row["prompt"] :].long(), minlength=len(counts))
-    prior = 0.5 * torch.arange(len(counts), 0, -1) / len(counts)  # earlier merges of the tokenizer are the more frequent ones
+    prior = (
+        0.5 * torch.arange(len(counts), 0, -1) / len(counts)
+    )  # earlier merges of the tokenizer are the more frequent ones
     return counts, (counts + prior).topk(size).indices.sort().values
 
 
@@ -141,7 +155,8 @@ def main() -> None:
     lookup = torch.full_like(counts, -1)
     lookup[vocab] = torch.arange(len(vocab))
     print(
-        f"{len(data)} sequences, {int(counts.sum())} tokens, vocabulary covers {float(counts[vocab].sum() / counts.sum()):.4f}", flush=True
+        f"{len(data)} sequences, {int(counts.sum())} tokens, vocabulary covers {float(counts[vocab].sum() / counts.sum()):.4f}",
+        flush=True,
     )
 
     model, _ = load(packed=False)
@@ -149,7 +164,14 @@ def main() -> None:
     embedding = embedding / embedding.norm(dim=-1).mean()
     del model
     head = fresh(vocab, embedding)
-    inner = [head.fuse.weight, head.embed.weight, head.qkv.weight, head.out.weight, head.gate_up.weight, head.down.weight]
+    inner = [
+        head.fuse.weight,
+        head.embed.weight,
+        head.qkv.weight,
+        head.out.weight,
+        head.gate_up.weight,
+        head.down.weight,
+    ]
     rest = [p for p in head.parameters() if not any(p is q for q in inner)]
     muon = torch.optim.Muon(inner, lr=args.muon_lr, weight_decay=0.01, momentum=0.95)
     adam = torch.optim.AdamW(rest, lr=args.lr, betas=(0.9, 0.98), weight_decay=0.01)
@@ -161,8 +183,14 @@ def main() -> None:
             optimizer.param_groups[0]["lr"] = lr * rate
         with torch.autocast("cpu", dtype=torch.bfloat16):
             batch = collate(next(source), lookup)
-            noise = args.noise * batch["features"].square().mean((0, 1)).sqrt() * torch.randn(batch["features"].shape)
-            value, right = loss(head, embedding, batch | {"features": batch["features"] + noise}, args.steps)
+            noise = (
+                args.noise
+                * batch["features"].square().mean((0, 1)).sqrt()
+                * torch.randn(batch["features"].shape)
+            )
+            value, right = loss(
+                head, embedding, batch | {"features": batch["features"] + noise}, args.steps
+            )
         value.backward()
         torch.nn.utils.clip_grad_norm_(rest, 1.0)
         muon.step()
@@ -170,7 +198,9 @@ def main() -> None:
         muon.zero_grad()
         adam.zero_grad()
         step += 1
-        smooth = torch.tensor(right) if smooth is None else 0.98 * smooth + 0.02 * torch.tensor(right)
+        smooth = (
+            torch.tensor(right) if smooth is None else 0.98 * smooth + 0.02 * torch.tensor(right)
+        )
         if step % 200 == 0:
             print(
                 f"step {step}, {100 * spent:.0f}%, loss {float(value):.3f}, first choice right {[round(float(x), 3) for x in smooth]}",
@@ -182,7 +212,9 @@ def main() -> None:
         for kind in sorted({sequence["kind"] for sequence in held}):
             rows = [sequence for sequence in held if sequence["kind"] == kind][:48]
             right = loss(head, embedding, collate(rows, lookup), args.steps)[1]
-            print(f"{step} steps; {kind}: held-out first choice right by depth {[round(x, 3) for x in right]}")
+            print(
+                f"{step} steps; {kind}: held-out first choice right by depth {[round(x, 3) for x in right]}"
+            )
 
 
 if __name__ == "__main__":

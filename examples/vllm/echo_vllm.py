@@ -42,7 +42,9 @@ class EchoProposer:
         self.max_length = vllm_config.model_config.max_model_len
         self.scheduler = scheduler(self.depth)
         self.history = self.scheduler.history(vllm_config.scheduler_config.max_num_seqs)
-        self.known: dict[tuple[int, bytes], list[int]] = {}  # text of the last step -> places in its batch
+        self.known: dict[
+            tuple[int, bytes], list[int]
+        ] = {}  # text of the last step -> places in its batch
         self.slots = torch.empty(0, dtype=torch.int64)
         self.packed: echo.PackedTree | None = None
 
@@ -76,10 +78,12 @@ class EchoProposer:
         self.remember(texts, [sampled_token_ids[i] for i in rows])
         if not rows:
             return drafts
-        shape = self.scheduler.forecast(self.history, self.slots)
+        shape = self.scheduler.choose_tier(self.history, self.slots)
         roots = torch.tensor([int(text[-1]) for text in texts])
         room = torch.tensor([self.max_length - len(text) for text in texts])
-        tree = self.scheduler.plant(roots, rows=shape.rows, capacity=room)
+        tree = self.scheduler.begin(
+            roots, num_verify_tokens=shape.num_verify_tokens, verify_limits=room
+        )
         if shape.depth:
             tokens, log_probs = self.draft(texts, shape.depth)
             tree = self.scheduler.grow_positions(tree, tokens[..., None], log_probs[..., None])
@@ -94,14 +98,27 @@ class EchoProposer:
 
         vLLM moves rows as requests come and go and names none of them, so a request is known by its text before the step.
         """
-        places = [self.recognise(text[: len(text) - len(own)]) for text, own in zip(texts, emitted, strict=True)]
+        places = [
+            self.recognise(text[: len(text) - len(own)])
+            for text, own in zip(texts, emitted, strict=True)
+        ]
         kept = [place for place in places if place is not None]
         if self.packed is not None and kept:
-            lengths = torch.tensor([len(own) for place, own in zip(places, emitted, strict=True) if place is not None])
-            self.history = self.history.observe(self.slots[kept], only(self.packed, kept), accepted(self.packed.max_depth, lengths))
-        free = sorted(set(range(len(self.history.generation))) - set(self.slots[kept].tolist()), reverse=True)
+            lengths = torch.tensor(
+                [len(own) for place, own in zip(places, emitted, strict=True) if place is not None]
+            )
+            self.history = self.history.observe(
+                self.slots[kept], only(self.packed, kept), accepted(self.packed.max_depth, lengths)
+            )
+        free = sorted(
+            set(range(len(self.history.generation))) - set(self.slots[kept].tolist()), reverse=True
+        )
         slots = [free.pop() if place is None else int(self.slots[place]) for place in places]
-        self.history = self.history.reset(torch.tensor([slot for slot, place in zip(slots, places, strict=True) if place is None]).long())
+        self.history = self.history.reset(
+            torch.tensor(
+                [slot for slot, place in zip(slots, places, strict=True) if place is None]
+            ).long()
+        )
         self.slots = torch.tensor(slots, dtype=torch.int64)
         self.known, self.packed = {}, None
         for place, text in enumerate(texts):
@@ -119,7 +136,9 @@ def register() -> None:
 
     policies: dict[int, echo.ElasticBudgetScheduler] = {}
 
-    def assign(confidences: Tensor, slots: Tensor, capacities: Tensor, budget: int, steps: int) -> None:
+    def assign(
+        confidences: Tensor, slots: Tensor, capacities: Tensor, budget: int, steps: int
+    ) -> None:
         if steps not in policies:
             policies[steps] = scheduler(steps)
         capacities.copy_(admit(policies[steps], confidences[slots], capacities, budget))
@@ -127,7 +146,9 @@ def register() -> None:
     adaptive_verification._assign_draft_token_budget_compiled = assign
 
 
-def admit(policy: echo.ElasticBudgetScheduler, confidences: Tensor, capacities: Tensor, budget: int) -> Tensor:
+def admit(
+    policy: echo.ElasticBudgetScheduler, confidences: Tensor, capacities: Tensor, budget: int
+) -> Tensor:
     """Drafts that each request may verify: the ``budget`` of greatest probability that the whole chain up to them is accepted.
 
     Args:
@@ -141,18 +162,28 @@ def admit(policy: echo.ElasticBudgetScheduler, confidences: Tensor, capacities: 
     """
     batch, depth = confidences.shape
     roots = torch.zeros(batch, dtype=torch.int64, device=confidences.device)
-    tree = policy.plant(roots, rows=max(1, batch + budget), capacity=capacities.long() + 1)
-    tree = policy.grow_positions(tree, roots[:, None, None].expand(-1, depth, 1), confidences.log()[..., None])
+    tree = policy.begin(
+        roots, num_verify_tokens=max(1, batch + budget), verify_limits=capacities.long() + 1
+    )
+    tree = policy.grow_positions(
+        tree, roots[:, None, None].expand(-1, depth, 1), confidences.log()[..., None]
+    )
     return policy.select(tree).sum(dim=1) - 1
 
 
 def scheduler(depth: int) -> echo.ElasticBudgetScheduler:
     """The policy that the environment asks for: chains of at most ``depth`` drafts, ranked over the whole batch."""
-    calibration, cost, rows = (os.environ.get(f"ECHO_{name}") for name in ("CALIBRATION", "COST", "ROWS"))
+    calibration, cost, rows = (
+        os.environ.get(f"ECHO_{name}") for name in ("CALIBRATION", "COST", "ROWS")
+    )
     learnt = echo.Calibration.load(calibration) if calibration else None
-    budget = echo.CostModel.from_json(Path(cost).read_text()) if cost else int(rows) if rows else None
+    budget = (
+        echo.CostModel.from_json(Path(cost).read_text()) if cost else int(rows) if rows else None
+    )
     rule = echo.PerRequest(depth + 1, 1, learnt) if budget is None else echo.GlobalRank(1, learnt)
-    return echo.ElasticBudgetScheduler(rule, budget=budget, max_depth=depth, max_tree_rows=depth + 1)
+    return echo.ElasticBudgetScheduler(
+        rule, budget=budget, max_depth=depth, max_verify_tokens_per_req=depth + 1
+    )
 
 
 def lookup(text: NDArray[np.int32], depth: int) -> list[tuple[int, float]]:
@@ -177,7 +208,10 @@ def lookup(text: NDArray[np.int32], depth: int) -> list[tuple[int, float]]:
 def only(packed: echo.PackedTree, places: list[int]) -> echo.PackedTree:
     """A step as the history reads it, of the requests in these places: of one that has ended, vLLM does not say what it accepted."""
     ends = torch.cat([packed.indptr[:1], packed.indptr.diff()[places].cumsum(0, dtype=torch.int32)])
-    own = {name: None if (part := getattr(packed, name)) is None else part[places] for name in ("status", "outlook", "expected")}
+    own = {
+        name: None if (part := getattr(packed, name)) is None else part[places]
+        for name in ("status", "outlook", "expected")
+    }
     return replace(packed, indptr=ends, **own)
 
 

@@ -1,8 +1,26 @@
 """ECHO: composable primitives for elastic speculative decoding."""
 
-from echo.budget import ElasticBudgetScheduler, Forecast, GlobalRank, History, PerRequest, Rule, TwoLevel
+from echo.budget import (
+    ElasticBudgetScheduler,
+    GlobalRank,
+    History,
+    PerRequest,
+    Rule,
+    Tier,
+    TwoLevel,
+)
 from echo.cost import CostModel, Knee, profile
-from echo.decode import Drafter, Seconds, Step, Target, decode, outcomes, speculate, verify, warmup_rows
+from echo.decode import (
+    Drafter,
+    Seconds,
+    Step,
+    Target,
+    accept,
+    decode,
+    draft_labels,
+    speculate,
+    warmup_log,
+)
 from echo.errors import EchoError
 from echo.gating import (
     BeamMassGate,
@@ -18,7 +36,17 @@ from echo.gating import (
 from echo.logs import WarmupLog
 from echo.lookup import PromptLookup
 from echo.stats import StepCounts, StepStats
-from echo.tree import Accepted, Compaction, Frontier, PackedTree, Status, SuperTree, Template, compact, layouts
+from echo.tree import (
+    Accepted,
+    Compaction,
+    Frontier,
+    PackedTree,
+    Status,
+    SuperTree,
+    Template,
+    compact,
+    layouts,
+)
 from echo.workspace import Graphs, Workspace
 
 __version__ = "0.1.0"
@@ -35,7 +63,6 @@ __all__ = [
     "EchoError",
     "ElasticBudgetScheduler",
     "ExploringGate",
-    "Forecast",
     "Frontier",
     "Gate",
     "GlobalRank",
@@ -56,16 +83,17 @@ __all__ = [
     "SuperTree",
     "Target",
     "Template",
+    "Tier",
     "TwoLevel",
     "WarmupLog",
     "Workspace",
+    "accept",
     "calibrate",
     "compact",
     "decode",
+    "draft_labels",
     "layouts",
-    "outcomes",
     "profile",
     "speculate",
-    "verify",
-    "warmup_rows",
+    "warmup_log",
 ]

@@ -48,17 +48,21 @@ def tensor(
     wanted = (dtypes,) if isinstance(dtypes, torch.dtype) else dtypes
     text = f"{' or '.join(str(d).removeprefix('torch.') for d in wanted)} [{', '.join(str(s) for s in shape)}]"
     if isinstance(value, Tensor):
-        raise EchoError(f"{name}: expected {text}, got {str(value.dtype).removeprefix('torch.')} {list(value.shape)}")
+        raise EchoError(
+            f"{name}: expected {text}, got {str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+        )
     raise EchoError(f"{name}: expected a tensor {text}, got {type(value).__name__}")
 
 
-def _matches(value: Tensor, shape: Sequence[int | str], dtypes: torch.dtype | Sequence[torch.dtype]) -> bool:
+def _matches(
+    value: Tensor, shape: Sequence[int | str], dtypes: torch.dtype | Sequence[torch.dtype]
+) -> bool:
     if value.dtype is not dtypes and (isinstance(dtypes, torch.dtype) or value.dtype not in dtypes):
         return False
     sizes = value.shape
     if len(sizes) != len(shape):
         return False
-    for size, n in zip(sizes, shape, strict=True):  # noqa: SIM110 - half the time of a generator, and every call passes here
+    for size, n in zip(sizes, shape, strict=True):
         if size != n and not isinstance(n, str):
             return False
     return True
@@ -71,7 +75,9 @@ def instance(name: str, value: object, kind: type[T]) -> T:
         EchoError: naming the argument, what was expected and what came.
     """
     if not isinstance(value, kind):
-        raise EchoError(f"{name}: expected {'an' if kind.__name__[0] in 'AEIOU' else 'a'} {kind.__name__}, got {type(value).__name__}")
+        raise EchoError(
+            f"{name}: expected {'an' if kind.__name__[0] in 'AEIOU' else 'a'} {kind.__name__}, got {type(value).__name__}"
+        )
     return value
 
 
@@ -83,7 +89,9 @@ def follows(name: str, value: object, protocol: type[object]) -> None:
     """
     wanted = [part for part in vars(protocol) if not part.startswith("_") or part == "__call__"]
     if isinstance(value, type) or not all(hasattr(value, part) for part in wanted):
-        raise EchoError(f"{name}: expected a {protocol.__name__} ({', '.join(wanted)}), got {value!r}")
+        raise EchoError(
+            f"{name}: expected a {protocol.__name__} ({', '.join(wanted)}), got {value!r}"
+        )
 
 
 def integer(name: str, value: object, low: int, high: int | None = None) -> int:
@@ -100,7 +108,9 @@ def integer(name: str, value: object, low: int, high: int | None = None) -> int:
 
 def _whole(value: object) -> int | None:
     """An integer of any kind; None of what is none. A bool is none, and a tensor on a device must not be waited for."""
-    if isinstance(value, bool) or (isinstance(value, Tensor) and (value.dtype == torch.bool or value.dim() or not value.is_cpu)):
+    if isinstance(value, bool) or (
+        isinstance(value, Tensor) and (value.dtype == torch.bool or value.dim() or not value.is_cpu)
+    ):
         return None
     try:
         return operator.index(value)  # type: ignore[arg-type]
@@ -158,7 +168,13 @@ def real(name: str, value: object, low: float, high: float | None = None) -> flo
     Raises:
         EchoError: naming the argument, what was expected and what came.
     """
-    scalar = isinstance(value, Tensor) and value.is_cpu and value.dim() == 0 and not value.is_complex() and value.dtype != torch.bool
+    scalar = (
+        isinstance(value, Tensor)
+        and value.is_cpu
+        and value.dim() == 0
+        and not value.is_complex()
+        and value.dtype != torch.bool
+    )
     if (isinstance(value, Real) or scalar) and not isinstance(value, bool):
         number = float(value)  # type: ignore[arg-type]
         if low <= number <= (sys.float_info.max if high is None else high):
@@ -180,7 +196,11 @@ def instead(score: float, scores: Iterable[float]) -> str:
     """What ``scores`` that hold such a ``score`` are likely to be instead of log-probabilities; nothing where it might be one, or NaN."""
     if not ROUNDING < score < math.inf:
         return ""
-    return " (probabilities? take their logarithm)" if all(0 <= q <= 1 for q in scores) else " (logits? take their log-softmax)"
+    return (
+        " (probabilities? take their logarithm)"
+        if all(0 <= q <= 1 for q in scores)
+        else " (logits? take their log-softmax)"
+    )
 
 
 @contextmanager

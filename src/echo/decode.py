@@ -12,44 +12,44 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from echo import checks, kernels
-from echo.budget.goodput import Forecast
+from echo.budget.goodput import Tier
 from echo.budget.history import History
-from echo.budget.rules import place
+from echo.budget.rules import ranks
 from echo.budget.scheduler import ElasticBudgetScheduler
 from echo.errors import EchoError
 from echo.logs import WarmupLog
 from echo.tree.accepted import Accepted
 from echo.tree.packed import PackedTree
-from echo.tree.supertree import Frontier, SuperTree, bits
+from echo.tree.supertree import Frontier, SuperTree, cost_bits
 
 
 class Target(Protocol):
     """The large model with its cache and its sampler. Requests live in slots; ``slots`` int64 [B] says where."""
 
-    def admit(self, slots: Tensor, prompts: Sequence[Tensor], /) -> Tensor:
-        """Prefills ``prompts`` (int64 [length] each) into ``slots``; int64 [B], the first token sampled after each."""
+    def admit(self, req_indices: Tensor, prompts: Sequence[Tensor], /) -> Tensor:
+        """Prefills ``prompts`` (int64 [length] each) into ``req_indices``; int64 [B], the first token sampled after each."""
 
-    def verify(self, slots: Tensor, packed: PackedTree, /) -> Tensor:
+    def verify(self, req_indices: Tensor, packed: PackedTree, /) -> Tensor:
         """One forward pass over the rows of ``packed``; int64 [N], the token sampled after each row (pads: anything)."""
 
-    def keep(self, slots: Tensor, packed: PackedTree, accepted: Accepted, /) -> None:
+    def compact(self, req_indices: Tensor, packed: PackedTree, accepted: Accepted, /) -> None:
         """Makes ``accepted.rows`` of ``packed``, in order, the new end of each request's cache, and drops the others."""
 
 
 class Drafter(Protocol):
     """What proposes tokens, in the target's ``slots``. Its state must depend on nothing but the emitted text."""
 
-    def admit(self, slots: Tensor, prompts: Sequence[Tensor], first: Tensor, /) -> None:
+    def admit(self, req_indices: Tensor, prompts: Sequence[Tensor], first: Tensor, /) -> None:
         """New requests, right after the target admitted their ``prompts``; ``first`` int64 [B], their first tokens."""
 
-    def draft(self, slots: Tensor, frontier: Frontier, /) -> tuple[Tensor, Tensor]:
+    def draft(self, req_indices: Tensor, frontier: Frontier, /) -> tuple[Tensor, Tensor]:
         """Candidates after each node of the ``frontier``: tokens int64 [B, W, k] and log-probabilities float [B, W, k].
 
         Slots with fewer than k candidates are filled with -inf. k may differ from depth to depth. A step's first frontier is of depth
         0, or of depth 1 where ``plant`` was given a first layer.
         """
 
-    def keep(self, slots: Tensor, packed: PackedTree, accepted: Accepted, /) -> None:
+    def extend(self, req_indices: Tensor, packed: PackedTree, accepted: Accepted, /) -> None:
         """The step is over: of ``packed``, ``accepted.rows`` stay, and ``accepted.tokens`` were emitted."""
 
 
@@ -59,18 +59,18 @@ class Seconds:
 
     Attributes:
         draft: the drafter's calls.
-        control: planning, packing, judging.
+        scheduling: planning, packing, judging.
         verify: the target's forward pass and its cache.
     """
 
     draft: float = 0.0
-    control: float = 0.0
+    scheduling: float = 0.0
     verify: float = 0.0
 
     @property
     def total(self) -> float:
         """All parts."""
-        return self.draft + self.control + self.verify
+        return self.draft + self.scheduling + self.verify
 
 
 @dataclass(frozen=True)
@@ -80,8 +80,8 @@ class Step:
     Attributes:
         tree, packed, accepted: the values of the step; ``accepted`` cut at the ends of answers.
         sampled: int64 [N], the target's tokens.
-        slots: int64 [B].
-        forecast: depth and rows planned.
+        req_indices: int64 [B].
+        tier: depth and rows planned.
         seconds: where the time went.
         gated: a gate kept nodes from being drafted.
         requests: for steps of :func:`decode`, which prompt each of the B requests answers.
@@ -95,8 +95,8 @@ class Step:
     packed: PackedTree
     accepted: Accepted
     sampled: Tensor
-    slots: Tensor
-    forecast: Forecast
+    req_indices: Tensor
+    tier: Tier
     seconds: Seconds
     gated: bool
     requests: tuple[int, ...] = ()
@@ -115,16 +115,21 @@ class Step:
             raise EchoError(
                 "log: expected a step drafted without a gate, or weights, got one behind a gate: its rows would be biased (ExploringGate)"
             )
-        return warmup_rows(self.tree, self.packed, self.accepted, first_step, weights=weights)
+        return warmup_log(self.tree, self.packed, self.accepted, first_step, weights=weights)
 
 
-def warmup_rows(
-    tree: SuperTree, packed: PackedTree, accepted: Accepted, first_step: int = 0, *, weights: Tensor | None = None
+def warmup_log(
+    tree: SuperTree,
+    packed: PackedTree,
+    accepted: Accepted,
+    first_step: int = 0,
+    *,
+    weights: Tensor | None = None,
 ) -> WarmupLog:
     """Each judged drafted node with its path probability, its rank in its layer, and whether its whole path was accepted.
 
     Nodes that no row was spent on are missing, not rejected: warm up with a rule that buys the best of every layer. So are those that
-    the target did not judge (:attr:`Accepted.drafts`).
+    the target did not judge (:attr:`Accepted.num_accepted_drafts`).
 
     Args:
         tree, packed, accepted: of one step.
@@ -135,14 +140,18 @@ def warmup_rows(
     Raises:
         EchoError: weights of another shape or dtype.
     """
-    rank, taken = outcomes(tree, packed, accepted)
+    rank, taken = draft_labels(tree, packed, accepted)
     kept = (packed.depth > 0) & (rank >= 0)
-    weight = torch.ones(packed.rows, dtype=torch.float32, device=kept.device)
+    weight = torch.ones(packed.num_rows, dtype=torch.float32, device=kept.device)
     if weights is not None:
         checks.tensor("weights", weights, [tree.batch, "depths + 1"], checks.FLOATS, kept.device)
         if weights.shape[1] <= tree.depth:
-            raise EchoError(f"weights: expected a column for each depth from 0 to {tree.depth}, got {weights.shape[1]} columns")
-        weight = weights.detach()[packed.request.long().clamp(max=tree.batch - 1), packed.depth.long()].float()
+            raise EchoError(
+                f"weights: expected a column for each depth from 0 to {tree.depth}, got {weights.shape[1]} columns"
+            )
+        weight = weights.detach()[
+            packed.request.long().clamp(max=tree.batch - 1), packed.depth.long()
+        ].float()
         kept = kept & (weight > 0)
     return WarmupLog.from_arrays(
         depth=packed.depth[kept].cpu().numpy(),
@@ -154,7 +163,7 @@ def warmup_rows(
     )
 
 
-def outcomes(tree: SuperTree, packed: PackedTree, accepted: Accepted) -> tuple[Tensor, Tensor]:
+def draft_labels(tree: SuperTree, packed: PackedTree, accepted: Accepted) -> tuple[Tensor, Tensor]:
     """The labels of a step's rows, on the device and without a read-back: what :meth:`echo.LiveHistograms.update` counts.
 
     Args:
@@ -162,27 +171,35 @@ def outcomes(tree: SuperTree, packed: PackedTree, accepted: Accepted) -> tuple[T
 
     Returns:
         rank int64 [N], each row's place among its request's candidates of its depth, by path probability (0 on roots and pads); -1 on
-        rows that the target did not judge (:attr:`Accepted.drafts`). And bool [N], whether the target accepted the whole path to it.
+        rows that the target did not judge (:attr:`Accepted.num_accepted_drafts`). And bool [N], whether the target accepted the whole path to it.
     """
     checks.instance("tree", tree, SuperTree)
-    extra = checks.instance("packed", packed, PackedTree).rows  # "no row", -1, falls on one row more, that is cut off
-    drafts, path = accepted.drafts, accepted.rows.flatten()
-    rows = path if accepted.beyond is None else torch.cat([path, accepted.beyond])
+    extra = checks.instance(
+        "packed", packed, PackedTree
+    ).num_rows  # "no row", -1, falls on one row more, that is cut off
+    drafts, path = accepted.num_accepted_drafts, accepted.rows.flatten()
+    rows = path if accepted.cut_row is None else torch.cat([path, accepted.cut_row])
     rows = torch.where(rows < 0, extra, rows)
-    taken = torch.zeros(packed.rows + 1, dtype=torch.bool, device=packed.tokens.device).index_fill(0, rows, True)
-    deepest = F.pad(torch.where(drafts < accepted.lengths, packed.max_depth, drafts), (0, 1))
-    ranks = torch.cat([place(bits(layer.score).long()) for layer in tree.layers], dim=1).flatten()
+    taken = torch.zeros(
+        packed.num_rows + 1, dtype=torch.bool, device=packed.tokens.device
+    ).index_fill(0, rows, True)
+    deepest = F.pad(torch.where(drafts < accepted.num_emitted, packed.max_depth, drafts), (0, 1))
+    ranks = torch.cat(
+        [ranks(cost_bits(layer.score).long()) for layer in tree.layers], dim=1
+    ).flatten()
     ranks = F.pad(ranks, (0, 1))[packed.node]  # pads: the last
     drafted = packed.depth > 0
-    return ranks.masked_fill(~drafted, 0).masked_fill(packed.depth > deepest[packed.request], -1), taken[:-1] & drafted
+    return ranks.masked_fill(~drafted, 0).masked_fill(
+        packed.depth > deepest[packed.request], -1
+    ), taken[:-1] & drafted
 
 
-def verify(
+def accept(
     packed: PackedTree,
     target_tokens: Tensor | None = None,
     *,
     logits: Tensor | None = None,
-    limits: Tensor | None = None,
+    max_new_tokens: Tensor | None = None,
     eos_tokens: Tensor | None = None,
     backend: str = "auto",
     out: Accepted | None = None,
@@ -196,7 +213,7 @@ def verify(
         packed: the step.
         target_tokens: int64 [N], the token that the engine sampled after each row; negative where there is none.
         logits: float [N, V] instead, for greedy decoding; NaN never wins, and a row without a number above -inf has no token.
-        limits: int64 [B], tokens that each answer may still get; what lies behind is cut off as by :meth:`Accepted.cut`.
+        max_new_tokens: int64 [B], tokens that each answer may still get; what lies behind is cut off as by :meth:`Accepted.truncate`.
         eos_tokens: int64 [n], tokens that end an answer, likewise.
         backend: "auto", "torch" or "triton", as in :mod:`echo.kernels`; both give the same bits.
         out: buffers of the same shapes, which are written to and returned.
@@ -209,17 +226,34 @@ def verify(
     device = checks.instance("packed", packed, PackedTree).tokens.device
     links = packed.parent, packed.indptr, packed.tokens
     if logits is not None:
-        target = checks.tensor("logits", logits, [packed.rows, "V"], checks.FLOATS, device)
+        target = checks.tensor("logits", logits, [packed.num_rows, "V"], checks.FLOATS, device)
     else:
-        target = checks.tensor("target_tokens", target_tokens, [packed.rows], torch.int64, device)
+        target = checks.tensor(
+            "target_tokens", target_tokens, [packed.num_rows], torch.int64, device
+        )
     buffers = None
     if out is not None:
         shape = [packed.batch, packed.max_depth + 1]
-        given = {"rows": out.rows, "tokens": out.tokens, "lengths": out.lengths, "beyond": out.beyond, "bonus": out.bonus}
+        given = {
+            "rows": out.rows,
+            "tokens": out.tokens,
+            "num_emitted": out.num_emitted,
+            "cut_row": out.cut_row,
+            "bonus": out.bonus,
+        }
         sizes = {"rows": shape, "tokens": shape}
-        buffers = tuple(checks.tensor(f"out.{k}", v, sizes.get(k, shape[:1]), torch.int64, device) for k, v in given.items())
-    rows, tokens, lengths, beyond, bonus = kernels.walk(
-        *links, target, packed.max_depth, limits=limits, eos_tokens=eos_tokens, out=buffers, backend=backend
+        buffers = tuple(
+            checks.tensor(f"out.{k}", v, sizes.get(k, shape[:1]), torch.int64, device)
+            for k, v in given.items()
+        )
+    rows, tokens, lengths, beyond, bonus = kernels.accept(
+        *links,
+        target,
+        packed.max_depth,
+        max_new_tokens=max_new_tokens,
+        eos_tokens=eos_tokens,
+        out=buffers,
+        backend=backend,
     )
     return Accepted(tokens, rows, lengths, bonus, beyond)
 
@@ -228,64 +262,72 @@ def speculate(
     scheduler: ElasticBudgetScheduler,
     target: Target,
     drafter: Drafter | None,
-    slots: Tensor,
+    req_indices: Tensor,
     root_tokens: Tensor,
     history: History,
     *,
-    capacity: Tensor | None = None,
-    base_rows: int = 0,
-    peek: bool = True,
-    forecast: Forecast | None = None,
+    verify_limits: Tensor | None = None,
+    num_other_tokens: int = 0,
+    early_stop: bool = True,
+    tier: Tier | None = None,
     eos_tokens: Tensor | None = None,
-    limits: Tensor | None = None,
+    max_new_tokens: Tensor | None = None,
 ) -> tuple[Step, History]:
     """One step: forecast, plant, grow, pack, target, verify, keep. All tensors on one device.
 
     Args:
         scheduler: the policy.
         target, drafter: the engine's models; no drafter drafts nothing.
-        slots: int64 [B].
+        req_indices: int64 [B].
         root_tokens: int64 [B], each request's last emitted token.
         history: of all slots.
-        capacity: int64 [B], as in :meth:`ElasticBudgetScheduler.plant`.
-        base_rows: rows that prefill takes of the same forward pass.
-        peek: stop drafting once no request is active. It waits for one flag a layer; a host inside a CUDA graph must not.
-        forecast: made by the scheduler from what the host knows. Defaults to one made here, for which slots and history are copied to
+        verify_limits: int64 [B], as in :meth:`ElasticBudgetScheduler.begin`.
+        num_other_tokens: rows that prefill takes of the same forward pass.
+        early_stop: stop drafting once no request is active. It waits for one flag a layer; a host inside a CUDA graph must not.
+        tier: made by the scheduler from what the host knows. Defaults to one made here, for which slots and history are copied to
             the host: on a GPU the step then begins with a wait.
-        eos_tokens, limits: where answers end, as in :meth:`Accepted.cut`.
+        eos_tokens, max_new_tokens: where answers end, as in :meth:`Accepted.truncate`.
 
     Returns:
         The step, and the history after it.
     """
     clock, drafting = time.perf_counter, 0.0
     start = clock()
-    plan = scheduler.forecast(history.to("cpu"), slots.cpu(), base_rows) if forecast is None else forecast
-    tree = scheduler.plant(root_tokens, capacity=capacity, rows=plan.rows)
+    plan = (
+        scheduler.choose_tier(history.to("cpu"), req_indices.cpu(), num_other_tokens)
+        if tier is None
+        else tier
+    )
+    tree = scheduler.begin(
+        root_tokens, verify_limits=verify_limits, num_verify_tokens=plan.num_verify_tokens
+    )
     for _ in range(plan.depth if drafter is not None else 0):
-        if drafter is None or (peek and not bool(tree.active.any())):
+        if drafter is None or (early_stop and not bool(tree.active.any())):
             break
         before = clock()
-        tokens, log_probs = drafter.draft(slots, tree.frontier)
+        tokens, log_probs = drafter.draft(req_indices, tree.frontier)
         drafting += clock() - before
         tree = scheduler.grow(tree, tokens, log_probs)
     packed = scheduler.pack(tree)
     planned = clock()
-    sampled = target.verify(slots, packed)
+    sampled = target.verify(req_indices, packed)
     verified = clock()
-    accepted = verify(packed, sampled, eos_tokens=eos_tokens, limits=limits)
-    history = history.observe(slots, packed, accepted)
+    accepted = accept(packed, sampled, eos_tokens=eos_tokens, max_new_tokens=max_new_tokens)
+    history = history.observe(req_indices, packed, accepted)
     judged = clock()
-    target.keep(slots, packed, accepted)
+    target.compact(req_indices, packed, accepted)
     kept = clock()
     if drafter is not None:
-        drafter.keep(slots, packed, accepted)
+        drafter.extend(req_indices, packed, accepted)
     end = clock()
     seconds = Seconds(
         draft=drafting + end - kept,
-        control=planned - start - drafting + judged - verified,
+        scheduling=planned - start - drafting + judged - verified,
         verify=verified - planned + kept - judged,
     )
-    return Step(tree, packed, accepted, sampled, slots, plan, seconds, scheduler.gate is not None), history
+    return Step(
+        tree, packed, accepted, sampled, req_indices, plan, seconds, scheduler.gate is not None
+    ), history
 
 
 def decode(
@@ -294,25 +336,25 @@ def decode(
     drafter: Drafter | None,
     prompts: Sequence[Tensor],
     *,
-    slots: int,
+    max_num_reqs: int,
     max_new_tokens: int | Sequence[int],
     eos_token: int | Sequence[int] | None = None,
-    capacity: int | None = None,
-    peek: bool = True,
+    max_verify_tokens_per_req: int | None = None,
+    early_stop: bool = True,
     device: torch.device | str = "cpu",
 ) -> Iterator[Step]:
     """Answers all prompts with continuous batching: a request that ends leaves, the next one takes its slot.
 
-    The host plans each step from what it read after the one before: the emitted tokens and the history. With ``peek=False`` nothing
+    The host plans each step from what it read after the one before: the emitted tokens and the history. With ``early_stop=False`` nothing
     else waits for the device.
 
     Args:
-        scheduler, target, drafter, peek: as in :func:`speculate`.
+        scheduler, target, drafter, early_stop: as in :func:`speculate`.
         prompts: int64 [length] each.
-        slots: requests decoded together at most.
+        max_num_reqs: requests decoded together at most.
         max_new_tokens: tokens of each answer at most; one number, or one for each prompt.
         eos_token: ends an answer, itself included; several where the model has several.
-        capacity: rows that a request may get at most.
+        max_verify_tokens_per_req: rows that a request may get at most.
         device: where the step's tensors live.
 
     Yields:
@@ -322,13 +364,19 @@ def decode(
         EchoError: an argument of the wrong kind or out of range; and at the end, when all other prompts are answered, naming each
             prompt whose answer is unfinished because the target had no number for its next token (:attr:`Step.failed`).
     """
-    slots = checks.integer("slots", slots, 1)
-    ends = frozenset(() if eos_token is None else checks.integers("eos_token", eos_token, 0).ravel().tolist())
+    max_num_reqs = checks.integer("max_num_reqs", max_num_reqs, 1)
+    ends = frozenset(
+        () if eos_token is None else checks.integers("eos_token", eos_token, 0).ravel().tolist()
+    )
     eos_tokens = torch.tensor(sorted(ends), device=device) if ends else None
     limits = _limits(prompts, max_new_tokens)
-    most = scheduler.max_tree_rows if capacity is None else checks.integer("capacity", capacity, 1)
-    history = scheduler.history(slots, device)
-    known = scheduler.history(slots)
+    most = (
+        scheduler.max_verify_tokens_per_req
+        if max_verify_tokens_per_req is None
+        else checks.integer("max_verify_tokens_per_req", max_verify_tokens_per_req, 1)
+    )
+    history = scheduler.history(max_num_reqs, device)
+    known = scheduler.history(max_num_reqs)
     waiting = list(range(len(prompts)))[::-1]
     running: dict[int, int] = {}  # slot -> prompt
     roots: dict[int, int] = {}
@@ -336,12 +384,17 @@ def decode(
     fresh: dict[int, int] = {}  # slot -> token sampled by prefill, not emitted yet
     steps, failed, faults = 0, list[int](), list[str]()
     while waiting or running:
-        free = [slot for slot in range(slots) if slot not in running][: len(waiting)]
+        free = [slot for slot in range(max_num_reqs) if slot not in running][: len(waiting)]
         if free:
             where = torch.tensor(free, device=device)
             chosen = [waiting.pop() for _ in free]
             texts = {slot: prompts[i].to(device) for slot, i in zip(free, chosen, strict=True)}
-            first = checks.tensor("target.admit()", target.admit(where, list(texts.values())), [len(free)], torch.int64)
+            first = checks.tensor(
+                "target.admit()",
+                target.admit(where, list(texts.values())),
+                [len(free)],
+                torch.int64,
+            )
             history = history.reset(where)
             known, (sampled,) = _on_host(history, first)
             for slot, i, token in zip(free, chosen, sampled, strict=True):
@@ -352,22 +405,36 @@ def decode(
                     running[slot], fresh[slot], roots[slot] = i, token, token
             begun = [slot for slot in free if slot in running]
             if drafter is not None and begun:
-                where, first = (torch.tensor([number[slot] for slot in begun], device=device) for number in (range(slots), fresh))
+                where, first = (
+                    torch.tensor([number[slot] for slot in begun], device=device)
+                    for number in (range(max_num_reqs), fresh)
+                )
                 drafter.admit(where, [texts[slot] for slot in begun], first)
         live = sorted(running)
         if not live:
             continue
         where = torch.tensor(live, device=device)
-        missing = [0 if fresh.get(s) in ends else limits[running[s]] - counts[running[s]] - (s in fresh) for s in live]
+        missing = [
+            0 if fresh.get(s) in ends else limits[running[s]] - counts[running[s]] - (s in fresh)
+            for s in live
+        ]
         left = torch.tensor(missing, device=device)
         # A request that needs one token more, or is at its end already, has nothing to gain from drafting.
         room = torch.where(left > 1, most, 1)
         roots_now = torch.tensor([roots[s] for s in live], device=device)
-        options: dict[str, Any] = {"capacity": room, "peek": peek, "forecast": scheduler.forecast(known, live)}
-        ending: dict[str, Any] = {"eos_tokens": eos_tokens, "limits": left}
-        step, history = speculate(scheduler, target, drafter, where, roots_now, history, **options, **ending)
+        options: dict[str, Any] = {
+            "verify_limits": room,
+            "early_stop": early_stop,
+            "tier": scheduler.choose_tier(known, live),
+        }
+        ending: dict[str, Any] = {"eos_tokens": eos_tokens, "max_new_tokens": left}
+        step, history = speculate(
+            scheduler, target, drafter, where, roots_now, history, **options, **ending
+        )
         steps += 1
-        known, (tokens, lengths) = _on_host(history, step.accepted.tokens, step.accepted.lengths)
+        known, (tokens, lengths) = _on_host(
+            history, step.accepted.tokens, step.accepted.num_emitted
+        )
         emitted, finished = [], []
         requests = tuple(running[s] for s in live)
         for slot, request, row, length in zip(live, requests, tokens, lengths, strict=True):
@@ -378,15 +445,25 @@ def decode(
                 finished.append(request)
             elif not length:
                 failed.append(request)
-                faults.append(f"prompt {request} after {counts[request]} tokens of its answer, in step {steps}")
+                faults.append(
+                    f"prompt {request} after {counts[request]} tokens of its answer, in step {steps}"
+                )
             else:
                 roots[slot] = row[length - 1]
                 continue
             del running[slot]
-        yield replace(step, requests=requests, emitted=tuple(emitted), finished=tuple(finished), failed=tuple(failed))
+        yield replace(
+            step,
+            requests=requests,
+            emitted=tuple(emitted),
+            finished=tuple(finished),
+            failed=tuple(failed),
+        )
         failed = []
     if faults:
-        raise EchoError(f"target: expected a number in the row of each root, got none for {'; '.join(faults)}")
+        raise EchoError(
+            f"target: expected a number in the row of each root, got none for {'; '.join(faults)}"
+        )
 
 
 def _on_host(history: History, *values: Tensor) -> tuple[History, list[Any]]:
@@ -399,7 +476,9 @@ def _limits(prompts: Sequence[Tensor], max_new_tokens: object) -> list[int]:
     given = checks.integers("max_new_tokens", max_new_tokens, 1)
     limits: list[int] = (given.repeat(len(prompts)) if given.ndim == 0 else given).tolist()
     if len(limits) != len(prompts):
-        raise EchoError(f"max_new_tokens: expected one number for each of {len(prompts)} prompts, got {len(limits)}")
+        raise EchoError(
+            f"max_new_tokens: expected one number for each of {len(prompts)} prompts, got {len(limits)}"
+        )
     for number, prompt in enumerate(prompts):
         if len(checks.tensor(f"prompts[{number}]", prompt, ["length"], torch.int64)) == 0:
             raise EchoError(f"prompts[{number}]: expected at least one token, got none")

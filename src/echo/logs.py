@@ -60,9 +60,16 @@ class WarmupLog:
         for name, kind in _FIELDS.items():
             column = getattr(self, name)
             if column.dtype != kind or column.ndim != 1:
-                raise EchoError(f"{name}: expected {kind.__name__} [n], as from_arrays makes it, got {column.dtype} {list(column.shape)}")
+                raise EchoError(
+                    f"{name}: expected {kind.__name__} [n], as from_arrays makes it, got {column.dtype} {list(column.shape)}"
+                )
         check(self.depth >= 1, "depth", ">= 1", self.depth)
-        check((self.confidence >= 0) & (self.confidence <= 1), "confidence", "within [0, 1] and not NaN", self.confidence)
+        check(
+            (self.confidence >= 0) & (self.confidence <= 1),
+            "confidence",
+            "within [0, 1] and not NaN",
+            self.confidence,
+        )
         check(self.rank >= 0, "rank", ">= 0", self.rank)
         check_weights(self.weight)
 
@@ -96,15 +103,23 @@ class WarmupLog:
             EchoError: columns of different lengths, the first row whose value is out of range, or gated rows without weights.
         """
         if gated and weight is None:
-            raise EchoError("weight: expected inverse-probability weights for rows from behind a gate (ExploringGate), got none")
+            raise EchoError(
+                "weight: expected inverse-probability weights for rows from behind a gate (ExploringGate), got none"
+            )
         rows = np.atleast_1d(np.asarray(depth))
         return cls(
             depth=_integers("depth", rows),
             confidence=np.atleast_1d(np.asarray(confidence, dtype=np.float32)),
             accepted=labels(accepted),
-            rank=_integers("rank", np.zeros(len(rows)) if rank is None else np.atleast_1d(np.asarray(rank))),
-            weight=np.ones(len(rows), np.float32) if weight is None else np.atleast_1d(np.asarray(weight, dtype=np.float32)),
-            step=_integers("step", np.arange(len(rows)) if step is None else np.atleast_1d(np.asarray(step))),
+            rank=_integers(
+                "rank", np.zeros(len(rows)) if rank is None else np.atleast_1d(np.asarray(rank))
+            ),
+            weight=np.ones(len(rows), np.float32)
+            if weight is None
+            else np.atleast_1d(np.asarray(weight, dtype=np.float32)),
+            step=_integers(
+                "step", np.arange(len(rows)) if step is None else np.atleast_1d(np.asarray(step))
+            ),
         )
 
     @classmethod
@@ -120,10 +135,16 @@ class WarmupLog:
         """
         names = set(columns.keys())
         if missing := set(_NEEDED) - names:
-            raise EchoError(f"columns: expected {', '.join(_NEEDED)}, got none named {', '.join(sorted(missing))}")
+            raise EchoError(
+                f"columns: expected {', '.join(_NEEDED)}, got none named {', '.join(sorted(missing))}"
+            )
         if unknown := names - set(_FIELDS):
-            raise EchoError(f"columns: expected only {', '.join(_FIELDS)}, got {', '.join(sorted(map(str, unknown)))}")
-        return cls.from_arrays(**{name: columns[name] for name in _FIELDS if name in names}, gated=gated)
+            raise EchoError(
+                f"columns: expected only {', '.join(_FIELDS)}, got {', '.join(sorted(map(str, unknown)))}"
+            )
+        return cls.from_arrays(
+            **{name: columns[name] for name in _FIELDS if name in names}, gated=gated
+        )
 
     @classmethod
     def concat(cls, logs: Iterable[WarmupLog]) -> WarmupLog:
@@ -139,7 +160,11 @@ class WarmupLog:
             first += int(step.max()) + 1 if len(log) else 0
         if not parts:
             raise EchoError("logs: expected at least one WarmupLog, got none")
-        columns: dict[str, Any] = {name: np.concatenate([getattr(log, name) for log, _ in parts]) for name in _FIELDS if name != "step"}
+        columns: dict[str, Any] = {
+            name: np.concatenate([getattr(log, name) for log, _ in parts])
+            for name in _FIELDS
+            if name != "step"
+        }
         return cls(step=np.concatenate([step for _, step in parts]), **columns)
 
     def validate(self) -> None:
@@ -149,9 +174,20 @@ class WarmupLog:
             EchoError: the first row that repeats the (step, depth, rank) of another, or the second accepted row of one step and
                 depth (a target accepts one path).
         """
-        _first_repeat("step, depth, rank: expected each once", np.arange(len(self)), self.step, self.depth, self.rank)
+        _first_repeat(
+            "step, depth, rank: expected each once",
+            np.arange(len(self)),
+            self.step,
+            self.depth,
+            self.rank,
+        )
         taken = np.flatnonzero(self.accepted)
-        _first_repeat("accepted: expected one accepted row a step and depth", taken, self.step[taken], self.depth[taken])
+        _first_repeat(
+            "accepted: expected one accepted row a step and depth",
+            taken,
+            self.step[taken],
+            self.depth[taken],
+        )
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes ``path`` (.npz, .jsonl or .parquet) in one atomic move: a reader sees the old file or the whole new one.
@@ -195,7 +231,11 @@ class WarmupLog:
             EchoError: as :meth:`load`.
         """
         text = os.fspath(path)
-        names = [text] if Path(text).exists() or not glob.has_magic(text) else sorted(glob.glob(text, recursive=True))
+        names = (
+            [text]
+            if Path(text).exists() or not glob.has_magic(text)
+            else sorted(glob.glob(text, recursive=True))
+        )
         if not names:
             raise EchoError(f"path: expected files that match {text}, got none")
         for name in names:
@@ -205,7 +245,9 @@ class WarmupLog:
     def _read(cls, path: str) -> WarmupLog:
         read = {".jsonl": _read_jsonl, ".parquet": _read_parquet, ".npz": _read_npz}[_kind(path)]
         try:
-            with checks.reading(f"path: expected a warm-up log with the columns {', '.join(_FIELDS)}"):
+            with checks.reading(
+                f"path: expected a warm-up log with the columns {', '.join(_FIELDS)}"
+            ):
                 log = cls.from_mapping(read(path))
                 log.validate()
         except EchoError as error:
@@ -249,7 +291,9 @@ def _read_jsonl(path: str) -> dict[str, Any]:
             try:
                 entry = json.loads(line)
             except ValueError as error:
-                raise EchoError(f"line {number}: expected a JSON object, got {line[:40]!r} ({error})") from error
+                raise EchoError(
+                    f"line {number}: expected a JSON object, got {line[:40]!r} ({error})"
+                ) from error
             if not isinstance(entry, dict):
                 raise EchoError(f"line {number}: expected a JSON object, got {line[:40]!r}")
             if number == 1 and "format" in entry:
@@ -260,13 +304,19 @@ def _read_jsonl(path: str) -> dict[str, Any]:
             names = names or [name for name in _FIELDS if name in entry]
             if set(entry) != set(names) or not set(_NEEDED) <= set(names):
                 expected = names if set(_NEEDED) <= set(names) else _NEEDED
-                raise EchoError(f"line {number}: expected the columns {', '.join(expected)}, got {', '.join(entry) or 'none'}")
+                raise EchoError(
+                    f"line {number}: expected the columns {', '.join(expected)}, got {', '.join(entry) or 'none'}"
+                )
             row = [entry[name] for name in names]
             if not all(isinstance(value, int | float) for value in row):
-                raise EchoError(f"line {number}: expected numbers and true or false, got {line.strip()[:80]!r}")
+                raise EchoError(
+                    f"line {number}: expected numbers and true or false, got {line.strip()[:80]!r}"
+                )
             rows.append(row)
     if promised is not None and promised != len(rows):
-        raise EchoError(f"line {len(rows) + 1}: expected {promised} rows as the header says, got the end of the file after {len(rows)}")
+        raise EchoError(
+            f"line {len(rows) + 1}: expected {promised} rows as the header says, got the end of the file after {len(rows)}"
+        )
     table = list(zip(*rows, strict=True)) if rows else [() for _ in _NEEDED]
     return dict(zip(names or _NEEDED, table, strict=True))
 
@@ -284,7 +334,9 @@ def _arrow() -> Any:
     try:
         import pyarrow.parquet
     except ImportError as error:
-        raise EchoError("path: expected pyarrow for Parquet files (pip install 'echo-specdec[parquet]'), got no such module") from error
+        raise EchoError(
+            "path: expected pyarrow for Parquet files (pip install 'echo-specdec[parquet]'), got no such module"
+        ) from error
     return pyarrow
 
 
@@ -311,7 +363,9 @@ def _integers(name: str, values: NDArray[Any]) -> NDArray[Any]:
     with np.errstate(invalid="ignore"):
         whole = values.astype(kind if values.dtype.kind in "iuf" else np.bool_)
     if whole.dtype != kind or not np.array_equal(whole, values):
-        raise EchoError(f"{name}: expected integers of {kind.__name__}, got {values.dtype} such as {values[:3].tolist()}")
+        raise EchoError(
+            f"{name}: expected integers of {kind.__name__}, got {values.dtype} such as {values[:3].tolist()}"
+        )
     return whole
 
 

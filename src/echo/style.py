@@ -43,7 +43,9 @@ def require() -> None:
         EchoError: matplotlib is not installed.
     """
     if importlib.util.find_spec("matplotlib") is None:
-        raise EchoError("plot: expected matplotlib (pip install 'echo-specdec[plot]'), got no such module")
+        raise EchoError(
+            "plot: expected matplotlib (pip install 'echo-specdec[plot]'), got no such module"
+        )
 
 
 @contextmanager

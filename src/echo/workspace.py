@@ -18,11 +18,11 @@ from torch import Tensor
 from echo import checks
 from echo.budget.fused import Scratch, check
 from echo.budget.history import BINS
-from echo.budget.roots import plant
+from echo.budget.roots import begin
 from echo.budget.rules import GlobalRank
 from echo.budget.scheduler import ElasticBudgetScheduler
 from echo.cost import CostModel
-from echo.decode import verify
+from echo.decode import accept
 from echo.errors import EchoError
 from echo.stats import StepStats
 from echo.tree.accepted import Accepted
@@ -54,12 +54,12 @@ class Workspace:
         num_verify_tokens: the most rows of a step, roots included.
         max_num_reqs: request slots of the history; as many as lanes where not given.
         device: where all of it lies.
-        rows: another workspace's ``rows``, of as many rows and mask words, to pack into: the graphs of one target serve several policies.
+        packed: another workspace's ``packed``, of as many rows and mask words, to pack into: the graphs of one target serve several policies.
 
     Attributes:
-        rows: the widest step's columns; a step is their beginning.
+        packed: the widest step's columns; a step is their beginning.
         history: :class:`History` of ``max_num_reqs`` slots, updated in place by :meth:`observe`. What the host counts (``tick``, ``idle``)
-            is counted outside: :meth:`History.stepped`.
+            is counted outside: :meth:`History.advance`.
         stats: :class:`StepStats`, updated in place likewise.
 
     Raises:
@@ -84,7 +84,7 @@ class Workspace:
         num_verify_tokens: int,
         max_num_reqs: int | None = None,
         device: torch.device | str = "cpu",
-        rows: PackedTree | None = None,
+        packed: PackedTree | None = None,
     ) -> None:
         self.scheduler = checks.instance("scheduler", scheduler, ElasticBudgetScheduler)
         self.lanes = lanes = checks.integer("lanes", lanes, 1)
@@ -93,19 +93,29 @@ class Workspace:
         given = checks.integers("k", k, 1)
         counts: list[int] = (given.repeat(depth) if given.ndim == 0 else given).tolist()
         if len(counts) != depth:
-            raise EchoError(f"k: expected one number, or one for each of {depth} depths, got {len(counts)} numbers")
+            raise EchoError(
+                f"k: expected one number, or one for each of {depth} depths, got {len(counts)} numbers"
+            )
         self._widths, self._sizes = [1], [1]
         for each in counts:
             self._sizes.append(self._widths[-1] * each)
-            self._widths.append(min(scheduler.rule.width, self._sizes[-1]))
+            self._widths.append(min(scheduler.rule.beam, self._sizes[-1]))
         self._ends = list(itertools.accumulate(self._sizes))
-        self._words, self._buys = -(-scheduler.max_tree_rows // WORD), type(scheduler.rule) is not GlobalRank
-        self.history = scheduler.history(lanes if max_num_reqs is None else max_num_reqs, self.device)
+        self._words, self._buys = (
+            -(-scheduler.max_verify_tokens_per_req // WORD),
+            type(scheduler.rule) is not GlobalRank,
+        )
+        self.history = scheduler.history(
+            lanes if max_num_reqs is None else max_num_reqs, self.device
+        )
         self.stats = StepStats.empty(self.device)
         total = self._ends[-1]
         i8, i32, i64, f32, yes = torch.int8, torch.int32, torch.int64, torch.float32, torch.bool
         self._nodes = Nodes(*(self._new(lanes, total, dtype=kind) for kind in (i64, i64, f32, yes)))
-        self._frontiers = [tuple(self._new(lanes * width, dtype=kind) for kind in (i64, i64, i64, f32, yes)) for width in self._widths]
+        self._frontiers = [
+            tuple(self._new(lanes * width, dtype=kind) for kind in (i64, i64, i64, f32, yes))
+            for width in self._widths
+        ]
         self._drafted = [self._new(lanes, dtype=yes) for _ in self._sizes]
         self._status = [self._new(lanes, dtype=i8) for _ in self._sizes]
         self._limit, self._invalid = self._new(lanes, dtype=i64), self._new(lanes, dtype=i32)
@@ -113,21 +123,30 @@ class Workspace:
         self._left = self._by_depth(lambda: self._new(dtype=i64))
         self._budget = torch.full((), n, dtype=i64, device=self.device)
         self._layers = torch.zeros((), dtype=i32, device=self.device)
-        most = min(total, n, scheduler.max_tree_rows)
+        most = min(total, n, scheduler.max_verify_tokens_per_req)
         wide = lanes * total
         self._scratch = {
             "place": self._new(wide, dtype=i32), "share": self._new(lanes, dtype=i32), "counts": self._new(lanes, dtype=i64),
             "key": self._new(lanes * most, dtype=i64), "cost": self._new(wide, dtype=i32), "gain": self._new(wide, dtype=f32),
         }  # fmt: skip
-        self.rows = self._packed(n) if rows is None else rows
-        check(self.rows, lanes, n, self._words, self.device)
+        self.packed = self._packed(n) if packed is None else packed
+        check(self.packed, lanes, n, self._words, self.device)
         self._foresees = isinstance(scheduler.budget, CostModel) and depth > 0
         self._outlook = self._new(lanes, depth, BINS, dtype=f32) if self._foresees else None
         self._expected = self._new(lanes, depth, dtype=f32) if self._foresees else None
         steps = lanes * (depth + 1)
         self._emitted, self._walked = self._new(steps, dtype=i64), self._new(steps, dtype=i64)
-        self._ends_of = [self._new(lanes, dtype=i64) for _ in range(3)]  # lengths, bonus tokens, where walks were cut
-        kinds = {"accept_index": i32, "gather": i64, "valid": yes, "position": i64, "source": i64, "target": i64}
+        self._ends_of = [
+            self._new(lanes, dtype=i64) for _ in range(3)
+        ]  # lengths, bonus tokens, where walks were cut
+        kinds = {
+            "accept_index": i32,
+            "gather": i64,
+            "valid": yes,
+            "positions": i64,
+            "source": i64,
+            "target": i64,
+        }
         self._lists = {name: self._new(steps, dtype=kind) for name, kind in kinds.items()}
         self._context = self._new(lanes, dtype=i64)
         self._trees: dict[tuple[int, int], SuperTree] = {}
@@ -137,7 +156,7 @@ class Workspace:
         return PackedTree(
             tokens=new(n, dtype=torch.int64), parent=new(n, dtype=ints), depth=new(n, dtype=ints), request=new(n, dtype=ints),
             indptr=new(self.lanes + 1, dtype=ints), mask=new(n, self._words, dtype=ints), score=new(n, dtype=torch.float32),
-            node=new(n, dtype=torch.int64), bought=new(n, dtype=torch.bool), status=new(self.lanes, dtype=torch.int8),
+            node=new(n, dtype=torch.int64), committed=new(n, dtype=torch.bool), status=new(self.lanes, dtype=torch.int8),
             invalid=new(self.lanes, dtype=ints), max_depth=0,
         )  # fmt: skip
 
@@ -154,29 +173,49 @@ class Workspace:
         seen = {t.data_ptr(): t.nbytes for t in _tensors(list(vars(self).values()))}
         return sum(seen.values())
 
-    def set_rows(self, rows: int) -> None:
-        """Makes ``rows`` the budget of the next step, outside of the captured graphs: the draft graph reads it when it buys.
+    def set_num_verify_tokens(self, num_verify_tokens: int) -> None:
+        """Makes ``num_verify_tokens`` the budget of the next step, outside of the captured graphs: the draft graph reads it when it buys.
 
         Raises:
             EchoError: more rows than ``num_verify_tokens``.
         """
-        self._budget.fill_(checks.integer("rows", rows, 1, self.num_verify_tokens))
+        self._budget.fill_(
+            checks.integer("num_verify_tokens", num_verify_tokens, 1, self.num_verify_tokens)
+        )
 
-    def begin(self, root_tokens: Tensor, *, live: Tensor | None = None, capacity: Tensor | None = None) -> SuperTree:
-        """As :meth:`ElasticBudgetScheduler.plant`, of the first ``len(root_tokens)`` lanes and as many rows as were last set.
+    def begin(
+        self,
+        root_tokens: Tensor,
+        *,
+        live: Tensor | None = None,
+        verify_limits: Tensor | None = None,
+    ) -> SuperTree:
+        """As :meth:`ElasticBudgetScheduler.begin`, of the first ``len(root_tokens)`` lanes and as many rows as were last set.
 
         Args:
             root_tokens: int64 [B].
             live: bool [B].
-            capacity: int64 [B].
+            verify_limits: int64 [B].
 
         Raises:
             EchoError: shapes or dtypes that do not fit, or more requests than lanes.
         """
         batch = checks.tensor("root_tokens", root_tokens, ["B"], torch.int64, self.device).shape[0]
         checks.integer("len(root_tokens)", batch, 0, self.lanes)
-        options: dict[str, Any] = {"rows": self.num_verify_tokens, "most": self.scheduler.max_tree_rows, "budget": self._budget}
-        return plant(root_tokens, live, capacity, None, deep=self.scheduler.max_depth > 0, out=self.tree(batch, 0), **options)
+        options: dict[str, Any] = {
+            "num_verify_tokens": self.num_verify_tokens,
+            "max_verify_tokens_per_req": self.scheduler.max_verify_tokens_per_req,
+            "budget": self._budget,
+        }
+        return begin(
+            root_tokens,
+            live,
+            verify_limits,
+            None,
+            deep=self.scheduler.max_depth > 0,
+            out=self.tree(batch, 0),
+            **options,
+        )
 
     def grow(self, tree: SuperTree, tokens: Tensor, log_probs: Tensor) -> SuperTree:
         """As :meth:`ElasticBudgetScheduler.grow`; ``tokens`` int64 and ``log_probs`` float [B, W, k], k as the workspace was made for.
@@ -186,8 +225,19 @@ class Workspace:
         """
         if tree.depth + 1 < len(self._sizes):
             width = self._widths[tree.depth]
-            checks.tensor("tokens", tokens, [tree.batch, width, self._sizes[tree.depth + 1] // width], torch.int64, self.device)
-        return self.scheduler.grow(tree, tokens, log_probs, out=self.tree(tree.batch, min(tree.depth + 1, len(self._sizes) - 1)))
+            checks.tensor(
+                "tokens",
+                tokens,
+                [tree.batch, width, self._sizes[tree.depth + 1] // width],
+                torch.int64,
+                self.device,
+            )
+        return self.scheduler.grow(
+            tree,
+            tokens,
+            log_probs,
+            out=self.tree(tree.batch, min(tree.depth + 1, len(self._sizes) - 1)),
+        )
 
     def pack(self, tree: SuperTree, num_verify_tokens: int | None = None) -> PackedTree:
         """As :meth:`ElasticBudgetScheduler.pack`, into so many rows (those of the workspace where not given).
@@ -204,17 +254,34 @@ class Workspace:
         if depth:
             self._layers.fill_(depth)
         total = self._ends[depth]
-        most = min(total, n, tree.most)
-        shapes = {"place": (batch, total), "share": (batch,), "counts": (batch,), "key": (batch, most), "cost": (batch, total)}
+        most = min(total, n, tree.max_verify_tokens_per_req)
+        shapes = {
+            "place": (batch, total),
+            "share": (batch,),
+            "counts": (batch,),
+            "key": (batch, most),
+            "cost": (batch, total),
+        }
         shapes["gain"] = (batch, total)
-        scratch = Scratch(**{name: _view(self._scratch[name], shape) for name, shape in shapes.items()})
+        scratch = Scratch(
+            **{name: _view(self._scratch[name], shape) for name, shape in shapes.items()}
+        )
         out = self._columns(batch, n, depth)
-        packed = self.scheduler._pack(replace(tree, rows=n), n, self._words, self._foresees and depth > 0, out, scratch)
+        packed = self.scheduler._pack(
+            replace(tree, num_verify_tokens=n),
+            n,
+            self._words,
+            self._foresees and depth > 0,
+            out,
+            scratch,
+        )
         if not depth:
             return packed
         if self._outlook is not None and self._expected is not None:
-            packed = replace(packed, outlook=self._outlook[:batch], expected=self._expected[:batch])
-        return replace(packed, max_depth=self.scheduler.max_depth, drafted=self._layers)
+            packed = replace(
+                packed, acceptance_histogram=self._outlook[:batch], expected=self._expected[:batch]
+            )
+        return replace(packed, max_depth=self.scheduler.max_depth, num_layers=self._layers)
 
     def accept(
         self,
@@ -222,7 +289,7 @@ class Workspace:
         target_tokens: Tensor | None = None,
         *,
         logits: Tensor | None = None,
-        limits: Tensor | None = None,
+        max_new_tokens: Tensor | None = None,
         eos_tokens: Tensor | None = None,
         backend: str = "auto",
     ) -> Accepted:
@@ -232,19 +299,25 @@ class Workspace:
             EchoError: as there.
         """
         shape, lanes = (packed.batch, packed.max_depth + 1), slice(0, packed.batch)
-        buffers = _view(self._emitted, shape), _view(self._walked, shape), *(each[lanes] for each in self._ends_of)
-        ends: dict[str, Any] = {"limits": limits, "eos_tokens": eos_tokens}
-        return verify(packed, target_tokens, logits=logits, **ends, backend=backend, out=Accepted(*buffers))
+        buffers = (
+            _view(self._emitted, shape),
+            _view(self._walked, shape),
+            *(each[lanes] for each in self._ends_of),
+        )
+        ends: dict[str, Any] = {"max_new_tokens": max_new_tokens, "eos_tokens": eos_tokens}
+        return accept(
+            packed, target_tokens, logits=logits, **ends, backend=backend, out=Accepted(*buffers)
+        )
 
     def compact(
         self,
         packed: PackedTree,
         accepted: Accepted,
-        context: Tensor,
+        prefix_lens: Tensor,
         *,
         page_table: Tensor | None = None,
         page_size: int = 1,
-        dummy: int | None = None,
+        pad_slot_id: int | None = None,
     ) -> Compaction:
         """As :func:`echo.compact`.
 
@@ -253,9 +326,13 @@ class Workspace:
         """
         shape = accepted.rows.shape
         lists = {name: _view(buffer, shape) for name, buffer in self._lists.items()}
-        out = Compaction(**lists, context=self._context[: packed.batch])
-        pages: dict[str, Any] = {} if page_table is None else {"page_table": page_table, "page_size": page_size, "dummy": dummy}
-        return compact(packed, accepted, context, out=out, **pages)
+        out = Compaction(**lists, prefix_lens=self._context[: packed.batch])
+        pages: dict[str, Any] = (
+            {}
+            if page_table is None
+            else {"page_table": page_table, "page_size": page_size, "pad_slot_id": pad_slot_id}
+        )
+        return compact(packed, accepted, prefix_lens, out=out, **pages)
 
     def observe(self, req_indices: Tensor, packed: PackedTree, accepted: Accepted) -> None:
         """Updates ``history`` and ``stats`` in place after a step; ``req_indices`` int64 [B], each lane's slot of the history.
@@ -272,39 +349,54 @@ class Workspace:
         if known is not None:
             return known
         whole = self._nodes
-        nodes = Nodes(whole.token[:batch], whole.parent[:batch], whole.score[:batch], whole.bought[:batch])
+        nodes = Nodes(
+            whole.token[:batch], whole.parent[:batch], whole.score[:batch], whole.committed[:batch]
+        )
         layers = []
         for d, (end, size) in enumerate(zip(self._ends[: depth + 1], self._sizes, strict=False)):
-            columns = (column[:, end - size : end] for column in (nodes.token, nodes.parent, nodes.score, nodes.bought))
+            columns = (
+                column[:, end - size : end]
+                for column in (nodes.token, nodes.parent, nodes.score, nodes.committed)
+            )
             token, parent, score, bought = columns
             layers.append(Layer(d, token, parent, score, bought, self._drafted[d][:batch]))
         shape = batch, self._widths[depth]
-        token, parent, index, score, active = (_view(buffer, shape) for buffer in self._frontiers[depth])
+        token, parent, index, score, active = (
+            _view(buffer, shape) for buffer in self._frontiers[depth]
+        )
         if not depth:  # the roots themselves
-            token, parent, index, score = layers[0].token, layers[0].parent, layers[0].parent, layers[0].score
+            token, parent, index, score = (
+                layers[0].token,
+                layers[0].parent,
+                layers[0].parent,
+                layers[0].score,
+            )
         made = SuperTree(
             layers=tuple(layers),
             frontier=Frontier(token, parent, index, score, active, depth),
             status=self._status[depth][:batch],
-            row_limit=self._limit[:batch],
-            held=self._held[depth][:batch],
-            left=self._left[depth],
+            verify_limits=self._limit[:batch],
+            num_committed=self._held[depth][:batch],
+            num_remaining=self._left[depth],
             invalid=self._invalid[:batch],
-            rows=self.num_verify_tokens,
-            most=self.scheduler.max_tree_rows,
+            num_verify_tokens=self.num_verify_tokens,
+            max_verify_tokens_per_req=self.scheduler.max_verify_tokens_per_req,
             nodes=nodes,
         )
         self._trees[batch, depth] = made
         return made
 
-    def _columns(self, batch: int, rows: int, depth: int) -> PackedTree:
+    def _columns(self, batch: int, num_rows: int, depth: int) -> PackedTree:
         """The rows of a step of that size."""
-        names = ("tokens", "parent", "depth", "request", "mask", "score", "node", "bought")
-        columns: dict[str, Any] = {name: getattr(self.rows, name)[:rows] for name in names}
-        columns |= {name: getattr(self.rows, name)[:batch] for name in ("status", "invalid")}
+        names = ("tokens", "parent", "depth", "request", "mask", "score", "node", "committed")
+        columns: dict[str, Any] = {name: getattr(self.packed, name)[:num_rows] for name in names}
+        columns |= {name: getattr(self.packed, name)[:batch] for name in ("status", "invalid")}
         if self._outlook is not None and self._expected is not None and depth:
-            columns |= {"outlook": self._outlook[:batch, :depth], "expected": self._expected[:batch, :depth]}
-        return replace(self.rows, **columns, indptr=self.rows.indptr[: batch + 1])
+            columns |= {
+                "acceptance_histogram": self._outlook[:batch, :depth],
+                "expected": self._expected[:batch, :depth],
+            }
+        return replace(self.packed, **columns, indptr=self.packed.indptr[: batch + 1])
 
 
 def _view(buffer: Tensor, shape: Sequence[int]) -> Tensor:

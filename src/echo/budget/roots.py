@@ -8,79 +8,116 @@ import torch
 from torch import Tensor
 
 from echo import checks, kernels
-from echo.kernels.launch import Status
-from echo.tree.supertree import Frontier, Layer, SuperTree, written
+from echo.kernels.codes import Status
+from echo.tree.supertree import Frontier, Layer, SuperTree, write_layer
 
 
-def plant(
+def begin(
     root_tokens: Tensor,
     live: Tensor | None,
-    capacity: Tensor | None,
-    weights: Tensor | None,
+    verify_limits: Tensor | None,
+    request_weights: Tensor | None,
     *,
-    rows: int,
-    most: int,
+    num_verify_tokens: int,
+    max_verify_tokens_per_req: int,
     deep: bool,
     budget: Tensor | None = None,
     out: SuperTree | None = None,
 ) -> SuperTree:
-    """As :meth:`echo.ElasticBudgetScheduler.plant`, of ``rows`` rows and at most ``most`` a request; ``deep``: anything is drafted.
+    """As :meth:`echo.ElasticBudgetScheduler.begin`, of ``num_verify_tokens`` rows and at most ``max_verify_tokens_per_req`` a request; ``deep``: anything is drafted.
 
-    A workspace gives ``budget`` int64 [], the step's rows on the device, of which ``rows`` is a bound; and ``out``, a tree of roots to
+    A workspace gives ``budget`` int64 [], the step's rows on the device, of which ``num_verify_tokens`` is a bound; and ``out``, a tree of roots to
     whose tensors is written.
     """
     (batch,), device = root_tokens.shape, root_tokens.device
     if live is not None:
         checks.tensor("live", live, [batch], torch.bool, device)
-    if capacity is not None:
-        checks.tensor("capacity", capacity, [batch], torch.int64, device)
+    if verify_limits is not None:
+        checks.tensor("verify_limits", verify_limits, [batch], torch.int64, device)
     fused, root = kernels.fused("growing", root_tokens), root_tokens[:, None]
-    if fused is not None and weights is None:
+    if fused is not None and request_weights is None:
         buffers = None
         if out is not None:
             top = out.layers[0]
-            state = out.status, out.row_limit, out.held, out.invalid, out.left
-            buffers = fused.Roots(top.token, top.parent, top.score, top.bought, top.drafted, out.frontier.active, *state)
-        new = fused.plant(root_tokens, live, capacity, rows if budget is None else budget, most, deep, buffers)
+            state = out.status, out.verify_limits, out.num_committed, out.invalid, out.num_remaining
+            buffers = fused.Roots(
+                top.token,
+                top.parent,
+                top.score,
+                top.committed,
+                top.drafted,
+                out.frontier.active,
+                *state,
+            )
+        new = fused.begin(
+            root_tokens,
+            live,
+            verify_limits,
+            num_verify_tokens if budget is None else budget,
+            max_verify_tokens_per_req,
+            deep,
+            buffers,
+        )
         if out is not None:
-            return replace(out, rows=rows, most=most)
+            return replace(
+                out,
+                num_verify_tokens=num_verify_tokens,
+                max_verify_tokens_per_req=max_verify_tokens_per_req,
+            )
         return SuperTree(
-            layers=(Layer(0, root, new.parent, new.score, new.bought, new.alive),),
+            layers=(Layer(0, root, new.parent, new.score, new.committed, new.alive),),
             frontier=Frontier(root, new.parent, new.parent, new.score, new.drafts, 0),
             status=new.status,
-            row_limit=new.limit,
-            held=new.held,
-            left=new.left,
+            verify_limits=new.verify_limits,
+            num_committed=new.num_committed,
+            num_remaining=new.num_remaining,
             invalid=new.invalid,
-            rows=rows,
-            most=most,
+            num_verify_tokens=num_verify_tokens,
+            max_verify_tokens_per_req=max_verify_tokens_per_req,
         )
     present = torch.ones(batch, dtype=torch.bool, device=device) if live is None else live
-    scarce = rows < batch or budget is not None
-    alive = present & (present.cumsum(0) <= (rows if budget is None else budget)) if scarce else present
-    room = torch.full((batch,), most, device=device)
-    if capacity is not None:
-        room = torch.minimum(room, capacity.clamp(min=1))
-    if weights is not None:
-        weights = checks.tensor("weights", weights, [batch], torch.float32, device).detach()
-        weights = torch.where(alive & torch.isfinite(weights), weights, 0.0)  # what is no number is worth least, to its request alone
-        weights = (weights / weights.amax()).nan_to_num(0.0).clamp(min=2.0**-24)
+    scarce = num_verify_tokens < batch or budget is not None
+    alive = (
+        present & (present.cumsum(0) <= (num_verify_tokens if budget is None else budget))
+        if scarce
+        else present
+    )
+    room = torch.full((batch,), max_verify_tokens_per_req, device=device)
+    if verify_limits is not None:
+        room = torch.minimum(room, verify_limits.clamp(min=1))
+    if request_weights is not None:
+        request_weights = checks.tensor(
+            "request_weights", request_weights, [batch], torch.float32, device
+        ).detach()
+        request_weights = torch.where(
+            alive & torch.isfinite(request_weights), request_weights, 0.0
+        )  # what is no number is worth least, to its request alone
+        request_weights = (
+            (request_weights / request_weights.amax()).nan_to_num(0.0).clamp(min=2.0**-24)
+        )
     zero, dead = torch.zeros_like(root), ~alive
-    score = torch.zeros(batch, 1, dtype=torch.float32, device=device).masked_fill_(dead[:, None], -torch.inf)
+    score = torch.zeros(batch, 1, dtype=torch.float32, device=device).masked_fill_(
+        dead[:, None], -torch.inf
+    )
     drafts = alive & (room > 1) if deep else torch.zeros_like(alive)
-    status = torch.full((batch,), int(Status.EXHAUSTED if deep else Status.FINISHED), dtype=torch.int8, device=device)
+    status = torch.full(
+        (batch,),
+        int(Status.EXHAUSTED if deep else Status.FINISHED),
+        dtype=torch.int8,
+        device=device,
+    )
     status.masked_fill_(dead, int(Status.EMPTY)).masked_fill_(drafts, int(Status.ACTIVE))
     if scarce:
         status.masked_fill_(present & dead, int(Status.STARVED))
     planted = SuperTree(
-        layers=(Layer(0, root, zero, score, alive[:, None], alive, weights),),
+        layers=(Layer(0, root, zero, score, alive[:, None], alive, request_weights),),
         frontier=Frontier(root, zero, zero, score, drafts[:, None], 0),
         status=status,
-        row_limit=room * alive,
-        held=alive.long(),
-        left=(rows if budget is None else budget) - alive.sum(),
+        verify_limits=room * alive,
+        num_committed=alive.long(),
+        num_remaining=(num_verify_tokens if budget is None else budget) - alive.sum(),
         invalid=torch.zeros(batch, dtype=torch.int32, device=device),
-        rows=rows,
-        most=most,
+        num_verify_tokens=num_verify_tokens,
+        max_verify_tokens_per_req=max_verify_tokens_per_req,
     )
-    return planted if out is None else written(out, planted)
+    return planted if out is None else write_layer(out, planted)

@@ -38,9 +38,9 @@ class Knee:
     k_max_interval: tuple[int, int] | None = None
     gamma_interval: tuple[float, float] | None = None
 
-    def __call__(self, rows: float) -> float:
-        """Seconds of a step of ``rows`` rows."""
-        return self.t_ar * (1.0 + self.gamma * max(0.0, rows - self.k_max))
+    def __call__(self, num_tokens: float) -> float:
+        """Seconds of a step of ``num_tokens`` rows."""
+        return self.t_ar * (1.0 + self.gamma * max(0.0, num_tokens - self.k_max))
 
 
 def columns(seconds: ArrayLike, **inputs: ArrayLike | None) -> tuple[Floats, dict[str, Floats]]:
@@ -50,12 +50,20 @@ def columns(seconds: ArrayLike, **inputs: ArrayLike | None) -> tuple[Floats, dic
         EchoError: none at all, different lengths, inputs that are not finite, or seconds that are not positive and finite.
     """
     y = np.atleast_1d(np.asarray(seconds, dtype=np.float64))
-    table = {name: np.atleast_1d(np.asarray(value, dtype=np.float64)) for name, value in inputs.items() if value is not None}
+    table = {
+        name: np.atleast_1d(np.asarray(value, dtype=np.float64))
+        for name, value in inputs.items()
+        if value is not None
+    }
     for name, column in table.items():
         if column.shape != y.shape or y.ndim != 1 or not len(y):
-            raise EchoError(f"seconds: expected as many as {name} ({len(column)}, at least 1), got {len(y)}")
+            raise EchoError(
+                f"seconds: expected as many as {name} ({len(column)}, at least 1), got {len(y)}"
+            )
         if not np.isfinite(column).all():
-            raise EchoError(f"{name}: expected a finite number in every sample, got {column[~np.isfinite(column)][0]}")
+            raise EchoError(
+                f"{name}: expected a finite number in every sample, got {column[~np.isfinite(column)][0]}"
+            )
     if not (np.isfinite(y) & (y > 0)).all():
         raise EchoError("seconds: expected a positive number in every sample")
     return y, table
@@ -72,7 +80,11 @@ def solve(design: Floats, seconds: Floats) -> Floats:
     """
     from scipy.optimize import nnls
 
-    relative, weight, x = design / seconds[:, None], np.ones(len(seconds)), np.zeros(design.shape[1])
+    relative, weight, x = (
+        design / seconds[:, None],
+        np.ones(len(seconds)),
+        np.zeros(design.shape[1]),
+    )
     for _ in range(30):
         old, (x, _) = x, nnls(relative * weight[:, None], weight)
         error = np.abs(relative @ x - 1.0)
@@ -104,22 +116,25 @@ def curves(seconds: Floats, table: dict[str, Floats]) -> dict[str, Any]:
         seconds: float64 [n].
         table: float64 [n] each, ``rows`` and perhaps ``requests``, ``context``, ``base_rows``.
     """
-    x = table["rows"] + table.get("base_rows", 0.0)
+    x = table["num_tokens"] + table.get("num_other_tokens", 0.0)
     points, parts = knots(x), [np.ones((len(seconds), 1))]
     parts.append(ramps(x, points))
-    crowd = knots(table["requests"]) if "requests" in table else None
+    crowd = knots(table["num_reqs"]) if "num_reqs" in table else None
     if crowd is not None:
-        parts.append(ramps(table["requests"], crowd))
-    if "context" in table:
-        parts.append(table["context"][:, None])
+        parts.append(ramps(table["num_reqs"], crowd))
+    if "context_tokens" in table:
+        parts.append(table["context_tokens"][:, None])
     design = np.concatenate(parts, axis=1)
     found, least = solve(design, seconds), 1e-3 * seconds.min()
     curve = np.maximum(found[: len(points)].cumsum(), least)
-    fields: dict[str, Any] = {"rows": tuple(points.tolist()), "seconds": rounded(curve)}
+    fields: dict[str, Any] = {"num_tokens": tuple(points.tolist()), "seconds": rounded(curve)}
     if crowd is not None:
         rises = found[len(points) : len(points) + len(crowd) - 1]
-        fields |= {"requests": tuple(crowd.tolist()), "request_seconds": rounded(np.concatenate([[0.0], rises.cumsum()]))}
-    if "context" in table:
+        fields |= {
+            "num_reqs": tuple(crowd.tolist()),
+            "request_seconds": rounded(np.concatenate([[0.0], rises.cumsum()])),
+        }
+    if "context_tokens" in table:
         fields["context_token"] = float(found[-1])
     k_max, gamma = knee_intervals(x, seconds / np.maximum(design @ found, least), points, curve)
     return fields | {"k_max_interval": k_max, "gamma_interval": gamma}
@@ -134,7 +149,7 @@ def line(amount: ArrayLike, seconds: ArrayLike) -> tuple[float, float]:
     """The robust line through timings, ``seconds = fixed + each * amount``, neither of them negative.
 
     For what a :class:`CostModel` takes beside its curve: ``draft_layer, draft_row = line(*profile(draft, rows))``, and
-    ``restart, catch_up_token = line(*profile(refill, tokens))``.
+    ``restart, extend_token = line(*profile(refill, tokens))``.
 
     Args:
         amount: numbers [n], rows of a drafted layer or tokens of a refill.
@@ -154,24 +169,26 @@ def line(amount: ArrayLike, seconds: ArrayLike) -> tuple[float, float]:
     return float(fixed), float(each)
 
 
-def knee(rows: ArrayLike, seconds: ArrayLike) -> tuple[NDArray[np.int64], Floats, Floats]:
+def knee(num_tokens: ArrayLike, seconds: ArrayLike) -> tuple[NDArray[np.int64], Floats, Floats]:
     """Least squares of the law in relative error, exact: for each integer K its base and slope are a 2 x 2 system.
 
     Measured row counts are tried first, then the integers on both sides of the best.
 
     Args:
-        rows: increasing ints [n].
+        num_tokens: increasing ints [n].
         seconds: positive floats [..., n], any number of curves.
 
     Returns:
         ``k_max`` int64 [...], ``t_ar`` and ``gamma`` float64 [...]. A curve that never rises has gamma 0 and its last row count.
     """
-    x, y = np.asarray(rows, dtype=np.float64), np.asarray(seconds, dtype=np.float64)
+    x, y = np.asarray(num_tokens, dtype=np.float64), np.asarray(seconds, dtype=np.float64)
     error, *_ = _law(x, y, np.broadcast_to(x, (*y.shape[:-1], len(x))))
     place = _first(error)
     below, above = x[np.maximum(place - 1, 0)], x[np.minimum(place + 1, len(x) - 1)]
     between = np.round(below[..., None] + (above - below)[..., None] * np.linspace(0, 1, 65))
-    candidates = np.concatenate([x[place][..., None], between], axis=-1)  # the measured count first: it wins ties
+    candidates = np.concatenate(
+        [x[place][..., None], between], axis=-1
+    )  # the measured count first: it wins ties
     error, base, slope = _law(x, y, candidates)
     best = _first(error)[..., None]
     k, base, slope = (np.take_along_axis(v, best, -1)[..., 0] for v in (candidates, base, slope))
@@ -225,10 +242,15 @@ def knee_intervals(
     monotone = np.stack([isotonic_regression(row).x for row in drawn * curve])
     k, _, gamma = knee(points, monotone)
     low, high = np.percentile(k, [2.5, 97.5])
-    return (int(np.floor(low)), int(np.ceil(high))), (float(np.percentile(gamma, 2.5)), float(np.percentile(gamma, 97.5)))
+    return (int(np.floor(low)), int(np.ceil(high))), (
+        float(np.percentile(gamma, 2.5)),
+        float(np.percentile(gamma, 97.5)),
+    )
 
 
-def given_way(curve: tuple[tuple[int, ...], tuple[float, ...]], at: int, value: float, error: float) -> tuple[Any, Any]:
+def given_way(
+    curve: tuple[tuple[int, ...], tuple[float, ...]], at: int, value: float, error: float
+) -> tuple[Any, Any]:
     """A curve whose value at ``at`` moves by ``error``, at the knot near it or a new one, and that falls on neither side of it."""
     x, y = (np.asarray(part, dtype=np.float64) for part in curve)
     knot = int(np.abs(x - at).argmin())

@@ -27,41 +27,41 @@ FAR = 1 << 40
 
 @dataclass(frozen=True)
 class CostModel:
-    """Seconds of a target step, ``curve(rows) + curve(requests) + context_token * context``, and of drafting.
+    """Seconds of a target step, ``curve(num_tokens) + curve(num_reqs) + context_token * context``, and of drafting.
 
     Both curves are piecewise linear between their knots and never fall; beyond the last knot the last slope goes on, before the first
     the first value holds. Only the first curve is needed. Numbers of numpy and torch become Python's.
 
     Attributes:
-        rows: increasing ints, knots of the curve over the rows of the forward pass (roots, drafts, prefill).
+        num_tokens: increasing ints, knots of the curve over the rows of the forward pass (roots, drafts, prefill).
         seconds: non-decreasing floats, seconds of a step of that many rows, with the fewest requests and no context.
         draft_layer: seconds that one drafted layer costs the batch, whatever its rows.
-        draft_row: seconds that each row of a drafted layer adds.
+        draft_token: seconds that each row of a drafted layer adds.
         tiers: the row counts that the engine can launch (one CUDA graph each); empty: any.
-        requests: increasing ints, knots of the curve over the requests of the step; empty: their number costs nothing by itself.
+        num_reqs: increasing ints, knots of the curve over the requests of the step; empty: their number costs nothing by itself.
         request_seconds: non-decreasing floats from 0, what that many requests add.
         context_token: seconds that each token of context (of all requests together) adds.
-        catch_up_token: seconds for each token that the drafter has to read up on after a time off; None: as ``draft_row``.
+        extend_token: seconds for each token that the drafter has to read up on after a time off; None: as ``draft_token``.
         restart: seconds of waking a drafter that was put away altogether, on top of reading up.
         k_max_interval: 95% interval of the knee's rows, from :meth:`from_samples`.
         gamma_interval: 95% interval of its slope, likewise.
     """
 
-    rows: tuple[int, ...]
+    num_tokens: tuple[int, ...]
     seconds: tuple[float, ...]
     draft_layer: float = 0.0
-    draft_row: float = 0.0
+    draft_token: float = 0.0
     tiers: tuple[int, ...] = ()
-    requests: tuple[int, ...] = ()
+    num_reqs: tuple[int, ...] = ()
     request_seconds: tuple[float, ...] = ()
     context_token: float = 0.0
-    catch_up_token: float | None = None
+    extend_token: float | None = None
     restart: float = 0.0
     k_max_interval: tuple[int, int] | None = None
     gamma_interval: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
-        for name in ("rows", "tiers", "requests"):
+        for name in ("num_tokens", "tiers", "num_reqs"):
             object.__setattr__(self, name, checks.ints(name, getattr(self, name), 0))
         for name in ("seconds", "request_seconds"):
             with checks.reading(f"{name}: expected numbers"):
@@ -71,27 +71,35 @@ class CostModel:
                 with checks.reading(f"{name}: expected two numbers"):
                     low, high = (kind(end) for end in ends)
                 object.__setattr__(self, name, (low, high))
-        _check_curve("rows", self.rows, "seconds", self.seconds)
+        _check_curve("num_tokens", self.num_tokens, "seconds", self.seconds)
         if (np.asarray(self.seconds) <= 0).any():
-            raise EchoError(f"seconds: expected positive, non-decreasing numbers, got {self.seconds}")
-        if self.requests or self.request_seconds:
-            _check_curve("requests", self.requests, "request_seconds", self.request_seconds)
+            raise EchoError(
+                f"seconds: expected positive, non-decreasing numbers, got {self.seconds}"
+            )
+        if self.num_reqs or self.request_seconds:
+            _check_curve("num_reqs", self.num_reqs, "request_seconds", self.request_seconds)
             if self.request_seconds[0] != 0:
-                raise EchoError(f"request_seconds: expected 0 at the fewest requests, got {self.request_seconds[0]}")
-        for name in ("draft_layer", "draft_row", "context_token", "restart"):
+                raise EchoError(
+                    f"request_seconds: expected 0 at the fewest requests, got {self.request_seconds[0]}"
+                )
+        for name in ("draft_layer", "draft_token", "context_token", "restart"):
             checks.real_field(self, name, 0.0)
-        if self.catch_up_token is not None:
-            checks.real_field(self, "catch_up_token", 0.0)
-        if any(a >= b for a, b in zip(self.tiers, self.tiers[1:], strict=False)) or any(t < 1 for t in self.tiers):
+        if self.extend_token is not None:
+            checks.real_field(self, "extend_token", 0.0)
+        if any(a >= b for a, b in zip(self.tiers, self.tiers[1:], strict=False)) or any(
+            t < 1 for t in self.tiers
+        ):
             raise EchoError(f"tiers: expected increasing ints >= 1, got {self.tiers}")
 
     @cached_property
     def _curve(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        return _knots(self.rows, self.seconds)
+        return _knots(self.num_tokens, self.seconds)
 
     @cached_property
     def _crowd(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        return _knots(self.requests, self.request_seconds) if self.requests else _knots((1,), (0.0,))
+        return (
+            _knots(self.num_reqs, self.request_seconds) if self.num_reqs else _knots((1,), (0.0,))
+        )
 
     @cached_property
     def _ends(self) -> NDArray[np.float64]:
@@ -100,15 +108,15 @@ class CostModel:
     @classmethod
     def from_samples(
         cls,
-        rows: ArrayLike,
+        num_tokens: ArrayLike,
         seconds: ArrayLike,
         *,
-        requests: ArrayLike | None = None,
-        context: ArrayLike | None = None,
-        base_rows: ArrayLike | None = None,
+        num_reqs: ArrayLike | None = None,
+        context_tokens: ArrayLike | None = None,
+        num_other_tokens: ArrayLike | None = None,
         draft_layer: float = 0.0,
-        draft_row: float = 0.0,
-        catch_up_token: float | None = None,
+        draft_token: float = 0.0,
+        extend_token: float | None = None,
         restart: float = 0.0,
         tiers: Sequence[int] = (),
     ) -> CostModel:
@@ -117,12 +125,12 @@ class CostModel:
         What varies in no sample is not told apart from the rest: with requests proportional to rows, the split between them is arbitrary.
 
         Args:
-            rows: ints [n], at least 1, rows of each step.
+            num_tokens: ints [n], at least 1, rows of each step.
             seconds: positive floats [n].
-            requests: ints [n], requests of each step, at least 1.
-            context: numbers [n], tokens of context of all its requests together.
-            base_rows: ints [n], rows of prefill in the same forward pass, not counted in ``rows``.
-            draft_layer, draft_row, catch_up_token, restart: see the class; :func:`echo.cost.line` fits them.
+            num_reqs: ints [n], requests of each step, at least 1.
+            context_tokens: numbers [n], tokens of context of all its requests together.
+            num_other_tokens: ints [n], rows of prefill in the same forward pass, not counted in ``num_tokens``.
+            draft_layer, draft_token, extend_token, restart: see the class; :func:`echo.cost.line` fits them.
             tiers: see the class.
 
         Raises:
@@ -133,76 +141,105 @@ class CostModel:
             >>> model(24), model.knee.k_max
             (1.5, 16)
         """
-        y, table = fit.columns(seconds, rows=rows, requests=requests, context=context, base_rows=base_rows)
-        for name, least in (("rows", 1), ("requests", 1), ("context", 0), ("base_rows", 0)):
+        y, table = fit.columns(
+            seconds,
+            num_tokens=num_tokens,
+            num_reqs=num_reqs,
+            context_tokens=context_tokens,
+            num_other_tokens=num_other_tokens,
+        )
+        for name, least in (
+            ("num_tokens", 1),
+            ("num_reqs", 1),
+            ("context_tokens", 0),
+            ("num_other_tokens", 0),
+        ):
             if name in table and not (table[name] >= least).all():
-                raise EchoError(f"{name}: expected at least {least} in every sample, got {table[name].min():g}")
+                raise EchoError(
+                    f"{name}: expected at least {least} in every sample, got {table[name].min():g}"
+                )
         return cls(
             draft_layer=float(draft_layer),
-            draft_row=float(draft_row),
+            draft_token=float(draft_token),
             tiers=tuple(int(t) for t in tiers),
-            catch_up_token=catch_up_token,
+            extend_token=extend_token,
             restart=float(restart),
             **fit.curves(y, table),
         )
 
-    def __call__(self, rows: ArrayLike, *, requests: float = 1, context: float = 0.0) -> Any:
-        """Seconds of a target step of ``rows`` rows (a number or an array), rounded up to its tier, prefill's included.
+    def __call__(
+        self, num_tokens: ArrayLike, *, num_reqs: float = 1, context_tokens: float = 0.0
+    ) -> Any:
+        """Seconds of a target step of ``num_tokens`` rows (a number or an array), rounded up to its tier, prefill's included.
 
         Args:
-            rows: rows of the forward pass.
-            requests: that share it; matters where the model knows a curve over them.
-            context: their tokens of context together.
+            num_tokens: rows of the forward pass.
+            num_reqs: that share it; matters where the model knows a curve over them.
+            context_tokens: their tokens of context together.
         """
-        y = np.interp(self.tier(rows), *self._curve) + self.load(requests, context)
+        y = np.interp(self.round_up(num_tokens), *self._curve) + self.load(num_reqs, context_tokens)
         return float(y) if y.ndim == 0 else y
 
-    def load(self, requests: float = 1, context: float = 0.0) -> float:
-        """The part of a step's seconds that its rows do not change: that of ``requests`` and of ``context``, their tokens together."""
-        return float(np.interp(requests, *self._crowd)) + self.context_token * context
+    def load(self, num_reqs: float = 1, context_tokens: float = 0.0) -> float:
+        """The part of a step's seconds that its rows do not change: that of ``num_reqs`` and of ``context_tokens``, their tokens together."""
+        return float(np.interp(num_reqs, *self._crowd)) + self.context_token * context_tokens
 
-    def at(self, requests: int = 1, context: float = 0.0) -> CostModel:
-        """The model of steps of ``requests`` and that much ``context``, as a curve over rows alone, from one row a request on.
+    def at(self, num_reqs: int = 1, context_tokens: float = 0.0) -> CostModel:
+        """The model of steps of ``num_reqs`` and that much ``context_tokens``, as a curve over rows alone, from one row a request on.
 
         Its knee says what the paper's law says of a batch: the rows that cost no more than plain decoding of it does.
 
         Raises:
             EchoError: requests below 1.
         """
-        first = checks.integer("requests", requests, 1)
-        rows = [first, *(r for r in self.rows if r > first)]
-        if len(rows) == 1 < len(self.rows):
+        first = checks.integer("num_reqs", num_reqs, 1)
+        rows = [first, *(r for r in self.num_tokens if r > first)]
+        if len(rows) == 1 < len(self.num_tokens):
             rows.append(2 * first)  # the last slope goes on
-        curve = np.interp(rows, *self._curve) + self.load(requests, context)
-        none: dict[str, Any] = {"requests": (), "request_seconds": (), "context_token": 0.0, "k_max_interval": None, "gamma_interval": None}
-        return replace(self, rows=tuple(rows), seconds=fit.rounded(curve), **none)
+        curve = np.interp(rows, *self._curve) + self.load(num_reqs, context_tokens)
+        none: dict[str, Any] = {
+            "num_reqs": (),
+            "request_seconds": (),
+            "context_token": 0.0,
+            "k_max_interval": None,
+            "gamma_interval": None,
+        }
+        return replace(self, num_tokens=tuple(rows), seconds=fit.rounded(curve), **none)
 
-    def tier(self, rows: int | ArrayLike) -> Any:
-        """The smallest tier that holds ``rows``; ``rows`` itself without tiers, or beyond the last tier."""
-        if isinstance(rows, int):
-            place = bisect.bisect_left(self.tiers, rows)
-            return self.tiers[place] if place < len(self.tiers) else rows
-        x, ends = np.asarray(rows), self._ends
+    def round_up(self, num_tokens: int | ArrayLike) -> Any:
+        """The smallest tier that holds ``num_tokens``; ``num_tokens`` itself without tiers, or beyond the last tier."""
+        if isinstance(num_tokens, int):
+            place = bisect.bisect_left(self.tiers, num_tokens)
+            return self.tiers[place] if place < len(self.tiers) else num_tokens
+        x, ends = np.asarray(num_tokens), self._ends
         if self.tiers:
             x = np.maximum(x, ends[ends[:-1].searchsorted(x)])
         return int(x) if x.ndim == 0 else x
 
-    def fill(self, rows: int) -> int:
-        """The most rows that cost no more than ``rows`` do, at one of the measured counts or the end of its tier."""
-        most = bisect.bisect_right(self.seconds, self(rows))
-        return max(int(self.tier(rows)), self.rows[most - 1] if most else 0)
+    def free_tokens(self, num_tokens: int) -> int:
+        """The most rows that cost no more than ``num_tokens`` do, at one of the measured counts or the end of its tier."""
+        most = bisect.bisect_right(self.seconds, self(num_tokens))
+        return max(int(self.round_up(num_tokens)), self.num_tokens[most - 1] if most else 0)
 
-    def learn(self, rows: int, seconds: float, *, requests: float = 1, context: float = 0.0, rate: float = 0.1) -> CostModel:
-        """The model after one more measured step: the curve gives way at ``rows``, elsewhere only as far as it must not fall.
+    def update(
+        self,
+        num_tokens: int,
+        seconds: float,
+        *,
+        num_reqs: float = 1,
+        context_tokens: float = 0.0,
+        rate: float = 0.1,
+    ) -> CostModel:
+        """The model after one more measured step: the curve gives way at ``num_tokens``, elsewhere only as far as it must not fall.
 
         Called after each step, it mends a model that was measured on another machine or under another load, where the engine goes;
         a knee believed at twice its rows costs goodput up to a quarter of plain decoding without it.
 
         Args:
-            rows: of the forward pass, prefill's included.
+            num_tokens: of the forward pass, prefill's included.
             seconds: that the pass took, without the draft's.
-            requests, context: as in :meth:`__call__`.
-            rate: share of the error at ``rows`` that is mended; a step that took more than four times its seconds counts as four.
+            num_reqs, context_tokens: as in :meth:`__call__`.
+            rate: share of the error at ``num_tokens`` that is mended; a step that took more than four times its seconds counts as four.
 
         Raises:
             EchoError: an argument out of range.
@@ -211,29 +248,31 @@ class CostModel:
             >>> CostModel((1, 64), (1.0, 1.0)).learn(64, 3.0, rate=0.5).seconds
             (1.0, 2.0)
         """
-        rows = checks.integer("rows", rows, 1)
+        num_tokens = checks.integer("num_tokens", num_tokens, 1)
         seconds = checks.real("seconds", seconds, 1e-12)
         rate = checks.real("rate", rate, 0.0, 1.0)
-        at, load = int(self.tier(rows)), self.load(requests, context)
+        at, load = int(self.round_up(num_tokens)), self.load(num_reqs, context_tokens)
         value = float(np.interp(at, *self._curve))
         error = rate * (min(seconds, 4 * (value + load)) - value - load)
-        knots, curve = fit.given_way((self.rows, self.seconds), at, value, error)
-        return replace(self, rows=knots, seconds=curve)
+        knots, curve = fit.given_way((self.num_tokens, self.seconds), at, value, error)
+        return replace(self, num_tokens=knots, seconds=curve)
 
-    def draft(self, layers: ArrayLike, requests: int, width: int = 1) -> Any:
-        """Seconds of ``layers`` layers (a number or an array) of ``requests``: the first on the roots, others on ``width`` nodes each."""
-        count, row = np.asarray(layers), self.draft_row * requests
-        return (self.draft_layer + row * width) * count + row * (1 - width) * (count > 0)
+    def draft_seconds(self, layers: ArrayLike, num_reqs: int, beam: int = 1) -> Any:
+        """Seconds of ``layers`` layers (a number or an array) of ``num_reqs``: the first on the roots, others on ``beam`` nodes each."""
+        count, row = np.asarray(layers), self.draft_token * num_reqs
+        return (self.draft_layer + row * beam) * count + row * (1 - beam) * (count > 0)
 
-    def catch_up(self, tokens: float, *, cold: bool = False) -> float:
+    def extend_seconds(self, tokens: float, *, cold: bool = False) -> float:
         """Seconds that a drafter needs, once, before it can draft again: it reads ``tokens`` tokens that it has not seen.
 
         Args:
             tokens: emitted while it was off, by all requests together; with ``cold``, their whole context.
             cold: it was put away, its memory included, and is woken first.
         """
-        each = self.draft_row if self.catch_up_token is None else self.catch_up_token
-        return (self.draft_layer + each * tokens if tokens > 0 else 0.0) + (self.restart if cold else 0.0)
+        each = self.draft_token if self.extend_token is None else self.extend_token
+        return (self.draft_layer + each * tokens if tokens > 0 else 0.0) + (
+            self.restart if cold else 0.0
+        )
 
     @property
     def knee(self) -> Knee:
@@ -241,17 +280,17 @@ class CostModel:
 
         A curve that rises from its first point on has its knee there; one that never rises has gamma 0 and its last point.
         """
-        k, base, gamma = fit.knee(self.rows, self.seconds)
+        k, base, gamma = fit.knee(self.num_tokens, self.seconds)
         return Knee(int(k), float(base), float(gamma), self.k_max_interval, self.gamma_interval)
 
-    def rows_within(self, factor: float) -> int:
+    def tokens_within(self, factor: float) -> int:
         """The most rows of a step that costs at most ``factor`` times a step of one row: a budget where the curve has no flat part.
 
         Raises:
             EchoError: factor below 1.
         """
         factor = checks.real("factor", factor, 1.0)
-        rows = np.arange(1, self.rows[-1] + 1)
+        rows = np.arange(1, self.num_tokens[-1] + 1)
         return int(rows[self(rows) <= factor * self(1) * (1 + 1e-9)][-1])
 
     def to_json(self) -> str:
@@ -269,7 +308,10 @@ class CostModel:
             data = json.loads(text)
             if data.pop("format") != "echo-cost" or data.pop("version") != VERSION:
                 raise ValueError("another format or version")
-            fields: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in data.items()}
+            fields: dict[str, Any] = {
+                name: tuple(value) if isinstance(value, list) else value
+                for name, value in data.items()
+            }
             return cls(**fields)
 
     def to_sglang(self) -> str:
@@ -310,7 +352,9 @@ class CostModel:
         return picture.plot(self)
 
 
-def _knots(points: tuple[int, ...], values: tuple[float, ...]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def _knots(
+    points: tuple[int, ...], values: tuple[float, ...]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """The curve as ``np.interp`` takes it: one far knot more, so that its last slope goes on."""
     slope = (values[-1] - values[-2]) / (points[-1] - points[-2]) if len(points) > 1 else 0.0
     return np.array([*points, points[-1] + FAR]), np.array([*values, values[-1] + slope * FAR])
@@ -318,7 +362,17 @@ def _knots(points: tuple[int, ...], values: tuple[float, ...]) -> tuple[NDArray[
 
 def _check_curve(x_name: str, x: tuple[int, ...], y_name: str, y: tuple[float, ...]) -> None:
     points, values = np.asarray(x), np.asarray(y, dtype=np.float64)
-    if points.ndim != 1 or not len(points) or len(points) != len(values) or (np.diff(points) <= 0).any() or points[0] < 1:
-        raise EchoError(f"{x_name}: expected increasing ints >= 1, as many as {y_name} ({len(values)}), got {x}")
+    if (
+        points.ndim != 1
+        or not len(points)
+        or len(points) != len(values)
+        or (np.diff(points) <= 0).any()
+        or points[0] < 1
+    ):
+        raise EchoError(
+            f"{x_name}: expected increasing ints >= 1, as many as {y_name} ({len(values)}), got {x}"
+        )
     if not np.isfinite(values).all() or (values < 0).any() or (np.diff(values) < 0).any():
-        raise EchoError(f"{y_name}: expected {'positive, ' if y_name == 'seconds' else ''}non-decreasing numbers, got {y}")
+        raise EchoError(
+            f"{y_name}: expected {'positive, ' if y_name == 'seconds' else ''}non-decreasing numbers, got {y}"
+        )

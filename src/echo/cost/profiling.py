@@ -15,20 +15,20 @@ from echo.errors import EchoError
 
 def profile(
     step: Callable[[int], object],
-    rows: Iterable[int],
+    num_tokens: Iterable[int],
     *,
     repeats: int = 5,
     warmup: int = 1,
     device: torch.device | str = "cpu",
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Times ``step(rows)`` for each row count: ``warmup`` untimed rounds over all counts, then ``repeats`` timed ones.
+    """Times ``step(num_tokens)`` for each row count: ``warmup`` untimed rounds over all counts, then ``repeats`` timed ones.
 
     Rounds are interleaved so that a slow moment of the machine does not fall on one row count alone; the fits that take the samples
     are robust, as a median is. On CUDA the device's own events are the clock.
 
     Args:
         step: runs one step of that many rows; on CUDA it need not wait for the device, but must use the current stream.
-        rows: row counts, at least 1.
+        num_tokens: row counts, at least 1.
         repeats: timed calls of each.
         warmup: untimed calls of each: compilation, graph capture, clocks.
         device: where the step runs.
@@ -39,7 +39,7 @@ def profile(
     Raises:
         EchoError: no row counts, or an argument out of range.
     """
-    counts = [checks.integer("rows", r, 1) for r in rows]
+    counts = [checks.integer("rows", r, 1) for r in num_tokens]
     repeats = checks.integer("repeats", repeats, 1)
     warmup = checks.integer("warmup", warmup, 0)
     if not counts:
@@ -47,7 +47,9 @@ def profile(
     for count in counts * warmup:
         step(count)
     clock = _device_clock if torch.device(device).type == "cuda" else _host_clock
-    return np.array(counts * repeats, dtype=np.int64), np.array([clock(step, count) for count in counts * repeats])
+    return np.array(counts * repeats, dtype=np.int64), np.array(
+        [clock(step, count) for count in counts * repeats]
+    )
 
 
 def _host_clock(step: Callable[[int], object], count: int) -> float:

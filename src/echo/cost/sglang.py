@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 
 def write(model: CostModel) -> str:
     """The additive table. A tier is two probes, its first and its last row; a single probe is written twice, as its reader needs."""
-    inside = [t for t in model.tiers if t <= model.rows[-1]]
-    edges = {t + 1 for t in inside} | set(inside) | {1, *model.rows}
+    inside = [t for t in model.tiers if t <= model.num_tokens[-1]]
+    edges = {t + 1 for t in inside} | set(inside) | {1, *model.num_tokens}
     probes = sorted(edges) if len(edges) > 1 else [1, 2]
     curve = np.asarray(model(np.array(probes)))
     return json.dumps(
         {
             "bias_seconds": float(curve[0]),
-            "bs_probes": list(model.requests) or [1],
+            "bs_probes": list(model.num_reqs) or [1],
             "alpha_seconds": list(model.request_seconds) or [0.0],
             "m_probes": probes,
             "theta_seconds": [float(s) for s in curve - curve[0]],
@@ -39,13 +39,23 @@ def read(text: str) -> CostModel:
         if "bias_seconds" in data:
             alpha, theta = (_rising(data[name]) for name in ("alpha_seconds", "theta_seconds"))
             rows, seconds = data["m_probes"], float(data["bias_seconds"]) + alpha[0] + theta
-            extra: dict[str, Any] = {"requests": tuple(data["bs_probes"]), "request_seconds": tuple((alpha - alpha[0]).tolist())}
-            return CostModel(tuple(rows), tuple(seconds.tolist()), **(extra if len(alpha) > 1 else {}))
-        probes, rate = data["sample_batch_tokens"], np.asarray(data["sample_steps_per_sec"], dtype=np.float64)
+            extra: dict[str, Any] = {
+                "num_reqs": tuple(data["bs_probes"]),
+                "request_seconds": tuple((alpha - alpha[0]).tolist()),
+            }
+            return CostModel(
+                tuple(rows), tuple(seconds.tolist()), **(extra if len(alpha) > 1 else {})
+            )
+        probes, rate = (
+            data["sample_batch_tokens"],
+            np.asarray(data["sample_steps_per_sec"], dtype=np.float64),
+        )
         seconds = _rising(1.0 / rate)
         starts = {int(p): float(s) for p, s in zip(probes, seconds, strict=True)}
         ends = {int(p) - 1: float(s) for p, s in zip(probes[1:], seconds, strict=False)}
-        ends |= {int(probes[-1]) + 1: float(seconds[-1])}  # held beyond the last probe, as its reader does
+        ends |= {
+            int(probes[-1]) + 1: float(seconds[-1])
+        }  # held beyond the last probe, as its reader does
         steps = dict(sorted((ends | starts).items()))
         return CostModel(tuple(steps), tuple(steps.values()))
 

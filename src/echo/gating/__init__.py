@@ -6,7 +6,7 @@ from echo.gating.gates import BeamMassGate, ExploringGate, Gate, LayerStatistics
 from echo.gating.histograms import ConfidenceHistograms, LiveHistograms
 from echo.gating.reliability import CalibrationError, calibration_error, look_up
 from echo.gating.separability import Separability, separability
-from echo.gating.thresholds import GateReport, Objective, goodput, report
+from echo.gating.thresholds import GateReport, Objective, report, throughput_optimal
 
 __all__ = [
     "BeamMassGate",
@@ -27,8 +27,8 @@ __all__ = [
     "SparseGate",
     "calibrate",
     "calibration_error",
-    "goodput",
     "look_up",
     "report",
     "separability",
+    "throughput_optimal",
 ]

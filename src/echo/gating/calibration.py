@@ -17,7 +17,14 @@ from echo.gating import files, reliability
 from echo.gating.histograms import ROWS, SQUARE, UNIT, WEIGHT, ConfidenceHistograms, upper_ends
 from echo.gating.reliability import CalibrationError, Knots
 from echo.gating.separability import from_histogram
-from echo.gating.thresholds import GateReport, Objective, goodput, refuse_gated, report, warn_of_missing
+from echo.gating.thresholds import (
+    GateReport,
+    Objective,
+    refuse_gated,
+    report,
+    throughput_optimal,
+    warn_of_missing,
+)
 from echo.logs import WarmupLog, write_atomically
 
 if TYPE_CHECKING:
@@ -74,7 +81,7 @@ class Calibration:
     Attributes:
         depths: one entry for each depth 1..max_depth.
         min_auc, min_rows, max_gates, rule: the rules it was made with.
-        goodput: with the goodput rule, its tokens per second on the log, else None.
+        throughput: with the throughput rule, its tokens per second on the log, else None.
     """
 
     depths: tuple[DepthCalibration, ...]
@@ -82,7 +89,7 @@ class Calibration:
     min_rows: int
     max_gates: int
     rule: str = "youden"
-    goodput: float | None = None
+    throughput: float | None = None
 
     @property
     def max_depth(self) -> int:
@@ -107,9 +114,13 @@ class Calibration:
         """
         return reliability.table([d.reliability for d in self.depths])
 
-    def error(self, log: WarmupLog, *, bins: int = 20, resamples: int = 200, seed: int = 0) -> CalibrationError:
+    def error(
+        self, log: WarmupLog, *, bins: int = 20, resamples: int = 200, seed: int = 0
+    ) -> CalibrationError:
         """Calibration error before and after, on held-out rows; see :func:`echo.gating.calibration_error` for all arguments."""
-        return reliability.calibration_error(self.reliability_table(), log, bins=bins, resamples=resamples, seed=seed)
+        return reliability.calibration_error(
+            self.reliability_table(), log, bins=bins, resamples=resamples, seed=seed
+        )
 
     def report(self, log: WarmupLog) -> tuple[GateReport, ...]:
         """What each gate does to the requests of a ``log``, behind the gates above it: asked, stopped, and wrongly stopped.
@@ -123,7 +134,7 @@ class Calibration:
         """Calibrates again with the same settings, from ``histograms`` that went on counting (a lagged copy of the live ones).
 
         Raises:
-            EchoError: the goodput rule, which needs rows joined by step; and as :func:`calibrate`.
+            EchoError: the throughput rule, which needs rows joined by step; and as :func:`calibrate`.
         """
         return calibrate(
             histograms,
@@ -183,10 +194,10 @@ def calibrate(
     min_auc: float = 0.70,
     min_rows: int = 50,
     max_gates: int = 4,
-    thresholds: Literal["youden", "goodput"] = "youden",
+    thresholds: Literal["youden", "throughput"] = "youden",
     cost: CostModel | None = None,
     batch: int = 64,
-    layer_width: int = 1,
+    beam: int = 1,
 ) -> Calibration:
     """Finds the sweet spots of a warm-up log: the depths where confidence separates accepted from rejected tokens.
 
@@ -209,15 +220,15 @@ def calibrate(
         min_rows: accepted and rejected rows of the maximum path that a gate needs, each. 50 rows hold the 95% interval of
             an AUC of 0.8 within about 0.09.
         max_gates: gates at most, the root gate and the target depth included; at least 2.
-        thresholds: "youden": each depth's Youden point. "goodput": those of the gate depths maximise tokens per second of
-            verification over whole steps (:func:`echo.gating.goodput`); it needs a log with step ids, and ``cost``.
-        cost: for "goodput": seconds by rows.
-        batch: for "goodput": requests decoded together.
-        layer_width: for "goodput": rows that the rule buys of a layer.
+        thresholds: "youden": each depth's Youden point. "throughput": those of the gate depths maximise tokens per second of
+            verification over whole steps (:func:`echo.gating.throughput_optimal`); it needs a log with step ids, and ``cost``.
+        cost: for "throughput": seconds by rows.
+        batch: for "throughput": requests decoded together.
+        beam: for "throughput": rows that the rule buys of a layer.
 
     Raises:
         EchoError: an empty log, a log with accepted or rejected rows only, an argument out of range, a log without weights that
-            bears the mark of a gate, or the goodput rule from histograms, without a cost, or on steps that lack rows.
+            bears the mark of a gate, or the throughput rule from histograms, without a cost, or on steps that lack rows.
 
     Example:
         >>> log = WarmupLog.from_arrays([1] * 200, [0.9] * 80 + [0.2] * 100 + [0.9] * 20, [1] * 80 + [0] * 120)
@@ -230,33 +241,42 @@ def calibrate(
     min_auc = checks.real("min_auc", min_auc, 0.5, 1.0)
     min_rows = checks.integer("min_rows", min_rows, 1)
     max_gates = checks.integer("max_gates", max_gates, 2)
-    if thresholds not in ("youden", "goodput"):
-        raise EchoError(f"thresholds: expected 'youden' or 'goodput', got {thresholds!r}")
-    if thresholds == "goodput":
+    if thresholds not in ("youden", "throughput"):
+        raise EchoError(f"thresholds: expected 'youden' or 'throughput', got {thresholds!r}")
+    if thresholds == "throughput":
         if not isinstance(log, WarmupLog):
             raise EchoError(
-                "thresholds: expected 'youden' for histograms, got 'goodput': what a threshold is worth depends on which rows belong to "
+                "thresholds: expected 'youden' for histograms, got 'throughput': what a threshold is worth depends on which rows belong to "
                 "one step, and histograms do not keep steps together; calibrate from a WarmupLog"
             )
         if cost is None:
-            raise EchoError("cost: expected a CostModel for thresholds='goodput', got None")
+            raise EchoError("cost: expected a CostModel for thresholds='throughput', got None")
     batch = checks.integer("batch", batch, 1)
-    layer_width = checks.integer("layer_width", layer_width, 1)
+    beam = checks.integer("beam", beam, 1)
     shown = isinstance(log, WarmupLog) and refuse_gated(log)
-    histograms = ConfidenceHistograms.of(log) if isinstance(log, WarmupLog) else checks.instance("log", log, ConfidenceHistograms)
+    histograms = (
+        ConfidenceHistograms.of(log)
+        if isinstance(log, WarmupLog)
+        else checks.instance("log", log, ConfidenceHistograms)
+    )
     kinds = histograms.mass[ROWS].sum(axis=(0, 1, 3))
     if not kinds.any():
         raise EchoError("log: expected rows, got an empty log")
     if not kinds.all():
-        raise EchoError(f"log: expected accepted and rejected rows, got {kinds.sum()} {'accepted' if kinds[1] else 'rejected'} rows only")
+        raise EchoError(
+            f"log: expected accepted and rejected rows, got {kinds.sum()} {'accepted' if kinds[1] else 'rejected'} rows only"
+        )
     if not shown:
         warn_of_missing(histograms)
     deepest = _counted(histograms)
     last = deepest if max_depth is None else checks.integer("max_depth", max_depth, 1, deepest)
-    found = [_measure(histograms.mass[:, depth - 1], depth, min_auc, min_rows) for depth in range(1, last + 1)]
+    found = [
+        _measure(histograms.mass[:, depth - 1], depth, min_auc, min_rows)
+        for depth in range(1, last + 1)
+    ]
     result = Calibration(tuple(_choose(found, max_gates)), float(min_auc), min_rows, max_gates)
-    if thresholds == "goodput" and cost is not None and isinstance(log, WarmupLog):
-        return _goodput(result, log, Objective(cost, batch, layer_width))
+    if thresholds == "throughput" and cost is not None and isinstance(log, WarmupLog):
+        return _throughput_optimal(result, log, Objective(cost, batch, beam))
     return result
 
 
@@ -265,7 +285,9 @@ def _counted(histograms: ConfidenceHistograms) -> int:
     return int(filled[-1]) + 1 if len(filled) else 1
 
 
-def _measure(mass: NDArray[np.int64], depth: int, min_auc: float, min_rows: int) -> DepthCalibration:
+def _measure(
+    mass: NDArray[np.int64], depth: int, min_auc: float, min_rows: int
+) -> DepthCalibration:
     """``mass`` int64 [3, 2, 2, bins] of one depth."""
     path = mass[:, 0]
     rejected, accepted = (int(n) for n in path[ROWS].sum(axis=1))
@@ -303,11 +325,16 @@ def _profile(weight: NDArray[np.int64]) -> tuple[tuple[float, float, float], ...
     if not total.any():
         return ()
     sums = np.cumsum(total)
-    last = np.unique(np.searchsorted(sums, sums[-1] * np.arange(1, PROFILE_BINS + 1) / PROFILE_BINS))
+    last = np.unique(
+        np.searchsorted(sums, sums[-1] * np.arange(1, PROFILE_BINS + 1) / PROFILE_BINS)
+    )
     last[-1] = len(total) - 1
     first = np.concatenate([[0], last[:-1] + 1])
     rejected, accepted = np.add.reduceat(weight, first, axis=1) / UNIT
-    return tuple((float(c), float(a), float(r)) for c, a, r in zip(upper_ends()[last], accepted, rejected, strict=True))
+    return tuple(
+        (float(c), float(a), float(r))
+        for c, a, r in zip(upper_ends()[last], accepted, rejected, strict=True)
+    )
 
 
 def _choose(found: list[DepthCalibration], max_gates: int) -> list[DepthCalibration]:
@@ -316,7 +343,9 @@ def _choose(found: list[DepthCalibration], max_gates: int) -> list[DepthCalibrat
     def benefit(d: DepthCalibration) -> float:
         return d.youden * sum(rejected for _, _, rejected in d.profile) * (len(found) - d.depth + 1)
 
-    inner = sorted((d for d in found if d.gate and d.depth not in ends), key=lambda d: (-benefit(d), d.depth))
+    inner = sorted(
+        (d for d in found if d.gate and d.depth not in ends), key=lambda d: (-benefit(d), d.depth)
+    )
     chosen = ends | {d.depth for d in inner[: max(0, max_gates - len(ends))]}
     result = []
     for d in found:
@@ -324,20 +353,30 @@ def _choose(found: list[DepthCalibration], max_gates: int) -> list[DepthCalibrat
             name = "root gate" if d.depth == 1 else "target depth"
             result.append(replace(d, gate=True, reason=f"{name}; {d.reason}"))
         elif d.gate and d.depth not in chosen:
-            result.append(replace(d, gate=False, reason=f"{d.reason}, but {max_gates} gates at most"))
+            result.append(
+                replace(d, gate=False, reason=f"{d.reason}, but {max_gates} gates at most")
+            )
         else:
             result.append(d)
     return result
 
 
-def _goodput(calibration: Calibration, log: WarmupLog, objective: Objective) -> Calibration:
-    taus, value = goodput(log, calibration.gate_depths, calibration.max_depth, objective, calibration.thresholds)
+def _throughput_optimal(
+    calibration: Calibration, log: WarmupLog, objective: Objective
+) -> Calibration:
+    taus, value = throughput_optimal(
+        log, calibration.gate_depths, calibration.max_depth, objective, calibration.thresholds
+    )
     depths = []
     for d in calibration.depths:
         if not d.gate:
             depths.append(d)
             continue
         below = (log.depth == d.depth) & (log.rank == 0) & (log.confidence <= taus[d.depth])
-        stopped, accepted = (float(log.weight[rows].sum(dtype=np.float64)) for rows in (below, below & log.accepted))
-        depths.append(replace(d, threshold=taus[d.depth], stopped=stopped, stopped_accepted=accepted))
-    return replace(calibration, depths=tuple(depths), rule="goodput", goodput=value)
+        stopped, accepted = (
+            float(log.weight[rows].sum(dtype=np.float64)) for rows in (below, below & log.accepted)
+        )
+        depths.append(
+            replace(d, threshold=taus[d.depth], stopped=stopped, stopped_accepted=accepted)
+        )
+    return replace(calibration, depths=tuple(depths), rule="throughput", throughput=value)

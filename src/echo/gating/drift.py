@@ -107,7 +107,9 @@ class DriftMonitor:
         for name in ("min_psi", "min_ks", "min_gap"):
             checks.real_field(self, name, 0.0)
         if not any(d.profile for d in self.calibration.depths):
-            raise EchoError("calibration: expected one with confidence profiles, got one without: calibrate again")
+            raise EchoError(
+                "calibration: expected one with confidence profiles, got one without: calibrate again"
+            )
 
     def check(self, live: ConfidenceHistograms) -> DriftReport:
         """Judges the rows counted in ``live``, for example ``now.since(earlier)``: a window of traffic; anything else is an EchoError."""
@@ -115,26 +117,43 @@ class DriftMonitor:
         return DriftReport(tuple(self._check(d, live) for d in self.calibration.depths))
 
     def _check(self, d: DepthCalibration, live: ConfidenceHistograms) -> DepthDrift:
-        mass = live.mass[:, d.depth - 1, 0] if d.depth <= live.max_depth else np.zeros_like(live.mass[:, 0, 0])
+        mass = (
+            live.mass[:, d.depth - 1, 0]
+            if d.depth <= live.max_depth
+            else np.zeros_like(live.mass[:, 0, 0])
+        )
         square = float(mass[SQUARE].sum()) / UNIT
         now = _by_bin(mass[WEIGHT], d)
         n, m = now.sum() ** 2 / square if square else 0.0, d.effective
         if min(n, m) < ENOUGH or len(d.profile) < 2:
             reason = f"not judged: {n:.0f} live rows, {m:.0f} of the calibration, {ENOUGH:.0f} of each needed"
-            return DepthDrift(d.depth, n, 0.0, math.inf, 0.0, math.inf, 0.0, math.inf, False, reason)
+            return DepthDrift(
+                d.depth, n, 0.0, math.inf, 0.0, math.inf, 0.0, math.inf, False, reason
+            )
         then = np.array([entry[1:] for entry in d.profile]).T
         now, then = now * (n / now.sum()), then * (m / then.sum())  # in effective rows
         level = self.alpha / (TESTS * len(self.calibration.depths))
-        found = {"psi": self._psi(now, then, level), "ks": self._ks(now, then, level), "gap": self._gap(now, then, level)}
+        found = {
+            "psi": self._psi(now, then, level),
+            "ks": self._ks(now, then, level),
+            "gap": self._gap(now, then, level),
+        }
         above = [name for name, (value, limit) in found.items() if abs(value) > limit]
-        words = ", ".join(f"{name} {value:.3f} (limit {limit:.3f})" for name, (value, limit) in found.items())
+        words = ", ".join(
+            f"{name} {value:.3f} (limit {limit:.3f})" for name, (value, limit) in found.items()
+        )
         reason = f"{'drift in ' + ' and '.join(above) if above else 'no drift'}: {words}, {n:.0f} live rows"
-        return DepthDrift(d.depth, n, *found["psi"], *found["ks"], *found["gap"], bool(above), reason)
+        return DepthDrift(
+            d.depth, n, *found["psi"], *found["ks"], *found["gap"], bool(above), reason
+        )
 
     def _psi(self, now: NDArray[Any], then: NDArray[Any], level: float) -> tuple[float, float]:
         from scipy.special import chdtri
 
-        a, b = now.sum(axis=0) + 0.5, then.sum(axis=0) + 0.5  # half a row each, so that an empty bin has a logarithm
+        a, b = (
+            now.sum(axis=0) + 0.5,
+            then.sum(axis=0) + 0.5,
+        )  # half a row each, so that an empty bin has a logarithm
         p, q = a / a.sum(), b / b.sum()
         noise, degrees = 1.0 / now.sum() + 1.0 / then.sum(), len(p) - 1
         psi = float(((p - q) * np.log(p / q)).sum())
@@ -155,7 +174,9 @@ class DriftMonitor:
         now, then, rows, before = now[:, both], then[:, both], rows[both], before[both]
         share = rows / rows.sum()
         pooled = (now[0] + then[0] + 0.5) / (rows + before + 1.0)
-        spread = math.sqrt(float((share**2 * pooled * (1.0 - pooled) * (1.0 / rows + 1.0 / before)).sum()))
+        spread = math.sqrt(
+            float((share**2 * pooled * (1.0 - pooled) * (1.0 / rows + 1.0 / before)).sum())
+        )
         gap = float((share * (now[0] / rows - then[0] / before)).sum())
         return gap, max(-float(ndtri(level / 2.0)) * spread, self.min_gap)
 
@@ -166,5 +187,7 @@ def _by_bin(weight: NDArray[np.int64], d: DepthCalibration) -> NDArray[np.float6
         return np.zeros((2, 1))
     ends = np.array([entry[0] for entry in d.profile], dtype=np.float32)
     place = np.searchsorted(ends, upper_ends())
-    rejected, accepted = (np.bincount(place, weights=row, minlength=len(ends)) / UNIT for row in weight)
+    rejected, accepted = (
+        np.bincount(place, weights=row, minlength=len(ends)) / UNIT for row in weight
+    )
     return np.stack([accepted, rejected])

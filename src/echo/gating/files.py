@@ -19,10 +19,18 @@ FORMAT, VERSION = "echo-calibration", 1
 
 def write(calibration: Calibration) -> str:
     """JSON, one value or map a line; NaN as null, floats with as many digits as it takes to read them back exactly."""
-    head = {"format": FORMAT, "version": VERSION} | {f.name: getattr(calibration, f.name) for f in fields(calibration)}
-    entries = [",\n".join(f"   {_pair(f.name, getattr(d, f.name))}" for f in fields(d)) for d in calibration.depths]
+    head = {"format": FORMAT, "version": VERSION} | {
+        f.name: getattr(calibration, f.name) for f in fields(calibration)
+    }
+    entries = [
+        ",\n".join(f"   {_pair(f.name, getattr(d, f.name))}" for f in fields(d))
+        for d in calibration.depths
+    ]
     depths = ",\n".join(f"  {{\n{entry}\n  }}" for entry in entries)
-    lines = [f' "depths": [\n{depths}\n ]' if name == "depths" else f" {_pair(name, value)}" for name, value in head.items()]
+    lines = [
+        f' "depths": [\n{depths}\n ]' if name == "depths" else f" {_pair(name, value)}"
+        for name, value in head.items()
+    ]
     return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
@@ -31,20 +39,31 @@ def read(text: str, kind: type[Calibration], entry: type[DepthCalibration]) -> C
     with checks.reading("calibration: expected JSON text"):
         data = json.loads(text)
     if not isinstance(data, dict) or data.get("format") != FORMAT or data.get("version") != VERSION:
-        found = (data.get("format"), data.get("version")) if isinstance(data, dict) else type(data).__name__
-        newer = isinstance(found, tuple) and found[0] == FORMAT and isinstance(found[1], int) and found[1] > VERSION
+        found = (
+            (data.get("format"), data.get("version"))
+            if isinstance(data, dict)
+            else type(data).__name__
+        )
+        newer = (
+            isinstance(found, tuple)
+            and found[0] == FORMAT
+            and isinstance(found[1], int)
+            and found[1] > VERSION
+        )
         hint = ": a newer ECHO wrote it, update this one" if newer else ""
-        raise EchoError(f"calibration: expected format '{FORMAT}' version {VERSION}, got {found}{hint}")
+        raise EchoError(
+            f"calibration: expected format '{FORMAT}' version {VERSION}, got {found}{hint}"
+        )
     with checks.reading(f"calibration: expected the fields of version {VERSION}"):
         depths = tuple(_depth(d, entry) for d in data["depths"])
-        goodput = data["goodput"]
+        throughput = data["throughput"]
         result = kind(
             depths,
             float(data["min_auc"]),
             int(data["min_rows"]),
             int(data["max_gates"]),
             str(data["rule"]),
-            None if goodput is None else float(goodput),
+            None if throughput is None else float(throughput),
         )
     if [d.depth for d in depths] != list(range(1, len(depths) + 1)) or not depths:
         raise EchoError(f"calibration: expected depths 1, 2, ..., got {[d.depth for d in depths]}")
@@ -55,7 +74,11 @@ def describe(calibration: Calibration) -> str:
     """A table in plain text, one line for each depth. "stops" is what the gate alone stops, "wrongly" the accepted part of that."""
     lines = [
         f"{calibration.max_depth} depths, gates at {', '.join(map(str, calibration.gate_depths))}; thresholds by {calibration.rule}"
-        + (f" ({calibration.goodput:.4g} tokens/s)" if calibration.goodput is not None else ""),
+        + (
+            f" ({calibration.throughput:.4g} tokens/s)"
+            if calibration.throughput is not None
+            else ""
+        ),
         "depth  gate  accepted  rejected  AUC   95%           threshold   stops  wrongly  reason",
     ]
     for d in calibration.depths:
@@ -94,9 +117,15 @@ def _depth(data: Mapping[str, Any], kind: type[DepthCalibration]) -> DepthCalibr
         checks.real("calibration.profile", number, 0.0)
     knots = read.reliability
     scores, chances = [s for s, _ in knots], [p for _, p in knots]
-    rising = scores == sorted(scores) and chances == sorted(chances) and all(map(math.isfinite, scores + chances))
+    rising = (
+        scores == sorted(scores)
+        and chances == sorted(chances)
+        and all(map(math.isfinite, scores + chances))
+    )
     if not knots or not rising or not 0 <= chances[0] <= chances[-1] <= 1:
-        raise EchoError(f"calibration.reliability: expected rising knots within [0, 1] at depth {read.depth}, got {knots}")
+        raise EchoError(
+            f"calibration.reliability: expected rising knots within [0, 1] at depth {read.depth}, got {knots}"
+        )
     return read
 
 

@@ -67,11 +67,21 @@ class SparseGate:
     """log tau by gate depth, rounded to float32."""
 
     def __post_init__(self) -> None:
-        taus = self.thresholds.thresholds if isinstance(self.thresholds, Calibration) else self.thresholds
+        taus = (
+            self.thresholds.thresholds
+            if isinstance(self.thresholds, Calibration)
+            else self.thresholds
+        )
         checks.instance("thresholds", taus, Mapping)  # type: ignore[type-abstract]
-        taus = {checks.integer("thresholds.depth", d, 1): checks.real(f"thresholds[{d}]", tau, 0.0, 1.0) for d, tau in taus.items()}
+        taus = {
+            checks.integer("thresholds.depth", d, 1): checks.real(f"thresholds[{d}]", tau, 0.0, 1.0)
+            for d, tau in taus.items()
+        }
         # Thresholds are compared as float32 logarithms, computed once here: no device takes a logarithm.
-        logs = {d: float(np.float32(math.log(t))) if t > 0 else -math.inf for d, t in sorted(taus.items())}
+        logs = {
+            d: float(np.float32(math.log(t))) if t > 0 else -math.inf
+            for d, t in sorted(taus.items())
+        }
         object.__setattr__(self, "log_tau", logs)
 
     @classmethod
@@ -113,7 +123,9 @@ class BeamMassGate:
     beam: int
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "depths", tuple(checks.integer("depths", depth, 1) for depth in self.depths))
+        object.__setattr__(
+            self, "depths", tuple(checks.integer("depths", depth, 1) for depth in self.depths)
+        )
         if not self.depths:
             raise EchoError("depths: expected at least one depth, got none")
         checks.real_field(self, "log_tau", -1e9, math.log(1e6))
@@ -179,7 +191,9 @@ class ExploringGate:
             layers: the step's layers, ``tree.layers``; roots may be among them.
         """
         passed = torch.ones_like(self.explores)
-        otherwise = torch.zeros_like(self.explores, dtype=torch.float32).masked_fill_(self.explores, 1.0 / self.epsilon)
+        otherwise = torch.zeros_like(self.explores, dtype=torch.float32).masked_fill_(
+            self.explores, 1.0 / self.epsilon
+        )
         columns = [torch.ones_like(otherwise)]
         for layer in layers:
             if layer.depth < 1:

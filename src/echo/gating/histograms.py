@@ -60,9 +60,15 @@ class ConfidenceHistograms:
 
     def __post_init__(self) -> None:
         shape = self.mass.shape
-        fits = len(shape) == 5 and (shape[0], *shape[2:]) == (3, RANKS, 2, BINS) and 1 <= shape[1] <= MAX_DEPTH
+        fits = (
+            len(shape) == 5
+            and (shape[0], *shape[2:]) == (3, RANKS, 2, BINS)
+            and 1 <= shape[1] <= MAX_DEPTH
+        )
         if self.mass.dtype != np.int64 or not fits:
-            raise EchoError(f"mass: expected int64 [3, 1..{MAX_DEPTH}, {RANKS}, 2, {BINS}], got {self.mass.dtype} {list(shape)}")
+            raise EchoError(
+                f"mass: expected int64 [3, 1..{MAX_DEPTH}, {RANKS}, 2, {BINS}], got {self.mass.dtype} {list(shape)}"
+            )
         if self.mass.size and int(self.mass.min()) < 0:
             raise EchoError(f"mass: expected entries >= 0, got {int(self.mass.min())}")
 
@@ -128,7 +134,9 @@ class ConfidenceHistograms:
         """
         one, two = self._aligned("earlier", earlier)
         if (one < two).any():
-            raise EchoError(f"earlier: expected an earlier state of these histograms ({self.rows} rows), got one with rows they lack")
+            raise EchoError(
+                f"earlier: expected an earlier state of these histograms ({self.rows} rows), got one with rows they lack"
+            )
         return ConfidenceHistograms(one - two)
 
     def live(self, device: torch.device | str = "cpu") -> LiveHistograms:
@@ -148,13 +156,21 @@ class ConfidenceHistograms:
             EchoError: no whole histogram file, or one of another version.
             FileNotFoundError: no such file.
         """
-        with checks.reading(f"path: expected histograms in {path}"), open(path, "rb") as handle, np.load(handle) as file:
+        with (
+            checks.reading(f"path: expected histograms in {path}"),
+            open(path, "rb") as handle,
+            np.load(handle) as file,
+        ):
             version, mass = int(file["version"]), file["mass"]
         if version != VERSION:
-            raise EchoError(f"path: expected histograms of version {VERSION} in {path}, got version {version}")
+            raise EchoError(
+                f"path: expected histograms of version {VERSION} in {path}, got version {version}"
+            )
         return cls(mass)
 
-    def _aligned(self, name: str, other: ConfidenceHistograms) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    def _aligned(
+        self, name: str, other: ConfidenceHistograms
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         deepest = max(self.max_depth, checks.instance(name, other, ConfidenceHistograms).max_depth)
         return _deepen(self.mass, deepest), _deepen(other.mass, deepest)
 
@@ -207,14 +223,27 @@ class LiveHistograms:
         checks.tensor("rank", rank, [count], checks.INTEGERS, device)
         depths = self.mass.shape[1]
         score = log_prob.detach().float()
-        w = torch.ones_like(score) if weight is None else checks.tensor("weight", weight, [count], checks.FLOATS, device).float()
-        counts = (depth >= 1) & (depth <= depths) & (rank >= 0) & (score <= 0) & (w >= MIN_WEIGHT) & (w <= MAX_WEIGHT)
+        w = (
+            torch.ones_like(score)
+            if weight is None
+            else checks.tensor("weight", weight, [count], checks.FLOATS, device).float()
+        )
+        counts = (
+            (depth >= 1)
+            & (depth <= depths)
+            & (rank >= 0)
+            & (score <= 0)
+            & (w >= MIN_WEIGHT)
+            & (w <= MAX_WEIGHT)
+        )
         confidence = torch.where(counts, score, 0.0).exp()
         column = ((confidence.view(torch.int32) >> 16) - _FIRST).clamp(0, BINS - 1).long()
         row = (depth.long().clamp(1, depths) - 1) * RANKS + rank.long().clamp(0, RANKS - 1)
         place = (row * 2 + accepted) * BINS + column
         w = torch.where(counts, w, 0.0)
-        planes = torch.stack([counts.long(), (w * UNIT).round().long(), (w.double() ** 2 * UNIT).round().long()])
+        planes = torch.stack(
+            [counts.long(), (w * UNIT).round().long(), (w.double() ** 2 * UNIT).round().long()]
+        )
         flat = self.mass.view(3, -1)
         index = place.expand(3, -1)
         if in_place:
@@ -263,14 +292,27 @@ def _counted(mass: NDArray[np.int64], log: WarmupLog) -> NDArray[np.int64]:
     """``mass`` with the log's rows added in place, block by block; a deeper copy of it where it has no room for them."""
     deepest = int(log.depth.max(initial=1))
     if deepest > MAX_DEPTH:
-        raise EchoError(f"log.depth: expected at most {MAX_DEPTH}, got {deepest} in row {int(log.depth.argmax())}")
+        raise EchoError(
+            f"log.depth: expected at most {MAX_DEPTH}, got {deepest} in row {int(log.depth.argmax())}"
+        )
     mass = _deepen(mass, deepest)
     flat = mass.reshape(3, -1)
     unit = bool((log.weight == 1).all())
-    if not unit and (wrong := (log.weight > MAX_WEIGHT) | ((log.weight < MIN_WEIGHT) & (log.weight > 0))).any():
+    if (
+        not unit
+        and (
+            wrong := (log.weight > MAX_WEIGHT) | ((log.weight < MIN_WEIGHT) & (log.weight > 0))
+        ).any()
+    ):
         row = int(wrong.argmax())
-        raise EchoError(f"log.weight: expected 0 or from {MIN_WEIGHT:g} to {MAX_WEIGHT:g}, got {log.weight[row]:g} in row {row}")
-    block = _BLOCK if unit else min(2 * _BLOCK, int(2.0**52 / (UNIT * max(1.0, float(log.weight.max())) ** 2)))
+        raise EchoError(
+            f"log.weight: expected 0 or from {MIN_WEIGHT:g} to {MAX_WEIGHT:g}, got {log.weight[row]:g} in row {row}"
+        )
+    block = (
+        _BLOCK
+        if unit
+        else min(2 * _BLOCK, int(2.0**52 / (UNIT * max(1.0, float(log.weight.max())) ** 2)))
+    )
     size = flat.shape[1]
     for start in range(0, len(log), block):
         part = slice(start, start + block)
@@ -285,8 +327,12 @@ def _counted(mass: NDArray[np.int64], log: WarmupLog) -> NDArray[np.int64]:
         w = log.weight[part].astype(np.float64)
         # Whole numbers below 2^53 in float64: the sums are exact.
         flat[ROWS] += np.bincount(place, weights=w > 0, minlength=size).astype(np.int64)
-        flat[WEIGHT] += np.bincount(place, weights=np.rint(w * UNIT), minlength=size).astype(np.int64)
-        flat[SQUARE] += np.bincount(place, weights=np.rint(w * w * UNIT), minlength=size).astype(np.int64)
+        flat[WEIGHT] += np.bincount(place, weights=np.rint(w * UNIT), minlength=size).astype(
+            np.int64
+        )
+        flat[SQUARE] += np.bincount(place, weights=np.rint(w * w * UNIT), minlength=size).astype(
+            np.int64
+        )
     return mass
 
 

@@ -47,7 +47,14 @@ def _histogram(axis: Any, d: DepthCalibration) -> None:
     for column, colour, name in ((1, style.GOOD, "accepted"), (2, style.BAD, "rejected")):
         if table[:, column].sum() > 0:
             density = table[:, column] / table[:, column].sum() / np.maximum(width, 0.1)
-            axis.stairs(np.where(width > 0, density, 0.0), edges, fill=True, alpha=0.45, color=colour, label=name)
+            axis.stairs(
+                np.where(width > 0, density, 0.0),
+                edges,
+                fill=True,
+                alpha=0.45,
+                color=colour,
+                label=name,
+            )
     if d.gate:
         axis.axvline(max(d.threshold, LEAST), color=style.INK, lw=1.2, label="threshold")
 
@@ -58,7 +65,12 @@ def _auc(axis: Any, calibration: Calibration) -> None:
             axis.plot([d.depth, d.depth], [d.auc_low, d.auc_high], color=style.INK, lw=1.5)
             axis.plot(d.depth, d.auc, "o", color=style.INK, mfc=style.INK if d.gate else "white")
     axis.axhline(calibration.min_auc, color=style.BAD, lw=1, ls="--")
-    axis.set(title="separability (filled: gate)", xlabel="depth", ylabel="AUC, 95% interval", xticks=range(1, calibration.max_depth + 1))
+    axis.set(
+        title="separability (filled: gate)",
+        xlabel="depth",
+        ylabel="AUC, 95% interval",
+        xticks=range(1, calibration.max_depth + 1),
+    )
 
 
 def _reliability(axis: Any, calibration: Calibration) -> None:
@@ -66,6 +78,18 @@ def _reliability(axis: Any, calibration: Calibration) -> None:
     for d in calibration.depths:
         score, chance = np.array(d.reliability).T
         shade = 0.85 * (d.depth - 1) / max(1, calibration.max_depth - 1)
-        axis.plot(np.exp(score), chance, color=(shade, shade * 0.8, 1 - shade), lw=1.3, label=f"depth {d.depth}")
-    axis.set(title="reliability", xlabel="path probability of the draft", ylabel="P(path accepted)", xlim=(0, 1), ylim=(0, 1))
+        axis.plot(
+            np.exp(score),
+            chance,
+            color=(shade, shade * 0.8, 1 - shade),
+            lw=1.3,
+            label=f"depth {d.depth}",
+        )
+    axis.set(
+        title="reliability",
+        xlabel="path probability of the draft",
+        ylabel="P(path accepted)",
+        xlim=(0, 1),
+        ylim=(0, 1),
+    )
     axis.legend(ncols=2)

@@ -15,7 +15,7 @@ from torch import Tensor
 from echo import checks
 from echo.errors import EchoError
 from echo.gating.histograms import UNIT, WEIGHT, middle_scores
-from echo.kernels.launch import BINS_PER_NAT, ONE, TABLE_BINS
+from echo.kernels.codes import BINS_PER_NAT, ONE, TABLE_BINS
 from echo.logs import WarmupLog
 
 Knots = tuple[tuple[float, float], ...]
@@ -50,7 +50,9 @@ def fit(mass: NDArray[np.int64], prior: Knots = DRAFT, strength: float = DRAFT_R
     starts = np.asarray(regression.blocks[:-1])
     weight = np.add.reduceat(total, starts)
     score = np.add.reduceat(total * middle_scores()[filled], starts) / weight
-    chance = (np.add.reduceat(sums[1], starts) + strength * np.interp(score, *np.array(prior).T)) / (weight + strength)
+    chance = (
+        np.add.reduceat(sums[1], starts) + strength * np.interp(score, *np.array(prior).T)
+    ) / (weight + strength)
     chance = np.minimum(np.maximum.accumulate(chance), 1.0)
     return tuple((float(s), float(p)) for s, p in zip(score, chance, strict=True))
 
@@ -65,14 +67,18 @@ def table(maps: Sequence[Knots]) -> NDArray[np.int32]:
     return result
 
 
-def on_device(tables: dict[torch.device, Tensor], device: torch.device, make: Callable[[], NDArray[np.int32]]) -> Tensor:
+def on_device(
+    tables: dict[torch.device, Tensor], device: torch.device, make: Callable[[], NDArray[np.int32]]
+) -> Tensor:
     """The table that ``make`` gives, on ``device``: made and copied at the first call there, kept in ``tables``."""
     if device not in tables:
         tables[device] = torch.from_numpy(make()).to(device)
     return tables[device]
 
 
-def look_up(table: Tensor, score: Tensor, depth: Tensor | int, parent: Tensor | None = None) -> Tensor:
+def look_up(
+    table: Tensor, score: Tensor, depth: Tensor | int, parent: Tensor | None = None
+) -> Tensor:
     """f(v) = min(m_d(S(v)), f(parent)): a multiplication by 32, a truncation and a gather, the same bits on every device.
 
     Args:
@@ -88,7 +94,11 @@ def look_up(table: Tensor, score: Tensor, depth: Tensor | int, parent: Tensor | 
         EchoError: a table of another shape or dtype.
     """
     checks.tensor("table", table, ["depths", TABLE_BINS], torch.int32, score.device)
-    column = (torch.where(torch.isfinite(score), score, -1e6) * -BINS_PER_NAT).long().clamp(0, TABLE_BINS - 1)
+    column = (
+        (torch.where(torch.isfinite(score), score, -1e6) * -BINS_PER_NAT)
+        .long()
+        .clamp(0, TABLE_BINS - 1)
+    )
     deepest = table.shape[0] - 1
     row = min(depth, deepest) if isinstance(depth, int) else depth.long().clamp(0, deepest)
     found = table[row, column]
@@ -113,7 +123,9 @@ class CalibrationError:
     brier_after: tuple[float, float, float]
 
 
-def calibration_error(table: NDArray[np.int32], log: WarmupLog, *, bins: int = 20, resamples: int = 200, seed: int = 0) -> CalibrationError:
+def calibration_error(
+    table: NDArray[np.int32], log: WarmupLog, *, bins: int = 20, resamples: int = 200, seed: int = 0
+) -> CalibrationError:
     """Calibration error of the draft's probability and of the table's, on rows that the table was not made from.
 
     The log does not hold parents, so the minimum with f(parent) is left out.
@@ -129,7 +141,9 @@ def calibration_error(table: NDArray[np.int32], log: WarmupLog, *, bins: int = 2
         EchoError: no row to judge, or an argument out of range.
     """
     if ((table < 0) | (table > ONE)).any():
-        raise EchoError(f"table: expected 24-bit fixed point, from 0 to {ONE}, got {table.min()} to {table.max()}")
+        raise EchoError(
+            f"table: expected 24-bit fixed point, from 0 to {ONE}, got {table.min()} to {table.max()}"
+        )
     bins = checks.integer("bins", bins, 2)
     resamples = checks.integer("resamples", resamples, 20)
     deepest = table.shape[0] - 1
@@ -148,8 +162,12 @@ def calibration_error(table: NDArray[np.int32], log: WarmupLog, *, bins: int = 2
     for turn in range(resamples + 1):
         w = weight if turn == 0 else weight * random.poisson(1.0, len(step))[place]
         if w.sum() > 0:
-            errors = [_ece(p, label, w, g, bins) for p, g in zip((before, after), groups, strict=True)]
-            draws.append(errors + [float((w * (p - label) ** 2).sum() / w.sum()) for p in (before, after)])
+            errors = [
+                _ece(p, label, w, g, bins) for p, g in zip((before, after), groups, strict=True)
+            ]
+            draws.append(
+                errors + [float((w * (p - label) ** 2).sum() / w.sum()) for p in (before, after)]
+            )
     low, high = np.percentile(draws[1:], [2.5, 97.5], axis=0)
     entries = [(draws[0][i], float(low[i]), float(high[i])) for i in range(4)]
     return CalibrationError(*entries)
@@ -160,6 +178,12 @@ def _equal_mass(chance: NDArray[Any], bins: int) -> NDArray[np.int64]:
     return np.searchsorted(edges, chance, side="right")
 
 
-def _ece(chance: NDArray[Any], label: NDArray[Any], weight: NDArray[Any], group: NDArray[np.int64], bins: int) -> float:
+def _ece(
+    chance: NDArray[Any],
+    label: NDArray[Any],
+    weight: NDArray[Any],
+    group: NDArray[np.int64],
+    bins: int,
+) -> float:
     gap = np.bincount(group, weights=weight * (label - chance), minlength=bins)
     return float(np.abs(gap).sum() / weight.sum())

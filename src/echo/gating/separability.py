@@ -41,7 +41,9 @@ class Separability:
     error: float = 0.0
 
 
-def separability(confidence: ArrayLike, accepted: ArrayLike, weight: ArrayLike | None = None) -> Separability:
+def separability(
+    confidence: ArrayLike, accepted: ArrayLike, weight: ArrayLike | None = None
+) -> Separability:
     """Exact separability of raw rows, in any order; O(n log n). Its AUC is scikit-learn's ``roc_auc_score``.
 
     Args:
@@ -53,9 +55,15 @@ def separability(confidence: ArrayLike, accepted: ArrayLike, weight: ArrayLike |
         EchoError: columns of different lengths, or the first row whose value is out of range.
     """
     score, label = np.atleast_1d(np.asarray(confidence)), labels(accepted)
-    w = np.broadcast_to(1.0, score.shape) if weight is None else np.atleast_1d(np.asarray(weight, dtype=np.float64))
+    w = (
+        np.broadcast_to(1.0, score.shape)
+        if weight is None
+        else np.atleast_1d(np.asarray(weight, dtype=np.float64))
+    )
     if score.ndim != 1 or not score.shape == label.shape == w.shape:
-        raise EchoError(f"confidence, accepted, weight: expected one length, got {score.size}, {label.size}, {w.size}")
+        raise EchoError(
+            f"confidence, accepted, weight: expected one length, got {score.size}, {label.size}, {w.size}"
+        )
     if score.dtype.kind not in "biuf":
         raise EchoError(f"confidence: expected numbers, got {score.dtype}")
     check(np.isfinite(score), "confidence", "that are finite", score)
@@ -65,12 +73,24 @@ def separability(confidence: ArrayLike, accepted: ArrayLike, weight: ArrayLike |
         return _separate(sums, sums, values, values)
     values, place = np.unique(score.astype(np.float64), return_inverse=True)
     kinds = (~label, label)
-    sums = np.stack([np.bincount(place, weights=np.where(kind, w, 0.0), minlength=len(values)) for kind in kinds])
-    squares = np.stack([np.bincount(place, weights=np.where(kind, w * w, 0.0), minlength=len(values)) for kind in kinds])
+    sums = np.stack(
+        [
+            np.bincount(place, weights=np.where(kind, w, 0.0), minlength=len(values))
+            for kind in kinds
+        ]
+    )
+    squares = np.stack(
+        [
+            np.bincount(place, weights=np.where(kind, w * w, 0.0), minlength=len(values))
+            for kind in kinds
+        ]
+    )
     return _separate(sums, squares, values, values)
 
 
-def _count(score: NDArray[np.float32], label: NDArray[np.bool_]) -> tuple[NDArray[np.float64], NDArray[np.float32]]:
+def _count(
+    score: NDArray[np.float32], label: NDArray[np.bool_]
+) -> tuple[NDArray[np.float64], NDArray[np.float32]]:
     """Rejected and accepted rows [2, k] at k rising confidences.
 
     The bits of non-negative floats rise with their value, so one sort of integers, the label in the lowest bit, does for both.
@@ -107,7 +127,9 @@ def from_histogram(mass: NDArray[np.int64]) -> Separability:
     return replace(result, error=error)
 
 
-def _separate(sums: NDArray[Any], squares: NDArray[Any], bottom: NDArray[Any], top: NDArray[Any]) -> Separability:
+def _separate(
+    sums: NDArray[Any], squares: NDArray[Any], bottom: NDArray[Any], top: NDArray[Any]
+) -> Separability:
     """From the rejected and accepted weight [2, k] at k rising confidences, each from ``bottom`` to ``top``."""
     totals = sums.sum(axis=1)
     if not (totals > 0).all():
@@ -124,10 +146,14 @@ def _separate(sums: NDArray[Any], squares: NDArray[Any], bottom: NDArray[Any], t
     best = int(np.argmax(j))
     if j[best] <= 0 or best + 1 == len(j):
         return Separability(auc, low, high, 0.0, 0.0)
-    return Separability(auc, low, high, (float(top[best]) + float(bottom[best + 1])) / 2, float(j[best]))
+    return Separability(
+        auc, low, high, (float(top[best]) + float(bottom[best + 1])) / 2, float(j[best])
+    )
 
 
-def _variance(placement: NDArray[Any], square: NDArray[Any], total: float, effective: float, mean: float) -> float:
+def _variance(
+    placement: NDArray[Any], square: NDArray[Any], total: float, effective: float, mean: float
+) -> float:
     """Variance of the weighted mean of the placement values of one class, n / (n - 1) included."""
     n = max(effective, 2.0)
     return float((square * (placement - mean) ** 2).sum() / total**2 * n / (n - 1.0))

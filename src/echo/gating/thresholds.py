@@ -55,7 +55,7 @@ class Objective:
     Attributes:
         cost: seconds by rows.
         batch: requests decoded together.
-        width: rows bought of each layer; a layer is accepted if one of its ``width`` best candidates is.
+        beam: rows bought of each layer; a layer is accepted if one of its ``beam`` best candidates is.
 
     Raises:
         EchoError: an argument of the wrong kind or out of range.
@@ -63,17 +63,21 @@ class Objective:
 
     cost: CostModel
     batch: int
-    width: int
+    beam: int
 
     def __post_init__(self) -> None:
         checks.instance("cost", self.cost, CostModel)
         checks.integer_field(self, "batch", 1)
-        checks.integer_field(self, "width", 1)
+        checks.integer_field(self, "beam", 1)
 
-    def __call__(self, accepted: NDArray[Any] | float, layers: NDArray[Any] | float) -> NDArray[np.float64]:
+    def __call__(
+        self, accepted: NDArray[Any] | float, layers: NDArray[Any] | float
+    ) -> NDArray[np.float64]:
         """Tokens per second for mean ``accepted`` tokens and mean ``layers`` a request, elementwise."""
-        rows = self.batch * (1.0 + self.width * np.asarray(layers, dtype=np.float64))
-        return np.asarray(self.batch * (1.0 + np.asarray(accepted)) / self.cost(rows), dtype=np.float64)
+        rows = self.batch * (1.0 + self.beam * np.asarray(layers, dtype=np.float64))
+        return np.asarray(
+            self.batch * (1.0 + np.asarray(accepted)) / self.cost(rows), dtype=np.float64
+        )
 
 
 @dataclass(frozen=True)
@@ -93,7 +97,7 @@ class Chains:
     weight: NDArray[np.float64]
 
 
-def join(log: WarmupLog, max_depth: int, width: int = 1) -> Chains:
+def join(log: WarmupLog, max_depth: int, beam: int = 1) -> Chains:
     """Joins the rows of each step. A step weighs what its deepest row weighs.
 
     Raises:
@@ -109,16 +113,20 @@ def join(log: WarmupLog, max_depth: int, width: int = 1) -> Chains:
     if np.bincount(cell).max() > 1:
         twice = int(np.flatnonzero(np.bincount(cell) > 1)[0])
         where = f"step {steps[twice // max_depth]} at depth {twice % max_depth + 1}"
-        raise EchoError(f"log.step: expected one row of rank 0 for each depth of a step, got more in {where}")
+        raise EchoError(
+            f"log.step: expected one row of rank 0 for each depth of a step, got more in {where}"
+        )
     if len(steps) == len(place) and column.min() < column.max():
-        raise EchoError("log.step: expected ids that join the rows of a step, got each row in a step of its own")
+        raise EchoError(
+            "log.step: expected ids that join the rows of a step, got each row in a step of its own"
+        )
     confidence = np.full((len(steps), max_depth), np.nan, dtype=np.float32)
     accepted, taken = np.zeros(confidence.shape, np.bool_), np.zeros(confidence.shape, np.bool_)
     confidence[place, column] = log.confidence[path]
     accepted[place, column] = log.accepted[path]
     weight = np.zeros(len(steps))
     weight[place[order]] = log.weight[path][order]  # the deepest comes last
-    near = (log.rank < width) & (log.depth <= max_depth) & log.accepted & np.isin(log.step, steps)
+    near = (log.rank < beam) & (log.depth <= max_depth) & log.accepted & np.isin(log.step, steps)
     taken[np.searchsorted(steps, log.step[near]), log.depth[near] - 1] = True
     gain = np.zeros((len(steps), max_depth + 1), dtype=np.int64)
     gain[:, 1:] = np.cumsum(np.logical_and.accumulate(taken, axis=1), axis=1)
@@ -140,7 +148,9 @@ def refuse_gated(log: WarmupLog) -> bool:
         return True
     path = (log.rank == 0) & (log.depth <= MAX_DEPTH)
     if len(log) > SAMPLE:  # whole steps, wherever their rows are
-        path &= (log.step.astype(np.uint64) * np.uint64(MIX) >> np.uint64(32)) % np.uint64(-(-len(log) // SAMPLE)) == 0
+        path &= (log.step.astype(np.uint64) * np.uint64(MIX) >> np.uint64(32)) % np.uint64(
+            -(-len(log) // SAMPLE)
+        ) == 0
     step, depth, confidence = log.step[path], log.depth[path], log.confidence[path]
     order = np.lexsort((depth, step))
     step, depth, confidence = step[order], depth[order], confidence[order]
@@ -149,7 +159,10 @@ def refuse_gated(log: WarmupLog) -> bool:
     for d in range(1, int(depth.max(initial=0))):
         here = depth == d
         goes = int(follows[here].sum())
-        if min(goes, int(here.sum()) - goes) >= MARK and separability(confidence[here], follows[here]).auc > 0.999:
+        if (
+            min(goes, int(here.sum()) - goes) >= MARK
+            and separability(confidence[here], follows[here]).auc > 0.999
+        ):
             raise EchoError(
                 f"log: expected steps drafted without a gate, or weights, got {int(here.sum()) - goes} steps that end at depth {d} and "
                 f"are less confident there than all {goes} that go on: what a gate or budget stopped is missing (ExploringGate)"
@@ -192,13 +205,23 @@ def report(log: WarmupLog, thresholds: Mapping[int, float]) -> tuple[GateReport,
         asked = there & ~np.isnan(c)
         stopped = asked & (c <= tau)
         lost = stopped & chains.accepted[:, depth - 1]
-        result.append(GateReport(depth, float(tau), *(float(chains.weight[kind].sum()) for kind in (asked, stopped, lost))))
+        result.append(
+            GateReport(
+                depth,
+                float(tau),
+                *(float(chains.weight[kind].sum()) for kind in (asked, stopped, lost)),
+            )
+        )
         there = asked & ~stopped
     return tuple(result)
 
 
-def goodput(
-    log: WarmupLog, gates: Sequence[int], max_depth: int, objective: Objective, start: Mapping[int, float] | None = None
+def throughput_optimal(
+    log: WarmupLog,
+    gates: Sequence[int],
+    max_depth: int,
+    objective: Objective,
+    start: Mapping[int, float] | None = None,
 ) -> tuple[dict[int, float], float]:
     """The thresholds of the gates that maximise the objective on a log, and its value there.
 
@@ -224,7 +247,7 @@ def goodput(
     depths = sorted({checks.integer("gates", gate, 1, max_depth) for gate in gates})
     if not depths:
         raise EchoError("gates: expected at least one depth, got none")
-    chains = join(log, max_depth, objective.width)
+    chains = join(log, max_depth, objective.beam)
     whole: NDArray[np.bool_] = np.logical_not(np.isnan(chains.confidence).any(axis=1))
     if not whole.all() and (log.weight == 1).all():
         raise EchoError(
@@ -232,7 +255,9 @@ def goodput(
             "steps without: what was not verified is missing, not rejected; lower max_depth, or record whole paths"
         )
     if not whole.any():
-        raise EchoError(f"log: expected steps with rows of rank 0 at depths 1 to {max_depth}, got none")
+        raise EchoError(
+            f"log: expected steps with rows of rank 0 at depths 1 to {max_depth}, got none"
+        )
     search = _Search(chains, whole, depths, objective)
     starts = [np.zeros(len(depths))]
     if start:
@@ -248,11 +273,16 @@ def goodput(
 
 
 def _checked(name: str, thresholds: Mapping[int, float]) -> dict[int, float]:
-    return {checks.integer(f"{name}.depth", d, 1): checks.real(f"{name}[{d}]", tau, 0.0, 1.0) for d, tau in thresholds.items()}
+    return {
+        checks.integer(f"{name}.depth", d, 1): checks.real(f"{name}[{d}]", tau, 0.0, 1.0)
+        for d, tau in thresholds.items()
+    }
 
 
 class _Search:
-    def __init__(self, chains: Chains, whole: NDArray[np.bool_], depths: list[int], objective: Objective) -> None:
+    def __init__(
+        self, chains: Chains, whole: NDArray[np.bool_], depths: list[int], objective: Objective
+    ) -> None:
         self.confidence = chains.confidence[whole][:, [d - 1 for d in depths]].astype(np.float64)
         self.weight = chains.weight[whole] / chains.weight[whole].sum()
         # Layers bought, and tokens accepted, by who is stopped at gate 0, 1, ..., and by who passes all.
@@ -264,20 +294,31 @@ class _Search:
     def candidates(self, gate: int, count: int) -> NDArray[np.float64]:
         values = np.unique(self.confidence[:, gate])
         if len(values) + 1 > count:
-            values = np.unique(np.quantile(self.confidence[:, gate], np.linspace(0, 1, count - 1), method="nearest"))
+            values = np.unique(
+                np.quantile(
+                    self.confidence[:, gate], np.linspace(0, 1, count - 1), method="nearest"
+                )
+            )
         return np.concatenate([[0.0], (values[:-1] + values[1:]) / 2, [1.0]])
 
-    def best(self, taus: NDArray[np.float64], block: Sequence[int], count: int) -> tuple[NDArray[np.float64], float]:
+    def best(
+        self, taus: NDArray[np.float64], block: Sequence[int], count: int
+    ) -> tuple[NDArray[np.float64], float]:
         """The best thresholds of one block of gates, the others held: exhaustive over ``count`` candidates each.
 
         Sums over who passes the first k gates of the block are tail sums of k-dimensional histograms: O(S + count^gates).
         """
         options = [self.candidates(gate, count) for gate in block]
         sizes = [len(taus_) for taus_ in options]
-        cells = [np.searchsorted(taus_, self.confidence[:, gate]) for taus_, gate in zip(options, block, strict=True)]
+        cells = [
+            np.searchsorted(taus_, self.confidence[:, gate])
+            for taus_, gate in zip(options, block, strict=True)
+        ]
         passed = self.confidence > taus
         passed[:, list(block)] = True
-        cap = np.where(passed.all(axis=1), len(taus), np.argmin(passed, axis=1))  # where the held gates stop each step
+        cap = np.where(
+            passed.all(axis=1), len(taus), np.argmin(passed, axis=1)
+        )  # where the held gates stop each step
         stops = [np.minimum(cap, gate) for gate in block] + [cap]
         rows = np.arange(len(cap))
         totals = []
@@ -308,9 +349,13 @@ class _Search:
         passed = self.confidence > taus
         stop = np.where(passed.all(axis=1), len(taus), np.argmin(passed, axis=1))
         gain = self.gain[np.arange(len(stop)), stop]
-        return float(self.objective((self.weight * gain).sum(), (self.weight * self.layers[stop]).sum()))
+        return float(
+            self.objective((self.weight * gain).sum(), (self.weight * self.layers[stop]).sum())
+        )
 
-    def ascend(self, taus: NDArray[np.float64], sizes: Sequence[int]) -> tuple[NDArray[np.float64], float]:
+    def ascend(
+        self, taus: NDArray[np.float64], sizes: Sequence[int]
+    ) -> tuple[NDArray[np.float64], float]:
         """Ascent over all blocks of these sizes; strictly rising, so it ends."""
         value = self.value(taus)
         improved = True

@@ -69,7 +69,9 @@ def _module(name: str, backend: str, at: Tensor) -> ModuleType:
         raise EchoError("backend: expected an installed triton for 'triton', got none")
     module = importlib.import_module(f"echo.kernels.triton_{name}")
     if not (cuda or module.INTERPRETED):
-        raise EchoError(f"backend: expected CUDA tensors for 'triton' (or TRITON_INTERPRET=1), got {at.device.type} tensors")
+        raise EchoError(
+            f"backend: expected CUDA tensors for 'triton' (or TRITON_INTERPRET=1), got {at.device.type} tensors"
+        )
     return module
 
 
@@ -78,7 +80,7 @@ def tree_attention(
     key_cache: Tensor | None,
     value_cache: Tensor | None,
     page_table: Tensor | None,
-    context: Tensor | None,
+    prefix_lens: Tensor | None,
     tree_key: Tensor,
     tree_value: Tensor,
     request: Tensor,
@@ -108,7 +110,7 @@ def tree_attention(
             sees it. None in mode "tree".
         page_table: int32 [B, max_pages]; None in mode "tree". Tokens on a page that the cache does not have, such as the -1 that tables
             are padded with, are not there: no row sees them.
-        context: int32 [B], tokens in the cache before the tree, cut to 0 and max_pages * page_size; None in mode "tree".
+        prefix_lens: int32 [B], tokens in the cache before the tree, cut to 0 and max_pages * page_size; None in mode "tree".
         tree_key, tree_value: [N, Hkv, D], the rows' own keys and values, of q's kinds. What is not finite makes those rows NaN
             that see it, and no others; pad rows may hold anything.
         request: int32 [N]; B on pad rows, which attend to themselves only.
@@ -135,7 +137,7 @@ def tree_attention(
     """
     module = _module("attention", backend, q)
     result: tuple[Tensor, Tensor] = module.tree_attention(
-        q, key_cache, value_cache, page_table, context, tree_key, tree_value, request, indptr, mask,
+        q, key_cache, value_cache, page_table, prefix_lens, tree_key, tree_value, request, indptr, mask,
         mode=mode, scale=scale, softcap=softcap, window=window, depth=depth, key_scale=key_scale, value_scale=value_scale,
         splits=splits, plan=plan,
     )  # fmt: skip
@@ -146,7 +148,7 @@ def plan_attention(
     q: Tensor,
     key_cache: Tensor | None,
     page_table: Tensor | None,
-    context: Tensor | None,
+    prefix_lens: Tensor | None,
     tree_key: Tensor,
     indptr: Tensor,
     *,
@@ -158,24 +160,34 @@ def plan_attention(
     """The work list of a step, made once on the device for all its layers that share window and splits.
 
     Args:
-        q, key_cache, page_table, context, tree_key, indptr: as in :func:`tree_attention`; of q, tree_key and key_cache only
+        q, key_cache, page_table, prefix_lens, tree_key, indptr: as in :func:`tree_attention`; of q, tree_key and key_cache only
             shapes and dtypes count.
         mode, window, splits, backend: as in :func:`tree_attention`.
 
     Returns:
         What :func:`tree_attention` takes as ``plan``. Layers of other shapes, element sizes, mode, window or splits refuse it, by
-        either backend. Whether ``indptr`` and ``context`` still hold the same numbers is not checked: that would wait for the device.
+        either backend. Whether ``indptr`` and ``prefix_lens`` still hold the same numbers is not checked: that would wait for the device.
 
     Raises:
         EchoError: arguments that do not fit, or a backend that is not there.
     """
     result: AttentionPlan = _module("attention", backend, q).plan_attention(
-        q, key_cache, page_table, context, tree_key, indptr, mode=mode, window=window, splits=splits
+        q,
+        key_cache,
+        page_table,
+        prefix_lens,
+        tree_key,
+        indptr,
+        mode=mode,
+        window=window,
+        splits=splits,
     )
     return result
 
 
-def merge_attention(o1: Tensor, lse1: Tensor, o2: Tensor, lse2: Tensor, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
+def merge_attention(
+    o1: Tensor, lse1: Tensor, o2: Tensor, lse2: Tensor, *, backend: str = "auto"
+) -> tuple[Tensor, Tensor]:
     """Joins attention over two disjoint sets of keys.
 
     Args:
@@ -189,12 +201,14 @@ def merge_attention(o1: Tensor, lse1: Tensor, o2: Tensor, lse2: Tensor, *, backe
     Raises:
         EchoError: arguments that do not fit, or a backend that is not there.
     """
-    result: tuple[Tensor, Tensor] = _module("attention", backend, o1).merge_attention(o1, lse1, o2, lse2)
+    result: tuple[Tensor, Tensor] = _module("attention", backend, o1).merge_attention(
+        o1, lse1, o2, lse2
+    )
     return result
 
 
-def walk(
-    parent: Tensor, indptr: Tensor, tokens: Tensor, target: Tensor, max_depth: int, *, limits: Tensor | None = None,
+def accept(
+    parent: Tensor, indptr: Tensor, tokens: Tensor, target: Tensor, max_depth: int, *, max_new_tokens: Tensor | None = None,
     eos_tokens: Tensor | None = None, out: tuple[Tensor, ...] | None = None, backend: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Walks each tree from its root to the child that equals the target's token, while there is one, up to the end of each answer.
@@ -211,7 +225,7 @@ def walk(
         target: int64 [N], the target's token after each row, negative where it has none; or float [N, V], its logits, read once, of
             which the greedy tokens are taken.
         max_depth: most steps of a walk.
-        limits: int64 [B], tokens that each answer may still get; as many as there are where not given.
+        max_new_tokens: int64 [B], tokens that each answer may still get; as many as there are where not given.
         eos_tokens: int64 [n], tokens that end an answer, themselves included.
         out: what it returns, to be written to.
         backend: "auto", "torch" or "triton".
@@ -228,16 +242,20 @@ def walk(
     """
     module = _module("accept", backend, tokens)
     batch = indptr.shape[0] - 1
-    if limits is not None:
-        checks.tensor("limits", limits, [batch], torch.int64, tokens.device)
+    if max_new_tokens is not None:
+        checks.tensor("max_new_tokens", max_new_tokens, [batch], torch.int64, tokens.device)
     if eos_tokens is not None:
         checks.tensor("eos_tokens", eos_tokens, ["n"], torch.int64, tokens.device)
     values: tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
     if module is reference:
-        values = reference.walk(parent, indptr, tokens, target, max_depth, limits, eos_tokens)
+        values = reference.accept(
+            parent, indptr, tokens, target, max_depth, max_new_tokens, eos_tokens
+        )
     else:  # the kernel writes buffers without gaps
         direct = out if out is not None and all(buffer.is_contiguous() for buffer in out) else None
-        values = module.walk(parent, indptr, tokens, target, max_depth, limits, eos_tokens, direct)
+        values = module.accept(
+            parent, indptr, tokens, target, max_depth, max_new_tokens, eos_tokens, direct
+        )
     if out is None:
         return values
     for buffer, value in zip(out, values, strict=True):
@@ -259,11 +277,11 @@ def argmax_tokens(logits: Tensor, *, backend: str = "auto") -> Tensor:
 __all__ = [
     "BACKENDS",
     "AttentionPlan",
+    "accept",
     "argmax_tokens",
     "fused",
     "merge_attention",
     "plan_attention",
     "tree_attention",
     "using",
-    "walk",
 ]

@@ -33,12 +33,24 @@ def _blocks(rows, length, KEYS: tl.constexpr, WINDOW: tl.constexpr):
 
 
 @triton.jit
-def _sizes(indptr, context, b, batch, limit, GROUP: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, WINDOW: tl.constexpr):
+def _sizes(
+    indptr,
+    context,
+    b,
+    batch,
+    limit,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+    WINDOW: tl.constexpr,
+):
     """First row, rows and context length of requests ``b``, their row tiles and KV blocks; no row, no tile."""
     there = b < batch
     begin = tl.load(indptr + b, mask=there, other=0)
     rows = tl.load(indptr + b + 1, mask=there, other=0) - begin
-    length = tl.maximum(tl.minimum(tl.load(context + b, mask=there & (limit > 0), other=0), limit), 0)
+    length = tl.maximum(
+        tl.minimum(tl.load(context + b, mask=there & (limit > 0), other=0), limit), 0
+    )
     _, prefix, own = _blocks(rows, length, KEYS, WINDOW)
     return begin, rows, length, (rows * GROUP + ROWS - 1) // ROWS, prefix + own
 
@@ -46,7 +58,9 @@ def _sizes(indptr, context, b, batch, limit, GROUP: tl.constexpr, ROWS: tl.const
 @triton.jit
 def _pieces(blocks, chunk, splits):
     """Pieces of a request's KV axis: as many as asked for, or as many as hold ``chunk`` blocks each."""
-    return tl.minimum(blocks, splits) if splits > 0 else ((blocks + chunk - 1) // chunk).to(tl.int32)
+    return (
+        tl.minimum(blocks, splits) if splits > 0 else ((blocks + chunk - 1) // chunk).to(tl.int32)
+    )
 
 
 @triton.jit(do_not_specialize=["batch", "limit", "items", "target", "splits"])
@@ -59,30 +73,42 @@ def plan(
     lane = tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.int64)
     for at in range(0, batch, BLOCK):
-        _, _, _, tiles, blocks = _sizes(indptr, context, at + lane, batch, limit, GROUP, ROWS, KEYS, WINDOW)
+        _, _, _, tiles, blocks = _sizes(
+            indptr, context, at + lane, batch, limit, GROUP, ROWS, KEYS, WINDOW
+        )
         total += tiles.to(tl.int64) * blocks
     # Pieces of at least `chunk` blocks: at most `target` more items than there are tiles.
     chunk = tl.maximum((tl.sum(total, 0) + target - 1) // target, MIN)
     before, split = tl.zeros([BLOCK], tl.int32), tl.zeros([BLOCK], tl.int32)
     for at in range(0, me, BLOCK):
-        _, rows, _, tiles, blocks = _sizes(indptr, context, at + lane, batch, limit, GROUP, ROWS, KEYS, WINDOW)
+        _, rows, _, tiles, blocks = _sizes(
+            indptr, context, at + lane, batch, limit, GROUP, ROWS, KEYS, WINDOW
+        )
         pieces = _pieces(blocks, chunk, splits)
         before += tl.where(at + lane < me, tiles * pieces, 0)
         split += tl.where((at + lane < me) & (pieces > 1), rows * GROUP * pieces, 0)
     first, slot = tl.sum(before, 0), tl.sum(split, 0)
-    begin, rows, length, tiles, blocks = _sizes(indptr, context, me, batch, limit, GROUP, ROWS, KEYS, WINDOW)
+    begin, rows, length, tiles, blocks = _sizes(
+        indptr, context, me, batch, limit, GROUP, ROWS, KEYS, WINDOW
+    )
     pieces = _pieces(blocks, chunk, splits)
     mine = tl.where(me < batch, tiles * pieces, items - first)
     for at in range(0, mine, BLOCK):
         number = at + lane
-        piece = (number // tl.maximum(tiles, 1)).to(tl.int64)  # tiles side by side: they read the same keys
+        piece = (number // tl.maximum(tiles, 1)).to(
+            tl.int64
+        )  # tiles side by side: they read the same keys
         base = work + (first + number).to(tl.int64) * FIELDS
         fits = (number < mine) & (first + number < items)
         tl.store(base, tl.where(me < batch, me, -1) + 0 * number, mask=fits)
         tl.store(base + 1, number % tl.maximum(tiles, 1), mask=fits)
         tl.store(base + 2, (piece * blocks // tl.maximum(pieces, 1)).to(tl.int32), mask=fits)
         tl.store(base + 3, ((piece + 1) * blocks // tl.maximum(pieces, 1)).to(tl.int32), mask=fits)
-        tl.store(base + 4, tl.where(pieces > 1, slot + piece.to(tl.int32) * (rows * GROUP), -1), mask=fits)
+        tl.store(
+            base + 4,
+            tl.where(pieces > 1, slot + piece.to(tl.int32) * (rows * GROUP), -1),
+            mask=fits,
+        )
         tl.store(base + 5, begin + 0 * number, mask=fits)
         tl.store(base + 6, rows + 0 * number, mask=fits)
         tl.store(base + 7, length + 0 * number, mask=fits)
@@ -147,9 +173,16 @@ def _page(pages, start, key, length, KEYS: tl.constexpr, PAGE: tl.constexpr):
 def _slots(cache, page, start, key, by_page, by_slot, KEYS: tl.constexpr, PAGE: tl.constexpr):
     """Where each key of a block of context begins, as a column."""
     if PAGE % KEYS == 0:  # offsets within the block never change
-        at = cache + (page.to(tl.int64) * by_page + (start % PAGE).to(tl.int64) * by_slot) + (key.to(tl.int64) * by_slot)[:, None]
+        at = (
+            cache
+            + (page.to(tl.int64) * by_page + (start % PAGE).to(tl.int64) * by_slot)
+            + (key.to(tl.int64) * by_slot)[:, None]
+        )
     else:
-        at = cache + (page.to(tl.int64) * by_page + ((start + key) % PAGE).to(tl.int64) * by_slot)[:, None]
+        at = (
+            cache
+            + (page.to(tl.int64) * by_page + ((start + key) % PAGE).to(tl.int64) * by_slot)[:, None]
+        )
     return at
 
 
@@ -206,7 +239,9 @@ def _tree(
         seen = start + key < rows
         shown = seen[:, None] & inner if DIM < WIDTH else seen[:, None]
         row = (start + key).to(tl.int64)
-        k = tl.load(tree_key + (row * tk_row)[:, None] + d[None, :], mask=shown, other=0.0).to(q.dtype)
+        k = tl.load(tree_key + (row * tk_row)[:, None] + d[None, :], mask=shown, other=0.0).to(
+            q.dtype
+        )
         v_at = tree_value + (row * tv_row)[:, None] + d[None, :]
         broken = _broken(tl.load(v_at, mask=shown, other=0.0).to(q.dtype))
         score = _scores(q, k, factor, cap, CAPPED)
@@ -217,7 +252,9 @@ def _tree(
             bits = tl.where((key // 32 == part)[None, :], own[:, None], bits)
         visible = (((bits >> ((start + key) % 32)[None, :]) & 1) != 0) & seen[None, :]
         if WINDOW > 0:
-            visible = visible & (tl.load(depth + start + key, mask=seen, other=0)[None, :] > since[:, None])
+            visible = visible & (
+                tl.load(depth + start + key, mask=seen, other=0)[None, :] > since[:, None]
+            )
         score = tl.where(visible, score, float("-inf"))
         v = tl.load(v_at, mask=shown & (broken == 0)[:, None], other=0.0).to(q.dtype)
         acc, top, mass = _online(score, v, acc, top, mass)
@@ -239,7 +276,12 @@ def attend(
     far = head.to(tl.int64)  # for strides
     item = work + (tl.program_id(0) // HEADS) * FIELDS
     b, tile, low, high = tl.load(item), tl.load(item + 1), tl.load(item + 2), tl.load(item + 3)
-    slot, begin, rows, length = tl.load(item + 4), tl.load(item + 5), tl.load(item + 6), tl.load(item + 7)
+    slot, begin, rows, length = (
+        tl.load(item + 4),
+        tl.load(item + 5),
+        tl.load(item + 6),
+        tl.load(item + 7),
+    )
     if b >= 0:
         first, prefix, _ = _blocks(rows, length, KEYS, WINDOW)
         fold = tile * ROWS + tl.arange(0, ROWS)
@@ -277,11 +319,17 @@ def attend(
         total = (top + tl.log2(tl.where(mass == 0, 1.0, mass))) * LN2
         if slot < 0:
             to = row * (HEADS * GROUP) + head * GROUP + member
-            tl.store(out + to[:, None] * DIM + d[None, :], acc.to(out.dtype.element_ty), mask=real[:, None] & inner[None, :])
+            tl.store(
+                out + to[:, None] * DIM + d[None, :],
+                acc.to(out.dtype.element_ty),
+                mask=real[:, None] & inner[None, :],
+            )
             tl.store(lse + to, total, mask=real)
         else:
             to = slot.to(tl.int64) * HEADS + head * (rows * GROUP) + fold
-            tl.store(partial + to[:, None] * DIM + d[None, :], acc, mask=real[:, None] & inner[None, :])
+            tl.store(
+                partial + to[:, None] * DIM + d[None, :], acc, mask=real[:, None] & inner[None, :]
+            )
             tl.store(partial_lse + to, total, mask=real)
 
 
@@ -292,16 +340,28 @@ def merge(
     GROUP: tl.constexpr, MEMBERS: tl.constexpr, PARTS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, CAPPED: tl.constexpr,
 ):  # fmt: skip
     """One row and one KV head: joins the pieces in their order, and answers pad rows, which see themselves only."""
-    n, head, heads = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.num_programs(1)
+    n, head, heads = (
+        tl.program_id(0).to(tl.int64),
+        tl.program_id(1).to(tl.int64),
+        tl.num_programs(1),
+    )
     member = tl.arange(0, MEMBERS)
     d = tl.arange(0, WIDTH)
     inner = (member < GROUP)[:, None] & (d < DIM)[None, :]
     to = (n * heads + head) * GROUP + member
     b = tl.load(request + n)
     if b >= batch:
-        queries = tl.load(q + n * q_row + (head * GROUP + member)[:, None] * q_head + d[None, :], mask=inner, other=0.0)
-        k = tl.load(tree_key + n * tk_row + head * tk_head + d, mask=d < DIM, other=0.0).to(tl.float32)
-        v = tl.load(tree_value + n * tv_row + head * tv_head + d, mask=d < DIM, other=0.0).to(tl.float32)
+        queries = tl.load(
+            q + n * q_row + (head * GROUP + member)[:, None] * q_head + d[None, :],
+            mask=inner,
+            other=0.0,
+        )
+        k = tl.load(tree_key + n * tk_row + head * tk_head + d, mask=d < DIM, other=0.0).to(
+            tl.float32
+        )
+        v = tl.load(tree_value + n * tv_row + head * tv_head + d, mask=d < DIM, other=0.0).to(
+            tl.float32
+        )
         score = tl.sum(queries.to(tl.float32) * k[None, :], 1) * scale
         if CAPPED:
             score = _capped(score, cap)
@@ -313,7 +373,12 @@ def merge(
         if pieces > 1:
             begin = tl.load(indptr + b)
             piece = (tl.load(indptr + b + 1) - begin).to(tl.int64) * GROUP
-            own = tl.load(spans + b * 2).to(tl.int64) * heads + head * piece + (n - begin) * GROUP + member
+            own = (
+                tl.load(spans + b * 2).to(tl.int64) * heads
+                + head * piece
+                + (n - begin) * GROUP
+                + member
+            )
             acc = tl.zeros([MEMBERS, WIDTH], tl.float32)
             top = tl.full([MEMBERS], float("-inf"), tl.float32)
             mass = tl.zeros([MEMBERS], tl.float32)
@@ -322,20 +387,31 @@ def merge(
                 there = (part < pieces)[:, None] & (member < GROUP)[None, :]
                 at = own[None, :] + (part * (piece * heads))[:, None]
                 lses = tl.load(partial_lse + at, mask=there, other=float("-inf"))
-                values = tl.load(partial + at[:, :, None] * DIM + d[None, None, :], mask=there[:, :, None] & inner[None, :, :], other=0.0)
+                values = tl.load(
+                    partial + at[:, :, None] * DIM + d[None, None, :],
+                    mask=there[:, :, None] & inner[None, :, :],
+                    other=0.0,
+                )
                 new = tl.maximum(top, tl.max(lses, 0))
                 base = tl.where(new == float("-inf"), 0.0, new)
-                weight, decay = tl.exp2((lses - base[None, :]) * LOG2E), tl.exp2((top - base) * LOG2E)
+                weight, decay = (
+                    tl.exp2((lses - base[None, :]) * LOG2E),
+                    tl.exp2((top - base) * LOG2E),
+                )
                 acc = acc * decay[:, None] + tl.sum(values * weight[:, :, None], 0)
                 mass = mass * decay + tl.sum(weight, 0)
                 top = new
             acc = acc / tl.where(mass == 0, 1.0, mass)[:, None]
             tl.store(out + to[:, None] * DIM + d[None, :], acc.to(out.dtype.element_ty), mask=inner)
-            tl.store(lse + to, top + tl.log2(tl.where(mass == 0, 1.0, mass)) * LN2, mask=member < GROUP)
+            tl.store(
+                lse + to, top + tl.log2(tl.where(mass == 0, 1.0, mass)) * LN2, mask=member < GROUP
+            )
 
 
 @triton.jit(do_not_specialize=["count"])
-def join(o1, lse1, o2, lse2, out, lse, count, DIM: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr):
+def join(
+    o1, lse1, o2, lse2, out, lse, count, DIM: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr
+):
     """Rows of two parts of one softmax; a part without keys may hold anything."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     d = tl.arange(0, WIDTH)
@@ -347,8 +423,14 @@ def join(o1, lse1, o2, lse2, out, lse, count, DIM: tl.constexpr, WIDTH: tl.const
     first, second = tl.exp2((one - base) * LOG2E), tl.exp2((two - base) * LOG2E)
     mass = first + second
     at = row[:, None] * DIM + d[None, :]
-    value = tl.load(o1 + at, mask=inner & (one != float("-inf"))[:, None], other=0.0).to(tl.float32) * first[:, None]
-    value += tl.load(o2 + at, mask=inner & (two != float("-inf"))[:, None], other=0.0).to(tl.float32) * second[:, None]
+    value = (
+        tl.load(o1 + at, mask=inner & (one != float("-inf"))[:, None], other=0.0).to(tl.float32)
+        * first[:, None]
+    )
+    value += (
+        tl.load(o2 + at, mask=inner & (two != float("-inf"))[:, None], other=0.0).to(tl.float32)
+        * second[:, None]
+    )
     value = value / tl.where(mass == 0, 1.0, mass)[:, None]
     tl.store(out + at, value.to(out.dtype.element_ty), mask=inner)
     tl.store(lse + row, top + tl.log2(tl.where(mass == 0, 1.0, mass)) * LN2, mask=row < count)

@@ -96,7 +96,7 @@ class Planning:
     q: Tensor
     key_cache: Tensor | None
     page_table: Tensor | None
-    context: Tensor | None
+    prefix_lens: Tensor | None
     tree_key: Tensor
     indptr: Tensor
     _: KW_ONLY
@@ -108,20 +108,28 @@ class Planning:
     def __post_init__(self) -> None:
         q = checks.tensor("q", self.q, ["N", "Hq", "D"], checks.FLOATS)
         (n, heads, dim), device = q.shape, q.device
-        kv_heads = checks.tensor("tree_key", self.tree_key, [n, "Hkv", dim], checks.FLOATS, device).shape[1]
+        kv_heads = checks.tensor(
+            "tree_key", self.tree_key, [n, "Hkv", dim], checks.FLOATS, device
+        ).shape[1]
         if not kv_heads or heads % kv_heads:
-            raise EchoError(f"q: expected a multiple of the {kv_heads} heads of tree_key, got {heads} heads")
+            raise EchoError(
+                f"q: expected a multiple of the {kv_heads} heads of tree_key, got {heads} heads"
+            )
         batch = checks.tensor("indptr", self.indptr, ["B + 1"], torch.int32, device).shape[0] - 1
         checks.integer("B", batch, 0)
         if self.mode not in MODES:
             raise EchoError(f"mode: expected one of {MODES}, got {self.mode!r}")
         cached, size, pages = q.element_size(), 0, 0
         if self.mode == "whole":
-            cache = checks.tensor("key_cache", self.key_cache, ["pages", "page_size", kv_heads, dim], CACHES, device)
+            cache = checks.tensor(
+                "key_cache", self.key_cache, ["pages", "page_size", kv_heads, dim], CACHES, device
+            )
             cached, size = cache.element_size(), int(cache.shape[1])
             checks.integer("page_size", size, 1)
-            pages = checks.tensor("page_table", self.page_table, [batch, "max_pages"], torch.int32, device).shape[1]
-            checks.tensor("context", self.context, [batch], torch.int32, device)
+            pages = checks.tensor(
+                "page_table", self.page_table, [batch, "max_pages"], torch.int32, device
+            ).shape[1]
+            checks.tensor("prefix_lens", self.prefix_lens, [batch], torch.int32, device)
         if self.window is not None:
             checks.integer_field(self, "window", 1)
         if self.splits is not None:
@@ -129,7 +137,9 @@ class Planning:
         if self.splits is not None and self.splits > 1:
             most = PARTIAL_BYTES // (4 * max(n, 1) * heads * (dim + 1))
             if self.splits > most:
-                raise EchoError(f"splits: expected at most {most}, whose partial results take {PARTIAL_BYTES} bytes, got {self.splits}")
+                raise EchoError(
+                    f"splits: expected at most {most}, whose partial results take {PARTIAL_BYTES} bytes, got {self.splits}"
+                )
         longest = min(pages * size, LONGEST)
         facts = q.element_size(), cached, size, longest, self.mode, self.window, self.splits, device
         object.__setattr__(self, "shapes", Shapes(n, batch, heads, kv_heads, dim, *facts))
@@ -147,7 +157,7 @@ class Attention:
     key_cache: Tensor | None
     value_cache: Tensor | None
     page_table: Tensor | None
-    context: Tensor | None
+    prefix_lens: Tensor | None
     tree_key: Tensor
     tree_value: Tensor
     request: Tensor
@@ -167,18 +177,26 @@ class Attention:
 
     def __post_init__(self) -> None:
         planning = Planning(
-            self.q, self.key_cache, self.page_table, self.context, self.tree_key, self.indptr,
+            self.q, self.key_cache, self.page_table, self.prefix_lens, self.tree_key, self.indptr,
             mode=self.mode, window=self.window, splits=self.splits,
         )  # fmt: skip
-        for name, value in (("planning", planning), ("window", planning.window), ("splits", planning.splits)):
+        for name, value in (
+            ("planning", planning),
+            ("window", planning.window),
+            ("splits", planning.splits),
+        ):
             object.__setattr__(self, name, value)
         s, device = planning.shapes, self.q.device
-        checks.tensor("tree_value", self.tree_value, [s.rows, s.kv_heads, s.dim], checks.FLOATS, device)
+        checks.tensor(
+            "tree_value", self.tree_value, [s.rows, s.kv_heads, s.dim], checks.FLOATS, device
+        )
         checks.tensor("request", self.request, [s.rows], torch.int32, device)
         checks.tensor("mask", self.mask, [s.rows, "words"], torch.int32, device)
         if self.mode == "whole" and self.key_cache is not None:
             pages = self.key_cache.shape[0]
-            checks.tensor("value_cache", self.value_cache, [pages, s.page, s.kv_heads, s.dim], CACHES, device)
+            checks.tensor(
+                "value_cache", self.value_cache, [pages, s.page, s.kv_heads, s.dim], CACHES, device
+            )
         for name, scales in (("key_scale", self.key_scale), ("value_scale", self.value_scale)):
             if scales is not None:
                 checks.tensor(name, scales, [s.kv_heads], torch.float32, device)
@@ -191,14 +209,25 @@ class Attention:
         if self.plan is not None:
             made = checks.instance("plan", self.plan, AttentionPlan).shapes
             if made != s:
-                wanted, got = zip(*((f"{n}={a}", f"{n}={b}") for n, a, b in zip(s._fields, s, made, strict=True) if a != b), strict=True)
-                raise EchoError(f"plan: expected one made for {', '.join(wanted)}, got one for {', '.join(got)}")
+                wanted, got = zip(
+                    *(
+                        (f"{n}={a}", f"{n}={b}")
+                        for n, a, b in zip(s._fields, s, made, strict=True)
+                        if a != b
+                    ),
+                    strict=True,
+                )
+                raise EchoError(
+                    f"plan: expected one made for {', '.join(wanted)}, got one for {', '.join(got)}"
+                )
 
     @property
     def cache(self) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
         """Keys, values, page table and context; None in mode "tree"."""
-        parts = self.key_cache, self.value_cache, self.page_table, self.context
-        return cast("tuple[Tensor, Tensor, Tensor, Tensor]", parts) if self.mode == "whole" else None
+        parts = self.key_cache, self.value_cache, self.page_table, self.prefix_lens
+        return (
+            cast("tuple[Tensor, Tensor, Tensor, Tensor]", parts) if self.mode == "whole" else None
+        )
 
     @property
     def factor(self) -> float:
@@ -219,7 +248,9 @@ def merge_shapes(o1: Tensor, lse1: Tensor, o2: Tensor, lse2: Tensor) -> tuple[in
     return n, heads, dim
 
 
-def accept_shapes(parent: Tensor, indptr: Tensor, tokens: Tensor, target_tokens: Tensor, max_depth: int) -> tuple[int, int, int]:
+def accept_shapes(
+    parent: Tensor, indptr: Tensor, tokens: Tensor, target_tokens: Tensor, max_depth: int
+) -> tuple[int, int, int]:
     """N, B and depth of a packed tree's links and the target's tokens.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Every choice of a launch in one place: tiles, warps, stages, splits; and the numbers that kernels share with torch's operations.
+"""Every choice of a launch in one place: tiles, warps, stages, splits.
 
 Host arithmetic only; nothing here imports Triton.
 """
@@ -7,22 +7,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from enum import IntEnum
 from typing import NamedTuple, ParamSpec, TypeVar
 
 import torch
 
 P = ParamSpec("P")
 R = TypeVar("R")
-
-UNSELECTABLE = 0x7F800000
-"""Cost of a node that can never be selected: the bits of +inf, above those of every finite float32."""
-
-ONE = 1 << 24
-"""Fixed-point 1.0 of a calibrated probability."""
-
-TABLE_BINS, BINS_PER_NAT = 512, 32
-"""The look-up table of a reliability map: bin i holds path log-probabilities in (-(i+1)/32, -i/32]; the last one all below."""
 
 HEAD_DIMS = (64, 80, 96, 128, 256)
 """Head dimensions that are compiled and checked; any from 16 to 256 runs."""
@@ -67,22 +57,6 @@ SEARCHED = 4096
 """Binary searches that the program which finds the cutoff runs at once: more spill."""
 
 
-class Status(IntEnum):
-    """Why a request stopped drafting, or that it has not."""
-
-    ACTIVE = 0
-    TRUNCATED = 1
-    """Failed a gate."""
-    STARVED = 2
-    """Passed, and found no rows left to buy; or live, and found no row for its root."""
-    FINISHED = 3
-    """Reached the deepest layer."""
-    EXHAUSTED = 4
-    """Nothing to draft on: no finite score, or the row limit of the request reached."""
-    EMPTY = 5
-    """No request in this slot."""
-
-
 class Tile(NamedTuple):
     """How one program works: ``rows`` of queries times heads of a group, ``keys`` a step, and its compile options.
 
@@ -122,7 +96,9 @@ def warps(block: int) -> int:
     return max(1, min(8, block // 32))
 
 
-def tile(group: int, dim: int, itemsize: int, cached: int, page: int, rows: float, generation: int) -> Tile:
+def tile(
+    group: int, dim: int, itemsize: int, cached: int, page: int, rows: float, generation: int
+) -> Tile:
     """The tile for a group of query heads: one that the rows fill, in a table of tiles that compile without spills.
 
     Why these is in ``benchmarks/results/compile.md``. On Hopper 64 rows by 64 keys on its wide matrix instruction take fewer
@@ -142,10 +118,21 @@ def tile(group: int, dim: int, itemsize: int, cached: int, page: int, rows: floa
     wide = dim > 128
     if itemsize == 4:  # exact products on the ordinary units: small tiles, for registers
         return Tile(16, 16, 8 if wide else 4, 2, 1 if dim <= 64 else 3)
-    height = min(max(power_of_two(round(group * rows)), 16), 64 if wide or (generation > HOPPER and dim == 64) else 128)
-    if generation == HOPPER and page and page % 64 == 0 and not wide and (height > 16 or cached == 1):
+    height = min(
+        max(power_of_two(round(group * rows)), 16),
+        64 if wide or (generation > HOPPER and dim == 64) else 128,
+    )
+    if (
+        generation == HOPPER
+        and page
+        and page % 64 == 0
+        and not wide
+        and (height > 16 or cached == 1)
+    ):
         return Tile(max(height, 64), 64, 8 if height == 128 else 4, 3, 1)
-    low = generation > HOPPER and height == 16 and dim < power_of_two(dim)  # four stages spill there
+    low = (
+        generation > HOPPER and height == 16 and dim < power_of_two(dim)
+    )  # four stages spill there
     large = height == 128 or (wide and height > 16)
     scattered = page % 64 != 0 and dim < power_of_two(dim)
     deep = generation < HOPPER and not (wide and height == 16) and not scattered
@@ -162,7 +149,11 @@ def generation(device: torch.device) -> int:
 @functools.lru_cache
 def multiprocessors(device: torch.device) -> int:
     """Multiprocessors of a CUDA device; 4 elsewhere, so that the interpreter has splits to merge."""
-    return int(torch.cuda.get_device_properties(device).multi_processor_count) if device.type == "cuda" else 4
+    return (
+        int(torch.cuda.get_device_properties(device).multi_processor_count)
+        if device.type == "cuda"
+        else 4
+    )
 
 
 def target_items(device: torch.device, kv_heads: int, tile: Tile) -> int:
@@ -178,7 +169,9 @@ def vocabulary_chunk(vocabulary: int) -> int:
 
 def most_tiles(rows: int, batch: int, group: int, height: int) -> int:
     """A bound of row tiles over all ways to share ``rows`` among ``batch`` requests."""
-    return min((rows * group + min(batch, rows) * (height - 1)) // height, rows * -(-group // height))
+    return min(
+        (rows * group + min(batch, rows) * (height - 1)) // height, rows * -(-group // height)
+    )
 
 
 def on_its_device(function: Callable[P, R]) -> Callable[P, R]:
@@ -186,7 +179,9 @@ def on_its_device(function: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(function)
     def call(*args: P.args, **options: P.kwargs) -> R:
-        with torch.cuda.device(args[0].get_device() if isinstance(args[0], torch.Tensor) else -1):  # -1: leave it
+        with torch.cuda.device(
+            args[0].get_device() if isinstance(args[0], torch.Tensor) else -1
+        ):  # -1: leave it
             return function(*args, **options)
 
     return call

@@ -5,7 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from echo.kernels.inputs import Attention, AttentionPlan, Planning, accept_shapes, logits_shape, merge_shapes, taking
+from echo.kernels.inputs import (
+    Attention,
+    AttentionPlan,
+    Planning,
+    accept_shapes,
+    logits_shape,
+    merge_shapes,
+    taking,
+)
 
 
 def argmax_tokens(logits: Tensor) -> Tensor:
@@ -17,42 +25,65 @@ def argmax_tokens(logits: Tensor) -> Tensor:
 
 
 def cut(
-    rows: Tensor, emitted: Tensor, lengths: Tensor, beyond: Tensor | None, limits: Tensor | None, eos_tokens: Tensor | None
+    rows: Tensor,
+    emitted: Tensor,
+    num_emitted: Tensor,
+    cut_row: Tensor | None,
+    max_new_tokens: Tensor | None,
+    eos_tokens: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """What :func:`walk` returned, without what lies behind the end of an answer: as if the target had no number there.
 
     Args:
-        rows, emitted, lengths, beyond: of :func:`walk`.
-        limits: int64 [B], tokens that each answer may still get.
+        rows, emitted, num_emitted, cut_row: of :func:`walk`.
+        max_new_tokens: int64 [B], tokens that each answer may still get.
         eos_tokens: int64 [n], tokens that end an answer, themselves included.
     """
-    if eos_tokens is None and limits is None:
-        return rows, emitted, lengths, beyond
-    kept = lengths if limits is None else torch.minimum(lengths, limits.clamp(min=0))
+    if eos_tokens is None and max_new_tokens is None:
+        return rows, emitted, num_emitted, cut_row
+    kept = (
+        num_emitted
+        if max_new_tokens is None
+        else torch.minimum(num_emitted, max_new_tokens.clamp(min=0))
+    )
     if eos_tokens is not None:
         ends = (emitted[..., None] == eos_tokens).any(dim=2) & (emitted >= 0)
         kept = torch.minimum(kept, (ends.cumsum(dim=1) - ends.long() == 0).sum(dim=1))
     column = torch.arange(emitted.shape[1], device=emitted.device)
     gone, over = column >= kept[:, None], (column == kept[:, None]) & (column > 0)
     last = torch.where(over, rows, -1).amax(dim=1)  # the row that the answer ends before
-    last = last if beyond is None else torch.maximum(last, beyond.masked_fill(kept < lengths, -1))
+    last = (
+        last
+        if cut_row is None
+        else torch.maximum(last, cut_row.masked_fill(kept < num_emitted, -1))
+    )
     return rows.masked_fill(gone, -1), emitted.masked_fill(gone, -1), kept, last
 
 
-def walk(
-    parent: Tensor, indptr: Tensor, tokens: Tensor, target: Tensor, max_depth: int, limits: Tensor | None = None,
+def accept(
+    parent: Tensor, indptr: Tensor, tokens: Tensor, target: Tensor, max_depth: int, max_new_tokens: Tensor | None = None,
     eos_tokens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """As :func:`echo.kernels.walk`."""
+    """As :func:`echo.kernels.accept`."""
     if target.dim() == 2:
         logits_shape(target, tokens)
         target = argmax_tokens(target)
-    rows, emitted, lengths, beyond = cut(*_path(parent, indptr, tokens, target, max_depth), limits, eos_tokens)
+    rows, emitted, lengths, beyond = cut(
+        *_path(parent, indptr, tokens, target, max_depth), max_new_tokens, eos_tokens
+    )
     assert beyond is not None
-    return rows, emitted, lengths, beyond, emitted.gather(1, (lengths - 1).clamp(min=0)[:, None])[:, 0]
+    return (
+        rows,
+        emitted,
+        lengths,
+        beyond,
+        emitted.gather(1, (lengths - 1).clamp(min=0)[:, None])[:, 0],
+    )
 
 
-def _path(parent: Tensor, indptr: Tensor, tokens: Tensor, target_tokens: Tensor, max_depth: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _path(
+    parent: Tensor, indptr: Tensor, tokens: Tensor, target_tokens: Tensor, max_depth: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Rows, emitted, lengths and beyond of a walk that no answer ends."""
     count, batch, max_depth = accept_shapes(parent, indptr, tokens, target_tokens, max_depth)
     device = tokens.device
@@ -76,7 +107,9 @@ def _path(parent: Tensor, indptr: Tensor, tokens: Tensor, target_tokens: Tensor,
     emitted = target[rows].clamp(min=-1)
     there = emitted >= 0
     rows, ended = rows.masked_fill(rows == count, -1), ~there
-    beyond = rows.masked_fill(there, -1)[:, 1:].amax(dim=1) if max_depth else torch.full_like(first, -1)
+    beyond = (
+        rows.masked_fill(there, -1)[:, 1:].amax(dim=1) if max_depth else torch.full_like(first, -1)
+    )
     return rows.masked_fill(ended, -1), emitted, there.sum(dim=1), beyond
 
 
@@ -92,15 +125,25 @@ def tree_attention(call: Attention) -> tuple[Tensor, Tensor]:
     s, double, device = call.planning.shapes, torch.float64, call.q.device
     query = call.q.to(double).view(s.rows, s.kv_heads, s.group, s.dim)
     tree_key, tree_value = call.tree_key.to(double), call.tree_value.to(double)
-    score = torch.einsum("nhgd,nhd->nhg", query, tree_key) * call.factor  # of itself alone: what a pad row sees
+    score = (
+        torch.einsum("nhgd,nhd->nhg", query, tree_key) * call.factor
+    )  # of itself alone: what a pad row sees
     out, lse = tree_value.repeat_interleave(s.group, dim=1), _soft(score, call.softcap).flatten(1)
     bit = torch.arange(32 * call.mask.shape[1], device=device)
     for b in range(s.batch):
-        rows, first, end = (call.request == b).nonzero()[:, 0], int(call.indptr[b]), int(call.indptr[b + 1])
+        rows, first, end = (
+            (call.request == b).nonzero()[:, 0],
+            int(call.indptr[b]),
+            int(call.indptr[b + 1]),
+        )
         keys, values, count = tree_key[first:end], tree_value[first:end], end - first
         seen = ((call.mask[rows][:, bit // 32] >> (bit % 32).int()) & 1).bool()[:, :count]
         seen = torch.nn.functional.pad(seen, (0, count - seen.shape[1]))
-        place = torch.zeros(count, dtype=torch.int64, device=device) if call.depth is None else call.depth[first:end].long()
+        place = (
+            torch.zeros(count, dtype=torch.int64, device=device)
+            if call.depth is None
+            else call.depth[first:end].long()
+        )
         if call.cache is not None:
             key_cache, value_cache, page_table, context = call.cache
             length = max(min(int(context[b]), s.longest), 0)
@@ -120,10 +163,15 @@ def tree_attention(call: Attention) -> tuple[Tensor, Tensor]:
             seen = seen & (call.depth[rows].long()[:, None] - place < call.window)
         score = _soft(torch.einsum("nhgd,shd->nhgs", query[rows], keys) * call.factor, call.softcap)
         finite = values.isfinite()  # one that is not spoils the rows that see it, and no other: a weight of 0 times NaN is NaN
-        score = score.masked_fill(~finite.all(-1).T[:, None], torch.nan).masked_fill(~seen[:, None, None], -torch.inf)
+        score = score.masked_fill(~finite.all(-1).T[:, None], torch.nan).masked_fill(
+            ~seen[:, None, None], -torch.inf
+        )
         values, total = torch.where(finite, values, 0.0), score.logsumexp(-1)
         weight = torch.where(total[..., None] == -torch.inf, 0.0, score.softmax(-1))
-        out[rows], lse[rows] = torch.einsum("nhgs,shd->nhgd", weight, values).flatten(1, 2), total.flatten(1)
+        out[rows], lse[rows] = (
+            torch.einsum("nhgs,shd->nhgd", weight, values).flatten(1, 2),
+            total.flatten(1),
+        )
     return out.to(call.q.dtype), lse.float()
 
 
@@ -141,4 +189,6 @@ def merge_attention(o1: Tensor, lse1: Tensor, o2: Tensor, lse2: Tensor) -> tuple
 
 def _share(out: Tensor, lse: Tensor, base: Tensor) -> Tensor:
     """What one part brings to the whole, float64; without keys it may hold anything."""
-    return torch.where(lse[..., None] == -torch.inf, 0.0, out.double() * (lse.double() - base).exp()[..., None])
+    return torch.where(
+        lse[..., None] == -torch.inf, 0.0, out.double() * (lse.double() - base).exp()[..., None]
+    )

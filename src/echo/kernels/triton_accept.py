@@ -17,7 +17,9 @@ NOWHERE = tl.constexpr(2147483647)
 
 
 @triton.jit(do_not_specialize=["parts"])
-def _best(logits, value, index, vocabulary, row_stride, parts, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
+def _best(
+    logits, value, index, vocabulary, row_stride, parts, CHUNK: tl.constexpr, BLOCK: tl.constexpr
+):
     """The largest number of one chunk of one row, and its first place. NaN counts as -inf.
 
     Stages ask for reads ahead into shared memory: in registers there is room for one only, and memory waits while it is compared.
@@ -26,9 +28,13 @@ def _best(logits, value, index, vocabulary, row_stride, parts, CHUNK: tl.constex
     lane = tl.arange(0, BLOCK)
     best = tl.full([BLOCK], float("-inf"), tl.float32)
     place = tl.full([BLOCK], NOWHERE, tl.int32)
-    for at in tl.range(part * CHUNK, tl.minimum((part + 1) * CHUNK, vocabulary), BLOCK, num_stages=4):
+    for at in tl.range(
+        part * CHUNK, tl.minimum((part + 1) * CHUNK, vocabulary), BLOCK, num_stages=4
+    ):
         token = at + lane
-        score = tl.load(logits + row * row_stride + token, mask=token < vocabulary, other=float("-inf")).to(tl.float32)
+        score = tl.load(
+            logits + row * row_stride + token, mask=token < vocabulary, other=float("-inf")
+        ).to(tl.float32)
         higher = score > best  # false for NaN; a later equal one never replaces an earlier one
         best, place = tl.where(higher, score, best), tl.where(higher, token, place)
     top = tl.max(best, 0)
@@ -88,14 +94,20 @@ def _walk(
             length += 1
             last = token
             if ENDS > 0:
-                ending = tl.load(ends + tl.arange(0, ENDS), mask=tl.arange(0, ENDS) < endings, other=-1)
+                ending = tl.load(
+                    ends + tl.arange(0, ENDS), mask=tl.arange(0, ENDS) < endings, other=-1
+                )
                 room = tl.where(tl.sum((ending == token).to(tl.int32), 0) > 0, 0, room)
-            child = tl.where((near > row) & (near_above == local) & (near_drafted == token), near, NOWHERE)
+            child = tl.where(
+                (near > row) & (near_above == local) & (near_drafted == token), near, NOWHERE
+            )
             for start in range(tl.maximum(row + 1, first + BLOCK), end, BLOCK):
                 at = start + lane
                 drafted = tl.load(tokens + at, mask=at < end, other=-1)
                 above = tl.load(parent + at, mask=at < end, other=-1)
-                child = tl.minimum(child, tl.where((above == local) & (drafted == token), at, NOWHERE))
+                child = tl.minimum(
+                    child, tl.where((above == local) & (drafted == token), at, NOWHERE)
+                )
             row = tl.min(child, 0)
         else:
             cut = tl.where((row < NOWHERE) & (step > 0), row.to(tl.int64), cut)
@@ -111,7 +123,9 @@ def _walk(
 def _collect(value, index, token, count, parts, PARTS: tl.constexpr, BLOCK: tl.constexpr):
     """The winning tokens of some rows."""
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    tl.store(token + row, _winners(token, value, index, row, row < count, parts, PARTS), mask=row < count)
+    tl.store(
+        token + row, _winners(token, value, index, row, row < count, parts, PARTS), mask=row < count
+    )
 
 
 def _scan(logits: Tensor, tokens: Tensor | None = None) -> tuple[Tensor, Tensor, int]:
@@ -124,7 +138,15 @@ def _scan(logits: Tensor, tokens: Tensor | None = None) -> tuple[Tensor, Tensor,
     index = torch.empty(n, parts, dtype=torch.int32, device=logits.device)
     if n:
         _best[(n, parts)](
-            logits, value, index, vocabulary, logits.stride(0), parts, CHUNK=chunk, BLOCK=launch.VOCABULARY_BLOCK, num_warps=8
+            logits,
+            value,
+            index,
+            vocabulary,
+            logits.stride(0),
+            parts,
+            CHUNK=chunk,
+            BLOCK=launch.VOCABULARY_BLOCK,
+            num_warps=8,
         )
     return value, index, parts
 
@@ -136,30 +158,48 @@ def argmax_tokens(logits: Tensor) -> Tensor:
     token = torch.empty(logits.shape[0], dtype=torch.int64, device=logits.device)
     if len(token):
         grid = (-(-len(token) // launch.WALKED),)
-        _collect[grid](value, index, token, len(token), parts, PARTS=launch.power_of_two(parts), BLOCK=launch.WALKED, num_warps=1)
+        _collect[grid](
+            value,
+            index,
+            token,
+            len(token),
+            parts,
+            PARTS=launch.power_of_two(parts),
+            BLOCK=launch.WALKED,
+            num_warps=1,
+        )
     return token
 
 
 @launch.on_its_device
-def walk(
-    parent: Tensor, indptr: Tensor, tokens: Tensor, target: Tensor, max_depth: int, limits: Tensor | None = None,
+def accept(
+    parent: Tensor, indptr: Tensor, tokens: Tensor, target: Tensor, max_depth: int, max_new_tokens: Tensor | None = None,
     eos_tokens: Tensor | None = None, out: tuple[Tensor, ...] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """As :func:`echo.kernels.walk`: of logits, the walk itself picks the winners of the rows that it visits."""
+    """As :func:`echo.kernels.accept`: of logits, the walk itself picks the winners of the rows that it visits."""
     found: tuple[Tensor, Tensor, int] = (target, target, 0)
     if target.dim() == 2:
         found, target = _scan(target, tokens), tokens
-    (value, index, parts), (n, batch, max_depth) = found, accept_shapes(parent, indptr, tokens, target, max_depth)
+    (value, index, parts), (n, batch, max_depth) = (
+        found,
+        accept_shapes(parent, indptr, tokens, target, max_depth),
+    )
     if out is None:
         rows = torch.empty(batch, max_depth + 1, dtype=torch.int64, device=tokens.device)
         lengths = torch.empty(batch, dtype=torch.int64, device=tokens.device)
-        out = rows, torch.empty_like(rows), lengths, torch.empty_like(lengths), torch.empty_like(lengths)
+        out = (
+            rows,
+            torch.empty_like(rows),
+            lengths,
+            torch.empty_like(lengths),
+            torch.empty_like(lengths),
+        )
     endings = 0 if eos_tokens is None else len(eos_tokens)
     if batch:
         _walk[(batch,)](
             parent.contiguous(), indptr.contiguous(), tokens.contiguous(), target.contiguous(), value, index,
-            indptr if limits is None else limits.contiguous(), tokens if eos_tokens is None else eos_tokens.contiguous(), *out,
-            n, parts, max_depth, endings, PARTS=launch.power_of_two(parts) if parts else 0, LIMITS=limits is not None,
+            indptr if max_new_tokens is None else max_new_tokens.contiguous(), tokens if eos_tokens is None else eos_tokens.contiguous(), *out,
+            n, parts, max_depth, endings, PARTS=launch.power_of_two(parts) if parts else 0, LIMITS=max_new_tokens is not None,
             ENDS=launch.power_of_two(endings) if endings else 0, BLOCK=launch.WALKED, num_warps=1,
         )  # fmt: skip
     return out[0], out[1], out[2], out[3], out[4]

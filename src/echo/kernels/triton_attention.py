@@ -31,19 +31,26 @@ class Sizes(NamedTuple):
 def _sizes(call: Planning) -> Sizes:
     s = call.shapes
     mean = s.rows / max(s.batch, 1) if s.splits is None else launch.FIXED_ROWS
-    tile = launch.tile(s.group, s.dim, s.itemsize, s.cached, s.page, mean, launch.generation(s.device))
+    tile = launch.tile(
+        s.group, s.dim, s.itemsize, s.cached, s.page, mean, launch.generation(s.device)
+    )
     tiles = launch.most_tiles(s.rows, s.batch, s.group, tile.rows)
     target = launch.target_items(s.device, s.kv_heads, tile)
     if s.splits is None:
         return Sizes(tile, target, tiles + target, 2 * target)
     pieces = min(s.splits, -(-s.longest // tile.keys) - (-s.rows // tile.keys))
-    return Sizes(tile, target, tiles * pieces, -(-s.rows * s.group * pieces // tile.rows) if pieces > 1 else 0)
+    return Sizes(
+        tile,
+        target,
+        tiles * pieces,
+        -(-s.rows * s.group * pieces // tile.rows) if pieces > 1 else 0,
+    )
 
 
 def _plan(call: Planning) -> AttentionPlan:
     s, indptr = call.shapes, call.indptr
     sizes = _sizes(call)
-    lengths = indptr if call.mode == "tree" or call.context is None else call.context
+    lengths = indptr if call.mode == "tree" or call.prefix_lens is None else call.prefix_lens
     work, spans = indptr.new_empty(sizes.items, jit.FIELDS.value), indptr.new_empty(s.batch + 1, 2)
     jit.plan[(s.batch + 1,)](
         indptr.contiguous(), lengths.contiguous(), work, spans, s.batch, s.longest, sizes.items, sizes.target, call.splits or 0,
@@ -67,34 +74,66 @@ def tree_attention(call: Attention) -> tuple[Tensor, Tensor]:
     Raises:
         EchoError: as there; also a last dimension that is not contiguous, or head dimensions beyond 16 to 256.
     """
-    s, q, tree_key, tree_value, indptr = call.planning.shapes, call.q, call.tree_key, call.tree_value, call.indptr
+    s, q, tree_key, tree_value, indptr = (
+        call.planning.shapes,
+        call.q,
+        call.tree_key,
+        call.tree_value,
+        call.indptr,
+    )
     if not 16 <= s.dim <= 256:
-        raise EchoError(f"q: expected head dimensions from 16 to 256 for the Triton kernel, got {s.dim}")
+        raise EchoError(
+            f"q: expected head dimensions from 16 to 256 for the Triton kernel, got {s.dim}"
+        )
     # Without a context nothing of these is read; they stand for pointers.
     keys, values, table, _ = call.cache or (tree_key[None], tree_value[None], indptr[None], indptr)
-    named = {"q": q, "tree_key": tree_key, "tree_value": tree_value, "key_cache": keys, "value_cache": values, "page_table": table}
+    named = {
+        "q": q,
+        "tree_key": tree_key,
+        "tree_value": tree_value,
+        "key_cache": keys,
+        "value_cache": values,
+        "page_table": table,
+    }
     for name, value in named.items():
         if value.stride(-1) != 1 and value.numel():
-            raise EchoError(f"{name}: expected a contiguous last dimension, got strides {list(value.stride())}")
+            raise EchoError(
+                f"{name}: expected a contiguous last dimension, got strides {list(value.stride())}"
+            )
     if q.is_cuda and torch.float8_e4m3fn in (keys.dtype, values.dtype):
         capability = torch.cuda.get_device_capability(q.device)
         if capability < (8, 9):
-            raise EchoError(f"key_cache: expected float8_e5m2 on compute capability {capability}, got float8_e4m3fn")
+            raise EchoError(
+                f"key_cache: expected float8_e5m2 on compute capability {capability}, got float8_e4m3fn"
+            )
 
     sizes = _sizes(call.planning)
     tile = sizes.tile
-    out, lse = q.new_empty(s.rows, s.heads, s.dim), q.new_empty(s.rows, s.heads, dtype=torch.float32)
+    out, lse = (
+        q.new_empty(s.rows, s.heads, s.dim),
+        q.new_empty(s.rows, s.heads, dtype=torch.float32),
+    )
     if s.rows == 0:
         return out, lse
     plan = _plan(call.planning) if call.plan is None else call.plan
     if plan.tile != tile:
-        raise EchoError(f"plan: expected one made by the Triton kernel for {tile}, got one for {plan.tile}")
-    work = checks.tensor("plan.work", plan.work, [sizes.items, jit.FIELDS.value], torch.int32, q.device)
+        raise EchoError(
+            f"plan: expected one made by the Triton kernel for {tile}, got one for {plan.tile}"
+        )
+    work = checks.tensor(
+        "plan.work", plan.work, [sizes.items, jit.FIELDS.value], torch.int32, q.device
+    )
     spans = checks.tensor("plan.spans", plan.spans, [s.batch + 1, 2], torch.int32, q.device)
-    partial, partial_lse = lse.new_empty(sizes.slots * tile.rows, s.kv_heads, s.dim), lse.new_empty(sizes.slots * tile.rows, s.kv_heads)
+    partial, partial_lse = (
+        lse.new_empty(sizes.slots * tile.rows, s.kv_heads, s.dim),
+        lse.new_empty(sizes.slots * tile.rows, s.kv_heads),
+    )
     indptr, mask, request = indptr.contiguous(), call.mask.contiguous(), call.request.contiguous()
     depth = indptr if call.depth is None else call.depth.contiguous()
-    key_scale, value_scale = (lse if scales is None else scales.contiguous() for scales in (call.key_scale, call.value_scale))
+    key_scale, value_scale = (
+        lse if scales is None else scales.contiguous()
+        for scales in (call.key_scale, call.value_scale)
+    )
     cap = 1.0 if call.softcap is None else float(call.softcap)
     narrow = q.dtype == torch.bfloat16 and keys.element_size() == 1 and values.element_size() == 1
     shape = {
@@ -123,7 +162,9 @@ def _dot_type(dtype: torch.dtype) -> Any:
     """Triton's type of the matrix products. The interpreter computes bfloat16 wrongly, so there it is float32."""
     if INTERPRETED and dtype == torch.bfloat16:
         return tl.float32
-    return {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}[dtype]
+    return {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}[
+        dtype
+    ]
 
 
 @launch.on_its_device

@@ -1,6 +1,6 @@
 """What nodes cost, and the selection of the cheapest of them over the batch, as Triton kernels.
 
-The references are :meth:`echo.GlobalRank.cost` and :func:`echo.budget.dealing.deal`.
+The references are :meth:`echo.GlobalRank.cost` and :func:`echo.budget.dealing.select_cheapest`.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from echo.kernels import launch
+from echo.kernels import codes, launch
 from echo.kernels.triton_growing import DEAD, INTERPRETED, NEVER, as_bytes, by_rows
 
 NOWHERE = tl.constexpr(1 << 62)
-BINS, PER_NAT = tl.constexpr(launch.TABLE_BINS), tl.constexpr(float(launch.BINS_PER_NAT))
+BINS, PER_NAT = tl.constexpr(codes.TABLE_BINS), tl.constexpr(float(codes.BINS_PER_NAT))
 LEVELS = tl.constexpr(128)
 """More than there are depths: cost * LEVELS + depth is one number, below 2^38."""
 KEY_BITS = 38
 """Bits of a key."""
 NEVER_PLACED = 2147483647
 
-__all__ = ["INTERPRETED", "Selected", "deal", "nodes", "path_cost", "select"]
+__all__ = ["INTERPRETED", "Selected", "nodes", "path_cost", "select", "select_cheapest"]
 
 
 class Selected(NamedTuple):
@@ -66,9 +66,16 @@ def _chance(
         for _ in range(len(ENDS)):
             depth, above = layout(node, ENDS)
             own = 0.0 - tl.load(score + b * score_row + node, mask=inside, other=0.0)
-            place = tl.minimum(own * PER_NAT, BINS - 1.0).to(tl.int32) + tl.minimum(depth, rows - 1) * BINS
+            place = (
+                tl.minimum(own * PER_NAT, BINS - 1.0).to(tl.int32)
+                + tl.minimum(depth, rows - 1) * BINS
+            )
             most = tl.maximum(most, tl.load(table + place, mask=inside, other=0))
-            node = tl.where(depth > 0, above + tl.load(parent + b * parent_row + node, mask=inside, other=0).to(tl.int32), 0)
+            node = tl.where(
+                depth > 0,
+                above + tl.load(parent + b * parent_row + node, mask=inside, other=0).to(tl.int32),
+                0,
+            )
     tl.store(cost + b * count + lane, tl.where(value == float("inf"), NEVER, most), mask=inside)
 
 
@@ -76,7 +83,9 @@ def _chance(
 def _costs(cost, row, lane, there, SCORES: tl.constexpr):
     """Costs of some nodes of a request: as they are, or bits of negated scores."""
     if SCORES:
-        value = (0.0 - tl.load(cost + row + lane, mask=there, other=DEAD)).to(tl.int32, bitcast=True)
+        value = (0.0 - tl.load(cost + row + lane, mask=there, other=DEAD)).to(
+            tl.int32, bitcast=True
+        )
     else:
         value = tl.load(cost + row + lane, mask=there, other=NEVER)
     return value
@@ -99,7 +108,9 @@ def _rank(
         at = start + tl.arange(0, PIECE)
         other = _costs(cost, b * cost_row, at, at < count, SCORES)
         free = (other < NEVER) & (tl.load(bought + b * row + at, mask=at < count, other=1) == 0)
-        ahead = (other[None, :] < own[:, None]) | ((other[None, :] == own[:, None]) & (at[None, :] < lane[:, None]))
+        ahead = (other[None, :] < own[:, None]) | (
+            (other[None, :] == own[:, None]) & (at[None, :] < lane[:, None])
+        )
         mine += tl.sum((ahead & free[None, :]).to(tl.int32), 1)
     room = tl.minimum(tl.load(limit + b), total)
     if HELD:
@@ -109,8 +120,16 @@ def _rank(
     depth, _ = layout(lane, ENDS)
     tl.store(key + b * most + mine, own.to(tl.int64) * LEVELS + depth, mask=able)
     tail = tl.arange(0, MOST)
-    tl.store(key + b * most + tail, tl.full([MOST], NOWHERE, tl.int64), mask=(tail >= bound) & (tail < most))
-    tl.store(place + b * count + lane, tl.where(bought_already, -1, tl.where(able, mine, 2147483647)), mask=inside)
+    tl.store(
+        key + b * most + tail,
+        tl.full([MOST], NOWHERE, tl.int64),
+        mask=(tail >= bound) & (tail < most),
+    )
+    tl.store(
+        place + b * count + lane,
+        tl.where(bought_already, -1, tl.where(able, mine, 2147483647)),
+        mask=inside,
+    )
 
 
 @triton.jit
@@ -135,11 +154,15 @@ def _allot(
     there = r < batch
     goal = tl.minimum(tl.load(left), rows)
     cutoff = tl.zeros([], tl.int64)
-    digit = (tl.arange(0, DIGITS) + (1 if BITS == 1 else 0)).to(tl.int64)  # of one bit, 1 alone is asked for
+    digit = (tl.arange(0, DIGITS) + (1 if BITS == 1 else 0)).to(
+        tl.int64
+    )  # of one bit, 1 alone is asked for
     for turn in range(ROUNDS):
         shift = BITS * (ROUNDS - 1 - turn)
         raised = cutoff + (digit << shift)
-        fewer = tl.sum(_below(key, r[:, None], there[:, None], most, raised[None, :], STEPS), 0) < goal
+        fewer = (
+            tl.sum(_below(key, r[:, None], there[:, None], most, raised[None, :], STEPS), 0) < goal
+        )
         cutoff += tl.sum((fewer & (digit > 0)).to(tl.int64), 0) << shift
     below = _below(key, r, there, most, cutoff, STEPS)
     ties = _below(key, r, there, most, cutoff + 1, STEPS) - below
@@ -157,7 +180,13 @@ def ends(sizes: Sequence[int]) -> tuple[int, ...]:
 
 
 @launch.on_its_device
-def path_cost(score: Tensor, parent: Tensor | None, table: Tensor | None, sizes: Sequence[int], out: Tensor | None = None) -> Tensor:
+def path_cost(
+    score: Tensor,
+    parent: Tensor | None,
+    table: Tensor | None,
+    sizes: Sequence[int],
+    out: Tensor | None = None,
+) -> Tensor:
     """int32 [B, T]: the bits of each node's negated score; or, of a table of costs, the greatest entry on its path.
 
     Args:
@@ -171,7 +200,11 @@ def path_cost(score: Tensor, parent: Tensor | None, table: Tensor | None, sizes:
     cost = torch.empty(batch, count, dtype=torch.int32, device=score.device) if out is None else out
     if batch:
         score, (block, _) = by_rows(score), launch.lanes(count)
-        links = (cost, cost, 0, 0) if table is None or parent is None else (by_rows(parent), table, len(table), parent.stride(0))
+        links = (
+            (cost, cost, 0, 0)
+            if table is None or parent is None
+            else (by_rows(parent), table, len(table), parent.stride(0))
+        )
         _chance[(batch,)](
             score, *links[:2], cost, count, links[2], score.stride(0), links[3],
             TABLE=table is not None, ENDS=ends(sizes), BLOCK=block, num_warps=launch.warps(block),
@@ -181,18 +214,18 @@ def path_cost(score: Tensor, parent: Tensor | None, table: Tensor | None, sizes:
 
 @launch.on_its_device
 def select(
-    cost: Tensor, bought: Tensor, limit: Tensor, held: Tensor | None, left: Tensor, rows: int, most: int, sizes: Sequence[int],
+    cost: Tensor, committed: Tensor, verify_limits: Tensor, num_committed: Tensor | None, num_remaining: Tensor, num_verify_tokens: int, most: int, sizes: Sequence[int],
     *, total: int = NEVER_PLACED, extra: int = NEVER_PLACED, out: Selected | None = None,
 ) -> Selected:  # fmt: skip
-    """The cheapest uncommitted nodes of the batch: ``left`` in all, and of a request as its limits allow.
+    """The cheapest uncommitted nodes of the batch: ``num_remaining`` in all, and of a request as its limits allow.
 
     Args:
         cost: int32 [B, T], or float32 [B, T], scores, whose negated bits it is.
-        bought: bool [B, T], committed nodes.
-        limit: int64 [B], rows of a request; ``total`` bounds them all.
-        held: int64 [B], committed nodes of a request, counted against its limit; None: none is, and ``counts`` are not written.
-        left: int64 [].
-        rows: bound of ``left``.
+        committed: bool [B, T], committed nodes.
+        verify_limits: int64 [B], rows of a request; ``total`` bounds them all.
+        num_committed: int64 [B], committed nodes of a request, counted against its limit; None: none is, and ``counts`` are not written.
+        num_remaining: int64 [].
+        num_verify_tokens: bound of ``num_remaining``.
         most: bound of what a request may get.
         sizes: nodes of each layer, together T.
         extra: more than its committed nodes that a request may get at most.
@@ -204,18 +237,21 @@ def select(
         torch.empty(batch, dtype=torch.int64, device=cost.device), torch.empty(batch, most, dtype=torch.int64, device=cost.device),
     )  # fmt: skip
     if batch:
-        cost, bought, (block, piece) = by_rows(cost), by_rows(bought), launch.lanes(count)
-        group, counted = launch.power_of_two(batch), limit if held is None else held
+        cost, committed, (block, piece) = by_rows(cost), by_rows(committed), launch.lanes(count)
+        group, counted = (
+            launch.power_of_two(batch),
+            verify_limits if num_committed is None else num_committed,
+        )
         bits = launch.cutoff_bits(group)
         digits = 1 << bits if bits > 1 else 1
         _rank[(batch,)](
-            cost, as_bytes(bought), limit, counted, new.key, new.place, count, most, total, extra, cost.stride(0), bought.stride(0),
-            SCORES=cost.dtype == torch.float32, HELD=held is not None, ENDS=ends(sizes), BLOCK=block, PIECE=piece,
+            cost, as_bytes(committed), verify_limits, counted, new.key, new.place, count, most, total, extra, cost.stride(0), committed.stride(0),
+            SCORES=cost.dtype == torch.float32, HELD=num_committed is not None, ENDS=ends(sizes), BLOCK=block, PIECE=piece,
             MOST=launch.power_of_two(most), num_warps=launch.warps(block),
         )  # fmt: skip
         _allot[(1,)](
-            new.key, left, counted, new.share, new.counts, batch, most, rows,
-            HELD=held is not None, GROUP=group, STEPS=most.bit_length(), BITS=bits, DIGITS=digits, ROUNDS=-(-KEY_BITS // bits),
+            new.key, num_remaining, counted, new.share, new.counts, batch, most, num_verify_tokens,
+            HELD=num_committed is not None, GROUP=group, STEPS=most.bit_length(), BITS=bits, DIGITS=digits, ROUNDS=-(-KEY_BITS // bits),
             num_warps=max(1, min(32, (group << bits) // (256 if bits > 1 else 128))),
         )  # fmt: skip
     return new
@@ -227,7 +263,15 @@ def nodes(selected: Selected) -> Tensor:
 
 
 @launch.on_its_device
-def deal(cost: Tensor, bought: Tensor, cap: Tensor, left: Tensor, rows: int, most: int, sizes: Sequence[int]) -> Tensor:
+def select_cheapest(
+    cost: Tensor,
+    bought: Tensor,
+    cap: Tensor,
+    left: Tensor,
+    rows: int,
+    most: int,
+    sizes: Sequence[int],
+) -> Tensor:
     """bool [B, T]: the cheapest uncommitted nodes of the batch, at most ``cap`` int64 [B] of a request; the others as in :func:`select`."""
     if not len(cost):
         return torch.zeros_like(bought)

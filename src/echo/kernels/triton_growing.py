@@ -1,6 +1,6 @@
 """The roots of a step and the growing of a layer, one launch each, as Triton kernels: the integers of torch's operations.
 
-The reference is what :meth:`echo.ElasticBudgetScheduler.plant` and ``grow`` do with torch. Decisions compare the bits of float32 sums, and
+The reference is what :meth:`echo.ElasticBudgetScheduler.begin` and ``grow`` do with torch. Decisions compare the bits of float32 sums, and
 there is no product that a compiler could join with a sum. Requests are programs; what one must know of the others it computes by itself, so
 nothing depends on the order in which they run, and no launch waits for another.
 """
@@ -15,21 +15,25 @@ import triton.language as tl
 from torch import Tensor
 
 from echo import checks
-from echo.kernels import launch
-from echo.kernels.launch import Status
+from echo.kernels import codes, launch
+from echo.kernels.codes import Status
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 """Whether these kernels were loaded for Triton's interpreter, which runs them on the CPU."""
 
 DEAD = tl.constexpr(float("-inf"))
 ROUNDING = tl.constexpr(checks.ROUNDING)
-NEVER = tl.constexpr(launch.UNSELECTABLE)
-ACTIVE, TRUNCATED, STARVED = (tl.constexpr(int(s)) for s in (Status.ACTIVE, Status.TRUNCATED, Status.STARVED))
-FINISHED, EXHAUSTED, EMPTY = (tl.constexpr(int(s)) for s in (Status.FINISHED, Status.EXHAUSTED, Status.EMPTY))
+NEVER = tl.constexpr(codes.UNSELECTABLE)
+ACTIVE, TRUNCATED, STARVED = (
+    tl.constexpr(int(s)) for s in (Status.ACTIVE, Status.TRUNCATED, Status.STARVED)
+)
+FINISHED, EXHAUSTED, EMPTY = (
+    tl.constexpr(int(s)) for s in (Status.FINISHED, Status.EXHAUSTED, Status.EMPTY)
+)
 
 
 class Roots(NamedTuple):
-    """Where a step begins; ``token``, ``parent``, ``score`` and ``bought`` [B, 1] may be columns of wider buffers, of one row stride.
+    """Where a step begins; ``token``, ``parent``, ``score`` and ``committed`` [B, 1] may be columns of wider buffers, of one row stride.
 
     Without a buffer for them, ``token`` is the caller's own tensor of roots.
     """
@@ -37,14 +41,14 @@ class Roots(NamedTuple):
     token: Tensor
     parent: Tensor
     score: Tensor
-    bought: Tensor
+    committed: Tensor
     alive: Tensor
     drafts: Tensor
     status: Tensor
-    limit: Tensor
-    held: Tensor
+    verify_limits: Tensor
+    num_committed: Tensor
     invalid: Tensor
-    left: Tensor
+    num_remaining: Tensor
 
 
 class Grown(NamedTuple):
@@ -53,7 +57,7 @@ class Grown(NamedTuple):
     token: Tensor
     parent: Tensor
     score: Tensor
-    bought: Tensor
+    committed: Tensor
     drafted: Tensor
     next_token: Tensor
     next_parent: Tensor
@@ -61,8 +65,8 @@ class Grown(NamedTuple):
     next_score: Tensor
     next_active: Tensor
     status: Tensor
-    held: Tensor
-    left: Tensor
+    num_committed: Tensor
+    num_remaining: Tensor
     invalid: Tensor
 
 
@@ -112,12 +116,16 @@ def _cost(score):
 
 
 @triton.jit
-def _path_score(above, active, log_prob, r, lane, there, k, above_row, active_row, q_row, q_node, q_child):
+def _path_score(
+    above, active, log_prob, r, lane, there, k, above_row, active_row, q_row, q_node, q_child
+):
     """S(v) of some candidates of some requests, whether their parents draft, and whether their log-probability is no number."""
     w = (lane // k).to(tl.int64)
     on = tl.load(active + r * active_row + w, mask=there, other=0) != 0
     base = tl.where(on, tl.load(above + r * above_row + w, mask=there, other=DEAD), DEAD)
-    q = tl.load(log_prob + r * q_row + w * q_node + (lane - w * k) * q_child, mask=there, other=DEAD).to(tl.float32)
+    q = tl.load(
+        log_prob + r * q_row + w * q_node + (lane - w * k) * q_child, mask=there, other=DEAD
+    ).to(tl.float32)
     number = (q > DEAD) & (q <= ROUNDING)
     value = base + tl.where(number, q, DEAD)
     return tl.where(value < base, value, base), on, (q != DEAD) & (number == 0)
@@ -151,14 +159,18 @@ def _grow(
     b = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, BLOCK)
     inside = lane < count
-    own, on, odd = _path_score(above, active, log_prob, b, lane, inside, k, above_row, active_row, q_row, q_node, q_child)
+    own, on, odd = _path_score(
+        above, active, log_prob, b, lane, inside, k, above_row, active_row, q_row, q_node, q_child
+    )
     eligible, cost = (own > DEAD) & inside, _cost(own)
     best, candidates = tl.max(tl.where(inside, own, DEAD), 0), tl.sum(eligible.to(tl.int64), 0)
     fault = (odd | (tl.broadcast_to(best, [BLOCK]) == DEAD)) & on & inside
     drafted, some, passed, room = _passing(best, status, verdict, limit, held, b, True, tau, GATED)
     at = b * row + lane
     up = (lane // k).to(tl.int64)
-    mine = tl.load(tokens + b * t_row + up * t_node + (lane - up * k) * t_child, mask=inside, other=0)
+    mine = tl.load(
+        tokens + b * t_row + up * t_node + (lane - up * k) * t_child, mask=inside, other=0
+    )
     if COPY:
         tl.store(token + at, mine, mask=inside)
     tl.store(parent + at, tl.load(index + b * index_row + up, mask=inside, other=0), mask=inside)
@@ -169,9 +181,24 @@ def _grow(
     for start in range(0, count, PIECE):
         other_lane = start + tl.arange(0, PIECE)
         there = other_lane < count
-        other, _, _ = _path_score(above, active, log_prob, b, other_lane, there, k, above_row, active_row, q_row, q_node, q_child)
+        other, _, _ = _path_score(
+            above,
+            active,
+            log_prob,
+            b,
+            other_lane,
+            there,
+            k,
+            above_row,
+            active_row,
+            q_row,
+            q_node,
+            q_child,
+        )
         theirs = _cost(tl.where(there, other, DEAD))[None, :]
-        ahead = (theirs < cost[:, None]) | ((theirs == cost[:, None]) & (other_lane[None, :] < lane[:, None]))
+        ahead = (theirs < cost[:, None]) | (
+            (theirs == cost[:, None]) & (other_lane[None, :] < lane[:, None])
+        )
         place += tl.sum((ahead & (theirs < NEVER)).to(tl.int32), 1)
     goes = passed
     if BUYS > 0:
@@ -182,7 +209,18 @@ def _grow(
             there = r < batch
             both = there[:, None] & inside[None, :]
             layer, _, _ = _path_score(
-                above, active, log_prob, r[:, None], lane[None, :], both, k, above_row, active_row, q_row, q_node, q_child
+                above,
+                active,
+                log_prob,
+                r[:, None],
+                lane[None, :],
+                both,
+                k,
+                above_row,
+                active_row,
+                q_row,
+                q_node,
+                q_child,
             )
             layer = tl.where(both, layer, DEAD)
             top = tl.max(layer, 1)
@@ -191,9 +229,14 @@ def _grow(
             wanted = tl.where(buys, most, 0)
             wanted_by_all += tl.sum(wanted, 0)
             their_worth = _cost(top)
-            before += tl.sum(tl.where((their_worth < worth) | ((their_worth == worth) & (r < b)), wanted, 0), 0)
+            before += tl.sum(
+                tl.where((their_worth < worth) | ((their_worth == worth) & (r < b)), wanted, 0), 0
+            )
         rest = tl.maximum(tl.load(left), 0)
-        granted = tl.minimum(tl.where(passed, tl.minimum(tl.minimum(candidates, BUYS), room), 0), tl.maximum(rest - before, 0))
+        granted = tl.minimum(
+            tl.where(passed, tl.minimum(tl.minimum(candidates, BUYS), room), 0),
+            tl.maximum(rest - before, 0),
+        )
         eligible = eligible & (place < granted)
         tl.store(holds + b, tl.load(held + b) + granted)
         tl.store(remains, tl.load(left) - tl.minimum(rest, wanted_by_all), mask=b == 0)
@@ -201,7 +244,9 @@ def _grow(
         goes = passed & (granted > 0)
     else:
         tl.store(bought + at, tl.zeros([BLOCK], tl.uint8), mask=inside)
-    other_place = tl.cumsum((inside & (eligible == 0)).to(tl.int32), 0) - 1 + tl.sum(eligible.to(tl.int32), 0)
+    other_place = (
+        tl.cumsum((inside & (eligible == 0)).to(tl.int32), 0) - 1 + tl.sum(eligible.to(tl.int32), 0)
+    )
     kept = inside & (tl.where(eligible, place, other_place) < width)
     reason = tl.where(goes, stop, tl.where(passed, STARVED, tl.where(some, TRUNCATED, EXHAUSTED)))
     reason = tl.where(drafted, reason, tl.load(status + b).to(tl.int32))
@@ -225,17 +270,23 @@ def by_rows(value: Tensor) -> Tensor:
 
 
 @launch.on_its_device
-def plant(
-    roots: Tensor, live: Tensor | None, capacity: Tensor | None, limit: int | Tensor, most: int, deep: bool, out: Roots | None = None
+def begin(
+    roots: Tensor,
+    live: Tensor | None,
+    verify_limits: Tensor | None,
+    limit: int | Tensor,
+    max_verify_tokens_per_req: int,
+    deep: bool,
+    out: Roots | None = None,
 ) -> Roots:
     """The state of a step of ``limit`` rows before its first layer.
 
     Args:
         roots: int64 [B].
         live: bool [B]; None: all.
-        capacity: int64 [B], rows of a request; None: ``most`` each, which bounds them.
+        verify_limits: int64 [B], rows of a request; None: ``max_verify_tokens_per_req`` each, which bounds them.
         limit: rows, or int64 [] on the device.
-        most: a host int.
+        max_verify_tokens_per_req: a host int.
         deep: anything is drafted at all.
         out: buffers to write to, of the token's column too.
     """
@@ -246,15 +297,15 @@ def plant(
 
     new = out or Roots(
         token=roots[:, None], parent=empty(torch.int64, batch, 1), score=empty(torch.float32, batch, 1),
-        bought=empty(torch.bool, batch, 1), alive=empty(torch.bool), drafts=empty(torch.bool, batch, 1), status=empty(torch.int8),
-        limit=empty(torch.int64), held=empty(torch.int64), invalid=empty(torch.int32),
-        left=torch.empty((), dtype=torch.int64, device=roots.device),
+        committed=empty(torch.bool, batch, 1), alive=empty(torch.bool), drafts=empty(torch.bool, batch, 1), status=empty(torch.int8),
+        verify_limits=empty(torch.int64), num_committed=empty(torch.int64), invalid=empty(torch.int32),
+        num_remaining=torch.empty((), dtype=torch.int64, device=roots.device),
     )  # fmt: skip
     _plant[(1,)](
-        roots, roots if live is None else as_bytes(live.contiguous()), roots if capacity is None else capacity.contiguous(),
+        roots, roots if live is None else as_bytes(live.contiguous()), roots if verify_limits is None else verify_limits.contiguous(),
         limit if isinstance(limit, Tensor) else roots, *(as_bytes(value) if value.dtype == torch.bool else value for value in new),
-        batch, 0 if isinstance(limit, Tensor) else limit, most, int(deep), new.parent.stride(0), roots.stride(0),
-        LIVE=live is not None, CAPACITY=capacity is not None, BUDGET=isinstance(limit, Tensor), COPY=out is not None, GROUP=launch.REQUESTS,
+        batch, 0 if isinstance(limit, Tensor) else limit, max_verify_tokens_per_req, int(deep), new.parent.stride(0), roots.stride(0),
+        LIVE=live is not None, CAPACITY=verify_limits is not None, BUDGET=isinstance(limit, Tensor), COPY=out is not None, GROUP=launch.REQUESTS,
         num_warps=launch.warps(launch.REQUESTS),
     )  # fmt: skip
     return new
@@ -262,8 +313,8 @@ def plant(
 
 @launch.on_its_device
 def grow(
-    above: Tensor, active: Tensor, index: Tensor, tokens: Tensor, log_prob: Tensor, status: Tensor, verdict: Tensor | None, limit: Tensor,
-    held: Tensor, left: Tensor, invalid: Tensor, *, width: int, buys: int, stop: int, tau: float, out: Grown | None = None,
+    above: Tensor, active: Tensor, index: Tensor, tokens: Tensor, log_prob: Tensor, status: Tensor, verdict: Tensor | None, verify_limits: Tensor,
+    num_committed: Tensor, num_remaining: Tensor, invalid: Tensor, *, beam: int, buys: int, stop: int, tau: float, out: Grown | None = None,
 ) -> Grown:  # fmt: skip
     """Scores a layer, asks a threshold, buys for the requests that pass in order of confidence, and finds the next frontier.
 
@@ -272,9 +323,9 @@ def grow(
         tokens, log_prob: int64 and float [B, W, k], of any strides.
         status, invalid: int8 and int32 [B].
         verdict: bool [B], a gate's; None: the threshold alone decides.
-        limit, held: int64 [B].
-        left: int64 [].
-        width: most nodes of the next frontier.
+        verify_limits, num_committed: int64 [B].
+        num_remaining: int64 [].
+        beam: most nodes of the next frontier.
         buys: rows that a request buys, and drafts on; 0: nothing is bought, and the frontier is the best.
         stop: status of requests that go on.
         tau: a request passes while its greatest score is above; minus infinity: always.
@@ -283,27 +334,27 @@ def grow(
     batch, old, k = tokens.shape
     count = old * k
     above, active, index = by_rows(above), by_rows(active), by_rows(index)
-    width = min(width, count)
+    beam = min(beam, count)
 
     def empty(dtype: torch.dtype, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=tokens.device)
 
     new = out or Grown(
         token=tokens.flatten(1), parent=empty(torch.int64, batch, count), score=empty(torch.float32, batch, count),
-        bought=empty(torch.bool, batch, count), drafted=empty(torch.bool, batch), next_token=empty(torch.int64, batch, width),
-        next_parent=empty(torch.int64, batch, width), next_index=empty(torch.int64, batch, width),
-        next_score=empty(torch.float32, batch, width), next_active=empty(torch.bool, batch, width), status=torch.empty_like(status),
-        held=torch.empty_like(held) if buys else held, left=torch.empty_like(left) if buys else left, invalid=torch.empty_like(invalid),
+        committed=empty(torch.bool, batch, count), drafted=empty(torch.bool, batch), next_token=empty(torch.int64, batch, beam),
+        next_parent=empty(torch.int64, batch, beam), next_index=empty(torch.int64, batch, beam),
+        next_score=empty(torch.float32, batch, beam), next_active=empty(torch.bool, batch, beam), status=torch.empty_like(status),
+        num_committed=torch.empty_like(num_committed) if buys else num_committed, num_remaining=torch.empty_like(num_remaining) if buys else num_remaining, invalid=torch.empty_like(invalid),
     )  # fmt: skip
     block, piece = launch.lanes(count)
     if batch:
         _grow[(batch,)](
-            above, as_bytes(active), index, tokens, log_prob, status, status if verdict is None else as_bytes(verdict.contiguous()), limit,
-            held, left, invalid, *(as_bytes(value) if value.dtype == torch.bool else value for value in new), batch, k, count, width, stop,
+            above, as_bytes(active), index, tokens, log_prob, status, status if verdict is None else as_bytes(verdict.contiguous()), verify_limits,
+            num_committed, num_remaining, invalid, *(as_bytes(value) if value.dtype == torch.bool else value for value in new), batch, k, count, beam, stop,
             tau, new.parent.stride(0), above.stride(0), active.stride(0), index.stride(0), *tokens.stride(), *log_prob.stride(),
             GATED=verdict is not None, BUYS=buys, COPY=out is not None, BLOCK=block, PIECE=piece, GROUP=launch.others(block),
             num_warps=launch.warps(launch.others(block) * block if buys else block),
         )  # fmt: skip
     elif buys:
-        new.left.copy_(left)
+        new.num_remaining.copy_(num_remaining)
     return new

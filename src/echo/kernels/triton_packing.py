@@ -13,20 +13,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from echo.kernels import launch
+from echo.kernels import codes, launch
 from echo.kernels.triton_dealing import Selected, ends, layout
 from echo.kernels.triton_growing import DEAD, EMPTY, INTERPRETED, STARVED, TRUNCATED, as_bytes
 
-ONE = tl.constexpr(float(launch.ONE))
+ONE = tl.constexpr(float(codes.ONE))
 """Certainty in the fixed point of calibrated costs."""
 
-__all__ = ["INTERPRETED", "compact", "count", "foresee", "observe", "pack"]
+__all__ = ["INTERPRETED", "compact", "count", "observe", "pack", "summarize"]
 
 
 @triton.jit
 def _taken(place, share, b, lane, there, count):
     """Which nodes of a request are verified: those placed within its share."""
-    return (tl.load(place + b * count + lane, mask=there, other=2147483647) < tl.load(share + b)) & there
+    return (
+        tl.load(place + b * count + lane, mask=there, other=2147483647) < tl.load(share + b)
+    ) & there
 
 
 @triton.jit(do_not_specialize=["batch", "count", "rows", "words", "token_row", "row"])
@@ -51,8 +53,14 @@ def _pack(
         tl.store(indptr, 0, mask=b == 0)
         to, fits = first + place, held & (first + place < rows)
         depth, above = layout(lane, ENDS)
-        up = tl.where(depth > 0, above + tl.load(parent + b * row + lane, mask=lane < count, other=0).to(tl.int32), 0)
-        tl.store(row_token + to, tl.load(token + b * token_row + lane, mask=fits, other=0), mask=fits)
+        up = tl.where(
+            depth > 0,
+            above + tl.load(parent + b * row + lane, mask=lane < count, other=0).to(tl.int32),
+            0,
+        )
+        tl.store(
+            row_token + to, tl.load(token + b * token_row + lane, mask=fits, other=0), mask=fits
+        )
         tl.store(row_parent + to, tl.where(depth > 0, tl.gather(place, up, 0), -1), mask=fits)
         tl.store(row_depth + to, depth, mask=fits)
         tl.store(row_request + to, tl.zeros_like(lane) + b.to(tl.int32), mask=fits)
@@ -63,7 +71,9 @@ def _pack(
             at, seen = lane, tl.zeros([BLOCK], tl.int32)
             for _ in range(len(ENDS)):
                 bit = tl.gather(place, at, 0)
-                seen = seen | tl.where(bit >> 5 == word, tl.full([BLOCK], 1, tl.int32) << (bit & 31), 0)
+                seen = seen | tl.where(
+                    bit >> 5 == word, tl.full([BLOCK], 1, tl.int32) << (bit & 31), 0
+                )
                 at = tl.gather(up, at, 0)
             tl.store(mask + to * words + word, seen, mask=fits)
     else:
@@ -77,7 +87,11 @@ def _pack(
         tl.store(row_node + to, tl.full([BLOCK], -1, tl.int64), mask=pad)
         tl.store(row_bought + to, tl.zeros([BLOCK], tl.uint8), mask=pad)
         for word in range(words):
-            tl.store(mask + to * words + word, tl.where(tl.zeros([BLOCK], tl.int32) + word == 0, 1, 0), mask=pad)
+            tl.store(
+                mask + to * words + word,
+                tl.where(tl.zeros([BLOCK], tl.int32) + word == 0, 1, 0),
+                mask=pad,
+            )
 
 
 @triton.jit(do_not_specialize=["count", "steps", "pages", "size", "dummy", "past"])
@@ -100,15 +114,24 @@ def _compact(
     tl.store(valid + lane, there.to(tl.uint8), mask=inside)
     tl.store(position + lane, tl.where(there, place, 0), mask=inside)
     if PAGED:
-        from_ok, to_ok = there & (lies >= 0) & (lies // size < pages), there & (place >= 0) & (place // size < pages)
-        page = tl.load(table + b * pages + lies // size, mask=inside & from_ok, other=-1).to(tl.int64)
-        home = tl.load(table + b * pages + place // size, mask=inside & to_ok, other=-1).to(tl.int64)
+        from_ok, to_ok = (
+            there & (lies >= 0) & (lies // size < pages),
+            there & (place >= 0) & (place // size < pages),
+        )
+        page = tl.load(table + b * pages + lies // size, mask=inside & from_ok, other=-1).to(
+            tl.int64
+        )
+        home = tl.load(table + b * pages + place // size, mask=inside & to_ok, other=-1).to(
+            tl.int64
+        )
         tl.store(source + lane, tl.where(page >= 0, page * size + lies % size, dummy), mask=inside)
         tl.store(target + lane, tl.where(home >= 0, home * size + place % size, dummy), mask=inside)
     else:
         tl.store(source + lane, tl.where(there, lies, dummy), mask=inside)
         tl.store(target + lane, tl.where(there, place, dummy), mask=inside)
-    tl.store(after + b, begin + tl.load(lengths + b, mask=inside, other=0), mask=inside & (step == 0))
+    tl.store(
+        after + b, begin + tl.load(lengths + b, mask=inside, other=0), mask=inside & (step == 0)
+    )
 
 
 @triton.jit(do_not_specialize=["count", "depth", "row"])
@@ -120,18 +143,30 @@ def _foresee(
     b, d = tl.program_id(0).to(tl.int64), tl.program_id(1)
     begin, end = d * 0, d * 0
     for layer in tl.static_range(len(ENDS) - 1):
-        begin, end = tl.where(d == layer, ENDS[layer], begin), tl.where(d == layer, ENDS[layer + 1], end)
+        begin, end = (
+            tl.where(d == layer, ENDS[layer], begin),
+            tl.where(d == layer, ENDS[layer + 1], end),
+        )
     lane, total = tl.arange(0, BINS), tl.zeros([PIECE], tl.float32)
     tally = tl.zeros([BINS], tl.int32)
     for start in range(begin, end, PIECE):
         at = start + tl.arange(0, PIECE)
         inside = at < end
         if COSTS:
-            chance = (ONE - tl.minimum(tl.load(gain + b * count + at, mask=inside, other=1 << 24).to(tl.float32), ONE)) / ONE
+            chance = (
+                ONE
+                - tl.minimum(
+                    tl.load(gain + b * count + at, mask=inside, other=1 << 24).to(tl.float32), ONE
+                )
+            ) / ONE
         else:
             chance = tl.load(gain + b * count + at, mask=inside, other=0.0)
         place = tl.math.sqrt_rn(chance) * (BINS + SKIP)
-        counted = inside & (tl.load(score + b * row + at, mask=inside, other=DEAD) > DEAD) & (place >= SKIP)
+        counted = (
+            inside
+            & (tl.load(score + b * row + at, mask=inside, other=DEAD) > DEAD)
+            & (place >= SKIP)
+        )
         bins = tl.minimum(place.to(tl.int32) - SKIP, BINS - 1)
         tally += tl.sum(((bins[:, None] == lane[None, :]) & counted[:, None]).to(tl.int32), 0)
         total += tl.where(_taken(place_at, share, b, at, inside, count), chance, 0.0)
@@ -150,7 +185,20 @@ def _drafts(lengths, beyond, b, there, CUT: tl.constexpr):
 
 
 @triton.jit
-def _seen(slots, status, lengths, beyond, more_expected, b, batch, d, depth, drafted, CUT: tl.constexpr, FORESEES: tl.constexpr):
+def _seen(
+    slots,
+    status,
+    lengths,
+    beyond,
+    more_expected,
+    b,
+    batch,
+    d,
+    depth,
+    drafted,
+    CUT: tl.constexpr,
+    FORESEES: tl.constexpr,
+):
     """Of some requests and one depth: whether it counts, was accepted, how far it was expected to be, was judged; who ran; the slot."""
     there = b < batch
     emitted, right = _drafts(lengths, beyond, b, there, CUT)
@@ -161,8 +209,17 @@ def _seen(slots, status, lengths, beyond, more_expected, b, batch, d, depth, dra
     taken = reached & (right > d)
     likely = tl.zeros_like(seen.to(tl.float32))
     if FORESEES:
-        likely = tl.load(more_expected + b.to(tl.int64) * depth + d, mask=judged & reached, other=0.0)
-    return seen.to(tl.float32), taken.to(tl.float32), likely, judged & reached, emitted > 0, tl.load(slots + b, mask=there, other=-1)
+        likely = tl.load(
+            more_expected + b.to(tl.int64) * depth + d, mask=judged & reached, other=0.0
+        )
+    return (
+        seen.to(tl.float32),
+        taken.to(tl.float32),
+        likely,
+        judged & reached,
+        emitted > 0,
+        tl.load(slots + b, mask=there, other=-1),
+    )
 
 
 @triton.jit(do_not_specialize=["batch", "places", "depth", "drafted"])
@@ -176,15 +233,34 @@ def _observe(
     if DEVICE:
         drafted = tl.load(drafted_at)
     owner = tl.full([BLOCK], -1, tl.int32)
-    all_seen, all_taken, all_expected = tl.zeros([], tl.float32), tl.zeros([], tl.float32), tl.zeros([], tl.float32)
+    all_seen, all_taken, all_expected = (
+        tl.zeros([], tl.float32),
+        tl.zeros([], tl.float32),
+        tl.zeros([], tl.float32),
+    )
     for start in range(0, batch, GROUP):
         b = start + tl.arange(0, GROUP)
         seen, taken, likely, _inside, ran, slot = _seen(
-            slots, status, lengths, beyond, more_expected, b, batch, d, depth, drafted, CUT, FORESEES
+            slots,
+            status,
+            lengths,
+            beyond,
+            more_expected,
+            b,
+            batch,
+            d,
+            depth,
+            drafted,
+            CUT,
+            FORESEES,
         )
         own = (slot[None, :] == place[:, None]) & ran[None, :]
         owner = tl.maximum(owner, tl.max(tl.where(own, b[None, :], -1), 1))
-        all_seen, all_taken, all_expected = all_seen + tl.sum(seen, 0), all_taken + tl.sum(taken, 0), all_expected + tl.sum(likely, 0)
+        all_seen, all_taken, all_expected = (
+            all_seen + tl.sum(seen, 0),
+            all_taken + tl.sum(taken, 0),
+            all_expected + tl.sum(likely, 0),
+        )
     b = tl.where(owner >= 0, owner, batch)
     seen, taken, likely, judged, ran, _slot = _seen(
         slots, status, lengths, beyond, more_expected, b, batch, d, depth, drafted, CUT, FORESEES
@@ -192,25 +268,43 @@ def _observe(
     everybody = place == places - 1
     fade = tl.where(everybody, tl.maximum(1.0 - all_seen * share, 0.0), tl.where(ran, keep, 1.0))
     at, inside = d.to(tl.int64) * places + place, place < places
-    tl.store(new_steps + at, tl.load(steps + at, mask=inside, other=0.0) * fade + tl.where(everybody, all_seen, seen), mask=inside)
+    tl.store(
+        new_steps + at,
+        tl.load(steps + at, mask=inside, other=0.0) * fade + tl.where(everybody, all_seen, seen),
+        mask=inside,
+    )
     more = tl.where(everybody, all_expected, likely)
-    tl.store(new_expected + at, tl.load(expected + at, mask=inside, other=0.0) * fade + more, mask=inside)
+    tl.store(
+        new_expected + at, tl.load(expected + at, mask=inside, other=0.0) * fade + more, mask=inside
+    )
     more = tl.where(everybody, all_taken, taken)
-    tl.store(new_accepted + at, tl.load(accepted + at, mask=inside, other=0.0) * fade + more, mask=inside)
+    tl.store(
+        new_accepted + at, tl.load(accepted + at, mask=inside, other=0.0) * fade + more, mask=inside
+    )
     lane = tl.arange(0, BINS)
     bins = tl.zeros([BLOCK, BINS], tl.float32)
     if FORESEES:
         near = (b.to(tl.int64) * depth + d)[:, None] * BINS + lane[None, :]
-        bins = tl.load(more_outlook + near, mask=judged[:, None] & (lane < BINS)[None, :], other=0.0)
+        bins = tl.load(
+            more_outlook + near, mask=judged[:, None] & (lane < BINS)[None, :], other=0.0
+        )
         if (tl.program_id(1) == tl.num_programs(1) - 1) & (d < drafted):
             total = tl.zeros([BINS], tl.float32)
             for r in range(batch):
                 said, drafts = _drafts(lengths, beyond, r, True, CUT)
                 counts = (said > 0) & ((drafts < said) | (drafts > d)) & (lane < BINS)
-                total += tl.load(more_outlook + (tl.full([], 0, tl.int64) + r * depth + d) * BINS + lane, mask=counts, other=0.0)
+                total += tl.load(
+                    more_outlook + (tl.full([], 0, tl.int64) + r * depth + d) * BINS + lane,
+                    mask=counts,
+                    other=0.0,
+                )
             bins = tl.where(everybody[:, None], total[None, :], bins)
     wide, whole = at[:, None] * BINS + lane[None, :], inside[:, None] & (lane < BINS)[None, :]
-    tl.store(new_outlook + wide, tl.load(outlook + wide, mask=whole, other=0.0) * fade[:, None] + bins, mask=whole)
+    tl.store(
+        new_outlook + wide,
+        tl.load(outlook + wide, mask=whole, other=0.0) * fade[:, None] + bins,
+        mask=whole,
+    )
 
 
 @triton.jit(do_not_specialize=["batch", "rows", "layers"])
@@ -223,18 +317,41 @@ def _count(
     for start in range(0, batch, GROUP):
         b = start + tl.arange(0, GROUP)
         there = b < batch
-        held = tl.load(indptr + b + 1, mask=there, other=0) - tl.load(indptr + b, mask=there, other=0)
-        real, requests = real + tl.sum(held.to(tl.int64), 0), requests + tl.sum((held > 0).to(tl.int64), 0)
+        held = tl.load(indptr + b + 1, mask=there, other=0) - tl.load(
+            indptr + b, mask=there, other=0
+        )
+        real, requests = (
+            real + tl.sum(held.to(tl.int64), 0),
+            requests + tl.sum((held > 0).to(tl.int64), 0),
+        )
     share = rows // tl.maximum(requests, 1)
-    accepted, truncated, starved, released, more, faults, silent, unserved = zero, zero, zero, zero, zero, zero, zero, zero
+    accepted, truncated, starved, released, more, faults, silent, unserved = (
+        zero,
+        zero,
+        zero,
+        zero,
+        zero,
+        zero,
+        zero,
+        zero,
+    )
     for start in range(0, batch, GROUP):
         b = start + tl.arange(0, GROUP)
         there = b < batch
-        held = tl.load(indptr + b + 1, mask=there, other=0) - tl.load(indptr + b, mask=there, other=0)
-        live, reason, said = held > 0, tl.load(status + b, mask=there, other=EMPTY), tl.load(lengths + b, mask=there, other=0)
+        held = tl.load(indptr + b + 1, mask=there, other=0) - tl.load(
+            indptr + b, mask=there, other=0
+        )
+        live, reason, said = (
+            held > 0,
+            tl.load(status + b, mask=there, other=EMPTY),
+            tl.load(lengths + b, mask=there, other=0),
+        )
         accepted += tl.sum(tl.maximum(said - 1, 0), 0)
         cut = live & (reason == TRUNCATED)
-        truncated, starved = truncated + tl.sum(cut.to(tl.int64), 0), starved + tl.sum((live & (reason == STARVED)).to(tl.int64), 0)
+        truncated, starved = (
+            truncated + tl.sum(cut.to(tl.int64), 0),
+            starved + tl.sum((live & (reason == STARVED)).to(tl.int64), 0),
+        )
         released += tl.sum(tl.where(cut, tl.maximum(share - held, 0), 0), 0)
         more += tl.sum(tl.where(live, tl.maximum(held - share, 0), 0), 0)
         faults += tl.sum(tl.load(invalid + b, mask=there, other=0).to(tl.int64), 0)
@@ -268,7 +385,7 @@ def columns(like: Tensor, batch: int, rows: int, words: int) -> dict[str, Tensor
         "tokens": make(rows, dtype=torch.int64), "parent": make(rows, dtype=torch.int32), "depth": make(rows, dtype=torch.int32),
         "request": make(rows, dtype=torch.int32), "indptr": make(batch + 1, dtype=torch.int32),
         "mask": make(rows, words, dtype=torch.int32), "score": make(rows, dtype=torch.float32), "node": make(rows, dtype=torch.int64),
-        "bought": make(rows, dtype=torch.bool),
+        "committed": make(rows, dtype=torch.bool),
     }  # fmt: skip
 
 
@@ -280,14 +397,14 @@ def as_selected(nodes: Tensor) -> Selected:
 
 @launch.on_its_device
 def pack(
-    selected: Selected, token: Tensor, parent: Tensor, score: Tensor, bought: Tensor, rows: int, words: int, sizes: Sequence[int],
+    selected: Selected, token: Tensor, parent: Tensor, score: Tensor, committed: Tensor, rows: int, words: int, sizes: Sequence[int],
     out: dict[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:  # fmt: skip
     """The columns of :class:`echo.PackedTree`, by name: the selected nodes as ``rows`` rows.
 
     Args:
         selected: what to pack.
-        token, parent, score, bought: int64, int64, float32 and bool [B, T], of a tree; the last three of one row stride. A parent is
+        token, parent, score, committed: int64, int64, float32 and bool [B, T], of a tree; the last three of one row stride. A parent is
             an index into the nodes of the layer above.
         rows: N.
         words: mask words of a row.
@@ -298,8 +415,8 @@ def pack(
     new = out or columns(token, batch, rows, words)
     block, _ = launch.lanes(count)
     _pack[(batch + -(-rows // block),)](
-        selected.place, selected.share, token, parent, score, as_bytes(bought), selected.counts,
-        *(as_bytes(column) if name == "bought" else column for name, column in new.items()), batch, count, rows, words,
+        selected.place, selected.share, token, parent, score, as_bytes(committed), selected.counts,
+        *(as_bytes(column) if name == "committed" else column for name, column in new.items()), batch, count, rows, words,
         token.stride(0), parent.stride(0), ENDS=ends(sizes), BLOCK=block, GROUP=launch.REQUESTS, num_warps=launch.warps(block),
     )  # fmt: skip
     return new
@@ -307,42 +424,42 @@ def pack(
 
 @launch.on_its_device
 def compact(
-    rows: Tensor, lengths: Tensor, indptr: Tensor, context: Tensor, table: Tensor | None, size: int, dummy: int, past: int,
+    rows: Tensor, num_emitted: Tensor, indptr: Tensor, prefix_lens: Tensor, table: Tensor | None, size: int, pad_slot_id: int, past_len: int,
     out: dict[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:  # fmt: skip
     """The lists of :class:`echo.tree.Compaction`, by name.
 
     Args:
         rows: int64 [B, D + 1], accepted rows; -1 beyond.
-        lengths: int64 [B].
+        num_emitted: int64 [B].
         indptr: int32 [B + 1].
-        context: int32 or int64 [B].
+        prefix_lens: int32 or int64 [B].
         table: int32 or int64 [B, pages]; None: places in a request's own cache.
         size: tokens of a page.
-        dummy: a slot that no request owns, or a place in a request's own cache.
-        past: place of each request's first row in its own cache; -1: behind its context.
+        pad_slot_id: a slot that no request owns, or a place in a request's own cache.
+        past_len: place of each request's first row in its own cache; -1: behind its context.
         out: lists to write to.
     """
     (batch, steps), make = rows.shape, partial(torch.empty, device=rows.device)
     new = out or {
         "accept_index": make(batch, steps, dtype=torch.int32), "gather": make(batch, steps, dtype=torch.int64),
-        "valid": make(batch, steps, dtype=torch.bool), "position": make(batch, steps, dtype=torch.int64),
+        "valid": make(batch, steps, dtype=torch.bool), "positions": make(batch, steps, dtype=torch.int64),
         "source": make(batch, steps, dtype=torch.int64), "target": make(batch, steps, dtype=torch.int64),
-        "context": make(batch, dtype=torch.int64),
+        "prefix_lens": make(batch, dtype=torch.int64),
     }  # fmt: skip
     if batch:
         _compact[(-(-batch * steps // launch.REQUESTS),)](
-            rows.contiguous(), lengths.contiguous(), indptr.contiguous(), context.contiguous(),
+            rows.contiguous(), num_emitted.contiguous(), indptr.contiguous(), prefix_lens.contiguous(),
             rows if table is None else table.contiguous(),
             *(as_bytes(column) if name == "valid" else column for name, column in new.items()),
-            batch, steps, 0 if table is None else table.shape[1], size, dummy, past,
+            batch, steps, 0 if table is None else table.shape[1], size, pad_slot_id, past_len,
             PAGED=table is not None, BLOCK=launch.REQUESTS, num_warps=launch.warps(launch.REQUESTS),
         )  # fmt: skip
     return new
 
 
 @launch.on_its_device
-def foresee(
+def summarize(
     gain: Tensor, score: Tensor, selected: Selected, sizes: Sequence[int], bins: int, skip: int,
     out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
@@ -374,16 +491,16 @@ def foresee(
 
 @launch.on_its_device
 def observe(
-    slots: Tensor, status: Tensor, lengths: Tensor, beyond: Tensor | None, drafted: int | Tensor, more: tuple[Tensor, Tensor] | None,
+    req_indices: Tensor, status: Tensor, num_emitted: Tensor, cut_row: Tensor | None, num_layers: int | Tensor, more: tuple[Tensor, Tensor] | None,
     sums: tuple[Tensor, Tensor, Tensor, Tensor], keep: float, memory: int, out: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The sums after a step.
 
     Args:
-        slots: int64 [B].
-        status, lengths, beyond: int8, int64 and int64 [B], of the step; None: no walk was cut.
-        drafted: layers of the step, or int32 [] on the device.
-        more: expected and outlook of the step, float32 [B, depths] and [B, depths, bins], of which the first ``drafted`` depths count;
+        req_indices: int64 [B].
+        status, num_emitted, cut_row: int8, int64 and int64 [B], of the step; None: no walk was cut.
+        num_layers: layers of the step, or int32 [] on the device.
+        more: expected and outlook of the step, float32 [B, depths] and [B, depths, bins], of which the first ``num_layers`` depths count;
             None where nothing is foreseen.
         sums: steps, expected and accepted, float32 [depth, slots + 1], and outlook, [depth, slots + 1, bins].
         keep: what a slot's sums keep.
@@ -391,30 +508,32 @@ def observe(
         out: sums to write to; those that are read will do.
     """
     depth, places, bins = sums[3].shape
-    new = out or tuple(torch.empty_like(value, memory_format=torch.contiguous_format) for value in sums)
-    foresees = more is not None and (isinstance(drafted, Tensor) or drafted > 0)
+    new = out or tuple(
+        torch.empty_like(value, memory_format=torch.contiguous_format) for value in sums
+    )
+    foresees = more is not None and (isinstance(num_layers, Tensor) or num_layers > 0)
     if depth:
-        cut, step = lengths if beyond is None else beyond, sums[:2]
+        cut, step = num_emitted if cut_row is None else cut_row, sums[:2]
         if more is not None and foresees:
             step = more[0].contiguous(), more[1].contiguous()
         _observe[(depth, -(-places // 16))](
-            slots.contiguous(), status.contiguous(), lengths.contiguous(), cut.contiguous(), *step,
-            drafted if isinstance(drafted, Tensor) else lengths, *(value.contiguous() for value in sums), *new, len(slots), places,
-            step[0].shape[1], 0 if isinstance(drafted, Tensor) else drafted, keep, 1 / memory, DEVICE=isinstance(drafted, Tensor),
-            CUT=beyond is not None, FORESEES=foresees, BINS=bins, BLOCK=16, GROUP=64, num_warps=2, enable_fp_fusion=False,
+            req_indices.contiguous(), status.contiguous(), num_emitted.contiguous(), cut.contiguous(), *step,
+            num_layers if isinstance(num_layers, Tensor) else num_emitted, *(value.contiguous() for value in sums), *new, len(req_indices), places,
+            step[0].shape[1], 0 if isinstance(num_layers, Tensor) else num_layers, keep, 1 / memory, DEVICE=isinstance(num_layers, Tensor),
+            CUT=cut_row is not None, FORESEES=foresees, BINS=bins, BLOCK=16, GROUP=64, num_warps=2, enable_fp_fusion=False,
         )  # fmt: skip
     return new  # type: ignore[return-value]
 
 
 @launch.on_its_device
 def count(
-    indptr: Tensor, status: Tensor, lengths: Tensor, invalid: Tensor, rows: int, layers: int | Tensor, counts: Tensor,
+    indptr: Tensor, status: Tensor, num_emitted: Tensor, invalid: Tensor, rows: int, layers: int | Tensor, counts: Tensor,
     out: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """The counters after a step, int64 [13].
 
     Args:
-        indptr, status, lengths, invalid: int32 [B + 1], int8, int64 and int32 [B], of the step.
+        indptr, status, num_emitted, invalid: int32 [B + 1], int8, int64 and int32 [B], of the step.
         rows: N.
         layers: layers drafted, or int32 [] on the device.
         counts: int64 [13], before it.
@@ -422,7 +541,7 @@ def count(
     """
     new, on_device = torch.empty_like(counts) if out is None else out, isinstance(layers, Tensor)
     _count[(1,)](
-        indptr.contiguous(), status.contiguous(), lengths.contiguous(), invalid.contiguous(), layers if on_device else indptr, counts, new,
+        indptr.contiguous(), status.contiguous(), num_emitted.contiguous(), invalid.contiguous(), layers if on_device else indptr, counts, new,
         len(status), rows, 0 if on_device else layers, DEVICE=on_device, GROUP=launch.REQUESTS, num_warps=launch.warps(launch.REQUESTS),
     )  # fmt: skip
     return new

@@ -14,14 +14,24 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from echo import checks
 from echo.budget.scheduler import ElasticBudgetScheduler
 from echo.errors import EchoError
-from echo.kernels.launch import Status
+from echo.kernels.codes import Status
 from echo.testing import scenarios, selection, strategies
 from echo.testing.scenarios import Plan, Scenario
 from echo.testing.selection import Selection
 from echo.tree.packed import PackedTree
 from echo.tree.supertree import SuperTree
 
-READS = ("_local_scalar_dense", "nonzero", "masked_select", "item", "unique", "_unique2", "equal", "repeat_interleave", "is_nonzero")
+READS = (
+    "_local_scalar_dense",
+    "nonzero",
+    "masked_select",
+    "item",
+    "unique",
+    "_unique2",
+    "equal",
+    "repeat_interleave",
+    "is_nonzero",
+)
 """Operators whose result the host waits for, or whose shape depends on data."""
 
 DEFAULT = ("ties", "order", "slots", "reads")
@@ -50,17 +60,20 @@ class Fault:
     where: tuple[int, int] | None = None
 
 
-def reads(func: Any) -> bool:
+def syncs(func: Any) -> bool:
     """Whether an operator is one of READS. Repetition by a number of the host, seen whole in inference mode, is none."""
-    return func.overloadpacket._qualified_op_name.split("::")[1] in READS and func._overloadname != "self_int"
+    return (
+        func.overloadpacket._qualified_op_name.split("::")[1] in READS
+        and func._overloadname != "self_int"
+    )
 
 
-class RefuseReads(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class RefuseSyncs(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Raises on every operator that reads back from the device or makes a shape from data."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket._qualified_op_name.split("::")[1]
-        if reads(func):
+        if syncs(func):
             raise EchoError(f"{name} reads back from the device, or makes a shape from its data")
         return func(*args, **(kwargs or {}))
 
@@ -107,15 +120,21 @@ def check_scheduler(
     """
     for claim in claims:
         if claim not in (*selection.CLAIMS, *RELATIONS):
-            raise EchoError(f"claims: expected some of {(*selection.CLAIMS, *RELATIONS)}, got {claim!r}")
+            raise EchoError(
+                f"claims: expected some of {(*selection.CLAIMS, *RELATIONS)}, got {claim!r}"
+            )
     examples = checks.integer("examples", examples, 1)
     broken = _search(scheduler, claims, max(1, examples // max_batch), max_batch)
     if broken is not None:
-        check_step(scheduler, broken.scenario, claims=claims)  # once more, without hypothesis' notes
+        check_step(
+            scheduler, broken.scenario, claims=claims
+        )  # once more, without hypothesis' notes
         raise broken  # of a policy that decides otherwise now
 
 
-def _search(scheduler: ElasticBudgetScheduler, claims: Sequence[str], examples: int, max_batch: int) -> PlanError | None:
+def _search(
+    scheduler: ElasticBudgetScheduler, claims: Sequence[str], examples: int, max_batch: int
+) -> PlanError | None:
     """The smallest broken plan that hypothesis finds, of the fewest slots that one is found with, or one made by hand."""
     package, found = strategies.hypothesis(), list[PlanError]()
 
@@ -123,7 +142,9 @@ def _search(scheduler: ElasticBudgetScheduler, claims: Sequence[str], examples: 
         try:
             check_step(scheduler, scenario, claims=claims)
         except PlanError as broken:
-            if not found or broken.invariant == found[0].invariant:  # what is shrunk stays broken in the same way
+            if (
+                not found or broken.invariant == found[0].invariant
+            ):  # what is shrunk stays broken in the same way
                 found.append(broken)
                 raise
 
@@ -137,22 +158,38 @@ def _search(scheduler: ElasticBudgetScheduler, claims: Sequence[str], examples: 
         verbosity=package.Verbosity.quiet,
         report_multiple_bugs=False,
     )
-    drawn = [claim for claim in claims if claim != "reads"]  # does not depend on the values: the scenarios will do
+    drawn = [
+        claim for claim in claims if claim != "reads"
+    ]  # does not depend on the values: the scenarios will do
     try:
         for batch in range(1, max_batch + 1):
-            steps = strategies.batches(max_batch=batch, max_depth=min(scheduler.max_depth, 8), rows=scheduler.budget is not None)
+            steps = strategies.batches(
+                max_batch=batch,
+                max_depth=min(scheduler.max_depth, 8),
+                rows=scheduler.budget is not None,
+            )
             options(package.given(steps)(lambda scenario: check(scenario, drawn)))()
-        for make in (scenarios.all_equal, scenarios.burst, scenarios.one_confident_many_doubtful, scenarios.nan_storm):
+        for make in (
+            scenarios.all_equal,
+            scenarios.burst,
+            scenarios.one_confident_many_doubtful,
+            scenarios.nan_storm,
+        ):
             for batch, depth in ((1, 1), (4, 3)):
                 made = make(batch, min(scheduler.max_depth, depth))
-                check(replace(made, rows=None) if scheduler.budget is None else made, claims)
+                check(
+                    replace(made, num_verify_tokens=None) if scheduler.budget is None else made,
+                    claims,
+                )
     except Exception:  # of hypothesis too, where a plan that was broken is not any more
         if not found:
             raise
     return found[-1] if found else None
 
 
-def check_step(scheduler: ElasticBudgetScheduler, scenario: Scenario, *, claims: Sequence[str] = DEFAULT) -> None:
+def check_step(
+    scheduler: ElasticBudgetScheduler, scenario: Scenario, *, claims: Sequence[str] = DEFAULT
+) -> None:
     """Plans one step and checks every invariant: :func:`check_scheduler` on a step of one's own.
 
     Args:
@@ -165,12 +202,19 @@ def check_step(scheduler: ElasticBudgetScheduler, scenario: Scenario, *, claims:
     """
     plan = _plan(scheduler, scenario)
     taken = Selection.of(plan.tree, plan.selected, scenario.live)
-    invariants = selection.INVARIANTS | {name: check for name, check in selection.CLAIMS.items() if name in claims}
+    invariants = selection.INVARIANTS | {
+        name: check for name, check in selection.CLAIMS.items() if name in claims
+    }
     for name, check in invariants.items():
         broken = check(taken)
         if broken.any():
             request, node = (int(i) for i in broken.nonzero()[0])
-            _raise(name, scheduler, plan, Fault(_says(check), _got(name, plan, request, node), (request, node)))
+            _raise(
+                name,
+                scheduler,
+                plan,
+                Fault(_says(check), _got(name, plan, request, node), (request, node)),
+            )
     relations = ALWAYS | {name: check for name, check in RELATIONS.items() if name in claims}
     for name, relation in relations.items():
         fault = relation(scheduler, plan)
@@ -192,7 +236,7 @@ def check_plan(tree: SuperTree, packed: PackedTree) -> None:
         >>> import torch, echo
         >>> from echo.testing import check_plan
         >>> scheduler = echo.ElasticBudgetScheduler(echo.GlobalRank(beam=2), budget=6, max_depth=2)
-        >>> tree = scheduler.plant(torch.tensor([3]))
+        >>> tree = scheduler.begin(torch.tensor([3]))
         >>> tree = scheduler.grow(tree, torch.tensor([[[1, 2]]]), torch.tensor([[[-0.1, -2.4]]]))
         >>> check_plan(tree, scheduler.pack(tree))
     """
@@ -200,11 +244,14 @@ def check_plan(tree: SuperTree, packed: PackedTree) -> None:
     forest, count, size = tree.forest, int(packed.indptr[-1]), packed.indptr.diff()
     nodes, request, node = forest.token.shape[1], packed.request[:count].long(), packed.node[:count]
     own = (node - nodes * request).clamp(0, nodes - 1)
-    at, above = nodes * request + own, node[packed.indptr[request] + packed.parent[:count].clamp(min=0)]
-    score, bought = forest.score.flatten()[at], forest.bought.flatten()[at]
+    at, above = (
+        nodes * request + own,
+        node[packed.indptr[request] + packed.parent[:count].clamp(min=0)],
+    )
+    score, bought = forest.score.flatten()[at], forest.committed.flatten()[at]
     agrees = (
-        ("rows", torch.tensor(count <= tree.rows <= packed.rows)),
-        ("indptr", (size <= tree.row_limit) & ((size > 0) == (tree.row_limit > 0))),
+        ("rows", torch.tensor(count <= tree.num_verify_tokens <= packed.num_rows)),
+        ("indptr", (size <= tree.verify_limits) & ((size > 0) == (tree.verify_limits > 0))),
         ("node", node == at),
         ("node", node.diff() > 0),
         ("node", packed.node[count:] == -1),
@@ -212,12 +259,14 @@ def check_plan(tree: SuperTree, packed: PackedTree) -> None:
         ("depth", packed.depth[:count] == forest.depth[own]),
         ("score", (packed.score[:count] == score) & torch.isfinite(score)),
         ("parent", (own == 0) | (above == nodes * request + forest.parent.flatten()[at])),
-        ("bought", packed.bought[:count] == bought),
-        ("bought", forest.bought.sum() == bought.sum()),
+        ("committed", packed.committed[:count] == bought),
+        ("committed", forest.committed.sum() == bought.sum()),
     )
     for name, holds in agrees:
         if not holds.all():
-            raise EchoError(f"packed.{name}: expected what the tree says, got {getattr(packed, name)}")
+            raise EchoError(
+                f"packed.{name}: expected what the tree says, got {getattr(packed, name)}"
+            )
 
 
 def _plan(scheduler: ElasticBudgetScheduler, scenario: Scenario) -> Plan:
@@ -228,14 +277,19 @@ def _plan(scheduler: ElasticBudgetScheduler, scenario: Scenario) -> Plan:
         return Plan(scenario, tree, scheduler.select(tree), scheduler.pack(tree))
     except Exception as error:
         doing = "drafting" if tree is None else "dealing"
-        lines = [f"runs: expected a plan, got {type(error).__name__} while {doing}: {error}", *_step(scheduler, scenario)]
+        lines = [
+            f"runs: expected a plan, got {type(error).__name__} while {doing}: {error}",
+            *_step(scheduler, scenario),
+        ]
         raise PlanError("runs", "\n".join(lines), scenario) from error
 
 
 def _layout(scheduler: ElasticBudgetScheduler, plan: Plan) -> Fault | None:
     selected = plan.selected.flatten().nonzero()[:, 0].tolist()
     if sorted(plan.packed.node[plan.packed.node >= 0].tolist()) != selected:
-        return Fault("the rows that select said", f"nodes {plan.packed.node.tolist()}, selected {selected}")
+        return Fault(
+            "the rows that select said", f"nodes {plan.packed.node.tolist()}, selected {selected}"
+        )
     try:
         check_plan(plan.tree, plan.packed)
     except EchoError as error:
@@ -246,37 +300,57 @@ def _layout(scheduler: ElasticBudgetScheduler, plan: Plan) -> Fault | None:
 def _frontier(scheduler: ElasticBudgetScheduler, plan: Plan) -> Fault | None:
     k = plan.scenario.log_probs.shape[2]
     for layer in plan.tree.layers[1:]:
-        if layer.token.shape[1] > scheduler.rule.width * k or bool((layer.parent.diff(dim=1) < 0).any()):
+        if layer.token.shape[1] > scheduler.rule.beam * k or bool(
+            (layer.parent.diff(dim=1) < 0).any()
+        ):
             got = f"{layer.token.shape[1] // k} at depth {layer.depth - 1}, parents {layer.parent.tolist()}"
-            return Fault(f"a frontier of at most {scheduler.rule.width} nodes, rising along W", got)
+            return Fault(f"a frontier of at most {scheduler.rule.beam} nodes, rising along W", got)
     return None
 
 
 def _gain(scheduler: ElasticBudgetScheduler, plan: Plan) -> Fault | None:
-    gain = scheduler.rule.gain(plan.tree)
-    fits = gain.dtype == torch.float32 and gain.shape == plan.selected.shape and bool(((gain >= 0) & (gain <= 1)).all())
-    return None if fits else Fault(f"probabilities float32 {list(plan.selected.shape)} from rule.gain", f"{gain}")
+    gain = scheduler.rule.acceptance_probability(plan.tree)
+    fits = (
+        gain.dtype == torch.float32
+        and gain.shape == plan.selected.shape
+        and bool(((gain >= 0) & (gain <= 1)).all())
+    )
+    return (
+        None
+        if fits
+        else Fault(f"probabilities float32 {list(plan.selected.shape)} from rule.gain", f"{gain}")
+    )
 
 
 def _repeat(scheduler: ElasticBudgetScheduler, plan: Plan) -> Fault | None:
     again = _plan(scheduler, plan.scenario)
-    if torch.equal(plan.packed.wire(), again.packed.wire()):
+    if torch.equal(plan.packed.to_buffer(), again.packed.to_buffer()):
         return None
     expected = "the same plan when asked again"
-    return _same(expected, plan, again, range(plan.scenario.batch)) or Fault(expected, "the same rows, and another packed step")
+    return _same(expected, plan, again, range(plan.scenario.batch)) or Fault(
+        expected, "the same rows, and another packed step"
+    )
 
 
 def _equals(scheduler: ElasticBudgetScheduler, plan: Plan) -> Fault | None:
     """Two requests that are the same: the lower one gets what the other gets, and perhaps more."""
     given = plan.scenario
     seen: dict[tuple[float, ...], int] = {}
-    own = [x for x in (given.root_tokens, plan.tree.row_limit, given.weights) if x is not None]
+    own = [
+        x
+        for x in (given.root_tokens, plan.tree.verify_limits, given.request_weights)
+        if x is not None
+    ]
     for b in (i for i in range(given.batch) if given.live[i]):
         a = seen.setdefault(tuple(float(x[b]) for x in own), b)
         before = plan.paths(a)
         for node in plan.rows(b) if b != a else ():
             if plan.path(b, node) not in before:
-                return Fault("a row before a later request that is its equal", f"request {a} without one, request {b} with it", (b, node))
+                return Fault(
+                    "a row before a later request that is its equal",
+                    f"request {a} without one, request {b} with it",
+                    (b, node),
+                )
     return None
 
 
@@ -284,27 +358,44 @@ def _slots(scheduler: ElasticBudgetScheduler, plan: Plan) -> Fault | None:
     live = [b for b in range(plan.scenario.batch) if plan.scenario.live[b]]
     if not live or len(live) == plan.scenario.batch:
         return None
-    return _same("the same plan without the empty slots", plan, _plan(scheduler, plan.scenario.take(live)), live)
+    return _same(
+        "the same plan without the empty slots",
+        plan,
+        _plan(scheduler, plan.scenario.take(live)),
+        live,
+    )
 
 
 def _order(scheduler: ElasticBudgetScheduler, plan: Plan) -> Fault | None:
     tree, given = plan.tree, plan.scenario
-    if given.weights is not None:
+    if given.request_weights is not None:
         return None  # what is equal in the end the kit cannot know
-    for value in (tree.forest.score, scheduler.rule.gain(tree)):
-        drafted = torch.where((tree.forest.depth > 0) & torch.isfinite(tree.forest.score), value, torch.nan)
+    for value in (tree.forest.score, scheduler.rule.acceptance_probability(tree)):
+        drafted = torch.where(
+            (tree.forest.depth > 0) & torch.isfinite(tree.forest.score), value, torch.nan
+        )
         each = [set(row[~row.isnan()].tolist()) for row in drafted]
         if sum(map(len, each)) != len(set().union(*each)):
             return None  # requests tie
     turn = list(reversed(range(plan.scenario.batch)))
-    return _same("the same plan for the requests in reversed order", plan, _plan(scheduler, plan.scenario.take(turn)), turn)
+    return _same(
+        "the same plan for the requests in reversed order",
+        plan,
+        _plan(scheduler, plan.scenario.take(turn)),
+        turn,
+    )
 
 
 def _alone(scheduler: ElasticBudgetScheduler, plan: Plan) -> Fault | None:
-    if plan.scenario.weights is not None:
+    if plan.scenario.request_weights is not None:
         return None
     for b in (i for i in range(plan.scenario.batch) if plan.scenario.live[i]):
-        fault = _same("the plan that the request gets by itself", plan, _plan(scheduler, plan.scenario.take([b])), [b])
+        fault = _same(
+            "the plan that the request gets by itself",
+            plan,
+            _plan(scheduler, plan.scenario.take([b])),
+            [b],
+        )
         if fault is not None:
             return fault
     return None
@@ -312,7 +403,7 @@ def _alone(scheduler: ElasticBudgetScheduler, plan: Plan) -> Fault | None:
 
 def _reads(scheduler: ElasticBudgetScheduler, plan: Plan) -> Fault | None:
     try:
-        with RefuseReads():  # type: ignore[no-untyped-call]
+        with RefuseSyncs():  # type: ignore[no-untyped-call]
             scheduler.select(plan.scenario.grow(scheduler))
     except EchoError as error:
         return Fault("no read-back from plant to pack", str(error))
@@ -322,25 +413,38 @@ def _reads(scheduler: ElasticBudgetScheduler, plan: Plan) -> Fault | None:
 def _best(scheduler: ElasticBudgetScheduler, plan: Plan) -> Fault | None:
     """No node could be exchanged for one of greater gain: within limits and closed under parents that is the optimum."""
     tree, selected = plan.tree, plan.selected
-    forest, gain = tree.forest, scheduler.rule.gain(tree)
-    gain = gain if tree.weight is None else gain * tree.weight[:, None]
+    forest, gain = tree.forest, scheduler.rule.acceptance_probability(tree)
+    gain = gain if tree.request_weights is None else gain * tree.request_weights[:, None]
     drafted = forest.depth > 0
-    room = selected.sum(1) < tree.row_limit
+    room = selected.sum(1) < tree.verify_limits
     above = torch.where(drafted & selected, forest.parent, 0)
     leaf = selected & drafted & ~torch.zeros_like(selected).scatter_(1, above, selected & drafted)
-    for b, node in (~selected & drafted & torch.isfinite(forest.score) & selected.gather(1, forest.parent)).nonzero().tolist():
+    for b, node in (
+        (~selected & drafted & torch.isfinite(forest.score) & selected.gather(1, forest.parent))
+        .nonzero()
+        .tolist()
+    ):
         given_up = leaf.clone() if room[b] else leaf & (torch.arange(tree.batch) == b)[:, None]
         given_up[b, forest.parent[b, node]] = False
         worth = torch.where(given_up, gain, torch.inf)
         if worth.min() < gain[b, node] * (1 - 1e-5) - 2.0**-22:
             other, leaving = divmod(int(worth.argmin()), selected.shape[1])
             better = f"token {int(forest.token[b, node])} of request {b} with {float(gain[b, node]):.6f} left out"
-            return Fault("the rows of greatest gain", f"one with {float(worth.min()):.6f}, and {better}", (other, leaving))
+            return Fault(
+                "the rows of greatest gain",
+                f"one with {float(worth.min()):.6f}, and {better}",
+                (other, leaving),
+            )
     return None
 
 
 Relation = Callable[[ElasticBudgetScheduler, Plan], Fault | None]
-ALWAYS: dict[str, Relation] = {"frontier": _frontier, "gain": _gain, "layout": _layout, "repeat": _repeat}
+ALWAYS: dict[str, Relation] = {
+    "frontier": _frontier,
+    "gain": _gain,
+    "layout": _layout,
+    "repeat": _repeat,
+}
 RELATIONS: dict[str, Relation] = {
     "ties": _equals,
     "order": _order,
@@ -357,8 +461,15 @@ def _same(expected: str, plan: Plan, other: Plan, requests: Sequence[int]) -> Fa
         mine, theirs = plan.paths(b), other.paths(i)
         if mine != theirs:
             extra = next((node for node in plan.rows(b) if plan.path(b, node) not in theirs), None)
-            here, there = (", ".join("-".join(map(str, path)) or "root" for path in sorted(paths)) for paths in (mine, theirs))
-            return Fault(expected, f"for request {b} here {here}; there {there}", None if extra is None else (b, extra))
+            here, there = (
+                ", ".join("-".join(map(str, path)) or "root" for path in sorted(paths))
+                for paths in (mine, theirs)
+            )
+            return Fault(
+                expected,
+                f"for request {b} here {here}; there {there}",
+                None if extra is None else (b, extra),
+            )
     return None
 
 
@@ -373,25 +484,34 @@ def _got(name: str, plan: Plan, request: int, node: int) -> str:
     where = f"token {token} at depth {depth} of request {request}"
     count = int(plan.selected[request].sum())
     return {
-        "rows": f"{int(plan.selected.sum())} nodes for {tree.rows} rows",
+        "rows": f"{int(plan.selected.sum())} nodes for {tree.num_verify_tokens} rows",
         "root": f"{where} {'selected' if plan.selected[request, node] else 'missing'}",
         "closed": f"{where} without its parent, token {int(tree.forest.token[request, tree.forest.parent[request, node]])}",
-        "limit": f"{count} rows of request {request}, whose limit is {int(tree.row_limit[request])}",
+        "limit": f"{count} rows of request {request}, whose limit is {int(tree.verify_limits[request])}",
         "finite": f"{where} selected with a score of {float(tree.forest.score[request, node])}",
         "kept": f"{where} bought and not selected",
         "ties": f"{where} selected, an equal sibling before it not",
         "depth_first": f"{where} dealt, and a request starved",
-        "full": f"{tree.rows - int(plan.selected.sum())} rows left, and {where} not selected",
+        "full": f"{tree.num_verify_tokens - int(plan.selected.sum())} rows left, and {where} not selected",
     }[name]
 
 
 def _raise(name: str, scheduler: ElasticBudgetScheduler, plan: Plan, fault: Fault) -> NoReturn:
-    lines = [f"{name}: expected {fault.expected}", f"{' ' * len(name)}  got {fault.got}", *_step(scheduler, plan.scenario), ""]
+    lines = [
+        f"{name}: expected {fault.expected}",
+        f"{' ' * len(name)}  got {fault.got}",
+        *_step(scheduler, plan.scenario),
+        "",
+    ]
     raise PlanError(name, "\n".join([*lines, *_table(name, plan, fault.where)]), plan.scenario)
 
 
 def _step(scheduler: ElasticBudgetScheduler, scenario: Scenario) -> list[str]:
-    rows = "as many rows as it asks for" if scenario.rows is None else f"{scenario.rows} rows"
+    rows = (
+        "as many rows as it asks for"
+        if scenario.num_verify_tokens is None
+        else f"{scenario.num_verify_tokens} rows"
+    )
     depth = scenario.log_probs.shape[0]
     words = f"{int(scenario.live.sum())} requests in {scenario.batch} slots, {rows}, {depth} layers drafted"
     rule, gate = (shorten(repr(part), 120) for part in (scheduler.rule, scheduler.gate))
@@ -404,16 +524,40 @@ def _table(name: str, plan: Plan, where: tuple[int, int] | None) -> list[str]:
     members = [(b, node) for b in range(plan.tree.batch) for node in plan.rows(b)]
     if where is not None:
         members = sorted({*members, where})
-        members = members if len(members) <= 24 else [member for member in members if member[0] == where[0]]
+        members = (
+            members
+            if len(members) <= 24
+            else [member for member in members if member[0] == where[0]]
+        )
     lines = ["request  row  token  parent  depth  path p  bought by  status"]
     for b, node in members:
         rows = plan.rows(b)
         place = {n: str(row) for row, n in enumerate(rows)}
         depth = int(forest.depth[node])
         parent = place.get(int(forest.parent[b, node]), "gone") if depth else "-"
-        by = "-" if node not in place else "root" if depth == 0 else "depth" if forest.bought[b, node] else "width"
-        status = Status(int(plan.tree.status[b])).name.lower() if node == (rows[0] if rows else node) else ""
-        cells = (b, place.get(node, "-"), int(forest.token[b, node]), parent, depth, float(forest.score[b, node].exp()), by)
+        by = (
+            "-"
+            if node not in place
+            else "root"
+            if depth == 0
+            else "depth"
+            if forest.committed[b, node]
+            else "width"
+        )
+        status = (
+            Status(int(plan.tree.status[b])).name.lower()
+            if node == (rows[0] if rows else node)
+            else ""
+        )
+        cells = (
+            b,
+            place.get(node, "-"),
+            int(forest.token[b, node]),
+            parent,
+            depth,
+            float(forest.score[b, node].exp()),
+            by,
+        )
         mark = f"   <- {name}" if (b, node) == where else ""
         text = "{:>7}  {:>3}  {:>5}  {:>6}  {:>5}  {:6.3f}  {:<9}".format(*cells)
         lines.append(f"{text}  {status:<9}{mark}".rstrip())

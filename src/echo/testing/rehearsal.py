@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from echo.errors import EchoError
 from echo.kernels import reference
-from echo.testing.kit import reads
+from echo.testing.kit import syncs
 from echo.workspace import Captured, Graphs
 
 T = TypeVar("T")
@@ -89,8 +89,10 @@ class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name, options = func.overloadpacket._qualified_op_name.split("::")[1], kwargs or {}
-        if reads(func) or name == "lift_fresh":  # the latter makes a tensor of what the host has
-            raise EchoError(f"{name}: a captured function can neither look at a device's values nor bring constants from the host")
+        if syncs(func) or name == "lift_fresh":  # the latter makes a tensor of what the host has
+            raise EchoError(
+                f"{name}: a captured function can neither look at a device's values nor bring constants from the host"
+            )
         result = func(*args, **options)
         if name not in EMPTY and not (func.is_view and _alias(result, args)):
             self.operations.append(name)
@@ -116,7 +118,11 @@ def _alias(result: Any, args: Any) -> bool:
 
 def _again(func: Any, args: Any, options: Any, result: Any) -> None:
     new = func(*args, **options)
-    pairs = [(result, new)] if isinstance(result, Tensor) else list(zip(result or (), new or (), strict=True))
+    pairs = (
+        [(result, new)]
+        if isinstance(result, Tensor)
+        else list(zip(result or (), new or (), strict=True))
+    )
     for old, value in pairs:
         if isinstance(old, Tensor) and old.data_ptr() != value.data_ptr():
             old.copy_(value)

@@ -24,26 +24,30 @@ class Scenario:
     Attributes:
         root_tokens: int64 [B], below V.
         live: bool [B].
-        capacity: int64 [B], the most rows of each request.
+        verify_limits: int64 [B], the most rows of each request.
         log_probs: float32 [D, V, k], after token v at depth d the log-probability of its candidates, the tokens v + 1, v + 2, ... modulo V.
-        rows: of the step; None: what the scheduler asks for by itself.
-        weights: float32 [B], what each request's tokens are worth; None: all alike.
+        num_verify_tokens: of the step; None: what the scheduler asks for by itself.
+        request_weights: float32 [B], what each request's tokens are worth; None: all alike.
     """
 
     root_tokens: Tensor
     live: Tensor
-    capacity: Tensor
+    verify_limits: Tensor
     log_probs: Tensor
-    rows: int | None = None
-    weights: Tensor | None = None
+    num_verify_tokens: int | None = None
+    request_weights: Tensor | None = None
 
     def __post_init__(self) -> None:
         batch = checks.tensor("root_tokens", self.root_tokens, ["B"], torch.int64).shape[0]
         checks.tensor("live", self.live, [batch], torch.bool)
-        checks.tensor("capacity", self.capacity, [batch], torch.int64)
-        _, vocab, k = checks.tensor("log_probs", self.log_probs, ["D", "V", "k"], checks.FLOATS).shape
+        checks.tensor("verify_limits", self.verify_limits, [batch], torch.int64)
+        _, vocab, k = checks.tensor(
+            "log_probs", self.log_probs, ["D", "V", "k"], checks.FLOATS
+        ).shape
         if k > vocab or not bool(((self.root_tokens >= 0) & (self.root_tokens < vocab)).all()):
-            raise EchoError(f"root_tokens, log_probs: expected tokens and k of at most V = {vocab}, got k = {k}")
+            raise EchoError(
+                f"root_tokens, log_probs: expected tokens and k of at most V = {vocab}, got k = {k}"
+            )
 
     @property
     def batch(self) -> int:
@@ -59,12 +63,25 @@ class Scenario:
     def take(self, requests: Sequence[int]) -> Scenario:
         """The step of these ``requests`` alone, in this order."""
         at = torch.tensor(requests, dtype=torch.int64)
-        weights = None if self.weights is None else self.weights[at]
-        return Scenario(self.root_tokens[at], self.live[at], self.capacity[at], self.log_probs, self.rows, weights)
+        weights = None if self.request_weights is None else self.request_weights[at]
+        return Scenario(
+            self.root_tokens[at],
+            self.live[at],
+            self.verify_limits[at],
+            self.log_probs,
+            self.num_verify_tokens,
+            weights,
+        )
 
     def grow(self, scheduler: ElasticBudgetScheduler) -> SuperTree:
         """The super-tree that ``scheduler`` grows, all D layers of it."""
-        tree = scheduler.plant(self.root_tokens, live=self.live, capacity=self.capacity, rows=self.rows, weights=self.weights)
+        tree = scheduler.begin(
+            self.root_tokens,
+            live=self.live,
+            verify_limits=self.verify_limits,
+            num_verify_tokens=self.num_verify_tokens,
+            request_weights=self.request_weights,
+        )
         for _ in range(self.log_probs.shape[0]):
             tree = scheduler.grow(tree, *self.draft(tree.frontier))
         return tree
@@ -113,7 +130,10 @@ def burst(batch: int = 8, depth: int = 3) -> Scenario:
 
 def one_confident_many_doubtful(batch: int = 8, depth: int = 3) -> Scenario:
     """Request 0 of ``batch`` is sure of its draft of ``depth`` layers, the others are not; two rows a request."""
-    scenario, confident = _scenario(batch, depth, 0.2, rows=2 * batch), depth + 1  # the tokens that request 0 comes to first
+    scenario, confident = (
+        _scenario(batch, depth, 0.2, rows=2 * batch),
+        depth + 1,
+    )  # the tokens that request 0 comes to first
     shares = torch.full((confident + batch + 2,), 0.2, dtype=torch.float32)
     shares[:confident] = 0.98
     roots = torch.tensor([0, *range(confident, confident + batch - 1)])
@@ -123,15 +143,23 @@ def one_confident_many_doubtful(batch: int = 8, depth: int = 3) -> Scenario:
 def all_equal(batch: int = 8, depth: int = 3) -> Scenario:
     """The same request in ``batch`` slots, ``depth`` layers of equal candidates, and too few rows: the order of ties decides alone."""
     scenario = _scenario(batch, depth, 0.5, rows=2 * batch + 1)
-    return replace(scenario, root_tokens=torch.zeros(batch, dtype=torch.int64), log_probs=torch.full_like(scenario.log_probs, -0.5))
+    return replace(
+        scenario,
+        root_tokens=torch.zeros(batch, dtype=torch.int64),
+        log_probs=torch.full_like(scenario.log_probs, -0.5),
+    )
 
 
 def nan_storm(batch: int = 8, depth: int = 3) -> Scenario:
     """A drafter gone wrong, ``batch`` requests, ``depth`` layers: two of three scores are NaN, infinite or above 0."""
     scenario = _scenario(batch, depth, 0.6, rows=4 * batch)
     places = torch.arange(scenario.log_probs.numel()).view_as(scenario.log_probs)
-    storm = torch.tensor([torch.nan, -0.5, torch.inf, -0.1, 0.01, -torch.inf, torch.nan], dtype=torch.float32)
-    return replace(scenario, log_probs=torch.where(places % 3 == 0, scenario.log_probs, storm[places % 7]))
+    storm = torch.tensor(
+        [torch.nan, -0.5, torch.inf, -0.1, 0.01, -torch.inf, torch.nan], dtype=torch.float32
+    )
+    return replace(
+        scenario, log_probs=torch.where(places % 3 == 0, scenario.log_probs, storm[places % 7])
+    )
 
 
 def _scenario(batch: int, depth: int, share: float, rows: int) -> Scenario:
@@ -140,7 +168,9 @@ def _scenario(batch: int, depth: int, share: float, rows: int) -> Scenario:
     vocab = max(2 * batch, 4)
     spread = share - 0.01 * torch.arange(vocab, dtype=torch.float32) / vocab
     whole = torch.ones(batch, dtype=torch.bool)
-    return Scenario(torch.arange(batch), whole, torch.full((batch,), 64), _candidates(spread, depth), rows)
+    return Scenario(
+        torch.arange(batch), whole, torch.full((batch,), 64), _candidates(spread, depth), rows
+    )
 
 
 def _candidates(share: Tensor, depth: int) -> Tensor:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from echo.kernels.launch import Status
+from echo.kernels.codes import Status
 from echo.tree.supertree import SuperTree
 
 
@@ -18,38 +18,45 @@ class Selection:
 
     Attributes:
         selected: bool [..., B, T].
-        bought: bool [..., B, T], bought while drafting.
+        committed: bool [..., B, T], bought while drafting.
         parent: int64 [..., B, T], a root's is its own.
         score: float32 [..., B, T].
         depth: int64 [T].
         live: bool [..., B].
-        limit: int64 [..., B], most rows of a request.
+        verify_limits: int64 [..., B], most rows of a request.
         status: int8 [..., B].
-        rows: int64 [...], rows of the step.
+        num_verify_tokens: int64 [...], rows of the step.
     """
 
     selected: Tensor
-    bought: Tensor
+    committed: Tensor
     parent: Tensor
     score: Tensor
     depth: Tensor
     live: Tensor
-    limit: Tensor
+    verify_limits: Tensor
     status: Tensor
-    rows: Tensor
+    num_verify_tokens: Tensor
 
     @classmethod
     def of(cls, tree: SuperTree, selected: Tensor, live: Tensor) -> Selection:
         """One plan."""
         forest = tree.forest
-        of = forest.bought, forest.parent, forest.score, forest.depth
-        return cls(selected, *of, live, tree.row_limit, tree.status, torch.tensor(tree.rows))
+        of = forest.committed, forest.parent, forest.score, forest.depth
+        return cls(
+            selected,
+            *of,
+            live,
+            tree.verify_limits,
+            tree.status,
+            torch.tensor(tree.num_verify_tokens),
+        )
 
 
 def overspent(s: Selection) -> Tensor:
     """Rows: no more nodes are selected than the step has rows."""
     count = s.selected.flatten(-2).cumsum(-1).view(s.selected.shape)
-    return s.selected & (count > s.rows[..., None, None])
+    return s.selected & (count > s.num_verify_tokens[..., None, None])
 
 
 def rootless(s: Selection) -> Tensor:
@@ -65,7 +72,7 @@ def orphaned(s: Selection) -> Tensor:
 
 def crowded(s: Selection) -> Tensor:
     """Limit: no request has more rows than its capacity and max_tree_rows allow."""
-    return s.selected & (s.selected.cumsum(-1) > s.limit[..., None])
+    return s.selected & (s.selected.cumsum(-1) > s.verify_limits[..., None])
 
 
 def faulty(s: Selection) -> Tensor:
@@ -75,29 +82,35 @@ def faulty(s: Selection) -> Tensor:
 
 def returned(s: Selection) -> Tensor:
     """Kept: what was bought is selected."""
-    return s.bought & ~s.selected
+    return s.committed & ~s.selected
 
 
 def unstable(s: Selection) -> Tensor:
     """Ties: of siblings with equal scores the lower candidate comes first."""
     place = torch.arange(len(s.depth))
     drafted = s.depth > 0
-    twin = (s.parent[..., None] == s.parent[..., None, :]) & (s.score[..., None] == s.score[..., None, :])
-    earlier = twin & (place < place[:, None]) & (s.depth == s.depth[:, None]) & drafted  # [..., v, u]: u is v's equal and before it
+    twin = (s.parent[..., None] == s.parent[..., None, :]) & (
+        s.score[..., None] == s.score[..., None, :]
+    )
+    earlier = (
+        twin & (place < place[:, None]) & (s.depth == s.depth[:, None]) & drafted
+    )  # [..., v, u]: u is v's equal and before it
     return s.selected & drafted & (earlier & ~s.selected[..., None, :]).any(-1)
 
 
 def widened(s: Selection) -> Tensor:
     """Depth first: nothing is dealt for width while a request that passed its gate found no rows."""
     starved = (s.status == int(Status.STARVED)).any(-1)
-    return s.selected & ~s.bought & starved[..., None, None]
+    return s.selected & ~s.committed & starved[..., None, None]
 
 
 def idle(s: Selection) -> Tensor:
     """Full: rows are left over only if no request may have one more node."""
-    left = s.selected.sum((-1, -2)) < s.rows
-    room = s.selected.sum(-1) < s.limit
-    buyable = ~s.selected & torch.isfinite(s.score) & s.selected.gather(-1, s.parent) & (s.depth > 0)
+    left = s.selected.sum((-1, -2)) < s.num_verify_tokens
+    room = s.selected.sum(-1) < s.verify_limits
+    buyable = (
+        ~s.selected & torch.isfinite(s.score) & s.selected.gather(-1, s.parent) & (s.depth > 0)
+    )
     return buyable & room[..., None] & left[..., None, None]
 
 

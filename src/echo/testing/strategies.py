@@ -31,11 +31,15 @@ def hypothesis() -> Any:
     try:
         import hypothesis
     except ImportError as error:
-        raise EchoError("hypothesis: expected it installed (pip install 'echo-specdec[kit]'), got none") from error
+        raise EchoError(
+            "hypothesis: expected it installed (pip install 'echo-specdec[kit]'), got none"
+        ) from error
     return hypothesis
 
 
-def batches(*, max_batch: int = 5, max_depth: int = 4, rows: bool = True) -> SearchStrategy[Scenario]:
+def batches(
+    *, max_batch: int = 5, max_depth: int = 4, rows: bool = True
+) -> SearchStrategy[Scenario]:
     """Steps of any shape: empty slots, tight capacities, scores with ties, NaN and infinities.
 
     Args:
@@ -65,13 +69,22 @@ def batches(*, max_batch: int = 5, max_depth: int = 4, rows: bool = True) -> Sea
         bad: list[tuple[int, float]],
         weighed: bool,
     ) -> Scenario:
-        roots, live, short, weight = (torch.from_numpy(np.array(column)) for column in zip(*slots, strict=True))
+        roots, live, short, weight = (
+            torch.from_numpy(np.array(column)) for column in zip(*slots, strict=True)
+        )
         flat = scores(np.frombuffer(numbers, ">u2"), coarse=coarse)
         for place, value in bad:
             flat[place] = value
         table = flat.view(max_depth, VOCAB, CHILDREN)
         count = max(len(slots), int(live.sum()) + spare) if rows else None
-        return Scenario(roots, live, CAPACITY - short, table[:depth, :, :k], count, weight.float() if weighed else None)
+        return Scenario(
+            roots,
+            live,
+            CAPACITY - short,
+            table[:depth, :, :k],
+            count,
+            weight.float() if weighed else None,
+        )
 
     strategy: SearchStrategy[Scenario] = st.builds(
         build,
@@ -81,7 +94,9 @@ def batches(*, max_batch: int = 5, max_depth: int = 4, rows: bool = True) -> Sea
         st.integers(0, 12),
         st.booleans(),
         st.binary(min_size=2 * size, max_size=2 * size),
-        st.lists(st.tuples(st.integers(0, size - 1), st.sampled_from(FAULTS)), max_size=8) if size else st.just([]),
+        st.lists(st.tuples(st.integers(0, size - 1), st.sampled_from(FAULTS)), max_size=8)
+        if size
+        else st.just([]),
         st.booleans(),
     )
     return strategy
@@ -101,12 +116,21 @@ def trees() -> SearchStrategy[SuperTree]:
         batch = draw(st.integers(1, 4))
         lengths = draw(st.lists(st.integers(0, 12), min_size=batch, max_size=batch))
         nodes = max(1, *lengths)
-        parent = [[-1] + [draw(st.integers(0, node - 1)) for node in range(1, nodes)] for _ in range(batch)]
+        parent = [
+            [-1] + [draw(st.integers(0, node - 1)) for node in range(1, nodes)]
+            for _ in range(batch)
+        ]
         share = [[draw(st.integers(1, 8)) / 8 for _ in range(nodes)] for _ in range(batch)]
         token = torch.arange(nodes).expand(batch, -1)  # all of a request differ, and so do siblings
         spare = max(sum(size > 0 for size in lengths), 1) + draw(st.integers(0, 8))
         log_prob = torch.tensor(share, dtype=torch.float32).log()
-        return SuperTree.from_arrays(token, torch.tensor(parent), log_prob, lengths=torch.tensor(lengths), rows=spare)
+        return SuperTree.from_arrays(
+            token,
+            torch.tensor(parent),
+            log_prob,
+            num_nodes=torch.tensor(lengths),
+            num_verify_tokens=spare,
+        )
 
     strategy: SearchStrategy[SuperTree] = st.composite(build)()
     return strategy
@@ -118,8 +142,14 @@ def logs() -> SearchStrategy[WarmupLog]:
     row = st.tuples(st.integers(1, 4), st.integers(0, 16).map(lambda n: n / 16), st.booleans())
 
     def build(rows: list[tuple[int, float, bool]]) -> WarmupLog:
-        depth, confidence, accepted = (np.array(column) for column in zip(*rows, strict=True)) if rows else ((), (), ())
-        return WarmupLog.from_arrays(np.asarray(depth, np.int64), np.asarray(confidence, np.float64), np.asarray(accepted, bool))
+        depth, confidence, accepted = (
+            (np.array(column) for column in zip(*rows, strict=True)) if rows else ((), (), ())
+        )
+        return WarmupLog.from_arrays(
+            np.asarray(depth, np.int64),
+            np.asarray(confidence, np.float64),
+            np.asarray(accepted, bool),
+        )
 
     strategy: SearchStrategy[WarmupLog] = st.lists(row, max_size=60).map(build)
     return strategy
@@ -133,7 +163,13 @@ def cost_curves() -> SearchStrategy[CostModel]:
     def build(points: list[tuple[int, int]], layer: int, row: int, tiers: set[int]) -> CostModel:
         rows, rises = np.array(points).T
         seconds = 1e-3 * (4 + np.cumsum(rises))
-        return CostModel(tuple(int(r) for r in np.cumsum(rows)), tuple(seconds.tolist()), layer * 1e-4, row * 1e-5, tuple(sorted(tiers)))
+        return CostModel(
+            tuple(int(r) for r in np.cumsum(rows)),
+            tuple(seconds.tolist()),
+            layer * 1e-4,
+            row * 1e-5,
+            tuple(sorted(tiers)),
+        )
 
     strategy: SearchStrategy[CostModel] = st.builds(
         build, steps, st.integers(0, 9), st.integers(0, 9), st.sets(st.integers(1, 512), max_size=4)

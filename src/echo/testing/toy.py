@@ -23,7 +23,9 @@ def table(vocab: int, seed: int, sharpness: float = 2.0) -> Tensor:
         sharpness: standard deviation of the logits; 0: uniform.
     """
     generator = torch.Generator().manual_seed(seed)
-    return torch.softmax(sharpness * torch.randn(vocab, vocab, generator=generator, dtype=torch.float64), dim=-1)
+    return torch.softmax(
+        sharpness * torch.randn(vocab, vocab, generator=generator, dtype=torch.float64), dim=-1
+    )
 
 
 def blurred(target: Tensor, seed: int, noise: float = 0.5) -> Tensor:
@@ -46,48 +48,55 @@ class TabularTarget:
     texts: dict[int, list[int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        checks.tensor("probabilities", self.probabilities, ["V", "V"], (torch.float32, torch.float64))
+        checks.tensor(
+            "probabilities", self.probabilities, ["V", "V"], (torch.float32, torch.float64)
+        )
 
-    def admit(self, slots: Tensor, prompts: Sequence[Tensor], /) -> Tensor:
+    def admit(self, req_indices: Tensor, prompts: Sequence[Tensor], /) -> Tensor:
         """Samples after each prompt's last token."""
-        self.texts.update((slot, prompt.tolist()) for slot, prompt in zip(slots.tolist(), prompts, strict=True))
+        self.texts.update(
+            (slot, prompt.tolist())
+            for slot, prompt in zip(req_indices.tolist(), prompts, strict=True)
+        )
         return self.sample(self.probabilities[torch.stack([p[-1] for p in prompts])])
 
-    def verify(self, slots: Tensor, packed: PackedTree, /) -> Tensor:
+    def verify(self, req_indices: Tensor, packed: PackedTree, /) -> Tensor:
         """Samples after each row's token."""
         return self.sample(self.probabilities[packed.tokens])
 
-    def keep(self, slots: Tensor, packed: PackedTree, accepted: Accepted, /) -> None:
+    def compact(self, req_indices: Tensor, packed: PackedTree, accepted: Accepted, /) -> None:
         """Appends the accepted rows' tokens."""
-        for slot, rows in zip(slots.tolist(), accepted.rows, strict=True):
+        for slot, rows in zip(req_indices.tolist(), accepted.rows, strict=True):
             self.texts[slot] += packed.tokens[rows[rows >= 0]].tolist()
 
 
 @dataclass
 class TabularDrafter:
-    """Proposes the ``count`` likeliest tokens of its own table after each node (:class:`echo.Drafter`).
+    """Proposes the ``k`` likeliest tokens of its own table after each node (:class:`echo.Drafter`).
 
     Attributes:
         probabilities: float [V, V].
-        count: from 1 to V.
+        k: from 1 to V.
         dtype: of the log-probabilities.
     """
 
     probabilities: Tensor
-    count: int
+    k: int
     dtype: torch.dtype = torch.float32
 
     def __post_init__(self) -> None:
-        vocab = checks.tensor("probabilities", self.probabilities, ["V", "V"], (torch.float32, torch.float64)).shape[0]
+        vocab = checks.tensor(
+            "probabilities", self.probabilities, ["V", "V"], (torch.float32, torch.float64)
+        ).shape[0]
         checks.integer_field(self, "count", 1, vocab)
 
-    def admit(self, slots: Tensor, prompts: Sequence[Tensor], first: Tensor, /) -> None:
+    def admit(self, req_indices: Tensor, prompts: Sequence[Tensor], first: Tensor, /) -> None:
         """Nothing to remember."""
 
-    def draft(self, slots: Tensor, frontier: Frontier, /) -> tuple[Tensor, Tensor]:
+    def draft(self, req_indices: Tensor, frontier: Frontier, /) -> tuple[Tensor, Tensor]:
         """Top-k of the table's rows."""
-        top = self.probabilities[frontier.token].topk(self.count, dim=-1)
+        top = self.probabilities[frontier.token].topk(self.k, dim=-1)
         return top.indices, top.values.log().to(self.dtype)
 
-    def keep(self, slots: Tensor, packed: PackedTree, accepted: Accepted, /) -> None:
+    def extend(self, req_indices: Tensor, packed: PackedTree, accepted: Accepted, /) -> None:
         """Nothing to remember."""

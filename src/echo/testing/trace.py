@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from echo import checks
-from echo.budget.rules import best, order
+from echo.budget.rules import order, top_k
 from echo.budget.scheduler import ElasticBudgetScheduler
 from echo.decode import Drafter, Target, decode
 from echo.errors import EchoError
@@ -64,19 +64,33 @@ class Trace:
 
     def __post_init__(self) -> None:
         positions, requests = len(self.text), len(self.kind)
-        if self.indptr.shape != (requests + 1,) or self.indptr[0] != 0 or self.indptr[-1] != positions:
-            raise EchoError(f"indptr: expected {requests + 1} values from 0 to {positions}, got {self.indptr.tolist()[:8]}")
+        if (
+            self.indptr.shape != (requests + 1,)
+            or self.indptr[0] != 0
+            or self.indptr[-1] != positions
+        ):
+            raise EchoError(
+                f"indptr: expected {requests + 1} values from 0 to {positions}, got {self.indptr.tolist()[:8]}"
+            )
         lengths = np.diff(self.indptr)
         if self.limit.shape != (requests,) or (lengths < 1).any() or (lengths > self.limit).any():
-            raise EchoError(f"limit, indptr: expected {requests} texts of 1 to limit tokens, got lengths {lengths.tolist()[:8]}")
-        if self.token.ndim != 4 or self.token.shape[0] != positions or self.token.shape != self.log_prob.shape:
+            raise EchoError(
+                f"limit, indptr: expected {requests} texts of 1 to limit tokens, got lengths {lengths.tolist()[:8]}"
+            )
+        if (
+            self.token.ndim != 4
+            or self.token.shape[0] != positions
+            or self.token.shape != self.log_prob.shape
+        ):
             raise EchoError(
                 f"token, log_prob: expected two arrays [{positions}, D, E, k], got {self.token.shape} and {self.log_prob.shape}"
             )
         _, depth, places, k = self.token.shape
         checks.integer_field(self, "beam", 1, places)
         if self.expanded.shape != (positions, depth, places * k):
-            raise EchoError(f"expanded: expected [{positions}, {depth}, {places * k}], got {self.expanded.shape}")
+            raise EchoError(
+                f"expanded: expected [{positions}, {depth}, {places * k}], got {self.expanded.shape}"
+            )
         for name, bad in {
             "text": self.text < 0,
             "log_prob": ~(self.log_prob <= 0.01),
@@ -103,7 +117,9 @@ class Trace:
         """int32 [P, D + 1]: the target's next tokens after each position; -1 beyond the end of its text."""
         ends = np.repeat(self.indptr[1:], np.diff(self.indptr))
         after = np.arange(self.positions)[:, None] + np.arange(1, self.depth + 2)
-        return np.where(after < ends[:, None], self.text[np.minimum(after, self.positions - 1)], np.int32(END))
+        return np.where(
+            after < ends[:, None], self.text[np.minimum(after, self.positions - 1)], np.int32(END)
+        )
 
     @property
     def rank(self) -> NDArray[np.int8]:
@@ -118,7 +134,11 @@ class Trace:
         for d in range(self.depth):
             log_prob = self.log_prob[at, d, place]
             drafted = (place >= 0) & np.isfinite(log_prob).any(axis=1) & (following[:, d] >= 0)
-            hits = (self.token[at, d, place] == following[:, d, None]) & np.isfinite(log_prob) & drafted[:, None]
+            hits = (
+                (self.token[at, d, place] == following[:, d, None])
+                & np.isfinite(log_prob)
+                & drafted[:, None]
+            )
             child, found = hits.argmax(axis=1), hits.any(axis=1)
             best_first = (-log_prob).argsort(axis=1, kind="stable")
             better = (best_first == child[:, None]).argmax(axis=1)
@@ -129,17 +149,33 @@ class Trace:
     def texts(self, chosen: Sequence[int]) -> Trace:
         """The trace of the ``chosen`` texts, numbers from 0, in that order."""
         rows = np.concatenate([np.arange(self.indptr[i], self.indptr[i + 1]) for i in chosen])
-        columns: dict[str, Any] = {name: getattr(self, name)[rows] for name in ("text", "token", "log_prob", "expanded")}
+        columns: dict[str, Any] = {
+            name: getattr(self, name)[rows] for name in ("text", "token", "log_prob", "expanded")
+        }
         columns |= {name: getattr(self, name)[list(chosen)] for name in ("kind", "limit")}
-        return replace(self, indptr=np.concatenate([[0], np.diff(self.indptr)[list(chosen)].cumsum()]), **columns)
+        return replace(
+            self,
+            indptr=np.concatenate([[0], np.diff(self.indptr)[list(chosen)].cumsum()]),
+            **columns,
+        )
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the npz ``path`` in one atomic move. Recorded nodes alone are stored, and the large arrays LZMA-compressed."""
         recorded = np.isfinite(self.log_prob).any(axis=3)
         names = ("kind", "indptr", "text", "limit", "beam", "floor")
-        columns: dict[str, Any] = {"version": np.array(VERSION), **{name: np.asarray(getattr(self, name)) for name in names}}
-        columns |= {"recorded": np.packbits(recorded), "shape": np.array(self.token.shape), "expanded": _shrink(self.expanded)}
-        columns |= {"token": _shrink(self.token[recorded]), "log_prob": _shrink(_planes(self.log_prob[recorded]))}
+        columns: dict[str, Any] = {
+            "version": np.array(VERSION),
+            **{name: np.asarray(getattr(self, name)) for name in names},
+        }
+        columns |= {
+            "recorded": np.packbits(recorded),
+            "shape": np.array(self.token.shape),
+            "expanded": _shrink(self.expanded),
+        }
+        columns |= {
+            "token": _shrink(self.token[recorded]),
+            "log_prob": _shrink(_planes(self.log_prob[recorded])),
+        }
         with write_atomically(path) as handle:
             np.savez_compressed(handle, **columns)
 
@@ -150,19 +186,38 @@ class Trace:
         Raises:
             EchoError: not a trace, of another version, truncated, or the first value out of range with its position.
         """
-        with checks.reading(f"path: expected a trace in {path}"), open(path, "rb") as handle, np.load(handle) as file:
+        with (
+            checks.reading(f"path: expected a trace in {path}"),
+            open(path, "rb") as handle,
+            np.load(handle) as file,
+        ):
             if int(file["version"]) != VERSION:
-                raise EchoError(f"path: expected a trace of version {VERSION}, got version {int(file['version'])}")
+                raise EchoError(
+                    f"path: expected a trace of version {VERSION}, got version {int(file['version'])}"
+                )
             columns: dict[str, Any] = {f.name: file[f.name] for f in fields(cls)}
             shape = tuple(int(n) for n in file["shape"])
-            recorded = np.unpackbits(file["recorded"], count=math.prod(shape[:3])).astype(bool).reshape(shape[:3])
+            recorded = (
+                np.unpackbits(file["recorded"], count=math.prod(shape[:3]))
+                .astype(bool)
+                .reshape(shape[:3])
+            )
             nodes = int(recorded.sum()), shape[3]
             token, log_prob = np.zeros(shape, np.int32), np.full(shape, -np.inf, np.float16)
             token[recorded] = _grow(columns["token"]).view(np.int32).reshape(nodes)
             planes = _grow(columns["log_prob"]).reshape(2, *nodes)
-            log_prob[recorded] = np.ascontiguousarray(np.moveaxis(planes, 0, -1)).view(np.float16)[..., 0]
-            columns["expanded"] = _grow(columns["expanded"]).view(np.int8).reshape(shape[0], shape[1], -1)
-        columns |= {"beam": int(columns["beam"]), "floor": float(columns["floor"]), "token": token, "log_prob": log_prob}
+            log_prob[recorded] = np.ascontiguousarray(np.moveaxis(planes, 0, -1)).view(np.float16)[
+                ..., 0
+            ]
+            columns["expanded"] = (
+                _grow(columns["expanded"]).view(np.int8).reshape(shape[0], shape[1], -1)
+            )
+        columns |= {
+            "beam": int(columns["beam"]),
+            "floor": float(columns["floor"]),
+            "token": token,
+            "log_prob": log_prob,
+        }
         return cls(**columns)
 
 
@@ -172,11 +227,16 @@ def _planes(values: NDArray[np.float16]) -> NDArray[np.uint8]:
 
 
 def _shrink(values: NDArray[Any]) -> NDArray[np.uint8]:
-    return np.frombuffer(lzma.compress(np.ascontiguousarray(values).tobytes(), preset=9 | lzma.PRESET_EXTREME), np.uint8)
+    return np.frombuffer(
+        lzma.compress(np.ascontiguousarray(values).tobytes(), preset=9 | lzma.PRESET_EXTREME),
+        np.uint8,
+    )
 
 
 def _grow(packed: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    return np.frombuffer(bytearray(lzma.decompress(packed.tobytes())), np.uint8)  # writable, as torch wants it
+    return np.frombuffer(
+        bytearray(lzma.decompress(packed.tobytes())), np.uint8
+    )  # writable, as torch wants it
 
 
 class _Pool:
@@ -187,7 +247,11 @@ class _Pool:
     """
 
     def __init__(self, beam: int, places: int, floor: float) -> None:
-        self.beam, self.width, self.floor = checks.integer("beam", beam, 1), checks.integer("places", places, beam), floor
+        self.beam, self.beam, self.floor = (
+            checks.integer("beam", beam, 1),
+            checks.integer("places", places, beam),
+            floor,
+        )
         self.smallest = torch.empty(0)
 
     def frontier(self, layer: Layer) -> tuple[Tensor, Tensor]:
@@ -195,25 +259,33 @@ class _Pool:
         better = key[:, None] <= key[:, :, None]  # [B, v, c]: c is no worse than v
         if layer.depth > 1:
             width = self.smallest.shape[1]
-            above = torch.arange(layer.score.shape[1]).div(layer.score.shape[1] // width, rounding_mode="floor")
+            above = torch.arange(layer.score.shape[1]).div(
+                layer.score.shape[1] // width, rounding_mode="floor"
+            )
             better &= self.smallest[:, above][:, :, above]
         better &= torch.isfinite(layer.score)[:, None]
         reachable = (better.sum(dim=2) <= self.beam) & (layer.score >= self.floor)
-        index, active = best(torch.where(reachable, layer.score, DEAD_SCORE), self.width)
+        index, active = top_k(torch.where(reachable, layer.score, DEAD_SCORE), self.beam)
         rows = better.gather(1, index[..., None].expand(-1, -1, better.shape[2]))
-        self.smallest = rows.gather(2, index[:, None].expand(-1, index.shape[1], -1)) & active[:, None]
+        self.smallest = (
+            rows.gather(2, index[:, None].expand(-1, index.shape[1], -1)) & active[:, None]
+        )
         return index, active
 
-    def buy(self, layer: Layer, passed: Tensor, room: Tensor, left: Tensor) -> Tensor | None:
+    def commit(
+        self, layer: Layer, passed: Tensor, limits: Tensor, num_remaining: Tensor
+    ) -> Tensor | None:
         return None
 
-    def deal(self, tree: SuperTree, room: Tensor, left: Tensor, rows: int) -> Tensor:
-        return torch.zeros_like(tree.forest.bought)
+    def select(
+        self, tree: SuperTree, limits: Tensor, num_remaining: Tensor, num_verify_tokens: int
+    ) -> Tensor:
+        return torch.zeros_like(tree.forest.committed)
 
-    def rows(self, batch: int) -> int | None:
+    def default_budget(self, batch: int) -> int | None:
         return None
 
-    def gain(self, tree: SuperTree) -> Tensor:
+    def acceptance_probability(self, tree: SuperTree) -> Tensor:
         return tree.forest.score.exp()
 
 
@@ -222,14 +294,16 @@ class _Watch:
 
     def __init__(self, drafter: Drafter) -> None:
         self.inner = drafter
-        self.admit, self.keep = drafter.admit, drafter.keep
+        self.admit, self.extend = drafter.admit, drafter.extend
         self.layers: list[tuple[Frontier, Tensor, Tensor]] = []
         self.k = 1
 
     def draft(self, slots: Tensor, frontier: Frontier, /) -> tuple[Tensor, Tensor]:
         tokens, log_probs = self.inner.draft(slots, frontier)
         if log_probs.dtype != torch.float16:
-            raise EchoError(f"drafter: expected float16 log-probabilities, which a trace holds exactly, got {log_probs.dtype}")
+            raise EchoError(
+                f"drafter: expected float16 log-probabilities, which a trace holds exactly, got {log_probs.dtype}"
+            )
         self.layers = [*(self.layers if frontier.depth else []), (frontier, tokens, log_probs)]
         self.k = tokens.shape[2]
         return tokens, log_probs
@@ -241,14 +315,14 @@ def record(
     prompts: Sequence[Tensor],
     kinds: Sequence[str],
     *,
-    slots: int,
+    max_num_reqs: int,
     depth: int,
     beam: int,
     places: int = 24,
     floor: float = -math.inf,
     max_new_tokens: int,
     eos_token: int | None = None,
-    capacity: int | None = None,
+    max_verify_tokens_per_req: int | None = None,
 ) -> Iterator[Trace | int]:
     """Records a live greedy decode: the whole pool is drafted at every position, and one token a step is emitted.
 
@@ -257,11 +331,11 @@ def record(
             depth, and its log-probabilities float16, so that live and replayed scores are the same numbers.
         prompts: int64 [length] each.
         kinds: what kind each prompt is.
-        slots: requests decoded together.
+        max_num_reqs: requests decoded together.
         depth, beam: layers drafted, and the widest frontier that is to be replayed.
         places: E, nodes of a layer that are drafted on at most. Too few, and replays miss some.
         floor: path log-probability below which the drafter drafts on no node (it must do so by itself).
-        max_new_tokens, eos_token, capacity: as in :func:`echo.decode`.
+        max_new_tokens, eos_token, max_verify_tokens_per_req: as in :func:`echo.decode`.
 
     Yields:
         The positions recorded so far, an int after each step; at last the :class:`Trace`.
@@ -272,18 +346,34 @@ def record(
     if len(kinds) != len(prompts):
         raise EchoError(f"kinds: expected one for each of {len(prompts)} prompts, got {len(kinds)}")
     depth = checks.integer("depth", depth, 1)
-    pool, watch = ElasticBudgetScheduler(_Pool(beam, places, floor), budget=2 * slots, max_depth=depth), _Watch(drafter)
+    pool, watch = (
+        ElasticBudgetScheduler(
+            _Pool(beam, places, floor), budget=2 * max_num_reqs, max_depth=depth
+        ),
+        _Watch(drafter),
+    )
     texts: list[list[int]] = [[] for _ in prompts]
     drafts: list[list[tuple[NDArray[Any], ...]]] = [[] for _ in prompts]
-    options: dict[str, Any] = {"slots": slots, "max_new_tokens": max_new_tokens, "eos_token": eos_token, "capacity": capacity}
+    options: dict[str, Any] = {
+        "max_num_reqs": max_num_reqs,
+        "max_new_tokens": max_new_tokens,
+        "eos_token": eos_token,
+        "max_verify_tokens_per_req": max_verify_tokens_per_req,
+    }
     for step in decode(pool, target, watch, prompts, **options):
-        columns = _columns(watch.layers[: step.tree.depth], len(step.requests), depth, places, watch.k)
+        columns = _columns(
+            watch.layers[: step.tree.depth], len(step.requests), depth, places, watch.k
+        )
         for b, (request, tokens) in enumerate(zip(step.requests, step.emitted, strict=True)):
             texts[request] += tokens
             drafts[request].append(tuple(column[b] for column in columns))
         yield sum(map(len, texts))
     nothing = _columns([], 1, depth, places, watch.k)
-    rows = [row for text, steps in zip(texts, drafts, strict=True) for row in [*steps[: len(text) - 1], tuple(c[0] for c in nothing)]]
+    rows = [
+        row
+        for text, steps in zip(texts, drafts, strict=True)
+        for row in [*steps[: len(text) - 1], tuple(c[0] for c in nothing)]
+    ]
     token, log_prob, expanded = (np.stack(column) for column in zip(*rows, strict=True))
     yield Trace(
         text=np.array([token for text in texts for token in text], dtype=np.int32),
@@ -298,14 +388,18 @@ def record(
     )
 
 
-def _columns(layers: list[tuple[Frontier, Tensor, Tensor]], batch: int, depth: int, places: int, k: int) -> tuple[NDArray[Any], ...]:
+def _columns(
+    layers: list[tuple[Frontier, Tensor, Tensor]], batch: int, depth: int, places: int, k: int
+) -> tuple[NDArray[Any], ...]:
     """``token``, ``log_prob`` and ``expanded`` of one step: [B, D, E, k] twice, [B, D, E * k]."""
     token = np.zeros((batch, depth, places, k), dtype=np.int32)
     log_prob = np.full(token.shape, -np.inf, dtype=np.float16)
     expanded = np.full((batch, depth, places * k), END, dtype=np.int8)
     for d, (frontier, tokens, log_probs) in enumerate(layers):
         if tokens.shape[2] != k:
-            raise EchoError(f"drafter: expected {k} candidates at every depth, got {tokens.shape[2]} at depth {d + 1}")
+            raise EchoError(
+                f"drafter: expected {k} candidates at every depth, got {tokens.shape[2]} at depth {d + 1}"
+            )
         live = frontier.active[..., None]
         token[:, d, : tokens.shape[1]] = torch.where(live, tokens, 0).numpy()
         log_prob[:, d, : tokens.shape[1]] = torch.where(live, log_probs, -torch.inf).numpy()

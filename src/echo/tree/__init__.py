@@ -1,11 +1,11 @@
 """The super-tree, and the packed layout that engines read."""
 
-from echo.kernels.launch import Status
+from echo.kernels.codes import Status
 from echo.tree import layouts
 from echo.tree.accepted import Accepted
 from echo.tree.build import Template
 from echo.tree.compaction import Compaction, compact
-from echo.tree.packed import PackedTree, ancestors, pack, slots, wire_size
+from echo.tree.packed import PackedTree, ancestor_masks, buffer_size, pack, slot_mapping
 from echo.tree.supertree import Forest, Frontier, Layer, SuperTree
 
 __all__ = [
@@ -18,10 +18,10 @@ __all__ = [
     "Status",
     "SuperTree",
     "Template",
-    "ancestors",
+    "ancestor_masks",
+    "buffer_size",
     "compact",
     "layouts",
     "pack",
-    "slots",
-    "wire_size",
+    "slot_mapping",
 ]

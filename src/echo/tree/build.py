@@ -16,7 +16,7 @@ from torch import Tensor
 
 from echo import checks
 from echo.errors import EchoError
-from echo.kernels.launch import Status
+from echo.kernels.codes import Status
 from echo.tree.supertree import Forest, Frontier, Layer, SuperTree, check_size, path_score
 
 
@@ -26,9 +26,9 @@ def from_arrays(
     log_prob: Tensor,
     depth: Tensor | None = None,
     *,
-    lengths: Tensor | None = None,
-    rows: int | None = None,
-    row_limit: Tensor | None = None,
+    num_nodes: Tensor | None = None,
+    num_verify_tokens: int | None = None,
+    verify_limits: Tensor | None = None,
 ) -> SuperTree:
     """A tree of one's own; see :meth:`~echo.tree.supertree.SuperTree.from_arrays`. Reads everything, on the host."""
     batch, nodes = checks.tensor("token", token, ["B", "T"], checks.INTEGERS).shape
@@ -37,8 +37,16 @@ def from_arrays(
     checks.tensor("log_prob", log_prob, [batch, nodes], checks.FLOATS, device)
     if depth is not None:
         checks.tensor("depth", depth, [batch, nodes], checks.INTEGERS, device)
-    sizes = np.full(batch, nodes) if lengths is None else host(checks.tensor("lengths", lengths, [batch], checks.INTEGERS, device))
-    refuse("lengths", (sizes < 0) | (sizes > nodes), lambda b: f"expected 0 to {nodes} nodes, got {sizes[b]}")
+    sizes = (
+        np.full(batch, nodes)
+        if num_nodes is None
+        else host(checks.tensor("num_nodes", num_nodes, [batch], checks.INTEGERS, device))
+    )
+    refuse(
+        "num_nodes",
+        (sizes < 0) | (sizes > nodes),
+        lambda b: f"expected 0 to {nodes} nodes, got {sizes[b]}",
+    )
     tokens, parents, scores = host(token), host(parent), host(log_prob.float())
     there = np.arange(nodes) < sizes[:, None]
     depths = _depths(parents, sizes, there)
@@ -46,10 +54,24 @@ def from_arrays(
 
     live = torch.from_numpy(sizes > 0).to(device)
     limit = torch.from_numpy(sizes).long().to(device)
-    most = max(int(sizes.sum()), 1) if rows is None else checks.integer("rows", rows, max(int((sizes > 0).sum()), 1))
-    if row_limit is not None:
-        limit = torch.minimum(limit, checks.tensor("row_limit", row_limit, [batch], torch.int64, device).clamp(min=1)) * live
-    first = token[:, 0].long() * live if nodes else torch.zeros(batch, dtype=torch.int64, device=device)
+    most = (
+        max(int(sizes.sum()), 1)
+        if num_verify_tokens is None
+        else checks.integer("num_verify_tokens", num_verify_tokens, max(int((sizes > 0).sum()), 1))
+    )
+    if verify_limits is not None:
+        limit = (
+            torch.minimum(
+                limit,
+                checks.tensor("verify_limits", verify_limits, [batch], torch.int64, device).clamp(
+                    min=1
+                ),
+            )
+            * live
+        )
+    first = (
+        token[:, 0].long() * live if nodes else torch.zeros(batch, dtype=torch.int64, device=device)
+    )
     tree = roots(first, live, limit, most, int(sizes.max(initial=1)))
     drafted = []
     for columns, above in _layers(parents, depths, there):
@@ -66,20 +88,27 @@ def from_paths(
     *,
     weights: Sequence[Sequence[float]] | None = None,
     prior: float = 1.0,
-    rows: int | None = None,
-    row_limit: Tensor | None = None,
+    num_verify_tokens: int | None = None,
+    verify_limits: Tensor | None = None,
 ) -> SuperTree:
     """A trie of continuations; see :meth:`~echo.tree.supertree.SuperTree.from_paths`. Host work."""
     batch = checks.tensor("root_tokens", root_tokens, ["B"], torch.int64).shape[0]
     prior = checks.real("prior", prior, 0.0)
     if len(paths) != batch or (weights is not None and len(weights) != batch):
-        raise EchoError(f"paths, weights: expected one list for each of {batch} requests, got {len(paths)}")
+        raise EchoError(
+            f"paths, weights: expected one list for each of {batch} requests, got {len(paths)}"
+        )
     trees: list[tuple[list[int], list[int], list[float]]] = []
     for b, (root, mine) in enumerate(zip(root_tokens.tolist(), paths, strict=True)):
         given: Any = [1.0] * len(mine) if weights is None else weights[b]
-        shares = [checks.real(f"weights[{b}]", w, 0.0) for w in (given.tolist() if isinstance(given, Tensor) else given)]
+        shares = [
+            checks.real(f"weights[{b}]", w, 0.0)
+            for w in (given.tolist() if isinstance(given, Tensor) else given)
+        ]
         if len(shares) != len(mine):
-            raise EchoError(f"weights: request {b}: expected {len(mine)} weights, got {len(shares)}")
+            raise EchoError(
+                f"weights: request {b}: expected {len(mine)} weights, got {len(shares)}"
+            )
         token, parent, weight, child = [root], [-1], [sum(shares)], dict[tuple[int, int], int]()
         for path, share in zip(mine, shares, strict=True):
             at = 0
@@ -92,15 +121,36 @@ def from_paths(
                 at = child[at, t]
                 weight[at] += share
         trees.append(
-            (token, parent, [w / (weight[p] + prior) if w and p >= 0 else float(p < 0) for w, p in zip(weight, parent, strict=True)])
+            (
+                token,
+                parent,
+                [
+                    w / (weight[p] + prior) if w and p >= 0 else float(p < 0)
+                    for w, p in zip(weight, parent, strict=True)
+                ],
+            )
         )
     width = max((len(token) for token, _, _ in trees), default=1)
     padded = [[column + [0] * (width - len(column)) for column in tree] for tree in trees]
     device = root_tokens.device
-    token_, parent_ = (torch.tensor([tree[i] for tree in padded], dtype=torch.int64, device=device).view(batch, width) for i in (0, 1))
-    share_ = torch.tensor([tree[2] for tree in padded], dtype=torch.float64, device=device).view(batch, width)
+    token_, parent_ = (
+        torch.tensor([tree[i] for tree in padded], dtype=torch.int64, device=device).view(
+            batch, width
+        )
+        for i in (0, 1)
+    )
+    share_ = torch.tensor([tree[2] for tree in padded], dtype=torch.float64, device=device).view(
+        batch, width
+    )
     lengths = torch.tensor([len(token) for token, _, _ in trees], dtype=torch.int64, device=device)
-    return from_arrays(token_, parent_, share_.log().float(), lengths=lengths, rows=rows, row_limit=row_limit)
+    return from_arrays(
+        token_,
+        parent_,
+        share_.log().float(),
+        num_nodes=lengths,
+        num_verify_tokens=num_verify_tokens,
+        verify_limits=verify_limits,
+    )
 
 
 @dataclass(frozen=True)
@@ -123,7 +173,9 @@ class Template:
     parents: tuple[int, ...]
     candidates: tuple[int, ...] | None = None
     _layers: tuple[tuple[list[int], list[int]], ...] = field(init=False, repr=False, compare=False)
-    _devices: dict[torch.device, list[tuple[Tensor, Tensor, Tensor]]] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _devices: dict[torch.device, list[tuple[Tensor, Tensor, Tensor]]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "parents", checks.ints("parents", self.parents, -1))
@@ -131,17 +183,28 @@ class Template:
             object.__setattr__(self, "candidates", checks.ints("candidates", self.candidates, 0))
         for node, parent in enumerate(self.parents):
             if not -1 <= parent < node:
-                raise EchoError(f"parents: node {node}: expected -1 or a node before it, got {parent}")
+                raise EchoError(
+                    f"parents: node {node}: expected -1 or a node before it, got {parent}"
+                )
         if self.candidates is not None and len(self.candidates) != len(self.parents):
-            raise EchoError(f"candidates: expected {len(self.parents)} numbers, got {len(self.candidates)}")
+            raise EchoError(
+                f"candidates: expected {len(self.parents)} numbers, got {len(self.candidates)}"
+            )
         depth: list[int] = []
         for parent in self.parents:
             depth.append(1 if parent < 0 else depth[parent] + 1)
         layers: list[list[int]] = [[-1]]
         for d in range(1, max(depth, default=0) + 1):
             above = layers[-1]
-            layers.append(sorted((n for n, at in enumerate(depth) if at == d), key=lambda n: (above.index(self.parents[n]), n)))
-        places = [[layers[d].index(self.parents[n]) for n in layer] for d, layer in enumerate(layers[1:])]
+            layers.append(
+                sorted(
+                    (n for n, at in enumerate(depth) if at == d),
+                    key=lambda n: (above.index(self.parents[n]), n),
+                )
+            )
+        places = [
+            [layers[d].index(self.parents[n]) for n in layer] for d, layer in enumerate(layers[1:])
+        ]
         object.__setattr__(self, "_layers", tuple(zip(layers[1:], places, strict=True)))
 
     @classmethod
@@ -151,12 +214,24 @@ class Template:
         Raises:
             EchoError: naming a choice that is empty, double, or whose parent is missing.
         """
-        paths = sorted((checks.ints("choices", choice, 0) for choice in choices), key=lambda path: (len(path), path))
+        paths = sorted(
+            (checks.ints("choices", choice, 0) for choice in choices),
+            key=lambda path: (len(path), path),
+        )
         number = {path: node for node, path in enumerate(paths)}
         for path in paths:
-            if not path or len(number) != len(paths) or (len(path) > 1 and path[:-1] not in number) or min(path) < 0:
-                raise EchoError(f"choices: expected distinct paths >= 0 whose prefixes are paths too, got {list(path)}")
-        return cls(tuple(number.get(path[:-1], -1) for path in paths), tuple(path[-1] for path in paths))
+            if (
+                not path
+                or len(number) != len(paths)
+                or (len(path) > 1 and path[:-1] not in number)
+                or min(path) < 0
+            ):
+                raise EchoError(
+                    f"choices: expected distinct paths >= 0 whose prefixes are paths too, got {list(path)}"
+                )
+        return cls(
+            tuple(number.get(path[:-1], -1) for path in paths), tuple(path[-1] for path in paths)
+        )
 
     def fill(self, tree: SuperTree, tokens: Tensor, log_probs: Tensor) -> SuperTree:
         """The planted tree with this template's nodes as candidates.
@@ -176,49 +251,74 @@ class Template:
             depth, k = len(self._layers), max(self._taken, default=0) + 1
             checks.tensor("tokens", tokens, [batch, "D", "k"], torch.int64, device)
             if depth > tokens.shape[1] or k > tokens.shape[2]:
-                raise EchoError(f"tokens: expected [B, {depth}, {k}] or more, got {list(tokens.shape)}")
+                raise EchoError(
+                    f"tokens: expected [B, {depth}, {k}] or more, got {list(tokens.shape)}"
+                )
         else:
             checks.tensor("tokens", tokens, [batch, nodes], torch.int64, device)
         checks.tensor("log_probs", log_probs, list(tokens.shape), checks.FLOATS, device)
         drafted = []
         for d, (members, places, taken) in enumerate(self._indices(device)):
-            token, log_prob = (x[:, d, taken] if heads else x[:, members] for x in (tokens, log_probs))
+            token, log_prob = (
+                x[:, d, taken] if heads else x[:, members] for x in (tokens, log_probs)
+            )
             drafted.append((token, places.expand(batch, -1), log_prob))
         return attach(tree, drafted)
 
     @property
     def _taken(self) -> tuple[int, ...]:
-        return self.candidates or tuple(self.parents[:n].count(p) for n, p in enumerate(self.parents))
+        return self.candidates or tuple(
+            self.parents[:n].count(p) for n, p in enumerate(self.parents)
+        )
 
     def _indices(self, device: torch.device) -> list[tuple[Tensor, Tensor, Tensor]]:
         """By layer: nodes, places of their parents, candidates. Copied to a device once: a copy in the step would wait for it."""
         known = self._devices
         if device not in known:
-            lists = [(members, places, [self._taken[n] for n in members]) for members, places in self._layers]
+            lists = [
+                (members, places, [self._taken[n] for n in members])
+                for members, places in self._layers
+            ]
             known[device] = [
-                (torch.tensor(m, device=device), torch.tensor(p, device=device), torch.tensor(t, device=device)) for m, p, t in lists
+                (
+                    torch.tensor(m, device=device),
+                    torch.tensor(p, device=device),
+                    torch.tensor(t, device=device),
+                )
+                for m, p, t in lists
             ]
         return known[device]
 
 
-def roots(tokens: Tensor, live: Tensor, limit: Tensor, rows: int, most: int) -> SuperTree:
+def roots(
+    tokens: Tensor,
+    live: Tensor,
+    verify_limits: Tensor,
+    num_verify_tokens: int,
+    max_verify_tokens_per_req: int,
+) -> SuperTree:
     """Roots that draft nothing: tokens int64 [B], live bool [B], row limit int64 [B], rows of the step and at most of a request."""
     root = tokens[:, None]
-    zero, score = torch.zeros_like(root), torch.zeros_like(root, dtype=torch.float32).masked_fill_(~live[:, None], -torch.inf)
+    zero, score = (
+        torch.zeros_like(root),
+        torch.zeros_like(root, dtype=torch.float32).masked_fill_(~live[:, None], -torch.inf),
+    )
     return SuperTree(
         layers=(Layer(0, root, zero, score, live[:, None], live),),
         frontier=Frontier(root, zero, zero, score, torch.zeros_like(live)[:, None], 0),
         status=torch.where(live, int(Status.FINISHED), int(Status.EMPTY)).to(torch.int8),
-        row_limit=limit,
-        held=live.long(),
-        left=rows - live.sum(),
+        verify_limits=verify_limits,
+        num_committed=live.long(),
+        num_remaining=num_verify_tokens - live.sum(),
         invalid=torch.zeros(len(tokens), dtype=torch.int32, device=tokens.device),
-        rows=rows,
-        most=most,
+        num_verify_tokens=num_verify_tokens,
+        max_verify_tokens_per_req=max_verify_tokens_per_req,
     )
 
 
-def attach(tree: SuperTree, layers: Sequence[tuple[Tensor, Tensor, Tensor]], *, count: bool = True) -> SuperTree:
+def attach(
+    tree: SuperTree, layers: Sequence[tuple[Tensor, Tensor, Tensor]], *, count: bool = True
+) -> SuperTree:
     """A tree of roots with ready-made layers below them, all drafted and none bought. Device work without read-backs.
 
     Args:
@@ -235,30 +335,36 @@ def attach(tree: SuperTree, layers: Sequence[tuple[Tensor, Tensor, Tensor]], *, 
     for depth, (token, parent, log_prob) in enumerate(layers, start=1):
         over = above.gather(1, parent)
         above, _, faulty = path_score(over, log_prob[..., None], torch.isfinite(over))
-        made.append(Layer(depth, token, parent, above, torch.zeros_like(parent, dtype=torch.bool), live))
+        made.append(
+            Layer(depth, token, parent, above, torch.zeros_like(parent, dtype=torch.bool), live)
+        )
         invalid = invalid + faulty if count else invalid
     last = made[-1]
     index = torch.arange(last.token.shape[1], device=last.token.device).expand_as(last.token)
     return replace(
         tree,
         layers=tuple(made),
-        frontier=Frontier(last.token, last.parent, index, last.score, torch.zeros_like(last.bought), last.depth),
+        frontier=Frontier(
+            last.token, last.parent, index, last.score, torch.zeros_like(last.committed), last.depth
+        ),
         status=torch.where(live, int(Status.FINISHED), int(Status.EMPTY)).to(torch.int8),
         invalid=invalid,
     )
 
 
-def children(forest: Forest, fanout: int) -> Tensor:
+def children(forest: Forest, k: int) -> Tensor:
     """int64 [B, T, fanout]: each node's first children among the T nodes, -1 for none. Siblings lie side by side."""
     batch, nodes = forest.token.shape
     place = torch.arange(nodes, device=forest.depth.device).expand(batch, -1)
     drafted = (forest.depth > 0).expand(batch, -1) & torch.isfinite(forest.score)
     above = torch.where(drafted, forest.parent, nodes)
-    first = torch.full((batch, nodes + 1), nodes, device=place.device).scatter_reduce(1, above, place, "amin")
+    first = torch.full((batch, nodes + 1), nodes, device=place.device).scatter_reduce(
+        1, above, place, "amin"
+    )
     rank = place - first.gather(1, above)
-    at = torch.where(drafted & (rank < fanout), above * fanout + rank, nodes * fanout)
-    table = torch.full((batch, nodes * fanout + 1), -1, device=place.device).scatter_(1, at, place)
-    return table[:, :-1].view(batch, nodes, fanout)
+    at = torch.where(drafted & (rank < k), above * k + rank, nodes * k)
+    table = torch.full((batch, nodes * k + 1), -1, device=place.device).scatter_(1, at, place)
+    return table[:, :-1].view(batch, nodes, k)
 
 
 def host(value: Tensor) -> NDArray[Any]:
@@ -275,7 +381,9 @@ def refuse(name: str, bad: NDArray[np.bool_], say: Callable[..., str]) -> None:
         raise EchoError(f"{name}: {where}: {say(*at)}")
 
 
-def _depths(parents: NDArray[Any], sizes: NDArray[Any], there: NDArray[np.bool_]) -> NDArray[np.int64]:
+def _depths(
+    parents: NDArray[Any], sizes: NDArray[Any], there: NDArray[np.bool_]
+) -> NDArray[np.int64]:
     """Depth of each node, [B, T], by pointer doubling; raises at the first node whose parent is not a row before it."""
     column = np.arange(parents.shape[1])
     root, outside = column == 0, (parents < 0) | (parents >= sizes[:, None])
@@ -310,28 +418,42 @@ def _check_nodes(
     known: NDArray[Any] | None,
 ) -> None:
     """Raises at the first bad token, score or depth, and at the second of two equal siblings."""
-    refuse("token", there & (tokens < 0), lambda b, row: f"expected a token >= 0, got {tokens[b, row]}")
+    refuse(
+        "token", there & (tokens < 0), lambda b, row: f"expected a token >= 0, got {tokens[b, row]}"
+    )
     family = parents + np.arange(len(parents))[:, None] * parents.shape[1]
-    order = np.lexsort((tokens.ravel(), family.ravel(), ~there.ravel()))  # stable: equal siblings side by side, in order
+    order = np.lexsort(
+        (tokens.ravel(), family.ravel(), ~there.ravel())
+    )  # stable: equal siblings side by side, in order
     twice = np.zeros(there.size, dtype=bool)
     twice[order[1:]] = (np.diff(family.ravel()[order]) == 0) & (np.diff(tokens.ravel()[order]) == 0)
     refuse(
         "token",
         there & twice.reshape(there.shape),
-        lambda b, row: f"expected siblings that differ, got {tokens[b, row]} twice under row {parents[b, row]}",
+        lambda b, row: (
+            f"expected siblings that differ, got {tokens[b, row]} twice under row {parents[b, row]}"
+        ),
     )
     drafted = there.copy()
     drafted[:, :1] = False
     refuse(
         "log_prob",
         drafted & ~(scores <= checks.ROUNDING),
-        lambda b, row: f"expected a log-probability, got {scores[b, row]}{checks.instead(float(scores[b, row]), scores[drafted].tolist())}",
+        lambda b, row: (
+            f"expected a log-probability, got {scores[b, row]}{checks.instead(float(scores[b, row]), scores[drafted].tolist())}"
+        ),
     )
     if known is not None:
-        refuse("depth", there & (known != depths), lambda b, row: f"expected {depths[b, row]}, one below its parent, got {known[b, row]}")
+        refuse(
+            "depth",
+            there & (known != depths),
+            lambda b, row: f"expected {depths[b, row]}, one below its parent, got {known[b, row]}",
+        )
 
 
-def _layers(parents: NDArray[Any], depths: NDArray[Any], there: NDArray[np.bool_]) -> Iterator[tuple[NDArray[Any], NDArray[Any]]]:
+def _layers(
+    parents: NDArray[Any], depths: NDArray[Any], there: NDArray[np.bool_]
+) -> Iterator[tuple[NDArray[Any], NDArray[Any]]]:
     """The nodes of each depth from 1 on, by parent's place and then column: columns [B, M], -1 beyond; parent's place, rising."""
     batch, nodes = parents.shape
     flat = np.flatnonzero(there)
@@ -345,6 +467,9 @@ def _layers(parents: NDArray[Any], depths: NDArray[Any], there: NDArray[np.bool_
         count = np.bincount(request, minlength=batch)
         local = np.arange(len(order)) - (np.cumsum(count) - count)[request]
         place[request * nodes + column] = local
-        columns, above = np.full((batch, count.max()), -1), np.zeros((batch, count.max()), dtype=np.int64)
+        columns, above = (
+            np.full((batch, count.max()), -1),
+            np.zeros((batch, count.max()), dtype=np.int64),
+        )
         columns[request, local], above[request, local] = column, up
         yield columns, np.maximum.accumulate(above, axis=1)

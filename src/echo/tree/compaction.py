@@ -10,7 +10,7 @@ from torch import Tensor
 from echo import checks, kernels
 from echo.errors import EchoError
 from echo.tree.accepted import Accepted
-from echo.tree.packed import PackedTree, into, slots
+from echo.tree.packed import PackedTree, copy_into, slot_mapping
 
 
 @dataclass(frozen=True)
@@ -21,48 +21,48 @@ class Compaction:
         accept_index: int32 [B, D + 1], global rows whose sampled token was emitted (log-probabilities); -1 beyond. SGLang's.
         gather: int64 [B, D + 1], the same, 0 beyond: hidden-state rows for the next draft-extend; mask by ``valid``.
         valid: bool [B, D + 1], the entry exists.
-        position: int64 [B, D + 1], position of each kept row; 0 beyond.
+        positions: int64 [B, D + 1], position of each kept row; 0 beyond.
         source, target: int64 [B, D + 1], where a kept row's keys and values lie, and where they belong: places in the request's own
             cache, or slots of a paged one. Beyond, and with nothing kept, both are the dummy: a copy of it does nothing. Where a path
             is the first rows already (a chain), source equals target too.
-        context: int64 [B], tokens in each request's cache after the step.
+        prefix_lens: int64 [B], tokens in each request's cache after the step.
     """
 
     accept_index: Tensor
     gather: Tensor
     valid: Tensor
-    position: Tensor
+    positions: Tensor
     source: Tensor
     target: Tensor
-    context: Tensor
+    prefix_lens: Tensor
 
 
 def compact(
     packed: PackedTree,
     accepted: Accepted,
-    context: Tensor,
+    prefix_lens: Tensor,
     *,
     page_table: Tensor | None = None,
     page_size: int = 1,
-    dummy: int | None = None,
-    past: int | None = None,
+    pad_slot_id: int | None = None,
+    past_len: int | None = None,
     out: Compaction | None = None,
 ) -> Compaction:
     """The lists that make an accepted path the end of its request's cache. No read-backs.
 
-    A row's keys and values were written behind the context at the row's place in its request (:meth:`PackedTree.slot`), and a tree's
+    A row's keys and values were written behind the context at the row's place in its request (:meth:`PackedTree.slot_mapping`), and a tree's
     accepted rows are scattered there: without the move the next step attends to rejected tokens. A target never lies behind its source,
     so copying in order of the columns is safe; a parallel copy must gather before it scatters.
 
     Args:
         packed, accepted: the step.
-        context: int32 or int64 [B], tokens in each request's cache before the step.
+        prefix_lens: int32 or int64 [B], tokens in each request's cache before the step.
         page_table: int32 or int64 [B, pages], for slots of a paged cache; places in the request's own contiguous cache where not given.
-        page_size: as in :meth:`PackedTree.slot`.
-        dummy: a slot that no request owns, needed with a page table; or a place in a contiguous cache, where it defaults to 0: an engine
+        page_size: as in :meth:`PackedTree.slot_mapping`.
+        pad_slot_id: a slot that no request owns, needed with a page table; or a place in a contiguous cache, where it defaults to 0: an engine
             that does not copy from ``source``, but writes rows (``gather``) to ``target``, gives a place without a token, or masks by
             ``valid``.
-        past: where every request's rows lie behind so many entries of a contiguous cache, and not behind its own context: transformers'
+        past_len: where every request's rows lie behind so many entries of a contiguous cache, and not behind its own context: transformers'
             ``DynamicCache`` appends behind the longest text. Texts begin at place 0.
         out: persistent buffers.
 
@@ -77,45 +77,58 @@ def compact(
     """
     device = checks.instance("packed", packed, PackedTree).tokens.device
     checks.instance("accepted", accepted, Accepted)
-    batch, steps = checks.tensor("accepted.rows", accepted.rows, [packed.batch, "D + 1"], torch.int64, device).shape
-    checks.tensor("context", context, [batch], checks.INTEGERS, device)
+    batch, steps = checks.tensor(
+        "accepted.rows", accepted.rows, [packed.batch, "D + 1"], torch.int64, device
+    ).shape
+    checks.tensor("prefix_lens", prefix_lens, [batch], checks.INTEGERS, device)
     page_size = checks.integer("page_size", page_size, 1)
     if page_table is not None:
         checks.tensor("page_table", page_table, [batch, "pages"], checks.INTEGERS, device)
-        if dummy is None:
-            raise EchoError("dummy: expected a slot that no request owns, to go with page_table, got None")
-        if past is not None:
-            raise EchoError(f"past: expected None, to go with page_table, got {past!r}")
-    spare = 0 if dummy is None else checks.integer("dummy", dummy, 0)
-    behind = -1 if past is None else checks.integer("past", past, 0)
+        if pad_slot_id is None:
+            raise EchoError(
+                "pad_slot_id: expected a slot that no request owns, to go with page_table, got None"
+            )
+        if past_len is not None:
+            raise EchoError(f"past_len: expected None, to go with page_table, got {past_len!r}")
+    spare = 0 if pad_slot_id is None else checks.integer("pad_slot_id", pad_slot_id, 0)
+    behind = -1 if past_len is None else checks.integer("past_len", past_len, 0)
     fused = kernels.fused("packing", accepted.rows)
     if fused is not None:
-        step = accepted.rows, accepted.lengths, packed.indptr, context, page_table, page_size, spare, behind
+        step = (
+            accepted.rows,
+            accepted.num_emitted,
+            packed.indptr,
+            prefix_lens,
+            page_table,
+            page_size,
+            spare,
+            behind,
+        )
         buffers = None if out is None else check(out, batch, steps, device)
         if buffers is not None and not all(buffer.is_contiguous() for buffer in buffers.values()):
             buffers = None
         lists = Compaction(**fused.compact(*step, out=buffers))
-        return lists if buffers is not None else into(out, lists)
+        return lists if buffers is not None else copy_into(out, lists)
     gone, rows = accepted.rows < 0, accepted.rows.clamp(min=0)
-    begin = context.long()[:, None]
+    begin = prefix_lens.long()[:, None]
     place = begin + torch.arange(steps, device=device)
-    lies = rows - packed.indptr[:-1, None] + (begin if past is None else behind)
+    lies = rows - packed.indptr[:-1, None] + (begin if past_len is None else behind)
     if page_table is None:
         source, target = (x.masked_fill(gone, spare) for x in (lies, place))
     else:
         request = torch.arange(batch, device=device)[:, None]
         places = torch.stack([lies, place]).masked_fill_(gone, -1)
-        source, target = slots(places, request, page_table, page_size, spare).unbind()
+        source, target = slot_mapping(places, request, page_table, page_size, spare).unbind()
     lists = Compaction(
         accept_index=accepted.rows.int(),
         gather=rows,
         valid=~gone,
-        position=place.masked_fill(gone, 0),
+        positions=place.masked_fill(gone, 0),
         source=source,
         target=target,
-        context=context.long() + accepted.lengths,
+        prefix_lens=prefix_lens.long() + accepted.num_emitted,
     )
-    return into(out, lists)
+    return copy_into(out, lists)
 
 
 def check(out: Compaction, batch: int, steps: int, device: torch.device) -> dict[str, Tensor]:
@@ -123,6 +136,12 @@ def check(out: Compaction, batch: int, steps: int, device: torch.device) -> dict
     kinds = {"accept_index": torch.int32, "valid": torch.bool}
     checks.instance("out", out, Compaction)
     return {
-        name: checks.tensor(f"out.{name}", value, [batch] if name == "context" else [batch, steps], kinds.get(name, torch.int64), device)
+        name: checks.tensor(
+            f"out.{name}",
+            value,
+            [batch] if name == "prefix_lens" else [batch, steps],
+            kinds.get(name, torch.int64),
+            device,
+        )
         for name, value in vars(out).items()
     }

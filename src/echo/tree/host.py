@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from echo import checks
 from echo.errors import EchoError
-from echo.kernels.launch import Status
+from echo.kernels.codes import Status
 from echo.tree.packed import WORD, PackedTree
 
 if TYPE_CHECKING:
@@ -25,25 +25,31 @@ WHY = {
 }
 
 
-def validate(packed: PackedTree, *, max_rows: int | None = None, chain: bool = False) -> None:
+def validate(
+    packed: PackedTree, *, max_verify_tokens_per_req: int | None = None, chain: bool = False
+) -> None:
     """Checks every value of a packed step; see :meth:`~echo.tree.packed.PackedTree.validate`.
 
     Raises:
         EchoError: naming the request and the row (local to the request) of the first fault.
     """
-    batch, n = packed.batch, packed.rows
+    batch, n = packed.batch, packed.num_rows
     ends = packed.indptr.tolist()
     if ends[0] != 0 or ends != sorted(ends) or ends[-1] > n:
         raise EchoError(f"indptr: expected numbers rising from 0 to at most {n}, got {ends}")
-    tokens, parent, depth, request = (x.tolist() for x in (packed.tokens, packed.parent, packed.depth, packed.request))
+    tokens, parent, depth, request = (
+        x.tolist() for x in (packed.tokens, packed.parent, packed.depth, packed.request)
+    )
     seen = [_bits(words) for words in packed.mask.tolist()]
     score = packed.score.tolist()
     drafted = [score[row] for row in range(n) if depth[row] > 0]
-    limit = min(packed.max_slots_per_request, max_rows or n)
+    limit = min(packed.max_verify_tokens_per_req, max_verify_tokens_per_req or n)
     for b in range(batch):
         first, size = ends[b], ends[b + 1] - ends[b]
         if size > limit:
-            raise EchoError(f"rows: expected at most {limit} rows, request {b} has {size}: row {limit} does not fit")
+            raise EchoError(
+                f"rows: expected at most {limit} rows, request {b} has {size}: row {limit} does not fit"
+            )
         siblings: set[tuple[int, int]] = set()
         for local in range(size):
             row = first + local
@@ -56,21 +62,65 @@ def validate(packed: PackedTree, *, max_rows: int | None = None, chain: bool = F
                 _expect(depth[row] == 0, "depth", where, 0, depth[row])
                 _expect(seen[row] == 1, "mask", where, "bit 0 alone", f"{seen[row]:#x}")
                 continue
-            _expect(0 <= up < size, "parent", where, f"a row of the same request, 0 to {size - 1}", up)
+            _expect(
+                0 <= up < size, "parent", where, f"a row of the same request, 0 to {size - 1}", up
+            )
             _expect(up < local, "parent", where, "a row before its child", up)
-            _expect(depth[row] == depth[first + up] + 1, "depth", where, depth[first + up] + 1, depth[row])
-            _expect(depth[row] <= packed.max_depth, "depth", where, f"at most max_depth = {packed.max_depth}", depth[row])
-            _expect(up >= parent[row - 1], "parent", where, f"rows by parent, at least {parent[row - 1]}", up)
-            _expect((up, tokens[row]) not in siblings, "tokens", where, "siblings that differ", f"{tokens[row]} twice")
+            _expect(
+                depth[row] == depth[first + up] + 1,
+                "depth",
+                where,
+                depth[first + up] + 1,
+                depth[row],
+            )
+            _expect(
+                depth[row] <= packed.max_depth,
+                "depth",
+                where,
+                f"at most max_depth = {packed.max_depth}",
+                depth[row],
+            )
+            _expect(
+                up >= parent[row - 1],
+                "parent",
+                where,
+                f"rows by parent, at least {parent[row - 1]}",
+                up,
+            )
+            _expect(
+                (up, tokens[row]) not in siblings,
+                "tokens",
+                where,
+                "siblings that differ",
+                f"{tokens[row]} twice",
+            )
             siblings.add((up, tokens[row]))
             mask = seen[first + up] | 1 << local
-            _expect(seen[row] == mask, "mask", where, f"{mask:#x}, itself and its ancestors", f"{seen[row]:#x}")
+            _expect(
+                seen[row] == mask,
+                "mask",
+                where,
+                f"{mask:#x}, itself and its ancestors",
+                f"{seen[row]:#x}",
+            )
             instead = checks.instead(score[row], drafted)
-            _expect(score[row] <= score[first + up], "score", where, f"at most its parent's {score[first + up]}", f"{score[row]}{instead}")
+            _expect(
+                score[row] <= score[first + up],
+                "score",
+                where,
+                f"at most its parent's {score[first + up]}",
+                f"{score[row]}{instead}",
+            )
             _expect(not chain or up == local - 1, "parent", where, f"{local - 1} (a chain)", up)
     for row in range(ends[-1], n):
         pad = (request[row], parent[row], depth[row], seen[row])
-        _expect(pad == (batch, -1, 0, 1), "request, parent, depth, mask", f"pad row {row}", (batch, -1, 0, 1), pad)
+        _expect(
+            pad == (batch, -1, 0, 1),
+            "request, parent, depth, mask",
+            f"pad row {row}",
+            (batch, -1, 0, 1),
+            pad,
+        )
 
 
 @dataclass(frozen=True)
@@ -78,7 +128,7 @@ class Tree:
     """One request's tree on the host.
 
     Attributes:
-        tokens, parent, score, bought: of each row; parents local.
+        tokens, parent, score, committed: of each row; parents local.
         taken: local rows of the accepted path.
         status: why it stopped drafting, in words.
     """
@@ -86,13 +136,13 @@ class Tree:
     tokens: list[int]
     parent: list[int]
     score: list[float]
-    bought: list[bool]
+    committed: list[bool]
     taken: frozenset[int]
     status: str
 
     def kind(self, row: int) -> str:
         """What the row was bought for."""
-        return "root" if row == 0 else "depth" if self.bought[row] else "width"
+        return "root" if row == 0 else "depth" if self.committed[row] else "width"
 
     def below(self, row: int) -> list[int]:
         """The row's children; below -1, the root."""
@@ -103,12 +153,23 @@ def read(packed: PackedTree, request: int, accepted: Accepted | None = None) -> 
     """One request's tree, read back."""
     request = checks.integer("request", request, 0, packed.batch - 1)
     first, end = packed.indptr[request : request + 2].tolist()
-    tokens, parent, score, bought = (x[first:end].tolist() for x in (packed.tokens, packed.parent, packed.score, packed.bought))
-    taken = () if accepted is None else (row - first for row in accepted.rows[request].tolist() if row >= 0)
-    return Tree(tokens, parent, score, bought, frozenset(taken), WHY[Status(int(packed.status[request]))])
+    tokens, parent, score, bought = (
+        x[first:end].tolist()
+        for x in (packed.tokens, packed.parent, packed.score, packed.committed)
+    )
+    taken = (
+        ()
+        if accepted is None
+        else (row - first for row in accepted.rows[request].tolist() if row >= 0)
+    )
+    return Tree(
+        tokens, parent, score, bought, frozenset(taken), WHY[Status(int(packed.status[request]))]
+    )
 
 
-def render(packed: PackedTree, request: int, accepted: Accepted | None, label: Callable[[int], str]) -> str:
+def render(
+    packed: PackedTree, request: int, accepted: Accepted | None, label: Callable[[int], str]
+) -> str:
     """A picture of one request's tree in text; see :meth:`~echo.tree.packed.PackedTree.render`."""
     tree = read(packed, request, accepted)
     lines: list[tuple[str, str]] = []
@@ -124,7 +185,10 @@ def render(packed: PackedTree, request: int, accepted: Accepted | None, label: C
     for root in tree.below(-1):
         draw(root, "", "", "")
     width = max((len(text) for text, _ in lines), default=0)
-    return "\n".join(f"{text:<{width}}  {facts}" for text, facts in lines) or f"request {request}: no rows"
+    return (
+        "\n".join(f"{text:<{width}}  {facts}" for text, facts in lines)
+        or f"request {request}: no rows"
+    )
 
 
 def _bits(words: list[int]) -> int:

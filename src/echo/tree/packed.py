@@ -39,14 +39,14 @@ class PackedTree:
         score: float32 [N], path log-probability; -inf on pad rows.
         node: int64 [N], index into the forest's B * T nodes; -1 on pad rows. An engine's own handles of the nodes, [B * T, ...],
             reach the rows by it.
-        bought: bool [N], bought while drafting (a root, or depth); False: dealt at the end (width), and on pad rows.
+        committed: bool [N], bought while drafting (a root, or depth); False: dealt at the end (width), and on pad rows.
         status: int8 [B], why each request stopped drafting (:class:`~echo.tree.supertree.Status`).
         invalid: int32 [B], faulty draft scores (:attr:`SuperTree.invalid`).
         max_depth: deepest layer of the tree it was packed from; a host int.
-        outlook: float32 [B, depth, 32], where the budget is a cost model: how many scored nodes of each depth 1.. have which
+        acceptance_histogram: float32 [B, depth, 32], where the budget is a cost model: how many scored nodes of each depth 1.. have which
             probability of acceptance f, in 32 bins that are equal in sqrt(f), from f = 1/136 up. None otherwise.
         expected: float32 [B, depth], likewise: the sum of f over the request's drafted rows of each depth.
-        drafted: int32 [], layers drafted, where ``max_depth`` is a bound only (a :class:`Workspace`'s step); None: ``max_depth`` layers.
+        num_layers: int32 [], layers drafted, where ``max_depth`` is a bound only (a :class:`Workspace`'s step); None: ``max_depth`` layers.
     """
 
     tokens: Tensor
@@ -57,13 +57,13 @@ class PackedTree:
     mask: Tensor
     score: Tensor
     node: Tensor
-    bought: Tensor
+    committed: Tensor
     status: Tensor
     invalid: Tensor
     max_depth: int
-    outlook: Tensor | None = None
+    acceptance_histogram: Tensor | None = None
     expected: Tensor | None = None
-    drafted: Tensor | None = None
+    num_layers: Tensor | None = None
 
     @property
     def batch(self) -> int:
@@ -71,110 +71,156 @@ class PackedTree:
         return self.indptr.shape[0] - 1
 
     @property
-    def rows(self) -> int:
+    def num_rows(self) -> int:
         """N, pad rows included."""
         return self.tokens.shape[0]
 
     @property
-    def local(self) -> Tensor:
+    def local_row(self) -> Tensor:
         """int64 [N], each row's place within its request; 0 on pad rows."""
         first = self.indptr.index_select(0, self.request)
-        return torch.where(self.request < self.batch, torch.arange(self.rows, device=self.tokens.device) - first, 0)
+        return torch.where(
+            self.request < self.batch,
+            torch.arange(self.num_rows, device=self.tokens.device) - first,
+            0,
+        )
 
     @property
-    def max_slots_per_request(self) -> int:
+    def max_verify_tokens_per_req(self) -> int:
         """The most key/value slots that one request of this step can take, from shapes alone; a host int."""
-        return min(self.rows, WORD * self.mask.shape[1])
+        return min(self.num_rows, WORD * self.mask.shape[1])
 
     def visible(self) -> Tensor:
         """The mask as bool [N, words * 32]: column j is row j of the same request."""
-        return columns(self.mask, WORD * self.mask.shape[1])
+        return unpack_bits(self.mask, WORD * self.mask.shape[1])
 
-    def position(self, context: Tensor) -> Tensor:
+    def positions(self, prefix_lens: Tensor) -> Tensor:
         """Positions int64 [N]: context length + depth; 0 on pad rows.
 
         Args:
-            context: int32 or int64 [B], tokens in each request's cache before this step.
+            prefix_lens: int32 or int64 [B], tokens in each request's cache before this step.
 
         Raises:
             EchoError: another shape or dtype.
         """
-        return self._behind(context, self.depth)
+        return self._offset(prefix_lens, self.depth)
 
-    def slot(self, context: Tensor, page_table: Tensor, page_size: int, dummy: int) -> Tensor:
+    def slot_mapping(
+        self, prefix_lens: Tensor, page_table: Tensor, page_size: int, pad_slot_id: int
+    ) -> Tensor:
         """Key/value slots int64 [N], ragged: a request's rows lie one after another behind its context, in its own pages.
 
         A pad row, a row beyond the page table (give ``plant`` a capacity, and there is none) and one on a negative page write to the
         dummy slot.
 
         Args:
-            context: int32 or int64 [B], tokens in each request's cache before this step.
+            prefix_lens: int32 or int64 [B], tokens in each request's cache before this step.
             page_table: int32 or int64 [B, pages], each request's pages in order; SGLang's ``req_to_token`` is one of page size 1.
             page_size: tokens of a page; token p of a request lies in slot ``page_table[b, p // page_size] * page_size + p % page_size``.
-            dummy: a slot that no request owns.
+            pad_slot_id: a slot that no request owns.
 
         Raises:
             EchoError: shapes or dtypes that do not fit.
         """
-        place = torch.where(self.request < self.batch, self._behind(context, self.local), -1)
-        return slots(place, self.request, page_table, page_size, dummy)
+        place = torch.where(
+            self.request < self.batch, self._offset(prefix_lens, self.local_row), -1
+        )
+        return slot_mapping(place, self.request, page_table, page_size, pad_slot_id)
 
-    def wire(self, out: Tensor | None = None) -> Tensor:
+    def to_buffer(self, out: Tensor | None = None) -> Tensor:
         """The whole step as one contiguous int32 tensor, to broadcast: ranks whose scores differ by an ulp must share one plan.
 
-        Its length is ``wire_size(batch, rows, words)``, and more where there is an outlook, from which later steps are planned. Token
+        Its length is ``buffer_size(batch, rows, words)``, and more where there is an outlook, from which later steps are planned. Token
         ids and node numbers must fit 31 bits.
 
         Args:
             out: int32 of that length, written to.
         """
-        parts = [self.tokens, self.parent, self.depth, self.request, self.score.view(torch.int32), self.node, self.bought]
+        parts = [
+            self.tokens,
+            self.parent,
+            self.depth,
+            self.request,
+            self.score.view(torch.int32),
+            self.node,
+            self.committed,
+        ]
         parts += [self.mask.flatten(), self.indptr, self.status, self.invalid]
-        parts += [part.flatten().view(torch.int32) for part in (self.expected, self.outlook) if part is not None]
-        return into(out, torch.cat([part.int() for part in parts]))
+        parts += [
+            part.flatten().view(torch.int32)
+            for part in (self.expected, self.acceptance_histogram)
+            if part is not None
+        ]
+        return copy_into(out, torch.cat([part.int() for part in parts]))
 
     @classmethod
-    def from_wire(cls, wire: Tensor, *, batch: int, rows: int, words: int, max_depth: int) -> PackedTree:
+    def from_buffer(
+        cls, buffer: Tensor, *, batch: int, num_rows: int, words: int, max_depth: int
+    ) -> PackedTree:
         """The step that :meth:`wire` was called on, bit for bit.
 
         Args:
-            wire: int32, as :meth:`wire` made it.
-            batch, rows, words, max_depth: host integers that all ranks know.
+            buffer: int32, as :meth:`wire` made it.
+            batch, num_rows, words, max_depth: host integers that all ranks know.
 
         Raises:
             EchoError: another length or dtype.
         """
-        size, base = checks.tensor("wire", wire, ["length"], torch.int32).shape[0], wire_size(batch, rows, words)
+        size, base = (
+            checks.tensor("wire", buffer, ["length"], torch.int32).shape[0],
+            buffer_size(batch, num_rows, words),
+        )
         more = size - base
         each = max(1, batch * max_depth)
         bins = more // each - 1
         if more and (bins < 1 or more % each):
             raise EchoError(f"wire: expected int32 [{base}], or with an outlook, got [{size}]")
-        sizes = [rows] * 7 + [rows * words, batch + 1, batch, batch] + ([each, each * bins] if more else [])
-        tokens, parent, depth, request, score, node, bought, mask, indptr, status, invalid, *foresight = torch.split(wire, sizes)
-        expected, outlook = (part.view(torch.float32) for part in foresight) if more else (None, None)
+        sizes = (
+            [num_rows] * 7
+            + [num_rows * words, batch + 1, batch, batch]
+            + ([each, each * bins] if more else [])
+        )
+        (
+            tokens,
+            parent,
+            depth,
+            request,
+            score,
+            node,
+            bought,
+            mask,
+            indptr,
+            status,
+            invalid,
+            *foresight,
+        ) = torch.split(buffer, sizes)
+        expected, outlook = (
+            (part.view(torch.float32) for part in foresight) if more else (None, None)
+        )
         return cls(
             tokens=tokens.long(),
             parent=parent,
             depth=depth,
             request=request,
             indptr=indptr,
-            mask=mask.view(rows, words),
+            mask=mask.view(num_rows, words),
             score=score.view(torch.float32),
             node=node.long(),
-            bought=bought.bool(),
+            committed=bought.bool(),
             status=status.to(torch.int8),
             invalid=invalid,
             max_depth=max_depth,
-            outlook=None if outlook is None else outlook.view(batch, max_depth, bins),
+            acceptance_histogram=None if outlook is None else outlook.view(batch, max_depth, bins),
             expected=None if expected is None else expected.view(batch, max_depth),
         )
 
-    def validate(self, *, max_rows: int | None = None, chain: bool = False) -> None:
+    def validate(
+        self, *, max_verify_tokens_per_req: int | None = None, chain: bool = False
+    ) -> None:
         """Checks every value against the layout's contract. Reads everything back: for tests and for debugging, not for the step.
 
         Args:
-            max_rows: rows of one request that an export can hold.
+            max_verify_tokens_per_req: rows of one request that an export can hold.
             chain: every request's tree must be a chain.
 
         Raises:
@@ -182,9 +228,11 @@ class PackedTree:
         """
         from echo.tree.host import validate
 
-        validate(self, max_rows=max_rows, chain=chain)
+        validate(self, max_verify_tokens_per_req=max_verify_tokens_per_req, chain=chain)
 
-    def render(self, request: int, accepted: Accepted | None = None, *, label: Callable[[int], str] = str) -> str:
+    def render(
+        self, request: int, accepted: Accepted | None = None, *, label: Callable[[int], str] = str
+    ) -> str:
         """A small picture of one request's tree in text: token, path probability, bought by depth or by width, accepted.
 
         Reads back from the device.
@@ -229,28 +277,30 @@ class PackedTree:
 
         return plot(self, requests, accepted, label, titles)
 
-    def _behind(self, context: Tensor, offset: Tensor) -> Tensor:
-        """int64 [N]: ``context`` of each row's request, plus ``offset``; 0 on pad rows."""
-        checks.tensor("context", context, [self.batch], checks.INTEGERS, self.tokens.device)
-        known = torch.cat([context.long(), context.new_zeros(1, dtype=torch.int64)])
+    def _offset(self, prefix_lens: Tensor, offset: Tensor) -> Tensor:
+        """int64 [N]: ``prefix_lens`` of each row's request, plus ``offset``; 0 on pad rows."""
+        checks.tensor("prefix_lens", prefix_lens, [self.batch], checks.INTEGERS, self.tokens.device)
+        known = torch.cat([prefix_lens.long(), prefix_lens.new_zeros(1, dtype=torch.int64)])
         return torch.where(self.request < self.batch, known[self.request.long()] + offset, 0)
 
 
-def wire_size(batch: int, rows: int, words: int) -> int:
-    """Length of :meth:`PackedTree.wire` without an outlook, for ``batch`` requests, ``rows`` rows and ``words`` mask words of a row."""
-    return rows * (7 + words) + 3 * batch + 1
+def buffer_size(batch: int, num_rows: int, words: int) -> int:
+    """Length of :meth:`PackedTree.to_buffer` without an outlook, for ``batch`` requests, ``num_rows`` rows and ``words`` mask words of a row."""
+    return num_rows * (7 + words) + 3 * batch + 1
 
 
-def pack(tree: SuperTree, selected: Tensor, rows: int, words: int, out: PackedTree | None = None) -> PackedTree:
-    """Flattens the selected nodes into ``rows`` rows.
+def pack(
+    tree: SuperTree, selected: Tensor, num_rows: int, words: int, out: PackedTree | None = None
+) -> PackedTree:
+    """Flattens the selected nodes into ``num_rows`` rows.
 
     No step depends on how many nodes are selected: a running count gives each node its row, and a search in it each row its node.
 
     Args:
         tree: the super-tree.
-        selected: bool [B, T] over ``tree.forest``, closed under parents; at most ``rows`` nodes (what is more is cut off),
+        selected: bool [B, T] over ``tree.forest``, closed under parents; at most ``num_rows`` nodes (what is more is cut off),
             at most ``32 * words`` a request.
-        rows: N.
+        num_rows: N.
         words: mask words of a row.
         out: a step of the same shapes (an engine's persistent buffers), whose tensors are written to and returned.
 
@@ -259,19 +309,24 @@ def pack(tree: SuperTree, selected: Tensor, rows: int, words: int, out: PackedTr
     """
     batch, nodes, device = tree.batch, sum(tree.sizes), tree.status.device
     checks.tensor("selected", selected, [batch, nodes], torch.bool, device)
-    rows = checks.integer("rows", rows, 0)
+    num_rows = checks.integer("num_rows", num_rows, 0)
     if batch == 0:  # an idle data-parallel rank: pads alone
-        return into(out, _pads(tree, rows, words))
+        return copy_into(out, _pads(tree, num_rows, words))
     fused = kernels.fused("packing", selected)
     if fused is not None:
-        whole = (tree.column(name) for name in ("token", "parent", "score", "bought"))
-        columns = fused.pack(fused.as_selected(selected), *whole, rows, words, tree.sizes)
-        return into(out, PackedTree(**columns, status=tree.status, invalid=tree.invalid, max_depth=tree.depth))
+        whole = (tree.column(name) for name in ("token", "parent", "score", "committed"))
+        columns = fused.pack(fused.as_selected(selected), *whole, num_rows, words, tree.sizes)
+        return copy_into(
+            out,
+            PackedTree(**columns, status=tree.status, invalid=tree.invalid, max_depth=tree.depth),
+        )
     forest = tree.forest
     count = selected.flatten().cumsum(0)
-    indptr = F.pad(count.view(batch, nodes)[:, -1].clamp(max=rows), (1, 0))
-    row = torch.arange(rows, device=device)
-    found = torch.searchsorted(count, row, right=True)  # the node at which the count exceeds this row; B * T on pad rows
+    indptr = F.pad(count.view(batch, nodes)[:, -1].clamp(max=num_rows), (1, 0))
+    row = torch.arange(num_rows, device=device)
+    found = torch.searchsorted(
+        count, row, right=True
+    )  # the node at which the count exceeds this row; B * T on pad rows
     pad = found == batch * nodes
     at = found.clamp(max=batch * nodes - 1)
     owner = at // nodes
@@ -279,25 +334,32 @@ def pack(tree: SuperTree, selected: Tensor, rows: int, words: int, out: PackedTr
     first = indptr.index_select(0, request)
     depth = forest.depth.index_select(0, at - tree_begins).masked_fill_(pad, 0)
     outer = depth == 0  # roots and pad rows
-    above = count.index_select(0, tree_begins + forest.parent.flatten().index_select(0, at)) - 1  # global row of the parent
+    above = (
+        count.index_select(0, tree_begins + forest.parent.flatten().index_select(0, at)) - 1
+    )  # global row of the parent
     packed = PackedTree(
         tokens=forest.token.flatten().index_select(0, at).masked_fill_(pad, 0),
         parent=(above - first).masked_fill_(outer, -1).int(),
         depth=depth.int(),
         request=request.int(),
         indptr=indptr.int(),
-        mask=ancestors(above.masked_fill_(outer, rows), (row - first).masked_fill_(pad, 0), words, tree.depth),
+        mask=ancestor_masks(
+            above.masked_fill_(outer, num_rows),
+            (row - first).masked_fill_(pad, 0),
+            words,
+            tree.depth,
+        ),
         score=forest.score.flatten().index_select(0, at).masked_fill_(pad, -torch.inf),
         node=found.masked_fill_(pad, -1),
-        bought=forest.bought.flatten().index_select(0, at) & ~pad,
+        committed=forest.committed.flatten().index_select(0, at) & ~pad,
         status=tree.status,
         invalid=tree.invalid,
         max_depth=tree.depth,
     )
-    return into(out, packed)
+    return copy_into(out, packed)
 
 
-def ancestors(parent: Tensor, local: Tensor, words: int, max_depth: int) -> Tensor:
+def ancestor_masks(parent: Tensor, local: Tensor, words: int, max_depth: int) -> Tensor:
     """Ancestor masks by pointer doubling: after r rounds a row knows its nearest 2^r ancestors.
 
     Args:
@@ -319,8 +381,8 @@ def ancestors(parent: Tensor, local: Tensor, words: int, max_depth: int) -> Tens
     return mask[:rows]
 
 
-def _pads(tree: SuperTree, rows: int, words: int) -> PackedTree:
-    zero = torch.zeros(rows, dtype=torch.int32, device=tree.status.device)
+def _pads(tree: SuperTree, num_rows: int, words: int) -> PackedTree:
+    zero = torch.zeros(num_rows, dtype=torch.int32, device=tree.status.device)
     return PackedTree(
         tokens=zero.long(),
         parent=zero - 1,
@@ -328,26 +390,30 @@ def _pads(tree: SuperTree, rows: int, words: int) -> PackedTree:
         request=zero,
         indptr=zero.new_zeros(1),
         mask=F.pad(zero[:, None] + 1, (0, words - 1)),
-        score=torch.full((rows,), -torch.inf, dtype=torch.float32, device=zero.device),
+        score=torch.full((num_rows,), -torch.inf, dtype=torch.float32, device=zero.device),
         node=zero.long() - 1,
-        bought=zero.bool(),
+        committed=zero.bool(),
         status=tree.status,
         invalid=tree.invalid,
         max_depth=tree.depth,
     )
 
 
-def columns(mask: Tensor, width: int) -> Tensor:
+def unpack_bits(mask: Tensor, width: int) -> Tensor:
     """The first ``width`` bits of mask words int32 [..., words], least significant first, bool [..., width]; False beyond the words."""
     words = -(-width // WORD)
     if mask.shape[-1] != words:
         mask = F.pad(mask, (0, words - mask.shape[-1]))  # cuts where it is negative
-    bits = torch.ones((), dtype=torch.int32, device=mask.device) << torch.arange(min(width, WORD), dtype=torch.int32, device=mask.device)
+    bits = torch.ones((), dtype=torch.int32, device=mask.device) << torch.arange(
+        min(width, WORD), dtype=torch.int32, device=mask.device
+    )
     seen = (mask[..., None] & bits).bool()
     return seen[..., 0, :] if words == 1 else seen.flatten(-2)[..., :width]
 
 
-def slots(place: Tensor, request: Tensor, page_table: Tensor, page_size: int, dummy: int) -> Tensor:
+def slot_mapping(
+    place: Tensor, request: Tensor, page_table: Tensor, page_size: int, pad_slot_id: int
+) -> Tensor:
     """Where tokens lie in a paged cache: int64, shaped as ``place``.
 
     Args:
@@ -355,24 +421,26 @@ def slots(place: Tensor, request: Tensor, page_table: Tensor, page_size: int, du
         request: int32 or int64 of the same shape, or one that broadcasts to it.
         page_table: int32 or int64 [B, pages]; the dummy slot where it is negative, as tables are padded.
         page_size: tokens of a page.
-        dummy: a slot that no request owns.
+        pad_slot_id: a slot that no request owns.
 
     Raises:
         EchoError: shapes or dtypes that do not fit.
     """
     checks.tensor("page_table", page_table, ["B", "pages"], checks.INTEGERS, place.device)
     page_size = checks.integer("page_size", page_size, 1)
-    dummy = checks.integer("dummy", dummy, 0)
+    pad_slot_id = checks.integer("pad_slot_id", pad_slot_id, 0)
     batch, pages = page_table.shape
     if batch == 0 or pages == 0:
-        return torch.full_like(place, dummy)
+        return torch.full_like(place, pad_slot_id)
     wanted = place // page_size
     column = wanted.clamp(0, pages - 1)
     page = page_table.flatten()[request.long().clamp(max=batch - 1) * pages + column].long()
-    return torch.where((column == wanted) & (page >= 0), page * page_size + place % page_size, dummy)
+    return torch.where(
+        (column == wanted) & (page >= 0), page * page_size + place % page_size, pad_slot_id
+    )
 
 
-def into(out: T | None, value: T) -> T:
+def copy_into(out: T | None, value: T) -> T:
     """``value``; or ``out`` with the value's tensors copied into its own, which must have their shapes, dtypes and device.
 
     Where ``out`` has None it is no buffer: the value's own tensor is passed on.
@@ -392,7 +460,9 @@ def into(out: T | None, value: T) -> T:
     for field in fields(mine):
         new, old = getattr(mine, field.name), getattr(theirs, field.name)
         if isinstance(new, Tensor) and old is not None:
-            pairs.append((checks.tensor(f"out.{field.name}", old, new.shape, new.dtype, new.device), new))
+            pairs.append(
+                (checks.tensor(f"out.{field.name}", old, new.shape, new.dtype, new.device), new)
+            )
         else:
             host[field.name] = new
     for old, new in pairs:  # all of it fits

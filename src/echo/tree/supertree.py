@@ -11,7 +11,7 @@ from torch import Tensor
 
 from echo import checks
 from echo.errors import EchoError
-from echo.kernels.launch import Status
+from echo.kernels.codes import Status
 
 DEAD_SCORE = float("-inf")
 """The score of a node that can never be selected."""
@@ -55,18 +55,18 @@ class Layer:
         token: int64 [B, M].
         parent: int64 [B, M], index into the candidates of the layer above; rising along M. 0 for roots.
         score: float32 [B, M], path log-probability S <= 0; -inf: never selectable.
-        bought: bool [B, M], rows bought while drafting (the root of each live request is).
+        committed: bool [B, M], rows bought while drafting (the root of each live request is).
         drafted: bool [B], the request drafted this layer.
-        weight: float32 [B] in (0, 1], what each request's tokens are worth; None: all alike.
+        request_weights: float32 [B] in (0, 1], what each request's tokens are worth; None: all alike.
     """
 
     depth: int
     token: Tensor
     parent: Tensor
     score: Tensor
-    bought: Tensor
+    committed: Tensor
     drafted: Tensor
-    weight: Tensor | None = None
+    request_weights: Tensor | None = None
 
     @property
     def log_confidence(self) -> Tensor:
@@ -86,13 +86,13 @@ class Nodes:
     Attributes:
         token, parent: int64 [B, T]; a parent is an index into the candidates of the layer above.
         score: float32 [B, T].
-        bought: bool [B, T].
+        committed: bool [B, T].
     """
 
     token: Tensor
     parent: Tensor
     score: Tensor
-    bought: Tensor
+    committed: Tensor
 
 
 @dataclass(frozen=True)
@@ -103,14 +103,14 @@ class Forest:
         token: int64 [B, T].
         parent: int64 [B, T], index into the T nodes of the same request; a root's is its own.
         score: float32 [B, T].
-        bought: bool [B, T].
+        committed: bool [B, T].
         depth: int64 [T].
     """
 
     token: Tensor
     parent: Tensor
     score: Tensor
-    bought: Tensor
+    committed: Tensor
     depth: Tensor
 
 
@@ -122,25 +122,25 @@ class SuperTree:
         layers: the roots, then one layer for each depth drafted.
         frontier: the nodes to draft on next.
         status: int8 [B], a :class:`Status` each.
-        row_limit: int64 [B], the most rows a request may get, root included; 0 for an empty slot.
-        held: int64 [B], rows bought so far, root included.
-        left: int64 [], rows that may still be bought.
+        verify_limits: int64 [B], the most rows a request may get, root included; 0 for an empty slot.
+        num_committed: int64 [B], rows bought so far, root included.
+        num_remaining: int64 [], rows that may still be bought.
         invalid: int32 [B], draft scores at active nodes that were no log-probabilities (NaN, or above 0 by more than a rounding), and
             those of layers without any finite score; such nodes are never selectable.
-        rows: rows of this step, a host int; ``left`` never lets more be selected.
-        most: a host int that bounds ``row_limit``.
+        num_verify_tokens: rows of this step, a host int; ``num_remaining`` never lets more be selected.
+        max_verify_tokens_per_req: a host int that bounds ``verify_limits``.
         nodes: the buffers that the layers are columns of; None: each layer has its own.
     """
 
     layers: tuple[Layer, ...]
     frontier: Frontier
     status: Tensor
-    row_limit: Tensor
-    held: Tensor
-    left: Tensor
+    verify_limits: Tensor
+    num_committed: Tensor
+    num_remaining: Tensor
     invalid: Tensor
-    rows: int
-    most: int
+    num_verify_tokens: int
+    max_verify_tokens_per_req: int
     nodes: Nodes | None = None
 
     @classmethod
@@ -151,9 +151,9 @@ class SuperTree:
         log_prob: Tensor,
         depth: Tensor | None = None,
         *,
-        lengths: Tensor | None = None,
-        rows: int | None = None,
-        row_limit: Tensor | None = None,
+        num_nodes: Tensor | None = None,
+        num_verify_tokens: int | None = None,
+        verify_limits: Tensor | None = None,
     ) -> SuperTree:
         """A tree of one's own, for :meth:`ElasticBudgetScheduler.select` and ``pack``: all its nodes are candidates, none is bought.
 
@@ -164,9 +164,9 @@ class SuperTree:
             parent: int64 [B, T], index into the T nodes of the same request; -1 for the root.
             log_prob: float [B, T], given the parent; not read for roots; -inf: never selectable.
             depth: int64 [B, T], checked where given.
-            lengths: int64 [B], nodes of each request, 0 for an empty slot; T where not given.
-            rows: rows of the step; as many as there are nodes where not given.
-            row_limit: int64 [B], the most rows a request may get.
+            num_nodes: int64 [B], nodes of each request, 0 for an empty slot; T where not given.
+            num_verify_tokens: rows of the step; as many as there are nodes where not given.
+            verify_limits: int64 [B], the most rows a request may get.
 
         Raises:
             EchoError: naming the request and the row of a cycle, a parent after its child or outside the request, equal siblings,
@@ -180,7 +180,15 @@ class SuperTree:
         """
         from echo.tree.build import from_arrays
 
-        return from_arrays(token, parent, log_prob, depth, lengths=lengths, rows=rows, row_limit=row_limit)
+        return from_arrays(
+            token,
+            parent,
+            log_prob,
+            depth,
+            num_nodes=num_nodes,
+            num_verify_tokens=num_verify_tokens,
+            verify_limits=verify_limits,
+        )
 
     @classmethod
     def from_paths(
@@ -190,8 +198,8 @@ class SuperTree:
         *,
         weights: Sequence[Sequence[float]] | None = None,
         prior: float = 1.0,
-        rows: int | None = None,
-        row_limit: Tensor | None = None,
+        num_verify_tokens: int | None = None,
+        verify_limits: Tensor | None = None,
     ) -> SuperTree:
         """The trie of what may follow each request (n-gram, suffix or retrieval drafters): shared prefixes become one node.
 
@@ -202,7 +210,7 @@ class SuperTree:
             paths: for each request its continuations, the root not included, lists or tensors; none is fine.
             weights: for each request the weight of each continuation (how often it was seen); 1 where not given.
             prior: weight of "something else follows".
-            rows, row_limit: as in :meth:`from_arrays`.
+            num_verify_tokens, verify_limits: as in :meth:`from_arrays`.
 
         Raises:
             EchoError: naming the request of a bad path or weight.
@@ -214,7 +222,14 @@ class SuperTree:
         """
         from echo.tree.build import from_paths
 
-        return from_paths(root_tokens, paths, weights=weights, prior=prior, rows=rows, row_limit=row_limit)
+        return from_paths(
+            root_tokens,
+            paths,
+            weights=weights,
+            prior=prior,
+            num_verify_tokens=num_verify_tokens,
+            verify_limits=verify_limits,
+        )
 
     @property
     def depth(self) -> int:
@@ -222,9 +237,9 @@ class SuperTree:
         return len(self.layers) - 1
 
     @property
-    def weight(self) -> Tensor | None:
+    def request_weights(self) -> Tensor | None:
         """float32 [B] in (0, 1], what each request's tokens are worth; None: all alike."""
-        return self.layers[0].weight
+        return self.layers[0].request_weights
 
     @property
     def batch(self) -> int:
@@ -254,34 +269,44 @@ class SuperTree:
         return self.column("score")
 
     @property
-    def bought(self) -> Tensor:
+    def committed(self) -> Tensor:
         """bool [B, T]: that of :attr:`forest` alone."""
-        return self.column("bought")
+        return self.column("committed")
 
     @property
     def forest(self) -> Forest:
         """All layers side by side."""
         sizes = self.sizes
-        above = [0, *itertools.accumulate([0, *sizes[:-2]])] if len(sizes) > 1 else [0]  # where the layer above begins
-        parents = [layer.parent + first if first else layer.parent for layer, first in zip(self.layers, above, strict=True)]
+        above = (
+            [0, *itertools.accumulate([0, *sizes[:-2]])] if len(sizes) > 1 else [0]
+        )  # where the layer above begins
+        parents = [
+            layer.parent + first if first else layer.parent
+            for layer, first in zip(self.layers, above, strict=True)
+        ]
         device = self.status.device
-        depth = torch.cat([torch.full((n,), layer.depth, device=device) for n, layer in zip(sizes, self.layers, strict=True)])
+        depth = torch.cat(
+            [
+                torch.full((n,), layer.depth, device=device)
+                for n, layer in zip(sizes, self.layers, strict=True)
+            ]
+        )
         return Forest(
             self.column("token"),
             torch.cat(parents, dim=1),
             self.score,
-            self.bought,
+            self.committed,
             depth,
         )
 
 
-def written(out: SuperTree, tree: SuperTree) -> SuperTree:
+def write_layer(out: SuperTree, tree: SuperTree) -> SuperTree:
     """``out`` with the last layer, the frontier and the state of ``tree`` copied into its buffers: of the same shapes.
 
     Raises:
         EchoError: weights, for which there are no buffers.
     """
-    if tree.weight is not None:
+    if tree.request_weights is not None:
         raise EchoError("weights: expected none where a tree is written to buffers")
     parts = (out, tree), (out.layers[-1], tree.layers[-1]), (out.frontier, tree.frontier)
     for old, new in parts:
@@ -289,10 +314,14 @@ def written(out: SuperTree, tree: SuperTree) -> SuperTree:
             buffer, value = getattr(old, field.name), getattr(new, field.name)
             if isinstance(value, Tensor) and buffer is not value:
                 buffer.copy_(value)
-    return replace(out, rows=tree.rows, most=tree.most)
+    return replace(
+        out,
+        num_verify_tokens=tree.num_verify_tokens,
+        max_verify_tokens_per_req=tree.max_verify_tokens_per_req,
+    )
 
 
-def bits(score: Tensor) -> Tensor:
+def cost_bits(score: Tensor) -> Tensor:
     """int32 cost of float32 scores <= 0 that are numbers, as :func:`path_score` makes them: smaller is better, equal scores cost the same.
 
     The bits of a non-negative float rise with its value, so no device can order them differently; minus infinity is UNSELECTABLE.
@@ -325,4 +354,6 @@ def path_score(parent: Tensor, log_prob: Tensor, active: Tensor) -> tuple[Tensor
 def check_size(requests: int, nodes: int, depth: int) -> None:
     """Raises :class:`EchoError` where a forest has more nodes than the integer order can hold (2^31)."""
     if (depth + 1) * requests * nodes >= 1 << 31:
-        raise EchoError(f"log_probs: expected (depth + 1) * batch * nodes < 2^31, got ({depth} + 1) * {requests} * {nodes}")
+        raise EchoError(
+            f"log_probs: expected (depth + 1) * batch * nodes < 2^31, got ({depth} + 1) * {requests} * {nodes}"
+        )

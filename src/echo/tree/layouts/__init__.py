@@ -35,7 +35,14 @@ from echo.tree.layouts.importers import (
     from_sglang_mask,
     from_tensorrt_llm,
 )
-from echo.tree.layouts.ragged import Chains, FlashInferMask, chains, flashinfer, flashinfer_xqa, qq_bias
+from echo.tree.layouts.ragged import (
+    Chains,
+    FlashInferMask,
+    chains,
+    flashinfer,
+    flashinfer_xqa,
+    qq_bias,
+)
 from echo.tree.layouts.uniform import (
     HuggingFaceInputs,
     SGLangLinks,

@@ -23,93 +23,144 @@ from echo.tree.packed import WORD, PackedTree, pack
 Array = NDArray[Any]
 
 
-def from_sglang(links: SGLangLinks, *, lengths: Tensor | None = None, rows: int | None = None) -> PackedTree:
+def from_sglang(
+    links: SGLangLinks, *, num_nodes: Tensor | None = None, num_rows: int | None = None
+) -> PackedTree:
     """From SGLang's draft tokens and links, siblings in any order. Rows that no link reaches are pads.
 
     Args:
         links: as :func:`sglang` makes them; ``positions`` and ``retrive_index`` are not read.
-        lengths: int64 [B], 0 where a slot is empty.
-        rows: N; as many as there are where not given.
+        num_nodes: int64 [B], 0 where a slot is empty.
+        num_rows: N; as many as there are where not given.
 
     Raises:
         EchoError: naming the request and the row of a link that leaves the tree, leads back or meets another.
     """
-    batch, n = checks.tensor("retrive_next_token", links.retrive_next_token, ["B", "n"], checks.INTEGERS).shape
+    batch, n = checks.tensor(
+        "retrive_next_token", links.retrive_next_token, ["B", "n"], checks.INTEGERS
+    ).shape
     checks.tensor("draft_tokens", links.draft_tokens, [batch * n], checks.INTEGERS)
     checks.tensor("retrive_next_sibling", links.retrive_next_sibling, [batch, n], checks.INTEGERS)
-    sizes = _sizes(lengths, batch, n, 1)
-    parent = _parents_by_links(host(links.retrive_next_token), host(links.retrive_next_sibling), sizes > 0)
+    sizes = _sizes(num_nodes, batch, n, 1)
+    parent = _parents_by_links(
+        host(links.retrive_next_token), host(links.retrive_next_sibling), sizes > 0
+    )
     reached = parent > -2
     order = np.argsort(~reached, axis=1, kind="stable")  # the rows of a tree before the pads
     place = reached.cumsum(1) - 1
     parent = np.where(parent >= 0, np.take_along_axis(place, parent.clip(min=0), 1), -1)
     tokens = host(links.draft_tokens).reshape(batch, n)
     token, parent = (np.take_along_axis(x, order, 1) for x in (tokens, parent))
-    return _packed(token, parent, reached.sum(1), rows, links.draft_tokens.device)
+    return _packed(token, parent, reached.sum(1), num_rows, links.draft_tokens.device)
 
 
-def from_tensorrt_llm(links: TensorRTLinks, *, rows: int | None = None) -> PackedTree:
+def from_tensorrt_llm(links: TensorRTLinks, *, num_rows: int | None = None) -> PackedTree:
     """From TensorRT-LLM's packed mask; a row that sees itself alone is a pad.
 
     Args:
         links: as :func:`tensorrt_llm` makes them; ``tokens``, ``packed_mask`` and ``generation_lengths`` are read.
-        rows: as in :func:`from_sglang`.
+        num_rows: as in :func:`from_sglang`.
 
     Raises:
         EchoError: naming the request and the row of a mask that no tree has.
     """
     batch, n = checks.tensor("tokens", links.tokens, ["B", "n"], checks.INTEGERS).shape
     checks.tensor("packed_mask", links.packed_mask, [batch, n, -(-n // WORD)], torch.int32)
-    return _from_squares(host(links.tokens), _bits(links.packed_mask)[..., :n], links.generation_lengths, rows, links.tokens.device)
+    return _from_squares(
+        host(links.tokens),
+        _bits(links.packed_mask)[..., :n],
+        links.generation_lengths,
+        num_rows,
+        links.tokens.device,
+    )
 
 
 def from_sglang_mask(
     mask: Tensor,
     draft_tokens: Tensor,
-    n: int,
+    max_verify_tokens_per_req: int,
     mode: Literal["FULL_MASK", "QLEN_ONLY", "QLEN_ONLY_BITPACKING"],
     *,
-    context: Tensor | None = None,
-    lengths: Tensor | None = None,
-    rows: int | None = None,
+    prefix_lens: Tensor | None = None,
+    num_nodes: Tensor | None = None,
+    num_rows: int | None = None,
 ) -> PackedTree:
     """From SGLang's ``tree_mask``; a row that sees itself alone is a pad.
 
     Args:
         mask: as :func:`sglang_mask` makes it; FULL_MASK and QLEN_ONLY in any shape of so many entries.
         draft_tokens: int64 [B * n].
-        n: rows of every request.
+        max_verify_tokens_per_req: rows of every request.
         mode: of the mask.
-        context: int32 or int64 [B], for FULL_MASK.
-        lengths, rows: as in :func:`from_sglang`.
+        prefix_lens: int32 or int64 [B], for FULL_MASK.
+        num_nodes, num_rows: as in :func:`from_sglang`.
 
     Raises:
         EchoError: naming the request and the row of a mask that no tree has.
     """
-    n = checks.integer("n", n, 1)
-    batch = checks.tensor("draft_tokens", draft_tokens, ["B * n"], checks.INTEGERS).shape[0] // n
+    max_verify_tokens_per_req = checks.integer(
+        "max_verify_tokens_per_req", max_verify_tokens_per_req, 1
+    )
+    batch = (
+        checks.tensor("draft_tokens", draft_tokens, ["B * n"], checks.INTEGERS).shape[0]
+        // max_verify_tokens_per_req
+    )
     if mode == "QLEN_ONLY":
-        square = host(checks.tensor("mask", mask.reshape(-1), [batch * n * n], torch.bool)).reshape(batch, n, n)
+        square = host(
+            checks.tensor(
+                "mask",
+                mask.reshape(-1),
+                [batch * max_verify_tokens_per_req * max_verify_tokens_per_req],
+                torch.bool,
+            )
+        ).reshape(batch, max_verify_tokens_per_req, max_verify_tokens_per_req)
     elif mode == "QLEN_ONLY_BITPACKING":
-        square = _bits(checks.tensor("mask", mask, [batch * n], (torch.uint8, torch.uint16, torch.uint32))[:, None])
-        square = np.pad(square, ((0, 0), (0, max(0, n - square.shape[1]))))[:, :n].reshape(batch, n, n)
-    elif mode == "FULL_MASK" and context is not None:
-        past = host(checks.tensor("context", context, [batch], checks.INTEGERS)).astype(np.int64)
-        refuse("context", past < 0, lambda b: f"expected tokens >= 0, got {past[b]}")
-        size = n * (past + n)
-        square = _squares(host(mask.reshape(-1)), size.cumsum() - size, past + n, past, np.full(batch, n))
+        square = _bits(
+            checks.tensor(
+                "mask",
+                mask,
+                [batch * max_verify_tokens_per_req],
+                (torch.uint8, torch.uint16, torch.uint32),
+            )[:, None]
+        )
+        square = np.pad(square, ((0, 0), (0, max(0, max_verify_tokens_per_req - square.shape[1]))))[
+            :, :max_verify_tokens_per_req
+        ].reshape(batch, max_verify_tokens_per_req, max_verify_tokens_per_req)
+    elif mode == "FULL_MASK" and prefix_lens is not None:
+        past = host(checks.tensor("prefix_lens", prefix_lens, [batch], checks.INTEGERS)).astype(
+            np.int64
+        )
+        refuse("prefix_lens", past < 0, lambda b: f"expected tokens >= 0, got {past[b]}")
+        size = max_verify_tokens_per_req * (past + max_verify_tokens_per_req)
+        square = _squares(
+            host(mask.reshape(-1)),
+            size.cumsum() - size,
+            past + max_verify_tokens_per_req,
+            past,
+            np.full(batch, max_verify_tokens_per_req),
+        )
     else:
-        raise EchoError(f"mode: expected QLEN_ONLY, QLEN_ONLY_BITPACKING, or FULL_MASK with context, got {mode!r}")
-    return _from_squares(host(draft_tokens).reshape(batch, n), square, lengths, rows, draft_tokens.device)
+        raise EchoError(
+            f"mode: expected QLEN_ONLY, QLEN_ONLY_BITPACKING, or FULL_MASK with context, got {mode!r}"
+        )
+    return _from_squares(
+        host(draft_tokens).reshape(batch, max_verify_tokens_per_req),
+        square,
+        num_nodes,
+        num_rows,
+        draft_tokens.device,
+    )
 
 
-def from_flashinfer(mask: FlashInferMask, tokens: Tensor, *, rows: int | None = None) -> PackedTree:
+def from_flashinfer(
+    mask: FlashInferMask, tokens: Tensor, *, num_rows: int | None = None
+) -> PackedTree:
     """From FlashInfer's flat or packed custom mask, told apart by dtype.
 
     Args:
         mask: as :func:`flashinfer` makes it.
         tokens: int64 [rows of all requests].
-        rows: as in :func:`from_sglang`.
+        num_rows: as in :func:`from_sglang`.
 
     Raises:
         EchoError: naming the request and the row of a mask that no tree has, or that hides a token of the context.
@@ -117,7 +168,9 @@ def from_flashinfer(mask: FlashInferMask, tokens: Tensor, *, rows: int | None = 
     ends = _ends("qo_indptr", mask.qo_indptr, tokens)
     q, packed = np.diff(ends), mask.mask.dtype == torch.uint8
     checks.tensor("mask", mask.mask, ["size"], (torch.bool, torch.uint8))
-    begins = host(checks.tensor("indptr", mask.indptr, [len(ends)], checks.INTEGERS)).astype(np.int64)
+    begins = host(checks.tensor("indptr", mask.indptr, [len(ends)], checks.INTEGERS)).astype(
+        np.int64
+    )
     kv = host(checks.tensor("kv_lens", mask.kv_lens, [len(q)], checks.INTEGERS)).astype(np.int64)
     refuse("kv_lens", kv < q, lambda b: f"expected at least its {q[b]} rows, got {kv[b]}")
     entries = _bits(mask.mask) if packed else host(mask.mask)
@@ -127,18 +180,22 @@ def from_flashinfer(mask: FlashInferMask, tokens: Tensor, *, rows: int | None = 
     row = np.arange(square.shape[1])
     first = np.where(row < q[:, None], begin[:, None] + row * kv[:, None], 0)
     behind = np.where(row < q[:, None], first + past[:, None], 0)
-    refuse("mask", hidden[behind] > hidden[first], lambda b, row: "expected the whole context visible")
-    return _from_ragged(tokens, ends, square, rows)
+    refuse(
+        "mask", hidden[behind] > hidden[first], lambda b, row: "expected the whole context visible"
+    )
+    return _from_ragged(tokens, ends, square, num_rows)
 
 
-def from_flashinfer_xqa(mask: Tensor, indptr: Tensor, tokens: Tensor, *, rows: int | None = None) -> PackedTree:
+def from_flashinfer_xqa(
+    mask: Tensor, indptr: Tensor, tokens: Tensor, *, num_rows: int | None = None
+) -> PackedTree:
     """From FlashInfer's XQA mask.
 
     Args:
         mask: uint16 [N, halves].
         indptr: int32 [B + 1], its ``q_cu_seq_lens``.
         tokens: int64 [N].
-        rows: as in :func:`from_sglang`.
+        num_rows: as in :func:`from_sglang`.
 
     Raises:
         EchoError: naming the request and the row of a mask that no tree has.
@@ -147,47 +204,64 @@ def from_flashinfer_xqa(mask: Tensor, indptr: Tensor, tokens: Tensor, *, rows: i
     bits = _bits(checks.tensor("mask", mask, [count, "halves"], torch.uint16))
     ends = _ends("indptr", indptr, tokens)
     width = np.full(len(ends) - 1, bits.shape[1])
-    return _from_ragged(tokens, ends, _squares(bits.ravel(), ends[:-1] * width, width, 0, np.diff(ends)), rows)
+    return _from_ragged(
+        tokens, ends, _squares(bits.ravel(), ends[:-1] * width, width, 0, np.diff(ends)), num_rows
+    )
 
 
-def from_qq_bias(bias: Tensor, tokens: Tensor, *, rows: int | None = None) -> PackedTree:
+def from_qq_bias(bias: Tensor, tokens: Tensor, *, num_rows: int | None = None) -> PackedTree:
     """From vLLM's ``qq_bias``; a row that sees itself alone is a pad.
 
     Args:
         bias: float32 [N, N]; below 0: hidden.
         tokens: int64 [N].
-        rows: as in :func:`from_sglang`.
+        num_rows: as in :func:`from_sglang`.
 
     Raises:
         EchoError: naming the row of a mask that no tree has.
     """
     count = checks.tensor("tokens", tokens, ["N"], checks.INTEGERS).shape[0]
     square = host(checks.tensor("bias", bias, [count, count], torch.float32)) >= 0
-    return _from_squares(host(tokens)[None], square[None], None, count if rows is None else rows, tokens.device)
+    return _from_squares(
+        host(tokens)[None],
+        square[None],
+        None,
+        count if num_rows is None else num_rows,
+        tokens.device,
+    )
 
 
-def from_hugging_face(inputs: HuggingFaceInputs, *, lengths: Tensor | None = None, rows: int | None = None) -> PackedTree:
+def from_hugging_face(
+    inputs: HuggingFaceInputs, *, num_nodes: Tensor | None = None, num_rows: int | None = None
+) -> PackedTree:
     """From token ids and a 4-D mask, bool or float (below 0: hidden); a row that sees itself alone is a pad.
 
     Args:
         inputs: as :func:`hugging_face` makes them; ``position_ids`` are not read.
-        lengths, rows: as in :func:`from_sglang`.
+        num_nodes, num_rows: as in :func:`from_sglang`.
 
     Raises:
         EchoError: naming the request and the row of a mask that no tree has.
     """
     batch, n = checks.tensor("input_ids", inputs.input_ids, ["B", "n"], checks.INTEGERS).shape
-    mask = checks.tensor("attention_mask", inputs.attention_mask, [batch, 1, n, "past + n"], (torch.bool, *checks.FLOATS))[:, 0, :, -n:]
+    mask = checks.tensor(
+        "attention_mask",
+        inputs.attention_mask,
+        [batch, 1, n, "past + n"],
+        (torch.bool, *checks.FLOATS),
+    )[:, 0, :, -n:]
     square = host(mask if mask.dtype == torch.bool else mask >= 0)
-    return _from_squares(host(inputs.input_ids), square, lengths, rows, inputs.input_ids.device)
+    return _from_squares(
+        host(inputs.input_ids), square, num_nodes, num_rows, inputs.input_ids.device
+    )
 
 
-def from_chains(chain: Chains, *, rows: int | None = None) -> PackedTree:
+def from_chains(chain: Chains, *, num_rows: int | None = None) -> PackedTree:
     """From ragged chains.
 
     Args:
         chain: as :func:`chains` makes them; ``tokens`` and ``qo_indptr`` are read.
-        rows: N; ``graph_num_tokens`` where not given.
+        num_rows: N; ``graph_num_tokens`` where not given.
 
     Raises:
         EchoError: a negative token, naming the request and the row.
@@ -195,7 +269,13 @@ def from_chains(chain: Chains, *, rows: int | None = None) -> PackedTree:
     ends = _ends("qo_indptr", chain.qo_indptr, chain.tokens)
     tokens = _ragged(chain.tokens, ends)
     parents = np.broadcast_to(np.arange(-1, tokens.shape[1] - 1), tokens.shape)
-    return _packed(tokens, parents, np.diff(ends), chain.graph_num_tokens if rows is None else rows, chain.tokens.device)
+    return _packed(
+        tokens,
+        parents,
+        np.diff(ends),
+        chain.graph_num_tokens if num_rows is None else num_rows,
+        chain.tokens.device,
+    )
 
 
 def _parents_by_links(down: Array, across: Array, live: NDArray[np.bool_]) -> Array:
@@ -219,29 +299,43 @@ def _parents_by_links(down: Array, across: Array, live: NDArray[np.bool_]) -> Ar
         if len(faults):
             i = faults[at[faults].argmin()]
             b, row = divmod(int(at[i]), n)
-            where = f"{('retrive_next_token', 'retrive_next_sibling')[kind[i]]}: request {b}, row {row}"
+            where = (
+                f"{('retrive_next_token', 'retrive_next_sibling')[kind[i]]}: request {b}, row {row}"
+            )
             if outside[i]:
                 raise EchoError(f"{where}: expected -1 or a row from 0 to {n - 1}, got {child[i]}")
             if twice[i]:
-                raise EchoError(f"{where}: expected a row that no other link reaches, got {child[i]} (a cycle, or two parents)")
+                raise EchoError(
+                    f"{where}: expected a row that no other link reaches, got {child[i]} (a cycle, or two parents)"
+                )
             raise EchoError(f"{where}: expected a row behind its parent {up[i]}, got {child[i]}")
         parent[target] = up
         wave = target
     return parent.reshape(batch, n)
 
 
-def _from_squares(tokens: Array, square: NDArray[np.bool_], lengths: Tensor | None, rows: int | None, device: torch.device) -> PackedTree:
+def _from_squares(
+    tokens: Array,
+    square: NDArray[np.bool_],
+    num_nodes: Tensor | None,
+    num_rows: int | None,
+    device: torch.device,
+) -> PackedTree:
     batch, n = tokens.shape
-    parents, sizes = _parents_by_squares(square, _sizes(lengths, batch, n, n), padded=True)
-    return _packed(tokens, parents, sizes, rows, device)
+    parents, sizes = _parents_by_squares(square, _sizes(num_nodes, batch, n, n), padded=True)
+    return _packed(tokens, parents, sizes, num_rows, device)
 
 
-def _from_ragged(tokens: Tensor, ends: Array, square: NDArray[np.bool_], rows: int | None) -> PackedTree:
+def _from_ragged(
+    tokens: Tensor, ends: Array, square: NDArray[np.bool_], num_rows: int | None
+) -> PackedTree:
     parents, sizes = _parents_by_squares(square, np.diff(ends), padded=False)
-    return _packed(_ragged(tokens, ends), parents, sizes, rows, tokens.device)
+    return _packed(_ragged(tokens, ends), parents, sizes, num_rows, tokens.device)
 
 
-def _parents_by_squares(square: NDArray[np.bool_], sizes: Array, *, padded: bool) -> tuple[Array, Array]:
+def _parents_by_squares(
+    square: NDArray[np.bool_], sizes: Array, *, padded: bool
+) -> tuple[Array, Array]:
     """Parent of each row and rows of each tree: the last ancestor, whose own ancestors must be the others; pads end a tree."""
     n = int(sizes.max(initial=1))
     row = np.arange(n)
@@ -250,7 +344,11 @@ def _parents_by_squares(square: NDArray[np.bool_], sizes: Array, *, padded: bool
     own, above = square[:, row, row], square & ~np.eye(n, dtype=bool)
     alone = ~above.any(2)
     parent = np.where(alone, -1, n - 1 - above[..., ::-1].argmax(2))
-    pad = np.logical_or.accumulate(there & alone & (row > 0), axis=1) & there if padded else np.zeros_like(there)
+    pad = (
+        np.logical_or.accumulate(there & alone & (row > 0), axis=1) & there
+        if padded
+        else np.zeros_like(there)
+    )
     tree = there & ~pad
     same = (square[np.arange(len(square))[:, None], parent] == above).all(2)
 
@@ -258,19 +356,37 @@ def _parents_by_squares(square: NDArray[np.bool_], sizes: Array, *, padded: bool
         return np.flatnonzero(square[b, row]).tolist()
 
     refuse("mask", tree & ~own, lambda b, row: "expected a row to see itself")
-    refuse("mask", tree & (parent > row), lambda b, i: f"expected a row before its child, got row {parent[b, i]}")
+    refuse(
+        "mask",
+        tree & (parent > row),
+        lambda b, i: f"expected a row before its child, got row {parent[b, i]}",
+    )
     fits = (alone == (row == 0)) & (alone | same)
-    refuse("mask", tree & ~fits, lambda b, i: f"expected itself, a parent and that parent's ancestors, got {seen(b, i)}")
-    refuse("mask", pad & ~(alone & own), lambda b, i: f"expected a pad that sees itself alone, got {seen(b, i)}")
+    refuse(
+        "mask",
+        tree & ~fits,
+        lambda b, i: f"expected itself, a parent and that parent's ancestors, got {seen(b, i)}",
+    )
+    refuse(
+        "mask",
+        pad & ~(alone & own),
+        lambda b, i: f"expected a pad that sees itself alone, got {seen(b, i)}",
+    )
     return parent, tree.sum(1)
 
 
-def _squares(entries: NDArray[np.bool_], begin: Array, stride: Array, past: Array | int, q: Array) -> NDArray[np.bool_]:
+def _squares(
+    entries: NDArray[np.bool_], begin: Array, stride: Array, past: Array | int, q: Array
+) -> NDArray[np.bool_]:
     """bool [B, most q, most q]: the last q of ``stride`` entries of each of q rows, which lie one after another from ``begin`` on."""
     most = int(q.max(initial=1))
     row = np.arange(most)
     ends = begin + q * stride
-    refuse("mask", ends > len(entries), lambda b: f"expected at least {ends[b]} entries, got {len(entries)}")
+    refuse(
+        "mask",
+        ends > len(entries),
+        lambda b: f"expected at least {ends[b]} entries, got {len(entries)}",
+    )
     at = (begin + past)[:, None, None] + row[:, None] * stride[:, None, None] + row
     there = row < q[:, None]
     inside = there[:, :, None] & there[:, None]
@@ -284,7 +400,9 @@ def _ends(name: str, indptr: Tensor, tokens: Tensor) -> Array:
     rows = checks.tensor("tokens", tokens, ["N"], checks.INTEGERS).shape[0]
     ends = host(checks.tensor(name, indptr, ["B + 1"], checks.INTEGERS)).astype(np.int64)
     if not len(ends) or ends[0] != 0 or (np.diff(ends) < 0).any() or ends[-1] > rows:
-        raise EchoError(f"{name}: expected numbers rising from 0 to at most {rows}, got {ends.tolist()}")
+        raise EchoError(
+            f"{name}: expected numbers rising from 0 to at most {rows}, got {ends.tolist()}"
+        )
     return ends
 
 
@@ -298,22 +416,41 @@ def _ragged(tokens: Tensor, ends: Array) -> Array:
 def _bits(words: Tensor) -> NDArray[np.bool_]:
     """bool [..., width]: integers [..., k] as bits, least significant first."""
     values = np.ascontiguousarray(host(words))
-    return np.unpackbits(values.view(np.uint8).ravel(), bitorder="little").view(bool).reshape(*values.shape[:-1], -1)
+    return (
+        np.unpackbits(values.view(np.uint8).ravel(), bitorder="little")
+        .view(bool)
+        .reshape(*values.shape[:-1], -1)
+    )
 
 
-def _sizes(lengths: Tensor | None, batch: int, n: int, other: int) -> Array:
-    if lengths is None:
+def _sizes(
+    num_nodes: Tensor | None, batch: int, max_verify_tokens_per_req: int, other: int
+) -> Array:
+    if num_nodes is None:
         return np.full(batch, other)
-    sizes = host(checks.tensor("lengths", lengths, [batch], checks.INTEGERS))
-    refuse("lengths", (sizes < 0) | (sizes > n), lambda b: f"expected 0 to {n} rows, got {sizes[b]}")
+    sizes = host(checks.tensor("num_nodes", num_nodes, [batch], checks.INTEGERS))
+    refuse(
+        "num_nodes",
+        (sizes < 0) | (sizes > max_verify_tokens_per_req),
+        lambda b: f"expected 0 to {max_verify_tokens_per_req} rows, got {sizes[b]}",
+    )
     return sizes
 
 
-def _packed(tokens: Array, parents: Array, sizes: Array, rows: int | None, device: torch.device) -> PackedTree:
+def _packed(
+    tokens: Array, parents: Array, sizes: Array, num_rows: int | None, device: torch.device
+) -> PackedTree:
     """Checked, put into canonical order and packed: token and parent of each row, by request."""
     width = int(sizes.max(initial=1))
-    token, parent = (torch.from_numpy(x[:, :width].astype(np.int64)).to(device) for x in (tokens, parents))
-    tree = from_arrays(token, parent, torch.zeros_like(token, dtype=torch.float32), lengths=torch.from_numpy(sizes).to(device))
+    token, parent = (
+        torch.from_numpy(x[:, :width].astype(np.int64)).to(device) for x in (tokens, parents)
+    )
+    tree = from_arrays(
+        token,
+        parent,
+        torch.zeros_like(token, dtype=torch.float32),
+        num_nodes=torch.from_numpy(sizes).to(device),
+    )
     count = max(int(sizes.sum()), 1)
-    rows = count if rows is None else checks.integer("rows", rows, count)
-    return pack(tree, torch.isfinite(tree.forest.score), rows, -(-width // WORD))
+    num_rows = count if num_rows is None else checks.integer("num_rows", num_rows, count)
+    return pack(tree, torch.isfinite(tree.forest.score), num_rows, -(-width // WORD))

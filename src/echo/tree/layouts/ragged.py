@@ -10,7 +10,7 @@ from torch import Tensor
 
 from echo import checks
 from echo.errors import EchoError
-from echo.tree.packed import WORD, PackedTree, columns, into
+from echo.tree.packed import WORD, PackedTree, copy_into, unpack_bits
 
 
 @dataclass(frozen=True)
@@ -76,12 +76,16 @@ def chains(packed: PackedTree, *, out: Chains | None = None) -> Chains:
     Source: ``RaggedVerifyLayout`` of sglang 0.5.23 (``verify_lens``, ``qo_indptr``, ``graph_num_tokens``) and
     ``SpecDecodeMetadata`` of vllm 0.33.0.
     """
-    n, batch, device = packed.rows, packed.batch, packed.tokens.device
-    kept = (packed.request < batch) & (packed.depth == packed.local)  # depth = place, and so for all rows before it: no branch yet
+    n, batch, device = packed.num_rows, packed.batch, packed.tokens.device
+    kept = (packed.request < batch) & (
+        packed.depth == packed.local_row
+    )  # depth = place, and so for all rows before it: no branch yet
     draft = kept & (packed.depth > 0)
     row = torch.arange(n, device=device)
     request = torch.where(kept, packed.request, batch).long()
-    lens = torch.zeros(batch + 1, dtype=torch.int64, device=device).scatter_add_(0, request, kept.long())[:batch]
+    lens = torch.zeros(batch + 1, dtype=torch.int64, device=device).scatter_add_(
+        0, request, kept.long()
+    )[:batch]
     ends = lens.cumsum(0)
     new = torch.where(kept, kept.long().cumsum(0) - 1, n)
     rows = torch.full((n + 1,), n - 1, device=device).scatter_(0, new, row)[:n]
@@ -102,7 +106,7 @@ def chains(packed: PackedTree, *, out: Chains | None = None) -> Chains:
         logits_indices=row.int(),
         graph_num_tokens=n,
     )
-    return into(out, chain)
+    return copy_into(out, chain)
 
 
 def qq_bias(packed: PackedTree, *, out: Tensor | None = None) -> Tensor:
@@ -120,15 +124,26 @@ def qq_bias(packed: PackedTree, *, out: Tensor | None = None) -> Tensor:
     Source: ``unified_attention`` of vllm 0.33.0.
     """
     if packed.batch != 1:
-        raise EchoError(f"packed: expected one request (qq_bias has one tree for the whole batch), got {packed.batch}")
-    n = packed.rows
-    square = columns(packed.mask, n)
+        raise EchoError(
+            f"packed: expected one request (qq_bias has one tree for the whole batch), got {packed.batch}"
+        )
+    n = packed.num_rows
+    square = unpack_bits(packed.mask, n)
     own = torch.eye(n, dtype=torch.bool, device=square.device)
     square = torch.where((packed.request < 1)[:, None], square, own)
-    return into(out, torch.zeros_like(square, dtype=torch.float32).masked_fill_(~square, -torch.inf))
+    return copy_into(
+        out, torch.zeros_like(square, dtype=torch.float32).masked_fill_(~square, -torch.inf)
+    )
 
 
-def flashinfer(packed: PackedTree, context: Tensor, size: int, *, bits: bool = True, out: FlashInferMask | None = None) -> FlashInferMask:
+def flashinfer(
+    packed: PackedTree,
+    prefix_lens: Tensor,
+    size: int,
+    *,
+    bits: bool = True,
+    out: FlashInferMask | None = None,
+) -> FlashInferMask:
     """FlashInfer's custom mask, ragged, the context included: q_i x (context_i + q_i) entries of request i, row by row.
 
     Nothing is padded, but every row carries its whole context: context / 8 bytes a row packed, context bytes flat. Pad rows belong to no
@@ -136,7 +151,7 @@ def flashinfer(packed: PackedTree, context: Tensor, size: int, *, bits: bool = T
 
     Args:
         packed: the step.
-        context: int32 or int64 [B], tokens in each request's cache before this step.
+        prefix_lens: int32 or int64 [B], tokens in each request's cache before this step.
         size: entries of the mask, bytes if packed: at least what the batch needs, which only the host knows: with most context C and
             most rows q, ``B * ceil(q * (C + q) / 8)`` bytes are enough.
         bits: packed, least significant bit first, each request from a byte of its own; else one bool an entry.
@@ -147,31 +162,40 @@ def flashinfer(packed: PackedTree, context: Tensor, size: int, *, bits: bool = T
 
     Source: ``segment_packbits(..., bitorder="little")`` and ``plan`` of flashinfer-python 0.7.2.post1.
     """
-    checks.tensor("context", context, [packed.batch], checks.INTEGERS, packed.tokens.device)
+    checks.tensor("prefix_lens", prefix_lens, [packed.batch], checks.INTEGERS, packed.tokens.device)
     size = checks.integer("size", size, 0, (1 << 31) - 1)  # indptr is int32
     lens = packed.indptr.diff().long()
-    kv = torch.where(lens > 0, context + lens, 0)
+    kv = torch.where(lens > 0, prefix_lens + lens, 0)
     entries = lens * kv
     indptr = F.pad((entries + 7 >> 3 if bits else entries).cumsum(0), (1, 0))
-    square = (indptr[:-1] << 3 if bits else indptr[:-1]) + kv - lens  # first entry behind the context of each request's first row
-    of_request = F.pad(torch.stack([square - packed.indptr[:-1] * kv, kv, lens], dim=1), (0, 0, 0, 1))  # pad rows: an empty square
+    square = (
+        (indptr[:-1] << 3 if bits else indptr[:-1]) + kv - lens
+    )  # first entry behind the context of each request's first row
+    of_request = F.pad(
+        torch.stack([square - packed.indptr[:-1] * kv, kv, lens], dim=1), (0, 0, 0, 1)
+    )  # pad rows: an empty square
     begin, stride, q = of_request.index_select(0, packed.request).unbind(1)
-    entry = begin + torch.arange(packed.rows, device=q.device) * stride
+    entry = begin + torch.arange(packed.num_rows, device=q.device) * stride
     words = torch.arange(0, WORD * packed.mask.shape[1], WORD, device=q.device)
     hidden = (1 << (q[:, None] - words).clamp_(0, WORD)) - 1 & ~packed.mask
     if bits:  # what is left of each request's last byte is zero, as if hidden
-        hidden = torch.cat([hidden, F.pad((-256 >> (-entries & 7) & 0xFF)[:, None], (0, len(words) - 1))])
+        hidden = torch.cat(
+            [hidden, F.pad((-256 >> (-entries & 7) & 0xFF)[:, None], (0, len(words) - 1))]
+        )
         entry = torch.cat([entry, (indptr[1:] << 3) - 8])
         mask = _clear_bits(hidden, entry, size)
     else:
-        mask = _clear_entries(hidden.int(), entry, size, packed.max_slots_per_request)
-    return into(out, FlashInferMask(mask=mask, indptr=indptr.int(), qo_indptr=packed.indptr, kv_lens=kv.int()))
+        mask = _clear_entries(hidden.int(), entry, size, packed.max_verify_tokens_per_req)
+    return copy_into(
+        out,
+        FlashInferMask(mask=mask, indptr=indptr.int(), qo_indptr=packed.indptr, kv_lens=kv.int()),
+    )
 
 
 def flashinfer_xqa(packed: PackedTree) -> Tensor:
     """FlashInfer's XQA mask uint16 [N, 2 * words], query x query only: a view of the ancestor words, no work and no padding.
 
-    The q of its ``((q + 31) // 32) * 2`` is then ``max_slots_per_request``; ``q_cu_seq_lens`` is ``packed.indptr``.
+    The q of its ``((q + 31) // 32) * 2`` is then ``max_verify_tokens_per_req``; ``q_cu_seq_lens`` is ``packed.indptr``.
 
     Source: the XQA decode kernels of flashinfer-python 0.7.2.post1, on a little-endian machine.
     """
@@ -183,7 +207,9 @@ def _clear_entries(hidden: Tensor, entry: Tensor, size: int, width: int) -> Tens
     column = torch.arange(width, device=entry.device)
     full = torch.ones(size + 1, dtype=torch.uint8, device=entry.device)
     where = (entry[:, None] + column).clamp_(max=size).flatten()
-    return full.scatter_add_(0, where, columns(hidden, width).view(torch.uint8).neg().flatten())[:size].view(torch.bool)
+    return full.scatter_add_(
+        0, where, unpack_bits(hidden, width).view(torch.uint8).neg().flatten()
+    )[:size].view(torch.bool)
 
 
 def _clear_bits(hidden: Tensor, entry: Tensor, size: int) -> Tensor:

@@ -3,7 +3,7 @@
 A tree's rows stay in canonical order (root, then by depth, parent, candidate), so siblings lie side by side, and the first n rows
 of a tree are a tree. A request of more than n rows exports its first n: a smaller tree, lossless where the engine's own verification
 reads the links, and where :func:`unpad` gives what it computed to :func:`echo.verify`: rows beyond have no target token, none is accepted.
-``packed.max_slots_per_request`` is always enough, and ``packed.validate(max_rows=n)`` names a request that would be cut.
+``packed.max_verify_tokens_per_req`` is always enough, and ``packed.validate(max_verify_tokens_per_req=n)`` names a request that would be cut.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from echo import checks
 from echo.errors import EchoError
-from echo.tree.packed import WORD, PackedTree, columns, into
+from echo.tree.packed import WORD, PackedTree, copy_into, unpack_bits
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,13 @@ class HuggingFaceInputs:
     attention_mask: Tensor
 
 
-def sglang(packed: PackedTree, n: int, context: Tensor, *, out: SGLangLinks | None = None) -> SGLangLinks:
+def sglang(
+    packed: PackedTree,
+    max_verify_tokens_per_req: int,
+    prefix_lens: Tensor,
+    *,
+    out: SGLangLinks | None = None,
+) -> SGLangLinks:
     """Draft tokens, positions and links of SGLang's tree verification.
 
     SGLang's trees are uniform: its target verifies B * n rows instead of N, so the gain of ragged trees is lost where n is above their
@@ -84,8 +90,8 @@ def sglang(packed: PackedTree, n: int, context: Tensor, *, out: SGLangLinks | No
 
     Args:
         packed: the step.
-        n: rows of every request.
-        context: int32 or int64 [B], SGLang's ``seq_lens``.
+        max_verify_tokens_per_req: rows of every request.
+        prefix_lens: int32 or int64 [B], SGLang's ``seq_lens``.
         out: persistent buffers.
 
     Raises:
@@ -93,36 +99,38 @@ def sglang(packed: PackedTree, n: int, context: Tensor, *, out: SGLangLinks | No
 
     Source: ``build_tree_kernel_efficient`` of sglang 0.5.23.
     """
-    checks.tensor("context", context, [packed.batch], checks.INTEGERS, packed.tokens.device)
-    grid = _Grid(packed, n)
+    checks.tensor("prefix_lens", prefix_lens, [packed.batch], checks.INTEGERS, packed.tokens.device)
+    grid = _Grid(packed, max_verify_tokens_per_req)
     token, sibling = grid.links()
     links = SGLangLinks(
         draft_tokens=grid.spread(packed.tokens, 0).flatten(),
-        positions=(grid.spread(packed.depth, 0) + context.long()[:, None]).flatten(),
-        retrive_index=torch.arange(packed.batch * n, device=context.device).view(packed.batch, n),
+        positions=(grid.spread(packed.depth, 0) + prefix_lens.long()[:, None]).flatten(),
+        retrive_index=torch.arange(
+            packed.batch * max_verify_tokens_per_req, device=prefix_lens.device
+        ).view(packed.batch, max_verify_tokens_per_req),
         retrive_next_token=token,
         retrive_next_sibling=sibling,
     )
-    return into(out, links)
+    return copy_into(out, links)
 
 
 def sglang_mask(
     packed: PackedTree,
-    n: int,
+    max_verify_tokens_per_req: int,
     mode: Literal["FULL_MASK", "QLEN_ONLY", "QLEN_ONLY_BITPACKING"],
     *,
-    context: Tensor | None = None,
+    prefix_lens: Tensor | None = None,
     size: int | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """SGLang's ``tree_mask`` for ``n`` rows of every request; a pad row sees itself (and, in FULL_MASK, the context).
+    """SGLang's ``tree_mask`` for ``max_verify_tokens_per_req`` rows of every request; a pad row sees itself (and, in FULL_MASK, the context).
 
     Args:
         packed: the step.
-        n: rows of every request; at most 32 for bit-packing.
+        max_verify_tokens_per_req: rows of every request; at most 32 for bit-packing.
         mode: FULL_MASK: bool [size], for each request n x (context + n), row by row: n bytes for each token of context, which is why the
             other modes exist. QLEN_ONLY: bool [B, n, n]. QLEN_ONLY_BITPACKING: uint8, uint16 or uint32 [B * n], bit j is row j.
-        context: int32 or int64 [B], for FULL_MASK.
+        prefix_lens: int32 or int64 [B], for FULL_MASK.
         size: entries, for FULL_MASK: at least sum(context + n) * n, which only the host knows; ones beyond.
         out: persistent buffer.
 
@@ -131,35 +139,63 @@ def sglang_mask(
 
     Source: ``TreeMaskMode`` of sglang 0.5.23.
     """
-    if mode == "QLEN_ONLY_BITPACKING" and n > WORD:
-        raise EchoError(f"n: expected at most 32 rows for QLEN_ONLY_BITPACKING, got {n}")
-    grid, local = _Grid(packed, n), torch.arange(n, device=packed.mask.device)
+    if mode == "QLEN_ONLY_BITPACKING" and max_verify_tokens_per_req > WORD:
+        raise EchoError(
+            f"n: expected at most 32 rows for QLEN_ONLY_BITPACKING, got {max_verify_tokens_per_req}"
+        )
+    grid, local = (
+        _Grid(packed, max_verify_tokens_per_req),
+        torch.arange(max_verify_tokens_per_req, device=packed.mask.device),
+    )
     if mode == "QLEN_ONLY_BITPACKING":
-        kind = torch.uint8 if n <= 8 else torch.int16 if n <= 16 else torch.int32
+        kind = (
+            torch.uint8
+            if max_verify_tokens_per_req <= 8
+            else torch.int16
+            if max_verify_tokens_per_req <= 16
+            else torch.int32
+        )
         bits = grid.spread(packed.mask[:, 0].to(kind), (1 << local).to(kind)).flatten()
-        return into(out, bits if n <= 8 else bits.view(torch.uint16 if n <= 16 else torch.uint32))
+        return copy_into(
+            out,
+            bits
+            if max_verify_tokens_per_req <= 8
+            else bits.view(torch.uint16 if max_verify_tokens_per_req <= 16 else torch.uint32),
+        )
     square = grid.square()
     if mode == "QLEN_ONLY":
-        return into(out, square)
-    if mode != "FULL_MASK" or context is None or size is None:
-        raise EchoError(f"mode: expected QLEN_ONLY, QLEN_ONLY_BITPACKING, or FULL_MASK with context and size, got {mode!r}")
-    checks.tensor("context", context, [packed.batch], checks.INTEGERS, local.device)
-    size = checks.integer("size", size, packed.batch * n * n)
-    kv = context.long() + n
-    square_begin = (n * kv).cumsum(0) - n * kv + context
+        return copy_into(out, square)
+    if mode != "FULL_MASK" or prefix_lens is None or size is None:
+        raise EchoError(
+            f"mode: expected QLEN_ONLY, QLEN_ONLY_BITPACKING, or FULL_MASK with context and size, got {mode!r}"
+        )
+    checks.tensor("prefix_lens", prefix_lens, [packed.batch], checks.INTEGERS, local.device)
+    size = checks.integer(
+        "size", size, packed.batch * max_verify_tokens_per_req * max_verify_tokens_per_req
+    )
+    kv = prefix_lens.long() + max_verify_tokens_per_req
+    square_begin = (
+        (max_verify_tokens_per_req * kv).cumsum(0) - max_verify_tokens_per_req * kv + prefix_lens
+    )
     entry = (square_begin[:, None] + local * kv[:, None])[..., None] + local
-    full = torch.ones(size + 1, dtype=torch.bool, device=local.device)  # the last takes what a size too small has no room for
-    return into(out, full.scatter_(0, entry.flatten().clamp_(max=size), square.flatten())[:size])
+    full = torch.ones(
+        size + 1, dtype=torch.bool, device=local.device
+    )  # the last takes what a size too small has no room for
+    return copy_into(
+        out, full.scatter_(0, entry.flatten().clamp_(max=size), square.flatten())[:size]
+    )
 
 
-def tensorrt_llm(packed: PackedTree, n: int, *, out: TensorRTLinks | None = None) -> TensorRTLinks:
-    """TensorRT-LLM's packed mask, depth offsets and local links, ``n`` rows for every request.
+def tensorrt_llm(
+    packed: PackedTree, max_verify_tokens_per_req: int, *, out: TensorRTLinks | None = None
+) -> TensorRTLinks:
+    """TensorRT-LLM's packed mask, depth offsets and local links, ``max_verify_tokens_per_req`` rows for every request.
 
     Uniform: B * n rows are verified instead of N, so the gain of ragged trees is lost where n is above their mean size.
 
     Args:
         packed: the step.
-        n: rows of every request.
+        max_verify_tokens_per_req: rows of every request.
         out: persistent buffers.
 
     Raises:
@@ -167,43 +203,43 @@ def tensorrt_llm(packed: PackedTree, n: int, *, out: TensorRTLinks | None = None
 
     Source: ``spec_decoding_packed_mask`` and ``spec_decoding_position_offsets`` of TensorRT-LLM.
     """
-    grid = _Grid(packed, n)
+    grid = _Grid(packed, max_verify_tokens_per_req)
     token, sibling = grid.links(torch.int32)
     links = TensorRTLinks(
         packed_mask=grid.words(),
         position_offsets=grid.spread(packed.depth, 0),
-        generation_lengths=packed.indptr.diff().clamp(max=n),
+        generation_lengths=packed.indptr.diff().clamp(max=max_verify_tokens_per_req),
         tokens=grid.spread(packed.tokens.int(), 0),
         next_token=token,
         next_sibling=sibling,
     )
-    return into(out, links)
+    return copy_into(out, links)
 
 
 def hugging_face(
     packed: PackedTree,
-    n: int,
-    context: Tensor,
-    past: int,
+    max_verify_tokens_per_req: int,
+    prefix_lens: Tensor,
+    past_len: int,
     *,
     left_padded: bool | None = None,
     dtype: torch.dtype = torch.bool,
     out: HuggingFaceInputs | None = None,
 ) -> HuggingFaceInputs:
-    """Token ids, position ids and a 4-D mask for a transformers model with a contiguous cache of ``past`` entries.
+    """Token ids, position ids and a 4-D mask for a transformers model with a contiguous cache of ``past_len`` entries.
 
     Uniform, and the mask has past + n entries a row: for loops of one's own and for tests, not for speed. Each request's text begins at
-    entry 0, and the rows are appended behind entry ``past``. After acceptance ``echo.compact(..., past=past)`` says which entries of the
+    entry 0, and the rows are appended behind entry ``past_len``. After acceptance ``echo.compact(..., past_len=past_len)`` says which entries of the
     accepted rows go behind each text; crop the cache to the longest.
 
     Args:
         packed: the step.
-        n: rows of every request.
-        context: int32 or int64 [B], tokens of each request in the cache.
-        past: entries of the cache, a host int.
+        max_verify_tokens_per_req: rows of every request.
+        prefix_lens: int32 or int64 [B], tokens of each request in the cache.
+        past_len: entries of the cache, a host int.
         left_padded: must be False, and be said for more than one request. In a left-padded cache texts end together, and so they cannot
             once requests have accepted different numbers of drafts; move them to entry 0 after prefill: ``keys.gather(2, index)`` with
-            ``index`` the entries ``(arange(past) + past - context[:, None]).clamp(max=past - 1)``, expanded to the shape of the keys.
+            ``index`` the entries ``(arange(past_len) + past_len - prefix_lens[:, None]).clamp(max=past_len - 1)``, expanded to the shape of the keys.
         dtype: of the mask: bool, or a float type.
         out: persistent buffers.
 
@@ -212,20 +248,39 @@ def hugging_face(
 
     Source: 4-D masks of transformers 5.23.0.
     """
-    checks.tensor("context", context, [packed.batch], checks.INTEGERS, packed.tokens.device)
-    past = checks.integer("past", past, 0)
+    checks.tensor("prefix_lens", prefix_lens, [packed.batch], checks.INTEGERS, packed.tokens.device)
+    past_len = checks.integer("past_len", past_len, 0)
     if left_padded or (left_padded is None and packed.batch > 1):  # one request needs no padding
-        raise EchoError(f"left_padded: expected False, a cache whose texts begin at entry 0, got {left_padded}")
-    grid, shape, device = _Grid(packed, n), (packed.batch, 1, n, past + n), context.device
-    column, lens = torch.arange(past, dtype=torch.int32, device=device), context.int()[:, None]
+        raise EchoError(
+            f"left_padded: expected False, a cache whose texts begin at entry 0, got {left_padded}"
+        )
+    grid, shape, device = (
+        _Grid(packed, max_verify_tokens_per_req),
+        (packed.batch, 1, max_verify_tokens_per_req, past_len + max_verify_tokens_per_req),
+        prefix_lens.device,
+    )
+    column, lens = (
+        torch.arange(past_len, dtype=torch.int32, device=device),
+        prefix_lens.int()[:, None],
+    )
     if out is None:
         mask = torch.empty(shape, dtype=dtype, device=device)
     else:  # far larger than all else: written where it belongs
         buffer = checks.instance("out", out, HuggingFaceInputs).attention_mask
         mask = checks.tensor("out.attention_mask", buffer, shape, dtype, device)
-    inputs = into(out, HuggingFaceInputs(grid.spread(packed.tokens, 0), grid.spread(packed.depth, 0) + context.long()[:, None], mask))
+    inputs = copy_into(
+        out,
+        HuggingFaceInputs(
+            grid.spread(packed.tokens, 0),
+            grid.spread(packed.depth, 0) + prefix_lens.long()[:, None],
+            mask,
+        ),
+    )
     least = False if dtype == torch.bool else torch.finfo(dtype).min
-    for part, seen in ((mask[..., :past], (column < lens)[:, None, None]), (mask[..., past:], grid.square()[:, None])):
+    for part, seen in (
+        (mask[..., :past_len], (column < lens)[:, None, None]),
+        (mask[..., past_len:], grid.square()[:, None]),
+    ):
         part.copy_(seen) if dtype == torch.bool else part.zero_().masked_fill_(~seen, least)
     return inputs
 
@@ -248,10 +303,12 @@ def unpad(packed: PackedTree, values: Tensor) -> Tensor:
         raise EchoError(f"values: expected [{packed.batch}, n, ...], got {list(values.shape)}")
     n, kind = values.shape[1], values.dtype
     nothing = math.nan if kind.is_floating_point or kind.is_complex else -1 if kind.is_signed else 0
-    there = (packed.request < packed.batch) & (packed.local < n)
+    there = (packed.request < packed.batch) & (packed.local_row < n)
     if packed.batch * n == 0:
-        return values.new_full((packed.rows, *values.shape[2:]), nothing)
-    rows = values.flatten(0, 1).index_select(0, torch.where(there, packed.request * n + packed.local, 0))
+        return values.new_full((packed.num_rows, *values.shape[2:]), nothing)
+    rows = values.flatten(0, 1).index_select(
+        0, torch.where(there, packed.request * n + packed.local_row, 0)
+    )
     return rows.masked_fill_(~there.view(-1, *[1] * (values.dim() - 2)), nothing)
 
 
@@ -263,18 +320,27 @@ class _Grid:
         local: int64 [N], row within its request, or among the pad rows.
     """
 
-    def __init__(self, packed: PackedTree, n: int) -> None:
-        self.packed, self.n = checks.instance("packed", packed, PackedTree), checks.integer("n", n, 1)
+    def __init__(self, packed: PackedTree, max_verify_tokens_per_req: int) -> None:
+        self.packed, self.n = (
+            checks.instance("packed", packed, PackedTree),
+            checks.integer("max_verify_tokens_per_req", max_verify_tokens_per_req, 1),
+        )
         self.size = packed.batch * self.n
-        self.local = torch.arange(packed.rows, device=packed.indptr.device) - packed.indptr.index_select(0, packed.request)
-        self.place = torch.where(self.local < self.n, packed.request * self.n + self.local, self.size).clamp_(max=self.size)
+        self.local = torch.arange(
+            packed.num_rows, device=packed.indptr.device
+        ) - packed.indptr.index_select(0, packed.request)
+        self.place = torch.where(
+            self.local < self.n, packed.request * self.n + self.local, self.size
+        ).clamp_(max=self.size)
 
     def spread(self, values: Tensor, fill: Tensor | int) -> Tensor:
         """``values`` [N, ...] as [B, n, ...], with ``fill``, which broadcasts to it, on pad rows."""
         made = values.new_empty(self.size + 1, *values.shape[1:])
         grid = made[:-1].view(self.packed.batch, self.n, *values.shape[1:])
         grid.copy_(fill) if isinstance(fill, Tensor) else grid.fill_(fill)
-        made.scatter_(0, self.place, values) if values.dim() == 1 else made.index_copy_(0, self.place, values)
+        made.scatter_(0, self.place, values) if values.dim() == 1 else made.index_copy_(
+            0, self.place, values
+        )
         return grid
 
     def links(self, dtype: torch.dtype = torch.int64) -> tuple[Tensor, Tensor]:
@@ -288,7 +354,9 @@ class _Grid:
         child, sibling = torch.full((2, self.size + 1), -1, dtype=dtype, device=place.device)
         child.scatter_(0, torch.where(first, family, self.size), local)
         sibling.scatter_(0, place[:-1], torch.where(again, local[1:], -1))
-        return child[:-1].view(self.packed.batch, self.n), sibling[:-1].view(self.packed.batch, self.n)
+        return child[:-1].view(self.packed.batch, self.n), sibling[:-1].view(
+            self.packed.batch, self.n
+        )
 
     def words(self) -> Tensor:
         """Mask words int32 [B, n, ceil(n / 32)]; a pad row sees itself."""
@@ -300,4 +368,4 @@ class _Grid:
     def square(self) -> Tensor:
         """bool [B, n, n]; a pad row sees itself."""
         own = torch.eye(self.n, dtype=torch.bool, device=self.place.device)
-        return self.spread(columns(self.packed.mask, self.n), own)
+        return self.spread(unpack_bits(self.packed.mask, self.n), own)
