@@ -23,11 +23,11 @@ import torch
 
 import echo
 from common.replays import WarmUp, arguments, shapes, split, warm_up, write
-from echo import style
+from echo import plot
 from echo.gating import Objective, throughput_optimal
 from echo.testing import Record, Trace, replay
 
-PAPER, GOODPUT = style.of("ECHO"), style.of("goodput")
+PAPER, GOODPUT = plot.of("ECHO"), plot.of("goodput")
 KNEE = shapes()["dense, knee at 256 rows"]
 RESAMPLES = 400
 
@@ -118,7 +118,7 @@ def warm_up_size(trace: Trace, warm: WarmUp, resamples: int = 200) -> list[dict[
     """How often logs of n texts, drawn with replacement, lead to one choice of gates."""
     path, text = warm.log.rank == 0, warm.text[warm.log.step]
     columns = [warm.log.depth, warm.log.confidence, warm.log.accepted]
-    empty = echo.ConfidenceHistograms.empty(trace.depth)
+    empty = echo.gating.ConfidenceHistograms.empty(trace.depth)
     masses = np.stack(
         [
             empty.add(echo.WarmupLog.from_arrays(*(c[path & (text == i)] for c in columns))).mass
@@ -135,7 +135,7 @@ def warm_up_size(trace: Trace, warm: WarmUp, resamples: int = 200) -> list[dict[
             mass = np.zeros(masses.shape[1:], dtype=np.int64)
             mass[..., used] = (draw_ @ flat).reshape(*mass.shape[:-1], len(used))
             for gates, kept in found.items():
-                kept.append(echo.calibrate(echo.ConfidenceHistograms(mass), max_gates=gates))
+                kept.append(echo.calibrate(echo.gating.ConfidenceHistograms(mass), max_gates=gates))
         common = {
             gates: Counter(c.gate_depths for c in kept).most_common(1)[0]
             for gates, kept in found.items()
@@ -331,7 +331,7 @@ def draw(result: dict[str, Any], images: Path) -> None:
         ("transfer", _transfer, (9.5, 3.6)),
         ("gates_and_rules", _gates, (9, 3.2)),
     ):
-        with style.figure(*size) as figure:
+        with plot.figure(*size) as figure:
             panel(figure.subplots(1, 2), result)
             figure.savefig(images / f"{name}.png", dpi=110)
 
@@ -340,7 +340,7 @@ def _size(axes: Any, result: dict[str, Any]) -> None:
     rows = result["warm_up_size"]
     texts = [row["texts"] for row in rows]
     for gates, other, colour in (
-        ("at most 3", "at most 4", style.QUIET),
+        ("at most 3", "at most 4", plot.QUIET),
         ("at most 4", "at most 3", PAPER),
     ):
         axes[0].plot(
@@ -363,7 +363,7 @@ def _size(axes: Any, result: dict[str, Any]) -> None:
                 fontsize=7,
                 ha="center",
             )
-    axes[0].axhline(0.95, color=style.INK, lw=0.8, ls=":")
+    axes[0].axhline(0.95, color=plot.INK, lw=0.8, ls=":")
     axes[0].set(
         xscale="log",
         ylim=(0, 1.1),
@@ -384,7 +384,7 @@ def _size(axes: Any, result: dict[str, Any]) -> None:
         alpha=0.15,
         lw=0,
     )
-    axes[1].axhline(0, color=style.INK, lw=0.8)
+    axes[1].axhline(0, color=plot.INK, lw=0.8)
     axes[1].set(
         xscale="log",
         xlabel="texts in the log",
@@ -426,7 +426,7 @@ def _gates(axes: Any, result: dict[str, Any]) -> None:
             axis.plot(
                 range(len(counts)), [e[value] for e in entries], "o-", color=colour, label=rule
             )
-        axis.axhline(rows[0][what][value], color=style.INK, lw=0.8, ls=":", label="no gate")
+        axis.axhline(rows[0][what][value], color=plot.INK, lw=0.8, ls=":", label="no gate")
         axis.set_xticks(range(len(counts)), [str(n) for n in counts[:-1]] + ["all"])
         axis.set(xlabel="gates", ylabel=label)
     axes[0].legend()

@@ -248,7 +248,7 @@ def turn(
         compiled.asm["ttgir"],
     )
     buffers = int(rings[0]) if rings else 1
-    starting = lambda *names: sum(n for name, n in count.items() if name.startswith(names))  # noqa: E731
+    starting = lambda *names: sum(n for name, n in count.items() if name.startswith(names))
     return {
         "loop": total,
         "copies16": starting("LDGSTS.E.BYPASS.128"),
@@ -328,7 +328,7 @@ def steps(
 ) -> list[tuple[str, str, Recorder]]:
     """The launches of one step but for acceptance, of trees of that shape."""
     sizes = [1, k, *[beam * k] * (depth - 1)]
-    batched = lambda n, dtype: torch.zeros(batch, n, dtype=dtype)  # noqa: E731
+    batched = lambda n, dtype: torch.zeros(batch, n, dtype=dtype)
     one = {
         dtype: torch.zeros(batch, dtype=dtype)
         for dtype in (torch.int8, torch.int32, torch.int64, torch.float32, torch.bool)

@@ -37,7 +37,7 @@ from common.replays import (
     warmup_log,
     write,
 )
-from echo import style
+from echo import plot
 from echo.testing import Record, Report, Trace
 from echo.testing import replay as play
 
@@ -241,7 +241,7 @@ def tail(study: Study) -> dict[str, object]:
 
 def wrong_cost(study: Study) -> dict[str, object]:
     """ThroughputOptimal that believes in another machine: the knee or the drafter's price wrong by 2x."""
-    law = lambda knee: tuple(1.0 + max(0.0, r - knee) / knee for r in study.cost.num_tokens)  # noqa: E731
+    law = lambda knee: tuple(1.0 + max(0.0, r - knee) / knee for r in study.cost.num_tokens)
     beliefs = {
         "true": study.cost,
         "knee at half": replace(study.cost, seconds=law(128)),
@@ -338,7 +338,7 @@ def churn(study: Study) -> dict[str, object]:
     for life in lives:
         trace, fresh = truncated(study.test, life), list[float]()
         for name, scheduler in policies.items():
-            see = lambda r, fresh=fresh: fresh.append(float((r.position == 0).mean()))  # noqa: E731
+            see = lambda r, fresh=fresh: fresh.append(float((r.position == 0).mean()))
             curves[name].append(study.ratio(scheduler, trace=trace, observe=see))
         joined.append(float(np.mean(fresh[-STEPS:])))
     return {"tokens": lives, "joined": joined, "curves": curves}
@@ -368,10 +368,10 @@ def draw_budget(axis, r) -> None:
             ratio,
             "o-" if law == "knee at 256" else ".--",
             ms=3,
-            color=style.of(policy),
+            color=plot.of(policy),
             label=f"{policy}, {law}",
         )
-    axis.axvline(256, color=style.QUIET, lw=0.8)
+    axis.axvline(256, color=plot.QUIET, lw=0.8)
     _ratio(axis, "K_max, rows of 64 requests")
     axis.set_xscale("log", base=2)
     axis.set_xticks([64, 128, 256, 512], ["64", "128", "256", "512"])
@@ -381,9 +381,9 @@ def draw_fairness(axis, r) -> None:
     """Shares of the doubtful quarter."""
     names = [name for name in POLICIES if name in r]
     parts = (
-        ("steps", "of request-steps", style.QUIET),
-        ("rows", "of drafted rows", style.of("goodput")),
-        ("accepted", "of accepted drafts", style.GOOD),
+        ("steps", "of request-steps", plot.QUIET),
+        ("rows", "of drafted rows", plot.of("goodput")),
+        ("accepted", "of accepted drafts", plot.GOOD),
     )
     for i, (key, label, colour) in enumerate(parts):
         axis.bar(
@@ -402,7 +402,7 @@ def draw_tail(axis, r) -> None:
     """How often a request emits at least n tokens in a step."""
     for name, found in r.items():
         share = [s if s else np.nan for s in found["share"]]
-        axis.plot(range(1, len(share) + 1), share, "o-", ms=3, color=style.of(name), label=name)
+        axis.plot(range(1, len(share) + 1), share, "o-", ms=3, color=plot.of(name), label=name)
     axis.set_yscale("log")
     axis.set_ylim(5e-4, 1.2)
     axis.set_xlabel("tokens in a step, at least")
@@ -412,12 +412,8 @@ def draw_tail(axis, r) -> None:
 def draw_wrong_cost(axis, r) -> None:
     """ThroughputOptimal under wrong beliefs."""
     looks = (
-        (style.of("goodput"), "o-"),
-        *(
-            (colour, line)
-            for colour in (style.BAD, style.QUIET, style.INK)
-            for line in ("o-", "o--")
-        ),
+        (plot.of("goodput"), "o-"),
+        *((colour, line) for colour in (plot.BAD, plot.QUIET, plot.INK) for line in ("o-", "o--")),
     )
     for (name, ratio), (colour, line) in zip(r["curves"].items(), looks, strict=False):
         axis.plot(r["batch"], ratio, line, ms=3, color=colour, label=name)
@@ -427,8 +423,8 @@ def draw_wrong_cost(axis, r) -> None:
 def draw_churn(axis, r) -> None:
     """Throughput by how long requests stay."""
     for name, ratio in r["curves"].items():
-        axis.plot(r["tokens"], ratio, "o-", ms=3, color=style.of(name), label=name)
-    axis.axhline(1, color=style.INK, lw=0.8)
+        axis.plot(r["tokens"], ratio, "o-", ms=3, color=plot.of(name), label=name)
+    axis.axhline(1, color=plot.INK, lw=0.8)
     axis.set_ylim(0.9)
     axis.set_xscale("log", base=2)
     axis.set_xticks(
@@ -451,7 +447,7 @@ def draw(results: dict, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name in PANELS.keys() & results.keys():
         panel, title = PANELS[name]
-        with style.figure(4.4, 3.2) as single:
+        with plot.figure(4.4, 3.2) as single:
             axis = single.subplots()
             panel(axis, results[name])
             axis.set_title(title)

@@ -86,7 +86,7 @@ def cases(dry: bool) -> list[Case]:
 
 def drafted(case: Case) -> echo.PackedTree:
     """Packed rows as our scheduler makes them from random draft scores."""
-    rule: echo.Rule = echo.GlobalRank(4) if case.dealt else echo.PerRequest(case.rows, 4)
+    rule: echo.budget.Rule = echo.GlobalRank(4) if case.dealt else echo.PerRequest(case.rows, 4)
     budget = case.rows * case.batch if case.dealt else None
     scheduler = echo.ElasticBudgetScheduler(
         rule, budget=budget, max_depth=6, max_verify_tokens_per_req=64
@@ -126,7 +126,7 @@ def inputs(case: Case, device: torch.device, seed: int) -> dict[str, torch.Tenso
         .view(case.batch, table_width)
     )
     dtype = torch.float32 if case.model == "tiny" else torch.bfloat16
-    normal = lambda *shape: torch.randn(shape, generator=generator, device=device, dtype=dtype)  # noqa: E731
+    normal = lambda *shape: torch.randn(shape, generator=generator, device=device, dtype=dtype)
     caches = [normal(pages, case.page, kv_heads, dim) for _ in range(2)]
     if case.cache.startswith("float8"):
         caches = [cache.to(getattr(torch, case.cache)) for cache in caches]

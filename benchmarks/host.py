@@ -37,8 +37,9 @@ from torch import Tensor
 
 import echo
 from common.replays import fold, write
-from echo import style
+from echo import plot
 from echo.gating import separability
+from echo.testing import importers
 from echo.tree import compact, layouts
 from echo.tree.packed import pack
 
@@ -215,17 +216,17 @@ def growth(theirs: Any, seconds: float) -> dict[str, list[dict[str, float]]]:
 
 def draw(lines: dict[str, dict[str, list[float]]], path: Path) -> None:
     """Both growth lines, on logarithmic axes, with the slope of what is linear."""
-    with style.figure(9, 3.6) as figure:
+    with plot.figure(9, 3.6) as figure:
         axes = figure.subplots(1, 2, sharey=True)
         for axis, (line, points) in zip(axes, lines.items(), strict=True):
             x = points[line]
-            for name, colour in (("ours", style.GOOD), ("sglang chains", style.QUIET)):
+            for name, colour in (("ours", plot.GOOD), ("sglang chains", plot.QUIET)):
                 if name in points:
                     label = "echo: trees" if name == "ours" else "SGLang 0.5.23: chains"
                     axis.loglog(x, points[name], "o-", color=colour, label=label)
             last = points["ours"][-1]
             axis.loglog(
-                x, [last * v / x[-1] for v in x], ":", color=style.INK, lw=0.8, label="linear"
+                x, [last * v / x[-1] for v in x], ":", color=plot.INK, lw=0.8, label="linear"
             )
             axis.set_xlabel(
                 "requests, 4 rows each" if line == "requests" else f"rows, {BATCH} requests"
@@ -343,8 +344,8 @@ def peers(cpp: Path | None, sizes: list[int], context: Tensor) -> dict[str, Call
 def compare(theirs: Any, n: int) -> None:
     """Its links and its mask are the same trees to our importers."""
     mask, positions, index, token, sibling, drafts = theirs
-    one = layouts.from_sglang(layouts.SGLangLinks(drafts, positions, index, token, sibling))
-    two = layouts.from_sglang_mask(mask, drafts, n, "QLEN_ONLY")
+    one = importers.from_sglang(layouts.SGLangLinks(drafts, positions, index, token, sibling))
+    two = importers.from_sglang_mask(mask, drafts, n, "QLEN_ONLY")
     assert (
         one.num_rows == BATCH * n
         and torch.equal(one.tokens, two.tokens)
@@ -420,19 +421,19 @@ def cases(
     made = {name: call() for name, call in exporters.items()}
     tokens, back = made["sglang"].draft_tokens, {"lengths": lens}
     importers: dict[str, Callable[[], Any]] = {
-        "from_sglang": lambda: layouts.from_sglang(made["sglang"], **back),
-        "from_sglang_mask QLEN_ONLY": lambda: layouts.from_sglang_mask(
+        "from_sglang": lambda: importers.from_sglang(made["sglang"], **back),
+        "from_sglang_mask QLEN_ONLY": lambda: importers.from_sglang_mask(
             made["sglang_mask QLEN_ONLY"], tokens, n, "QLEN_ONLY", **back
         ),
-        "from_chains": lambda: layouts.from_chains(made["chains"]),
-        "from_flashinfer, packed": lambda: layouts.from_flashinfer(
+        "from_chains": lambda: importers.from_chains(made["chains"]),
+        "from_flashinfer, packed": lambda: importers.from_flashinfer(
             made["flashinfer packed"], packed.tokens
         ),
-        "from_flashinfer_xqa": lambda: layouts.from_flashinfer_xqa(
+        "from_flashinfer_xqa": lambda: importers.from_flashinfer_xqa(
             made["flashinfer_xqa"], packed.indptr, packed.tokens
         ),
-        "from_tensorrt_llm": lambda: layouts.from_tensorrt_llm(made["tensorrt_llm"]),
-        "from_hugging_face": lambda: layouts.from_hugging_face(made["hugging_face"], **back),
+        "from_tensorrt_llm": lambda: importers.from_tensorrt_llm(made["tensorrt_llm"]),
+        "from_hugging_face": lambda: importers.from_hugging_face(made["hugging_face"], **back),
         "validate": packed.validate,
     }
     return exporters, importers
@@ -510,8 +511,8 @@ def calibrating(rows: int, depths: int = 8) -> dict[str, Any]:
     weighted = echo.WarmupLog.from_arrays(
         log.depth, log.confidence, log.accepted, weight=np.where(np.arange(len(log)) % 9, 1.0, 10.0)
     )
-    histograms = echo.ConfidenceHistograms.of(log)
-    count = cpu_seconds(lambda: echo.ConfidenceHistograms.of(log), 7)
+    histograms = echo.gating.ConfidenceHistograms.of(log)
+    count = cpu_seconds(lambda: echo.gating.ConfidenceHistograms.of(log), 7)
     calibrated = echo.calibrate(histograms)  # imports scipy.optimize
     fit = cpu_seconds(lambda: echo.calibrate(histograms), 21)
     found: dict[str, Any] = {
@@ -519,7 +520,7 @@ def calibrating(rows: int, depths: int = 8) -> dict[str, Any]:
         "depths": depths,
         "count_rows_per_s": len(log) / count,
         "count_weighted_rows_per_s": len(log)
-        / cpu_seconds(lambda: echo.ConfidenceHistograms.of(weighted), 7),
+        / cpu_seconds(lambda: echo.gating.ConfidenceHistograms.of(weighted), 7),
         "calibrate_s": fit,
     }
     try:

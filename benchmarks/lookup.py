@@ -24,7 +24,7 @@ import torch
 import echo
 from common.policies import BASELINES
 from common.replays import HERE, arguments, by_batch, fold, shapes, split, unfold, write
-from echo import style
+from echo import plot
 from echo.gating import look_up
 from echo.gating.reliability import ONE
 from echo.testing import Trace
@@ -92,7 +92,9 @@ def mapped(p: Pool, half: np.ndarray) -> np.ndarray:
     """f [P, T] as :class:`echo.GlobalRank` has it: each score through the map of its depth, no more than its parent's f."""
     use = p.drafted & half[:, None]
     log = echo.WarmupLog.from_arrays(p.depth[use], np.exp(p.score[use]), p.accepted[use])
-    table = torch.from_numpy(echo.calibrate(echo.ConfidenceHistograms.of(log)).reliability_table())
+    table = torch.from_numpy(
+        echo.calibrate(echo.gating.ConfidenceHistograms.of(log)).reliability_table()
+    )
     own = (
         look_up(
             table, torch.from_numpy(p.score), torch.from_numpy(np.ascontiguousarray(p.depth))
@@ -215,25 +217,25 @@ def cells(alone: Path, pooled: list[dict[str, Any]]) -> list[dict[str, float | s
 def draw(equal: list[dict[str, float]], found: list[dict[str, float | str]], path: Path) -> None:
     """Accepted drafts by rows, and throughput by batch."""
     lines = {
-        "oracle": ("oracle, head's drafts", style.QUIET),
-        "pooled": ("goodput, head and prompt lookup", style.GOOD),
+        "oracle": ("oracle, head's drafts", plot.QUIET),
+        "pooled": ("goodput, head and prompt lookup", plot.GOOD),
     }
     lines |= {
-        "alone": ("goodput, head alone", style.of("goodput")),
-        "baseline": ("best tuned baseline, head alone", style.of("EAGLE")),
+        "alone": ("goodput, head alone", plot.of("goodput")),
+        "baseline": ("best tuned baseline, head alone", plot.of("EAGLE")),
     }
-    with style.figure(9, 3.4) as figure:
+    with plot.figure(9, 3.4) as figure:
         left, right = figure.subplots(1, 2)
         x = [row["rows"] for row in equal]
         left.plot(
-            x, [row["oracle"] for row in equal], color=style.QUIET, label="oracle, head's drafts"
+            x, [row["oracle"] for row in equal], color=plot.QUIET, label="oracle, head's drafts"
         )
         left.plot(
             x,
             [row["pooled"] for row in equal],
             "o-",
             ms=3,
-            color=style.GOOD,
+            color=plot.GOOD,
             label="head and prompt lookup",
         )
         left.plot(
@@ -241,7 +243,7 @@ def draw(equal: list[dict[str, float]], found: list[dict[str, float | str]], pat
             [row["alone"] for row in equal],
             "o-",
             ms=3,
-            color=style.of("goodput"),
+            color=plot.of("goodput"),
             label="head alone",
         )
         left.set_xscale("log", base=2)

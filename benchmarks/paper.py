@@ -37,7 +37,7 @@ from common.replays import (
     warm_up,
     write,
 )
-from echo import style
+from echo import plot
 from echo.testing import Trace
 
 BATCHES = (1, 8, 16, 32, 64, 128, 256)
@@ -365,12 +365,12 @@ def draw(cells: dict[str, list[dict[str, object]]], path: Path) -> None:
     """A row of panels for each trace, one panel a model."""
     shown = ("EAGLE-3, default", "EAGLE-3, matched", "DDD", "ECHO", "goodput", "oracle")
     models = list(roofline.MODELS)
-    with style.figure(16, 6.2) as figure:
+    with plot.figure(16, 6.2) as figure:
         axes = figure.subplots(len(cells), len(models), sharey="row", sharex=True)
         for row, (name, own) in zip(axes, cells.items(), strict=True):
             for axis, model in zip(row, models, strict=True):
                 for policy in shown:
-                    colour, line = style.of(policy), "o--" if policy.endswith("matched") else "o-"
+                    colour, line = plot.of(policy), "o--" if policy.endswith("matched") else "o-"
                     found = [c for c in own if c["model"] == model and c["policy"] == policy]
                     batch = [c["batch"] for c in found]
                     plain = np.array([float(str(c["plain"])) for c in found])

@@ -39,7 +39,7 @@ from common.replays import (
     warm_up,
     write,
 )
-from echo import style
+from echo import plot
 from echo.testing import Trace
 
 BATCHES = (1, 8, 32, 64, 128, 256)
@@ -193,7 +193,7 @@ def draw(cells: list[dict[str, object]], path: Path) -> None:
         "oracle",
     )
     names = list(dict.fromkeys(str(c["shape"]) for c in cells))
-    with style.figure(3.1 * len(names), 3.4) as figure:
+    with plot.figure(3.1 * len(names), 3.4) as figure:
         axes = figure.subplots(1, len(names), sharey=True)
         for axis, shape in zip(axes, names, strict=True):
             for name in shown:
@@ -211,11 +211,11 @@ def draw(cells: list[dict[str, object]], path: Path) -> None:
                     ratio,
                     line,
                     ms=3,
-                    color=style.of(name),
+                    color=plot.of(name),
                     label=name,
                     lw=1 if name == "oracle" else 1.8,
                 )
-                axis.fill_between(BATCHES, low, high, color=style.of(name), alpha=0.15, lw=0)
+                axis.fill_between(BATCHES, low, high, color=plot.of(name), alpha=0.15, lw=0)
             by_batch(axis, BATCHES)
             axis.set_title(shape)
             axis.set_xlabel("batch")

@@ -198,7 +198,7 @@ def tree() -> None:
     )
     file = carry.weights()
     words = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    label = lambda token: words.decode([token]).strip(" ").replace("\n", "⏎") or "␣"  # noqa: E731
+    label = lambda token: words.decode([token]).strip(" ").replace("\n", "⏎") or "␣"
     titles = []
     for text, position in zip(step.requests, step.position, strict=True):
         begin = test.indptr[text]

@@ -36,7 +36,7 @@ from torch import Tensor
 import echo
 from common.replays import calibrate, halves
 from common.replays import run as replayed
-from echo import kernels, style
+from echo import kernels, plot
 from echo.testing import Trace
 from echo.testing.rehearsal import RecordedGraphs
 
@@ -205,7 +205,9 @@ class Load:
             fused,
         )
         self.device = model.device
-        self.graphs = echo.Graphs(self.device) if self.device.type == "cuda" else RecordedGraphs()
+        self.graphs = (
+            echo.workspace.Graphs(self.device) if self.device.type == "cuda" else RecordedGraphs()
+        )
         self.first: Engine | None = None
         self.drafter: GraphEagle | None = None
         self.engines: dict[str, Engine] = {}
@@ -335,7 +337,7 @@ class Load:
             space.set_num_verify_tokens(count)
             tree = draft(deep)
             packed = pack(count)
-            target = lambda: engine.run("target", (lanes, count), lambda: engine.target(packed))  # noqa: B023, E731
+            target = lambda: engine.run("target", (lanes, count), lambda: engine.target(packed))  # noqa: B023
             seconds[count] = timed(target, self.device)
         planning = timed(lambda: pack(count), self.device)
         accepting = timed(
@@ -705,7 +707,7 @@ def eight_billion(args: argparse.Namespace, clock: Clock, out: Out, trace: Trace
     model = Random(
         Shape() if device.type == "cuda" and not args.tiny else small, max(args.lanes), device
     )
-    graphs, tune, test = echo.Graphs(device), *halves(trace)
+    graphs, tune, test = echo.workspace.Graphs(device), *halves(trace)
     calibration = calibrate(tune)
 
     @torch.inference_mode()
@@ -777,7 +779,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
     panels = [(title, cells) for title, cells in panels if cells]
     if not panels:
         return
-    with style.figure(3.6 * len(panels), 3.6) as figure:
+    with plot.figure(3.6 * len(panels), 3.6) as figure:
         axes = figure.subplots(1, len(panels), squeeze=False)[0]
         for axis, (title, cells) in zip(axes, panels, strict=True):
             for name in dict.fromkeys(cell["policy"] for cell in cells):
@@ -785,7 +787,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
                     (cell for cell in cells if cell["policy"] == name),
                     key=lambda cell: cell["lanes"],
                 )
-                colour = style.of("goodput" if name == "throughput-optimal" else name)
+                colour = plot.of("goodput" if name == "throughput-optimal" else name)
                 dash = "o--" if name in ("plain", "EAGLE tree, 32 rows") else "o-"
                 axis.plot(
                     [c["user"] for c in own],

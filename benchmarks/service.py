@@ -30,7 +30,7 @@ import echo
 from common import roofline
 from common.raised import raised, raised_to
 from common.replays import FREE, arguments, calibrate, fold, halves, unfold, write
-from echo import style
+from echo import plot
 from echo.testing import Record, Trace, replay
 
 MODEL = "LLaMA-3.3-70B"
@@ -64,7 +64,7 @@ class Beside(Scheduler):
 
     def choose_tier(
         self, history: echo.History, slots: torch.Tensor, base_rows: int = 0
-    ) -> echo.Tier:
+    ) -> echo.budget.Tier:
         return super().choose_tier(history, slots, base_rows + self.base)
 
 
@@ -553,7 +553,7 @@ def markdown(result: dict[str, Any]) -> str:
 
 def draw(result: dict[str, Any], path: Path) -> None:
     """A row for each trace: pace at 50 and 99% and the level attained by load, bursty; last, the worst ratios."""
-    with style.figure(15, 6.2) as figure:
+    with plot.figure(15, 6.2) as figure:
         axes = figure.subplots(2, 4)
         for row, name in zip(axes, NAMES, strict=True):
             for policy in ("off", "EAGLE-3", "ECHO", "goodput"):
@@ -570,7 +570,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
                         [scale * r[key] for r in runs],
                         "o-",
                         ms=3,
-                        color=style.of(policy),
+                        color=plot.of(policy),
                         label=policy,
                     )
             for axis, title in zip(
@@ -584,7 +584,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
                     ylim=(0, None),
                 )
             for axis, limit in zip(row, (LEVELS[0], LEVELS[0], ATTAINED), strict=False):
-                axis.axhline(limit, color=style.BAD, lw=0.8, ls="--")
+                axis.axhline(limit, color=plot.BAD, lw=0.8, ls="--")
         axes[0, 0].legend()
         for axis, policy in zip(axes[:, 3], ("ECHO", "goodput"), strict=True):
             cells = [c for c in result["worst"] if c["policy"] == policy]
@@ -592,7 +592,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
             for cell in cells:
                 shade = {8: "#9ecae1", 64: "#4292c6", 256: "#084594"}[cell["batch"]]
                 axis.plot(places.index(cell["adversity"]), cell["ratio"], "o", ms=5, color=shade)
-            axis.axhline(1, color=style.INK, lw=0.8)
+            axis.axhline(1, color=plot.INK, lw=0.8)
             axis.set_xticks(range(len(places)), places)
             axis.set(title=f"{policy} over off (dark: batch 256)", ylim=(0, None))
         figure.savefig(path, dpi=80)

@@ -14,17 +14,17 @@ from dask.distributed import Client, LocalCluster
 import echo
 
 
-def count(path: str) -> echo.ConfidenceHistograms:
-    return echo.ConfidenceHistograms.of(echo.WarmupLog.load(path))
+def count(path: str) -> echo.gating.ConfidenceHistograms:
+    return echo.gating.ConfidenceHistograms.of(echo.WarmupLog.load(path))
 
 
-def reduce(paths: list[str], client: Client) -> echo.ConfidenceHistograms:
+def reduce(paths: list[str], client: Client) -> echo.gating.ConfidenceHistograms:
     parts = client.map(count, paths)
     while len(parts) > 1:
         pairs = zip(parts[::2], parts[1::2], strict=False)
-        parts = [client.submit(echo.ConfidenceHistograms.merge, a, b) for a, b in pairs] + parts[
-            len(parts) & ~1 :
-        ]
+        parts = [
+            client.submit(echo.gating.ConfidenceHistograms.merge, a, b) for a, b in pairs
+        ] + parts[len(parts) & ~1 :]
     return parts[0].result()
 
 

@@ -106,7 +106,7 @@ class Engine:
         eos_token: ends an answer.
         backend: of :mod:`echo.kernels`; "auto" is Triton on a GPU and the plain-torch reference elsewhere.
         like: another engine of the same model and sizes, idle while this one runs: its cache, buffers and captured target are used too.
-        graphs: :class:`echo.Graphs`; its own, or ``like``'s, where not given.
+        graphs: :class:`echo.workspace.Graphs`; its own, or ``like``'s, where not given.
     """
 
     def __init__(
@@ -123,7 +123,9 @@ class Engine:
         most = len(like.sampled) if like else tier(max(lanes, rows or asked))
         self.cache = like.cache if like else PagedCache(model, lanes, pages, length)
         self.device = device = self.cache.table.device
-        self.graphs = (like.graphs if like else echo.Graphs(device)) if graphs is None else graphs
+        self.graphs = (
+            (like.graphs if like else echo.workspace.Graphs(device)) if graphs is None else graphs
+        )
         packed = like.space.packed if like else None
         self.space = echo.Workspace(
             scheduler, lanes, k=candidates, num_verify_tokens=most, device=device, packed=packed
@@ -304,7 +306,7 @@ class Engine:
             self.drafter.extend(self.slot[:lanes], packed, accepted)
         self.advance(accepted)
 
-    def advance(self, accepted: echo.Accepted) -> None:
+    def advance(self, accepted: echo.tree.Accepted) -> None:
         """What the accepted tokens mean for each lane: what it says, its next root, the tokens left; and the step's report."""
         lanes, steps = accepted.tokens.tier
         left, root = self.left[:lanes], self.root[:lanes]

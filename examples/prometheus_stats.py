@@ -45,7 +45,7 @@ METRICS = {
     "silent_requests": ("silent", "Verified requests that emitted nothing, summed over steps"),
     "unserved_requests": ("unserved", "Live requests that got no row, summed over steps"),
 }
-"""Name -> member of :class:`echo.StepCounts`, and what it says."""
+"""Name -> member of :class:`echo.stats.StepCounts`, and what it says."""
 
 
 class EchoCollector(Collector):

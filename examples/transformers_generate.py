@@ -58,7 +58,7 @@ class SlotCache:
     def write(self, slots: Tensor, cache: DynamicCache, source: Tensor, target: Tensor) -> None:
         """Copies columns ``source`` [B, n] of the cache to columns ``target`` [B, n] of the slots, in every layer."""
         if not self.layers:
-            shape = lambda x: (len(self.used), x.shape[1], self.length, x.shape[3])  # noqa: E731
+            shape = lambda x: (len(self.used), x.shape[1], self.length, x.shape[3])
             self.layers = [
                 tuple(x.new_zeros(shape(x)) for x in (layer.keys, layer.values))
                 for layer in cache.layers
@@ -188,7 +188,7 @@ class Target:
         return echo.layouts.unpad(packed, tokens.view(-1, n))
 
     def compact(
-        self, req_indices: Tensor, packed: echo.PackedTree, accepted: echo.Accepted
+        self, req_indices: Tensor, packed: echo.PackedTree, accepted: echo.tree.Accepted
     ) -> None:
         lists = echo.compact(
             packed, accepted, self.store.used[req_indices], past_len=self.past
@@ -224,7 +224,9 @@ class DraftModel:
             for s, p, t in zip(req_indices.tolist(), prompts, first.tolist(), strict=True)
         )
 
-    def extend(self, req_indices: Tensor, packed: echo.PackedTree, accepted: echo.Accepted) -> None:
+    def extend(
+        self, req_indices: Tensor, packed: echo.PackedTree, accepted: echo.tree.Accepted
+    ) -> None:
         self.step = None
         for slot, tokens, length in zip(
             req_indices.tolist(),
@@ -234,7 +236,7 @@ class DraftModel:
         ):
             self.unread.setdefault(slot, []).extend(tokens[:length])
 
-    def draft(self, req_indices: Tensor, frontier: echo.Frontier) -> tuple[Tensor, Tensor]:
+    def draft(self, req_indices: Tensor, frontier: echo.tree.Frontier) -> tuple[Tensor, Tensor]:
         if self.step is None or frontier.depth == 0:  # the first layer may come from elsewhere
             candidates = self._read(req_indices, frontier.active.any(dim=1))
             self.step, self.sees = (
@@ -364,7 +366,7 @@ def measure(target: Target, bar: Progress) -> tuple:
         model(ids, past_key_values=DynamicCache(heads))
         bar.advance(task)
 
-    return echo.profile(step, counts, repeats=3, device=model.device)
+    return echo.cost.profile(step, counts, repeats=3, device=model.device)
 
 
 def schedule(
@@ -445,7 +447,7 @@ def answer(args: argparse.Namespace, questions: Sequence[str]) -> list[list[int]
         min(args.batch, len(prompts)),
         max(map(len, prompts)) + max(args.new, 32) + args.depth + 1,
     )
-    sampler = lambda: Sampler(slots, length, args.temperature, args.seed)  # noqa: E731
+    sampler = lambda: Sampler(slots, length, args.temperature, args.seed)
     target, drafter = pair(model, args.draft, slots, length, sampler(), args.dtype)
     with Progress(console=console, transient=True) as bar:
         scheduler = schedule(args.policy, target, drafter, prompts, args.rows, args.depth, bar)

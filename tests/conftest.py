@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
 
 import echo
-from echo.checks import ROUNDING
+from echo._checks import ROUNDING
 
 CALIBRATION = echo.calibrate(
     echo.WarmupLog.from_arrays(

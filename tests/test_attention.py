@@ -54,7 +54,7 @@ def test_equals_dense_attention(page, heads, kv_heads, window):
         position = torch.cat([at, length + packed.depth[first:end]])
         if window:
             mask &= position > (length + packed.depth[first:end])[:, None] - window
-        expand = lambda x: x.repeat_interleave(heads // kv_heads, 1).transpose(0, 1)  # noqa: E731
+        expand = lambda x: x.repeat_interleave(heads // kv_heads, 1).transpose(0, 1)
         dense = F.scaled_dot_product_attention(
             q[first:end].transpose(0, 1), expand(keys), expand(values), attn_mask=mask
         )

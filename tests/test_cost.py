@@ -15,7 +15,7 @@ import echo
 
 def test_the_papers_law_is_found_again():
     rows = [1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128]
-    law = echo.Knee(k_max=16, t_ar=0.03, gamma=0.05)
+    law = echo.cost.Knee(k_max=16, t_ar=0.03, gamma=0.05)
     model = echo.CostModel.from_samples(rows, [law(k) for k in rows])
     assert model.knee.k_max == 16
     assert model.knee.t_ar == pytest.approx(0.03)
@@ -36,7 +36,7 @@ def test_any_samples_give_a_monotone_model(samples):
 
 def test_noise_is_smoothed_away():
     rng = np.random.default_rng(0)
-    law = echo.Knee(16, 0.03, 0.05)
+    law = echo.cost.Knee(16, 0.03, 0.05)
     rows = np.tile([1, 2, 4, 8, 12, 16, 24, 32, 64, 128], 15)
     seconds = [law(k) * (1 + 0.05 * abs(rng.normal())) for k in rows]
     knee = echo.CostModel.from_samples(rows, seconds).knee
@@ -47,13 +47,17 @@ def test_noise_is_smoothed_away():
 
 
 def test_a_knee_between_measured_points_is_found():
-    law = echo.Knee(k_max=20, t_ar=0.01, gamma=0.1)
+    law = echo.cost.Knee(k_max=20, t_ar=0.01, gamma=0.1)
     rows = [1, 4, 8, 16, 32, 64]
     assert echo.CostModel.from_samples(rows, [law(k) for k in rows]).knee.k_max == 20
 
 
 def test_intervals_cover_the_truth_about_as_often_as_they_say():
-    law, rows, hits = echo.Knee(16, 0.03, 0.05), np.tile([1, 4, 8, 12, 16, 20, 24, 32, 64], 9), 0
+    law, rows, hits = (
+        echo.cost.Knee(16, 0.03, 0.05),
+        np.tile([1, 4, 8, 12, 16, 20, 24, 32, 64], 9),
+        0,
+    )
     for seed in range(40):
         noise = np.exp(0.04 * np.random.default_rng(seed).normal(size=len(rows)))
         low, high = echo.CostModel.from_samples(
@@ -70,7 +74,7 @@ def test_samples_without_repetition_give_no_interval():
 
 
 def test_wild_samples_hardly_move_the_fit():
-    rng, law = np.random.default_rng(0), echo.Knee(16, 0.03, 0.05)
+    rng, law = np.random.default_rng(0), echo.cost.Knee(16, 0.03, 0.05)
     rows = np.tile([1, 8, 16, 32, 64], 9)
     seconds = np.array([law(k) * (1 + 0.01 * rng.normal()) for k in rows])
     wild = seconds.copy()
@@ -80,7 +84,7 @@ def test_wild_samples_hardly_move_the_fit():
 
 
 def test_requests_context_and_prefill_are_told_apart():
-    rng, law = np.random.default_rng(1), echo.Knee(64, 0.02, 0.01)
+    rng, law = np.random.default_rng(1), echo.cost.Knee(64, 0.02, 0.01)
     requests, context = rng.choice([1, 8, 32], 400), rng.integers(0, 40_000, 400)
     base, rows = rng.choice([0, 0, 0, 100], 400), requests * rng.integers(1, 9, 400)
     seconds = [
@@ -112,7 +116,7 @@ def test_the_knee_of_a_batch_starts_at_its_roots():
 
 
 def test_flat_and_steep_curves():
-    assert echo.CostModel.from_samples([1, 8, 64], [1.0, 1.0, 1.0]).knee == echo.Knee(
+    assert echo.CostModel.from_samples([1, 8, 64], [1.0, 1.0, 1.0]).knee == echo.cost.Knee(
         64, pytest.approx(1.0), 0.0
     )
     assert echo.CostModel.from_samples([1, 2, 4], [1.0, 2.0, 4.0]).knee.k_max == 1
@@ -210,7 +214,7 @@ def test_plot_draws(model, tmp_path):
 
 def test_profile_times_every_row_count_after_a_warm_up():
     calls = []
-    rows, seconds = echo.profile(calls.append, [1, 4], repeats=3)
+    rows, seconds = echo.cost.profile(calls.append, [1, 4], repeats=3)
     assert calls == [1, 4] * 4
     assert rows.tolist() == [1, 4] * 3
     assert (seconds > 0).all()
@@ -219,7 +223,7 @@ def test_profile_times_every_row_count_after_a_warm_up():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_profile_reads_the_devices_clock():
     """The host returns at once; the device sleeps for as many million cycles as there are rows."""
-    rows, seconds = echo.profile(
+    rows, seconds = echo.cost.profile(
         lambda r: torch.cuda._sleep(r * 1_000_000), [1, 4, 16], repeats=3, device="cuda"
     )
     model = echo.CostModel.from_samples(rows, seconds)
@@ -271,7 +275,7 @@ def test_profile_reads_the_devices_clock():
             lambda: echo.CostModel.from_json('{"format": "x", "version": 1}'),
             "cost: expected the JSON of a CostModel",
         ),
-        (lambda: echo.profile(print, []), "rows: expected at least one row count"),
+        (lambda: echo.cost.profile(print, []), "rows: expected at least one row count"),
     ],
 )
 def test_bad_input_names_the_argument(call, message):

@@ -44,7 +44,7 @@ def test_two_workers_equal_one_process(tmp_path, monkeypatch):
         distributed.Client(cluster) as client,
     ):
         merged = example.reduce(paths, client)
-    alone = echo.ConfidenceHistograms.of(echo.WarmupLog.stream(str(tmp_path / "*.parquet")))
+    alone = echo.gating.ConfidenceHistograms.of(echo.WarmupLog.stream(str(tmp_path / "*.parquet")))
     assert merged == alone
     assert (
         echo.calibrate(merged).to_json()

@@ -18,6 +18,7 @@ from echo.testing import (
     TabularTarget,
     blurred,
     check_scheduler,
+    importers,
     record,
     replay,
     scenarios,
@@ -111,7 +112,7 @@ def policies():
     cost = echo.CostModel.from_samples(
         [1, 8, 16, 32, 64], [1.0, 1.0, 1.0, 2.0, 4.0], draft_layer=0.01
     )
-    gate = echo.ExploringGate(
+    gate = echo.gating.ExploringGate(
         echo.SparseGate(learnt), 0.3, torch.tensor([0.1, 0.9, 0.5], dtype=torch.float32)
     )
     make = echo.ElasticBudgetScheduler
@@ -154,14 +155,14 @@ def engine():
             for _ in range(4):
                 history = history.observe(torch.arange(3), packed, accepted)
             stats = stats.observe(packed, accepted).observe(bare, echo.accept(bare, bare.tokens))
-            rank, taken = echo.draft_labels(tree, packed, accepted)
+            rank, taken = echo.loop.draft_labels(tree, packed, accepted)
             live = (
-                echo.ConfidenceHistograms.empty(3)
+                echo.gating.ConfidenceHistograms.empty(3)
                 .live()
                 .update(packed.depth, packed.score, taken, rank)
             )
             weights = scheduler.gate.weights(tree.layers) if name == "exploring" else None
-            log = echo.warmup_log(tree, packed, accepted, weights=weights)
+            log = echo.loop.warmup_log(tree, packed, accepted, weights=weights)
             forecast = (
                 scheduler.choose_tier(history, torch.arange(3)),
                 scheduler.choose_tier(scheduler.history(3), torch.arange(3)),
@@ -250,10 +251,10 @@ def exported():
             layouts.qq_bias(one.pack(one.begin(torch.tensor([7]), num_verify_tokens=4))),
         ]
         made += [
-            layouts.from_sglang(links),
-            layouts.from_sglang_mask(mask, links.draft_tokens, 5, "QLEN_ONLY"),
+            importers.from_sglang(links),
+            importers.from_sglang_mask(mask, links.draft_tokens, 5, "QLEN_ONLY"),
         ]
-        made += [layouts.from_tensorrt_llm(made[5]), layouts.from_hugging_face(made[8])]
+        made += [importers.from_tensorrt_llm(made[5]), importers.from_hugging_face(made[8])]
         found += [packed, made]
     return found
 
@@ -269,7 +270,7 @@ def decoded():
     for policy in policies().values():
         policy = (
             policy
-            if not isinstance(policy.gate, echo.ExploringGate)
+            if not isinstance(policy.gate, echo.gating.ExploringGate)
             else dataclasses.replace(policy, gate=None)
         )
         drafter = echo.PromptLookup(2, 16, TabularDrafter(blurred(own, 4), 3, torch.float16))

@@ -121,7 +121,7 @@ def test_decode_waits_in_one_place(name, device, monkeypatch):
             for request, tokens in zip(step.requests, step.emitted, strict=True):
                 admitted += not texts[request]
                 texts[request] += tokens
-            outcomes = echo.draft_labels(step.tree, step.packed, step.accepted)
+            outcomes = echo.loop.draft_labels(step.tree, step.packed, step.accepted)
             places = (
                 *outcomes,
                 step.packed.tokens,
@@ -177,7 +177,7 @@ def test_speculate_plans_from_what_the_host_knows(device):
         "limits": torch.full((4,), 2, device=device),
     }
     with RefuseHost():
-        step, history = echo.speculate(
+        step, history = echo.loop.speculate(
             scheduler, Target(), Drafter(), slots, slots + 5, history, **options
         )
     assert step.tier == options["forecast"] and history.steps.device.type == device
@@ -185,11 +185,11 @@ def test_speculate_plans_from_what_the_host_knows(device):
         with pytest.raises(
             NotImplementedError, match="Cannot copy out of meta"
         ):  # without one it copies
-            echo.speculate(
+            echo.loop.speculate(
                 scheduler, Target(), Drafter(), slots, slots + 5, history, early_stop=False
             )
     else:
-        again, _ = echo.speculate(scheduler, Target(), Drafter(), slots, slots + 5, history)
+        again, _ = echo.loop.speculate(scheduler, Target(), Drafter(), slots, slots + 5, history)
         assert again.tier == scheduler.choose_tier(history.to("cpu"), slots.tolist())
 
 

@@ -41,7 +41,7 @@ def step(scheduler, roots, live, tokens, log_probs, target, context, pages, coun
     accepted = echo.accept(packed, target).truncate(
         eos_tokens=tokens[0][0, 0], max_new_tokens=context
     )
-    rank, taken = echo.draft_labels(tree, packed, accepted)
+    rank, taken = echo.loop.draft_labels(tree, packed, accepted)
     lists = compact(packed, accepted, context, page_table=pages, page_size=2, pad_slot_id=0)
     history = scheduler.history(8).observe(torch.arange(4), packed, accepted)
     stats = echo.StepStats(counts).observe(packed, accepted)

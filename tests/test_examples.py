@@ -400,7 +400,7 @@ def test_what_a_step_of_the_engine_launches(smollm2):
     scheduler = echo.ElasticBudgetScheduler(
         echo.TwoLevel(3, 4), echo.SparseGate({1: 0.1, 3: 0.05}), 12, 3
     )
-    make = lambda made: GraphEagle(made.model, 1, beam=3, depth=3, fused=True)  # noqa: E731
+    make = lambda made: GraphEagle(made.model, 1, beam=3, depth=3, fused=True)
     made = Engine(
         model,
         scheduler,

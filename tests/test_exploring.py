@@ -31,8 +31,8 @@ def one_step(gate):
         tree = scheduler.grow(tree, *DRAFTER.draft(torch.arange(VOCAB), tree.frontier))
     packed = scheduler.pack(tree)
     sampled = TARGET[packed.tokens].argmax(dim=-1)
-    plan, seconds = echo.Tier(DEPTH, tree.num_verify_tokens), echo.Seconds()
-    return echo.Step(
+    plan, seconds = echo.budget.Tier(DEPTH, tree.num_verify_tokens), echo.loop.Seconds()
+    return echo.loop.Step(
         tree,
         packed,
         echo.accept(packed, sampled),
@@ -45,14 +45,14 @@ def one_step(gate):
 
 
 def explored(epsilon, uniforms):
-    gate = echo.ExploringGate(GATE, epsilon, uniforms)
+    gate = echo.gating.ExploringGate(GATE, epsilon, uniforms)
     step = one_step(gate)
     return step, step.log(weights=gate.weights(step.tree.layers))
 
 
 def weights_of(log):
     """int64 [depths, ranks, kinds, bins]."""
-    return echo.ConfidenceHistograms.empty(DEPTH).add(log).mass[WEIGHT]
+    return echo.gating.ConfidenceHistograms.empty(DEPTH).add(log).mass[WEIGHT]
 
 
 def test_the_expectation_over_the_coin_is_the_ungated_log_exactly():
@@ -150,7 +150,7 @@ def test_a_log_that_bears_the_mark_of_a_gate_is_refused():
         echo.calibrate(log(c1 > 0.4))
     for hidden in (
         replace(log(c1 > 0.4), step=np.arange(n + int((c1 > 0.4).sum()))),
-        echo.ConfidenceHistograms.of(log(c1 > 0.4)),
+        echo.gating.ConfidenceHistograms.of(log(c1 > 0.4)),
     ):
         with pytest.warns(
             UserWarning,
@@ -211,7 +211,7 @@ def test_weights_by_hand():
             (3, [0.7, 0.2, 0.2, 0.05]),
         )
     ]
-    gate = echo.ExploringGate(
+    gate = echo.gating.ExploringGate(
         echo.SparseGate({1: 0.5, 3: 0.1}), 0.125, torch.tensor([0.5, 0.5, 0.1, 0.9])
     )
     assert gate.weights(layers).tolist() == [
@@ -231,7 +231,7 @@ def test_uniforms_are_an_input_of_one_graph():
     """A captured step makes the wrapper inside and takes fresh uniforms each time: one graph, the same plan."""
 
     def step(uniforms, tokens, log_probs):
-        gate = echo.ExploringGate(GATE, 0.3, uniforms)
+        gate = echo.gating.ExploringGate(GATE, 0.3, uniforms)
         scheduler = replace(FREE, gate=gate, max_depth=1)
         tree = scheduler.grow(scheduler.begin(torch.arange(VOCAB)), tokens, log_probs)
         return scheduler.pack(tree).tokens, gate.weights(tree.layers)
@@ -255,11 +255,11 @@ def test_epsilon_one_is_no_gate():
     ("call", "message"),
     [
         (
-            lambda: echo.ExploringGate(GATE, 0.0, torch.rand(3)),
+            lambda: echo.gating.ExploringGate(GATE, 0.0, torch.rand(3)),
             "epsilon: expected a number from 0.0009765625 to 1.0, got 0.0",
         ),
         (
-            lambda: echo.ExploringGate(GATE, 0.1, torch.rand(3, 2)),
+            lambda: echo.gating.ExploringGate(GATE, 0.1, torch.rand(3, 2)),
             r"uniforms: expected .* \[B\], got float32 \[3, 2\]",
         ),
     ],

@@ -292,7 +292,7 @@ def test_fused_layers_are_those_of_torchs_operations(drafters, dtype):
     for one, two in zip(step(theirs, *data), step(mine, *data), strict=True):
         if one.is_floating_point():
             assert torch.equal(one.isinf(), two.isinf())
-            one, two = (x.float().nan_to_num(neginf=0) for x in (one, two))  # noqa: PLW2901
+            one, two = (x.float().nan_to_num(neginf=0) for x in (one, two))
             assert float((one - two).norm() / one.norm()) < near
         elif dtype == torch.float32:
             assert torch.equal(one, two)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import echo
+from echo.testing import importers
 from echo.tree import layouts
 from forests import forest
 
@@ -187,7 +188,7 @@ def links(token, sibling, n=4):
 )
 def test_bad_links(token, sibling, message):
     with pytest.raises(echo.EchoError, match=message):
-        layouts.from_sglang(links(token, sibling))
+        importers.from_sglang(links(token, sibling))
 
 
 @pytest.mark.parametrize(
@@ -215,15 +216,15 @@ def test_bad_masks(rows, message):
     good = [[1, 0, 0], [1, 1, 0], [1, 1, 1]]
     mask = torch.tensor([good, rows]).bool()
     with pytest.raises(echo.EchoError, match=message):
-        layouts.from_sglang_mask(mask, torch.arange(6), 3, "QLEN_ONLY")
+        importers.from_sglang_mask(mask, torch.arange(6), 3, "QLEN_ONLY")
     with pytest.raises(
         echo.EchoError, match="token: request 0, row 1: expected a token >= 0, got -1"
     ):
-        layouts.from_sglang_mask(
+        importers.from_sglang_mask(
             torch.tensor([good, good]).bool(), torch.tensor([1, -1, 2, 3, 4, 5]), 3, "QLEN_ONLY"
         )
     with pytest.raises(echo.EchoError, match=r"lengths: request 1: expected 0 to 3 rows, got 4"):
-        layouts.from_sglang_mask(
+        importers.from_sglang_mask(
             torch.tensor([good, good]).bool(),
             torch.arange(6),
             3,
@@ -238,17 +239,17 @@ def test_importers_refuse_indptrs_and_lengths_that_fit_no_mask():
     wrong = torch.tensor([0, 4, 3]).int()
     xqa = layouts.flashinfer_xqa(packed)
     for call, message in [
-        (lambda: layouts.from_flashinfer(dataclasses.replace(mask, qo_indptr=wrong), packed.tokens), r"qo_indptr: expected numbers rising"),
-        (lambda: layouts.from_flashinfer(mask, packed.tokens[:5]), r"qo_indptr: expected .* at most 5, got \[0, 3, 6\]"),
-        (lambda: layouts.from_flashinfer(dataclasses.replace(mask, kv_lens=torch.tensor([6, 2])), packed.tokens),
+        (lambda: importers.from_flashinfer(dataclasses.replace(mask, qo_indptr=wrong), packed.tokens), r"qo_indptr: expected numbers rising"),
+        (lambda: importers.from_flashinfer(mask, packed.tokens[:5]), r"qo_indptr: expected .* at most 5, got \[0, 3, 6\]"),
+        (lambda: importers.from_flashinfer(dataclasses.replace(mask, kv_lens=torch.tensor([6, 2])), packed.tokens),
          r"kv_lens: request 1: expected at least its 3 rows, got 2"),
-        (lambda: layouts.from_flashinfer(dataclasses.replace(mask, mask=mask.mask[:5]), packed.tokens),
+        (lambda: importers.from_flashinfer(dataclasses.replace(mask, mask=mask.mask[:5]), packed.tokens),
          r"mask: request 1: expected at least 45 entries, got 40"),
-        (lambda: layouts.from_chains(dataclasses.replace(chain, qo_indptr=wrong)), r"qo_indptr: expected numbers rising"),
-        (lambda: layouts.from_flashinfer_xqa(xqa, wrong, packed.tokens), r"indptr: expected numbers rising"),
-        (lambda: layouts.from_flashinfer_xqa(xqa.int(), packed.indptr, packed.tokens), r"mask: expected uint16 \[8, halves\], got int32"),
-        (lambda: layouts.from_qq_bias(torch.zeros(8, 7), packed.tokens), r"bias: expected float32 \[8, 8\], got float32 \[8, 7\]"),
-        (lambda: layouts.from_sglang_mask(torch.ones(99).bool(), torch.arange(6), 3, "FULL_MASK", prefix_lens=torch.tensor([1, -1])),
+        (lambda: importers.from_chains(dataclasses.replace(chain, qo_indptr=wrong)), r"qo_indptr: expected numbers rising"),
+        (lambda: importers.from_flashinfer_xqa(xqa, wrong, packed.tokens), r"indptr: expected numbers rising"),
+        (lambda: importers.from_flashinfer_xqa(xqa.int(), packed.indptr, packed.tokens), r"mask: expected uint16 \[8, halves\], got int32"),
+        (lambda: importers.from_qq_bias(torch.zeros(8, 7), packed.tokens), r"bias: expected float32 \[8, 8\], got float32 \[8, 7\]"),
+        (lambda: importers.from_sglang_mask(torch.ones(99).bool(), torch.arange(6), 3, "FULL_MASK", prefix_lens=torch.tensor([1, -1])),
          r"context: request 1: expected tokens >= 0, got -1"),
     ]:  # fmt: skip
         with pytest.raises(echo.EchoError, match=message):

@@ -251,7 +251,7 @@ def test_context_is_cut_at_the_page_table():
 @pytest.mark.parametrize("seed", range(4))
 def test_the_work_list_covers_every_tile_and_block_once(seed, splits):
     generator = torch.Generator().manual_seed(seed)
-    draw = lambda high, n: torch.randint(0, high, (n,), generator=generator)  # noqa: E731
+    draw = lambda high, n: torch.randint(0, high, (n,), generator=generator)
     batch, group, tile, keys, target = 9, 3, 16, 16, 6
     rows, context = draw(30, batch) * (draw(4, batch) > 0), draw(400, batch) * (draw(3, batch) > 0)
     indptr = torch.cat([torch.zeros(1, dtype=torch.int64), rows.cumsum(0)]).int().to(DEVICE)
@@ -331,7 +331,7 @@ def test_launchers_read_nothing_back(monkeypatch):
 def test_the_walk_equals_the_twin_whatever_the_links_are(rows, pads, max_depth, seed):
     generator = torch.Generator().manual_seed(seed)
     count = sum(rows) + pads
-    draw = lambda low, high: torch.randint(low, high, (count,), generator=generator).to(DEVICE)  # noqa: E731
+    draw = lambda low, high: torch.randint(low, high, (count,), generator=generator).to(DEVICE)
     indptr = torch.tensor([0, *rows]).cumsum(0).int().to(DEVICE)
     parent, tokens, target = draw(-3, 9).int(), draw(-1, 3), draw(-1, 3)
     expected = reference.accept(parent, indptr, tokens, target, max_depth)

@@ -12,7 +12,8 @@ import torch
 import echo
 import trees
 from conftest import grow_all
-from echo import checks, kernels
+from echo import _checks as checks
+from echo import kernels
 from echo.gating import ConfidenceHistograms
 from echo.testing import TabularDrafter, TabularTarget, table
 from echo.tree import layouts

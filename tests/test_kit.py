@@ -70,7 +70,9 @@ class Overshoot(echo.TwoLevel):
     """The published pseudo-code: who finds any budget takes a whole layer."""
 
     def commit(self, layer, passed, room, left):
-        return super().commit(layer, passed, room, torch.where(left > 0, left + self.beam - 1, left))
+        return super().commit(
+            layer, passed, room, torch.where(left > 0, left + self.beam - 1, left)
+        )
 
 
 class WidthFirst(echo.TwoLevel):
@@ -287,7 +289,7 @@ def test_a_step_that_is_not_the_plan_of_its_tree_is_refused(name, change):
 
 @given(strategies.logs())
 def test_drawn_logs_survive_the_round_trip_through_histograms(log):
-    counts = echo.ConfidenceHistograms.of(log)
+    counts = echo.gating.ConfidenceHistograms.of(log)
     assert counts.rows == len(log)
 
 

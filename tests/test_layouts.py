@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import echo
+from echo.testing import importers
 from echo.testing.kit import RefuseSyncs
 from echo.tree import compact, layouts
 from echo.tree.packed import pack
@@ -134,7 +135,7 @@ def test_sglang_links_are_the_oracle_and_come_back(case, more, cut):
         assert links.positions[b * n : b * n + n].tolist() == [int(context[b]) + d for d in depths]
     if not cut:
         same(
-            layouts.from_sglang(
+            importers.from_sglang(
                 links, num_nodes=case.packed.indptr.diff(), num_rows=case.packed.num_rows
             ),
             case.packed,
@@ -156,7 +157,7 @@ def test_sglang_links_with_siblings_in_any_order_are_the_same_trees(case, seed):
                 (first if row == up else after)[b, row] = following
     turned = dataclasses.replace(links, retrive_next_token=first, retrive_next_sibling=after)
     same(
-        layouts.from_sglang(
+        importers.from_sglang(
             turned, num_nodes=case.packed.indptr.diff(), num_rows=case.packed.num_rows
         ),
         case.packed,
@@ -186,7 +187,7 @@ def test_masks_with_rows_in_any_order_are_the_same_trees(case, seed):
         for i, row in enumerate(order):
             tokens[b, i] = case.rows(b)[row].token
             mask[b, i, : len(order)] = torch.tensor([sees[row][other] for other in order])
-    back = layouts.from_sglang_mask(
+    back = importers.from_sglang_mask(
         mask, tokens.flatten(), n, "QLEN_ONLY", num_nodes=case.packed.indptr.diff()
     )
     back.validate()
@@ -204,7 +205,7 @@ def test_sglang_masks_are_the_oracle_and_come_back(case, more):
     back = {"lengths": case.packed.indptr.diff(), "rows": case.packed.num_rows}
     short = layouts.sglang_mask(case.packed, n, "QLEN_ONLY")
     assert short.tolist() == squares
-    same(layouts.from_sglang_mask(short, links.draft_tokens, n, "QLEN_ONLY", **back), case.packed)
+    same(importers.from_sglang_mask(short, links.draft_tokens, n, "QLEN_ONLY", **back), case.packed)
     flat = [
         on for b in range(case.batch) for row in squares[b] for on in [True] * int(context[b]) + row
     ]
@@ -213,7 +214,7 @@ def test_sglang_masks_are_the_oracle_and_come_back(case, more):
     )
     assert full.tolist() == flat + [True] * more
     same(
-        layouts.from_sglang_mask(
+        importers.from_sglang_mask(
             full, links.draft_tokens, n, "FULL_MASK", prefix_lens=context, **back
         ),
         case.packed,
@@ -230,7 +231,7 @@ def test_sglang_masks_are_the_oracle_and_come_back(case, more):
         sum(on << j for j, on in enumerate(row)) for own in squares for row in own
     ]
     same(
-        layouts.from_sglang_mask(bits, links.draft_tokens, n, "QLEN_ONLY_BITPACKING", **back),
+        importers.from_sglang_mask(bits, links.draft_tokens, n, "QLEN_ONLY_BITPACKING", **back),
         case.packed,
     )
 
@@ -255,7 +256,7 @@ def test_masks_of_fewer_rows_are_those_of_the_first_rows(case):
         )
     words = layouts.tensorrt_llm(case.packed, n)
     assert words.generation_lengths.tolist() == [min(n, len(own)) for own in case.selected]
-    cut = layouts.from_tensorrt_llm(words)
+    cut = importers.from_tensorrt_llm(words)
     cut.validate(max_verify_tokens_per_req=n)
     assert layouts.sglang_mask(cut, n, "QLEN_ONLY").tolist() == squares
 
@@ -333,7 +334,7 @@ def test_flashinfer_masks_are_the_oracle_and_come_back(case, more):
             (int(context[b]) + len(own)) * bool(own) for b, own in enumerate(case.selected)
         ]
         same(
-            layouts.from_flashinfer(mask, case.packed.tokens, num_rows=case.packed.num_rows),
+            importers.from_flashinfer(mask, case.packed.tokens, num_rows=case.packed.num_rows),
             case.packed,
         )
         if len(expected) > 1:  # a buffer too small is never written beyond
@@ -347,7 +348,7 @@ def test_flashinfer_masks_are_the_oracle_and_come_back(case, more):
     whole = halves.int().view(case.packed.num_rows, -1, 2)
     assert torch.equal(whole[..., 0] | whole[..., 1] << 16, case.packed.mask)
     same(
-        layouts.from_flashinfer_xqa(
+        importers.from_flashinfer_xqa(
             halves, case.packed.indptr, case.packed.tokens, num_rows=case.packed.num_rows
         ),
         case.packed,
@@ -369,7 +370,7 @@ def test_tensorrt_words_are_the_oracle_and_come_back(case, more):
             assert words == [
                 sum(on << j for j, on in enumerate(row[w : w + 32])) for w in range(0, n, 32)
             ]
-    same(layouts.from_tensorrt_llm(links, num_rows=case.packed.num_rows), case.packed)
+    same(importers.from_tensorrt_llm(links, num_rows=case.packed.num_rows), case.packed)
 
 
 @given(cases(), st.sampled_from([torch.bool, torch.float32, torch.float16]))
@@ -382,7 +383,7 @@ def test_hugging_face_mask_is_the_oracle_and_comes_back(case, dtype):
         assert mask[b, 0].tolist() == [own + pad + row for row in square(case, b, n)]
     assert dtype == torch.bool or inputs.attention_mask.min() in (0, torch.finfo(dtype).min)
     same(
-        layouts.from_hugging_face(
+        importers.from_hugging_face(
             inputs, num_nodes=case.packed.indptr.diff(), num_rows=case.packed.num_rows
         ),
         case.packed,
@@ -475,7 +476,7 @@ def test_chains_lose_nothing_of_chains(case):
     whole = sum(len(own) for own in case.selected)
     chain = layouts.chains(case.packed)
     assert chain.rows[:whole].tolist() == list(range(whole))
-    same(layouts.from_chains(chain), case.packed)
+    same(importers.from_chains(chain), case.packed)
 
 
 def test_vllm_metadata_of_a_known_batch():
@@ -501,7 +502,7 @@ def test_qq_bias_is_the_oracle_and_comes_back(case):
     assert (bias == 0).tolist()[:real] == square(case, 0, rows)[:real]
     assert ((bias == 0) | (bias == -torch.inf)).all() and (bias == 0).any(1).all()
     if real:
-        same(layouts.from_qq_bias(bias, case.packed.tokens), case.packed)
+        same(importers.from_qq_bias(bias, case.packed.tokens), case.packed)
     two = forest(0, 2, 4, empty=False).packed
     with pytest.raises(echo.EchoError, match="packed: expected one request"):
         layouts.qq_bias(two)
@@ -613,8 +614,8 @@ def test_bad_input_names_the_argument():
          r"past: expected None, to go with page_table, got 4"),
         (lambda: compact(packed, echo.accept(packed, packed.tokens), good, past_len=-1), r"past: expected an int >= 0, got -1"),
         (lambda: packed.slot_mapping(good, torch.zeros(2, 3).int(), 0, 0), r"page_size: expected an int >= 1, got 0"),
-        (lambda: layouts.from_sglang_mask(torch.ones(2, 9, 9).bool(), torch.arange(18), 9, "FULL_MASK"), r"mode: expected"),
-        (lambda: layouts.from_sglang_mask(torch.ones(9).bool(), torch.arange(2), 1, "FULL_MASK", prefix_lens=torch.tensor([3, 20])),
+        (lambda: importers.from_sglang_mask(torch.ones(2, 9, 9).bool(), torch.arange(18), 9, "FULL_MASK"), r"mode: expected"),
+        (lambda: importers.from_sglang_mask(torch.ones(9).bool(), torch.arange(2), 1, "FULL_MASK", prefix_lens=torch.tensor([3, 20])),
          r"mask: request 1: expected at least 25 entries, got 9"),
     ]:  # fmt: skip
         with pytest.raises(echo.EchoError, match=message):
@@ -624,4 +625,4 @@ def test_bad_input_names_the_argument():
     with pytest.raises(
         echo.EchoError, match="mask: request 0, row 0: expected the whole context visible"
     ):
-        layouts.from_flashinfer(mask, packed.tokens)
+        importers.from_flashinfer(mask, packed.tokens)

@@ -85,9 +85,9 @@ def test_a_glob_loads_all_files_and_keeps_their_steps_apart(tmp_path):
     whole = echo.WarmupLog.load(tmp_path / "day*")
     assert same(whole, echo.WarmupLog.concat(parts))
     assert len(np.unique(whole.step)) == 6
-    assert echo.ConfidenceHistograms.of(
+    assert echo.gating.ConfidenceHistograms.of(
         echo.WarmupLog.stream(tmp_path / "day*")
-    ) == echo.ConfidenceHistograms.of(whole)
+    ) == echo.gating.ConfidenceHistograms.of(whole)
     with pytest.raises(
         echo.EchoError, match=r"path: expected files that match .*night\*, got none"
     ):

@@ -675,7 +675,7 @@ def test_buffers_with_gaps_are_written_where_they_are():
     history, stats = scheduler.history(3), echo.StepStats.empty()
     with kernels.using("triton"), checked():
         accepted = echo.accept(
-            packed, target, out=echo.Accepted(**{k: gaps(v) for k, v in vars(wanted).items()})
+            packed, target, out=echo.tree.Accepted(**{k: gaps(v) for k, v in vars(wanted).items()})
         )
         known = history.observe(
             lanes,

@@ -79,7 +79,7 @@ def test_a_root(backend):
     lists = echo.compact(packed, accepted, torch.tensor([5, 9]))
     assert lists.prefix_lens.tolist() == [5, 12] and not lists.valid[0].any()
     assert torch.equal(lists.source[0], lists.target[0])
-    log = echo.warmup_log(tree, packed, accepted)
+    log = echo.loop.warmup_log(tree, packed, accepted)
     assert log.step.tolist() == [1, 1] and log.accepted.tolist() == [True, True]
     with kernels.using(backend):
         history = scheduler.history(2).observe(torch.arange(2), packed, accepted)
@@ -96,20 +96,20 @@ def test_the_log_takes_the_draft_at_which_a_walk_was_cut_for_accepted_and_leaves
     _, tree, packed = chain(1, 2, 3, roots=(7, 8), max_depth=3)
     accepted = echo.accept(packed, torch.tensor([1, 2, -1, 0, 1, 0, 0, 0]))
     assert accepted.num_accepted_drafts.tolist() == [2, 1]
-    log = echo.warmup_log(tree, packed, accepted)
+    log = echo.loop.warmup_log(tree, packed, accepted)
     assert list(zip(log.step.tolist(), log.depth.tolist(), log.accepted.tolist(), strict=True)) == [
         (0, 1, True), (0, 2, True), (1, 1, True), (1, 2, False), (1, 3, False)
     ]  # fmt: skip
     with RefuseSyncs():
-        rank, taken = echo.draft_labels(tree, packed, accepted)
+        rank, taken = echo.loop.draft_labels(tree, packed, accepted)
         live = (
-            echo.ConfidenceHistograms.empty(3)
+            echo.gating.ConfidenceHistograms.empty(3)
             .live()
             .update(packed.depth, packed.score, taken, rank)
         )
     assert rank.tolist() == [0, 0, 0, -1, 0, 0, 0, 0]
-    assert live.snapshot() == echo.ConfidenceHistograms.empty(3).merge(
-        echo.ConfidenceHistograms.of([log])
+    assert live.snapshot() == echo.gating.ConfidenceHistograms.empty(3).merge(
+        echo.gating.ConfidenceHistograms.of([log])
     )
 
 

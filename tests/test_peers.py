@@ -26,7 +26,7 @@ import torch
 
 import echo
 from echo.kernels.reference import tree_attention
-from echo.testing import TabularDrafter, table
+from echo.testing import TabularDrafter, importers, table
 from echo.tree import layouts
 from forests import forest, paths
 
@@ -336,7 +336,7 @@ def test_its_beam_draws_our_eagle_trees(peer, n):
         n,
         spec.TreeMaskMode.QLEN_ONLY,
     )
-    its = layouts.from_sglang(
+    its = importers.from_sglang(
         layouts.SGLangLinks(torch.cat([roots[:, None], drafts], 1).flatten(), positions, *links)
     )
 

@@ -95,8 +95,10 @@ def test_zero_requests_are_a_step_of_pads(name, rows, backend):
             stats.observe(packed, accepted).read(),
         )
         assert after.num_steps == 1 and not after.steps.any()
-        assert counts == echo.StepCounts(steps=1, layers=tree.depth, pad_tokens=packed.num_rows)
-        assert len(echo.warmup_log(tree, packed, accepted)) == 0
+        assert counts == echo.stats.StepCounts(
+            steps=1, layers=tree.depth, pad_tokens=packed.num_rows
+        )
+        assert len(echo.loop.warmup_log(tree, packed, accepted)) == 0
         wire = packed.to_buffer()
         assert torch.equal(
             echo.PackedTree.from_buffer(
@@ -111,7 +113,7 @@ def test_no_prompts_are_no_steps():
     assert not list(
         echo.decode(POLICIES["eagle"], target, None, [], max_num_reqs=3, max_new_tokens=5)
     )
-    step, history = echo.speculate(
+    step, history = echo.loop.speculate(
         POLICIES["goodput"], target, None, NONE, NONE, POLICIES["goodput"].history(3)
     )
     assert step.packed.num_rows == 0 and history.num_steps == 1
@@ -121,13 +123,13 @@ def test_idle_ranks_agree():
     scheduler = POLICIES["goodput"]
     history = scheduler.history(4)
     idle = scheduler.tier_curve(history, NONE)
-    assert scheduler.agree_on_tier(np.stack([idle, idle]), 1) == echo.Tier(0, 0)
+    assert scheduler.agree_on_tier(np.stack([idle, idle]), 1) == echo.budget.Tier(0, 0)
     assert scheduler.agree_on_tier(
         np.stack([idle, scheduler.tier_curve(history, [], num_other_tokens=5)]), 0
-    ) == echo.Tier(0, 5)
+    ) == echo.budget.Tier(0, 5)
     assert scheduler.agree_on_tier(
         np.stack([idle, scheduler.tier_curve(history, [], num_other_tokens=5)]), 1
-    ) == echo.Tier(0, 0)
+    ) == echo.budget.Tier(0, 0)
     busy = scheduler.tier_curve(history, [0, 2])
     plans = [scheduler.agree_on_tier(np.stack([idle, busy]), rank) for rank in (0, 1)]
     assert plans[0] == plans[1] and plans[0].num_verify_tokens >= 2
@@ -242,10 +244,10 @@ def test_more_live_requests_than_rows_wait_and_are_counted(name, rows, backend):
         )
         after = history.observe(torch.arange(12), packed, accepted)
         assert not (after.steps[:, :-1] > 0)[:, ~served].any()
-    assert (packed.status[served] != echo.Status.EMPTY).all() and packed.status[
+    assert (packed.status[served] != echo.tree.Status.EMPTY).all() and packed.status[
         1
-    ] == echo.Status.EMPTY
-    assert (packed.status[live & ~served] == echo.Status.STARVED).all()
+    ] == echo.tree.Status.EMPTY
+    assert (packed.status[live & ~served] == echo.tree.Status.STARVED).all()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -351,7 +353,7 @@ def test_what_lies_behind_the_end_of_an_answer_counts_nowhere(ends):
     )
     counts = echo.StepStats.empty().observe(packed, accepted).read()
     assert (counts.emitted_tokens, counts.accepted_drafts, counts.no_output) == (1, 0, 0)
-    log = echo.warmup_log(tree, packed, accepted)
+    log = echo.loop.warmup_log(tree, packed, accepted)
     assert (log.depth.tolist(), log.accepted.tolist()) == (
         [1],
         [True],
@@ -403,7 +405,7 @@ def test_where_an_answer_ends(tokens, ends, expected):
 def test_an_engine_that_discards_what_it_verified(backend):
     scheduler, tree, packed = chain()
     none = torch.full((1, 4), -1)
-    accepted = echo.Accepted(none, none, torch.tensor([0]), torch.tensor([-1]))
+    accepted = echo.tree.Accepted(none, none, torch.tensor([0]), torch.tensor([-1]))
     counts = echo.StepStats.empty().observe(packed, accepted).read()
     assert (counts.accepted_drafts, counts.emitted_tokens, counts.no_output, counts.requests) == (
         0,
@@ -419,7 +421,7 @@ def test_an_engine_that_discards_what_it_verified(backend):
         and not history.acceptance_histogram.any()
         and not history.expected.any()
     )
-    assert len(echo.warmup_log(tree, packed, accepted)) == 0
+    assert len(echo.loop.warmup_log(tree, packed, accepted)) == 0
 
 
 def test_steps_of_decode_say_what_the_user_saw():

@@ -17,7 +17,7 @@ MODULES = [
     importlib.import_module(f"echo{name}")
     for name in ("", ".cost", ".gating", ".kernels", ".testing", ".tree", ".tree.layouts")
 ]
-PROTOCOLS = (echo.Drafter, echo.Gate, echo.Rule, echo.Target)
+PROTOCOLS = (echo.Drafter, echo.gating.Gate, echo.budget.Rule, echo.Target)
 REFERENCE = (Path(__file__).parents[1] / "docs" / "api.md").read_text()
 ELSEWHERE = re.compile(r"(?:[Ss]ee|[Aa]s|[Aa]s in|what) :(?:meth|func|class|mod):`")
 
@@ -134,17 +134,20 @@ ACCEPTED = echo.accept(PACKED, torch.zeros(6, dtype=torch.int64))
         (lambda: echo.SparseGate(0.5), "thresholds: expected a Mapping, got float"),
         (lambda: echo.calibrate([LOG]), "log: expected a ConfidenceHistograms, got list"),
         (
-            lambda: echo.ConfidenceHistograms.of([LOG, LOG.depth]),
+            lambda: echo.gating.ConfidenceHistograms.of([LOG, LOG.depth]),
             "logs: expected a WarmupLog, got ndarray",
         ),
         (lambda: echo.WarmupLog.concat(["a.npz"]), "logs: expected a WarmupLog, got str"),
         (
-            lambda: echo.ConfidenceHistograms.of(LOG).merge(LOG),
+            lambda: echo.gating.ConfidenceHistograms.of(LOG).merge(LOG),
             "other: expected a ConfidenceHistograms, got WarmupLog",
         ),
-        (lambda: echo.DriftMonitor(LOG), "calibration: expected a Calibration, got WarmupLog"),
         (
-            lambda: echo.DriftMonitor(echo.calibrate(LOG)).check(LOG),
+            lambda: echo.gating.DriftMonitor(LOG),
+            "calibration: expected a Calibration, got WarmupLog",
+        ),
+        (
+            lambda: echo.gating.DriftMonitor(echo.calibrate(LOG)).check(LOG),
             "live: expected a ConfidenceHistograms, got WarmupLog",
         ),
         (
@@ -152,7 +155,7 @@ ACCEPTED = echo.accept(PACKED, torch.zeros(6, dtype=torch.int64))
             "packed: expected a PackedTree, got SuperTree",
         ),
         (
-            lambda: echo.warmup_log(PACKED, TREE, ACCEPTED),
+            lambda: echo.loop.warmup_log(PACKED, TREE, ACCEPTED),
             "tree: expected a SuperTree, got PackedTree",
         ),
         (

@@ -33,7 +33,7 @@ CALIBRATION = echo.calibrate(LOG)
 def test_isotonic_regression_equals_scikit_learn_on_the_binned_rows_and_is_close_on_the_raw_ones():
     isotonic = pytest.importorskip("sklearn.isotonic")
     log = rows_of(30_000, 3, depths=1, ranks=1)
-    rejected, accepted = echo.ConfidenceHistograms.of(log).mass[ROWS, 0].sum(axis=0)
+    rejected, accepted = echo.gating.ConfidenceHistograms.of(log).mass[ROWS, 0].sum(axis=0)
     filled = np.flatnonzero(rejected + accepted)
     weight, hits = (rejected + accepted)[filled], accepted[filled]
     fitted = (

@@ -57,7 +57,7 @@ def test_rows_are_left_over_only_if_nothing_is_left_to_buy(policy, seed, ties):
     buyable = (torch.isfinite(tree.forest.score) & ~selected).any(1) & (room > 0)
     assert int(selected.sum()) == tree.num_verify_tokens or not buyable.any()
     assert (
-        int(tree.num_remaining) == 0 or not (tree.status == echo.Status.STARVED).any()
+        int(tree.num_remaining) == 0 or not (tree.status == echo.tree.Status.STARVED).any()
     )  # a passing request that found nothing left
 
 
@@ -186,7 +186,7 @@ def test_budget_moves_from_the_doubtful_to_the_confident():
     # rows 6 = 2 roots + request 0's four layers; request 1 fails the root gate (0.3 <= 0.5) and keeps its root
     assert packed.indptr.tolist() == [0, 5, 6]
     assert packed.depth.tolist() == [0, 1, 2, 3, 4, 0]
-    assert packed.status.tolist() == [echo.Status.FINISHED, echo.Status.TRUNCATED]
+    assert packed.status.tolist() == [echo.tree.Status.FINISHED, echo.tree.Status.TRUNCATED]
 
 
 def test_rows_left_widen_a_lone_request():
@@ -204,7 +204,7 @@ def test_rows_left_widen_a_lone_request():
     # depth 1 buys token 1 (0.6); depth 2 has confidence 0.42 <= 0.5: truncated. Left 4 of 6: 4 (0.42), 2 (0.3), 5 (0.12), 3 (0.1)
     assert packed.tokens.tolist() == [7, 1, 2, 3, 4, 5]
     assert packed.parent.tolist() == [-1, 0, 0, 0, 1, 1]
-    assert packed.status.tolist() == [echo.Status.TRUNCATED]
+    assert packed.status.tolist() == [echo.tree.Status.TRUNCATED]
 
 
 def test_confident_requests_buy_first_and_the_last_buyer_gets_a_part():
@@ -214,7 +214,11 @@ def test_confident_requests_buy_first_and_the_last_buyer_gets_a_part():
     tree = scheduler.grow(tree, torch.tensor([[[1, 2]], [[3, 4]], [[5, 6]]]), p.log())
     # 3 rows beyond the roots: request 1 (0.8) buys two, request 2 (0.7) one, request 0 (0.5) passes and finds none
     assert tree.layers[1].committed.tolist() == [[False, False], [True, True], [True, False]]
-    assert tree.status.tolist() == [echo.Status.STARVED, echo.Status.ACTIVE, echo.Status.ACTIVE]
+    assert tree.status.tolist() == [
+        echo.tree.Status.STARVED,
+        echo.tree.Status.ACTIVE,
+        echo.tree.Status.ACTIVE,
+    ]
     assert tree.frontier.active.tolist() == [[False, False], [True, True], [True, False]]
 
 
@@ -261,7 +265,7 @@ def test_what_is_no_log_probability_is_counted_and_never_selected(name):
     )
     packed = scheduler.pack(tree)
     assert packed.invalid.tolist() == [0, 4]
-    assert packed.indptr.tolist() == [0, 5, 6] and packed.status[1] == echo.Status.EXHAUSTED
+    assert packed.indptr.tolist() == [0, 5, 6] and packed.status[1] == echo.tree.Status.EXHAUSTED
     arrays = (
         torch.tensor([[7, 1, 2, 3, 4]]),
         torch.tensor([[-1, 0, 0, 0, 0]]),
@@ -330,7 +334,7 @@ def test_gradients_are_left_behind():
             * torch.arange(4.0),
         )
         history = scheduler.history(3).observe(torch.arange(3), packed, accepted)
-        logged = echo.warmup_log(tree, packed, accepted, weights=probability)
+        logged = echo.loop.warmup_log(tree, packed, accepted, weights=probability)
         columns = (
             packed.depth,
             packed.score,
@@ -338,7 +342,7 @@ def test_gradients_are_left_behind():
             packed.node,
             probability[:, 0].repeat(3),
         )
-        counted = echo.ConfidenceHistograms.empty(3).live().update(*columns)
+        counted = echo.gating.ConfidenceHistograms.empty(3).live().update(*columns)
         blended = blend(
             torch.zeros(3, 3, 2).long(), log_probs, torch.ones(3, 3).long(), probability[:, :3] / 4
         )
@@ -380,7 +384,7 @@ def test_faulty_scores_are_counted_and_touch_nobody_else(bad):
     packed = scheduler.pack(tree)
     assert packed.invalid.tolist() == [0, 3]
     assert packed.indptr.tolist() == [0, 4, 5]  # request 1 keeps its root alone
-    assert packed.status.tolist() == [echo.Status.FINISHED, echo.Status.EXHAUSTED]
+    assert packed.status.tolist() == [echo.tree.Status.FINISHED, echo.tree.Status.EXHAUSTED]
     alone = scheduler.pack(scheduler.grow(scheduler.begin(roots[:1]), tokens[:1], clean[:1]))
     assert packed.tokens[:4].tolist() == alone.tokens[:4].tolist()
 
@@ -397,16 +401,18 @@ def test_capacity_of_one_is_an_opt_out_and_an_empty_slot_costs_nothing():
     )
     packed = scheduler.pack(tree)
     assert packed.indptr.diff().tolist()[:2] == [1, 0]
-    assert packed.status.tolist()[:2] == [echo.Status.EXHAUSTED, echo.Status.EMPTY]
+    assert packed.status.tolist()[:2] == [echo.tree.Status.EXHAUSTED, echo.tree.Status.EMPTY]
 
 
 def test_forecast_switches_speculation_off_where_nothing_is_left():
     scheduler = echo.ElasticBudgetScheduler(echo.GlobalRank(2), budget=16, max_depth=4)
     history = scheduler.history(32)
-    assert scheduler.choose_tier(history, torch.arange(4)) == echo.Tier(4, 16)
-    assert scheduler.choose_tier(history, torch.arange(4), num_other_tokens=10) == echo.Tier(4, 6)
-    assert scheduler.choose_tier(history, torch.arange(16)) == echo.Tier(0, 16)
-    assert scheduler.choose_tier(history, torch.arange(32)) == echo.Tier(0, 32)
+    assert scheduler.choose_tier(history, torch.arange(4)) == echo.budget.Tier(4, 16)
+    assert scheduler.choose_tier(history, torch.arange(4), num_other_tokens=10) == echo.budget.Tier(
+        4, 6
+    )
+    assert scheduler.choose_tier(history, torch.arange(16)) == echo.budget.Tier(0, 16)
+    assert scheduler.choose_tier(history, torch.arange(32)) == echo.budget.Tier(0, 32)
 
 
 COST = echo.CostModel((1, 32, 256), (1.0, 1.0, 8.0), draft_layer=0.02)
@@ -524,10 +530,10 @@ def test_what_is_foreseen_is_the_shrunk_sum_over_slots_layers_and_likelier_bins(
 def test_forecast_of_a_cost_model():
     slots = torch.arange(4)
     history = GOODPUT.history(4)
-    assert GOODPUT.choose_tier(history, slots) == echo.Tier(
+    assert GOODPUT.choose_tier(history, slots) == echo.budget.Tier(
         4, 32
     )  # nothing known: the deepest tree, at the knee
-    assert GOODPUT.choose_tier(history, slots[:0]) == echo.Tier(0, 0)
+    assert GOODPUT.choose_tier(history, slots[:0]) == echo.budget.Tier(0, 0)
     good = bad = history
     for seed in range(6):
         good, bad = (
@@ -541,9 +547,9 @@ def test_forecast_of_a_cost_model():
     assert (
         12 <= GOODPUT.choose_tier(good, slots, num_other_tokens=20).num_verify_tokens < 32
     )  # prefill takes of the flat part
-    assert GOODPUT.choose_tier(replace(bad, num_steps=1), slots, num_other_tokens=200) == echo.Tier(
-        0, 4
-    )
+    assert GOODPUT.choose_tier(
+        replace(bad, num_steps=1), slots, num_other_tokens=200
+    ) == echo.budget.Tier(0, 4)
     assert (
         GOODPUT.choose_tier(replace(bad, num_steps=100), slots, num_other_tokens=200).depth > 0
     )  # a probe
@@ -654,7 +660,7 @@ def test_ranks_agree_on_what_is_best_for_all():
         GOODPUT.choose_tier(history, slots).num_verify_tokens, rel=0.1
     )
     idle = np.stack([GOODPUT.tier_curve(history, slots[:0])] * 2)
-    assert GOODPUT.agree_on_tier(idle, 1) == echo.Tier(0, 0)
+    assert GOODPUT.agree_on_tier(idle, 1) == echo.budget.Tier(0, 0)
     with pytest.raises(
         echo.EchoError, match=r"curves: expected float32 \[ranks, \d+\], got \[2, 5\]"
     ):

@@ -85,7 +85,7 @@ def test_times_of_parts(serve_gpu):
         def elapsed_time(self, other):
             return other - self
 
-    event = lambda *times: [(Event(a), Event(b)) for a, b in times]  # noqa: E731
+    event = lambda *times: [(Event(a), Event(b)) for a, b in times]
     times = {
         "target": event((103, 108), (112, 119)),
         "draft": event((100, 102), (109, 111)),

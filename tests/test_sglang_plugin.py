@@ -21,6 +21,7 @@ import torch
 
 import echo
 from echo.kernels.reference import tree_attention
+from echo.testing import importers
 from echo.tree import layouts
 from engines import around, definitions, sources
 from forests import forest
@@ -204,7 +205,7 @@ def paths(verified):
         verified.retrieve_next_token,
         verified.retrieve_next_sibling,
     )
-    packed = layouts.from_sglang(links)
+    packed = importers.from_sglang(links)
     for b in range(len(verified.draft_token) // n):
         first, end = packed.indptr[b : b + 2].tolist()
         text = []

@@ -108,7 +108,7 @@ def test_what_holds_of_every_step(policy, seed, spoil):
 def test_an_idle_rank_counts_its_pads():
     scheduler = echo.ElasticBudgetScheduler(echo.GlobalRank(2), None, 8, 2)
     _, _, counts = observed(scheduler, scheduler.begin(torch.empty(0, dtype=torch.int64)))
-    assert counts == echo.StepCounts(steps=1, pad_tokens=8)
+    assert counts == echo.stats.StepCounts(steps=1, pad_tokens=8)
     assert counts.tokens_per_step == 0.0
 
 

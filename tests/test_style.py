@@ -9,7 +9,7 @@ import torch
 
 import echo
 from conftest import CALIBRATION
-from echo import style
+from echo import plot
 
 SCHEDULER = echo.ElasticBudgetScheduler(echo.GlobalRank(1), None, 2, 1)
 
@@ -37,7 +37,7 @@ def test_a_policy_has_one_colour_whatever_its_name_says_besides():
         ("global ranking", "global top-K"),
         ("plain", "off", "oracle"),
     ]
-    colours = [{style.of(name) for name in family} for family in families]
+    colours = [{plot.of(name) for name in family} for family in families]
     assert all(len(own) == 1 for own in colours)
     assert len(set().union(*colours)) == len(families)
 

@@ -131,7 +131,7 @@ def test_goodput_calibration_beats_youden_on_its_own_log_and_says_what_it_is_wor
     assert "thresholds by goodput" in str(best)
     assert echo.Calibration.from_json(best.to_json()) == best
     with pytest.raises(echo.EchoError, match="histograms do not keep steps together"):
-        best.refit(echo.ConfidenceHistograms.of(log))
+        best.refit(echo.gating.ConfidenceHistograms.of(log))
 
 
 def test_report_by_hand():
@@ -193,7 +193,7 @@ def test_weighted_steps_may_be_cut_short_by_the_gate():
         ),
         (
             lambda log: echo.calibrate(
-                echo.ConfidenceHistograms.of(log), thresholds="goodput", cost=COST
+                echo.gating.ConfidenceHistograms.of(log), thresholds="goodput", cost=COST
             ),
             "thresholds: expected 'youden' for histograms, got 'goodput': what a threshold is worth depends on which rows belong",
         ),

@@ -268,9 +268,9 @@ def test_a_ready_made_tree_may_be_ragged():
     packed = scheduler.pack(grown)
     assert packed.tokens.tolist() == [7, 1, 2, 3, 8, 9, 0, 0, 0]
     assert packed.status.tolist() == [
-        echo.Status.ACTIVE,
-        echo.Status.TRUNCATED,
-        echo.Status.EXHAUSTED,
+        echo.tree.Status.ACTIVE,
+        echo.tree.Status.TRUNCATED,
+        echo.tree.Status.EXHAUSTED,
     ]
     assert packed.invalid.tolist() == [0, 0, 0]
     with pytest.raises(

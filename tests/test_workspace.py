@@ -174,7 +174,7 @@ def test_every_tier_plans_as_the_scheduler_does(name, backend):
         pytest.importorskip("triton")
     steps = [(4, 3, 40), (2, 1, 7), (4, 2, 16), (1, 3, 30), (3, 3, 3)]
     with kernels.using(backend):
-        check(SCHEDULERS[name], 4, 40, steps, echo.Graphs("cpu"))
+        check(SCHEDULERS[name], 4, 40, steps, echo.workspace.Graphs("cpu"))
 
 
 @settings(max_examples=25)
@@ -190,7 +190,7 @@ def test_any_policy(policy, seed, drawn):
         lanes,
         rows,
         drawn.draw(st.lists(tier, min_size=1, max_size=3)),
-        echo.Graphs("cpu"),
+        echo.workspace.Graphs("cpu"),
         seed,
     )
 
@@ -245,7 +245,7 @@ def test_with_kernels_nothing_is_allocated(name):
     scheduler = SCHEDULERS[name]
     parts = Parts(scheduler, 4, 40)
     with kernels.using("triton"):
-        parts.step(echo.Graphs("cpu"), 4, 3, 40)
+        parts.step(echo.workspace.Graphs("cpu"), 4, 3, 40)
         recording = Recording()
         with _launches(recording), recording, RefuseSyncs():
             tree = parts.draft(4, 3)
@@ -263,13 +263,13 @@ def test_kernels_touch_nothing_but_the_workspace(name):
     parts = Parts(SCHEDULERS[name], 4, 40)
     with kernels.using("triton"), checked() as seen:
         for lanes, depth, rows in ((4, 3, 40), (3, 1, 5), (2, 0, 2)):
-            parts.step(echo.Graphs("cpu"), lanes, depth, rows)
+            parts.step(echo.workspace.Graphs("cpu"), lanes, depth, rows)
     assert seen.launches > 20
 
 
 def test_addresses_never_change():
     scheduler = SCHEDULERS["paper"]
-    parts, graphs, seen = Parts(scheduler, 4, 40), echo.Graphs("cpu"), set()
+    parts, graphs, seen = Parts(scheduler, 4, 40), echo.workspace.Graphs("cpu"), set()
     for turn in range(3):
         parts.fill(data(scheduler, 4, turn))
         packed, accepted, lists = parts.step(graphs, 4, 3, 40)

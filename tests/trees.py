@@ -33,7 +33,7 @@ def attention(
     generator = torch.Generator().manual_seed(seed)
     _, depth, request, indptr, mask = links(rows, pads, generator, device)
     count = sum(rows) + pads
-    normal = lambda *shape: torch.randn(shape, generator=generator)  # noqa: E731
+    normal = lambda *shape: torch.randn(shape, generator=generator)
     used = [-(-c // page) for c in contexts]
     pages = sum(used) + 2
     order = torch.randperm(pages, generator=generator)

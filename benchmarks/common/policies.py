@@ -76,7 +76,7 @@ def opt_tree(s: Setting):
         yield echo.ElasticBudgetScheduler(echo.PerRequest(n, s.beam), gate, None, s.depth)
 
 
-def two_level(s: Setting, gate: echo.Gate) -> Iterator[echo.ElasticBudgetScheduler]:
+def two_level(s: Setting, gate: echo.gating.Gate) -> Iterator[echo.ElasticBudgetScheduler]:
     for width, rows, depth in itertools.product(
         (1, 2, 3), sorted({s.k_max, 3 * s.batch}), (3, s.depth)
     ):

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 import echo
-from echo import style
+from echo import plot
 from echo.testing import Record, Trace, replay
 
 HERE = Path(__file__).parents[1]
@@ -146,7 +146,7 @@ def arguments(description: str) -> argparse.ArgumentParser:
 def shapes(measured: Path = HERE / "results" / "cost.json") -> dict[str, echo.CostModel]:
     """Step seconds by rows, one step of few rows being 1; a drafted layer costs a share of it; and the ``measured`` curve, if any."""
     rows = tuple(int(r) for r in np.unique(np.geomspace(1, 16384, 60).round()))
-    law = lambda knee: tuple(1.0 + max(0.0, r - knee) / knee for r in rows)  # noqa: E731
+    law = lambda knee: tuple(1.0 + max(0.0, r - knee) / knee for r in rows)
     costs = {
         "dense, knee at 256 rows": echo.CostModel(rows, law(256), draft_layer=0.02),
         "dense, costly drafter": echo.CostModel(rows, law(256), draft_layer=0.10),
@@ -216,7 +216,9 @@ def warm_up(trace: Trace) -> WarmUp:
     texts: list[np.ndarray] = []
 
     def observe(record: Record) -> None:
-        log = echo.warmup_log(record.tree, record.packed, record.accepted, sum(map(len, texts)))
+        log = echo.loop.warmup_log(
+            record.tree, record.packed, record.accepted, sum(map(len, texts))
+        )
         logs.append(log)
         texts.append(record.requests)
 
@@ -251,14 +253,16 @@ def warmup_log(trace: Trace) -> echo.WarmupLog:
     logs: list[echo.WarmupLog] = []
     decode_once(
         trace,
-        lambda record: logs.append(echo.warmup_log(record.tree, record.packed, record.accepted)),
+        lambda record: logs.append(
+            echo.loop.warmup_log(record.tree, record.packed, record.accepted)
+        ),
     )
     return echo.WarmupLog.concat(logs)
 
 
 def calibrate(trace: Trace) -> echo.Calibration:
     """By histograms, because steps end where the drafter's floor is reached: what is missing there is accepted once in 400 times."""
-    return echo.calibrate(echo.ConfidenceHistograms.of(warmup_log(trace)))
+    return echo.calibrate(echo.gating.ConfidenceHistograms.of(warmup_log(trace)))
 
 
 def describe(scheduler: echo.ElasticBudgetScheduler) -> str:
@@ -276,7 +280,7 @@ def describe(scheduler: echo.ElasticBudgetScheduler) -> str:
 
 def by_batch(axis, batches: Sequence[int]) -> None:
     """Batch sizes across, plain decoding as a line at 1."""
-    axis.axhline(1, color=style.INK, lw=0.8)
+    axis.axhline(1, color=plot.INK, lw=0.8)
     axis.set_xscale("log", base=2)
     axis.set_xticks(batches, [str(b) for b in batches])
 

@@ -22,7 +22,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from echo import CostModel, EchoError, checks
+from echo import CostModel, EchoError
+from echo import _checks as checks
 from echo.cost.fit import rounded
 
 BYTES = 2

@@ -79,7 +79,7 @@ class Planner:
     generation: Tensor
     seen: deque[tuple[echo.History, Any]] = field(default_factory=lambda: deque(maxlen=2))
     states: dict[int, Any] = field(default_factory=dict)
-    shape: echo.Tier | None = None
+    shape: echo.budget.Tier | None = None
     ragged: bool = False
     warmup: Path | None = None
     logs: list[echo.WarmupLog] = field(default_factory=list)
@@ -131,7 +131,7 @@ class Planner:
         if deep_enough:
             worker.apply_runtime_state(self.states[min(deep_enough)])
 
-    def observe(self, slots: Tensor, packed: echo.PackedTree, accepted: echo.Accepted) -> None:
+    def observe(self, slots: Tensor, packed: echo.PackedTree, accepted: echo.tree.Accepted) -> None:
         """Remembers the step, and starts its copy to the host."""
         self.history = self.history.observe(slots, packed, accepted)
         self.seen.append(to_host(self.history))
@@ -365,7 +365,7 @@ def after_verify(original: Any, worker: Any, batch: Any, *args: Any, **kwargs: A
     planner.observe(slots, packed, accepted)
     if planner.warmup is not None and getattr(verified, "echo_tree", None) is not None:
         planner.logs.append(
-            echo.warmup_log(verified.echo_tree, packed, accepted, len(planner.logs) * 4096)
+            echo.loop.warmup_log(verified.echo_tree, packed, accepted, len(planner.logs) * 4096)
         )
         if len(planner.logs) == WARMUP_STEPS:
             echo.WarmupLog.concat(planner.logs).save(planner.warmup)
@@ -373,11 +373,11 @@ def after_verify(original: Any, worker: Any, batch: Any, *args: Any, **kwargs: A
     return result
 
 
-def accept(packed: echo.PackedTree, result: Any, n: int) -> echo.Accepted:
+def accept(packed: echo.PackedTree, result: Any, n: int) -> echo.tree.Accepted:
     """SGLang's ``accept_index`` and tokens, whose accepted path lies at the front of each request's n by now, as ours."""
     index, lengths = result.accept_index.long(), result.accept_lens.long()
     steps = torch.arange(index.shape[1], device=index.device)
     kept = (steps < lengths[:, None]) & (index >= 0)
     tokens = torch.where(kept, result.next_token_ids.view(-1, n)[:, : len(steps)].long(), -1)
     rows = torch.where(kept, index % n + packed.indptr[:-1, None], -1)
-    return echo.Accepted.of(tokens, rows, lengths)
+    return echo.tree.Accepted.of(tokens, rows, lengths)

@@ -48,7 +48,7 @@ class Run:
     layers: int = 0
     answers: dict[int, list[int]] = field(default_factory=dict)
 
-    def add(self, step: echo.Step) -> None:
+    def add(self, step: echo.loop.Step) -> None:
         """Counts one step."""
         self.steps += 1
         self.request_steps += len(step.requests)
@@ -155,7 +155,7 @@ class Demo:
                 target.verify(torch.arange(rows), plain.pack(plain.begin(torch.full((rows,), 100))))
                 bar.advance(task)
 
-            rows, seconds = echo.profile(step, ROWS, repeats=repeats)
+            rows, seconds = echo.cost.profile(step, ROWS, repeats=repeats)
             layer = []  # seconds of a drafted layer, control included, at batch 1 and 16
             for batch in (1, 16):
                 scheduler = echo.ElasticBudgetScheduler.eagle(

@@ -69,7 +69,9 @@ class Eagle:
         self.unread.append((where, self.target.hidden, after))
 
     @torch.inference_mode()
-    def extend(self, req_indices: Tensor, packed: echo.PackedTree, accepted: echo.Accepted) -> None:
+    def extend(
+        self, req_indices: Tensor, packed: echo.PackedTree, accepted: echo.tree.Accepted
+    ) -> None:
         """Keeps the accepted rows' features."""
         self.state = torch.empty(0)
         request, local = (accepted.rows >= 0).nonzero(as_tuple=True)
@@ -82,7 +84,7 @@ class Eagle:
         )
 
     @torch.inference_mode()
-    def draft(self, req_indices: Tensor, frontier: echo.Frontier) -> tuple[Tensor, Tensor]:
+    def draft(self, req_indices: Tensor, frontier: echo.tree.Frontier) -> tuple[Tensor, Tensor]:
         """The k likeliest tokens after each node. The root's were found when its text was read; inactive nodes are not computed."""
         batch, width = frontier.token.shape
         if frontier.depth == 0 or not len(self.state):  # the first layer may come from elsewhere

@@ -209,7 +209,7 @@ def _choose(logits, vocab, score, active, lengths, tokens, log_probs, size, floo
         x = tl.where(place == index, float("-inf"), x)
 
 
-def draft(head: GraphEagle, frontier: echo.Frontier) -> tuple[Tensor, Tensor]:
+def draft(head: GraphEagle, frontier: echo.tree.Frontier) -> tuple[Tensor, Tensor]:
     """What :meth:`GraphEagle.draft` returns for a frontier below the root."""
     (batch, nodes), layer = frontier.token.shape, frontier.depth - 1
     rows, kv, used = batch * nodes, head.kv, head.used

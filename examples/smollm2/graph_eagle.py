@@ -196,7 +196,7 @@ class GraphEagle:
         ):  # fmt: skip
             state[target].copy_(state[source])
 
-    def draft(self, slots: Tensor, frontier: echo.Frontier) -> tuple[Tensor, Tensor]:
+    def draft(self, slots: Tensor, frontier: echo.tree.Frontier) -> tuple[Tensor, Tensor]:
         """The k likeliest tokens after each node of the first B lanes, as :class:`echo.Drafter` says; ``slots`` are not looked at.
 
         The root's were found when its text was read. Inactive nodes and those below the floor get -inf.

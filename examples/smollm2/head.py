@@ -58,7 +58,7 @@ class EagleHead(nn.Module):
         """Rotated queries, rotated keys, values: each [..., T, heads, D], of states [..., T, width] and embeddings [..., T, 576]."""
         x = torch.cat([self.norm_embed(self.embed(embedding)), self.norm_state(state)], dim=-1)
         q, k, v = (y.unflatten(-1, (HEADS, -1)) for y in self.qkv(x).chunk(3, dim=-1))
-        turn = lambda y: rotate(y.transpose(-2, -3), position[..., None, :]).transpose(-2, -3)  # noqa: E731
+        turn = lambda y: rotate(y.transpose(-2, -3), position[..., None, :]).transpose(-2, -3)
         return turn(q), turn(k), v
 
     def outputs(self, state: Tensor, attended: Tensor) -> Tensor:

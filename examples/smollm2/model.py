@@ -228,7 +228,7 @@ class SmolLM2:
         return F.pad(tokens, (0, packed.num_rows - real), value=-1)
 
     def compact(
-        self, req_indices: Tensor, packed: echo.PackedTree, accepted: echo.Accepted
+        self, req_indices: Tensor, packed: echo.PackedTree, accepted: echo.tree.Accepted
     ) -> None:
         """Moves the accepted rows' keys and values to the end of each request's text."""
         lists = echo.compact(packed, accepted, self.cache.used[req_indices])

@@ -215,10 +215,10 @@ def only(packed: echo.PackedTree, places: list[int]) -> echo.PackedTree:
     return replace(packed, indptr=ends, **own)
 
 
-def accepted(depth: int, lengths: Tensor) -> echo.Accepted:
+def accepted(depth: int, lengths: Tensor) -> echo.tree.Accepted:
     """``lengths`` int64 [B] tokens emitted after each root, which are vLLM's business: -1."""
     nothing = lengths.new_full((len(lengths), depth + 1), -1)
-    return echo.Accepted(nothing, nothing, lengths, nothing[:, 0])
+    return echo.tree.Accepted(nothing, nothing, lengths, nothing[:, 0])
 
 
 def key(text: NDArray[np.int32]) -> tuple[int, bytes]:

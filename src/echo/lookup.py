@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from echo import checks
-from echo.decode import Drafter
-from echo.errors import EchoError
-from echo.tree.accepted import Accepted
+from echo import _checks as checks
+from echo._checks import EchoError
+from echo.loop import Drafter
+from echo.tree.accept import Accepted
 from echo.tree.packed import PackedTree
 from echo.tree.supertree import DEAD_SCORE, Frontier
 

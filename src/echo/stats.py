@@ -7,9 +7,10 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from echo import checks, kernels
+from echo import _checks as checks
+from echo import kernels
 from echo.kernels.codes import Status
-from echo.tree.accepted import Accepted
+from echo.tree.accept import Accepted
 from echo.tree.packed import PackedTree, copy_into
 
 

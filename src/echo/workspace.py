@@ -15,18 +15,16 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from echo import checks
+from echo import _checks as checks
+from echo._checks import EchoError
 from echo.budget.fused import Scratch, check
 from echo.budget.history import BINS
 from echo.budget.roots import begin
 from echo.budget.rules import GlobalRank
 from echo.budget.scheduler import ElasticBudgetScheduler
 from echo.cost import CostModel
-from echo.decode import accept
-from echo.errors import EchoError
 from echo.stats import StepStats
-from echo.tree.accepted import Accepted
-from echo.tree.compaction import Compaction, compact
+from echo.tree.accept import Accepted, Compaction, accept, compact
 from echo.tree.packed import WORD, PackedTree
 from echo.tree.supertree import Frontier, Layer, Nodes, SuperTree
 

@@ -37,7 +37,9 @@ def select_cheapest(tree: SuperTree, cost: Tensor, cap: Tensor, left: Tensor, ro
     batch, nodes = cost.shape
     most, fused = min(nodes, rows, tree.max_verify_tokens_per_req), kernels.fused("dealing", cost)
     if fused is not None:
-        dealt: Tensor = fused.select_cheapest(cost, tree.committed, cap, left, rows, most, tree.sizes)
+        dealt: Tensor = fused.select_cheapest(
+            cost, tree.committed, cap, left, rows, most, tree.sizes
+        )
         return dealt
     places = batch * nodes + 1  # the last place is nobody's
     spare = torch.arange(rows, device=cost.device) < rows - left

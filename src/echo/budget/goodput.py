@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from echo import checks
+from echo import _checks as checks
+from echo._checks import EchoError
 from echo.budget.history import History
 from echo.cost import CostModel
-from echo.errors import EchoError
 
 CURVE, HEAD = 256, 5
 """Numbers in a rank's curve at most, 1 kB, and before its F."""

@@ -10,11 +10,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from echo import checks, kernels
-from echo.checks import HostInts
-from echo.errors import EchoError
+from echo import _checks as checks
+from echo import kernels
+from echo._checks import EchoError, HostInts
 from echo.kernels.codes import Status
-from echo.tree.accepted import Accepted
+from echo.tree.accept import Accepted
 from echo.tree.packed import PackedTree, copy_into
 from echo.tree.supertree import DEAD_SCORE, SuperTree
 

@@ -7,7 +7,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from echo import checks, kernels
+from echo import _checks as checks
+from echo import kernels
 from echo.kernels.codes import Status
 from echo.tree.supertree import Frontier, Layer, SuperTree, write_layer
 

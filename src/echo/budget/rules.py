@@ -10,7 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from echo import checks, kernels
+from echo import _checks as checks
+from echo import kernels
 from echo.budget.dealing import select_cheapest
 from echo.gating.calibration import Calibration
 from echo.gating.reliability import on_device
@@ -168,7 +169,7 @@ class GlobalRank:
         return ONE - self.reliability.reliability_table()
 
 
-def PerRequest(
+def PerRequest(  # noqa: N802
     max_verify_tokens_per_req: int, beam: int, reliability: Calibration | None = None
 ) -> GlobalRank:
     """The ``max_verify_tokens_per_req`` best rows of each request, its root included: EAGLE-2/3's rerank, and DDD's.

@@ -10,15 +10,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from echo import checks
+from echo import _checks as checks
+from echo._checks import EchoError, HostInts
 from echo.budget import fused
 from echo.budget.goodput import ThroughputOptimal, Tier
 from echo.budget.history import History, summarize
 from echo.budget.roots import begin
 from echo.budget.rules import GlobalRank, PerRequest, Rule, TwoLevel
-from echo.checks import HostInts
 from echo.cost import CostModel
-from echo.errors import EchoError
 from echo.gating.calibration import Calibration
 from echo.gating.gates import Gate, SparseGate
 from echo.kernels.codes import Status

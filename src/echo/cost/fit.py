@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from echo.errors import EchoError
+from echo._checks import EchoError
 
 Floats = NDArray[np.float64]
 

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from echo import checks
+from echo import _checks as checks
+from echo._checks import EchoError
 from echo.cost import fit
 from echo.cost.fit import Knee
-from echo.errors import EchoError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -347,9 +347,9 @@ class CostModel:
         Raises:
             EchoError: matplotlib is not installed (extra ``plot``).
         """
-        from echo.cost import picture
+        from echo import plot
 
-        return picture.plot(self)
+        return plot.cost_model(self)
 
 
 def _knots(

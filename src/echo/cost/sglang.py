@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from echo import checks
+from echo import _checks as checks
 
 if TYPE_CHECKING:
     from echo.cost.model import CostModel

@@ -4,6 +4,7 @@ from echo.gating.calibration import Calibration, DepthCalibration, calibrate
 from echo.gating.drift import DepthDrift, DriftMonitor, DriftReport
 from echo.gating.gates import BeamMassGate, ExploringGate, Gate, LayerStatistics, SparseGate
 from echo.gating.histograms import ConfidenceHistograms, LiveHistograms
+from echo.gating.logs import WarmupLog
 from echo.gating.reliability import CalibrationError, calibration_error, look_up
 from echo.gating.separability import Separability, separability
 from echo.gating.thresholds import GateReport, Objective, report, throughput_optimal
@@ -25,6 +26,7 @@ __all__ = [
     "Objective",
     "Separability",
     "SparseGate",
+    "WarmupLog",
     "calibrate",
     "calibration_error",
     "look_up",

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from echo import checks
+from echo import _checks as checks
+from echo._checks import EchoError
 from echo.cost import CostModel
-from echo.errors import EchoError
 from echo.gating import files, reliability
 from echo.gating.histograms import ROWS, SQUARE, UNIT, WEIGHT, ConfidenceHistograms, upper_ends
+from echo.gating.logs import WarmupLog, write_atomically
 from echo.gating.reliability import CalibrationError, Knots
 from echo.gating.separability import from_histogram
 from echo.gating.thresholds import (
@@ -25,7 +26,6 @@ from echo.gating.thresholds import (
     throughput_optimal,
     warn_of_missing,
 )
-from echo.logs import WarmupLog, write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -151,9 +151,9 @@ class Calibration:
         Raises:
             EchoError: matplotlib is not installed.
         """
-        from echo.gating.picture import plot
+        from echo import plot
 
-        return plot(self)
+        return plot.calibration(self)
 
     def __str__(self) -> str:
         return files.describe(self)

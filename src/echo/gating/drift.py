@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from echo import checks
-from echo.errors import EchoError
+from echo import _checks as checks
+from echo._checks import EchoError
 from echo.gating.calibration import Calibration, DepthCalibration
 from echo.gating.histograms import SQUARE, UNIT, WEIGHT, ConfidenceHistograms, upper_ends
 

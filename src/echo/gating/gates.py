@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from echo import checks
-from echo.errors import EchoError
+from echo import _checks as checks
+from echo._checks import EchoError
 from echo.gating.calibration import Calibration
 from echo.gating.histograms import MAX_WEIGHT
 

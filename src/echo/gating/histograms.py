@@ -12,9 +12,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from echo import checks
-from echo.errors import EchoError
-from echo.logs import WarmupLog, write_atomically
+from echo import _checks as checks
+from echo._checks import EchoError
+from echo.gating.logs import WarmupLog, write_atomically
 
 VERSION = 1
 PER_OCTAVE, OCTAVES = 128, 24
@@ -127,7 +127,7 @@ class ConfidenceHistograms:
         return ConfidenceHistograms(one + two)
 
     def since(self, earlier: ConfidenceHistograms) -> ConfidenceHistograms:
-        """The rows counted after a snapshot was taken: a window for :class:`echo.DriftMonitor`.
+        """The rows counted after a snapshot was taken: a window for :class:`echo.gating.DriftMonitor`.
 
         Raises:
             EchoError: ``earlier`` is no earlier state of these histograms.
@@ -210,7 +210,7 @@ class LiveHistograms:
             log_prob: float [N], path log-probability S.
             accepted: bool [N].
             rank: int32 or int64 [N], place of the node in its layer; negative for rows that do not count.
-            weight: float [N], inverse-probability weights (:meth:`echo.ExploringGate.weights`), 0: do not count; None: all 1.
+            weight: float [N], inverse-probability weights (:meth:`echo.gating.ExploringGate.weights`), 0: do not count; None: all 1.
             in_place: adds into this mass instead of a copy (2.4 MB for 8 depths), for engines with persistent buffers (CUDA graphs).
 
         Raises:

@@ -12,11 +12,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from echo import checks
-from echo.errors import EchoError
+from echo import _checks as checks
+from echo._checks import EchoError
 from echo.gating.histograms import UNIT, WEIGHT, middle_scores
+from echo.gating.logs import WarmupLog
 from echo.kernels.codes import BINS_PER_NAT, ONE, TABLE_BINS
-from echo.logs import WarmupLog
 
 Knots = tuple[tuple[float, float], ...]
 

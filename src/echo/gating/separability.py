@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from echo.errors import EchoError
+from echo._checks import EchoError
 from echo.gating.histograms import SQUARE, UNIT, WEIGHT, lower_edges, upper_ends
-from echo.logs import check, check_weights, labels
+from echo.gating.logs import check, check_weights, labels
 
 Z95 = 1.959963984540054
 """97.5% point of the normal distribution."""

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from echo import checks
+from echo import _checks as checks
+from echo._checks import EchoError
 from echo.cost import CostModel
-from echo.errors import EchoError
 from echo.gating.histograms import MAX_DEPTH, ROWS, UNIT, WEIGHT, ConfidenceHistograms
+from echo.gating.logs import WarmupLog
 from echo.gating.separability import separability
-from echo.logs import WarmupLog
 
 GRID = {1: 1024, 2: 256, 3: 64}
 """Candidate thresholds of each gate in an exhaustive search over so many gates at once."""

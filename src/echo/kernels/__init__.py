@@ -21,8 +21,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from echo import checks
-from echo.errors import EchoError
+from echo import _checks as checks
+from echo._checks import EchoError
 from echo.kernels import reference
 from echo.kernels.inputs import AttentionPlan
 

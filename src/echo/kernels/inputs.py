@@ -11,8 +11,8 @@ from typing import NamedTuple, ParamSpec, TypeVar, cast
 import torch
 from torch import Tensor
 
-from echo import checks
-from echo.errors import EchoError
+from echo import _checks as checks
+from echo._checks import EchoError
 from echo.kernels.launch import Tile
 
 PARTIAL_BYTES = 1 << 30

@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from echo import checks
-from echo.errors import EchoError
+from echo import _checks as checks
+from echo._checks import EchoError
 from echo.kernels import attention_kernels as jit
 from echo.kernels import launch
 from echo.kernels.inputs import Attention, AttentionPlan, Planning, merge_shapes, taking

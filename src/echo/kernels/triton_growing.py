@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from echo import checks
+from echo import _checks as checks
 from echo.kernels import codes, launch
 from echo.kernels.codes import Status
 

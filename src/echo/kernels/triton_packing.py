@@ -311,7 +311,7 @@ def _observe(
 def _count(
     indptr, status, lengths, invalid, drafted_at, counts, new, batch, rows, layers, DEVICE: tl.constexpr, GROUP: tl.constexpr
 ):  # fmt: skip
-    """All counters of a step, in the order of :class:`echo.StepCounts`."""
+    """All counters of a step, in the order of :class:`echo.stats.StepCounts`."""
     zero = tl.zeros([], tl.int64)
     real, requests = zero, zero
     for start in range(0, batch, GROUP):

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from echo import checks
+from echo import _checks as checks
+from echo._checks import EchoError
 from echo.budget.scheduler import ElasticBudgetScheduler
-from echo.errors import EchoError
 from echo.kernels.codes import Status
 from echo.testing import scenarios, selection, strategies
 from echo.testing.scenarios import Plan, Scenario
@@ -90,7 +90,7 @@ def check_scheduler(
     Of every policy: the bare decision holds at most the step's ``rows``, each live request's ``root``, nothing whose parent is missing
     (``closed``), no more of a request than its ``limit``, nothing but ``finite`` scores, and all that was bought (``kept``); the same
     step is planned the same again (``repeat``), and packed as the layout says (``layout``); the rule's ``frontier`` and ``gain`` are what
-    :class:`echo.Rule` says.
+    :class:`echo.budget.Rule` says.
 
     Of a policy that claims it:
 

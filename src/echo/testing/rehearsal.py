@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from echo.errors import EchoError
+from echo._checks import EchoError
 from echo.kernels import reference
 from echo.testing.kit import syncs
 from echo.workspace import Captured, Graphs
@@ -22,7 +22,7 @@ EMPTY = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided
 
 
 class RecordedGraphs(Graphs):
-    """In place of :class:`~echo.Graphs`, where there is no GPU: finds what would break, or go stale, in a captured function.
+    """In place of :class:`~echo.workspace.Graphs`, where there is no GPU: finds what would break, or go stale, in a captured function.
 
     A key's second call is recorded: every tensor operation and every launch of a Triton kernel (in its interpreter). From the third on
     nothing of the function's Python runs: the recorded operations run again on the recorded tensors, and what they return is copied to
@@ -31,7 +31,7 @@ class RecordedGraphs(Graphs):
 
     Args:
         device: where the functions' tensors are.
-        pool: as of :class:`~echo.Graphs`; not used.
+        pool: as of :class:`~echo.workspace.Graphs`; not used.
 
     Attributes:
         runs: calls of each key that ran recorded operations.

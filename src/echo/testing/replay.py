@@ -11,15 +11,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from echo import checks
+from echo import _checks as checks
+from echo._checks import EchoError
 from echo.budget.goodput import Tier
 from echo.budget.history import History
 from echo.budget.scheduler import ElasticBudgetScheduler
 from echo.cost import CostModel
-from echo.decode import accept
-from echo.errors import EchoError
 from echo.testing.trace import Trace
-from echo.tree.accepted import Accepted
+from echo.tree.accept import Accepted, accept
 from echo.tree.packed import PackedTree
 from echo.tree.supertree import Frontier, SuperTree
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from echo import checks
+from echo import _checks as checks
+from echo._checks import EchoError
 from echo.budget.scheduler import ElasticBudgetScheduler
-from echo.errors import EchoError
 from echo.tree.packed import PackedTree
 from echo.tree.supertree import Frontier, SuperTree
 

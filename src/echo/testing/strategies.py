@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from echo import checks
+from echo import _checks as checks
+from echo._checks import EchoError
 from echo.cost import CostModel
-from echo.errors import EchoError
-from echo.logs import WarmupLog
+from echo.gating.logs import WarmupLog
 from echo.testing.scenarios import Scenario
 from echo.tree.supertree import SuperTree
 

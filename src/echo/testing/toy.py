@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from echo import checks
-from echo.tree.accepted import Accepted
+from echo import _checks as checks
+from echo.tree.accept import Accepted
 from echo.tree.packed import PackedTree
 from echo.tree.supertree import Frontier
 

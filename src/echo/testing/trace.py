@@ -21,12 +21,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from echo import checks
+from echo import _checks as checks
+from echo._checks import EchoError
 from echo.budget.rules import order, top_k
 from echo.budget.scheduler import ElasticBudgetScheduler
-from echo.decode import Drafter, Target, decode
-from echo.errors import EchoError
-from echo.logs import write_atomically
+from echo.gating.logs import write_atomically
+from echo.loop import Drafter, Target, decode
 from echo.tree.supertree import DEAD_SCORE, Frontier, Layer, SuperTree
 
 VERSION = 2

@@ -2,9 +2,8 @@
 
 from echo.kernels.codes import Status
 from echo.tree import layouts
-from echo.tree.accepted import Accepted
+from echo.tree.accept import Accepted, Compaction, accept, compact
 from echo.tree.build import Template
-from echo.tree.compaction import Compaction, compact
 from echo.tree.packed import PackedTree, ancestor_masks, buffer_size, pack, slot_mapping
 from echo.tree.supertree import Forest, Frontier, Layer, SuperTree
 
@@ -18,6 +17,7 @@ __all__ = [
     "Status",
     "SuperTree",
     "Template",
+    "accept",
     "ancestor_masks",
     "buffer_size",
     "compact",

@@ -14,8 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from echo import checks
-from echo.errors import EchoError
+from echo import _checks as checks
+from echo._checks import EchoError
 from echo.kernels.codes import Status
 from echo.tree.supertree import Forest, Frontier, Layer, SuperTree, check_size, path_score
 

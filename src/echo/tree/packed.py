@@ -10,14 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from echo import checks, kernels
-from echo.errors import EchoError
+from echo import _checks as checks
+from echo import kernels
+from echo._checks import EchoError
 from echo.tree.supertree import SuperTree
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from echo.tree.accepted import Accepted
+    from echo.tree.accept import Accepted
 
 WORD = 32
 """Bits of a mask word."""
@@ -226,7 +227,7 @@ class PackedTree:
         Raises:
             EchoError: naming the request and the row of the first fault.
         """
-        from echo.tree.host import validate
+        from echo.tree.validate import validate
 
         validate(self, max_verify_tokens_per_req=max_verify_tokens_per_req, chain=chain)
 
@@ -245,9 +246,9 @@ class PackedTree:
         Raises:
             EchoError: no such request.
         """
-        from echo.tree.host import render
+        from echo import plot
 
-        return render(self, request, accepted, label)
+        return plot.render(self, request, accepted, label)
 
     def plot(
         self,
@@ -273,9 +274,9 @@ class PackedTree:
         Raises:
             EchoError: no such request, another number of titles, or no matplotlib.
         """
-        from echo.tree.picture import plot
+        from echo import plot
 
-        return plot(self, requests, accepted, label, titles)
+        return plot.packed_tree(self, requests, accepted, label, titles)
 
     def _offset(self, prefix_lens: Tensor, offset: Tensor) -> Tensor:
         """int64 [N]: ``prefix_lens`` of each row's request, plus ``offset``; 0 on pad rows."""

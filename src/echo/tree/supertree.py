@@ -9,8 +9,8 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from echo import checks
-from echo.errors import EchoError
+from echo import _checks as checks
+from echo._checks import EchoError
 from echo.kernels.codes import Status
 
 DEAD_SCORE = float("-inf")

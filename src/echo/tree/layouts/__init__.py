@@ -25,16 +25,6 @@ Hugging Face        :func:`hugging_face`,                      uniform; past + n
 :func:`unpad` takes what an engine computed on uniform rows back to the packed rows.
 """
 
-from echo.tree.layouts.importers import (
-    from_chains,
-    from_flashinfer,
-    from_flashinfer_xqa,
-    from_hugging_face,
-    from_qq_bias,
-    from_sglang,
-    from_sglang_mask,
-    from_tensorrt_llm,
-)
 from echo.tree.layouts.ragged import (
     Chains,
     FlashInferMask,
@@ -63,14 +53,6 @@ __all__ = [
     "chains",
     "flashinfer",
     "flashinfer_xqa",
-    "from_chains",
-    "from_flashinfer",
-    "from_flashinfer_xqa",
-    "from_hugging_face",
-    "from_qq_bias",
-    "from_sglang",
-    "from_sglang_mask",
-    "from_tensorrt_llm",
     "hugging_face",
     "qq_bias",
     "sglang",

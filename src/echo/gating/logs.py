@@ -15,8 +15,8 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from echo import checks
-from echo.errors import EchoError
+from echo import _checks as checks
+from echo._checks import EchoError
 
 _FIELDS: dict[str, Any] = {
     "depth": np.int32,
@@ -35,7 +35,7 @@ class WarmupLog:
     """Rows of a warm-up run, one for each verified drafted node (paper, section on calibration).
 
     Rows that a gate or a budget kept from being verified are *missing* from the log, never *rejected*. A log from behind a gate
-    is biased unless its rows carry inverse-probability weights (:class:`echo.ExploringGate`).
+    is biased unless its rows carry inverse-probability weights (:class:`echo.gating.ExploringGate`).
 
     Attributes:
         depth: int32 [n], 1 for the first drafted layer.

@@ -1,28 +1,10 @@
-"""Looking at a packed step from the host: validation and a picture in text. Everything here reads back from the device."""
+"""Whether a packed step keeps the layout's contract: host work that copies every value from the device."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-from echo import checks
-from echo.errors import EchoError
-from echo.kernels.codes import Status
+from echo import _checks as checks
+from echo._checks import EchoError
 from echo.tree.packed import WORD, PackedTree
-
-if TYPE_CHECKING:
-    from echo.tree.accepted import Accepted
-
-WHY = {
-    Status.ACTIVE: "still drafting",
-    Status.TRUNCATED: "stopped by a gate",
-    Status.STARVED: "stopped for want of rows",
-    Status.FINISHED: "drafted to the last layer",
-    Status.EXHAUSTED: "nothing to draft on",
-    Status.EMPTY: "no request",
-}
 
 
 def validate(
@@ -121,74 +103,6 @@ def validate(
             (batch, -1, 0, 1),
             pad,
         )
-
-
-@dataclass(frozen=True)
-class Tree:
-    """One request's tree on the host.
-
-    Attributes:
-        tokens, parent, score, committed: of each row; parents local.
-        taken: local rows of the accepted path.
-        status: why it stopped drafting, in words.
-    """
-
-    tokens: list[int]
-    parent: list[int]
-    score: list[float]
-    committed: list[bool]
-    taken: frozenset[int]
-    status: str
-
-    def kind(self, row: int) -> str:
-        """What the row was bought for."""
-        return "root" if row == 0 else "depth" if self.committed[row] else "width"
-
-    def below(self, row: int) -> list[int]:
-        """The row's children; below -1, the root."""
-        return [child for child, up in enumerate(self.parent) if up == row]
-
-
-def read(packed: PackedTree, request: int, accepted: Accepted | None = None) -> Tree:
-    """One request's tree, read back."""
-    request = checks.integer("request", request, 0, packed.batch - 1)
-    first, end = packed.indptr[request : request + 2].tolist()
-    tokens, parent, score, bought = (
-        x[first:end].tolist()
-        for x in (packed.tokens, packed.parent, packed.score, packed.committed)
-    )
-    taken = (
-        ()
-        if accepted is None
-        else (row - first for row in accepted.rows[request].tolist() if row >= 0)
-    )
-    return Tree(
-        tokens, parent, score, bought, frozenset(taken), WHY[Status(int(packed.status[request]))]
-    )
-
-
-def render(
-    packed: PackedTree, request: int, accepted: Accepted | None, label: Callable[[int], str]
-) -> str:
-    """A picture of one request's tree in text; see :meth:`~echo.tree.packed.PackedTree.render`."""
-    tree = read(packed, request, accepted)
-    lines: list[tuple[str, str]] = []
-
-    def draw(row: int, lead: str, branch: str, below: str) -> None:
-        facts = f"{math.exp(tree.score[row]):6.3f}  {tree.kind(row)}{'  accepted' if row in tree.taken else ''}"
-        lines.append((f"{lead}{branch}{label(tree.tokens[row])}", facts))
-        children = tree.below(row)
-        for child in children:
-            last = child == children[-1]
-            draw(child, lead + below, "└─ " if last else "├─ ", "   " if last else "│  ")
-
-    for root in tree.below(-1):
-        draw(root, "", "", "")
-    width = max((len(text) for text, _ in lines), default=0)
-    return (
-        "\n".join(f"{text:<{width}}  {facts}" for text, facts in lines)
-        or f"request {request}: no rows"
-    )
 
 
 def _bits(words: list[int]) -> int:

@@ -11,14 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from echo import checks, kernels
+from echo import _checks as checks
+from echo._checks import EchoError
 from echo.budget.goodput import Tier
 from echo.budget.history import History
 from echo.budget.rules import ranks
 from echo.budget.scheduler import ElasticBudgetScheduler
-from echo.errors import EchoError
-from echo.logs import WarmupLog
-from echo.tree.accepted import Accepted
+from echo.gating.logs import WarmupLog
+from echo.tree.accept import Accepted, accept
 from echo.tree.packed import PackedTree
 from echo.tree.supertree import Frontier, SuperTree, cost_bits
 
@@ -134,7 +134,7 @@ def warmup_log(
     Args:
         tree, packed, accepted: of one step.
         first_step: id of this step's first request-step; the next B - 1 ids are used too.
-        weights: float [B, depths + 1], inverse-probability weights by request and depth (:meth:`echo.ExploringGate.weights`); rows of
+        weights: float [B, depths + 1], inverse-probability weights by request and depth (:meth:`echo.gating.ExploringGate.weights`); rows of
             weight 0 are left out. None: all 1, for steps drafted without a gate.
 
     Raises:
@@ -164,7 +164,7 @@ def warmup_log(
 
 
 def draft_labels(tree: SuperTree, packed: PackedTree, accepted: Accepted) -> tuple[Tensor, Tensor]:
-    """The labels of a step's rows, on the device and without a read-back: what :meth:`echo.LiveHistograms.update` counts.
+    """The labels of a step's rows, on the device and without a read-back: what :meth:`echo.gating.LiveHistograms.update` counts.
 
     Args:
         tree, packed, accepted: the values of one step.
@@ -192,70 +192,6 @@ def draft_labels(tree: SuperTree, packed: PackedTree, accepted: Accepted) -> tup
     return ranks.masked_fill(~drafted, 0).masked_fill(
         packed.depth > deepest[packed.request], -1
     ), taken[:-1] & drafted
-
-
-def accept(
-    packed: PackedTree,
-    target_tokens: Tensor | None = None,
-    *,
-    logits: Tensor | None = None,
-    max_new_tokens: Tensor | None = None,
-    eos_tokens: Tensor | None = None,
-    backend: str = "auto",
-    out: Accepted | None = None,
-) -> Accepted:
-    """Accepts, from each root down, the child that equals the target's own token.
-
-    Lossless for greedy decoding and for sampling, whatever was drafted and selected: every emitted token is the target's. A walk ends
-    before a row without a token, as :class:`Accepted` says.
-
-    Args:
-        packed: the step.
-        target_tokens: int64 [N], the token that the engine sampled after each row; negative where there is none.
-        logits: float [N, V] instead, for greedy decoding; NaN never wins, and a row without a number above -inf has no token.
-        max_new_tokens: int64 [B], tokens that each answer may still get; what lies behind is cut off as by :meth:`Accepted.truncate`.
-        eos_tokens: int64 [n], tokens that end an answer, likewise.
-        backend: "auto", "torch" or "triton", as in :mod:`echo.kernels`; both give the same bits.
-        out: buffers of the same shapes, which are written to and returned.
-
-    Raises:
-        EchoError: neither or both were given, shapes or dtypes that do not fit, or a backend that is not there.
-    """
-    if (target_tokens is None) == (logits is None):
-        raise EchoError("target_tokens, logits: expected exactly one of them")
-    device = checks.instance("packed", packed, PackedTree).tokens.device
-    links = packed.parent, packed.indptr, packed.tokens
-    if logits is not None:
-        target = checks.tensor("logits", logits, [packed.num_rows, "V"], checks.FLOATS, device)
-    else:
-        target = checks.tensor(
-            "target_tokens", target_tokens, [packed.num_rows], torch.int64, device
-        )
-    buffers = None
-    if out is not None:
-        shape = [packed.batch, packed.max_depth + 1]
-        given = {
-            "rows": out.rows,
-            "tokens": out.tokens,
-            "num_emitted": out.num_emitted,
-            "cut_row": out.cut_row,
-            "bonus": out.bonus,
-        }
-        sizes = {"rows": shape, "tokens": shape}
-        buffers = tuple(
-            checks.tensor(f"out.{k}", v, sizes.get(k, shape[:1]), torch.int64, device)
-            for k, v in given.items()
-        )
-    rows, tokens, lengths, beyond, bonus = kernels.accept(
-        *links,
-        target,
-        packed.max_depth,
-        max_new_tokens=max_new_tokens,
-        eos_tokens=eos_tokens,
-        out=buffers,
-        backend=backend,
-    )
-    return Accepted(tokens, rows, lengths, bonus, beyond)
 
 
 def speculate(

@@ -15,8 +15,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from echo.errors import EchoError
-
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 ROUNDING = 2.0**-6
 """The most by which a log-probability may be above 0: half a step of float16 logits up to 64, whose log-softmax was taken in float16, and
@@ -27,6 +25,10 @@ HostInts = Sequence[int] | NDArray[Any] | Tensor
 """What :func:`integers` takes of several: a list, a numpy array or a CPU tensor."""
 
 T = TypeVar("T")
+
+
+class EchoError(ValueError):
+    """Bad input. The message names the argument, what was expected and what came."""
 
 
 def tensor(

@@ -13,8 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from echo import checks
-from echo.errors import EchoError
+from echo import _checks as checks
+from echo._checks import EchoError
 from echo.tree.build import from_arrays, host, refuse
 from echo.tree.layouts.ragged import Chains, FlashInferMask
 from echo.tree.layouts.uniform import HuggingFaceInputs, SGLangLinks, TensorRTLinks
