@@ -97,7 +97,7 @@ class OnHost:
             return self.scheduler.history(SLOTS), fake
 
 
-LOOP = importlib.import_module("echo.decode")  # the name ``echo.decode`` is the function's
+LOOP = importlib.import_module("echo.loop")  # the name ``echo.decode`` is the function's
 ORIGINAL = LOOP._on_host
 
 

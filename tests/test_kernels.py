@@ -243,8 +243,8 @@ def test_empty_steps():
 
 def test_context_is_cut_at_the_page_table():
     args = trees.attention([3], [32], **SHAPE, device=DEVICE)
-    compare(args | {"context": torch.full_like(args["context"], 10_000)})
-    compare(args | {"context": torch.full_like(args["context"], -5)})
+    compare(args | {"prefix_lens": torch.full_like(args["prefix_lens"], 10_000)})
+    compare(args | {"prefix_lens": torch.full_like(args["prefix_lens"], -5)})
 
 
 @pytest.mark.parametrize("splits", [0, 1, 4])

@@ -153,7 +153,7 @@ def test_the_longest_context_keeps_to_int32():
     table = args["page_table"].expand(1, args["page_table"].shape[1]).repeat(1, 1 << 14)
     cache = args["key_cache"][:1, :1].expand(-1, 1 << 16, -1, -1)
     call = inputs.Planning(
-        args["q"], cache, table, args["context"], args["tree_key"], args["indptr"]
+        args["q"], cache, table, args["prefix_lens"], args["tree_key"], args["indptr"]
     )
     assert table.shape[1] << 16 >= 1 << 31 > call.shapes.longest + 256
 
@@ -307,7 +307,7 @@ def test_attention_does_not_see_pages_that_are_none(page, backend):
     args["page_table"][1, 1:4:2] = args["page_table"][1, 1]  # repeated
     out, lse = kernels.tree_attention(**args, backend=backend)
     expected, expected_lse = kernels.tree_attention(
-        **(args | {"context": torch.tensor([whole, 37]).int()}), backend=backend
+        **(args | {"prefix_lens": torch.tensor([whole, 37]).int()}), backend=backend
     )
     assert (
         torch.allclose(out, expected, atol=1e-6)
@@ -402,7 +402,7 @@ def test_tall_tiles_hide_them_too(monkeypatch):
 def test_what_lies_before_the_window_may_hold_anything(value, backend):
     args = trees.attention([5, 3], [50, 37], **SHAPE)
     clean = kernels.tree_attention(**args, window=9, backend=backend)
-    for b, length in enumerate(args["context"].tolist()):
+    for b, length in enumerate(args["prefix_lens"].tolist()):
         for at in range(length - 8):
             for name in ("key_cache", "value_cache"):
                 args[name][args["page_table"][b, at // 16], at % 16] = value
@@ -488,7 +488,7 @@ def attention_calls(draw):
     width = draw(st.sampled_from([0, 1, 3, 45 // shape["page"]]))
     args["page_table"] = torch.randint(-2, pages + 2, (batch, width), generator=generator).int()
     kinds = torch.tensor([-(1 << 31), -3, 0, 1, 15, 16, 17, 33, 44, 10_000, (1 << 31) - 1])
-    args["context"] = kinds[torch.randint(0, len(kinds), (batch,), generator=generator)].int()
+    args["prefix_lens"] = kinds[torch.randint(0, len(kinds), (batch,), generator=generator)].int()
     options = {
         "splits": draw(st.sampled_from([None, 1, 2, 7])),
         "window": draw(st.sampled_from([None, 1, 9])),

@@ -51,7 +51,7 @@ def data(scheduler, lanes, seed):
         "capacity": torch.randint(1, 9, (lanes,), generator=generator),
         "drafts": drafts(scheduler, lanes, seed),
         "target": torch.randint(0, 20, (64,), generator=generator),
-        "context": torch.randint(0, 9, (lanes,), generator=generator),
+        "prefix_lens": torch.randint(0, 9, (lanes,), generator=generator),
         "table": torch.randperm(40 * lanes, generator=generator).view(lanes, 40).int(),
     }
 

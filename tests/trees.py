@@ -57,7 +57,7 @@ def attention(
         "key_cache": caches[0],
         "value_cache": caches[1],
         "page_table": table.int().to(device),
-        "context": torch.tensor(contexts, dtype=torch.int32, device=device),
+        "prefix_lens": torch.tensor(contexts, dtype=torch.int32, device=device),
         "tree_key": fused[:, heads : heads + kv_heads],
         "tree_value": fused[:, heads + kv_heads :],
         "request": request,

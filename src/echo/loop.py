@@ -184,12 +184,12 @@ def draft_labels(tree: SuperTree, packed: PackedTree, accepted: Accepted) -> tup
         packed.num_rows + 1, dtype=torch.bool, device=packed.tokens.device
     ).index_fill(0, rows, True)
     deepest = F.pad(torch.where(drafts < accepted.num_emitted, packed.max_depth, drafts), (0, 1))
-    ranks = torch.cat(
+    rank = torch.cat(
         [ranks(cost_bits(layer.score).long()) for layer in tree.layers], dim=1
     ).flatten()
-    ranks = F.pad(ranks, (0, 1))[packed.node]  # pads: the last
+    rank = F.pad(rank, (0, 1))[packed.node]  # pads: the last
     drafted = packed.depth > 0
-    return ranks.masked_fill(~drafted, 0).masked_fill(
+    return rank.masked_fill(~drafted, 0).masked_fill(
         packed.depth > deepest[packed.request], -1
     ), taken[:-1] & drafted
 

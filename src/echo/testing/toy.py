@@ -88,7 +88,7 @@ class TabularDrafter:
         vocab = checks.tensor(
             "probabilities", self.probabilities, ["V", "V"], (torch.float32, torch.float64)
         ).shape[0]
-        checks.integer_field(self, "count", 1, vocab)
+        checks.integer_field(self, "k", 1, vocab)
 
     def admit(self, req_indices: Tensor, prompts: Sequence[Tensor], first: Tensor, /) -> None:
         """Nothing to remember."""
