@@ -141,14 +141,14 @@ class Round:
                 **{name: getattr(packed, name) for name in names},
                 **{
                     f"of_{name}": getattr(forest, name)
-                    for name in ("token", "parent", "score", "bought")
+                    for name in ("token", "parent", "score", "committed")
                 },
                 "of_depth": forest.depth + 0 * roots[0],
                 "selected": self.scheduler.select(tree),
                 "gain": self.scheduler.rule.acceptance_probability(tree),
                 "status": tree.status,
                 "limit": tree.verify_limits,
-                "rows": torch.full_like(roots[0], tree.num_verify_tokens),
+                "num_verify_tokens": torch.full_like(roots[0], tree.num_verify_tokens),
             }
 
         weights = [] if self.weights is None else [self.weights]
@@ -166,14 +166,14 @@ class Round:
         plan = self.plan()
         s = Selection(
             plan["selected"],
-            plan["of_bought"],
+            plan["of_committed"],
             plan["of_parent"],
             plan["of_score"],
             plan["of_depth"][0],
             self.live,
             plan["limit"],
             plan["status"],
-            plan["rows"],
+            plan["num_verify_tokens"],
         )
         checks = INVARIANTS | {name: CLAIMS[name] for name in self.claims if name in CLAIMS}
         for name, check in checks.items():

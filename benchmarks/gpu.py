@@ -135,7 +135,7 @@ def inputs(case: Case, device: torch.device, seed: int) -> dict[str, torch.Tenso
         "key_cache": caches[0],
         "value_cache": caches[1],
         "page_table": table,
-        "context": context,
+        "prefix_lens": context,
     }
     return (
         args
@@ -153,7 +153,7 @@ def planned(args: dict[str, torch.Tensor]) -> Callable[[], torch.Tensor]:
     """Ours as in all layers but the first: the work list is there. Peers' plans are not charged to them either."""
     named = {
         name: args[name]
-        for name in ("q", "key_cache", "page_table", "context", "tree_key", "indptr")
+        for name in ("q", "key_cache", "page_table", "prefix_lens", "tree_key", "indptr")
     }
     plan = kernels.plan_attention(**named, backend="triton")
     return lambda: kernels.tree_attention(**args, plan=plan, backend="triton")[0]

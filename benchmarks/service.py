@@ -91,7 +91,15 @@ def replayed(trace: Trace, scheduler: Scheduler, batch: int, base: int, share: f
     """Steps of the policy on the trace, beside ``base`` rows of prefill."""
     own = {
         name: getattr(scheduler, name)
-        for name in ("rule", "gate", "budget", "max_depth", "max_tree_rows", "probe", "margin")
+        for name in (
+            "rule",
+            "gate",
+            "budget",
+            "max_depth",
+            "max_verify_tokens_per_req",
+            "probe_interval",
+            "margin",
+        )
     }
     seen: list[tuple[float, int]] = []
     emitted: list[list[int]] = [[] for _ in trace.kind]

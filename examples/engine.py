@@ -42,7 +42,7 @@ class PagedCache:
 
     def __init__(self, model, lanes: int, pages: int, length: int) -> None:
         like, config = model.model.embed_tokens.weight, model.config
-        tier = (
+        shape = (
             config.num_hidden_layers,
             2,
             pages,
@@ -50,7 +50,7 @@ class PagedCache:
             config.num_key_value_heads,
             model.model.layers[0].self_attn.head_dim,
         )
-        self.kv = torch.zeros(tier, dtype=like.dtype, device=like.device)
+        self.kv = torch.zeros(shape, dtype=like.dtype, device=like.device)
         self.table = torch.zeros(lanes, -(-length // PAGE), dtype=torch.int32, device=like.device)
         self.context = torch.zeros(lanes, dtype=torch.int32, device=like.device)
         self.free, self.owned = list(range(1, pages)), dict[int, list[int]]()
@@ -58,7 +58,7 @@ class PagedCache:
     def reserve(self, lane: int, tokens: int) -> bool:
         """Gives the lane pages for so many tokens; False where they do not fit."""
         count = -(-tokens // PAGE)
-        if count > min(len(self.free), self.table.tier[1]):
+        if count > min(len(self.free), self.table.shape[1]):
             return False
         self.owned[lane] = [self.free.pop() for _ in range(count)]
         self.table[lane, :count] = torch.tensor(
@@ -146,7 +146,7 @@ class Engine:
         )  # what the host knows of the history: forecasts never wait for the device
         kv = self.cache.kv
         self.stash = (
-            like.stash if like else kv.new_zeros(len(kv), 2, most, *kv.tier[4:])
+            like.stash if like else kv.new_zeros(len(kv), 2, most, *kv.shape[4:])
         )  # a step's keys and values
         self.sampled = like.sampled if like else torch.zeros(most, dtype=torch.int64, device=device)
         self.kept = (
@@ -160,7 +160,7 @@ class Engine:
         )
         on_gpu = device.type == "cuda"
         self.pinned = deque(
-            torch.zeros(self.report.tier, dtype=torch.int32, device="cpu", pin_memory=on_gpu)
+            torch.zeros(self.report.shape, dtype=torch.int32, device="cpu", pin_memory=on_gpu)
             for _ in range(2)
         )
         self.running: list[int] = []  # the prompt that each lane answers
@@ -231,8 +231,8 @@ class Engine:
         """Launches one speculative step of the running lanes. Waits for nothing."""
         live, space, drafter = len(self.running), self.space, self.drafter
         lanes = min(1 << (live - 1).bit_length(), len(self.lanes))
-        tier = self.scheduler.choose_tier(self.known, self.places[:live])
-        depth = tier.depth if drafter is not None else 0
+        plan = self.scheduler.choose_tier(self.known, self.places[:live])
+        depth = plan.depth if drafter is not None else 0
         if (
             self.extends
             and drafter.num_unprocessed_tokens
@@ -244,8 +244,8 @@ class Engine:
             if self.extends:
                 drafter.num_unprocessed_tokens += 1
         else:
-            rows = min(tier(tier.num_verify_tokens), space.num_verify_tokens)
-            space.set_num_verify_tokens(min(tier.num_verify_tokens, rows))
+            rows = min(tier(plan.num_verify_tokens), space.num_verify_tokens)
+            space.set_num_verify_tokens(min(plan.num_verify_tokens, rows))
             tree = self.run("draft", (lanes, depth), lambda: self.draft(lanes, depth))
             packed = self.run("plan", (lanes, depth, rows), lambda: space.pack(tree, rows))
             self.run("target", (lanes, rows), lambda: self.target(packed))
@@ -308,7 +308,7 @@ class Engine:
 
     def advance(self, accepted: echo.tree.Accepted) -> None:
         """What the accepted tokens mean for each lane: what it says, its next root, the tokens left; and the step's report."""
-        lanes, steps = accepted.tokens.tier
+        lanes, steps = accepted.tokens.shape
         left, root = self.left[:lanes], self.root[:lanes]
         self.said.fill_(-1)
         self.said[:lanes, :steps] = accepted.tokens
@@ -347,10 +347,10 @@ class Engine:
         parts = [
             part.view(kind) for part, kind in zip(report.numbers.split(sizes), kinds, strict=True)
         ]
-        said, left = parts[0].view(self.said.tier).tolist(), parts[1].tolist()
+        said, left = parts[0].view(self.said.shape).tolist(), parts[1].tolist()
         if parts[2:]:
             sums = {
-                name: part.view(getattr(self.known, name).tier)
+                name: part.view(getattr(self.known, name).shape)
                 for name, part in zip(SUMS, parts[2:], strict=True)
             }
             now, lagged = self.known.generation, replace(self.known, **sums)
@@ -389,7 +389,7 @@ class Engine:
         cache, config, n, lanes = self.cache, self.model.config, packed.num_rows, packed.batch
         context, table = cache.context[:lanes], cache.table[:lanes]
         q, k = (
-            cache.kv.new_empty(n, heads, cache.kv.tier[-1])
+            cache.kv.new_empty(n, heads, cache.kv.shape[-1])
             for heads in (config.num_attention_heads, config.num_key_value_heads)
         )
         plan = kernels.plan_attention(
@@ -417,7 +417,7 @@ class Engine:
         base, features = self.model.model, []
         x = base.embed_tokens(tokens)
         kv = (
-            self.cache.kv.new_empty(len(base.layers), 2, len(x), *self.cache.kv.tier[4:])
+            self.cache.kv.new_empty(len(base.layers), 2, len(x), *self.cache.kv.shape[4:])
             if kv is None
             else kv
         )

@@ -32,10 +32,10 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
-def grow_all(scheduler, roots, *, k, seed, spoil=0.0, ties=False, **plant):
+def grow_all(scheduler, roots, *, k, seed, spoil=0.0, ties=False, **begin):
     """A full tree from random draft scores; ``spoil`` is the share of those that are none or at the edge, ``ties`` makes them coarse."""
     generator = torch.Generator().manual_seed(seed)
-    tree = scheduler.begin(roots, **plant)
+    tree = scheduler.begin(roots, **begin)
     for _ in range(scheduler.max_depth):
         shape = (*tree.frontier.token.shape, k)
         log_probs = (1.5 * torch.randn(shape, generator=generator)).log_softmax(-1)

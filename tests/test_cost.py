@@ -235,16 +235,19 @@ def test_profile_reads_the_devices_clock():
     [
         (
             lambda: echo.CostModel.from_samples([], []),
-            r"seconds: expected as many as rows \(0, at least 1\), got 0",
+            r"seconds: expected as many as num_tokens \(0, at least 1\), got 0",
         ),
-        (lambda: echo.CostModel.from_samples([1, 2], [1.0]), r"seconds: expected as many as rows"),
+        (
+            lambda: echo.CostModel.from_samples([1, 2], [1.0]),
+            r"seconds: expected as many as num_tokens",
+        ),
         (
             lambda: echo.CostModel.from_samples([0], [1.0]),
-            "rows: expected at least 1 in every sample, got 0",
+            "num_tokens: expected at least 1 in every sample, got 0",
         ),
         (
             lambda: echo.CostModel.from_samples([1], [1.0], context_tokens=[-1]),
-            "context: expected at least 0 in every sample, got -1",
+            "context_tokens: expected at least 0 in every sample, got -1",
         ),
         (
             lambda: echo.CostModel.from_samples([1], [float("nan")]),
@@ -252,14 +255,14 @@ def test_profile_reads_the_devices_clock():
         ),
         (
             lambda: echo.CostModel((1,), (1.0,), num_reqs=(1, 2)),
-            "requests: expected increasing ints >= 1, as many as request_seconds",
+            "num_reqs: expected increasing ints >= 1, as many as request_seconds",
         ),
         (
             lambda: echo.CostModel((1,), (1.0,), num_reqs=(1,), request_seconds=(0.1,)),
             "request_seconds: expected 0 at the fewest",
         ),
         (lambda: echo.CostModel.from_sglang("{}"), "cost: expected one of SGLang's cost tables"),
-        (lambda: echo.CostModel((2, 1), (1.0, 1.0)), "rows: expected increasing ints"),
+        (lambda: echo.CostModel((2, 1), (1.0, 1.0)), "num_tokens: expected increasing ints"),
         (lambda: echo.CostModel((1, 2), (2.0, 1.0)), "seconds: expected positive, non-decreasing"),
         (lambda: echo.CostModel((1,), (1.0,), tiers=(4, 2)), "tiers: expected increasing"),
         (
@@ -275,7 +278,7 @@ def test_profile_reads_the_devices_clock():
             lambda: echo.CostModel.from_json('{"format": "x", "version": 1}'),
             "cost: expected the JSON of a CostModel",
         ),
-        (lambda: echo.cost.profile(print, []), "rows: expected at least one row count"),
+        (lambda: echo.cost.profile(print, []), "num_tokens: expected at least one row count"),
     ],
 )
 def test_bad_input_names_the_argument(call, message):
@@ -322,7 +325,7 @@ def test_a_model_of_numpy_rows_is_written_compared_and_hashed_as_any(make):
     )
     rows, seconds = make([1, 8, 64]), make([1.0, 1.0, 2.0])
     crowd = {
-        "requests": make([1, 4]),
+        "num_reqs": make([1, 4]),
         "request_seconds": make([0.0, 0.25]),
         "k_max_interval": make([3, 4]),
     }
@@ -334,7 +337,7 @@ def test_a_model_of_numpy_rows_is_written_compared_and_hashed_as_any(make):
         and type(model.draft_layer) is float
     )
     assert echo.BeamMassGate(make([1, 3]), -1.0, 2) == echo.BeamMassGate((1, 3), -1.0, 2)
-    with pytest.raises(echo.EchoError, match="rows: expected ints"):
+    with pytest.raises(echo.EchoError, match="num_tokens: expected ints"):
         echo.CostModel(make([1.5, 2.0]), seconds[:2])
     with pytest.raises(echo.EchoError, match="tiers: expected ints"):
         echo.CostModel(rows, seconds, tiers=make([float("nan")]))

@@ -129,7 +129,7 @@ def engine():
     """Everything between plant and the counters, by every policy: all that has a tensor."""
     found = [calibration()]
     context, pages = torch.tensor([3, 5, 2]), torch.arange(30).view(3, 10).int()
-    weighed = {"weights": torch.tensor([1.0, 2.0, 4.0], dtype=torch.float32)}
+    weighed = {"request_weights": torch.tensor([1.0, 2.0, 4.0], dtype=torch.float32)}
     for name, scheduler in policies().items():
         for served in ({}, weighed):
             if name not in ("paper", "goodput") and kernels.fused("packing", context) is not None:
@@ -279,7 +279,7 @@ def decoded():
         ):
             found += [step.emitted, step.tier, step.packed]
         found += [drafter.fit_weights(), drafter.texts]
-    options = {"slots": 2, "depth": 3, "beam": 2, "max_new_tokens": 12}
+    options = {"max_num_reqs": 2, "depth": 3, "beam": 2, "max_new_tokens": 12}
     *_, trace = record(
         TabularTarget(own),
         TabularDrafter(blurred(own, 4), 3, torch.float16),

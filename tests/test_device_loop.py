@@ -109,10 +109,10 @@ def test_decode_waits_in_one_place(name, device, monkeypatch):
     monkeypatch.setattr(LOOP, "_on_host", host)
     texts, steps, admitted = [[] for _ in prompts], 0, 0
     options = {
-        "slots": SLOTS,
+        "max_num_reqs": SLOTS,
         "max_new_tokens": 6,
         "eos_token": [44, 45],
-        "peek": False,
+        "early_stop": False,
         "device": device,
     }
     with RefuseHost():
@@ -172,9 +172,9 @@ def test_speculate_plans_from_what_the_host_knows(device):
     scheduler, slots = POLICIES["goodput"], torch.arange(4, device=device)
     history, known = scheduler.history(4, device), scheduler.history(4)
     options = {
-        "peek": False,
+        "early_stop": False,
         "forecast": scheduler.choose_tier(known, range(4)),
-        "limits": torch.full((4,), 2, device=device),
+        "max_new_tokens": torch.full((4,), 2, device=device),
     }
     with RefuseHost():
         step, history = echo.loop.speculate(
@@ -194,12 +194,13 @@ def test_speculate_plans_from_what_the_host_knows(device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("call", ["forecast", "curve"])
+@pytest.mark.parametrize("call", ["choose_tier", "tier_curve"])
 def test_a_plan_is_made_on_the_host(call, device):
     scheduler = POLICIES["goodput"]
     plan, history = getattr(scheduler, call), scheduler.history(4)
     with pytest.raises(
-        echo.EchoError, match=f"slots: expected ints >= 0 on the host .* got a tensor on {device}"
+        echo.EchoError,
+        match=f"req_indices: expected ints >= 0 on the host .* got a tensor on {device}",
     ):
         plan(history, torch.arange(4, device=device))
     with pytest.raises(

@@ -29,7 +29,7 @@ POLICIES = {
 }
 
 
-SERVED = {"weights": torch.tensor([1.0, 2.0, 1.0, 3.0])}
+SERVED = {"request_weights": torch.tensor([1.0, 2.0, 1.0, 3.0])}
 
 
 def step(scheduler, roots, live, tokens, log_probs, target, context, pages, counts, served):

@@ -103,7 +103,7 @@ class Served:
     def step(self, depth: int, dead: tuple[int, ...] = ()) -> None:
         slots, batch = torch.tensor(self.slots), len(self.slots)
         live = torch.tensor([lane not in dead for lane in range(batch)])
-        if depth and self.graph.num_unprocessed_tokens:
+        if depth and self.graph.unread:
             self.graph.catch_up()
         tree = self.scheduler.begin(self.roots[:batch], live=live)
         for _ in range(depth):
@@ -130,8 +130,8 @@ class Served:
             self.graph.extend(*kept)
         else:
             self.graph.remember(*kept)
-            self.graph.num_unprocessed_tokens += 1
-            if self.graph.num_unprocessed_tokens == self.graph.room:
+            self.graph.unread += 1
+            if self.graph.unread == self.graph.room:
                 self.graph.catch_up()
         self.roots[:batch] = torch.where(
             accepted.num_emitted > 0, accepted.bonus, self.roots[:batch]

@@ -223,7 +223,7 @@ def test_bad_masks(rows, message):
         importers.from_sglang_mask(
             torch.tensor([good, good]).bool(), torch.tensor([1, -1, 2, 3, 4, 5]), 3, "QLEN_ONLY"
         )
-    with pytest.raises(echo.EchoError, match=r"lengths: request 1: expected 0 to 3 rows, got 4"):
+    with pytest.raises(echo.EchoError, match=r"num_nodes: request 1: expected 0 to 3 rows, got 4"):
         importers.from_sglang_mask(
             torch.tensor([good, good]).bool(),
             torch.arange(6),
@@ -250,7 +250,7 @@ def test_importers_refuse_indptrs_and_lengths_that_fit_no_mask():
         (lambda: importers.from_flashinfer_xqa(xqa.int(), packed.indptr, packed.tokens), r"mask: expected uint16 \[8, halves\], got int32"),
         (lambda: importers.from_qq_bias(torch.zeros(8, 7), packed.tokens), r"bias: expected float32 \[8, 8\], got float32 \[8, 7\]"),
         (lambda: importers.from_sglang_mask(torch.ones(99).bool(), torch.arange(6), 3, "FULL_MASK", prefix_lens=torch.tensor([1, -1])),
-         r"context: request 1: expected tokens >= 0, got -1"),
+         r"prefix_lens: request 1: expected tokens >= 0, got -1"),
     ]:  # fmt: skip
         with pytest.raises(echo.EchoError, match=message):
             call()

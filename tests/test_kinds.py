@@ -165,7 +165,7 @@ def test_what_is_no_integer_is_refused(wrong):
 
 
 def test_a_number_on_a_device_is_no_host_integer():
-    with pytest.raises(echo.EchoError, match="rows: expected an int"):
+    with pytest.raises(echo.EchoError, match="num_verify_tokens: expected an int"):
         SCHEDULER.begin(
             torch.arange(1), num_verify_tokens=torch.zeros((), dtype=torch.int64, device="meta")
         )
@@ -180,7 +180,7 @@ LAW = table(50, seed=1)
 
 def answer(**options):
     scheduler = echo.ElasticBudgetScheduler.eagle(max_verify_tokens_per_req=4, beam=2, max_depth=3)
-    given = {"slots": 1, "max_new_tokens": 20} | options
+    given = {"max_num_reqs": 1, "max_new_tokens": 20} | options
     steps = echo.decode(
         scheduler, TabularTarget(LAW), TabularDrafter(LAW, k=2), [torch.tensor([3])], **given
     )
@@ -227,12 +227,17 @@ def test_an_end_that_is_no_token_is_refused(eos):
 def test_limits_of_every_kind(limit):
     expected = answer(max_new_tokens=7)
     assert len(expected) == 7 and answer(max_new_tokens=limit) == expected
-    assert answer(max_new_tokens=7, slots=np.int32(2), capacity=torch.tensor(3)) == expected
+    assert (
+        answer(
+            max_new_tokens=7, max_num_reqs=np.int32(2), max_verify_tokens_per_req=torch.tensor(3)
+        )
+        == expected
+    )
     for wrong in (0, [0], 2.5, [True], None, [7, 7]):
         with pytest.raises(echo.EchoError, match="max_new_tokens: expected"):
             answer(max_new_tokens=wrong)
     with pytest.raises(echo.EchoError, match="capacity: expected an int"):
-        answer(capacity=1.5)
+        answer(max_verify_tokens_per_req=1.5)
 
 
 def test_no_end_is_none():

@@ -92,7 +92,7 @@ def test_a_request_alone_is_packed_as_in_the_batch(seed):
     for b in range(4):
         alone = run(torch.tensor([b]))
         part = slice(int(together.indptr[b]), int(together.indptr[b + 1]))
-        for name in ("tokens", "parent", "depth", "mask", "score", "bought"):
+        for name in ("tokens", "parent", "depth", "mask", "score", "committed"):
             assert torch.equal(getattr(together, name)[part], getattr(alone, name)), name
 
 
@@ -202,7 +202,7 @@ def test_sglang_masks_are_the_oracle_and_come_back(case, more):
     n, context = case.largest + more, contexts(case)
     squares = [square(case, b, n) for b in range(case.batch)]
     links = layouts.sglang(case.packed, n, context)
-    back = {"lengths": case.packed.indptr.diff(), "rows": case.packed.num_rows}
+    back = {"num_nodes": case.packed.indptr.diff(), "num_rows": case.packed.num_rows}
     short = layouts.sglang_mask(case.packed, n, "QLEN_ONLY")
     assert short.tolist() == squares
     same(importers.from_sglang_mask(short, links.draft_tokens, n, "QLEN_ONLY", **back), case.packed)

@@ -294,12 +294,12 @@ def test_the_text_is_that_of_plain_decoding_and_takes_fewer_steps(alone):
 def test_a_blended_draft_depends_on_the_text_alone_and_replays():
     target, drafter = pair(7, True)
     options = {
-        "slots": 7,
+        "max_num_reqs": 7,
         "depth": 3,
         "beam": 3,
         "floor": -math.inf,
         "max_new_tokens": 30,
-        "capacity": 40,
+        "max_verify_tokens_per_req": 40,
     }
     *_, trace = record(target, drafter, PROMPTS, ["toy"] * 7, **options)
     scheduler = echo.ElasticBudgetScheduler(echo.GlobalRank(2), None, 12, 3)
@@ -389,7 +389,7 @@ def test_bad_input():
                 torch.zeros(1, 2).long(),
                 torch.zeros(1, 3),
             ),
-            r"share: expected float32 \[1, 2\]",
+            r"weight: expected float32 \[1, 2\]",
         ),
     ):
         with pytest.raises(echo.EchoError, match=says):

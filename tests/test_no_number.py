@@ -222,7 +222,7 @@ def right_text(prompt, limit, bad, eos):
 @pytest.mark.parametrize("slots", [1, 2, 4])
 @pytest.mark.parametrize("bad", range(-1, 14))
 def test_decode_answers_what_is_right_of_each_prompt_and_names_the_others(bad, slots):
-    target, drafter = Spoiled(LAW), Watching(blurred(LAW, seed=6, noise=0.2), count=3)
+    target, drafter = Spoiled(LAW), Watching(blurred(LAW, seed=6, noise=0.2), k=3)
     target.bad = bad
     scheduler = echo.ElasticBudgetScheduler(
         echo.GlobalRank(2), None, echo.CostModel((1, 12, 64), (1.0, 1.1, 4.0)), 3

@@ -69,7 +69,7 @@ def same(fused, plain):
 
 def step(scheduler, batch, *, pads=0, rows=None, **data):
     """Everything between the roots and the history, and what came of it."""
-    tree = grow_all(scheduler, torch.arange(batch), rows=rows, **data)
+    tree = grow_all(scheduler, torch.arange(batch), num_verify_tokens=rows, **data)
     packed = scheduler.pack(tree, num_verify_tokens=tree.num_verify_tokens + pads)
     accepted = echo.accept(packed, packed.tokens.roll(-1))
     table = torch.arange(9 * batch).view(batch, 9).int()
@@ -77,7 +77,11 @@ def step(scheduler, batch, *, pads=0, rows=None, **data):
         torch.arange(batch).flip(0) + 2, packed, accepted
     )
     again = history.observe(torch.arange(batch), packed, accepted)
-    where = ({}, {"dummy": 3, "past": batch}, {"page_table": table, "page_size": 2, "dummy": 5})
+    where = (
+        {},
+        {"pad_slot_id": 3, "past_len": batch},
+        {"page_table": table, "page_size": 2, "pad_slot_id": 5},
+    )
     lists = tuple(compact(packed, accepted, torch.arange(batch), **options) for options in where)
     stats = echo.StepStats.empty().observe(packed, accepted).observe(packed, accepted)
     return {
@@ -103,7 +107,7 @@ def test_whole_steps(policy, seed, spoil, ties, data):
     scheduler, batch = policy
     live = torch.tensor(data.draw(st.lists(st.booleans(), min_size=batch, max_size=batch)))
     capacity = torch.tensor(data.draw(st.lists(st.integers(0, 9), min_size=batch, max_size=batch)))
-    served = data.draw(st.sampled_from([{}, {"weights": torch.arange(batch).float()}]))
+    served = data.draw(st.sampled_from([{}, {"request_weights": torch.arange(batch).float()}]))
     pads = data.draw(st.sampled_from([0, 37]))
     compare(
         scheduler,
@@ -114,7 +118,7 @@ def test_whole_steps(policy, seed, spoil, ties, data):
         spoil=spoil,
         ties=ties,
         live=live,
-        capacity=capacity,
+        verify_limits=capacity,
         **served,
     )
 

@@ -204,7 +204,8 @@ def test_empty_lanes_need_no_row(name, backend):
     assert torch.equal(packed.tokens, alone.tokens) and torch.equal(packed.parent, alone.parent)
     assert packed.indptr.diff()[live].tolist() == alone.indptr.diff().tolist()
     with pytest.raises(
-        echo.EchoError, match="rows: expected at least one row for each of 16 requests, got 8"
+        echo.EchoError,
+        match="num_verify_tokens: expected at least one row for each of 16 requests, got 8",
     ):
         scheduler.begin(torch.arange(16), num_verify_tokens=8)
 
@@ -214,7 +215,7 @@ def test_empty_lanes_need_no_row(name, backend):
 @pytest.mark.parametrize("name", POLICIES)
 def test_more_live_requests_than_rows_wait_and_are_counted(name, rows, backend):
     scheduler, live = POLICIES[name], torch.arange(12) != 1
-    weights = {"weights": torch.ones(12)} if name == "two-level" else {}
+    weights = {"request_weights": torch.ones(12)} if name == "two-level" else {}
     history = scheduler.history(12)
     with kernels.using(backend):
         tree = grown(
@@ -298,7 +299,7 @@ def test_backends_plant_the_same_roots():
                         )
                     )
             one, two = trees
-            for name in ("status", "row_limit", "held", "left", "invalid"):
+            for name in ("status", "verify_limits", "num_committed", "num_remaining", "invalid"):
                 assert torch.equal(getattr(one, name), getattr(two, name)), (batch, rows, name)
             assert torch.equal(one.score, two.score) and torch.equal(one.committed, two.committed)
             assert torch.equal(one.frontier.active, two.frontier.active)
@@ -324,7 +325,7 @@ def test_a_dead_lane_that_shares_a_slot_changes_nothing(backend):
             expected = expected.observe(
                 torch.tensor([0, 2]), alone, echo.accept(alone, torch.ones(8, dtype=torch.int64))
             )
-    for name in ("steps", "outlook", "expected", "accepted", "unread"):
+    for name in ("steps", "acceptance_histogram", "expected", "accepted", "num_unprocessed_tokens"):
         assert torch.equal(getattr(history, name), getattr(expected, name)), name
 
 
@@ -338,7 +339,7 @@ def chain():
 
 
 @pytest.mark.parametrize(
-    "ends", [{"eos_tokens": torch.tensor([9, 2])}, {"limits": torch.tensor([1])}]
+    "ends", [{"eos_tokens": torch.tensor([9, 2])}, {"max_new_tokens": torch.tensor([1])}]
 )
 def test_what_lies_behind_the_end_of_an_answer_counts_nowhere(ends):
     scheduler, tree, packed = chain()
@@ -366,20 +367,20 @@ def test_what_lies_behind_the_end_of_an_answer_counts_nowhere(ends):
     ("tokens", "ends", "expected"),
     [
         ([2, 40, 41, 42], {}, ([2, 40, 41, 42], -1)),
-        ([2, 40, 41, 42], {"limits": 0}, ([], -1)),
-        ([2, 40, 41, 42], {"limits": -3}, ([], -1)),
-        ([2, 40, 41, 42], {"limits": 3}, ([2, 40, 41], 3)),
-        ([2, 40, 41, 42], {"limits": 4, "eos": [40]}, ([2, 40], 2)),
+        ([2, 40, 41, 42], {"max_new_tokens": 0}, ([], -1)),
+        ([2, 40, 41, 42], {"max_new_tokens": -3}, ([], -1)),
+        ([2, 40, 41, 42], {"max_new_tokens": 3}, ([2, 40, 41], 3)),
+        ([2, 40, 41, 42], {"max_new_tokens": 4, "eos": [40]}, ([2, 40], 2)),
         (
             [2, 40, 41, 42],
-            {"limits": 9, "eos": [42]},
+            {"max_new_tokens": 9, "eos": [42]},
             ([2, 40, 41, 42], -1),
         ),  # the bonus token is the end
         ([2, 40, 8, 42], {"eos": [8, 99]}, ([2, 40, 8], -1)),
         ([2, 40, -1, 42], {"eos": [99]}, ([2, 40], 2)),  # cut by the walk
         ([2, 40, -1, 42], {"eos": [40]}, ([2, 40], 2)),  # by both
         ([2, 40, -1, 42], {"eos": [2]}, ([2], 1)),
-        ([-1, 40, 41, 42], {"limits": 2, "eos": [2]}, ([], -1)),
+        ([-1, 40, 41, 42], {"max_new_tokens": 2, "eos": [2]}, ([], -1)),
     ],
 )
 def test_where_an_answer_ends(tokens, ends, expected):

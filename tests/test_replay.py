@@ -136,8 +136,7 @@ def test_charges(trace):
     seen = []
     full = replay(trace, scheduler, COST, batch=4, observe=seen.append)
     expected = sum(
-        COST(r.choose_tier.num_verify_tokens)
-        + COST.draft_seconds(r.choose_tier.depth, len(r.requests), 3)
+        COST(r.tier.num_verify_tokens) + COST.draft_seconds(r.tier.depth, len(r.requests), 3)
         for r in seen
     )
     assert full.seconds == pytest.approx(expected)

@@ -132,7 +132,7 @@ def test_global_rank_is_optimal_among_all_closed_subsets(calibrated, served):
             k=3,
             seed=seed,
             ties=bool(seed % 2),
-            capacity=torch.from_numpy(most),
+            verify_limits=torch.from_numpy(most),
             weights=weights,
         )
         value = scheduler.rule.acceptance_probability(tree).double().numpy() * (
@@ -397,7 +397,7 @@ def test_capacity_of_one_is_an_opt_out_and_an_empty_slot_costs_nothing():
         k=2,
         seed=0,
         live=torch.tensor([True, False, True]),
-        capacity=torch.tensor([1, 64, 64]),
+        verify_limits=torch.tensor([1, 64, 64]),
     )
     packed = scheduler.pack(tree)
     assert packed.indptr.diff().tolist()[:2] == [1, 0]
@@ -456,11 +456,13 @@ def test_history_is_a_value_and_forgets_on_reset():
     assert again.steps[0].tolist() == [0, 1, 0, 0, 0, 2]
     assert again.generation.tolist() == [0, 0, 0, 0, 1]
     # a lagged copy: what it knows of a slot that has another request by now is not of that request
-    lagged = after.of(again.generation)
+    lagged = after.without_stale(again.generation)
     assert torch.equal(lagged.steps, again.steps) and torch.equal(
         lagged.acceptance_histogram, again.acceptance_histogram
     )
-    assert torch.equal(after.of(after.generation).acceptance_histogram, after.acceptance_histogram)
+    assert torch.equal(
+        after.without_stale(after.generation).acceptance_histogram, after.acceptance_histogram
+    )
     assert after.to("meta").acceptance_histogram.is_meta and after.to("meta").num_steps == 1
 
 
@@ -681,15 +683,15 @@ SCHEDULER = echo.ElasticBudgetScheduler(echo.TwoLevel(2, 4), budget=8, max_depth
     [
         (
             lambda: SCHEDULER.begin(torch.arange(9)),
-            r"rows: expected at least one row for each of 9 requests, got 8",
+            r"num_verify_tokens: expected at least one row for each of 9 requests, got 8",
         ),
         (
             lambda: SCHEDULER.begin(torch.arange(2), num_verify_tokens=0),
-            r"rows: expected at least one row for each of 2 requests, got 0",
+            r"num_verify_tokens: expected at least one row for each of 2 requests, got 0",
         ),
         (
             lambda: SCHEDULER.begin(torch.arange(2), num_verify_tokens=-1),
-            r"rows: expected an int >= 0, got -1",
+            r"num_verify_tokens: expected an int >= 0, got -1",
         ),
         (
             lambda: SCHEDULER.begin(torch.zeros(2)),
@@ -702,7 +704,7 @@ SCHEDULER = echo.ElasticBudgetScheduler(echo.TwoLevel(2, 4), budget=8, max_depth
         ),
         (
             lambda: SCHEDULER.begin(torch.arange(2), verify_limits=torch.ones(2)),
-            r"capacity: expected int64 \[2\], got float32 \[2\]",
+            r"verify_limits: expected int64 \[2\], got float32 \[2\]",
         ),
         (
             lambda: SCHEDULER.grow(
@@ -722,15 +724,15 @@ SCHEDULER = echo.ElasticBudgetScheduler(echo.TwoLevel(2, 4), budget=8, max_depth
         ),
         (
             lambda: SCHEDULER.pack(SCHEDULER.begin(torch.arange(2)), num_verify_tokens=4),
-            r"rows: expected at least the 8 rows .* planted with, got 4",
+            r"num_verify_tokens: expected at least the 8 rows .* planted with, got 4",
         ),
         (
             lambda: SCHEDULER.pack(SCHEDULER.begin(torch.arange(2)), num_verify_tokens=0),
-            r"rows: expected at least the 8 rows .* planted with, got 0",
+            r"num_verify_tokens: expected at least the 8 rows .* planted with, got 0",
         ),
-        (lambda: echo.TwoLevel(0, 4), r"layer_width: expected an int >= 1, got 0"),
-        (lambda: echo.TwoLevel(2, -1), r"max_width: expected an int >= 0, got -1"),
-        (lambda: echo.PerRequest(0, 2), r"n: expected an int >= 1, got 0"),
+        (lambda: echo.TwoLevel(0, 4), r"beam: expected an int >= 1, got 0"),
+        (lambda: echo.TwoLevel(2, -1), r"max_extra_tokens: expected an int >= 0, got -1"),
+        (lambda: echo.PerRequest(0, 2), r"max_verify_tokens_per_req: expected an int >= 1, got 0"),
         (lambda: echo.GlobalRank(1.5), r"beam: expected an int >= 1, got 1.5"),
         (
             lambda: echo.ElasticBudgetScheduler(echo.GlobalRank(2)),

@@ -108,7 +108,7 @@ def test_one_cost_model_of_all_loads(serve_gpu):
         for n in (1, 4, 16)
     ]
     cost = serve_gpu.one_cost(loads)
-    assert cost(32, requests=16) == pytest.approx(1e-3 + 32e-6 + 32e-6, rel=0.05)
+    assert cost(32, num_reqs=16) == pytest.approx(1e-3 + 32e-6 + 32e-6, rel=0.05)
     assert cost.draft_layer == pytest.approx(1e-4, rel=0.01) and cost.draft_token == pytest.approx(
         1e-6, rel=0.01
     )

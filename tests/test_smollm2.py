@@ -119,13 +119,13 @@ def recorded(smollm2):
 
     target, drafter = pair(4)
     options = {
-        "slots": 4,
+        "max_num_reqs": 4,
         "depth": 5,
         "beam": 3,
         "floor": FLOOR,
         "max_new_tokens": 40,
         "eos_token": 2,
-        "capacity": 32,
+        "max_verify_tokens_per_req": 32,
     }
     *_, trace = record(target, drafter, prompts, KINDS, **options)
     return pair, prompts, trace
@@ -154,7 +154,12 @@ def test_replay_gives_the_steps_of_live_decoding(recorded, name):
         trace, scheduler, COST, batch=slots, max_verify_tokens_per_req=32, observe=seen.append
     )
     target, drafter = pair(slots)
-    options = {"slots": slots, "max_new_tokens": 40, "eos_token": 2, "capacity": 32}
+    options = {
+        "max_num_reqs": slots,
+        "max_new_tokens": 40,
+        "eos_token": 2,
+        "max_verify_tokens_per_req": 32,
+    }
     live = list(echo.decode(scheduler, target, drafter, prompts, **options))
     assert report.misses == 0
     assert len(live) == len(seen)

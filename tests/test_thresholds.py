@@ -111,9 +111,9 @@ def test_free_rows_close_no_gate_and_dear_rows_close_all():
 def test_goodput_calibration_beats_youden_on_its_own_log_and_says_what_it_is_worth():
     log = steps(3000, 5, 2, ranks=2)
     youden = echo.calibrate(log)
-    best = echo.calibrate(log, thresholds="goodput", cost=COST, batch=64)
+    best = echo.calibrate(log, thresholds="throughput", cost=COST, batch=64)
     objective = Objective(COST, 64, 1)
-    assert best.rule == "goodput" and best.gate_depths == youden.gate_depths
+    assert best.rule == "throughput" and best.gate_depths == youden.gate_depths
     assert best.throughput == pytest.approx(
         throughput_optimal(log, best.gate_depths, 5, objective, youden.thresholds)[1], rel=1e-12
     )
@@ -181,21 +181,21 @@ def test_weighted_steps_may_be_cut_short_by_the_gate():
     [
         (
             lambda log: echo.calibrate(log, thresholds="best"),
-            "thresholds: expected 'youden' or 'goodput', got 'best'",
+            "thresholds: expected 'youden' or 'throughput', got 'best'",
         ),
         (
-            lambda log: echo.calibrate(log, thresholds="goodput"),
-            "cost: expected a CostModel for thresholds='goodput', got None",
+            lambda log: echo.calibrate(log, thresholds="throughput"),
+            "cost: expected a CostModel for thresholds='throughput', got None",
         ),
         (
-            lambda log: echo.calibrate(log, thresholds="goodput", cost=COST, batch=0),
+            lambda log: echo.calibrate(log, thresholds="throughput", cost=COST, batch=0),
             "batch: expected an int >= 1, got 0",
         ),
         (
             lambda log: echo.calibrate(
-                echo.gating.ConfidenceHistograms.of(log), thresholds="goodput", cost=COST
+                echo.gating.ConfidenceHistograms.of(log), thresholds="throughput", cost=COST
             ),
-            "thresholds: expected 'youden' for histograms, got 'goodput': what a threshold is worth depends on which rows belong",
+            "thresholds: expected 'youden' for histograms, got 'throughput': what a threshold is worth depends on which rows belong",
         ),
         (
             lambda log: throughput_optimal(log, (), 3, Objective(COST, 1, 1)),

@@ -114,8 +114,8 @@ def test_bad_scores_depths_and_lengths():
         echo.EchoError, match=r"depth: request 0, row 2: expected 2, one below its parent, got 1"
     ):
         build(token, parent, torch.zeros(1, 3), torch.tensor([[0, 1, 1]]))
-    with pytest.raises(echo.EchoError, match=r"lengths: request 0: expected 0 to 3 nodes, got 4"):
-        build(token, parent, torch.zeros(1, 3), lengths=torch.tensor([4]))
+    with pytest.raises(echo.EchoError, match=r"num_nodes: request 0: expected 0 to 3 nodes, got 4"):
+        build(token, parent, torch.zeros(1, 3), num_nodes=torch.tensor([4]))
     with pytest.raises(
         echo.EchoError, match=r"parent: expected int64 or int32 \[1, 3\], got int64 \[1, 2\]"
     ):
@@ -252,7 +252,7 @@ def test_a_ready_made_tree_grows_as_a_drafted_one(policy, seed):
     grown = scheduler.grow_from(scheduler.begin(roots), ready, k=2)
     one, two = scheduler.pack(drafted), scheduler.pack(grown)
     check_plan(grown, two)
-    for name in ("tokens", "parent", "indptr", "bought", "status"):
+    for name in ("tokens", "parent", "indptr", "committed", "status"):
         assert torch.equal(getattr(one, name), getattr(two, name)), name
     assert torch.allclose(one.score, two.score)
 
@@ -431,7 +431,7 @@ def test_slots_beyond_the_page_table_are_the_dummy():
     ):
         case.packed.slot_mapping(torch.tensor([3, 3]), torch.zeros(2), 4, 0)
     with pytest.raises(
-        echo.EchoError, match=r"context: expected int64 or int32 \[2\], got int64 \[3\]"
+        echo.EchoError, match=r"prefix_lens: expected int64 or int32 \[2\], got int64 \[3\]"
     ):
         case.packed.positions(torch.arange(3))
 

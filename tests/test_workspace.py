@@ -48,7 +48,7 @@ def data(scheduler, lanes, seed):
     return {
         "roots": torch.randint(0, 20, (lanes,), generator=generator),
         "live": torch.rand(lanes, generator=generator) < 0.9,
-        "capacity": torch.randint(1, 9, (lanes,), generator=generator),
+        "verify_limits": torch.randint(1, 9, (lanes,), generator=generator),
         "drafts": drafts(scheduler, lanes, seed),
         "target": torch.randint(0, 20, (64,), generator=generator),
         "prefix_lens": torch.randint(0, 9, (lanes,), generator=generator),
@@ -118,7 +118,7 @@ class Parts:
     def accept(self, packed):
         lanes, i = packed.batch, self.inputs
         accepted = self.space.accept(packed, i["target"][: packed.num_rows])
-        pages = {"page_table": i["table"][:lanes], "page_size": PAGE, "dummy": 0}
+        pages = {"page_table": i["table"][:lanes], "page_size": PAGE, "pad_slot_id": 0}
         lists = self.space.compact(packed, accepted, i["context"][:lanes], **pages)
         self.space.observe(torch.arange(lanes), packed, accepted)
         return accepted, lists
@@ -314,7 +314,9 @@ def test_bad_arguments():
     with pytest.raises(echo.EchoError, match="scheduler: expected an ElasticBudgetScheduler"):
         echo.Workspace(None, 4, k=2, num_verify_tokens=8)
     space = echo.Workspace(scheduler, 4, k=2, num_verify_tokens=8)
-    with pytest.raises(echo.EchoError, match="rows: expected an int from 1 to 8, got 9"):
+    with pytest.raises(
+        echo.EchoError, match="num_verify_tokens: expected an int from 1 to 8, got 9"
+    ):
         space.set_num_verify_tokens(9)
     with pytest.raises(
         echo.EchoError, match=r"len\(root_tokens\): expected an int from 0 to 4, got 5"
