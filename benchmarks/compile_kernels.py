@@ -34,14 +34,15 @@ from triton.compiler import ASTSource
 from common.replays import fold, write
 from echo.budget.history import BINS, SKIP
 from echo.kernels import (
-    attention_kernels,
-    launch,
-    triton_accept,
-    triton_attention,
-    triton_dealing,
-    triton_growing,
-    triton_packing,
+    acceptance,
+    arguments,
+    grow,
+    observe,
+    pack,
+    select,
+    tiles,
 )
+from echo.kernels import attention as attention_kernels
 
 RESULTS = Path(__file__).parent / "results"
 WIDE = {90: "HGMMA", 100: "UTCHMMA"}
@@ -289,13 +290,14 @@ def attention(case: Case, arch: int) -> dict[str, Recorder]:
     scales = None if case.cache is None else torch.ones(kv_heads)
 
     def call() -> None:
-        triton_attention.tree_attention(
+        checked = arguments.Attention(
             q, *pages, torch.zeros(batch, width, **ints), torch.zeros(batch, **ints), *own, torch.zeros(n, **ints),
             torch.zeros(batch + 1, **ints), torch.zeros(n, words, **ints), mode=case.mode, window=case.window, softcap=case.softcap,
             depth=torch.zeros(n, **ints), key_scale=scales, value_scale=scales, splits=case.splits,
         )  # fmt: skip
+        attention_kernels.tree_attention(checked)
 
-    with mock.patch.object(launch, "generation", return_value=arch // 10):
+    with mock.patch.object(tiles, "generation", return_value=arch // 10):
         return record([attention_kernels], ("plan", "attend", "merge"), call)
 
 
@@ -306,15 +308,15 @@ def others(n: int, vocabulary: int) -> list[tuple[str, str, Recorder]]:
     trees = links[:n], links[: n // 8 + 2], tokens
     parts = out[:, None], lse.float(), out[:, None], lse.float()
     calls = {
-        f"V={vocabulary}": lambda: triton_accept.accept(*trees, logits, n // 8 + 1),
-        f"V={vocabulary} arg-max": lambda: triton_accept.argmax_tokens(logits),
-        "from tokens": lambda: triton_accept.accept(*trees, tokens, n // 8 + 1),
-        "D=128": lambda: triton_attention.merge_attention(*parts),
+        f"V={vocabulary}": lambda: acceptance.accept(*trees, logits, n // 8 + 1),
+        f"V={vocabulary} arg-max": lambda: acceptance.argmax_tokens(logits),
+        "from tokens": lambda: acceptance.accept(*trees, tokens, n // 8 + 1),
+        "D=128": lambda: attention_kernels.merge_attention(*parts),
     }
     found = []
     for case, call in calls.items():
         launches = record(
-            [triton_accept, attention_kernels], ("_best", "_walk", "_collect", "join"), call
+            [acceptance, attention_kernels], ("_best", "_walk", "_collect", "join"), call
         )
         found += [
             (name.strip("_"), f"{case} bfloat16 N={n}", recorder)
@@ -352,28 +354,24 @@ def steps(
     foreseen = torch.zeros(batch, depth), torch.zeros(batch, depth, BINS)
 
     def call() -> None:
-        triton_growing.begin(one[torch.int64], one[torch.bool], one[torch.int64], rows, most, True)
-        triton_growing.grow(
+        grow.begin(one[torch.int64], one[torch.bool], one[torch.int64], rows, most, True)
+        grow.grow(
             *frontier, drafted.long(), drafted, *found, beam=beam, buys=beam, stop=0, tau=-1.0
         )
-        triton_dealing.path_cost(
-            score, place, torch.zeros(depth + 1, 512, dtype=torch.int32), sizes
-        )
-        selected = triton_dealing.select(
+        select.path_cost(score, place, torch.zeros(depth + 1, 512, dtype=torch.int32), sizes)
+        selected = select.select(
             score.int(), yes, one[torch.int64], one[torch.int64], left, rows, most, sizes
         )
-        triton_packing.pack(selected, place, place, score, yes, rows, -(-most // 32), sizes)
-        triton_packing.compact(
+        pack.pack(selected, place, place, score, yes, rows, -(-most // 32), sizes)
+        pack.compact(
             batched(depth + 1, torch.int64), one[torch.int64], links, context, table, 64, 0, -1
         )
-        triton_packing.summarize(score, score, selected, sizes, BINS, SKIP)
+        observe.summarize(score, score, selected, sizes, BINS, SKIP)
         emitted = one[torch.int8], one[torch.int64], one[torch.int64]
-        triton_packing.count(
-            links, *emitted[:2], context, rows, depth, torch.zeros(13, dtype=torch.int64)
-        )
-        triton_packing.observe(one[torch.int64], *emitted, depth, foreseen, sums, 0.95, 512)
+        observe.count(links, *emitted[:2], context, rows, depth, torch.zeros(13, dtype=torch.int64))
+        observe.observe(one[torch.int64], *emitted, depth, foreseen, sums, 0.95, 512)
 
-    launches = record([triton_growing, triton_dealing, triton_packing], STEP, call)
+    launches = record([grow, select, pack, observe], STEP, call)
     return [
         (name.strip("_"), f"beam={beam} candidates={k} depth={depth} B={batch}", recorder)
         for name, recorder in launches.items()
@@ -394,8 +392,8 @@ def cases(quick: bool) -> list[Case]:
             Case(64, single, 4, 16),
         ]
     # float16 compiles to what bfloat16 does; float32 has one tile.
-    grid = [Case(dim, brain, 4, rows) for dim in launch.HEAD_DIMS for rows in (2, 8, 16, 32)]
-    grid += [Case(dim, single, 4, 16) for dim in launch.HEAD_DIMS] + [
+    grid = [Case(dim, brain, 4, rows) for dim in tiles.HEAD_DIMS for rows in (2, 8, 16, 32)]
+    grid += [Case(dim, single, 4, 16) for dim in tiles.HEAD_DIMS] + [
         Case(128, half, 4, rows) for rows in (2, 16)
     ]
     e4, e5 = torch.float8_e4m3fn, torch.float8_e5m2
@@ -510,7 +508,7 @@ def main() -> int:
     options = parser.parse_args()
     table, broken = run(options.quick, tuple(options.arch))
     if not options.quick:
-        made_with = {k: v for k, v in vars(launch).items() if k.isupper() and len(k) > 1}
+        made_with = {k: v for k, v in vars(tiles).items() if k.isupper() and len(k) > 1}
         kept = [
             {
                 key: row[key]

@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 import echo
 from common.replays import write
 from echo import kernels
-from echo.kernels import triton_accept, triton_dealing, triton_growing, triton_packing
+from echo.kernels import acceptance, grow, observe, pack, select
 from echo.tree import compact
 from host import calibration
 
@@ -83,7 +83,7 @@ class Launched:
 def counting() -> Iterator[Operations]:
     """Counts operations and launches within it."""
     operations, found = Operations(), []
-    for module in (triton_accept, triton_growing, triton_dealing, triton_packing):
+    for module in (acceptance, grow, select, pack, observe):
         found += [
             (module, name, kernel)
             for name, kernel in vars(module).items()
@@ -103,7 +103,7 @@ def counting() -> Iterator[Operations]:
             "_seen",
             "_path_score",
             "_costs",
-            "_taken",
+            "taken",
         )
     ]  # no kernels
     try:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 import echo
 from conftest import grow_all
-from echo.kernels.reference import tree_attention
+from echo.kernels import tree_attention
 
 
 def packed_batch(max_tree_rows=64):

@@ -27,8 +27,8 @@ def test_a_representative_subset_compiles_well():
 
 def test_the_check_finds_spills_and_narrow_instructions():
     code = (
-        "import compile_kernels as ck, torch; from echo.kernels import launch\n"
-        "launch.tile = lambda *_: launch.Tile(128, 64, 4, 2, 2)\n"
+        "import compile_kernels as ck, torch; from echo.kernels import tiles\n"
+        "tiles.tile = lambda *_: tiles.Tile(128, 64, 4, 2, 2)\n"
         "entry = ck.measure(ck.attention(ck.Case(128, torch.bfloat16, 4, 16), 80)['attend'], 80)\n"
         "assert 'spill' in ck.faults(entry, 64, True)[0], entry\n"
         "entry['buffers'] = 2\n"
@@ -57,14 +57,14 @@ def test_another_batch_compiles_nothing_anew():
 
 def test_the_committed_table_has_no_faults_and_is_of_the_shipped_launches():
     """Every head dimension on every architecture; the constants it was made with are still those of the launcher."""
-    from echo.kernels import launch
+    from echo.kernels import tiles
 
     table = json.loads((BENCHMARKS / "results" / "compile.json").read_text())
-    assert {k: v for k, v in vars(launch).items() if k.isupper() and len(k) > 1} == {
+    assert {k: v for k, v in vars(tiles).items() if k.isupper() and len(k) > 1} == {
         k: tuple(v) if isinstance(v, list) else v for k, v in table["launch"].items()
     }
     kernels = table["kernels"]
-    for dim in launch.HEAD_DIMS:
+    for dim in tiles.HEAD_DIMS:
         own = [
             columns["arch"]
             for case, columns in kernels["attend"].items()
@@ -82,6 +82,6 @@ def test_the_committed_table_has_no_faults_and_is_of_the_shipped_launches():
         cached = 4 if kind == "float32" else 1 if "float8" in case else 2
         page = 0 if "tree part" in case else int(case.split("page=")[1].split()[0])
         for arch, rows, keys in zip(columns["arch"], columns["ROWS"], columns["KEYS"], strict=True):
-            assert launch.tile(1, dim, max(cached, 2), cached, page, rows, int(arch[3:]) // 10)[
+            assert tiles.tile(1, dim, max(cached, 2), cached, page, rows, int(arch[3:]) // 10)[
                 :2
             ] == (rows, keys)

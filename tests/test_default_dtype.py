@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 
 import numpy as np
 import pytest
@@ -12,6 +11,7 @@ import torch
 import echo
 import trees
 from echo import kernels, layouts
+from echo.kernels import tiles
 from echo.lookup import Texts, blend
 from echo.testing import (
     TabularDrafter,
@@ -44,7 +44,7 @@ def default(request):
     dtype, backend = request.param
     if backend == "triton":
         pytest.importorskip("triton")
-        if not importlib.import_module("echo.kernels.triton_growing").INTERPRETED:
+        if not tiles.interpreted():
             pytest.skip("the kernels are compiled for a GPU, and these tensors are on the CPU")
 
     def both(run):
@@ -132,7 +132,7 @@ def engine():
     weighed = {"request_weights": torch.tensor([1.0, 2.0, 4.0], dtype=torch.float32)}
     for name, scheduler in policies().items():
         for served in ({}, weighed):
-            if name not in ("paper", "goodput") and kernels.fused("packing", context) is not None:
+            if name not in ("paper", "goodput") and kernels.use_triton(context):
                 continue  # the interpreter is slow
             tree, history, stats = (
                 scheduler.begin(torch.arange(3), num_verify_tokens=18, **served),

@@ -18,13 +18,13 @@ import echo
 import trees
 from conftest import grow_all
 from echo import kernels
-from echo.kernels import launch, reference
+from echo.kernels import reference, tiles
 from echo.testing.kit import RefuseSyncs
 
 pytest.importorskip("triton")
-from echo.kernels import attention_kernels, triton_accept, triton_attention
+from echo.kernels import acceptance, attention
 
-DEVICE = "cpu" if triton_attention.INTERPRETED else "cuda"
+DEVICE = "cpu" if tiles.interpreted() else "cuda"
 LIMIT = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 SHAPE = {"page": 16, "heads": 2, "kv_heads": 1, "dim": 64, "dtype": torch.float32}
 
@@ -37,7 +37,7 @@ pytestmark = [
 
 def compare(args, **options):
     out, lse = kernels.tree_attention(**args, **options, backend="triton")
-    expected, expected_lse = reference.tree_attention(**args, **options)
+    expected, expected_lse = kernels.tree_attention(**args, **options, backend="torch")
     assert out.dtype == args["q"].dtype and lse.dtype == torch.float32
     scale = expected.double().norm().clamp(min=1e-30)
     assert float((out.double() - expected.double()).norm() / scale) < LIMIT[out.dtype]
@@ -94,7 +94,7 @@ def test_features_equal_the_twin(dtype, options):
 @pytest.mark.parametrize("rows", [[5, 0, 33], [70]])
 def test_tiles_of_hopper_compute_the_same(rows, cache, monkeypatch):
     """Its tall tiles take 64 keys a step: two mask words, a page."""
-    monkeypatch.setattr(launch, "generation", lambda device: launch.HOPPER)
+    monkeypatch.setattr(tiles, "generation", lambda device: tiles.HOPPER)
     contexts = [150, 4, 63][: len(rows)]
     args = trees.attention(
         rows,
@@ -149,7 +149,7 @@ def test_tree_part_needs_no_cache():
 
 def test_merging_context_and_tree_part_gives_the_whole():
     args = trees.attention([5, 0, 11], [0, 4, 37], **SHAPE, pads=0, device=DEVICE)
-    whole, lse = reference.tree_attention(**args)
+    whole, lse = kernels.tree_attention(**args, backend="torch")
     part = kernels.tree_attention(**args, mode="tree", backend="triton")
     nothing = args | {
         "mask": torch.zeros_like(args["mask"])
@@ -256,18 +256,16 @@ def test_the_work_list_covers_every_tile_and_block_once(seed, splits):
     rows, context = draw(30, batch) * (draw(4, batch) > 0), draw(400, batch) * (draw(3, batch) > 0)
     indptr = torch.cat([torch.zeros(1, dtype=torch.int64), rows.cumsum(0)]).int().to(DEVICE)
     tiles, blocks = -(-rows * group // tile), -(-context // keys) - (-rows // keys)
-    bound = launch.most_tiles(int(rows.sum()), batch, group, tile)
+    bound = tiles.most_tiles(int(rows.sum()), batch, group, tile)
     assert bound >= int(tiles.sum())
     items, partials = (
         (bound + target, 2 * target * tile)
         if splits == 0
         else (bound * splits, int(rows.sum()) * group * splits)
     )
-    work = torch.full(
-        (items, attention_kernels.FIELDS.value), 1 << 30, dtype=torch.int32, device=DEVICE
-    )
+    work = torch.full((items, attention.FIELDS.value), 1 << 30, dtype=torch.int32, device=DEVICE)
     spans = torch.full((batch + 1, 2), 1 << 30, dtype=torch.int32, device=DEVICE)
-    attention_kernels.plan[(batch + 1,)](
+    attention.plan[(batch + 1,)](
         indptr, context.int().to(DEVICE), work, spans, batch, 1 << 20, items, target, splits,
         GROUP=group, ROWS=tile, KEYS=keys, WINDOW=0, MIN=2, BLOCK=4,
     )  # fmt: skip
@@ -303,8 +301,8 @@ def test_the_work_list_covers_every_tile_and_block_once(seed, splits):
 
 def test_launchers_read_nothing_back(monkeypatch):
     for module, names in (
-        (attention_kernels, ["plan", "attend", "merge", "join"]),
-        (triton_accept, ["_best", "_walk", "_collect"]),
+        (attention, ["plan", "attend", "merge", "join"]),
+        (acceptance, ["_best", "_walk", "_collect"]),
     ):
         for name in names:
             monkeypatch.setattr(module, name, mock.MagicMock())
@@ -344,8 +342,8 @@ def test_the_walk_equals_the_twin_whatever_the_links_are(rows, pads, max_depth, 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("vocabulary", [1, 63, 300])
 def test_greedy_acceptance_equals_the_twin(dtype, vocabulary, monkeypatch):
-    monkeypatch.setattr(launch, "VOCABULARY_CHUNK", 128)
-    monkeypatch.setattr(launch, "VOCABULARY_BLOCK", 64)
+    monkeypatch.setattr(tiles, "VOCABULARY_CHUNK", 128)
+    monkeypatch.setattr(tiles, "VOCABULARY_BLOCK", 64)
     generator = torch.Generator().manual_seed(vocabulary)
     logits = torch.randint(-2, 3, (20, vocabulary), generator=generator).to(dtype)  # many ties
     for share, value in ((0.3, torch.nan), (0.3, -torch.inf), (0.01, torch.inf)):
@@ -390,7 +388,7 @@ def test_verify_gives_the_same_on_both_backends():
     "name", ["tree_attention", "plan_attention", "merge_attention", "argmax_tokens"]
 )
 def test_kernel_and_twin_have_the_same_signature(name):
-    kernel = triton_attention if "attention" in name else triton_accept
+    kernel = attention if "attention" in name else acceptance
     public, twin, launcher = (
         inspect.signature(getattr(module, name)) for module in (kernels, reference, kernel)
     )

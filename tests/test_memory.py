@@ -18,7 +18,7 @@ import trees
 from addresses import apart, checked
 from conftest import CALIBRATION, grow_all
 from echo import kernels
-from echo.kernels import inputs, launch, reference
+from echo.kernels import arguments, reference, tiles
 from echo.lookup import Match
 from echo.testing import TabularDrafter, table
 from echo.tree import compact
@@ -27,14 +27,14 @@ from echo.tree.packed import slot_mapping
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
-from echo.kernels import attention_kernels, triton_attention  # noqa: E402
+from echo.kernels import attention  # noqa: E402
 from test_plan_kernels import same  # noqa: E402
 
 EXAMPLES = int(os.environ.get("ECHO_FUZZ", "1"))
 INTERPRETED = pytest.mark.skipif(
-    not triton_attention.INTERPRETED, reason="addresses are seen in the interpreter"
+    not tiles.interpreted(), reason="addresses are seen in the interpreter"
 )
-BACKENDS = ["torch", "triton"] if triton_attention.INTERPRETED else ["torch"]
+BACKENDS = ["torch", "triton"] if tiles.interpreted() else ["torch"]
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*(invalid value|All-NaN):RuntimeWarning"
 )  # numpy's, in the interpreter
@@ -44,7 +44,7 @@ SHAPE = {"page": 16, "heads": 3, "kv_heads": 3, "dim": 32, "dtype": torch.float3
 def close(args, **options):
     """The kernel's result, which is the reference's."""
     out, lse = kernels.tree_attention(**args, **options, backend="triton")
-    expected, expected_lse = reference.tree_attention(**args, **options)
+    expected, expected_lse = kernels.tree_attention(**args, **options, backend="torch")
     assert torch.allclose(out, expected, atol=1e-4) and torch.allclose(lse, expected_lse, atol=1e-4)
     return out, lse
 
@@ -102,7 +102,7 @@ def _slots_of_32_bits(
 def test_a_planted_offset_of_32_bits_is_found(monkeypatch):
     args = trees.attention([2], [40], **SHAPE)
     args["key_cache"] = apart(args["key_cache"], [1 << 33, 1 << 28, 32, 1])
-    monkeypatch.setattr(attention_kernels, "_slots", _slots_of_32_bits)
+    monkeypatch.setattr(attention, "_slots", _slots_of_32_bits)
     with (
         checked(),
         pytest.raises(Exception, match=r"attend: key_cache \[5, 16, 3, 32\], strides .*, bytes \["),
@@ -152,7 +152,7 @@ def test_the_longest_context_keeps_to_int32():
     args = trees.attention([2], [20], **SHAPE)
     table = args["page_table"].expand(1, args["page_table"].shape[1]).repeat(1, 1 << 14)
     cache = args["key_cache"][:1, :1].expand(-1, 1 << 16, -1, -1)
-    call = inputs.Planning(
+    call = arguments.Planning(
         args["q"], cache, table, args["prefix_lens"], args["tree_key"], args["indptr"]
     )
     assert table.shape[1] << 16 >= 1 << 31 > call.shapes.longest + 256
@@ -244,10 +244,10 @@ def test_splits_take_a_bounded_memory(backend):
         torch.empty(257, **ints),
     )
     for splits in (None, 1, 2, 63):
-        call = inputs.Planning(q, *step, splits=splits)
-        sizes = triton_attention._sizes(call)
+        call = arguments.Planning(q, *step, splits=splits)
+        sizes = attention._cut(call)
         partial = 4 * sizes.slots * sizes.tile.rows * 8 * (dim + 1)
-        assert partial <= inputs.PARTIAL_BYTES and (
+        assert partial <= arguments.PARTIAL_BYTES and (
             splits is None or partial <= 4 * n * heads * (dim + 1) * splits * (splits > 1)
         )
     with pytest.raises(
@@ -384,7 +384,7 @@ def test_what_is_not_finite_spoils_what_sees_it(dtype, value, options, backend):
 
 @INTERPRETED
 def test_tall_tiles_hide_them_too(monkeypatch):
-    monkeypatch.setattr(launch, "generation", lambda device: launch.HOPPER)
+    monkeypatch.setattr(tiles, "generation", lambda device: tiles.HOPPER)
     args = trees.attention(
         [70], [60], **(SHAPE | {"page": 64, "dtype": torch.float16, "kv_heads": 1})
     )
@@ -545,8 +545,8 @@ def test_acceptance_touches_nothing_else(rows, pads, max_depth, vocabulary, seed
     logits = torch.randn(count, vocabulary + 3, generator=generator)[:, 1 : vocabulary + 1]
     links = parent, indptr, tokens
     with checked(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(launch, "VOCABULARY_CHUNK", 64)
-        patch.setattr(launch, "VOCABULARY_BLOCK", 64)
+        patch.setattr(tiles, "VOCABULARY_CHUNK", 64)
+        patch.setattr(tiles, "VOCABULARY_BLOCK", 64)
         walks = (
             kernels.accept(*links, tokens, max_depth, backend="triton"),
             kernels.accept(*links, logits, max_depth, backend="triton"),

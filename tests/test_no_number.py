@@ -14,9 +14,11 @@ from echo.testing import TabularDrafter, TabularTarget, blurred, table
 from echo.testing.kit import RefuseSyncs
 
 try:
-    from echo.kernels import triton_accept
+    import triton  # noqa: F401
 
-    BACKENDS = ("torch", "triton") if triton_accept.INTERPRETED else ("torch",)
+    from echo.kernels import tiles
+
+    BACKENDS = ("torch", "triton") if tiles.interpreted() else ("torch",)
 except ImportError:
     BACKENDS = ("torch",)
 

@@ -25,7 +25,7 @@ import pytest
 import torch
 
 import echo
-from echo.kernels.reference import tree_attention
+from echo.kernels import tree_attention
 from echo.testing import TabularDrafter, importers, table
 from echo.tree import layouts
 from forests import forest, paths

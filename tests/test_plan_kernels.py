@@ -21,12 +21,12 @@ from echo.tree.packed import pack
 from test_dealing import forests
 
 pytest.importorskip("triton")
-from echo.kernels import triton_dealing, triton_growing
+from echo.kernels import select, tiles
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 pytestmark = [
     pytest.mark.skipif(
-        not triton_growing.INTERPRETED, reason="on a GPU, benchmarks/gpu.py compares whole steps"
+        not tiles.interpreted(), reason="on a GPU, benchmarks/gpu.py compares whole steps"
     ),
     pytest.mark.usefixtures("poisoned"),
 ]
@@ -182,7 +182,7 @@ def test_deals_as_torch_does(case, left, slack):
 @pytest.mark.parametrize("searches", [16, 64, 4096])
 def test_the_cutoff_is_the_same_in_any_number_of_rounds(monkeypatch, searches):
     """One to four bits a round, as batches of 4,096, 1,024 and 256 requests have them."""
-    monkeypatch.setattr(triton_dealing.launch, "SEARCHED", searches)
+    monkeypatch.setattr(tiles, "SEARCHED", searches)
     compare(SCHEDULERS["two-level"], 9, k=3, seed=searches, ties=True)
 
 
@@ -202,7 +202,7 @@ def test_a_subclass_of_a_gate_is_asked_itself():
 def test_costs_of_extreme_scores():
     score = torch.tensor([[0.0, -0.0, -1.5, -3.4e38, -torch.inf, -1e-45]])
     assert torch.equal(
-        triton_dealing.path_cost(score, None, None, [1, 5]), echo.tree.supertree.cost_bits(score)
+        select.path_cost(score, None, None, [1, 5]), echo.tree.supertree.cost_bits(score)
     )
 
 
@@ -240,8 +240,8 @@ def test_a_backend_that_is_not_there():
     ):
         pass
     with kernels.using("triton"), kernels.using("torch"):
-        assert kernels.fused("packing", torch.zeros(1)) is None
-    assert kernels.fused("packing", torch.zeros(1)) is None
+        assert not kernels.use_triton(torch.zeros(1))
+    assert not kernels.use_triton(torch.zeros(1))
 
 
 LIMITS = {

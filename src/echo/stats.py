@@ -109,14 +109,15 @@ class StepStats:
         lengths = checks.instance("accepted", accepted, Accepted).num_emitted
         checks.tensor("accepted.lengths", lengths, [packed.batch], torch.int64, self.counts.device)
         layers = packed.max_depth if packed.num_layers is None else packed.num_layers
-        fused = kernels.fused("packing", lengths)
-        if fused is not None:
+        if kernels.use_triton(lengths):
+            from echo.kernels import observe
+
             state = packed.indptr, packed.status, lengths, packed.invalid
             to = out.counts if out is not None and out.counts.is_contiguous() else None
             return copy_into(
                 out,
                 StepStats(
-                    fused.count(*state, packed.num_rows, layers, self.counts.contiguous(), out=to)
+                    observe.count(*state, packed.num_rows, layers, self.counts.contiguous(), out=to)
                 ),
             )
         rows = packed.indptr.diff().long()

@@ -35,12 +35,11 @@ def select_cheapest(tree: SuperTree, cost: Tensor, cap: Tensor, left: Tensor, ro
         bool [B, T].
     """
     batch, nodes = cost.shape
-    most, fused = min(nodes, rows, tree.max_verify_tokens_per_req), kernels.fused("dealing", cost)
-    if fused is not None:
-        dealt: Tensor = fused.select_cheapest(
-            cost, tree.committed, cap, left, rows, most, tree.sizes
-        )
-        return dealt
+    most = min(nodes, rows, tree.max_verify_tokens_per_req)
+    if kernels.use_triton(cost):
+        from echo.kernels import select
+
+        return select.select_cheapest(cost, tree.committed, cap, left, rows, most, tree.sizes)
     places = batch * nodes + 1  # the last place is nobody's
     spare = torch.arange(rows, device=cost.device) < rows - left
     cost = cost.masked_fill(tree.committed, UNSELECTABLE)

@@ -6,8 +6,8 @@ Each function returns None where torch's operations are needed: no kernels here,
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,9 +65,10 @@ def grow(
         tree, tokens, log_probs, out: as in :meth:`ElasticBudgetScheduler.grow`, checked.
         last: nothing is drafted on this layer.
     """
-    step = kernels.fused("growing", tokens)
-    if step is None or not _fits(rule, tree):
+    if not (kernels.use_triton(tokens) and _fits(rule, tree)):
         return None
+    from echo.kernels import grow as step
+
     above, depth = tree.frontier, tree.depth + 1
     old = above.score, above.active, above.index, tokens, log_probs, tree.status
     state = tree.verify_limits, tree.num_committed, tree.num_remaining, tree.invalid
@@ -76,7 +77,7 @@ def grow(
         type(gate) is SparseGate
     ):  # a threshold is compared where the scores are made; a subclass may ask something else
         tau = gate.log_tau.get(depth, tau)
-    options: Mapping[str, int] = {
+    options: dict[str, Any] = {
         "beam": rule.beam,
         "buys": rule.beam if isinstance(rule, TwoLevel) else 0,
         "stop": int(Status.FINISHED if last else Status.ACTIVE),
@@ -143,9 +144,11 @@ def pack(
         words: mask words of a row.
         scratch: buffers.
     """
-    dealing, packing = kernels.fused("dealing", tree.status), kernels.fused("packing", tree.status)
-    if dealing is None or packing is None or not _fits(rule, tree) or not tree.batch:
+    if not (kernels.use_triton(tree.status) and _fits(rule, tree) and tree.batch):
         return None
+    from echo.kernels import observe, select
+    from echo.kernels import pack as packing
+
     rank = rule.ranking if isinstance(rule, TwoLevel) else rule
     if not isinstance(rank, GlobalRank):
         return None
@@ -157,7 +160,7 @@ def pack(
     )
     cost, table = score, rank.cost_table(tree.status.device)
     if table is not None and tree.depth:
-        cost = dealing.path_cost(
+        cost = select.path_cost(
             score,
             tree.column("parent"),
             table,
@@ -173,11 +176,11 @@ def pack(
     kept = (
         None
         if scratch is None
-        else dealing.Selected(scratch.place, scratch.share, scratch.counts, scratch.key)
+        else select.Selected(scratch.place, scratch.share, scratch.counts, scratch.key)
     )
     if tree.depth:
         limits = tree.verify_limits, tree.num_committed, tree.num_remaining
-        selected = dealing.select(
+        selected = select.select(
             cost,
             bought,
             *limits,
@@ -194,7 +197,7 @@ def pack(
             if scratch is None
             else scratch.place.zero_()
         )
-        selected = dealing.Selected(roots, tree.num_committed, tree.num_committed, roots)
+        selected = select.Selected(roots, tree.num_committed, tree.num_committed, roots)
     columns = None if out is None else {name: getattr(out, name) for name in WRITTEN}
     if columns is not None and not all(column.is_contiguous() for column in columns.values()):
         columns = None
@@ -216,12 +219,10 @@ def pack(
             if table is not None
             else torch.exp(score, out=None if scratch is None else scratch.gain)
         )
-        buffers = (
-            (out.acceptance_histogram, out.expected)
-            if out is not None and out.acceptance_histogram is not None
-            else None
-        )
-        outlook, expected = packing.summarize(gain, score, selected, sizes, BINS, SKIP, out=buffers)
+        buffers = None
+        if not (out is None or out.acceptance_histogram is None or out.expected is None):
+            buffers = out.acceptance_histogram, out.expected
+        outlook, expected = observe.summarize(gain, score, selected, sizes, BINS, SKIP, out=buffers)
     packed = PackedTree(
         **made, status=tree.status, invalid=tree.invalid, max_depth=tree.depth, acceptance_histogram=outlook, expected=expected,
     )  # fmt: skip

@@ -180,11 +180,11 @@ class History:
                 if out is None
                 else out.num_unprocessed_tokens.zero_()
             )
-        sums, fused = (
-            (self.steps, self.expected, self.accepted, self.acceptance_histogram),
-            kernels.fused("packing", req_indices),
-        )
-        if fused is not None:
+        sums = self.steps, self.expected, self.accepted, self.acceptance_histogram
+        new: tuple[Tensor, ...]
+        if kernels.use_triton(req_indices):
+            from echo.kernels import observe
+
             more = (
                 None
                 if packed.expected is None or packed.acceptance_histogram is None
@@ -196,11 +196,12 @@ class History:
                 to = (
                     to if all(buffer.is_contiguous() for buffer in to) else None
                 )  # kernels write buffers without gaps
-            new = fused.observe(*step, drafted, more, sums, KEEP, MEMORY, out=to)
+            new = observe.observe(*step, drafted, more, sums, KEEP, MEMORY, out=to)
         else:
             new = self._sums(req_indices, packed, accepted, drafted)
         names = ("steps", "expected", "accepted", "acceptance_histogram")
-        value = replace(self.advance(packed.max_depth), **dict(zip(names, new, strict=True)), **now)
+        now.update(zip(names, new, strict=True))
+        value = replace(self.advance(packed.max_depth), **now)
         return value if out is None else copy_into(out, value)
 
     def _sums(
@@ -294,12 +295,11 @@ def summarize(tree: SuperTree, gain: Tensor, selected: Tensor) -> tuple[Tensor, 
         :attr:`PackedTree.acceptance_histogram`, float32 [B, depth, 32], how many scored nodes of each layer have a probability in each bin; and
         :attr:`PackedTree.expected`, float32 [B, depth], its sum over the ``selected`` nodes, bool [B, T].
     """
-    fused = kernels.fused("packing", gain)
-    if fused is not None:
-        step: tuple[Tensor, Tensor] = fused.summarize(
-            gain, tree.score, fused.as_selected(selected), tree.sizes, BINS, SKIP
-        )
-        return step
+    if kernels.use_triton(gain):
+        from echo.kernels import observe, select
+
+        chosen = select.as_selected(selected)
+        return observe.summarize(gain, tree.score, chosen, tree.sizes, BINS, SKIP)
     batch, (roots, *sizes) = tree.batch, tree.sizes
     score, bins = tree.score[:, roots:], gain[:, roots:].sqrt() * (BINS + SKIP)
     begins = [

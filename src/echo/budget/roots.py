@@ -35,13 +35,15 @@ def begin(
         checks.tensor("live", live, [batch], torch.bool, device)
     if verify_limits is not None:
         checks.tensor("verify_limits", verify_limits, [batch], torch.int64, device)
-    fused, root = kernels.fused("growing", root_tokens), root_tokens[:, None]
-    if fused is not None and request_weights is None:
+    root = root_tokens[:, None]
+    if request_weights is None and kernels.use_triton(root_tokens):
+        from echo.kernels import grow
+
         buffers = None
         if out is not None:
             top = out.layers[0]
             state = out.status, out.verify_limits, out.num_committed, out.invalid, out.num_remaining
-            buffers = fused.Roots(
+            buffers = grow.Roots(
                 top.token,
                 top.parent,
                 top.score,
@@ -50,7 +52,7 @@ def begin(
                 out.frontier.active,
                 *state,
             )
-        new = fused.begin(
+        new = grow.begin(
             root_tokens,
             live,
             verify_limits,

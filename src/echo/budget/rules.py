@@ -127,11 +127,12 @@ class GlobalRank:
 
     def cost(self, tree: SuperTree) -> Tensor:
         """int32 [B, T] of ``tree``, rising as f falls: the bits of -S, or 2^24 - f in 24-bit fixed point."""
-        table, fused = self.cost_table(tree.status.device), kernels.fused("dealing", tree.status)
-        if fused is not None:
+        table = self.cost_table(tree.status.device)
+        if kernels.use_triton(tree.status):
+            from echo.kernels import select
+
             parent = None if table is None else tree.column("parent")
-            found: Tensor = fused.path_cost(tree.score, parent, table, tree.sizes)
-            return found
+            return select.path_cost(tree.score, parent, table, tree.sizes)
         if table is None:
             return cost_bits(tree.score)
         score, sizes, deepest = tree.score, tree.sizes, len(table) - 1

@@ -6,25 +6,23 @@ Every function here picks one of two implementations of the same signature by ``
 asked for and not there is an :class:`~echo.errors.EchoError`, never a silent fallback. Under ``torch.compile``, "auto" is the twin,
 which the compiler can fuse with what is around it.
 
-The step around them, plant to observe, is torch's operations, and where :func:`fused` gives them a few kernels of the same bits.
+The step around them, plant to observe, is torch's operations, and a few kernels of the same bits where :func:`use_triton` says so.
 """
 
 from __future__ import annotations
 
 import contextlib
-import importlib
 import importlib.util
 from collections.abc import Iterator
 from contextvars import ContextVar
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from echo import _checks as checks
 from echo._checks import EchoError
-from echo.kernels import reference
-from echo.kernels.inputs import AttentionPlan
+from echo.kernels import reference, tiles
+from echo.kernels.arguments import Attention, AttentionPlan, Planning, merge_shapes
 
 BACKENDS = ("auto", "torch", "triton")
 _preferred = ContextVar("echo.kernels.using", default="auto")
@@ -48,31 +46,29 @@ def using(backend: str) -> Iterator[None]:
         _preferred.reset(before)
 
 
-def fused(part: str, at: Tensor) -> ModuleType | None:
-    """The kernels of a ``part`` of the step, "growing", "dealing" or "packing", for tensors where ``at`` is; None: torch's operations."""
-    module = _module(part, "auto", at)
-    return None if module is reference else module
+def use_triton(at: Tensor, backend: str = "auto") -> bool:
+    """Whether ``backend`` means the Triton kernels for tensors where ``at`` is, or PyTorch's operations.
 
-
-def _module(name: str, backend: str, at: Tensor) -> ModuleType:
-    """The module whose functions are to be called for tensors on that device."""
+    Raises:
+        EchoError: no such backend, or "triton" without Triton, or without its interpreter for CPU tensors.
+    """
     if backend not in BACKENDS:
         raise EchoError(f"backend: expected one of {BACKENDS}, got {backend!r}")
     if backend == "auto":
         backend = "torch" if torch.compiler.is_compiling() else _preferred.get()
     cuda = isinstance(at, Tensor) and at.is_cuda
     if backend == "torch" or (backend == "auto" and not cuda):
-        return reference
+        return False
     if importlib.util.find_spec("triton") is None:
         if backend == "auto":
-            return reference
+            return False
         raise EchoError("backend: expected an installed triton for 'triton', got none")
-    module = importlib.import_module(f"echo.kernels.triton_{name}")
-    if not (cuda or module.INTERPRETED):
+    if not (cuda or tiles.interpreted()):
+        device = at.device.type
         raise EchoError(
-            f"backend: expected CUDA tensors for 'triton' (or TRITON_INTERPRET=1), got {at.device.type} tensors"
+            f"backend: expected CUDA tensors for 'triton' (or TRITON_INTERPRET=1), got {device} tensors"
         )
-    return module
+    return True
 
 
 def tree_attention(
@@ -135,13 +131,16 @@ def tree_attention(
     Raises:
         EchoError: arguments that do not fit, or a backend that is not there.
     """
-    module = _module("attention", backend, q)
-    result: tuple[Tensor, Tensor] = module.tree_attention(
+    call = Attention(
         q, key_cache, value_cache, page_table, prefix_lens, tree_key, tree_value, request, indptr, mask,
         mode=mode, scale=scale, softcap=softcap, window=window, depth=depth, key_scale=key_scale, value_scale=value_scale,
         splits=splits, plan=plan,
     )  # fmt: skip
-    return result
+    if use_triton(q, backend):
+        from echo.kernels import attention
+
+        return attention.tree_attention(call)
+    return reference.tree_attention(call)
 
 
 def plan_attention(
@@ -171,7 +170,7 @@ def plan_attention(
     Raises:
         EchoError: arguments that do not fit, or a backend that is not there.
     """
-    result: AttentionPlan = _module("attention", backend, q).plan_attention(
+    call = Planning(
         q,
         key_cache,
         page_table,
@@ -182,7 +181,11 @@ def plan_attention(
         window=window,
         splits=splits,
     )
-    return result
+    if use_triton(q, backend):
+        from echo.kernels import attention
+
+        return attention.plan_attention(call)
+    return reference.plan_attention(call)
 
 
 def merge_attention(
@@ -201,10 +204,12 @@ def merge_attention(
     Raises:
         EchoError: arguments that do not fit, or a backend that is not there.
     """
-    result: tuple[Tensor, Tensor] = _module("attention", backend, o1).merge_attention(
-        o1, lse1, o2, lse2
-    )
-    return result
+    merge_shapes(o1, lse1, o2, lse2)
+    if use_triton(o1, backend):
+        from echo.kernels import attention
+
+        return attention.merge_attention(o1, lse1, o2, lse2)
+    return reference.merge_attention(o1, lse1, o2, lse2)
 
 
 def accept(
@@ -240,22 +245,19 @@ def accept(
     Raises:
         EchoError: arguments that do not fit, or a backend that is not there.
     """
-    module = _module("accept", backend, tokens)
     batch = indptr.shape[0] - 1
     if max_new_tokens is not None:
         checks.tensor("max_new_tokens", max_new_tokens, [batch], torch.int64, tokens.device)
     if eos_tokens is not None:
         checks.tensor("eos_tokens", eos_tokens, ["n"], torch.int64, tokens.device)
-    values: tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
-    if module is reference:
-        values = reference.accept(
-            parent, indptr, tokens, target, max_depth, max_new_tokens, eos_tokens
-        )
-    else:  # the kernel writes buffers without gaps
-        direct = out if out is not None and all(buffer.is_contiguous() for buffer in out) else None
-        values = module.accept(
-            parent, indptr, tokens, target, max_depth, max_new_tokens, eos_tokens, direct
-        )
+    step = parent, indptr, tokens, target, max_depth, max_new_tokens, eos_tokens
+    if use_triton(tokens, backend):
+        from echo.kernels import acceptance
+
+        dense = out is not None and all(buffer.is_contiguous() for buffer in out)
+        values = acceptance.accept(*step, out if dense else None)
+    else:
+        values = reference.accept(*step)
     if out is None:
         return values
     for buffer, value in zip(out, values, strict=True):
@@ -270,8 +272,11 @@ def argmax_tokens(logits: Tensor, *, backend: str = "auto") -> Tensor:
     Raises:
         EchoError: arguments that do not fit, or a backend that is not there.
     """
-    result: Tensor = _module("accept", backend, logits).argmax_tokens(logits)
-    return result
+    if use_triton(logits, backend):
+        from echo.kernels import acceptance
+
+        return acceptance.argmax_tokens(logits)
+    return reference.argmax_tokens(logits)
 
 
 __all__ = [
@@ -279,9 +284,9 @@ __all__ = [
     "AttentionPlan",
     "accept",
     "argmax_tokens",
-    "fused",
     "merge_attention",
     "plan_attention",
     "tree_attention",
+    "use_triton",
     "using",
 ]

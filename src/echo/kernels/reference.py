@@ -5,14 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from echo.kernels.inputs import (
+from echo.kernels.arguments import (
     Attention,
     AttentionPlan,
     Planning,
     accept_shapes,
     logits_shape,
     merge_shapes,
-    taking,
 )
 
 
@@ -113,13 +112,11 @@ def _path(
     return rows.masked_fill(ended, -1), emitted, there.sum(dim=1), beyond
 
 
-@taking(Planning)
 def plan_attention(call: Planning) -> AttentionPlan:
     """As :func:`echo.kernels.plan_attention`: only what it was made for, since the reference needs no list."""
     return AttentionPlan(call.shapes, None, call.indptr[:0], call.indptr[:0])
 
 
-@taking(Attention)
 def tree_attention(call: Attention) -> tuple[Tensor, Tensor]:
     """As :func:`echo.kernels.tree_attention`, computed in float64, request by request; it reads back, and needs neither splits nor plan."""
     s, double, device = call.planning.shapes, torch.float64, call.q.device

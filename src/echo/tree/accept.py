@@ -236,8 +236,9 @@ def compact(
             raise EchoError(f"past_len: expected None, to go with page_table, got {past_len!r}")
     spare = 0 if pad_slot_id is None else checks.integer("pad_slot_id", pad_slot_id, 0)
     behind = -1 if past_len is None else checks.integer("past_len", past_len, 0)
-    fused = kernels.fused("packing", accepted.rows)
-    if fused is not None:
+    if kernels.use_triton(accepted.rows):
+        from echo.kernels import pack
+
         step = (
             accepted.rows,
             accepted.num_emitted,
@@ -251,7 +252,7 @@ def compact(
         buffers = None if out is None else check(out, batch, steps, device)
         if buffers is not None and not all(buffer.is_contiguous() for buffer in buffers.values()):
             buffers = None
-        lists = Compaction(**fused.compact(*step, out=buffers))
+        lists = Compaction(**pack.compact(*step, out=buffers))
         return lists if buffers is not None else copy_into(out, lists)
     gone, rows = accepted.rows < 0, accepted.rows.clamp(min=0)
     begin = prefix_lens.long()[:, None]

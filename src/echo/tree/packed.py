@@ -313,10 +313,15 @@ def pack(
     num_rows = checks.integer("num_rows", num_rows, 0)
     if batch == 0:  # an idle data-parallel rank: pads alone
         return copy_into(out, _pads(tree, num_rows, words))
-    fused = kernels.fused("packing", selected)
-    if fused is not None:
-        whole = (tree.column(name) for name in ("token", "parent", "score", "committed"))
-        columns = fused.pack(fused.as_selected(selected), *whole, num_rows, words, tree.sizes)
+    if kernels.use_triton(selected):
+        from echo.kernels import pack as packing
+        from echo.kernels import select
+
+        chosen = select.as_selected(selected)
+        token, parent, score, committed = map(
+            tree.column, ("token", "parent", "score", "committed")
+        )
+        columns = packing.pack(chosen, token, parent, score, committed, num_rows, words, tree.sizes)
         return copy_into(
             out,
             PackedTree(**columns, status=tree.status, invalid=tree.invalid, max_depth=tree.depth),

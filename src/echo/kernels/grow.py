@@ -15,11 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from echo import _checks as checks
-from echo.kernels import codes, launch
+from echo.kernels import codes, tiles
 from echo.kernels.codes import Status
-
-INTERPRETED = bool(triton.knobs.runtime.interpret)
-"""Whether these kernels were loaded for Triton's interpreter, which runs them on the CPU."""
 
 DEAD = tl.constexpr(float("-inf"))
 ROUNDING = tl.constexpr(checks.ROUNDING)
@@ -269,7 +266,7 @@ def by_rows(value: Tensor) -> Tensor:
     return value if value.stride(-1) == 1 or value.shape[-1] == 1 else value.contiguous()
 
 
-@launch.on_its_device
+@tiles.on_its_device
 def begin(
     roots: Tensor,
     live: Tensor | None,
@@ -305,13 +302,13 @@ def begin(
         roots, roots if live is None else as_bytes(live.contiguous()), roots if verify_limits is None else verify_limits.contiguous(),
         limit if isinstance(limit, Tensor) else roots, *(as_bytes(value) if value.dtype == torch.bool else value for value in new),
         batch, 0 if isinstance(limit, Tensor) else limit, max_verify_tokens_per_req, int(deep), new.parent.stride(0), roots.stride(0),
-        LIVE=live is not None, CAPACITY=verify_limits is not None, BUDGET=isinstance(limit, Tensor), COPY=out is not None, GROUP=launch.REQUESTS,
-        num_warps=launch.warps(launch.REQUESTS),
+        LIVE=live is not None, CAPACITY=verify_limits is not None, BUDGET=isinstance(limit, Tensor), COPY=out is not None, GROUP=tiles.REQUESTS,
+        num_warps=tiles.warps(tiles.REQUESTS),
     )  # fmt: skip
     return new
 
 
-@launch.on_its_device
+@tiles.on_its_device
 def grow(
     above: Tensor, active: Tensor, index: Tensor, tokens: Tensor, log_prob: Tensor, status: Tensor, verdict: Tensor | None, verify_limits: Tensor,
     num_committed: Tensor, num_remaining: Tensor, invalid: Tensor, *, beam: int, buys: int, stop: int, tau: float, out: Grown | None = None,
@@ -346,14 +343,14 @@ def grow(
         next_score=empty(torch.float32, batch, beam), next_active=empty(torch.bool, batch, beam), status=torch.empty_like(status),
         num_committed=torch.empty_like(num_committed) if buys else num_committed, num_remaining=torch.empty_like(num_remaining) if buys else num_remaining, invalid=torch.empty_like(invalid),
     )  # fmt: skip
-    block, piece = launch.lanes(count)
+    block, piece = tiles.lanes(count)
     if batch:
         _grow[(batch,)](
             above, as_bytes(active), index, tokens, log_prob, status, status if verdict is None else as_bytes(verdict.contiguous()), verify_limits,
             num_committed, num_remaining, invalid, *(as_bytes(value) if value.dtype == torch.bool else value for value in new), batch, k, count, beam, stop,
             tau, new.parent.stride(0), above.stride(0), active.stride(0), index.stride(0), *tokens.stride(), *log_prob.stride(),
-            GATED=verdict is not None, BUYS=buys, COPY=out is not None, BLOCK=block, PIECE=piece, GROUP=launch.others(block),
-            num_warps=launch.warps(launch.others(block) * block if buys else block),
+            GATED=verdict is not None, BUYS=buys, COPY=out is not None, BLOCK=block, PIECE=piece, GROUP=tiles.others(block),
+            num_warps=tiles.warps(tiles.others(block) * block if buys else block),
         )  # fmt: skip
     elif buys:
         new.num_remaining.copy_(num_remaining)

@@ -1,4 +1,4 @@
-"""The Triton kernels of tree attention; launched in :mod:`echo.kernels.triton_attention`.
+"""Tree attention as Triton kernels. The contract is in :mod:`echo.kernels`, the reference in :mod:`echo.kernels.reference`.
 
 ``plan`` writes a work list, ``attend`` works it off, ``merge`` joins what was split: three launches with fixed grids, whatever the
 batch is. A work item is one row tile of a request times one piece of its keys. A row tile is ``rows x group``: the query heads of one
@@ -12,8 +12,17 @@ Split and merge as in Flash-Decoding (Dao et al., 2023); softmax online, in base
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from echo import _checks as checks
+from echo._checks import EchoError
+from echo.kernels import tiles
+from echo.kernels.arguments import Attention, AttentionPlan, Planning, merge_shapes
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -73,35 +82,35 @@ def plan(
     lane = tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.int64)
     for at in range(0, batch, BLOCK):
-        _, _, _, tiles, blocks = _sizes(
+        _, _, _, row_tiles, blocks = _sizes(
             indptr, context, at + lane, batch, limit, GROUP, ROWS, KEYS, WINDOW
         )
-        total += tiles.to(tl.int64) * blocks
+        total += row_tiles.to(tl.int64) * blocks
     # Pieces of at least `chunk` blocks: at most `target` more items than there are tiles.
     chunk = tl.maximum((tl.sum(total, 0) + target - 1) // target, MIN)
     before, split = tl.zeros([BLOCK], tl.int32), tl.zeros([BLOCK], tl.int32)
     for at in range(0, me, BLOCK):
-        _, rows, _, tiles, blocks = _sizes(
+        _, rows, _, row_tiles, blocks = _sizes(
             indptr, context, at + lane, batch, limit, GROUP, ROWS, KEYS, WINDOW
         )
         pieces = _pieces(blocks, chunk, splits)
-        before += tl.where(at + lane < me, tiles * pieces, 0)
+        before += tl.where(at + lane < me, row_tiles * pieces, 0)
         split += tl.where((at + lane < me) & (pieces > 1), rows * GROUP * pieces, 0)
     first, slot = tl.sum(before, 0), tl.sum(split, 0)
-    begin, rows, length, tiles, blocks = _sizes(
+    begin, rows, length, row_tiles, blocks = _sizes(
         indptr, context, me, batch, limit, GROUP, ROWS, KEYS, WINDOW
     )
     pieces = _pieces(blocks, chunk, splits)
-    mine = tl.where(me < batch, tiles * pieces, items - first)
+    mine = tl.where(me < batch, row_tiles * pieces, items - first)
     for at in range(0, mine, BLOCK):
         number = at + lane
-        piece = (number // tl.maximum(tiles, 1)).to(
+        piece = (number // tl.maximum(row_tiles, 1)).to(
             tl.int64
-        )  # tiles side by side: they read the same keys
+        )  # row_tiles side by side: they read the same keys
         base = work + (first + number).to(tl.int64) * FIELDS
         fits = (number < mine) & (first + number < items)
         tl.store(base, tl.where(me < batch, me, -1) + 0 * number, mask=fits)
-        tl.store(base + 1, number % tl.maximum(tiles, 1), mask=fits)
+        tl.store(base + 1, number % tl.maximum(row_tiles, 1), mask=fits)
         tl.store(base + 2, (piece * blocks // tl.maximum(pieces, 1)).to(tl.int32), mask=fits)
         tl.store(base + 3, ((piece + 1) * blocks // tl.maximum(pieces, 1)).to(tl.int32), mask=fits)
         tl.store(
@@ -434,3 +443,160 @@ def join(
     value = value / tl.where(mass == 0, 1.0, mass)[:, None]
     tl.store(out + at, value.to(out.dtype.element_ty), mask=inner)
     tl.store(lse + row, top + tl.log2(tl.where(mass == 0, 1.0, mass)) * LN2, mask=row < count)
+
+
+class Sizes(NamedTuple):
+    """What a work list is cut to: the tile, the items of a balanced split, and room for all items and, in tiles, for partial results."""
+
+    tile: tiles.Tile
+    target: int
+    items: int
+    slots: int
+
+
+def _cut(call: Planning) -> Sizes:
+    s = call.shapes
+    mean = s.rows / max(s.batch, 1) if s.splits is None else tiles.FIXED_ROWS
+    tile = tiles.tile(
+        s.group, s.dim, s.itemsize, s.cached, s.page, mean, tiles.generation(s.device)
+    )
+    most = tiles.most_tiles(s.rows, s.batch, s.group, tile.rows)
+    target = tiles.target_items(s.device, s.kv_heads, tile)
+    if s.splits is None:
+        return Sizes(tile, target, most + target, 2 * target)
+    pieces = min(s.splits, -(-s.longest // tile.keys) - (-s.rows // tile.keys))
+    return Sizes(
+        tile,
+        target,
+        most * pieces,
+        -(-s.rows * s.group * pieces // tile.rows) if pieces > 1 else 0,
+    )
+
+
+def _plan(call: Planning) -> AttentionPlan:
+    s, indptr = call.shapes, call.indptr
+    sizes = _cut(call)
+    lengths = indptr if call.mode == "tree" or call.prefix_lens is None else call.prefix_lens
+    work, spans = indptr.new_empty(sizes.items, FIELDS.value), indptr.new_empty(s.batch + 1, 2)
+    plan[(s.batch + 1,)](
+        indptr.contiguous(), lengths.contiguous(), work, spans, s.batch, s.longest, sizes.items, sizes.target, call.splits or 0,
+        GROUP=s.group, ROWS=sizes.tile.rows, KEYS=sizes.tile.keys, WINDOW=call.window or 0, MIN=tiles.MIN_BLOCKS, BLOCK=256, num_warps=4,
+    )  # fmt: skip
+    return AttentionPlan(s, sizes.tile, work, spans)
+
+
+@tiles.on_its_device
+def plan_attention(call: Planning) -> AttentionPlan:
+    """As :func:`echo.kernels.plan_attention`."""
+    return _plan(call)
+
+
+@tiles.on_its_device
+def tree_attention(call: Attention) -> tuple[Tensor, Tensor]:
+    """As :func:`echo.kernels.tree_attention`; tensors on a CUDA device, or anywhere under the interpreter.
+
+    Raises:
+        EchoError: as there; also a last dimension that is not contiguous, or head dimensions beyond 16 to 256.
+    """
+    s, q, tree_key, tree_value, indptr = (
+        call.planning.shapes,
+        call.q,
+        call.tree_key,
+        call.tree_value,
+        call.indptr,
+    )
+    if not 16 <= s.dim <= 256:
+        raise EchoError(
+            f"q: expected head dimensions from 16 to 256 for the Triton kernel, got {s.dim}"
+        )
+    # Without a context nothing of these is read; they stand for pointers.
+    keys, values, table, _ = call.cache or (tree_key[None], tree_value[None], indptr[None], indptr)
+    named = {
+        "q": q,
+        "tree_key": tree_key,
+        "tree_value": tree_value,
+        "key_cache": keys,
+        "value_cache": values,
+        "page_table": table,
+    }
+    for name, value in named.items():
+        if value.stride(-1) != 1 and value.numel():
+            raise EchoError(
+                f"{name}: expected a contiguous last dimension, got strides {list(value.stride())}"
+            )
+    if q.is_cuda and torch.float8_e4m3fn in (keys.dtype, values.dtype):
+        capability = torch.cuda.get_device_capability(q.device)
+        if capability < (8, 9):
+            raise EchoError(
+                f"key_cache: expected float8_e5m2 on compute capability {capability}, got float8_e4m3fn"
+            )
+
+    sizes = _cut(call.planning)
+    tile = sizes.tile
+    out, lse = (
+        q.new_empty(s.rows, s.heads, s.dim),
+        q.new_empty(s.rows, s.heads, dtype=torch.float32),
+    )
+    if s.rows == 0:
+        return out, lse
+    plan = _plan(call.planning) if call.plan is None else call.plan
+    if plan.tile != tile:
+        raise EchoError(
+            f"plan: expected one made by the Triton kernel for {tile}, got one for {plan.tile}"
+        )
+    work = checks.tensor("plan.work", plan.work, [sizes.items, FIELDS.value], torch.int32, q.device)
+    spans = checks.tensor("plan.spans", plan.spans, [s.batch + 1, 2], torch.int32, q.device)
+    partial, partial_lse = (
+        lse.new_empty(sizes.slots * tile.rows, s.kv_heads, s.dim),
+        lse.new_empty(sizes.slots * tile.rows, s.kv_heads),
+    )
+    indptr, mask, request = indptr.contiguous(), call.mask.contiguous(), call.request.contiguous()
+    depth = indptr if call.depth is None else call.depth.contiguous()
+    key_scale, value_scale = (
+        lse if scales is None else scales.contiguous()
+        for scales in (call.key_scale, call.value_scale)
+    )
+    cap = 1.0 if call.softcap is None else float(call.softcap)
+    narrow = q.dtype == torch.bfloat16 and keys.element_size() == 1 and values.element_size() == 1
+    shape = {
+        "GROUP": s.group, "DIM": s.dim, "WIDTH": tiles.power_of_two(s.dim), "CAPPED": call.softcap is not None,
+    }  # fmt: skip
+    attend[(sizes.items * s.kv_heads,)](
+        q, keys, values, table, tree_key, tree_value, mask, depth, key_scale, value_scale,
+        work, out, lse, partial, partial_lse, call.factor, cap, keys.shape[0],
+        q.stride(0), q.stride(1), *keys.stride()[:3], *values.stride()[:3], table.stride(0),
+        tree_key.stride(0), tree_key.stride(1), tree_value.stride(0), tree_value.stride(1), mask.shape[1],
+        **shape, HEADS=s.kv_heads, ROWS=tile.rows, KEYS=tile.keys, PAGE=s.page or 1, PREFIX=call.cache is not None, WINDOW=call.window or 0,
+        KEY_SCALED=call.key_scale is not None, VALUE_SCALED=call.value_scale is not None, NARROW=narrow, DOT=_dot_type(q.dtype),
+        STAGES=tile.own_stages,
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    members = tiles.power_of_two(s.group)
+    merge[(s.rows, s.kv_heads)](
+        q, tree_key, tree_value, request, indptr, spans, out, lse, partial, partial_lse, call.factor, cap, s.batch,
+        q.stride(0), q.stride(1), tree_key.stride(0), tree_key.stride(1), tree_value.stride(0), tree_value.stride(1),
+        **shape, MEMBERS=members, PARTS=max(1, tiles.MERGED // (members * tiles.power_of_two(s.dim))), num_warps=4,
+    )  # fmt: skip
+    return out, lse
+
+
+def _dot_type(dtype: torch.dtype) -> Any:
+    """Triton's type of the matrix products. The interpreter computes bfloat16 wrongly, so there it is float32."""
+    if tiles.interpreted() and dtype == torch.bfloat16:
+        return tl.float32
+    return {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}[
+        dtype
+    ]
+
+
+@tiles.on_its_device
+def merge_attention(o1: Tensor, lse1: Tensor, o2: Tensor, lse2: Tensor) -> tuple[Tensor, Tensor]:
+    """As :func:`echo.kernels.merge_attention`."""
+    n, heads, dim = merge_shapes(o1, lse1, o2, lse2)
+    out, lse, rows = o1.new_empty(n, heads, dim), lse1.new_empty(n, heads), 16
+    if n * heads:
+        join[(-(-n * heads // rows),)](
+            o1.contiguous(), lse1.contiguous(), o2.contiguous(), lse2.contiguous(), out, lse, n * heads,
+            DIM=dim, WIDTH=tiles.power_of_two(dim), ROWS=rows, num_warps=4,
+        )  # fmt: skip
+    return out, lse

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
-from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass, field
-from typing import NamedTuple, ParamSpec, TypeVar, cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from echo import _checks as checks
 from echo._checks import EchoError
-from echo.kernels.launch import Tile
+from echo.kernels.tiles import Tile
 
 PARTIAL_BYTES = 1 << 30
 """What the partial results of a call with fixed splits take at most."""
@@ -21,25 +18,6 @@ LONGEST = (1 << 31) - (1 << 10)
 """Tokens of a context at most, so that the end of its last block is an int32."""
 CACHES = (*checks.FLOATS, torch.float8_e4m3fn, torch.float8_e5m2)
 MODES = ("whole", "tree")
-
-P = ParamSpec("P")
-A = TypeVar("A")
-R = TypeVar("R")
-
-
-def taking(arguments: Callable[P, A]) -> Callable[[Callable[[A], R]], Callable[P, R]]:
-    """Turns a function of checked ``arguments``, one value, into one of what they are made of."""
-
-    def decorate(function: Callable[[A], R]) -> Callable[P, R]:
-        @functools.wraps(function)
-        def call(*args: P.args, **options: P.kwargs) -> R:
-            return function(arguments(*args, **options))
-
-        returned = inspect.signature(function).return_annotation
-        call.__signature__ = inspect.signature(arguments).replace(return_annotation=returned)  # type: ignore[attr-defined]
-        return call
-
-    return decorate
 
 
 class Shapes(NamedTuple):

@@ -7,11 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from echo.kernels import launch
-from echo.kernels.inputs import accept_shapes, logits_shape
-
-INTERPRETED = bool(triton.knobs.runtime.interpret)
-"""Whether these kernels were loaded for Triton's interpreter, which runs them on the CPU."""
+from echo.kernels import tiles
+from echo.kernels.arguments import accept_shapes, logits_shape
 
 NOWHERE = tl.constexpr(2147483647)
 
@@ -132,7 +129,7 @@ def _scan(logits: Tensor, tokens: Tensor | None = None) -> tuple[Tensor, Tensor,
     """Best value and place of every chunk of every row: one read of the logits."""
     n, vocabulary = logits_shape(logits, tokens)
     logits = logits if logits.stride(-1) == 1 else logits.contiguous()
-    chunk = launch.vocabulary_chunk(vocabulary)
+    chunk = tiles.vocabulary_chunk(vocabulary)
     parts = -(-vocabulary // chunk)
     value = torch.empty(n, parts, dtype=torch.float32, device=logits.device)
     index = torch.empty(n, parts, dtype=torch.int32, device=logits.device)
@@ -145,33 +142,33 @@ def _scan(logits: Tensor, tokens: Tensor | None = None) -> tuple[Tensor, Tensor,
             logits.stride(0),
             parts,
             CHUNK=chunk,
-            BLOCK=launch.VOCABULARY_BLOCK,
+            BLOCK=tiles.VOCABULARY_BLOCK,
             num_warps=8,
         )
     return value, index, parts
 
 
-@launch.on_its_device
+@tiles.on_its_device
 def argmax_tokens(logits: Tensor) -> Tensor:
     """As :func:`echo.kernels.argmax_tokens`."""
     value, index, parts = _scan(logits)
     token = torch.empty(logits.shape[0], dtype=torch.int64, device=logits.device)
     if len(token):
-        grid = (-(-len(token) // launch.WALKED),)
+        grid = (-(-len(token) // tiles.WALKED),)
         _collect[grid](
             value,
             index,
             token,
             len(token),
             parts,
-            PARTS=launch.power_of_two(parts),
-            BLOCK=launch.WALKED,
+            PARTS=tiles.power_of_two(parts),
+            BLOCK=tiles.WALKED,
             num_warps=1,
         )
     return token
 
 
-@launch.on_its_device
+@tiles.on_its_device
 def accept(
     parent: Tensor, indptr: Tensor, tokens: Tensor, target: Tensor, max_depth: int, max_new_tokens: Tensor | None = None,
     eos_tokens: Tensor | None = None, out: tuple[Tensor, ...] | None = None,
@@ -199,7 +196,7 @@ def accept(
         _walk[(batch,)](
             parent.contiguous(), indptr.contiguous(), tokens.contiguous(), target.contiguous(), value, index,
             indptr if max_new_tokens is None else max_new_tokens.contiguous(), tokens if eos_tokens is None else eos_tokens.contiguous(), *out,
-            n, parts, max_depth, endings, PARTS=launch.power_of_two(parts) if parts else 0, LIMITS=max_new_tokens is not None,
-            ENDS=launch.power_of_two(endings) if endings else 0, BLOCK=launch.WALKED, num_warps=1,
+            n, parts, max_depth, endings, PARTS=tiles.power_of_two(parts) if parts else 0, LIMITS=max_new_tokens is not None,
+            ENDS=tiles.power_of_two(endings) if endings else 0, BLOCK=tiles.WALKED, num_warps=1,
         )  # fmt: skip
     return out[0], out[1], out[2], out[3], out[4]

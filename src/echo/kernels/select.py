@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from echo.kernels import codes, launch
-from echo.kernels.triton_growing import DEAD, INTERPRETED, NEVER, as_bytes, by_rows
+from echo.kernels import codes, tiles
+from echo.kernels.grow import DEAD, NEVER, as_bytes, by_rows
 
 NOWHERE = tl.constexpr(1 << 62)
 BINS, PER_NAT = tl.constexpr(codes.TABLE_BINS), tl.constexpr(float(codes.BINS_PER_NAT))
@@ -24,8 +24,6 @@ LEVELS = tl.constexpr(128)
 KEY_BITS = 38
 """Bits of a key."""
 NEVER_PLACED = 2147483647
-
-__all__ = ["INTERPRETED", "Selected", "nodes", "path_cost", "select", "select_cheapest"]
 
 
 class Selected(NamedTuple):
@@ -49,6 +47,14 @@ def layout(lane, ENDS: tl.constexpr):
         depth = tl.where(deeper, d + 1, depth)
         above = tl.where(deeper, ENDS[d - 1] if d > 0 else 0, above)
     return depth, above
+
+
+@triton.jit
+def taken(place, share, b, lane, there, count):
+    """Which nodes of a request are verified: those placed within its share."""
+    return (
+        tl.load(place + b * count + lane, mask=there, other=2147483647) < tl.load(share + b)
+    ) & there
 
 
 @triton.jit(do_not_specialize=["count", "rows", "score_row", "parent_row"])
@@ -179,7 +185,7 @@ def ends(sizes: Sequence[int]) -> tuple[int, ...]:
     return tuple(itertools.accumulate(sizes))
 
 
-@launch.on_its_device
+@tiles.on_its_device
 def path_cost(
     score: Tensor,
     parent: Tensor | None,
@@ -199,7 +205,7 @@ def path_cost(
     batch, count = score.shape
     cost = torch.empty(batch, count, dtype=torch.int32, device=score.device) if out is None else out
     if batch:
-        score, (block, _) = by_rows(score), launch.lanes(count)
+        score, (block, _) = by_rows(score), tiles.lanes(count)
         links = (
             (cost, cost, 0, 0)
             if table is None or parent is None
@@ -207,12 +213,12 @@ def path_cost(
         )
         _chance[(batch,)](
             score, *links[:2], cost, count, links[2], score.stride(0), links[3],
-            TABLE=table is not None, ENDS=ends(sizes), BLOCK=block, num_warps=launch.warps(block),
+            TABLE=table is not None, ENDS=ends(sizes), BLOCK=block, num_warps=tiles.warps(block),
         )  # fmt: skip
     return cost
 
 
-@launch.on_its_device
+@tiles.on_its_device
 def select(
     cost: Tensor, committed: Tensor, verify_limits: Tensor, num_committed: Tensor | None, num_remaining: Tensor, num_verify_tokens: int, most: int, sizes: Sequence[int],
     *, total: int = NEVER_PLACED, extra: int = NEVER_PLACED, out: Selected | None = None,
@@ -237,17 +243,17 @@ def select(
         torch.empty(batch, dtype=torch.int64, device=cost.device), torch.empty(batch, most, dtype=torch.int64, device=cost.device),
     )  # fmt: skip
     if batch:
-        cost, committed, (block, piece) = by_rows(cost), by_rows(committed), launch.lanes(count)
+        cost, committed, (block, piece) = by_rows(cost), by_rows(committed), tiles.lanes(count)
         group, counted = (
-            launch.power_of_two(batch),
+            tiles.power_of_two(batch),
             verify_limits if num_committed is None else num_committed,
         )
-        bits = launch.cutoff_bits(group)
+        bits = tiles.cutoff_bits(group)
         digits = 1 << bits if bits > 1 else 1
         _rank[(batch,)](
             cost, as_bytes(committed), verify_limits, counted, new.key, new.place, count, most, total, extra, cost.stride(0), committed.stride(0),
             SCORES=cost.dtype == torch.float32, HELD=num_committed is not None, ENDS=ends(sizes), BLOCK=block, PIECE=piece,
-            MOST=launch.power_of_two(most), num_warps=launch.warps(block),
+            MOST=tiles.power_of_two(most), num_warps=tiles.warps(block),
         )  # fmt: skip
         _allot[(1,)](
             new.key, num_remaining, counted, new.share, new.counts, batch, most, num_verify_tokens,
@@ -262,7 +268,13 @@ def nodes(selected: Selected) -> Tensor:
     return selected.place < selected.share[:, None]
 
 
-@launch.on_its_device
+def as_selected(nodes: Tensor) -> Selected:
+    """Any choice of nodes, bool [B, T], as :func:`select` says it."""
+    share = torch.ones(len(nodes), dtype=torch.int32, device=nodes.device)
+    return Selected((~nodes).int(), share, nodes.sum(dim=1), share)
+
+
+@tiles.on_its_device
 def select_cheapest(
     cost: Tensor,
     bought: Tensor,

@@ -174,6 +174,14 @@ def most_tiles(rows: int, batch: int, group: int, height: int) -> int:
     )
 
 
+@functools.lru_cache
+def interpreted() -> bool:
+    """Whether Triton runs kernels in its interpreter, on the CPU (``TRITON_INTERPRET=1``)."""
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
+
+
 def on_its_device(function: Callable[P, R]) -> Callable[P, R]:
     """Runs a launcher with the device of its first argument as the current one: Triton launches there, wherever the tensors are."""
 
