@@ -173,14 +173,14 @@ def test_speculate_plans_from_what_the_host_knows(device):
     history, known = scheduler.history(4, device), scheduler.history(4)
     options = {
         "early_stop": False,
-        "forecast": scheduler.choose_tier(known, range(4)),
+        "tier": scheduler.choose_tier(known, range(4)),
         "max_new_tokens": torch.full((4,), 2, device=device),
     }
     with RefuseHost():
         step, history = echo.loop.speculate(
             scheduler, Target(), Drafter(), slots, slots + 5, history, **options
         )
-    assert step.tier == options["forecast"] and history.steps.device.type == device
+    assert step.tier == options["tier"] and history.steps.device.type == device
     if device == "meta":
         with pytest.raises(
             NotImplementedError, match="Cannot copy out of meta"
@@ -218,11 +218,11 @@ def test_a_plan_is_made_on_the_host(call, device):
         )
     ]
     assert all(
-        np.array_equal(one, same[0], equal_nan=True) if call == "curve" else one == same[0]
+        np.array_equal(one, same[0], equal_nan=True) if call == "tier_curve" else one == same[0]
         for one in same
     )
     for wrong in ([4], [0.5], [True], torch.tensor([[1]]), "0", 3, [None], torch.tensor([-1])):
-        with pytest.raises(echo.EchoError, match="slots: expected"):
+        with pytest.raises(echo.EchoError, match="req_indices: expected"):
             plan(history, wrong)
 
 

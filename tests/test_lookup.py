@@ -346,10 +346,10 @@ def test_no_operator_reads_back_and_a_draft_is_one_graph():
 
 def test_bad_input():
     for call, says in (
-        (lambda: Texts.empty(0, 4), "slots: expected an int >= 1, got 0"),
+        (lambda: Texts.empty(0, 4), "max_num_reqs: expected an int >= 1, got 0"),
         (
             lambda: Texts.empty(2, 4).admit(torch.arange(2), [torch.arange(3)]),
-            r"slots: expected int64 \[1\], got int64 \[2\]",
+            r"req_indices: expected int64 \[1\], got int64 \[2\]",
         ),
         (
             lambda: Texts.empty(2, 4).admit(torch.arange(1), [torch.ones(3)]),
@@ -365,16 +365,16 @@ def test_bad_input():
             lambda: Texts.empty(2, 4).append(
                 torch.arange(2), torch.ones(2, 1).long(), torch.ones(2)
             ),
-            r"lengths: expected int64 \[2\]",
+            r"num_tokens: expected int64 \[2\]",
         ),
         (
             lambda: Texts.empty(2, 4).match(torch.arange(2), 0),
-            "longest: expected an int >= 1, got 0",
+            "max_ngram: expected an int >= 1, got 0",
         ),
-        (lambda: echo.PromptLookup(2, 8, max_ngram=0), "longest: expected an int >= 1, got 0"),
+        (lambda: echo.PromptLookup(2, 8, max_ngram=0), "max_ngram: expected an int >= 1, got 0"),
         (
             lambda: echo.PromptLookup(2, 8, mixing_weights=(0.0, 1.0)),
-            r"trust: expected 9 shares in \[0, 1\), for matches of 0 to 8 tokens",
+            r"mixing_weights: expected 9 numbers in \[0, 1\), for matches of 0 to 8 tokens",
         ),
         (
             lambda: blend(

@@ -133,7 +133,7 @@ def test_global_rank_is_optimal_among_all_closed_subsets(calibrated, served):
             seed=seed,
             ties=bool(seed % 2),
             verify_limits=torch.from_numpy(most),
-            weights=weights,
+            request_weights=weights,
         )
         value = scheduler.rule.acceptance_probability(tree).double().numpy() * (
             1 if weights is None else weights.double().numpy()[:, None]
@@ -163,7 +163,7 @@ def test_weights_move_rows_to_the_better_service():
             if rule == echo.GlobalRank(1)
             else True
         )
-        weighed = scheduler.pack(chains(scheduler, *drafts, weights=torch.tensor([1.0, 2.0])))
+        weighed = scheduler.pack(chains(scheduler, *drafts, request_weights=torch.tensor([1.0, 2.0])))
         # twice 0.6 and twice 0.54 beat 0.8; level by level request 1 is first too, and its second layer comes before none of request 0's
         assert weighed.indptr.tolist() == ([0, 1, 4] if rule == echo.GlobalRank(1) else [0, 2, 4])
 
@@ -781,7 +781,7 @@ def test_no_rows_are_launched_that_no_request_can_use(rule, batch):
                 slots,
                 k=3,
                 seed=seed,
-                rows=scheduler.choose_tier(history, slots).num_verify_tokens,
+                num_verify_tokens=scheduler.choose_tier(history, slots).num_verify_tokens,
             )
         )
         history = history.observe(slots, packed, echo.accept(packed, packed.tokens.roll(-1)))
