@@ -146,7 +146,10 @@ def warmup(study: Study) -> dict[str, object]:
             [study.ratio(study.paper(256, c), steps=STEPS - WARM) for c in calibrations]
         )
         curves["throughput-optimal"].append(
-            [study.ratio(study.throughput_optimal(calibration=c), steps=STEPS - WARM) for c in calibrations]
+            [
+                study.ratio(study.throughput_optimal(calibration=c), steps=STEPS - WARM)
+                for c in calibrations
+            ]
         )
     return {"positions": rows, "curves": curves}
 
@@ -252,7 +255,8 @@ def wrong_cost(study: Study) -> dict[str, object]:
     batches = (8, 64, 128, 256)
     found = {
         name: [
-            study.ratio(study.throughput_optimal(cost), batch=b, steps=min(STEPS, 4096 // b)) for b in batches
+            study.ratio(study.throughput_optimal(cost), batch=b, steps=min(STEPS, 4096 // b))
+            for b in batches
         ]
         for name, cost in beliefs.items()
     }

@@ -177,7 +177,11 @@ def show(console: Console, cells: list[dict[str, object]]) -> None:
             table.add_row(
                 name,
                 *texts,
-                style="bold" if name == "throughput-optimal tree" else "dim" if name == "oracle" else None,
+                style="bold"
+                if name == "throughput-optimal tree"
+                else "dim"
+                if name == "oracle"
+                else None,
             )
         console.print(table)
 

@@ -163,7 +163,9 @@ def test_weights_move_rows_to_the_better_service():
             if rule == echo.GlobalRank(1)
             else True
         )
-        weighed = scheduler.pack(chains(scheduler, *drafts, request_weights=torch.tensor([1.0, 2.0])))
+        weighed = scheduler.pack(
+            chains(scheduler, *drafts, request_weights=torch.tensor([1.0, 2.0]))
+        )
         # twice 0.6 and twice 0.54 beat 0.8; level by level request 1 is first too, and its second layer comes before none of request 0's
         assert weighed.indptr.tolist() == ([0, 1, 4] if rule == echo.GlobalRank(1) else [0, 2, 4])
 
