@@ -18,10 +18,9 @@ import trees
 from addresses import apart, checked
 from conftest import CALIBRATION, grow_all
 from echo import kernels
-from echo.kernels import arguments, reference, tiles
-from echo.lookup from echo.testing import TabularDrafter, table
+from echo.kernels import reference, tiles
+from echo.testing import TabularDrafter, table
 from echo.tree import compact
-from echo.tree.packed import slot_mapping
 
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402

@@ -106,7 +106,7 @@ def test_a_mixture_of_experts_is_named_and_unobserved_depths_are_marked():
 
 
 @pytest.mark.parametrize(
-    "call, says",
+    ("call", "says"),
     [
         (lambda: speculation_report({}, FLAT), "seen: expected a WarmupLog, vLLM's"),
         (lambda: speculation_report(3, FLAT), "seen: expected .* got int"),
