@@ -142,14 +142,14 @@ def test_json_and_files(tmp_path):
     for broken, message in [
         (text[: len(text) // 2], "expected JSON text"),
         ("hello", "expected JSON text"),
-        ("[1]", "expected format 'echo-calibration' version 1, got list"),
+        ("[1]", "expected format 'echo-calibration' version 2, got list"),
         (
-            text.replace('"version": 1', '"version": 99'),
-            r"version 1, got \('echo-calibration', 99\)",
+            text.replace('"version": 2', '"version": 99'),
+            r"version 2, got \('echo-calibration', 99\)",
         ),
-        (text.replace('"version": 1', '"version": 99'), "a newer ECHO wrote it, update this one"),
-        (text.replace('"threshold"', '"tau"'), "expected the fields of version 1"),
-        (text.replace('"profile"', '"histogram"'), "expected the fields of version 1"),
+        (text.replace('"version": 2', '"version": 99'), "a newer ECHO wrote it, update this one"),
+        (text.replace('"threshold"', '"tau"'), "expected the fields of version 2"),
+        (text.replace('"profile"', '"histogram"'), "expected the fields of version 2"),
         (
             re.sub(r'"accepted": \d+', '"accepted": -3', text),
             "calibration.accepted: expected an int >= 0, got -3",
@@ -269,19 +269,19 @@ def test_a_useless_depth_stops_nobody():
         ),
         (
             lambda: echo.CostModel.from_samples([1, 2], [1.0, 1.0], num_reqs=[1, np.inf]),
-            "requests: expected a finite number .* got inf",
+            "num_reqs: expected a finite number .* got inf",
         ),
         (
             lambda: echo.CostModel.from_samples([1, 2], [1.0, 1.0], context_tokens=[1, np.nan]),
-            "context: expected a finite number .* got nan",
+            "context_tokens: expected a finite number .* got nan",
         ),
         (
             lambda: echo.CostModel.from_samples([1, 2], [1.0, 1.0], num_other_tokens=[1, np.inf]),
-            "base_rows: expected a finite number .* got inf",
+            "num_other_tokens: expected a finite number .* got inf",
         ),
         (
             lambda: echo.CostModel.from_samples([1, np.inf], [1.0, 1.0]),
-            "rows: expected a finite number in every sample, got inf",
+            "num_tokens: expected a finite number in every sample, got inf",
         ),
         (
             lambda: echo.cost.line([1, np.inf], [1.0, 1.0]),

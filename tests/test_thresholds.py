@@ -1,4 +1,4 @@
-"""The goodput rule against brute force, and what gates do to whole requests."""
+"""The throughput rule against brute force, and what gates do to whole requests."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_free_rows_close_no_gate_and_dear_rows_close_all():
     assert report(log, thresholds)[0].stopped > 0.5 * 300
 
 
-def test_goodput_calibration_beats_youden_on_its_own_log_and_says_what_it_is_worth():
+def test_throughput_calibration_beats_youden_on_its_own_log_and_says_what_it_is_worth():
     log = steps(3000, 5, 2, ranks=2)
     youden = echo.calibrate(log)
     best = echo.calibrate(log, thresholds="throughput", cost=COST, batch=64)
@@ -128,7 +128,7 @@ def test_goodput_calibration_beats_youden_on_its_own_log_and_says_what_it_is_wor
     assert best.throughput >= throughput_optimal(log, best.gate_depths, 5, objective)[1] * (
         1 - 1e-12
     )
-    assert "thresholds by goodput" in str(best)
+    assert "thresholds by throughput" in str(best)
     assert echo.Calibration.from_json(best.to_json()) == best
     with pytest.raises(echo.EchoError, match="histograms do not keep steps together"):
         best.refit(echo.gating.ConfidenceHistograms.of(log))
