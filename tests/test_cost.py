@@ -278,7 +278,7 @@ def test_profile_reads_the_devices_clock():
             lambda: echo.CostModel.from_json('{"format": "x", "version": 1}'),
             "cost: expected the JSON of a CostModel",
         ),
-        (lambda: echo.cost.profile(print, []), "num_tokens: expected at least one row count"),
+        (lambda: echo.cost.profile(print, []), "num_tokens: expected at least one token count"),
     ],
 )
 def test_bad_input_names_the_argument(call, message):

@@ -131,7 +131,8 @@ class DriftMonitor:
         if min(n, m) < ENOUGH or len(d.profile) < 2:
             needed = f"{m:.0f} of the calibration, {ENOUGH:.0f} of each needed"
             reason = f"not judged: {n:.0f} live rows, {needed}"
-            return DepthDrift(d.depth, n, *(0.0, math.inf) * TESTS, False, reason)
+            none = 0.0, math.inf
+            return DepthDrift(d.depth, n, *none, *none, *none, False, reason)
         then = np.array([entry[1:] for entry in d.profile]).T
         now, then = now * (n / now.sum()), then * (m / then.sum())  # in effective rows
         level = self.alpha / (TESTS * len(self.calibration.depths))
@@ -143,8 +144,8 @@ class DriftMonitor:
         )
         verdict = "drift in " + " and ".join(above) if above else "no drift"
         reason = f"{verdict}: {words}, {n:.0f} live rows"
-        numbers = [number for pair in found.values() for number in pair]
-        return DepthDrift(d.depth, n, *numbers, bool(above), reason)
+        psi, ks, gap = found.values()
+        return DepthDrift(d.depth, n, *psi, *ks, *gap, bool(above), reason)
 
     def _psi(self, now: NDArray[Any], then: NDArray[Any], level: float) -> tuple[float, float]:
         from scipy.special import chdtri

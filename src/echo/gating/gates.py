@@ -71,8 +71,8 @@ class SparseGate:
         given = self.thresholds
         taus = given.thresholds if isinstance(given, Calibration) else given
         checks.instance("thresholds", taus, Mapping)  # type: ignore[type-abstract]
-        taus = sorted(check_thresholds("thresholds", taus).items())
-        logs = {d: float(np.float32(math.log(t))) if t > 0 else -math.inf for d, t in taus}
+        pairs = sorted(check_thresholds("thresholds", taus).items())
+        logs = {d: float(np.float32(math.log(t))) if t > 0 else -math.inf for d, t in pairs}
         object.__setattr__(self, "log_tau", logs)
 
     @classmethod

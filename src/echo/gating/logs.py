@@ -158,8 +158,10 @@ class WarmupLog:
             first += int(step.max()) + 1 if len(log) else 0
         if not parts:
             raise EchoError("logs: expected at least one WarmupLog, got none")
-        joined = [np.concatenate([getattr(log, f) for log, _ in parts]) for f in list(_FIELDS)[:-1]]
-        return cls(*joined, np.concatenate([step for _, step in parts]))
+        columns: dict[str, Any] = {"step": np.concatenate([step for _, step in parts])}
+        for name in list(_FIELDS)[:-1]:
+            columns[name] = np.concatenate([getattr(log, name) for log, _ in parts])
+        return cls(**columns)
 
     def validate(self) -> None:
         """Checks across rows: that the log holds one run, not several with clashing step ids.
@@ -196,7 +198,7 @@ class WarmupLog:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> WarmupLog:
-        """Reads the .npz, .jsonl or .parquet file ``path``, or all that match it as a glob, by name.
+        """Reads .npz, .jsonl or .parquet: the file ``path``, or all that match it as a glob, by name.
 
         Each line of .jsonl is an object with the columns of :meth:`from_mapping`. The header line
         that :meth:`save` writes counts the rows, which finds truncation; it may be absent.
