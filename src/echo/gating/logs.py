@@ -198,7 +198,7 @@ class WarmupLog:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> WarmupLog:
-        """Reads .npz, .jsonl or .parquet: the file ``path``, or all that match it as a glob, by name.
+        """Reads the .npz, .jsonl or .parquet file ``path``, or all that match it as a glob.
 
         Each line of .jsonl is an object with the columns of :meth:`from_mapping`. The header line
         that :meth:`save` writes counts the rows, which finds truncation; it may be absent.
