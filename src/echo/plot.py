@@ -201,7 +201,7 @@ STATUS = {
 
 @dataclass
 class Node:
-    """A node on the host.
+    """A node on the host; in a drawing, with its texts and measures in inches.
 
     Attributes:
         token: its id.
@@ -211,9 +211,7 @@ class Node:
         kind: "root", "depth" (committed while drafting) or "width" (selected last).
         accepted: whether it is on the accepted path.
         children: indices.
-        text, beside: in a drawing, its token and probability.
-        text_width, width: in inches, of the token and of the box.
-        y: row of the drawing.
+        y: line of the drawing.
     """
 
     token: int
@@ -277,7 +275,7 @@ SIZE, SMALL = 9.0, 6.5  # of text, in points
 LINE, BOX, HEAD, SPACE = 0.27, 0.2, 0.34, 0.16
 # Inches: around a node's text, between token and probability, depths, around the figure.
 PAD, BESIDE, GAP, MARGIN = 0.07, 0.06, 0.34, 0.3
-LEGEND_WIDTH = 7.0
+LEGEND_WIDTH = 7.4
 
 
 def packed_tree(
@@ -416,17 +414,8 @@ def _legend(axis: Any, accepted: bool) -> None:
     _text(axis, x, -LINE / 2, "numbers: path probability", color=PALE)
 
 
-def _text(
-    axis: Any,
-    x: float,
-    y: float,
-    text: str,
-    *,
-    size: float = SIZE,
-    color: str = INK,
-    ha: str = "left",
-) -> None:
-    axis.text(x, y, text, size=size, color=color, ha=ha, va="center_baseline")
+def _text(axis: Any, x: float, y: float, text: str, **look: Any) -> None:
+    axis.text(x, y, text, **{"size": SIZE, "color": INK, "va": "center_baseline"} | look)
 
 
 def _width(text: str, size: float = SIZE) -> float:

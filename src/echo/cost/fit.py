@@ -25,15 +25,13 @@ NEAR = 0.03
 
 @dataclass(frozen=True)
 class Knee:
-    """The paper's latency model ``T(K) = T_ar * (1 + gamma * max(0, K - K_max))`` of a cost curve.
+    """The paper's ``T(K) = T_ar * (1 + gamma * max(0, K - K_max))``, fitted to a cost curve.
 
     Attributes:
-        k_max: tokens that cost no more than one does (roots included: the paper counts drafts
-            only, its K_max is ours minus the batch).
+        k_max: tokens that cost no more than one (roots included; the paper's is less the batch).
         t_ar: seconds of a step below the knee.
         gamma: slope beyond the knee, in 1 / tokens.
-        k_max_interval: 95% interval of ``k_max``; None: samples were not repeated.
-        gamma_interval: 95% interval of ``gamma``; None likewise.
+        k_max_interval, gamma_interval: 95% intervals; None if samples were not repeated.
 
     Example:
         >>> Knee(k_max=16, t_ar=0.03, gamma=0.5)(18)
@@ -52,12 +50,7 @@ class Knee:
 
 
 def columns(seconds: ArrayLike, **inputs: ArrayLike | None) -> tuple[Floats, dict[str, Floats]]:
-    """Samples as float columns of one length; inputs that are None are left out.
-
-    Raises:
-        EchoError: no samples, different lengths, inputs that are not finite, or seconds that are
-            not positive and finite.
-    """
+    """Samples as float columns of one length without the None; EchoError where they are not."""
     y = np.atleast_1d(np.asarray(seconds, dtype=np.float64))
     table = {}
     for name, value in inputs.items():
@@ -86,10 +79,6 @@ def solve(design: Floats, seconds: Floats) -> Floats:
 
     Huber's estimator by reweighting: beyond 1.345 robust standard deviations a sample counts with
     its distance, not its square.
-
-    Args:
-        design: float64 [n, coefficients], non-negative.
-        seconds: float64 [n], positive.
     """
     from scipy.optimize import nnls
 
@@ -120,13 +109,7 @@ def ramps(x: Floats, points: Ints) -> Floats:
 
 
 def curves(seconds: Floats, table: dict[str, Floats]) -> dict[str, Any]:
-    """The fields of a :class:`CostModel` that samples tell: curves, slope, the knee's intervals.
-
-    Args:
-        seconds: float64 [n].
-        table: float64 [n] each, ``num_tokens`` and perhaps ``num_reqs``, ``context_tokens``,
-            ``num_other_tokens``.
-    """
+    """The fields of a :class:`CostModel` that samples tell: curves, slope, the knee's intervals."""
     x = table["num_tokens"] + table.get("num_other_tokens", 0.0)
     points = knots(x)
     parts = [np.ones((len(seconds), 1)), ramps(x, points)]
@@ -155,10 +138,9 @@ def rounded(values: ArrayLike, digits: int = 12) -> tuple[float, ...]:
 
 
 def line(amount: ArrayLike, seconds: ArrayLike) -> tuple[float, float]:
-    """The robust line through timings, ``seconds = fixed + each * amount``, both non-negative.
+    """The robust line ``seconds = fixed + each * amount``, both non-negative.
 
-    For what a :class:`CostModel` takes beside its curve:
-    ``draft_layer, draft_token = line(*profile(draft, counts))`` and
+    ``draft_layer, draft_token = line(*profile(draft, counts))`` for a :class:`CostModel`, and
     ``restart, extend_token = line(*profile(extend, counts))``.
 
     Args:
@@ -182,15 +164,8 @@ def line(amount: ArrayLike, seconds: ArrayLike) -> tuple[float, float]:
 def knee(num_tokens: ArrayLike, seconds: ArrayLike) -> tuple[Ints, Floats, Floats]:
     """Exact least squares of the law in relative error: base and slope of a K are a 2 x 2 system.
 
-    The measured counts are tried first, then the integers on both sides of the best.
-
-    Args:
-        num_tokens: increasing ints [m].
-        seconds: positive floats [..., m], any number of curves.
-
-    Returns:
-        ``k_max`` int64 [...], ``t_ar`` and ``gamma`` float64 [...]. A curve that never rises has
-        gamma 0 and its last count.
+    ``seconds`` [..., m] may be any number of curves. Returns ``k_max`` int64, ``t_ar`` and
+    ``gamma`` float64 [...]; a curve that never rises has gamma 0 and its last count.
     """
     x, y = np.asarray(num_tokens, dtype=np.float64), np.asarray(seconds, dtype=np.float64)
     error, *_ = _law(x, y, np.broadcast_to(x, (*y.shape[:-1], len(x))))
@@ -227,14 +202,8 @@ def _first(error: Floats) -> NDArray[np.intp]:
 def knee_intervals(x: Floats, ratio: Floats, points: Ints, curve: Floats) -> dict[str, Any]:
     """95% bootstrap intervals: resample each knot, take the median, a monotone curve, its knee.
 
-    Args:
-        x: float64 [n], token counts of the samples.
-        ratio: float64 [n], each sample over the fitted curve.
-        points, curve: [m], the fitted curve.
-
-    Returns:
-        ``k_max_interval`` and ``gamma_interval``; none with fewer than three samples a knot on
-        average, which tell nothing of the noise.
+    ``ratio`` [n]: each sample over the curve. Fewer than three samples a knot tell nothing of the
+    noise, and give no intervals.
     """
     from scipy.optimize import isotonic_regression
 

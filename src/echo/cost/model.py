@@ -29,26 +29,22 @@ FAR = 1 << 40
 class CostModel:
     """Seconds of a forward pass of the target, and of drafting.
 
-    A pass takes ``curve(num_tokens) + curve(num_reqs) + context_token * context_tokens``. Both
-    curves are piecewise linear and never fall; beyond the last knot the last slope continues,
-    before the first the first value holds. Only the first curve is needed. Numbers of numpy and
-    torch become Python's.
+    A pass takes ``curve(num_tokens) + curve(num_reqs) + context_token * context_tokens``. Curves
+    are piecewise linear and never fall; the first value and the last slope extend them. Only the
+    first is needed.
 
     Attributes:
-        num_tokens: increasing ints, knots of the curve over the tokens of the forward pass (roots,
-            drafts, prefill).
-        seconds: non-decreasing floats, seconds of a pass of that many tokens, with the fewest
-            requests and no context.
+        num_tokens: increasing ints, knots of the curve over tokens (roots, drafts, prefill).
+        seconds: seconds at those knots, with the fewest requests and no context.
         draft_layer: seconds of a draft layer for the batch, apart from its tokens.
         draft_token: seconds of each token of a draft layer.
         tiers: token counts that the engine can launch (one CUDA graph each); empty: any.
         num_reqs: increasing ints, knots of the curve over requests; empty: they cost nothing.
-        request_seconds: non-decreasing floats from 0, what that many requests add.
+        request_seconds: what that many requests add, from 0.
         context_token: seconds of each token of context, of all requests together.
         extend_token: seconds of each unprocessed token of a draft extend; None: ``draft_token``.
-        restart: seconds of reloading a drafter that was unloaded, on top of its draft extend.
-        k_max_interval: 95% interval of the knee's tokens, from :meth:`from_samples`.
-        gamma_interval: 95% interval of its slope, likewise.
+        restart: seconds of reloading a drafter that was unloaded, before its draft extend.
+        k_max_interval, gamma_interval: of :attr:`knee`, from :meth:`from_samples`.
 
     Raises:
         EchoError: a curve that falls, or a value out of range.
@@ -126,19 +122,17 @@ class CostModel:
     ) -> CostModel:
         """Fits measured steps by one robust regression with non-negative coefficients.
 
-        What varies in no sample is not told apart: with requests proportional to tokens, the split
+        What varies together is not told apart: with requests proportional to tokens, the split
         between their curves is arbitrary.
 
         Args:
-            num_tokens: ints [n], at least 1, tokens of each step.
+            num_tokens: ints [n], at least 1.
             seconds: positive floats [n].
-            num_reqs: ints [n], requests of each step, at least 1. Defaults to no such curve.
-            context_tokens: numbers [n], tokens of context of its requests together. Likewise.
-            num_other_tokens: ints [n], tokens of prefill and whatever else shares the pass, not
-                counted in ``num_tokens``. Defaults to 0.
-            draft_layer, draft_token, extend_token, restart: as the class; :func:`echo.cost.line`
-                fits them.
-            tiers: as the class.
+            num_reqs: ints [n], at least 1. Defaults to no such curve.
+            context_tokens: numbers [n], of all requests together. Defaults to no such slope.
+            num_other_tokens: ints [n], prefill and whatever else shares the pass. Defaults to 0.
+            draft_layer, draft_token, extend_token, restart, tiers: as the class;
+                :func:`echo.cost.line` fits the first four.
 
         Raises:
             EchoError: no samples, columns of different lengths, or values out of range.
@@ -172,8 +166,7 @@ class CostModel:
         """Seconds of a forward pass of the target.
 
         Args:
-            num_tokens: tokens of the pass, prefill included: a number or an array. Each is rounded
-                up to its tier.
+            num_tokens: tokens of the pass, prefill included, each rounded up to its tier: [...].
             num_reqs: requests that share it.
             context_tokens: their tokens of context together.
         """
@@ -187,29 +180,18 @@ class CostModel:
         return requests + self.context_token * context_tokens
 
     def at(self, num_reqs: int = 1, context_tokens: float = 0.0) -> CostModel:
-        """The model of ``num_reqs`` with that much context, a curve over tokens alone.
+        """The model of ``num_reqs`` >= 1 with that context, a curve over tokens, from one each.
 
-        It starts at a token a request: its knee is that of the batch, the tokens that cost no more
-        than its plain decoding.
-
-        Raises:
-            EchoError: requests below 1.
+        Its knee is the batch's: the tokens that cost no more than its plain decoding.
         """
         first = checks.integer("num_reqs", num_reqs, 1)
         tokens = [first, *(count for count in self.num_tokens if count > first)]
         if len(tokens) == 1 < len(self.num_tokens):
             tokens.append(2 * first)  # the last slope continues
         curve = np.interp(tokens, *self._token_curve) + self.load(num_reqs, context_tokens)
-        return replace(
-            self,
-            num_tokens=tuple(tokens),
-            seconds=fit.rounded(curve),
-            num_reqs=(),
-            request_seconds=(),
-            context_token=0.0,
-            k_max_interval=None,
-            gamma_interval=None,
-        )
+        drafting = ("draft_layer", "draft_token", "extend_token", "restart", "tiers")
+        kept = {name: getattr(self, name) for name in drafting}
+        return CostModel(tuple(tokens), fit.rounded(curve), **kept)
 
     def round_up(self, num_tokens: int | ArrayLike) -> Any:
         """The smallest tier that holds ``num_tokens``; itself without tiers or beyond the last."""
@@ -237,16 +219,14 @@ class CostModel:
     ) -> CostModel:
         """The model after one more measured step, changed at ``num_tokens`` and to keep it rising.
 
-        Called after each step, it corrects a model measured on another machine or under another
-        load where the engine runs; a knee believed at twice its tokens costs up to a quarter of
-        plain decoding's throughput without it.
+        It corrects a model of another machine or load where the engine runs; a knee believed at
+        twice its tokens costs up to a quarter of plain decoding's throughput without it.
 
         Args:
             num_tokens: of the forward pass, prefill included.
             seconds: of the pass, without drafting.
             num_reqs, context_tokens: as in :meth:`__call__`.
-            rate: share of the error at ``num_tokens`` to correct; a step of more than four times
-                its seconds counts as four.
+            rate: share of the error to correct; a step above four times its seconds counts as four.
 
         Raises:
             EchoError: an argument out of range.
@@ -266,23 +246,17 @@ class CostModel:
         return replace(self, num_tokens=tuple(map(int, x)), seconds=tuple(map(float, y)))
 
     def draft_seconds(self, layers: ArrayLike, num_reqs: int, beam: int = 1) -> Any:
-        """Seconds of drafting.
+        """Seconds of drafting ``layers`` layers ([...]) for ``num_reqs``.
 
-        Args:
-            layers: draft layers: a number or an array.
-            num_reqs: requests that draft.
-            beam: nodes expanded in a layer; in the first, the root only.
+        ``beam`` nodes are expanded in each layer, in the first only the root.
         """
         count, token = np.asarray(layers), self.draft_token * num_reqs
         return (self.draft_layer + token * beam) * count + token * (1 - beam) * (count > 0)
 
     def extend_seconds(self, tokens: float, *, cold: bool = False) -> float:
-        """Seconds of a draft extend of ``tokens`` unprocessed tokens, before drafting resumes.
+        """Seconds of a draft extend of ``tokens`` unprocessed tokens of all requests together.
 
-        Args:
-            tokens: emitted while drafting was off, by all requests together; with ``cold``, their
-                whole context.
-            cold: the drafter was unloaded, its memory included, and is reloaded first.
+        ``cold``: the drafter was unloaded; ``tokens`` is then their whole context.
         """
         each = self.draft_token if self.extend_token is None else self.extend_token
         extend = self.draft_layer + each * tokens if tokens > 0 else 0.0
@@ -290,7 +264,7 @@ class CostModel:
 
     @property
     def knee(self) -> Knee:
-        """Least-squares fit of :class:`Knee` in relative error, exact over all integers K_max.
+        """Least-squares :class:`Knee` in relative error, exact over all integers K_max.
 
         A curve that rises from its first point on has its knee there; one that never rises has
         gamma 0 and its last point.
@@ -299,12 +273,9 @@ class CostModel:
         return Knee(int(k), float(base), float(gamma), self.k_max_interval, self.gamma_interval)
 
     def tokens_within(self, factor: float) -> int:
-        """The most tokens of a step that costs at most ``factor`` times a step of one token.
+        """The most tokens of a step at ``factor`` >= 1 times the cost of one token, or less.
 
         A budget where the curve has no flat part.
-
-        Raises:
-            EchoError: factor below 1.
         """
         factor = checks.real("factor", factor, 1.0)
         counts = np.arange(1, self.num_tokens[-1] + 1)
@@ -316,11 +287,7 @@ class CostModel:
 
     @classmethod
     def from_json(cls, text: str) -> CostModel:
-        """Reads the ``text`` that :meth:`to_json` wrote.
-
-        Raises:
-            EchoError: not JSON, of another version, or with values out of range.
-        """
+        """Reads what :meth:`to_json` wrote; EchoError: not JSON, or of another version."""
         with checks.reading(f"cost: expected the JSON of a CostModel, version {VERSION}"):
             data = json.loads(text)
             if data.pop("format") != "echo-cost" or data.pop("version") != VERSION:
@@ -330,8 +297,8 @@ class CostModel:
     def to_sglang(self) -> str:
         """The target's part as SGLang's additive cost table (JSON): one profile for both planners.
 
-        SGLang reads it from ``--speculative-dspark-sps-table-path``. It gives these seconds at
-        every whole number of tokens up to the last knot, tiers included, and holds the last value.
+        For ``--speculative-dspark-sps-table-path``: these seconds at every number of tokens up to
+        the last knot, tiers included, and its value beyond.
         """
         inside = [t for t in self.tiers if t <= self.num_tokens[-1]]
         edges = {t + 1 for t in inside} | set(inside) | {1, *self.num_tokens}
@@ -350,11 +317,7 @@ class CostModel:
     def from_sglang(cls, text: str) -> CostModel:
         """Reads SGLang's cost tables: the additive one, and the older one of steps per second.
 
-        Its tables are measured and need not rise; ours are the nearest that do (least squares).
-        They hold nothing of drafting: ``dataclasses.replace(model, draft_layer=...)``.
-
-        Args:
-            text: JSON.
+        They need not rise; this is the nearest curve that does (least squares), without drafting.
 
         Raises:
             EchoError: neither of the two, or values out of range.

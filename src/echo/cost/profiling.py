@@ -25,19 +25,17 @@ def profile(
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """Times ``step(count)`` for each token count: ``warmup`` untimed rounds, then ``repeats``.
 
-    A round runs all counts, so that a slow moment of the machine does not hit one count alone; the
-    fits that take the samples are robust, as a median is. On CUDA, device events are the clock.
+    A round runs all counts, so that a slow moment of the machine does not hit one alone.
 
     Args:
-        step: runs one step of that many tokens; on CUDA, sync-free or not, on the current stream.
+        step: runs one step of that many tokens; on CUDA on the current stream.
         num_tokens: token counts, at least 1.
         repeats: timed calls of each.
         warmup: untimed calls of each: compilation, graph capture, clocks.
-        device: where the step runs.
+        device: where the step runs; on CUDA, its events are the clock.
 
     Returns:
-        Samples for :meth:`CostModel.from_samples` or :func:`line`: token counts int64
-        [n * repeats] and seconds float64 [n * repeats].
+        Token counts int64 and seconds float64 [n * repeats], for :meth:`CostModel.from_samples`.
 
     Raises:
         EchoError: no token counts, or an argument out of range.
@@ -77,16 +75,10 @@ def _device_clock(step: Callable[[int], object], count: int) -> float:
 
 
 def sglang_fields(text: str) -> dict[str, Any]:
-    """The fields of a :class:`CostModel` that one of SGLang's cost tables tells.
+    """The fields of a :class:`CostModel` that one of SGLang's cost tables (JSON) tells.
 
-    The additive table is ``bias + alpha(requests) + theta(tokens)`` between probes; the older one
-    holds steps per second from probe to probe, and the last beyond.
-
-    Args:
-        text: JSON.
-
-    Raises:
-        EchoError: neither of the two.
+    ``bias + alpha(requests) + theta(tokens)`` between probes, or steps per second held from probe
+    to probe.
     """
     with checks.reading("cost: expected one of SGLang's cost tables"):
         data = json.loads(text)

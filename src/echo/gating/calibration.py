@@ -50,12 +50,11 @@ class DepthCalibration:
         gate: whether this depth is a gate.
         reason: why, or why not, in words.
         reliability: knots (log-probability, P(path accepted)), both rising; over all ranks.
-        auc_error: bound on what the bins move the AUC (:class:`echo.gating.Separability`).
-        stopped: weighted rows of rank 0 that a gate here, alone, would stop.
-        stopped_accepted: those of them that the target accepted.
+        auc_error: bound on what the bins move the AUC.
+        stopped, stopped_accepted: weighted rows of rank 0 that this gate alone would stop, and
+            those of them that the target accepted.
         effective: effective number of rows of rank 0, (sum w)^2 / sum w^2.
-        profile: (greatest confidence, accepted weight, rejected weight) of up to 20 bins of about
-            equal mass, rank 0.
+        profile: (greatest confidence, accepted, rejected weight) of about equal-mass bins, rank 0.
     """
 
     depth: int
@@ -114,8 +113,7 @@ class Calibration:
         """P(path accepted) in 24-bit fixed point, int32 [max_depth + 1, 512].
 
         Row d, column ``min(floor(-32 * S), 511)`` is for a node of depth d with path
-        log-probability S; row 0, the root, is 1.0. A power of two times S is exact, so every
-        device reads the same entry (:func:`echo.gating.look_up`).
+        log-probability S; row 0, the root, is 1.0. For :func:`echo.gating.look_up`.
         """
         return statistics.table([d.reliability for d in self.depths])
 
@@ -131,7 +129,7 @@ class Calibration:
         return report(log, self.thresholds)
 
     def refit(self, histograms: ConfidenceHistograms) -> Calibration:
-        """As :func:`calibrate` with the same settings, from ``histograms`` that went on counting.
+        """As :func:`calibrate` with these settings, from ``histograms`` that went on counting.
 
         Raises:
             EchoError: the throughput rule, which needs step ids; and as :func:`calibrate`.
@@ -194,15 +192,7 @@ class Calibration:
             raise EchoError(f"calibration: expected {wanted}, got {found}{hint}")
         with checks.reading(f"calibration: expected the fields of version {VERSION}"):
             depths = tuple(_read_depth(entry) for entry in data["depths"])
-            throughput = data["throughput"]
-            result = cls(
-                depths,
-                float(data["min_auc"]),
-                int(data["min_rows"]),
-                int(data["max_gates"]),
-                str(data["rule"]),
-                None if throughput is None else float(throughput),
-            )
+            result = cls(**{**data, "depths": depths})
         numbers = [d.depth for d in depths]
         if numbers != list(range(1, len(depths) + 1)) or not depths:
             raise EchoError(f"calibration: expected depths 1, 2, ..., got {numbers}")
@@ -215,12 +205,7 @@ class Calibration:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Calibration:
-        """Reads the file ``path`` that :meth:`save` wrote.
-
-        Raises:
-            EchoError: as :meth:`from_json`.
-            FileNotFoundError: no such file.
-        """
+        """Reads the file that :meth:`save` wrote; raises as :meth:`from_json` and ``open``."""
         return cls.from_json(Path(path).read_text(encoding="utf-8"))
 
 
@@ -281,16 +266,13 @@ def calibrate(
     """Finds the depths of a warm-up log where confidence tells accepted from rejected tokens.
 
     Gate depths are the root gate (1), the target depth (``max_depth``) and the depths whose AUC is
-    above ``min_auc`` with 95% confidence, best first by expected benefit, ``max_gates`` at most:
-    Youden's J times the depth's rejected weight times the layers that a gate there saves. The paper
-    names neither bound nor number; every depth carries the reason of its choice.
+    above ``min_auc`` with 95% confidence, best first by Youden's J times the depth's rejected
+    weight times the layers that a gate there saves. The paper names neither bound nor number;
+    every depth carries the reason of its choice.
 
-    A log is counted into :class:`ConfidenceHistograms` first, so a log, its histograms, and merged
-    histograms of its parts give the same bits.
-
-    Rows that a gate or budget kept from verification are missing, and bias what is calibrated on
-    the others. A log whose steps bear the mark of a gate is refused. Where nothing joins the rows
-    of a step (a log without step ids, histograms), a warning says that fewer rows are deeper.
+    A log, its histograms, and merged histograms of its parts give the same bits. Rows that a gate
+    or budget kept from verification bias what is calibrated on the others: a log whose steps bear
+    the mark of a gate is refused; where no step ids tell, fewer deeper rows give a warning.
 
     Args:
         log: rows of steps drafted without a gate, or with weights; or their histograms. Rank 0
@@ -301,14 +283,12 @@ def calibrate(
             interval of an AUC of 0.8 within about 0.09.
         max_gates: gates at most, the root gate and the target depth included; at least 2.
         thresholds: "youden": each depth's Youden point. "throughput": those that maximize tokens
-            per second over whole steps (:func:`echo.gating.throughput_optimal`); needs a log with
-            step ids, and ``cost``.
+            per second (:func:`echo.gating.throughput_optimal`); needs step ids and ``cost``.
         cost, batch, beam: for "throughput", as in :class:`echo.gating.Objective`.
 
     Raises:
-        EchoError: an empty log, accepted or rejected rows only, an argument out of range, a log
-            without weights that bears the mark of a gate, or the throughput rule from histograms,
-            without a cost, or on steps that lack rows.
+        EchoError: an argument out of range; an empty log, accepted or rejected rows only, or the
+            mark of a gate; the throughput rule from histograms or on steps that lack rows.
 
     Example:
         >>> confidence = [0.9] * 80 + [0.2] * 100 + [0.9] * 20
@@ -377,24 +357,11 @@ def _measure(
         reason = f"AUC {s.auc:.2f} [{s.low:.2f}, {s.high:.2f}] {verdict}"
     below = path[WEIGHT][:, upper_ends() <= s.threshold].sum(axis=1) / UNIT
     total, square = float(path[WEIGHT].sum() / UNIT), int(path[SQUARE].sum()) / UNIT
-    return DepthCalibration(
-        depth,
-        accepted,
-        rejected,
-        s.auc,
-        s.low,
-        s.high,
-        s.threshold,
-        s.youden,
-        good,
-        reason,
-        statistics.fit(mass.sum(axis=1)),
-        auc_error=s.error,
-        stopped=float(below.sum()),
-        stopped_accepted=float(below[1]),
-        effective=total**2 / square if square else 0.0,
-        profile=_profile(path[WEIGHT]),
-    )
+    effective = total**2 / square if square else 0.0
+    found = accepted, rejected, s.auc, s.low, s.high, s.threshold, s.youden, good, reason
+    stopped = s.error, float(below.sum()), float(below[1])
+    maps = statistics.fit(mass.sum(axis=1)), _profile(path[WEIGHT])
+    return DepthCalibration(depth, *found, maps[0], *stopped, effective, maps[1])
 
 
 def _profile(weight: NDArray[np.int64]) -> tuple[tuple[float, float, float], ...]:

@@ -70,26 +70,25 @@ class DriftReport:
 class DriftMonitor:
     """Compares live histograms with a calibration, in constant memory.
 
-    Three statistics a depth, over the calibration's equal-mass bins of the confidence of rank 0,
-    with n and m effective rows:
+    Three statistics a depth, over the calibration's bins of the confidence of rank 0, with n and m
+    effective rows:
 
-    - PSI = sum (p - q) log(p / q). Without drift it is (1/n + 1/m) times a chi-squared number of
-      bins - 1 degrees (Yurdakul and Naranjo 2020); its limit is that distribution's quantile.
-    - KS, the greatest distance of the distribution functions at the bins' edges; its limit is
+    - PSI = sum (p - q) log(p / q): without drift (1/n + 1/m) times chi-squared of bins - 1 degrees
+      (Yurdakul and Naranjo 2020).
+    - KS, the greatest distance of distribution functions; its limit is
       sqrt(-log(a / 2) / 2 * (1/n + 1/m)).
-    - The gap of acceptance at equal confidence, which finds a changed target where drafts look the
-      same; its limit is normal.
+    - The gap of acceptance at equal confidence, which finds a changed target behind equal drafts;
+      its limit is normal.
 
-    Drift is *both* larger than samples of these sizes vary (level ``alpha``, shared among all tests
-    of a check by Bonferroni) *and* large enough to matter (``min_psi``, ...). ``alpha`` is the
-    false-alarm rate of one check of independent rows; successive steps of a request are
-    correlated, so let a window span some hundred requests. Behind a gate the deeper live rows are
-    a selection, and look like drift: weight them (:class:`ExploringGate`), or watch the first
+    Drift is *both* larger than samples of these sizes vary (level ``alpha``, shared among a check's
+    tests by Bonferroni) *and* large enough to matter (``min_psi``, ...). Successive steps of a
+    request are correlated, so let a window span some hundred requests. Behind a gate deeper rows
+    are a selection, and look like drift: weight them (:class:`ExploringGate`), or watch the first
     gate's depth only.
 
     Args:
         calibration: the reference.
-        alpha: false-alarm rate of a check, at most.
+        alpha: false-alarm rate of a check of independent rows, at most.
         min_psi: 0.1 is the customary bound of "no change" (0.25: "large").
         min_ks, min_gap: least difference of probabilities that matters.
 

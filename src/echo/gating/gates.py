@@ -134,10 +134,9 @@ class BeamMassGate:
 class ExploringGate:
     """Another gate, opened at random to a few requests, so that its log calibrates without bias.
 
-    One coin a request and step: with probability epsilon all gates are open to it. A row that the
-    gates would have kept from verification is logged with probability epsilon and weighs
-    1 / epsilon (Horvitz and Thompson 1952); all other rows weigh 1. (A coin at every gate would
-    give weights of epsilon^-2, ...: the same mean, far more noise.)
+    One coin a request and step: with probability epsilon all gates are open to it. Rows that the
+    gates would have kept from verification weigh 1 / epsilon (Horvitz and Thompson 1952), all
+    others 1. (A coin at every gate would give epsilon^-2, ...: the same mean, far more noise.)
 
     A value for one step: ``replace(scheduler, gate=ExploringGate(gate, 0.05, uniforms))`` with
     fresh uniforms, then ``step.log(weights=exploring.weights(step.tree.layers))``. What the
@@ -176,17 +175,13 @@ class ExploringGate:
         return None if verdict is None else verdict | self.explores
 
     def weights(self, layers: Sequence[LayerStatistics]) -> Tensor:
-        """Inverse-probability weights of a finished step by request and depth.
+        """Inverse-probability weights of a finished step, float32 [B, deepest depth + 1].
 
         1 where the inner gate passed at this depth and all above; else 1 / epsilon if the request
-        explored; else 0, not to log: a layer that a request was stopped at is verified only if
-        budget remains, with a probability that is not known.
+        explored; else 0, not to log: such a layer is verified only if budget remains.
 
         Args:
             layers: the step's layers, ``tree.layers``; roots are skipped.
-
-        Returns:
-            float32 [B, deepest depth + 1].
         """
         passed = torch.ones_like(self.explores)
         zeros = torch.zeros_like(self.explores, dtype=torch.float32)

@@ -40,12 +40,12 @@ _BLOCK = 1 << 18
 class ConfidenceHistograms:
     """Accepted and rejected rows of logs by depth, rank 0 or not, and confidence: a value.
 
-    All entries are integers, so sums are exact in any order: merging is associative and
-    commutative, and merged histograms calibrate to the same bits as all rows at once.
+    Entries are integers, so sums are exact: merging is associative and commutative, and merged
+    histograms calibrate to the same bits as all rows at once.
 
     Attributes:
-        mass: int64 [3, depths, 2, 2, 3074]: rows, weights, squared weights (the last two in
-            2^-16); depth - 1; rank 0, all other ranks; rejected, accepted; bin.
+        mass: int64 [3, depths, 2, 2, 3074]: rows, weights, squared weights (both in 2^-16);
+            depth - 1; rank 0, all other ranks; rejected, accepted; bin.
 
     Raises:
         EchoError: a mass of another shape or dtype, or with negative entries.
@@ -93,9 +93,6 @@ class ConfidenceHistograms:
     @classmethod
     def of(cls, logs: WarmupLog | Iterable[WarmupLog]) -> ConfidenceHistograms:
         """Counts a log, or a stream of logs in constant memory (:meth:`WarmupLog.stream`).
-
-        Args:
-            logs: one log or many.
 
         Raises:
             EchoError: no log, a depth above 64, or a weight neither 0 nor from 1/64 to 1024.
@@ -195,16 +192,14 @@ class LiveHistograms:
     ) -> LiveHistograms:
         """Counts the packed rows of a step by integer additions, the same in any order.
 
-        Skips roots, pad rows (depth 0), depths beyond ``depths``, and scores or weights that are
-        no valid number.
+        Skips depths outside 1 to ``depths`` (roots and pad rows are 0), negative ranks, and scores
+        or weights that are no valid number.
 
         Args:
-            depth: int32 or int64 [N], 0 for rows to skip.
+            depth, rank: int32 or int64 [N].
             log_prob: float [N], path log-probability S.
             accepted: bool [N].
-            rank: int32 or int64 [N], rank of the node in its layer; negative for rows to skip.
-            weight: float [N], inverse probabilities (:meth:`echo.gating.ExploringGate.weights`),
-                0 for rows to skip. Defaults to 1.
+            weight: float [N], of :meth:`echo.gating.ExploringGate.weights`; 0: skip. Defaults to 1.
             in_place: add into this mass, not a copy (2.4 MB for 8 depths): for CUDA graphs.
 
         Raises:
@@ -238,8 +233,7 @@ class LiveHistograms:
     def snapshot(self) -> ConfidenceHistograms:
         """A host copy to recalibrate from. It synchronizes: call it outside the step, now and then.
 
-        An engine that must not synchronize copies ``mass`` into pinned memory without blocking,
-        and wraps it a step later.
+        Or copy ``mass`` into pinned memory without blocking, and wrap it a step later.
         """
         return ConfidenceHistograms(self.mass.detach().cpu().numpy().copy())
 

@@ -34,9 +34,8 @@ _HEADER = {"format": "echo-log", "version": 1}
 class WarmupLog:
     """One row for each verified draft token of a warm-up run (paper, section on calibration).
 
-    Tokens that a gate or a budget kept from verification are *missing* from the log, not
-    *rejected*. A log recorded behind a gate is biased unless its rows carry inverse-probability
-    weights (:class:`echo.gating.ExploringGate`).
+    Tokens that a gate or a budget kept from verification are *missing*, not *rejected*: a log from
+    behind a gate is biased unless rows carry inverse-probability weights (:class:`ExploringGate`).
 
     Attributes:
         depth: int32 [n], 1 for the first draft layer.
@@ -91,15 +90,13 @@ class WarmupLog:
         step: ArrayLike | None = None,
         gated: bool = False,
     ) -> WarmupLog:
-        """A log from columns of one length.
+        """A log from columns of one length; a bool may be 0 or 1.
 
         Args:
-            depth: ints [n], at least 1.
-            confidence: floats [n] in [0, 1].
-            accepted: bools (or 0/1) [n].
-            rank: ints [n]. Defaults to 0, the maximum-likelihood path.
-            weight: floats [n]. Defaults to 1.
-            step: ints [n]. Defaults to one step a row; then rows missing behind a gate go unseen.
+            depth, confidence, accepted: as the class.
+            rank: Defaults to 0.
+            weight: Defaults to 1.
+            step: Defaults to one step a row; then rows missing behind a gate go unseen.
             gated: recorded behind a gate; ``weight`` must then hold inverse probabilities.
 
         Raises:
@@ -127,10 +124,6 @@ class WarmupLog:
     def from_mapping(cls, columns: Mapping[str, Any], *, gated: bool = False) -> WarmupLog:
         """As :meth:`from_arrays`, from named columns: a dict, an open npz file, a data frame.
 
-        Args:
-            columns: ``depth``, ``confidence``, ``accepted``, maybe ``rank``, ``weight``, ``step``.
-            gated: as in :meth:`from_arrays`.
-
         Raises:
             EchoError: a column is missing or unknown, and as :meth:`from_arrays`.
         """
@@ -146,11 +139,7 @@ class WarmupLog:
 
     @classmethod
     def concat(cls, logs: Iterable[WarmupLog]) -> WarmupLog:
-        """All rows of ``logs``; step ids are shifted, so that steps of different logs stay apart.
-
-        Raises:
-            EchoError: no log at all.
-        """
+        """All rows of at least one log; step ids are shifted, so that steps of logs stay apart."""
         parts, first = [], 0
         for log in logs:
             step = _dense(checks.instance("logs", log, WarmupLog).step)
@@ -164,7 +153,7 @@ class WarmupLog:
         return cls(**columns)
 
     def validate(self) -> None:
-        """Checks across rows: that the log holds one run, not several with clashing step ids.
+        """Checks that the log holds one run, not several with clashing step ids.
 
         Raises:
             EchoError: the first row that repeats another's (step, depth, rank), or the second
@@ -200,8 +189,8 @@ class WarmupLog:
     def load(cls, path: str | os.PathLike[str]) -> WarmupLog:
         """Reads the .npz, .jsonl or .parquet file ``path``, or all that match it as a glob.
 
-        Each line of .jsonl is an object with the columns of :meth:`from_mapping`. The header line
-        that :meth:`save` writes counts the rows, which finds truncation; it may be absent.
+        Each line of .jsonl is an object with the columns of :meth:`from_mapping`; a header, which
+        :meth:`save` writes, counts the rows.
 
         Raises:
             EchoError: a truncated or inconsistent file, with its line or row; no file matches; or

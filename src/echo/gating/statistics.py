@@ -34,19 +34,15 @@ class Separability:
     """Separation of accepted from rejected rows by their confidence.
 
     Attributes:
-        auc: P(confidence of an accepted row > that of a rejected row), ties counted half; NaN
-            without both kinds.
-        low, high: 95% interval of the AUC: DeLong 1988 with squared weights, on the logit scale, so
-            that it stays in [0, 1]. With variance 0, where all pairs agree, it ends at
-            0.025^(1/k), k the rows of the rarer kind: k disjoint pairs agree with probability
-            AUC^k. Rows count as independent, but successive steps of a request are correlated:
-            with few, long requests the interval is too narrow.
+        auc: P(confidence of an accepted row > that of a rejected row), ties half; NaN without both.
+        low, high: 95% interval of the AUC: DeLong 1988 with squared weights, on the logit scale;
+            where all pairs agree it ends at 0.025^(1/k), k the rows of the rarer kind (k disjoint
+            pairs agree with probability AUC^k). Rows count as independent: with few, long requests
+            the interval is too narrow.
         threshold: confidence that maximizes Youden's J = P(c > t | accepted) - P(c > t | rejected);
-            a row *passes* above it. Halfway between two confidences of the log; 0, so that all
-            rows pass, if no J is positive.
+            a row *passes* above it. Halfway between two confidences of the log; 0 if no J > 0.
         youden: that J.
-        error: bound on |``auc`` - AUC of the raw rows|: half the share of pairs within one bin,
-            sum of p_b * q_b / 2 over the bins; 0 for raw rows.
+        error: bound on |``auc`` - AUC of the raw rows|: half the share of pairs within one bin.
     """
 
     auc: float
@@ -101,8 +97,8 @@ def _count(
 ) -> tuple[NDArray[np.float64], NDArray[np.float32]]:
     """Rejected and accepted rows [2, k] at k rising confidences.
 
-    The bits of non-negative floats rise with their value, so one integer sort, with the label in
-    the lowest bit, orders both.
+    The bits of non-negative floats rise with their value: one integer sort, the label in the
+    lowest bit, orders both.
     """
     key = (score + np.float32(0.0)).view(np.uint32)  # the sum makes -0.0 a 0.0
     key <<= np.uint32(1)
@@ -120,11 +116,7 @@ def _count(
 
 
 def from_histogram(mass: NDArray[np.int64]) -> Separability:
-    """Separability of a histogram, within its ``error``.
-
-    Args:
-        mass: int64 [3, 2, 3074], one depth of :class:`ConfidenceHistograms`.
-    """
+    """Separability of one depth's histogram, int64 [3, 2, 3074], within its ``error``."""
     filled = np.flatnonzero(mass[WEIGHT].any(axis=0))
     sums, squares = mass[WEIGHT][:, filled] / UNIT, mass[SQUARE][:, filled] / UNIT
     bottom, top = lower_edges()[filled].astype(np.float64), upper_ends()[filled].astype(np.float64)
@@ -176,16 +168,10 @@ def _interval(auc: float, variance: float, rarer: float) -> tuple[float, float]:
 
 
 def fit(mass: NDArray[np.int64]) -> Knots:
-    """Isotonic regression of acceptance on path log-probability.
+    """Isotonic regression of acceptance on path log-probability: both of each block, rising.
 
-    Each block's probability is shrunk toward the draft's, so that none is certain and a block of
-    few rows stays near what the draft says.
-
-    Args:
-        mass: int64 [3, 2, 3074], one depth of :class:`ConfidenceHistograms`, ranks summed.
-
-    Returns:
-        Mean log-probability and probability of each block, both rising; without rows, ``DRAFT``.
+    ``mass`` int64 [3, 2, 3074], ranks summed. Each block is shrunk toward the draft's probability,
+    so that none is certain, and few rows change little; without rows it is ``DRAFT``.
     """
     from scipy.optimize import isotonic_regression
 
@@ -226,15 +212,15 @@ def on_device(
 def look_up(
     table: Tensor, score: Tensor, depth: Tensor | int, parent: Tensor | None = None
 ) -> Tensor:
-    """f(v) = min(m_d(S(v)), f(parent)): a multiplication by 32, a truncation and a gather.
+    """f(v) = min(m_d(S(v)), f(parent)): a multiplication, a truncation and a gather.
 
     The same bits on every device.
 
     Args:
         table: int32 [depths + 1, 512] (:meth:`Calibration.reliability_table`).
         score: float32 [...], path log-probability S; not finite: the last bin.
-        depth: ints of the same shape, or one; beyond the table: its deepest row.
-        parent: int32 of the same shape, f of each node's parent. Defaults to no minimum.
+        depth: ints [...], or one; beyond the table: its deepest row.
+        parent: int32 [...], f of each node's parent. Defaults to no minimum.
 
     Returns:
         int32 [...], 24-bit fixed point.
@@ -260,11 +246,11 @@ def look_up(
 class CalibrationError:
     """Error of a probability against acceptance on held-out rows, before and after calibration.
 
-    Each entry is (value, low, high), with a 95% interval from a bootstrap over steps.
+    Each is (value, low, high), with a 95% interval from a bootstrap over steps.
 
     Attributes:
         before, after: expected calibration error over equal-mass bins (Naeini 2015) of the draft's
-            and of the calibrated probability. Noise alone makes it about sqrt(bins / rows) / 2.
+            and of the calibrated probability; noise alone makes it about sqrt(bins / rows) / 2.
         brier_before, brier_after: Brier score, the mean squared error.
     """
 
@@ -285,8 +271,7 @@ def calibration_error(
         table: int32 [depths + 1, 512].
         log: held-out rows of all ranks; those deeper than the table are skipped.
         bins: equal-mass bins.
-        resamples: of the bootstrap, which draws whole steps: rows of a step are correlated.
-        seed: of the bootstrap.
+        resamples, seed: of the bootstrap, which draws whole steps: their rows are correlated.
 
     Raises:
         EchoError: no row at the table's depths, or an argument out of range.

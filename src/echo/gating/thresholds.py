@@ -53,8 +53,7 @@ class Objective:
     """Tokens per second of verification, batch * (1 + A) / T(batch * (1 + beam * L)).
 
     A and L are a request's mean accepted tokens and draft layers; the 1 is the bonus token and the
-    root. The cost of the mean number of tokens stands for the mean cost, since in a batch of many
-    requests it hardly varies.
+    root. The cost of the mean stands for the mean cost: in a large batch tokens hardly vary.
 
     Attributes:
         cost: seconds by verify tokens.
@@ -105,9 +104,7 @@ class Chains:
 def join(log: WarmupLog, max_depth: int, beam: int = 1) -> Chains:
     """Joins the rows of each step, which weighs what its deepest row weighs.
 
-    Raises:
-        EchoError: no row of rank 0, two of them at one depth of a step, or rows of several depths
-            but none of them in one step.
+    EchoError: no row of rank 0, two at one depth of a step, or several depths and no step with two.
     """
     path = (log.rank == 0) & (log.depth <= max_depth) & (log.weight > 0)
     if not path.any():
@@ -140,15 +137,10 @@ def join(log: WarmupLog, max_depth: int, beam: int = 1) -> Chains:
 def refuse_gated(log: WarmupLog) -> bool:
     """Refuses a log without weights in which a threshold on confidence decides which steps go on.
 
-    Of a log of more than 200,000 rows it looks at a sample of steps, drawn by a hash of their ids.
-
-    Returns:
-        Whether that could be seen: rows have weights, or step ids join them.
-
-    Raises:
-        EchoError: at some depth at least 20 steps end and at least 20 go on, and those that go on
-            are the more confident in 99.9% of all pairs. Neither a target's rejections nor the
-            ends of requests are so sharp.
+    That is, at some depth at least 20 steps end and 20 go on, and those that go on are the more
+    confident in 99.9% of all pairs: neither rejections nor ends of requests are so sharp. Of more
+    than 200,000 rows it samples steps, by a hash of their ids. Returns whether it could be seen:
+    rows have weights, or step ids join them.
     """
     if not (log.weight == 1).all():
         return True
@@ -197,8 +189,7 @@ def report(log: WarmupLog, thresholds: Mapping[int, float]) -> tuple[GateReport,
         thresholds: tau by depth.
 
     Raises:
-        EchoError: a threshold outside [0, 1], no row of rank 0 down to the deepest gate, a step
-            with two rows of rank 0 at one depth, or rows that no step joins.
+        EchoError: a threshold outside [0, 1], or rows that do not join to steps.
 
     Example:
         >>> log = WarmupLog.from_arrays([1, 1], [0.9, 0.2], [1, 0], step=[0, 1])
@@ -230,16 +221,15 @@ def throughput_optimal(
 ) -> tuple[dict[int, float], float]:
     """The thresholds that maximize the objective on a log, and its value there.
 
-    Thresholds do not decompose by depth: no deeper gate sees what a shallow one stops. Up to three
-    gates are searched exhaustively over candidates halfway between the log's confidences (all, up
-    to 64, 256, 1024 for 3, 2, 1 gates, else quantiles), then refined one gate at a time. More gates
-    are searched by ascent from several starts, over each gate and each block of three (two from
-    seven gates on), until no change helps: nearly always the global optimum on small logs, not
-    provably. Record the log with the ``beam`` of the policy, or a little more.
+    No deeper gate sees what a shallow one stops, so thresholds do not decompose. Up to three gates
+    are searched exhaustively over candidates halfway between the log's confidences (quantiles,
+    above 64, 256, 1024 for 3, 2, 1 gates), then refined one by one. More gates are searched by
+    ascent from several starts, over each gate and each block of three (two from seven gates on):
+    nearly always the global optimum on small logs, not provably.
 
     Args:
-        log: rows of rank 0 for every step and depth down to ``max_depth``, and of ranks below
-            ``objective.beam``.
+        log: rows of every step and depth down to ``max_depth``, of ranks below ``objective.beam``,
+            recorded with that beam or a little more.
         gates: depths.
         max_depth: layers drafted for a request that passes all gates.
         objective: tokens per second.
@@ -314,7 +304,7 @@ class _Search:
     def best(self, taus: Floats, block: Sequence[int], count: int) -> Floats:
         """The best thresholds of one block, the others fixed: exhaustive over ``count`` each.
 
-        Sums over the steps that pass the first k gates of the block are tail sums of k-dimensional
+        Sums over steps that pass the block's first k gates are tail sums of k-dimensional
         histograms: O(S + count^gates).
         """
         options = [self.candidates(gate, count) for gate in block]
