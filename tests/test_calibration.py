@@ -114,7 +114,7 @@ def test_a_depth_with_one_kind_of_rows_only_is_not_a_fault():
     ):
         calibration = echo.calibrate(log)
     assert np.isnan(calibration.depths[1].auc)
-    assert calibration.depths[1].threshold == 0.0  # nothing to tell apart: everybody passes
+    assert calibration.depths[1].threshold == 0.0  # nothing to tell apart: all requests pass
     assert echo.Calibration.from_json(calibration.to_json()).to_json() == calibration.to_json()
     assert json.loads(calibration.to_json())["depths"][1]["auc"] is None
 
@@ -186,7 +186,7 @@ def test_json_has_stable_bytes_that_a_person_can_read():
     assert list(json.loads(text))[:4] == ["format", "version", "depths", "min_auc"]
 
 
-def test_a_useless_depth_stops_nobody():
+def test_a_useless_depth_stops_no_request():
     """Confidence below chance: no threshold has a positive J, so the gate is open."""
     log = simulate(500, sharpness=-2.0)
     d = echo.calibrate(log).depths[0]

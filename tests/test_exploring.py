@@ -20,7 +20,7 @@ TARGET = table(VOCAB, 0)
 DRAFTER = TabularDrafter(0.5 * TARGET + 0.5 * table(VOCAB, 1), k=3)
 GATE = echo.SparseGate({1: 0.22, 3: 0.015})
 FREE = echo.ElasticBudgetScheduler(echo.TwoLevel(2, 0), None, VOCAB * (1 + 2 * DEPTH), DEPTH)
-"""Rows enough for everybody: only the gate keeps rows from being seen."""
+"""Budget for all requests: only the gate keeps tokens from verification."""
 
 
 def one_step(gate):
@@ -56,13 +56,13 @@ def weights_of(log):
 
 
 def test_the_expectation_over_the_coin_is_the_ungated_log_exactly():
-    """With epsilon = 1/4: one part of "all explore" and three parts of "nobody does" are four parts of the ungated histograms."""
-    _, everybody = explored(0.25, torch.zeros(VOCAB))
-    _, nobody = explored(0.25, torch.full((VOCAB,), 0.9))
+    """With epsilon = 1/4: one part of "all explore" and three parts of "none does" are four parts of the ungated histograms."""
+    _, all_explore = explored(0.25, torch.zeros(VOCAB))
+    _, none_does = explored(0.25, torch.full((VOCAB,), 0.9))
     free = one_step(None).log()
-    assert len(nobody) < len(everybody) == len(free)
-    assert set(everybody.weight) == {1.0, 4.0} and set(nobody.weight) == {1.0}
-    one, three, four = (weights_of(log) for log in (everybody, nobody, free))
+    assert len(none_does) < len(all_explore) == len(free)
+    assert set(all_explore.weight) == {1.0, 4.0} and set(none_does.weight) == {1.0}
+    one, three, four = (weights_of(log) for log in (all_explore, none_does, free))
     assert np.array_equal(one + 3 * three, 4 * four)
 
 
@@ -126,7 +126,7 @@ def test_a_gated_step_without_weights_is_refused():
 
 
 def test_a_log_that_bears_the_mark_of_a_gate_is_refused():
-    """Rows with step ids give a gate away, whoever wrote them; an ordinary end of a request does not."""
+    """Rows with step ids give a gate away, an ordinary end of a request does not."""
     random = np.random.default_rng(3)
     n = 400
     c1 = random.random(n)

@@ -247,7 +247,7 @@ def test_histogram_files(tmp_path):
 
 
 @pytest.mark.parametrize("in_place", [False, True])
-def test_live_update_counts_what_the_host_counts_and_reads_nothing_back(in_place):
+def test_live_update_counts_what_the_host_counts_and_is_sync_free(in_place):
     random = np.random.default_rng(0)
     n = 4000
     log = echo.WarmupLog.from_arrays(

@@ -229,7 +229,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["log.npz"]
 
 
-def test_a_saved_file_may_be_read_by_whoever_may_read_other_new_files(tmp_path):
+def test_a_saved_file_has_the_mode_of_any_new_file(tmp_path):
     (tmp_path / "plain").touch()
     small().save(tmp_path / "log.npz")
     assert (tmp_path / "log.npz").stat().st_mode == (tmp_path / "plain").stat().st_mode

@@ -40,22 +40,22 @@ def run(log, thresholds, depths, objective):
     tokens = layers = 0
     for step in np.unique(log.step):
         here = log.step == step
-        bought = depths
+        drafted = depths
         for depth in sorted(thresholds):
             if (
                 log.confidence[here & (log.depth == depth) & (log.rank == 0)][0]
                 <= thresholds[depth]
             ):
-                bought = depth - 1
+                drafted = depth - 1
                 break
-        layers += bought
-        for depth in range(1, bought + 1):
+        layers += drafted
+        for depth in range(1, drafted + 1):
             if not log.accepted[here & (log.depth == depth) & (log.rank < objective.beam)].any():
                 break
             tokens += 1
     n = len(np.unique(log.step))
-    rows = objective.batch * (1 + objective.beam * layers / n)
-    return objective.batch * (1 + tokens / n) / objective.cost(rows)
+    tokens_verified = objective.batch * (1 + objective.beam * layers / n)
+    return objective.batch * (1 + tokens / n) / objective.cost(tokens_verified)
 
 
 def brute(log, gates, depths, objective):
@@ -75,9 +75,9 @@ def brute(log, gates, depths, objective):
     st.sampled_from([4, 40, 64, 200]),
     st.integers(1, 2),
 )
-def test_up_to_three_gates_equal_brute_force(seed, gates, batch, width):
+def test_up_to_three_gates_equal_brute_force(seed, gates, batch, beam):
     log = steps(8, 3, seed, coarse=6, ranks=2)
-    objective = Objective(COST, batch, width)
+    objective = Objective(COST, batch, beam)
     thresholds, value = throughput_optimal(log, gates, 3, objective)
     assert tuple(thresholds) == gates
     assert value == pytest.approx(run(log, thresholds, 3, objective), rel=1e-12)
@@ -98,12 +98,12 @@ def test_coordinate_ascent_on_four_gates_is_within_a_percent_of_brute_force():
     ), ratios
 
 
-def test_free_rows_close_no_gate_and_dear_rows_close_all():
+def test_free_tokens_close_no_gate_and_costly_tokens_close_all():
     log = steps(300, 3, 1)
     free = echo.CostModel((1,), (1.0,))
-    dear = echo.CostModel((1, 2), (1.0, 2.0))
+    costly = echo.CostModel((1, 2), (1.0, 2.0))
     assert set(throughput_optimal(log, (1, 2, 3), 3, Objective(free, 64, 1))[0].values()) == {0.0}
-    thresholds, value = throughput_optimal(log, (1, 2, 3), 3, Objective(dear, 64, 1))
+    thresholds, value = throughput_optimal(log, (1, 2, 3), 3, Objective(costly, 64, 1))
     assert 1.0 <= value < 1.2
     assert report(log, thresholds)[0].stopped > 0.5 * 300
 
