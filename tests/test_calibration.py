@@ -85,7 +85,7 @@ def test_the_gates_kept_are_those_that_stop_most_rejected_rows():
 
 
 def test_a_deep_gate_saves_few_layers():
-    """Deep layers separate a little better, and nearly all of their rows are rejected; a gate there still saves next to nothing."""
+    """Deep layers separate better, and most of their rows are rejected: it saves little."""
     assert echo.calibrate(log_of(1, 0.8, 0.85, 0.9, 0.95, 1), max_gates=3).gate_depths == (1, 2, 6)
 
 

@@ -107,7 +107,7 @@ def test_requests_context_and_prefill_are_told_apart():
 
 
 def test_the_knee_of_a_batch_starts_at_its_roots():
-    """A mixture of experts has no flat part from one token on, and one from where all experts are read anyway."""
+    """A mixture of experts is flat only from where all experts are read."""
     model = echo.CostModel((1, 16, 64, 256, 512), (1.0, 4.0, 5.0, 5.0, 9.0))
     assert model.knee.k_max < 64
     assert model.at(64).knee.k_max == 256
@@ -163,7 +163,7 @@ def test_draft_extend():
 
 
 def sglang_seconds(table: str, requests: int, tokens: int) -> float:
-    """The reader's formula, written down anew: bias + alpha(requests) + theta(tokens), clamped at both ends."""
+    """The reader's formula: bias + alpha(requests) + theta(tokens), clamped at both ends."""
     t = json.loads(table)
     theta = np.interp(tokens, t["m_probes"], t["theta_seconds"])
     return t["bias_seconds"] + np.interp(requests, t["bs_probes"], t["alpha_seconds"]) + theta
@@ -224,7 +224,7 @@ def test_profile_times_every_token_count_after_a_warm_up():
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_profile_reads_the_devices_clock():
-    """The host returns at once; the device sleeps for as many million cycles as there are tokens."""
+    """The host returns at once; the device sleeps a million cycles a token."""
     tokens, seconds = echo.cost.profile(
         lambda r: torch.cuda._sleep(r * 1_000_000), [1, 4, 16], repeats=3, device="cuda"
     )

@@ -49,9 +49,8 @@ LOOK: dict[Any, Any] = {
 def of(policy: str) -> str:
     """A policy's colour by the first word of its name; ``QUIET`` for references."""
     first = policy.replace(",", " ").replace("-", " ").split()[0]
-    return POLICIES.get(
-        "throughput-optimal" if first in ("throughput", "goodput") else first, QUIET
-    )
+    name = "throughput-optimal" if first in ("throughput", "goodput") else first
+    return POLICIES.get(name, QUIET)
 
 
 def require() -> None:

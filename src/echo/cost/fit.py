@@ -155,8 +155,7 @@ def line(amount: ArrayLike, seconds: ArrayLike) -> tuple[float, float]:
         [1.0, 0.1]
     """
     y, table = columns(seconds, amount=amount)
-    if not (table["amount"] >= 0).all():
-        raise EchoError("amount: expected a number >= 0 in every sample")
+    at_least("amount", table["amount"], 0)
     fixed, each = solve(np.stack([np.ones_like(y), table["amount"]], axis=1), y)
     return float(fixed), float(each)
 

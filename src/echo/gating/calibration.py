@@ -304,6 +304,7 @@ def calibrate(
     max_gates = checks.integer("max_gates", max_gates, 2)
     if thresholds not in ("youden", "throughput"):
         raise EchoError(f"thresholds: expected 'youden' or 'throughput', got {thresholds!r}")
+    objective = None
     if thresholds == "throughput":
         if not isinstance(log, WarmupLog):
             raise EchoError(
@@ -311,10 +312,7 @@ def calibrate(
                 "is worth depends on which rows belong to one step, and histograms do not keep "
                 "steps together; calibrate from a WarmupLog"
             )
-        if cost is None:
-            raise EchoError("cost: expected a CostModel for thresholds='throughput', got None")
-    batch = checks.integer("batch", batch, 1)
-    beam = checks.integer("beam", beam, 1)
+        objective = Objective(checks.instance("cost", cost, CostModel), batch, beam)
     if isinstance(log, WarmupLog):
         shown, histograms = refuse_gated(log), ConfidenceHistograms.of(log)
     else:
@@ -331,9 +329,9 @@ def calibrate(
     last = deepest if max_depth is None else checks.integer("max_depth", max_depth, 1, deepest)
     found = [_measure(histograms.mass[:, d - 1], d, min_auc, min_rows) for d in range(1, last + 1)]
     result = Calibration(tuple(_choose(found, max_gates)), min_auc, min_rows, max_gates)
-    if thresholds == "throughput" and cost is not None and isinstance(log, WarmupLog):
-        return _optimize(result, log, Objective(cost, batch, beam))
-    return result
+    if objective is None or not isinstance(log, WarmupLog):
+        return result
+    return _optimize(result, log, objective)
 
 
 def _deepest(histograms: ConfidenceHistograms) -> int:

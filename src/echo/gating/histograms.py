@@ -190,7 +190,7 @@ class LiveHistograms:
         *,
         in_place: bool = False,
     ) -> LiveHistograms:
-        """Counts the packed rows of a step by integer additions, the same in any order.
+        """Counts the N packed rows of a step by integer additions, the same in any order.
 
         Skips depths outside 1 to ``depths`` (roots and pad rows are 0), negative ranks, and scores
         or weights that are no valid number.
