@@ -175,14 +175,15 @@ class CostModel:
         return float(y) if y.ndim == 0 else y
 
     def load(self, num_reqs: float = 1, context_tokens: float = 0.0) -> float:
-        """The seconds of a pass that its tokens do not change: those of requests and context."""
+        """The part of a pass's seconds that ``num_reqs`` and ``context_tokens`` alone determine."""
         requests = float(np.interp(num_reqs, *self._request_curve))
         return requests + self.context_token * context_tokens
 
     def at(self, num_reqs: int = 1, context_tokens: float = 0.0) -> CostModel:
-        """The model of ``num_reqs`` >= 1 with that context, a curve over tokens, from one each.
+        """The model of ``num_reqs`` with ``context_tokens``: a curve over tokens, from one each.
 
         Its knee is the batch's: the tokens that cost no more than its plain decoding.
+        EchoError: ``num_reqs`` below 1.
         """
         first = checks.integer("num_reqs", num_reqs, 1)
         tokens = [first, *(count for count in self.num_tokens if count > first)]
@@ -273,9 +274,9 @@ class CostModel:
         return Knee(int(k), float(base), float(gamma), self.k_max_interval, self.gamma_interval)
 
     def tokens_within(self, factor: float) -> int:
-        """The most tokens of a step at ``factor`` >= 1 times the cost of one token, or less.
+        """The most tokens of a step at ``factor`` times the cost of one token, or less.
 
-        A budget where the curve has no flat part.
+        A budget where the curve has no flat part; EchoError: ``factor`` below 1.
         """
         factor = checks.real("factor", factor, 1.0)
         counts = np.arange(1, self.num_tokens[-1] + 1)
@@ -315,7 +316,7 @@ class CostModel:
 
     @classmethod
     def from_sglang(cls, text: str) -> CostModel:
-        """Reads SGLang's cost tables: the additive one, and the older one of steps per second.
+        """Reads the ``text`` of SGLang's cost tables: additive, or the older steps per second.
 
         They need not rise; this is the nearest curve that does (least squares), without drafting.
 

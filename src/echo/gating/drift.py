@@ -118,7 +118,7 @@ class DriftMonitor:
             raise EchoError(f"{expected}, got one without: calibrate again")
 
     def check(self, live: ConfidenceHistograms) -> DriftReport:
-        """Judges the rows of ``live``, a window of traffic such as ``now.since(earlier)``."""
+        """Judges ``live``, a window such as ``now.since(earlier)``; EchoError: another type."""
         checks.instance("live", live, ConfidenceHistograms)
         return DriftReport(tuple(self._check(d, live) for d in self.calibration.depths))
 

@@ -45,7 +45,7 @@ class Gate(Protocol):
     """A function from a layer's statistics to bool [B]; None: all requests pass, at no cost."""
 
     def __call__(self, layer: LayerStatistics, /) -> Tensor | None:
-        """bool [B], the requests that pass; sync-free, and of a shape that no data changes."""
+        """bool [B], the requests that pass ``layer``; sync-free, of a shape no data changes."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class SparseGate:
 
     @classmethod
     def dense(cls, calibration: Calibration) -> SparseGate:
-        """The paper's ablation: a gate at every depth, each with its own threshold."""
+        """The paper's ablation: a gate at every depth of ``calibration``, each with its tau."""
         return cls({d.depth: d.threshold for d in calibration.depths})
 
     @classmethod

@@ -86,13 +86,13 @@ class ConfidenceHistograms:
 
     @classmethod
     def empty(cls, max_depth: int) -> ConfidenceHistograms:
-        """No rows yet, for depths 1 to ``max_depth``, which is from 1 to 64."""
+        """No rows yet, for depths 1 to ``max_depth``; EchoError: it is not from 1 to 64."""
         max_depth = checks.integer("max_depth", max_depth, 1, MAX_DEPTH)
         return cls(np.zeros((3, max_depth, RANKS, 2, BINS), dtype=np.int64))
 
     @classmethod
     def of(cls, logs: WarmupLog | Iterable[WarmupLog]) -> ConfidenceHistograms:
-        """Counts a log, or a stream of logs in constant memory (:meth:`WarmupLog.stream`).
+        """Counts ``logs``, one or a stream in constant memory (:meth:`WarmupLog.stream`).
 
         Raises:
             EchoError: no log, a depth above 64, or a weight neither 0 nor from 1/64 to 1024.

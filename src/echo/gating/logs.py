@@ -139,7 +139,7 @@ class WarmupLog:
 
     @classmethod
     def concat(cls, logs: Iterable[WarmupLog]) -> WarmupLog:
-        """All rows of at least one log; step ids are shifted, so that steps of logs stay apart."""
+        """All rows of ``logs``, their step ids shifted to keep them apart; EchoError: no log."""
         parts, first = [], 0
         for log in logs:
             step = _dense(checks.instance("logs", log, WarmupLog).step)
