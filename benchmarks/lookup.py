@@ -26,7 +26,7 @@ from common.policies import BASELINES
 from common.replays import HERE, arguments, by_batch, fold, shapes, split, unfold, write
 from echo import plot
 from echo.gating import look_up
-from echo.gating.reliability import ONE
+from echo.kernels.codes import ONE
 from echo.testing import Trace
 from echo.testing.replay import _Source
 from replay import BATCHES, column

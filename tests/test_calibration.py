@@ -85,7 +85,7 @@ def test_the_gates_kept_are_those_that_stop_most_rejected_rows():
 
 
 def test_a_deep_gate_saves_few_layers():
-    """Deep layers separate a little better, and nearly all of their rows are rejected; a gate there still saves next to nothing."""
+    """Deep layers separate better, and most of their rows are rejected: it saves little."""
     assert echo.calibrate(log_of(1, 0.8, 0.85, 0.9, 0.95, 1), max_gates=3).gate_depths == (1, 2, 6)
 
 
@@ -114,7 +114,7 @@ def test_a_depth_with_one_kind_of_rows_only_is_not_a_fault():
     ):
         calibration = echo.calibrate(log)
     assert np.isnan(calibration.depths[1].auc)
-    assert calibration.depths[1].threshold == 0.0  # nothing to tell apart: everybody passes
+    assert calibration.depths[1].threshold == 0.0  # nothing to tell apart: all requests pass
     assert echo.Calibration.from_json(calibration.to_json()).to_json() == calibration.to_json()
     assert json.loads(calibration.to_json())["depths"][1]["auc"] is None
 
@@ -142,14 +142,14 @@ def test_json_and_files(tmp_path):
     for broken, message in [
         (text[: len(text) // 2], "expected JSON text"),
         ("hello", "expected JSON text"),
-        ("[1]", "expected format 'echo-calibration' version 1, got list"),
+        ("[1]", "expected format 'echo-calibration' version 2, got list"),
         (
-            text.replace('"version": 1', '"version": 99'),
-            r"version 1, got \('echo-calibration', 99\)",
+            text.replace('"version": 2', '"version": 99'),
+            r"version 2, got \('echo-calibration', 99\)",
         ),
-        (text.replace('"version": 1', '"version": 99'), "a newer ECHO wrote it, update this one"),
-        (text.replace('"threshold"', '"tau"'), "expected the fields of version 1"),
-        (text.replace('"profile"', '"histogram"'), "expected the fields of version 1"),
+        (text.replace('"version": 2', '"version": 99'), "a newer ECHO wrote it, update this one"),
+        (text.replace('"threshold"', '"tau"'), "expected the fields of version 2"),
+        (text.replace('"profile"', '"histogram"'), "expected the fields of version 2"),
         (
             re.sub(r'"accepted": \d+', '"accepted": -3', text),
             "calibration.accepted: expected an int >= 0, got -3",
@@ -186,7 +186,7 @@ def test_json_has_stable_bytes_that_a_person_can_read():
     assert list(json.loads(text))[:4] == ["format", "version", "depths", "min_auc"]
 
 
-def test_a_useless_depth_stops_nobody():
+def test_a_useless_depth_stops_no_request():
     """Confidence below chance: no threshold has a positive J, so the gate is open."""
     log = simulate(500, sharpness=-2.0)
     d = echo.calibrate(log).depths[0]
@@ -269,19 +269,19 @@ def test_a_useless_depth_stops_nobody():
         ),
         (
             lambda: echo.CostModel.from_samples([1, 2], [1.0, 1.0], num_reqs=[1, np.inf]),
-            "requests: expected a finite number .* got inf",
+            "num_reqs: expected a finite number .* got inf",
         ),
         (
             lambda: echo.CostModel.from_samples([1, 2], [1.0, 1.0], context_tokens=[1, np.nan]),
-            "context: expected a finite number .* got nan",
+            "context_tokens: expected a finite number .* got nan",
         ),
         (
             lambda: echo.CostModel.from_samples([1, 2], [1.0, 1.0], num_other_tokens=[1, np.inf]),
-            "base_rows: expected a finite number .* got inf",
+            "num_other_tokens: expected a finite number .* got inf",
         ),
         (
             lambda: echo.CostModel.from_samples([1, np.inf], [1.0, 1.0]),
-            "rows: expected a finite number in every sample, got inf",
+            "num_tokens: expected a finite number in every sample, got inf",
         ),
         (
             lambda: echo.cost.line([1, np.inf], [1.0, 1.0]),

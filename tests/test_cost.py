@@ -1,4 +1,4 @@
-"""Cost curves, their knee, drafting and coming back to it, SGLang's tables, and profiling."""
+"""Cost curves, their knee, drafting and draft extend, SGLang's tables, and profiling."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ import echo
 
 
 def test_the_papers_law_is_found_again():
-    rows = [1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128]
+    tokens = [1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128]
     law = echo.cost.Knee(k_max=16, t_ar=0.03, gamma=0.05)
-    model = echo.CostModel.from_samples(rows, [law(k) for k in rows])
+    model = echo.CostModel.from_samples(tokens, [law(k) for k in tokens])
     assert model.knee.k_max == 16
     assert model.knee.t_ar == pytest.approx(0.03)
     assert model.knee.gamma == pytest.approx(0.05)
@@ -26,8 +26,8 @@ def test_the_papers_law_is_found_again():
 
 @given(st.lists(st.tuples(st.integers(1, 200), st.floats(1e-4, 10)), min_size=1, max_size=60))
 def test_any_samples_give_a_monotone_model(samples):
-    rows, seconds = zip(*samples, strict=True)
-    model = echo.CostModel.from_samples(rows, seconds)
+    tokens, seconds = zip(*samples, strict=True)
+    model = echo.CostModel.from_samples(tokens, seconds)
     assert (np.diff(model(np.arange(1, 400))) >= -1e-9).all()
     assert model.num_tokens[0] <= model.knee.k_max <= model.num_tokens[-1]
     assert model.knee.gamma >= 0
@@ -37,9 +37,9 @@ def test_any_samples_give_a_monotone_model(samples):
 def test_noise_is_smoothed_away():
     rng = np.random.default_rng(0)
     law = echo.cost.Knee(16, 0.03, 0.05)
-    rows = np.tile([1, 2, 4, 8, 12, 16, 24, 32, 64, 128], 15)
-    seconds = [law(k) * (1 + 0.05 * abs(rng.normal())) for k in rows]
-    knee = echo.CostModel.from_samples(rows, seconds).knee
+    tokens = np.tile([1, 2, 4, 8, 12, 16, 24, 32, 64, 128], 15)
+    seconds = [law(k) * (1 + 0.05 * abs(rng.normal())) for k in tokens]
+    knee = echo.CostModel.from_samples(tokens, seconds).knee
     assert 14 <= knee.k_max <= 18
     assert knee.k_max_interval[0] <= knee.k_max <= knee.k_max_interval[1]
     assert knee.gamma_interval[0] < knee.gamma < knee.gamma_interval[1]
@@ -48,20 +48,20 @@ def test_noise_is_smoothed_away():
 
 def test_a_knee_between_measured_points_is_found():
     law = echo.cost.Knee(k_max=20, t_ar=0.01, gamma=0.1)
-    rows = [1, 4, 8, 16, 32, 64]
-    assert echo.CostModel.from_samples(rows, [law(k) for k in rows]).knee.k_max == 20
+    tokens = [1, 4, 8, 16, 32, 64]
+    assert echo.CostModel.from_samples(tokens, [law(k) for k in tokens]).knee.k_max == 20
 
 
 def test_intervals_cover_the_truth_about_as_often_as_they_say():
-    law, rows, hits = (
+    law, tokens, hits = (
         echo.cost.Knee(16, 0.03, 0.05),
         np.tile([1, 4, 8, 12, 16, 20, 24, 32, 64], 9),
         0,
     )
     for seed in range(40):
-        noise = np.exp(0.04 * np.random.default_rng(seed).normal(size=len(rows)))
+        noise = np.exp(0.04 * np.random.default_rng(seed).normal(size=len(tokens)))
         low, high = echo.CostModel.from_samples(
-            rows, [law(k) for k in rows] * noise
+            tokens, [law(k) for k in tokens] * noise
         ).knee.k_max_interval
         hits += low <= 16 <= high
     assert hits >= 34
@@ -75,24 +75,24 @@ def test_samples_without_repetition_give_no_interval():
 
 def test_wild_samples_hardly_move_the_fit():
     rng, law = np.random.default_rng(0), echo.cost.Knee(16, 0.03, 0.05)
-    rows = np.tile([1, 8, 16, 32, 64], 9)
-    seconds = np.array([law(k) * (1 + 0.01 * rng.normal()) for k in rows])
+    tokens = np.tile([1, 8, 16, 32, 64], 9)
+    seconds = np.array([law(k) * (1 + 0.01 * rng.normal()) for k in tokens])
     wild = seconds.copy()
-    wild[rng.choice(len(rows), 6, replace=False)] *= 20.0
+    wild[rng.choice(len(tokens), 6, replace=False)] *= 20.0
     for k in (1, 16, 64):
-        assert echo.CostModel.from_samples(rows, wild)(k) == pytest.approx(law(k), rel=0.03)
+        assert echo.CostModel.from_samples(tokens, wild)(k) == pytest.approx(law(k), rel=0.03)
 
 
 def test_requests_context_and_prefill_are_told_apart():
     rng, law = np.random.default_rng(1), echo.cost.Knee(64, 0.02, 0.01)
     requests, context = rng.choice([1, 8, 32], 400), rng.integers(0, 40_000, 400)
-    base, rows = rng.choice([0, 0, 0, 100], 400), requests * rng.integers(1, 9, 400)
+    base, tokens = rng.choice([0, 0, 0, 100], 400), requests * rng.integers(1, 9, 400)
     seconds = [
         law(r + b) + 1e-4 * (q - 1) + 2e-7 * c
-        for r, b, q, c in zip(rows, base, requests, context, strict=True)
+        for r, b, q, c in zip(tokens, base, requests, context, strict=True)
     ]
     model = echo.CostModel.from_samples(
-        rows, seconds, num_reqs=requests, context_tokens=context, num_other_tokens=base
+        tokens, seconds, num_reqs=requests, context_tokens=context, num_other_tokens=base
     )
     assert model.context_token == pytest.approx(2e-7, rel=0.02)
     assert model.request_seconds == pytest.approx([0.0, 7e-4, 31e-4], rel=0.03)
@@ -107,7 +107,7 @@ def test_requests_context_and_prefill_are_told_apart():
 
 
 def test_the_knee_of_a_batch_starts_at_its_roots():
-    """A mixture of experts has no flat part from one row on, and one from where all experts are read anyway."""
+    """A mixture of experts is flat only from where all experts are read."""
     model = echo.CostModel((1, 16, 64, 256, 512), (1.0, 4.0, 5.0, 5.0, 9.0))
     assert model.knee.k_max < 64
     assert model.at(64).knee.k_max == 256
@@ -130,7 +130,7 @@ def test_tiers_are_paid_in_full():
     assert model.round_up(np.array([1, 16, 17, 70])).tolist() == [8, 16, 64, 70]
 
 
-def test_rows_within_a_cost():
+def test_tokens_within_a_cost():
     model = echo.CostModel.from_samples([1, 16, 64], [1.0, 1.0, 4.0])
     assert model.tokens_within(1.0) == 16
     assert model.tokens_within(2.0) == 32
@@ -143,11 +143,11 @@ def test_draft_cost():
     model = echo.CostModel((1,), (1.0,), draft_layer=0.2, draft_token=0.01)
     assert model.draft_seconds(3, 2, 4) == pytest.approx(
         3 * 0.2 + 0.01 * 2 * (1 + 4 + 4)
-    )  # the first layer is drafted on the roots alone
+    )  # the first layer expands the roots only
     assert model.draft_seconds([0, 1], 8, 4) == pytest.approx([0.0, 0.28])
 
 
-def test_coming_back_to_drafting():
+def test_draft_extend():
     model = echo.CostModel((1,), (1.0,), draft_layer=0.2, draft_token=0.01)
     assert model.extend_seconds(0) == 0.0
     assert model.extend_seconds(30) == pytest.approx(
@@ -162,10 +162,10 @@ def test_coming_back_to_drafting():
     assert (fixed, each) == pytest.approx((1.0, 0.01), rel=1e-3)
 
 
-def sglang_seconds(table: str, requests: int, rows: int) -> float:
-    """The reader's formula, written down anew: bias + alpha(requests) + theta(rows), clamped at both ends."""
+def sglang_seconds(table: str, requests: int, tokens: int) -> float:
+    """The reader's formula: bias + alpha(requests) + theta(tokens), clamped at both ends."""
     t = json.loads(table)
-    theta = np.interp(rows, t["m_probes"], t["theta_seconds"])
+    theta = np.interp(tokens, t["m_probes"], t["theta_seconds"])
     return t["bias_seconds"] + np.interp(requests, t["bs_probes"], t["alpha_seconds"]) + theta
 
 
@@ -179,13 +179,15 @@ def test_sglangs_additive_table_says_the_same_seconds(tiers):
         request_seconds=(0.0, 0.1, 0.3),
     )
     table = model.to_sglang()
-    back = echo.CostModel.from_sglang(table)
-    for rows in range(1, 41):
+    again = echo.CostModel.from_sglang(table)
+    for tokens in range(1, 41):
         for requests in (1, 3, 8):
-            assert sglang_seconds(table, requests, rows) == pytest.approx(
-                model(rows, num_reqs=requests)
+            assert sglang_seconds(table, requests, tokens) == pytest.approx(
+                model(tokens, num_reqs=requests)
             )
-            assert back(rows, num_reqs=requests) == pytest.approx(model(rows, num_reqs=requests))
+            assert again(tokens, num_reqs=requests) == pytest.approx(
+                model(tokens, num_reqs=requests)
+            )
 
 
 def test_sglangs_table_of_rates_is_a_step_function():
@@ -195,7 +197,7 @@ def test_sglangs_table_of_rates_is_a_step_function():
         "max_batch_tokens": 64,
     }
     model = echo.CostModel.from_sglang(json.dumps(table))
-    first = (0.1 + 1 / 11) / 2  # its noise made 8 rows quicker than 1
+    first = (0.1 + 1 / 11) / 2  # its noise made 8 tokens quicker than 1
     assert [model(r) for r in (1, 7, 8, 31, 32, 500)] == pytest.approx([first] * 4 + [0.5] * 2)
 
 
@@ -212,21 +214,21 @@ def test_plot_draws(model, tmp_path):
     assert (tmp_path / "cost.png").stat().st_size > 10_000
 
 
-def test_profile_times_every_row_count_after_a_warm_up():
+def test_profile_times_every_token_count_after_a_warm_up():
     calls = []
-    rows, seconds = echo.cost.profile(calls.append, [1, 4], repeats=3)
+    tokens, seconds = echo.cost.profile(calls.append, [1, 4], repeats=3)
     assert calls == [1, 4] * 4
-    assert rows.tolist() == [1, 4] * 3
+    assert tokens.tolist() == [1, 4] * 3
     assert (seconds > 0).all()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_profile_reads_the_devices_clock():
-    """The host returns at once; the device sleeps for as many million cycles as there are rows."""
-    rows, seconds = echo.cost.profile(
+    """The host returns at once; the device sleeps a million cycles a token."""
+    tokens, seconds = echo.cost.profile(
         lambda r: torch.cuda._sleep(r * 1_000_000), [1, 4, 16], repeats=3, device="cuda"
     )
-    model = echo.CostModel.from_samples(rows, seconds)
+    model = echo.CostModel.from_samples(tokens, seconds)
     assert model(16) / model(4) == pytest.approx(4, rel=0.2)
 
 
@@ -278,7 +280,7 @@ def test_profile_reads_the_devices_clock():
             lambda: echo.CostModel.from_json('{"format": "x", "version": 1}'),
             "cost: expected the JSON of a CostModel",
         ),
-        (lambda: echo.cost.profile(print, []), "num_tokens: expected at least one row count"),
+        (lambda: echo.cost.profile(print, []), "num_tokens: expected at least one token count"),
     ],
 )
 def test_bad_input_names_the_argument(call, message):
@@ -294,11 +296,11 @@ def test_a_wrong_curve_learns_where_the_engine_goes():
         (1, 64, 512, 2048), (2.0, 2.0, 2.1, 9.0), num_reqs=(1, 64), request_seconds=(0.0, 0.5)
     )
     visited = np.random.default_rng(0).choice([8, 32, 100, 256, 300, 600, 900], 400)
-    for rows in visited.tolist():
-        belief = belief.update(rows, truth(rows, num_reqs=32), num_reqs=32)
+    for tokens in visited.tolist():
+        belief = belief.update(tokens, truth(tokens, num_reqs=32), num_reqs=32)
         assert (np.diff(belief.seconds) >= 0).all()
-    for rows in set(visited.tolist()):
-        assert belief(rows) == pytest.approx(truth(rows), rel=0.1)
+    for tokens in set(visited.tolist()):
+        assert belief(tokens) == pytest.approx(truth(tokens), rel=0.1)
     assert len(belief.num_tokens) <= 4 + 7
 
 
@@ -313,7 +315,7 @@ def test_one_late_step_does_not_turn_the_curve():
 
 
 @pytest.mark.parametrize("make", [np.array, torch.tensor, list])
-def test_a_model_of_numpy_rows_is_written_compared_and_hashed_as_any(make):
+def test_a_model_of_numpy_numbers_is_written_compared_and_hashed_as_any(make):
     plain = echo.CostModel(
         (1, 8, 64),
         (1.0, 1.0, 2.0),
@@ -323,21 +325,21 @@ def test_a_model_of_numpy_rows_is_written_compared_and_hashed_as_any(make):
         request_seconds=(0.0, 0.25),
         k_max_interval=(3, 4),
     )
-    rows, seconds = make([1, 8, 64]), make([1.0, 1.0, 2.0])
-    crowd = {
+    tokens, seconds = make([1, 8, 64]), make([1.0, 1.0, 2.0])
+    reqs = {
         "num_reqs": make([1, 4]),
         "request_seconds": make([0.0, 0.25]),
         "k_max_interval": make([3, 4]),
     }
-    model = echo.CostModel(rows, seconds, np.float64(0.5), tiers=make([8, 64]), **crowd)
+    model = echo.CostModel(tokens, seconds, np.float64(0.5), tiers=make([8, 64]), **reqs)
     assert model == plain and hash(model) == hash(plain)
     assert model.to_json() == plain.to_json() and echo.CostModel.from_json(model.to_json()) == model
     assert (
-        all(type(row) is int for row in (*model.num_tokens, *model.tiers))
+        all(type(count) is int for count in (*model.num_tokens, *model.tiers))
         and type(model.draft_layer) is float
     )
     assert echo.BeamMassGate(make([1, 3]), -1.0, 2) == echo.BeamMassGate((1, 3), -1.0, 2)
     with pytest.raises(echo.EchoError, match="num_tokens: expected ints"):
         echo.CostModel(make([1.5, 2.0]), seconds[:2])
     with pytest.raises(echo.EchoError, match="tiers: expected ints"):
-        echo.CostModel(rows, seconds, tiers=make([float("nan")]))
+        echo.CostModel(tokens, seconds, tiers=make([float("nan")]))

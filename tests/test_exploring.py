@@ -1,4 +1,4 @@
-"""Learning behind a gate: the exploring wrapper's weights make its log as good as an ungated one."""
+"""Learning behind a gate: an exploring gate's log is as good as an ungated one."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 
 import echo
 from conftest import one_graph
+from echo.gating import ConfidenceHistograms, ExploringGate
 from echo.gating.histograms import UNIT, WEIGHT
 from echo.gating.thresholds import refuse_gated
 from echo.testing import TabularDrafter, table
@@ -20,7 +21,7 @@ TARGET = table(VOCAB, 0)
 DRAFTER = TabularDrafter(0.5 * TARGET + 0.5 * table(VOCAB, 1), k=3)
 GATE = echo.SparseGate({1: 0.22, 3: 0.015})
 FREE = echo.ElasticBudgetScheduler(echo.TwoLevel(2, 0), None, VOCAB * (1 + 2 * DEPTH), DEPTH)
-"""Rows enough for everybody: only the gate keeps rows from being seen."""
+"""Budget for all requests: only the gate keeps tokens from verification."""
 
 
 def one_step(gate):
@@ -45,29 +46,29 @@ def one_step(gate):
 
 
 def explored(epsilon, uniforms):
-    gate = echo.gating.ExploringGate(GATE, epsilon, uniforms)
+    gate = ExploringGate(GATE, epsilon, uniforms)
     step = one_step(gate)
     return step, step.log(weights=gate.weights(step.tree.layers))
 
 
 def weights_of(log):
     """int64 [depths, ranks, kinds, bins]."""
-    return echo.gating.ConfidenceHistograms.empty(DEPTH).add(log).mass[WEIGHT]
+    return ConfidenceHistograms.empty(DEPTH).add(log).mass[WEIGHT]
 
 
 def test_the_expectation_over_the_coin_is_the_ungated_log_exactly():
-    """With epsilon = 1/4: one part of "all explore" and three parts of "nobody does" are four parts of the ungated histograms."""
-    _, everybody = explored(0.25, torch.zeros(VOCAB))
-    _, nobody = explored(0.25, torch.full((VOCAB,), 0.9))
+    """Epsilon = 1/4: one "all explore" and three "none does" are four ungated histograms."""
+    _, all_explore = explored(0.25, torch.zeros(VOCAB))
+    _, none_does = explored(0.25, torch.full((VOCAB,), 0.9))
     free = one_step(None).log()
-    assert len(nobody) < len(everybody) == len(free)
-    assert set(everybody.weight) == {1.0, 4.0} and set(nobody.weight) == {1.0}
-    one, three, four = (weights_of(log) for log in (everybody, nobody, free))
+    assert len(none_does) < len(all_explore) == len(free)
+    assert set(all_explore.weight) == {1.0, 4.0} and set(none_does.weight) == {1.0}
+    one, three, four = (weights_of(log) for log in (all_explore, none_does, free))
     assert np.array_equal(one + 3 * three, 4 * four)
 
 
 def test_simulated_exploring_logs_are_unbiased_and_gated_ones_are_not():
-    """500 steps of 40 requests: weighted sums are within noise of the ungated ones at every depth; the gated log's are not."""
+    """500 steps of 40 requests: weighted sums are the ungated ones within noise, gated not."""
     free = one_step(None).log()
     truth = weights_of(free).sum(axis=(1, 3)) / UNIT  # [depth, kind]
     random = torch.Generator().manual_seed(5)
@@ -81,7 +82,7 @@ def test_simulated_exploring_logs_are_unbiased_and_gated_ones_are_not():
 
 
 def test_calibrations_agree_from_synthetic_requests():
-    """Depth 2 is seen where depth 1 passed or the coin fell: AUC and reliability come out as without a gate."""
+    """Depth 2 is seen where depth 1 passed or the coin fell: the AUC is as without a gate."""
     random = np.random.default_rng(7)
     n = 40_000
     c1 = random.beta(2, 1.5, n)
@@ -126,7 +127,7 @@ def test_a_gated_step_without_weights_is_refused():
 
 
 def test_a_log_that_bears_the_mark_of_a_gate_is_refused():
-    """Rows with step ids give a gate away, whoever wrote them; an ordinary end of a request does not."""
+    """Rows with step ids give a gate away, an ordinary end of a request does not."""
     random = np.random.default_rng(3)
     n = 400
     c1 = random.random(n)
@@ -145,16 +146,16 @@ def test_a_log_that_bears_the_mark_of_a_gate_is_refused():
         assert echo.calibrate(log(harmless)).max_depth == 2
     with pytest.raises(
         echo.EchoError,
-        match=r"log: expected steps drafted without a gate, or weights, got \d+ steps that end at depth 1",
+        match=r"without a gate, or weights, got \d+ steps that end at depth 1",
     ):
         echo.calibrate(log(c1 > 0.4))
     for hidden in (
         replace(log(c1 > 0.4), step=np.arange(n + int((c1 > 0.4).sum()))),
-        echo.gating.ConfidenceHistograms.of(log(c1 > 0.4)),
+        ConfidenceHistograms.of(log(c1 > 0.4)),
     ):
         with pytest.warns(
             UserWarning,
-            match=rf"where fewer rows are deeper, got {(c1 > 0.4).sum()} rows of depth 2 and {n} of depth 1",
+            match=rf"deeper, got {(c1 > 0.4).sum()} rows of depth 2 and {n} of depth 1",
         ):
             echo.calibrate(hidden)
     explores = random.random(n) < 0.2
@@ -211,7 +212,7 @@ def test_weights_by_hand():
             (3, [0.7, 0.2, 0.2, 0.05]),
         )
     ]
-    gate = echo.gating.ExploringGate(
+    gate = ExploringGate(
         echo.SparseGate({1: 0.5, 3: 0.1}), 0.125, torch.tensor([0.5, 0.5, 0.1, 0.9])
     )
     assert gate.weights(layers).tolist() == [
@@ -228,10 +229,10 @@ def test_weights_by_hand():
 
 
 def test_uniforms_are_an_input_of_one_graph():
-    """A captured step makes the wrapper inside and takes fresh uniforms each time: one graph, the same plan."""
+    """A captured step makes the gate inside, from fresh uniforms each time: one graph."""
 
     def step(uniforms, tokens, log_probs):
-        gate = echo.gating.ExploringGate(GATE, 0.3, uniforms)
+        gate = ExploringGate(GATE, 0.3, uniforms)
         scheduler = replace(FREE, gate=gate, max_depth=1)
         tree = scheduler.grow(scheduler.begin(torch.arange(VOCAB)), tokens, log_probs)
         return scheduler.pack(tree).tokens, gate.weights(tree.layers)
@@ -255,11 +256,11 @@ def test_epsilon_one_is_no_gate():
     ("call", "message"),
     [
         (
-            lambda: echo.gating.ExploringGate(GATE, 0.0, torch.rand(3)),
+            lambda: ExploringGate(GATE, 0.0, torch.rand(3)),
             "epsilon: expected a number from 0.0009765625 to 1.0, got 0.0",
         ),
         (
-            lambda: echo.gating.ExploringGate(GATE, 0.1, torch.rand(3, 2)),
+            lambda: ExploringGate(GATE, 0.1, torch.rand(3, 2)),
             r"uniforms: expected .* \[B\], got float32 \[3, 2\]",
         ),
     ],

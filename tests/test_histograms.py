@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import echo
-from echo.gating import separability
+from echo.gating import ConfidenceHistograms, LiveHistograms, separability
 from echo.gating.histograms import (
     BINS,
     PER_OCTAVE,
@@ -59,9 +59,7 @@ def rows_of(n, *, depth=1, seed=0, coarse=None):
 
 @given(UNIT_FLOATS)
 def test_each_confidence_lies_within_its_bin(c):
-    counted = echo.gating.ConfidenceHistograms.of(echo.WarmupLog.from_arrays([1], [c], [1])).mass[
-        ROWS, 0, 0, 1
-    ]
+    counted = ConfidenceHistograms.of(echo.WarmupLog.from_arrays([1], [c], [1])).mass[ROWS, 0, 0, 1]
     place = int(counted.argmax())
     assert counted.sum() == 1
     assert lower_edges()[place] <= np.float32(abs(c)) <= upper_ends()[place]
@@ -82,13 +80,13 @@ def test_edges_are_bfloat16_numbers():
 
 @given(st.lists(logs(), min_size=1, max_size=4), st.randoms())
 def test_merging_is_counting_all_rows_in_any_order(parts, random):
-    whole = echo.gating.ConfidenceHistograms.of(echo.WarmupLog.concat(parts))
-    assert echo.gating.ConfidenceHistograms.of(parts) == whole
+    whole = ConfidenceHistograms.of(echo.WarmupLog.concat(parts))
+    assert ConfidenceHistograms.of(parts) == whole
     random.shuffle(parts)
-    merged = echo.gating.ConfidenceHistograms.empty(1)
+    merged = ConfidenceHistograms.empty(1)
     for part in parts:
         merged = (
-            echo.gating.ConfidenceHistograms.of(part).merge(merged)
+            ConfidenceHistograms.of(part).merge(merged)
             if random.random() < 0.5
             else merged.add(part)
         )
@@ -98,7 +96,7 @@ def test_merging_is_counting_all_rows_in_any_order(parts, random):
 
 @given(logs(), logs(), logs())
 def test_merge_is_associative_and_since_undoes_it(one, two, three):
-    a, b, c = (echo.gating.ConfidenceHistograms.of(log) for log in (one, two, three))
+    a, b, c = (ConfidenceHistograms.of(log) for log in (one, two, three))
     assert a.merge(b).merge(c) == a.merge(b.merge(c)) == c.merge(b).merge(a)
     undone = a.merge(b).since(b)
     assert np.array_equal(undone.mass[:, : a.max_depth], a.mass) and undone.rows == a.rows
@@ -117,9 +115,9 @@ def test_merge_then_calibrate_is_calibrate_all_bit_for_bit():
             )
         )
     whole = echo.calibrate(echo.WarmupLog.concat(parts))
-    merged = echo.gating.ConfidenceHistograms.of(parts[4])
+    merged = ConfidenceHistograms.of(parts[4])
     for log in parts[:4]:
-        merged = echo.gating.ConfidenceHistograms.of(log).merge(merged)
+        merged = ConfidenceHistograms.of(log).merge(merged)
     again = echo.calibrate(merged)
     assert again == whole
     assert (
@@ -130,7 +128,7 @@ def test_merge_then_calibrate_is_calibrate_all_bit_for_bit():
 
 @given(logs(weighted=False))
 def test_auc_of_bins_is_within_its_stated_bound(log):
-    """|binned - exact| <= half the share of pairs within a bin: worst for confidences that differ by an ulp."""
+    """|binned - exact| <= half the share of pairs within a bin; worst if an ulp apart."""
     path = (log.rank == 0) & (log.depth == 1)
     exact = separability(log.confidence[path], log.accepted[path]).auc
     if np.isnan(exact) or len(np.unique(log.accepted)) < 2:
@@ -204,7 +202,7 @@ def test_separability_of_float32_rows_is_that_of_the_same_numbers_in_float64(sco
 
 
 def test_interval_covers_the_truth_from_histograms_with_and_without_weights():
-    """Weights of 1 and 8 from sampling the low confidences: DeLong with squared weights still covers in about 95 of 100."""
+    """Weights of 1 and 8 by confidence: DeLong with squared weights still covers at 95%."""
     from scipy.stats import norm
 
     truth, hits = norm.cdf(2 * 0.7 / np.sqrt(2)), np.zeros(2)
@@ -233,21 +231,21 @@ def test_perfect_separation_is_not_certainty():
 
 
 def test_histogram_files(tmp_path):
-    histograms = echo.gating.ConfidenceHistograms.of(rows_of(50))
+    histograms = ConfidenceHistograms.of(rows_of(50))
     path = tmp_path / "h.npz"
     histograms.save(path)
-    assert echo.gating.ConfidenceHistograms.load(path) == histograms
+    assert ConfidenceHistograms.load(path) == histograms
     assert [p.name for p in tmp_path.iterdir()] == ["h.npz"]
     path.write_bytes(path.read_bytes()[:80])
     with pytest.raises(echo.EchoError, match="expected histograms in"):
-        echo.gating.ConfidenceHistograms.load(path)
+        ConfidenceHistograms.load(path)
     np.savez(path, version=9, mass=histograms.mass)
     with pytest.raises(echo.EchoError, match=r"version 1 .* got version 9"):
-        echo.gating.ConfidenceHistograms.load(path)
+        ConfidenceHistograms.load(path)
 
 
 @pytest.mark.parametrize("in_place", [False, True])
-def test_live_update_counts_what_the_host_counts_and_reads_nothing_back(in_place):
+def test_live_update_counts_what_the_host_counts_and_is_sync_free(in_place):
     random = np.random.default_rng(0)
     n = 4000
     log = echo.WarmupLog.from_arrays(
@@ -262,16 +260,16 @@ def test_live_update_counts_what_the_host_counts_and_reads_nothing_back(in_place
         log.depth, score.exp().numpy(), log.accepted, rank=log.rank, weight=log.weight
     )
     columns = [torch.from_numpy(c) for c in (log.depth, log.accepted, log.rank, log.weight)]
-    live = echo.gating.ConfidenceHistograms.empty(5).live()
+    live = ConfidenceHistograms.empty(5).live()
     with RefuseSyncs():
         for part in (slice(0, 1500), slice(1500, n)):
             depth, accepted, rank, weight = (c[part] for c in columns)
             live = live.update(depth, score[part], accepted, rank, weight, in_place=in_place)
-    assert live.snapshot() == echo.gating.ConfidenceHistograms.of(log)
+    assert live.snapshot() == ConfidenceHistograms.of(log)
 
 
 def test_live_update_ignores_rows_that_are_none():
-    live = echo.gating.ConfidenceHistograms.empty(2).live()
+    live = ConfidenceHistograms.empty(2).live()
     depth = torch.tensor([0, 3, 1, 1, 1, 1, 2], dtype=torch.int32)
     score = torch.tensor([0.0, -1.0, torch.nan, 0.5, -1.0, -torch.inf, 0.0])
     weight = torch.tensor([1.0, 1.0, 1.0, 1.0, 0.0, 1.0, 1.0])
@@ -286,12 +284,10 @@ def test_live_update_ignores_rows_that_are_none():
 
 
 def test_live_update_compiles_to_one_graph():
-    live = echo.gating.ConfidenceHistograms.empty(3).live()
+    live = ConfidenceHistograms.empty(3).live()
     torch._dynamo.reset()
     compiled = torch.compile(
-        lambda m, *rows: echo.gating.LiveHistograms(m).update(*rows).mass,
-        fullgraph=True,
-        backend="eager",
+        lambda m, *rows: LiveHistograms(m).update(*rows).mass, fullgraph=True, backend="eager"
     )
     rows = (
         torch.tensor([1, 2, 0]),
@@ -305,7 +301,7 @@ def test_live_update_compiles_to_one_graph():
 def test_a_decoding_step_counts_live_what_its_log_says():
     scheduler = echo.ElasticBudgetScheduler(echo.TwoLevel(2, 4), budget=40, max_depth=3)
     model = table(30, 0)
-    live, logs_ = echo.gating.ConfidenceHistograms.empty(3).live(), []
+    live, logs_ = ConfidenceHistograms.empty(3).live(), []
     steps = echo.decode(
         scheduler,
         TabularTarget(model),
@@ -319,54 +315,45 @@ def test_a_decoding_step_counts_live_what_its_log_says():
             rank, accepted = echo.loop.draft_labels(step.tree, step.packed, step.accepted)
             live = live.update(step.packed.depth, step.packed.score, accepted, rank)
         logs_.append(step.log())
-    assert live.snapshot() == echo.gating.ConfidenceHistograms.empty(3).merge(
-        echo.gating.ConfidenceHistograms.of(logs_)
-    )
+    assert live.snapshot() == ConfidenceHistograms.empty(3).merge(ConfidenceHistograms.of(logs_))
     assert sum(log.accepted.sum() for log in logs_) > 10
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
+        (lambda: ConfidenceHistograms.of([]), "logs: expected at least one WarmupLog, got none"),
         (
-            lambda: echo.gating.ConfidenceHistograms.of([]),
-            "logs: expected at least one WarmupLog, got none",
-        ),
-        (
-            lambda: echo.gating.ConfidenceHistograms.of(
-                echo.WarmupLog.from_arrays([99], [0.5], [1])
-            ),
+            lambda: ConfidenceHistograms.of(echo.WarmupLog.from_arrays([99], [0.5], [1])),
             "log.depth: expected at most 64, got 99 in row 0",
         ),
         (
-            lambda: echo.gating.ConfidenceHistograms.of(
+            lambda: ConfidenceHistograms.of(
                 echo.WarmupLog.from_arrays([1, 1], [0.5] * 2, [1, 0], weight=[1, 2000])
             ),
             "log.weight: expected 0 or from 0.015625 to 1024, got 2000 in row 1",
         ),
         (
-            lambda: echo.gating.ConfidenceHistograms.of(
+            lambda: ConfidenceHistograms.of(
                 echo.WarmupLog.from_arrays([1, 1], [0.5] * 2, [1, 0], weight=[1, 0.001])
             ),
             "log.weight: expected 0 or from 0.015625 to 1024, got 0.001 in row 1",
         ),
         (
-            lambda: echo.gating.ConfidenceHistograms(np.zeros((3, 1, 4, 2, 7), np.int64)),
+            lambda: ConfidenceHistograms(np.zeros((3, 1, 4, 2, 7), np.int64)),
             r"mass: expected int64 \[3, 1..64, 2, 2, 3074\]",
         ),
         (
-            lambda: echo.gating.ConfidenceHistograms.empty(1).since(
-                echo.gating.ConfidenceHistograms.of(rows_of(5))
-            ),
+            lambda: ConfidenceHistograms.empty(1).since(ConfidenceHistograms.of(rows_of(5))),
             r"earlier: expected an earlier state of these histograms \(0 rows\)",
         ),
         (
-            lambda: echo.calibrate(echo.gating.ConfidenceHistograms.empty(3)),
+            lambda: echo.calibrate(ConfidenceHistograms.empty(3)),
             "log: expected rows, got an empty log",
         ),
         (
             lambda: (
-                echo.gating.ConfidenceHistograms.empty(1)
+                ConfidenceHistograms.empty(1)
                 .live()
                 .update(torch.ones(2), torch.zeros(2), torch.zeros(2) > 0, torch.zeros(2))
             ),

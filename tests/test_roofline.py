@@ -39,9 +39,9 @@ def test_rooflines_keep_to_physics(name):
     )
 
 
-def test_experts_are_read_as_rows_reach_them():
+def test_experts_are_read_as_tokens_reach_them():
     sparse = roofline.plan("Qwen3-235B-A22B")
-    assert sparse(16) > 1.5 * sparse(1)  # more rows, more experts
+    assert sparse(16) > 1.5 * sparse(1)  # more tokens, more experts
     assert sparse(256) < 1.15 * sparse(64)  # all are read by then
     grouped = roofline.plan("Qwen3-235B-A22B", expert=8)
     assert (grouped(np.arange(1, 4097)) >= sparse(np.arange(1, 4097)) * (1 - 1e-9)).all()

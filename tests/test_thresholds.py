@@ -1,4 +1,4 @@
-"""The goodput rule against brute force, and what gates do to whole requests."""
+"""The throughput rule against brute force, and what gates do to whole requests."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ COST = echo.CostModel(
 
 
 def steps(n, depths, seed, *, coarse=None, ranks=1):
-    """Whole request-steps: confidences fall along a path, acceptance depends on them and ends at the first rejection."""
+    """Whole request-steps: confidences fall along a path, acceptance depends on them."""
     random = np.random.default_rng(seed)
     c = np.cumprod(random.beta(3, 1.2, (n, depths)), axis=1)
     c = c if coarse is None else np.round(c * coarse) / coarse
@@ -40,22 +40,22 @@ def run(log, thresholds, depths, objective):
     tokens = layers = 0
     for step in np.unique(log.step):
         here = log.step == step
-        bought = depths
+        drafted = depths
         for depth in sorted(thresholds):
             if (
                 log.confidence[here & (log.depth == depth) & (log.rank == 0)][0]
                 <= thresholds[depth]
             ):
-                bought = depth - 1
+                drafted = depth - 1
                 break
-        layers += bought
-        for depth in range(1, bought + 1):
+        layers += drafted
+        for depth in range(1, drafted + 1):
             if not log.accepted[here & (log.depth == depth) & (log.rank < objective.beam)].any():
                 break
             tokens += 1
     n = len(np.unique(log.step))
-    rows = objective.batch * (1 + objective.beam * layers / n)
-    return objective.batch * (1 + tokens / n) / objective.cost(rows)
+    tokens_verified = objective.batch * (1 + objective.beam * layers / n)
+    return objective.batch * (1 + tokens / n) / objective.cost(tokens_verified)
 
 
 def brute(log, gates, depths, objective):
@@ -75,9 +75,9 @@ def brute(log, gates, depths, objective):
     st.sampled_from([4, 40, 64, 200]),
     st.integers(1, 2),
 )
-def test_up_to_three_gates_equal_brute_force(seed, gates, batch, width):
+def test_up_to_three_gates_equal_brute_force(seed, gates, batch, beam):
     log = steps(8, 3, seed, coarse=6, ranks=2)
-    objective = Objective(COST, batch, width)
+    objective = Objective(COST, batch, beam)
     thresholds, value = throughput_optimal(log, gates, 3, objective)
     assert tuple(thresholds) == gates
     assert value == pytest.approx(run(log, thresholds, 3, objective), rel=1e-12)
@@ -98,17 +98,17 @@ def test_coordinate_ascent_on_four_gates_is_within_a_percent_of_brute_force():
     ), ratios
 
 
-def test_free_rows_close_no_gate_and_dear_rows_close_all():
+def test_free_tokens_close_no_gate_and_costly_tokens_close_all():
     log = steps(300, 3, 1)
     free = echo.CostModel((1,), (1.0,))
-    dear = echo.CostModel((1, 2), (1.0, 2.0))
+    costly = echo.CostModel((1, 2), (1.0, 2.0))
     assert set(throughput_optimal(log, (1, 2, 3), 3, Objective(free, 64, 1))[0].values()) == {0.0}
-    thresholds, value = throughput_optimal(log, (1, 2, 3), 3, Objective(dear, 64, 1))
+    thresholds, value = throughput_optimal(log, (1, 2, 3), 3, Objective(costly, 64, 1))
     assert 1.0 <= value < 1.2
     assert report(log, thresholds)[0].stopped > 0.5 * 300
 
 
-def test_goodput_calibration_beats_youden_on_its_own_log_and_says_what_it_is_worth():
+def test_throughput_calibration_beats_youden_on_its_own_log_and_says_what_it_is_worth():
     log = steps(3000, 5, 2, ranks=2)
     youden = echo.calibrate(log)
     best = echo.calibrate(log, thresholds="throughput", cost=COST, batch=64)
@@ -128,7 +128,7 @@ def test_goodput_calibration_beats_youden_on_its_own_log_and_says_what_it_is_wor
     assert best.throughput >= throughput_optimal(log, best.gate_depths, 5, objective)[1] * (
         1 - 1e-12
     )
-    assert "thresholds by goodput" in str(best)
+    assert "thresholds by throughput" in str(best)
     assert echo.Calibration.from_json(best.to_json()) == best
     with pytest.raises(echo.EchoError, match="histograms do not keep steps together"):
         best.refit(echo.gating.ConfidenceHistograms.of(log))
@@ -155,7 +155,7 @@ def test_report_by_hand():
 
 
 def test_weighted_steps_may_be_cut_short_by_the_gate():
-    """Exploring logs: steps that ended at a gate are left out, those that explored stand for them."""
+    """Exploring logs: steps that ended at a gate are skipped, others stand for them."""
     log = steps(2000, 3, 5)
     c1 = log.confidence[log.depth == 1]
     passed, explores = (
@@ -185,7 +185,7 @@ def test_weighted_steps_may_be_cut_short_by_the_gate():
         ),
         (
             lambda log: echo.calibrate(log, thresholds="throughput"),
-            "cost: expected a CostModel for thresholds='throughput', got None",
+            "cost: expected a CostModel, got NoneType",
         ),
         (
             lambda log: echo.calibrate(log, thresholds="throughput", cost=COST, batch=0),
@@ -195,7 +195,7 @@ def test_weighted_steps_may_be_cut_short_by_the_gate():
             lambda log: echo.calibrate(
                 echo.gating.ConfidenceHistograms.of(log), thresholds="throughput", cost=COST
             ),
-            "thresholds: expected 'youden' for histograms, got 'throughput': what a threshold is worth depends on which rows belong",
+            "thresholds: expected 'youden' for histograms, got 'throughput'",
         ),
         (
             lambda log: throughput_optimal(log, (), 3, Objective(COST, 1, 1)),
@@ -209,14 +209,14 @@ def test_weighted_steps_may_be_cut_short_by_the_gate():
             lambda log: report(
                 echo.WarmupLog.from_arrays([1, 1], [0.5, 0.4], [1, 0], step=[7, 7]), {1: 0.5}
             ),
-            "log.step: expected one row of rank 0 for each depth of a step, got more in step 7 at depth 1",
+            "one row of rank 0 for each depth of a step, got more in step 7 at depth 1",
         ),
         (
             lambda log: report(
                 echo.WarmupLog.from_arrays(log.depth, log.confidence, log.accepted),
                 {1: 0.5, 2: 0.1},
             ),
-            "log.step: expected ids that join the rows of a step, got each row in a step of its own",
+            "ids that join the rows of a step, got each row in a step of its own",
         ),
     ],
 )

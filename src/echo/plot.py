@@ -1,4 +1,7 @@
-"""How every picture of the project looks, and the one place that needs matplotlib."""
+"""Pictures: cost models, calibrations and draft trees in one look; a tree also as text.
+
+The only module that imports matplotlib, inside the functions that draw.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import importlib.util
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,14 +23,16 @@ if TYPE_CHECKING:
 
     from echo.cost.model import CostModel
     from echo.gating.calibration import Calibration, DepthCalibration
+    from echo.report import SpeculationReport
     from echo.tree.accept import Accepted
     from echo.tree.packed import PackedTree
 
 GOOD, BAD, INK, QUIET = "#2a7f62", "#d1495b", "#22333b", "#9aa5ab"
+PALE, RULE = "#6f7a80", "#dcdfe0"
 POLICIES = {
     "EAGLE": "#e9a13b",
     "ECHO": GOOD,
-    "throughput": "#33658a",
+    "throughput-optimal": "#33658a",
     "global": "#7b4b94",
     "DDD": "#8d6e63",
 }
@@ -43,25 +48,22 @@ LOOK: dict[Any, Any] = {
 
 
 def of(policy: str) -> str:
-    """A policy's colour, by the first word of its name; the quiet one for what is only there to compare with."""
-    return POLICIES.get(policy.replace(",", " ").replace("-", " ").split()[0], QUIET)
+    """A policy's colour by the first word of its name; ``QUIET`` for references."""
+    first = policy.replace(",", " ").replace("-", " ").split()[0]
+    name = "throughput-optimal" if first in ("throughput", "goodput") else first
+    return POLICIES.get(name, QUIET)
 
 
 def require() -> None:
-    """Says how to get matplotlib where it is missing.
-
-    Raises:
-        EchoError: matplotlib is not installed.
-    """
+    """Raises :class:`EchoError`, with how to install it, if matplotlib is missing."""
     if importlib.util.find_spec("matplotlib") is None:
-        raise EchoError(
-            "plot: expected matplotlib (pip install 'echo-specdec[plot]'), got no such module"
-        )
+        hint = "pip install 'echo-specdec[plot]'"
+        raise EchoError(f"plot: expected matplotlib ({hint}), got no such module")
 
 
 @contextmanager
 def figure(width: float, height: float) -> Iterator[Figure]:
-    """An empty figure of that many inches, to be filled and saved in the block; without pyplot's global state.
+    """An empty figure of that many inches, to fill and save in the block; pyplot is not touched.
 
     Raises:
         EchoError: matplotlib is not installed.
@@ -73,82 +75,53 @@ def figure(width: float, height: float) -> Iterator[Figure]:
     with matplotlib.rc_context(LOOK):
         drawn = Figure(figsize=(width, height), layout="constrained")
         yield drawn
-        drawn.draw_without_rendering()  # makes what matplotlib leaves until then, in the same look
+        drawn.draw_without_rendering()  # what matplotlib would defer, in the same look
+
+
+# Cost models and calibrations.
 
 
 def cost_model(model: CostModel) -> Figure:
-    """See :meth:`CostModel.plot`."""
+    """As :meth:`CostModel.plot`."""
     with figure(10, 3.8) as drawn:
         curve, chance = drawn.subplots(1, 2)
         _curve(curve, model)
-        _chance(chance, model)
+        _break_even(chance, model)
     return drawn
 
 
 def _curve(axis: Any, model: CostModel) -> None:
-    """Milliseconds by rows; the paper's law and its K_max with its interval; one line more where requests cost by themselves."""
-    rows, knee = np.asarray(model.num_tokens), model.knee
-    grid = np.unique(np.geomspace(1, rows[-1], 400).round().astype(int))
-    axis.plot(
-        rows,
-        1e3 * np.asarray(model.seconds),
-        "o",
-        ms=3.5,
-        color=GOOD,
-        label="measured, fitted",
-    )
-    axis.plot(
-        grid,
-        1e3 * np.asarray(model(grid)),
-        color=GOOD,
-        lw=1.4,
-        label="with tiers" if model.tiers else None,
-    )
-    axis.plot(
-        grid,
-        [1e3 * knee(r) for r in grid],
-        color=INK,
-        lw=1,
-        ls="--",
-        label=f"law: K_max {knee.k_max}, γ {knee.gamma:.2g}",
-    )
+    """Milliseconds by tokens: measured, with tiers, the paper's law, and with most requests."""
+    tokens, knee = np.asarray(model.num_tokens), model.knee
+    grid = np.unique(np.geomspace(1, tokens[-1], 400).round().astype(int))
+    measured, seconds = 1e3 * np.asarray(model.seconds), np.asarray(model(grid))
+    tiers = "with tiers" if model.tiers else None
+    law = f"law: K_max {knee.k_max}, γ {knee.gamma:.2g}"
+    axis.plot(tokens, measured, "o", ms=3.5, color=GOOD, label="measured, fitted")
+    axis.plot(grid, 1e3 * seconds, color=GOOD, lw=1.4, label=tiers)
+    axis.plot(grid, [1e3 * knee(k) for k in grid], color=INK, lw=1, ls="--", label=law)
     axis.axvline(knee.k_max, color=BAD, lw=1)
     if knee.k_max_interval is not None:
         axis.axvspan(*knee.k_max_interval, color=BAD, alpha=0.15, lw=0, label="K_max, 95%")
     if len(model.num_reqs) > 1:
         most = model.num_reqs[-1]
-        axis.plot(
-            grid,
-            1e3 * np.asarray(model(grid, num_reqs=most)),
-            color=QUIET,
-            lw=1.4,
-            label=f"{most} requests",
-        )
-    axis.set(
-        title="a step of the target",
-        xlabel="rows",
-        ylabel="milliseconds",
-        xscale="log",
-        ylim=(0, None),
-    )
+        crowded = 1e3 * np.asarray(model(grid, num_reqs=most))
+        axis.plot(grid, crowded, color=QUIET, lw=1.4, label=f"{most} requests")
+    axis.set(title="a step of the target", xscale="log", ylim=(0, None))
+    axis.set(xlabel="verify tokens", ylabel="milliseconds")
     axis.legend()
 
 
-def _chance(axis: Any, model: CostModel) -> None:
-    """One drafted row more in a plain step of B requests pays from the chance (T(B + B) - T(B)) / T(B) on, were each given one."""
+def _break_even(axis: Any, model: CostModel) -> None:
+    """Acceptance probability from which one draft for each of B requests pays: T(2B) / T(B) - 1."""
     batch = np.unique(np.geomspace(1, max(2, model.num_tokens[-1] // 2), 200).round().astype(int))
     plain = np.asarray([model(b, num_reqs=b) for b in batch])
     drafted = np.asarray([model(2 * b, num_reqs=b) + model.draft_seconds(1, b) for b in batch])
     axis.plot(batch, drafted / plain - 1.0, color=GOOD, lw=1.4)
     axis.axhline(1, color=BAD, lw=1, ls="--")
-    axis.set(
-        title="one draft for each request pays from",
-        xlabel="requests",
-        ylabel="chance of acceptance",
-        xscale="log",
-        ylim=(0, 1.3),
-    )
     axis.text(batch[0], 1.03, "never pays", color=BAD, fontsize="small")
+    axis.set(title="one draft for each request pays from", xscale="log", ylim=(0, 1.3))
+    axis.set(xlabel="requests", ylabel="acceptance probability")
 
 
 COLUMNS = 4
@@ -157,15 +130,16 @@ LEAST = 1e-3
 
 
 def calibration(calibration: Calibration) -> Figure:
-    """See :meth:`Calibration.plot`."""
-    rows = -(-calibration.max_depth // COLUMNS)
+    """As :meth:`Calibration.plot`."""
+    depths = calibration.max_depth
+    rows = -(-depths // COLUMNS)
     with figure(13, 2.1 * rows + 3.6) as drawn:
         upper, lower = np.asarray(drawn.subfigures(2, 1, height_ratios=[2.1 * rows, 3.6]))
-        axes = upper.subplots(rows, min(COLUMNS, calibration.max_depth), squeeze=False).flatten()
-        for axis in axes[calibration.max_depth :]:
+        axes = upper.subplots(rows, min(COLUMNS, depths), squeeze=False).flatten()
+        for axis in axes[depths:]:
             axis.set_axis_off()
         for axis, d in zip(axes, calibration.depths, strict=False):
-            _calibration_histogram(axis, d)
+            _densities(axis, d)
         axes[0].legend()
         auc, reliability = lower.subplots(1, 2)
         _auc(auc, calibration)
@@ -173,26 +147,19 @@ def calibration(calibration: Calibration) -> Figure:
     return drawn
 
 
-def _calibration_histogram(axis: Any, d: DepthCalibration) -> None:
-    """Density of each kind over the logarithm of the confidence, each kind of mass 1 (what lies left of the axis included)."""
+def _densities(axis: Any, d: DepthCalibration) -> None:
+    """Density of each kind over log confidence, of mass 1 with what is left of the axis."""
     axis.set_title(f"depth {d.depth}{', gate' if d.gate else ''}")
     axis.set(xscale="log", xlim=(LEAST, 1), yticks=[], xlabel="confidence")
     if not d.profile:
         return
-    table = np.array(d.profile)
-    edges = np.concatenate([[0.0], table[:, 0]]).clip(LEAST, 1.0)
+    ends, accepted, rejected = np.array(d.profile).T
+    edges = np.concatenate([[0.0], ends]).clip(LEAST, 1.0)
     width = np.diff(np.log(edges))
-    for column, colour, name in ((1, GOOD, "accepted"), (2, BAD, "rejected")):
-        if table[:, column].sum() > 0:
-            density = table[:, column] / table[:, column].sum() / np.maximum(width, 0.1)
-            axis.stairs(
-                np.where(width > 0, density, 0.0),
-                edges,
-                fill=True,
-                alpha=0.45,
-                color=colour,
-                label=name,
-            )
+    for mass, colour, name in ((accepted, GOOD, "accepted"), (rejected, BAD, "rejected")):
+        if mass.sum() > 0:
+            density = np.where(width > 0, mass / mass.sum() / np.maximum(width, 0.1), 0.0)
+            axis.stairs(density, edges, fill=True, alpha=0.45, color=colour, label=name)
     if d.gate:
         axis.axvline(max(d.threshold, LEAST), color=INK, lw=1.2, label="threshold")
 
@@ -203,12 +170,8 @@ def _auc(axis: Any, calibration: Calibration) -> None:
             axis.plot([d.depth, d.depth], [d.auc_low, d.auc_high], color=INK, lw=1.5)
             axis.plot(d.depth, d.auc, "o", color=INK, mfc=INK if d.gate else "white")
     axis.axhline(calibration.min_auc, color=BAD, lw=1, ls="--")
-    axis.set(
-        title="separability (filled: gate)",
-        xlabel="depth",
-        ylabel="AUC, 95% interval",
-        xticks=range(1, calibration.max_depth + 1),
-    )
+    axis.set(title="separability (filled: gate)", xlabel="depth", ylabel="AUC, 95% interval")
+    axis.set_xticks(range(1, calibration.max_depth + 1))
 
 
 def _reliability(axis: Any, calibration: Calibration) -> None:
@@ -216,54 +179,130 @@ def _reliability(axis: Any, calibration: Calibration) -> None:
     for d in calibration.depths:
         score, chance = np.array(d.reliability).T
         shade = 0.85 * (d.depth - 1) / max(1, calibration.max_depth - 1)
-        axis.plot(
-            np.exp(score),
-            chance,
-            color=(shade, shade * 0.8, 1 - shade),
-            lw=1.3,
-            label=f"depth {d.depth}",
-        )
-    axis.set(
-        title="reliability",
-        xlabel="path probability of the draft",
-        ylabel="P(path accepted)",
-        xlim=(0, 1),
-        ylim=(0, 1),
-    )
+        colour = (shade, shade * 0.8, 1 - shade)
+        axis.plot(np.exp(score), chance, color=colour, lw=1.3, label=f"depth {d.depth}")
+    axis.set(title="reliability", xlim=(0, 1), ylim=(0, 1))
+    axis.set(xlabel="path probability of the draft", ylabel="P(path accepted)")
     axis.legend(ncols=2)
 
 
-FILL = {"root": "#e6e6e6", "depth": "#cde0f3", "width": "#fbe2bb"}
-MEANING = {"root": "root", "depth": "bought by depth", "width": "bought by width"}
-PALE, RULE = "#6f7a80", "#dcdfe0"
-SIZE, SMALL = 9.0, 6.5  # of text, in points
-LINE, BOX, HEAD, SPACE = (
-    0.27,
-    0.2,
-    0.34,
-    0.16,
-)  # inches: a row of nodes, a node's height, a request's title, above it
-PAD, GAP, MARGIN = (
-    0.07,
-    0.34,
-    0.3,
-)  # inches: around a node's text, between depths, around the figure
-LEGEND = 7.0  # inches that it takes
+def speculation(page: SpeculationReport) -> Figure:
+    """See :meth:`echo.report.SpeculationReport.plot`."""
+    with figure(8, 3.2) as drawn:
+        worth, depth = drawn.subplots(1, 2)
+        num_reqs = [a.num_reqs for a in page.advice]
+        speedup = np.array([a.speedup for a in page.advice])
+        spread = np.array([[a.speedup - a.low, a.high - a.speedup] for a in page.advice]).T
+        worth.errorbar(num_reqs, speedup, spread, fmt="o-", ms=3, capsize=2, color=GOOD)
+        worth.axhline(1, color=QUIET, lw=0.8)
+        worth.set(title="Worth of speculation", xlabel="requests", xscale="log")
+        worth.set(ylabel="tokens/s over plain decoding", ylim=(0, None))
+        worth.set_xticks(num_reqs, [str(b) for b in num_reqs])
+        worth.minorticks_off()
+        places = [d.depth for d in page.depths]
+        for name, color in (("conditional", INK), ("cumulative", GOOD)):
+            rates = [getattr(d, name) for d in page.depths]
+            depth.plot(places, rates, "o-", ms=3, color=color, label=name)
+        few = [d.depth for d in page.depths if not d.well_observed]
+        if few:
+            depth.axvspan(
+                min(few) - 0.5, max(few) + 0.5, color=QUIET, alpha=0.2, label="few drafts"
+            )
+        depth.set(title="Acceptance by depth", xlabel="depth", ylabel="rate", ylim=(0, 1))
+        depth.legend()
+    return drawn
+
+
+# Draft trees: as text, and drawn.
+
+
+STATUS = {
+    Status.ACTIVE: "still drafting",
+    Status.TRUNCATED: "stopped by a gate",
+    Status.STARVED: "stopped, no budget remained",
+    Status.FINISHED: "drafted to the last layer",
+    Status.EXHAUSTED: "nothing to expand",
+    Status.EMPTY: "no request",
+}
 
 
 @dataclass
-class _Node:
-    """A node's text and measures, in inches: width of its token, of the probability beside it, and where its row is."""
+class Node:
+    """A node on the host; in a drawing, with its texts and measures in inches.
 
-    token: str
-    chance: str
-    kind: str
-    taken: bool
+    Attributes:
+        token: its id.
+        parent: index of its parent among the request's nodes; -1: the root.
+        depth: 0 for the root.
+        probability: path probability.
+        kind: "root", "depth" (committed while drafting) or "width" (selected last).
+        accepted: whether it is on the accepted path.
+        children: indices.
+        y: line of the drawing.
+    """
+
+    token: int
     parent: int
     depth: int
-    token_width: float
-    width: float
+    probability: float
+    kind: str
+    accepted: bool
+    children: list[int] = field(default_factory=list)
+    text: str = ""
+    beside: str = ""
+    text_width: float = 0.0
+    width: float = 0.0
     y: float = 0.0
+
+
+def read(packed: PackedTree, request: int, accepted: Accepted | None = None) -> list[Node]:
+    """One request's nodes, in packed order; synchronizes with the device."""
+    request = checks.integer("request", request, 0, packed.batch - 1)
+    first, end = packed.indptr[request : request + 2].tolist()
+    columns = packed.tokens, packed.parent, packed.score, packed.committed
+    path = set() if accepted is None else set(accepted.rows[request].tolist())
+    nodes: list[Node] = []
+    rows = zip(*(column[first:end].tolist() for column in columns), strict=True)
+    for row, (token, parent, score, committed) in enumerate(rows):
+        kind = "root" if row == 0 else "depth" if committed else "width"
+        depth = 0 if row == 0 else nodes[parent].depth + 1
+        nodes.append(Node(token, parent, depth, math.exp(score), kind, first + row in path))
+        if row:
+            nodes[parent].children.append(row)
+    return nodes
+
+
+def render(
+    packed: PackedTree, request: int, accepted: Accepted | None, label: Callable[[int], str]
+) -> str:
+    """As :meth:`~echo.tree.packed.PackedTree.render`."""
+    nodes = read(packed, request, accepted)
+    lines: list[tuple[str, str]] = []
+
+    def draw(row: int, lead: str, branch: str, below: str) -> None:
+        node = nodes[row]
+        mark = "  accepted" if node.accepted else ""
+        facts = f"{node.probability:6.3f}  {node.kind}{mark}"
+        lines.append((f"{lead}{branch}{label(node.token)}", facts))
+        for child in node.children:
+            last = child == node.children[-1]
+            draw(child, lead + below, "└─ " if last else "├─ ", "   " if last else "│  ")
+
+    if not nodes:
+        return f"request {request}: no rows"
+    draw(0, "", "", "")
+    width = max(len(text) for text, _ in lines)
+    return "\n".join(f"{text:<{width}}  {facts}" for text, facts in lines)
+
+
+FILL = {"root": "#e6e6e6", "depth": "#cde0f3", "width": "#fbe2bb"}
+LEGEND = {"root": "root", "depth": "selected by depth", "width": "selected by width"}
+SIZE, SMALL = 9.0, 6.5  # of text, in points
+# Inches: a row of nodes, a node's height, a request's title, the space above it.
+LINE, BOX, HEAD, SPACE = 0.27, 0.2, 0.34, 0.16
+# Inches: around a node's text, between token and probability, depths, around the figure.
+PAD, BESIDE, GAP, MARGIN = 0.07, 0.06, 0.34, 0.3
+LEGEND_WIDTH = 7.4
 
 
 def packed_tree(
@@ -273,263 +312,141 @@ def packed_tree(
     label: Callable[[int], str],
     titles: Sequence[str] | None,
 ) -> Figure:
-    """See :meth:`~echo.tree.packed.PackedTree.plot`."""
+    """As :meth:`~echo.tree.packed.PackedTree.plot`."""
     require()
-    chosen = [
-        checks.integer("requests", b, 0, packed.batch - 1)
-        for b in (range(packed.batch) if requests is None else requests)
-    ]
-    if titles is not None and len(titles) != len(chosen):
-        raise EchoError(
-            f"titles: expected one for each of {len(chosen)} requests, got {len(titles)}"
-        )
-    trees = [read(packed, b, accepted) for b in chosen]
-    nodes = [_nodes(tree, label) for tree in trees]
+    wanted = range(packed.batch) if requests is None else requests
+    chosen = [checks.integer("requests", b, 0, packed.batch - 1) for b in wanted]
     names = [f"request {b}" for b in chosen] if titles is None else list(titles)
-    facts = [_facts(tree, accepted is not None) for tree in trees]
+    if len(names) != len(chosen):
+        expected = f"titles: expected one for each of {len(chosen)} requests"
+        raise EchoError(f"{expected}, got {len(names)}")
+    trees = [_measured(read(packed, b, accepted), label) for b in chosen]
+    facts = [_facts(packed, b, t, accepted) for b, t in zip(chosen, trees, strict=True)]
 
-    left = _columns(nodes)
-    heads = [
-        _width(name, SIZE) + 0.3 + _width(fact, SIZE)
-        for name, fact in zip(names, facts, strict=True)
-    ]
-    wide = max([left[-1], *heads, LEGEND])
-    tall = [SPACE + HEAD + LINE * (1 + max((node.y for node in own), default=0)) for own in nodes]
-    size = wide + 2 * MARGIN, 2 * LINE + sum(tall) + 2 * MARGIN
-    with figure(*size) as drawn:
+    left = _columns([node for tree in trees for node in tree])
+    heads = [_width(n) + 0.3 + _width(f) for n, f in zip(names, facts, strict=True)]
+    wide = max([left[-1], *heads, LEGEND_WIDTH])
+    lines = [1 + max((node.y for node in tree), default=0) for tree in trees]
+    tall = 2 * LINE + sum(SPACE + HEAD + LINE * count for count in lines) + 2 * MARGIN
+    with figure(wide + 2 * MARGIN, tall) as drawn:
         drawn.set_layout_engine("none")
         axis = drawn.add_axes((0, 0, 1, 1))  # in inches, from the figure's upper left corner
-        axis.set(xlim=(-MARGIN, wide + MARGIN), ylim=(MARGIN - size[1], MARGIN))
+        axis.set(xlim=(-MARGIN, wide + MARGIN), ylim=(MARGIN - tall, MARGIN))
         axis.set_axis_off()
         _legend(axis, accepted is not None)
         top = -LINE
-        for own, name, fact, height in zip(nodes, names, facts, tall, strict=True):
+        for tree, name, fact, count in zip(trees, names, facts, lines, strict=True):
             axis.plot([0, wide], [top - SPACE / 2] * 2, color=RULE, lw=0.8)
-            axis.text(0, top - SPACE - HEAD / 2, name, size=SIZE, color=INK, va="center")
-            axis.text(
-                wide, top - SPACE - HEAD / 2, fact, size=SIZE, color=PALE, va="center", ha="right"
-            )
-            _draw(axis, own, left, top - SPACE - HEAD - LINE / 2)
-            top -= height
+            _text(axis, 0, top - SPACE - HEAD / 2, name)
+            _text(axis, wide, top - SPACE - HEAD / 2, fact, color=PALE, ha="right")
+            top -= SPACE + HEAD
+            _draw(axis, tree, left, top - LINE / 2)
+            top -= LINE * count
         for depth, x in enumerate(left[:-1]):
-            axis.text(
-                x + PAD,
-                top - LINE / 2,
-                f"depth {depth}" if depth == 0 else str(depth),
-                size=SMALL,
-                color=PALE,
-                va="center_baseline",
-            )
+            name = str(depth) if depth else "depth 0"
+            _text(axis, x + PAD, top - LINE / 2, name, size=SMALL, color=PALE)
     return drawn
 
 
-def _nodes(tree: Tree, label: Callable[[int], str]) -> list[_Node]:
-    """The tree's nodes, each leaf in a row of its own, each parent between its first and its last child."""
-    nodes: list[_Node] = []
-    for row, token in enumerate(tree.tokens):
-        text = label(token)
-        chance = "" if row == 0 else f"{math.exp(tree.score[row]):.2f}".lstrip("0")
-        token_width = _width(text, SIZE)
-        width = token_width + 2 * PAD + (0.06 + _width(chance, SMALL) if chance else 0)
-        depth = 0 if row == 0 else nodes[tree.parent[row]].depth + 1
-        nodes.append(
-            _Node(
-                text,
-                chance,
-                tree.kind(row),
-                row in tree.taken,
-                tree.parent[row],
-                depth,
-                token_width,
-                width,
-            )
-        )
+def _measured(nodes: list[Node], label: Callable[[int], str]) -> list[Node]:
+    """The nodes with texts and measures: a line for each leaf, a parent amid its children."""
+    for node in nodes:
+        node.text = label(node.token)
+        node.beside = f"{node.probability:.2f}".lstrip("0") if node.depth else ""
+        node.text_width = _width(node.text)
+        node.width = node.text_width + 2 * PAD
+        node.width += BESIDE + _width(node.beside, SMALL) if node.beside else 0
     leaves = 0
 
-    def place(row: int) -> float:
+    def place(node: Node) -> float:
         nonlocal leaves
-        below = [place(child) for child in tree.below(row)]
+        below = [place(nodes[child]) for child in node.children]
         if not below:
             leaves += 1
-        nodes[row].y = (below[0] + below[-1]) / 2 if below else leaves - 1
-        return nodes[row].y
+        node.y = (below[0] + below[-1]) / 2 if below else leaves - 1
+        return node.y
 
-    for root in tree.below(-1):
-        place(root)
+    if nodes:
+        place(nodes[0])
     return nodes
 
 
-def _columns(drawn: Sequence[Sequence[_Node]]) -> list[float]:
-    """Where each depth begins, so that its widest node ends before the next; last, where all ends."""
-    deepest = max((node.depth for own in drawn for node in own), default=0)
+def _facts(packed: PackedTree, request: int, nodes: list[Node], accepted: Accepted | None) -> str:
+    kinds = [node.kind for node in nodes]
+    status = STATUS[Status(int(packed.status[request]))]
+    counts = f"{kinds.count('depth')} by depth, {kinds.count('width')} by width"
+    text = f"{status}; {len(kinds)} rows: {counts}"
+    emitted = sum(node.accepted for node in nodes)
+    plural = "s" * (emitted != 1)
+    return text if accepted is None else f"{text}; {emitted} token{plural} emitted"
+
+
+def _columns(nodes: Sequence[Node]) -> list[float]:
+    """Where each depth begins, so that its widest node ends before the next; last, the end."""
     begins = [0.0]
-    for depth in range(deepest + 1):
-        begins.append(
-            begins[-1]
-            + max((node.width for own in drawn for node in own if node.depth == depth), default=0.0)
-            + GAP
-        )
+    for depth in range(max((node.depth for node in nodes), default=0) + 1):
+        widest = max((node.width for node in nodes if node.depth == depth), default=0.0)
+        begins.append(begins[-1] + widest + GAP)
     begins[-1] -= GAP
     return begins
 
 
-def _draw(axis: Any, nodes: Sequence[_Node], left: Sequence[float], top: float) -> None:
+def _draw(axis: Any, nodes: Sequence[Node], left: Sequence[float], top: float) -> None:
     """Edges, then boxes over them."""
-    for node in nodes:
-        if node.parent >= 0:
-            above = nodes[node.parent]
-            _edge(
-                axis,
-                left[above.depth] + above.width,
-                top - LINE * above.y,
-                left[node.depth],
-                top - LINE * node.y,
-                node.taken,
-            )
+    for node in nodes[1:]:
+        above = nodes[node.parent]
+        start = left[above.depth] + above.width, top - LINE * above.y
+        _edge(axis, start, (left[node.depth], top - LINE * node.y), node.accepted)
     for node in nodes:
         x, y = left[node.depth], top - LINE * node.y
-        _box(axis, x, y, node.width, node.kind, node.taken)
-        axis.text(x + PAD, y, node.token, size=SIZE, color=INK, va="center_baseline")
-        axis.text(
-            x + PAD + node.token_width + 0.06,
-            y,
-            node.chance,
-            size=SMALL,
-            color=PALE,
-            va="center_baseline",
-        )
+        _box(axis, x, y, node.width, node.kind, node.accepted)
+        _text(axis, x + PAD, y, node.text)
+        beside = x + PAD + node.text_width + BESIDE
+        _text(axis, beside, y, node.beside, size=SMALL, color=PALE)
 
 
-def _edge(axis: Any, x0: float, y0: float, x1: float, y1: float, taken: bool) -> None:
+def _edge(axis: Any, start: tuple[float, float], end: tuple[float, float], accepted: bool) -> None:
     from matplotlib.patches import PathPatch
     from matplotlib.path import Path
 
-    middle = x1 - GAP / 2
-    colour, line = (GOOD, 1.8) if taken else (QUIET, 0.9)
-    path = Path([(x0, y0), (x1 - GAP, y0), (middle, y0), (middle, y1), (x1, y1)], [1, 2, 4, 4, 4])
-    axis.add_patch(PathPatch(path, fill=False, ec=colour, lw=line, zorder=1 + taken))
+    (x0, y0), (x1, y1) = start, end
+    bend, middle = x1 - GAP, x1 - GAP / 2
+    path = Path([(x0, y0), (bend, y0), (middle, y0), (middle, y1), (x1, y1)], [1, 2, 4, 4, 4])
+    colour, line = (GOOD, 1.8) if accepted else (QUIET, 0.9)
+    axis.add_patch(PathPatch(path, fill=False, ec=colour, lw=line, zorder=1 + accepted))
 
 
-def _box(axis: Any, x: float, y: float, width: float, kind: str, taken: bool) -> None:
+def _box(axis: Any, x: float, y: float, width: float, kind: str, accepted: bool) -> None:
     from matplotlib.patches import FancyBboxPatch
 
     corners = f"round,pad=0,rounding_size={BOX / 3}"
-    colour, line = (GOOD, 1.8) if taken else (QUIET, 0.6)
-    axis.add_patch(
-        FancyBboxPatch(
-            (x, y - BOX / 2),
-            width,
-            BOX,
-            boxstyle=corners,
-            fc=FILL[kind],
-            ec=colour,
-            lw=line,
-            zorder=3,
-        )
-    )
+    colour, line = (GOOD, 1.8) if accepted else (QUIET, 0.6)
+    look: dict[str, Any] = {
+        "boxstyle": corners,
+        "fc": FILL[kind],
+        "ec": colour,
+        "lw": line,
+        "zorder": 3,
+    }
+    axis.add_patch(FancyBboxPatch((x, y - BOX / 2), width, BOX, **look))
 
 
 def _legend(axis: Any, accepted: bool) -> None:
+    entries = [(kind, False, text) for kind, text in LEGEND.items()]
     x = 0.0
-    for kind, taken, text in [
-        *((kind, False, text) for kind, text in MEANING.items()),
-        *([("depth", True, "accepted")] * accepted),
-    ]:
-        _box(axis, x, -LINE / 2, 0.26, kind, taken)
-        axis.text(x + 0.34, -LINE / 2, text, size=SIZE, color=INK, va="center_baseline")
-        x += 0.34 + _width(text, SIZE) + 0.3
-    axis.text(
-        x, -LINE / 2, "numbers: path probability", size=SIZE, color=PALE, va="center_baseline"
-    )
+    for kind, green, text in [*entries, ("depth", True, "accepted")][: None if accepted else -1]:
+        _box(axis, x, -LINE / 2, 0.26, kind, green)
+        _text(axis, x + 0.34, -LINE / 2, text)
+        x += 0.34 + _width(text) + 0.3
+    _text(axis, x, -LINE / 2, "numbers: path probability", color=PALE)
 
 
-def _facts(tree: Tree, accepted: bool) -> str:
-    kinds = [tree.kind(row) for row in range(len(tree.tokens))]
-    text = f"{tree.status}; {len(kinds)} rows: {kinds.count('depth')} by depth, {kinds.count('width')} by width"
-    emitted = len(tree.taken)
-    return f"{text}; {emitted} token{'s' * (emitted != 1)} emitted" if accepted else text
+def _text(axis: Any, x: float, y: float, text: str, **look: Any) -> None:
+    axis.text(x, y, text, **{"size": SIZE, "color": INK, "va": "center_baseline"} | look)
 
 
-def _width(text: str, size: float) -> float:
+def _width(text: str, size: float = SIZE) -> float:
     """Inches that a text takes."""
     from matplotlib.textpath import TextPath
 
     return float(TextPath((0, 0), text, size=size).get_extents().x1) / 72 if text.strip() else 0.05
-
-
-WHY = {
-    Status.ACTIVE: "still drafting",
-    Status.TRUNCATED: "stopped by a gate",
-    Status.STARVED: "stopped for want of rows",
-    Status.FINISHED: "drafted to the last layer",
-    Status.EXHAUSTED: "nothing to draft on",
-    Status.EMPTY: "no request",
-}
-
-
-@dataclass(frozen=True)
-class Tree:
-    """One request's tree on the host.
-
-    Attributes:
-        tokens, parent, score, committed: of each row; parents local.
-        taken: local rows of the accepted path.
-        status: why it stopped drafting, in words.
-    """
-
-    tokens: list[int]
-    parent: list[int]
-    score: list[float]
-    committed: list[bool]
-    taken: frozenset[int]
-    status: str
-
-    def kind(self, row: int) -> str:
-        """What the row was bought for."""
-        return "root" if row == 0 else "depth" if self.committed[row] else "width"
-
-    def below(self, row: int) -> list[int]:
-        """The row's children; below -1, the root."""
-        return [child for child, up in enumerate(self.parent) if up == row]
-
-
-def read(packed: PackedTree, request: int, accepted: Accepted | None = None) -> Tree:
-    """One request's tree, read back."""
-    request = checks.integer("request", request, 0, packed.batch - 1)
-    first, end = packed.indptr[request : request + 2].tolist()
-    tokens, parent, score, bought = (
-        x[first:end].tolist()
-        for x in (packed.tokens, packed.parent, packed.score, packed.committed)
-    )
-    taken = (
-        ()
-        if accepted is None
-        else (row - first for row in accepted.rows[request].tolist() if row >= 0)
-    )
-    return Tree(
-        tokens, parent, score, bought, frozenset(taken), WHY[Status(int(packed.status[request]))]
-    )
-
-
-def render(
-    packed: PackedTree, request: int, accepted: Accepted | None, label: Callable[[int], str]
-) -> str:
-    """A picture of one request's tree in text; see :meth:`~echo.tree.packed.PackedTree.render`."""
-    tree = read(packed, request, accepted)
-    lines: list[tuple[str, str]] = []
-
-    def draw(row: int, lead: str, branch: str, below: str) -> None:
-        facts = f"{math.exp(tree.score[row]):6.3f}  {tree.kind(row)}{'  accepted' if row in tree.taken else ''}"
-        lines.append((f"{lead}{branch}{label(tree.tokens[row])}", facts))
-        children = tree.below(row)
-        for child in children:
-            last = child == children[-1]
-            draw(child, lead + below, "└─ " if last else "├─ ", "   " if last else "│  ")
-
-    for root in tree.below(-1):
-        draw(root, "", "", "")
-    width = max((len(text) for text, _ in lines), default=0)
-    return (
-        "\n".join(f"{text:<{width}}  {facts}" for text, facts in lines)
-        or f"request {request}: no rows"
-    )

@@ -26,7 +26,7 @@ from echo._checks import EchoError
 from echo.cost import CostModel
 from echo.gating.calibration import Calibration
 from echo.gating.logs import WarmupLog
-from echo.gating.reliability import look_up
+from echo.gating.statistics import look_up
 from echo.kernels.codes import ONE
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from echo import _checks as checks
 from echo import kernels
 from echo.budget.dealing import select_cheapest
 from echo.gating.calibration import Calibration
-from echo.gating.reliability import on_device
+from echo.gating.statistics import on_device
 from echo.kernels.codes import BINS_PER_NAT, ONE, TABLE_BINS, UNSELECTABLE
 from echo.tree.supertree import DEAD_SCORE, Layer, SuperTree, cost_bits
 

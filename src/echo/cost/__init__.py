@@ -1,4 +1,4 @@
-"""What a step costs: rows, requests and context of the target's forward pass -> seconds; drafting, and coming back to it."""
+"""Cost of a step: tokens, requests and context of a forward pass -> seconds; drafting."""
 
 from echo.cost.fit import Knee, line
 from echo.cost.model import CostModel

@@ -1,4 +1,7 @@
-"""From noisy timings to numbers: one robust non-negative regression, the paper's knee in closed form, and its intervals."""
+"""From noisy timings to numbers: a robust non-negative regression, and the paper's knee of a curve.
+
+n samples, m knots of a curve.
+"""
 
 from __future__ import annotations
 
@@ -11,25 +14,28 @@ from numpy.typing import ArrayLike, NDArray
 from echo._checks import EchoError
 
 Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
 
-MOST_KNOTS = 48
-"""Knots of a curve at most; where samples have more different values, their quantiles."""
+MAX_KNOTS = 48
+"""Knots of a curve at most; beyond, quantiles of the samples' values."""
 RESAMPLES = 200
 NEAR = 0.03
-"""Row counts this close are one knot where a curve learns: at most 32 to an octave."""
+"""Relative distance within which token counts share a knot in an update: at most 32 an octave."""
 
 
 @dataclass(frozen=True)
 class Knee:
-    """The paper's latency model ``T(K) = T_ar * (1 + gamma * max(0, K - K_max))``, fitted to a cost curve.
+    """The paper's ``T(K) = T_ar * (1 + gamma * max(0, K - K_max))``, fitted to a cost curve.
 
     Attributes:
-        k_max: rows that cost no more than one row does (roots included: the paper counts drafted rows only, its K_max is
-            ours minus the batch).
+        k_max: tokens that cost no more than one (roots included; the paper's is less the batch).
         t_ar: seconds of a step below the knee.
-        gamma: slope beyond the knee, in 1 / rows.
-        k_max_interval: 95% interval of ``k_max``; None where the samples were not repeated.
-        gamma_interval: 95% interval of ``gamma``; None likewise.
+        gamma: slope beyond the knee, in 1 / tokens.
+        k_max_interval, gamma_interval: 95% intervals; None if samples were not repeated.
+
+    Example:
+        >>> Knee(k_max=16, t_ar=0.03, gamma=0.5)(18)
+        0.06
     """
 
     k_max: int
@@ -39,52 +45,45 @@ class Knee:
     gamma_interval: tuple[float, float] | None = None
 
     def __call__(self, num_tokens: float) -> float:
-        """Seconds of a step of ``num_tokens`` rows."""
+        """Seconds of a step of ``num_tokens`` tokens."""
         return self.t_ar * (1.0 + self.gamma * max(0.0, num_tokens - self.k_max))
 
 
 def columns(seconds: ArrayLike, **inputs: ArrayLike | None) -> tuple[Floats, dict[str, Floats]]:
-    """Samples as float columns of one length; inputs that are None are left out.
-
-    Raises:
-        EchoError: none at all, different lengths, inputs that are not finite, or seconds that are not positive and finite.
-    """
+    """Samples as float columns of one length without the None; EchoError where they are not."""
     y = np.atleast_1d(np.asarray(seconds, dtype=np.float64))
-    table = {
-        name: np.atleast_1d(np.asarray(value, dtype=np.float64))
-        for name, value in inputs.items()
-        if value is not None
-    }
-    for name, column in table.items():
+    table = {}
+    for name, value in inputs.items():
+        if value is None:
+            continue
+        column = table[name] = np.atleast_1d(np.asarray(value, dtype=np.float64))
         if column.shape != y.shape or y.ndim != 1 or not len(y):
-            raise EchoError(
-                f"seconds: expected as many as {name} ({len(column)}, at least 1), got {len(y)}"
-            )
+            expected = f"seconds: expected as many as {name} ({len(column)}, at least 1)"
+            raise EchoError(f"{expected}, got {len(y)}")
         if not np.isfinite(column).all():
-            raise EchoError(
-                f"{name}: expected a finite number in every sample, got {column[~np.isfinite(column)][0]}"
-            )
+            wrong = column[~np.isfinite(column)][0]
+            raise EchoError(f"{name}: expected a finite number in every sample, got {wrong}")
     if not (np.isfinite(y) & (y > 0)).all():
         raise EchoError("seconds: expected a positive number in every sample")
     return y, table
 
 
+def at_least(name: str, column: Floats, low: int) -> None:
+    """Raises :class:`EchoError` if a sample of ``column`` is below ``low``."""
+    if not (column >= low).all():
+        raise EchoError(f"{name}: expected at least {low} in every sample, got {column.min():g}")
+
+
 def solve(design: Floats, seconds: Floats) -> Floats:
-    """Coefficients >= 0 that fit ``design @ x = seconds`` in relative error, whatever a few wild samples say.
+    """Coefficients >= 0 that fit ``design @ x = seconds`` in relative error, robust to outliers.
 
-    Huber's estimator by reweighting: a sample beyond 1.345 robust standard deviations counts with its distance, not its square.
-
-    Args:
-        design: float64 [n, m], non-negative.
-        seconds: float64 [n], positive.
+    Huber's estimator by reweighting: beyond 1.345 robust standard deviations a sample counts with
+    its distance, not its square.
     """
     from scipy.optimize import nnls
 
-    relative, weight, x = (
-        design / seconds[:, None],
-        np.ones(len(seconds)),
-        np.zeros(design.shape[1]),
-    )
+    relative = design / seconds[:, None]
+    weight, x = np.ones(len(seconds)), np.zeros(design.shape[1])
     for _ in range(30):
         old, (x, _) = x, nnls(relative * weight[:, None], weight)
         error = np.abs(relative @ x - 1.0)
@@ -95,64 +94,57 @@ def solve(design: Floats, seconds: Floats) -> Floats:
     return np.asarray(x, dtype=np.float64)
 
 
-def knots(values: Floats) -> NDArray[np.int64]:
+def knots(values: Floats) -> Ints:
     """Where a curve over these integers may bend."""
     points = np.unique(values.astype(np.int64))
-    if len(points) <= MOST_KNOTS:
+    if len(points) <= MAX_KNOTS:
         return points
-    return np.unique(np.quantile(points, np.linspace(0, 1, MOST_KNOTS), method="nearest"))
+    return np.unique(np.quantile(points, np.linspace(0, 1, MAX_KNOTS), method="nearest"))
 
 
-def ramps(x: Floats, points: NDArray[np.int64]) -> Floats:
-    """float64 [n, knots - 1]: how far each sample is up each segment; a rising curve is a non-negative mixture of them."""
+def ramps(x: Floats, points: Ints) -> Floats:
+    """float64 [n, m - 1]: share of each segment below each sample; rising curves mix them."""
     low, high = points[:-1].astype(np.float64), points[1:].astype(np.float64)
     return np.clip((x[:, None] - low) / (high - low), 0.0, 1.0)
 
 
 def curves(seconds: Floats, table: dict[str, Floats]) -> dict[str, Any]:
-    """The fields of a :class:`CostModel` that samples tell: both curves, the context's slope and the knee's intervals.
-
-    Args:
-        seconds: float64 [n].
-        table: float64 [n] each, ``rows`` and perhaps ``requests``, ``context``, ``base_rows``.
-    """
+    """The fields of a :class:`CostModel` that samples tell: curves, slope, the knee's intervals."""
     x = table["num_tokens"] + table.get("num_other_tokens", 0.0)
-    points, parts = knots(x), [np.ones((len(seconds), 1))]
-    parts.append(ramps(x, points))
-    crowd = knots(table["num_reqs"]) if "num_reqs" in table else None
-    if crowd is not None:
-        parts.append(ramps(table["num_reqs"], crowd))
+    points = knots(x)
+    parts = [np.ones((len(seconds), 1)), ramps(x, points)]
+    reqs = knots(table["num_reqs"]) if "num_reqs" in table else None
+    if reqs is not None:
+        parts.append(ramps(table["num_reqs"], reqs))
     if "context_tokens" in table:
         parts.append(table["context_tokens"][:, None])
     design = np.concatenate(parts, axis=1)
     found, least = solve(design, seconds), 1e-3 * seconds.min()
     curve = np.maximum(found[: len(points)].cumsum(), least)
-    fields: dict[str, Any] = {"num_tokens": tuple(points.tolist()), "seconds": rounded(curve)}
-    if crowd is not None:
-        rises = found[len(points) : len(points) + len(crowd) - 1]
-        fields |= {
-            "num_reqs": tuple(crowd.tolist()),
-            "request_seconds": rounded(np.concatenate([[0.0], rises.cumsum()])),
-        }
+    fields: dict[str, Any] = {"num_tokens": points, "seconds": rounded(curve)}
+    if reqs is not None:
+        rises = found[len(points) : len(points) + len(reqs) - 1]
+        fields["num_reqs"] = reqs
+        fields["request_seconds"] = rounded(np.concatenate([[0.0], rises.cumsum()]))
     if "context_tokens" in table:
         fields["context_token"] = float(found[-1])
-    k_max, gamma = knee_intervals(x, seconds / np.maximum(design @ found, least), points, curve)
-    return fields | {"k_max_interval": k_max, "gamma_interval": gamma}
+    ratio = seconds / np.maximum(design @ found, least)
+    return fields | knee_intervals(x, ratio, points, curve)
 
 
 def rounded(values: ArrayLike, digits: int = 12) -> tuple[float, ...]:
-    """To that many digits: what the solver leaves beyond 12 is noise."""
+    """To that many digits: beyond 12, a solver leaves noise."""
     return tuple(float(f"{value:.{digits}g}") for value in np.asarray(values))
 
 
 def line(amount: ArrayLike, seconds: ArrayLike) -> tuple[float, float]:
-    """The robust line through timings, ``seconds = fixed + each * amount``, neither of them negative.
+    """The robust line ``seconds = fixed + each * amount``, both non-negative.
 
-    For what a :class:`CostModel` takes beside its curve: ``draft_layer, draft_row = line(*profile(draft, rows))``, and
-    ``restart, extend_token = line(*profile(refill, tokens))``.
+    ``draft_layer, draft_token = line(*profile(draft, counts))`` for a :class:`CostModel`, and
+    ``restart, extend_token = line(*profile(extend, counts))``.
 
     Args:
-        amount: numbers [n], rows of a drafted layer or tokens of a refill.
+        amount: numbers [n], tokens of a draft layer or of a draft extend.
         seconds: positive floats [n].
 
     Raises:
@@ -163,32 +155,23 @@ def line(amount: ArrayLike, seconds: ArrayLike) -> tuple[float, float]:
         [1.0, 0.1]
     """
     y, table = columns(seconds, amount=amount)
-    if not (table["amount"] >= 0).all():
-        raise EchoError("amount: expected a number >= 0 in every sample")
+    at_least("amount", table["amount"], 0)
     fixed, each = solve(np.stack([np.ones_like(y), table["amount"]], axis=1), y)
     return float(fixed), float(each)
 
 
-def knee(num_tokens: ArrayLike, seconds: ArrayLike) -> tuple[NDArray[np.int64], Floats, Floats]:
-    """Least squares of the law in relative error, exact: for each integer K its base and slope are a 2 x 2 system.
+def knee(num_tokens: ArrayLike, seconds: ArrayLike) -> tuple[Ints, Floats, Floats]:
+    """Exact least squares of the law in relative error: base and slope of a K are a 2 x 2 system.
 
-    Measured row counts are tried first, then the integers on both sides of the best.
-
-    Args:
-        num_tokens: increasing ints [n].
-        seconds: positive floats [..., n], any number of curves.
-
-    Returns:
-        ``k_max`` int64 [...], ``t_ar`` and ``gamma`` float64 [...]. A curve that never rises has gamma 0 and its last row count.
+    ``seconds`` [..., m] may be any number of curves. Returns ``k_max`` int64, ``t_ar`` and
+    ``gamma`` float64 [...]; a curve that never rises has gamma 0 and its last count.
     """
     x, y = np.asarray(num_tokens, dtype=np.float64), np.asarray(seconds, dtype=np.float64)
     error, *_ = _law(x, y, np.broadcast_to(x, (*y.shape[:-1], len(x))))
     place = _first(error)
     below, above = x[np.maximum(place - 1, 0)], x[np.minimum(place + 1, len(x) - 1)]
     between = np.round(below[..., None] + (above - below)[..., None] * np.linspace(0, 1, 65))
-    candidates = np.concatenate(
-        [x[place][..., None], between], axis=-1
-    )  # the measured count first: it wins ties
+    candidates = np.concatenate([x[place][..., None], between], axis=-1)  # the first wins ties
     error, base, slope = _law(x, y, candidates)
     best = _first(error)[..., None]
     k, base, slope = (np.take_along_axis(v, best, -1)[..., 0] for v in (candidates, base, slope))
@@ -197,7 +180,7 @@ def knee(num_tokens: ArrayLike, seconds: ArrayLike) -> tuple[NDArray[np.int64], 
 
 
 def _law(x: Floats, y: Floats, k: Floats) -> tuple[Floats, Floats, Floats]:
-    """Error, base and slope of the law for each candidate: y [..., n], k [..., c] -> [..., c] each."""
+    """Error, base and slope of the law for each candidate: y [..., m], k [..., c] -> [..., c]."""
     u = np.broadcast_to((1.0 / y)[..., None, :], (*k.shape, len(x)))
     v = np.maximum(0.0, x - k[..., None]) * u
     uu, uv, vv, u1, v1 = (u * u).sum(-1), (u * v).sum(-1), (v * v).sum(-1), u.sum(-1), v.sum(-1)
@@ -211,27 +194,20 @@ def _law(x: Floats, y: Floats, k: Floats) -> tuple[Floats, Floats, Floats]:
 
 
 def _first(error: Floats) -> NDArray[np.intp]:
-    """The first of the smallest errors, rounding aside."""
+    """The first of the smallest errors, up to rounding."""
     return np.asarray((error <= error.min(-1, keepdims=True) + 1e-12).argmax(axis=-1))
 
 
-def knee_intervals(
-    x: Floats, ratio: Floats, points: NDArray[np.int64], curve: Floats
-) -> tuple[tuple[int, int], tuple[float, float]] | tuple[None, None]:
-    """95% bootstrap intervals of K_max and gamma: samples drawn anew at each knot, their median, a monotone curve, its knee.
+def knee_intervals(x: Floats, ratio: Floats, points: Ints, curve: Floats) -> dict[str, Any]:
+    """95% bootstrap intervals: resample each knot, take the median, a monotone curve, its knee.
 
-    Args:
-        x: float64 [n], row counts of the samples.
-        ratio: float64 [n], each sample over the fitted curve.
-        points, curve: [m], the fitted curve.
-
-    Returns:
-        None twice where fewer than three samples fall to a knot on average: then nothing is known about the noise.
+    ``ratio`` [n]: each sample over the curve. Fewer than three samples a knot tell nothing of the
+    noise, and give no intervals.
     """
     from scipy.optimize import isotonic_regression
 
     if len(x) < 3 * len(points) or len(points) < 3:
-        return None, None
+        return {}
     rng = np.random.default_rng(0)
     near = np.abs(x[:, None] - points).argmin(1)
     drawn = np.ones((RESAMPLES, len(points)))
@@ -242,17 +218,12 @@ def knee_intervals(
     monotone = np.stack([isotonic_regression(row).x for row in drawn * curve])
     k, _, gamma = knee(points, monotone)
     low, high = np.percentile(k, [2.5, 97.5])
-    return (int(np.floor(low)), int(np.ceil(high))), (
-        float(np.percentile(gamma, 2.5)),
-        float(np.percentile(gamma, 97.5)),
-    )
+    slopes = tuple(np.percentile(gamma, [2.5, 97.5]).tolist())
+    return {"k_max_interval": (int(np.floor(low)), int(np.ceil(high))), "gamma_interval": slopes}
 
 
-def given_way(
-    curve: tuple[tuple[int, ...], tuple[float, ...]], at: int, value: float, error: float
-) -> tuple[Any, Any]:
-    """A curve whose value at ``at`` moves by ``error``, at the knot near it or a new one, and that falls on neither side of it."""
-    x, y = (np.asarray(part, dtype=np.float64) for part in curve)
+def bend(x: Floats, y: Floats, at: int, value: float, error: float) -> tuple[Floats, Floats]:
+    """The curve whose ``value`` at ``at`` moves by ``error``, at a near or new knot; it rises."""
     knot = int(np.abs(x - at).argmin())
     if abs(x[knot] - at) > NEAR * at:
         knot = int(np.searchsorted(x, at))
@@ -260,4 +231,4 @@ def given_way(
     y[knot] = max(y[knot] + error, 1e-3 * y[0])
     y[:knot] = np.minimum(y[:knot], y[knot])
     y[knot:] = np.maximum(y[knot:], y[knot])
-    return tuple(int(r) for r in x), tuple(float(s) for s in y)
+    return x, y

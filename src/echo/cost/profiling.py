@@ -1,9 +1,11 @@
-"""Timing a step of one's own."""
+"""Where timings come from: a custom step, timed here, or SGLang's cost tables (0.5.23)."""
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,35 +23,38 @@ def profile(
     warmup: int = 1,
     device: torch.device | str = "cpu",
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Times ``step(num_tokens)`` for each row count: ``warmup`` untimed rounds over all counts, then ``repeats`` timed ones.
+    """Times ``step(count)`` for each token count: ``warmup`` untimed rounds, then ``repeats``.
 
-    Rounds are interleaved so that a slow moment of the machine does not fall on one row count alone; the fits that take the samples
-    are robust, as a median is. On CUDA the device's own events are the clock.
+    A round runs all counts, so that a slow moment of the machine does not hit one alone.
 
     Args:
-        step: runs one step of that many rows; on CUDA it need not wait for the device, but must use the current stream.
-        num_tokens: row counts, at least 1.
+        step: runs one step of that many tokens; on CUDA on the current stream.
+        num_tokens: token counts, at least 1.
         repeats: timed calls of each.
         warmup: untimed calls of each: compilation, graph capture, clocks.
-        device: where the step runs.
+        device: where the step runs; on CUDA, its events are the clock.
 
     Returns:
-        Samples for :meth:`CostModel.from_samples` or :func:`line`: rows int64 [n * repeats] and seconds float64 [n * repeats].
+        Token counts int64 and seconds float64 [n * repeats], for :meth:`CostModel.from_samples`.
 
     Raises:
-        EchoError: no row counts, or an argument out of range.
+        EchoError: no token counts, or an argument out of range.
+
+    Example:
+        >>> counts, seconds = profile(lambda count: sum(range(count)), [1, 8], repeats=2)
+        >>> counts.tolist(), seconds.shape
+        ([1, 8, 1, 8], (4,))
     """
-    counts = [checks.integer("rows", r, 1) for r in num_tokens]
+    counts = [checks.integer("num_tokens", count, 1) for count in num_tokens]
     repeats = checks.integer("repeats", repeats, 1)
     warmup = checks.integer("warmup", warmup, 0)
     if not counts:
-        raise EchoError("rows: expected at least one row count, got none")
+        raise EchoError("num_tokens: expected at least one token count, got none")
     for count in counts * warmup:
         step(count)
     clock = _device_clock if torch.device(device).type == "cuda" else _host_clock
-    return np.array(counts * repeats, dtype=np.int64), np.array(
-        [clock(step, count) for count in counts * repeats]
-    )
+    seconds = [clock(step, count) for count in counts * repeats]
+    return np.array(counts * repeats, dtype=np.int64), np.array(seconds)
 
 
 def _host_clock(step: Callable[[int], object], count: int) -> float:
@@ -59,7 +64,7 @@ def _host_clock(step: Callable[[int], object], count: int) -> float:
 
 
 def _device_clock(step: Callable[[int], object], count: int) -> float:
-    """Between two events of the stream, the second awaited before the next step: what a step takes when nothing runs before it."""
+    """Between two events of the stream, synchronized: each step starts on an idle device."""
     torch.cuda.synchronize()
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     start.record()
@@ -67,3 +72,33 @@ def _device_clock(step: Callable[[int], object], count: int) -> float:
     end.record()
     end.synchronize()
     return float(start.elapsed_time(end)) / 1e3
+
+
+def sglang_fields(text: str) -> dict[str, Any]:
+    """The fields of a :class:`CostModel` that one of SGLang's cost tables (JSON) tells.
+
+    ``bias + alpha(requests) + theta(tokens)`` between probes, or steps per second held from probe
+    to probe.
+    """
+    with checks.reading("cost: expected one of SGLang's cost tables"):
+        data = json.loads(text)
+        if "bias_seconds" in data:
+            alpha, theta = (_rising(data[name]) for name in ("alpha_seconds", "theta_seconds"))
+            seconds = float(data["bias_seconds"]) + alpha[0] + theta
+            fields = {"num_tokens": data["m_probes"], "seconds": seconds.tolist()}
+            if len(alpha) == 1:
+                return fields
+            rises = (alpha - alpha[0]).tolist()
+            return fields | {"num_reqs": data["bs_probes"], "request_seconds": rises}
+        probes = [int(probe) for probe in data["sample_batch_tokens"]]
+        seconds = _rising(1.0 / np.asarray(data["sample_steps_per_sec"])).tolist()
+        ends = [probe - 1 for probe in probes[1:]] + [probes[-1] + 1]
+        flat = dict(zip(ends, seconds, strict=True)) | dict(zip(probes, seconds, strict=True))
+        tokens = sorted(flat)
+        return {"num_tokens": tokens, "seconds": [flat[count] for count in tokens]}
+
+
+def _rising(values: Any) -> NDArray[np.float64]:
+    from scipy.optimize import isotonic_regression
+
+    return np.asarray(isotonic_regression(np.asarray(values, dtype=np.float64)).x)

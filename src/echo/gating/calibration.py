@@ -1,11 +1,14 @@
-"""From a warm-up log to the depths worth a gate, their thresholds, and calibrated acceptance probabilities."""
+"""From a warm-up log to gate depths, thresholds and calibrated acceptance probabilities."""
 
 from __future__ import annotations
 
+import json
+import math
 import os
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,11 +16,10 @@ from numpy.typing import NDArray
 from echo import _checks as checks
 from echo._checks import EchoError
 from echo.cost import CostModel
-from echo.gating import files, reliability
+from echo.gating import statistics
 from echo.gating.histograms import ROWS, SQUARE, UNIT, WEIGHT, ConfidenceHistograms, upper_ends
 from echo.gating.logs import WarmupLog, write_atomically
-from echo.gating.reliability import CalibrationError, Knots
-from echo.gating.separability import from_histogram
+from echo.gating.statistics import CalibrationError, Knots
 from echo.gating.thresholds import (
     GateReport,
     Objective,
@@ -30,8 +32,9 @@ from echo.gating.thresholds import (
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+FORMAT, VERSION = "echo-calibration", 2
 PROFILE_BINS = 20
-"""Equal-mass bins of the confidence profile that a calibration keeps for the picture and for drift; 10 to 20 is the custom for PSI."""
+"""Equal-mass bins of the confidence profile kept for the plot and for drift; custom for PSI."""
 
 
 @dataclass(frozen=True)
@@ -39,19 +42,19 @@ class DepthCalibration:
     """What the log says of one depth.
 
     Attributes:
-        depth: 1 is the first drafted layer.
-        accepted, rejected: rows of the maximum path.
-        auc, auc_low, auc_high: separability and its 95% interval; NaN, 0, 1 without both kinds of rows.
-        threshold: tau, by the calibration's rule; a request passes whose confidence is above it.
-        youden: greatest J = P(pass | accepted) - P(pass | rejected) of this depth over all thresholds.
+        depth: 1 is the first draft layer.
+        accepted, rejected: rows of rank 0.
+        auc, auc_low, auc_high: separability and its 95% interval; NaN, 0, 1 without both kinds.
+        threshold: tau, by the calibration's rule; a request passes above it.
+        youden: greatest J = P(pass | accepted) - P(pass | rejected) over all thresholds.
         gate: whether this depth is a gate.
         reason: why, or why not, in words.
-        reliability: (log-probability, P(path accepted)) knots of the monotone map, both increasing; over all ranks.
-        auc_error: the most by which the bins can have moved the AUC (see :class:`Separability`).
-        stopped: weighted rows of the maximum path that a gate here, alone, would stop.
-        stopped_accepted: those of them that the target accepted.
-        effective: effective number of rows of the maximum path, (sum w)^2 / sum w^2.
-        profile: (greatest confidence, accepted weight, rejected weight) of up to 20 bins of about equal mass, maximum path.
+        reliability: knots (log-probability, P(path accepted)), both rising; over all ranks.
+        auc_error: bound on what the bins move the AUC.
+        stopped, stopped_accepted: weighted rows of rank 0 that this gate alone would stop, and
+            those of them that the target accepted.
+        effective: effective number of rows of rank 0, (sum w)^2 / sum w^2.
+        profile: (greatest confidence, accepted, rejected weight) of about equal-mass bins, rank 0.
     """
 
     depth: int
@@ -80,8 +83,8 @@ class Calibration:
 
     Attributes:
         depths: one entry for each depth 1..max_depth.
-        min_auc, min_rows, max_gates, rule: the rules it was made with.
-        throughput: with the throughput rule, its tokens per second on the log, else None.
+        min_auc, min_rows, max_gates, rule: the settings it was made with.
+        throughput: tokens per second on the log by the throughput rule, else None.
     """
 
     depths: tuple[DepthCalibration, ...]
@@ -98,7 +101,7 @@ class Calibration:
 
     @property
     def gate_depths(self) -> tuple[int, ...]:
-        """Depths at which a request may be sent away."""
+        """Depths at which a request may be stopped."""
         return tuple(d.depth for d in self.depths if d.gate)
 
     @property
@@ -107,38 +110,33 @@ class Calibration:
         return {d.depth: d.threshold for d in self.depths if d.gate}
 
     def reliability_table(self) -> NDArray[np.int32]:
-        """P(path accepted) as 24-bit fixed point, int32 [max_depth + 1, 512]: the maps m_d, tabulated.
+        """P(path accepted) in 24-bit fixed point, int32 [max_depth + 1, 512].
 
-        Row d, column ``min(floor(-32 * S), 511)`` answers for a node of depth d with path log-probability S; row 0, the root,
-        is 1.0. A power of two times S is exact, so every device reads the same entry (:func:`echo.gating.look_up`).
+        Row d, column ``min(floor(-32 * S), 511)`` is for a node of depth d with path
+        log-probability S; row 0, the root, is 1.0. For :func:`echo.gating.look_up`.
         """
-        return reliability.table([d.reliability for d in self.depths])
+        return statistics.table([d.reliability for d in self.depths])
 
     def error(
         self, log: WarmupLog, *, bins: int = 20, resamples: int = 200, seed: int = 0
     ) -> CalibrationError:
-        """Calibration error before and after, on held-out rows; see :func:`echo.gating.calibration_error` for all arguments."""
-        return reliability.calibration_error(
-            self.reliability_table(), log, bins=bins, resamples=resamples, seed=seed
-        )
+        """As :func:`echo.gating.calibration_error`, of this calibration on a held-out ``log``."""
+        table = self.reliability_table()
+        return statistics.calibration_error(table, log, bins=bins, resamples=resamples, seed=seed)
 
     def report(self, log: WarmupLog) -> tuple[GateReport, ...]:
-        """What each gate does to the requests of a ``log``, behind the gates above it: asked, stopped, and wrongly stopped.
-
-        Raises:
-            EchoError: see :func:`echo.gating.report`.
-        """
+        """As :func:`echo.gating.report`, of these thresholds on a ``log``."""
         return report(log, self.thresholds)
 
     def refit(self, histograms: ConfidenceHistograms) -> Calibration:
-        """Calibrates again with the same settings, from ``histograms`` that went on counting (a lagged copy of the live ones).
+        """As :func:`calibrate` with these settings, from ``histograms`` that went on counting.
 
         Raises:
-            EchoError: the throughput rule, which needs rows joined by step; and as :func:`calibrate`.
+            EchoError: the throughput rule, which needs step ids; and as :func:`calibrate`.
         """
         return calibrate(
             histograms,
-            max_depth=min(self.max_depth, _counted(histograms)),
+            max_depth=min(self.max_depth, _deepest(histograms)),
             min_auc=self.min_auc,
             min_rows=self.min_rows,
             max_gates=self.max_gates,
@@ -146,21 +144,34 @@ class Calibration:
         )
 
     def plot(self) -> Figure:
-        """A matplotlib figure: histograms with thresholds, AUC with intervals, reliability. Needs the ``plot`` extra.
+        """A matplotlib figure: histograms with thresholds, AUC with intervals, reliability.
 
         Raises:
-            EchoError: matplotlib is not installed.
+            EchoError: matplotlib is not installed (extra ``plot``).
         """
         from echo import plot
 
         return plot.calibration(self)
 
     def __str__(self) -> str:
-        return files.describe(self)
+        gates = ", ".join(map(str, self.gate_depths))
+        rate = "" if self.throughput is None else f" ({self.throughput:.4g} tokens/s)"
+        counts = "depth  gate  accepted  rejected  AUC   95%           threshold"
+        head = f"{counts}   stops  wrongly  reason"
+        title = f"{self.max_depth} depths, gates at {gates}; thresholds by {self.rule}{rate}"
+        return "\n".join([title, head, *map(_line, self.depths)])
 
     def to_json(self) -> str:
-        """The calibration as JSON text: one line for each value or map, the same bytes for equal calibrations."""
-        return files.write(self)
+        """JSON text, one value or map a line: the same bytes for equal calibrations."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        head = {"format": FORMAT, "version": VERSION} | values
+        entries = []
+        for d in self.depths:
+            pairs = [f"   {_pair(f.name, getattr(d, f.name))}" for f in fields(d)]
+            entries.append("  {\n" + ",\n".join(pairs) + "\n  }")
+        depths = ' "depths": [\n' + ",\n".join(entries) + "\n ]"
+        lines = [depths if key == "depths" else f" {_pair(key, v)}" for key, v in head.items()]
+        return "{\n" + ",\n".join(lines) + "\n}\n"
 
     @classmethod
     def from_json(cls, text: str) -> Calibration:
@@ -169,22 +180,75 @@ class Calibration:
         Raises:
             EchoError: not JSON, of another version, truncated, or with a value out of range.
         """
-        return files.read(text, cls, DepthCalibration)
+        with checks.reading("calibration: expected JSON text"):
+            data = json.loads(text)
+        found: Any = type(data).__name__
+        if isinstance(data, dict):
+            found = data.pop("format", None), data.pop("version", None)
+        if found != (FORMAT, VERSION):
+            newer = isinstance(found, tuple) and isinstance(found[1], int) and found[1] > VERSION
+            hint = ": a newer ECHO wrote it, update this one" if newer else ""
+            wanted = f"format '{FORMAT}' version {VERSION}"
+            raise EchoError(f"calibration: expected {wanted}, got {found}{hint}")
+        with checks.reading(f"calibration: expected the fields of version {VERSION}"):
+            depths = tuple(_read_depth(entry) for entry in data["depths"])
+            result = cls(**{**data, "depths": depths})
+        numbers = [d.depth for d in depths]
+        if numbers != list(range(1, len(depths) + 1)) or not depths:
+            raise EchoError(f"calibration: expected depths 1, 2, ..., got {numbers}")
+        return result
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the JSON to ``path`` in one atomic move."""
+        """Writes the JSON to ``path`` atomically."""
         with write_atomically(path) as handle:
             handle.write(self.to_json().encode())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Calibration:
-        """Reads the file ``path`` that :meth:`save` wrote.
-
-        Raises:
-            EchoError: as :meth:`from_json`.
-            FileNotFoundError: no such file.
-        """
+        """Reads the file that :meth:`save` wrote; raises as :meth:`from_json` and ``open``."""
         return cls.from_json(Path(path).read_text(encoding="utf-8"))
+
+
+def _line(d: DepthCalibration) -> str:
+    """``stops``: what the gate alone stops; ``wrongly``: the accepted part of that."""
+    rows = sum(a + r for _, a, r in d.profile)
+    gate = "yes" if d.gate else "no"
+    auc = "  - " if math.isnan(d.auc) else f"{d.auc:.2f}"
+    stops = f"{d.stopped / rows:6.1%}" if rows else "     -"
+    wrongly = f"{d.stopped_accepted / d.stopped:7.1%}" if d.stopped else "      -"
+    counts = f"{d.depth:5d}  {gate:<4}  {d.accepted:8d}  {d.rejected:8d}"
+    interval = f"[{d.auc_low:.2f}, {d.auc_high:.2f}]"
+    return f"{counts}  {auc}  {interval}  {d.threshold:9.3g}  {stops}  {wrongly}  {d.reason}"
+
+
+def _pair(name: str, value: Any) -> str:
+    plain = None if isinstance(value, float) and math.isnan(value) else value
+    return f"{json.dumps(name)}: {json.dumps(plain, allow_nan=False)}"
+
+
+def _read_depth(data: Mapping[str, Any]) -> DepthCalibration:
+    """One entry, checked."""
+    auc = float("nan") if data["auc"] is None else float(data["auc"])
+    maps = {name: _rows(data[name]) for name in ("reliability", "profile")}
+    d = DepthCalibration(**{**data, "auc": auc, **maps})
+    checks.integer("calibration.depth", d.depth, 1)
+    checks.real("calibration.threshold", d.threshold, 0.0, 1.0)
+    for name in ("accepted", "rejected"):
+        checks.integer(f"calibration.{name}", getattr(d, name), 0)
+    checks.real("calibration.effective", d.effective, 0.0)
+    for number in (number for row in d.profile for number in row):
+        checks.real("calibration.profile", number, 0.0)
+    scores, chances = [s for s, _ in d.reliability], [p for _, p in d.reliability]
+    rising = scores == sorted(scores) and chances == sorted(chances)
+    finite = all(map(math.isfinite, scores + chances))
+    if not scores or not (rising and finite) or not 0 <= chances[0] <= chances[-1] <= 1:
+        expected = f"expected rising knots within [0, 1] at depth {d.depth}"
+        raise EchoError(f"calibration.reliability: {expected}, got {d.reliability}")
+    return d
+
+
+def _rows(table: Any) -> Any:
+    return tuple(tuple(float(value) for value in row) for row in table)
 
 
 def calibrate(
@@ -199,43 +263,40 @@ def calibrate(
     batch: int = 64,
     beam: int = 1,
 ) -> Calibration:
-    """Finds the sweet spots of a warm-up log: the depths where confidence separates accepted from rejected tokens.
+    """Finds the depths of a warm-up log where confidence tells accepted from rejected tokens.
 
-    Gate depths are the root gate (1), the target depth (``max_depth``) and the depths whose AUC is above ``min_auc`` with 95%
-    confidence, best first by expected benefit, ``max_gates`` at most: Youden's J times the rejected weight of that depth times the layers
-    that a gate there saves. The paper names neither bound nor number; every depth carries the reason of its choice.
+    Gate depths are the root gate (1), the target depth (``max_depth``) and the depths whose AUC is
+    above ``min_auc`` with 95% confidence, best first by Youden's J times the depth's rejected
+    weight times the layers that a gate there saves. The paper names neither bound nor number;
+    every depth carries the reason of its choice.
 
-    A log is counted into :class:`ConfidenceHistograms` first: calibrating a log, its histograms, or merged histograms of its parts
-    gives the same bits.
-
-    Rows that a gate or budget kept from being verified are missing, and what is calibrated on the others is biased. A log whose steps bear
-    the mark of a gate is refused. Where nothing joins the rows of a step (a log without step ids, histograms), a warning says that fewer
-    rows are deeper.
+    A log, its histograms, and merged histograms of its parts give the same bits. Rows that a gate
+    or budget kept from verification bias what is calibrated on the others: a log whose steps bear
+    the mark of a gate is refused; where no step ids tell, fewer deeper rows give a warning.
 
     Args:
-        log: rows of steps that were drafted without a gate, or with weights; or their histograms. Rank 0 decides gates and
-            thresholds, all ranks the reliability.
-        max_depth: deepest depth to calibrate; the log's deepest where not given.
+        log: rows of steps drafted without a gate, or with weights; or their histograms. Rank 0
+            decides gates and thresholds, all ranks the reliability.
+        max_depth: deepest depth to calibrate. Defaults to the log's deepest.
         min_auc: the paper's delta, in [0.5, 1].
-        min_rows: accepted and rejected rows of the maximum path that a gate needs, each. 50 rows hold the 95% interval of
-            an AUC of 0.8 within about 0.09.
+        min_rows: accepted and rejected rows of rank 0 that a gate needs, each. 50 hold the 95%
+            interval of an AUC of 0.8 within about 0.09.
         max_gates: gates at most, the root gate and the target depth included; at least 2.
-        thresholds: "youden": each depth's Youden point. "throughput": those of the gate depths maximise tokens per second of
-            verification over whole steps (:func:`echo.gating.throughput_optimal`); it needs a log with step ids, and ``cost``.
-        cost: for "throughput": seconds by rows.
-        batch: for "throughput": requests decoded together.
-        beam: for "throughput": rows that the rule buys of a layer.
+        thresholds: "youden": each depth's Youden point. "throughput": those that maximize tokens
+            per second (:func:`echo.gating.throughput_optimal`); needs step ids and ``cost``.
+        cost, batch, beam: for "throughput", as in :class:`echo.gating.Objective`.
 
     Raises:
-        EchoError: an empty log, a log with accepted or rejected rows only, an argument out of range, a log without weights that
-            bears the mark of a gate, or the throughput rule from histograms, without a cost, or on steps that lack rows.
+        EchoError: an argument out of range; an empty log, accepted or rejected rows only, or the
+            mark of a gate; the throughput rule from histograms or on steps that lack rows.
 
     Example:
-        >>> log = WarmupLog.from_arrays([1] * 200, [0.9] * 80 + [0.2] * 100 + [0.9] * 20, [1] * 80 + [0] * 120)
-        >>> calibration = calibrate(log)
-        >>> calibration.gate_depths, round(calibration.depths[0].auc, 3), round(calibration.thresholds[1], 2)
+        >>> confidence = [0.9] * 80 + [0.2] * 100 + [0.9] * 20
+        >>> log = WarmupLog.from_arrays([1] * 200, confidence, [1] * 80 + [0] * 120)
+        >>> made = calibrate(log)
+        >>> made.gate_depths, round(made.depths[0].auc, 3), round(made.thresholds[1], 2)
         ((1,), 0.917, 0.55)
-        >>> calibration == calibrate(ConfidenceHistograms.of(log))
+        >>> made == calibrate(ConfidenceHistograms.of(log))
         True
     """
     min_auc = checks.real("min_auc", min_auc, 0.5, 1.0)
@@ -243,44 +304,37 @@ def calibrate(
     max_gates = checks.integer("max_gates", max_gates, 2)
     if thresholds not in ("youden", "throughput"):
         raise EchoError(f"thresholds: expected 'youden' or 'throughput', got {thresholds!r}")
+    objective = None
     if thresholds == "throughput":
         if not isinstance(log, WarmupLog):
             raise EchoError(
-                "thresholds: expected 'youden' for histograms, got 'throughput': what a threshold is worth depends on which rows belong to "
-                "one step, and histograms do not keep steps together; calibrate from a WarmupLog"
+                "thresholds: expected 'youden' for histograms, got 'throughput': what a threshold "
+                "is worth depends on which rows belong to one step, and histograms do not keep "
+                "steps together; calibrate from a WarmupLog"
             )
-        if cost is None:
-            raise EchoError("cost: expected a CostModel for thresholds='throughput', got None")
-    batch = checks.integer("batch", batch, 1)
-    beam = checks.integer("beam", beam, 1)
-    shown = isinstance(log, WarmupLog) and refuse_gated(log)
-    histograms = (
-        ConfidenceHistograms.of(log)
-        if isinstance(log, WarmupLog)
-        else checks.instance("log", log, ConfidenceHistograms)
-    )
+        objective = Objective(checks.instance("cost", cost, CostModel), batch, beam)
+    if isinstance(log, WarmupLog):
+        shown, histograms = refuse_gated(log), ConfidenceHistograms.of(log)
+    else:
+        shown, histograms = False, checks.instance("log", log, ConfidenceHistograms)
     kinds = histograms.mass[ROWS].sum(axis=(0, 1, 3))
     if not kinds.any():
         raise EchoError("log: expected rows, got an empty log")
     if not kinds.all():
-        raise EchoError(
-            f"log: expected accepted and rejected rows, got {kinds.sum()} {'accepted' if kinds[1] else 'rejected'} rows only"
-        )
+        only = f"{kinds.sum()} {'accepted' if kinds[1] else 'rejected'} rows only"
+        raise EchoError(f"log: expected accepted and rejected rows, got {only}")
     if not shown:
         warn_of_missing(histograms)
-    deepest = _counted(histograms)
+    deepest = _deepest(histograms)
     last = deepest if max_depth is None else checks.integer("max_depth", max_depth, 1, deepest)
-    found = [
-        _measure(histograms.mass[:, depth - 1], depth, min_auc, min_rows)
-        for depth in range(1, last + 1)
-    ]
-    result = Calibration(tuple(_choose(found, max_gates)), float(min_auc), min_rows, max_gates)
-    if thresholds == "throughput" and cost is not None and isinstance(log, WarmupLog):
-        return _throughput_optimal(result, log, Objective(cost, batch, beam))
-    return result
+    found = [_measure(histograms.mass[:, d - 1], d, min_auc, min_rows) for d in range(1, last + 1)]
+    result = Calibration(tuple(_choose(found, max_gates)), min_auc, min_rows, max_gates)
+    if objective is None or not isinstance(log, WarmupLog):
+        return result
+    return _optimize(result, log, objective)
 
 
-def _counted(histograms: ConfidenceHistograms) -> int:
+def _deepest(histograms: ConfidenceHistograms) -> int:
     filled = np.flatnonzero(histograms.mass[ROWS].any(axis=(1, 2, 3)))
     return int(filled[-1]) + 1 if len(filled) else 1
 
@@ -291,33 +345,21 @@ def _measure(
     """``mass`` int64 [3, 2, 2, bins] of one depth."""
     path = mass[:, 0]
     rejected, accepted = (int(n) for n in path[ROWS].sum(axis=1))
-    s = from_histogram(path)
+    s = statistics.from_histogram(path)
     if min(accepted, rejected) < min_rows:
         fewer, count = ("accepted", accepted) if accepted < rejected else ("rejected", rejected)
         good, reason = False, f"only {count} {fewer} rows, {min_rows} needed"
     else:
         good = s.low > min_auc
-        reason = f"AUC {s.auc:.2f} [{s.low:.2f}, {s.high:.2f}] {'above' if good else 'not above'} {min_auc:.2f}"
+        verdict = f"{'above' if good else 'not above'} {min_auc:.2f}"
+        reason = f"AUC {s.auc:.2f} [{s.low:.2f}, {s.high:.2f}] {verdict}"
     below = path[WEIGHT][:, upper_ends() <= s.threshold].sum(axis=1) / UNIT
-    square = int(path[SQUARE].sum())
-    return DepthCalibration(
-        depth,
-        accepted,
-        rejected,
-        s.auc,
-        s.low,
-        s.high,
-        s.threshold,
-        s.youden,
-        good,
-        reason,
-        reliability.fit(mass.sum(axis=1)),
-        auc_error=s.error,
-        stopped=float(below.sum()),
-        stopped_accepted=float(below[1]),
-        effective=float(path[WEIGHT].sum() / UNIT) ** 2 / (square / UNIT) if square else 0.0,
-        profile=_profile(path[WEIGHT]),
-    )
+    total, square = float(path[WEIGHT].sum() / UNIT), int(path[SQUARE].sum()) / UNIT
+    effective = total**2 / square if square else 0.0
+    found = accepted, rejected, s.auc, s.low, s.high, s.threshold, s.youden, good, reason
+    stopped = s.error, float(below.sum()), float(below[1])
+    maps = statistics.fit(mass.sum(axis=1)), _profile(path[WEIGHT])
+    return DepthCalibration(depth, *found, maps[0], *stopped, effective, maps[1])
 
 
 def _profile(weight: NDArray[np.int64]) -> tuple[tuple[float, float, float], ...]:
@@ -325,58 +367,45 @@ def _profile(weight: NDArray[np.int64]) -> tuple[tuple[float, float, float], ...
     if not total.any():
         return ()
     sums = np.cumsum(total)
-    last = np.unique(
-        np.searchsorted(sums, sums[-1] * np.arange(1, PROFILE_BINS + 1) / PROFILE_BINS)
-    )
+    shares = np.arange(1, PROFILE_BINS + 1) / PROFILE_BINS
+    last = np.unique(np.searchsorted(sums, sums[-1] * shares))
     last[-1] = len(total) - 1
     first = np.concatenate([[0], last[:-1] + 1])
     rejected, accepted = np.add.reduceat(weight, first, axis=1) / UNIT
-    return tuple(
-        (float(c), float(a), float(r))
-        for c, a, r in zip(upper_ends()[last], accepted, rejected, strict=True)
-    )
+    columns = (column.tolist() for column in (upper_ends()[last], accepted, rejected))
+    return tuple(zip(*columns, strict=True))
 
 
 def _choose(found: list[DepthCalibration], max_gates: int) -> list[DepthCalibration]:
-    ends = {1, len(found)}
+    ends = {len(found): "target depth", 1: "root gate"}
 
     def benefit(d: DepthCalibration) -> float:
         return d.youden * sum(rejected for _, _, rejected in d.profile) * (len(found) - d.depth + 1)
 
-    inner = sorted(
-        (d for d in found if d.gate and d.depth not in ends), key=lambda d: (-benefit(d), d.depth)
-    )
-    chosen = ends | {d.depth for d in inner[: max(0, max_gates - len(ends))]}
+    inner = [d for d in found if d.gate and d.depth not in ends]
+    inner.sort(key=lambda d: (-benefit(d), d.depth))
+    extra = {d.depth for d in inner[max(0, max_gates - len(ends)) :]}
     result = []
     for d in found:
         if d.depth in ends:
-            name = "root gate" if d.depth == 1 else "target depth"
-            result.append(replace(d, gate=True, reason=f"{name}; {d.reason}"))
-        elif d.gate and d.depth not in chosen:
-            result.append(
-                replace(d, gate=False, reason=f"{d.reason}, but {max_gates} gates at most")
-            )
-        else:
-            result.append(d)
+            d = replace(d, gate=True, reason=f"{ends[d.depth]}; {d.reason}")
+        elif d.depth in extra:
+            d = replace(d, gate=False, reason=f"{d.reason}, but {max_gates} gates at most")
+        result.append(d)
     return result
 
 
-def _throughput_optimal(
-    calibration: Calibration, log: WarmupLog, objective: Objective
-) -> Calibration:
-    taus, value = throughput_optimal(
-        log, calibration.gate_depths, calibration.max_depth, objective, calibration.thresholds
-    )
+def _optimize(calibration: Calibration, log: WarmupLog, objective: Objective) -> Calibration:
+    """The calibration with throughput-optimal thresholds at its gates."""
+    gates, start = calibration.gate_depths, calibration.thresholds
+    taus, value = throughput_optimal(log, gates, calibration.max_depth, objective, start)
     depths = []
     for d in calibration.depths:
-        if not d.gate:
-            depths.append(d)
-            continue
-        below = (log.depth == d.depth) & (log.rank == 0) & (log.confidence <= taus[d.depth])
-        stopped, accepted = (
-            float(log.weight[rows].sum(dtype=np.float64)) for rows in (below, below & log.accepted)
-        )
-        depths.append(
-            replace(d, threshold=taus[d.depth], stopped=stopped, stopped_accepted=accepted)
-        )
+        if d.gate:
+            tau = taus[d.depth]
+            below = (log.depth == d.depth) & (log.rank == 0) & (log.confidence <= tau)
+            kinds = below, below & log.accepted
+            stopped, accepted = (float(log.weight[k].sum(dtype=np.float64)) for k in kinds)
+            d = replace(d, threshold=tau, stopped=stopped, stopped_accepted=accepted)
+        depths.append(d)
     return replace(calibration, depths=tuple(depths), rule="throughput", throughput=value)

@@ -17,7 +17,8 @@ from echo.gating.histograms import SQUARE, UNIT, WEIGHT, ConfidenceHistograms, u
 TESTS = 3
 """Tests of each depth: psi, ks, gap."""
 ENOUGH = 100.0
-"""Effective rows, of the reference and live, below which a depth is not judged: five in each of 20 bins (rule of thumb for chi-squared)."""
+"""Effective rows, of the calibration and live, below which a depth is not judged: five in each of
+20 bins (rule of thumb for chi-squared)."""
 
 
 @dataclass(frozen=True)
@@ -25,11 +26,11 @@ class DepthDrift:
     """One depth of a :class:`DriftReport`. A statistic above its limit is drift.
 
     Attributes:
-        depth: 1 for the first drafted layer.
-        rows: effective number of live rows of the maximum path.
+        depth: 1 for the first draft layer.
+        rows: effective number of live rows of rank 0.
         psi, psi_limit: population stability index of the confidence.
         ks, ks_limit: Kolmogorov-Smirnov distance of the confidence.
-        gap, gap_limit: live minus expected rate of acceptance at equal confidence, and the limit of its size.
+        gap, gap_limit: live minus calibrated acceptance rate at equal confidence; its limit.
         drifted: whether any is above its limit.
         reason: in words.
     """
@@ -67,32 +68,38 @@ class DriftReport:
 
 @dataclass(frozen=True)
 class DriftMonitor:
-    """Compares live histograms with a calibration: in constant memory, since both are histograms.
+    """Compares live histograms with a calibration, in constant memory.
 
-    Three statistics a depth, over the calibration's equal-mass bins of the maximum path's confidence:
+    Three statistics a depth, over the calibration's bins of the confidence of rank 0, with n and m
+    effective rows:
 
-    - PSI = sum (p - q) log(p / q). Without drift it is (1/n + 1/m) times a chi-squared number of bins - 1 degrees (Yurdakul and
-      Naranjo 2020), n and m effective rows: the sampling limit is that distribution's quantile.
-    - KS, the greatest distance of the two distribution functions at the bins' edges; limit sqrt(-log(a / 2) / 2 * (1/n + 1/m)).
-    - the gap of acceptance at equal confidence, which finds a changed target where the drafts look the same; limit by the
-      normal distribution.
+    - PSI = sum (p - q) log(p / q): without drift (1/n + 1/m) times chi-squared of bins - 1 degrees
+      (Yurdakul and Naranjo 2020).
+    - KS, the greatest distance of distribution functions; its limit is
+      sqrt(-log(a / 2) / 2 * (1/n + 1/m)).
+    - The gap of acceptance at equal confidence, which finds a changed target behind equal drafts;
+      its limit is normal.
 
-    Drift is what is *both* larger than samples of these sizes vary (level ``alpha``, shared among all tests of a check by
-    Bonferroni) *and* large enough to matter (``min_psi``, ...). Few rows alarm only on a great shift, many not on a trifling one.
-    ``alpha`` is the false-alarm rate of one check of independent rows: successive steps of one request resemble each other, so
-    give a window some hundred requests.
-
-    Behind a gate the deeper live rows are a selection, and look like drift: weigh them (:class:`ExploringGate`) or
-    watch the first gate's depth only.
+    Drift is *both* larger than samples of these sizes vary (level ``alpha``, shared among a check's
+    tests by Bonferroni) *and* large enough to matter (``min_psi``, ...). Successive steps of a
+    request are correlated, so let a window span some hundred requests. Behind a gate deeper rows
+    are a selection, and look like drift: weight them (:class:`ExploringGate`), or watch the first
+    gate's depth only.
 
     Args:
         calibration: the reference.
-        alpha: false-alarm rate of a check, at most.
+        alpha: false-alarm rate of a check of independent rows, at most.
         min_psi: 0.1 is the customary bound of "no change" (0.25: "large").
         min_ks, min_gap: least difference of probabilities that matters.
 
     Raises:
         EchoError: an argument out of range, or a calibration that holds no profile.
+
+    Example:
+        >>> from echo.gating import WarmupLog, calibrate
+        >>> log = WarmupLog.from_arrays([1] * 200, [0.9, 0.2] * 100, [1, 0] * 100)
+        >>> DriftMonitor(calibrate(log)).check(ConfidenceHistograms.of(log)).drifted
+        False
     """
 
     calibration: Calibration
@@ -107,53 +114,43 @@ class DriftMonitor:
         for name in ("min_psi", "min_ks", "min_gap"):
             checks.real_field(self, name, 0.0)
         if not any(d.profile for d in self.calibration.depths):
-            raise EchoError(
-                "calibration: expected one with confidence profiles, got one without: calibrate again"
-            )
+            expected = "calibration: expected one with confidence profiles"
+            raise EchoError(f"{expected}, got one without: calibrate again")
 
     def check(self, live: ConfidenceHistograms) -> DriftReport:
-        """Judges the rows counted in ``live``, for example ``now.since(earlier)``: a window of traffic; anything else is an EchoError."""
+        """Judges ``live``, a window such as ``now.since(earlier)``; EchoError: another type."""
         checks.instance("live", live, ConfidenceHistograms)
         return DriftReport(tuple(self._check(d, live) for d in self.calibration.depths))
 
     def _check(self, d: DepthCalibration, live: ConfidenceHistograms) -> DepthDrift:
-        mass = (
-            live.mass[:, d.depth - 1, 0]
-            if d.depth <= live.max_depth
-            else np.zeros_like(live.mass[:, 0, 0])
-        )
+        mass = live.mass[:, d.depth - 1, 0] if d.depth <= live.max_depth else 0 * live.mass[:, 0, 0]
         square = float(mass[SQUARE].sum()) / UNIT
         now = _by_bin(mass[WEIGHT], d)
         n, m = now.sum() ** 2 / square if square else 0.0, d.effective
         if min(n, m) < ENOUGH or len(d.profile) < 2:
-            reason = f"not judged: {n:.0f} live rows, {m:.0f} of the calibration, {ENOUGH:.0f} of each needed"
-            return DepthDrift(
-                d.depth, n, 0.0, math.inf, 0.0, math.inf, 0.0, math.inf, False, reason
-            )
+            needed = f"{m:.0f} of the calibration, {ENOUGH:.0f} of each needed"
+            reason = f"not judged: {n:.0f} live rows, {needed}"
+            none = 0.0, math.inf
+            return DepthDrift(d.depth, n, *none, *none, *none, False, reason)
         then = np.array([entry[1:] for entry in d.profile]).T
         now, then = now * (n / now.sum()), then * (m / then.sum())  # in effective rows
         level = self.alpha / (TESTS * len(self.calibration.depths))
-        found = {
-            "psi": self._psi(now, then, level),
-            "ks": self._ks(now, then, level),
-            "gap": self._gap(now, then, level),
-        }
+        tests = {"psi": self._psi, "ks": self._ks, "gap": self._gap}
+        found = {name: test(now, then, level) for name, test in tests.items()}
         above = [name for name, (value, limit) in found.items() if abs(value) > limit]
         words = ", ".join(
-            f"{name} {value:.3f} (limit {limit:.3f})" for name, (value, limit) in found.items()
+            f"{name} {v:.3f} (limit {limit:.3f})" for name, (v, limit) in found.items()
         )
-        reason = f"{'drift in ' + ' and '.join(above) if above else 'no drift'}: {words}, {n:.0f} live rows"
-        return DepthDrift(
-            d.depth, n, *found["psi"], *found["ks"], *found["gap"], bool(above), reason
-        )
+        verdict = "drift in " + " and ".join(above) if above else "no drift"
+        reason = f"{verdict}: {words}, {n:.0f} live rows"
+        psi, ks, gap = found.values()
+        return DepthDrift(d.depth, n, *psi, *ks, *gap, bool(above), reason)
 
     def _psi(self, now: NDArray[Any], then: NDArray[Any], level: float) -> tuple[float, float]:
         from scipy.special import chdtri
 
-        a, b = (
-            now.sum(axis=0) + 0.5,
-            then.sum(axis=0) + 0.5,
-        )  # half a row each, so that an empty bin has a logarithm
+        # Half a row each, so that an empty bin has a logarithm.
+        a, b = now.sum(axis=0) + 0.5, then.sum(axis=0) + 0.5
         p, q = a / a.sum(), b / b.sum()
         noise, degrees = 1.0 / now.sum() + 1.0 / then.sum(), len(p) - 1
         psi = float(((p - q) * np.log(p / q)).sum())
@@ -174,11 +171,10 @@ class DriftMonitor:
         now, then, rows, before = now[:, both], then[:, both], rows[both], before[both]
         share = rows / rows.sum()
         pooled = (now[0] + then[0] + 0.5) / (rows + before + 1.0)
-        spread = math.sqrt(
-            float((share**2 * pooled * (1.0 - pooled) * (1.0 / rows + 1.0 / before)).sum())
-        )
+        variance = share**2 * pooled * (1.0 - pooled) * (1.0 / rows + 1.0 / before)
         gap = float((share * (now[0] / rows - then[0] / before)).sum())
-        return gap, max(-float(ndtri(level / 2.0)) * spread, self.min_gap)
+        noise = -float(ndtri(level / 2.0)) * math.sqrt(float(variance.sum()))
+        return gap, max(noise, self.min_gap)
 
 
 def _by_bin(weight: NDArray[np.int64], d: DepthCalibration) -> NDArray[np.float64]:
@@ -187,7 +183,5 @@ def _by_bin(weight: NDArray[np.int64], d: DepthCalibration) -> NDArray[np.float6
         return np.zeros((2, 1))
     ends = np.array([entry[0] for entry in d.profile], dtype=np.float32)
     place = np.searchsorted(ends, upper_ends())
-    rejected, accepted = (
-        np.bincount(place, weights=row, minlength=len(ends)) / UNIT for row in weight
-    )
-    return np.stack([accepted, rejected])
+    sums = [np.bincount(place, weights=row, minlength=len(ends)) / UNIT for row in weight[::-1]]
+    return np.stack(sums)

@@ -1,4 +1,4 @@
-"""Gates: after a layer is scored, may a request draft deeper?"""
+"""Gates: after a layer is scored, which requests draft deeper? B requests, M nodes a layer."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from echo import _checks as checks
 from echo._checks import EchoError
 from echo.gating.calibration import Calibration
 from echo.gating.histograms import MAX_WEIGHT
+from echo.gating.thresholds import check_thresholds
 
 
 class LayerStatistics(Protocol):
@@ -22,7 +23,7 @@ class LayerStatistics(Protocol):
 
     @property
     def depth(self) -> int:
-        """1 for the first drafted layer."""
+        """1 for the first draft layer."""
 
     @property
     def score(self) -> Tensor:
@@ -41,18 +42,18 @@ class LayerStatistics(Protocol):
 
 
 class Gate(Protocol):
-    """One small class: statistics of a layer in, bool [B] out. None lets everybody pass at no cost."""
+    """A function from a layer's statistics to bool [B]; None: all requests pass, at no cost."""
 
     def __call__(self, layer: LayerStatistics, /) -> Tensor | None:
-        """bool [B]: who passes after ``layer``; no read-back, no shape that depends on data."""
+        """bool [B], the requests that pass ``layer``; sync-free, of a shape no data changes."""
 
 
 @dataclass(frozen=True)
 class SparseGate:
-    """The paper's gate: g[i, d] = c[i, d] > tau[d] at gate depths; at every other depth everybody passes.
+    """The paper's gate: g[i, d] = c[i, d] > tau[d] at gate depths; elsewhere all requests pass.
 
     Args:
-        thresholds: a :class:`Calibration` (its gate depths and thresholds), or tau by depth, each in [0, 1].
+        thresholds: a :class:`Calibration`, or tau in [0, 1] by depth.
 
     Raises:
         EchoError: a depth below 1 or a threshold outside [0, 1].
@@ -64,29 +65,19 @@ class SparseGate:
 
     thresholds: Calibration | Mapping[int, float]
     log_tau: dict[int, float] = field(init=False, repr=False, compare=False)
-    """log tau by gate depth, rounded to float32."""
+    """log tau by gate depth, rounded to float32 here, once: no device takes a logarithm."""
 
     def __post_init__(self) -> None:
-        taus = (
-            self.thresholds.thresholds
-            if isinstance(self.thresholds, Calibration)
-            else self.thresholds
-        )
+        given = self.thresholds
+        taus = given.thresholds if isinstance(given, Calibration) else given
         checks.instance("thresholds", taus, Mapping)  # type: ignore[type-abstract]
-        taus = {
-            checks.integer("thresholds.depth", d, 1): checks.real(f"thresholds[{d}]", tau, 0.0, 1.0)
-            for d, tau in taus.items()
-        }
-        # Thresholds are compared as float32 logarithms, computed once here: no device takes a logarithm.
-        logs = {
-            d: float(np.float32(math.log(t))) if t > 0 else -math.inf
-            for d, t in sorted(taus.items())
-        }
+        pairs = sorted(check_thresholds("thresholds", taus).items())
+        logs = {d: float(np.float32(math.log(t))) if t > 0 else -math.inf for d, t in pairs}
         object.__setattr__(self, "log_tau", logs)
 
     @classmethod
     def dense(cls, calibration: Calibration) -> SparseGate:
-        """The paper's ablation: a gate at every depth of ``calibration``, each with its own threshold."""
+        """The paper's ablation: a gate at every depth of ``calibration``, each with its tau."""
         return cls({d.depth: d.threshold for d in calibration.depths})
 
     @classmethod
@@ -107,15 +98,19 @@ class SparseGate:
 
 @dataclass(frozen=True)
 class BeamMassGate:
-    """DDD's rule (arXiv 2409.00142): stop at a few depths where the beam's probability mass is small.
+    """DDD's gate (arXiv 2409.00142): stop at a few depths where the beam has little probability.
 
     Args:
-        depths: where to look; the paper's are 5, 7 and 9.
-        log_tau: drafting goes on while the log of the beam's mass is above.
-        beam: nodes that count.
+        depths: gate depths; the paper's are 5, 7 and 9.
+        log_tau: a request passes if the log of its beam's mass is above.
+        beam: nodes of the beam.
 
     Raises:
-        EchoError: no depths, one below 1, or a log_tau that is no finite number.
+        EchoError: no depths, one below 1, or a log_tau that is not finite.
+
+    Example:
+        >>> BeamMassGate((5, 7, 9), log_tau=-1.0, beam=8).depths
+        (5, 7, 9)
     """
 
     depths: tuple[int, ...]
@@ -123,35 +118,34 @@ class BeamMassGate:
     beam: int
 
     def __post_init__(self) -> None:
-        object.__setattr__(
-            self, "depths", tuple(checks.integer("depths", depth, 1) for depth in self.depths)
-        )
-        if not self.depths:
+        depths = tuple(checks.integer("depths", depth, 1) for depth in self.depths)
+        object.__setattr__(self, "depths", depths)
+        if not depths:
             raise EchoError("depths: expected at least one depth, got none")
         checks.real_field(self, "log_tau", -1e9, math.log(1e6))
         checks.integer_field(self, "beam", 1)
 
     def __call__(self, layer: LayerStatistics, /) -> Tensor | None:
-        """bool [B] at the depths, None elsewhere."""
+        """bool [B] at a gate depth, None elsewhere."""
         return layer.log_mass(self.beam) > self.log_tau if layer.depth in self.depths else None
 
 
 @dataclass(frozen=True, eq=False)
 class ExploringGate:
-    """Another gate, that now and then lets a request run through, so that its log can be calibrated from without bias.
+    """Another gate, opened at random to a few requests, so that its log calibrates without bias.
 
-    One coin a request and step: with probability epsilon all gates are open to it for this step. A row that the gates would have
-    kept from being seen is then in the log with probability epsilon, and weighs 1 / epsilon (Horvitz and Thompson 1952); all other rows
-    weigh 1. (A coin at every gate would make weights of epsilon^-2, epsilon^-3, ...: the same mean, far more noise.)
+    One coin a request and step: with probability epsilon all gates are open to it. Rows that the
+    gates would have kept from verification weigh 1 / epsilon (Horvitz and Thompson 1952), all
+    others 1. (A coin at every gate would give epsilon^-2, ...: the same mean, far more noise.)
 
-    A value for one step: make it with fresh uniforms for each, ``replace(scheduler, gate=ExploringGate(gate, 0.05, uniforms))``, and
-    log the step with ``step.log(weights=exploring.weights(step.tree.layers))``. What the *budget* keeps from being verified stays
-    missing: give an exploring run rows enough.
+    A value for one step: ``replace(scheduler, gate=ExploringGate(gate, 0.05, uniforms))`` with
+    fresh uniforms, then ``step.log(weights=exploring.weights(step.tree.layers))``. What the
+    *budget* keeps from verification stays missing: explore with verify tokens to spare.
 
     Args:
         gate: the gate to explore around; it sees the same layers as without exploring.
         epsilon: probability of exploring, from 1/1024 to 1.
-        uniforms: float [B], independent and uniform on [0, 1): the randomness of the step. The same on every rank.
+        uniforms: float [B], uniform on [0, 1): the step's randomness, the same on every rank.
 
     Raises:
         EchoError: epsilon out of range, or uniforms of another shape or dtype.
@@ -172,33 +166,31 @@ class ExploringGate:
 
     @property
     def explores(self) -> Tensor:
-        """bool [B]: who runs through all gates in this step."""
+        """bool [B]: requests to which all gates are open in this step."""
         return self.uniforms < self.epsilon
 
     def __call__(self, layer: LayerStatistics, /) -> Tensor | None:
-        """bool [B] where the inner gate looks, None elsewhere."""
+        """bool [B] where the inner gate gives one, None elsewhere."""
         verdict = self.gate(layer)
         return None if verdict is None else verdict | self.explores
 
     def weights(self, layers: Sequence[LayerStatistics]) -> Tensor:
-        """Inverse-probability weights of a finished step, float32 [B, deepest depth + 1], by request and depth.
+        """Inverse-probability weights of a finished step, float32 [B, deepest depth + 1].
 
-        1 where the inner gate passed at this depth and all above, 1 / epsilon where it did not and the request explored,
-        0, not to be logged, elsewhere: rows of a layer that a request was stopped at are verified only if the budget has rows left, with
-        a probability that nobody knows.
+        1 where the inner gate passed at this depth and all above; else 1 / epsilon if the request
+        explored; else 0, not to log: such a layer is verified only if budget remains.
 
         Args:
-            layers: the step's layers, ``tree.layers``; roots may be among them.
+            layers: the step's layers, ``tree.layers``; roots are skipped.
         """
         passed = torch.ones_like(self.explores)
-        otherwise = torch.zeros_like(self.explores, dtype=torch.float32).masked_fill_(
-            self.explores, 1.0 / self.epsilon
-        )
-        columns = [torch.ones_like(otherwise)]
+        zeros = torch.zeros_like(self.explores, dtype=torch.float32)
+        stopped = zeros.masked_fill_(self.explores, 1.0 / self.epsilon)
+        columns = [torch.ones_like(stopped)]
         for layer in layers:
             if layer.depth < 1:
                 continue
             verdict = self.gate(layer)
             passed = passed if verdict is None else passed & verdict
-            columns.append(torch.where(passed, 1.0, otherwise))
+            columns.append(torch.where(passed, 1.0, stopped))
         return torch.stack(columns, dim=1)

@@ -1,4 +1,4 @@
-"""Warm-up logs: what was drafted, how confident the draft was, and whether the target accepted it."""
+"""Warm-up logs: verified draft tokens, their confidence, and whether the target accepted them."""
 
 from __future__ import annotations
 
@@ -32,18 +32,25 @@ _HEADER = {"format": "echo-log", "version": 1}
 
 @dataclass(frozen=True)
 class WarmupLog:
-    """Rows of a warm-up run, one for each verified drafted node (paper, section on calibration).
+    """One row for each verified draft token of a warm-up run (paper, section on calibration).
 
-    Rows that a gate or a budget kept from being verified are *missing* from the log, never *rejected*. A log from behind a gate
-    is biased unless its rows carry inverse-probability weights (:class:`echo.gating.ExploringGate`).
+    Tokens that a gate or a budget kept from verification are *missing*, not *rejected*: a log from
+    behind a gate is biased unless rows carry inverse-probability weights (:class:`ExploringGate`).
 
     Attributes:
-        depth: int32 [n], 1 for the first drafted layer.
-        confidence: float32 [n], path probability of the node under the draft, in [0, 1].
+        depth: int32 [n], 1 for the first draft layer.
+        confidence: float32 [n], path probability under the draft, in [0, 1].
         accepted: bool [n], whether the target accepted the whole path to the node.
-        rank: int32 [n], place of the node among its layer's candidates; 0 is the maximum-likelihood path.
+        rank: int32 [n], rank among the candidates of its layer; 0: maximum-likelihood path.
         weight: float32 [n], 1 unless rows were sampled.
-        step: int64 [n], id of the request-step that the row came from; rows of one step are not independent.
+        step: int64 [n], id of the row's request-step; rows of one step are not independent.
+
+    Raises:
+        EchoError: columns of different lengths or dtypes, or the first value out of range.
+
+    Example:
+        >>> len(WarmupLog.from_arrays([1, 2], [0.9, 0.4], [1, 0], step=[0, 0]))
+        2
     """
 
     depth: NDArray[np.int32]
@@ -60,16 +67,11 @@ class WarmupLog:
         for name, kind in _FIELDS.items():
             column = getattr(self, name)
             if column.dtype != kind or column.ndim != 1:
-                raise EchoError(
-                    f"{name}: expected {kind.__name__} [n], as from_arrays makes it, got {column.dtype} {list(column.shape)}"
-                )
+                expected = f"{name}: expected {kind.__name__} [n], as from_arrays makes it"
+                raise EchoError(f"{expected}, got {column.dtype} {list(column.shape)}")
+        c = self.confidence
         check(self.depth >= 1, "depth", ">= 1", self.depth)
-        check(
-            (self.confidence >= 0) & (self.confidence <= 1),
-            "confidence",
-            "within [0, 1] and not NaN",
-            self.confidence,
-        )
+        check((c >= 0) & (c <= 1), "confidence", "within [0, 1] and not NaN", c)
         check(self.rank >= 0, "rank", ">= 0", self.rank)
         check_weights(self.weight)
 
@@ -88,71 +90,56 @@ class WarmupLog:
         step: ArrayLike | None = None,
         gated: bool = False,
     ) -> WarmupLog:
-        """A log from columns of one length.
+        """A log from columns of one length; a bool may be 0 or 1.
 
         Args:
-            depth: ints [n], at least 1.
-            confidence: floats [n] in [0, 1].
-            accepted: bools (or 0/1) [n].
-            rank: ints [n]; 0 (the maximum path) where not given.
-            weight: floats [n]; 1 where not given.
-            step: ints [n]; each row is a step of its own where not given, and then nothing shows that rows are missing behind a gate.
-            gated: the rows were drafted behind a gate; then ``weight`` must say how likely each was to be seen.
+            depth, confidence, accepted: as the class.
+            rank: Defaults to 0.
+            weight: Defaults to 1.
+            step: Defaults to one step a row; then rows missing behind a gate go unseen.
+            gated: recorded behind a gate; ``weight`` must then hold inverse probabilities.
 
         Raises:
-            EchoError: columns of different lengths, the first row whose value is out of range, or gated rows without weights.
+            EchoError: as the class, or gated rows without weights.
         """
         if gated and weight is None:
             raise EchoError(
-                "weight: expected inverse-probability weights for rows from behind a gate (ExploringGate), got none"
+                "weight: expected inverse-probability weights for rows from behind a gate "
+                "(ExploringGate), got none"
             )
         rows = np.atleast_1d(np.asarray(depth))
+        ranks = np.zeros(len(rows)) if rank is None else np.atleast_1d(np.asarray(rank))
+        steps = np.arange(len(rows)) if step is None else np.atleast_1d(np.asarray(step))
+        weights = np.ones(len(rows)) if weight is None else weight
         return cls(
             depth=_integers("depth", rows),
             confidence=np.atleast_1d(np.asarray(confidence, dtype=np.float32)),
             accepted=labels(accepted),
-            rank=_integers(
-                "rank", np.zeros(len(rows)) if rank is None else np.atleast_1d(np.asarray(rank))
-            ),
-            weight=np.ones(len(rows), np.float32)
-            if weight is None
-            else np.atleast_1d(np.asarray(weight, dtype=np.float32)),
-            step=_integers(
-                "step", np.arange(len(rows)) if step is None else np.atleast_1d(np.asarray(step))
-            ),
+            rank=_integers("rank", ranks),
+            weight=np.atleast_1d(np.asarray(weights, dtype=np.float32)),
+            step=_integers("step", steps),
         )
 
     @classmethod
     def from_mapping(cls, columns: Mapping[str, Any], *, gated: bool = False) -> WarmupLog:
-        """A log from named columns: a dict of arrays, an open npz file, a data frame.
-
-        Args:
-            columns: ``depth``, ``confidence`` and ``accepted``; optionally ``rank``, ``weight``, ``step``.
-            gated: as in :meth:`from_arrays`, which also says more of the columns and errors.
+        """As :meth:`from_arrays`, from named columns: a dict, an open npz file, a data frame.
 
         Raises:
-            EchoError: a column is missing, or one is unknown.
+            EchoError: a column is missing or unknown, and as :meth:`from_arrays`.
         """
         names = set(columns.keys())
         if missing := set(_NEEDED) - names:
-            raise EchoError(
-                f"columns: expected {', '.join(_NEEDED)}, got none named {', '.join(sorted(missing))}"
-            )
+            found = ", ".join(sorted(missing))
+            raise EchoError(f"columns: expected {', '.join(_NEEDED)}, got none named {found}")
         if unknown := names - set(_FIELDS):
-            raise EchoError(
-                f"columns: expected only {', '.join(_FIELDS)}, got {', '.join(sorted(map(str, unknown)))}"
-            )
-        return cls.from_arrays(
-            **{name: columns[name] for name in _FIELDS if name in names}, gated=gated
-        )
+            found = ", ".join(sorted(map(str, unknown)))
+            raise EchoError(f"columns: expected only {', '.join(_FIELDS)}, got {found}")
+        given = {name: columns[name] for name in _FIELDS if name in names}
+        return cls.from_arrays(**given, gated=gated)
 
     @classmethod
     def concat(cls, logs: Iterable[WarmupLog]) -> WarmupLog:
-        """All rows of several ``logs``; step ids are shifted so that steps of different logs stay apart.
-
-        Raises:
-            EchoError: no log was given.
-        """
+        """All rows of ``logs``, their step ids shifted to keep them apart; EchoError: no log."""
         parts, first = [], 0
         for log in logs:
             step = _dense(checks.instance("logs", log, WarmupLog).step)
@@ -160,37 +147,26 @@ class WarmupLog:
             first += int(step.max()) + 1 if len(log) else 0
         if not parts:
             raise EchoError("logs: expected at least one WarmupLog, got none")
-        columns: dict[str, Any] = {
-            name: np.concatenate([getattr(log, name) for log, _ in parts])
-            for name in _FIELDS
-            if name != "step"
-        }
-        return cls(step=np.concatenate([step for _, step in parts]), **columns)
+        columns: dict[str, Any] = {"step": np.concatenate([step for _, step in parts])}
+        for name in list(_FIELDS)[:-1]:
+            columns[name] = np.concatenate([getattr(log, name) for log, _ in parts])
+        return cls(**columns)
 
     def validate(self) -> None:
-        """Checks what single values cannot show: that the file holds one run, not several with clashing step ids.
+        """Checks that the log holds one run, not several with clashing step ids.
 
         Raises:
-            EchoError: the first row that repeats the (step, depth, rank) of another, or the second accepted row of one step and
-                depth (a target accepts one path).
+            EchoError: the first row that repeats another's (step, depth, rank), or the second
+                accepted row of a step and depth (a target accepts one path).
         """
-        _first_repeat(
-            "step, depth, rank: expected each once",
-            np.arange(len(self)),
-            self.step,
-            self.depth,
-            self.rank,
-        )
-        taken = np.flatnonzero(self.accepted)
-        _first_repeat(
-            "accepted: expected one accepted row a step and depth",
-            taken,
-            self.step[taken],
-            self.depth[taken],
-        )
+        keys = self.step, self.depth, self.rank
+        _first_repeat("step, depth, rank: expected each once", np.arange(len(self)), *keys)
+        rows = np.flatnonzero(self.accepted)
+        expected = "accepted: expected one accepted row a step and depth"
+        _first_repeat(expected, rows, self.step[rows], self.depth[rows])
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes ``path`` (.npz, .jsonl or .parquet) in one atomic move: a reader sees the old file or the whole new one.
+        """Writes ``path`` (.npz, .jsonl or .parquet) atomically: readers see the old or new file.
 
         Raises:
             EchoError: another kind of file, or Parquet without ``pyarrow``.
@@ -211,13 +187,14 @@ class WarmupLog:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> WarmupLog:
-        """Reads .npz, .jsonl or .parquet files: the one at ``path``, or all that match it as a glob pattern, in order of their names.
+        """Reads the .npz, .jsonl or .parquet file ``path``, or all that match it as a glob.
 
-        A line of .jsonl is an object with the columns of :meth:`from_mapping`. The header that :meth:`save` writes as a first line
-        counts the rows, so that a file cut at the end of a line is found out too; files without it are read as they are.
+        Each line of .jsonl is an object with the columns of :meth:`from_mapping`; a header, which
+        :meth:`save` writes, counts the rows.
 
         Raises:
-            EchoError: a file that is truncated or mixed up, with its line or row; nothing matches; or ``pyarrow`` is not there.
+            EchoError: a truncated or inconsistent file, with its line or row; no file matches; or
+                Parquet without ``pyarrow``.
             FileNotFoundError: no such file.
         """
         logs = list(cls.stream(path))
@@ -225,17 +202,10 @@ class WarmupLog:
 
     @classmethod
     def stream(cls, path: str | os.PathLike[str]) -> Iterator[WarmupLog]:
-        """The files that :meth:`load` would read from ``path``, one log at a time: memory for one file only.
-
-        Raises:
-            EchoError: as :meth:`load`.
-        """
-        text = os.fspath(path)
-        names = (
-            [text]
-            if Path(text).exists() or not glob.has_magic(text)
-            else sorted(glob.glob(text, recursive=True))
-        )
+        """As :meth:`load`, one file at a time, in the memory of one."""
+        names = [text := os.fspath(path)]
+        if not Path(text).exists() and glob.has_magic(text):
+            names = sorted(glob.glob(text, recursive=True))
         if not names:
             raise EchoError(f"path: expected files that match {text}, got none")
         for name in names:
@@ -244,10 +214,9 @@ class WarmupLog:
     @classmethod
     def _read(cls, path: str) -> WarmupLog:
         read = {".jsonl": _read_jsonl, ".parquet": _read_parquet, ".npz": _read_npz}[_kind(path)]
+        expected = f"path: expected a warm-up log with the columns {', '.join(_FIELDS)}"
         try:
-            with checks.reading(
-                f"path: expected a warm-up log with the columns {', '.join(_FIELDS)}"
-            ):
+            with checks.reading(expected):
                 log = cls.from_mapping(read(path))
                 log.validate()
         except EchoError as error:
@@ -257,7 +226,7 @@ class WarmupLog:
 
 @contextmanager
 def write_atomically(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
-    """A binary file that takes the place of ``path`` in one move at the end of the block, or vanishes if the block fails."""
+    """A binary file that replaces ``path`` at the end of the block, or vanishes if it fails."""
     target = Path(path)
     with open(f"{target}.{secrets.token_hex(4)}.part", "xb") as part:
         try:
@@ -288,34 +257,33 @@ def _read_jsonl(path: str) -> dict[str, Any]:
     promised = None
     with open(path, encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
+            expected = f"line {number}: expected"
             try:
                 entry = json.loads(line)
             except ValueError as error:
-                raise EchoError(
-                    f"line {number}: expected a JSON object, got {line[:40]!r} ({error})"
-                ) from error
+                message = f"{expected} a JSON object, got {line[:40]!r} ({error})"
+                raise EchoError(message) from error
             if not isinstance(entry, dict):
-                raise EchoError(f"line {number}: expected a JSON object, got {line[:40]!r}")
+                raise EchoError(f"{expected} a JSON object, got {line[:40]!r}")
             if number == 1 and "format" in entry:
                 if {key: entry.get(key) for key in _HEADER} != _HEADER:
-                    raise EchoError(f"line 1: expected the header {_HEADER}, got {entry}")
+                    raise EchoError(f"{expected} the header {_HEADER}, got {entry}")
                 promised = entry.get("rows")
                 continue
             names = names or [name for name in _FIELDS if name in entry]
             if set(entry) != set(names) or not set(_NEEDED) <= set(names):
-                expected = names if set(_NEEDED) <= set(names) else _NEEDED
-                raise EchoError(
-                    f"line {number}: expected the columns {', '.join(expected)}, got {', '.join(entry) or 'none'}"
-                )
+                wanted = ", ".join(names if set(_NEEDED) <= set(names) else _NEEDED)
+                found = ", ".join(entry) or "none"
+                raise EchoError(f"{expected} the columns {wanted}, got {found}")
             row = [entry[name] for name in names]
             if not all(isinstance(value, int | float) for value in row):
-                raise EchoError(
-                    f"line {number}: expected numbers and true or false, got {line.strip()[:80]!r}"
-                )
+                got = repr(line.strip()[:80])
+                raise EchoError(f"{expected} numbers and true or false, got {got}")
             rows.append(row)
     if promised is not None and promised != len(rows):
         raise EchoError(
-            f"line {len(rows) + 1}: expected {promised} rows as the header says, got the end of the file after {len(rows)}"
+            f"line {len(rows) + 1}: expected {promised} rows as the header says, "
+            f"got the end of the file after {len(rows)}"
         )
     table = list(zip(*rows, strict=True)) if rows else [() for _ in _NEEDED]
     return dict(zip(names or _NEEDED, table, strict=True))
@@ -335,13 +303,14 @@ def _arrow() -> Any:
         import pyarrow.parquet
     except ImportError as error:
         raise EchoError(
-            "path: expected pyarrow for Parquet files (pip install 'echo-specdec[parquet]'), got no such module"
+            "path: expected pyarrow for Parquet files (pip install 'echo-specdec[parquet]'), "
+            "got no such module"
         ) from error
     return pyarrow
 
 
 def _dense(step: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The ids, renumbered from 0 where they are negative or so large that shifting them could overflow."""
+    """The ids, renumbered from 0 if negative or so large that shifting them could overflow."""
     if not len(step) or (step.min() >= 0 and step.max() < 1 << 40):
         return step
     return np.unique(step, return_inverse=True)[1].astype(np.int64)
@@ -363,18 +332,13 @@ def _integers(name: str, values: NDArray[Any]) -> NDArray[Any]:
     with np.errstate(invalid="ignore"):
         whole = values.astype(kind if values.dtype.kind in "iuf" else np.bool_)
     if whole.dtype != kind or not np.array_equal(whole, values):
-        raise EchoError(
-            f"{name}: expected integers of {kind.__name__}, got {values.dtype} such as {values[:3].tolist()}"
-        )
+        got = f"{values.dtype} such as {values[:3].tolist()}"
+        raise EchoError(f"{name}: expected integers of {kind.__name__}, got {got}")
     return whole
 
 
 def labels(accepted: ArrayLike) -> NDArray[np.bool_]:
-    """bool [n] of ``accepted``, bools or 0 and 1.
-
-    Raises:
-        EchoError: the first row that is neither.
-    """
+    """bool [n] of ``accepted``, bools or 0 and 1; EchoError at the first row that is neither."""
     values = np.atleast_1d(np.asarray(accepted))
     if values.dtype != np.bool_:
         check(np.isin(values, (0, 1)), "accepted", "0 or 1", values)
@@ -382,12 +346,12 @@ def labels(accepted: ArrayLike) -> NDArray[np.bool_]:
 
 
 def check_weights(weight: NDArray[Any]) -> None:
-    """Raises :class:`EchoError` at the first weight that is negative, or no finite number."""
+    """Raises :class:`EchoError` at the first weight that is negative or not finite."""
     check(np.isfinite(weight) & (weight >= 0), "weight", "finite and >= 0", weight)
 
 
 def check(good: NDArray[np.bool_], name: str, expected: str, values: NDArray[Any]) -> None:
-    """Raises :class:`EchoError` at the first of ``values`` that is not ``good``, with what was ``expected`` of it."""
+    """Raises :class:`EchoError` at the first of ``values`` that is not ``good``."""
     if not good.all():
         row = int(np.argmin(good))
         raise EchoError(f"{name}: expected values {expected}, got {values[row]} in row {row}")

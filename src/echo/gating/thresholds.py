@@ -1,4 +1,7 @@
-"""Thresholds that pay: what a set of gates does to whole requests, and the best set under a measured cost."""
+"""What a set of gates does to whole requests, and the best thresholds under a measured cost.
+
+S request-steps, D depths.
+"""
 
 from __future__ import annotations
 
@@ -16,14 +19,14 @@ from echo._checks import EchoError
 from echo.cost import CostModel
 from echo.gating.histograms import MAX_DEPTH, ROWS, UNIT, WEIGHT, ConfidenceHistograms
 from echo.gating.logs import WarmupLog
-from echo.gating.separability import separability
+from echo.gating.statistics import separability
+
+Floats = NDArray[np.float64]
 
 GRID = {1: 1024, 2: 256, 3: 64}
 """Candidate thresholds of each gate in an exhaustive search over so many gates at once."""
-
-
 SAMPLE, MARK, MIX = 200_000, 20, 0x9E3779B97F4A7C15
-"""Rows looked at for the mark of a gate, steps on either side of it, and a number that makes ids random (Knuth)."""
+"""Rows searched for the mark of a gate, steps on either side of it, Knuth's hash multiplier."""
 
 
 @dataclass(frozen=True)
@@ -47,18 +50,22 @@ class GateReport:
 
 @dataclass(frozen=True)
 class Objective:
-    """Expected tokens of a batch's step per second of verification: batch * (1 + A) / T(batch * (1 + width * L)).
+    """Tokens per second of verification, batch * (1 + A) / T(batch * (1 + beam * L)).
 
-    A and L are the mean accepted tokens and layers bought of a request; the 1 is the bonus token and the root row. The cost of the
-    mean row count stands for the mean cost: with a batch of many requests the row count hardly varies.
+    A and L are a request's mean accepted tokens and draft layers; the 1 is the bonus token and the
+    root. The cost of the mean stands for the mean cost: in a large batch tokens hardly vary.
 
     Attributes:
-        cost: seconds by rows.
+        cost: seconds by verify tokens.
         batch: requests decoded together.
-        beam: rows bought of each layer; a layer is accepted if one of its ``beam`` best candidates is.
+        beam: verify tokens of each layer; a layer is accepted if one of its ``beam`` best nodes is.
 
     Raises:
         EchoError: an argument of the wrong kind or out of range.
+
+    Example:
+        >>> float(Objective(CostModel((1, 8), (1.0, 2.0)), batch=4, beam=1)(0.5, 1.0))
+        3.0
     """
 
     cost: CostModel
@@ -70,38 +77,34 @@ class Objective:
         checks.integer_field(self, "batch", 1)
         checks.integer_field(self, "beam", 1)
 
-    def __call__(
-        self, accepted: NDArray[Any] | float, layers: NDArray[Any] | float
-    ) -> NDArray[np.float64]:
-        """Tokens per second for mean ``accepted`` tokens and mean ``layers`` a request, elementwise."""
-        rows = self.batch * (1.0 + self.beam * np.asarray(layers, dtype=np.float64))
-        return np.asarray(
-            self.batch * (1.0 + np.asarray(accepted)) / self.cost(rows), dtype=np.float64
-        )
+    def __call__(self, accepted: NDArray[Any] | float, layers: NDArray[Any] | float) -> Floats:
+        """Tokens per second for mean ``accepted`` tokens and mean ``layers``, elementwise."""
+        num_tokens = self.batch * (1.0 + self.beam * np.asarray(layers, dtype=np.float64))
+        tokens = self.batch * (1.0 + np.asarray(accepted))
+        return np.asarray(tokens / self.cost(num_tokens), dtype=np.float64)
 
 
 @dataclass(frozen=True)
 class Chains:
-    """Rows joined by step: S request-steps, D depths.
+    """Rows joined by step.
 
     Attributes:
-        confidence: float32 [S, D] of the maximum path; NaN where the log has no row.
-        accepted: bool [S, D], the target accepted the maximum path through that depth.
-        gain: int64 [S, D + 1], accepted tokens if layers 1..d are bought.
+        confidence: float32 [S, D] of rank 0; NaN where the log has no row.
+        accepted: bool [S, D], the target accepted the path of rank 0 through that depth.
+        gain: int64 [S, D + 1], accepted tokens if layers 1..d are drafted.
         weight: float64 [S].
     """
 
     confidence: NDArray[np.float32]
     accepted: NDArray[np.bool_]
     gain: NDArray[np.int64]
-    weight: NDArray[np.float64]
+    weight: Floats
 
 
 def join(log: WarmupLog, max_depth: int, beam: int = 1) -> Chains:
-    """Joins the rows of each step. A step weighs what its deepest row weighs.
+    """Joins the rows of each step, which weighs what its deepest row weighs.
 
-    Raises:
-        EchoError: two rows of rank 0 at one depth of a step, no row of rank 0, or no step with rows of two depths though there are both.
+    EchoError: no row of rank 0, two at one depth of a step, or several depths and no step with two.
     """
     path = (log.rank == 0) & (log.depth <= max_depth) & (log.weight > 0)
     if not path.any():
@@ -109,48 +112,42 @@ def join(log: WarmupLog, max_depth: int, beam: int = 1) -> Chains:
     steps, place = np.unique(log.step[path], return_inverse=True)
     column = log.depth[path] - 1
     order = np.argsort(column, kind="stable")
-    cell = place * max_depth + column
-    if np.bincount(cell).max() > 1:
-        twice = int(np.flatnonzero(np.bincount(cell) > 1)[0])
+    counts = np.bincount(place * max_depth + column)
+    if counts.max() > 1:
+        twice = int(np.flatnonzero(counts > 1)[0])
         where = f"step {steps[twice // max_depth]} at depth {twice % max_depth + 1}"
-        raise EchoError(
-            f"log.step: expected one row of rank 0 for each depth of a step, got more in {where}"
-        )
+        expected = "log.step: expected one row of rank 0 for each depth of a step"
+        raise EchoError(f"{expected}, got more in {where}")
     if len(steps) == len(place) and column.min() < column.max():
-        raise EchoError(
-            "log.step: expected ids that join the rows of a step, got each row in a step of its own"
-        )
+        expected = "log.step: expected ids that join the rows of a step"
+        raise EchoError(f"{expected}, got each row in a step of its own")
     confidence = np.full((len(steps), max_depth), np.nan, dtype=np.float32)
-    accepted, taken = np.zeros(confidence.shape, np.bool_), np.zeros(confidence.shape, np.bool_)
+    accepted, hit = np.zeros(confidence.shape, np.bool_), np.zeros(confidence.shape, np.bool_)
     confidence[place, column] = log.confidence[path]
     accepted[place, column] = log.accepted[path]
     weight = np.zeros(len(steps))
     weight[place[order]] = log.weight[path][order]  # the deepest comes last
     near = (log.rank < beam) & (log.depth <= max_depth) & log.accepted & np.isin(log.step, steps)
-    taken[np.searchsorted(steps, log.step[near]), log.depth[near] - 1] = True
+    hit[np.searchsorted(steps, log.step[near]), log.depth[near] - 1] = True
     gain = np.zeros((len(steps), max_depth + 1), dtype=np.int64)
-    gain[:, 1:] = np.cumsum(np.logical_and.accumulate(taken, axis=1), axis=1)
+    gain[:, 1:] = np.cumsum(np.logical_and.accumulate(hit, axis=1), axis=1)
     return Chains(confidence, accepted, gain, weight)
 
 
 def refuse_gated(log: WarmupLog) -> bool:
-    """Looks for the mark that a gate leaves in a log without weights: who goes on to the next depth and who does not is told apart by
-    a threshold on the confidence. Of a log of more than 200,000 rows it looks at some steps, drawn by their ids.
+    """Refuses a log without weights in which a threshold on confidence decides which steps go on.
 
-    Returns:
-        Whether it could be seen: rows have weights, or are joined by their steps. Without step ids they are not.
-
-    Raises:
-        EchoError: at some depth at least 20 steps end and at least 20 go on, and those that go on are the more confident in 99.9% of
-            all pairs. Whether a target rejects, or a request ends, is never so sharp.
+    That is, at some depth at least 20 steps end and 20 go on, and those that go on are the more
+    confident in 99.9% of all pairs: neither rejections nor ends of requests are so sharp. Of more
+    than 200,000 rows it samples steps, by a hash of their ids. Returns whether it could be seen:
+    rows have weights, or step ids join them.
     """
     if not (log.weight == 1).all():
         return True
     path = (log.rank == 0) & (log.depth <= MAX_DEPTH)
-    if len(log) > SAMPLE:  # whole steps, wherever their rows are
-        path &= (log.step.astype(np.uint64) * np.uint64(MIX) >> np.uint64(32)) % np.uint64(
-            -(-len(log) // SAMPLE)
-        ) == 0
+    if len(log) > SAMPLE:
+        hashed = log.step.astype(np.uint64) * np.uint64(MIX) >> np.uint64(32)
+        path &= hashed % np.uint64(-(-len(log) // SAMPLE)) == 0
     step, depth, confidence = log.step[path], log.depth[path], log.confidence[path]
     order = np.lexsort((depth, step))
     step, depth, confidence = step[order], depth[order], confidence[order]
@@ -159,26 +156,27 @@ def refuse_gated(log: WarmupLog) -> bool:
     for d in range(1, int(depth.max(initial=0))):
         here = depth == d
         goes = int(follows[here].sum())
-        if (
-            min(goes, int(here.sum()) - goes) >= MARK
-            and separability(confidence[here], follows[here]).auc > 0.999
-        ):
+        ends = int(here.sum()) - goes
+        sharp = min(goes, ends) >= MARK
+        if sharp and separability(confidence[here], follows[here]).auc > 0.999:
             raise EchoError(
-                f"log: expected steps drafted without a gate, or weights, got {int(here.sum()) - goes} steps that end at depth {d} and "
-                f"are less confident there than all {goes} that go on: what a gate or budget stopped is missing (ExploringGate)"
+                f"log: expected steps drafted without a gate, or weights, got {ends} steps that "
+                f"end at depth {d} and are less confident there than all {goes} that go on: "
+                "what a gate or budget stopped is missing (ExploringGate)"
             )
     return int((depth > 1).sum() - follows.sum()) < MARK
 
 
 def warn_of_missing(histograms: ConfidenceHistograms) -> None:
-    """Warns where rows without weights become fewer with depth, by a tenth and by 20, and no step says which are missing."""
+    """Warns where rows without weights become fewer with depth, by a tenth and by 20."""
     rows = histograms.mass[ROWS, :, 0].sum(axis=(1, 2))
     fewer = (rows[:-1] - rows[1:] >= np.maximum(rows[:-1] // 10, MARK)) & (rows[1:] >= MARK)
     if fewer.any() and (histograms.mass[WEIGHT] == UNIT * histograms.mass[ROWS]).all():
         d = int(fewer.argmax()) + 1
         warnings.warn(
-            f"log: expected step ids, or weights, where fewer rows are deeper, got {rows[d]} rows of depth {d + 1} and {rows[d - 1]} of "
-            f"depth {d}: if a gate or budget kept the others from being verified, this calibration is biased, and no row shows it",
+            "log: expected step ids, or weights, where fewer rows are deeper, "
+            f"got {rows[d]} rows of depth {d + 1} and {rows[d - 1]} of depth {d}: if a gate or "
+            "budget kept the others from verification, this calibration is biased unnoticed",
             stacklevel=3,
         )
 
@@ -191,28 +189,26 @@ def report(log: WarmupLog, thresholds: Mapping[int, float]) -> tuple[GateReport,
         thresholds: tau by depth.
 
     Raises:
-        EchoError: a threshold outside [0, 1], no row of rank 0 down to the deepest gate, a step with two rows of rank 0 at one depth, or
-            rows that no step joins.
+        EchoError: a threshold outside [0, 1], or rows that do not join to steps.
+
+    Example:
+        >>> log = WarmupLog.from_arrays([1, 1], [0.9, 0.2], [1, 0], step=[0, 1])
+        >>> [(gate.asked, gate.stopped, gate.lost) for gate in report(log, {1: 0.5})]
+        [(2.0, 1.0, 0.0)]
     """
-    thresholds = _checked("thresholds", thresholds)
+    thresholds = check_thresholds("thresholds", thresholds)
     if not thresholds:
         return ()
     chains = join(log, max(thresholds))
-    there = np.ones(len(chains.weight), dtype=np.bool_)
+    alive = np.ones(len(chains.weight), dtype=np.bool_)
     result = []
     for depth, tau in sorted(thresholds.items()):
         c = chains.confidence[:, depth - 1]
-        asked = there & ~np.isnan(c)
+        asked = alive & ~np.isnan(c)
         stopped = asked & (c <= tau)
-        lost = stopped & chains.accepted[:, depth - 1]
-        result.append(
-            GateReport(
-                depth,
-                float(tau),
-                *(float(chains.weight[kind].sum()) for kind in (asked, stopped, lost)),
-            )
-        )
-        there = asked & ~stopped
+        kinds = (asked, stopped, stopped & chains.accepted[:, depth - 1])
+        result.append(GateReport(depth, tau, *(float(chains.weight[k].sum()) for k in kinds)))
+        alive = asked & ~stopped
     return tuple(result)
 
 
@@ -223,56 +219,63 @@ def throughput_optimal(
     objective: Objective,
     start: Mapping[int, float] | None = None,
 ) -> tuple[dict[int, float], float]:
-    """The thresholds of the gates that maximise the objective on a log, and its value there.
+    """The thresholds that maximize the objective on a log, and its value there.
 
-    What a gate is worth depends on the others (whom a shallow gate stops, no deeper one sees), so thresholds do not decompose by
-    depth. Up to three gates are searched exhaustively over candidates halfway between the log's confidences (all of them where
-    there are at most 64, 256, 1024 for 3, 2, 1 gates, else quantiles), and then refined one gate at a time. More gates are
-    searched by ascent from several starts, over each gate alone and over each block of three (two from seven gates on), until no change
-    helps: nearly always the global optimum on small logs, not provably.
-
-    The log speaks of the beam that it was recorded with: record with the ``width`` of the policy, or a little more.
+    No deeper gate sees what a shallow one stops, so thresholds do not decompose. Up to three gates
+    are searched exhaustively over candidates halfway between the log's confidences (quantiles,
+    above 64, 256, 1024 for 3, 2, 1 gates), then refined one by one. More gates are searched by
+    ascent from several starts, over each gate and each block of three (two from seven gates on):
+    nearly always the global optimum on small logs, not provably.
 
     Args:
-        log: rows of rank 0 for every step and every depth down to ``max_depth``, and of the ranks below the width.
+        log: rows of every step and depth down to ``max_depth``, of ranks below ``objective.beam``,
+            recorded with that beam or a little more.
         gates: depths.
-        max_depth: layers bought by who passes all gates.
+        max_depth: layers drafted for a request that passes all gates.
         objective: tokens per second.
-        start: one more start of the ascent.
+        start: one more start of the ascent. Defaults to none.
 
     Raises:
-        EchoError: steps whose rows do not reach ``max_depth`` (in a log with weights they are left out), or an argument out of range.
+        EchoError: steps whose rows do not reach ``max_depth`` (in a log with weights they are left
+            out), or an argument out of range.
+
+    Example:
+        >>> log = WarmupLog.from_arrays([1, 1], [0.9, 0.2], [1, 0], step=[0, 1])
+        >>> steep = Objective(CostModel((1, 2), (1.0, 1.9)), batch=1, beam=1)
+        >>> round(throughput_optimal(log, (1,), 1, steep)[0][1], 3)
+        0.55
     """
-    start = _checked("start", start or {})
+    start = check_thresholds("start", start or {})
     depths = sorted({checks.integer("gates", gate, 1, max_depth) for gate in gates})
     if not depths:
         raise EchoError("gates: expected at least one depth, got none")
     chains = join(log, max_depth, objective.beam)
     whole: NDArray[np.bool_] = np.logical_not(np.isnan(chains.confidence).any(axis=1))
+    where = f"rows of rank 0 at depths 1 to {max_depth}"
     if not whole.all() and (log.weight == 1).all():
         raise EchoError(
-            f"log: expected rows of rank 0 at depths 1 to {max_depth} in every step, got {int((~whole).sum())} of {len(whole)} "
-            "steps without: what was not verified is missing, not rejected; lower max_depth, or record whole paths"
+            f"log: expected {where} in every step, got {int((~whole).sum())} of {len(whole)} steps "
+            "without: what was not verified is missing, not rejected; lower max_depth, or record "
+            "whole paths"
         )
     if not whole.any():
-        raise EchoError(
-            f"log: expected steps with rows of rank 0 at depths 1 to {max_depth}, got none"
-        )
+        raise EchoError(f"log: expected steps with {where}, got none")
     search = _Search(chains, whole, depths, objective)
     starts = [np.zeros(len(depths))]
     if start:
         starts.append(np.array([start.get(depth, 0.0) for depth in depths]))
     if len(depths) <= 3:
-        starts.append(search.best(starts[0], range(len(depths)), GRID[len(depths)])[0])
+        starts.append(search.best(starts[0], range(len(depths)), GRID[len(depths)]))
         sizes = [1]
     else:
         sizes = [1, 3 if len(depths) <= 6 else 2]
     found = [search.ascend(taus, sizes) for taus in starts]
     taus, value = max(found, key=lambda pair: pair[1])
-    return {depth: float(tau) for depth, tau in zip(depths, taus, strict=True)}, float(value)
+    return dict(zip(depths, taus.tolist(), strict=True)), float(value)
 
 
-def _checked(name: str, thresholds: Mapping[int, float]) -> dict[int, float]:
+def check_thresholds(name: str, thresholds: Mapping[int, float]) -> dict[int, float]:
+    """tau by depth as Python's numbers; EchoError: a depth below 1 or a tau outside [0, 1]."""
     return {
         checks.integer(f"{name}.depth", d, 1): checks.real(f"{name}[{d}]", tau, 0.0, 1.0)
         for d, tau in thresholds.items()
@@ -285,42 +288,32 @@ class _Search:
     ) -> None:
         self.confidence = chains.confidence[whole][:, [d - 1 for d in depths]].astype(np.float64)
         self.weight = chains.weight[whole] / chains.weight[whole].sum()
-        # Layers bought, and tokens accepted, by who is stopped at gate 0, 1, ..., and by who passes all.
+        # Layers drafted and tokens accepted of a step that stops at gate 0, 1, ..., or nowhere.
         layers = [d - 1 for d in depths] + [chains.confidence.shape[1]]
         self.layers = np.array(layers, dtype=np.float64)
         self.gain = chains.gain[whole][:, layers].astype(np.float64)
         self.objective = objective
 
-    def candidates(self, gate: int, count: int) -> NDArray[np.float64]:
+    def candidates(self, gate: int, count: int) -> Floats:
         values = np.unique(self.confidence[:, gate])
         if len(values) + 1 > count:
-            values = np.unique(
-                np.quantile(
-                    self.confidence[:, gate], np.linspace(0, 1, count - 1), method="nearest"
-                )
-            )
+            shares = np.linspace(0, 1, count - 1)
+            values = np.unique(np.quantile(self.confidence[:, gate], shares, method="nearest"))
         return np.concatenate([[0.0], (values[:-1] + values[1:]) / 2, [1.0]])
 
-    def best(
-        self, taus: NDArray[np.float64], block: Sequence[int], count: int
-    ) -> tuple[NDArray[np.float64], float]:
-        """The best thresholds of one block of gates, the others held: exhaustive over ``count`` candidates each.
+    def best(self, taus: Floats, block: Sequence[int], count: int) -> Floats:
+        """The best thresholds of one block, the others fixed: exhaustive over ``count`` each.
 
-        Sums over who passes the first k gates of the block are tail sums of k-dimensional histograms: O(S + count^gates).
+        Sums over steps that pass the block's first k gates are tail sums of k-dimensional
+        histograms: O(S + count^gates).
         """
         options = [self.candidates(gate, count) for gate in block]
-        sizes = [len(taus_) for taus_ in options]
-        cells = [
-            np.searchsorted(taus_, self.confidence[:, gate])
-            for taus_, gate in zip(options, block, strict=True)
-        ]
-        passed = self.confidence > taus
-        passed[:, list(block)] = True
-        cap = np.where(
-            passed.all(axis=1), len(taus), np.argmin(passed, axis=1)
-        )  # where the held gates stop each step
-        stops = [np.minimum(cap, gate) for gate in block] + [cap]
-        rows = np.arange(len(cap))
+        sizes = [len(grid) for grid in options]
+        pairs = list(zip(options, block, strict=True))
+        cells = [np.searchsorted(grid, self.confidence[:, gate]) for grid, gate in pairs]
+        end = self.ends(taus, block)
+        stops = [np.minimum(end, gate) for gate in block] + [end]
+        rows = np.arange(len(end))
         totals = []
         for gain in (self.gain, np.broadcast_to(self.layers, self.gain.shape)):
             total = np.full(sizes, float((self.weight * gain[rows, stops[0]]).sum()))
@@ -330,40 +323,40 @@ class _Search:
                 tail = self._tail(np.ravel_multi_index(cells[:k], shape), shape, more)
                 total += tail.reshape(*sizes[:k], *([1] * (len(block) - k)))
             totals.append(total)
-        values = self.objective(*totals)
-        place = np.unravel_index(int(np.argmax(values)), sizes)
+        place = np.unravel_index(int(np.argmax(self.objective(*totals))), sizes)
         result = taus.copy()
-        result[list(block)] = [taus_[i] for taus_, i in zip(options, place, strict=True)]
-        return result, float(values[place])
+        result[list(block)] = [grid[i] for grid, i in zip(options, place, strict=True)]
+        return result
 
     @staticmethod
     def _tail(cell: NDArray[Any], shape: list[int], weight: NDArray[Any]) -> NDArray[Any]:
-        """The weight of steps above each combination of candidates: those that have more candidates than it below them."""
+        """The weight of steps above each combination of candidates."""
         tail = np.bincount(cell, weights=weight, minlength=int(np.prod(shape))).reshape(shape)
         for axis in range(len(shape)):
             tail = np.flip(np.cumsum(np.flip(tail, axis), axis), axis)
         return tail[tuple(slice(1, None) for _ in shape)]
 
-    def value(self, taus: NDArray[np.float64]) -> float:
-        """The objective, by letting every step run into the gates."""
+    def ends(self, taus: Floats, free: Sequence[int] = ()) -> NDArray[np.intp]:
+        """int [S]: the gate that stops each step, those of ``free`` open; past the last: none."""
         passed = self.confidence > taus
-        stop = np.where(passed.all(axis=1), len(taus), np.argmin(passed, axis=1))
-        gain = self.gain[np.arange(len(stop)), stop]
-        return float(
-            self.objective((self.weight * gain).sum(), (self.weight * self.layers[stop]).sum())
-        )
+        passed[:, list(free)] = True
+        return np.where(passed.all(axis=1), len(taus), np.argmin(passed, axis=1))
 
-    def ascend(
-        self, taus: NDArray[np.float64], sizes: Sequence[int]
-    ) -> tuple[NDArray[np.float64], float]:
+    def value(self, taus: Floats) -> float:
+        """The objective, step by step."""
+        end = self.ends(taus)
+        gain = self.gain[np.arange(len(end)), end]
+        total = (self.weight * gain).sum(), (self.weight * self.layers[end]).sum()
+        return float(self.objective(*total))
+
+    def ascend(self, taus: Floats, sizes: Sequence[int]) -> tuple[Floats, float]:
         """Ascent over all blocks of these sizes; strictly rising, so it ends."""
-        value = self.value(taus)
-        improved = True
+        value, improved = self.value(taus), True
         while improved:
             improved = False
             for size in sizes:
                 for block in itertools.combinations(range(len(taus)), size):
-                    option, _ = self.best(taus, block, GRID[size])
+                    option = self.best(taus, block, GRID[size])
                     now = self.value(option)
                     if now > value * (1 + 1e-12):
                         taus, value, improved = option, now, True

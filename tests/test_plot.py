@@ -31,9 +31,9 @@ def test_a_plot_without_matplotlib_says_how_to_get_it(draw, monkeypatch):
 
 def test_a_policy_has_one_colour_whatever_its_name_says_besides():
     families = [
-        ("EAGLE", "EAGLE tree", "EAGLE tree, 8 rows each", "EAGLE-3, matched"),
+        ("EAGLE", "EAGLE tree", "EAGLE tree, 8 tokens each", "EAGLE-3, matched"),
         ("ECHO", "ECHO (paper)", "ECHO, the paper"),
-        ("throughput-optimal", "throughput-optimal tree"),
+        ("throughput-optimal", "throughput-optimal chain"),
         ("global ranking", "global top-K"),
         ("plain", "off", "oracle"),
     ]
