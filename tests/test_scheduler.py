@@ -683,11 +683,11 @@ SCHEDULER = echo.ElasticBudgetScheduler(echo.TwoLevel(2, 4), budget=8, max_depth
     [
         (
             lambda: SCHEDULER.begin(torch.arange(9)),
-            r"num_verify_tokens: expected at least one row for each of 9 requests, got 8",
+            r"num_verify_tokens: expected at least one for each of 9 requests, got 8",
         ),
         (
             lambda: SCHEDULER.begin(torch.arange(2), num_verify_tokens=0),
-            r"num_verify_tokens: expected at least one row for each of 2 requests, got 0",
+            r"num_verify_tokens: expected at least one for each of 2 requests, got 0",
         ),
         (
             lambda: SCHEDULER.begin(torch.arange(2), num_verify_tokens=-1),
@@ -724,11 +724,11 @@ SCHEDULER = echo.ElasticBudgetScheduler(echo.TwoLevel(2, 4), budget=8, max_depth
         ),
         (
             lambda: SCHEDULER.pack(SCHEDULER.begin(torch.arange(2)), num_verify_tokens=4),
-            r"num_verify_tokens: expected at least the 8 rows .* planted with, got 4",
+            r"num_verify_tokens: expected at least begin.s 8, got 4",
         ),
         (
             lambda: SCHEDULER.pack(SCHEDULER.begin(torch.arange(2)), num_verify_tokens=0),
-            r"num_verify_tokens: expected at least the 8 rows .* planted with, got 0",
+            r"num_verify_tokens: expected at least begin.s 8, got 0",
         ),
         (lambda: echo.TwoLevel(0, 4), r"beam: expected an int >= 1, got 0"),
         (lambda: echo.TwoLevel(2, -1), r"max_extra_tokens: expected an int >= 0, got -1"),
@@ -736,7 +736,7 @@ SCHEDULER = echo.ElasticBudgetScheduler(echo.TwoLevel(2, 4), budget=8, max_depth
         (lambda: echo.GlobalRank(1.5), r"beam: expected an int >= 1, got 1.5"),
         (
             lambda: echo.ElasticBudgetScheduler(echo.GlobalRank(2)),
-            r"budget: expected rows or a CostModel",
+            r"budget: expected an int or a CostModel",
         ),
         (
             lambda: echo.ElasticBudgetScheduler(echo.GlobalRank(2), budget=0),
@@ -744,7 +744,7 @@ SCHEDULER = echo.ElasticBudgetScheduler(echo.TwoLevel(2, 4), budget=8, max_depth
         ),
         (
             lambda: echo.ElasticBudgetScheduler(echo.PerRequest(100, 10)),
-            r"max_tree_rows: expected at least the 100 rows of a request that the rule asks for, got 64",
+            r"max_verify_tokens_per_req: expected at least the 100 of the rule, got 64",
         ),
         (lambda: echo.SparseGate({0: 0.5}), r"thresholds.depth: expected an int >= 1, got 0"),
         (
@@ -800,6 +800,6 @@ def test_a_tree_deeper_than_planned_is_refused():
     width = tree.frontier.token.shape[1]
     with pytest.raises(
         echo.EchoError,
-        match=r"tree: expected a tree of fewer than max_depth = 2 layers, got one of 2",
+        match=r"tree: expected fewer than max_depth = 2 layers, got 2",
     ):
         SCHEDULER.grow(tree, torch.zeros(2, width, 1, dtype=torch.int64), torch.zeros(2, width, 1))

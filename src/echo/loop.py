@@ -13,10 +13,10 @@ from torch import Tensor
 
 from echo import _checks as checks
 from echo._checks import EchoError
-from echo.budget.goodput import Tier
 from echo.budget.history import History
 from echo.budget.rules import ranks
 from echo.budget.scheduler import ElasticBudgetScheduler
+from echo.budget.throughput import Tier
 from echo.gating.logs import WarmupLog
 from echo.tree.accept import Accepted, accept
 from echo.tree.packed import PackedTree
