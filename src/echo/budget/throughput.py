@@ -23,9 +23,9 @@ PROBE_COST, PATIENCE = 0.005, 16
 probe intervals, after which a probe is made whatever it costs: a choice that no replay was long
 enough to judge."""
 AMORTIZE = 20
-"""Steps over which draft extend is spread: about what a history remembers. On the measured curve
-of two CPU cores, where nothing is won at 256 requests, 1,000 steps came to 0.946 of plain decoding before
-PROBE_COST and this, and come to 0.998 since."""
+"""Steps over which draft extend is spread: about what a history remembers. On the measured curve of
+two CPU cores, where nothing is won at 256 requests, 1,000 steps came to 0.946 of plain decoding
+before PROBE_COST and this, and come to 0.998 since."""
 ROUND_DOWN = 1 - 1e-5
 """Numbers of tokens are sums of float32: what comes out a hair above a whole number, in another
 order of requests, is not rounded up."""
