@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 import echo
 from conftest import one_graph
-from echo.lookup import NOTHING, Texts, blend
+from echo.lookup import NO_TOKEN, Texts, blend
 from echo.testing import TabularDrafter, TabularTarget, record, replay, table
 from echo.testing.kit import RefuseSyncs
 from echo.testing.toy import blurred
@@ -26,7 +26,7 @@ def searched(text: list[int], path: list[int], longest: int) -> tuple[int, int]:
         for at in range(len(text) - n - 1, -1, -1):
             if text[at : at + n] == end[-n:]:
                 return text[at + n], n
-    return NOTHING, 0
+    return NO_TOKEN, 0
 
 
 @given(
@@ -73,11 +73,11 @@ def test_texts_keep_the_end_of_what_was_appended(appended, room):
         texts = texts.append(torch.tensor([slot]), padded, torch.tensor([len(tokens)]))
         expected[slot] = (expected[slot] + tokens)[-room:]
     assert texts.used.tolist() == [len(text) for text in expected]
-    assert texts.tokens.tolist() == [text + [NOTHING] * (room - len(text)) for text in expected]
+    assert texts.tokens.tolist() == [text + [NO_TOKEN] * (room - len(text)) for text in expected]
     again = texts.admit(
         torch.tensor([1]), [torch.tensor([7])]
     )  # nothing of the former request stays
-    assert again.tokens[1].tolist() == [7] + [NOTHING] * (room - 1)
+    assert again.tokens[1].tolist() == [7] + [NO_TOKEN] * (room - 1)
     assert torch.equal(again.tokens[::2], texts.tokens[::2])
     longer = texts.admit(torch.tensor([2]), [torch.arange(room + 3)])
     assert longer.tokens[2].tolist() == list(range(3, room + 3)) and longer.used[2] == room
