@@ -33,8 +33,8 @@ WEIGHTS_ALONE = (0.0, 0.2, 0.45, 0.7, 0.7, 0.7, 0.75, 0.8, 0.8)
 rounded, and smoothed from 3 on, of which it saw 40."""
 WEIGHTS_BESIDE = (0.0, 0.1, 0.3, 0.45, 0.6, 0.6, 0.6, 0.7, 0.8)
 """The weight of the proposal that makes the target's text likeliest, beside SmolLM2's EAGLE head:
-round numbers, read off an earlier head's drafts of 64 texts. The present one's chains of 5 on the 32
-prompts: 0, 0.11, 0.29, 0.42, 0.64, 0.64, 0.73, 0.68, 0.79."""
+round numbers, read off an earlier head's drafts of 64 texts. The present one's chains of 5 on the
+32 prompts: 0, 0.11, 0.29, 0.42, 0.64, 0.64, 0.73, 0.68, 0.79."""
 PRIOR = 2.0
 """Steps that the present mixing weights count beside those seen."""
 
@@ -87,7 +87,7 @@ class Texts:
         return self._write(req_indices, tokens, used)
 
     def append(self, req_indices: Tensor, tokens: Tensor, num_tokens: Tensor) -> Texts:
-        """Append the first ``num_tokens`` [B] of ``tokens`` [B, n] at ``req_indices`` [B], all int64.
+        """Append ``num_tokens`` [B] of ``tokens`` [B, n] at ``req_indices`` [B]; all int64.
 
         Raises:
             EchoError: shapes, dtypes or devices that do not fit.
@@ -299,7 +299,7 @@ class PromptLookup:
         return roots.follow(frontier) if frontier.depth else roots
 
     def extend(self, req_indices: Tensor, packed: PackedTree, accepted: Accepted) -> None:
-        """As :meth:`echo.Drafter.extend`: append what was emitted; count what was right at roots."""
+        """As :meth:`echo.Drafter.extend`: append what was emitted, count what was right."""
         if self._root is not None and packed.max_depth:
             tokens, log_probs, proposal, length = self._root
             truth = accepted.tokens[:, :1]

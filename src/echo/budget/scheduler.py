@@ -22,18 +22,9 @@ from echo.budget.throughput import ThroughputOptimal, Tier
 from echo.cost import CostModel
 from echo.gating.calibration import Calibration
 from echo.gating.gates import Gate, SparseGate
-from echo.kernels.codes import Status
 from echo.tree.build import children
 from echo.tree.packed import WORD, PackedTree, copy_into, pack
-from echo.tree.supertree import (
-    DEAD_SCORE,
-    Frontier,
-    Layer,
-    SuperTree,
-    check_size,
-    path_score,
-    write_layer,
-)
+from echo.tree.supertree import SuperTree, check_size
 
 
 @dataclass(frozen=True)
@@ -297,54 +288,7 @@ class ElasticBudgetScheduler:
             )
         check_size(batch, sum(tree.sizes) + width * k, depth)
         last = depth == self.max_depth
-        grown = step.grow(self.rule, self.gate, tree, tokens, log_probs, last, out)
-        if grown is not None:
-            return grown
-        score, best, faulty = path_score(frontier.score, log_probs, frontier.active)
-        layer = Layer(
-            depth,
-            tokens.flatten(1),
-            frontier.index.repeat_interleave(k, dim=1),
-            score,
-            torch.zeros(batch, width * k, dtype=torch.bool, device=device),
-            tree.status == int(Status.ACTIVE),
-            tree.request_weights,
-        )
-        limits = tree.verify_limits - tree.num_committed
-        able = layer.drafted & (best > DEAD_SCORE) & (limits > 0)
-        verdict = None if self.gate is None else self.gate(layer)
-        passed = able if verdict is None else able & verdict
-        status = tree.status.masked_fill(layer.drafted, int(Status.EXHAUSTED))
-        if verdict is not None:
-            status.masked_fill_(able, int(Status.TRUNCATED))
-        num_committed, num_remaining = tree.num_committed, tree.num_remaining
-        committed, drafts = self.rule.commit(layer, passed, limits, num_remaining), passed
-        if committed is not None:
-            layer = replace(layer, committed=committed)
-            drafts = passed & committed.any(dim=1)
-            status.masked_fill_(passed, int(Status.STARVED))
-            num_committed = num_committed + committed.sum(dim=1)
-            num_remaining = num_remaining - committed.sum()
-        index, active = self.rule.frontier(layer)
-        status.masked_fill_(drafts, int(Status.FINISHED if last else Status.ACTIVE))
-        grown = replace(
-            tree,
-            layers=(*tree.layers, layer),
-            frontier=Frontier(
-                token=layer.token.gather(1, index),
-                parent=index // k,
-                index=index,
-                score=layer.score.gather(1, index),
-                active=torch.zeros_like(active) if last else active & drafts[:, None],
-                depth=depth,
-            ),
-            status=status,
-            num_committed=num_committed,
-            num_remaining=num_remaining,
-            invalid=tree.invalid + faulty,
-            nodes=None,
-        )
-        return grown if out is None else write_layer(out, grown)
+        return step.grow(self.rule, self.gate, tree, tokens, log_probs, last, out)
 
     def grow_positions(self, tree: SuperTree, tokens: Tensor, log_probs: Tensor) -> SuperTree:
         """Grow a layer for each position of a drafter that is not conditioned on nodes.

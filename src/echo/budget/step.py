@@ -1,14 +1,14 @@
-"""Begin, grow and pack as a few kernels: the same integers as PyTorch's operations.
+"""Begin, grow and pack: a few kernels, or PyTorch's operations with the same integers.
 
-:func:`grow` and :func:`pack` return None where PyTorch must do it: no kernels for the device, a
-custom rule, request weights. B requests; T nodes of a request's tree; N rows; W words of a row's
-mask.
+Kernels serve the shipped rules without request weights. B requests; T nodes of a request's tree; N
+rows; W words of a row's mask.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from echo.budget.rules import GlobalRank, Rule, TwoLevel
 from echo.gating.gates import Gate, SparseGate
 from echo.kernels.codes import Status
 from echo.tree.packed import PackedTree, copy_into
-from echo.tree.supertree import Frontier, Layer, SuperTree, write_layer
+from echo.tree.supertree import DEAD_SCORE, Frontier, Layer, SuperTree, path_score, write_layer
 
 COLUMNS = ("tokens", "parent", "depth", "request", "indptr", "mask", "score", "node", "committed")
 DTYPES = {
@@ -142,23 +142,80 @@ def grow(
     log_probs: Tensor,
     last: bool,
     out: SuperTree | None,
-) -> SuperTree | None:
+) -> SuperTree:
     """As :meth:`ElasticBudgetScheduler.grow`, by its ``rule`` and ``gate``, of checked arguments.
 
     ``last``: nothing is drafted on this layer.
     """
     fused = kernels.fused("growing", tokens)
-    if fused is None or not _fits(rule, tree):
-        return None
+    if fused is not None and _fits(rule, tree):
+        return _grow_fused(fused, rule, gate, tree, tokens, log_probs, last, out)
+    (batch, _, k), frontier, device = tokens.shape, tree.frontier, tokens.device
+    score, best, faulty = path_score(frontier.score, log_probs, frontier.active)
+    layer = Layer(
+        tree.depth + 1,
+        tokens.flatten(1),
+        frontier.index.repeat_interleave(k, dim=1),
+        score,
+        torch.zeros(batch, score.shape[1], dtype=torch.bool, device=device),
+        tree.status == int(Status.ACTIVE),
+        tree.request_weights,
+    )
+    limits = tree.verify_limits - tree.num_committed
+    able = layer.drafted & (best > DEAD_SCORE) & (limits > 0)
+    verdict = None if gate is None else gate(layer)
+    passed = able if verdict is None else able & verdict
+    status = tree.status.masked_fill(layer.drafted, int(Status.EXHAUSTED))
+    if verdict is not None:
+        status.masked_fill_(able, int(Status.TRUNCATED))
+    num_committed, num_remaining = tree.num_committed, tree.num_remaining
+    committed, drafts = rule.commit(layer, passed, limits, num_remaining), passed
+    if committed is not None:
+        layer = replace(layer, committed=committed)
+        drafts = passed & committed.any(dim=1)
+        status.masked_fill_(passed, int(Status.STARVED))
+        num_committed = num_committed + committed.sum(dim=1)
+        num_remaining = num_remaining - committed.sum()
+    index, active = rule.frontier(layer)
+    status.masked_fill_(drafts, int(Status.FINISHED if last else Status.ACTIVE))
+    grown = replace(
+        tree,
+        layers=(*tree.layers, layer),
+        frontier=Frontier(
+            token=layer.token.gather(1, index),
+            parent=index // k,
+            index=index,
+            score=layer.score.gather(1, index),
+            active=torch.zeros_like(active) if last else active & drafts[:, None],
+            depth=layer.depth,
+        ),
+        status=status,
+        num_committed=num_committed,
+        num_remaining=num_remaining,
+        invalid=tree.invalid + faulty,
+        nodes=None,
+    )
+    return grown if out is None else write_layer(out, grown)
+
+
+def _grow_fused(
+    fused: ModuleType,
+    rule: Rule,
+    gate: Gate | None,
+    tree: SuperTree,
+    tokens: Tensor,
+    log_probs: Tensor,
+    last: bool,
+    out: SuperTree | None,
+) -> SuperTree:
     above, depth = tree.frontier, tree.depth + 1
     old = above.score, above.active, above.index, tokens, log_probs, tree.status
     state = tree.verify_limits, tree.num_committed, tree.num_remaining, tree.invalid
-    tau, verdict, sparse = -math.inf, None, type(gate) is SparseGate
-    if isinstance(gate, SparseGate) and sparse:  # compared where the scores are made
-        tau = gate.log_tau.get(depth, tau)
-    committing = rule.beam if isinstance(rule, TwoLevel) else 0
+    tau, verdict, committing = -math.inf, None, rule.beam if isinstance(rule, TwoLevel) else 0
     stop = int(Status.FINISHED if last else Status.ACTIVE)
-    if gate is not None and not sparse:
+    if type(gate) is SparseGate:  # compared where the scores are made; a subclass may ask for more
+        tau = gate.log_tau.get(depth, tau)
+    elif gate is not None:
         new = fused.grow(*old, None, *state, tau=tau, beam=rule.beam, buys=committing, stop=stop)
         none = torch.zeros_like(new.committed)
         verdict = gate(Layer(depth, tokens.flatten(1), new.parent, new.score, none, new.drafted))
@@ -200,7 +257,9 @@ def pack(
     out: PackedTree | None,
     scratch: Scratch | None = None,
 ) -> PackedTree | None:
-    """Select, flatten, and summarize where it ``summarizes``: three to five launches.
+    """Select, flatten, and summarize where it ``summarizes``, in three to five launches.
+
+    None where PyTorch must do it: no kernels for the device, a custom rule, request weights.
 
     Args:
         rule, max_verify_tokens_per_req: the scheduler's.
