@@ -1,4 +1,5 @@
-"""Prompt lookup: the votes are those of a plain search, opinions pool as probabilities do, and nothing else changes."""
+"""Prompt lookup: proposals are those of a plain search, mixing keeps a distribution, and nothing
+else changes."""
 
 from __future__ import annotations
 
@@ -19,10 +20,11 @@ from echo.testing.kit import RefuseSyncs
 from echo.testing.toy import blurred
 
 
-def searched(text: list[int], path: list[int], longest: int) -> tuple[int, int]:
-    """What followed the last of the longest matches in ``text`` of the end of the text with the path behind it."""
+def searched(text: list[int], path: list[int], max_ngram: int) -> tuple[int, int]:
+    """What followed the last of the longest matches in ``text`` of the end of the text with the
+    path behind it."""
     end = text + path
-    for n in range(min(longest, len(end)), 0, -1):
+    for n in range(min(max_ngram, len(end)), 0, -1):
         for at in range(len(text) - n - 1, -1, -1):
             if text[at : at + n] == end[-n:]:
                 return text[at + n], n
@@ -34,13 +36,13 @@ def searched(text: list[int], path: list[int], longest: int) -> tuple[int, int]:
     st.integers(1, 5),
     st.integers(0, 9999),
 )
-def test_votes_are_those_of_a_plain_search_at_every_node_of_a_tree(texts, longest, seed):
+def test_proposals_are_those_of_a_plain_search_at_every_node_of_a_tree(texts, max_ngram, seed):
     batch, generator = len(texts), torch.Generator().manual_seed(seed)
-    slots = torch.randperm(batch + 2, generator=generator)[:batch]
-    kept = Texts.empty(batch + 2, 16).admit(slots, [torch.tensor(text) for text in texts])
+    req_indices = torch.randperm(batch + 2, generator=generator)[:batch]
+    kept = Texts.empty(batch + 2, 16).admit(req_indices, [torch.tensor(text) for text in texts])
     scheduler = echo.ElasticBudgetScheduler(echo.GlobalRank(3), None, 99, 3)
     tree = scheduler.begin(torch.tensor([text[-1] for text in texts]))
-    match, paths = kept.match(slots, longest), [[[]] for _ in texts]
+    match, paths = kept.match(req_indices, max_ngram), [[[]] for _ in texts]
     for depth in range(4):
         if depth:
             match, above = match.follow(tree.frontier), paths
@@ -49,10 +51,10 @@ def test_votes_are_those_of_a_plain_search_at_every_node_of_a_tree(texts, longes
                 [[*above[b][p], t] for t, p in zip(token[b], parent[b], strict=True)]
                 for b in range(batch)
             ]
-        vote, run = match.proposals()
+        proposal, length = match.proposals()
         for b, text in enumerate(texts):
             for w, path in enumerate(paths[b]):
-                assert (int(vote[b, w]), int(run[b, w])) == searched(text, path, longest)
+                assert (int(proposal[b, w]), int(length[b, w])) == searched(text, path, max_ngram)
         if depth < 3:
             shape = (*tree.frontier.token.shape, 2)
             drawn = torch.rand(shape, generator=generator).log() - 1
@@ -63,24 +65,26 @@ def test_votes_are_those_of_a_plain_search_at_every_node_of_a_tree(texts, longes
     st.lists(st.tuples(st.integers(0, 2), st.lists(st.integers(0, 5), max_size=4)), max_size=8),
     st.integers(1, 9),
 )
-def test_texts_keep_the_end_of_what_was_appended(appended, room):
+def test_texts_keep_the_end_of_what_was_appended(appended, max_len):
     texts, expected = (
-        Texts.empty(3, room).admit(torch.arange(3), [torch.tensor([slot]) for slot in range(3)]),
+        Texts.empty(3, max_len).admit(
+            torch.arange(3), [torch.tensor([index]) for index in range(3)]
+        ),
         [[0], [1], [2]],
     )
-    for slot, tokens in appended:
+    for index, tokens in appended:
         padded = torch.tensor([[*tokens, *[-1] * (5 - len(tokens))]])
-        texts = texts.append(torch.tensor([slot]), padded, torch.tensor([len(tokens)]))
-        expected[slot] = (expected[slot] + tokens)[-room:]
+        texts = texts.append(torch.tensor([index]), padded, torch.tensor([len(tokens)]))
+        expected[index] = (expected[index] + tokens)[-max_len:]
     assert texts.used.tolist() == [len(text) for text in expected]
-    assert texts.tokens.tolist() == [text + [NO_TOKEN] * (room - len(text)) for text in expected]
+    assert texts.tokens.tolist() == [text + [NO_TOKEN] * (max_len - len(text)) for text in expected]
     again = texts.admit(
         torch.tensor([1]), [torch.tensor([7])]
     )  # nothing of the former request stays
-    assert again.tokens[1].tolist() == [7] + [NO_TOKEN] * (room - 1)
+    assert again.tokens[1].tolist() == [7] + [NO_TOKEN] * (max_len - 1)
     assert torch.equal(again.tokens[::2], texts.tokens[::2])
-    longer = texts.admit(torch.tensor([2]), [torch.arange(room + 3)])
-    assert longer.tokens[2].tolist() == list(range(3, room + 3)) and longer.used[2] == room
+    longer = texts.admit(torch.tensor([2]), [torch.arange(max_len + 3)])
+    assert longer.tokens[2].tolist() == list(range(3, max_len + 3)) and longer.used[2] == max_len
     assert texts.admit(torch.tensor([], dtype=torch.int64), []) is texts
     nothing = texts.append(
         torch.tensor([0]), torch.zeros(1, 0, dtype=torch.int64), torch.tensor([0])
@@ -105,13 +109,13 @@ def test_a_text_longer_than_the_memory_is_searched_as_its_end_is(text, length, a
         lookup.texts = lookup.texts.append(
             torch.zeros(1).long(), torch.tensor([[*more, 0, 0]]), torch.tensor([len(more)])
         )
-    vote, run = searched(text[-length:], [], 8)
+    proposal, matched = searched(text[-length:], [], 8)
     tokens, log_probs = lookup.draft(
         torch.zeros(1).long(), scheduler.begin(torch.tensor(text[-1:])).frontier
     )
     assert (int(tokens), log_probs.exp().item()) == (
-        max(vote, 0),
-        pytest.approx(lookup.mixing_weights[run].item(), abs=1e-3),
+        max(proposal, 0),
+        pytest.approx(lookup.mixing_weights[matched].item(), abs=1e-3),
     )
 
 
@@ -121,15 +125,16 @@ def test_a_text_longer_than_the_memory_is_searched_as_its_end_is(text, length, a
     st.booleans(),
 )
 def test_a_first_layer_from_elsewhere_is_followed_too(texts, seed, before):
-    """The lookup is asked at depth 1 first, in its first step or after one in which it was asked for the roots."""
-    generator, slots = torch.Generator().manual_seed(seed), torch.arange(len(texts))
+    """The lookup is asked at depth 1 first, in its first step or after one in which it was asked
+    for the roots."""
+    generator, req_indices = torch.Generator().manual_seed(seed), torch.arange(len(texts))
     lookup, scheduler = (
         echo.PromptLookup(len(texts), 40),
         echo.ElasticBudgetScheduler(echo.GlobalRank(2), None, 20, 4),
     )
     texts = [list(text) for text in texts]
     lookup.admit(
-        slots,
+        req_indices,
         [torch.tensor(text[:-1]) for text in texts],
         torch.tensor([text[-1] for text in texts]),
     )
@@ -148,13 +153,13 @@ def test_a_first_layer_from_elsewhere_is_followed_too(texts, seed, before):
                     [[*above[p], t] for t, p in zip(*node, strict=True)]
                     for above, *node in zip(paths, token, parent, strict=True)
                 ]
-            vote, share = lookup.draft(slots, tree.frontier)
+            proposal, weight = lookup.draft(req_indices, tree.frontier)
             for b, text in enumerate(texts):
                 for w, path in enumerate(paths[b]):
-                    expected, run = searched(text, path, 8)
-                    assert int(vote[b, w]) == max(expected, 0) and share[
+                    expected, length = searched(text, path, 8)
+                    assert int(proposal[b, w]) == max(expected, 0) and weight[
                         b, w
-                    ].exp().item() == pytest.approx(lookup.mixing_weights[run].item(), abs=1e-3)
+                    ].exp().item() == pytest.approx(lookup.mixing_weights[length].item(), abs=1e-3)
             shape = (*tree.frontier.token.shape, 2)
             tree = scheduler.grow(
                 tree,
@@ -163,7 +168,7 @@ def test_a_first_layer_from_elsewhere_is_followed_too(texts, seed, before):
             )
         packed = scheduler.pack(tree)
         accepted = echo.accept(packed, torch.randint(0, 3, (packed.num_rows,), generator=generator))
-        lookup.extend(slots, packed, accepted)
+        lookup.extend(req_indices, packed, accepted)
         texts = [
             text + new[:n]
             for text, new, n in zip(
@@ -175,7 +180,7 @@ def test_a_first_layer_from_elsewhere_is_followed_too(texts, seed, before):
         echo.EchoError,
         match="frontier: expected one of depth 0 or 1, or one below the last, got one of depth 3",
     ):
-        fresh.draft(slots, tree.frontier)
+        fresh.draft(req_indices, tree.frontier)
 
 
 def test_admission_copies_nothing_from_the_host():
@@ -185,84 +190,87 @@ def test_admission_copies_nothing_from_the_host():
             return func(*args, **(kwargs or {}))
 
     lookup, meta = echo.PromptLookup(3, 9, device="meta"), torch.device("meta")
-    prompts, slots = (
+    prompts, req_indices = (
         [torch.empty(n, dtype=torch.int64, device=meta) for n in (4, 12)],
         torch.empty(2, dtype=torch.int64, device=meta),
     )
     with Refuse():
-        lookup.admit(slots, prompts, slots)
+        lookup.admit(req_indices, prompts, req_indices)
     assert lookup.texts.tokens.shape == (3, 9)
 
 
 @given(st.integers(2, 6), st.floats(0, 0.99), st.integers(0, 9999))
-def test_a_whole_vocabulary_stays_a_distribution(vocab, share, seed):
+def test_a_whole_vocabulary_stays_a_distribution(vocab, weight, seed):
     generator = torch.Generator().manual_seed(seed)
     q = torch.softmax(torch.randn(2, 3, vocab, generator=generator), dim=-1)
-    vote = torch.randint(-1, vocab, (2, 3), generator=generator)
+    proposal = torch.randint(-1, vocab, (2, 3), generator=generator)
     every = torch.arange(vocab).expand(2, 3, -1)
-    tokens, pooled = blend(every, q.log(), vote, torch.full((2, 3), share))
-    shares = torch.where(vote >= 0, share, 0.0)[..., None]
+    tokens, pooled = blend(every, q.log(), proposal, torch.full((2, 3), weight))
+    mixed = torch.where(proposal >= 0, weight, 0.0)[..., None]
     assert torch.equal(tokens, every)
     assert torch.allclose(
-        pooled.exp(), (1 - shares) * q + shares * (every == vote[..., None]), atol=1e-6
+        pooled.exp(), (1 - mixed) * q + mixed * (every == proposal[..., None]), atol=1e-6
     )
 
 
-def test_a_vote_takes_the_place_of_the_least_likely_only_where_it_is_likelier():
+def test_a_proposal_takes_the_place_of_the_least_likely_only_where_it_is_likelier():
     tokens = torch.tensor([[[5, 6], [5, 6], [5, 6], [5, 6]]])
     q = torch.tensor([[[0.5, 0.2], [0.5, 0.2], [0.0, 0.0], [0.2, 0.5]]])
-    vote, share = torch.tensor([[9, 9, 9, -1]]), torch.tensor([[0.25, 0.05, 0.9, 0.9]])
-    seen, pooled = blend(tokens, q.log().half(), vote, share)
+    proposal, weight = torch.tensor([[9, 9, 9, -1]]), torch.tensor([[0.25, 0.05, 0.9, 0.9]])
+    seen, pooled = blend(tokens, q.log().half(), proposal, weight)
     assert seen.tolist() == [
         [[5, 9], [5, 6], [5, 6], [5, 6]]
-    ]  # taken; too doubtful; nothing was drafted; no vote
+    ]  # taken; too doubtful; nothing was drafted; no proposal
     assert pooled.dtype == torch.float16
     assert torch.allclose(
         pooled.float().exp(),
         torch.tensor([[[0.375, 0.25], [0.475, 0.19], [0.0, 0.0], [0.2, 0.5]]]),
         atol=1e-3,
     )
-    faulty = blend(tokens, torch.full_like(q, math.nan), vote, share)[1]
+    faulty = blend(tokens, torch.full_like(q, math.nan), proposal, weight)[1]
     assert faulty.isnan().all()  # stays for the plan to count
 
 
-def test_trust_is_learnt_to_the_likeliest_share():
-    """The target follows the vote with probability 0.7 and its own table otherwise; the draft knows that table."""
-    vocab, batch, share, trust = 12, 64, 0.7, (0.0, 0.3, 0.9)
-    own, slots = table(vocab, 1), torch.arange(batch)
+def test_weights_are_fitted_to_the_likeliest():
+    """The target follows the proposal with probability 0.7 and its own table otherwise; the draft
+    knows that table."""
+    vocab, batch, weight, weights = 12, 64, 0.7, (0.0, 0.3, 0.9)
+    own, req_indices = table(vocab, 1), torch.arange(batch)
     scheduler = echo.ElasticBudgetScheduler.eagle(max_verify_tokens_per_req=2, beam=1, max_depth=1)
     for _ in range(6):
         lookup = echo.PromptLookup(
-            batch, 256, TabularDrafter(own, vocab), max_ngram=2, mixing_weights=trust
+            batch, 256, TabularDrafter(own, vocab), max_ngram=2, mixing_weights=weights
         )
         generator = torch.Generator().manual_seed(0)
         last = torch.randint(0, vocab, (batch,), generator=generator)
-        lookup.admit(slots, list(torch.randint(0, vocab, (batch, 40), generator=generator)), last)
+        lookup.admit(
+            req_indices, list(torch.randint(0, vocab, (batch, 40), generator=generator)), last
+        )
         for _ in range(40):
-            vote, run = lookup.texts.match(slots, 2).proposals()
+            proposal, length = lookup.texts.match(req_indices, 2).proposals()
             tree = scheduler.begin(last)
-            packed = scheduler.pack(scheduler.grow(tree, *lookup.draft(slots, tree.frontier)))
-            follows = (torch.rand(batch, generator=generator) < share) & (run[:, 0] > 0)
+            packed = scheduler.pack(scheduler.grow(tree, *lookup.draft(req_indices, tree.frontier)))
+            follows = (torch.rand(batch, generator=generator) < weight) & (length[:, 0] > 0)
             last = torch.where(
-                follows, vote[:, 0], torch.multinomial(own[last], 1, generator=generator)[:, 0]
+                follows, proposal[:, 0], torch.multinomial(own[last], 1, generator=generator)[:, 0]
             )
             accepted = echo.accept(packed, torch.full((packed.num_rows,), -1))
             lookup.extend(
-                slots,
+                req_indices,
                 packed,
                 replace(
                     accepted, tokens=last[:, None], num_emitted=torch.ones(batch, dtype=torch.int64)
                 ),
             )
-        trust = lookup.fit_weights()
-    assert trust[0] == 0
-    assert trust[1:] == pytest.approx((share, share), abs=0.03)
+        weights = lookup.fit_weights()
+    assert weights[0] == 0
+    assert weights[1:] == pytest.approx((weight, weight), abs=0.03)
 
 
-def pair(slots: int, lookup: bool):
+def pair(max_num_reqs: int, lookup: bool):
     own = table(9, 3, sharpness=4.0)
     drafter = TabularDrafter(blurred(own, 4), 3, torch.float16)
-    return TabularTarget(own), echo.PromptLookup(slots, 64, drafter) if lookup else drafter
+    return TabularTarget(own), echo.PromptLookup(max_num_reqs, 64, drafter) if lookup else drafter
 
 
 PROMPTS = [torch.tensor([b, (b + 1) % 9, b]) for b in range(7)]
@@ -310,21 +318,21 @@ def test_a_blended_draft_depends_on_the_text_alone_and_replays():
     assert report.steps == len(live)
 
 
-def test_no_operator_reads_back_and_a_draft_is_one_graph():
-    def step(tokens, used, slots, roots, drawn):
+def test_no_operator_syncs_and_a_draft_is_one_graph():
+    def step(tokens, used, req_indices, roots, drawn):
         texts = Texts(tokens, used)
         scheduler = echo.ElasticBudgetScheduler(echo.GlobalRank(2), None, 12, 2)
-        tree, match = scheduler.begin(roots), texts.match(slots, 4)
+        tree, match = scheduler.begin(roots), texts.match(req_indices, 4)
         for depth in range(2):
             match = match.follow(tree.frontier) if depth else match
-            vote, run = match.proposals()
-            candidates = torch.arange(3).expand(*vote.shape, 3)
+            proposal, length = match.proposals()
+            candidates = torch.arange(3).expand(*proposal.shape, 3)
             tree = scheduler.grow(
-                tree, *blend(candidates, drawn[:, : vote.shape[1]], vote, run / 5)
+                tree, *blend(candidates, drawn[:, : proposal.shape[1]], proposal, length / 5)
             )
         packed = scheduler.pack(tree)
         accepted = echo.accept(packed, packed.tokens.roll(-1))
-        after = texts.append(slots, accepted.tokens, accepted.num_emitted)
+        after = texts.append(req_indices, accepted.tokens, accepted.num_emitted)
         return packed.tokens, packed.mask, after.tokens, after.used
 
     def case(seed):
