@@ -1,4 +1,5 @@
-"""Whatever torch's default dtype is, every tensor has its own: the bits and dtypes of a whole engine are those under float32."""
+"""Whatever torch's default dtype is, every tensor has its own: the bits and dtypes of a whole
+engine are those under float32."""
 
 from __future__ import annotations
 
@@ -108,17 +109,17 @@ def calibration():
 
 
 def policies():
-    _, learnt, *_ = calibration()
+    _, calibrated, *_ = calibration()
     cost = echo.CostModel.from_samples(
         [1, 8, 16, 32, 64], [1.0, 1.0, 1.0, 2.0, 4.0], draft_layer=0.01
     )
     gate = echo.gating.ExploringGate(
-        echo.SparseGate(learnt), 0.3, torch.tensor([0.1, 0.9, 0.5], dtype=torch.float32)
+        echo.SparseGate(calibrated), 0.3, torch.tensor([0.1, 0.9, 0.5], dtype=torch.float32)
     )
     make = echo.ElasticBudgetScheduler
     return {
-        "paper": make.paper(learnt, k_max=20, beam=2),
-        "goodput": make.throughput_optimal(learnt, cost, beam=2),
+        "paper": make.paper(calibrated, k_max=20, beam=2),
+        "throughput": make.throughput_optimal(calibrated, cost, beam=2),
         "eagle": make.eagle(max_verify_tokens_per_req=5, beam=2, max_depth=3),
         "exploring": make(echo.TwoLevel(2, 2), gate, 20, 3),
         "mass": make(echo.GlobalRank(2), echo.BeamMassGate((1, 2), -1.0, 2), 20, 3),
@@ -126,16 +127,16 @@ def policies():
 
 
 def engine():
-    """Everything between plant and the counters, by every policy: all that has a tensor."""
+    """Everything between begin and the counters, by every policy: all that has a tensor."""
     found = [calibration()]
     context, pages = torch.tensor([3, 5, 2]), torch.arange(30).view(3, 10).int()
     weighed = {"request_weights": torch.tensor([1.0, 2.0, 4.0], dtype=torch.float32)}
     for name, scheduler in policies().items():
-        for served in ({}, weighed):
-            if name not in ("paper", "goodput") and kernels.use_triton(context):
+        for weighting in ({}, weighed):
+            if name not in ("paper", "throughput") and kernels.use_triton(context):
                 continue  # the interpreter is slow
             tree, history, stats = (
-                scheduler.begin(torch.arange(3), num_verify_tokens=18, **served),
+                scheduler.begin(torch.arange(3), num_verify_tokens=18, **weighting),
                 scheduler.history(4),
                 echo.StepStats.empty(),
             )
@@ -163,7 +164,7 @@ def engine():
             )
             weights = scheduler.gate.weights(tree.layers) if name == "exploring" else None
             log = echo.loop.warmup_log(tree, packed, accepted, weights=weights)
-            forecast = (
+            tier = (
                 scheduler.choose_tier(history, torch.arange(3)),
                 scheduler.choose_tier(scheduler.history(3), torch.arange(3)),
             )
@@ -177,7 +178,7 @@ def engine():
                 stats.read(),
                 live.snapshot().mass,
                 log,
-                forecast,
+                tier,
                 weights,
             ]
             found += [
@@ -264,7 +265,8 @@ def test_other_drafters_and_every_layout(default):
 
 
 def decoded():
-    """Toy models with prompt lookup beside the draft: whole answers, and what a replay makes of them."""
+    """Toy models with prompt lookup beside the draft: whole answers, and what a replay makes of
+    them."""
     own = table(9, 3, sharpness=4.0)
     prompts, found = [torch.tensor([b, (b + 1) % 9, b]) for b in range(5)], []
     for policy in policies().values():

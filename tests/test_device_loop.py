@@ -1,4 +1,5 @@
-"""The loops run where the engine's tensors are: nothing but what is documented waits for the device.
+"""The loops run where the engine's tensors are: nothing but what is documented waits for the
+device.
 
 Without a GPU they run on the meta device, which has no values at all: whatever reads one raises.
 """
@@ -30,7 +31,8 @@ POLICIES = test_device_rules.POLICIES | {"plain": echo.ElasticBudgetScheduler.au
 
 
 class RefuseHost(TorchDispatchMode):
-    """Raises on every operator that brings a value from the device to the host, or hands the device's work one that lives there."""
+    """Raises on every operator that brings a value from the device to the host, or hands the
+    device's work one that lives there."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket._qualified_op_name.split("::")[1]
@@ -144,20 +146,21 @@ def test_decode_waits_in_one_place(name, device, monkeypatch):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", POLICIES)
 def test_the_loop_of_the_readme(name, device):
-    """Host ids and a host copy of the history for the forecast; everything else on the device."""
+    """Host ids and a host copy of the history for the choice of the tier; everything else on the
+    device."""
     scheduler, ids = POLICIES[name], [2, 0, 7, 5]
-    slots, root_tokens = (torch.tensor(x, device=device) for x in (ids, [3, 1, 4, 15]))
+    req_indices, root_tokens = (torch.tensor(x, device=device) for x in (ids, [3, 1, 4, 15]))
     history, stats = scheduler.history(8, device), echo.StepStats.empty(device)
     known = scheduler.history(8)
     with RefuseHost():
         for lag in range(3):
-            shape = scheduler.choose_tier(known, ids)
-            tree = scheduler.begin(root_tokens, num_verify_tokens=shape.num_verify_tokens)
-            for _ in range(shape.depth):
-                tree = scheduler.grow(tree, *Drafter().draft(slots, tree.frontier))
+            tier = scheduler.choose_tier(known, ids)
+            tree = scheduler.begin(root_tokens, num_verify_tokens=tier.num_verify_tokens)
+            for _ in range(tier.depth):
+                tree = scheduler.grow(tree, *Drafter().draft(req_indices, tree.frontier))
             packed = scheduler.pack(tree)
-            accepted = echo.accept(packed, Target().verify(slots, packed))
-            history = history.observe(slots, packed, accepted)
+            accepted = echo.accept(packed, Target().verify(req_indices, packed))
+            history = history.observe(req_indices, packed, accepted)
             stats = stats.observe(packed, accepted)
             root_tokens = torch.where(accepted.num_emitted > 0, accepted.bonus, root_tokens)
             if lag and device != "meta":
@@ -168,8 +171,8 @@ def test_the_loop_of_the_readme(name, device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_speculate_plans_from_what_the_host_knows(device):
-    scheduler, slots = POLICIES["goodput"], torch.arange(4, device=device)
+def test_speculate_chooses_from_what_the_host_knows(device):
+    scheduler, req_indices = POLICIES["throughput"], torch.arange(4, device=device)
     history, known = scheduler.history(4, device), scheduler.history(4)
     options = {
         "early_stop": False,
@@ -178,7 +181,7 @@ def test_speculate_plans_from_what_the_host_knows(device):
     }
     with RefuseHost():
         step, history = echo.loop.speculate(
-            scheduler, Target(), Drafter(), slots, slots + 5, history, **options
+            scheduler, Target(), Drafter(), req_indices, req_indices + 5, history, **options
         )
     assert step.tier == options["tier"] and history.steps.device.type == device
     if device == "meta":
@@ -186,17 +189,25 @@ def test_speculate_plans_from_what_the_host_knows(device):
             NotImplementedError, match="Cannot copy out of meta"
         ):  # without one it copies
             echo.loop.speculate(
-                scheduler, Target(), Drafter(), slots, slots + 5, history, early_stop=False
+                scheduler,
+                Target(),
+                Drafter(),
+                req_indices,
+                req_indices + 5,
+                history,
+                early_stop=False,
             )
     else:
-        again, _ = echo.loop.speculate(scheduler, Target(), Drafter(), slots, slots + 5, history)
-        assert again.tier == scheduler.choose_tier(history.to("cpu"), slots.tolist())
+        again, _ = echo.loop.speculate(
+            scheduler, Target(), Drafter(), req_indices, req_indices + 5, history
+        )
+        assert again.tier == scheduler.choose_tier(history.to("cpu"), req_indices.tolist())
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("call", ["choose_tier", "tier_curve"])
-def test_a_plan_is_made_on_the_host(call, device):
-    scheduler = POLICIES["goodput"]
+def test_a_tier_is_chosen_on_the_host(call, device):
+    scheduler = POLICIES["throughput"]
     plan, history = getattr(scheduler, call), scheduler.history(4)
     with pytest.raises(
         echo.EchoError,

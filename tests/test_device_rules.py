@@ -1,4 +1,4 @@
-"""From plant to verify nothing is read back and no shape depends on data."""
+"""From begin to accept a step is sync-free and no shape depends on data."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ POLICIES = {
     "paper": echo.ElasticBudgetScheduler(echo.TwoLevel(2, 4), echo.SparseGate(CALIBRATION), 24, 3),
     "calibrated": echo.ElasticBudgetScheduler(echo.GlobalRank(2, CALIBRATION), None, 24, 3),
     "eagle": echo.ElasticBudgetScheduler.eagle(max_verify_tokens_per_req=5, beam=2, max_depth=3),
-    "goodput": echo.ElasticBudgetScheduler.throughput_optimal(
+    "throughput": echo.ElasticBudgetScheduler.throughput_optimal(
         CALIBRATION, echo.CostModel((1, 24, 99), (1.0, 1.0, 4.0)), beam=2
     ),
     "ddd": echo.ElasticBudgetScheduler(
@@ -29,12 +29,13 @@ POLICIES = {
 }
 
 
-SERVED = {"request_weights": torch.tensor([1.0, 2.0, 1.0, 3.0])}
+WEIGHTS = {"request_weights": torch.tensor([1.0, 2.0, 1.0, 3.0])}
 
 
-def step(scheduler, roots, live, tokens, log_probs, target, context, pages, counts, served):
-    """All that an engine leaves to us between two forwards: gate, buy, deal, pack, accept, compact, observe, count."""
-    tree = scheduler.begin(roots, live=live, num_verify_tokens=24, **served)
+def step(scheduler, roots, live, tokens, log_probs, target, context, pages, counts, weighting):
+    """All that an engine leaves to us between two forwards: gate, commit, select, pack, accept,
+    compact, observe, count."""
+    tree = scheduler.begin(roots, live=live, num_verify_tokens=24, **weighting)
     for t, q in zip(tokens, log_probs, strict=True):
         tree = scheduler.grow(tree, t, q)
     packed = scheduler.pack(tree)
@@ -76,7 +77,7 @@ class RefuseConstants(RefuseSyncs):
         return super().__torch_dispatch__(func, types, args, kwargs)
 
 
-def inputs(scheduler, seed, served):
+def inputs(scheduler, seed, weighting):
     """Arguments of :func:`step`."""
     generator = torch.Generator().manual_seed(seed)
     tree, drafter = (
@@ -106,13 +107,13 @@ def inputs(scheduler, seed, served):
         context,
         torch.arange(80).view(4, 20).int(),
         counts,
-        served,
+        weighting,
     )
 
 
 @pytest.mark.parametrize("name", POLICIES)
-def test_no_operator_reads_back(name):
-    cases = [inputs(POLICIES[name], 0, served) for served in ({}, SERVED)]
+def test_no_operator_syncs(name):
+    cases = [inputs(POLICIES[name], 0, weighting) for weighting in ({}, WEIGHTS)]
     step(POLICIES[name], *cases[0])  # tables are copied to the device once
     with RefuseConstants():
         for case in cases:
@@ -130,7 +131,7 @@ def test_the_refusing_mode_refuses():
 def test_one_graph_and_no_recompile_for_other_values(name):
     scheduler = POLICIES[name]
     cases = [
-        inputs(scheduler, seed, {name: values + seed for name, values in SERVED.items()})
+        inputs(scheduler, seed, {name: values + seed for name, values in WEIGHTS.items()})
         for seed in range(3)
     ]
     one_graph(lambda *data: step(scheduler, *data), cases)
@@ -153,7 +154,7 @@ def whole_engine(scheduler, roots, tokens, log_probs, context, pages):
     grown = scheduler.grow_positions(scheduler.begin(roots), tokens, log_probs)
     filled = TEMPLATE.fill(scheduler.begin(roots), tokens, log_probs)
     for tree in (grown, filled, scheduler.grow_from(scheduler.begin(roots), filled, 2)):
-        packed = scheduler.pack(tree, sync=lambda wire: wire + 0)
+        packed = scheduler.pack(tree, sync=lambda buffer: buffer + 0)
         accepted = echo.accept(packed, packed.tokens.roll(-1))
         values = [
             layouts.sglang(packed, 6, context),
@@ -193,7 +194,7 @@ def engine_inputs(seed):
     )
 
 
-def test_no_exporter_reads_back():
+def test_no_exporter_syncs():
     with RefuseSyncs():
         whole_engine(POLICIES["paper"], *engine_inputs(0))
 

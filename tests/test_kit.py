@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 import echo
 from conftest import CALIBRATION
-from echo.budget.dealing import select_cheapest
+from echo.budget.rules import select_cheapest
 from echo.kernels.codes import UNSELECTABLE
 from echo.testing import (
     PlanError,

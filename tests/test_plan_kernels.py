@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import echo
 from conftest import CALIBRATION, grow_all, policies
 from echo import kernels
-from echo.budget.dealing import select_cheapest
+from echo.budget.rules import select_cheapest
 from echo.tree import compact
 from echo.tree.packed import pack
 from test_dealing import forests

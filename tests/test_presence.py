@@ -207,7 +207,7 @@ def test_empty_lanes_need_no_row(name, backend):
     assert packed.indptr.diff()[live].tolist() == alone.indptr.diff().tolist()
     with pytest.raises(
         echo.EchoError,
-        match="num_verify_tokens: expected at least one row for each of 16 requests, got 8",
+        match="num_verify_tokens: expected at least one for each of 16 requests, got 8",
     ):
         scheduler.begin(torch.arange(16), num_verify_tokens=8)
 

@@ -43,19 +43,19 @@ def test_every_plan_keeps_the_invariants_and_what_its_rule_claims(policy, data):
 
 
 @given(policies(), st.integers(0, 10_000), st.booleans())
-def test_rows_are_left_over_only_if_nothing_is_left_to_buy(policy, seed, ties):
+def test_tokens_remain_only_if_no_node_is_selectable(policy, seed, ties):
     scheduler, batch = policy
     tree = grow_all(scheduler, torch.arange(batch), k=3, seed=seed, ties=ties)
     selected = scheduler.select(tree)
-    room = tree.verify_limits - selected.sum(1)
+    limits = tree.verify_limits - selected.sum(1)
     if isinstance(scheduler.rule, echo.TwoLevel):
-        room = torch.minimum(
-            room, scheduler.rule.max_extra_tokens - (selected & ~tree.forest.committed).sum(1)
+        limits = torch.minimum(
+            limits, scheduler.rule.max_extra_tokens - (selected & ~tree.forest.committed).sum(1)
         )
     elif scheduler.rule.max_verify_tokens_per_req is not None:
-        room = torch.minimum(room, scheduler.rule.max_verify_tokens_per_req - selected.sum(1))
-    buyable = (torch.isfinite(tree.forest.score) & ~selected).any(1) & (room > 0)
-    assert int(selected.sum()) == tree.num_verify_tokens or not buyable.any()
+        limits = torch.minimum(limits, scheduler.rule.max_verify_tokens_per_req - selected.sum(1))
+    selectable = (torch.isfinite(tree.forest.score) & ~selected).any(1) & (limits > 0)
+    assert int(selected.sum()) == tree.num_verify_tokens or not selectable.any()
     assert (
         int(tree.num_remaining) == 0 or not (tree.status == echo.tree.Status.STARVED).any()
     )  # a passing request that found nothing left
@@ -83,14 +83,16 @@ def test_permuting_requests_permutes_the_plan(policy, seed, random):
 
 @functools.cache
 def closed_subsets(parent: tuple[int, ...]) -> np.ndarray:
-    """bool [S, T]: every choice of nodes that holds the root and the parent of each of its nodes."""
+    """bool [S, T]: every choice of nodes that holds the root and the parent of each of its
+    nodes."""
     nodes = len(parent)
     chosen = (np.arange(1 << nodes)[:, None] >> np.arange(nodes)) & 1 == 1
     return chosen[chosen[:, 0] & (~chosen | chosen[:, list(parent)]).all(axis=1)]
 
 
-def best_value(value: np.ndarray, parent: list[list[int]], extra: int, most: list[int]) -> float:
-    """Brute force: the greatest value of ``extra`` nodes beyond the roots, over every closed choice within the limits of the requests."""
+def best_value(value: np.ndarray, parent: list[list[int]], extra: int, limits: list[int]) -> float:
+    """Brute force: the greatest value of ``extra`` nodes beyond the roots, over every closed choice
+    within the limits of the requests."""
     total = np.full(extra + 1, -np.inf)
     total[0] = 0.0
     for b, up in enumerate(parent):
@@ -99,16 +101,17 @@ def best_value(value: np.ndarray, parent: list[list[int]], extra: int, most: lis
         best = np.full(extra + 1, -np.inf)
         for n in range(min(extra, len(up) - 1) + 1):
             fits = count == n
-            if fits.any() and n + 1 <= most[b]:
+            if fits.any() and n + 1 <= limits[b]:
                 best[n] = worth[fits].max()
         total = np.array([(total[: n + 1] + best[n::-1]).max() for n in range(extra + 1)])
     return float(total.max())
 
 
 @pytest.mark.parametrize("calibrated", [False, True])
-@pytest.mark.parametrize("served", ["alike", "weights"])
-def test_global_rank_is_optimal_among_all_closed_subsets(calibrated, served):
-    """Over every ancestor-closed choice of as many rows, caps, weights and ties included: a thousand small forests in all."""
+@pytest.mark.parametrize("weighting", ["alike", "weights"])
+def test_global_rank_is_optimal_among_all_closed_subsets(calibrated, weighting):
+    """Over every ancestor-closed choice of as many nodes, limits, weights and ties included: a
+    thousand small forests in all."""
     reliability = CALIBRATION if calibrated else None
     for seed in range(170):
         rng = np.random.default_rng(seed)
@@ -117,10 +120,10 @@ def test_global_rank_is_optimal_among_all_closed_subsets(calibrated, served):
             int(rng.integers(1, 10)),
             int(rng.integers(1, 3)),
         )
-        most = rng.integers(1, 9, batch)
+        limits = rng.integers(1, 9, batch)
         weights = (
             torch.tensor(rng.uniform(0.1, 3.0, batch), dtype=torch.float32)
-            if served == "weights"
+            if weighting == "weights"
             else None
         )
         scheduler = echo.ElasticBudgetScheduler(
@@ -132,7 +135,7 @@ def test_global_rank_is_optimal_among_all_closed_subsets(calibrated, served):
             k=3,
             seed=seed,
             ties=bool(seed % 2),
-            verify_limits=torch.from_numpy(most),
+            verify_limits=torch.from_numpy(limits),
             request_weights=weights,
         )
         value = scheduler.rule.acceptance_probability(tree).double().numpy() * (
@@ -144,17 +147,17 @@ def test_global_rank_is_optimal_among_all_closed_subsets(calibrated, served):
             np.where(np.isfinite(value), value, -1e9),
             tree.forest.parent.tolist(),
             extra,
-            most.tolist(),
+            limits.tolist(),
         )
         selected = scheduler.select(tree).numpy()
-        assert (selected.sum(axis=1) <= most).all()
+        assert (selected.sum(axis=1) <= limits).all()
         assert selected.sum() <= batch + extra
         assert (np.where(selected, value, 0)).sum() == pytest.approx(
             expected, abs=2e-6 if weights is not None else 1e-9
         )
 
 
-def test_weights_move_rows_to_the_better_service():
+def test_weights_move_tokens_to_the_better_service():
     for rule in (echo.TwoLevel(1, 8), echo.GlobalRank(1)):
         scheduler = echo.ElasticBudgetScheduler(rule, budget=4, max_depth=2)
         drafts = [0.8, 0.8], [0.6, 0.9]
@@ -166,13 +169,15 @@ def test_weights_move_rows_to_the_better_service():
         weighed = scheduler.pack(
             chains(scheduler, *drafts, request_weights=torch.tensor([1.0, 2.0]))
         )
-        # twice 0.6 and twice 0.54 beat 0.8; level by level request 1 is first too, and its second layer comes before none of request 0's
+        # twice 0.6 and twice 0.54 beat 0.8; level by level request 1 is first too, and its second
+        # layer comes before none of request 0's
         assert weighed.indptr.tolist() == ([0, 1, 4] if rule == echo.GlobalRank(1) else [0, 2, 4])
 
 
-def chains(scheduler, *probabilities, **served):
-    """A tree of chains: each request's draft gives one candidate a layer with these conditional probabilities."""
-    tree = scheduler.begin(torch.arange(len(probabilities)), **served)
+def chains(scheduler, *probabilities, **weighting):
+    """A tree of chains: each request's draft gives one candidate a layer with these conditional
+    probabilities."""
+    tree = scheduler.begin(torch.arange(len(probabilities)), **weighting)
     for depth in range(scheduler.max_depth):
         p = torch.tensor([request[depth] for request in probabilities])
         tree = scheduler.grow(tree, torch.full((len(p), 1, 1), 10 + depth), p.log()[:, None, None])
@@ -185,13 +190,14 @@ def test_budget_moves_from_the_doubtful_to_the_confident():
     )
     tree = chains(scheduler, [0.9, 0.9, 0.9, 0.9], [0.3, 0.9, 0.9, 0.9])
     packed = scheduler.pack(tree)
-    # rows 6 = 2 roots + request 0's four layers; request 1 fails the root gate (0.3 <= 0.5) and keeps its root
+    # 6 tokens = 2 roots + request 0's four layers; request 1 fails the root gate (0.3 <= 0.5) and
+    # keeps its root
     assert packed.indptr.tolist() == [0, 5, 6]
     assert packed.depth.tolist() == [0, 1, 2, 3, 4, 0]
     assert packed.status.tolist() == [echo.tree.Status.FINISHED, echo.tree.Status.TRUNCATED]
 
 
-def test_rows_left_widen_a_lone_request():
+def test_remaining_tokens_widen_a_lone_request():
     scheduler = echo.ElasticBudgetScheduler(
         echo.TwoLevel(1, 8), echo.SparseGate({2: 0.5}), budget=6, max_depth=2
     )
@@ -203,18 +209,20 @@ def test_rows_left_widen_a_lone_request():
         tree, torch.tensor([[[4, 5, 6]]]), torch.tensor([[[0.7, 0.2, 0.1]]]).log()
     )
     packed = scheduler.pack(tree)
-    # depth 1 buys token 1 (0.6); depth 2 has confidence 0.42 <= 0.5: truncated. Left 4 of 6: 4 (0.42), 2 (0.3), 5 (0.12), 3 (0.1)
+    # depth 1 commits token 1 (0.6); depth 2 has confidence 0.42 <= 0.5: truncated. 4 of 6 remain: 4
+    # (0.42), 2 (0.3), 5 (0.12), 3 (0.1)
     assert packed.tokens.tolist() == [7, 1, 2, 3, 4, 5]
     assert packed.parent.tolist() == [-1, 0, 0, 0, 1, 1]
     assert packed.status.tolist() == [echo.tree.Status.TRUNCATED]
 
 
-def test_confident_requests_buy_first_and_the_last_buyer_gets_a_part():
+def test_confident_requests_commit_first_and_the_last_gets_a_part():
     scheduler = echo.ElasticBudgetScheduler(echo.TwoLevel(2, 8), budget=3 + 3, max_depth=2)
     tree = scheduler.begin(torch.tensor([7, 8, 9]))
     p = torch.tensor([[[0.5, 0.4]], [[0.8, 0.1]], [[0.7, 0.2]]])
     tree = scheduler.grow(tree, torch.tensor([[[1, 2]], [[3, 4]], [[5, 6]]]), p.log())
-    # 3 rows beyond the roots: request 1 (0.8) buys two, request 2 (0.7) one, request 0 (0.5) passes and finds none
+    # 3 tokens beyond the roots: request 1 (0.8) commits two, request 2 (0.7) one, request 0 (0.5)
+    # passes and finds none
     assert tree.layers[1].committed.tolist() == [[False, False], [True, True], [True, False]]
     assert tree.status.tolist() == [
         echo.tree.Status.STARVED,
@@ -224,17 +232,18 @@ def test_confident_requests_buy_first_and_the_last_buyer_gets_a_part():
     assert tree.frontier.active.tolist() == [[False, False], [True, True], [True, False]]
 
 
-def test_first_layer_is_not_dealt_by_request_index():
-    """The paper's pseudo-code gave the first 64 of 256 requests everything; buying after scoring goes by confidence."""
+def test_first_layer_is_not_committed_by_request_index():
+    """The paper's pseudo-code gave the first 64 of 256 requests everything; committing after
+    scoring goes by confidence."""
     scheduler = echo.ElasticBudgetScheduler(echo.TwoLevel(4, 4), budget=512, max_depth=1)
     generator = torch.Generator().manual_seed(1)
     tree = scheduler.begin(torch.arange(256))
     log_probs = torch.randn(256, 1, 4, generator=generator).log_softmax(-1)
     tree = scheduler.grow(tree, torch.randint(0, 9, (256, 1, 4), generator=generator), log_probs)
-    served = tree.layers[1].committed.any(1)
+    committing = tree.layers[1].committed.any(1)
     confidence = tree.layers[1].log_confidence
-    assert int(served.sum()) == 64
-    assert confidence[served].min() >= confidence[~served].max()
+    assert int(committing.sum()) == 64
+    assert confidence[committing].min() >= confidence[~committing].max()
 
 
 def test_per_request_is_eagle_rerank():
@@ -296,7 +305,8 @@ def test_what_is_no_log_probability_is_counted_and_never_selected(name):
     st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
 )
 def test_a_rounding_above_zero_is_no_fault(logits, dtype):
-    """A log-softmax by subtraction, in float32 or float16, and the logarithm of rounded probabilities."""
+    """A log-softmax by subtraction, in float32 or float16, and the logarithm of rounded
+    probabilities."""
     x = torch.tensor(logits)
     own = x.bfloat16() if dtype == torch.bfloat16 else x.to(dtype)
     total = own.float().logsumexp(-1)
@@ -376,7 +386,7 @@ def test_weights_that_are_no_numbers_are_their_requests_own(bad):
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
-def test_faulty_scores_are_counted_and_touch_nobody_else(bad):
+def test_faulty_scores_are_counted_and_touch_no_other_request(bad):
     scheduler = echo.ElasticBudgetScheduler(echo.TwoLevel(2, 4), budget=8, max_depth=1)
     roots, tokens = torch.tensor([1, 2]), torch.arange(6).view(2, 1, 3)
     clean = torch.tensor([[[0.5, 0.3, 0.2]], [[0.6, 0.3, 0.1]]]).log()
@@ -406,7 +416,7 @@ def test_capacity_of_one_is_an_opt_out_and_an_empty_slot_costs_nothing():
     assert packed.status.tolist()[:2] == [echo.tree.Status.EXHAUSTED, echo.tree.Status.EMPTY]
 
 
-def test_forecast_switches_speculation_off_where_nothing_is_left():
+def test_no_tier_speculates_where_the_budget_leaves_nothing():
     scheduler = echo.ElasticBudgetScheduler(echo.GlobalRank(2), budget=16, max_depth=4)
     history = scheduler.history(32)
     assert scheduler.choose_tier(history, torch.arange(4)) == echo.budget.Tier(4, 16)
@@ -420,9 +430,10 @@ def test_forecast_switches_speculation_off_where_nothing_is_left():
 COST = echo.CostModel((1, 32, 256), (1.0, 1.0, 8.0), draft_layer=0.02)
 
 
-def observed(scheduler, history, slots, *, depth, seed, accepted=2):
-    """One step of random drafts for the ``slots``, of which the first ``accepted`` of each request's best path are accepted."""
-    batch = len(slots)
+def observed(scheduler, history, req_indices, *, depth, seed, accepted=2):
+    """One step of random drafts for ``req_indices``, of which the first ``accepted`` of each
+    request's best path are accepted."""
+    batch = len(req_indices)
     tree = scheduler.begin(torch.arange(batch), num_verify_tokens=8 * batch)
     generator = torch.Generator().manual_seed(seed)
     for _ in range(depth):
@@ -435,29 +446,30 @@ def observed(scheduler, history, slots, *, depth, seed, accepted=2):
     packed = scheduler.pack(tree)
     lengths = torch.full((batch,), 1 + min(accepted, depth))
     return history.observe(
-        slots,
+        req_indices,
         packed,
         replace(echo.accept(packed, torch.full((packed.num_rows,), -1)), num_emitted=lengths),
     )
 
 
-GOODPUT = echo.ElasticBudgetScheduler(echo.GlobalRank(3), None, COST, 4)
+OPTIMAL = echo.ElasticBudgetScheduler(echo.GlobalRank(3), None, COST, 4)
 
 
 def test_history_is_a_value_and_forgets_on_reset():
-    empty, slots = GOODPUT.history(5), torch.tensor([4, 1])
-    after = observed(GOODPUT, empty, slots, depth=2, seed=0)
+    empty, req_indices = OPTIMAL.history(5), torch.tensor([4, 1])
+    after = observed(OPTIMAL, empty, req_indices, depth=2, seed=0)
     assert not empty.steps.any() and not empty.acceptance_histogram.any() and empty.num_steps == 0
     assert after.num_steps == 1
     assert (
         after.steps[:2].tolist() == [[0, 1, 0, 0, 1, 2]] * 2
-    )  # own steps at each depth, then everybody's
+    )  # own steps at each depth, then those of all requests
     assert after.accepted[:2].tolist() == [[0, 1, 0, 0, 1, 2]] * 2
-    assert not after.steps[2:].any()  # deeper layers were not drafted, and nobody had stopped
+    assert not after.steps[2:].any()  # deeper layers were not drafted, and no request had stopped
     again = after.reset(torch.tensor([4]))
     assert again.steps[0].tolist() == [0, 1, 0, 0, 0, 2]
     assert again.generation.tolist() == [0, 0, 0, 0, 1]
-    # a lagged copy: what it knows of a slot that has another request by now is not of that request
+    # a lagged copy: what it knows of an index that has another request by now is not of that
+    # request
     lagged = after.without_stale(again.generation)
     assert torch.equal(lagged.steps, again.steps) and torch.equal(
         lagged.acceptance_histogram, again.acceptance_histogram
@@ -468,111 +480,112 @@ def test_history_is_a_value_and_forgets_on_reset():
     assert after.to("meta").acceptance_histogram.is_meta and after.to("meta").num_steps == 1
 
 
-def test_who_stopped_drafting_is_known_to_have_no_deeper_layer():
-    tree = GOODPUT.begin(torch.arange(2))
+def test_a_request_that_stopped_drafting_has_no_deeper_layer():
+    tree = OPTIMAL.begin(torch.arange(2))
     log_probs = torch.tensor([[[-0.1, -3.0, -4.0]], [[-torch.inf, -torch.inf, -torch.inf]]])
-    packed = GOODPUT.pack(GOODPUT.grow(tree, torch.arange(3).expand(2, 1, 3), log_probs))
-    after = GOODPUT.history(2).observe(
+    packed = OPTIMAL.pack(OPTIMAL.grow(tree, torch.arange(3).expand(2, 1, 3), log_probs))
+    after = OPTIMAL.history(2).observe(
         torch.arange(2), packed, echo.accept(packed, torch.full((packed.num_rows,), 9))
     )
     assert after.steps.T.tolist() == [[1, 0, 0, 0], [1, 1, 1, 1], [2, 1, 1, 1]]
 
 
-def test_what_is_learnt_of_a_slot_fades_towards_everybody():
-    history = GOODPUT.history(4)
+def test_what_is_observed_of_a_request_fades_towards_the_mean_of_all():
+    history = OPTIMAL.history(4)
     for seed in range(20):
-        history = observed(GOODPUT, history, torch.tensor([0]), depth=4, seed=seed, accepted=0)
-        history = observed(GOODPUT, history, torch.tensor([1, 2]), depth=4, seed=seed, accepted=3)
+        history = observed(OPTIMAL, history, torch.tensor([0]), depth=4, seed=seed, accepted=0)
+        history = observed(OPTIMAL, history, torch.tensor([1, 2]), depth=4, seed=seed, accepted=3)
     doubtful, good, fresh = (
-        float(history.predict(torch.tensor([slot]))[1].max()) for slot in (0, 1, 3)
+        float(history.predict(torch.tensor([index]))[1].max()) for index in (0, 1, 3)
     )
     assert doubtful < fresh < good
-    plain = GOODPUT.pack(GOODPUT.begin(torch.arange(1)))
+    plain = OPTIMAL.pack(OPTIMAL.begin(torch.arange(1)))
     off, one = history, echo.accept(plain, torch.full((plain.num_rows,), 9))
     for _ in range(100):
         off = off.observe(torch.tensor([0]), plain, one)
     assert float(off.predict(torch.tensor([0]))[1].max()) == pytest.approx(fresh, rel=0.05)
 
 
-def test_what_is_foreseen_is_the_shrunk_sum_over_slots_layers_and_likelier_bins():
-    history = GOODPUT.history(5)
+def test_a_prediction_is_the_shrunk_sum_over_requests_layers_and_likelier_bins():
+    history = OPTIMAL.history(5)
     for seed in range(12):
         history = observed(
-            GOODPUT,
+            OPTIMAL,
             history,
             torch.tensor([0, 3, seed % 2 + 1]),
             depth=2 + 2 * (seed % 3 > 0),
             seed=seed,
             accepted=seed % 4,
         )
-    slots = torch.tensor([4, 1, 0])
-    rows, brings = history.predict(slots)
-    steps, expected, accepted, outlook = (
+    req_indices = torch.tensor([4, 1, 0])
+    drafts, accepts = history.predict(req_indices)
+    steps, expected, accepted, histogram = (
         x.double()
         for x in (history.steps, history.expected, history.accepted, history.acceptance_histogram)
     )
-    everybody = outlook[:, -1] / steps[:, -1:]
+    mean = histogram[:, -1] / steps[:, -1:]
     ratio = (accepted[:, -1] + 1) / (expected[:, -1] + 1)
     for depth in range(4):
         for bins in range(33):
             sums = [0.0, 0.0]
-            for d, slot, b in itertools.product(
-                range(depth + 1), slots.tolist(), range(32 - bins, 32)
+            for d, index, b in itertools.product(
+                range(depth + 1), req_indices.tolist(), range(32 - bins, 32)
             ):
-                nodes = (outlook[d, slot, b] + 2 * everybody[d, b]) / (steps[d, slot] + 2)
+                nodes = (histogram[d, index, b] + 2 * mean[d, b]) / (steps[d, index] + 2)
                 scale = min(
-                    float((accepted[d, slot] + 4 * ratio[d]) / (expected[d, slot] + 4)), 2.0
+                    float((accepted[d, index] + 4 * ratio[d]) / (expected[d, index] + 4)), 2.0
                 )
                 sums[0] += float(nodes)
                 sums[1] += float(nodes) * scale * ((b + 3.5) / 35) ** 2
-            assert [rows[depth, bins], brings[depth, bins]] == pytest.approx(
+            assert [drafts[depth, bins], accepts[depth, bins]] == pytest.approx(
                 sums, rel=1e-5, abs=1e-6
             )
-    assert (np.diff(rows) >= 0).all() and (np.diff(brings) >= 0).all()
+    assert (np.diff(drafts) >= 0).all() and (np.diff(accepts) >= 0).all()
 
 
-def test_forecast_of_a_cost_model():
-    slots = torch.arange(4)
-    history = GOODPUT.history(4)
-    assert GOODPUT.choose_tier(history, slots) == echo.budget.Tier(
+def test_tier_of_a_cost_model():
+    req_indices = torch.arange(4)
+    history = OPTIMAL.history(4)
+    assert OPTIMAL.choose_tier(history, req_indices) == echo.budget.Tier(
         4, 32
     )  # nothing known: the deepest tree, at the knee
-    assert GOODPUT.choose_tier(history, slots[:0]) == echo.budget.Tier(0, 0)
+    assert OPTIMAL.choose_tier(history, req_indices[:0]) == echo.budget.Tier(0, 0)
     good = bad = history
     for seed in range(6):
         good, bad = (
-            observed(GOODPUT, h, slots, depth=4, seed=seed, accepted=n)
+            observed(OPTIMAL, h, req_indices, depth=4, seed=seed, accepted=n)
             for h, n in ((good, 4), (bad, 0))
         )
     assert (
-        GOODPUT.choose_tier(good, slots).num_verify_tokens == 32
-    )  # rows up to the knee cost nothing
-    assert GOODPUT.choose_tier(good, slots).depth >= 3
+        OPTIMAL.choose_tier(good, req_indices).num_verify_tokens == 32
+    )  # tokens up to the knee cost nothing
+    assert OPTIMAL.choose_tier(good, req_indices).depth >= 3
     assert (
-        12 <= GOODPUT.choose_tier(good, slots, num_other_tokens=20).num_verify_tokens < 32
+        12 <= OPTIMAL.choose_tier(good, req_indices, num_other_tokens=20).num_verify_tokens < 32
     )  # prefill takes of the flat part
-    assert GOODPUT.choose_tier(
-        replace(bad, num_steps=1), slots, num_other_tokens=200
+    assert OPTIMAL.choose_tier(
+        replace(bad, num_steps=1), req_indices, num_other_tokens=200
     ) == echo.budget.Tier(0, 4)
     assert (
-        GOODPUT.choose_tier(replace(bad, num_steps=100), slots, num_other_tokens=200).depth > 0
+        OPTIMAL.choose_tier(replace(bad, num_steps=100), req_indices, num_other_tokens=200).depth
+        > 0
     )  # a probe
     plans = [
-        GOODPUT.choose_tier(replace(bad, num_steps=tick), slots, num_other_tokens=200).depth
-        for tick in range(1000)
+        OPTIMAL.choose_tier(replace(bad, num_steps=n), req_indices, num_other_tokens=200).depth
+        for n in range(1000)
     ]
     assert sum(depth > 0 for depth in plans) == 10
 
 
-def test_what_the_drafter_has_to_read_is_the_text_of_who_is_still_there():
-    history, slots = GOODPUT.history(5), torch.tensor([3, 0])
+def test_draft_extend_is_of_the_requests_that_are_still_there():
+    history, req_indices = OPTIMAL.history(5), torch.tensor([3, 0])
     for seed in range(2):
-        history = observed(GOODPUT, history, slots, depth=4, seed=seed, accepted=2)
+        history = observed(OPTIMAL, history, req_indices, depth=4, seed=seed, accepted=2)
     assert not history.num_unprocessed_tokens.any() and history.num_idle_steps == 0
-    plain = GOODPUT.pack(GOODPUT.begin(torch.arange(2)))
+    plain = OPTIMAL.pack(OPTIMAL.begin(torch.arange(2)))
     one = echo.accept(plain, torch.full((plain.num_rows,), 9))
     for _ in range(3):
-        history = history.observe(slots, plain, one)
+        history = history.observe(req_indices, plain, one)
     assert (history.num_unprocessed_tokens.tolist(), history.num_idle_steps) == ([3, 0, 0, 3, 0], 3)
     fresh = history.reset(torch.tensor([3]))
     assert fresh.num_unprocessed_tokens.tolist() == [3, 0, 0, 0, 0]
@@ -580,101 +593,110 @@ def test_what_the_drafter_has_to_read_is_the_text_of_who_is_still_there():
         history.without_stale(fresh.generation).num_unprocessed_tokens, fresh.num_unprocessed_tokens
     )
     assert (
-        observed(GOODPUT, fresh, slots, depth=1, seed=0).num_unprocessed_tokens.tolist() == [0] * 5
+        observed(OPTIMAL, fresh, req_indices, depth=1, seed=0).num_unprocessed_tokens.tolist()
+        == [0] * 5
     )
 
 
-def test_a_probe_waits_until_its_reading_is_cheap_beside_the_time_off():
-    """Reading up on 4 * 60 tokens costs 0.02 + 0.48 s; a step of 204 rows takes 6.4 s, and 0.5% of 16 of them is as much."""
-    scheduler = replace(GOODPUT, budget=replace(COST, extend_token=0.002), probe_interval=10)
-    history, slots = scheduler.history(4), torch.arange(4)
+def test_a_probe_waits_until_draft_extend_is_cheap_beside_the_time_off():
+    """Draft extend of 4 * 60 tokens costs 0.02 + 0.48 s; a step of 204 tokens takes 6.4 s, and 0.5%
+    of 16 of them is as much."""
+    scheduler = replace(OPTIMAL, budget=replace(COST, extend_token=0.002), probe_interval=10)
+    history, req_indices = scheduler.history(4), torch.arange(4)
     for seed in range(6):
-        history = observed(scheduler, history, slots, depth=4, seed=seed, accepted=0)
+        history = observed(scheduler, history, req_indices, depth=4, seed=seed, accepted=0)
     off = replace(history, num_steps=1, num_unprocessed_tokens=torch.full((4,), 60))
     plans = {
         idle: scheduler.choose_tier(
-            replace(off, num_idle_steps=idle), slots, num_other_tokens=200
+            replace(off, num_idle_steps=idle), req_indices, num_other_tokens=200
         ).depth
         for idle in range(1, 400)
     }
     assert 0.5 / (0.005 * COST(204)) == pytest.approx(15.6, abs=0.1)
     assert [idle for idle, depth in plans.items() if depth] == list(range(20, 400, 10))
-    dear = replace(scheduler, budget=replace(COST, extend_token=10.0))  # it comes back all the same
+    costly = replace(
+        scheduler, budget=replace(COST, extend_token=10.0)
+    )  # it comes back all the same
     assert [
         idle
         for idle in range(1, 400)
-        if dear.choose_tier(replace(off, num_idle_steps=idle), slots, num_other_tokens=200).depth
+        if costly.choose_tier(
+            replace(off, num_idle_steps=idle), req_indices, num_other_tokens=200
+        ).depth
     ] == [160, 320]
-    free = replace(scheduler, budget=COST)  # reading costs nothing
+    free = replace(scheduler, budget=COST)  # draft extend costs nothing
     assert [
         idle
         for idle in range(1, 40)
-        if free.choose_tier(replace(off, num_idle_steps=idle), slots, num_other_tokens=200).depth
+        if free.choose_tier(
+            replace(off, num_idle_steps=idle), req_indices, num_other_tokens=200
+        ).depth
     ] == [10, 20, 30]
 
 
-def test_rounding_costs_no_row():
-    """The order of slots changes the last digits of a sum; the rows that they are worth must not change."""
-    goodput = GOODPUT._throughput_optimal
+def test_rounding_costs_no_token():
+    """The order of requests changes the last digits of a sum; the tokens to verify must not
+    change."""
+    optimal = OPTIMAL._throughput_optimal
     drafted, accepted = (
         np.array([[0.0, 40.0]] * 4, np.float32),
         np.array([[0.0, 39.0]] * 4, np.float32),
     )
     plans = {
-        goodput._best(drafted * np.float32(1 + noise), accepted, 4, 4, 4, 1, 0, 0)
+        optimal._best(drafted * np.float32(1 + noise), accepted, 4, 4, 4, 1, 0, 0)
         for noise in (-4e-7, 0.0, 4e-7)
     }
     assert plans == {(1, 44)}
 
 
-@pytest.mark.parametrize("base_rows", [0, 5, 30])
-def test_a_forecast_fills_a_tier(base_rows):
+@pytest.mark.parametrize("other", [0, 5, 30])
+def test_a_choice_fills_a_tier(other):
     tiers = (4, 16, 48, 200, 256)
-    scheduler = replace(GOODPUT, budget=replace(COST, tiers=tiers))
-    slots, history = torch.arange(4), scheduler.history(4)
-    plans = [scheduler.choose_tier(history, slots, base_rows)]
+    scheduler = replace(OPTIMAL, budget=replace(COST, tiers=tiers))
+    req_indices, history = torch.arange(4), scheduler.history(4)
+    plans = [scheduler.choose_tier(history, req_indices, other)]
     for seed in range(8):
-        history = observed(scheduler, history, slots, depth=4, seed=seed, accepted=4)
-        plans.append(scheduler.choose_tier(history, slots, base_rows))
+        history = observed(scheduler, history, req_indices, depth=4, seed=seed, accepted=4)
+        plans.append(scheduler.choose_tier(history, req_indices, other))
     assert plans[-1].depth > 0
-    assert all(plan.num_verify_tokens + base_rows in tiers for plan in plans if plan.depth)
+    assert all(plan.num_verify_tokens + other in tiers for plan in plans if plan.depth)
 
 
 def test_ranks_agree_on_what_is_best_for_all():
-    slots, history = torch.arange(4), GOODPUT.history(4)
+    req_indices, history = torch.arange(4), OPTIMAL.history(4)
     for seed in range(6):
-        history = observed(GOODPUT, history, slots, depth=4, seed=seed, accepted=3)
+        history = observed(OPTIMAL, history, req_indices, depth=4, seed=seed, accepted=3)
     history = replace(history, num_steps=1)
     base = [0, 9, 40, 0]
     curves = np.stack(
         [
-            GOODPUT.tier_curve(history, slots[: 4 * (rank < 3)], rows)
+            OPTIMAL.tier_curve(history, req_indices[: 4 * (rank < 3)], rows)
             for rank, rows in enumerate(base)
         ]
     )
     assert curves.nbytes <= 4 * 1024
-    plans = [GOODPUT.agree_on_tier(curves, rank) for rank in range(4)]
+    plans = [OPTIMAL.agree_on_tier(curves, rank) for rank in range(4)]
     assert len({plan.depth for plan in plans}) == 1
     assert {plan.num_verify_tokens + rows for plan, rows in zip(plans, base, strict=True)} == {
         plans[0].num_verify_tokens
     }  # one shape, prefill included
-    alone = GOODPUT.agree_on_tier(curves[:1], 0)
+    alone = OPTIMAL.agree_on_tier(curves[:1], 0)
     assert alone.depth > 0
     assert alone.num_verify_tokens == pytest.approx(
-        GOODPUT.choose_tier(history, slots).num_verify_tokens, rel=0.1
+        OPTIMAL.choose_tier(history, req_indices).num_verify_tokens, rel=0.1
     )
-    idle = np.stack([GOODPUT.tier_curve(history, slots[:0])] * 2)
-    assert GOODPUT.agree_on_tier(idle, 1) == echo.budget.Tier(0, 0)
+    idle = np.stack([OPTIMAL.tier_curve(history, req_indices[:0])] * 2)
+    assert OPTIMAL.agree_on_tier(idle, 1) == echo.budget.Tier(0, 0)
     with pytest.raises(
         echo.EchoError, match=r"curves: expected float32 \[ranks, \d+\], got \[2, 5\]"
     ):
-        GOODPUT.agree_on_tier(idle[:, :5], 0)
+        OPTIMAL.agree_on_tier(idle[:, :5], 0)
     with pytest.raises(
         echo.EchoError, match=r"history: expected one on cpu \(see History.to\), got one on meta"
     ):
-        GOODPUT.choose_tier(history.to("meta"), slots)
+        OPTIMAL.choose_tier(history.to("meta"), req_indices)
     with pytest.raises(echo.EchoError, match="budget: expected a CostModel"):
-        SCHEDULER.tier_curve(history, slots)
+        SCHEDULER.tier_curve(history, req_indices)
 
 
 SCHEDULER = echo.ElasticBudgetScheduler(echo.TwoLevel(2, 4), budget=8, max_depth=2)
@@ -685,11 +707,11 @@ SCHEDULER = echo.ElasticBudgetScheduler(echo.TwoLevel(2, 4), budget=8, max_depth
     [
         (
             lambda: SCHEDULER.begin(torch.arange(9)),
-            r"num_verify_tokens: expected at least one row for each of 9 requests, got 8",
+            r"num_verify_tokens: expected at least one for each of 9 requests, got 8",
         ),
         (
             lambda: SCHEDULER.begin(torch.arange(2), num_verify_tokens=0),
-            r"num_verify_tokens: expected at least one row for each of 2 requests, got 0",
+            r"num_verify_tokens: expected at least one for each of 2 requests, got 0",
         ),
         (
             lambda: SCHEDULER.begin(torch.arange(2), num_verify_tokens=-1),
@@ -726,11 +748,11 @@ SCHEDULER = echo.ElasticBudgetScheduler(echo.TwoLevel(2, 4), budget=8, max_depth
         ),
         (
             lambda: SCHEDULER.pack(SCHEDULER.begin(torch.arange(2)), num_verify_tokens=4),
-            r"num_verify_tokens: expected at least the 8 rows .* planted with, got 4",
+            r"num_verify_tokens: expected at least begin.s 8, got 4",
         ),
         (
             lambda: SCHEDULER.pack(SCHEDULER.begin(torch.arange(2)), num_verify_tokens=0),
-            r"num_verify_tokens: expected at least the 8 rows .* planted with, got 0",
+            r"num_verify_tokens: expected at least begin.s 8, got 0",
         ),
         (lambda: echo.TwoLevel(0, 4), r"beam: expected an int >= 1, got 0"),
         (lambda: echo.TwoLevel(2, -1), r"max_extra_tokens: expected an int >= 0, got -1"),
@@ -738,7 +760,7 @@ SCHEDULER = echo.ElasticBudgetScheduler(echo.TwoLevel(2, 4), budget=8, max_depth
         (lambda: echo.GlobalRank(1.5), r"beam: expected an int >= 1, got 1.5"),
         (
             lambda: echo.ElasticBudgetScheduler(echo.GlobalRank(2)),
-            r"budget: expected rows or a CostModel",
+            r"budget: expected an int or a CostModel",
         ),
         (
             lambda: echo.ElasticBudgetScheduler(echo.GlobalRank(2), budget=0),
@@ -746,7 +768,7 @@ SCHEDULER = echo.ElasticBudgetScheduler(echo.TwoLevel(2, 4), budget=8, max_depth
         ),
         (
             lambda: echo.ElasticBudgetScheduler(echo.PerRequest(100, 10)),
-            r"max_tree_rows: expected at least the 100 rows of a request that the rule asks for, got 64",
+            r"max_verify_tokens_per_req: expected at least the 100 of the rule, got 64",
         ),
         (lambda: echo.SparseGate({0: 0.5}), r"thresholds.depth: expected an int >= 1, got 0"),
         (
@@ -765,32 +787,32 @@ def test_bad_input_names_the_argument(call, message):
     "rule", [echo.GlobalRank(2), echo.GlobalRank(2, max_verify_tokens_per_req=5)]
 )
 @pytest.mark.parametrize("batch", [1, 3])
-def test_no_rows_are_launched_that_no_request_can_use(rule, batch):
-    """Rows up to 512 are free, before anything is known and after."""
+def test_no_tokens_are_launched_that_no_request_can_use(rule, batch):
+    """Tokens up to 512 are free, before anything is known and after."""
     scheduler = echo.ElasticBudgetScheduler(
         rule, None, echo.CostModel((1, 512, 1024), (1.0, 1.0, 2.0)), 3, max_verify_tokens_per_req=8
     )
-    history, slots, most = (
+    history, req_indices, limits = (
         scheduler.history(batch),
         torch.arange(batch),
         batch * scheduler.num_lookahead_slots(batch),
     )
-    assert scheduler.choose_tier(history, slots).num_verify_tokens <= most
+    assert scheduler.choose_tier(history, req_indices).num_verify_tokens <= limits
     for seed in range(12):
         packed = scheduler.pack(
             grow_all(
                 scheduler,
-                slots,
+                req_indices,
                 k=3,
                 seed=seed,
-                num_verify_tokens=scheduler.choose_tier(history, slots).num_verify_tokens,
+                num_verify_tokens=scheduler.choose_tier(history, req_indices).num_verify_tokens,
             )
         )
-        history = history.observe(slots, packed, echo.accept(packed, packed.tokens.roll(-1)))
-        assert batch < scheduler.choose_tier(history, slots).num_verify_tokens <= most
+        history = history.observe(req_indices, packed, echo.accept(packed, packed.tokens.roll(-1)))
+        assert batch < scheduler.choose_tier(history, req_indices).num_verify_tokens <= limits
 
 
-def test_layer_width_beyond_the_candidates_takes_what_there_is():
+def test_a_beam_beyond_the_candidates_takes_what_there_is():
     scheduler = echo.ElasticBudgetScheduler(echo.TwoLevel(50, 0), budget=64, max_depth=2)
     tree = grow_all(scheduler, torch.arange(1), k=2, seed=0)
     assert [layer.token.shape[1] for layer in tree.layers] == [1, 2, 4]
@@ -802,6 +824,6 @@ def test_a_tree_deeper_than_planned_is_refused():
     width = tree.frontier.token.shape[1]
     with pytest.raises(
         echo.EchoError,
-        match=r"tree: expected a tree of fewer than max_depth = 2 layers, got one of 2",
+        match=r"tree: expected fewer than max_depth = 2 layers, got 2",
     ):
         SCHEDULER.grow(tree, torch.zeros(2, width, 1, dtype=torch.int64), torch.zeros(2, width, 1))

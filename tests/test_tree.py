@@ -273,9 +273,7 @@ def test_a_ready_made_tree_may_be_ragged():
         echo.tree.Status.EXHAUSTED,
     ]
     assert packed.invalid.tolist() == [0, 0, 0]
-    with pytest.raises(
-        echo.EchoError, match="tree: expected a tree just planted, got one of 3 layers"
-    ):
+    with pytest.raises(echo.EchoError, match="tree: expected one just begun, got one of 3 layers"):
         scheduler.grow_from(grown, ready, k=4)
     with pytest.raises(echo.EchoError, match=r"ready.batch: expected an int from 2 to 2, got 3"):
         scheduler.grow_from(scheduler.begin(torch.tensor([7, 8])), ready, k=4)

@@ -17,11 +17,10 @@ from torch import Tensor
 
 from echo import _checks as checks
 from echo._checks import EchoError
-from echo.budget.fused import Scratch, check
 from echo.budget.history import BINS
-from echo.budget.roots import begin
 from echo.budget.rules import GlobalRank
 from echo.budget.scheduler import ElasticBudgetScheduler
+from echo.budget.step import Scratch, begin, check
 from echo.cost import CostModel
 from echo.stats import StepStats
 from echo.tree.accept import Accepted, Compaction, accept, compact

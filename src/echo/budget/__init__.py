@@ -1,9 +1,9 @@
-"""Rules, the scheduler that asks them, and per-slot history."""
+"""The scheduler, the rules it asks, and the history that its choice of tiers is predicted from."""
 
-from echo.budget.goodput import Tier
 from echo.budget.history import History
 from echo.budget.rules import GlobalRank, PerRequest, Rule, TwoLevel
 from echo.budget.scheduler import ElasticBudgetScheduler
+from echo.budget.throughput import Tier
 
 __all__ = [
     "ElasticBudgetScheduler",

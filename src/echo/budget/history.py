@@ -1,4 +1,7 @@
-"""What each request slot remembers of its last steps, and what the host foresees from it."""
+"""What requests did in their last steps, and what the next is expected to bring.
+
+B requests of a step; R requests that a history holds; D layers at most.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -19,45 +23,54 @@ from echo.tree.packed import PackedTree, copy_into
 from echo.tree.supertree import DEAD_SCORE, SuperTree
 
 KEEP = 0.95
-"""What a slot's sums keep from step to step: a memory of about twenty steps. This, MEMORY and both priors were chosen by replay on the
-calibration half of the shipped trace; half to four times each was tried, and the mean throughput moved by at most 0.6%."""
+"""What a request's sums keep from step to step: a memory of about twenty steps. This, MEMORY and
+both priors were chosen by replay on the calibration half of the shipped trace; half to four times
+each was tried, and the mean throughput moved by at most 0.6%."""
 MEMORY = 512
 """Steps of single requests that the sums over all requests remember."""
 LEARN = 8
-"""Steps of single requests at full depth before anything is foreseen."""
+"""Steps of single requests at full depth before anything is predicted."""
 PRIOR = 2.0
-"""Steps that everybody's experience counts beside a slot's own."""
+"""Steps that the mean over all requests counts beside a request's own."""
 PRIOR_DRAFTS = 4.0
-"""Expected drafts that everybody's ratio of accepted to expected ones counts beside a slot's own."""
+"""Expected drafts that the ratio of accepted to expected ones over all requests counts beside a
+request's own."""
 BINS, SKIP = 32, 3
-"""Bins of the probability of acceptance f in an outlook, equal in sqrt(f); below them, f < 1/136, are SKIP more that nobody counts. By
-replay 32 equal bins of f cost 0.2 to 0.3% of the mean throughput beside 64, and up to 1.9% at one request; these cost 0.1%."""
-DOWN = (np.arange(BINS)[:, None] + np.arange(BINS + 1) >= BINS).astype(np.float32)
-DOWN = np.stack(
-    [
-        DOWN,
-        DOWN * np.square((np.arange(BINS, dtype=np.float32) + SKIP + 0.5) / (BINS + SKIP))[:, None],
-    ]
-)
-"""float32 [2, 32, 33]: sums over the likeliest bins, none to all, of their nodes and of their nodes' probabilities."""
+"""Bins of an acceptance-probability histogram, equal in sqrt(f); below them, f < 1/136, are SKIP
+more that are not counted. By replay 32 equal bins of f cost 0.2 to 0.3% of the mean throughput
+beside 64, and up to 1.9% at one request; these cost 0.1%."""
+LIKELIEST = (np.arange(BINS)[:, None] + np.arange(BINS + 1) >= BINS).astype(np.float32)
+CENTERS = np.square((np.arange(BINS, dtype=np.float32) + SKIP + 0.5) / (BINS + SKIP))
+TAILS = np.stack([LIKELIEST, LIKELIEST * CENTERS[:, None]])
+"""float32 [2, 32, 33]: sums over the likeliest bins, none to all, of their nodes and of the nodes'
+probabilities."""
+SUMS = ("steps", "expected", "accepted", "acceptance_histogram")
 
 
 @dataclass(frozen=True)
 class History:
-    """Decaying sums by request slot, and over all requests in place ``slots``; a value: every method returns a new one.
+    """Decaying sums by request, and over all at index R; a value: every method returns a new one.
 
-    A slot that drafted nothing in a step forgets as much as one that did: what was learnt of it fades towards what is known of
-    everybody, so speculation comes back by itself.
+    A request that drafted nothing in a step forgets as much as one that did: what was observed of
+    it fades towards the mean over all requests, so speculation comes back by itself.
 
     Attributes:
-        generation: int32 [slots], how many requests the slot has been given.
-        steps: float32 [depth, slots + 1], steps in which a layer of that depth was drafted.
-        acceptance_histogram: float32 [depth, slots + 1, 32], sum of :attr:`PackedTree.acceptance_histogram`.
-        expected: float32 [depth, slots + 1], drafts of each depth that were verified and expected to be accepted.
-        accepted: float32 [depth, slots + 1], those that were: over ``steps``, the survival by depth.
-        num_unprocessed_tokens: int64 [slots], tokens emitted since something was drafted: what the drafter has to read up on first.
+        generation: int32 [R], how many requests each index was given to.
+        steps: float32 [D, R + 1], steps in which a layer of that depth was drafted.
+        acceptance_histogram: float32 [D, R + 1, 32], sum of
+            :attr:`PackedTree.acceptance_histogram`.
+        expected: float32 [D, R + 1], accepted drafts that were expected of the verified ones, by
+            depth.
+        accepted: float32 [D, R + 1], accepted drafts: over ``steps``, the survival by depth.
+        num_unprocessed_tokens: int64 [R], tokens emitted since something was drafted: draft extend
+            must process them first.
         num_steps: steps of the batch so far; a host int.
         num_idle_steps: of these, those since something was drafted; a host int.
+
+    Example:
+        >>> history = History.empty(max_num_reqs=4, max_depth=2)
+        >>> history.reset(torch.tensor([1])).generation.tolist()
+        [0, 1, 0, 0]
     """
 
     generation: Tensor
@@ -73,76 +86,63 @@ class History:
     def empty(
         cls, max_num_reqs: int, max_depth: int, device: torch.device | str = "cpu"
     ) -> History:
-        """Of ``max_num_reqs`` slots on ``device`` without a past, for trees of up to ``max_depth`` layers.
+        """Of R = ``max_num_reqs`` requests without a past, on ``device``, with D = ``max_depth``.
 
         Raises:
-            EchoError: slots below 1 or depth below 0.
+            EchoError: ``max_num_reqs`` below 1 or ``max_depth`` below 0.
         """
-        max_num_reqs = checks.integer("max_num_reqs", max_num_reqs, 1)
-        max_depth = checks.integer("depth", max_depth, 0)
-        steps, expected, accepted = torch.zeros(
-            3, max_depth, max_num_reqs + 1, dtype=torch.float32, device=device
-        )
+        reqs = checks.integer("max_num_reqs", max_num_reqs, 1)
+        depth = checks.integer("max_depth", max_depth, 0)
+        f32 = torch.float32
+        steps, expected, accepted = torch.zeros(3, depth, reqs + 1, dtype=f32, device=device)
         return cls(
-            torch.zeros(max_num_reqs, dtype=torch.int32, device=device),
+            torch.zeros(reqs, dtype=torch.int32, device=device),
             steps,
-            torch.zeros(max_depth, max_num_reqs + 1, BINS, dtype=torch.float32, device=device),
+            torch.zeros(depth, reqs + 1, BINS, dtype=f32, device=device),
             expected,
             accepted,
-            torch.zeros(max_num_reqs, dtype=torch.int64, device=device),
+            torch.zeros(reqs, dtype=torch.int64, device=device),
         )
 
     def reset(self, req_indices: Tensor) -> History:
-        """Forgets the ``req_indices`` int64 [n], to which new requests were admitted; others are an EchoError."""
+        """Forget ``req_indices`` int64 [n], given to new requests. EchoError on other tensors."""
         checks.tensor("req_indices", req_indices, ["n"], torch.int64, self.steps.device)
         given = torch.zeros_like(self.generation).index_fill(0, req_indices, 1)
         return replace(self._without(given > 0), generation=self.generation + given)
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> History:
-        """A copy on ``device``: forecasts read one on the host, copied while later steps run (``non_blocking``)."""
-        names = (
-            "generation",
-            "steps",
-            "acceptance_histogram",
-            "expected",
-            "accepted",
-            "num_unprocessed_tokens",
-        )
-        columns: dict[str, Any] = {
-            name: getattr(self, name).to(device, non_blocking=non_blocking) for name in names
+        """A copy on ``device``; ``non_blocking`` for one that the host reads a step later."""
+        names = ("generation", *SUMS, "num_unprocessed_tokens")
+        tensors = {name: getattr(self, name) for name in names}
+        copies: dict[str, Any] = {
+            name: value.to(device, non_blocking=non_blocking) for name, value in tensors.items()
         }
-        return replace(self, **columns)
+        return replace(self, **copies)
 
     def without_stale(self, generation: Tensor) -> History:
-        """A lagged copy without slots given to another request since: whose ``generation`` int32 [slots] differs. EchoError on misfits."""
-        checks.tensor(
-            "generation",
-            generation,
-            list(self.generation.shape),
-            torch.int32,
-            self.generation.device,
-        )
+        """A lagged copy without requests replaced since, whose ``generation`` int32 [R] differs.
+
+        Raises:
+            EchoError: another shape, dtype or device.
+        """
+        shape, device = list(self.generation.shape), self.generation.device
+        checks.tensor("generation", generation, shape, torch.int32, device)
         return self._without(self.generation != generation)
 
-    def _without(self, slots: Tensor) -> History:
-        """Of ``slots`` bool [slots] nothing is known."""
-        gone = torch.nn.functional.pad(slots, (0, 1))  # everybody's sums stay
-        names = ("steps", "expected", "accepted")
-        columns: dict[str, Any] = {name: getattr(self, name).masked_fill(gone, 0) for name in names}
-        return replace(
-            self,
-            **columns,
-            acceptance_histogram=self.acceptance_histogram.masked_fill(gone[:, None], 0),
-            num_unprocessed_tokens=self.num_unprocessed_tokens.masked_fill(slots, 0),
-        )
+    def _without(self, requests: Tensor) -> History:
+        """Nothing is known of ``requests`` bool [R]."""
+        gone = F.pad(requests, (0, 1))  # the sums over all requests stay
+        columns: dict[str, Any] = {
+            name: sums.masked_fill(gone if sums.dim() == 2 else gone[:, None], 0)
+            for name, sums in zip(SUMS, self._sums, strict=True)
+        }
+        unprocessed = self.num_unprocessed_tokens.masked_fill(requests, 0)
+        return replace(self, **columns, num_unprocessed_tokens=unprocessed)
 
     def advance(self, depth: int) -> History:
-        """What the host counts of a step of ``depth`` layers: where a captured graph updates the sums, it is all that is left to do."""
-        return replace(
-            self,
-            num_steps=self.num_steps + 1,
-            num_idle_steps=0 if depth else self.num_idle_steps + 1,
-        )
+        """Count a step of ``depth`` layers on the host, where a captured graph updates the sums."""
+        idle = 0 if depth else self.num_idle_steps + 1
+        return replace(self, num_steps=self.num_steps + 1, num_idle_steps=idle)
 
     def observe(
         self,
@@ -152,124 +152,110 @@ class History:
         *,
         out: History | None = None,
     ) -> History:
-        """The history after a step. Requests that emitted nothing are left alone, and drafts that were not judged do not count
-        (:attr:`Accepted.num_accepted_drafts`).
+        """The history after a step.
+
+        Requests that emitted nothing are left alone, and drafts that the target did not judge are
+        not counted (:attr:`Accepted.num_accepted_drafts`).
 
         Args:
-            req_indices: int64 [B], where each request of the step lives.
+            req_indices: int64 [B], the index of each request of the step.
             packed, accepted: the step.
-            out: a history, this one too, to whose tensors is written.
+            out: a history, also this one, to whose tensors is written.
 
         Raises:
-            EchoError: slots of another shape, dtype or device.
+            EchoError: ``req_indices`` of another shape, dtype or device.
         """
         checks.tensor("req_indices", req_indices, [packed.batch], torch.int64, self.steps.device)
-        drafted: int | Tensor = 0
-        if packed.acceptance_histogram is not None:
-            drafted = packed.max_depth if packed.num_layers is None else packed.num_layers
-        now: dict[str, Any] = {}
+        histogram, expected = packed.acceptance_histogram, packed.expected
+        num_layers: int | Tensor = 0
+        if histogram is not None:
+            num_layers = packed.max_depth if packed.num_layers is None else packed.num_layers
+        unprocessed = self.num_unprocessed_tokens
         if not packed.max_depth:
-            now["num_unprocessed_tokens"] = self.num_unprocessed_tokens.index_add(
-                0, req_indices, accepted.num_emitted
-            )
-        elif (
-            packed.acceptance_histogram is not None
-        ):  # a step that drafts has read what was emitted before; of a budget that is a number nothing asks
-            now["num_unprocessed_tokens"] = (
-                torch.zeros_like(self.num_unprocessed_tokens)
-                if out is None
-                else out.num_unprocessed_tokens.zero_()
-            )
-        sums = self.steps, self.expected, self.accepted, self.acceptance_histogram
+            unprocessed = unprocessed.index_add(0, req_indices, accepted.num_emitted)
+        elif histogram is not None:  # a step that drafts has processed what was emitted before
+            zero = None if out is None else out.num_unprocessed_tokens.zero_()
+            unprocessed = torch.zeros_like(unprocessed) if zero is None else zero
         new: tuple[Tensor, ...]
         if kernels.use_triton(req_indices):
             from echo.kernels import observe
 
-            more = (
-                None
-                if packed.expected is None or packed.acceptance_histogram is None
-                else (packed.expected, packed.acceptance_histogram)
-            )
-            step, to = (req_indices, packed.status, accepted.num_emitted, accepted.cut_row), None
-            if out is not None:
-                to = out.steps, out.expected, out.accepted, out.acceptance_histogram
-                to = (
-                    to if all(buffer.is_contiguous() for buffer in to) else None
-                )  # kernels write buffers without gaps
-            new = observe.observe(*step, drafted, more, sums, KEEP, MEMORY, out=to)
+            step = req_indices, packed.status, accepted.num_emitted, accepted.cut_row
+            more = None if expected is None or histogram is None else (expected, histogram)
+            to = None if out is None else out._sums
+            if to is not None and not all(buffer.is_contiguous() for buffer in to):
+                to = None  # kernels write contiguous buffers alone
+            new = observe.observe(*step, num_layers, more, self._sums, KEEP, MEMORY, out=to)
         else:
-            new = self._sums(req_indices, packed, accepted, drafted)
-        names = ("steps", "expected", "accepted", "acceptance_histogram")
-        now.update(zip(names, new, strict=True))
-        value = replace(self.advance(packed.max_depth), **now)
+            new = self._observe(req_indices, packed, accepted, num_layers)
+        columns: dict[str, Any] = dict(zip(SUMS, new, strict=True))
+        after = self.advance(packed.max_depth)
+        value = replace(after, **columns, num_unprocessed_tokens=unprocessed)
         return value if out is None else copy_into(out, value)
 
-    def _sums(
+    @property
+    def _sums(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.steps, self.expected, self.accepted, self.acceptance_histogram
+
+    def _observe(
         self, req_indices: Tensor, packed: PackedTree, accepted: Accepted, num_layers: int | Tensor
     ) -> tuple[Tensor, ...]:
-        """Steps, expected, accepted and outlook after a step of ``num_layers`` layers, a number or int32 []."""
+        """The sums after a step of ``num_layers`` layers, a number or int32 []."""
         (depth, places), drafts = self.steps.shape, accepted.num_accepted_drafts
-        layers = torch.arange(depth, device=req_indices.device)[:, None]
+        device, f32 = req_indices.device, torch.float32
+        layers = torch.arange(depth, device=device)[:, None]
         reached, judged = layers < num_layers, (layers < drafts) | (drafts < accepted.num_emitted)
         stopped = packed.status != int(Status.ACTIVE)  # requests that stopped have no deeper layers
         counted = ((reached | stopped & (num_layers > 0)) & judged).float()
-        keeps = torch.full(
-            (packed.batch,), KEEP, dtype=torch.float32, device=req_indices.device
-        ).masked_fill_(accepted.num_emitted < 1, 1.0)
-        ones = torch.ones(places, dtype=torch.float32, device=req_indices.device)
+        keeps = torch.full((packed.batch,), KEEP, dtype=f32, device=device)
+        keeps.masked_fill_(accepted.num_emitted < 1, 1.0)
+        ones = torch.ones(places, dtype=f32, device=device)
         fades = ones.scatter_reduce(0, req_indices, keeps, "amin").repeat(depth, 1)
         fades[:, -1] = torch.rsub(counted.sum(dim=1), 1, alpha=1 / MEMORY).clamp(min=0)
         all_requests = req_indices.new_full((1,), places - 1)
 
         def add(sums: Tensor, more: Tensor | None) -> Tensor:
-            """The ``sums`` [depth, slots + 1, ...] faded; ``more`` [drafted, B, ...] to each slot's, and its sum to all requests'."""
+            """Fade ``sums`` [D, R + 1, ...], then add ``more`` [layers, B, ...]."""
             faded = sums * fades.view(*fades.shape, *[1] * (sums.dim() - 2))
             if more is not None:
-                faded[: len(more)].index_add_(1, req_indices, more).index_add_(
-                    1, all_requests, more.sum(dim=1, keepdim=True)
-                )
+                part = faded[: len(more)].index_add_(1, req_indices, more)
+                part.index_add_(1, all_requests, more.sum(dim=1, keepdim=True))
             return faded
 
-        if packed.acceptance_histogram is None or packed.expected is None:
-            return (
-                add(self.steps, counted),
-                add(self.expected, None),
-                add(self.accepted, None),
-                add(self.acceptance_histogram, None),
-            )
-        count = packed.expected.shape[1]
-        counts = (reached & judged)[
-            :count
-        ]  # of a workspace's buffers what lies below this step's layers is of another step
-        expected = packed.expected.transpose(0, 1).masked_fill(~counts, 0)
-        outlook = packed.acceptance_histogram.transpose(0, 1).masked_fill(~counts[..., None], 0)
-        survived = (reached & (drafts > layers))[:count].float()
-        return (
-            add(self.steps, counted),
-            add(self.expected, expected),
-            add(self.accepted, survived),
-            add(self.acceptance_histogram, outlook),
-        )
+        expected = accepts = histogram = None
+        if packed.acceptance_histogram is not None and packed.expected is not None:
+            count = packed.expected.shape[1]
+            # a workspace's buffers hold other steps' numbers below this step's layers
+            counts = (reached & judged)[:count]
+            expected = packed.expected.transpose(0, 1).masked_fill(~counts, 0)
+            accepts = (reached & (drafts > layers))[:count].float()
+            histogram = packed.acceptance_histogram.transpose(0, 1)
+            histogram = histogram.masked_fill(~counts[..., None], 0)
+        news = counted, expected, accepts, histogram
+        return tuple(add(sums, more) for sums, more in zip(self._sums, news, strict=True))
 
     def predict(
         self, req_indices: HostInts
     ) -> tuple[NDArray[np.float32], NDArray[np.float32]] | None:
-        """What drafting would bring the requests in ``req_indices``: by depth d and number of drafted rows, expected accepted drafts.
+        """Predict what drafting brings: accepted drafts by depth and by number of draft tokens.
 
-        Each slot's mean is shrunk towards everybody's, and so is the ratio of accepted to expected drafts at each depth, by which
-        expectations are scaled: a draft that is too sure of itself is believed less. Of a history on the host (:meth:`to`).
+        The mean of each of ``req_indices`` is shrunk towards that over all requests, and so is the
+        ratio of accepted to expected drafts at each depth, which scales expectations: a draft that
+            is too sure of
+        itself is believed less. For a history on the host (:meth:`to`).
 
         Returns:
-            ``rows`` and ``accepted`` float32 [depth, 33], both rising from 0 along the second axis: rows of probability down to
-            each bin when ``depth`` layers are drafted, and how many of them will be accepted. None: too little was drafted yet.
+            Draft tokens and accepted drafts, float32 [D, 33] each, rising from 0 along the second
+            axis: the tokens of probability down to each bin when so many layers are drafted, and
+                how many of them
+            will be accepted. None: too little was drafted yet.
 
         Raises:
-            EchoError: a history on another device, or slots that it does not have.
+            EchoError: a history on another device, or an index that it does not have.
         """
         if not self.steps.is_cpu:
-            raise EchoError(
-                f"history: expected one on cpu (see History.to), got one on {self.steps.device}"
-            )
+            device = self.steps.device
+            raise EchoError(f"history: expected one on cpu (see History.to), got one on {device}")
         steps, expected, accepted = self.steps.numpy(), self.expected.numpy(), self.accepted.numpy()
         depth, places = steps.shape
         found = checks.integers("req_indices", req_indices, 0, places - 2)
@@ -279,35 +265,40 @@ class History:
         scale = accepted + PRIOR_DRAFTS * ratio
         scale /= expected + PRIOR_DRAFTS
         weights = np.empty((depth, 2, places), np.float32)
-        share, scaled = weights[:, 0], weights[:, 1]
-        np.divide(np.bincount(found, minlength=places).astype(np.float32), steps + PRIOR, out=share)
-        np.multiply(share, np.minimum(scale, 2.0, out=scale), out=scaled)
+        plain, scaled = weights[:, 0], weights[:, 1]
+        np.divide(np.bincount(found, minlength=places).astype(np.float32), steps + PRIOR, out=plain)
+        np.multiply(plain, np.minimum(scale, 2.0, out=scale), out=scaled)
         weights[:, :, -1] = weights.sum(axis=2) * (PRIOR / steps[:, -1:])
         likely = torch.bmm(torch.from_numpy(weights), self.acceptance_histogram).cumsum(0).numpy()
-        rows, brings = likely.transpose(1, 0, 2) @ DOWN
-        return rows, brings
+        drafts, accepts = likely.transpose(1, 0, 2) @ TAILS
+        return drafts, accepts
 
 
-def summarize(tree: SuperTree, gain: Tensor, selected: Tensor) -> tuple[Tensor, Tensor]:
-    """What a step is expected to bring, from each node's probability of acceptance ``gain`` [B, T].
+def summarize(tree: SuperTree, probability: Tensor, selected: Tensor) -> tuple[Tensor, Tensor]:
+    """Summarize what a step is expected to bring.
+
+    Args:
+        tree: the scored forest, T nodes a request.
+        probability: float32 [B, T], of acceptance.
+        selected: bool [B, T].
 
     Returns:
-        :attr:`PackedTree.acceptance_histogram`, float32 [B, depth, 32], how many scored nodes of each layer have a probability in each bin; and
-        :attr:`PackedTree.expected`, float32 [B, depth], its sum over the ``selected`` nodes, bool [B, T].
+        :attr:`PackedTree.acceptance_histogram`, float32 [B, depth, 32], scored nodes by layer and
+        bin of their probability; and :attr:`PackedTree.expected`, float32 [B, depth], the sum of
+        the probabilities of the selected nodes.
     """
-    if kernels.use_triton(gain):
+    if kernels.use_triton(probability):
         from echo.kernels import observe, select
 
-        chosen = select.as_selected(selected)
-        return observe.summarize(gain, tree.score, chosen, tree.sizes, BINS, SKIP)
-    batch, (roots, *sizes) = tree.batch, tree.sizes
-    score, bins = tree.score[:, roots:], gain[:, roots:].sqrt() * (BINS + SKIP)
-    begins = [
-        torch.full((size,), d * BINS - SKIP, device=gain.device) for d, size in enumerate(sizes)
-    ]
-    place = torch.cat(begins) + bins.long().clamp(SKIP, BINS + SKIP - 1)
-    counted = (score > DEAD_SCORE) & (bins >= SKIP)
-    flat = torch.zeros(batch, tree.depth * BINS, dtype=torch.float32, device=gain.device)
-    layers = torch.split(torch.where(selected, gain, 0.0)[:, roots:], sizes, dim=1)
+        nodes = select.as_selected(selected)
+        return observe.summarize(probability, tree.score, nodes, tree.sizes, BINS, SKIP)
+    (roots, *sizes), device = tree.sizes, probability.device
+    bins = probability[:, roots:].sqrt() * (BINS + SKIP)
+    starts = [torch.full((n,), d * BINS - SKIP, device=device) for d, n in enumerate(sizes)]
+    index = torch.cat(starts) + bins.long().clamp(SKIP, BINS + SKIP - 1)
+    counted = (tree.score[:, roots:] > DEAD_SCORE) & (bins >= SKIP)
+    flat = torch.zeros(tree.batch, tree.depth * BINS, dtype=torch.float32, device=device)
+    layers = torch.split(torch.where(selected, probability, 0.0)[:, roots:], sizes, dim=1)
     expected = torch.stack([layer.sum(dim=1) for layer in layers], dim=1)
-    return flat.scatter_add_(1, place, counted.float()).view(batch, tree.depth, BINS), expected
+    histogram = flat.scatter_add_(1, index, counted.float())
+    return histogram.view(tree.batch, tree.depth, BINS), expected

@@ -1,7 +1,11 @@
-"""Rules: which rows the budget buys. Three small functions each: frontier, buy, deal."""
+"""Rules: which tokens the target verifies. Three small functions each: frontier, commit, select.
+
+B requests; M candidates in a layer; W nodes of its frontier; T nodes of a request's tree.
+"""
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -12,68 +16,80 @@ from torch import Tensor
 
 from echo import _checks as checks
 from echo import kernels
-from echo.budget.dealing import select_cheapest
 from echo.gating.calibration import Calibration
 from echo.gating.statistics import on_device
 from echo.kernels.codes import BINS_PER_NAT, ONE, TABLE_BINS, UNSELECTABLE
 from echo.tree.supertree import DEAD_SCORE, Layer, SuperTree, cost_bits
 
+NO_NODE = torch.iinfo(torch.int64).max
+"""Above every key of a node."""
+
 
 class Rule(Protocol):
-    """Which nodes are drafted on, which rows are bought on the way, and who gets the rest."""
+    """Which nodes are expanded, committed while drafting, and selected at the end."""
 
     @property
     def beam(self) -> int:
-        """Most nodes of a layer that are drafted on."""
+        """Nodes of a layer that are expanded, at most."""
 
     def frontier(self, layer: Layer) -> tuple[Tensor, Tensor]:
-        """The nodes of a scored ``layer`` to draft on: index int64 [B, W] rising along W, and which of them count, bool [B, W]."""
+        """Nodes of a ``layer`` to expand: int64 [B, W], rising; and which count, bool [B, W]."""
 
     def commit(
         self, layer: Layer, passed: Tensor, limits: Tensor, num_remaining: Tensor
     ) -> Tensor | None:
-        """Rows bought after a layer is scored.
+        """Commit nodes of a layer that was just scored.
 
         Args:
             layer: the scored layer.
-            passed: bool [B], requests that draft and passed the gate.
-            limits: int64 [B], rows that each request may still get.
-            num_remaining: int64 [], rows that the batch may still get.
+            passed: bool [B], requests that drafted it and passed the gate.
+            limits: int64 [B], verify tokens that each request may still get.
+            num_remaining: int64 [], verify tokens that the batch may still get.
 
         Returns:
-            bool [B, M], children of bought nodes only; or None: this rule buys nothing while drafting.
+            bool [B, M], children of committed nodes only; None: the rule commits nothing while
+            drafting.
         """
 
     def select(
         self, tree: SuperTree, limits: Tensor, num_remaining: Tensor, num_verify_tokens: int
     ) -> Tensor:
-        """The rest, at the end: bool [B, T] over ``tree.forest``, disjoint from what is bought, closed under parents with it.
+        """Select the rest at the end: bool [B, T], closed under parents with the committed nodes.
 
-        ``limits`` and ``num_remaining`` as in :meth:`buy`; ``num_verify_tokens`` is the step's row count, a bound of ``num_remaining`` known to the host.
+        ``tree`` is the drafted forest; ``limits`` and ``num_remaining`` as in :meth:`commit`;
+        ``num_verify_tokens`` a host int that bounds ``num_remaining``.
         """
 
     def default_budget(self, batch: int) -> int | None:
-        """Rows that this rule alone asks for ``batch`` requests; None: it takes whatever budget it is given."""
+        """Verify tokens that ``batch`` requests ask for; None: the rule must be given a budget."""
 
     def acceptance_probability(self, tree: SuperTree) -> Tensor:
-        """f, the probability that the whole path to each node of ``tree`` is accepted: float32 [B, T]; 0 at unselectable nodes."""
+        """f, the probability that the whole path to each node of ``tree`` is accepted.
+
+        float32 [B, T]; 0 at unselectable nodes.
+        """
 
 
 @dataclass(frozen=True)
 class GlobalRank:
-    """One ranking over the whole batch by the probability that a path is accepted: optimal for a given number of rows.
+    """One ranking over the batch by the probability of acceptance: optimal for its budget.
 
-    The K nodes of greatest f(v) = P(path to v accepted) maximise the expected accepted tokens over all choices of K
-    rows, and are closed under parents, because f never rises from parent to child. TETRIS and AdaServe's last stage rank so.
+    The K nodes of greatest f(v) = P(path to v accepted) maximise the expected accepted tokens over
+    all choices of K nodes, and are closed under parents, because f never rises from parent to
+    child. TETRIS and AdaServe's last stage rank so.
 
     Args:
-        beam: nodes of each layer that are drafted on, the best by path probability.
-        reliability: turns the draft's probability into a calibrated one, f(v) = min(m_d(S(v)), f(parent)); without it f is
-            the draft's own path probability.
-        max_verify_tokens_per_req: rows of one request, root included; None: as many as its limit allows.
+        beam: nodes of a layer that are expanded, the best by path probability.
+        reliability: calibrates the draft's probability, f(v) = min(m_d(S(v)), f(parent)).
+            Defaults to the draft's own path probability.
+        max_verify_tokens_per_req: of one request, root included. Defaults to the request's limit.
 
     Raises:
         EchoError: an argument out of range.
+
+    Example:
+        >>> GlobalRank(beam=2, max_verify_tokens_per_req=6).default_budget(batch=3)
+        18
     """
 
     beam: int
@@ -95,29 +111,22 @@ class GlobalRank:
     def commit(
         self, layer: Layer, passed: Tensor, limits: Tensor, num_remaining: Tensor
     ) -> Tensor | None:
-        """Nothing: all rows are dealt at the end."""
+        """None: everything is selected at the end."""
         return None
 
     def select(
         self, tree: SuperTree, limits: Tensor, num_remaining: Tensor, num_verify_tokens: int
     ) -> Tensor:
-        """The ``num_remaining`` nodes of greatest f, at most ``limits`` and ``max_verify_tokens_per_req`` of a request."""
-        cap = (
-            limits
-            if self.max_verify_tokens_per_req is None
-            else torch.minimum(limits, self.max_verify_tokens_per_req - tree.num_committed)
-        )
-        return select_cheapest(
-            tree, self.weighted_cost(tree), cap, num_remaining, num_verify_tokens
-        )
+        """The nodes of greatest f within each request's limits."""
+        if self.max_verify_tokens_per_req is not None:
+            limits = torch.minimum(limits, self.max_verify_tokens_per_req - tree.num_committed)
+        cost = self.weighted_cost(tree)
+        return select_cheapest(tree, cost, limits, num_remaining, num_verify_tokens)
 
     def default_budget(self, batch: int) -> int | None:
-        """``batch * max_verify_tokens_per_req`` where there is a cap of its own."""
-        return (
-            None
-            if self.max_verify_tokens_per_req is None
-            else batch * self.max_verify_tokens_per_req
-        )
+        """``batch * max_verify_tokens_per_req`` where that is given."""
+        most = self.max_verify_tokens_per_req
+        return None if most is None else batch * most
 
     def acceptance_probability(self, tree: SuperTree) -> Tensor:
         """f of every node: float32 [B, T]."""
@@ -126,43 +135,42 @@ class GlobalRank:
         return (ONE - self.cost(tree).clamp(max=ONE)).float() / ONE
 
     def cost(self, tree: SuperTree) -> Tensor:
-        """int32 [B, T] of ``tree``, rising as f falls: the bits of -S, or 2^24 - f in 24-bit fixed point."""
+        """int32 [B, T] of ``tree``, rising as f falls: the bits of -S, or 2^24 - f * 2^24."""
         table = self.cost_table(tree.status.device)
         if kernels.use_triton(tree.status):
             from echo.kernels import select
 
             parent = None if table is None else tree.column("parent")
             return select.path_cost(tree.score, parent, table, tree.sizes)
+        score, sizes = tree.score, tree.sizes
         if table is None:
-            return cost_bits(tree.score)
-        score, sizes, deepest = tree.score, tree.sizes, len(table) - 1
+            return cost_bits(score)
         bins = (score * -BINS_PER_NAT).clamp_(max=TABLE_BINS - 1).int()
-        begins = [
-            bins.new_full((n,), min(layer.depth, deepest) * TABLE_BINS)
-            for n, layer in zip(sizes, tree.layers, strict=True)
-        ]
-        own = (
-            table.flatten()
-            .index_select(0, bins.add_(torch.cat(begins)).flatten())
-            .view(score.shape)
-        )
+        starts = [min(depth, len(table) - 1) * TABLE_BINS for depth in range(len(sizes))]
+        columns = [bins.new_full((n,), start) for n, start in zip(sizes, starts, strict=True)]
+        index = bins.add_(torch.cat(columns)).flatten()
+        own = table.flatten().index_select(0, index).view(score.shape)
         costs: list[Tensor] = []
         for layer, mine in zip(tree.layers, torch.split(own, sizes, dim=1), strict=True):
             costs.append(torch.maximum(mine, costs[-1].gather(1, layer.parent)) if costs else mine)
         return torch.where(score > DEAD_SCORE, torch.cat(costs, dim=1), UNSELECTABLE)
 
     def weighted_cost(self, tree: SuperTree) -> Tensor:
-        """int32 [B, T] of ``tree``, rising as weight times f falls: the order in which rows are dealt."""
-        if tree.request_weights is None:
+        """int32 [B, T] of ``tree``, rising as request weight times f falls: the ranking."""
+        weights = tree.request_weights
+        if weights is None:
             return self.cost(tree)
         if self.reliability is None:
-            return cost_bits(tree.score + tree.request_weights.log()[:, None])
+            return cost_bits(tree.score + weights.log()[:, None])
         cost = self.cost(tree)
-        worth = (ONE - cost).clamp(min=0).long() * (tree.request_weights * ONE).long()[:, None]
-        return torch.where(cost < UNSELECTABLE, ONE - worth // ONE, UNSELECTABLE).int()
+        value = (ONE - cost).clamp(min=0).long() * (weights * ONE).long()[:, None]
+        return torch.where(cost < UNSELECTABLE, ONE - value // ONE, UNSELECTABLE).int()
 
     def cost_table(self, device: torch.device) -> Tensor | None:
-        """Costs by depth and bin of -S, int32 [depths + 1, 512], copied to a ``device`` once; None where f is the draft's own."""
+        """Costs by depth and bin of -S, int32 [depths + 1, 512], copied to a ``device`` once.
+
+        None without ``reliability``.
+        """
         return None if self.reliability is None else on_device(self._tables, device, self._table)
 
     def _table(self) -> NDArray[np.int32]:
@@ -173,49 +181,53 @@ class GlobalRank:
 def PerRequest(  # noqa: N802
     max_verify_tokens_per_req: int, beam: int, reliability: Calibration | None = None
 ) -> GlobalRank:
-    """The ``max_verify_tokens_per_req`` best rows of each request, its root included: EAGLE-2/3's rerank, and DDD's.
+    """The best ``max_verify_tokens_per_req`` tokens of each request: EAGLE-2/3's rerank, and DDD's.
 
-    It is the global ranking with a cap for each request and a budget of ``max_verify_tokens_per_req`` rows a request, so that nobody competes.
+    A :class:`GlobalRank` whose budget is that of all requests together, so that none compete.
 
     Args:
-        max_verify_tokens_per_req: rows of a request, root included.
-        beam: EAGLE's top-k: nodes of each layer that are drafted on.
+        max_verify_tokens_per_req: of a request, root included.
+        beam: EAGLE's top-k, the nodes of a layer that are expanded.
         reliability: as in :class:`GlobalRank`.
 
     Raises:
         EchoError: a number below 1.
+
+    Example:
+        >>> PerRequest(6, beam=2).default_budget(batch=3)
+        18
     """
-    return GlobalRank(
-        beam,
-        reliability,
-        max_verify_tokens_per_req=checks.integer(
-            "max_verify_tokens_per_req", max_verify_tokens_per_req, 1
-        ),
-    )
+    most = checks.integer("max_verify_tokens_per_req", max_verify_tokens_per_req, 1)
+    return GlobalRank(beam, reliability, max_verify_tokens_per_req=most)
 
 
 @dataclass(frozen=True)
 class TwoLevel:
-    """ECHO's rule: depth first, a layer at a time to whoever passes the gate; what is left then widens the trees.
+    """ECHO's rule: depth first for requests that pass the gate, then what remains widens the trees.
 
-    Priority 1 (buy): those that pass buy their best ``beam`` nodes, in order of confidence, while rows remain; the last
-    buyer may get a part. Priority 2 (deal): one ranking over all scored, unbought nodes, ``max_extra_tokens`` more rows a request.
-    Unlike the paper's pseudo-code it buys after a layer is scored and never exceeds the budget.
+    Priority 1 (:meth:`commit`): requests that pass commit their best ``beam`` nodes, most confident
+    request first, while the budget lasts; the last may get a part. Priority 2 (:meth:`select`): one
+    ranking over all nodes not committed, ``max_extra_tokens`` more for a request. Unlike the
+    paper's pseudo-code it commits after a layer is scored, and never exceeds the budget.
 
     Args:
-        beam: rows that a request buys of a layer, and nodes that it drafts on.
-        max_extra_tokens: rows more that a request may get at the end.
+        beam: nodes that a request commits of a layer, and expands.
+        max_extra_tokens: tokens that a request may get at the end.
         reliability: as in :class:`GlobalRank`, for the end only.
 
     Raises:
         EchoError: an argument out of range.
+
+    Example:
+        >>> TwoLevel(beam=4, max_extra_tokens=8).default_budget(batch=3) is None
+        True
     """
 
     beam: int
     max_extra_tokens: int
     reliability: Calibration | None = None
     ranking: GlobalRank = field(init=False, repr=False, compare=False)
-    """The ranking by which what is left is selected at the end."""
+    """The ranking of priority 2."""
 
     def __post_init__(self) -> None:
         checks.integer_field(self, "beam", 1)
@@ -223,44 +235,35 @@ class TwoLevel:
         object.__setattr__(self, "ranking", GlobalRank(self.beam, self.reliability))
 
     def frontier(self, layer: Layer) -> tuple[Tensor, Tensor]:
-        """The nodes that were bought."""
+        """The nodes that were committed."""
         return top_k(torch.where(layer.committed, layer.score, DEAD_SCORE), self.beam)
 
     def commit(
         self, layer: Layer, passed: Tensor, limits: Tensor, num_remaining: Tensor
     ) -> Tensor | None:
-        """Each passing request's best ``beam`` nodes, in order of confidence, while rows remain."""
+        """Each passing request's best ``beam`` nodes, most confident request first."""
         selectable = (layer.score > DEAD_SCORE) & passed[:, None]
         wanted = torch.minimum(selectable.sum(dim=1).clamp(max=self.beam), limits)
+        confidence = layer.log_confidence
+        if layer.request_weights is not None:
+            confidence = confidence + layer.request_weights.log()
         requests = torch.arange(len(passed), device=passed.device)
-        worth = (
-            layer.log_confidence
-            if layer.request_weights is None
-            else layer.log_confidence + layer.request_weights.log()
-        )
-        key = (cost_bits(worth).long() << 31) + requests
-        turn = key.argsort()
+        turn = ((cost_bits(confidence).long() << 31) + requests).argsort()
         queue = wanted.gather(0, turn)
-        before = torch.empty_like(wanted).scatter_(0, turn, queue.cumsum(0) - queue)
-        granted = torch.minimum(wanted, (num_remaining - before).clamp(min=0))
-        return selectable & (
-            ranks(order(torch.where(selectable, layer.score, DEAD_SCORE))) < granted[:, None]
-        )
+        earlier = torch.empty_like(wanted).scatter_(0, turn, queue.cumsum(0) - queue)
+        granted = torch.minimum(wanted, (num_remaining - earlier).clamp(min=0))
+        rank = ranks(order(torch.where(selectable, layer.score, DEAD_SCORE)))
+        return selectable & (rank < granted[:, None])
 
     def select(
         self, tree: SuperTree, limits: Tensor, num_remaining: Tensor, num_verify_tokens: int
     ) -> Tensor:
-        """The best unbought nodes of the batch, at most ``max_extra_tokens`` of a request."""
-        return select_cheapest(
-            tree,
-            self.ranking.weighted_cost(tree),
-            limits.clamp(max=self.max_extra_tokens),
-            num_remaining,
-            num_verify_tokens,
-        )
+        """The best nodes not committed, at most ``max_extra_tokens`` of a request."""
+        cost, limits = self.ranking.weighted_cost(tree), limits.clamp(max=self.max_extra_tokens)
+        return select_cheapest(tree, cost, limits, num_remaining, num_verify_tokens)
 
     def default_budget(self, batch: int) -> int | None:
-        """None: it takes whatever budget it is given."""
+        """None: the rule needs a budget."""
         return None
 
     def acceptance_probability(self, tree: SuperTree) -> Tensor:
@@ -269,25 +272,112 @@ class TwoLevel:
 
 
 def order(score: Tensor) -> Tensor:
-    """int64 [B, M] keys of a layer's candidates: score descending, then candidate."""
-    return torch.add(
-        torch.arange(score.shape[1], device=score.device), cost_bits(score), alpha=1 << 31
-    )
+    """Keys int64 [B, M] of a layer's candidates: score descending, then candidate."""
+    candidate = torch.arange(score.shape[1], device=score.device)
+    return torch.add(candidate, cost_bits(score), alpha=1 << 31)
 
 
 def ranks(key: Tensor) -> Tensor:
-    """int64 [B, M]: each key's place in its row's ascending order (keys equal only where they do not matter)."""
+    """Rank of each ``key`` [B, M] in its request's ascending order, int64 [B, M]; stable."""
     turn = key.argsort(dim=1, stable=True)
-    places = torch.arange(key.shape[1], device=key.device).expand_as(turn)
-    return torch.empty_like(turn).scatter_(1, turn, places)
+    rank = torch.arange(key.shape[1], device=key.device).expand_as(turn)
+    return torch.empty_like(turn).scatter_(1, turn, rank)
 
 
 def top_k(score: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """A layer's ``count`` best candidates (all where it has fewer): index int64 [B, W] rising, and which are selectable, bool [B, W]."""
-    index = (
-        order(score)
-        .topk(min(count, score.shape[1]), dim=1, largest=False, sorted=False)
-        .indices.sort(dim=1)
-        .values
-    )
+    """A layer's ``count`` best candidates, all where it has fewer.
+
+    Index int64 [B, W], rising along W, and which are selectable, bool [B, W].
+    """
+    best = order(score).topk(min(count, score.shape[1]), dim=1, largest=False, sorted=False)
+    index = best.indices.sort(dim=1).values
     return index, score.gather(1, index) > DEAD_SCORE
+
+
+def select_cheapest(
+    tree: SuperTree, cost: Tensor, limits: Tensor, num_remaining: Tensor, num_verify_tokens: int
+) -> Tensor:
+    """Select the cheapest uncommitted nodes within each request's limit and the batch's.
+
+    Cost never falls from parent to child and ties go to the shallower node, so every prefix of the
+    ranking is closed under parents, also where each request's part is cut at its limit. The forest
+    is never sorted: a cutoff drops nodes that are surely too costly, the smallest keys are selected
+    within each request, and then among those. A key orders by cost, depth, request and candidate;
+    its remainder is the position in the flattened forest.
+
+    Args:
+        tree: the scored forest.
+        cost: int32 [B, T].
+        limits: int64 [B].
+        num_remaining: int64 [].
+        num_verify_tokens: a host int that bounds ``num_remaining``.
+
+    Returns:
+        bool [B, T].
+    """
+    batch, nodes = cost.shape
+    most = min(nodes, num_verify_tokens, tree.max_verify_tokens_per_req)
+    if kernels.use_triton(cost):
+        from echo.kernels import select
+
+        bounds = limits, num_remaining, num_verify_tokens, most
+        return select.select_cheapest(cost, tree.committed, *bounds, tree.sizes)
+    positions = batch * nodes + 1  # the last one is no node's
+    unused = torch.arange(num_verify_tokens, device=cost.device) < num_verify_tokens - num_remaining
+    cost = cost.masked_fill(tree.committed, UNSELECTABLE)
+    cutoff = _cutoff(cost, limits, unused).long() * ((tree.depth + 1) * positions)
+    key = torch.minimum(_keys(tree, cost, positions), cutoff)
+    # whichever is quicker
+    ranked = key.topk(most, dim=1, largest=False) if 2 * most < nodes else key.sort(dim=1)
+    own = _within(ranked.values[:, :most], limits, NO_NODE)
+    keys = _smallest(own.flatten(), unused, NO_NODE)
+    position = torch.where(keys < cutoff, keys % positions, positions - 1)
+    # bytes, because inductor fills bools one by one
+    chosen = torch.zeros(positions, dtype=torch.uint8, device=cost.device)
+    return chosen.index_fill_(0, position, 1)[:-1].view(batch, nodes).bool()
+
+
+def _keys(tree: SuperTree, cost: Tensor, positions: int) -> Tensor:
+    """int64 [B, T]: each node's position, above it its depth, and above that its cost."""
+    ends = list(itertools.accumulate(tree.sizes))
+    starts = [depth * positions + end for depth, end in enumerate(ends)]
+    columns = [
+        torch.arange(start - size, start, device=cost.device)
+        for start, size in zip(starts, tree.sizes, strict=True)
+    ]
+    requests = torch.arange(0, tree.batch * ends[-1], ends[-1], device=cost.device)
+    key = torch.add(torch.cat(columns), cost, alpha=(tree.depth + 1) * positions)
+    return key.add_(requests[:, None])
+
+
+def _cutoff(cost: Tensor, limits: Tensor, unused: Tensor) -> Tensor:
+    """int32 []: a cost that all selected nodes are below.
+
+    One more than the greatest cost selected among the cheapest node of each of a few groups of
+    every request's nodes: selecting among some nodes never ends at a lower cost than selecting
+    among all.
+    """
+    batch, nodes = cost.shape
+    groups = -(-2 * len(unused) // max(batch, 1))
+    if not 0 < 2 * groups <= nodes:
+        return torch.full((), UNSELECTABLE, dtype=torch.int32, device=cost.device)
+    grouped = cost[:, nodes % groups :].view(batch, nodes // groups, groups)
+    some = _within(grouped.amin(dim=1).sort(dim=1).values, limits, UNSELECTABLE)
+    greatest = _smallest(some.flatten(), unused, UNSELECTABLE).amax()
+    return greatest.clamp(max=UNSELECTABLE - 1) + 1
+
+
+def _within(ascending: Tensor, limits: Tensor, last: int) -> Tensor:
+    """Replace what is beyond each request's first ``limits`` entries by ``last``, in place."""
+    beyond = torch.arange(ascending.shape[1], device=limits.device) >= limits[:, None]
+    return ascending.masked_fill_(beyond, last)
+
+
+def _smallest(keys: Tensor, unused: Tensor, last: int) -> Tensor:
+    """As many of the smallest ``keys`` as there are False in ``unused``, in no order.
+
+    -1 for each True; ``last`` where the keys end.
+    """
+    pads = torch.full(unused.shape, last, dtype=keys.dtype, device=keys.device)
+    merged = torch.cat([pads.masked_fill_(unused, -1), keys])
+    return merged.topk(len(unused), largest=False, sorted=False).values

@@ -1,6 +1,6 @@
 """What nodes cost, and the selection of the cheapest of them over the batch, as Triton kernels.
 
-The references are :meth:`echo.GlobalRank.cost` and :func:`echo.budget.dealing.select_cheapest`.
+The references are :meth:`echo.GlobalRank.cost` and :func:`echo.budget.rules.select_cheapest`.
 """
 
 from __future__ import annotations

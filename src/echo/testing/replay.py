@@ -13,9 +13,9 @@ from torch import Tensor
 
 from echo import _checks as checks
 from echo._checks import EchoError
-from echo.budget.goodput import Tier
 from echo.budget.history import History
 from echo.budget.scheduler import ElasticBudgetScheduler
+from echo.budget.throughput import Tier
 from echo.cost import CostModel
 from echo.testing.trace import Trace
 from echo.tree.accept import Accepted, accept

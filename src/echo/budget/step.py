@@ -1,0 +1,345 @@
+"""Begin, grow and pack: a few kernels, or PyTorch's operations with the same integers.
+
+Kernels serve the shipped rules without request weights. B requests; T nodes of a request's tree; N
+rows; W words of a row's mask.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from echo import _checks as checks
+from echo import kernels
+from echo.budget.history import BINS, SKIP
+from echo.budget.rules import GlobalRank, Rule, TwoLevel
+from echo.gating.gates import Gate, SparseGate
+from echo.kernels.codes import Status
+from echo.tree.packed import PackedTree, copy_into
+from echo.tree.supertree import DEAD_SCORE, Frontier, Layer, SuperTree, path_score, write_layer
+
+COLUMNS = ("tokens", "parent", "depth", "request", "indptr", "mask", "score", "node", "committed")
+DTYPES = {
+    "tokens": torch.int64,
+    "node": torch.int64,
+    "score": torch.float32,
+    "committed": torch.bool,
+    "status": torch.int8,
+}
+
+
+@dataclass(frozen=True)
+class Scratch:
+    """Buffers of the selection, at fixed addresses.
+
+    Attributes:
+        place: int32 [B, T].
+        share: int32 [B].
+        counts: int64 [B].
+        key: int64 [B, most nodes selected of a request].
+        cost: int32 [B, T], calibrated costs.
+        gain: float32 [B, T], probabilities that are not calibrated.
+    """
+
+    place: Tensor
+    share: Tensor
+    counts: Tensor
+    key: Tensor
+    cost: Tensor
+    gain: Tensor
+
+
+def begin(
+    root_tokens: Tensor,
+    live: Tensor | None,
+    verify_limits: Tensor | None,
+    request_weights: Tensor | None,
+    *,
+    num_verify_tokens: int,
+    max_verify_tokens_per_req: int,
+    deep: bool,
+    budget: Tensor | None = None,
+    out: SuperTree | None = None,
+) -> SuperTree:
+    """As :meth:`echo.ElasticBudgetScheduler.begin`; ``deep``: anything is drafted.
+
+    A workspace gives ``budget`` int64 [], verify tokens on the device that ``num_verify_tokens``
+    bounds, and ``out``, a tree of roots to whose tensors is written.
+    """
+    (batch,), device = root_tokens.shape, root_tokens.device
+    if live is not None:
+        checks.tensor("live", live, [batch], torch.bool, device)
+    if verify_limits is not None:
+        checks.tensor("verify_limits", verify_limits, [batch], torch.int64, device)
+    root = root_tokens[:, None]
+    bound, most = num_verify_tokens if budget is None else budget, max_verify_tokens_per_req
+    if kernels.use_triton(root_tokens) and request_weights is None:
+        from echo.kernels import grow as kernel
+
+        buffers = None
+        if out is not None:
+            top = out.layers[0]
+            nodes = top.token, top.parent, top.score, top.committed, top.drafted
+            state = out.status, out.verify_limits, out.num_committed, out.invalid, out.num_remaining
+            buffers = kernel.Roots(*nodes, out.frontier.active, *state)
+        new = kernel.begin(root_tokens, live, verify_limits, bound, most, deep, buffers)
+        if out is not None:
+            return _sized(out, num_verify_tokens, most)
+        return SuperTree(
+            layers=(Layer(0, root, new.parent, new.score, new.committed, new.alive),),
+            frontier=Frontier(root, new.parent, new.parent, new.score, new.drafts, 0),
+            status=new.status,
+            verify_limits=new.verify_limits,
+            num_committed=new.num_committed,
+            num_remaining=new.num_remaining,
+            invalid=new.invalid,
+            num_verify_tokens=num_verify_tokens,
+            max_verify_tokens_per_req=most,
+        )
+    present = torch.ones(batch, dtype=torch.bool, device=device) if live is None else live
+    scarce = num_verify_tokens < batch or budget is not None
+    alive = present & (present.cumsum(0) <= bound) if scarce else present
+    limits = torch.full((batch,), most, device=device)
+    if verify_limits is not None:
+        limits = torch.minimum(limits, verify_limits.clamp(min=1))
+    weights = request_weights
+    if weights is not None:
+        checks.tensor("request_weights", weights, [batch], torch.float32, device)
+        weights = weights.detach()
+        # NaN and infinity weigh least, and change no other request's weight
+        weights = torch.where(alive & torch.isfinite(weights), weights, 0.0)
+        weights = (weights / weights.amax()).nan_to_num(0.0).clamp(min=2.0**-24)
+    zero, dead = torch.zeros_like(root), ~alive
+    score = torch.zeros(batch, 1, dtype=torch.float32, device=device)
+    score.masked_fill_(dead[:, None], -torch.inf)
+    drafts = alive & (limits > 1) if deep else torch.zeros_like(alive)
+    done = int(Status.EXHAUSTED if deep else Status.FINISHED)
+    status = torch.full((batch,), done, dtype=torch.int8, device=device)
+    status.masked_fill_(dead, int(Status.EMPTY)).masked_fill_(drafts, int(Status.ACTIVE))
+    if scarce:
+        status.masked_fill_(present & dead, int(Status.STARVED))
+    tree = SuperTree(
+        layers=(Layer(0, root, zero, score, alive[:, None], alive, weights),),
+        frontier=Frontier(root, zero, zero, score, drafts[:, None], 0),
+        status=status,
+        verify_limits=limits * alive,
+        num_committed=alive.long(),
+        num_remaining=bound - alive.sum(),
+        invalid=torch.zeros(batch, dtype=torch.int32, device=device),
+        num_verify_tokens=num_verify_tokens,
+        max_verify_tokens_per_req=most,
+    )
+    return tree if out is None else write_layer(out, tree)
+
+
+def grow(
+    rule: Rule,
+    gate: Gate | None,
+    tree: SuperTree,
+    tokens: Tensor,
+    log_probs: Tensor,
+    last: bool,
+    out: SuperTree | None,
+) -> SuperTree:
+    """As :meth:`ElasticBudgetScheduler.grow`, by its ``rule`` and ``gate``, of checked arguments.
+
+    ``last``: nothing is drafted on this layer.
+    """
+    if kernels.use_triton(tokens) and _fits(rule, tree):
+        return _grow_fused(rule, gate, tree, tokens, log_probs, last, out)
+    (batch, _, k), frontier, device = tokens.shape, tree.frontier, tokens.device
+    score, best, faulty = path_score(frontier.score, log_probs, frontier.active)
+    layer = Layer(
+        tree.depth + 1,
+        tokens.flatten(1),
+        frontier.index.repeat_interleave(k, dim=1),
+        score,
+        torch.zeros(batch, score.shape[1], dtype=torch.bool, device=device),
+        tree.status == int(Status.ACTIVE),
+        tree.request_weights,
+    )
+    limits = tree.verify_limits - tree.num_committed
+    able = layer.drafted & (best > DEAD_SCORE) & (limits > 0)
+    verdict = None if gate is None else gate(layer)
+    passed = able if verdict is None else able & verdict
+    status = tree.status.masked_fill(layer.drafted, int(Status.EXHAUSTED))
+    if verdict is not None:
+        status.masked_fill_(able, int(Status.TRUNCATED))
+    num_committed, num_remaining = tree.num_committed, tree.num_remaining
+    committed, drafts = rule.commit(layer, passed, limits, num_remaining), passed
+    if committed is not None:
+        layer = replace(layer, committed=committed)
+        drafts = passed & committed.any(dim=1)
+        status.masked_fill_(passed, int(Status.STARVED))
+        num_committed = num_committed + committed.sum(dim=1)
+        num_remaining = num_remaining - committed.sum()
+    index, active = rule.frontier(layer)
+    status.masked_fill_(drafts, int(Status.FINISHED if last else Status.ACTIVE))
+    grown = replace(
+        tree,
+        layers=(*tree.layers, layer),
+        frontier=Frontier(
+            token=layer.token.gather(1, index),
+            parent=index // k,
+            index=index,
+            score=layer.score.gather(1, index),
+            active=torch.zeros_like(active) if last else active & drafts[:, None],
+            depth=layer.depth,
+        ),
+        status=status,
+        num_committed=num_committed,
+        num_remaining=num_remaining,
+        invalid=tree.invalid + faulty,
+        nodes=None,
+    )
+    return grown if out is None else write_layer(out, grown)
+
+
+def _grow_fused(
+    rule: Rule,
+    gate: Gate | None,
+    tree: SuperTree,
+    tokens: Tensor,
+    log_probs: Tensor,
+    last: bool,
+    out: SuperTree | None,
+) -> SuperTree:
+    from echo.kernels import grow as kernel
+
+    above, depth = tree.frontier, tree.depth + 1
+    old = above.score, above.active, above.index, tokens, log_probs, tree.status
+    state = tree.verify_limits, tree.num_committed, tree.num_remaining, tree.invalid
+    tau, verdict, committing = -math.inf, None, rule.beam if isinstance(rule, TwoLevel) else 0
+    stop = int(Status.FINISHED if last else Status.ACTIVE)
+    if type(gate) is SparseGate:  # compared where the scores are made; a subclass may ask for more
+        tau = gate.log_tau.get(depth, tau)
+    elif gate is not None:
+        new = kernel.grow(*old, None, *state, tau=tau, beam=rule.beam, buys=committing, stop=stop)
+        none = torch.zeros_like(new.committed)
+        verdict = gate(Layer(depth, tokens.flatten(1), new.parent, new.score, none, new.drafted))
+    buffers = None
+    if out is not None:
+        top, front = out.layers[-1], out.frontier
+        buffers = kernel.Grown(
+            top.token, top.parent, top.score, top.committed, top.drafted,
+            front.token, front.parent, front.index, front.score, front.active,
+            out.status, out.num_committed, out.num_remaining, out.invalid,
+        )  # fmt: skip
+    new = kernel.grow(
+        *old, verdict, *state, tau=tau, beam=rule.beam, buys=committing, stop=stop, out=buffers
+    )
+    if out is not None:
+        return _sized(out, tree.num_verify_tokens, tree.max_verify_tokens_per_req)
+    layer = Layer(depth, new.token, new.parent, new.score, new.committed, new.drafted)
+    nodes = new.next_token, new.next_parent, new.next_index, new.next_score, new.next_active
+    return replace(
+        tree,
+        layers=(*tree.layers, layer),
+        frontier=Frontier(*nodes, depth),
+        status=new.status,
+        num_committed=new.num_committed,
+        num_remaining=new.num_remaining,
+        invalid=new.invalid,
+        nodes=None,
+    )
+
+
+def pack(
+    rule: Rule,
+    tree: SuperTree,
+    num_rows: int,
+    words: int,
+    max_verify_tokens_per_req: int,
+    *,
+    summarizes: bool,
+    out: PackedTree | None,
+    scratch: Scratch | None = None,
+) -> PackedTree | None:
+    """Select, flatten, and summarize where it ``summarizes``, in three to five launches.
+
+    None where PyTorch must do it: no kernels for the device, a custom rule, request weights.
+
+    Args:
+        rule, max_verify_tokens_per_req: the scheduler's.
+        tree, out: as in :meth:`ElasticBudgetScheduler.pack`, checked.
+        num_rows, words: N and W.
+        scratch: buffers.
+    """
+    if not (kernels.use_triton(tree.status) and _fits(rule, tree) and tree.batch):
+        return None
+    from echo.kernels import observe, select
+    from echo.kernels import pack as packing
+
+    ranking = rule.ranking if isinstance(rule, TwoLevel) else rule
+    if not isinstance(ranking, GlobalRank):
+        return None
+    score, sizes, parent = tree.score, tree.sizes, tree.column("parent")
+    cost, table = score, ranking.cost_table(tree.status.device)
+    if table is not None and tree.depth:
+        to = None if scratch is None else scratch.cost
+        cost = select.path_cost(score, parent, table, sizes, out=to)
+    total = extra = max_verify_tokens_per_req
+    if ranking.max_verify_tokens_per_req is not None:
+        total = min(total, ranking.max_verify_tokens_per_req)
+    if isinstance(rule, TwoLevel):
+        extra = rule.max_extra_tokens
+    committed, num_committed = tree.committed, tree.num_committed
+    if tree.depth:
+        kept = None
+        if scratch is not None:
+            kept = select.Selected(scratch.place, scratch.share, scratch.counts, scratch.key)
+        most = min(sum(sizes), tree.num_verify_tokens, tree.max_verify_tokens_per_req)
+        limits = tree.verify_limits, num_committed, tree.num_remaining, tree.num_verify_tokens
+        selected = select.select(
+            cost, committed, *limits, most, sizes, total=total, extra=extra, out=kept
+        )
+    else:  # nothing to select: a live request keeps its root
+        zero = (
+            torch.zeros_like(num_committed)[:, None] if scratch is None else scratch.place.zero_()
+        )
+        selected = select.Selected(zero, num_committed, num_committed, zero)
+    columns = None if out is None else {name: getattr(out, name) for name in COLUMNS}
+    if columns is not None and not all(column.is_contiguous() for column in columns.values()):
+        columns = None
+    nodes = tree.column("token"), parent, score, committed
+    made = packing.pack(selected, *nodes, num_rows, words, sizes, out=columns)
+    packed = PackedTree(**made, status=tree.status, invalid=tree.invalid, max_depth=tree.depth)
+    if summarizes:
+        gain, buffers = cost, None
+        if table is None:
+            gain = torch.exp(score, out=None if scratch is None else scratch.gain)
+        if out is not None and out.acceptance_histogram is not None:
+            buffers = out.acceptance_histogram, out.expected
+        found = observe.summarize(gain, score, selected, sizes, BINS, SKIP, out=buffers)
+        packed = replace(packed, acceptance_histogram=found[0], expected=found[1])
+    return copy_into(out, packed)
+
+
+def check(out: PackedTree, batch: int, num_rows: int, words: int, device: torch.device) -> None:
+    """Check the buffers of a step of these sizes before anything is written to them.
+
+    Raises:
+        EchoError: naming the buffer that does not fit.
+    """
+    checks.instance("out", out, PackedTree)
+    requests, mask = [batch], [num_rows, words]
+    shapes = {"indptr": [batch + 1], "mask": mask, "status": requests, "invalid": requests}
+    for name in (*COLUMNS, "status", "invalid"):
+        shape, dtype = shapes.get(name, [num_rows]), DTYPES.get(name, torch.int32)
+        checks.tensor(f"out.{name}", getattr(out, name), shape, dtype, device)
+
+
+def _fits(rule: Rule, tree: SuperTree) -> bool:
+    return type(rule) in (GlobalRank, TwoLevel) and tree.request_weights is None
+
+
+def _sized(out: SuperTree, num_verify_tokens: int, max_verify_tokens_per_req: int) -> SuperTree:
+    """``out``, whose tensors were written, with the host's numbers."""
+    return replace(
+        out,
+        num_verify_tokens=num_verify_tokens,
+        max_verify_tokens_per_req=max_verify_tokens_per_req,
+    )

@@ -1,0 +1,196 @@
+"""The tier that pays best: how deep to draft and how many tokens to verify, chosen on the host.
+
+D layers at most; n points at which numbers of tokens are compared.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from echo import _checks as checks
+from echo._checks import EchoError
+from echo.budget.history import History
+from echo.cost import CostModel
+
+CURVE, HEAD = 256, 5
+"""Numbers in a rank's tier curve at most, 1 kB, and before its F."""
+PROBE_COST, PATIENCE = 0.005, 16
+"""Share of the time without speculation that draft extend before a probe may cost; and the wait, in
+probe intervals, after which a probe is made whatever it costs: a choice that no replay was long
+enough to judge."""
+AMORTIZE = 20
+"""Steps over which draft extend is spread: about what a history remembers. On the measured curve of
+two CPU cores, where nothing is won at 256 requests, 1,000 steps came to 0.946 of plain decoding
+before PROBE_COST and this, and come to 0.998 since."""
+ROUND_DOWN = 1 - 1e-5
+"""Numbers of tokens are sums of float32: what comes out a hair above a whole number, in another
+order of requests, is not rounded up."""
+DEPTHS = np.arange(1.0, 65.0)
+"""As deep as a scheduler may draft."""
+
+
+@dataclass(frozen=True)
+class Tier:
+    """The two host decisions of a step, made before it.
+
+    Attributes:
+        depth: layers to draft; 0: do not speculate in this step.
+        num_verify_tokens: tokens of the target's forward pass, roots and pads included.
+    """
+
+    depth: int
+    num_verify_tokens: int
+
+
+@dataclass(frozen=True)
+class ThroughputOptimal:
+    """The tier that maximises (B + F_d(K)) / (T(K) + draft(d)) over depths d and verify tokens K.
+
+    Depth 0, do not speculate, where nothing beats plain decoding by ``margin``. The ratio is this
+    step's. The long-run price (F - price * seconds, price being the tokens per second so far) was
+    tried by replay in all cells of the shipped trace, and left out: its mean throughput was 0.3%
+    lower.
+
+    Args:
+        cost: seconds by verify tokens.
+        beam: nodes of a layer that a request expands.
+        max_depth, probe_interval, margin: see :class:`~echo.ElasticBudgetScheduler`.
+        max_verify_tokens_per_req: that one request can get, by the scheduler and by its rule.
+    """
+
+    cost: CostModel
+    beam: int
+    max_depth: int
+    max_verify_tokens_per_req: int
+    probe_interval: int
+    margin: float
+
+    def choose_tier(
+        self, history: History, req_indices: NDArray[np.int64], num_other_tokens: int
+    ) -> Tier:
+        """See :meth:`ElasticBudgetScheduler.choose_tier`."""
+        batch, seen = len(req_indices), history.predict(req_indices)
+        plain = num_other_tokens + batch
+        if seen is None:
+            depth, tokens = self._unknown(plain, batch)
+        else:
+            counts = history.num_steps, history.num_idle_steps, _unprocessed(history, req_indices)
+            depth, tokens = self._best(*seen, batch, plain, batch, *counts)
+        return Tier(depth, tokens - num_other_tokens)
+
+    def tier_curve(
+        self, history: History, req_indices: NDArray[np.int64], num_other_tokens: int
+    ) -> NDArray[np.float32]:
+        """See :meth:`ElasticBudgetScheduler.tier_curve`.
+
+        Requests, other tokens, steps, idle steps and unprocessed tokens; then F by depth over the
+        grid.
+        """
+        batch, seen, grid = len(req_indices), history.predict(req_indices), self._grid()
+        if seen is None:
+            accepts = np.full((self.max_depth, len(grid)), np.nan if batch else 0.0)
+        else:
+            x = grid - batch - num_other_tokens
+            accepts = np.stack([np.interp(x, drafts, f) for drafts, f in zip(*seen, strict=True)])
+        steps, idle = history.num_steps % self.probe_interval, history.num_idle_steps
+        head = [batch, num_other_tokens, steps, idle, _unprocessed(history, req_indices)]
+        return np.concatenate([head, accepts.ravel()]).astype(np.float32)
+
+    def agree_on_tier(self, curves: NDArray[np.float32], rank: int) -> Tier:
+        """See :meth:`ElasticBudgetScheduler.agree_on_tier`."""
+        grid, shape = self._grid(), list(curves.shape)
+        size = HEAD + self.max_depth * len(grid)
+        if len(shape) != 2 or shape[1] != size:
+            raise EchoError(f"curves: expected float32 [ranks, {size}], got {shape}")
+        rank = checks.integer("rank", rank, 0, len(curves) - 1)
+        batch, other, *counts = curves[:, :HEAD].astype(np.int64).T
+        accepts = curves[:, HEAD:].astype(np.float64).sum(axis=0).reshape(self.max_depth, len(grid))
+        plain, widest = int((batch + other).max()), int(batch.max())
+        if np.isnan(accepts).any():
+            depth, tokens = self._unknown(plain, widest)
+        else:
+            drafts = np.broadcast_to(np.maximum(grid - plain, 0.0), accepts.shape)
+            greatest = [int(count.max()) for count in counts]
+            depth, tokens = self._best(drafts, accepts, int(batch.sum()), plain, widest, *greatest)
+        return Tier(depth, tokens - int(other[rank]))
+
+    def _best(
+        self,
+        drafts: NDArray[Any],
+        accepts: NDArray[Any],
+        batch: int,
+        plain: int,
+        widest: int,
+        num_steps: int,
+        num_idle_steps: int,
+        num_unprocessed: int,
+    ) -> tuple[int, int]:
+        """Depth and tokens of greatest throughput; (0, ``plain``) where none beats plain decoding.
+
+        Args:
+            drafts, accepts: float [D, n], draft tokens and how many are accepted; 0 in the first
+                column.
+            batch: requests, each of which emits one token more.
+            plain: tokens of the pass without drafts.
+            widest: requests of the rank that has the most.
+            num_steps, num_idle_steps: of the history; they say whether it is time for a probe.
+            num_unprocessed: tokens of draft extend before anything can be drafted.
+        """
+        if not widest:  # no requests at all
+            return 0, plain
+        # drafts beyond the requests' limits are not verified; the likeliest bring their share
+        most = widest * (self.max_verify_tokens_per_req - 1)
+        accepts = accepts * np.minimum(1.0, most / np.maximum(drafts, 1.0))
+        drafts = np.minimum(drafts, most)
+        whole = np.ceil(drafts * ROUND_DOWN)
+        verify = self.cost(plain + whole, num_reqs=widest)
+        drafting = self.cost.draft_seconds(DEPTHS[: self.max_depth], widest, self.beam)
+        seconds = verify + drafting[:, None]
+        rate = (batch + accepts) / seconds
+        rate *= drafts >= 1
+        best, alone, idle = int(rate.argmax()), verify.item(0), num_idle_steps
+        extend = self.cost.extend_seconds(num_unprocessed)
+        probe = (idle or num_steps) % self.probe_interval == 0
+        due = idle % (PATIENCE * self.probe_interval) == 0
+        needed = 1 + extend / (AMORTIZE * seconds.item(best))
+        if rate.item(best) > (1 + self.margin) * batch / alone * needed:
+            if probe:  # look at the deepest layers
+                best = rate.size - rate.shape[1] + int(rate[-1].argmax())
+        elif not (probe and (due or extend <= PROBE_COST * idle * alone) and batch):
+            return 0, plain
+        depth, column = divmod(best, rate.shape[1])
+        tokens = plain + max(1, int(whole[depth, column]))
+        free, useful = self.cost.free_tokens(tokens), min(2 * tokens, plain + most)
+        if free > useful:  # a tier of the cost model is launched whole
+            free = self.cost.round_up(tokens) if self.cost.tiers else useful
+        return depth + 1, max(tokens, free)
+
+    def _unknown(self, plain: int, widest: int) -> tuple[int, int]:
+        """Depth and tokens as long as too little was seen: full depth.
+
+        At the knee, or with a draft token for every fourth request where that is more.
+        """
+        if not widest:
+            return 0, plain
+        useful = plain + widest * (self.max_verify_tokens_per_req - 1)
+        knee = min(self.cost.at(widest).knee.k_max, useful)
+        return self.max_depth, self.cost.round_up(max(plain + -(-widest // 4), knee))
+
+    def _grid(self) -> NDArray[Any]:
+        """Points at which ranks compare: the tiers, or evenly in the logarithm."""
+        count = max(2, (CURVE - HEAD) // max(1, self.max_depth))
+        widest = max(2, self.cost.num_tokens[-1])
+        points = np.asarray(self.cost.tiers or np.geomspace(1, widest, count).round().astype(int))
+        index = np.linspace(0, len(points) - 1, min(count, len(points))).round().astype(int)
+        return np.unique(points[index])
+
+
+def _unprocessed(history: History, req_indices: NDArray[np.int64]) -> int:
+    """Tokens of draft extend before ``req_indices`` can draft; 0 after a step that drafted."""
+    if not history.num_idle_steps:
+        return 0
+    return int(history.num_unprocessed_tokens.numpy()[req_indices].sum())
