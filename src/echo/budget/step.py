@@ -308,10 +308,11 @@ def pack(
     made = packing.pack(selected, *nodes, num_rows, words, sizes, out=columns)
     packed = PackedTree(**made, status=tree.status, invalid=tree.invalid, max_depth=tree.depth)
     if summarizes:
-        gain, buffers = cost, None
+        gain = cost
+        buffers: tuple[Tensor, Tensor] | None = None
         if table is None:
             gain = torch.exp(score, out=None if scratch is None else scratch.gain)
-        if out is not None and out.acceptance_histogram is not None:
+        if not (out is None or out.acceptance_histogram is None or out.expected is None):
             buffers = out.acceptance_histogram, out.expected
         found = observe.summarize(gain, score, selected, sizes, BINS, SKIP, out=buffers)
         packed = replace(packed, acceptance_histogram=found[0], expected=found[1])
