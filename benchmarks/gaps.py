@@ -258,7 +258,7 @@ def wrong_cost(study: Study) -> dict[str, object]:
     }
     learnt = study.throughput_optimal(beliefs["knee at twice"])
     found["knee at twice, learning"] = [
-        study.ratio(learnt, batch=b, steps=min(STEPS, 4096 // b), learn=0.3) for b in batches
+        study.ratio(learnt, batch=b, steps=min(STEPS, 4096 // b), update_rate=0.3) for b in batches
     ]
     return {"batch": batches, "curves": found}
 

@@ -28,7 +28,7 @@ from echo import plot
 from echo.gating import look_up
 from echo.gating.reliability import ONE
 from echo.testing import Trace
-from echo.testing.replay import _Source
+from echo.testing.replay import Source
 from replay import BATCHES, column
 
 ROWS = (1, 2, 4, 8, 16)
@@ -61,7 +61,7 @@ class Pool:
 
 def pool(trace: Trace) -> Pool:
     """The drafts at every position but the last of each text, on the widest beam."""
-    source, following = _Source(trace), torch.from_numpy(trace.following).long()
+    source, following = Source(trace), torch.from_numpy(trace.following).long()
     scheduler = echo.ElasticBudgetScheduler(echo.GlobalRank(trace.beam), None, 1 << 20, trace.depth)
     at = np.delete(np.arange(trace.positions), trace.indptr[1:] - 1)
     parts = []

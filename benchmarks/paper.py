@@ -22,7 +22,7 @@ from rich.table import Table
 
 import echo
 from common import roofline
-from common.policies import throughput_gate, one_threshold, oracle_trace
+from common.policies import one_threshold, oracle_trace, throughput_gate
 from common.raised import raised, raised_to
 from common.replays import (
     FREE,

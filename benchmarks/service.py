@@ -58,14 +58,14 @@ SECONDS, SETTLE = 45.0, 12.0
 
 @dataclass(frozen=True)
 class Beside(Scheduler):
-    """A scheduler beside whose steps some rows of prefill always run."""
+    """A scheduler whose forward passes always take some prefill tokens too."""
 
-    base: int = 0
+    prefill: int = 0
 
     def choose_tier(
-        self, history: echo.History, slots: torch.Tensor, base_rows: int = 0
+        self, history: echo.History, req_indices: torch.Tensor, num_other_tokens: int = 0
     ) -> echo.budget.Tier:
-        return super().choose_tier(history, slots, base_rows + self.base)
+        return super().choose_tier(history, req_indices, num_other_tokens + self.prefill)
 
 
 @dataclass(frozen=True)
@@ -87,8 +87,8 @@ class Steps:
     width: int
 
 
-def replayed(trace: Trace, scheduler: Scheduler, batch: int, base: int, share: float) -> Steps:
-    """Steps of the policy on the trace, beside ``base`` rows of prefill."""
+def replayed(trace: Trace, scheduler: Scheduler, batch: int, prefill: int, share: float) -> Steps:
+    """Steps of the policy on the trace, beside ``prefill`` tokens of prefill."""
     own = {
         name: getattr(scheduler, name)
         for name in (
@@ -114,10 +114,10 @@ def replayed(trace: Trace, scheduler: Scheduler, batch: int, base: int, share: f
         np.random.default_rng(2).permutation(len(trace.kind)),
         WARM + max(6, int(share * STEPS[batch])),
     )
-    base = 0 if scheduler.budget is None else base  # a static tree knows of no prefill
+    prefill = 0 if scheduler.budget is None else prefill  # a static tree knows of no prefill
     replay(
         trace,
-        Beside(**own, base=base),
+        Beside(**own, prefill=prefill),
         FREE,
         batch=batch,
         steps=steps,

@@ -12,8 +12,7 @@ import echo
 from conftest import one_graph
 from echo.gating.histograms import UNIT, WEIGHT
 from echo.gating.thresholds import refuse_gated
-from echo.testing import TabularDrafter, table
-from echo.testing.kit import RefuseSyncs
+from echo.testing import RefuseSyncs, TabularDrafter, table
 
 VOCAB, DEPTH = 40, 4
 TARGET = table(VOCAB, 0)

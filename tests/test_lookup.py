@@ -14,8 +14,7 @@ from torch.overrides import TorchFunctionMode
 import echo
 from conftest import one_graph
 from echo.lookup import NOTHING, Texts, blend
-from echo.testing import TabularDrafter, TabularTarget, record, replay, table
-from echo.testing.kit import RefuseSyncs
+from echo.testing import RefuseSyncs, TabularDrafter, TabularTarget, record, replay, table
 from echo.testing.toy import blurred
 
 

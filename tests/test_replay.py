@@ -24,7 +24,7 @@ POLICIES = {
     "ddd": echo.ElasticBudgetScheduler(
         echo.PerRequest(8, 3), echo.BeamMassGate((2, 3), -1.0, 3), None, 4
     ),
-    "goodput": echo.ElasticBudgetScheduler.throughput_optimal(CALIBRATION, COST, beam=3),
+    "throughput-optimal": echo.ElasticBudgetScheduler.throughput_optimal(CALIBRATION, COST, beam=3),
 }
 
 
@@ -154,7 +154,7 @@ def test_refill_goes_on_forever_where_steps_are_given(trace):
 
 def test_lag_changes_nothing_but_the_plan(trace):
     for lag in (0, 1, 2):
-        report = replay(trace, POLICIES["goodput"], COST, batch=4, lag=lag)
+        report = replay(trace, POLICIES["throughput-optimal"], COST, batch=4, lag=lag)
         assert report.tokens == sum(np.diff(trace.indptr) - 1)
 
 

@@ -1,33 +1,61 @@
-"""Steps to try a policy on: a batch and a drafter that is a look-up, made by hand here and by hypothesis in ``strategies``."""
+"""Steps to try a policy on: made by hand, and drawn by hypothesis, which only the strategies at the end need (``kit`` extra).
+
+B requests; D layers drafted; V tokens in the vocabulary; k candidates of a node; T nodes of a request's tree.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from echo import _checks as checks
 from echo._checks import EchoError
 from echo.budget.scheduler import ElasticBudgetScheduler
+from echo.cost import CostModel
+from echo.gating.logs import WarmupLog
 from echo.tree.packed import PackedTree
 from echo.tree.supertree import Frontier, SuperTree
+
+if TYPE_CHECKING:
+    from hypothesis.strategies import SearchStrategy
+
+VOCAB, CHILDREN, MAX_LIMIT = 4, 3, 12
+FAULTS = (float("nan"), float("inf"), float("-inf"), 0.01)
+"""Log-probabilities that a drafter should not give, and sometimes does."""
 
 
 @dataclass(frozen=True)
 class Scenario:
-    """The input of one step. What is drafted after a token depends on its depth and itself alone, as with a real drafter.
+    """The input of one step. What is drafted after a token depends on the token and its depth alone.
 
-    So requests may be permuted, taken out or put beside others, and each is drafted the same.
+    So requests may be permuted, removed or batched with others, and each is drafted the same.
 
     Attributes:
         root_tokens: int64 [B], below V.
         live: bool [B].
-        verify_limits: int64 [B], the most rows of each request.
-        log_probs: float32 [D, V, k], after token v at depth d the log-probability of its candidates, the tokens v + 1, v + 2, ... modulo V.
-        num_verify_tokens: of the step; None: what the scheduler asks for by itself.
-        request_weights: float32 [B], what each request's tokens are worth; None: all alike.
+        verify_limits: int64 [B], verify tokens of each request at most, root included.
+        log_probs: float32 [D, V, k], after token v at depth d those of its candidates, the tokens v + 1, v + 2, ... modulo V.
+        num_verify_tokens: of the step. Defaults to the scheduler's budget.
+        request_weights: float32 [B], what each request's tokens are worth. Defaults to 1.
+
+    Raises:
+        EchoError: a shape, dtype or token out of range.
+
+    Example:
+        >>> import echo
+        >>> from echo.testing import one_confident_many_doubtful
+        >>> step = one_confident_many_doubtful(batch=4)
+        >>> plan = step.plan(echo.ElasticBudgetScheduler(echo.GlobalRank(2), budget=8, max_depth=3))
+        >>> [len(plan.nodes(request)) for request in range(4)]
+        [4, 2, 1, 1]
+        >>> sorted(plan.paths(0))
+        [(), (1,), (1, 2), (1, 2, 3)]
     """
 
     root_tokens: Tensor
@@ -41,18 +69,21 @@ class Scenario:
         batch = checks.tensor("root_tokens", self.root_tokens, ["B"], torch.int64).shape[0]
         checks.tensor("live", self.live, [batch], torch.bool)
         checks.tensor("verify_limits", self.verify_limits, [batch], torch.int64)
-        _, vocab, k = checks.tensor(
-            "log_probs", self.log_probs, ["D", "V", "k"], checks.FLOATS
-        ).shape
+        shape = checks.tensor("log_probs", self.log_probs, ["D", "V", "k"], checks.FLOATS).shape
+        _, vocab, k = shape
         if k > vocab or not bool(((self.root_tokens >= 0) & (self.root_tokens < vocab)).all()):
-            raise EchoError(
-                f"root_tokens, log_probs: expected tokens and k of at most V = {vocab}, got k = {k}"
-            )
+            want = f"expected tokens and k of at most V = {vocab}"
+            raise EchoError(f"root_tokens, log_probs: {want}, got k = {k}")
 
     @property
     def batch(self) -> int:
-        """B, empty slots included."""
+        """B, empty lanes included."""
         return self.root_tokens.shape[0]
+
+    @property
+    def live_requests(self) -> list[int]:
+        """Their indices."""
+        return [b for b, live in enumerate(self.live.tolist()) if live]
 
     def draft(self, frontier: Frontier) -> tuple[Tensor, Tensor]:
         """Tokens int64 and log-probabilities [B, W, k] after each node of the ``frontier``."""
@@ -63,18 +94,13 @@ class Scenario:
     def take(self, requests: Sequence[int]) -> Scenario:
         """The step of these ``requests`` alone, in this order."""
         at = torch.tensor(requests, dtype=torch.int64)
-        weights = None if self.request_weights is None else self.request_weights[at]
-        return Scenario(
-            self.root_tokens[at],
-            self.live[at],
-            self.verify_limits[at],
-            self.log_probs,
-            self.num_verify_tokens,
-            weights,
-        )
+        columns = {name: getattr(self, name) for name in ("root_tokens", "live", "verify_limits")}
+        columns["request_weights"] = self.request_weights
+        taken = {name: x if x is None else x[at] for name, x in columns.items()}
+        return replace(self, **taken)
 
     def grow(self, scheduler: ElasticBudgetScheduler) -> SuperTree:
-        """The super-tree that ``scheduler`` grows, all D layers of it."""
+        """The super-tree that the ``scheduler`` grows, all D layers of it."""
         tree = scheduler.begin(
             self.root_tokens,
             live=self.live,
@@ -94,11 +120,11 @@ class Scenario:
 
 @dataclass(frozen=True)
 class Plan:
-    """A planned step.
+    """A planned step (example: :class:`Scenario`).
 
     Attributes:
         scenario, tree, packed: the values of the step.
-        selected: bool [B, T] over ``tree.forest``: the bare decision, before anything is cut off at the step's rows.
+        selected: bool [B, T] over ``tree.forest``, before packing drops what exceeds the budget.
     """
 
     scenario: Scenario
@@ -106,12 +132,12 @@ class Plan:
     selected: Tensor
     packed: PackedTree
 
-    def rows(self, request: int) -> list[int]:
-        """The selected nodes of a ``request`` among its T nodes, in the order of their rows."""
+    def nodes(self, request: int) -> list[int]:
+        """Indices of a ``request``'s selected nodes among its T, in the order of their rows."""
         return [int(node) for node in self.selected[request].nonzero()[:, 0]]
 
     def path(self, request: int, node: int) -> tuple[int, ...]:
-        """Tokens from the root's child down to a ``node`` of a ``request``, by which it is known in any batch."""
+        """Tokens from the root's child down to a ``node`` of a ``request``: the same in any batch."""
         forest, tokens = self.tree.forest, list[int]()
         while int(forest.depth[node]):
             tokens.append(int(forest.token[request, node]))
@@ -119,61 +145,197 @@ class Plan:
         return tuple(reversed(tokens))
 
     def paths(self, request: int) -> set[tuple[int, ...]]:
-        """What was selected for a ``request``, as paths."""
-        return {self.path(request, node) for node in self.rows(request)}
+        """A ``request``'s selected nodes, as paths."""
+        return {self.path(request, node) for node in self.nodes(request)}
 
 
 def burst(batch: int = 8, depth: int = 3) -> Scenario:
-    """Every one of ``batch`` slots taken, everybody confident down to ``depth``, and one row more than there are roots."""
-    return _scenario(batch, depth, 0.9, rows=batch + 1)
+    """All of ``batch`` requests confident down to ``depth``, and one verify token more than there are roots.
+
+    Raises:
+        EchoError: an argument out of range.
+
+    Example:
+        >>> step = burst(4)
+        >>> step.live_requests, step.num_verify_tokens, tuple(step.log_probs.shape)
+        ([0, 1, 2, 3], 5, (3, 8, 3))
+    """
+    return _scenario(batch, depth, 0.9, num_verify_tokens=batch + 1)
 
 
 def one_confident_many_doubtful(batch: int = 8, depth: int = 3) -> Scenario:
-    """Request 0 of ``batch`` is sure of its draft of ``depth`` layers, the others are not; two rows a request."""
-    scenario, confident = (
-        _scenario(batch, depth, 0.2, rows=2 * batch),
-        depth + 1,
-    )  # the tokens that request 0 comes to first
-    shares = torch.full((confident + batch + 2,), 0.2, dtype=torch.float32)
-    shares[:confident] = 0.98
+    """Of ``batch`` requests and ``depth`` layers request 0 is confident, the others are not; two verify tokens a request.
+
+    Raises, example: as :func:`burst`, :class:`Scenario`.
+    """
+    scenario, confident = _scenario(batch, depth, 0.2, 2 * batch), depth + 1
+    p = torch.full((confident + batch + 2,), 0.2, dtype=torch.float32)
+    p[:confident] = 0.98  # the tokens that request 0 comes to first
     roots = torch.tensor([0, *range(confident, confident + batch - 1)])
-    return replace(scenario, root_tokens=roots, log_probs=_candidates(shares, depth))
+    return replace(scenario, root_tokens=roots, log_probs=_candidates(p, depth))
 
 
 def all_equal(batch: int = 8, depth: int = 3) -> Scenario:
-    """The same request in ``batch`` slots, ``depth`` layers of equal candidates, and too few rows: the order of ties decides alone."""
-    scenario = _scenario(batch, depth, 0.5, rows=2 * batch + 1)
-    return replace(
-        scenario,
-        root_tokens=torch.zeros(batch, dtype=torch.int64),
-        log_probs=torch.full_like(scenario.log_probs, -0.5),
-    )
+    """The same request in ``batch`` lanes, ``depth`` layers of equal candidates, too few verify tokens: ties alone decide.
+
+    Raises, example: as :func:`burst`.
+    """
+    scenario = _scenario(batch, depth, 0.5, 2 * batch + 1)
+    roots, equal = torch.zeros(batch, dtype=torch.int64), torch.full_like(scenario.log_probs, -0.5)
+    return replace(scenario, root_tokens=roots, log_probs=equal)
 
 
 def nan_storm(batch: int = 8, depth: int = 3) -> Scenario:
-    """A drafter gone wrong, ``batch`` requests, ``depth`` layers: two of three scores are NaN, infinite or above 0."""
-    scenario = _scenario(batch, depth, 0.6, rows=4 * batch)
-    places = torch.arange(scenario.log_probs.numel()).view_as(scenario.log_probs)
-    storm = torch.tensor(
-        [torch.nan, -0.5, torch.inf, -0.1, 0.01, -torch.inf, torch.nan], dtype=torch.float32
-    )
-    return replace(
-        scenario, log_probs=torch.where(places % 3 == 0, scenario.log_probs, storm[places % 7])
-    )
+    """A broken drafter, ``batch`` requests, ``depth`` layers: two of three scores are NaN, infinite or above 0.
+
+    Raises, example: as :func:`burst`.
+    """
+    scenario = _scenario(batch, depth, 0.6, 4 * batch)
+    index = torch.arange(scenario.log_probs.numel()).view_as(scenario.log_probs)
+    bad = [torch.nan, -0.5, torch.inf, -0.1, 0.01, -torch.inf, torch.nan]
+    storm = torch.tensor(bad, dtype=torch.float32)[index % 7]
+    return replace(scenario, log_probs=torch.where(index % 3 == 0, scenario.log_probs, storm))
 
 
-def _scenario(batch: int, depth: int, share: float, rows: int) -> Scenario:
+def _scenario(batch: int, depth: int, p: float, num_verify_tokens: int) -> Scenario:
     batch = checks.integer("batch", batch, 1)
     depth = checks.integer("depth", depth, 0)
     vocab = max(2 * batch, 4)
-    spread = share - 0.01 * torch.arange(vocab, dtype=torch.float32) / vocab
-    whole = torch.ones(batch, dtype=torch.bool)
-    return Scenario(
-        torch.arange(batch), whole, torch.full((batch,), 64), _candidates(spread, depth), rows
+    spread = p - 0.01 * torch.arange(vocab, dtype=torch.float32) / vocab
+    live, limits = torch.ones(batch, dtype=torch.bool), torch.full((batch,), 64)
+    roots, log_probs = torch.arange(batch), _candidates(spread, depth)
+    return Scenario(roots, live, limits, log_probs, num_verify_tokens)
+
+
+def _candidates(p: Tensor, depth: int) -> Tensor:
+    """Log-probabilities [D, V, 3]: the likeliest candidate's p [V], then a half and a quarter of the rest."""
+    rest = 1.0 - p
+    return torch.stack([p, rest / 2, rest / 4], dim=1).log().expand(depth, -1, -1)
+
+
+def hypothesis() -> Any:
+    """The package, which only the strategies below need.
+
+    Raises:
+        EchoError: it is not installed.
+    """
+    try:
+        import hypothesis
+    except ImportError as error:
+        how = "pip install 'echo-specdec[kit]'"
+        raise EchoError(f"hypothesis: expected it installed ({how}), got none") from error
+    return hypothesis
+
+
+def batches(
+    *, max_batch: int = 5, max_depth: int = 4, budget: bool = True
+) -> SearchStrategy[Scenario]:
+    """Steps of any shape: empty lanes, tight limits, scores with ties, NaN and infinities.
+
+    Args:
+        max_batch: largest B.
+        max_depth: largest D.
+        budget: also draw num_verify_tokens, from B up. False: the scheduler's own.
+
+    Raises:
+        EchoError: an argument out of range, or hypothesis is not installed.
+    """
+    st = hypothesis().strategies
+    max_batch = checks.integer("max_batch", max_batch, 1)
+    max_depth = checks.integer("max_depth", max_depth, 0)
+    size = max_depth * VOCAB * CHILDREN
+    live, below = st.sampled_from([True, True, False]), st.integers(0, MAX_LIMIT - 1)
+    request = st.tuples(
+        st.integers(0, VOCAB - 1), live, below, st.sampled_from([1.0, 0.5, 0.1])
     )
+    fault = st.tuples(st.integers(0, size - 1), st.sampled_from(FAULTS)) if size else None
+
+    def build(
+        requests: list[tuple[int, bool, int, float]],
+        depth: int,
+        k: int,
+        spare: int,
+        coarse: bool,
+        numbers: bytes,
+        faults: list[tuple[int, float]],
+        weighted: bool,
+    ) -> Scenario:
+        columns = (torch.from_numpy(np.array(c)) for c in zip(*requests, strict=True))
+        roots, live, below, weights = columns
+        flat = scores(np.frombuffer(numbers, ">u2"), coarse=coarse)
+        for index, value in faults:
+            flat[index] = value
+        log_probs = flat.view(max_depth, VOCAB, CHILDREN)[:depth, :, :k]
+        count = max(len(requests), int(live.sum()) + spare) if budget else None
+        weights = weights.float() if weighted else None
+        return Scenario(roots, live, MAX_LIMIT - below, log_probs, count, weights)
+
+    strategy: SearchStrategy[Scenario] = st.builds(
+        build,
+        st.lists(request, min_size=1, max_size=max_batch),
+        st.integers(min(1, max_depth), max_depth),
+        st.integers(1, CHILDREN),
+        st.integers(0, 12),
+        st.booleans(),
+        st.binary(min_size=2 * size, max_size=2 * size),
+        st.lists(fault, max_size=8) if size else st.just([]),
+        st.booleans(),
+    )
+    return strategy
 
 
-def _candidates(share: Tensor, depth: int) -> Tensor:
-    """Log-probabilities [D, V, 3]: the likeliest candidate's share [V], then a half and a quarter of what is left."""
-    rest = 1.0 - share
-    return torch.stack([share, rest / 2, rest / 4], dim=1).log().expand(depth, -1, -1)
+def scores(numbers: NDArray[Any], *, coarse: bool) -> Tensor:
+    """Log-probabilities float32 [n] from 16-bit ``numbers`` [n], 0 being a half; ``coarse`` eighths tie often."""
+    p = 1.0 - (numbers.astype(np.float64) + 32768) % 65536 / 65536
+    return torch.from_numpy(np.log(np.ceil(8 * p) / 8 if coarse else p).astype(np.float32))
+
+
+def trees() -> SearchStrategy[SuperTree]:
+    """Ready-made trees for :meth:`echo.ElasticBudgetScheduler.select` and ``pack``: siblings in any order, empty lanes."""
+    st = hypothesis().strategies
+
+    def build(draw: Any) -> SuperTree:
+        batch = draw(st.integers(1, 4))
+        sizes = draw(st.lists(st.integers(0, 12), min_size=batch, max_size=batch))
+        nodes = range(max(1, *sizes))
+        above = lambda node: draw(st.integers(0, node - 1)) if node else -1
+        parent = torch.tensor([[above(node) for node in nodes] for _ in sizes])
+        p = torch.tensor([[draw(st.integers(1, 8)) / 8 for _ in nodes] for _ in sizes])
+        token = torch.arange(len(nodes)).expand(batch, -1)  # siblings differ
+        count = max(sum(size > 0 for size in sizes), 1) + draw(st.integers(0, 8))
+        limits = {"num_nodes": torch.tensor(sizes), "num_verify_tokens": count}
+        return SuperTree.from_arrays(token, parent, p.log(), **limits)
+
+    strategy: SearchStrategy[SuperTree] = st.composite(build)()
+    return strategy
+
+
+def logs() -> SearchStrategy[WarmupLog]:
+    """Warm-up logs of any size, the empty one included: confidences with ties, depths without an entry."""
+    st = hypothesis().strategies
+    entry = st.tuples(st.integers(1, 4), st.integers(0, 16).map(lambda n: n / 16), st.booleans())
+
+    def build(entries: list[tuple[int, float, bool]]) -> WarmupLog:
+        columns = zip(*entries, strict=True) if entries else ((), (), ())
+        pairs = zip(columns, (np.int64, np.float64, np.bool_), strict=True)
+        return WarmupLog.from_arrays(*(np.array(column, dtype) for column, dtype in pairs))
+
+    strategy: SearchStrategy[WarmupLog] = st.lists(entry, max_size=60).map(build)
+    return strategy
+
+
+def cost_curves() -> SearchStrategy[CostModel]:
+    """Cost curves: flat, with a knee, steep, or of one point; with tiers or without; drafting free or costly."""
+    st = hypothesis().strategies
+    steps = st.lists(st.tuples(st.integers(1, 64), st.integers(0, 8)), min_size=1, max_size=6)
+
+    def build(points: list[tuple[int, int]], layer: int, token: int, tiers: set[int]) -> CostModel:
+        tokens, rises = np.array(points).cumsum(axis=0).T
+        seconds = tuple((1e-3 * (4 + rises)).tolist())
+        tokens = tuple(tokens.tolist())
+        return CostModel(tokens, seconds, layer * 1e-4, token * 1e-5, tuple(sorted(tiers)))
+
+    strategy: SearchStrategy[CostModel] = st.builds(
+        build, steps, st.integers(0, 9), st.integers(0, 9), st.sets(st.integers(1, 512), max_size=4)
+    )
+    return strategy
