@@ -41,7 +41,10 @@ POLICIES = {
         echo.ElasticBudgetScheduler(echo.GlobalRank(3, CALIBRATION), None, 12, 3),
         RANKED,
     ),
-    "throughput-optimal": (echo.ElasticBudgetScheduler.throughput_optimal(CALIBRATION, COST), RANKED),
+    "throughput-optimal": (
+        echo.ElasticBudgetScheduler.throughput_optimal(CALIBRATION, COST),
+        RANKED,
+    ),
     "eagle": (
         echo.ElasticBudgetScheduler.eagle(max_verify_tokens_per_req=5, beam=2, max_depth=3),
         ALONE,
@@ -71,7 +74,10 @@ class Overshoot(echo.TwoLevel):
 
     def commit(self, layer, passed, limits, num_remaining):
         return super().commit(
-            layer, passed, limits, torch.where(num_remaining > 0, num_remaining + self.beam - 1, num_remaining)
+            layer,
+            passed,
+            limits,
+            torch.where(num_remaining > 0, num_remaining + self.beam - 1, num_remaining),
         )
 
 
@@ -101,7 +107,11 @@ class Orphan(echo.GlobalRank):
         forest = tree.forest
         own = forest.score - forest.score.gather(1, forest.parent)
         return select_cheapest(
-            tree, cost_bits(torch.where(forest.depth > 0, own, 0.0)), limits, num_remaining, num_verify_tokens
+            tree,
+            cost_bits(torch.where(forest.depth > 0, own, 0.0)),
+            limits,
+            num_remaining,
+            num_verify_tokens,
         )
 
 
@@ -118,7 +128,9 @@ class Moody(echo.GlobalRank):
 
     def select(self, tree, limits, num_remaining, num_verify_tokens):
         self.__dict__["calls"] = self.__dict__.get("calls", 0) + 1
-        return super().select(tree, limits, num_remaining - self.__dict__["calls"] % 2, num_verify_tokens)
+        return super().select(
+            tree, limits, num_remaining - self.__dict__["calls"] % 2, num_verify_tokens
+        )
 
 
 class Peeking(echo.TwoLevel):
@@ -308,7 +320,10 @@ def test_fuzzing_finds_what_the_kit_finds(monkeypatch):
             fuzz, "check_step", lambda *_, **__: None
         )  # the masks alone, which see all plans
         bugged = [
-            replace(r, scheduler=replace(r.scheduler, rule=Overshoot(3, 2), max_verify_tokens_per_req=70))
+            replace(
+                r,
+                scheduler=replace(r.scheduler, rule=Overshoot(3, 2), max_verify_tokens_per_req=70),
+            )
             for r in tight
         ]
         with pytest.raises(AssertionError, match=r"^budget: "):

@@ -1,4 +1,4 @@
-"""One call that tries a policy on hundreds of steps, and shows the smallest one that it plans wrongly."""
+"""Try a policy on hundreds of steps, and show the smallest one that it plans wrongly."""
 
 from __future__ import annotations
 
@@ -47,22 +47,30 @@ def check_scheduler(
     examples: int = 200,
     max_batch: int = 5,
 ) -> None:
-    """Plan many steps, drawn by hypothesis and made by hand, and check every invariant. Deterministic.
+    """Plan many steps, drawn by hypothesis and made by hand, and check every invariant.
 
-    Of every policy: at most ``num_verify_tokens`` nodes are selected (``budget``), the ``roots`` of live requests, no node without its
-    parent (``closed``), no more of a request than ``verify_limits`` allow (``limits``), only ``finite`` scores, and every ``committed``
-    node; the same step is planned the same again (``deterministic``) and packed as the layout says (``layout``); the rule's ``frontier``
-    and ``acceptance_probability`` are what :class:`echo.budget.Rule` says.
+    Deterministic: the same steps in every call.
+
+    Of every policy: at most ``num_verify_tokens`` nodes are selected (``budget``), the ``roots`` of
+    live requests, no node without its parent (``closed``), no more of a request than
+    ``verify_limits`` allow (``limits``), only ``finite`` scores, and every ``committed`` node; the
+    same step is planned the same again (``deterministic``) and packed as the layout says
+    (``layout``); the rule's ``frontier`` and ``acceptance_probability`` are what
+    :class:`echo.budget.Rule` says.
 
     Of a policy that claims it:
 
-    - ``ties``: among equal siblings the lower candidate comes first, among equal requests the lower one.
-    - ``permutation``: where no two requests tie and none has a weight, permuting requests permutes the plan.
+    - ``ties``: among equal siblings the lower candidate comes first, among equal requests the lower
+      one.
+    - ``permutation``: where no two requests tie and none has a weight, permuting requests permutes
+      the plan.
     - ``padding``: empty lanes, wherever they are, change no plan.
     - ``sync_free``: no device-to-host sync, and no shape that depends on data.
-    - ``depth_first``: only committed nodes are selected while a request that passed its gate is STARVED.
+    - ``depth_first``: only committed nodes are selected while a request that passed its gate is
+      STARVED.
     - ``work_conserving``: verify tokens remain only if no request may have one more.
-    - ``optimal``: no other choice of as many nodes has a greater sum of weight times ``rule.acceptance_probability``.
+    - ``optimal``: no other choice of as many nodes has a greater sum of weight times
+      ``rule.acceptance_probability``.
     - ``batch_invariant``: each request gets the plan that it would get alone.
 
     Args:
@@ -78,7 +86,8 @@ def check_scheduler(
     Example:
         >>> import echo
         >>> from echo.testing import check_scheduler
-        >>> check_scheduler(echo.ElasticBudgetScheduler(echo.TwoLevel(2, 4), budget=16, max_depth=2), examples=20)
+        >>> scheduler = echo.ElasticBudgetScheduler(echo.TwoLevel(2, 4), budget=16, max_depth=2)
+        >>> check_scheduler(scheduler, examples=20)
     """
     _known(claims)
     examples = checks.integer("examples", examples, 1)
@@ -106,7 +115,8 @@ def check_step(
     Example:
         >>> import echo
         >>> from echo.testing import burst, check_step
-        >>> check_step(echo.ElasticBudgetScheduler(echo.GlobalRank(2), budget=9, max_depth=3), burst(8))
+        >>> scheduler = echo.ElasticBudgetScheduler(echo.GlobalRank(2), budget=9, max_depth=3)
+        >>> check_step(scheduler, burst(8))
     """
     _known(claims)
     invariants = INVARIANTS | {name: CLAIMED[name] for name in claims if name in CLAIMED}
@@ -134,7 +144,7 @@ def _known(claims: Sequence[str]) -> None:
 def _search(
     scheduler: ElasticBudgetScheduler, claims: Sequence[str], examples: int, max_batch: int
 ) -> PlanError | None:
-    """The smallest broken plan that hypothesis finds, in the smallest batch that has one, or one made by hand."""
+    """The smallest broken plan that hypothesis finds, by batch size, or one made by hand."""
     package, found = scenarios.hypothesis(), list[PlanError]()
 
     def check(scenario: Scenario, claims: Sequence[str]) -> None:
@@ -178,8 +188,9 @@ def _report(
     scenario: Scenario,
     plan: Plan | None,
 ) -> str:
-    num, live, depth = scenario.num_verify_tokens, len(scenario.live_requests), len(scenario.log_probs)
+    num, depth = scenario.num_verify_tokens, len(scenario.log_probs)
     budget = "default budget" if num is None else f"{num} verify tokens"
+    live = len(scenario.live_requests)
     rule, gate = (shorten(repr(part), 120) for part in (scheduler.rule, scheduler.gate))
     lines = [
         f"{name}: expected {fault.expected}",
@@ -196,7 +207,7 @@ def _report(
 
 
 def _table(name: str, plan: Plan, where: tuple[int, int] | None) -> list[str]:
-    """A line for each selected node, and for the offending one; of its request alone where they are many."""
+    """A line for each selected node and the offending one; of its request alone if many."""
     forest, lines = plan.tree.forest, list[str]()
     nodes = {(b, node) for b in range(plan.tree.batch) for node in plan.nodes(b)}
     if where is not None:

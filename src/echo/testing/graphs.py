@@ -1,4 +1,4 @@
-"""CUDA graphs emulated on the CPU: what a captured function did runs again, operation by operation, at the same addresses."""
+"""CUDA graphs emulated on the CPU: recorded operations run again at the same addresses."""
 
 from __future__ import annotations
 
@@ -22,12 +22,15 @@ EMPTY = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided
 
 
 class RecordedGraphs(Graphs):
-    """Stand-in for :class:`~echo.workspace.Graphs` without a GPU: finds what would break, or go stale, in a captured function.
+    """Stand-in for :class:`~echo.workspace.Graphs` without a GPU.
 
-    A key's second call is recorded: every tensor operation, and every launch of a Triton kernel (in its interpreter). From the third on
-    none of the function's Python runs: the recorded operations run again on the recorded tensors. So a host number that should have
-    changed, a branch on the host or an input at a new address show as wrong results, as with CUDA graphs, and what a capture refuses
-    is refused when it is recorded.
+    Finds what would break, or go stale, in a captured function.
+
+    A key's second call is recorded: every tensor operation, and every launch of a Triton kernel (in
+    its interpreter). From the third on none of the function's Python runs: the recorded operations
+    run again on the recorded tensors. So a host number that should have changed, a branch on the
+    host or an input at a new address show as wrong results, as with CUDA graphs, and what a capture
+    refuses is refused when it is recorded.
 
     Args:
         device: where the functions' tensors are.
@@ -105,7 +108,7 @@ class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     @contextlib.contextmanager
     def launches(self) -> Iterator[None]:
-        """Record each launch of a Triton kernel as one operation, and attention's reference, which syncs, as if it were one."""
+        """Record each launch of a Triton kernel, or of attention's reference, as one operation."""
         attention = reference.tree_attention
 
         def attend(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""What must hold of a plan: masks of the nodes that break it, comparisons with other plans, and a mode that refuses syncs.
+"""What must hold of a plan: masks of nodes that break it, comparisons of plans, no syncs.
 
 B requests of T nodes, root first; leading dimensions [...] stand for further plans.
 """
@@ -20,8 +20,8 @@ from echo.testing.scenarios import Plan
 from echo.tree.packed import PackedTree
 from echo.tree.supertree import SuperTree
 
-SYNCS = ("_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero", "masked_select")
-SYNCS += ("unique", "_unique2", "repeat_interleave")
+SYNCS = {"_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero", "masked_select"}
+SYNCS |= {"unique", "_unique2", "repeat_interleave"}
 """Operators whose result the host waits for, or whose shape depends on data."""
 
 
@@ -87,6 +87,11 @@ class Selection:
         return cls(plan.selected, *of_nodes, live, tree.verify_limits, tree.status, total)
 
     @property
+    def limits(self) -> Tensor:
+        """int64 [..., B, 1]."""
+        return self.verify_limits[..., None]
+
+    @property
     def selectable(self) -> Tensor:
         """bool [..., B, T]: drafted with a finite score, not selected, below a selected parent."""
         free = ~self.selected & (self.depth > 0) & torch.isfinite(self.score)
@@ -136,7 +141,7 @@ INVARIANTS: dict[str, Invariant] = {
     "closed": Invariant("the parent of every selected node selected",
                         lambda s: s.selected & ~s.selected.gather(-1, s.parent)),
     "limits": Invariant("no request above its verify_limits",
-                        lambda s: s.selected & (s.selected.cumsum(-1) > s.verify_limits[..., None])),
+                        lambda s: s.selected & (s.selected.cumsum(-1) > s.limits)),
     "finite": Invariant("no node selected with a NaN or infinite score on its path",
                         lambda s: s.selected & ~torch.isfinite(s.score)),
     "committed": Invariant("every committed node selected", lambda s: s.committed & ~s.selected),
@@ -181,7 +186,9 @@ def first_broken(plan: Plan, invariant: Invariant) -> Fault | None:
 
 
 def check_plan(tree: SuperTree, packed: PackedTree) -> None:
-    """Check the layout of a packed step (:meth:`echo.PackedTree.validate`), and that it is a plan of its tree.
+    """Check the layout of a packed step, and that it is a plan of its tree.
+
+    As :meth:`echo.PackedTree.validate`, then every column against the tree.
 
     Args:
         tree: what was packed.
@@ -318,7 +325,7 @@ def _sync_free(scheduler: ElasticBudgetScheduler, plan: Plan) -> Fault | None:
 
 
 def _optimal(scheduler: ElasticBudgetScheduler, plan: Plan) -> Fault | None:
-    """No exchange of a leaf for another node gains: within limits, closed under parents, that is the optimum."""
+    """No exchange of a leaf for another node gains: closed under parents, that is the optimum."""
     tree, s = plan.tree, Selection.of(plan)
     gain, leaf = scheduler.rule.acceptance_probability(tree), s.selected & (s.depth > 0)
     gain = gain if tree.request_weights is None else gain * tree.request_weights[:, None]
@@ -354,11 +361,14 @@ RELATIONS: dict[str, Relation] = {
 
 def _compare(expected: str, plan: Plan, other: Plan, requests: Sequence[int]) -> Fault | None:
     """A fault unless request i of ``other`` has the nodes of ``requests[i]``."""
-    words = lambda paths: ", ".join("-".join(map(str, p)) or "root" for p in sorted(paths))
     for i, b in enumerate(requests):
         mine, theirs = plan.paths(b), other.paths(i)
         if mine != theirs:
             extra = [(b, node) for node in plan.nodes(b) if plan.path(b, node) not in theirs]
-            got = f"for request {b} here {words(mine)}; there {words(theirs)}"
+            got = f"for request {b} here {_words(mine)}; there {_words(theirs)}"
             return Fault(expected, got, extra[0] if extra else None)
     return None
+
+
+def _words(paths: set[tuple[int, ...]]) -> str:
+    return ", ".join("-".join(map(str, path)) or "root" for path in sorted(paths))

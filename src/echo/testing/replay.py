@@ -1,4 +1,4 @@
-"""Exact replay of recorded drafts: any policy, judged on the same work, thousands of steps a second. B requests in a step."""
+"""Exact replay of recorded drafts: any policy, judged on the same work. B requests in a step."""
 
 from __future__ import annotations
 
@@ -117,19 +117,19 @@ class Report:
 
     @property
     def fairness(self) -> float:
-        """Jain's index of the finished texts' tokens a second: 1 if all are served alike, 1/n if one gets everything."""
+        """Jain's index of the finished texts' tokens a second: 1 if equal, 1/n if one has all."""
         return _jain(self.answers)
 
     def percentiles(
         self, kind: str | None = None, points: tuple[int, ...] = (1, 50, 99)
     ) -> dict[int, float]:
-        """The percentiles ``points`` over finished texts, of one ``kind`` or all, of modelled seconds a token."""
+        """Percentiles ``points`` of seconds a token, over finished texts of one ``kind`` or all."""
         mine = [a for a in self.answers if kind in (None, a.kind) and a.tokens]
         pace = [a.seconds / a.tokens for a in mine]
         return {p: float(np.percentile(pace, p)) for p in points} if pace else {}
 
     def of_kind(self, kind: str) -> dict[str, float]:
-        """Figures of the finished texts of one ``kind``: tokens and verify tokens a step, acceptance, seconds a token, fairness among them."""
+        """The finished texts of one ``kind``: means by step, acceptance, pace, fairness."""
         mine, nan = [answer for answer in self.answers if answer.kind == kind], float("nan")
         columns = ("tokens", "steps", "verify_tokens", "seconds")
         tokens, steps, verified, seconds = (sum(getattr(a, name) for a in mine) for name in columns)
@@ -144,7 +144,7 @@ class Report:
         }
 
     def count(self, packed: PackedTree, emitted: NDArray[np.int64], layers: int) -> None:
-        """Add a step of ``layers`` drafted layers, in which ``emitted`` tokens int64 [B] came of ``packed``."""
+        """Add a ``packed`` step of ``layers`` layers that ``emitted`` int64 [B] tokens."""
         real = int(packed.indptr[-1])
         self.steps += 1
         self.request_steps += len(emitted)
@@ -175,25 +175,28 @@ def replay(
     update_rate: float = 0.0,
     observe: Observer | None = None,
 ) -> Report:
-    """Decode the trace's texts under a policy, with continuous refill, and charge each step by the cost model.
+    """Decode the trace's texts under a policy, with continuous refill, under a cost model.
 
-    The scheduler plans each step on the recorded scores, and the text says what the target accepts: under greedy decoding the steps,
-    verify tokens and accepted tokens are those of a live decode of the same prompts at the same request indices. A drafter is also
-    charged for its extend of what was emitted in steps without a draft.
+    The scheduler plans each step on the recorded scores, and the text says what the target accepts:
+    under greedy decoding the steps, verify tokens and accepted tokens are those of a live decode of
+    the same prompts at the same request indices. A drafter is also charged for its extend of what
+    was emitted in steps without a draft.
 
     Args:
         trace: recorded drafts.
         scheduler: the policy; ``max_depth`` at most the trace's depth.
         cost: seconds of a step by its verify tokens, and of a drafted layer.
         batch: max_num_reqs.
-        steps: stop after that many steps, refilling forever. Defaults to each text of ``order`` once.
+        steps: stop after that many steps, refilling forever. Defaults to each text of ``order``
+            once.
         order: indices of texts in the order of their admission. Defaults to the trace's.
-        compact: charge only layers and nodes that are expanded. By default all planned layers are charged at full width:
-            inside a CUDA graph a gate saves no draft time.
+        compact: charge only layers and nodes that are expanded. By default all planned layers are
+            charged at full width: inside a CUDA graph a gate saves no draft time.
         prefill_tokens: prefill of each admission, in the forward pass of the request's first step.
         lag: steps by which the history behind ``choose_tier`` is late, 0 to 2.
         max_verify_tokens_per_req: Defaults to the scheduler's.
-        update_rate: of the scheduler's cost model, if its budget is one, by each step's seconds (:meth:`echo.CostModel.update`).
+        update_rate: of the scheduler's cost model, if its budget is one, by each step's seconds
+            (:meth:`echo.CostModel.update`).
         observe: called with the :class:`Record` of each step.
 
     Raises:
@@ -202,9 +205,11 @@ def replay(
     Example:
         >>> import echo
         >>> from echo.testing import TabularDrafter, TabularTarget, record, replay, table
-        >>> pair = TabularTarget(table(9, seed=1)), TabularDrafter(table(9, seed=1), k=3, dtype=torch.float16)
+        >>> target, own = TabularTarget(table(9, seed=1)), table(9, seed=1)
+        >>> pair = target, TabularDrafter(own, k=3, dtype=torch.float16)
         >>> options = {"max_num_reqs": 2, "depth": 2, "beam": 2, "max_new_tokens": 9}
-        >>> *_, trace = record(*pair, [torch.tensor([1]), torch.tensor([2])], ["one", "two"], **options)
+        >>> prompts = [torch.tensor([1]), torch.tensor([2])]
+        >>> *_, trace = record(*pair, prompts, ["one", "two"], **options)
         >>> scheduler = echo.ElasticBudgetScheduler(echo.GlobalRank(beam=2), budget=6, max_depth=2)
         >>> report = replay(trace, scheduler, echo.CostModel((1, 8), (1.0, 1.5)), batch=2)
         >>> report.tokens, report.steps, report.misses
@@ -294,7 +299,7 @@ class _Requests:
         return np.where(self.end[live] - at > 1, self.limit[live] - (at - self.begin[live]) - 1, 0)
 
     def extend(self, live: NDArray[np.int64], emitted: NDArray[np.int64], drafted: bool) -> int:
-        """Tokens of the drafter's extend; those of steps without a draft wait for the next one with."""
+        """Tokens of the drafter's extend: none without a draft, then all that have waited."""
         if not drafted:
             self.unprocessed[live] += emitted
             return 0
@@ -343,7 +348,7 @@ class Source:
         self.children = torch.zeros(len(at), 1, dtype=torch.int64)
 
     def draft(self, frontier: Frontier) -> tuple[Tensor, Tensor]:
-        """Recorded tokens and log-probabilities [B, W, k]; a node without a record is a miss, without children."""
+        """Recorded tokens and log-probabilities [B, W, k]; a miss has no children."""
         index = self.children.gather(1, frontier.index)
         known = index >= 0
         self.misses += int((frontier.active & ~known & (frontier.score >= self.floor)).sum())
@@ -356,7 +361,7 @@ class Source:
         return self.tokens[where], log_probs
 
     def target(self, at: NDArray[np.int64], packed: PackedTree) -> Tensor:
-        """The text's next token after each row, -1 beyond its end; rows off the text's path are never reached."""
+        """The text's next token after each row, also off its path; -1 beyond its end."""
         request = packed.request.long()
         real = request < packed.batch
         position = torch.from_numpy(at)[request.clamp(max=packed.batch - 1)]

@@ -1,6 +1,6 @@
-"""Steps to try a policy on: made by hand, and drawn by hypothesis, which only the strategies at the end need (``kit`` extra).
+"""Steps to try a policy on: made by hand, and drawn by hypothesis (``kit`` extra).
 
-B requests; D layers drafted; V tokens in the vocabulary; k candidates of a node; T nodes of a request's tree.
+B requests, D drafted layers, a vocabulary of V, k candidates of a node, T nodes of a request.
 """
 
 from __future__ import annotations
@@ -32,15 +32,17 @@ FAULTS = (float("nan"), float("inf"), float("-inf"), 0.01)
 
 @dataclass(frozen=True)
 class Scenario:
-    """The input of one step. What is drafted after a token depends on the token and its depth alone.
+    """The input of one step.
 
-    So requests may be permuted, removed or batched with others, and each is drafted the same.
+    What is drafted after a token depends on the token and its depth alone, so requests may be
+    permuted, removed or batched with others, and each is drafted the same.
 
     Attributes:
         root_tokens: int64 [B], below V.
         live: bool [B].
         verify_limits: int64 [B], verify tokens of each request at most, root included.
-        log_probs: float32 [D, V, k], after token v at depth d those of its candidates, the tokens v + 1, v + 2, ... modulo V.
+        log_probs: float32 [D, V, k], after token v at depth d those of its candidates, the tokens v
+            + 1, v + 2, ... modulo V.
         num_verify_tokens: of the step. Defaults to the scheduler's budget.
         request_weights: float32 [B], what each request's tokens are worth. Defaults to 1.
 
@@ -94,10 +96,9 @@ class Scenario:
     def take(self, requests: Sequence[int]) -> Scenario:
         """The step of these ``requests`` alone, in this order."""
         at = torch.tensor(requests, dtype=torch.int64)
-        columns = {name: getattr(self, name) for name in ("root_tokens", "live", "verify_limits")}
-        columns["request_weights"] = self.request_weights
-        taken = {name: x if x is None else x[at] for name, x in columns.items()}
-        return replace(self, **taken)
+        columns = self.root_tokens[at], self.live[at], self.verify_limits[at]
+        weights = None if self.request_weights is None else self.request_weights[at]
+        return Scenario(*columns, self.log_probs, self.num_verify_tokens, weights)
 
     def grow(self, scheduler: ElasticBudgetScheduler) -> SuperTree:
         """The super-tree that the ``scheduler`` grows, all D layers of it."""
@@ -133,11 +134,11 @@ class Plan:
     packed: PackedTree
 
     def nodes(self, request: int) -> list[int]:
-        """Indices of a ``request``'s selected nodes among its T, in the order of their rows."""
+        """A ``request``'s selected nodes, indices into T, in the order of their rows."""
         return [int(node) for node in self.selected[request].nonzero()[:, 0]]
 
     def path(self, request: int, node: int) -> tuple[int, ...]:
-        """Tokens from the root's child down to a ``node`` of a ``request``: the same in any batch."""
+        """Tokens from the root's child to a ``node`` of a ``request``: the same in any batch."""
         forest, tokens = self.tree.forest, list[int]()
         while int(forest.depth[node]):
             tokens.append(int(forest.token[request, node]))
@@ -150,7 +151,7 @@ class Plan:
 
 
 def burst(batch: int = 8, depth: int = 3) -> Scenario:
-    """All of ``batch`` requests confident down to ``depth``, and one verify token more than there are roots.
+    """``batch`` requests confident down to ``depth``, one verify token more than roots.
 
     Raises:
         EchoError: an argument out of range.
@@ -164,9 +165,9 @@ def burst(batch: int = 8, depth: int = 3) -> Scenario:
 
 
 def one_confident_many_doubtful(batch: int = 8, depth: int = 3) -> Scenario:
-    """Of ``batch`` requests and ``depth`` layers request 0 is confident, the others are not; two verify tokens a request.
+    """Only request 0 of ``batch`` is confident, ``depth`` layers deep; two verify tokens each.
 
-    Raises, example: as :func:`burst`, :class:`Scenario`.
+    As :func:`burst`; :class:`Scenario` has an example.
     """
     scenario, confident = _scenario(batch, depth, 0.2, 2 * batch), depth + 1
     p = torch.full((confident + batch + 2,), 0.2, dtype=torch.float32)
@@ -176,9 +177,9 @@ def one_confident_many_doubtful(batch: int = 8, depth: int = 3) -> Scenario:
 
 
 def all_equal(batch: int = 8, depth: int = 3) -> Scenario:
-    """The same request in ``batch`` lanes, ``depth`` layers of equal candidates, too few verify tokens: ties alone decide.
+    """The same request ``batch`` times, ``depth`` layers of equal candidates: ties decide.
 
-    Raises, example: as :func:`burst`.
+    As :func:`burst`.
     """
     scenario = _scenario(batch, depth, 0.5, 2 * batch + 1)
     roots, equal = torch.zeros(batch, dtype=torch.int64), torch.full_like(scenario.log_probs, -0.5)
@@ -186,9 +187,9 @@ def all_equal(batch: int = 8, depth: int = 3) -> Scenario:
 
 
 def nan_storm(batch: int = 8, depth: int = 3) -> Scenario:
-    """A broken drafter, ``batch`` requests, ``depth`` layers: two of three scores are NaN, infinite or above 0.
+    """``batch`` requests, ``depth`` layers; two of three scores are NaN, infinite or above 0.
 
-    Raises, example: as :func:`burst`.
+    As :func:`burst`.
     """
     scenario = _scenario(batch, depth, 0.6, 4 * batch)
     index = torch.arange(scenario.log_probs.numel()).view_as(scenario.log_probs)
@@ -208,7 +209,7 @@ def _scenario(batch: int, depth: int, p: float, num_verify_tokens: int) -> Scena
 
 
 def _candidates(p: Tensor, depth: int) -> Tensor:
-    """Log-probabilities [D, V, 3]: the likeliest candidate's p [V], then a half and a quarter of the rest."""
+    """[D, V, 3]: log of the likeliest candidate's p [V], then of 1/2 and 1/4 of the rest."""
     rest = 1.0 - p
     return torch.stack([p, rest / 2, rest / 4], dim=1).log().expand(depth, -1, -1)
 
@@ -245,9 +246,7 @@ def batches(
     max_depth = checks.integer("max_depth", max_depth, 0)
     size = max_depth * VOCAB * CHILDREN
     live, below = st.sampled_from([True, True, False]), st.integers(0, MAX_LIMIT - 1)
-    request = st.tuples(
-        st.integers(0, VOCAB - 1), live, below, st.sampled_from([1.0, 0.5, 0.1])
-    )
+    request = st.tuples(st.integers(0, VOCAB - 1), live, below, st.sampled_from([1.0, 0.5, 0.1]))
     fault = st.tuples(st.integers(0, size - 1), st.sampled_from(FAULTS)) if size else None
 
     def build(
@@ -261,13 +260,13 @@ def batches(
         weighted: bool,
     ) -> Scenario:
         columns = (torch.from_numpy(np.array(c)) for c in zip(*requests, strict=True))
-        roots, live, below, weights = columns
+        roots, live, below, weight = columns
         flat = scores(np.frombuffer(numbers, ">u2"), coarse=coarse)
         for index, value in faults:
             flat[index] = value
         log_probs = flat.view(max_depth, VOCAB, CHILDREN)[:depth, :, :k]
         count = max(len(requests), int(live.sum()) + spare) if budget else None
-        weights = weights.float() if weighted else None
+        weights = weight.float() if weighted else None
         return Scenario(roots, live, MAX_LIMIT - below, log_probs, count, weights)
 
     strategy: SearchStrategy[Scenario] = st.builds(
@@ -285,21 +284,21 @@ def batches(
 
 
 def scores(numbers: NDArray[Any], *, coarse: bool) -> Tensor:
-    """Log-probabilities float32 [n] from 16-bit ``numbers`` [n], 0 being a half; ``coarse`` eighths tie often."""
+    """Log-probabilities float32 [n] from 16-bit ``numbers`` [n]; ``coarse`` ones tie often."""
     p = 1.0 - (numbers.astype(np.float64) + 32768) % 65536 / 65536
     return torch.from_numpy(np.log(np.ceil(8 * p) / 8 if coarse else p).astype(np.float32))
 
 
 def trees() -> SearchStrategy[SuperTree]:
-    """Ready-made trees for :meth:`echo.ElasticBudgetScheduler.select` and ``pack``: siblings in any order, empty lanes."""
+    """Whole trees for a scheduler's ``select`` and ``pack``: siblings in any order, empty lanes."""
     st = hypothesis().strategies
 
     def build(draw: Any) -> SuperTree:
         batch = draw(st.integers(1, 4))
         sizes = draw(st.lists(st.integers(0, 12), min_size=batch, max_size=batch))
         nodes = range(max(1, *sizes))
-        above = lambda node: draw(st.integers(0, node - 1)) if node else -1
-        parent = torch.tensor([[above(node) for node in nodes] for _ in sizes])
+        above = [st.integers(min(node - 1, 0), node - 1) for node in nodes]  # a root's is -1
+        parent = torch.tensor([[draw(each) for each in above] for _ in sizes])
         p = torch.tensor([[draw(st.integers(1, 8)) / 8 for _ in nodes] for _ in sizes])
         token = torch.arange(len(nodes)).expand(batch, -1)  # siblings differ
         count = max(sum(size > 0 for size in sizes), 1) + draw(st.integers(0, 8))
@@ -311,7 +310,7 @@ def trees() -> SearchStrategy[SuperTree]:
 
 
 def logs() -> SearchStrategy[WarmupLog]:
-    """Warm-up logs of any size, the empty one included: confidences with ties, depths without an entry."""
+    """Warm-up logs of any size, also empty: confidences with ties, depths without an entry."""
     st = hypothesis().strategies
     entry = st.tuples(st.integers(1, 4), st.integers(0, 16).map(lambda n: n / 16), st.booleans())
 
@@ -325,7 +324,7 @@ def logs() -> SearchStrategy[WarmupLog]:
 
 
 def cost_curves() -> SearchStrategy[CostModel]:
-    """Cost curves: flat, with a knee, steep, or of one point; with tiers or without; drafting free or costly."""
+    """Cost curves: flat, with a knee, steep, of one point; with tiers, or free drafts, or not."""
     st = hypothesis().strategies
     steps = st.lists(st.tuples(st.integers(1, 64), st.integers(0, 8)), min_size=1, max_size=6)
 

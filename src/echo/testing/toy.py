@@ -1,4 +1,4 @@
-"""A tabular pair of target and draft model with exact probabilities: fast, deterministic, enumerable by hand. V tokens."""
+"""A tabular pair of target and draft model with exact probabilities. V tokens."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def table(vocab: int, seed: int, sharpness: float = 2.0) -> Tensor:
 
 
 def blurred(target: Tensor, seed: int, noise: float = 0.5) -> Tensor:
-    """A draft model's table: ``target`` mixed with a share ``noise`` in [0, 1] of the table of ``seed``.
+    """A draft model's table: ``target`` mixed with a share ``noise`` of the table of ``seed``.
 
     Example:
         >>> torch.equal(blurred(table(3, seed=0), seed=1, noise=1.0), table(3, seed=1))

@@ -1,10 +1,12 @@
 """Recorded drafts of a real model, at every position of the text it wrote.
 
-Under greedy decoding the text does not depend on the policy. So with the drafted pool recorded at every output position, any policy
-that expands no more than what was recorded can be replayed exactly.
+Under greedy decoding the text does not depend on the policy. So with the drafted pool recorded at
+every output position, any policy that expands no more than what was recorded can be replayed
+exactly.
 
-The record is closed under narrower frontiers: a policy may expand, at each layer, the best b <= ``beam`` nodes of what it drafted
-itself, with another b for each layer and request, and never meets a node without a record.
+The record is closed under narrower frontiers: a policy may expand, at each layer, the best b <=
+``beam`` nodes of what it drafted itself, with another b for each layer and request, and never meets
+a node without a record.
 """
 
 from __future__ import annotations
@@ -38,18 +40,22 @@ COLUMNS = ("text", "token", "log_prob", "expanded")
 
 @dataclass(frozen=True)
 class Trace:
-    """P positions of R texts; at each, D layers of at most E expanded nodes with k drafted children each.
+    """P positions of R texts; at each, D layers of at most E expanded nodes with k children each.
 
-    E is larger than ``beam``: the best nodes among the children of a narrow frontier need not be among those of a wide one.
+    E is larger than ``beam``: the best nodes among the children of a narrow frontier need not be
+    among those of a wide one.
 
     Attributes:
-        text: int32 [P], the token emitted at each position: root of that position's tree. Texts are concatenated.
+        text: int32 [P], the token emitted at each position: root of that position's tree. Texts are
+            concatenated.
         indptr: int64 [R + 1], where each text begins; its last position has no draft.
         kind: str [R], the kind of prompt that each text answers.
         limit: int32 [R], max_new_tokens of each text; a shorter text ended by itself.
-        token: int32 [P, D, E, k], children of the expanded nodes of layer d (layer 0: of the root, e = 0).
+        token: int32 [P, D, E, k], children of the expanded nodes of layer d (layer 0: of the root,
+            e = 0).
         log_prob: float16 [P, D, E, k], their log-probabilities given their parent; -inf: none.
-        expanded: int8 [P, D, E * k], for each child its index e among the next layer's expanded nodes; -1: not expanded.
+        expanded: int8 [P, D, E * k], for each child its index e among the next layer's expanded
+            nodes; -1: not expanded.
         beam: widest frontier that replays without a miss.
         floor: path log-probability below which the drafter expanded no node.
 
@@ -110,7 +116,7 @@ class Trace:
 
     @property
     def following(self) -> NDArray[np.int32]:
-        """int32 [P, D + 1]: the target's next tokens after each position; -1 beyond the end of its text."""
+        """int32 [P, D + 1]: the target's next tokens after each position; -1 beyond its text."""
         ends = np.repeat(self.indptr[1:], np.diff(self.indptr))
         after = np.arange(self.positions)[:, None] + np.arange(1, self.depth + 2)
         tokens = self.text[np.minimum(after, self.positions - 1)]
@@ -118,10 +124,11 @@ class Trace:
 
     @property
     def rank(self) -> NDArray[np.int8]:
-        """int8 [P, D]: rank by probability of the target's d-th next token among the drafts after the d - 1 before it.
+        """int8 [P, D]: rank of the target's d-th next token among the drafts after those before it.
 
-        -1: expanded, and the target's token was not among the k; -2: nothing was drafted there, or the text ends. So
-        ``(rank[:, d] == 0).sum() / (rank[:, d] >= -1).sum()`` is the draft's conditional acceptance on the target's path at depth d + 1.
+        -1: expanded, and the target's token was not among the k; -2: nothing was drafted there, or
+        the text ends. So ``(rank[:, d] == 0).sum() / (rank[:, d] >= -1).sum()`` is the draft's
+        conditional acceptance on the target's path at depth d + 1.
         """
         at, node = np.arange(self.positions), np.zeros(self.positions, np.int64)
         following, k = self.following, self.token.shape[3]
@@ -147,7 +154,7 @@ class Trace:
         return replace(self, indptr=np.concatenate([[0], lengths.cumsum()]), **columns)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the npz ``path`` in one atomic move: recorded nodes only, the large arrays LZMA-compressed."""
+        """Write the npz ``path`` in one atomic move: recorded nodes only, LZMA-compressed."""
         recorded = np.isfinite(self.log_prob).any(axis=3)
         columns: dict[str, Any] = {name: getattr(self, name) for name in ("kind", "indptr", "text")}
         columns |= {name: np.asarray(getattr(self, name)) for name in ("limit", "beam", "floor")}
@@ -204,8 +211,9 @@ def _decompress(packed: NDArray[np.uint8]) -> NDArray[np.uint8]:
 class _Pool:
     """The rule that expands every node that some narrower frontier would expand, and verifies none.
 
-    Let M(v) be the smallest frontier that holds node v: of the children of M(parent of v), those no worse than v. A policy that
-    expands the best b <= ``narrow`` of what it drafted can come to v exactly where M(v) has at most ``narrow`` nodes.
+    Let M(v) be the smallest frontier that holds node v: of the children of M(parent of v), those no
+    worse than v. A policy that expands the best b <= ``narrow`` of what it drafted can come to v
+    exactly where M(v) has at most ``narrow`` nodes.
     """
 
     def __init__(self, narrow: int, beam: int, floor: float) -> None:
@@ -279,17 +287,20 @@ def record(
     eos_token: int | None = None,
     max_verify_tokens_per_req: int | None = None,
 ) -> Iterator[Trace | int]:
-    """Record a live greedy decode: the whole pool is drafted at every position, and one token a step is emitted.
+    """Record a live greedy decode: the whole pool drafted at every position, one token a step.
 
     Args:
-        target, drafter: a greedy pair. The drafter's state must depend on the emitted text alone, its k must be the same at every
-            depth, and its log-probabilities float16, so that live and replayed scores are the same numbers.
+        target, drafter: a greedy pair. The drafter's state must depend on the emitted text alone,
+            its k must be the same at every depth, and its log-probabilities float16, so that live
+            and replayed scores are the same numbers.
         prompts: int64 [length] each.
         kinds: the kind of each prompt.
         max_num_reqs: requests decoded together.
         depth, beam: D, and the widest frontier that is to be replayed.
-        max_expanded: E, nodes of a layer that are expanded at most. Too few, and replays have misses.
-        floor: path log-probability below which the drafter expands no node (it must do so by itself).
+        max_expanded: E, nodes of a layer that are expanded at most. Too few, and replays have
+            misses.
+        floor: path log-probability below which the drafter expands no node (it must do so by
+            itself).
         max_new_tokens, eos_token, max_verify_tokens_per_req: as of :func:`echo.decode`.
 
     Yields:
@@ -300,9 +311,11 @@ def record(
 
     Example:
         >>> from echo.testing import TabularDrafter, TabularTarget, record, table
-        >>> pair = TabularTarget(table(9, seed=1)), TabularDrafter(table(9, seed=1), k=3, dtype=torch.float16)
+        >>> target, own = TabularTarget(table(9, seed=1)), table(9, seed=1)
+        >>> pair = target, TabularDrafter(own, k=3, dtype=torch.float16)
         >>> options = {"max_num_reqs": 2, "depth": 2, "beam": 2, "max_new_tokens": 5}
-        >>> *_, trace = record(*pair, [torch.tensor([1]), torch.tensor([2])], ["one", "two"], **options)
+        >>> prompts = [torch.tensor([1]), torch.tensor([2])]
+        >>> *_, trace = record(*pair, prompts, ["one", "two"], **options)
         >>> trace.positions, trace.token.shape, trace.texts([1]).kind.tolist()
         (10, (10, 2, 24, 3), ['two'])
     """
