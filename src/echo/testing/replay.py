@@ -143,17 +143,6 @@ class Report:
             "fairness": _jain(mine),
         }
 
-    def count(self, packed: PackedTree, emitted: NDArray[np.int64], layers: int) -> None:
-        """Add a ``packed`` step of ``layers`` layers that ``emitted`` int64 [B] tokens."""
-        real = int(packed.indptr[-1])
-        self.steps += 1
-        self.request_steps += len(emitted)
-        self.tokens += int(emitted.sum())
-        self.verify_tokens += real
-        self.padding += packed.num_rows - real
-        self.accepted += int((emitted - 1).clip(min=0).sum())
-        self.layers += layers
-
 
 def _jain(answers: list[Answer]) -> float:
     rate = np.array([answer.tokens / answer.seconds for answer in answers])
@@ -214,6 +203,8 @@ def replay(
         >>> report = replay(trace, scheduler, echo.CostModel((1, 8), (1.0, 1.5)), batch=2)
         >>> report.tokens, report.steps, report.misses
         (16, 4, 0)
+        >>> report.of_kind("one")["tokens_per_step"], list(report.percentiles("two"))
+        (2.0, [1, 50, 99])
     """
     batch, lag = checks.integer("batch", batch, 1), checks.integer("lag", lag, 0, 2)
     prefill_tokens = checks.integer("prefill_tokens", prefill_tokens, 0)
@@ -252,7 +243,7 @@ def replay(
         emitted = accepted.num_emitted.numpy()
         unprocessed = requests.extend(live, emitted, drafted=tier.depth > 0)
 
-        report.count(packed, emitted, tree.depth)
+        _count(report, packed, emitted, tree.depth)
         drafting = float(cost.draft_seconds(tier.depth, len(live), scheduler.rule.beam))
         if compact:
             drafting = tree.depth * cost.draft_layer + expanded * cost.draft_token
@@ -266,6 +257,17 @@ def replay(
         requests.advance(live, emitted, packed.indptr.diff().numpy(), report)
     report.misses = source.misses
     return report
+
+
+def _count(report: Report, packed: PackedTree, emitted: NDArray[np.int64], layers: int) -> None:
+    real = int(packed.indptr[-1])
+    report.steps += 1
+    report.request_steps += len(emitted)
+    report.tokens += int(emitted.sum())
+    report.verify_tokens += real
+    report.padding += packed.num_rows - real
+    report.accepted += int((emitted - 1).clip(min=0).sum())
+    report.layers += layers
 
 
 class _Requests:

@@ -53,11 +53,16 @@ class Scenario:
         >>> import echo
         >>> from echo.testing import one_confident_many_doubtful
         >>> step = one_confident_many_doubtful(batch=4)
-        >>> plan = step.plan(echo.ElasticBudgetScheduler(echo.GlobalRank(2), budget=8, max_depth=3))
+        >>> scheduler = echo.ElasticBudgetScheduler(echo.GlobalRank(2), budget=8, max_depth=3)
+        >>> plan = step.plan(scheduler)
         >>> [len(plan.nodes(request)) for request in range(4)]
         [4, 2, 1, 1]
-        >>> sorted(plan.paths(0))
-        [(), (1,), (1, 2), (1, 2, 3)]
+        >>> sorted(plan.paths(1)), plan.path(0, plan.nodes(0)[3])
+        ([(), (6,)], (1, 2, 3))
+        >>> step.take([0, 2]).grow(scheduler).depth
+        3
+        >>> step.draft(scheduler.begin(step.root_tokens, num_verify_tokens=8).frontier)[0].shape
+        torch.Size([4, 1, 3])
     """
 
     root_tokens: Tensor
@@ -157,9 +162,10 @@ def burst(batch: int = 8, depth: int = 3) -> Scenario:
         EchoError: an argument out of range.
 
     Example:
-        >>> step = burst(4)
-        >>> step.live_requests, step.num_verify_tokens, tuple(step.log_probs.shape)
-        ([0, 1, 2, 3], 5, (3, 8, 3))
+        >>> tuple(burst(4).log_probs.shape)
+        (3, 8, 3)
+        >>> [step(4).num_verify_tokens for step in (burst, all_equal, nan_storm)]
+        [5, 9, 16]
     """
     return _scenario(batch, depth, 0.9, num_verify_tokens=batch + 1)
 

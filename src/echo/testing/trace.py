@@ -310,6 +310,7 @@ def record(
         EchoError: an argument out of range, or a drafter that does not keep to the above.
 
     Example:
+        >>> import tempfile
         >>> from echo.testing import TabularDrafter, TabularTarget, record, table
         >>> target, own = TabularTarget(table(9, seed=1)), table(9, seed=1)
         >>> pair = target, TabularDrafter(own, k=3, dtype=torch.float16)
@@ -318,6 +319,10 @@ def record(
         >>> *_, trace = record(*pair, prompts, ["one", "two"], **options)
         >>> trace.positions, trace.token.shape, trace.texts([1]).kind.tolist()
         (10, (10, 2, 24, 3), ['two'])
+        >>> path = f"{tempfile.mkdtemp()}/trace.npz"
+        >>> trace.save(path)
+        >>> Trace.load(path).positions
+        10
     """
     if len(kinds) != len(prompts):
         raise EchoError(f"kinds: expected one for each of {len(prompts)} prompts, got {len(kinds)}")
