@@ -1,12 +1,14 @@
 """Does any of a million random plans break an invariant?
 
-    python benchmarks/fuzz.py                                # a million; two minutes on one quiet core
-    python benchmarks/fuzz.py --plans 100000 --seed 7        # fewer, others
+    python benchmarks/fuzz.py                            # a million; two minutes on one quiet core
+    python benchmarks/fuzz.py --plans 100000 --seed 7    # fewer, others
 
-Each round draws a policy and shapes, and plans thousands of batches in one call (``vmap`` over the library's own begin, grow, select
-and pack). Every plan is checked by the masks of ``echo.testing.invariants`` and by a second derivation of the packed layout; empty
-lanes are moved behind the others and the requests reversed, and the plan must be the same; two plans of each round go through
-``check_step``, in plain Python. Scores have ties, NaN, infinities and values above 0. Writes benchmarks/results/fuzz.json.
+Each round draws a policy and shapes, and plans thousands of batches in one call (``vmap`` over the
+library's own begin, grow, select and pack). Every plan is checked by the masks of
+``echo.testing.invariants`` and by a second derivation of the packed layout; empty lanes are moved
+behind the others and the requests reversed, and the plan must be the same; two plans of each round
+go through ``check_step``, in plain Python. Scores have ties, NaN, infinities and values above 0.
+Writes benchmarks/results/fuzz.json.
 """
 
 from __future__ import annotations
@@ -171,7 +173,7 @@ class Round:
 
 
 def faithful(plan: dict[str, Tensor]) -> Tensor:
-    """bool [N]: the packed rows are the selected nodes, in order, with their parents, depths, masks and pads."""
+    """bool [N]: the packed rows are the selected nodes in order, their parents, masks and pads."""
     selected, node = plan["selected"].flatten(1), plan["node"]
     batch, nodes, rows = *plan["selected"].shape[1:], node.shape[1]
     count = selected.sum(1, keepdim=True)
@@ -213,7 +215,7 @@ def same(plan: dict[str, Tensor], other: dict[str, Tensor], turn: Tensor) -> Ten
 
 
 def tied(plan: dict[str, Tensor]) -> Tensor:
-    """bool [N]: two drafted nodes have equal scores or probabilities; then the order of the requests may decide."""
+    """bool [N]: two drafts tie, by score or probability; then the order of requests may decide."""
     ties = []
     for value in (plan["of_score"], plan["probability"]):
         drafted = (plan["of_depth"][:, None] > 0) & torch.isfinite(plan["of_score"])

@@ -177,7 +177,7 @@ def test_the_service_is_deterministic_by_seed(steps):
 
 
 def test_the_service_keeps_its_books(steps, monkeypatch):
-    """No slot, token or byte is lost: a small cache fills and drains, and off is never quicker than a step."""
+    """No request, token or byte is lost: a small cache fills and drains, and off is never quicker than a step."""
     import service
 
     monkeypatch.setattr(service, "CACHE", 9000)
@@ -189,9 +189,9 @@ def test_the_service_keeps_its_books(steps, monkeypatch):
             every = self.requests
             held.append(self.cached)
             assert (
-                self.cached == int((every.prompt + every.output)[self.held].sum()) <= service.CACHE
+                self.cached == int((every.prompt + every.output)[self.running].sum()) <= service.CACHE
             )
-            assert (every.read[self.held] <= every.prompt[self.held]).all()
+            assert (every.prefilled[self.running] <= every.prompt[self.running]).all()
 
     monkeypatch.setattr(service, "Replica", Watched)
     found = service.simulate(steps["off"], COST, service.Load(1.5, "poisson"), 1)
@@ -202,7 +202,7 @@ def test_the_service_keeps_its_books(steps, monkeypatch):
     )
 
 
-def test_more_load_serves_nobody_better(steps):
+def test_more_load_serves_no_request_better(steps):
     from service import Load, simulate
 
     attained = [
