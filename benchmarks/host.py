@@ -423,7 +423,7 @@ def cases(
     if n > 32:
         del exporters["sglang_mask QLEN_ONLY_BITPACKING"]
     made = {name: call() for name, call in exporters.items()}
-    tokens, back = made["sglang"].draft_tokens, {"lengths": lens}
+    tokens, back = made["sglang"].draft_tokens, {"num_nodes": lens}
     imported: dict[str, Callable[[], Any]] = {
         "from_sglang": lambda: importers.from_sglang(made["sglang"], **back),
         "from_sglang_mask QLEN_ONLY": lambda: importers.from_sglang_mask(

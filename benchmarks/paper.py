@@ -295,25 +295,27 @@ def claims() -> list[Claim]:
 
 
 REASONS = {
-    "host": "EAGLE-3's default tree launches 2,048 verify tokens for 256 requests, long past the knee "
-    "of a dense model on eight devices, and here that is charged in full. The paper's EAGLE-3 "
-    "emits 10,703 tokens a second where our roofline says 61,946 for plain decoding: its "
-    "steps must have fixed costs several times ours, which hide what verify tokens cost.",
-    "experts": "256 tokens reach every expert, so 2,048 cost only 1.6 times as much: there is little to "
-    "save. On the raised trace the default's deeper trees are worth their tokens.",
-    "matched": "EAGLE-3 from the start that the paper gave ECHO. This part of the gain is ECHO's own; "
-    "the paper does not give it.",
+    "host": "EAGLE-3's default tree launches 2,048 verify tokens for 256 requests, long past "
+    "the knee of a dense model on eight devices, and here that is charged in full. The "
+    "paper's EAGLE-3 emits 10,703 tokens a second where our roofline says 61,946 for "
+    "plain decoding: its steps must have fixed costs several times ours, which hide "
+    "what verify tokens cost.",
+    "experts": "256 tokens reach every expert, so 2,048 cost only 1.6 times as much: there is "
+    "little to save. On the raised trace the default's deeper trees are worth their "
+    "tokens.",
+    "matched": "EAGLE-3 from the start that the paper gave ECHO. This part of the gain is ECHO's "
+    "own; the paper does not give it.",
     "gates": "Gates at every depth stop more: as good where most drafts fail, worse where most "
-    "succeed. One threshold, the mean of those by depth, stops less than Youden's points do: "
-    "these separate best, which is not what pays most.",
-    "budget": "At batch 1 verify tokens are nearly free. ECHO's gates stop there all the same, being "
-    "made to separate; DDD's best threshold hardly ever stops.",
-    "routing": "As recorded, 2.7 tokens a step are too few. Routing is taken as uniform, so that 60 "
-    "tokens read nearly all experts, at 3.2 times a single token's cost; tuned to 8 tokens "
-    "ECHO reads fewer. With acceptance raised, ECHO is first as in the paper, near its "
-    "figure.",
-    "ceiling": "EAGLE-3's tree reaches 5.62x here, above the paper's best; ECHO's gates stop chains at "
-    "4.55 tokens a step instead of 6.75.",
+    "succeed. One threshold, the mean of those by depth, stops less than Youden's "
+    "points do: these separate best, which is not what pays most.",
+    "budget": "At batch 1 verify tokens are nearly free. ECHO's gates stop there all the same, "
+    "being made to separate; DDD's best threshold hardly ever stops.",
+    "routing": "As recorded, 2.7 tokens a step are too few. Routing is taken as uniform, so that "
+    "60 tokens read nearly all experts, at 3.2 times a single token's cost; tuned to 8 "
+    "tokens ECHO reads fewer. With acceptance raised, ECHO is first as in the paper, "
+    "near its figure.",
+    "ceiling": "EAGLE-3's tree reaches 5.62x here, above the paper's best; ECHO's gates stop "
+    "chains at 4.55 tokens a step instead of 6.75.",
 }
 """Why our figures differ from the paper's."""
 

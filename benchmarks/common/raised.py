@@ -13,7 +13,7 @@ itself.
 
 from __future__ import annotations
 
-from dataclasses import renode
+from dataclasses import replace
 
 import numpy as np
 
@@ -33,7 +33,7 @@ def raised(trace: Trace, odds: float, seed: int = 0) -> Trace:
     """
     if odds == 1:
         return trace
-    out = renode(
+    out = replace(
         trace,
         token=trace.token.copy(),
         log_prob=_surer(trace.log_prob, odds),
@@ -63,7 +63,9 @@ def raised(trace: Trace, odds: float, seed: int = 0) -> Trace:
                 node = int(out.expanded[t, d, node * k + hit[0]]) if len(hit) else -1
                 if node < 0:
                     break
-    return renode(out, floor=0.0)  # where the recorded drafter stopped, this one does, surer or not
+    return replace(
+        out, floor=0.0
+    )  # where the recorded drafter stopped, this one does, surer or not
 
 
 def _surer(log_prob: np.ndarray, odds: float) -> np.ndarray:
