@@ -30,7 +30,7 @@ from echo.gating import Objective, throughput_optimal
 from echo.testing import Record, Trace, replay
 
 PAPER, ELASTIC = plot.of("ECHO"), plot.of("throughput-optimal")
-KNEE = shapes()["dense, knee at 256 rows"]
+KNEE = shapes()["dense, knee at 256 tokens"]
 RESAMPLES = 400
 
 

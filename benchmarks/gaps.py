@@ -42,7 +42,7 @@ from echo import plot
 from echo.testing import Record, Report, Trace
 from echo.testing import replay as play
 
-BATCH, STEPS, LAW = 64, 100, "dense, knee at 256 rows"
+BATCH, STEPS, LAW = 64, 100, "dense, knee at 256 tokens"
 Scheduler = echo.ElasticBudgetScheduler
 
 

@@ -34,7 +34,7 @@ from replay import BATCHES, column
 
 DRAFTS = (1, 2, 4, 8, 16)
 """Verified drafts a request."""
-DRAWN = "dense, knee at 256 rows"
+DRAWN = "dense, knee at 256 tokens"
 
 
 @dataclass(frozen=True)

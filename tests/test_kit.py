@@ -27,7 +27,7 @@ from echo.testing import (
     scenarios,
 )
 from echo.testing.check import DEFAULT
-from echo.tree.supertree import cost_bits
+from echo.tree.supertree import SuperTree, cost_bits
 
 DEPTH_FIRST = (*DEFAULT, "depth_first")
 ALONE = (*DEFAULT, "batch_invariant")
@@ -256,7 +256,40 @@ def test_scenarios_are_what_they_say():
     )
 
 
-@given(scenarios.trees(), st.sampled_from([echo.GlobalRank(2), echo.TwoLevel(2, 3)]))
+@st.composite
+def trees(draw):
+    """Whole trees: siblings in any order, empty lanes."""
+    sizes = draw(st.lists(st.integers(0, 12), min_size=1, max_size=4))
+    nodes = range(max([1, *sizes]))
+    above = [st.integers(min(node - 1, 0), node - 1) for node in nodes]  # a root's is -1
+    parent = torch.tensor([[draw(each) for each in above] for _ in sizes])
+    p = torch.tensor([[draw(st.integers(1, 8)) / 8 for _ in nodes] for _ in sizes])
+    token = torch.arange(len(nodes)).expand(len(sizes), -1)  # siblings differ
+    count = max(sum(size > 0 for size in sizes), 1) + draw(st.integers(0, 8))
+    limits = {"num_nodes": torch.tensor(sizes), "num_verify_tokens": count}
+    return SuperTree.from_arrays(token, parent, p.log(), **limits)
+
+
+@st.composite
+def logs(draw):
+    """Warm-up logs of any size, also empty: confidences with ties, depths without an entry."""
+    entry = st.tuples(st.integers(1, 4), st.integers(0, 16), st.booleans())
+    columns = np.array(draw(st.lists(entry, max_size=60)), dtype=np.int64).reshape(-1, 3).T
+    return echo.WarmupLog.from_arrays(columns[0], columns[1] / 16, columns[2] > 0)
+
+
+@st.composite
+def cost_curves(draw):
+    """Flat, with a knee, steep, of one point; with tiers, or free drafts, or not."""
+    step = st.tuples(st.integers(1, 64), st.integers(0, 8))
+    tokens, rises = np.array(draw(st.lists(step, min_size=1, max_size=6))).cumsum(axis=0).T
+    seconds = (1e-3 * (4 + rises)).tolist()
+    layer, token = draw(st.integers(0, 9)) * 1e-4, draw(st.integers(0, 9)) * 1e-5
+    tiers = sorted(draw(st.sets(st.integers(1, 512), max_size=4)))
+    return echo.CostModel(tuple(tokens.tolist()), tuple(seconds), layer, token, tuple(tiers))
+
+
+@given(trees(), st.sampled_from([echo.GlobalRank(2), echo.TwoLevel(2, 3)]))
 def test_drawn_trees_are_planned_right(tree, rule):
     check_plan(tree, echo.ElasticBudgetScheduler(rule, budget=64).pack(tree))
 
@@ -288,13 +321,13 @@ def test_a_step_that_is_not_the_plan_of_its_tree_is_refused(name, change):
         check_plan(fewer, plan.packed)
 
 
-@given(scenarios.logs())
+@given(logs())
 def test_drawn_logs_survive_the_round_trip_through_histograms(log):
     counts = echo.gating.ConfidenceHistograms.of(log)
     assert counts.rows == len(log)
 
 
-@given(scenarios.cost_curves(), st.integers(1, 400))
+@given(cost_curves(), st.integers(1, 400))
 def test_drawn_cost_curves_never_fall(cost, rows):
     assert cost(rows + 1) >= cost(rows) > 0
     assert cost.round_up(rows) >= rows

@@ -119,16 +119,13 @@ def test_plain_decoding_costs_one_step_a_token(trace):
     assert sum(answer.tokens for answer in report.answers) == report.tokens
 
 
-def test_figures_by_kind_add_up(trace):
+def test_figures_of_the_answers_add_up(trace):
     report = replay(trace, POLICIES["echo"], COST, batch=4)
-    assert sum(report.of_kind(kind)["texts"] for kind in ("odd", "even")) == 12
+    assert sorted(answer.kind for answer in report.answers) == ["even"] * 6 + ["odd"] * 6
     assert sum(answer.verify_tokens for answer in report.answers) == report.verify_tokens
-    low, high = sorted(report.of_kind(kind)["tokens_per_step"] for kind in ("odd", "even"))
-    assert low <= report.tokens_per_step <= high
-    low, high = sorted(report.of_kind(kind)["acceptance"] for kind in ("odd", "even"))
-    assert low <= report.acceptance <= high
-    assert all(1 / 6 <= report.of_kind(kind)["fairness"] <= 1 for kind in ("odd", "even"))
-    assert np.isnan(report.of_kind("none")["fairness"])
+    each = [answer.tokens / answer.steps for answer in report.answers]
+    assert min(each) <= report.tokens_per_step <= max(each)
+    assert 0 < report.acceptance <= 1
 
 
 def test_charges(trace):
@@ -148,8 +145,6 @@ def test_refill_goes_on_forever_where_steps_are_given(trace):
     report = replay(trace, POLICIES["global"], COST, batch=5, steps=100)
     assert report.steps == 100
     assert report.request_steps == 500
-    assert 0 < report.fairness <= 1
-    assert report.percentiles()[1] <= report.percentiles()[50] <= report.percentiles()[99]
 
 
 def test_lag_changes_nothing_but_the_plan(trace):

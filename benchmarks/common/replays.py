@@ -146,7 +146,7 @@ def shapes(measured: Path = HERE / "results" / "cost.json") -> dict[str, echo.Co
     sizes = tuple(int(n) for n in np.unique(np.geomspace(1, 16384, 60).round()))
     law = lambda knee: tuple(1.0 + max(0.0, n - knee) / knee for n in sizes)
     costs = {
-        "dense, knee at 256 rows": echo.CostModel(sizes, law(256), draft_layer=0.02),
+        "dense, knee at 256 tokens": echo.CostModel(sizes, law(256), draft_layer=0.02),
         "dense, costly drafter": echo.CostModel(sizes, law(256), draft_layer=0.10),
         "mixture of experts, knee at 1024": echo.CostModel(sizes, law(1024), draft_layer=0.02),
         "linear overhead": echo.CostModel(

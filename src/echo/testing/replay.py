@@ -36,10 +36,6 @@ class Record:
         emitted: int64 [B], tokens emitted.
         tier: depth and verify tokens planned.
         num_unprocessed_tokens: tokens of the drafter's extend in this step.
-
-    Example:
-        >>> from echo.testing.replay import Record
-        >>> emitted = lambda record: int(record.emitted.sum())  # an observer of :func:`replay`
     """
 
     requests: NDArray[np.int64]
@@ -115,39 +111,6 @@ class Report:
         drafted = self.verify_tokens - self.request_steps
         return self.accepted / drafted if drafted else float("nan")
 
-    @property
-    def fairness(self) -> float:
-        """Jain's index of the finished texts' tokens a second: 1 if equal, 1/n if one has all."""
-        return _jain(self.answers)
-
-    def percentiles(
-        self, kind: str | None = None, points: tuple[int, ...] = (1, 50, 99)
-    ) -> dict[int, float]:
-        """Percentiles ``points`` of seconds a token, over finished texts of one ``kind`` or all."""
-        mine = [a for a in self.answers if kind in (None, a.kind) and a.tokens]
-        pace = [a.seconds / a.tokens for a in mine]
-        return {p: float(np.percentile(pace, p)) for p in points} if pace else {}
-
-    def of_kind(self, kind: str) -> dict[str, float]:
-        """The finished texts of one ``kind``: means by step, acceptance, pace, fairness."""
-        mine, nan = [answer for answer in self.answers if answer.kind == kind], float("nan")
-        columns = ("tokens", "steps", "verify_tokens", "seconds")
-        tokens, steps, verified, seconds = (sum(getattr(a, name) for a in mine) for name in columns)
-        drafted = verified - steps
-        return {
-            "texts": len(mine),
-            "tokens_per_step": tokens / steps if steps else nan,
-            "verify_tokens_per_step": verified / steps if steps else nan,
-            "acceptance": (tokens - steps) / drafted if drafted else nan,
-            "seconds_per_token": seconds / tokens if tokens else nan,
-            "fairness": _jain(mine),
-        }
-
-
-def _jain(answers: list[Answer]) -> float:
-    rate = np.array([answer.tokens / answer.seconds for answer in answers])
-    return float(rate.sum() ** 2 / (len(rate) * (rate**2).sum())) if len(rate) else float("nan")
-
 
 def replay(
     trace: Trace,
@@ -203,8 +166,6 @@ def replay(
         >>> report = replay(trace, scheduler, echo.CostModel((1, 8), (1.0, 1.5)), batch=2)
         >>> report.tokens, report.steps, report.misses
         (16, 4, 0)
-        >>> report.of_kind("one")["tokens_per_step"], list(report.percentiles("two"))
-        (2.0, [1, 50, 99])
     """
     batch, lag = checks.integer("batch", batch, 1), checks.integer("lag", lag, 0, 2)
     prefill_tokens = checks.integer("prefill_tokens", prefill_tokens, 0)

@@ -17,8 +17,6 @@ from torch import Tensor
 from echo import _checks as checks
 from echo._checks import EchoError
 from echo.budget.scheduler import ElasticBudgetScheduler
-from echo.cost import CostModel
-from echo.gating.logs import WarmupLog
 from echo.tree.packed import PackedTree
 from echo.tree.supertree import Frontier, SuperTree
 
@@ -293,54 +291,3 @@ def scores(numbers: NDArray[Any], *, coarse: bool) -> Tensor:
     """Log-probabilities float32 [n] from 16-bit ``numbers`` [n]; ``coarse`` ones tie often."""
     p = 1.0 - (numbers.astype(np.float64) + 32768) % 65536 / 65536
     return torch.from_numpy(np.log(np.ceil(8 * p) / 8 if coarse else p).astype(np.float32))
-
-
-def trees() -> SearchStrategy[SuperTree]:
-    """Whole trees for a scheduler's ``select`` and ``pack``: siblings in any order, empty lanes."""
-    st = hypothesis().strategies
-
-    def build(draw: Any) -> SuperTree:
-        batch = draw(st.integers(1, 4))
-        sizes = draw(st.lists(st.integers(0, 12), min_size=batch, max_size=batch))
-        nodes = range(max(1, *sizes))
-        above = [st.integers(min(node - 1, 0), node - 1) for node in nodes]  # a root's is -1
-        parent = torch.tensor([[draw(each) for each in above] for _ in sizes])
-        p = torch.tensor([[draw(st.integers(1, 8)) / 8 for _ in nodes] for _ in sizes])
-        token = torch.arange(len(nodes)).expand(batch, -1)  # siblings differ
-        count = max(sum(size > 0 for size in sizes), 1) + draw(st.integers(0, 8))
-        limits = {"num_nodes": torch.tensor(sizes), "num_verify_tokens": count}
-        return SuperTree.from_arrays(token, parent, p.log(), **limits)
-
-    strategy: SearchStrategy[SuperTree] = st.composite(build)()
-    return strategy
-
-
-def logs() -> SearchStrategy[WarmupLog]:
-    """Warm-up logs of any size, also empty: confidences with ties, depths without an entry."""
-    st = hypothesis().strategies
-    entry = st.tuples(st.integers(1, 4), st.integers(0, 16).map(lambda n: n / 16), st.booleans())
-
-    def build(entries: list[tuple[int, float, bool]]) -> WarmupLog:
-        columns = zip(*entries, strict=True) if entries else ((), (), ())
-        pairs = zip(columns, (np.int64, np.float64, np.bool_), strict=True)
-        return WarmupLog.from_arrays(*(np.array(column, dtype) for column, dtype in pairs))
-
-    strategy: SearchStrategy[WarmupLog] = st.lists(entry, max_size=60).map(build)
-    return strategy
-
-
-def cost_curves() -> SearchStrategy[CostModel]:
-    """Cost curves: flat, with a knee, steep, of one point; with tiers, or free drafts, or not."""
-    st = hypothesis().strategies
-    steps = st.lists(st.tuples(st.integers(1, 64), st.integers(0, 8)), min_size=1, max_size=6)
-
-    def build(points: list[tuple[int, int]], layer: int, token: int, tiers: set[int]) -> CostModel:
-        tokens, rises = np.array(points).cumsum(axis=0).T
-        seconds = tuple((1e-3 * (4 + rises)).tolist())
-        tokens = tuple(tokens.tolist())
-        return CostModel(tokens, seconds, layer * 1e-4, token * 1e-5, tuple(sorted(tiers)))
-
-    strategy: SearchStrategy[CostModel] = st.builds(
-        build, steps, st.integers(0, 9), st.integers(0, 9), st.sets(st.integers(1, 512), max_size=4)
-    )
-    return strategy
