@@ -1,4 +1,4 @@
-"""The kit finds planted bugs, passes what is right, and shows a plan that a person can read."""
+"""The checks find seeded bugs, pass what is right, and show a plan that a person can read."""
 
 from __future__ import annotations
 
@@ -169,27 +169,27 @@ class Clumsy(echo.GlobalRank):
         return index, torch.isfinite(layer.score.gather(1, index))
 
 
-def planted(rule):
+def scheduler_of(rule):
     return echo.ElasticBudgetScheduler(rule, echo.SparseGate({1: 0.4}), 12, 3)
 
 
 @pytest.mark.parametrize(
     ("scheduler", "invariant"),
     [
-        (planted(Overshoot(2, 4)), "budget"),
+        (scheduler_of(Overshoot(2, 4)), "budget"),
         (LostRoot(echo.TwoLevel(2, 4), None, 12, 3), "roots"),
-        (planted(UnstableTie(2)), "ties"),
-        (planted(WidthFirst(2, 4)), "depth_first"),
-        (planted(Orphan(2)), "closed|budget"),
-        (planted(Moody(2)), "layout|deterministic"),
-        (planted(Peeking(2, 4)), "sync_free"),
-        (planted(Greedy(2)), "limits|finite"),
-        (planted(FirstCome(2)), "permutation"),
-        (planted(Clumsy(2)), "runs"),
+        (scheduler_of(UnstableTie(2)), "ties"),
+        (scheduler_of(WidthFirst(2, 4)), "depth_first"),
+        (scheduler_of(Orphan(2)), "closed|budget"),
+        (scheduler_of(Moody(2)), "layout|deterministic"),
+        (scheduler_of(Peeking(2, 4)), "sync_free"),
+        (scheduler_of(Greedy(2)), "limits|finite"),
+        (scheduler_of(FirstCome(2)), "permutation"),
+        (scheduler_of(Clumsy(2)), "runs"),
     ],
     ids=lambda value: type(getattr(value, "rule", value)).__name__,
 )
-def test_planted_bugs_are_found(scheduler, invariant):
+def test_seeded_bugs_are_found(scheduler, invariant):
     with pytest.raises(PlanError) as caught:
         check_scheduler(scheduler, claims=DEPTH_FIRST)
     assert caught.value.invariant in invariant.split("|")
@@ -200,7 +200,7 @@ def test_planted_bugs_are_found(scheduler, invariant):
 
 def test_the_report_is_a_small_table():
     with pytest.raises(PlanError) as caught:
-        check_scheduler(planted(Overshoot(2, 4)))
+        check_scheduler(scheduler_of(Overshoot(2, 4)))
     report = str(caught.value).splitlines()
     print(caught.value)
     assert report[0] == "budget: expected at most num_verify_tokens nodes selected"
@@ -213,9 +213,9 @@ def test_the_report_is_a_small_table():
 @pytest.mark.parametrize(
     ("scheduler", "claim"),
     [
-        (planted(echo.TwoLevel(1, 0)), "work_conserving"),
-        (planted(echo.TwoLevel(2, 4)), "optimal"),
-        (planted(echo.TwoLevel(2, 4)), "batch_invariant"),
+        (scheduler_of(echo.TwoLevel(1, 0)), "work_conserving"),
+        (scheduler_of(echo.TwoLevel(2, 4)), "optimal"),
+        (scheduler_of(echo.TwoLevel(2, 4)), "batch_invariant"),
         (echo.ElasticBudgetScheduler(echo.GlobalRank(2), None, 12, 3), "batch_invariant"),
     ],
 )
@@ -236,7 +236,7 @@ def test_false_claims_are_refuted(scheduler, claim):
 )
 @pytest.mark.parametrize("batch", [1, 8, 40])
 def test_scenarios_are_planned_right(make, batch):
-    check_step(planted(echo.TwoLevel(2, 4)), make(batch), claims=DEPTH_FIRST)
+    check_step(scheduler_of(echo.TwoLevel(2, 4)), make(batch), claims=DEPTH_FIRST)
     check_step(
         echo.ElasticBudgetScheduler(echo.GlobalRank(2), None, 12, 3), make(batch), claims=RANKED
     )
@@ -246,7 +246,7 @@ def test_scenarios_are_what_they_say():
     rank = echo.ElasticBudgetScheduler(echo.GlobalRank(2), None, 12, 3)
     served = scenarios.one_confident_many_doubtful(8).plan(rank).selected.sum(1).tolist()
     assert served[0] == max(served) > max(served[1:])
-    # nine verify tokens beyond the roots, all of depth 1: three candidates each for the first three requests
+    # nine tokens beyond the roots, of depth 1: three candidates each of the first three requests
     assert scenarios.all_equal(8).plan(rank).selected.sum(1).tolist() == [4, 4, 4, 1, 1, 1, 1, 1]
     assert int(scenarios.burst(8).plan(rank).selected.sum()) == 9
     storm = scenarios.nan_storm(8).plan(rank)
@@ -311,7 +311,7 @@ def test_drawn_trees_are_planned_right(tree, rule):
 )
 def test_a_step_that_is_not_the_plan_of_its_tree_is_refused(name, change):
     plan = replace(scenarios.one_confident_many_doubtful(3), num_verify_tokens=12).plan(
-        planted(echo.TwoLevel(2, 4))
+        scheduler_of(echo.TwoLevel(2, 4))
     )
     check_plan(plan.tree, plan.packed)
     with pytest.raises(echo.EchoError, match=r"^[\w., ]+: "):
@@ -334,7 +334,7 @@ def test_drawn_cost_curves_never_fall(cost, rows):
     assert echo.CostModel.from_json(cost.to_json()) == cost
 
 
-def test_fuzzing_finds_what_the_kit_finds(monkeypatch):
+def test_fuzzing_finds_what_check_scheduler_finds(monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
     fuzz = importlib.import_module("fuzz")
     monkeypatch.setattr(fuzz, "ROUND", 64)
@@ -364,7 +364,7 @@ def test_fuzzing_finds_what_the_kit_finds(monkeypatch):
 
 
 def test_bad_input_names_the_argument(monkeypatch):
-    scheduler = planted(echo.TwoLevel(2, 4))
+    scheduler = scheduler_of(echo.TwoLevel(2, 4))
     with pytest.raises(
         echo.EchoError, match=r"claims: expected some of .*'depth_first'.*, got 'fair'"
     ):

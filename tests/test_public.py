@@ -68,7 +68,7 @@ for owner, kind in CLASSES:
 
 
 def unsaid(doc, signature):
-    """Parameters that ``doc`` neither lists (``name: ...``, ``one, name: ...``) nor has in its text in the code font."""
+    """Parameters that ``doc`` neither lists (``name: ...``, ``one, name: ...``) nor quotes."""
     names = [n for n in signature.parameters if n not in ("self", "cls") and n[0] != "_"]
     return [
         n
@@ -115,7 +115,7 @@ def is_plain(kind):
 
 
 def without_example():
-    """Public callables without an example of their own or in their module; implementations of a protocol or base need none."""
+    """Public callables without an example in their module, unless a protocol describes them."""
     shown = defaultdict(str)
     for item in [item for _, item in CLASSES] + [item for _, item, _ in FUNCTIONS]:
         shown[item.__module__] += examples(inspect.getdoc(item) or "")
@@ -152,7 +152,8 @@ def test_all_stand_in_the_reference():
     for entry in listed:
         module, _, name = entry.rpartition(".")
         known.add(id(getattr(importlib.import_module(module), name)))
-    assert not [name for name, item in public() if id(item) not in known]
+    names = [name for name, item in public() if id(item) not in known]
+    assert not [name for name in names if not name.startswith("echo.plot.")]  # behind .plot()
 
 
 LOG = echo.WarmupLog.from_arrays([1] * 200, [0.9] * 100 + [0.2] * 100, [1] * 90 + [0] * 110)
@@ -211,6 +212,6 @@ ACCEPTED = echo.accept(PACKED, torch.zeros(6, dtype=torch.int64))
         ),
     ],
 )
-def test_what_a_stranger_mixes_up_is_named(call, says):
+def test_arguments_that_are_mixed_up_are_named(call, says):
     with pytest.raises(echo.EchoError, match=says):
         call()

@@ -172,7 +172,7 @@ def test_rank_says_what_a_chain_would_have_accepted(trace):
 def test_a_cost_model_that_is_wrong_learns_from_the_steps(trace):
     wrong = echo.CostModel(
         (1, 64), (1.0, 1.0), draft_layer=0.02
-    )  # rows beyond 16 cost nothing, it believes
+    )  # tokens beyond 16 are free, it believes
     scheduler = echo.ElasticBudgetScheduler.throughput_optimal(CALIBRATION, wrong, beam=3)
     stubborn, learning = (
         replay(trace, scheduler, COST, batch=8, steps=300, update_rate=rate) for rate in (0.0, 0.2)
@@ -181,8 +181,8 @@ def test_a_cost_model_that_is_wrong_learns_from_the_steps(trace):
     assert learning.misses == 0
 
 
-def test_probes_of_a_drafter_that_reads_dearly_cost_less_than_a_percent(trace):
-    """Each row costs, so nothing pays; a token read up on costs a thirtieth of one decoded plainly."""
+def test_probes_of_a_drafter_with_a_costly_extend_cost_less_than_a_percent(trace):
+    """Each token costs, so nothing pays; one of an extend is a thirtieth of one decoded plainly."""
     cost = echo.CostModel((1, 64), (1.0, 64.0), draft_layer=0.5, extend_token=0.03)
     scheduler, read = echo.ElasticBudgetScheduler.throughput_optimal(CALIBRATION, cost, beam=3), []
     report = replay(
@@ -269,7 +269,7 @@ def test_record_wants_half_precision():
 
 
 def test_records_are_closed_under_narrower_frontiers(trace):
-    """Any frontier of at most ``beam`` nodes, another at each layer and request, replays without a miss."""
+    """Any frontier of at most ``beam`` nodes, each layer its own, replays without a miss."""
 
     class Erratic(echo.GlobalRank):
         def frontier(self, layer):
