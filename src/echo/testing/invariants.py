@@ -87,11 +87,6 @@ class Selection:
         return cls(plan.selected, *of_nodes, live, tree.verify_limits, tree.status, total)
 
     @property
-    def limits(self) -> Tensor:
-        """int64 [..., B, 1]."""
-        return self.verify_limits[..., None]
-
-    @property
     def selectable(self) -> Tensor:
         """bool [..., B, T]: drafted with a finite score, not selected, below a selected parent."""
         free = ~self.selected & (self.depth > 0) & torch.isfinite(self.score)
@@ -123,6 +118,10 @@ def _sibling_ties(s: Selection) -> Tensor:
     return s.selected & (earlier & ~s.selected[..., None, :]).any(-1)
 
 
+def _over_limit(s: Selection) -> Tensor:
+    return s.selected & (s.selected.cumsum(-1) > s.verify_limits[..., None])
+
+
 def _starved(s: Selection) -> Tensor:
     starved = (s.status == int(Status.STARVED)).any(-1)
     return s.selected & ~s.committed & starved[..., None, None]
@@ -140,8 +139,7 @@ INVARIANTS: dict[str, Invariant] = {
     "roots": Invariant("the root of each live request selected, nothing of others", _roots),
     "closed": Invariant("the parent of every selected node selected",
                         lambda s: s.selected & ~s.selected.gather(-1, s.parent)),
-    "limits": Invariant("no request above its verify_limits",
-                        lambda s: s.selected & (s.selected.cumsum(-1) > s.limits)),
+    "limits": Invariant("no request above its verify_limits", _over_limit),
     "finite": Invariant("no node selected with a NaN or infinite score on its path",
                         lambda s: s.selected & ~torch.isfinite(s.score)),
     "committed": Invariant("every committed node selected", lambda s: s.committed & ~s.selected),

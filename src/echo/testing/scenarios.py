@@ -251,39 +251,24 @@ def batches(
     size = max_depth * VOCAB * CHILDREN
     live, below = st.sampled_from([True, True, False]), st.integers(0, MAX_LIMIT - 1)
     request = st.tuples(st.integers(0, VOCAB - 1), live, below, st.sampled_from([1.0, 0.5, 0.1]))
-    fault = st.tuples(st.integers(0, size - 1), st.sampled_from(FAULTS)) if size else None
+    fault = st.tuples(st.integers(0, max(size - 1, 0)), st.sampled_from(FAULTS))
 
-    def build(
-        requests: list[tuple[int, bool, int, float]],
-        depth: int,
-        k: int,
-        spare: int,
-        coarse: bool,
-        numbers: bytes,
-        faults: list[tuple[int, float]],
-        weighted: bool,
-    ) -> Scenario:
-        columns = (torch.from_numpy(np.array(c)) for c in zip(*requests, strict=True))
-        roots, live, below, weight = columns
-        flat = scores(np.frombuffer(numbers, ">u2"), coarse=coarse)
-        for index, value in faults:
+    def build(draw: Any) -> Scenario:
+        requests = draw(st.lists(request, min_size=1, max_size=max_batch))
+        depth, k = draw(st.integers(min(1, max_depth), max_depth)), draw(st.integers(1, CHILDREN))
+        spare, coarse = draw(st.integers(0, 12)), draw(st.booleans())
+        numbers = np.frombuffer(draw(st.binary(min_size=2 * size, max_size=2 * size)), ">u2")
+        flat = scores(numbers, coarse=coarse)
+        for index, value in draw(st.lists(fault, max_size=8 if size else 0)):
             flat[index] = value
         log_probs = flat.view(max_depth, VOCAB, CHILDREN)[:depth, :, :k]
+        columns = (torch.from_numpy(np.array(c)) for c in zip(*requests, strict=True))
+        roots, live, below, weight = columns
         count = max(len(requests), int(live.sum()) + spare) if budget else None
-        weights = weight.float() if weighted else None
+        weights = weight.float() if draw(st.booleans()) else None
         return Scenario(roots, live, MAX_LIMIT - below, log_probs, count, weights)
 
-    strategy: SearchStrategy[Scenario] = st.builds(
-        build,
-        st.lists(request, min_size=1, max_size=max_batch),
-        st.integers(min(1, max_depth), max_depth),
-        st.integers(1, CHILDREN),
-        st.integers(0, 12),
-        st.booleans(),
-        st.binary(min_size=2 * size, max_size=2 * size),
-        st.lists(fault, max_size=8) if size else st.just([]),
-        st.booleans(),
-    )
+    strategy: SearchStrategy[Scenario] = st.composite(build)()
     return strategy
 
 
