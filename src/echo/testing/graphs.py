@@ -93,7 +93,7 @@ class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name, options = operator(func), kwargs or {}
         if syncs(func) or name == "lift_fresh":  # the latter copies from the host
-            why = "a captured function can neither sync with the host nor copy constants from it"
+            why = "a captured function can neither sync nor copy constants from the host"
             raise EchoError(f"{name}: {why}")
         result = func(*args, **options)
         if name not in EMPTY and not (func.is_view and _alias(result, args)):
