@@ -1,11 +1,13 @@
-"""What is a calibration worth? On a real warm-up log: what it shows, how much is needed, whether it transfers, what its parts bring.
+"""What is a calibration worth? On a real log: what it shows, its size, transfer, its parts.
 
     python benchmarks/calibration.py                  # the shipped trace, some minutes on one core
     python benchmarks/calibration.py --trace other.npz
 
-The log is that of a greedy decode of the trace's texts with the whole pool drafted and every layer verified at each step. What is
-judged by replay is judged on texts that it was not calibrated on: one half of the texts calibrates, the other is served, and the other
-way round. Intervals are of 95%, from a bootstrap over texts. Writes benchmarks/results/calibration.json and pictures into docs/images.
+The log is that of a greedy decode of the trace's texts with the whole pool drafted and every layer
+verified at each step. What is judged by replay is judged on texts that it was not calibrated on:
+one half of the texts calibrates, the other is served, and the other way round. Intervals are of
+95%, from a bootstrap over texts. Writes benchmarks/results/calibration.json and pictures into
+docs/images.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from echo.gating import Objective, throughput_optimal
 from echo.testing import Record, Trace, replay
 
 PAPER, ELASTIC = plot.of("ECHO"), plot.of("throughput-optimal")
-KNEE = shapes()["dense, knee at 256 rows"]
+KNEE = shapes()["dense, knee at 256 tokens"]
 RESAMPLES = 400
 
 
@@ -40,7 +42,7 @@ def halves(trace: Trace) -> tuple[np.ndarray, np.ndarray]:
 
 @dataclass(frozen=True)
 class Served:
-    """Sums by text over a replay: tokens emitted, and steps and modelled seconds that it took part in (a share of each step)."""
+    """Sums by text over a replay: tokens emitted, steps, and its share of modelled seconds."""
 
     tokens: np.ndarray
     steps: np.ndarray
@@ -63,21 +65,22 @@ def serve(
     scheduler: echo.ElasticBudgetScheduler,
     batch: int,
     steps: int,
-    real_rows: bool = False,
+    unpadded: bool = False,
 ) -> Served:
-    """Replays some texts in random order, again and again; ``real_rows`` charges the rows that the trees have, not those launched."""
+    """Replays some texts in random order, again and again; ``unpadded`` charges no pad rows."""
     part = trace.texts(texts.tolist())
     found = Served(*np.zeros((3, len(trace.kind))))
 
     def observe(record: Record) -> None:
-        who = texts[record.requests]
-        rows = int(record.packed.indptr[-1]) if real_rows else record.tier.num_verify_tokens
+        text = texts[record.requests]
+        real, launched = int(record.packed.indptr[-1]), record.tier.num_verify_tokens
+        count = real if unpadded else launched
         seconds = float(
-            KNEE(rows) + KNEE.draft_seconds(record.tier.depth, batch, scheduler.rule.beam)
+            KNEE(count) + KNEE.draft_seconds(record.tier.depth, batch, scheduler.rule.beam)
         )
-        np.add.at(found.tokens, who, record.emitted)
-        np.add.at(found.steps, who, 1)
-        np.add.at(found.seconds, who, seconds / len(who))
+        np.add.at(found.tokens, text, record.emitted)
+        np.add.at(found.steps, text, 1)
+        np.add.at(found.seconds, text, seconds / len(text))
 
     order = np.random.default_rng(1).permutation(len(texts))
     report = replay(part, scheduler, KNEE, batch=batch, steps=steps, order=order, observe=observe)
@@ -104,13 +107,13 @@ def overview(trace: Trace, warm: WarmUp, images: Path) -> dict[str, Any]:
     print(calibration)
     calibration.plot().savefig(images / "calibration.png", dpi=100)
     one, two = halves(trace)
-    made, held = echo.calibrate(warm.of(one)), warm.of(two)
+    made, others = echo.calibrate(warm.of(one)), warm.of(two)
     return {
         "table": str(calibration).splitlines(),
         "rows": len(warm.log),
         "steps": len(np.unique(warm.log.step)),
         "gates": [asdict(gate) for gate in calibration.report(warm.log)],
-        "held_out_error": asdict(made.error(held)),
+        "held_out_error": asdict(made.error(others)),
     }
 
 
@@ -156,14 +159,14 @@ def warm_up_size(trace: Trace, warm: WarmUp, resamples: int = 200) -> list[dict[
 
 
 def worth_of_size(trace: Trace, warm: WarmUp, draws: int = 8) -> list[dict[str, Any]]:
-    """What calibrations from n texts, drawn from one half, lose on the other half against one from the whole half."""
+    """What calibrations from n texts of one half lose on the other, against one from all of it."""
     random, (one, two) = np.random.default_rng(0), halves(trace)
     rule, batch, result = echo.TwoLevel(1, 0), 64, []
 
     def speed(log: echo.WarmupLog, test: np.ndarray) -> float:
         gate = echo.SparseGate(echo.calibrate(log))
         policy = echo.ElasticBudgetScheduler(rule, gate, (1 + trace.depth) * batch, trace.depth)
-        return serve(trace, test, policy, batch, 50, real_rows=True).per("seconds")
+        return serve(trace, test, policy, batch, 50, unpadded=True).per("seconds")
 
     base = {
         i: speed(warm.of(half), test) for i, (half, test) in enumerate(((one, two), (two, one)))
@@ -188,7 +191,7 @@ def worth_of_size(trace: Trace, warm: WarmUp, draws: int = 8) -> list[dict[str, 
 
 
 def transfer(trace: Trace, warm: WarmUp) -> dict[str, Any]:
-    """Calibrated on one kind of prompts, serving another: the change against a calibration on as many texts of that kind."""
+    """Calibrated on one kind of prompts, serving another: the change against that kind's own."""
     kinds = [str(kind) for kind in np.unique(trace.kind)]
     sources = [*kinds, "two of each"]
     one, two = halves(trace)
@@ -267,18 +270,18 @@ def make_gate(
 def served_behind(
     trace: Trace, gates: list[echo.SparseGate | None], pooled: bool, batch: int = 64
 ) -> Served:
-    """Both halves served behind the other's gate, a layer one row wide: a fixed pool of 3 rows a request, or each row charged."""
-    rule, rows = echo.TwoLevel(1, 8 if pooled else 0), (3 if pooled else 1 + trace.depth) * batch
-    policies = [echo.ElasticBudgetScheduler(rule, gate, rows, trace.depth) for gate in gates]
+    """Both halves served behind the other's gate, beam 1: 3 tokens a request, or each charged."""
+    rule, k_max = echo.TwoLevel(1, 8 if pooled else 0), (3 if pooled else 1 + trace.depth) * batch
+    policies = [echo.ElasticBudgetScheduler(rule, gate, k_max, trace.depth) for gate in gates]
     one, two = (
-        serve(trace, test, policy, batch, 80, real_rows=not pooled)
+        serve(trace, test, policy, batch, 80, unpadded=not pooled)
         for test, policy in zip(halves(trace)[::-1], policies, strict=True)
     )
     return one + two
 
 
 def gates_and_rules(trace: Trace, warm: WarmUp, batch: int = 64) -> list[dict[str, Any]]:
-    """What each threshold rule and the number of gates is worth, against no gate, where rows are a fixed pool and where each costs."""
+    """What threshold rules and numbers of gates are worth, for a fixed budget, at a cost each."""
     base = {pooled: served_behind(trace, [None, None], pooled) for pooled in (True, False)}
     plain = batch / float(KNEE(batch))
     result: list[dict[str, Any]] = []
@@ -417,7 +420,7 @@ def _gates(axes: Any, result: dict[str, Any]) -> None:
     rows = result["gates_and_rules"]
     counts = [row["gates"] for row in rows if row["rule"] == "youden"]
     panels = (
-        ("fixed_rows", "tokens_a_step", "tokens a step at equal rows"),
+        ("fixed_rows", "tokens_a_step", "tokens a step at equal verify tokens"),
         ("each_row_costs", "over_plain", "throughput over plain decoding"),
     )
     for axis, (what, value, label) in zip(axes, panels, strict=True):

@@ -1,11 +1,12 @@
-"""What does the paper leave out? Measured by exact replay: a section of docs/gaps.md each, some with a picture.
+"""What does the paper leave out? Measured by exact replay, a section of docs/gaps.md each.
 
-    python benchmarks/gaps.py                        # all sections, about a minute on one quiet core
-    python benchmarks/gaps.py --only fairness tail   # some of them
+    python benchmarks/gaps.py                       # all sections, about a minute on one quiet core
+    python benchmarks/gaps.py --only fairness tail  # some of them
 
-Calibration and tuning see one half of the texts, the figures the other. Unless a section says otherwise: 64 requests, a dense model whose
-knee lies at 256 rows, a drafted layer at 2% of a step. Throughput is a multiple of plain decoding's under the same cost curve.
-Writes benchmarks/results/gaps.json and docs/images/gaps-*.png.
+Calibration and tuning see one half of the texts, the figures the other. Unless a section says
+otherwise: 64 requests, a dense model whose knee lies at 256 verify tokens, a drafted layer at 2% of
+a step. Throughput is a multiple of plain decoding's under the same cost curve. Writes
+benchmarks/results/gaps.json and docs/images/gaps-*.png.
 """
 
 from __future__ import annotations
@@ -41,13 +42,13 @@ from echo import plot
 from echo.testing import Record, Report, Trace
 from echo.testing import replay as play
 
-BATCH, STEPS, LAW = 64, 100, "dense, knee at 256 rows"
+BATCH, STEPS, LAW = 64, 100, "dense, knee at 256 tokens"
 Scheduler = echo.ElasticBudgetScheduler
 
 
 @dataclass(frozen=True, eq=False)
 class Study:
-    """What all sections share: two halves of the texts, the machine, and what was calibrated on the first."""
+    """What all sections share: two halves of the texts, the cost, the first half's calibration."""
 
     tune: Trace
     test: Trace
@@ -73,10 +74,10 @@ class Study:
         )
 
     def paper(
-        self, rows: int, calibration: echo.Calibration | None = None, width: int = 2
+        self, k_max: int, calibration: echo.Calibration | None = None, beam: int = 2
     ) -> Scheduler:
         """ECHO's rule and gates."""
-        return Scheduler.paper(calibration or self.calibration, k_max=rows, beam=width)
+        return Scheduler.paper(calibration or self.calibration, k_max=k_max, beam=beam)
 
     @lru_cache  # noqa: B019
     def policies(self) -> dict[str, Scheduler]:
@@ -100,7 +101,7 @@ class Study:
         steps: int = STEPS,
         **options,
     ) -> Steps:
-        """Steps of a replay, forecasts one step late."""
+        """Steps of a replay, the history one step late."""
         return run(
             trace or self.test, scheduler, self.cost, batch, steps, **{"lag": LAG, **options}
         )
@@ -155,7 +156,7 @@ def warmup(study: Study) -> dict[str, object]:
 
 
 def gate_errors(study: Study) -> dict[str, object]:
-    """How often a threshold stops a path that the target would accept, and lets one pass that it rejects, by depth."""
+    """How often a threshold stops what the target accepts, and passes what it rejects, by depth."""
     log = warmup_log(study.test)
     result: dict[str, list[float]] = {
         name: [] for name in ("depth", "gate", "false_stops", "false_extensions", "rows")
@@ -180,7 +181,7 @@ def doubtful(trace: Trace) -> np.ndarray:
 
 
 def fairness(study: Study) -> dict[str, object]:
-    """Who gets the rows: shares of the doubtful quarter, and Jain's index."""
+    """Shares of the doubtful quarter of the requests, and Jain's index."""
     weak = doubtful(study.test)
     return {name: served(study, scheduler, weak) for name, scheduler in study.policies().items()}
 
@@ -217,7 +218,7 @@ def served(study: Study, scheduler: Scheduler, weak: np.ndarray) -> dict[str, ob
 
 
 def range_of_tens(rows: list[float]) -> list[float]:
-    """Least and greatest mean of ten steps in a row."""
+    """Least and greatest mean of ten consecutive steps."""
     means = [np.nanmean(rows[i : i + 10]) for i in range(len(rows) - 9)]
     return [float(min(means)), float(max(means))]
 
@@ -243,7 +244,7 @@ def tail(study: Study) -> dict[str, object]:
 
 
 def wrong_cost(study: Study) -> dict[str, object]:
-    """Throughput-optimal that believes in another machine: the knee or the drafter's price wrong by 2x."""
+    """Throughput-optimal with a wrong cost model: the knee or the drafter's cost off by 2x."""
     law = lambda knee: tuple(1.0 + max(0.0, r - knee) / knee for r in study.cost.num_tokens)
     beliefs = {
         "true": study.cost,
@@ -262,13 +263,13 @@ def wrong_cost(study: Study) -> dict[str, object]:
     }
     learnt = study.throughput_optimal(beliefs["knee at twice"])
     found["knee at twice, learning"] = [
-        study.ratio(learnt, batch=b, steps=min(STEPS, 4096 // b), learn=0.3) for b in batches
+        study.ratio(learnt, batch=b, steps=min(STEPS, 4096 // b), update_rate=0.3) for b in batches
     ]
     return {"batch": batches, "curves": found}
 
 
 def temperature(study: Study, path: Path) -> dict[str, object]:
-    """The same prompts at temperature 0.8, with the gates and maps of greedy text, and with their own."""
+    """The same prompts at temperature 0.8, calibrated on greedy text and on themselves."""
     tune, test = halves(Trace.load(path))
     own = calibrate(tune)
     whole = study.test.texts(range(len(test.kind)))
@@ -305,7 +306,7 @@ def temperature(study: Study, path: Path) -> dict[str, object]:
 
 
 def lag(study: Study) -> dict[str, object]:
-    """Throughput-optimal whose forecast knows the step before, or only one or two earlier."""
+    """Throughput-optimal on a history of the step before, or of one or two earlier."""
     batches = (8, 64, 128)
     found = {
         str(late): [
@@ -332,7 +333,7 @@ def truncated(trace: Trace, tokens: int) -> Trace:
 
 
 def churn(study: Study) -> dict[str, object]:
-    """Requests that stay for a few tokens only, so that some leave and others join at every step."""
+    """Requests of a few tokens, so that some leave and others join at every step."""
     lives = (4, 8, 16, 32, 64)
     policies = {
         name: scheduler for name, scheduler in study.policies().items() if name != "global top-K"
@@ -376,7 +377,7 @@ def draw_budget(axis, r) -> None:
             label=f"{policy}, {law}",
         )
     axis.axvline(256, color=plot.QUIET, lw=0.8)
-    _ratio(axis, "K_max, rows of 64 requests")
+    _ratio(axis, "K_max, verify tokens of 64 requests")
     axis.set_xscale("log", base=2)
     axis.set_xticks([64, 128, 256, 512], ["64", "128", "256", "512"])
 
@@ -386,7 +387,7 @@ def draw_fairness(axis, r) -> None:
     names = [name for name in POLICIES if name in r]
     parts = (
         ("steps", "of request-steps", plot.QUIET),
-        ("rows", "of drafted rows", plot.of("throughput-optimal")),
+        ("rows", "of verified drafts", plot.of("throughput-optimal")),
         ("accepted", "of accepted drafts", plot.GOOD),
     )
     for i, (key, label, colour) in enumerate(parts):
@@ -398,7 +399,7 @@ def draw_fairness(axis, r) -> None:
             label=label,
         )
     axis.set_xticks(range(len(names)), [f"{n}\nJain {r[n]['jain']:.3f}" for n in names], fontsize=6)
-    _room_for_legend(axis)
+    _space_for_legend(axis)
     axis.set_ylabel("share of the doubtful quarter")
 
 
@@ -439,7 +440,7 @@ def draw_churn(axis, r) -> None:
 
 PANELS = {
     "budget": (draw_budget, "K_max"),
-    "fairness": (draw_fairness, "who gets the rows"),
+    "fairness": (draw_fairness, "which requests are verified"),
     "tail": (draw_tail, "tail of a step"),
     "wrong_cost": (draw_wrong_cost, "cost model wrong by 2x"),
     "churn": (draw_churn, "churn"),
@@ -459,7 +460,7 @@ def draw(results: dict, folder: Path) -> None:
             single.savefig(folder / f"gaps-{name.replace('_', '-')}.png", dpi=110)
 
 
-def _room_for_legend(axis) -> None:
+def _space_for_legend(axis) -> None:
     axis.set_ylim(0, 1.25 * axis.get_ylim()[1])
 
 

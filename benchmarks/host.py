@@ -1,18 +1,22 @@
-"""How many microseconds does the host take to plan, to pack into each layout, and to calibrate? One thread, beside peers' code in one run.
+"""How many microseconds does the host take to plan, pack and calibrate? One thread, with peers.
 
-    pip install --no-deps --target PEERS sglang==0.5.23           # 40 MB; nothing that it depends on is needed
-    PYTHONPATH=PEERS python benchmarks/host.py                    # all, into benchmarks/results/host.json and plan.png
-    PYTHONPATH=PEERS python benchmarks/host.py --only plan pack   # sections of it; --seconds for each
+    pip install --no-deps --target PEERS sglang==0.5.23          # 40 MB
+    PYTHONPATH=PEERS python benchmarks/host.py                   # results/host.json, plan.png
+    PYTHONPATH=PEERS python benchmarks/host.py --only plan pack  # sections of it
 
-*plan*: ranking and dealing of 1,024 rows to 256 requests, growing a layer, the forecast. SGLang's ``ScheduleVerifyLensTopk`` plans chains
-instead: it multiplies confidences along each request's chain, ranks all positions and returns how far each chain is verified; there are no
-parents, and no limit but the chain's length. Both see as many candidates and buy as many rows. Calls take turns, and every call gets other
-numbers than the one before, so that no branch predictor learns them.
+*plan*: ranking and selecting 1,024 verify tokens of 256 requests, growing a layer, choose_tier.
+SGLang's ``ScheduleVerifyLensTopk`` plans chains instead: it multiplies confidences along each
+request's chain, ranks all positions and returns how far each chain is verified; there are no
+parents, and no limit but the chain's length. Both see as many candidates and select as many. Calls
+take turns, and every call gets other numbers than the one before, so that no branch predictor
+learns them.
 
-*pack*: Flatten & Pack, every exporter and importer, and SGLang's ``organize_draft_results`` on uniform trees. Its tree builder for CPUs is
-C++ that its wheel lacks: ``--sglang-cpu`` names csrc/cpu/spec.cpp in a checkout of sgl-project/sglang, which is compiled as it stands.
+*pack*: Flatten & Pack, every exporter and importer, and SGLang's ``organize_draft_results`` on
+uniform trees. Its tree builder for CPUs is C++ that its wheel lacks: ``--sglang-cpu`` names
+csrc/cpu/spec.cpp in a checkout of sgl-project/sglang, which is compiled as it stands.
 
-*calibrate*: synthetic rows (Beta-distributed confidences) counted a second, and scikit-learn on the same rows where it is installed.
+*calibrate*: synthetic log entries (Beta-distributed confidences) counted a second, and scikit-learn
+on the same entries where it is installed.
 """
 
 from __future__ import annotations
@@ -46,13 +50,13 @@ from echo.tree.packed import pack
 RESULTS = Path(__file__).parent / "results"
 BATCH, ROWS, DEPTH, K, CONTEXT = 256, 1024, 4, 4, 512
 SHAPES = {64: (4, (16, 4, 4, 4)), 512: (8, (64, *[8] * 7))}
-"""Candidates of a request: nodes drafted on in a layer, and for each layer the candidates of each such node."""
+"""Candidates of a request: nodes expanded in a layer, and for each layer candidates of each."""
 POOLS, TURN = 8, 20
 Call = Callable[[int], Any]
 
 
 def timed(calls: dict[str, Call], seconds: float) -> dict[str, float]:
-    """Median microseconds of each call, in turns of twenty calls each, after one call and one turn to warm up."""
+    """Median microseconds of each call, in turns of twenty, after one turn to warm up."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for call in calls.values():
         call(0)
@@ -81,7 +85,7 @@ def calibration() -> echo.Calibration:
 def drafts(
     tree: echo.SuperTree, k: int, generator: torch.Generator, sharpness: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens and log-probabilities for every node of the frontier, of requests that differ in how sure their draft is."""
+    """Tokens and log-probabilities of every frontier node; requests differ in confidence."""
     shape = (*tree.frontier.token.shape, k)
     return torch.randint(0, 32000, shape, generator=generator), (
         sharpness * torch.randn(shape, generator=generator)
@@ -95,7 +99,7 @@ def steps(
     layers: tuple[int, ...],
     pools: int = POOLS,
 ) -> list[tuple[Any, ...]]:
-    """Forests ready to be planned, each with the forest a layer before and the drafts of that layer."""
+    """Trees ready to be planned, each with the tree a layer before and that layer's drafts."""
     made = []
     for seed in range(pools):
         generator = torch.Generator().manual_seed(seed)
@@ -119,7 +123,7 @@ def wheel() -> Path | None:
 
 
 def planner() -> Any:
-    """``ScheduleVerifyLensTopk`` of the installed wheel, imported without the engine around it; None where there is no wheel."""
+    """``ScheduleVerifyLensTopk`` of an installed wheel, without its engine, or None."""
     folder = wheel()
     if folder is None:
         return None
@@ -139,7 +143,7 @@ def planner() -> Any:
 
 
 def chains(theirs: Any, batch: int, candidates: int, extra: int) -> Call:
-    """Their plan of ``extra`` rows among chains of that many candidates; the settings are its defaults."""
+    """Their plan of ``extra`` tokens among chains of that many candidates, with its defaults."""
     settings = types.SimpleNamespace(
         min_verify_len=1, survival_eps=1e-6, resolved_max_verify_len=lambda: candidates + 1
     )
@@ -151,7 +155,7 @@ def chains(theirs: Any, batch: int, candidates: int, extra: int) -> Call:
 
 
 def plans(theirs: Any, seconds: float) -> dict[str, float]:
-    """The whole table at 256 requests and 1,024 rows."""
+    """The whole table at 256 requests and 1,024 verify tokens."""
     table: dict[str, float] = {}
     for candidates, (beam, layers) in SHAPES.items():
         calls: dict[str, Call] = {}
@@ -173,7 +177,7 @@ def plans(theirs: Any, seconds: float) -> dict[str, float]:
     return table
 
 
-def forecast() -> Call:
+def choose_tier() -> Call:
     """The host's decision from a history of twenty steps, of a scheduler with a cost model."""
     cost = echo.CostModel(
         (1, 64, 256, 512, 1024, 2048),
@@ -184,17 +188,17 @@ def forecast() -> Call:
     )
     scheduler = echo.ElasticBudgetScheduler(echo.GlobalRank(4, calibration()), None, cost, 4)
     histories = [scheduler.history(BATCH)]
-    slots = torch.randperm(BATCH, generator=torch.Generator().manual_seed(0))
+    req_indices = torch.randperm(BATCH, generator=torch.Generator().manual_seed(0))
     for tree, *_ in steps(scheduler, BATCH, ROWS, SHAPES[64][1], pools=20):
         packed = scheduler.pack(tree)
         histories.append(
-            histories[-1].observe(slots, packed, echo.accept(packed, packed.tokens.roll(-1)))
+            histories[-1].observe(req_indices, packed, echo.accept(packed, packed.tokens.roll(-1)))
         )
-    return lambda i: scheduler.choose_tier(histories[-1 - i % POOLS], slots)
+    return lambda i: scheduler.choose_tier(histories[-1 - i % POOLS], req_indices)
 
 
 def growth(theirs: Any, seconds: float) -> dict[str, list[dict[str, float]]]:
-    """Ranking and dealing of 64 candidates a request: by requests at four rows each, and by rows at 256 requests."""
+    """Selection among 64 candidates a request: by requests at four tokens each, and by tokens."""
     beam, layers = SHAPES[64]
     lines: dict[str, list[dict[str, float]]] = {"requests": [], "rows": []}
     sizes = [("requests", b, 4 * b) for b in (1, 4, 16, 64, 256, 1024, 4096)] + [
@@ -229,19 +233,19 @@ def draw(lines: dict[str, dict[str, list[float]]], path: Path) -> None:
                 x, [last * v / x[-1] for v in x], ":", color=plot.INK, lw=0.8, label="linear"
             )
             axis.set_xlabel(
-                "requests, 4 rows each" if line == "requests" else f"rows, {BATCH} requests"
+                "requests, 4 tokens each" if line == "requests" else f"tokens, {BATCH} requests"
             )
             axis.set_xticks(x, [f"{v:,}" for v in x])
             axis.minorticks_off()
         axes[0].set_ylabel("microseconds, one thread")
         axes[0].set_ylim(bottom=min(points["ours"][0] for points in lines.values()) / 2)
         axes[0].legend()
-        figure.suptitle("Ranking and dealing, 64 candidates a request")
+        figure.suptitle("Ranking and selecting, 64 candidates a request")
         figure.savefig(path, dpi=120)
 
 
 def grown(scheduler: echo.ElasticBudgetScheduler, seed: int = 0) -> echo.SuperTree:
-    """A step of random draft scores whose sharpness differs from request to request, so that trees are ragged."""
+    """A step of random draft scores of various sharpness, so that trees are ragged."""
     generator = torch.Generator().manual_seed(seed)
     sharpness = 0.3 + 4 * torch.rand(BATCH, 1, 1, generator=generator)
     tree = scheduler.begin(torch.randint(0, 32000, (BATCH,), generator=generator))
@@ -255,7 +259,7 @@ def grown(scheduler: echo.ElasticBudgetScheduler, seed: int = 0) -> echo.SuperTr
 def source(
     path: str, names: tuple[str, ...], scope: dict[str, Any]
 ) -> list[Callable[..., Any]] | None:
-    """Functions of sglang by name, from the installed wheel's source, without importing the engine around them."""
+    """Functions of sglang by name, from the installed wheel's source, without its engine."""
     folder = wheel()
     if folder is None:
         return None
@@ -293,7 +297,7 @@ def compiled(path: Path) -> Callable[..., Any]:
 
 
 def peers(cpp: Path | None, sizes: list[int], context: Tensor) -> dict[str, Callable[[], Any]]:
-    """sglang's own steps from drafted beams to links and mask, at ``sizes`` rows for every request."""
+    """sglang's own steps from drafted beams to links and mask, at ``sizes`` tokens a request."""
     names = ("_select_top_k_tokens_first", "_select_top_k_tokens_later", "select_top_k_tokens")
     scope = {
         "torch": torch,
@@ -409,18 +413,18 @@ def cases(
         "hugging_face": lambda: layouts.hugging_face(
             packed, n, context, CONTEXT, left_padded=False
         ),
-        "slot": lambda: packed.slot_mapping(context, table, 16, 0),
-        "position": lambda: packed.positions(context),
+        "slot_mapping": lambda: packed.slot_mapping(context, table, 16, 0),
+        "positions": lambda: packed.positions(context),
         "compact, paged": lambda: compact(
             packed, accepted, context, page_table=table, page_size=16, pad_slot_id=0
         ),
-        "wire": packed.to_buffer,
+        "to_buffer": packed.to_buffer,
     }
     if n > 32:
         del exporters["sglang_mask QLEN_ONLY_BITPACKING"]
     made = {name: call() for name, call in exporters.items()}
-    tokens, back = made["sglang"].draft_tokens, {"lengths": lens}
-    importers: dict[str, Callable[[], Any]] = {
+    tokens, back = made["sglang"].draft_tokens, {"num_nodes": lens}
+    imported: dict[str, Callable[[], Any]] = {
         "from_sglang": lambda: importers.from_sglang(made["sglang"], **back),
         "from_sglang_mask QLEN_ONLY": lambda: importers.from_sglang_mask(
             made["sglang_mask QLEN_ONLY"], tokens, n, "QLEN_ONLY", **back
@@ -436,11 +440,11 @@ def cases(
         "from_hugging_face": lambda: importers.from_hugging_face(made["hugging_face"], **back),
         "validate": packed.validate,
     }
-    return exporters, importers
+    return exporters, imported
 
 
 def packing(n: int, seconds: float, cpp: Path | None) -> dict[str, Any]:
-    """All figures with trees of at most ``n`` rows, which are also the rows of every request in uniform layouts."""
+    """All figures with trees of at most ``n`` tokens, the tokens a request of uniform layouts."""
     torch.manual_seed(0)
     scheduler = echo.ElasticBudgetScheduler(
         echo.GlobalRank(K), budget=ROWS, max_depth=DEPTH, max_verify_tokens_per_req=n
@@ -451,7 +455,7 @@ def packing(n: int, seconds: float, cpp: Path | None) -> dict[str, Any]:
     context = torch.randint(
         CONTEXT // 2, CONTEXT, (BATCH,), generator=torch.Generator().manual_seed(1)
     )
-    exporters, importers = cases(packed, n, context)
+    exporters, imported = cases(packed, n, context)
 
     def same_job() -> Any:
         step = scheduler.pack(tree)
@@ -466,7 +470,7 @@ def packing(n: int, seconds: float, cpp: Path | None) -> dict[str, Any]:
         **exporters,
     }
     everything = timed(
-        {name: lambda _, call=call: call() for name, call in (calls | importers).items()}, seconds
+        {name: lambda _, call=call: call() for name, call in (calls | imported).items()}, seconds
     )
     results = {name: {"us": us} for name, us in everything.items()}
     results["pack"]["bytes_per_row"] = round(size(packed) / ROWS, 1)
@@ -483,7 +487,7 @@ def packing(n: int, seconds: float, cpp: Path | None) -> dict[str, Any]:
 
 
 def synthetic(rows: int, depths: int, seed: int = 0) -> echo.WarmupLog:
-    """``rows`` rows of each depth."""
+    """``rows`` entries of each depth."""
     random = np.random.default_rng(seed)
     n = rows * depths
     depth = np.repeat(np.arange(1, depths + 1, dtype=np.int32), rows)
@@ -506,7 +510,7 @@ def cpu_seconds(call: Callable[[], object], repeats: int) -> float:
 
 
 def calibrating(rows: int, depths: int = 8) -> dict[str, Any]:
-    """Rows counted a second, seconds to calibrate, and how much longer scikit-learn takes for AUC and isotonic maps of the same rows."""
+    """Log entries counted a second, seconds to calibrate, scikit-learn's time over ours."""
     log = synthetic(rows, depths)
     weighted = echo.WarmupLog.from_arrays(
         log.depth, log.confidence, log.accepted, weight=np.where(np.arange(len(log)) % 9, 1.0, 10.0)
@@ -556,7 +560,7 @@ def calibrating(rows: int, depths: int = 8) -> dict[str, Any]:
 def planning(seconds: float) -> dict[str, Any]:
     """The table and the two growth lines, as engines run: under inference mode."""
     theirs = planner()
-    table = plans(theirs, 0.4 * seconds) | timed({"forecast": forecast()}, 0.1 * seconds)
+    table = plans(theirs, 0.4 * seconds) | timed({"choose_tier": choose_tier()}, 0.1 * seconds)
     lines = {name: fold(points) for name, points in growth(theirs, 0.5 * seconds).items()}
     return {"peer": "sglang 0.5.23" if theirs is not None else None, "us": table, "growth": lines}
 

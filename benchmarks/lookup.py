@@ -1,10 +1,11 @@
-"""What is prompt lookup beside a drafter worth? The same texts drafted by the head alone, and with it.
+"""What is prompt lookup beside a drafter worth? The same texts drafted with and without it.
 
     python benchmarks/lookup.py
 
-Accepted drafts at equal rows, the best of the batch by calibrated path probability, with intervals from a bootstrap over texts; and
-throughput in the cells of replay.py, which is run first: results/replay.json has those of the pooled drafts. The oracle and the baselines
-are those of the head alone. Writes results/lookup.json and .png.
+Accepted drafts at equal verify tokens, the best of the batch by calibrated path probability, with
+intervals from a bootstrap over texts; and throughput in the cells of replay.py, which is run first:
+results/replay.json has those of the pooled drafts. The oracle and the baselines are those of the
+head alone. Writes results/lookup.json and .png.
 """
 
 from __future__ import annotations
@@ -28,12 +29,12 @@ from echo import plot
 from echo.gating import look_up
 from echo.kernels.codes import ONE
 from echo.testing import Trace
-from echo.testing.replay import _Source
+from echo.testing.replay import Source
 from replay import BATCHES, column
 
-ROWS = (1, 2, 4, 8, 16)
-"""Drafted rows a request."""
-DRAWN = "dense, knee at 256 rows"
+DRAFTS = (1, 2, 4, 8, 16)
+"""Verified drafts a request."""
+DRAWN = "dense, knee at 256 tokens"
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class Pool:
 
 def pool(trace: Trace) -> Pool:
     """The drafts at every position but the last of each text, on the widest beam."""
-    source, following = _Source(trace), torch.from_numpy(trace.following).long()
+    source, following = Source(trace), torch.from_numpy(trace.following).long()
     scheduler = echo.ElasticBudgetScheduler(echo.GlobalRank(trace.beam), None, 1 << 20, trace.depth)
     at = np.delete(np.arange(trace.positions), trace.indptr[1:] - 1)
     parts = []
@@ -89,7 +90,7 @@ def pool(trace: Trace) -> Pool:
 
 
 def mapped(p: Pool, half: np.ndarray) -> np.ndarray:
-    """f [P, T] as :class:`echo.GlobalRank` has it: each score through the map of its depth, no more than its parent's f."""
+    """f [P, T] as of :class:`echo.GlobalRank`: scores through reliability maps, never rising."""
     use = p.drafted & half[:, None]
     log = echo.WarmupLog.from_arrays(p.depth[use], np.exp(p.score[use]), p.accepted[use])
     table = torch.from_numpy(
@@ -110,7 +111,7 @@ def mapped(p: Pool, half: np.ndarray) -> np.ndarray:
 
 
 def ranking(p: Pool, f: np.ndarray, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The drafts of the positions ``chosen``, best first (ties: the shallower): whose they are, and whether accepted."""
+    """Drafts of the positions ``chosen``, best first, then shallowest: text, accepted or not."""
     use = p.drafted & chosen[:, None]
     order = np.lexsort((p.depth[use], -f[use]))
     return np.broadcast_to(p.text[:, None], use.shape)[use][order], p.accepted[use][order]
@@ -119,21 +120,21 @@ def ranking(p: Pool, f: np.ndarray, chosen: np.ndarray) -> tuple[np.ndarray, np.
 def accepted(
     order: tuple[np.ndarray, np.ndarray], positions: np.ndarray, weight: np.ndarray
 ) -> np.ndarray:
-    """Accepted drafts [len(ROWS)] when that many rows a position go to the best; texts count ``weight`` times."""
+    """Accepted drafts [len(DRAFTS)] of the best ones; texts count ``weight`` times."""
     w = weight[order[0]]
-    rows, hits = np.cumsum(w), np.cumsum(w * order[1])
-    places = np.searchsorted(rows, np.array(ROWS) * (weight * positions).sum())
-    return hits[np.minimum(places, len(hits) - 1)]
+    count, hits = np.cumsum(w), np.cumsum(w * order[1])
+    at = np.searchsorted(count, np.array(DRAFTS) * (weight * positions).sum())
+    return hits[np.minimum(at, len(hits) - 1)]
 
 
 def oracle(p: Pool, chosen: np.ndarray, positions: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    """Accepted drafts [len(ROWS)] where rows go to nothing but what will be accepted."""
+    """Accepted drafts [len(DRAFTS)] if nothing else is verified."""
     path = (weight[p.text[chosen]] * p.accepted[chosen, 1:].sum(axis=1)).sum()
-    return np.minimum(path, np.array(ROWS) * (weight * positions).sum())
+    return np.minimum(path, np.array(DRAFTS) * (weight * positions).sum())
 
 
 def equal_rows(alone: Trace, pooled: Trace, resamples: int = 400) -> list[dict[str, float]]:
-    """Accepted drafts a position at equal rows. Maps are fitted on one half of the texts and judged on the other, both ways."""
+    """Accepted drafts a position at equal verify tokens; maps cross-fitted on two halves."""
     pools = {"alone": pool(alone), "pooled": pool(pooled)}
     first, _ = split(alone)
     random, texts = np.random.default_rng(0), len(alone.kind)
@@ -141,7 +142,7 @@ def equal_rows(alone: Trace, pooled: Trace, resamples: int = 400) -> list[dict[s
         np.bincount(random.integers(0, texts, texts), minlength=texts).astype(float)
         for _ in range(resamples)
     ]
-    found: dict[str, np.ndarray] = defaultdict(lambda: np.zeros((len(weights), len(ROWS))))
+    found: dict[str, np.ndarray] = defaultdict(lambda: np.zeros((len(weights), len(DRAFTS))))
     for name, p in pools.items():
         half = np.isin(p.text, first)
         for fit, test in ((half, ~half), (~half, half)):
@@ -157,7 +158,7 @@ def equal_rows(alone: Trace, pooled: Trace, resamples: int = 400) -> list[dict[s
     gain = found["pooled"] / found["alone"] - 1
     closed = (found["pooled"] - found["alone"]) / (found["oracle"] - found["alone"])
     rows = []
-    for i, each in enumerate(ROWS):
+    for i, each in enumerate(DRAFTS):
         low, high = np.percentile(gain[1:, i], [2.5, 97.5])
         own = {name: float(values[0, i]) for name, values in found.items()}
         rows.append(
@@ -174,7 +175,7 @@ def equal_rows(alone: Trace, pooled: Trace, resamples: int = 400) -> list[dict[s
 
 
 def cells(alone: Path, pooled: list[dict[str, Any]]) -> list[dict[str, float | str]]:
-    """Each cell of replay.py: throughput over plain decoding, and how far throughput-optimal comes from the head's best baseline to its oracle."""
+    """Each cell of replay.py: throughput over plain decoding, way from baseline to oracle."""
     order = sorted(BATCHES, reverse=True)
     with ProcessPoolExecutor(max_workers=os.cpu_count()) as workers:
         parts = workers.map(column, [alone] * len(order), order, [shapes()] * len(order))
@@ -215,7 +216,7 @@ def cells(alone: Path, pooled: list[dict[str, Any]]) -> list[dict[str, float | s
 
 
 def draw(equal: list[dict[str, float]], found: list[dict[str, float | str]], path: Path) -> None:
-    """Accepted drafts by rows, and throughput by batch."""
+    """Accepted drafts by verified drafts, and throughput by batch."""
     lines = {
         "oracle": ("oracle, head's drafts", plot.QUIET),
         "pooled": ("throughput-optimal, head and prompt lookup", plot.GOOD),
@@ -249,8 +250,8 @@ def draw(equal: list[dict[str, float]], found: list[dict[str, float | str]], pat
         left.set_xscale("log", base=2)
         left.set_xticks(x, [str(n) for n in x])
         left.set(
-            title="At equal rows",
-            xlabel="drafted rows a request",
+            title="At equal verify tokens",
+            xlabel="verified drafts a request",
             ylabel="accepted drafts a step",
             ylim=(0, None),
         )
@@ -260,7 +261,7 @@ def draw(equal: list[dict[str, float]], found: list[dict[str, float | str]], pat
             row = {int(r["batch"]): float(r[name]) for r in found if r["shape"] == DRAWN}
             right.plot(BATCHES, [row[b] for b in BATCHES], "o-", ms=3, color=colour, label=label)
         right.set(
-            title=f"Where rows cost ({DRAWN})",
+            title=f"Where verify tokens cost ({DRAWN})",
             xlabel="batch",
             ylabel="throughput / plain decoding",
             ylim=(0, None),
@@ -284,9 +285,8 @@ def main() -> None:
         raise SystemExit(f"{args.alone}: expected the texts of {args.trace}, got others")
     replayed = json.loads((args.out / "replay.json").read_text())
     if replayed["trace"] != args.trace.name:
-        raise SystemExit(
-            f"replay.json: expected a replay of {args.trace.name}, got one of {replayed['trace']}: run replay.py first"
-        )
+        got = f"got one of {replayed['trace']}: run replay.py first"
+        raise SystemExit(f"replay.json: expected a replay of {args.trace.name}, {got}")
     result = {
         "equal_rows": equal_rows(alone, pooled),
         "cells": cells(args.alone, unfold(replayed["cells"], "shape", "policy")),
@@ -297,15 +297,15 @@ def main() -> None:
     )
     draw(result["equal_rows"], result["cells"], args.out / "lookup.png")
     for row in result["equal_rows"]:
-        text = f"{row['alone']:.3f} -> {row['pooled']:.3f} accepted ({row['gain']:+.1%} [{row['low']:+.1%}, {row['high']:+.1%}])"
-        print(
-            f"{row['rows']:3} rows a request: {text}, {row['share_of_way_to_oracle']:.0%} of the way to the oracle"
-        )
+        gain = f"{row['gain']:+.1%} [{row['low']:+.1%}, {row['high']:+.1%}]"
+        text = f"{row['alone']:.3f} -> {row['pooled']:.3f} accepted ({gain})"
+        way = f"{row['share_of_way_to_oracle']:.0%} of the way to the oracle"
+        print(f"{row['rows']:3} drafts a request: {text}, {way}")
     for row in result["cells"]:
-        text = f"baseline {row['baseline']:.2f}, throughput-optimal {row['alone']:.2f} -> {row['pooled']:.2f}, oracle {row['oracle']:.2f}"
-        print(
-            f"{row['shape']:34} {row['batch']:4}  {text}; closed {row['closed_alone']:.2f} -> {row['closed_pooled']:.2f}"
-        )
+        text = f"throughput-optimal {row['alone']:.2f} -> {row['pooled']:.2f}"
+        text = f"baseline {row['baseline']:.2f}, {text}, oracle {row['oracle']:.2f}"
+        closed = f"closed {row['closed_alone']:.2f} -> {row['closed_pooled']:.2f}"
+        print(f"{row['shape']:34} {row['batch']:4}  {text}; {closed}")
 
 
 if __name__ == "__main__":

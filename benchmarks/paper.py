@@ -1,11 +1,12 @@
-"""Do the paper's figures come out? Its policies on real drafts by exact replay, charged by rooflines of its six models on 8 x H100.
+"""Do the paper's figures come out? Exact replay, charged by rooflines of its models on 8 x H100.
 
     python benchmarks/paper.py               # about three minutes on one core
     python benchmarks/paper.py --share 0.1   # a glance
 
-The drafts are SmolLM2-135M's (benchmarks/traces). Acceptance of so small a model does not transfer, so each figure is given twice: on the
-trace as recorded, and on the trace with acceptance raised to the paper's (common/raised.py). Policies are tuned and calibrated on
-one half of the texts and measured on the other. Writes benchmarks/results/paper.json, paper.md and paper.png.
+The drafts are SmolLM2-135M's (benchmarks/traces). Acceptance of so small a model does not transfer,
+so each figure is given twice: on the trace as recorded, and on the trace with acceptance raised to
+the paper's (common/raised.py). Policies are tuned and calibrated on one half of the texts and
+measured on the other. Writes benchmarks/results/paper.json, paper.md and paper.png.
 """
 
 from __future__ import annotations
@@ -43,12 +44,12 @@ from echo.testing import Trace
 BATCHES = (1, 8, 16, 32, 64, 128, 256)
 STEPS = {1: 240, 8: 100, 16: 70, 32: 50, 64: 36, 128: 28, 256: 22}
 CONTEXT = 800
-"""Tokens of context of a request, prompt included: what instruction, code and summarising prompts with their answers come to."""
+"""Tokens of context of a request, as of instruction, code and summarising prompts with answers."""
 TOKENS = 7.0
-"""Tokens a step that the raised trace reaches with the paper's tree of batch 1: the middle of its 6 to 8."""
+"""Tokens a step of the raised trace with the paper's tree of batch 1: the middle of its 6 to 8."""
 LOW, HIGH, MATCHED = (60, 6, 8), (8, 4, 5), (5, 3, 3)
-"""Rows, beam and depth of EAGLE-3's tree: the paper's at batch 1 (its beam of 10 is more than the 6 on record), SGLang's default at
-load, and the start that the paper gave ECHO at load."""
+"""Verify tokens, beam and depth of EAGLE-3's tree: the paper's at batch 1 (its beam of 10 is more
+than the 6 on record), SGLang's default at load, and the start that the paper gave ECHO at load."""
 Scheduler = echo.ElasticBudgetScheduler
 
 
@@ -68,7 +69,7 @@ class Bench:
         self.cache: dict[tuple[bool, str, bool], Steps] = {}
 
     def found(self, scheduler: Scheduler, tuning: bool = False, exact: bool = False) -> Steps:
-        """The policy's steps: on the texts for tuning (half as many), on those for the figures, or as the oracle drafts them."""
+        """The policy's steps: for tuning (half as many), for the figures, or the oracle's."""
         key = tuning, describe(scheduler), exact
         if key not in self.cache:
             trace = self.tune if tuning else oracle_trace(self.test) if exact else self.test
@@ -113,12 +114,13 @@ class Bench:
             "DDD": [Scheduler(own, gate, None, depth) for gate in gates],
             "OPT-Tree": [Scheduler(own, gate, None, depth) for gate in grows],
             "ECHO": [
-                Scheduler(echo.TwoLevel(width, 8), echo.SparseGate(calibration), rows, layers)
-                for width, layers in ((3, 3), (1, depth))
-                for rows in budgets
+                Scheduler(echo.TwoLevel(beam_, 8), echo.SparseGate(calibration), k_max, layers)
+                for beam_, layers in ((3, 3), (1, depth))
+                for k_max in budgets
             ],
             "global top-K": [
-                Scheduler(echo.GlobalRank(beam, calibration), None, rows, depth) for rows in budgets
+                Scheduler(echo.GlobalRank(beam, calibration), None, k_max, depth)
+                for k_max in budgets
             ],
         }
 
@@ -166,7 +168,7 @@ class Bench:
                     "high": max(high, floor),
                     "plain": plain,
                     "tokens_per_step": float(steps.tokens.mean() / self.batch),
-                    "rows": float(steps.rows.mean()),
+                    "rows": float(steps.num_verify_tokens.mean()),
                     "layers": float(steps.layers.mean()),
                 }
 
@@ -178,7 +180,8 @@ class Claim:
     Attributes:
         text: what is compared.
         paper: its figure.
-        ours: of a lookup ``(model, batch, policy) -> tokens a second``, the same figure; the first argument may be "plain".
+        ours: of a lookup ``(model, batch, policy) -> tokens a second``, the same figure; the first
+            argument may be "plain".
         why: key of the reason, in :data:`REASONS`.
         ratio: a ratio and not a relative gain.
     """
@@ -292,19 +295,27 @@ def claims() -> list[Claim]:
 
 
 REASONS = {
-    "host": "EAGLE-3's default tree launches 2,048 rows for 256 requests, long past the knee of a dense model on eight devices, and here "
-    "that is charged in full. The paper's EAGLE-3 emits 10,703 tokens a second where our roofline says 61,946 for plain decoding: its "
-    "steps must have fixed costs several times ours, which hide what rows cost.",
-    "experts": "256 rows reach every expert, so 2,048 cost only 1.6 times as much: there is little to save. On the raised trace the "
-    "default's deeper trees are worth their rows.",
-    "matched": "EAGLE-3 from the start that the paper gave ECHO. This part of the gain is ECHO's own; the paper does not give it.",
-    "gates": "Gates at every depth stop more: as good where most drafts fail, worse where most succeed. One threshold, the mean of "
-    "those by depth, stops less than Youden's points do: these separate best, which is not what pays most.",
-    "budget": "At batch 1 rows are nearly free. ECHO's gates stop there all the same, being made to separate; DDD's best threshold hardly "
-    "ever stops.",
-    "routing": "As recorded, 2.7 tokens a step are too few. Routing is taken as uniform, so that 60 rows read nearly all experts, at 3.2 "
-    "times a single row's cost; tuned to 8 rows ECHO reads fewer. With acceptance raised, ECHO is first as in the paper, near its figure.",
-    "ceiling": "EAGLE-3's tree reaches 5.62x here, above the paper's best; ECHO's gates stop chains at 4.55 tokens a step instead of 6.75.",
+    "host": "EAGLE-3's default tree launches 2,048 verify tokens for 256 requests, long past "
+    "the knee of a dense model on eight devices, and here that is charged in full. The "
+    "paper's EAGLE-3 emits 10,703 tokens a second where our roofline says 61,946 for "
+    "plain decoding: its steps must have fixed costs several times ours, which hide "
+    "what verify tokens cost.",
+    "experts": "256 tokens reach every expert, so 2,048 cost only 1.6 times as much: there is "
+    "little to save. On the raised trace the default's deeper trees are worth their "
+    "tokens.",
+    "matched": "EAGLE-3 from the start that the paper gave ECHO. This part of the gain is ECHO's "
+    "own; the paper does not give it.",
+    "gates": "Gates at every depth stop more: as good where most drafts fail, worse where most "
+    "succeed. One threshold, the mean of those by depth, stops less than Youden's "
+    "points do: these separate best, which is not what pays most.",
+    "budget": "At batch 1 verify tokens are nearly free. ECHO's gates stop there all the same, "
+    "being made to separate; DDD's best threshold hardly ever stops.",
+    "routing": "As recorded, 2.7 tokens a step are too few. Routing is taken as uniform, so that "
+    "60 tokens read nearly all experts, at 3.2 times a single token's cost; tuned to 8 "
+    "tokens ECHO reads fewer. With acceptance raised, ECHO is first as in the paper, "
+    "near its figure.",
+    "ceiling": "EAGLE-3's tree reaches 5.62x here, above the paper's best; ECHO's gates stop "
+    "chains at 4.55 tokens a step instead of 6.75.",
 }
 """Why our figures differ from the paper's."""
 
@@ -331,7 +342,7 @@ def compare(cells: dict[str, list[dict[str, object]]]) -> list[dict[str, str]]:
 
 
 def markdown(comparison: list[dict[str, str]], cells: dict[str, list[dict[str, object]]]) -> str:
-    """The comparison, and each trace's table of throughput over plain decoding for two of the models."""
+    """The comparison, and throughput over plain decoding of two models on each trace."""
     names = list(cells)
     lines = [
         f"| figure | paper | {' | '.join(names)} | why |",
@@ -441,9 +452,8 @@ def main() -> None:
     )
     (args.out / "paper.md").write_text(markdown(comparison, cells))
     draw(cells, args.out / "paper.png")
-    console.print(
-        f"paper.json, paper.md and paper.png written to {args.out}; {time.perf_counter() - start:.0f} s in all"
-    )
+    seconds = time.perf_counter() - start
+    console.print(f"paper.json, .md and .png written to {args.out}; {seconds:.0f} s in all")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
-"""How does every policy do on the same recorded drafts? Throughput over plain decoding, by batch size and cost shape.
+"""How does every policy do on the same recorded drafts? Throughput over plain decoding.
 
-    make replay                                        # the shipped trace, under 3 minutes on two cores
-    python benchmarks/replay.py --trace other.npz      # a larger one, made by examples/smollm2/record.py
+    make replay                                   # the shipped trace, under 3 minutes on two cores
+    python benchmarks/replay.py --trace other.npz # a larger one, made by examples/smollm2/record.py
 
-Calibration and tuning use one half of the texts, the figures the other half, with 95% intervals from a block bootstrap over
-steps. Plain decoding of B requests costs T(B) a step. The oracle verifies what will be accepted and nothing else, at its best
-depth. Writes benchmarks/results/replay.json and replay.png.
+Calibration and tuning use one half of the texts, the figures the other half, with 95% intervals
+from a block bootstrap over steps. Plain decoding of B requests costs T(B) a step. The oracle
+verifies what will be accepted and nothing else, at its best depth. Writes
+benchmarks/results/replay.json and replay.png.
 """
 
 from __future__ import annotations
@@ -46,9 +47,9 @@ BATCHES = (1, 8, 32, 64, 128, 256)
 STEPS = {1: 320, 8: 160, 32: 80, 64: 60, 128: 40, 256: 32}
 Scheduler = echo.ElasticBudgetScheduler
 LONG = 400
-"""Steps of the runs of throughput-optimal and the best baseline that show what probes and the drafter's reading up cost where nothing is won."""
+"""Steps of the runs that show what probes and the drafter's extend cost if nothing is won."""
 PAIRED = {8: 600, 64: 240}
-"""Steps by batch in which trees and chains are compared at equal rows."""
+"""Steps by batch in which trees and chains are compared at equal verify tokens."""
 
 
 def column(path: Path, batch: int, costs: dict[str, echo.CostModel]) -> list[dict[str, object]]:
@@ -138,15 +139,15 @@ def column(path: Path, batch: int, costs: dict[str, echo.CostModel]) -> list[dic
 
 
 def trees_and_chains(path: Path, batch: int) -> list[dict[str, float]]:
-    """What trees emit over what chains emit, as many rows dealt by one ranking to both, without regard to cost."""
+    """Tokens of trees over tokens of chains: one ranking, equal verify tokens, cost left out."""
     torch.set_num_threads(1)
     tune, test = halves(Trace.load(path))
     calibration = calibrate(tune)
     found = []
     for each in (1.5, 2, 3, 4, 6, 8, 12, 16):
-        rows, tokens = int(each * batch), []
+        budget, tokens = int(each * batch), []
         for trace, beam in ((test, test.beam), (chain_trace(test), 1)):
-            scheduler = Scheduler(echo.GlobalRank(beam, calibration), None, rows, test.depth)
+            scheduler = Scheduler(echo.GlobalRank(beam, calibration), None, budget, test.depth)
             tokens.append(run(trace, scheduler, FREE, batch, PAIRED[batch]).tokens)
         low, high = ratio_interval(*tokens)
         found.append(
@@ -254,9 +255,11 @@ def main() -> None:
             for row in part
         ]
     show(console, cells)
-    table = Table(title="tokens of trees / tokens of chains, at equal rows", header_style="bold")
+    table = Table(
+        title="tokens of trees / tokens of chains, at equal verify tokens", header_style="bold"
+    )
     for name in (
-        "rows a request",
+        "verify tokens a request",
         *(f"{row['rows_each']:g}" for row in chains if row["batch"] == 8),
     ):
         table.add_column(name, justify="right")
@@ -273,7 +276,8 @@ def main() -> None:
         ]
     ).min(axis=0)
     console.print(
-        f"throughput-optimal over {LONG} steps: at least {long[0]:.3f} of plain decoding, {long[1]:.3f} of the best tuned baseline"
+        f"throughput-optimal over {LONG} steps: at least {long[0]:.3f} of plain decoding, "
+        f"{long[1]:.3f} of the best tuned baseline"
     )
     write(
         args.out / "replay.json",
@@ -284,9 +288,8 @@ def main() -> None:
         },
     )
     draw(cells, args.out / "replay.png")
-    console.print(
-        f"{args.out / 'replay.json'} and replay.png written; {time.perf_counter() - start:.0f} s in all"
-    )
+    seconds = time.perf_counter() - start
+    console.print(f"{args.out / 'replay.json'} and replay.png written; {seconds:.0f} s in all")
 
 
 if __name__ == "__main__":

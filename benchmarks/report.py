@@ -1,8 +1,8 @@
 """What did the benchmarks' last runs say, in one table and in pictures?
 
 python benchmarks/report.py             # the table, at the end of ``make bench`` too
-python benchmarks/report.py --pictures  # draws all pictures again from the results, in one look (``echo.style``)
-python benchmarks/report.py --tree      # docs/images/tree.png: one step of the paper's policy on the shipped trace, and a tree as text
+python benchmarks/report.py --pictures  # all pictures again, from the results
+python benchmarks/report.py --tree      # docs/images/tree.png: one step of the paper's policy
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ SECTIONS = (
             "0.99",
         ),
         (
-            "trees over chains at equal rows, mean",
+            "trees over chains at equal verify tokens, mean",
             lambda: mean(found("replay")["trees_over_chains"]["ratio"]),
             "1.05",
         ),
@@ -121,15 +121,15 @@ SECTIONS = (
         ),
     ),
     (
-        ("ranking and dealing 64 candidates a request, us", lambda: planning("select 64"), "350"),
+        ("ranking and selecting 64 candidates a request, us", lambda: planning("select 64"), "350"),
         ("the same, calibrated, us", lambda: planning("select 64, calibrated"), "350"),
         (
-            "ranking and dealing 512 candidates a request, us",
+            "ranking and selecting 512 candidates a request, us",
             lambda: planning("select 512"),
             "2000",
         ),
         ("one grow, us", lambda: planning("grow 64"), "150"),
-        ("a forecast, us", lambda: planning("forecast"), "50"),
+        ("choose_tier, us", lambda: planning("choose_tier"), "50"),
         (
             "SGLang's chain planner over ours at 64",
             lambda: planning("sglang chains 64") / planning("select 64"),
@@ -137,7 +137,7 @@ SECTIONS = (
         ),
         ("pack, us", lambda: found("host")["pack"]["16"]["pack"]["us"], "350"),
         (
-            "histograms, million rows a second",
+            "histograms, million entries a second",
             lambda: found("host")["calibrate"]["count_rows_per_s"] / 1e6,
             "50",
         ),
@@ -179,7 +179,7 @@ def contrast(record: Record) -> tuple[float, int]:
 
 
 def tree() -> None:
-    """Six answers replayed together under one budget. Drawn is the step whose trees differ most in size: chosen for its contrast."""
+    """One step of six answers under one budget: the one whose trees differ most in size."""
     from transformers import AutoTokenizer
 
     sys.path.insert(0, str(HERE.parent / "examples" / "smollm2"))

@@ -1,12 +1,14 @@
-"""How many GPUs does elastic speculation save a service, and what can it cost at worst? A simulation.
+"""How many GPUs does elastic speculation save a service, and what can it cost? A simulation.
 
     python benchmarks/service.py               # under two minutes on one core
     python benchmarks/service.py --share 0.1   # a glance
 
-Replicas (LLaMA-3.3-70B on 4 x H100 each, by the roofline) behind a router that sends each request to the replica with fewest: continuous
-batching, chunked prefill in the same forward pass, a limit on cached tokens. What a step emits, launches and drafts is drawn from exact
-replays of the policy at about that batch size, with and without a chunk of prefill beside it, of the text that each request writes. Then
-the worst ratio to speculation off under churn, lag and drift, by exact replay. All draws come from one seed.
+Replicas (LLaMA-3.3-70B on 4 x H100 each, by the roofline) behind a router that sends each request
+to the replica with fewest: continuous batching, chunked prefill in the same forward pass, a limit
+on cached tokens. What a step emits, launches and drafts is drawn from exact replays of the policy
+at about that batch size, with and without a chunk of prefill beside it, of the text that each
+request writes. Then the worst ratio to speculation off under churn, lag and drift, by exact replay.
+All draws come from one seed.
 
 Writes benchmarks/results/service.json, service.md and service.png.
 """
@@ -43,29 +45,29 @@ Scheduler = echo.ElasticBudgetScheduler
 GPUS = 4
 STEPS = {1: 100, 4: 50, 16: 36, 32: 30, 64: 26, 96: 24, 128: 22, 192: 22, 256: 22}
 WARM = 8
-"""Batch sizes that are replayed, and steps of each, the first few left out; a step of another size is drawn from the next larger."""
+"""Batch sizes replayed, steps of each, the first few left out; other sizes use the next larger."""
 CHUNK = 512
-"""Rows of prefill in one step at most."""
-SLOTS = 256
+"""Prefill tokens in one step at most."""
+MAX_NUM_REQS = 256
 CACHE = 440_000
-"""Tokens of context that a replica can hold: what 4 x 80 GB leave beside the weights, at 328 kB a token."""
+"""Tokens of KV cache of a replica: what 4 x 80 GB leave beside the weights, at 328 kB each."""
 NAMES = ("as recorded", "raised")
 LEVELS, TTFT, ATTAINED = (20, 40), 2.0, 0.95
-"""Service levels: milliseconds a token, seconds to the first token, of that share of the requests."""
+"""Service levels: milliseconds a token, seconds to the first, of that share of the requests."""
 SECONDS, SETTLE = 45.0, 12.0
 """Simulated, and of those left out at the start."""
 
 
 @dataclass(frozen=True)
 class Beside(Scheduler):
-    """A scheduler beside whose steps some rows of prefill always run."""
+    """A scheduler whose forward passes always take some prefill tokens too."""
 
-    base: int = 0
+    prefill: int = 0
 
     def choose_tier(
-        self, history: echo.History, slots: torch.Tensor, base_rows: int = 0
+        self, history: echo.History, req_indices: torch.Tensor, num_other_tokens: int = 0
     ) -> echo.budget.Tier:
-        return super().choose_tier(history, slots, base_rows + self.base)
+        return super().choose_tier(history, req_indices, num_other_tokens + self.prefill)
 
 
 @dataclass(frozen=True)
@@ -73,22 +75,22 @@ class Steps:
     """Replayed steps of a policy at one batch size.
 
     Attributes:
-        rows: float64 [steps], rows launched for each request.
+        num_verify_tokens: float64 [steps], launched for each request.
         layers: int64 [steps], drafted.
         emitted: int64 [texts, most], tokens of each text in each step that drafted.
         counts: int64 [texts], how many steps those are.
-        width: rows of a drafted layer for each request.
+        beam: nodes of a layer that each request expands.
     """
 
-    rows: np.ndarray
+    num_verify_tokens: np.ndarray
     layers: np.ndarray
     emitted: np.ndarray
     counts: np.ndarray
-    width: int
+    beam: int
 
 
-def replayed(trace: Trace, scheduler: Scheduler, batch: int, base: int, share: float) -> Steps:
-    """Steps of the policy on the trace, beside ``base`` rows of prefill."""
+def replayed(trace: Trace, scheduler: Scheduler, batch: int, prefill: int, share: float) -> Steps:
+    """Steps of the policy on the trace, beside ``prefill`` tokens of prefill."""
     own = {
         name: getattr(scheduler, name)
         for name in (
@@ -114,24 +116,24 @@ def replayed(trace: Trace, scheduler: Scheduler, batch: int, base: int, share: f
         np.random.default_rng(2).permutation(len(trace.kind)),
         WARM + max(6, int(share * STEPS[batch])),
     )
-    base = 0 if scheduler.budget is None else base  # a static tree knows of no prefill
+    prefill = 0 if scheduler.budget is None else prefill  # a static tree knows of no prefill
     replay(
         trace,
-        Beside(**own, base=base),
+        Beside(**own, prefill=prefill),
         FREE,
         batch=batch,
         steps=steps,
         order=order,
         observe=observe,
     )
-    rows, layers = np.array(seen[WARM:]).T
+    verified, layers = np.array(seen[WARM:]).T
     pool = [token for tokens in emitted for token in tokens] or [1]
     emitted = [tokens or pool for tokens in emitted]
     table = np.zeros((len(emitted), max(map(len, emitted))), dtype=int)
     for row, tokens in zip(table, emitted, strict=True):
         row[: len(tokens)] = tokens
     return Steps(
-        rows,
+        verified,
         layers.astype(int),
         table,
         np.array([len(tokens) for tokens in emitted]),
@@ -141,13 +143,13 @@ def replayed(trace: Trace, scheduler: Scheduler, batch: int, base: int, share: f
 
 @dataclass(frozen=True)
 class Load:
-    """Requests a second at all replicas together, and how they come: "poisson", or "bursty" (gamma gaps, coefficient of variation 3)."""
+    """Requests a second at all replicas: "poisson", or "bursty" (gamma gaps, variation 3)."""
 
     rate: float
     kind: str
 
     def requests(self, rng: np.random.Generator, seconds: float, texts: int) -> Requests:
-        """Prompts and answers are log-normal, as those of chats are: medians 150 and 250 tokens, at most 4,096 and 1,024."""
+        """Log-normal prompts and answers: medians 150 and 250 tokens, at most 4,096 and 1,024."""
         shape = 1.0 if self.kind == "poisson" else 1 / 9
         count = int(self.rate * seconds * 1.3) + 100
         arrival = rng.gamma(shape, 1 / (shape * self.rate), count).cumsum()
@@ -158,19 +160,19 @@ class Load:
 
 
 class Requests:
-    """All requests of a run as columns: when each comes, what it reads and writes, how far it is, when its first and last token came."""
+    """All requests of a run as columns: arrival, lengths, progress, first and last token."""
 
     def __init__(
         self, arrival: np.ndarray, prompt: np.ndarray, output: np.ndarray, text: np.ndarray
     ) -> None:
         self.arrival, self.prompt, self.output, self.text = arrival, prompt, output, text
-        self.read, self.written, self.unread = (np.zeros_like(prompt) for _ in range(3))
+        self.prefilled, self.written, self.unprocessed = (np.zeros_like(prompt) for _ in range(3))
         self.first, self.end = np.full(len(arrival), np.inf), np.full(len(arrival), np.inf)
 
 
 @dataclass
 class Replica:
-    """One copy of the model: admits while slots and cache last, reads prompts in chunks, decodes all it holds in every step."""
+    """One copy of the model: continuous batching, chunked prefill, a limited KV cache."""
 
     env: simpy.Environment
     requests: Requests
@@ -178,7 +180,7 @@ class Replica:
     cost: echo.CostModel
     rng: np.random.Generator
     waiting: deque[int] = field(default_factory=deque)
-    held: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=int))
+    running: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=int))
     cached: int = 0
 
     def __post_init__(self) -> None:
@@ -187,7 +189,7 @@ class Replica:
 
     @property
     def load(self) -> int:
-        return len(self.waiting) + len(self.held)
+        return len(self.waiting) + len(self.running)
 
     def submit(self, request: int) -> None:
         self.waiting.append(request)
@@ -200,63 +202,65 @@ class Replica:
             if not self.load:
                 self.wake = self.env.event()
                 yield self.wake
-            while self.waiting and len(self.held) < SLOTS:
+            while self.waiting and len(self.running) < MAX_NUM_REQS:
                 need = int(every.prompt[self.waiting[0]] + every.output[self.waiting[0]])
                 if self.cached + need > CACHE:
                     break
                 self.cached += need
-                self.held = np.append(self.held, self.waiting.popleft())
+                self.running = np.append(self.running, self.waiting.popleft())
             yield self.env.timeout(self.step())
             self.leave()
 
     def step(self) -> float:
-        """Reads and writes; the seconds that it takes. First come, first read."""
-        every, held = self.requests, self.held
-        missing = every.prompt[held] - every.read[held]
+        """Prefill and decode, first come first served; the seconds that it takes."""
+        every, running = self.requests, self.running
+        missing = every.prompt[running] - every.prefilled[running]
         part = np.clip(CHUNK - (missing.cumsum() - missing), 0, missing)
-        writing, prefill = held[missing == 0], int(part.sum())
-        context = float((every.read[writing] + every.written[writing]).sum())
-        rows, drafting, emitted = self.decide(writing, prefill)
-        every.read[held] += part
+        writing, prefill = running[missing == 0], int(part.sum())
+        context = float((every.prefilled[writing] + every.written[writing]).sum())
+        verified, drafting, emitted = self.decide(writing, prefill)
+        every.prefilled[running] += part
         every.written[writing] += emitted
-        every.written[held[(missing > 0) & (part == missing)]] = (
+        every.written[running[(missing > 0) & (part == missing)]] = (
             1  # the last row of the prompt gives the first token
         )
         return (
-            float(self.cost(rows + prefill, num_reqs=max(1, len(writing)), context_tokens=context))
+            float(
+                self.cost(verified + prefill, num_reqs=max(1, len(writing)), context_tokens=context)
+            )
             + drafting
         )
 
     def leave(self) -> None:
-        """After the step: who has the first token, who is done."""
-        every, held = self.requests, self.held
-        begun, done = every.written[held] >= 1, every.written[held] >= every.output[held]
-        every.first[held[begun]] = np.minimum(every.first[held[begun]], self.env.now)
-        every.end[held[done]] = self.env.now
-        self.cached -= int((every.prompt + every.output)[held[done]].sum())
-        self.held = held[~done]
+        """After the step: first tokens, and requests that are done."""
+        every, running = self.requests, self.running
+        begun, done = every.written[running] >= 1, every.written[running] >= every.output[running]
+        every.first[running[begun]] = np.minimum(every.first[running[begun]], self.env.now)
+        every.end[running[done]] = self.env.now
+        self.cached -= int((every.prompt + every.output)[running[done]].sum())
+        self.running = running[~done]
 
     def decide(self, writing: np.ndarray, prefill: int) -> tuple[float, float, np.ndarray | int]:
-        """Rows, seconds of drafting and emitted tokens: one replayed step of a few requests more at most, each text's own tokens in it."""
+        """Verify tokens, seconds of drafting and emitted tokens, of one replayed step."""
         batch = len(writing)
         if not batch:
             return 0.0, 0.0, 0
         size = next(b for b in STEPS if b >= batch)
         steps = self.steps[size, prefill > CHUNK // 2]
-        pick = int(self.rng.integers(len(steps.rows)))
-        rows, layers = float(steps.rows[pick]) * batch, int(steps.layers[pick])
-        unread = self.requests.unread
+        pick = int(self.rng.integers(len(steps.num_verify_tokens)))
+        verified, layers = float(steps.num_verify_tokens[pick]) * batch, int(steps.layers[pick])
+        unprocessed = self.requests.unprocessed
         if layers == 0:
-            unread[writing] += 1
-            return rows, 0.0, 1
+            unprocessed[writing] += 1
+            return verified, 0.0, 1
         drafting = float(
-            self.cost.draft_seconds(layers, batch, steps.width)
-            + self.cost.extend_seconds(int(unread[writing].sum()))
+            self.cost.draft_seconds(layers, batch, steps.beam)
+            + self.cost.extend_seconds(int(unprocessed[writing].sum()))
         )
-        unread[writing] = 0
+        unprocessed[writing] = 0
         text = self.requests.text[writing]
         place = (self.rng.random(batch) * steps.counts[text]).astype(int)
-        return rows, drafting, steps.emitted[text, place]
+        return verified, drafting, steps.emitted[text, place]
 
 
 def simulate(
@@ -266,9 +270,10 @@ def simulate(
     replicas: int,
     seed: int = 0,
 ) -> dict[str, float]:
-    """One run of the service: throughput, seconds a token at 50, 95 and 99%, and the share of requests within the service level.
+    """One run: throughput, seconds a token at 50, 95 and 99%, requests within the service level.
 
-    A request that is not answered within the simulated time is judged only where it has broken the level already.
+    A request that is not answered within the simulated time is judged only where it has broken the
+    level already.
     """
     env, rng = simpy.Environment(), np.random.default_rng(seed)
     every = load.requests(rng, SECONDS, len(steps[1, False].counts))
@@ -313,7 +318,7 @@ def simulate(
 def capacity(
     steps: dict[tuple[int, bool], Steps], cost: echo.CostModel, kind: str, level: int
 ) -> float:
-    """Requests a second for each of two replicas up to which the service level is attained, by bisection."""
+    """Requests a second, for each of two replicas, that the service level bears, by bisection."""
     low, high = 0.0, 24.0
     for _ in range(6):
         middle = (low + high) / 2
@@ -323,9 +328,9 @@ def capacity(
 
 
 def fleet(
-    steps: dict[str, dict[tuple[int, bool], Steps]], cost: echo.CostModel, most: int
+    steps: dict[str, dict[tuple[int, bool], Steps]], cost: echo.CostModel, replicas: int
 ) -> dict[str, list[dict[str, object]]]:
-    """What a replica can carry, and how fleets of 1 to 64 do at a fifth more than "off" carries at the stricter level."""
+    """What a replica can carry, and fleets of 1 to 64 at a fifth more than "off" carries."""
     carried = [
         {
             "policy": policy,
@@ -340,12 +345,12 @@ def fleet(
     runs = [
         {
             "policy": policy,
-            "replicas": replicas,
-            **simulate(steps[policy], cost, Load(load * replicas, "bursty"), replicas),
+            "replicas": count,
+            **simulate(steps[policy], cost, Load(load * count, "bursty"), count),
         }
         for policy in ("off", "throughput-optimal")
-        for replicas in (1, 8, 64)
-        if replicas <= most
+        for count in (1, 8, 64)
+        if count <= replicas
     ]
     return {"capacity": carried, "runs": runs}
 
@@ -361,7 +366,7 @@ def curve(
     ]
 
 
-def served(trace: Trace, better: bool, share: float, most: int) -> dict[str, Any]:
+def served(trace: Trace, better: bool, share: float, replicas: int) -> dict[str, Any]:
     """The service on the trace as recorded, or raised."""
     torch.set_num_threads(1)
     tune, test = halves(trace)
@@ -382,13 +387,13 @@ def served(trace: Trace, better: bool, share: float, most: int) -> dict[str, Any
         }
         for policy in policies(calibration, cost, 1, test.beam)
     }
-    return {"odds": odds, "curve": curve(steps, cost), **fleet(steps, cost, most)}
+    return {"odds": odds, "curve": curve(steps, cost), **fleet(steps, cost, replicas)}
 
 
 def policies(
     calibration: echo.Calibration, cost: echo.CostModel, batch: int, beam: int
 ) -> dict[str, Scheduler]:
-    """Nothing tuned: off, SGLang's default tree, the paper's rule within the knee (at most 60 rows a request), and throughput-optimal."""
+    """Untuned: off, SGLang's default tree, the paper's rule within the knee, throughput-optimal."""
     at = cost.at(batch, CONTEXT * batch)
     k_max = min(at.knee.k_max, 60 * batch)
     return {
@@ -402,7 +407,7 @@ def policies(
 
 
 def conditions(tune: Trace, test: Trace) -> dict[str, tuple[Trace, echo.Calibration, int]]:
-    """Trace, calibration and lag of each adversity. Drift: calibrated on code alone, used on the rest. Churn: texts of 12 tokens."""
+    """Trace, calibration and lag. Drift: calibrated on code alone. Churn: texts of 12 tokens."""
     known, only_code = (
         calibrate(tune),
         calibrate(tune.texts(np.flatnonzero(tune.kind == "code").tolist())),
@@ -436,7 +441,7 @@ def cut(trace: Trace, tokens: int) -> Trace:
 
 
 def worst(tune: Trace, test: Trace, share: float) -> list[dict[str, object]]:
-    """Exact replay of the two elastic policies in every adversity: throughput over plain decoding, catching up and probes charged."""
+    """Exact replay of both elastic policies in every adversity: throughput over plain decoding."""
     torch.set_num_threads(1)
     cells: list[dict[str, object]] = []
     for name, (trace, calibration, lag) in conditions(tune, test).items():
@@ -464,11 +469,13 @@ def worst(tune: Trace, test: Trace, share: float) -> list[dict[str, object]]:
     return cells
 
 
-def measure(trace: Trace, share: float, most: int, workers: int | None = None) -> dict[str, Any]:
-    """Everything, on both traces, each part in a process of its own."""
+def measure(
+    trace: Trace, share: float, replicas: int, workers: int | None = None
+) -> dict[str, Any]:
+    """Everything, on both traces, each part in its own process."""
     with ProcessPoolExecutor(workers or os.cpu_count()) as pool:
         recorded, better = (
-            pool.submit(served, trace, False, share, most),
+            pool.submit(served, trace, False, share, replicas),
             pool.submit(served, trace, True, share, 1),
         )
         ratios = pool.submit(worst, *halves(trace), share)
@@ -495,7 +502,8 @@ def markdown(result: dict[str, Any]) -> str:
         }
         columns = (("poisson", LEVELS[0]), ("bursty", LEVELS[0]), ("bursty", LEVELS[1]))
         lines += [
-            f"Trace {name}: requests a second that a replica carries, and GPUs for 100 and 1,000 a second (Poisson):",
+            f"Trace {name}: requests a second that a replica carries, "
+            "and GPUs for 100 and 1,000 a second (Poisson):",
             "",
         ]
         lines += [
@@ -525,12 +533,12 @@ def markdown(result: dict[str, Any]) -> str:
     ]
     for run in result[NAMES[0]]["runs"]:
         pace = " | ".join(f"{1e3 * run[f'tpot_{q}']:.1f}" for q in (50, 95, 99))
-        lines.append(
-            f"| {run['policy']} | {run['replicas']} | {run['tokens_per_second']:,.0f} | {pace} | {run[f'attained_{LEVELS[0]}']:.1%} |"
-        )
+        rate, kept = f"{run['tokens_per_second']:,.0f}", f"{run[f'attained_{LEVELS[0]}']:.1%}"
+        lines.append(f"| {run['policy']} | {run['replicas']} | {rate} | {pace} | {kept} |")
     lines += [
         "",
-        "Throughput over speculation off, the worst of batches 8, 64 and 256 (exact replay, trace as recorded):",
+        "Throughput over speculation off, the worst of batches 8, 64 and 256 "
+        "(exact replay, trace as recorded):",
         "",
     ]
     cells = result["worst"]
@@ -560,7 +568,7 @@ def markdown(result: dict[str, Any]) -> str:
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
-    """A row for each trace: pace at 50 and 99% and the level attained by load, bursty; last, the worst ratios."""
+    """For each trace seconds a token and the level attained by load, bursty; the worst ratios."""
     with plot.figure(15, 6.2) as figure:
         axes = figure.subplots(2, 4)
         for row, name in zip(axes, NAMES, strict=True):

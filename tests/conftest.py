@@ -33,7 +33,7 @@ def _seed() -> None:
 
 
 def grow_all(scheduler, roots, *, k, seed, spoil=0.0, ties=False, **begin):
-    """A full tree from random draft scores; ``spoil`` is the share of those that are none or at the edge, ``ties`` makes them coarse."""
+    """A full tree of random scores: a share ``spoil`` of NaN and extremes, ``ties`` coarse."""
     generator = torch.Generator().manual_seed(seed)
     tree = scheduler.begin(roots, **begin)
     for _ in range(scheduler.max_depth):
@@ -59,13 +59,13 @@ def policies(draw):
     beam = draw(st.integers(1, 4))
     kind = draw(st.sampled_from(["two-level", "global", "per-request"]))
     budget: int | None = batch + draw(st.integers(0, 30))
-    most = draw(st.sampled_from([1, 3, 33, 70]))
+    limit = draw(st.sampled_from([1, 3, 33, 70]))
     if kind == "two-level":
         rule = echo.TwoLevel(beam, draw(st.integers(0, 5)))
     elif kind == "global":
         rule = echo.GlobalRank(beam)
     else:
-        rule, budget = echo.PerRequest(draw(st.integers(1, min(12, most))), beam), None
+        rule, budget = echo.PerRequest(draw(st.integers(1, min(12, limit))), beam), None
     taus = st.floats(0, 1, width=32)
     gate = draw(
         st.one_of(
@@ -75,13 +75,13 @@ def policies(draw):
         )
     )
     scheduler = echo.ElasticBudgetScheduler(
-        rule, gate, budget, depth, max_verify_tokens_per_req=most
+        rule, gate, budget, depth, max_verify_tokens_per_req=limit
     )
     return scheduler, batch
 
 
 def one_graph(function, cases):
-    """``function`` compiles whole and once, and gives on each of the ``cases`` what it gives uncompiled: lists of tensors."""
+    """``function`` compiles whole and once, and equals itself uncompiled on all ``cases``."""
     graphs, given = [], []
 
     def backend(module, _):

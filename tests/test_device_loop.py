@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 import echo
 import test_device_rules
-from echo.testing.kit import READS
+from echo.testing.invariants import SYNCS
 
 DEVICES = [
     "meta",
@@ -36,7 +36,7 @@ class RefuseHost(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket._qualified_op_name.split("::")[1]
-        if name in READS:
+        if name in SYNCS:
             raise echo.EchoError(f"{name} reads back from the device")
         out = func(*args, **(kwargs or {}))
         places = {

@@ -12,8 +12,7 @@ import torch
 
 import echo
 from conftest import CALIBRATION, one_graph
-from echo.testing import TabularDrafter, table
-from echo.testing.kit import RefuseSyncs
+from echo.testing import RefuseSyncs, TabularDrafter, table
 from echo.tree import Template, compact, layouts
 
 POLICIES = {

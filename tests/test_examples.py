@@ -318,9 +318,8 @@ def test_the_real_engine_is_captured_whole(smollm2):
     """Every part is recorded and run again, with speculation and without: the text of plain decoding, and nothing read but the report."""
     from engine import Engine
 
-    from echo.testing import RecordedGraphs
-    from echo.testing.kit import RefuseSyncs
-    from echo.testing.rehearsal import Recording, _launches
+    from echo.testing import RecordedGraphs, RefuseSyncs
+    from echo.testing.graphs import Recording
     from graph_eagle import GraphEagle
     from model import FEATURE_LAYERS, encode
 
@@ -357,7 +356,7 @@ def test_the_real_engine_is_captured_whole(smollm2):
 
         def refusing():
             with (
-                _launches(Recording()),
+                Recording().launches(),
                 RefuseSyncs(),
             ):  # the reference of attention looks at values, as no kernel does
                 return step()
@@ -391,7 +390,7 @@ def test_what_a_step_of_the_engine_launches(smollm2):
     from engine import Engine
 
     from echo import kernels
-    from echo.testing.rehearsal import Recording, _launches
+    from echo.testing.graphs import Recording
     from graph_eagle import GraphEagle
     from model import FEATURE_LAYERS, encode
 
@@ -415,7 +414,7 @@ def test_what_a_step_of_the_engine_launches(smollm2):
 
     def count(part, function):
         recording = Recording()
-        with _launches(recording), recording:
+        with recording.launches(), recording:
             result = function()
         counts[part] = len(recording.operations)
         return result

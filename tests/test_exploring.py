@@ -13,8 +13,7 @@ from conftest import one_graph
 from echo.gating import ConfidenceHistograms, ExploringGate
 from echo.gating.histograms import UNIT, WEIGHT
 from echo.gating.thresholds import refuse_gated
-from echo.testing import TabularDrafter, table
-from echo.testing.kit import RefuseSyncs
+from echo.testing import RefuseSyncs, TabularDrafter, table
 
 VOCAB, DEPTH = 40, 4
 TARGET = table(VOCAB, 0)

@@ -21,8 +21,7 @@ from echo.gating.histograms import (
     middle_scores,
     upper_ends,
 )
-from echo.testing import TabularDrafter, TabularTarget, table
-from echo.testing.kit import RefuseSyncs
+from echo.testing import RefuseSyncs, TabularDrafter, TabularTarget, table
 
 UNIT_FLOATS = st.floats(0, 1, width=32)
 

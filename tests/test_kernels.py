@@ -19,7 +19,7 @@ import trees
 from conftest import grow_all
 from echo import kernels
 from echo.kernels import reference, tiles
-from echo.testing.kit import RefuseSyncs
+from echo.testing import RefuseSyncs
 
 pytest.importorskip("triton")
 from echo.kernels import acceptance, attention

@@ -12,8 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import echo
-from echo.testing import importers
-from echo.testing.kit import RefuseSyncs
+from echo.testing import RefuseSyncs, importers
 from echo.tree import compact, layouts
 from echo.tree.packed import pack
 from forests import Case, forest, paths

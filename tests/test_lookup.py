@@ -17,7 +17,7 @@ from echo import kernels
 from echo.kernels import ngram
 from echo.lookup import NO_TOKEN, Texts, blend
 from echo.testing import TabularDrafter, TabularTarget, record, replay, table
-from echo.testing.kit import RefuseSyncs
+from echo.testing import RefuseSyncs
 from echo.testing.toy import blurred
 from echo.tree import Frontier
 

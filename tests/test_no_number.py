@@ -10,8 +10,7 @@ import torch
 
 import echo
 from echo import kernels
-from echo.testing import TabularDrafter, TabularTarget, blurred, table
-from echo.testing.kit import RefuseSyncs
+from echo.testing import RefuseSyncs, TabularDrafter, TabularTarget, blurred, table
 
 try:
     import triton  # noqa: F401

@@ -12,7 +12,7 @@ import echo
 from echo.gating import look_up
 from echo.gating.histograms import ROWS, middle_scores
 from echo.kernels.codes import BINS_PER_NAT, ONE
-from echo.testing.kit import RefuseSyncs
+from echo.testing import RefuseSyncs
 
 
 def rows_of(n, seed, *, depths=2, ranks=4):

@@ -24,7 +24,7 @@ POLICIES = {
     "ddd": echo.ElasticBudgetScheduler(
         echo.PerRequest(8, 3), echo.BeamMassGate((2, 3), -1.0, 3), None, 4
     ),
-    "goodput": echo.ElasticBudgetScheduler.throughput_optimal(CALIBRATION, COST, beam=3),
+    "throughput-optimal": echo.ElasticBudgetScheduler.throughput_optimal(CALIBRATION, COST, beam=3),
 }
 
 
@@ -119,16 +119,13 @@ def test_plain_decoding_costs_one_step_a_token(trace):
     assert sum(answer.tokens for answer in report.answers) == report.tokens
 
 
-def test_figures_by_kind_add_up(trace):
+def test_figures_of_the_answers_add_up(trace):
     report = replay(trace, POLICIES["echo"], COST, batch=4)
-    assert sum(report.of_kind(kind)["texts"] for kind in ("odd", "even")) == 12
+    assert sorted(answer.kind for answer in report.answers) == ["even"] * 6 + ["odd"] * 6
     assert sum(answer.verify_tokens for answer in report.answers) == report.verify_tokens
-    low, high = sorted(report.of_kind(kind)["tokens_per_step"] for kind in ("odd", "even"))
-    assert low <= report.tokens_per_step <= high
-    low, high = sorted(report.of_kind(kind)["acceptance"] for kind in ("odd", "even"))
-    assert low <= report.acceptance <= high
-    assert all(1 / 6 <= report.of_kind(kind)["fairness"] <= 1 for kind in ("odd", "even"))
-    assert np.isnan(report.of_kind("none")["fairness"])
+    each = [answer.tokens / answer.steps for answer in report.answers]
+    assert min(each) <= report.tokens_per_step <= max(each)
+    assert 0 < report.acceptance <= 1
 
 
 def test_charges(trace):
@@ -148,13 +145,11 @@ def test_refill_goes_on_forever_where_steps_are_given(trace):
     report = replay(trace, POLICIES["global"], COST, batch=5, steps=100)
     assert report.steps == 100
     assert report.request_steps == 500
-    assert 0 < report.fairness <= 1
-    assert report.percentiles()[1] <= report.percentiles()[50] <= report.percentiles()[99]
 
 
 def test_lag_changes_nothing_but_the_plan(trace):
     for lag in (0, 1, 2):
-        report = replay(trace, POLICIES["goodput"], COST, batch=4, lag=lag)
+        report = replay(trace, POLICIES["throughput-optimal"], COST, batch=4, lag=lag)
         assert report.tokens == sum(np.diff(trace.indptr) - 1)
 
 
@@ -177,7 +172,7 @@ def test_rank_says_what_a_chain_would_have_accepted(trace):
 def test_a_cost_model_that_is_wrong_learns_from_the_steps(trace):
     wrong = echo.CostModel(
         (1, 64), (1.0, 1.0), draft_layer=0.02
-    )  # rows beyond 16 cost nothing, it believes
+    )  # tokens beyond 16 are free, it believes
     scheduler = echo.ElasticBudgetScheduler.throughput_optimal(CALIBRATION, wrong, beam=3)
     stubborn, learning = (
         replay(trace, scheduler, COST, batch=8, steps=300, update_rate=rate) for rate in (0.0, 0.2)
@@ -186,8 +181,8 @@ def test_a_cost_model_that_is_wrong_learns_from_the_steps(trace):
     assert learning.misses == 0
 
 
-def test_probes_of_a_drafter_that_reads_dearly_cost_less_than_a_percent(trace):
-    """Each row costs, so nothing pays; a token read up on costs a thirtieth of one decoded plainly."""
+def test_probes_of_a_drafter_with_a_costly_extend_cost_less_than_a_percent(trace):
+    """Each token costs, so nothing pays; one of an extend is a thirtieth of one decoded plainly."""
     cost = echo.CostModel((1, 64), (1.0, 64.0), draft_layer=0.5, extend_token=0.03)
     scheduler, read = echo.ElasticBudgetScheduler.throughput_optimal(CALIBRATION, cost, beam=3), []
     report = replay(
@@ -274,7 +269,7 @@ def test_record_wants_half_precision():
 
 
 def test_records_are_closed_under_narrower_frontiers(trace):
-    """Any frontier of at most ``beam`` nodes, another at each layer and request, replays without a miss."""
+    """Any frontier of at most ``beam`` nodes, each layer its own, replays without a miss."""
 
     class Erratic(echo.GlobalRank):
         def frontier(self, layer):

@@ -15,26 +15,22 @@ from hypothesis import strategies as st
 import echo
 from conftest import CALIBRATION, grow_all, policies
 from echo.lookup import blend
-from echo.testing import Scenario, check_plan, check_step, strategies
+from echo.testing import Scenario, check_plan, check_step, scenarios
 from echo.tree.supertree import path_score
 
 
 def claims(rule):
     if isinstance(rule, echo.TwoLevel):
-        return "ties", "order", "slots", "depth_first"
-    return (
-        "ties",
-        "order",
-        "slots",
-        *(("full",) if rule.max_verify_tokens_per_req is None else ("alone",)),
-    )
+        return "ties", "permutation", "padding", "depth_first"
+    own = "work_conserving" if rule.max_verify_tokens_per_req is None else "batch_invariant"
+    return "ties", "permutation", "padding", own
 
 
 @given(policies(), st.data())
 def test_every_plan_keeps_the_invariants_and_what_its_rule_claims(policy, data):
     scheduler, batch = policy
-    steps = strategies.batches(
-        max_batch=batch, max_depth=scheduler.max_depth, rows=scheduler.budget is not None
+    steps = scenarios.batches(
+        max_batch=batch, max_depth=scheduler.max_depth, budget=scheduler.budget is not None
     )
     step = data.draw(steps)
     check_step(scheduler, step, claims=claims(scheduler.rule))

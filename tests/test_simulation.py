@@ -1,4 +1,4 @@
-"""The raised trace, the paper's bench and the service in simulation: invariants, determinism, and a run of each in small."""
+"""The raised trace, the paper's bench and the service: invariants, determinism, each in small."""
 
 from __future__ import annotations
 
@@ -177,32 +177,34 @@ def test_the_service_is_deterministic_by_seed(steps):
 
 
 def test_the_service_keeps_its_books(steps, monkeypatch):
-    """No slot, token or byte is lost: a small cache fills and drains, and off is never quicker than a step."""
+    """No request, token or byte is lost; off is never quicker than a step."""
     import service
 
     monkeypatch.setattr(service, "CACHE", 9000)
-    held = []
+    cached = []
 
     class Watched(service.Replica):
         def leave(self):
             super().leave()
             every = self.requests
-            held.append(self.cached)
+            cached.append(self.cached)
             assert (
-                self.cached == int((every.prompt + every.output)[self.held].sum()) <= service.CACHE
+                self.cached
+                == int((every.prompt + every.output)[self.running].sum())
+                <= service.CACHE
             )
-            assert (every.read[self.held] <= every.prompt[self.held]).all()
+            assert (every.prefilled[self.running] <= every.prompt[self.running]).all()
 
     monkeypatch.setattr(service, "Replica", Watched)
     found = service.simulate(steps["off"], COST, service.Load(1.5, "poisson"), 1)
-    assert max(held) > 4500
+    assert max(cached) > 4500
     assert found["tpot_50"] >= COST(1)
     assert (
         0 <= found["attained_20"] <= found["attained_40"] <= 1 and found["tokens_per_second"] > 100
     )
 
 
-def test_more_load_serves_nobody_better(steps):
+def test_more_load_serves_no_request_better(steps):
     from service import Load, simulate
 
     attained = [

@@ -11,9 +11,8 @@ import echo
 from addresses import checked
 from conftest import CALIBRATION, one_graph, policies
 from echo import kernels
-from echo.testing import RecordedGraphs
-from echo.testing.kit import RefuseSyncs
-from echo.testing.rehearsal import Recording, _launches
+from echo.testing import RecordedGraphs, RefuseSyncs
+from echo.testing.graphs import Recording
 from echo.tree import compact
 from test_plan_kernels import same
 
@@ -247,7 +246,7 @@ def test_with_kernels_nothing_is_allocated(name):
     with kernels.using("triton"):
         parts.step(echo.workspace.Graphs("cpu"), 4, 3, 40)
         recording = Recording()
-        with _launches(recording), recording, RefuseSyncs():
+        with recording.launches(), recording, RefuseSyncs():
             tree = parts.draft(4, 3)
             packed = parts.plan(tree, 40)
     launched = [name for name in recording.operations if name.startswith("kernel")]

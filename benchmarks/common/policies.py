@@ -1,4 +1,4 @@
-"""Every policy of the literature as a gate, a rule and a budget. Reads like the table in the README."""
+"""Every policy of the literature as a gate, a rule and a budget, as in the README's table."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from echo.testing import Trace
 
 @dataclass(frozen=True)
 class Setting:
-    """What a policy may know before it serves: the calibration, the machine, the batch; the deepest layer on record; the warm-up log."""
+    """What a policy may know before it serves; ``depth`` and ``beam`` as recorded."""
 
     calibration: echo.Calibration
     cost: echo.CostModel
@@ -25,7 +25,7 @@ class Setting:
 
     @property
     def k_max(self) -> int:
-        """The knee, but no less than one drafted row a request."""
+        """The knee, but no less than one draft a request."""
         return max(self.cost.knee.k_max, 2 * self.batch)
 
 
@@ -53,7 +53,7 @@ SHAPES = (
     (32, 6, 8),
     (60, 6, 8),
 )
-"""EAGLE trees: rows, beam, depth."""
+"""EAGLE trees: verify tokens, beam, depth."""
 
 
 def eagle(s: Setting):
@@ -77,10 +77,10 @@ def opt_tree(s: Setting):
 
 
 def two_level(s: Setting, gate: echo.gating.Gate) -> Iterator[echo.ElasticBudgetScheduler]:
-    for width, rows, depth in itertools.product(
+    for beam, k_max, depth in itertools.product(
         (1, 2, 3), sorted({s.k_max, 3 * s.batch}), (3, s.depth)
     ):
-        yield echo.ElasticBudgetScheduler(echo.TwoLevel(width, 8), gate, rows, depth)
+        yield echo.ElasticBudgetScheduler(echo.TwoLevel(beam, 8), gate, k_max, depth)
 
 
 def paper(s: Setting):
@@ -103,30 +103,32 @@ def fixed(s: Setting):
 
 
 def throughput_gate(
-    log: echo.WarmupLog, cost: echo.CostModel, batch: int, depth: int, width: int
+    log: echo.WarmupLog, cost: echo.CostModel, batch: int, depth: int, beam: int
 ) -> echo.SparseGate:
-    """Gates whose thresholds maximise tokens a second on the ``log`` instead of separating, for layers of ``width`` rows."""
+    """Gates whose thresholds maximise tokens a second on the ``log``, at that ``beam``."""
     return echo.SparseGate(
         echo.calibrate(
-            log, max_depth=depth, thresholds="throughput", cost=cost, batch=batch, beam=width
+            log, max_depth=depth, thresholds="throughput", cost=cost, batch=batch, beam=beam
         )
     )
 
 
 def throughput_gates(s: Setting):
-    """ECHO's rule behind :func:`throughput_gate`; wider, or with rows for half a step more."""
+    """ECHO's rule behind :func:`throughput_gate`; wider, or with tokens for half a step more."""
     assert s.log is not None
-    for depth, (width, more) in itertools.product((3, s.depth), ((1, 8), (3, 8), (s.beam, 60))):
-        gate = throughput_gate(s.log, s.cost, s.batch, depth, width)
-        for rows in sorted({s.k_max, max(2 * s.batch, s.cost.tokens_within(1.5))}):
-            yield echo.ElasticBudgetScheduler(echo.TwoLevel(width, more), gate, rows, depth)
+    for depth, (beam, extra) in itertools.product((3, s.depth), ((1, 8), (3, 8), (s.beam, 60))):
+        gate = throughput_gate(s.log, s.cost, s.batch, depth, beam)
+        for k_max in sorted({s.k_max, max(2 * s.batch, s.cost.tokens_within(1.5))}):
+            yield echo.ElasticBudgetScheduler(echo.TwoLevel(beam, extra), gate, k_max, depth)
 
 
 def top_k(s: Setting):
-    for rows, depth in itertools.product(
+    for k_max, depth in itertools.product(
         sorted({s.k_max, 2 * s.batch, 4 * s.batch, 12 * s.batch}), (3, s.depth)
     ):
-        yield echo.ElasticBudgetScheduler(echo.GlobalRank(s.beam, s.calibration), None, rows, depth)
+        yield echo.ElasticBudgetScheduler(
+            echo.GlobalRank(s.beam, s.calibration), None, k_max, depth
+        )
 
 
 def throughput_optimal(s: Setting):
@@ -150,7 +152,7 @@ POLICIES: dict[str, Policy] = {
     "throughput-optimal chain": throughput_optimal_chain,
     "throughput-optimal tree": throughput_optimal,
 }
-"""In the order of the table; the oracle, which is no policy, is :func:`oracle_trace` under any global ranking."""
+"""In the order of the table; the oracle is :func:`oracle_trace` under any global ranking."""
 
 BASELINES = tuple(name for name in POLICIES if not name.startswith("throughput"))
 """What throughput-optimal is judged against, each tuned."""
@@ -167,7 +169,7 @@ def chain_trace(trace: Trace) -> Trace:
 
 
 def oracle_trace(trace: Trace) -> Trace:
-    """The trace as an oracle drafts it: the target's next token for sure wherever it was drafted, and nothing else."""
+    """The trace as an oracle drafts it: the target's next token if it was drafted, no other."""
     following = trace.following[:, : trace.depth]
     right = (trace.token == following[:, :, None, None]) & np.isfinite(trace.log_prob)
     return replace(trace, log_prob=np.where(right, np.float16(0), np.float16(-np.inf)))

@@ -1,11 +1,14 @@
 """A recorded trace as a better drafter would have left it: acceptance raised, by one number.
 
-The drafter is made surer: at every node the odds of its most probable child are multiplied, and its other children share the rest as
-before. And it is made right as often as it says: walking down the text's path in the tree recorded at a position, the first layer whose
-most probable child is not the text's next token is forgiven with probability (p - q) / (1 - q), q being that child's probability before and
-p after: that token is given to that child. So where a most probable child was right with probability q, it now is with p, and each other
-child is right less often in the proportion in which it says so. Below a forgiven child hangs what the drafter drafted from that token on
-when the text had come so far: the tree recorded (and raised likewise) at its position. Odds times 1 is the trace itself.
+The drafter is made surer: at every node the odds of its most probable child are multiplied, and its
+other children share the rest as before. And it is made right as often as it says: walking down the
+text's path in the tree recorded at a position, the first layer whose most probable child is not the
+text's next token is forgiven with probability (p - q) / (1 - q), q being that child's probability
+before and p after: that token is given to that child. So where a most probable child was right with
+probability q, it now is with p, and each other child is right less often in the proportion in which
+it says so. Below a forgiven child hangs what the drafter drafted from that token on when the text
+had come so far: the tree recorded (and raised likewise) at its position. Odds times 1 is the trace
+itself.
 """
 
 from __future__ import annotations
@@ -44,10 +47,10 @@ def raised(trace: Trace, odds: float, seed: int = 0) -> Trace:
         for t in range(
             int(end) - 2, int(first) - 1, -1
         ):  # from the back: what is grafted is raised already
-            place = 0
+            node = 0
             for d in range(min(trace.depth, int(end) - t - 1)):
-                score = trace.log_prob[t, d, place].astype(np.float64)
-                best, own = int(score.argmax()), out.token[t, d, place]
+                score = trace.log_prob[t, d, node].astype(np.float64)
+                best, own = int(score.argmax()), out.token[t, d, node]
                 hit = np.flatnonzero((own == trace.text[t + d + 1]) & np.isfinite(score))
                 q = np.exp(score[best])
                 if (
@@ -55,10 +58,10 @@ def raised(trace: Trace, odds: float, seed: int = 0) -> Trace:
                     and draws[t, d] * (1.0 - q + odds * q) < (odds - 1.0) * q
                 ):
                     own[hit], own[best] = own[best], trace.text[t + d + 1]
-                    _graft(out, t, d, place * k + best, t + d + 1)
+                    _graft(out, t, d, node * k + best, t + d + 1)
                     break
-                place = int(out.expanded[t, d, place * k + hit[0]]) if len(hit) else -1
-                if place < 0:
+                node = int(out.expanded[t, d, node * k + hit[0]]) if len(hit) else -1
+                if node < 0:
                     break
     return replace(
         out, floor=0.0
@@ -66,7 +69,7 @@ def raised(trace: Trace, odds: float, seed: int = 0) -> Trace:
 
 
 def _surer(log_prob: np.ndarray, odds: float) -> np.ndarray:
-    """The odds of each most probable child multiplied; its siblings scaled to what is left."""
+    """The odds of each most probable child multiplied; its siblings scaled to the rest."""
     score = log_prob.astype(np.float32)
     top = score.argmax(-1)[..., None]
     best = np.take_along_axis(score, top, -1)
@@ -81,20 +84,20 @@ def _surer(log_prob: np.ndarray, odds: float) -> np.ndarray:
 
 
 def _graft(trace: Trace, t: int, d: int, child: int, source: int) -> None:
-    """Below that child of layer d at position t: the tree of position ``source`` in place of what was there."""
+    """Put the tree of position ``source`` below that child of layer d at position t."""
     token, log_prob, expanded, k = trace.token, trace.log_prob, trace.expanded, trace.token.shape[3]
-    places = token.shape[2]
+    nodes = token.shape[2]
     old = {int(expanded[t, d, child])} - {-1}
-    new = {0: child}  # places of the source's layer -> children of the layer above, here
+    new = {0: child}  # nodes of the source's layer -> children of the layer above, here
     expanded[t, d, child] = -1
     for layer, here in enumerate(range(d + 1, trace.depth)):
         kept = set(expanded[t, here - 1][expanded[t, here - 1] >= 0].tolist())
-        below_old = {
-            int(p) for place in old for p in expanded[t, here, place * k : place * k + k]
-        } - {-1}
-        free = [place for place in range(places) if place not in kept]
-        for place in old:
-            log_prob[t, here, place], expanded[t, here, place * k : place * k + k] = -np.inf, -1
+        below_old = {int(p) for node in old for p in expanded[t, here, node * k : node * k + k]} - {
+            -1
+        }
+        free = [node for node in range(nodes) if node not in kept]
+        for node in old:
+            log_prob[t, here, node], expanded[t, here, node * k : node * k + k] = -np.inf, -1
         below: dict[int, int] = {}
         for (theirs, above), mine in zip(new.items(), free, strict=False):
             expanded[t, here - 1, above] = mine
@@ -109,7 +112,8 @@ def _graft(trace: Trace, t: int, d: int, child: int, source: int) -> None:
 
 
 def raised_to(trace: Trace, tokens: float, tree: tuple[int, int, int]) -> float:
-    """The odds with which that tree (rows, beam, depth) reaches that many tokens a step, by bisection over an eighth of the texts."""
+    """The odds at which that tree (verify tokens, beam, depth) reaches so many tokens a step."""
+    # by bisection over an eighth of the texts
     sample = trace.texts(range(0, len(trace.kind), 8))
     scheduler = echo.ElasticBudgetScheduler.eagle(
         max_verify_tokens_per_req=tree[0], beam=tree[1], max_depth=tree[2]

@@ -1,4 +1,4 @@
-"""Recorded traces as the benchmarks use them: halves, warm-up logs, cost shapes, and replays kept so that any cost model charges them."""
+"""Recorded traces as the benchmarks use them: halves, warm-up logs, costs, replayed steps."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ WARM = 8
 FREE = echo.CostModel((1,), (1.0,))
 """Charges all steps alike: for replays of which the steps are asked, not the seconds."""
 LAG = 1
-"""Steps by which the forecast's history lies behind, as in engines with overlapped scheduling."""
+"""Steps by which the history is late, as in engines with overlapped scheduling."""
 
 
 @dataclass(frozen=True)
@@ -30,28 +30,26 @@ class Steps:
 
     Attributes:
         tokens: int64 [steps], emitted by the batch.
-        rows: int64 [steps], of the target's forward pass.
+        num_verify_tokens: int64 [steps], of the target's forward pass.
         layers: int64 [steps], drafted.
-        unread: int64 [steps], tokens that the drafter read up on after steps without a draft.
+        unprocessed: int64 [steps], tokens of the drafter's extend after steps without a draft.
         requests: of the batch.
-        width: nodes of a layer that each drafts on.
+        beam: nodes of a layer that each request expands.
     """
 
     tokens: np.ndarray
-    rows: np.ndarray
+    num_verify_tokens: np.ndarray
     layers: np.ndarray
-    unread: np.ndarray
+    unprocessed: np.ndarray
     requests: int
-    width: int
+    beam: int
 
     def seconds(self, cost: echo.CostModel) -> np.ndarray:
-        """Of each step: the pass, the layers, and what the drafter reads up on after steps without a draft."""
-        reading = np.array([cost.extend_seconds(tokens) for tokens in self.unread.tolist()])
-        return np.asarray(
-            cost(self.rows, num_reqs=self.requests)
-            + cost.draft_seconds(self.layers, self.requests, self.width)
-            + reading
-        )
+        """Of each step: the forward pass, the layers, the drafter's extend."""
+        extend = [cost.extend_seconds(tokens) for tokens in self.unprocessed.tolist()]
+        drafting = cost.draft_seconds(self.layers, self.requests, self.beam)
+        passes = cost(self.num_verify_tokens, num_reqs=self.requests)
+        return np.asarray(passes + drafting + np.array(extend))
 
     def rate(self, cost: echo.CostModel) -> float:
         """Tokens a second."""
@@ -102,7 +100,7 @@ def run(
     exact: bool = False,
     **options,
 ) -> Steps:
-    """Replays texts in random order; ``exact`` keeps real rows and layers only (the oracle's); ``options`` are replay's."""
+    """Replays texts in random order; ``exact``, for oracles: without padding and idle layers."""
     seen: list[tuple[int, int, int, int]] = []
     more = options.pop("observe", None)
 
@@ -144,15 +142,15 @@ def arguments(description: str) -> argparse.ArgumentParser:
 
 
 def shapes(measured: Path = HERE / "results" / "cost.json") -> dict[str, echo.CostModel]:
-    """Step seconds by rows, one step of few rows being 1; a drafted layer costs a share of it; and the ``measured`` curve, if any."""
-    rows = tuple(int(r) for r in np.unique(np.geomspace(1, 16384, 60).round()))
-    law = lambda knee: tuple(1.0 + max(0.0, r - knee) / knee for r in rows)
+    """Seconds by verify tokens, a short step's being 1; and the ``measured`` curve, if any."""
+    sizes = tuple(int(n) for n in np.unique(np.geomspace(1, 16384, 60).round()))
+    law = lambda knee: tuple(1.0 + max(0.0, n - knee) / knee for n in sizes)
     costs = {
-        "dense, knee at 256 rows": echo.CostModel(rows, law(256), draft_layer=0.02),
-        "dense, costly drafter": echo.CostModel(rows, law(256), draft_layer=0.10),
-        "mixture of experts, knee at 1024": echo.CostModel(rows, law(1024), draft_layer=0.02),
+        "dense, knee at 256 tokens": echo.CostModel(sizes, law(256), draft_layer=0.02),
+        "dense, costly drafter": echo.CostModel(sizes, law(256), draft_layer=0.10),
+        "mixture of experts, knee at 1024": echo.CostModel(sizes, law(1024), draft_layer=0.02),
         "linear overhead": echo.CostModel(
-            rows, tuple(0.5 + r / 512 for r in rows), draft_layer=0.02
+            sizes, tuple(0.5 + n / 512 for n in sizes), draft_layer=0.02
         ),
     }
     return costs | (
@@ -178,13 +176,13 @@ def halves(trace: Trace) -> tuple[Trace, Trace]:
 
 def decode_once(trace: Trace, observe: Callable[[Record], None]) -> None:
     """Every text decoded once, without a gate, the best of every layer verified at every step."""
-    batch, rows = 32, 64
+    batch, most = 32, 64
     scheduler = echo.ElasticBudgetScheduler(
         echo.TwoLevel(trace.beam, 0),
         None,
-        batch * rows,
+        batch * most,
         trace.depth,
-        max_verify_tokens_per_req=rows,
+        max_verify_tokens_per_req=most,
     )
     replay(trace, scheduler, FREE, batch=batch, observe=observe)
 
@@ -197,7 +195,7 @@ class WarmUp:
     text: np.ndarray
 
     def of(self, texts: Sequence[int] | np.ndarray) -> echo.WarmupLog:
-        """The rows of some texts."""
+        """The entries of some texts."""
         keep = np.isin(self.text[self.log.step], texts)
         columns = {
             name: getattr(self.log, name)[keep]
@@ -209,8 +207,9 @@ class WarmUp:
 def warm_up(trace: Trace) -> WarmUp:
     """Every text decoded once, the pool verified whole.
 
-    The drafter drafts on nothing below its floor, so some steps lack deep layers. A layer that is not there has nothing to accept and
-    nothing to buy: it is entered as rejected at confidence 0, without which a step would not be whole, and the throughput-optimal rule refuse it.
+    The drafter expands nothing below its floor, so some steps lack deep layers. A missing layer has
+    nothing to accept or to verify: it is entered as rejected at confidence 0, because thresholds by
+    throughput are fitted on whole steps.
     """
     logs: list[echo.WarmupLog] = []
     texts: list[np.ndarray] = []
@@ -249,7 +248,7 @@ def warm_up(trace: Trace) -> WarmUp:
 
 
 def warmup_log(trace: Trace) -> echo.WarmupLog:
-    """The rows of :func:`decode_once`."""
+    """The entries of :func:`decode_once`."""
     logs: list[echo.WarmupLog] = []
     decode_once(
         trace,
@@ -261,7 +260,7 @@ def warmup_log(trace: Trace) -> echo.WarmupLog:
 
 
 def calibrate(trace: Trace) -> echo.Calibration:
-    """By histograms, because steps end where the drafter's floor is reached: what is missing there is accepted once in 400 times."""
+    """By histograms: layers missing below the drafter's floor are accepted once in 400 times."""
     return echo.calibrate(echo.gating.ConfidenceHistograms.of(warmup_log(trace)))
 
 
@@ -286,7 +285,7 @@ def by_batch(axis, batches: Sequence[int]) -> None:
 
 
 def fold(cells: Sequence[dict[str, Any]], *by: str) -> dict[str, Any]:
-    """Cells as nested dictionaries of columns, small in a file: ``{model: {policy: {"batch": [...], "ratio": [...]}}}``."""
+    """Cells as nested dictionaries of columns: ``{model: {policy: {"batch": [...], ...}}}``."""
     out: dict[str, Any] = {}
     for cell in cells:
         node = out

@@ -1,7 +1,8 @@
-"""Tools for the unit tests of policies: a kit that finds what is wrong with a plan, replay of real drafts, and toy models."""
+"""Tests of policies: invariants of every plan, exact replay of recorded drafts, toy models."""
 
-from echo.testing.kit import PlanError, check_plan, check_scheduler, check_step
-from echo.testing.rehearsal import RecordedGraphs
+from echo.testing.check import PlanError, check_scheduler, check_step
+from echo.testing.graphs import RecordedGraphs
+from echo.testing.invariants import RefuseSyncs, check_plan
 from echo.testing.replay import Answer, Record, Report, replay
 from echo.testing.scenarios import (
     Plan,
@@ -20,6 +21,7 @@ __all__ = [
     "PlanError",
     "Record",
     "RecordedGraphs",
+    "RefuseSyncs",
     "Report",
     "Scenario",
     "TabularDrafter",

@@ -1,11 +1,17 @@
-"""Steps to try a policy on: a batch and a drafter that is a look-up, made by hand here and by hypothesis in ``strategies``."""
+"""Steps to try a policy on: made by hand, and drawn by hypothesis (``kit`` extra).
+
+B requests, D drafted layers, a vocabulary of V, k candidates of a node, T nodes of a request.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from echo import _checks as checks
@@ -14,20 +20,47 @@ from echo.budget.scheduler import ElasticBudgetScheduler
 from echo.tree.packed import PackedTree
 from echo.tree.supertree import Frontier, SuperTree
 
+if TYPE_CHECKING:
+    from hypothesis.strategies import SearchStrategy
+
+VOCAB, CHILDREN, MAX_LIMIT = 4, 3, 12
+FAULTS = (float("nan"), float("inf"), float("-inf"), 0.01)
+"""Log-probabilities that a drafter should not give, and sometimes does."""
+
 
 @dataclass(frozen=True)
 class Scenario:
-    """The input of one step. What is drafted after a token depends on its depth and itself alone, as with a real drafter.
+    """The input of one step.
 
-    So requests may be permuted, taken out or put beside others, and each is drafted the same.
+    What is drafted after a token depends on the token and its depth alone, so requests may be
+    permuted, removed or batched with others, and each is drafted the same.
 
     Attributes:
         root_tokens: int64 [B], below V.
         live: bool [B].
-        verify_limits: int64 [B], the most rows of each request.
-        log_probs: float32 [D, V, k], after token v at depth d the log-probability of its candidates, the tokens v + 1, v + 2, ... modulo V.
-        num_verify_tokens: of the step; None: what the scheduler asks for by itself.
-        request_weights: float32 [B], what each request's tokens are worth; None: all alike.
+        verify_limits: int64 [B], verify tokens of each request at most, root included.
+        log_probs: float32 [D, V, k], after token v at depth d those of its candidates, the tokens v
+            + 1, v + 2, ... modulo V.
+        num_verify_tokens: of the step. Defaults to the scheduler's budget.
+        request_weights: float32 [B], what each request's tokens are worth. Defaults to 1.
+
+    Raises:
+        EchoError: a shape, dtype or token out of range.
+
+    Example:
+        >>> import echo
+        >>> from echo.testing import one_confident_many_doubtful
+        >>> step = one_confident_many_doubtful(batch=4)
+        >>> scheduler = echo.ElasticBudgetScheduler(echo.GlobalRank(2), budget=8, max_depth=3)
+        >>> plan = step.plan(scheduler)
+        >>> [len(plan.nodes(request)) for request in range(4)]
+        [4, 2, 1, 1]
+        >>> sorted(plan.paths(1)), plan.path(0, plan.nodes(0)[3])
+        ([(), (6,)], (1, 2, 3))
+        >>> step.take([0, 2]).grow(scheduler).depth
+        3
+        >>> step.draft(scheduler.begin(step.root_tokens, num_verify_tokens=8).frontier)[0].shape
+        torch.Size([4, 1, 3])
     """
 
     root_tokens: Tensor
@@ -41,18 +74,21 @@ class Scenario:
         batch = checks.tensor("root_tokens", self.root_tokens, ["B"], torch.int64).shape[0]
         checks.tensor("live", self.live, [batch], torch.bool)
         checks.tensor("verify_limits", self.verify_limits, [batch], torch.int64)
-        _, vocab, k = checks.tensor(
-            "log_probs", self.log_probs, ["D", "V", "k"], checks.FLOATS
-        ).shape
+        shape = checks.tensor("log_probs", self.log_probs, ["D", "V", "k"], checks.FLOATS).shape
+        _, vocab, k = shape
         if k > vocab or not bool(((self.root_tokens >= 0) & (self.root_tokens < vocab)).all()):
-            raise EchoError(
-                f"root_tokens, log_probs: expected tokens and k of at most V = {vocab}, got k = {k}"
-            )
+            want = f"expected tokens and k of at most V = {vocab}"
+            raise EchoError(f"root_tokens, log_probs: {want}, got k = {k}")
 
     @property
     def batch(self) -> int:
-        """B, empty slots included."""
+        """B, empty lanes included."""
         return self.root_tokens.shape[0]
+
+    @property
+    def live_requests(self) -> list[int]:
+        """Their indices."""
+        return [b for b, live in enumerate(self.live.tolist()) if live]
 
     def draft(self, frontier: Frontier) -> tuple[Tensor, Tensor]:
         """Tokens int64 and log-probabilities [B, W, k] after each node of the ``frontier``."""
@@ -63,18 +99,12 @@ class Scenario:
     def take(self, requests: Sequence[int]) -> Scenario:
         """The step of these ``requests`` alone, in this order."""
         at = torch.tensor(requests, dtype=torch.int64)
+        columns = self.root_tokens[at], self.live[at], self.verify_limits[at]
         weights = None if self.request_weights is None else self.request_weights[at]
-        return Scenario(
-            self.root_tokens[at],
-            self.live[at],
-            self.verify_limits[at],
-            self.log_probs,
-            self.num_verify_tokens,
-            weights,
-        )
+        return Scenario(*columns, self.log_probs, self.num_verify_tokens, weights)
 
     def grow(self, scheduler: ElasticBudgetScheduler) -> SuperTree:
-        """The super-tree that ``scheduler`` grows, all D layers of it."""
+        """The super-tree that the ``scheduler`` grows, all D layers of it."""
         tree = scheduler.begin(
             self.root_tokens,
             live=self.live,
@@ -94,11 +124,11 @@ class Scenario:
 
 @dataclass(frozen=True)
 class Plan:
-    """A planned step.
+    """A planned step (example: :class:`Scenario`).
 
     Attributes:
         scenario, tree, packed: the values of the step.
-        selected: bool [B, T] over ``tree.forest``: the bare decision, before anything is cut off at the step's rows.
+        selected: bool [B, T] over ``tree.forest``, before packing drops what exceeds the budget.
     """
 
     scenario: Scenario
@@ -106,12 +136,12 @@ class Plan:
     selected: Tensor
     packed: PackedTree
 
-    def rows(self, request: int) -> list[int]:
-        """The selected nodes of a ``request`` among its T nodes, in the order of their rows."""
+    def nodes(self, request: int) -> list[int]:
+        """A ``request``'s selected nodes, indices into T, in the order of their rows."""
         return [int(node) for node in self.selected[request].nonzero()[:, 0]]
 
     def path(self, request: int, node: int) -> tuple[int, ...]:
-        """Tokens from the root's child down to a ``node`` of a ``request``, by which it is known in any batch."""
+        """Tokens from the root's child to a ``node`` of a ``request``: the same in any batch."""
         forest, tokens = self.tree.forest, list[int]()
         while int(forest.depth[node]):
             tokens.append(int(forest.token[request, node]))
@@ -119,61 +149,130 @@ class Plan:
         return tuple(reversed(tokens))
 
     def paths(self, request: int) -> set[tuple[int, ...]]:
-        """What was selected for a ``request``, as paths."""
-        return {self.path(request, node) for node in self.rows(request)}
+        """A ``request``'s selected nodes, as paths."""
+        return {self.path(request, node) for node in self.nodes(request)}
 
 
 def burst(batch: int = 8, depth: int = 3) -> Scenario:
-    """Every one of ``batch`` slots taken, everybody confident down to ``depth``, and one row more than there are roots."""
-    return _scenario(batch, depth, 0.9, rows=batch + 1)
+    """``batch`` requests confident down to ``depth``, one verify token more than roots.
+
+    Raises:
+        EchoError: an argument out of range.
+
+    Example:
+        >>> tuple(burst(4).log_probs.shape)
+        (3, 8, 3)
+        >>> [step(4).num_verify_tokens for step in (burst, all_equal, nan_storm)]
+        [5, 9, 16]
+    """
+    return _scenario(batch, depth, 0.9, num_verify_tokens=batch + 1)
 
 
 def one_confident_many_doubtful(batch: int = 8, depth: int = 3) -> Scenario:
-    """Request 0 of ``batch`` is sure of its draft of ``depth`` layers, the others are not; two rows a request."""
-    scenario, confident = (
-        _scenario(batch, depth, 0.2, rows=2 * batch),
-        depth + 1,
-    )  # the tokens that request 0 comes to first
-    shares = torch.full((confident + batch + 2,), 0.2, dtype=torch.float32)
-    shares[:confident] = 0.98
+    """Only request 0 of ``batch`` is confident, ``depth`` layers deep; two verify tokens each.
+
+    As :func:`burst`; :class:`Scenario` has an example.
+    """
+    scenario, confident = _scenario(batch, depth, 0.2, 2 * batch), depth + 1
+    p = torch.full((confident + batch + 2,), 0.2, dtype=torch.float32)
+    p[:confident] = 0.98  # the tokens that request 0 comes to first
     roots = torch.tensor([0, *range(confident, confident + batch - 1)])
-    return replace(scenario, root_tokens=roots, log_probs=_candidates(shares, depth))
+    return replace(scenario, root_tokens=roots, log_probs=_candidates(p, depth))
 
 
 def all_equal(batch: int = 8, depth: int = 3) -> Scenario:
-    """The same request in ``batch`` slots, ``depth`` layers of equal candidates, and too few rows: the order of ties decides alone."""
-    scenario = _scenario(batch, depth, 0.5, rows=2 * batch + 1)
-    return replace(
-        scenario,
-        root_tokens=torch.zeros(batch, dtype=torch.int64),
-        log_probs=torch.full_like(scenario.log_probs, -0.5),
-    )
+    """The same request ``batch`` times, ``depth`` layers of equal candidates: ties decide.
+
+    As :func:`burst`.
+    """
+    scenario = _scenario(batch, depth, 0.5, 2 * batch + 1)
+    roots, equal = torch.zeros(batch, dtype=torch.int64), torch.full_like(scenario.log_probs, -0.5)
+    return replace(scenario, root_tokens=roots, log_probs=equal)
 
 
 def nan_storm(batch: int = 8, depth: int = 3) -> Scenario:
-    """A drafter gone wrong, ``batch`` requests, ``depth`` layers: two of three scores are NaN, infinite or above 0."""
-    scenario = _scenario(batch, depth, 0.6, rows=4 * batch)
-    places = torch.arange(scenario.log_probs.numel()).view_as(scenario.log_probs)
-    storm = torch.tensor(
-        [torch.nan, -0.5, torch.inf, -0.1, 0.01, -torch.inf, torch.nan], dtype=torch.float32
-    )
-    return replace(
-        scenario, log_probs=torch.where(places % 3 == 0, scenario.log_probs, storm[places % 7])
-    )
+    """``batch`` requests, ``depth`` layers; two of three scores are NaN, infinite or above 0.
+
+    As :func:`burst`.
+    """
+    scenario = _scenario(batch, depth, 0.6, 4 * batch)
+    index = torch.arange(scenario.log_probs.numel()).view_as(scenario.log_probs)
+    bad = [torch.nan, -0.5, torch.inf, -0.1, 0.01, -torch.inf, torch.nan]
+    storm = torch.tensor(bad, dtype=torch.float32)[index % 7]
+    return replace(scenario, log_probs=torch.where(index % 3 == 0, scenario.log_probs, storm))
 
 
-def _scenario(batch: int, depth: int, share: float, rows: int) -> Scenario:
+def _scenario(batch: int, depth: int, p: float, num_verify_tokens: int) -> Scenario:
     batch = checks.integer("batch", batch, 1)
     depth = checks.integer("depth", depth, 0)
     vocab = max(2 * batch, 4)
-    spread = share - 0.01 * torch.arange(vocab, dtype=torch.float32) / vocab
-    whole = torch.ones(batch, dtype=torch.bool)
-    return Scenario(
-        torch.arange(batch), whole, torch.full((batch,), 64), _candidates(spread, depth), rows
-    )
+    spread = p - 0.01 * torch.arange(vocab, dtype=torch.float32) / vocab
+    live, limits = torch.ones(batch, dtype=torch.bool), torch.full((batch,), 64)
+    roots, log_probs = torch.arange(batch), _candidates(spread, depth)
+    return Scenario(roots, live, limits, log_probs, num_verify_tokens)
 
 
-def _candidates(share: Tensor, depth: int) -> Tensor:
-    """Log-probabilities [D, V, 3]: the likeliest candidate's share [V], then a half and a quarter of what is left."""
-    rest = 1.0 - share
-    return torch.stack([share, rest / 2, rest / 4], dim=1).log().expand(depth, -1, -1)
+def _candidates(p: Tensor, depth: int) -> Tensor:
+    """[D, V, 3]: log of the likeliest candidate's p [V], then of 1/2 and 1/4 of the rest."""
+    rest = 1.0 - p
+    return torch.stack([p, rest / 2, rest / 4], dim=1).log().expand(depth, -1, -1)
+
+
+def hypothesis() -> Any:
+    """The package, which only the strategies below need.
+
+    Raises:
+        EchoError: it is not installed.
+    """
+    try:
+        import hypothesis
+    except ImportError as error:
+        how = "pip install 'echo-specdec[kit]'"
+        raise EchoError(f"hypothesis: expected it installed ({how}), got none") from error
+    return hypothesis
+
+
+def batches(
+    *, max_batch: int = 5, max_depth: int = 4, budget: bool = True
+) -> SearchStrategy[Scenario]:
+    """Steps of any shape: empty lanes, tight limits, scores with ties, NaN and infinities.
+
+    Args:
+        max_batch: largest B.
+        max_depth: largest D.
+        budget: also draw num_verify_tokens, from B up. False: the scheduler's own.
+
+    Raises:
+        EchoError: an argument out of range, or hypothesis is not installed.
+    """
+    st = hypothesis().strategies
+    max_batch = checks.integer("max_batch", max_batch, 1)
+    max_depth = checks.integer("max_depth", max_depth, 0)
+    size = max_depth * VOCAB * CHILDREN
+    live, below = st.sampled_from([True, True, False]), st.integers(0, MAX_LIMIT - 1)
+    request = st.tuples(st.integers(0, VOCAB - 1), live, below, st.sampled_from([1.0, 0.5, 0.1]))
+    fault = st.tuples(st.integers(0, max(size - 1, 0)), st.sampled_from(FAULTS))
+
+    def build(draw: Any) -> Scenario:
+        requests = draw(st.lists(request, min_size=1, max_size=max_batch))
+        depth, k = draw(st.integers(min(1, max_depth), max_depth)), draw(st.integers(1, CHILDREN))
+        spare, coarse = draw(st.integers(0, 12)), draw(st.booleans())
+        numbers = np.frombuffer(draw(st.binary(min_size=2 * size, max_size=2 * size)), ">u2")
+        flat = scores(numbers, coarse=coarse)
+        for index, value in draw(st.lists(fault, max_size=8 if size else 0)):
+            flat[index] = value
+        log_probs = flat.view(max_depth, VOCAB, CHILDREN)[:depth, :, :k]
+        columns = (torch.from_numpy(np.array(c)) for c in zip(*requests, strict=True))
+        roots, live, below, weight = columns
+        count = max(len(requests), int(live.sum()) + spare) if budget else None
+        weights = weight.float() if draw(st.booleans()) else None
+        return Scenario(roots, live, MAX_LIMIT - below, log_probs, count, weights)
+
+    strategy: SearchStrategy[Scenario] = st.composite(build)()
+    return strategy
+
+
+def scores(numbers: NDArray[Any], *, coarse: bool) -> Tensor:
+    """Log-probabilities float32 [n] from 16-bit ``numbers`` [n]; ``coarse`` ones tie often."""
+    p = 1.0 - (numbers.astype(np.float64) + 32768) % 65536 / 65536
+    return torch.from_numpy(np.log(np.ceil(8 * p) / 8 if coarse else p).astype(np.float32))

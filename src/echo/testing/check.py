@@ -1,0 +1,228 @@
+"""Try a policy on hundreds of steps, and show the smallest one that it plans wrongly."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from textwrap import shorten
+
+from echo import _checks as checks
+from echo._checks import EchoError
+from echo.budget.scheduler import ElasticBudgetScheduler
+from echo.kernels.codes import Status
+from echo.testing import scenarios
+from echo.testing.invariants import ALWAYS, CLAIMED, INVARIANTS, RELATIONS, Fault, first_broken
+from echo.testing.scenarios import Plan, Scenario
+
+DEFAULT = ("ties", "permutation", "padding", "sync_free")
+CLAIMS = tuple(dict.fromkeys((*CLAIMED, *RELATIONS)))
+MADE = (
+    scenarios.all_equal,
+    scenarios.burst,
+    scenarios.one_confident_many_doubtful,
+    scenarios.nan_storm,
+)
+COLUMNS = "request  row  token  parent  depth  path p  during  status"
+MAX_LINES = 30
+
+
+class PlanError(AssertionError):
+    """A plan that breaks an invariant; the message is the report.
+
+    Attributes:
+        invariant: its name.
+        scenario: the step, to try again with ``scenario.plan(scheduler)``.
+    """
+
+    def __init__(self, invariant: str, report: str, scenario: Scenario) -> None:
+        super().__init__(report)
+        self.invariant: str = invariant
+        self.scenario: Scenario = scenario
+
+
+def check_scheduler(
+    scheduler: ElasticBudgetScheduler,
+    *,
+    claims: Sequence[str] = DEFAULT,
+    examples: int = 200,
+    max_batch: int = 5,
+) -> None:
+    """Plan many steps, drawn by hypothesis and made by hand, and check every invariant.
+
+    Deterministic: the same steps in every call.
+
+    Of every policy: at most ``num_verify_tokens`` nodes are selected (``budget``), the ``roots`` of
+    live requests, no node without its parent (``closed``), no more of a request than
+    ``verify_limits`` allow (``limits``), only ``finite`` scores, and every ``committed`` node; the
+    same step is planned the same again (``deterministic``) and packed as the layout says
+    (``layout``); the rule's ``frontier`` and ``acceptance_probability`` are what
+    :class:`echo.budget.Rule` says.
+
+    Of a policy that claims it:
+
+    - ``ties``: among equal siblings the lower candidate comes first, among equal requests the lower
+      one.
+    - ``permutation``: where no two requests tie and none has a weight, permuting requests permutes
+      the plan.
+    - ``padding``: empty lanes, wherever they are, change no plan.
+    - ``sync_free``: no device-to-host sync, and no shape that depends on data.
+    - ``depth_first``: only committed nodes are selected while a request that passed its gate is
+      STARVED.
+    - ``work_conserving``: verify tokens remain only if no request may have one more.
+    - ``optimal``: no other choice of as many nodes has a greater sum of weight times
+      ``rule.acceptance_probability``.
+    - ``batch_invariant``: each request gets the plan that it would get alone.
+
+    Args:
+        scheduler: the policy.
+        claims: what to check beyond the first paragraph. Defaults to the first four.
+        examples: steps drawn, divided evenly among batch sizes 1 to ``max_batch``.
+        max_batch: largest batch of a drawn step.
+
+    Raises:
+        PlanError: with a table of the smallest plan found that breaks an invariant.
+        EchoError: an unknown claim, or hypothesis is not installed.
+
+    Example:
+        >>> import echo
+        >>> from echo.testing import check_scheduler
+        >>> scheduler = echo.ElasticBudgetScheduler(echo.TwoLevel(2, 4), budget=16, max_depth=2)
+        >>> check_scheduler(scheduler, examples=20)
+    """
+    _known(claims)
+    examples = checks.integer("examples", examples, 1)
+    max_batch = checks.integer("max_batch", max_batch, 1)
+    broken = _search(scheduler, claims, max(1, examples // max_batch), max_batch)
+    if broken is not None:
+        check_step(scheduler, broken.scenario, claims=claims)  # again, without hypothesis' notes
+        raise broken  # of a policy that decides otherwise now
+
+
+def check_step(
+    scheduler: ElasticBudgetScheduler, scenario: Scenario, *, claims: Sequence[str] = DEFAULT
+) -> None:
+    """Plan one step and check every invariant.
+
+    Args:
+        scheduler: the policy.
+        scenario: the step.
+        claims: as of :func:`check_scheduler`.
+
+    Raises:
+        PlanError: with a table of the plan.
+        EchoError: an unknown claim.
+
+    Example:
+        >>> import echo
+        >>> from echo.testing import burst, check_step
+        >>> scheduler = echo.ElasticBudgetScheduler(echo.GlobalRank(2), budget=9, max_depth=3)
+        >>> check_step(scheduler, burst(8))
+    """
+    _known(claims)
+    invariants = INVARIANTS | {name: CLAIMED[name] for name in claims if name in CLAIMED}
+    relations = ALWAYS | {name: RELATIONS[name] for name in claims if name in RELATIONS}
+    plan, found = None, dict[str, Fault | None]()
+    try:
+        plan = scenario.plan(scheduler)
+        found = {name: first_broken(plan, invariant) for name, invariant in invariants.items()}
+        if not any(found.values()):
+            found = {name: relation(scheduler, plan) for name, relation in relations.items()}
+    except Exception as error:  # the policy's own
+        found = {"runs": Fault("a plan", f"{type(error).__name__}: {error}", cause=error)}
+    for name, fault in found.items():
+        if fault is not None:
+            report = _report(name, fault, scheduler, scenario, plan)
+            raise PlanError(name, report, scenario) from fault.cause
+
+
+def _known(claims: Sequence[str]) -> None:
+    for claim in claims:
+        if claim not in CLAIMS:
+            raise EchoError(f"claims: expected some of {CLAIMS}, got {claim!r}")
+
+
+def _search(
+    scheduler: ElasticBudgetScheduler, claims: Sequence[str], examples: int, max_batch: int
+) -> PlanError | None:
+    """The smallest broken plan that hypothesis finds, by batch size, or one made by hand."""
+    package, found = scenarios.hypothesis(), list[PlanError]()
+
+    def check(scenario: Scenario, claims: Sequence[str]) -> None:
+        try:
+            check_step(scheduler, scenario, claims=claims)
+        except PlanError as broken:
+            if not found or broken.invariant == found[0].invariant:  # shrinks one fault, not two
+                found.append(broken)
+                raise
+
+    options = package.settings(
+        max_examples=examples,
+        phases=(package.Phase.generate, package.Phase.shrink),
+        derandomize=True,
+        database=None,
+        deadline=None,
+        suppress_health_check=list(package.HealthCheck),
+        verbosity=package.Verbosity.quiet,
+        report_multiple_bugs=False,
+    )
+    of_values = [claim for claim in claims if claim != "sync_free"]  # syncs do not depend on values
+    depth, budget = min(scheduler.max_depth, 8), scheduler.budget is not None
+    try:
+        for batch in range(1, max_batch + 1):
+            steps = scenarios.batches(max_batch=batch, max_depth=depth, budget=budget)
+            options(package.given(steps)(lambda step: check(step, of_values)))()
+        for make in MADE:
+            for batch, depth in ((1, 1), (4, 3)):
+                made = make(batch, min(scheduler.max_depth, depth))
+                check(made if budget else replace(made, num_verify_tokens=None), claims)
+    except Exception:  # of hypothesis too, where a plan that was broken is not any more
+        if not found:
+            raise
+    return found[-1] if found else None
+
+
+def _report(
+    name: str,
+    fault: Fault,
+    scheduler: ElasticBudgetScheduler,
+    scenario: Scenario,
+    plan: Plan | None,
+) -> str:
+    num, depth = scenario.num_verify_tokens, len(scenario.log_probs)
+    budget = "default budget" if num is None else f"{num} verify tokens"
+    live = len(scenario.live_requests)
+    rule, gate = (shorten(repr(part), 120) for part in (scheduler.rule, scheduler.gate))
+    lines = [
+        f"{name}: expected {fault.expected}",
+        f"{' ' * len(name)}  got {fault.got}",
+        "",
+        f"the step: batch {scenario.batch}, {live} live, {budget}, {depth} layers drafted",
+        f"the policy: {rule}, gate {gate}",
+    ]
+    if plan is not None:
+        table = _table(name, plan, fault.node)
+        more = [f"... and {len(table) - MAX_LINES} more"] if len(table) > MAX_LINES else []
+        lines += ["", COLUMNS, *table[:MAX_LINES], *more]
+    return "\n".join(lines)
+
+
+def _table(name: str, plan: Plan, where: tuple[int, int] | None) -> list[str]:
+    """A line for each selected node and the offending one; of its request alone if many."""
+    forest, lines = plan.tree.forest, list[str]()
+    nodes = {(b, node) for b in range(plan.tree.batch) for node in plan.nodes(b)}
+    if where is not None:
+        many = len(nodes) > 24
+        nodes = {where} | {node for node in nodes if not many or node[0] == where[0]}
+    for b, node in sorted(nodes):
+        rows = {n: row for row, n in enumerate(plan.nodes(b))}
+        depth, above = int(forest.depth[node]), int(forest.parent[b, node])
+        parent = rows.get(above, "missing") if depth else "-"
+        call = "grow" if forest.committed[b, node] else "pack"
+        call = "-" if node not in rows else call if depth else "begin"
+        first = next(iter(rows), node) == node
+        status = Status(int(plan.tree.status[b])).name.lower() if first else ""
+        token, p = int(forest.token[b, node]), float(forest.score[b, node].exp())
+        mark = f"   <- {name}" if (b, node) == where else ""
+        place = f"{b:>7}  {rows.get(node, '-'):>3}  {token:>5}  {parent:>6}  {depth:>5}"
+        lines.append(f"{place}  {p:6.3f}  {call:<6}  {status:<9}{mark}".rstrip())
+    return lines

@@ -1,0 +1,153 @@
+"""CUDA graphs emulated on the CPU: recorded operations run again at the same addresses."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+from collections.abc import Callable, Hashable, Iterator
+from typing import Any, TypeVar
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+from echo._checks import EchoError
+from echo.kernels import reference
+from echo.testing.invariants import operator, syncs
+from echo.workspace import Captured, Graphs
+
+T = TypeVar("T")
+EMPTY = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided")
+
+
+class RecordedGraphs(Graphs):
+    """Stand-in for :class:`~echo.workspace.Graphs` without a GPU.
+
+    Finds what would break, or go stale, in a captured function.
+
+    A key's second call is recorded: every tensor operation, and every launch of a Triton kernel (in
+    its interpreter). From the third on none of the function's Python runs: the recorded operations
+    run again on the recorded tensors. So a host number that should have changed, a branch on the
+    host or an input at a new address show as wrong results, as with CUDA graphs, and what a capture
+    refuses is refused when it is recorded.
+
+    Args:
+        device: where the functions' tensors are.
+        pool: not used.
+
+    Attributes:
+        runs: replays of each key.
+
+    Example:
+        >>> graphs, total = RecordedGraphs("cpu"), torch.zeros(())
+        >>> for _ in range(5):
+        ...     _ = graphs("count", lambda: total.add_(1))
+        >>> total.item(), graphs.runs
+        (5.0, {'count': 3})
+    """
+
+    def __init__(self, device: torch.device | str = "cpu", *, pool: Any = None) -> None:
+        super().__init__(device, pool=pool)
+        self.runs: dict[Hashable, int] = {}
+
+    @property
+    def captures(self) -> bool:
+        """Always."""
+        return True
+
+    def __call__(self, key: Hashable, function: Callable[[], T]) -> T:
+        """As :meth:`Graphs.__call__`; recording runs the function, so that call replays nothing.
+
+        Raises:
+            EchoError: the function does what no graph can hold.
+        """
+        if key in self._seen and key not in self.captured:
+            self.captured[key] = self.capture(function)
+            result: T = self.captured[key].result
+            return result
+        if key in self.captured:
+            self.runs[key] = self.runs.get(key, 0) + 1
+        return super().__call__(key, function)
+
+    def capture(self, function: Callable[[], Any]) -> Captured:
+        """Run the ``function`` and record it."""
+        recording = Recording()
+        with recording.launches(), recording:
+            result = function()
+        return Captured(recording.replay, result, 0)
+
+
+class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Record what runs within it.
+
+    Attributes:
+        operations: names, in order; launches of kernels as ``"kernel name"``.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.operations: list[str] = []
+        self._steps: list[Callable[[], None]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name, options = operator(func), kwargs or {}
+        if syncs(func) or name == "lift_fresh":  # the latter copies from the host
+            why = "a captured function can neither sync nor copy constants from the host"
+            raise EchoError(f"{name}: {why}")
+        result = func(*args, **options)
+        if name not in EMPTY and not (func.is_view and _alias(result, args)):
+            self.operations.append(name)
+            self._steps.append(lambda: _again(func, args, options, result))
+        return result
+
+    def replay(self) -> None:
+        """Run the recorded operations again, at the same addresses."""
+        for step in self._steps:
+            step()
+
+    @contextlib.contextmanager
+    def launches(self) -> Iterator[None]:
+        """Record each launch of a Triton kernel, or of attention's reference, as one operation."""
+        attention = reference.tree_attention
+
+        def attend(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
+            with _disable_current_modes():
+                result = attention(*args, **options)
+            self.operations.append("attention")
+            self._steps.append(lambda: _again(attention, args, options, result))
+            return result
+
+        with contextlib.ExitStack() as patches:
+            patches.enter_context(mock.patch.object(reference, "tree_attention", attend))
+            if importlib.util.find_spec("triton") is not None:
+                from triton.runtime.interpreter import InterpretedFunction
+
+                run = InterpretedFunction.run
+
+                def recorded(kernel: Any, *args: Any, **options: Any) -> None:
+                    def again() -> None:
+                        with _disable_current_modes():
+                            run(kernel, *args, **options)
+
+                    again()
+                    self.operations.append(f"kernel {kernel.fn.__name__.strip('_')}")
+                    self._steps.append(again)
+
+                patches.enter_context(mock.patch.object(InterpretedFunction, "run", recorded))
+            yield
+
+
+def _alias(result: Any, args: Any) -> bool:
+    """Whether a view is one: some operators that are called so copy, a cast for example."""
+    first = result if isinstance(result, Tensor) else result[0]
+    return bool(first.untyped_storage().data_ptr() == args[0].untyped_storage().data_ptr())
+
+
+def _again(func: Any, args: Any, options: Any, result: Any) -> None:
+    new = func(*args, **options)
+    one = isinstance(result, Tensor)
+    pairs = [(result, new)] if one else list(zip(result or (), new or (), strict=True))
+    for old, value in pairs:
+        if isinstance(old, Tensor) and old.data_ptr() != value.data_ptr():
+            old.copy_(value)

@@ -1,0 +1,372 @@
+"""What must hold of a plan: masks of nodes that break it, comparisons of plans, no syncs.
+
+B requests of T nodes, root first; leading dimensions [...] stand for further plans.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from echo._checks import EchoError
+from echo.budget.scheduler import ElasticBudgetScheduler
+from echo.kernels.codes import Status
+from echo.testing.scenarios import Plan
+from echo.tree.packed import PackedTree
+from echo.tree.supertree import SuperTree
+
+SYNCS = {"_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero", "masked_select"}
+SYNCS |= {"unique", "_unique2", "repeat_interleave"}
+"""Operators whose result the host waits for, or whose shape depends on data."""
+
+
+def operator(func: Any) -> str:
+    """The name of a dispatched operator, without its namespace."""
+    return str(func.overloadpacket._qualified_op_name.split("::")[1])
+
+
+def syncs(func: Any) -> bool:
+    """Whether a dispatched operator is one of SYNCS; repetition by a host integer is not."""
+    return operator(func) in SYNCS and func._overloadname != "self_int"
+
+
+class RefuseSyncs(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Raise EchoError on every operator that syncs device to host, or makes a shape from data.
+
+    Example:
+        >>> with RefuseSyncs():
+        ...     torch.ones(2).sum().item()
+        Traceback (most recent call last):
+        echo._checks.EchoError: _local_scalar_dense: expected no device-to-host sync, got one
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if syncs(func):
+            raise EchoError(f"{operator(func)}: expected no device-to-host sync, got one")
+        return func(*args, **(kwargs or {}))
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What a scheduler selected of what.
+
+    Attributes:
+        selected: bool [..., B, T].
+        committed: bool [..., B, T], committed while drafting.
+        parent: int64 [..., B, T]; a root's is its own index.
+        score: float32 [..., B, T], path log-probability.
+        depth: int64 [T].
+        live: bool [..., B].
+        verify_limits: int64 [..., B].
+        status: int8 [..., B], a :class:`echo.tree.Status`.
+        num_verify_tokens: int64 [...].
+    """
+
+    selected: Tensor
+    committed: Tensor
+    parent: Tensor
+    score: Tensor
+    depth: Tensor
+    live: Tensor
+    verify_limits: Tensor
+    status: Tensor
+    num_verify_tokens: Tensor
+
+    @classmethod
+    def of(cls, plan: Plan) -> Selection:
+        """That of one ``plan``."""
+        tree, forest = plan.tree, plan.tree.forest
+        of_nodes = forest.committed, forest.parent, forest.score, forest.depth
+        total = torch.tensor(tree.num_verify_tokens)
+        live = plan.scenario.live
+        return cls(plan.selected, *of_nodes, live, tree.verify_limits, tree.status, total)
+
+    @property
+    def selectable(self) -> Tensor:
+        """bool [..., B, T]: drafted with a finite score, not selected, below a selected parent."""
+        free = ~self.selected & (self.depth > 0) & torch.isfinite(self.score)
+        return free & self.selected.gather(-1, self.parent)
+
+
+class Invariant(NamedTuple):
+    """``expected`` in words, and ``broken``: bool [..., B, T], the nodes that break it."""
+
+    expected: str
+    broken: Callable[[Selection], Tensor]
+
+
+def _over_budget(s: Selection) -> Tensor:
+    count = s.selected.flatten(-2).cumsum(-1).view(s.selected.shape)
+    return s.selected & (count > s.num_verify_tokens[..., None, None])
+
+
+def _roots(s: Selection) -> Tensor:
+    live = s.live[..., None]
+    return torch.where(s.depth == 0, s.selected != live, s.selected & ~live)
+
+
+def _sibling_ties(s: Selection) -> Tensor:
+    index, same = torch.arange(len(s.depth)), s.depth == s.depth[:, None]
+    same = same & (s.parent[..., None] == s.parent[..., None, :])
+    same = same & (s.score[..., None] == s.score[..., None, :]) & (s.depth > 0)
+    earlier = same & (index < index[:, None])  # [..., v, u]: u is v's equal, and before it
+    return s.selected & (earlier & ~s.selected[..., None, :]).any(-1)
+
+
+def _over_limit(s: Selection) -> Tensor:
+    return s.selected & (s.selected.cumsum(-1) > s.verify_limits[..., None])
+
+
+def _starved(s: Selection) -> Tensor:
+    starved = (s.status == int(Status.STARVED)).any(-1)
+    return s.selected & ~s.committed & starved[..., None, None]
+
+
+def _idle(s: Selection) -> Tensor:
+    below = s.selected.sum(-1) < s.verify_limits
+    remain = s.selected.sum((-1, -2)) < s.num_verify_tokens
+    return s.selectable & below[..., None] & remain[..., None, None]
+
+
+# fmt: off
+INVARIANTS: dict[str, Invariant] = {
+    "budget": Invariant("at most num_verify_tokens nodes selected", _over_budget),
+    "roots": Invariant("the root of each live request selected, nothing of others", _roots),
+    "closed": Invariant("the parent of every selected node selected",
+                        lambda s: s.selected & ~s.selected.gather(-1, s.parent)),
+    "limits": Invariant("no request above its verify_limits", _over_limit),
+    "finite": Invariant("no node selected with a NaN or infinite score on its path",
+                        lambda s: s.selected & ~torch.isfinite(s.score)),
+    "committed": Invariant("every committed node selected", lambda s: s.committed & ~s.selected),
+}
+"""Of every plan, whatever the policy."""
+
+CLAIMED: dict[str, Invariant] = {
+    "ties": Invariant("of siblings with equal scores the lower candidate first", _sibling_ties),
+    "depth_first": Invariant("only committed nodes selected while a request is STARVED", _starved),
+    "work_conserving": Invariant("no token of the budget unused while a node could take it", _idle),
+}
+"""Of policies that claim them."""
+# fmt: on
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What was expected and what came; ``node``: (request, node), if it is at one."""
+
+    expected: str
+    got: str
+    node: tuple[int, int] | None = None
+    cause: Exception | None = None
+
+
+Relation = Callable[[ElasticBudgetScheduler, Plan], Fault | None]
+
+
+def first_broken(plan: Plan, invariant: Invariant) -> Fault | None:
+    """The first node of the ``plan`` that breaks the ``invariant``."""
+    broken = invariant.broken(Selection.of(plan))
+    if not broken.any():
+        return None
+    b, node = (int(i) for i in broken.nonzero()[0])
+    tree, forest = plan.tree, plan.tree.forest
+    which = f"token {int(forest.token[b, node])} at depth {int(forest.depth[node])} of request {b}"
+    chosen = "selected" if plan.selected[b, node] else "not selected"
+    own, limit = int(plan.selected[b].sum()), int(tree.verify_limits[b])
+    total = f"{int(plan.selected.sum())} of {tree.num_verify_tokens} in all"
+    got = f"{which} {chosen}: {own} tokens of at most {limit}, {total}"
+    return Fault(invariant.expected, got, (b, node))
+
+
+def check_plan(tree: SuperTree, packed: PackedTree) -> None:
+    """Check the layout of a packed step, and that it is a plan of its tree.
+
+    As :meth:`echo.PackedTree.validate`, then every column against the tree.
+
+    Args:
+        tree: what was packed.
+        packed: the step.
+
+    Raises:
+        EchoError: naming the column that is not as the layout or the tree says.
+
+    Example:
+        >>> import torch, echo
+        >>> from echo.testing import check_plan
+        >>> scheduler = echo.ElasticBudgetScheduler(echo.GlobalRank(beam=2), budget=6, max_depth=2)
+        >>> tree = scheduler.begin(torch.tensor([3]))
+        >>> tree = scheduler.grow(tree, torch.tensor([[[1, 2]]]), torch.tensor([[[-0.1, -2.4]]]))
+        >>> check_plan(tree, scheduler.pack(tree))
+    """
+    packed.validate()
+    forest, count, size = tree.forest, int(packed.indptr[-1]), packed.indptr.diff()
+    nodes, request, node = forest.token.shape[1], packed.request[:count].long(), packed.node[:count]
+    own = (node - nodes * request).clamp(0, nodes - 1)
+    at = nodes * request + own
+    above = node[packed.indptr[request] + packed.parent[:count].clamp(min=0)]
+    score, committed = forest.score.flatten()[at], forest.committed.flatten()[at]
+    parent = nodes * request + forest.parent.flatten()[at]
+    agrees = (
+        ("num_rows", torch.tensor(count <= tree.num_verify_tokens <= packed.num_rows)),
+        ("indptr", (size <= tree.verify_limits) & ((size > 0) == (tree.verify_limits > 0))),
+        ("node", node == at),
+        ("node", node.diff() > 0),
+        ("node", packed.node[count:] == -1),
+        ("tokens", packed.tokens[:count] == forest.token.flatten()[at]),
+        ("depth", packed.depth[:count] == forest.depth[own]),
+        ("score", (packed.score[:count] == score) & torch.isfinite(score)),
+        ("parent", (own == 0) | (above == parent)),
+        ("committed", packed.committed[:count] == committed),
+        ("committed", forest.committed.sum() == committed.sum()),
+    )
+    for name, holds in agrees:
+        if not holds.all():
+            got = getattr(packed, name)
+            raise EchoError(f"packed.{name}: expected what the tree says, got {got}")
+
+
+def _layout(scheduler: ElasticBudgetScheduler, plan: Plan) -> Fault | None:
+    selected = plan.selected.flatten().nonzero()[:, 0].tolist()
+    packed = plan.packed.node[plan.packed.node >= 0].tolist()
+    if sorted(packed) != selected:
+        return Fault(f"the selected nodes packed, {selected}", f"nodes {packed}")
+    try:
+        check_plan(plan.tree, plan.packed)
+    except EchoError as error:
+        return Fault("a packed step that says what the tree says", str(error))
+    return None
+
+
+def _frontier(scheduler: ElasticBudgetScheduler, plan: Plan) -> Fault | None:
+    k, beam = plan.scenario.log_probs.shape[2], scheduler.rule.beam
+    for layer in plan.tree.layers[1:]:
+        width, falls = layer.token.shape[1] // k, (layer.parent.diff(dim=1) < 0).any()
+        if width > beam or bool(falls):
+            got = f"{width} at depth {layer.depth - 1}, parents {layer.parent.tolist()}"
+            return Fault(f"a frontier of at most {beam} nodes, rising along W", got)
+    return None
+
+
+def _probability(scheduler: ElasticBudgetScheduler, plan: Plan) -> Fault | None:
+    p, shape = scheduler.rule.acceptance_probability(plan.tree), plan.selected.shape
+    if p.dtype == torch.float32 and p.shape == shape and bool(((p >= 0) & (p <= 1)).all()):
+        return None
+    return Fault(f"rule.acceptance_probability: float32 {list(shape)} in [0, 1]", f"{p}")
+
+
+def _deterministic(scheduler: ElasticBudgetScheduler, plan: Plan) -> Fault | None:
+    again = plan.scenario.plan(scheduler)
+    if torch.equal(plan.packed.to_buffer(), again.packed.to_buffer()):
+        return None
+    expected = "the same plan when asked again"
+    fault = _compare(expected, plan, again, range(plan.scenario.batch))
+    return fault or Fault(expected, "the same nodes, and another packed step")
+
+
+def _request_ties(scheduler: ElasticBudgetScheduler, plan: Plan) -> Fault | None:
+    """Of two identical requests the lower one gets what the other gets, and perhaps more."""
+    given, seen = plan.scenario, dict[tuple[float, ...], int]()
+    own = [given.root_tokens, plan.tree.verify_limits]
+    own += [] if given.request_weights is None else [given.request_weights]
+    for b in given.live_requests:
+        a = seen.setdefault(tuple(float(x[b]) for x in own), b)
+        before = plan.paths(a)
+        for node in plan.nodes(b):
+            if plan.path(b, node) not in before:
+                got = f"request {a} without a node, its equal {b} with it"
+                return Fault("of equal requests the lower one first", got, (b, node))
+    return None
+
+
+def _permutation(scheduler: ElasticBudgetScheduler, plan: Plan) -> Fault | None:
+    tree, turn = plan.tree, list(reversed(range(plan.scenario.batch)))
+    if plan.scenario.request_weights is not None:
+        return None  # which weighted scores tie only the rule knows
+    for value in (tree.forest.score, scheduler.rule.acceptance_probability(tree)):
+        drafted = (tree.forest.depth > 0) & torch.isfinite(tree.forest.score)
+        each = [set(row[mine].tolist()) for row, mine in zip(value, drafted, strict=True)]
+        if sum(map(len, each)) != len(set().union(*each)):
+            return None  # requests tie
+    expected = "the same plan for the requests in reversed order"
+    return _compare(expected, plan, plan.scenario.take(turn).plan(scheduler), turn)
+
+
+def _padding(scheduler: ElasticBudgetScheduler, plan: Plan) -> Fault | None:
+    live = plan.scenario.live_requests
+    if not live or len(live) == plan.scenario.batch:
+        return None
+    expected = "the same plan without the empty lanes"
+    return _compare(expected, plan, plan.scenario.take(live).plan(scheduler), live)
+
+
+def _batch_invariant(scheduler: ElasticBudgetScheduler, plan: Plan) -> Fault | None:
+    for b in plan.scenario.live_requests if plan.scenario.request_weights is None else ():
+        expected = "the plan that the request gets alone"
+        fault = _compare(expected, plan, plan.scenario.take([b]).plan(scheduler), [b])
+        if fault is not None:
+            return fault
+    return None
+
+
+def _sync_free(scheduler: ElasticBudgetScheduler, plan: Plan) -> Fault | None:
+    try:
+        with RefuseSyncs():  # type: ignore[no-untyped-call]
+            scheduler.select(plan.scenario.grow(scheduler))
+    except EchoError as error:
+        return Fault("no device-to-host sync from begin to select", str(error))
+    return None
+
+
+def _optimal(scheduler: ElasticBudgetScheduler, plan: Plan) -> Fault | None:
+    """No exchange of a leaf for another node gains: closed under parents, that is the optimum."""
+    tree, s = plan.tree, Selection.of(plan)
+    gain, leaf = scheduler.rule.acceptance_probability(tree), s.selected & (s.depth > 0)
+    gain = gain if tree.request_weights is None else gain * tree.request_weights[:, None]
+    leaf = leaf & ~torch.zeros_like(leaf).scatter_(1, torch.where(leaf, s.parent, 0), leaf)
+    below, index = s.selected.sum(1) < s.verify_limits, torch.arange(tree.batch)[:, None]
+    for b, node in s.selectable.nonzero().tolist():
+        given_up = leaf.clone() if below[b] else leaf & (index == b)
+        given_up[b, s.parent[b, node]] = False
+        worth = torch.where(given_up, gain, torch.inf)
+        if worth.min() < gain[b, node] * (1 - 1e-5) - 2.0**-22:
+            better = f"token {int(tree.forest.token[b, node])} of request {b}"
+            got = f"{float(worth.min()):.6f} selected; {better}, {float(gain[b, node]):.6f}, not"
+            where = divmod(int(worth.argmin()), s.selected.shape[1])
+            return Fault("the nodes of greatest weight times acceptance_probability", got, where)
+    return None
+
+
+ALWAYS: dict[str, Relation] = {
+    "frontier": _frontier,
+    "acceptance_probability": _probability,
+    "layout": _layout,
+    "deterministic": _deterministic,
+}
+RELATIONS: dict[str, Relation] = {
+    "ties": _request_ties,
+    "permutation": _permutation,
+    "padding": _padding,
+    "sync_free": _sync_free,
+    "optimal": _optimal,
+    "batch_invariant": _batch_invariant,
+}
+
+
+def _compare(expected: str, plan: Plan, other: Plan, requests: Sequence[int]) -> Fault | None:
+    """A fault unless request i of ``other`` has the nodes of ``requests[i]``."""
+    for i, b in enumerate(requests):
+        mine, theirs = plan.paths(b), other.paths(i)
+        if mine != theirs:
+            extra = [(b, node) for node in plan.nodes(b) if plan.path(b, node) not in theirs]
+            got = f"for request {b} here {_words(mine)}; there {_words(theirs)}"
+            return Fault(expected, got, extra[0] if extra else None)
+    return None
+
+
+def _words(paths: set[tuple[int, ...]]) -> str:
+    return ", ".join("-".join(map(str, path)) or "root" for path in sorted(paths))
