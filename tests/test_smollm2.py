@@ -115,7 +115,7 @@ def recorded(smollm2):
 
     def pair(slots):
         target = SmolLM2(model, slots, 320)
-        return target, pooled(target, slots, 320, count=3)
+        return target, pooled(target, slots, 320, k=3)
 
     target, drafter = pair(4)
     options = {

@@ -112,7 +112,7 @@ class Demo:
 
         target = SmolLM2(self.model, batch, LENGTH)
         drafter = (
-            pooled(target, batch, LENGTH, count=BEAM, **drafter_options)
+            pooled(target, batch, LENGTH, k=BEAM, **drafter_options)
             if scheduler.max_depth
             else None
         )

@@ -82,7 +82,7 @@ def main() -> None:
             )
 
     def head(target: SmolLM2) -> Eagle:
-        return Eagle(target, args.slots, 512, count=6, weights=args.weights)
+        return Eagle(target, args.slots, 512, k=6, weights=args.weights)
 
     measure(
         "prompt lookup, chain of 5",

@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=120, help="tokens an answer")
     parser.add_argument("--depth", type=int, default=8)
     parser.add_argument("--beam", type=int, default=6)
-    parser.add_argument("--count", type=int, default=4, help="candidates at each node")
+    parser.add_argument("--k", type=int, default=4, help="candidates at each node")
     parser.add_argument("--slots", type=int, default=32)
     parser.add_argument(
         "--texts", type=int, default=None, help="answers; all prompts where not given"
@@ -57,7 +57,7 @@ def main() -> None:
         LENGTH,
         (lambda logits: sampled(logits / args.temperature)) if args.temperature else None,
     )
-    drafter = (Eagle if args.head else pooled)(target, args.slots, LENGTH, count=args.count)
+    drafter = (Eagle if args.head else pooled)(target, args.slots, LENGTH, k=args.k)
     steps = record(
         target,
         drafter,
