@@ -787,7 +787,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
                     (cell for cell in cells if cell["policy"] == name),
                     key=lambda cell: cell["lanes"],
                 )
-                colour = plot.of("goodput" if name == "throughput-optimal" else name)
+                colour = plot.of(name)
                 dash = "o--" if name in ("plain", "EAGLE tree, 32 rows") else "o-"
                 axis.plot(
                     [c["user"] for c in own],

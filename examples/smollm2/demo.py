@@ -233,7 +233,7 @@ def policies(
             echo.GlobalRank(BEAM, calibration), budget=k_max, max_depth=DEPTH
         ),
         # Catch-up of the drafter and control beyond the layers are not in this cost model: they were worth 3 to 8% of a step at batch 16.
-        "goodput": replace(
+        "throughput-optimal": replace(
             echo.ElasticBudgetScheduler.throughput_optimal(calibration, cost, beam=BEAM),
             margin=0.05,
         ),
