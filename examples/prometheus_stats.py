@@ -4,8 +4,8 @@
     python examples/prometheus_stats.py --port 9464 --seconds 60     # SmolLM2 on engine.py
     curl localhost:9464/metrics
 
-In a custom server: keep the newest `echo.StepStats` where `EchoCollector` can fetch it, and register
-the collector once. Useful in a dashboard, as ratios of `rate(...[1m])`:
+In a custom server: keep the newest `echo.StepStats` where `EchoCollector` can fetch it, and
+register the collector once. Useful in a dashboard, as ratios of `rate(...[1m])`:
 
 - `echo_emitted_tokens_total / echo_requests_total`: tokens a request emits in a step;
 - `echo_accepted_drafts_total / echo_draft_tokens_total`: draft acceptance rate;
@@ -52,8 +52,8 @@ class EchoCollector(Collector):
     """Turns the newest counters into Prometheus counters at each scrape.
 
     Args:
-        newest: returns the counters so far, in the exporter's thread. An attribute look-up is enough:
-            the counters are a value.
+        newest: returns the counters so far, in the exporter's thread. An attribute look-up is
+            enough: the counters are a value.
         labels: of this engine, such as ``{"model": "smollm2"}``.
     """
 
