@@ -17,7 +17,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 @pytest.fixture
 def plugin(monkeypatch):
     """Imports a plugin by its name."""
-    for name in ("CALIBRATION", "COST", "ROWS"):
+    for name in ("CALIBRATION", "COST", "VERIFY_TOKENS"):
         monkeypatch.delenv(f"ECHO_{name}", raising=False)
 
     def load(engine):
@@ -28,12 +28,12 @@ def plugin(monkeypatch):
 
 
 @pytest.mark.parametrize("steps", [0, 1, 5, 8, 12, 64])
-@pytest.mark.parametrize("asked", ["", "ROWS", "CALIBRATION COST", "CALIBRATION ROWS"])
+@pytest.mark.parametrize("asked", ["", "VERIFY_TOKENS", "CALIBRATION COST", "CALIBRATION VERIFY_TOKENS"])
 def test_depths_and_rows_are_the_engines(plugin, monkeypatch, tmp_path, steps, asked):
     CALIBRATION.save(tmp_path / "calibration.json")
     (tmp_path / "cost.json").write_text(echo.CostModel((1, 64), (1.0, 2.0)).to_json())
     given = {
-        "ROWS": "64",
+        "VERIFY_TOKENS": "64",
         "CALIBRATION": str(tmp_path / "calibration.json"),
         "COST": str(tmp_path / "cost.json"),
     }

@@ -123,7 +123,7 @@ def installed(site):
     ("ragged", "mask"), [(False, None), (False, "FULL_MASK"), (False, "QLEN_ONLY"), (True, None)]
 )
 def test_planned_steps_write_the_targets_own_text(engine, monkeypatch, ragged, mask):
-    monkeypatch.setenv("ECHO_ROWS", "14")
+    monkeypatch.setenv("ECHO_VERIFY_TOKENS", "14")
     monkeypatch.setenv("ECHO_RAGGED", str(int(ragged)))
     tables, prompts = Tables(7), texts(1, 3)
     server = Server(tables, prompts, mask)
@@ -133,7 +133,7 @@ def test_planned_steps_write_the_targets_own_text(engine, monkeypatch, ragged, m
         packed.validate(max_verify_tokens_per_req=N)
         ours = echo.accept(packed, logits=layouts.unpad(packed, logits.view(3, N, VOCAB)))
         theirs = engine.accept(packed, result, N)
-        for name in ("tokens", "rows", "lengths", "bonus"):
+        for name in ("tokens", "rows", "num_emitted", "bonus"):
             assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
     for text, prompt in zip(server.texts, prompts, strict=True):
         assert text == tables.greedy(prompt, len(text) - len(prompt))
@@ -303,7 +303,7 @@ def test_plans_are_made_from_two_steps_ago(engine):
     for _ in range(3):
         server.step()
     planner = server.worker.target_worker.echo_planner
-    assert [int(history.num_steps) for history, _ in planner.seen] == [2, 3]
+    assert [int(history.num_steps) for history, _ in planner.lagged] == [2, 3]
 
 
 def warmup(engine, monkeypatch, tmp_path):

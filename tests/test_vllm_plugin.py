@@ -152,7 +152,7 @@ def prompts(count):
 
 @pytest.mark.parametrize("rows", ["", "9"])
 def test_chains_of_chosen_lengths_write_the_targets_own_text(engine, folder, monkeypatch, rows):
-    monkeypatch.setenv("ECHO_ROWS", rows)
+    monkeypatch.setenv("ECHO_VERIFY_TOKENS", rows)
     given = prompts(4)
     batch, proposer = Batch(engine, folder, given), load()
     for _ in range(16):
@@ -184,16 +184,16 @@ def test_requests_keep_their_memory_when_rows_move(engine, folder):
     batch, proposer = Batch(engine, folder, prompts(4)), load()
     for _ in range(3):
         batch.step(proposer)
-    slots = proposer.slots.tolist()
+    slots = proposer.req_indices.tolist()
     order = [3, 1, 2]  # the first request is over, the last moves into its row
     batch.texts, batch.emitted = [batch.texts[i] for i in order], [batch.emitted[i] for i in order]
     batch.texts.append([*prompts(5)[4], 0])
     batch.emitted.append([0])
     batch.propose(proposer)
-    assert proposer.slots.tolist()[:3] == [slots[i] for i in order]
-    new = int(proposer.slots[3])
+    assert proposer.req_indices.tolist()[:3] == [slots[i] for i in order]
+    new = int(proposer.req_indices[3])
     assert new not in [slots[i] for i in order] and proposer.history.generation.sum() == 5
-    assert proposer.history.generation[proposer.slots[:3]].tolist() == [1, 1, 1]
+    assert proposer.history.generation[proposer.req_indices[:3]].tolist() == [1, 1, 1]
 
 
 def test_the_history_leaves_out_who_has_ended(engine):
@@ -212,7 +212,7 @@ def test_the_history_leaves_out_who_has_ended(engine):
     part = policy.history(8).observe(
         slots[kept], plugin.only(packed, kept), plugin.accepted(DEPTH, lengths[kept])
     )
-    for name in ("steps", "outlook", "expected", "accepted"):
+    for name in ("steps", "acceptance_histogram", "expected", "accepted"):
         own, both = getattr(part, name), getattr(whole, name)
         assert torch.equal(own[:, [6, 5]], both[:, [6, 5]]) and not own[:, [0, 3]].any()
         assert torch.allclose(own[:, 8], both[:, [5, 6]].sum(dim=1))
