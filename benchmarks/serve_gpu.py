@@ -8,8 +8,8 @@ First panel: SmolLM2 with its EAGLE head, greedy. All policies of a load share o
 and graphs, and each begins where prefill ended. A run counts from its first output until
 ``--new`` tokens a lane are written, and no request ends before: all lanes are busy. Policies take
 turns; figures are medians, intervals smallest and largest. Times of parts and waits are a run of
-their own, between CUDA events. Text is compared with plain decoding's of the same load; in float32
-it may differ where that one's two best logits are within 1e-4.
+their own, between CUDA events. Text is compared with plain decoding's of the same load; in
+float32 it may differ where that one's two best logits are within 1e-4.
 
 Second panel: the shape's weights are random, so nothing is decoded: recorded drafts (SmolLM2's) are
 replayed, and a step is charged what its verify pass, drafted layers and scheduling took here.
@@ -303,7 +303,7 @@ class Load:
 
     @torch.inference_mode()
     def costs(self, engine: Engine, rows: Sequence[int]) -> dict[str, Any]:
-        """Seconds of each part of a step and of a plain one, of a layer and of what is beside it."""
+        """Seconds of each part of a step, of a plain one, of a layer and what is beside it."""
         self.begin(engine)
         engine.num_remaining.fill_(1 << 20)
         lanes, workspace, deep = self.lanes, engine.workspace, engine.scheduler.max_depth

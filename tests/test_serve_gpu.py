@@ -24,7 +24,8 @@ def run(*arguments):
 
 def test_dry_run(tmp_path):
     """All policies at two loads, random models: plain decoding's text, both panels in the file."""
-    sizes = "--lanes 1 2 --quick 1 --new 6 --runs 1 --dtypes float32".split()
+    sizes = ["--lanes", "1", "2", "--quick", "1", "--new", "6", "--runs", "1"]
+    sizes += ["--dtypes", "float32"]
     result = run("--device", "cpu", "--tiny", *sizes, "--out", str(tmp_path))
     assert result.returncode == 0, result.stderr[-2000:]
     found = json.loads((tmp_path / "serve-cpu.json").read_text())

@@ -1,9 +1,10 @@
-"""Writes training text for the drafter: the target answers training prompts greedily, and its own features are kept.
+"""Writes training text for the drafter: the target's greedy answers, and its features.
 
     python examples/smollm2/data.py --out data/ --prompts 6000
 
-Each shard is a list of sequences: ``tokens`` int32 [T], ``prompt`` (its length), ``features`` float16 [T, 1728] of every token but the
-last, ``top_ids`` int32 and ``top_log_probs`` float16 [T - prompt, 16] of the answer's tokens.
+A shard is a list of sequences: ``tokens`` int32 [T], ``prompt`` (its length), ``features`` float16
+[T, 1728] of every token but the last, ``top_ids`` int32 and ``top_log_probs`` float16
+[T - prompt, 16] of the answer's tokens.
 """
 
 from __future__ import annotations
@@ -28,7 +29,10 @@ def greedy(logits: Tensor) -> Tensor:
 
 
 def sampled(logits: Tensor, among: int | None = None) -> Tensor:
-    """int64 [n]: tokens of the model's own distribution, or of its ``among`` likeliest: drawing from all takes as long as the model."""
+    """int64 [n]: samples of the model's distribution, or of its ``among`` likeliest tokens.
+
+    To sample from all takes as long as the model.
+    """
     if among is None:
         return torch.multinomial(logits.softmax(dim=-1), 1)[:, 0]
     top = logits.topk(among, dim=-1)
@@ -36,31 +40,30 @@ def sampled(logits: Tensor, among: int | None = None) -> Tensor:
 
 
 def questions(engine: SmolLM2, tokenizer, count: int) -> list[Tensor]:
-    """Chat prompts that the model asks itself: it samples the user's turn (Magpie, arXiv 2406.08464), which gives far more
-    variety than templates do. Those of the warm-up and evaluation sets are left out, should they come up."""
-    ahead, behind = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "\0"}], tokenize=False, add_generation_prompt=True
-    ).split("\0")
-    opening = torch.tensor(tokenizer(ahead, add_special_tokens=False)["input_ids"])
-    asked = answers(
-        engine, [opening] * count, 64, tokenizer.eos_token_id, choose=partial(sampled, among=256)
-    )
-    texts = [
-        tokenizer.decode(s["tokens"][s["prompt"] :], skip_special_tokens=True).strip()
-        for _, s in asked
-    ]
-    kept = {
-        prompt for sets in (WARMUP, EVALUATION) for prompts in sets.values() for prompt in prompts
-    }
-    return [
-        torch.tensor(tokenizer(ahead + t + behind, add_special_tokens=False)["input_ids"])
-        for t in texts
-        if len(t) > 8 and t not in kept
-    ]
+    """Chat prompts that the model asks itself: it samples the user's turn (Magpie, arXiv 2406.08464).
+
+    They are far more varied than templates. Those of the warm-up and evaluation sets are left out.
+    """
+    chat, options = [{"role": "user", "content": "\0"}], {"add_generation_prompt": True}
+    template = tokenizer.apply_chat_template(chat, tokenize=False, **options)
+    before, after = template.split("\0")
+    ids = lambda text: torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])
+    choose, eos = partial(sampled, among=256), tokenizer.eos_token_id
+    asked = answers(engine, [ids(before)] * count, 64, eos, choose=choose)
+    texts = written(tokenizer, (sequence for _, sequence in asked))
+    sets = [*WARMUP.values(), *EVALUATION.values()]
+    held_out = {prompt for prompts in sets for prompt in prompts}
+    return [ids(before + t + after) for t in texts if len(t) > 8 and t not in held_out]
+
+
+def written(tokenizer, sequences) -> list[str]:
+    """The answers of sequences as text."""
+    rows = (sequence["tokens"][sequence["prompt"] :] for sequence in sequences)
+    return [tokenizer.decode(row, skip_special_tokens=True).strip() for row in rows]
 
 
 def answers(engine: SmolLM2, prompts: list[Tensor], max_new: int, eos: int, choose=greedy):
-    """Yields ``(index, sequence)`` as requests finish; free slots are refilled at once."""
+    """Yields ``(index, sequence)`` as requests finish; their places are refilled at once."""
     slots = engine.cache.used.shape[0]
     waiting = list(range(len(prompts)))[::-1]
     running: dict[int, dict] = {}
@@ -99,17 +102,10 @@ def _prefill(engine, slots, prompts, indices, running, choose) -> None:
     ids = torch.tensor(slots)
     logits = engine.forward(engine.prompt_rows(ids, prompts), lengths.cumsum(0) - 1)
     engine.cache.used[ids] = lengths
-    for slot, index, prompt, features in zip(
-        slots, indices, prompts, engine.hidden.half().split(lengths.tolist()), strict=True
-    ):
-        running[slot] = {
-            "index": index,
-            "tokens": prompt.tolist(),
-            "prompt": len(prompt),
-            "ids": [],
-            "log_probs": [],
-        }
-        running[slot]["features"] = [features.clone()]
+    rows = engine.hidden.half().split(lengths.tolist())
+    for slot, index, prompt, features in zip(slots, indices, prompts, rows, strict=True):
+        request = {"index": index, "tokens": prompt.tolist(), "prompt": len(prompt)}
+        running[slot] = request | {"features": [features.clone()], "ids": [], "log_probs": []}
     _append(logits, slots, running, choose)
 
 
@@ -127,14 +123,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--prompts", type=int, default=6000, help="from templates and topics")
-    parser.add_argument(
-        "--questions",
-        type=int,
-        default=0,
-        help="instead, as many prompts that the model asks itself",
-    )
+    asked = "instead, prompts that the model asks itself"
+    parser.add_argument("--questions", type=int, default=0, help=asked)
     parser.add_argument("--first", type=int, default=0, help="number of the first shard")
-    parser.add_argument("--slots", type=int, default=128)
+    parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--max-new", type=int, default=176)
     parser.add_argument("--minutes", type=float, default=1e9, help="stop after this long")
     parser.add_argument("--seed", type=int, default=0)
@@ -142,42 +134,31 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
     model, tokenizer = load(multiply=torch.bfloat16)
-    engine = SmolLM2(model, args.slots, 512)
+    engine = SmolLM2(model, args.batch, 512)
     start = time.perf_counter()
     if args.questions:
         encoded = questions(engine, tokenizer, args.questions)
         kinds = ["asked"] * len(encoded)
     else:
-        drafts = dict(
-            answers(
-                engine,
-                encode(tokenizer, passage_prompts(192, args.seed)),
-                100,
-                tokenizer.eos_token_id,
-            )
-        )
-        texts = [
-            tokenizer.decode(s["tokens"][s["prompt"] :], skip_special_tokens=True).strip()
-            for s in drafts.values()
-        ]
+        passages = encode(tokenizer, passage_prompts(192, args.seed))
+        found = dict(answers(engine, passages, 100, tokenizer.eos_token_id))
+        texts = written(tokenizer, found.values())
         kinds, prompts = zip(*training_prompts(args.prompts, texts, args.seed), strict=True)
         encoded = encode(tokenizer, prompts)
-    shard, written, total = [], args.first, 0
+    shard, count, total = [], args.first, 0
     for index, sequence in answers(engine, encoded, args.max_new, tokenizer.eos_token_id):
         shard.append(sequence | {"kind": kinds[index]})
         total += len(sequence["tokens"]) - sequence["prompt"]
         late = time.perf_counter() - start > 60 * args.minutes
         if len(shard) == 256 or late:
-            torch.save(shard, args.out / f"{written:04d}.pt")
-            written, shard = written + 1, []
-            print(
-                f"{written} shards, {total} tokens, {total / (time.perf_counter() - start):.0f} tokens/s",
-                flush=True,
-            )
+            torch.save(shard, args.out / f"{count:04d}.pt")
+            count, shard = count + 1, []
+            rate = total / (time.perf_counter() - start)
+            print(f"{count} shards, {total} tokens, {rate:.0f} tokens/s", flush=True)
         if late:
             return
     if shard:
-        torch.save(shard, args.out / f"{written:04d}.pt")
+        torch.save(shard, args.out / f"{count:04d}.pt")
     print(f"done: {total} tokens")
 
 

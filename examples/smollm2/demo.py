@@ -213,7 +213,8 @@ def show(console: Console, runs: list[Run]) -> None:
         table.add_row(
             str(run.batch), run.policy, f"{rate:.0f}", f"{rate / base[run.batch]:.2f}x",
             f"{f['tokens_per_step']:.2f}", f"{f['rows_per_step']:.1f}",
-            f"{f['layers_per_step']:.1f}", "-" if math.isnan(accepted) else f"{accepted:.0%}", f"{run.draft:.1f}",
+            f"{f['layers_per_step']:.1f}",
+            "-" if math.isnan(accepted) else f"{accepted:.0%}", f"{run.draft:.1f}",
             f"{run.scheduling:.1f}", f"{run.verify:.1f}", end_section=run.policy == runs[-1].policy,
         )  # fmt: skip
     console.print(table)

@@ -3,8 +3,8 @@
 Two ways in:
 
 - ``--speculative-config '{"method": "custom_class", "model": "echo_vllm.EchoProposer",
-  "num_speculative_tokens": 8}'``: vLLM loads :class:`EchoProposer` and asks it for drafts after every
-  step, lists of any length; an empty one is plain decoding.
+  "num_speculative_tokens": 8}'``: vLLM loads :class:`EchoProposer` and asks it for drafts after
+  every step, lists of any length; an empty one is plain decoding.
 - With vLLM's drafters and ``"enable_adaptive_verification": true``, :func:`register` puts
   :class:`echo.GlobalRank` in the place of its ranking.
 
@@ -47,13 +47,13 @@ class EchoProposer:
         self.max_model_len = vllm_config.model_config.max_model_len
         self.scheduler = scheduler(self.num_speculative_tokens)
         self.history = self.scheduler.history(vllm_config.scheduler_config.max_num_seqs)
-        # Of the last step: places in the batch by text, each request's index in the history, drafts.
+        # Of the last step: places in the batch by text, each history index, tree.
         self.places: dict[tuple[int, bytes], list[int]] = {}
         self.req_indices = torch.empty(0, dtype=torch.int64)
         self.packed: echo.PackedTree | None = None
 
     def draft(self, texts: Sequence[NDArray[np.int32]], depth: int) -> tuple[Tensor, Tensor]:
-        """A chain after each text: tokens int64, log-probabilities float32 [B, depth]; -inf: none."""
+        """A chain after each text: tokens int64, log-probabilities float32 [B, depth]; -inf ends."""
         tokens = np.zeros((len(texts), depth), dtype=np.int64)
         log_probs = np.full((len(texts), depth), -np.inf, dtype=np.float32)
         for b, text in enumerate(texts):
@@ -101,8 +101,8 @@ class EchoProposer:
     def observe(self, texts: Sequence[NDArray[np.int32]], emitted: Sequence[list[int]]) -> None:
         """Updates the history with what the last step accepted.
 
-        vLLM moves rows as requests come and go and names none of them: a request is recognised by its
-        text before the step.
+        vLLM moves rows as requests come and go and names none of them: a request is recognised by
+        its text before the step.
         """
         pairs = zip(texts, emitted, strict=True)
         places = [self.recognise(text[: len(text) - len(own)]) for text, own in pairs]
