@@ -40,7 +40,7 @@ def sampled(logits: Tensor, among: int | None = None) -> Tensor:
 
 
 def questions(engine: SmolLM2, tokenizer, count: int) -> list[Tensor]:
-    """Chat prompts that the model asks itself: it samples the user's turn (Magpie, arXiv 2406.08464).
+    """Chat prompts of the model: it samples the user's turn (Magpie, arXiv 2406.08464).
 
     They are far more varied than templates. Those of the warm-up and evaluation sets are left out.
     """
@@ -63,60 +63,54 @@ def written(tokenizer, sequences) -> list[str]:
 
 
 def answers(engine: SmolLM2, prompts: list[Tensor], max_new: int, eos: int, choose=greedy):
-    """Yields ``(index, sequence)`` as requests finish; their places are refilled at once."""
-    slots = engine.cache.used.shape[0]
+    """Yields ``(prompt, sequence)`` as requests finish; new ones are admitted at once."""
     waiting = list(range(len(prompts)))[::-1]
-    running: dict[int, dict] = {}
+    running: dict[int, dict] = {}  # by index in the cache
     while waiting or running:
-        free = [s for s in range(slots) if s not in running][: len(waiting)]
+        free = [i for i in range(len(engine.cache.used)) if i not in running][: len(waiting)]
         if free:
-            chosen = [waiting.pop() for _ in free]
-            _prefill(engine, free, [prompts[i] for i in chosen], chosen, running, choose)
+            _prefill(
+                engine, free, [(n := waiting.pop(), prompts[n]) for _ in free], running, choose
+            )
         live = torch.tensor(sorted(running))
-        tokens = torch.tensor([running[int(s)]["tokens"][-1] for s in live])
+        tokens = torch.tensor([running[int(i)]["tokens"][-1] for i in live])
         logits = engine.forward(engine.token_rows(live, tokens))
         engine.cache.used[live] += 1
         features = engine.hidden.half()
-        for row, slot in enumerate(live.tolist()):
-            running[slot]["features"].append(features[row : row + 1])
+        for row, index in enumerate(live.tolist()):
+            running[index]["features"].append(features[row : row + 1])
         _append(logits, live.tolist(), running, choose)
-        for slot in live.tolist():
-            request = running[slot]
-            new = len(request["tokens"]) - request["prompt"]
-            if request["tokens"][-1] == eos or new >= max_new:
-                del running[slot]
-                yield (
-                    request["index"],
-                    {
-                        "tokens": torch.tensor(request["tokens"], dtype=torch.int32),
-                        "prompt": request["prompt"],
-                        "features": torch.cat(request["features"]),
-                        "top_ids": torch.stack(request["ids"]),
-                        "top_log_probs": torch.stack(request["log_probs"]),
-                    },
-                )
+        for index in live.tolist():
+            tokens, size = running[index]["tokens"], running[index]["prompt"]
+            if tokens[-1] == eos or len(tokens) - size >= max_new:
+                request = running.pop(index)
+                sequence = {"tokens": torch.tensor(tokens, dtype=torch.int32), "prompt": size}
+                sequence["features"] = torch.cat(request["features"])
+                for name in ("top_ids", "top_log_probs"):
+                    sequence[name] = torch.stack(request[name])
+                yield request["number"], sequence
 
 
-def _prefill(engine, slots, prompts, indices, running, choose) -> None:
-    lengths = torch.tensor([len(p) for p in prompts])
-    ids = torch.tensor(slots)
-    logits = engine.forward(engine.prompt_rows(ids, prompts), lengths.cumsum(0) - 1)
-    engine.cache.used[ids] = lengths
+def _prefill(engine, req_indices: list[int], prompts, running: dict[int, dict], choose) -> None:
+    numbers, texts = zip(*prompts, strict=True)
+    lengths, where = torch.tensor([len(text) for text in texts]), torch.tensor(req_indices)
+    logits = engine.forward(engine.prompt_rows(where, texts), lengths.cumsum(0) - 1)
+    engine.cache.used[where] = lengths
     rows = engine.hidden.half().split(lengths.tolist())
-    for slot, index, prompt, features in zip(slots, indices, prompts, rows, strict=True):
-        request = {"index": index, "tokens": prompt.tolist(), "prompt": len(prompt)}
-        running[slot] = request | {"features": [features.clone()], "ids": [], "log_probs": []}
-    _append(logits, slots, running, choose)
+    for index, number, text, features in zip(req_indices, numbers, texts, rows, strict=True):
+        request = {"number": number, "tokens": text.tolist(), "prompt": len(text)}
+        fresh = {"features": [features.clone()], "top_ids": [], "top_log_probs": []}
+        running[index] = request | fresh
+    _append(logits, req_indices, running, choose)
 
 
-def _append(logits: Tensor, slots: list[int], running: dict[int, dict], choose) -> None:
-    tokens = choose(logits)
-    top = logits.topk(TOP, dim=-1)
+def _append(logits: Tensor, req_indices: list[int], running: dict[int, dict], choose) -> None:
+    tokens, top = choose(logits), logits.topk(TOP, dim=-1)
     log_probs = (top.values - logits.logsumexp(-1, keepdim=True)).half()
-    for row, slot in enumerate(slots):
-        running[slot]["tokens"].append(int(tokens[row]))
-        running[slot]["ids"].append(top.indices[row].int())
-        running[slot]["log_probs"].append(log_probs[row])
+    for row, index in enumerate(req_indices):
+        running[index]["tokens"].append(int(tokens[row]))
+        running[index]["top_ids"].append(top.indices[row].int())
+        running[index]["top_log_probs"].append(log_probs[row])
 
 
 def main() -> None:

@@ -1,10 +1,10 @@
 """Trains the EAGLE head on the target's own text, unrolled several steps as it will be used.
 
-    python examples/smollm2/train.py --data data/ --out examples/smollm2/eagle.safetensors --minutes 60
+    python examples/smollm2/train.py --data data/ --out eagle.safetensors --minutes 60
 
 Step k at position t reads the head's own state of step k-1 and the embedding of token t+k, attends
-to the true keys up to t and its own of the steps before, and predicts token t+k+1. Loss: cross-entropy
-with the target's distribution (its 16 likeliest tokens) and with its choice, weighted
+to the true keys up to t and its own of the steps before, and predicts token t+k+1. Loss:
+cross-entropy with the target's distribution (its 16 likeliest tokens) and with its choice, weighted
 ``0.85 ** (k - 1)``. Muon on the matrices inside, AdamW on the rest.
 """
 

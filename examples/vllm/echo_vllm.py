@@ -53,7 +53,7 @@ class EchoProposer:
         self.packed: echo.PackedTree | None = None
 
     def draft(self, texts: Sequence[NDArray[np.int32]], depth: int) -> tuple[Tensor, Tensor]:
-        """A chain after each text: tokens int64, log-probabilities float32 [B, depth]; -inf ends."""
+        """Chains: tokens int64 and log-probabilities float32 [B, depth], -inf where one ends."""
         tokens = np.zeros((len(texts), depth), dtype=np.int64)
         log_probs = np.full((len(texts), depth), -np.inf, dtype=np.float32)
         for b, text in enumerate(texts):
