@@ -253,7 +253,7 @@ class Load:
         engine.req_indices.copy_(torch.arange(self.lanes))
         engine.running, engine.first_tokens = list(range(self.lanes)), {}
         engine.host_req_indices = list(range(self.lanes))
-        engine.history = engine.scheduler.history(self.lanes, "cpu")
+        engine.host_history = engine.scheduler.history(self.lanes, "cpu")
         for name, value in vars(engine.scheduler.history(self.lanes, self.device)).items():
             if isinstance(value, Tensor):
                 getattr(engine.workspace.history, name).copy_(value)

@@ -87,7 +87,7 @@ class PagedCache:
 
 
 class StepOutput(NamedTuple):
-    """A step's way to the host.
+    """What a step sends to the host.
 
     Attributes:
         buffer: int32, pinned on a GPU; complete once ``done``.
@@ -166,12 +166,10 @@ class Engine:
         self.num_remaining = torch.zeros_like(self.req_indices)
         self.eos_tokens = torch.full((1,), eos_token, device=device)
         self.emitted = torch.full((max_num_reqs, scheduler.max_depth + 1), -1, device=device)
-        self.history = scheduler.history(max_num_reqs, "cpu")  # lags one step: scheduling reads it
+        self.host_history = scheduler.history(max_num_reqs, "cpu")  # lags: what scheduling reads
         self.layout = [(part.view(torch.int32).numel(), part.dtype) for part in self.parts()]
-        size, pin = sum(size for size, _ in self.layout), device.type == "cuda"
-        self.output = torch.zeros(size, dtype=torch.int32, device=device)
-        ints = {"dtype": torch.int32, "device": "cpu", "pin_memory": pin}
-        self.host_outputs = deque(torch.zeros(size, **ints) for _ in range(2))
+        self.output = torch.cat([part.view(torch.int32) for part in self.parts()])
+        self.host_outputs = deque(self.pinned(self.output) for _ in range(2))
         self.running: list[int] = []  # the request of each lane
         self.failed: list[int] = []
         self.first_tokens: dict[int, Tensor] = {}
@@ -208,8 +206,7 @@ class Engine:
             raise ValueError(f"model: no number for the next token of prompts {self.failed}")
 
     def admit(self, request: int, prompt: Tensor, max_new_tokens: int) -> None:
-        """Prefills a request in the next lane and samples its first token, which goes to the host
-        with the next output."""
+        """Prefills a request in the next lane; its first token goes along with the next output."""
         lane, position = len(self.running), torch.arange(len(prompt), device=self.device)
         states, kv, self.hidden = self.forward(prompt, position, causal)
         first = self.sample(self.model.lm_head(states[-1:]))
@@ -223,13 +220,10 @@ class Engine:
         fresh = history.reset(req_index)
         for name in HISTORY:
             getattr(history, name).copy_(getattr(fresh, name))
-        self.history = self.history.reset(torch.tensor([self.host_req_indices[lane]], device="cpu"))
+        host_index = torch.tensor([self.host_req_indices[lane]], device="cpu")
+        self.host_history = self.host_history.reset(host_index)
         self.running.append(request)
-        pin = self.device.type == "cuda"
-        self.first_tokens[request] = host = torch.zeros(
-            1, dtype=torch.int64, device="cpu", pin_memory=pin
-        )
-        host.copy_(first, non_blocking=True)
+        self.first_tokens[request] = self.pinned(first).copy_(first, non_blocking=True)
         root = self.root_tokens[lane : lane + 1]
         if self.graph_drafter:
             self.drafter.admit(lane, prompt, root, self.hidden)
@@ -241,7 +235,7 @@ class Engine:
         """Launches one step of the running requests; waits for nothing."""
         workspace, drafter, num_reqs = self.workspace, self.drafter, len(self.running)
         lanes = min(1 << (num_reqs - 1).bit_length(), self.max_num_reqs)
-        tier = self.scheduler.choose_tier(self.history, self.host_req_indices[:num_reqs])
+        tier = self.scheduler.choose_tier(self.host_history, self.host_req_indices[:num_reqs])
         depth = tier.depth if drafter is not None else 0
         if self.graph_drafter and (depth or drafter.num_unprocessed == drafter.max_backlog):
             drafter.extend_backlog()
@@ -350,6 +344,10 @@ class Engine:
         history = [getattr(self.workspace.history, name) for name in names]
         return [part.flatten() for part in (self.emitted, self.num_remaining, *history)]
 
+    def pinned(self, like: Tensor) -> Tensor:
+        """A host buffer for a copy of ``like``, pinned on a GPU."""
+        return torch.empty_like(like, device="cpu", pin_memory=self.device.type == "cuda")
+
     def copy_output(self, depth: int) -> StepOutput:
         """Starts the step's one device-to-host copy."""
         buffer, first_tokens, self.first_tokens = self.host_outputs[0], self.first_tokens, {}
@@ -367,23 +365,23 @@ class Engine:
         emitted, remaining, *sums = (part.view(dtype) for part, dtype in parts)
         if sums:
             known = {
-                name: part.view(getattr(self.history, name).shape)
+                name: part.view(getattr(self.host_history, name).shape)
                 for name, part in zip(HISTORY, sums, strict=True)
             }
-            generation, lagged = self.history.generation, replace(self.history, **known)
+            generation, lagged = self.host_history.generation, replace(self.host_history, **known)
             if not torch.equal(generation, lagged.generation):  # admitted since that launch
                 lagged = replace(lagged.without_stale(generation), generation=generation)
-            self.history = lagged
-        self.history = self.history.advance(output.depth)
-        rows = emitted.view(self.emitted.shape).tolist()
-        for lane, (request, row) in enumerate(zip(output.requests, rows, strict=False)):
-            first = output.first_tokens.get(request)
-            tokens = [t for t in [*([] if first is None else first.tolist()), *row] if t >= 0]
+            self.host_history = lagged
+        self.host_history = self.host_history.advance(output.depth)
+        rows = emitted.view(self.emitted.shape).tolist(), remaining.tolist()
+        for request, row, num_remaining in zip(output.requests, *rows, strict=False):
+            if request in output.first_tokens:
+                row = output.first_tokens[request].tolist() + row
+            tokens = [token for token in row if token >= 0]
             if tokens:
                 yield request, tokens
-            left = int(remaining[lane])
-            if left < 1 and request in self.running:
-                self.failed += [request] * (left < 0)
+            if num_remaining < 1 and request in self.running:
+                self.failed += [request] * (num_remaining < 0)
                 self.finish(self.running.index(request))
 
     def finish(self, lane: int) -> None:

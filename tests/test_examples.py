@@ -199,7 +199,7 @@ def prompts(folders, texts):
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_the_paged_engine_writes_what_transformers_writes(folders, prompts, expected, name):
-    """Fewer lanes than prompts, pages for two or three of them: admission waits, pages come back."""
+    """Fewer lanes than prompts, pages for two or three: admission waits, pages come back."""
     made = engine(folders, POLICIES[name], max_num_reqs=4, num_pages=8, eos_token=EOS)
     assert run(made, prompts, NEW) == expected
     assert sorted(made.cache.free_pages) == list(range(1, 8)) and not made.cache.pages
@@ -288,7 +288,8 @@ def real(model, tokenizer, scheduler, lanes, **options):
     drafter = lambda made: GraphEagle(made.model, lanes, beam=3, depth=3, fused=fused)
     return Engine(
         model, scheduler, drafter if drafts else None, max_num_reqs=lanes, num_pages=32,
-        feature_layers=FEATURE_LAYERS if drafts else (), eos_token=tokenizer.eos_token_id, **options,
+        feature_layers=FEATURE_LAYERS if drafts else (), eos_token=tokenizer.eos_token_id,
+        **options,
     )  # fmt: skip
 
 

@@ -1,16 +1,17 @@
-"""The vLLM proposer (examples/vllm) with the engine's own loader, step metadata, rejection sampler and output parser.
+"""The vLLM proposer (examples/vllm) with the engine's own code.
 
     ECHO_PEERS=install pytest -m peers tests/test_vllm_plugin.py
 
-Real, from the wheel: ``create_custom_proposer``, ``GPUModelRunner._calc_spec_decode_metadata``, ``rejection_sample`` with its greedy
-Triton kernel, ``RejectionSampler.parse_output``, the ranking of its adaptive verification. A toy target and the rows of a batch stand
-in for the model runner.
+Real, from the wheel: ``create_custom_proposer``, ``GPUModelRunner._calc_spec_decode_metadata``,
+``rejection_sample`` with its greedy Triton kernel, ``RejectionSampler.parse_output``, the ranking
+of adaptive verification. Stand-ins: a toy target and the rows of a batch.
 """
 
 from __future__ import annotations
 
 import itertools
 import sys
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
@@ -46,9 +47,7 @@ def engine(folder, monkeypatch):
     """vLLM's modules, without the engine around them."""
     triton = pytest.importorskip("triton")
     if not triton.knobs.runtime.interpret:
-        pytest.skip(
-            "triton is imported without its interpreter: run this file in a process of its own"
-        )
+        pytest.skip("triton is imported without its interpreter: run this file by itself")
     monkeypatch.syspath_prepend(str(PLUGIN))
     with around(folder, ("vllm",), REAL):
         vars(import_module("vllm.triton_utils")).update(tl=triton.language, triton=triton)
@@ -58,9 +57,11 @@ def engine(folder, monkeypatch):
 
 def load(**more):
     """The proposer, through vLLM's loader."""
+    name = {"model": "echo_vllm.EchoProposer", "num_speculative_tokens": DEPTH}
     config = SimpleNamespace(
-        speculative_config=SimpleNamespace(model="echo_vllm.EchoProposer", num_speculative_tokens=DEPTH),
-        model_config=SimpleNamespace(max_model_len=WIDTH), scheduler_config=SimpleNamespace(max_num_seqs=8),
+        speculative_config=SimpleNamespace(**name),
+        model_config=SimpleNamespace(max_model_len=WIDTH),
+        scheduler_config=SimpleNamespace(max_num_seqs=8),
     )  # fmt: skip
     vars(config).update(more)
     return import_module("vllm.v1.spec_decode.custom_class_proposer").create_custom_proposer(config)
@@ -71,30 +72,20 @@ def metadata(folder, drafts, roots):
     scope = {"np": np, "async_tensor_h2d": lambda x, device: torch.from_numpy(x.copy())}
     scope["SpecDecodeMetadata"] = import_module("vllm.v1.spec_decode.metadata").SpecDecodeMetadata
     names = ("_calc_spec_decode_metadata", "_get_cumsum_and_arange")
-    definitions(
-        folder / "vllm/v1/worker/gpu_model_runner.py", names, scope, inside="GPUModelRunner"
-    )
+    source = folder / "vllm/v1/worker/gpu_model_runner.py"
+    definitions(source, names, scope, inside="GPUModelRunner")
     counts = np.array([len(own) for own in drafts], dtype=np.int32)
-    ids = torch.tensor(
-        [token for root, own in zip(roots, drafts, strict=True) for token in (root, *own)],
-        dtype=torch.int32,
-    )
-    self = SimpleNamespace(
-        _arange_scratch=np.arange(4096),
-        arange_np=np.arange(4096),
-        device="cpu",
-        input_ids=SimpleNamespace(gpu=ids),
-    )
-    self._get_cumsum_and_arange = lambda *args, **kwargs: scope["_get_cumsum_and_arange"](
-        self, *args, **kwargs
-    )
-    return scope["_calc_spec_decode_metadata"](
-        self, counts, np.cumsum(counts + 1, dtype=np.int32)
-    ), ids
+    rows = [token for root, own in zip(roots, drafts, strict=True) for token in (root, *own)]
+    ids = torch.tensor(rows, dtype=torch.int32)
+    arange = {"_arange_scratch": np.arange(4096), "arange_np": np.arange(4096)}
+    self = SimpleNamespace(**arange, device="cpu", input_ids=SimpleNamespace(gpu=ids))
+    self._get_cumsum_and_arange = partial(scope["_get_cumsum_and_arange"], self)
+    ends = np.cumsum(counts + 1, dtype=np.int32)
+    return scope["_calc_spec_decode_metadata"](self, counts, ends), ids
 
 
 class Batch:
-    """Rows of vLLM's input batch, decoded by a toy target whose greedy next token depends on the last two."""
+    """Rows of vLLM's batch, and a toy target whose greedy next token depends on the last two."""
 
     def __init__(self, sampler, folder, prompts, seed=0):
         self.table = torch.randn(VOCAB, VOCAB, VOCAB, generator=torch.Generator().manual_seed(seed))
@@ -116,9 +107,8 @@ class Batch:
         ids = np.zeros((len(self.texts), WIDTH), dtype=np.int32)
         for row, text in enumerate(self.texts):
             ids[row, : len(text)] = text
-        return proposer.propose(
-            self.emitted, np.array([len(text) for text in self.texts]), ids, slot_mappings=None
-        )
+        lengths = np.array([len(text) for text in self.texts])
+        return proposer.propose(self.emitted, lengths, ids, slot_mappings=None)
 
     def step(self, proposer):
         drafts = self.propose(proposer)
@@ -128,17 +118,14 @@ class Batch:
         else:
             info, ids = metadata(self.folder, drafts, [text[-1] for text in self.texts])
             before = [text[-2] for text in self.texts]
-            above = [
-                t
-                for b, text, own in zip(before, self.texts, drafts, strict=True)
-                for t in ([b, text[-1], *own][: 1 + len(own)])
-            ]
+            parts = zip(before, self.texts, drafts, strict=True)
+            above = [t for b, text, own in parts for t in [b, text[-1], *own][: 1 + len(own)]]
             logits = self.table[torch.tensor(above), ids.long()][info.logits_indices]
             bonus = logits[info.bonus_logits_indices].argmax(-1, keepdim=True).int()
             greedy = SimpleNamespace(all_greedy=True, all_random=False)
             out = self.sampler.rejection_sample(
-                info.draft_token_ids, info.num_draft_tokens, info.max_spec_len, info.cu_num_draft_tokens, None,
-                logits[info.target_logits_indices], bonus, greedy,
+                info.draft_token_ids, info.num_draft_tokens, info.max_spec_len,
+                info.cu_num_draft_tokens, None, logits[info.target_logits_indices], bonus, greedy,
             )  # fmt: skip
             self.emitted, _ = self.sampler.RejectionSampler.parse_output(out, VOCAB)
         for text, own in zip(self.texts, self.emitted, strict=True):
@@ -159,25 +146,16 @@ def test_chains_of_chosen_lengths_write_the_targets_own_text(engine, folder, mon
         batch.step(proposer)
     for text, prompt in zip(batch.texts, given, strict=True):
         assert text == batch.greedy(prompt, len(text) - len(prompt))
-    assert (
-        sum(map(len, batch.texts)) - sum(map(len, given)) > 1.4 * 16 * 4
-    )  # lookups found what repeats
+    emitted = sum(map(len, batch.texts)) - sum(map(len, given))
+    assert emitted > 1.4 * 16 * 4  # lookups found what repeats
     counts = np.array(batch.counts)
     if rows:
         assert (counts.sum(axis=1) <= 9 - 4).all() and (counts.sum(axis=1) == 9 - 4).any()
         assert any(len(set(own)) > 2 for own in batch.counts)  # lengths differ within a step
     else:
         assert counts.max() == DEPTH
-    assert proposer.history.num_steps == 15 and proposer.history.generation.tolist() == [
-        1,
-        1,
-        1,
-        1,
-        0,
-        0,
-        0,
-        0,
-    ]
+    assert proposer.history.num_steps == 15
+    assert proposer.history.generation.tolist() == [1, 1, 1, 1, 0, 0, 0, 0]
 
 
 def test_requests_keep_their_memory_when_rows_move(engine, folder):
@@ -196,7 +174,7 @@ def test_requests_keep_their_memory_when_rows_move(engine, folder):
     assert proposer.history.generation[proposer.req_indices[:3]].tolist() == [1, 1, 1]
 
 
-def test_the_history_leaves_out_who_has_ended(engine):
+def test_the_history_leaves_out_requests_that_have_ended(engine):
     """What the others' slots remember does not depend on it."""
     plugin = import_module("echo_vllm")
     cost = echo.CostModel((1, 64), (1.0, 1.0))
@@ -228,7 +206,7 @@ def test_a_row_still_reading_its_prompt_gets_no_drafts(engine, folder):
 
 
 @pytest.mark.parametrize(("seconds", "most"), [((1.0, 64.0), 3 * DEPTH), ((1.0, 1.0), 1000)])
-def test_a_cost_model_turns_drafting_off_where_rows_are_dear(
+def test_a_cost_model_turns_drafting_off_where_tokens_cost_much(
     engine, folder, monkeypatch, tmp_path, seconds, most
 ):
     (tmp_path / "cost.json").write_text(echo.CostModel((1, 64), seconds).to_json())
@@ -281,8 +259,8 @@ def test_our_ranking_in_its_adaptive_verification_admits_what_its_own_does(
         assert ours.tolist() == theirs.tolist() and int(ours.sum()) == budget
 
 
-def test_a_calibration_changes_whom_it_admits(engine, monkeypatch, tmp_path):
-    """A draft that is too sure of its second token: once that is known, the other request's first token comes before it."""
+def test_a_calibration_changes_what_it_admits(engine, monkeypatch, tmp_path):
+    """A draft too sure of its second token: calibrated, the other request's first goes first."""
     rng, size = np.random.default_rng(0), 4000
     depth = rng.integers(1, 3, size)
     truth = np.where(depth == 1, 0.5, 0.1)  # whatever the confidence was
