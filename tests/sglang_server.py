@@ -123,10 +123,12 @@ class Server:
         self.batch, nothing = len(texts), contextlib.nullcontext
         pool = Pool(self.batch * WIDTH + 1)
         table = 1 + torch.randperm(self.batch * WIDTH).view(self.batch, WIDTH)
-        self.pool, self.slots = pool, torch.randperm(self.batch)
-        self.table = torch.empty_like(table).index_copy_(0, self.slots, table)
+        self.pool, self.req_pool_indices = pool, torch.randperm(self.batch)
+        self.table = torch.empty_like(table).index_copy_(0, self.req_pool_indices, table)
         for b, text in enumerate(texts):
-            pool.token[self.table[self.slots[b], : len(text) - 1]] = torch.tensor(text[:-1])
+            pool.token[self.table[self.req_pool_indices[b], : len(text) - 1]] = torch.tensor(
+                text[:-1]
+            )
         workers = import_module("sglang.srt.managers.tp_worker")
         target = workers.TpModelWorker(tables, pool, self.table)
         masks = import_module("sglang.kernels.ops.speculative.spec_tree").TreeMaskMode
@@ -184,7 +186,7 @@ class Server:
         """One decode step; the worker's result and verify input."""
         module = import_module("sglang.srt.speculative.eagle_info")
         lengths = torch.tensor([len(text) - 1 for text in self.texts])
-        kv = [SimpleNamespace(req_pool_idx=int(slot)) for slot in self.slots]
+        kv = [SimpleNamespace(req_pool_idx=int(index)) for index in self.req_pool_indices]
         requests = [SimpleNamespace(kv=own) for own in kv]
         info = module.EagleDraftInput(**vars(self.state))
         sampling = SimpleNamespace(
@@ -194,7 +196,7 @@ class Server:
         batch = SimpleNamespace(
             forward_mode=self.modes.DECODE, is_extend_in_batch=False, spec_info=info,
             seq_lens=lengths, seq_lens_cpu=lengths, seq_lens_sum=int(lengths.sum()),
-            req_pool_indices=self.slots, reqs=requests, device="cpu", has_grammar=False,
+            req_pool_indices=self.req_pool_indices, reqs=requests, device="cpu", has_grammar=False,
             sampling_info=sampling, return_logprob=False, hisparse_coordinator=None,
             model_config=self.worker.target_worker.model_runner.model_config, prefix_lens=None,
             token_to_kv_pool_allocator=self.pool, multimodal_inputs=[None] * self.batch,
@@ -214,7 +216,7 @@ class Server:
         lengths = result.accept_lens.tolist()
         for b, (text, length) in enumerate(zip(self.texts, lengths, strict=True)):
             text.extend(path[b, :length].tolist())
-            cached = self.pool.token[self.table[self.slots[b], : len(text) - 1]]
+            cached = self.pool.token[self.table[self.req_pool_indices[b], : len(text) - 1]]
             assert cached.tolist() == text[:-1], "the cache must hold the text up to its last token"
         names = ("bonus_tokens", "topk_p", "topk_index")
         state = {name: getattr(result.next_draft_input, name) for name in names}

@@ -65,7 +65,7 @@ class Served:
             echo.GlobalRank(BEAM), budget=6 * LANES, max_depth=DEPTH
         )
         self.draw = torch.Generator().manual_seed(seed)
-        self.slots: list[int] = []  # of the eager head, by lane of the other
+        self.req_indices: list[int] = []  # of the eager head, by lane of the other
         self.roots = torch.zeros(LANES, dtype=torch.int64)
         self.compared, self.emitted = Counter(), 0
 
@@ -76,33 +76,38 @@ class Served:
         return int(torch.randint(low, high, (), generator=self.draw))
 
     def admit(self) -> None:
-        lane, slot = len(self.slots), next(s for s in range(LANES) if s not in self.slots)
+        lane, index = (
+            len(self.req_indices),
+            next(s for s in range(LANES) if s not in self.req_indices),
+        )
         prompt = torch.randint(0, VOCAB, (self.random(1, 20),), generator=self.draw)
         first = torch.randint(0, VOCAB, (1,), generator=self.draw)
         features = self.features(len(prompt))
         self.eager.target.hidden = features
-        self.eager.admit(torch.tensor([slot]), [prompt], first)
+        self.eager.admit(torch.tensor([index]), [prompt], first)
         self.graph.admit(lane, prompt, first, features)
-        self.slots.append(slot)
+        self.req_indices.append(index)
         self.roots[lane] = first[0]
 
     def leave(self, lane: int) -> None:
         """The last lane's request takes the place of the one that ends."""
-        last = len(self.slots) - 1
+        last = len(self.req_indices) - 1
         if lane != last:
             self.graph.move(last, lane)
             self.roots[lane] = self.roots[last]
-            self.slots[lane] = self.slots[last]
-        self.slots.pop()
+            self.req_indices[lane] = self.req_indices[last]
+        self.req_indices.pop()
 
     def step(self, depth: int, dead: tuple[int, ...] = ()) -> None:
-        slots, batch = torch.tensor(self.slots), len(self.slots)
+        req_indices, batch = torch.tensor(self.req_indices), len(self.req_indices)
         live = torch.tensor([lane not in dead for lane in range(batch)])
         if depth and self.graph.num_unprocessed:
             self.graph.extend_backlog()
         tree = self.scheduler.begin(self.roots[:batch], live=live)
         for _ in range(depth):
-            expected, found = (d.draft(slots, tree.frontier) for d in (self.eager, self.graph))
+            expected, found = (
+                d.draft(req_indices, tree.frontier) for d in (self.eager, self.graph)
+            )
             self.compare(tree.frontier, expected, found)
             tree = self.scheduler.grow(tree, *found)
         packed = self.scheduler.pack(tree)
@@ -115,7 +120,7 @@ class Served:
         accepted = echo.accept(packed, sampled)
         hidden = self.features(packed.num_rows)
         self.eager.target.hidden = hidden
-        self.eager.extend(slots, packed, accepted)
+        self.eager.extend(req_indices, packed, accepted)
         kept = hidden[accepted.rows.clamp(min=0)], accepted.tokens, accepted.num_emitted
         if depth:
             self.graph.extend(*kept)
@@ -150,20 +155,20 @@ def test_drafts_are_the_eager_heads(drafters, seed, fused):
     served = Served(drafters, seed, fused)
     off = 0
     for _ in range(14 if fused else 90):
-        used = served.graph.used[: len(served.slots)]
-        if served.slots and (served.random(0, 6) == 0 or int(used.max()) > LENGTH - 50):
+        used = served.graph.used[: len(served.req_indices)]
+        if served.req_indices and (served.random(0, 6) == 0 or int(used.max()) > LENGTH - 50):
             served.leave(int(used.argmax()))
-        while len(served.slots) < LANES and (not served.slots or served.random(0, 2)):
+        while len(served.req_indices) < LANES and (not served.req_indices or served.random(0, 2)):
             served.admit()
         off = off - 1 if off else (served.random(3, 48) if served.random(0, 12) == 0 else 0)
         if off:
             served.step(0)
         else:
-            count = len(served.slots)
+            count = len(served.req_indices)
             one = count > 1 and served.random(0, 3) == 0
             dead = (served.random(0, count),) if one else ()
             served.step(served.random(1, DEPTH + 1), dead)
-    used = [int(served.eager.used[slot]) for slot in served.slots]
+    used = [int(served.eager.used[index]) for index in served.req_indices]
     assert all(served.compared[depth] > (5 if fused else 50) for depth in range(DEPTH))
     assert served.emitted > 30
     if not served.graph.num_unprocessed and not served.eager.backlog:
@@ -292,8 +297,8 @@ def test_launches_of_a_fused_layer(drafters, monkeypatch):
 def test_the_kernels_compile_for_a_gpu():
     """Without spills, few of them: layers and lanes share them."""
     pytest.importorskip("triton")
-    options = {"env": ENVIRONMENT, "capture_output": True, "text": True, "check": False}
-    result = subprocess.run([sys.executable, "-c", COMPILE], **options)
+    options = {"env": ENVIRONMENT, "capture_output": True, "text": True}
+    result = subprocess.run([sys.executable, "-c", COMPILE], check=False, **options)
     assert result.returncode == 0, result.stderr[-2000:]
     found = json.loads(result.stdout)
     assert len(found) == 13

@@ -250,14 +250,14 @@ def test_a_prefill_resets_the_history_of_its_requests(engine):
     server = Server(Tables(7), texts(1, 3))
     server.step()
     planner = server.worker.target_worker.echo_planner
-    request = SimpleNamespace(kv=SimpleNamespace(req_pool_idx=int(server.slots[0])))
+    request = SimpleNamespace(kv=SimpleNamespace(req_pool_idx=int(server.req_pool_indices[0])))
     prefill = SimpleNamespace(
         forward_mode=server.modes.EXTEND, is_extend_in_batch=True, reqs=[request],
-        req_pool_indices=server.slots[:1],
+        req_pool_indices=server.req_pool_indices[:1],
     )  # fmt: skip
     assert engine.before_draft(lambda *_: "prefilled", server.worker, prefill) == "prefilled"
     # A tier that is chosen from an older history leaves the request out.
-    assert planner.generation[server.slots].tolist() == [1, 0, 0]
+    assert planner.generation[server.req_pool_indices].tolist() == [1, 0, 0]
     assert torch.equal(planner.history.generation, planner.generation)
 
 

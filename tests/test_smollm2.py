@@ -75,11 +75,11 @@ def test_greedy_text_equals_plain_decoding(pair, plain, name):
 def test_prompts_are_disjoint(smollm2):
     from prompts import EVALUATION, KINDS, WARMUP, training_prompts
 
-    warm, held = ({p for kind in KINDS for p in rows[kind]} for rows in (WARMUP, EVALUATION))
+    warm, held_out = ({p for kind in KINDS for p in rows[kind]} for rows in (WARMUP, EVALUATION))
     trained = {p for _, p in training_prompts(4000, ["a passage"])}
-    assert len(warm) == len(held) == 32
-    assert not warm & held
-    assert not trained & (warm | held)
+    assert len(warm) == len(held_out) == 32
+    assert not warm & held_out
+    assert not trained & (warm | held_out)
 
 
 def test_cache_holds_the_text(smollm2):

@@ -162,20 +162,20 @@ def test_requests_keep_their_memory_when_rows_move(engine, folder):
     batch, proposer = Batch(engine, folder, prompts(4)), load()
     for _ in range(3):
         batch.step(proposer)
-    slots = proposer.req_indices.tolist()
+    req_indices = proposer.req_indices.tolist()
     order = [3, 1, 2]  # the first request is over, the last moves into its row
     batch.texts, batch.emitted = [batch.texts[i] for i in order], [batch.emitted[i] for i in order]
     batch.texts.append([*prompts(5)[4], 0])
     batch.emitted.append([0])
     batch.propose(proposer)
-    assert proposer.req_indices.tolist()[:3] == [slots[i] for i in order]
+    assert proposer.req_indices.tolist()[:3] == [req_indices[i] for i in order]
     new = int(proposer.req_indices[3])
-    assert new not in [slots[i] for i in order] and proposer.history.generation.sum() == 5
+    assert new not in [req_indices[i] for i in order] and proposer.history.generation.sum() == 5
     assert proposer.history.generation[proposer.req_indices[:3]].tolist() == [1, 1, 1]
 
 
 def test_the_history_leaves_out_requests_that_have_ended(engine):
-    """What the others' slots remember does not depend on it."""
+    """The others' sums do not depend on them."""
     plugin = import_module("echo_vllm")
     cost = echo.CostModel((1, 64), (1.0, 1.0))
     policy = echo.ElasticBudgetScheduler(
@@ -185,10 +185,10 @@ def test_the_history_leaves_out_requests_that_have_ended(engine):
     packed = policy.pack(
         policy.grow_positions(tree, torch.ones(4, DEPTH, 1).long(), torch.rand(4, DEPTH, 1).log())
     )
-    slots, lengths, kept = torch.tensor([5, 0, 3, 6]), torch.tensor([2, 1, 3, 1]), [3, 0]
-    whole = policy.history(8).observe(slots, packed, plugin.accepted(DEPTH, lengths))
+    req_indices, lengths, kept = torch.tensor([5, 0, 3, 6]), torch.tensor([2, 1, 3, 1]), [3, 0]
+    whole = policy.history(8).observe(req_indices, packed, plugin.accepted(DEPTH, lengths))
     part = policy.history(8).observe(
-        slots[kept], plugin.only(packed, kept), plugin.accepted(DEPTH, lengths[kept])
+        req_indices[kept], plugin.only(packed, kept), plugin.accepted(DEPTH, lengths[kept])
     )
     for name in ("steps", "acceptance_histogram", "expected", "accepted"):
         own, both = getattr(part, name), getattr(whole, name)
@@ -247,15 +247,15 @@ def test_our_ranking_in_its_adaptive_verification_admits_what_its_own_does(
     monkeypatch.setattr(module, "_assign_draft_token_budget_compiled", None)
     import_module("echo_vllm").register()
     generator = torch.Generator().manual_seed(seed)
-    confidences, slots = (
+    confidences, idx_mapping = (
         torch.rand(9, DEPTH, generator=generator),
         torch.randperm(9, generator=generator)[:6],
     )
     capacities = torch.randint(0, DEPTH + 1, (6,), generator=generator).int()
     for budget in range(1, int(capacities.sum())):
         ours, theirs = capacities.clone(), capacities.clone()
-        module._assign_draft_token_budget_compiled(confidences, slots, ours, budget, DEPTH)
-        module._assign_draft_token_budget(confidences, slots, theirs, budget, DEPTH)
+        module._assign_draft_token_budget_compiled(confidences, idx_mapping, ours, budget, DEPTH)
+        module._assign_draft_token_budget(confidences, idx_mapping, theirs, budget, DEPTH)
         assert ours.tolist() == theirs.tolist() and int(ours.sum()) == budget
 
 
@@ -268,12 +268,12 @@ def test_a_calibration_changes_what_it_admits(engine, monkeypatch, tmp_path):
         depth=depth, confidence=rng.random(size), accepted=rng.random(size) < truth
     )
     echo.calibrate(log).save(tmp_path / "calibration.json")
-    confidences, slots = torch.tensor([[0.9, 0.9], [0.4, 0.4]]), torch.arange(2)
+    confidences, idx_mapping = torch.tensor([[0.9, 0.9], [0.4, 0.4]]), torch.arange(2)
 
     def admitted():
         capacities = torch.tensor([2, 2]).int()
         plugin.register()
-        module._assign_draft_token_budget_compiled(confidences, slots, capacities, 2, 2)
+        module._assign_draft_token_budget_compiled(confidences, idx_mapping, capacities, 2, 2)
         return capacities.tolist()
 
     module = import_module("vllm.v1.worker.gpu.spec_decode.adaptive_verification")
