@@ -27,7 +27,7 @@ from echo import plot
 from echo.gating import Objective, throughput_optimal
 from echo.testing import Record, Trace, replay
 
-PAPER, ELASTIC = plot.of("ECHO"), plot.of("throughput-optimal")
+PAPER, GOODPUT = plot.of("ECHO"), plot.of("goodput")
 KNEE = shapes()["dense, knee at 256 rows"]
 RESAMPLES = 400
 
@@ -199,7 +199,7 @@ def transfer(trace: Trace, warm: WarmUp) -> dict[str, Any]:
                 echo.TwoLevel(2, 8), echo.SparseGate(c), 3 * 16, trace.depth
             ),
         ),
-        "throughput-optimal": (
+        "goodput": (
             96,
             lambda c: echo.ElasticBudgetScheduler(
                 echo.GlobalRank(trace.beam, c), None, KNEE, trace.depth
@@ -258,7 +258,7 @@ def make_gate(
             echo.calibrate(log, max_gates=count, thresholds=rule, cost=KNEE, batch=batch)
         )  # type: ignore[arg-type]
     depths = range(1, 1 + count)
-    if rule == "throughput":
+    if rule == "goodput":
         return echo.SparseGate(throughput_optimal(log, depths, depth, Objective(KNEE, batch, 1))[0])
     youden = echo.calibrate(log)
     return echo.SparseGate({d: youden.depths[d - 1].threshold for d in depths})
@@ -283,7 +283,7 @@ def gates_and_rules(trace: Trace, warm: WarmUp, batch: int = 64) -> list[dict[st
     plain = batch / float(KNEE(batch))
     result: list[dict[str, Any]] = []
     for rule, count in [("none", 0)] + [
-        (rule, n) for rule in ("youden", "throughput") for n in (1, 2, 3, 4, trace.depth)
+        (rule, n) for rule in ("youden", "goodput") for n in (1, 2, 3, 4, trace.depth)
     ]:
         gates = [
             make_gate(warm, half, rule, count, batch, trace.depth) if count else None
@@ -396,7 +396,7 @@ def _size(axes: Any, result: dict[str, Any]) -> None:
 
 def _transfer(axes: Any, result: dict[str, Any]) -> None:
     kinds, sources = result["transfer"]["kinds"], result["transfer"]["sources"]
-    for axis, name in zip(axes, ("gates of the paper", "throughput-optimal"), strict=True):
+    for axis, name in zip(axes, ("gates of the paper", "goodput"), strict=True):
         cells = result["transfer"][name]
         values = np.array([[100 * cells[s][k]["change"] for k in kinds] for s in sources])
         axis.imshow(values, cmap="RdYlGn", vmin=-6, vmax=6, aspect="auto")
@@ -421,7 +421,7 @@ def _gates(axes: Any, result: dict[str, Any]) -> None:
         ("each_row_costs", "over_plain", "throughput over plain decoding"),
     )
     for axis, (what, value, label) in zip(axes, panels, strict=True):
-        for rule, colour in (("youden", PAPER), ("throughput", ELASTIC)):
+        for rule, colour in (("youden", PAPER), ("goodput", GOODPUT)):
             entries = [row[what] for row in rows if row["rule"] == rule]
             axis.plot(
                 range(len(counts)), [e[value] for e in entries], "o-", color=colour, label=rule

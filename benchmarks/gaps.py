@@ -64,7 +64,7 @@ class Study:
             policy(self.setting()), key=lambda s: self.ratio(s, trace=self.tune, steps=STEPS // 4)
         )
 
-    def throughput_optimal(
+    def goodput(
         self, cost: echo.CostModel | None = None, calibration: echo.Calibration | None = None
     ) -> Scheduler:
         """Nothing tuned."""
@@ -89,7 +89,7 @@ class Study:
                 "global top-K": top_k,
             }.items()
         }
-        return {**tuned, "throughput-optimal": self.throughput_optimal()}
+        return {**tuned, "goodput": self.goodput()}
 
     def run(
         self,
@@ -134,7 +134,7 @@ def budget(study: Study) -> dict[str, object]:
 def warmup(study: Study) -> dict[str, object]:
     """Throughput by the number of texts that were calibrated on; three draws of each size."""
     rng, sizes = np.random.default_rng(0), (1, 2, 4, 8, 16)
-    curves: dict[str, list[list[float]]] = {"ECHO (paper)": [], "throughput-optimal": []}
+    curves: dict[str, list[list[float]]] = {"ECHO (paper)": [], "goodput": []}
     rows: list[int] = []
     for size in (*sizes, len(study.tune.kind)):
         draws = [
@@ -145,8 +145,8 @@ def warmup(study: Study) -> dict[str, object]:
         curves["ECHO (paper)"].append(
             [study.ratio(study.paper(256, c), steps=STEPS - WARM) for c in calibrations]
         )
-        curves["throughput-optimal"].append(
-            [study.ratio(study.throughput_optimal(calibration=c), steps=STEPS - WARM) for c in calibrations]
+        curves["goodput"].append(
+            [study.ratio(study.goodput(calibration=c), steps=STEPS - WARM) for c in calibrations]
         )
     return {"positions": rows, "curves": curves}
 
@@ -240,7 +240,7 @@ def tail(study: Study) -> dict[str, object]:
 
 
 def wrong_cost(study: Study) -> dict[str, object]:
-    """Throughput-optimal that believes in another machine: the knee or the drafter's price wrong by 2x."""
+    """ThroughputOptimal that believes in another machine: the knee or the drafter's price wrong by 2x."""
     law = lambda knee: tuple(1.0 + max(0.0, r - knee) / knee for r in study.cost.num_tokens)
     beliefs = {
         "true": study.cost,
@@ -252,11 +252,11 @@ def wrong_cost(study: Study) -> dict[str, object]:
     batches = (8, 64, 128, 256)
     found = {
         name: [
-            study.ratio(study.throughput_optimal(cost), batch=b, steps=min(STEPS, 4096 // b)) for b in batches
+            study.ratio(study.goodput(cost), batch=b, steps=min(STEPS, 4096 // b)) for b in batches
         ]
         for name, cost in beliefs.items()
     }
-    learnt = study.throughput_optimal(beliefs["knee at twice"])
+    learnt = study.goodput(beliefs["knee at twice"])
     found["knee at twice, learning"] = [
         study.ratio(learnt, batch=b, steps=min(STEPS, 4096 // b), learn=0.3) for b in batches
     ]
@@ -284,7 +284,7 @@ def temperature(study: Study, path: Path) -> dict[str, object]:
         chosen = {
             "EAGLE": Scheduler.eagle(max_verify_tokens_per_req=6, beam=2, max_depth=3),
             "ECHO (paper)": study.paper(k_max, calibration),
-            "throughput-optimal": study.throughput_optimal(calibration=calibration),
+            "goodput": study.goodput(calibration=calibration),
         }
         found = {
             policy: study.run(s, trace=trace, batch=batch, steps=120)
@@ -301,11 +301,11 @@ def temperature(study: Study, path: Path) -> dict[str, object]:
 
 
 def lag(study: Study) -> dict[str, object]:
-    """Throughput-optimal whose forecast knows the step before, or only one or two earlier."""
+    """ThroughputOptimal whose forecast knows the step before, or only one or two earlier."""
     batches = (8, 64, 128)
     found = {
         str(late): [
-            study.ratio(study.throughput_optimal(), batch=b, lag=late, steps=min(80, 6144 // b))
+            study.ratio(study.goodput(), batch=b, lag=late, steps=min(80, 6144 // b))
             for b in batches
         ]
         for late in (0, 1, 2)
@@ -356,7 +356,7 @@ SECTIONS: dict[str, Callable[[Study], dict[str, object]]] = {
 }
 
 
-POLICIES = ("EAGLE", "ECHO (paper)", "global top-K", "throughput-optimal")
+POLICIES = ("EAGLE", "ECHO (paper)", "global top-K", "goodput")
 
 
 def draw_budget(axis, r) -> None:
@@ -382,7 +382,7 @@ def draw_fairness(axis, r) -> None:
     names = [name for name in POLICIES if name in r]
     parts = (
         ("steps", "of request-steps", plot.QUIET),
-        ("rows", "of drafted rows", plot.of("throughput-optimal")),
+        ("rows", "of drafted rows", plot.of("goodput")),
         ("accepted", "of accepted drafts", plot.GOOD),
     )
     for i, (key, label, colour) in enumerate(parts):
@@ -410,9 +410,9 @@ def draw_tail(axis, r) -> None:
 
 
 def draw_wrong_cost(axis, r) -> None:
-    """Throughput-optimal under wrong beliefs."""
+    """ThroughputOptimal under wrong beliefs."""
     looks = (
-        (plot.of("throughput-optimal"), "o-"),
+        (plot.of("goodput"), "o-"),
         *((colour, line) for colour in (plot.BAD, plot.QUIET, plot.INK) for line in ("o-", "o--")),
     )
     for (name, ratio), (colour, line) in zip(r["curves"].items(), looks, strict=False):

@@ -174,7 +174,7 @@ def equal_rows(alone: Trace, pooled: Trace, resamples: int = 400) -> list[dict[s
 
 
 def cells(alone: Path, pooled: list[dict[str, Any]]) -> list[dict[str, float | str]]:
-    """Each cell of replay.py: throughput over plain decoding, and how far throughput-optimal comes from the head's best baseline to its oracle."""
+    """Each cell of replay.py: throughput over plain decoding, and how far goodput comes from the head's best baseline to its oracle."""
     order = sorted(BATCHES, reverse=True)
     with ProcessPoolExecutor(max_workers=os.cpu_count()) as workers:
         parts = workers.map(column, [alone] * len(order), order, [shapes()] * len(order))
@@ -192,8 +192,8 @@ def cells(alone: Path, pooled: list[dict[str, Any]]) -> list[dict[str, float | s
             max(1.0, *(ratios[name] for name in BASELINES)) for ratios in (own, both)
         )
         row = {
-            "alone": own["throughput-optimal tree"],
-            "pooled": both["throughput-optimal tree"],
+            "alone": own["goodput tree"],
+            "pooled": both["goodput tree"],
             "oracle": own["oracle"],
         }
         way = own["oracle"] - best
@@ -218,10 +218,10 @@ def draw(equal: list[dict[str, float]], found: list[dict[str, float | str]], pat
     """Accepted drafts by rows, and throughput by batch."""
     lines = {
         "oracle": ("oracle, head's drafts", plot.QUIET),
-        "pooled": ("throughput-optimal, head and prompt lookup", plot.GOOD),
+        "pooled": ("goodput, head and prompt lookup", plot.GOOD),
     }
     lines |= {
-        "alone": ("throughput-optimal, head alone", plot.of("throughput-optimal")),
+        "alone": ("goodput, head alone", plot.of("goodput")),
         "baseline": ("best tuned baseline, head alone", plot.of("EAGLE")),
     }
     with plot.figure(9, 3.4) as figure:
@@ -243,7 +243,7 @@ def draw(equal: list[dict[str, float]], found: list[dict[str, float | str]], pat
             [row["alone"] for row in equal],
             "o-",
             ms=3,
-            color=plot.of("throughput-optimal"),
+            color=plot.of("goodput"),
             label="head alone",
         )
         left.set_xscale("log", base=2)
@@ -302,7 +302,7 @@ def main() -> None:
             f"{row['rows']:3} rows a request: {text}, {row['share_of_way_to_oracle']:.0%} of the way to the oracle"
         )
     for row in result["cells"]:
-        text = f"baseline {row['baseline']:.2f}, throughput-optimal {row['alone']:.2f} -> {row['pooled']:.2f}, oracle {row['oracle']:.2f}"
+        text = f"baseline {row['baseline']:.2f}, goodput {row['alone']:.2f} -> {row['pooled']:.2f}, oracle {row['oracle']:.2f}"
         print(
             f"{row['shape']:34} {row['batch']:4}  {text}; closed {row['closed_alone']:.2f} -> {row['closed_pooled']:.2f}"
         )

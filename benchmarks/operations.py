@@ -55,7 +55,7 @@ def policies() -> dict[str, echo.ElasticBudgetScheduler]:
         "two-level, sparse gate": make(
             echo.TwoLevel(2, 4), echo.SparseGate({1: 0.1, 3: 0.05}), 4 * BATCH, DEPTH
         ),
-        "throughput-optimal": make(
+        "goodput": make(
             echo.GlobalRank(BEAM, maps),
             None,
             echo.CostModel((1, 1024, 4096), (1.0, 1.0, 4.0)),

@@ -22,7 +22,7 @@ from rich.table import Table
 
 import echo
 from common import roofline
-from common.policies import throughput_gate, one_threshold, oracle_trace
+from common.policies import goodput_gate, one_threshold, oracle_trace
 from common.raised import raised, raised_to
 from common.replays import (
     FREE,
@@ -143,14 +143,14 @@ class Bench:
                 for name, options in policies.items()
             }
             own = chosen["ECHO"]  # the ablations: as tuned, another gate
-            best = throughput_gate(self.log, at, self.batch, own.max_depth, own.rule.beam)
+            best = goodput_gate(self.log, at, self.batch, own.max_depth, own.rule.beam)
             chosen |= {
                 name: replace(own, gate=gate)
-                for name, gate in (gates | {"ECHO, throughput-optimal gates": best}).items()
+                for name, gate in (gates | {"ECHO, goodput gates": best}).items()
             }
             found = {name: self.found(scheduler) for name, scheduler in chosen.items()}
             budget = Scheduler.throughput_optimal(self.calibration, at, beam=self.test.beam)
-            found["throughput-optimal"] = run(self.test, budget, FREE, self.batch, self.steps)
+            found["goodput"] = run(self.test, budget, FREE, self.batch, self.steps)
             found["oracle"] = max(
                 (self.found(s, exact=True) for s in oracle), key=lambda steps: steps.rate(at)
             )
@@ -363,7 +363,7 @@ def markdown(comparison: list[dict[str, str]], cells: dict[str, list[dict[str, o
 
 def draw(cells: dict[str, list[dict[str, object]]], path: Path) -> None:
     """A row of panels for each trace, one panel a model."""
-    shown = ("EAGLE-3, default", "EAGLE-3, matched", "DDD", "ECHO", "throughput-optimal", "oracle")
+    shown = ("EAGLE-3, default", "EAGLE-3, matched", "DDD", "ECHO", "goodput", "oracle")
     models = list(roofline.MODELS)
     with plot.figure(16, 6.2) as figure:
         axes = figure.subplots(len(cells), len(models), sharey="row", sharex=True)

@@ -46,7 +46,7 @@ BATCHES = (1, 8, 32, 64, 128, 256)
 STEPS = {1: 320, 8: 160, 32: 80, 64: 60, 128: 40, 256: 32}
 Scheduler = echo.ElasticBudgetScheduler
 LONG = 400
-"""Steps of the runs of throughput-optimal and the best baseline that show what probes and the drafter's reading up cost where nothing is won."""
+"""Steps of the runs of goodput and the best baseline that show what probes and the drafter's reading up cost where nothing is won."""
 PAIRED = {8: 600, 64: 240}
 """Steps by batch in which trees and chains are compared at equal rows."""
 
@@ -101,9 +101,9 @@ def column(path: Path, batch: int, costs: dict[str, echo.CostModel]) -> list[dic
                     "high": high,
                 }
             )
-        assert cells[-1]["policy"] == "throughput-optimal tree"
+        assert cells[-1]["policy"] == "goodput tree"
         rival = max(BASELINES, key=lambda name: steps(name, 1, tuned[name], cost).ratio(cost))
-        for key, name in (("long", "throughput-optimal tree"), ("long_baseline", rival)):
+        for key, name in (("long", "goodput tree"), ("long_baseline", rival)):
             cells[-1][key] = run(drafts[name][1], tuned[name], cost, batch, LONG, lag=LAG).ratio(
                 cost
             )
@@ -177,7 +177,7 @@ def show(console: Console, cells: list[dict[str, object]]) -> None:
             table.add_row(
                 name,
                 *texts,
-                style="bold" if name == "throughput-optimal tree" else "dim" if name == "oracle" else None,
+                style="bold" if name == "goodput tree" else "dim" if name == "oracle" else None,
             )
         console.print(table)
 
@@ -187,9 +187,9 @@ def draw(cells: list[dict[str, object]], path: Path) -> None:
     shown = (
         "EAGLE tree",
         "ECHO (paper)",
-        "ECHO, throughput-optimal gates",
+        "ECHO, goodput gates",
         "global top-K",
-        "throughput-optimal tree",
+        "goodput tree",
         "oracle",
     )
     names = list(dict.fromkeys(str(c["shape"]) for c in cells))
@@ -205,7 +205,7 @@ def draw(cells: list[dict[str, object]], path: Path) -> None:
                 ratio, low, high = (
                     [float(str(row[b][key])) for b in BATCHES] for key in ("ratio", "low", "high")
                 )
-                line = "o--" if name == "ECHO, throughput-optimal gates" else "o-"
+                line = "o--" if name == "ECHO, goodput gates" else "o-"
                 axis.plot(
                     BATCHES,
                     ratio,
@@ -269,7 +269,7 @@ def main() -> None:
         ]
     ).min(axis=0)
     console.print(
-        f"throughput-optimal over {LONG} steps: at least {long[0]:.3f} of plain decoding, {long[1]:.3f} of the best tuned baseline"
+        f"goodput over {LONG} steps: at least {long[0]:.3f} of plain decoding, {long[1]:.3f} of the best tuned baseline"
     )
     write(
         args.out / "replay.json",

@@ -343,7 +343,7 @@ def fleet(
             "replicas": replicas,
             **simulate(steps[policy], cost, Load(load * replicas, "bursty"), replicas),
         }
-        for policy in ("off", "throughput-optimal")
+        for policy in ("off", "goodput")
         for replicas in (1, 8, 64)
         if replicas <= most
     ]
@@ -388,7 +388,7 @@ def served(trace: Trace, better: bool, share: float, most: int) -> dict[str, Any
 def policies(
     calibration: echo.Calibration, cost: echo.CostModel, batch: int, beam: int
 ) -> dict[str, Scheduler]:
-    """Nothing tuned: off, SGLang's default tree, the paper's rule within the knee (at most 60 rows a request), and throughput-optimal."""
+    """Nothing tuned: off, SGLang's default tree, the paper's rule within the knee (at most 60 rows a request), and goodput."""
     at = cost.at(batch, CONTEXT * batch)
     k_max = min(at.knee.k_max, 60 * batch)
     return {
@@ -397,7 +397,7 @@ def policies(
         "ECHO": Scheduler(
             echo.TwoLevel(3, 8), echo.SparseGate(calibration), k_max, calibration.max_depth
         ),
-        "throughput-optimal": Scheduler.throughput_optimal(calibration, at, beam=beam),
+        "goodput": Scheduler.throughput_optimal(calibration, at, beam=beam),
     }
 
 
@@ -445,7 +445,7 @@ def worst(tune: Trace, test: Trace, share: float) -> list[dict[str, object]]:
             for batch, count in WORST.items():
                 cost = roofline.plan(model, most_rows=16384)
                 at = cost.at(batch, CONTEXT * batch)
-                for policy in ("ECHO", "throughput-optimal"):
+                for policy in ("ECHO", "goodput"):
                     scheduler = policies(calibration, cost, batch, trace.beam)[policy]
                     steps = max(8, int(share * count))
                     report = replay(
@@ -541,7 +541,7 @@ def markdown(result: dict[str, Any]) -> str:
         "| policy | model | " + " | ".join(adversities) + " |",
         "|---|---|" + "---|" * len(adversities),
     ]
-    for policy in ("ECHO", "throughput-optimal"):
+    for policy in ("ECHO", "goodput"):
         for model in models:
             found = {
                 a: min(
@@ -564,7 +564,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
     with plot.figure(15, 6.2) as figure:
         axes = figure.subplots(2, 4)
         for row, name in zip(axes, NAMES, strict=True):
-            for policy in ("off", "EAGLE-3", "ECHO", "throughput-optimal"):
+            for policy in ("off", "EAGLE-3", "ECHO", "goodput"):
                 runs = [c for c in result[name]["curve"] if c["policy"] == policy]
                 rate = [r["rate"] for r in runs]
                 for axis, key, scale in zip(
@@ -594,7 +594,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
             for axis, limit in zip(row, (LEVELS[0], LEVELS[0], ATTAINED), strict=False):
                 axis.axhline(limit, color=plot.BAD, lw=0.8, ls="--")
         axes[0, 0].legend()
-        for axis, policy in zip(axes[:, 3], ("ECHO", "throughput-optimal"), strict=True):
+        for axis, policy in zip(axes[:, 3], ("ECHO", "goodput"), strict=True):
             cells = [c for c in result["worst"] if c["policy"] == policy]
             places = list(dict.fromkeys(c["adversity"] for c in cells))
             for cell in cells:

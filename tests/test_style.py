@@ -33,7 +33,7 @@ def test_a_policy_has_one_colour_whatever_its_name_says_besides():
     families = [
         ("EAGLE", "EAGLE tree", "EAGLE tree, 8 rows each", "EAGLE-3, matched"),
         ("ECHO", "ECHO (paper)", "ECHO, the paper"),
-        ("throughput-optimal", "throughput-optimal tree"),
+        ("goodput", "goodput tree"),
         ("global ranking", "global top-K"),
         ("plain", "off", "oracle"),
     ]

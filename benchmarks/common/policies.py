@@ -102,22 +102,22 @@ def fixed(s: Setting):
     yield from two_level(s, one_threshold(s.calibration))
 
 
-def throughput_gate(
+def goodput_gate(
     log: echo.WarmupLog, cost: echo.CostModel, batch: int, depth: int, width: int
 ) -> echo.SparseGate:
     """Gates whose thresholds maximise tokens a second on the ``log`` instead of separating, for layers of ``width`` rows."""
     return echo.SparseGate(
         echo.calibrate(
-            log, max_depth=depth, thresholds="throughput", cost=cost, batch=batch, beam=width
+            log, max_depth=depth, thresholds="goodput", cost=cost, batch=batch, beam=width
         )
     )
 
 
-def throughput_gates(s: Setting):
-    """ECHO's rule behind :func:`throughput_gate`; wider, or with rows for half a step more."""
+def goodput_gates(s: Setting):
+    """ECHO's rule behind :func:`goodput_gate`; wider, or with rows for half a step more."""
     assert s.log is not None
     for depth, (width, more) in itertools.product((3, s.depth), ((1, 8), (3, 8), (s.beam, 60))):
-        gate = throughput_gate(s.log, s.cost, s.batch, depth, width)
+        gate = goodput_gate(s.log, s.cost, s.batch, depth, width)
         for rows in sorted({s.k_max, max(2 * s.batch, s.cost.tokens_within(1.5))}):
             yield echo.ElasticBudgetScheduler(echo.TwoLevel(width, more), gate, rows, depth)
 
@@ -129,11 +129,11 @@ def top_k(s: Setting):
         yield echo.ElasticBudgetScheduler(echo.GlobalRank(s.beam, s.calibration), None, rows, depth)
 
 
-def throughput_optimal(s: Setting):
+def goodput(s: Setting):
     yield echo.ElasticBudgetScheduler.throughput_optimal(s.calibration, s.cost, beam=s.beam)
 
 
-def throughput_optimal_chain(s: Setting):
+def goodput_chain(s: Setting):
     yield echo.ElasticBudgetScheduler.throughput_optimal(s.calibration, s.cost, beam=1)
 
 
@@ -145,17 +145,17 @@ POLICIES: dict[str, Policy] = {
     "ECHO (paper)": paper,
     "ECHO, dense gates": dense,
     "ECHO, one threshold": fixed,
-    "ECHO, throughput-optimal gates": throughput_gates,
+    "ECHO, goodput gates": goodput_gates,
     "global top-K": top_k,
-    "throughput-optimal chain": throughput_optimal_chain,
-    "throughput-optimal tree": throughput_optimal,
+    "goodput chain": goodput_chain,
+    "goodput tree": goodput,
 }
 """In the order of the table; the oracle, which is no policy, is :func:`oracle_trace` under any global ranking."""
 
-BASELINES = tuple(name for name in POLICIES if not name.startswith("throughput"))
-"""What throughput-optimal is judged against, each tuned."""
+BASELINES = tuple(name for name in POLICIES if not name.startswith("goodput"))
+"""What goodput is judged against, each tuned."""
 
-CHAINS = ("static chain", "throughput-optimal chain")
+CHAINS = ("static chain", "goodput chain")
 """Policies whose drafter proposes one token at a time: replayed on :func:`chain_trace`."""
 
 

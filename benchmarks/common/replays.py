@@ -210,7 +210,7 @@ def warm_up(trace: Trace) -> WarmUp:
     """Every text decoded once, the pool verified whole.
 
     The drafter drafts on nothing below its floor, so some steps lack deep layers. A layer that is not there has nothing to accept and
-    nothing to buy: it is entered as rejected at confidence 0, without which a step would not be whole, and the throughput-optimal rule refuse it.
+    nothing to buy: it is entered as rejected at confidence 0, without which a step would not be whole, and the goodput rule refuse it.
     """
     logs: list[echo.WarmupLog] = []
     texts: list[np.ndarray] = []

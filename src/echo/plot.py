@@ -27,7 +27,7 @@ GOOD, BAD, INK, QUIET = "#2a7f62", "#d1495b", "#22333b", "#9aa5ab"
 POLICIES = {
     "EAGLE": "#e9a13b",
     "ECHO": GOOD,
-    "throughput": "#33658a",
+    "goodput": "#33658a",
     "global": "#7b4b94",
     "DDD": "#8d6e63",
 }
