@@ -40,8 +40,7 @@ import echo
 from common.replays import calibrate, halves
 from common.replays import run as replayed
 from echo import kernels, plot
-from echo.testing import Trace
-from echo.testing.rehearsal import RecordedGraphs
+from echo.testing import RecordedGraphs, Trace
 
 HERE = Path(__file__).parent
 EXAMPLES = HERE.parent / "examples"

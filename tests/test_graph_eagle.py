@@ -16,7 +16,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import echo
-from echo.testing.rehearsal import RecordedGraphs
+from echo.testing import RecordedGraphs
 
 pytest.importorskip(
     "transformers", reason="the eager head needs the demo extra, on Python 3.11 or later"
