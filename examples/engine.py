@@ -1,15 +1,19 @@
-"""A paged engine with elastic speculative decoding in one page of plain torch: the template for a custom engine.
+"""A paged engine with elastic speculative decoding in plain torch: a template for custom engines.
 
-    python examples/smollm2/serve.py                 # SmolLM2 with its EAGLE head, four requests at a time
-    python examples/smollm2/serve.py --device cuda   # the same code over the Triton kernels, in CUDA graphs
+    python examples/smollm2/serve.py                 # SmolLM2 with its EAGLE head, four requests
+    python examples/smollm2/serve.py --device cuda   # the same code: Triton kernels, CUDA graphs
 
-`PagedCache` owns memory, `Engine.forward` is the model, `Engine.step` is one speculative step, `Engine.generate` the continuous batch.
+`PagedCache` owns memory, `Engine.forward` is the model, `Engine.step` one speculative step, and
+`Engine.generate` continuous batching.
 
-A step is four CUDA graphs: *draft* (lanes, depth), *plan* (lanes, depth, rows), *target* and *accept* (lanes, rows); a step without
-speculation is one. Running requests are the first lanes, a tier of 1, 2, 4, ... of them, and all that graphs exchange lies at fixed
-addresses. The host launches a step from what it knows of the step before the last, then reads the last one's report, its only transfer:
-the device never waits for it. A step's keys and values stay beside the cache until the target has judged: only accepted rows are written
-into pages, nothing has to be moved, and no page is reserved for drafts.
+A step is four CUDA graphs: *draft* (lanes, depth), *pack* (lanes, depth, rows), *verify* and
+*accept* (lanes, rows); without speculation it is one. Running requests fill the first lanes, and a
+graph has 1, 2, 4, ... of them. What graphs exchange lies at fixed addresses. The host is one step
+behind: it launches a step, then reads the output of the one before, one pinned copy and the only
+device-to-host transfer, so the device never waits for scheduling. A step's keys and values stay
+outside the pages until they are accepted: nothing has to be moved, and drafts need no pages.
+
+Shapes: N rows of a step, Hkv key/value heads of size D.
 """
 
 from __future__ import annotations
@@ -26,418 +30,404 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 import echo
 from echo import kernels
-from echo.tree import slot_mapping as cache_slots
+from echo.tree import slot_mapping
 
-PAGE = 16
-DUMMY = 0
-"""Page 0 belongs to no request: what pad rows and empty lanes write goes there."""
-SUMS = ("unread", "generation", "steps", "outlook", "expected", "accepted")
+PAGE_SIZE = 16
+PAD_SLOT = 0
+"""Page 0 belongs to no request: pad rows and empty lanes write there."""
+HISTORY = (
+    "num_unprocessed_tokens", "generation", "steps", "acceptance_histogram", "expected", "accepted"
+)  # fmt: skip
 """Tensors of a history, those of eight bytes first."""
 
-Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+Attention = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 
 class PagedCache:
-    """Keys and values [layers, 2, pages, PAGE, Hkv, D], a page table [lanes, pages of a request], and the tokens each lane holds."""
+    """Keys and values of all layers in pages.
 
-    def __init__(self, model, lanes: int, pages: int, length: int) -> None:
-        like, config = model.model.embed_tokens.weight, model.config
-        shape = (
-            config.num_hidden_layers,
-            2,
-            pages,
-            PAGE,
-            config.num_key_value_heads,
-            model.model.layers[0].self_attn.head_dim,
-        )
-        self.kv = torch.zeros(shape, dtype=like.dtype, device=like.device)
-        self.table = torch.zeros(lanes, -(-length // PAGE), dtype=torch.int32, device=like.device)
-        self.context = torch.zeros(lanes, dtype=torch.int32, device=like.device)
-        self.free, self.owned = list(range(1, pages)), dict[int, list[int]]()
+    Attributes:
+        kv: [layers, 2, pages, PAGE_SIZE, Hkv, D].
+        page_table: int32 [lanes, pages of a request].
+        prefix_lens: int32 [lanes], tokens in the cache.
+    """
 
-    def reserve(self, lane: int, tokens: int) -> bool:
-        """Gives the lane pages for so many tokens; False where they do not fit."""
-        count = -(-tokens // PAGE)
-        if count > min(len(self.free), self.table.shape[1]):
+    def __init__(self, model, max_num_reqs: int, num_pages: int, max_model_len: int) -> None:
+        weight, config = model.model.embed_tokens.weight, model.config
+        heads = config.num_key_value_heads, model.model.layers[0].self_attn.head_dim
+        ints = {"dtype": torch.int32, "device": weight.device}
+        self.kv = weight.new_zeros(config.num_hidden_layers, 2, num_pages, PAGE_SIZE, *heads)
+        self.page_table = torch.zeros(max_num_reqs, -(-max_model_len // PAGE_SIZE), **ints)
+        self.prefix_lens = torch.zeros(max_num_reqs, **ints)
+        self.free_pages = list(range(1, num_pages))
+        self.pages: dict[int, list[int]] = {}
+
+    def allocate(self, lane: int, num_tokens: int) -> bool:
+        """Gives the lane pages for so many tokens; False if they do not fit."""
+        count = -(-num_tokens // PAGE_SIZE)
+        if count > min(len(self.free_pages), self.page_table.shape[1]):
             return False
-        self.owned[lane] = [self.free.pop() for _ in range(count)]
-        self.table[lane, :count] = torch.tensor(
-            self.owned[lane], dtype=torch.int32, device=self.table.device
-        )
+        pages = self.pages[lane] = [self.free_pages.pop() for _ in range(count)]
+        self.page_table[lane, :count] = self.page_table.new_tensor(pages)
         return True
 
-    def release(self, lane: int) -> None:
-        """The request in the lane is done."""
-        self.free += self.owned.pop(lane)
+    def free(self, lane: int) -> None:
+        """Takes the pages of a finished request back."""
+        self.free_pages += self.pages.pop(lane)
 
     def move(self, source: int, target: int) -> None:
-        """The request of lane ``source`` is from now on that of lane ``target``."""
-        self.owned[target] = self.owned.pop(source)
-        self.table[target], self.context[target] = self.table[source], self.context[source]
+        """Moves a request from lane ``source`` to lane ``target``."""
+        self.pages[target] = self.pages.pop(source)
+        for state in (self.page_table, self.prefix_lens):
+            state[target] = state[source]
 
     def write(self, slots: Tensor, kv: Tensor) -> None:
-        """Puts ``kv`` [layers, 2, n, Hkv, D] into ``slots`` int64 [n]."""
+        """Writes ``kv`` [layers, 2, n, Hkv, D] to ``slots`` int64 [n]."""
         self.kv.flatten(2, 3).index_copy_(2, slots, kv)
 
 
-class Report(NamedTuple):
-    """What a step tells the host, once ``done``: ``numbers`` int32, pinned where there is a GPU; and what its lanes were at its launch."""
+class StepOutput(NamedTuple):
+    """What a step sends to the host.
 
-    numbers: Tensor
+    Attributes:
+        buffer: int32, pinned on a GPU; complete once ``done``.
+        done: a CUDA event, or None.
+        requests: the request of each lane at launch.
+        depth: layers drafted.
+        first_tokens: by request, int64 [1], the token that prefill sampled.
+    """
+
+    buffer: Tensor
     done: Any
     requests: list[int]
     depth: int
-    first: dict[int, Tensor]
+    first_tokens: dict[int, Tensor]
 
 
 class Engine:
-    """Serves a LLaMA-like transformers model, whose modules it calls; attention, cache, batch and steps are its own.
+    """Serves a LLaMA-like transformers model: calls its modules, but for attention and cache.
 
     Args:
-        model: a ``LlamaForCausalLM`` or one that is built alike.
+        model: a ``LlamaForCausalLM`` or one built alike.
         scheduler: the policy.
-        drafter: made by ``drafter(engine)``; None: plain decoding. An :class:`echo.Drafter` works as it is. One with ``extend``,
-            ``remember`` and ``move`` (``examples/smollm2/graph_eagle.py``) is captured with the step.
-        lanes, pages, length: requests at once, pages of the cache, tokens of a request at most.
-        rows: rows of a step at most; where not given, what the policy asks for, or 16 for each lane.
-        candidates: those that the drafter returns after each node.
-        features: after which decoder layers the hidden states are kept in ``hidden`` [N, features * width].
+        drafter: ``drafter(engine)`` makes any :class:`echo.Drafter`, or one that is captured with
+            the step (``GraphEagle`` in ``examples/smollm2``). None: plain decoding.
+        max_num_reqs: requests at once.
+        num_pages: pages of the cache.
+        max_model_len: tokens of a request at most.
+        max_verify_tokens: rows of a step at most. Defaults to the policy's, or 16 a lane.
+        k: candidates that the drafter returns after each node.
+        feature_layers: decoder layers after which hidden states are kept for the drafter.
         sample: logits [N, V] to tokens int64 [N].
         eos_token: ends an answer.
-        backend: of :mod:`echo.kernels`; "auto" is Triton on a GPU and the plain-torch reference elsewhere.
-        like: another engine of the same model and sizes, idle while this one runs: its cache, buffers and captured target are used too.
-        graphs: :class:`echo.workspace.Graphs`; its own, or ``like``'s, where not given.
+        backend: of :mod:`echo.kernels`.
+        shared: an engine of the same model and sizes, idle while this one runs, whose cache,
+            buffers and verify graphs are used too.
+        graphs: defaults to ``shared``'s, or a new :class:`echo.workspace.Graphs`.
+
+    Attributes:
+        hidden: [N, features * width], features of the last forward pass.
     """
 
     def __init__(
-        self, model, scheduler, drafter=None, *, lanes=4, pages=128, length=512, rows=None, candidates=4, features=(),
-        sample=kernels.argmax_tokens, eos_token=-1, backend="auto", like=None, graphs=None,
+        self, model, scheduler, drafter=None, *, max_num_reqs=4, num_pages=128, max_model_len=512,
+        max_verify_tokens=None, k=4, feature_layers=(), sample=kernels.argmax_tokens, eos_token=-1,
+        backend="auto", shared=None, graphs=None,
     ) -> None:  # fmt: skip
-        self.model, self.scheduler, self.features, self.sample = model, scheduler, features, sample
-        self.backend = backend
-        asked = (
-            scheduler.budget
-            if isinstance(scheduler.budget, int)
-            else scheduler.rule.default_budget(lanes) or 16 * lanes
-        )
-        most = len(like.sampled) if like else tier(max(lanes, rows or asked))
-        self.cache = like.cache if like else PagedCache(model, lanes, pages, length)
-        self.device = device = self.cache.table.device
-        self.graphs = (
-            (like.graphs if like else echo.workspace.Graphs(device)) if graphs is None else graphs
-        )
-        packed = like.space.packed if like else None
-        self.space = echo.Workspace(
-            scheduler, lanes, k=candidates, num_verify_tokens=most, device=device, packed=packed
-        )
-        self.lanes = torch.arange(lanes, device=device)
-        self.slot, self.places = (
-            self.lanes.clone(),
-            list(range(lanes)),
-        )  # each lane's slot of the history, of empty lanes too; the host's
-        self.stats = self.space.stats
-        self.ends = torch.full((1,), eos_token, device=device)
-        self.root, self.left = (
-            torch.zeros_like(self.lanes),
-            torch.zeros_like(self.lanes),
-        )  # last token, tokens still to emit
-        self.known = scheduler.history(
-            lanes, "cpu"
-        )  # what the host knows of the history: forecasts never wait for the device
-        kv = self.cache.kv
-        self.stash = (
-            like.stash if like else kv.new_zeros(len(kv), 2, most, *kv.shape[4:])
-        )  # a step's keys and values
-        self.sampled = like.sampled if like else torch.zeros(most, dtype=torch.int64, device=device)
-        self.kept = (
-            like.kept if like else kv.new_zeros(most, len(features) * model.config.hidden_size)
-        )
-        self.hidden = self.kept
-        self.said = torch.full((lanes, scheduler.max_depth + 1), -1, device=device)
+        self.model, self.scheduler, self.feature_layers = model, scheduler, feature_layers
+        self.sample, self.backend, self.max_num_reqs = sample, backend, max_num_reqs
+        sizes = max_num_reqs, num_pages, max_model_len
+        self.cache = cache = shared.cache if shared else PagedCache(model, *sizes)
+        self.device = device = cache.kv.device
+        self.graphs = graphs or (shared.graphs if shared else echo.workspace.Graphs(device))
+        if max_verify_tokens is None:
+            fixed = isinstance(scheduler.budget, int) and scheduler.budget
+            default = scheduler.rule.default_budget(max_num_reqs)
+            max_verify_tokens = fixed or default or 16 * max_num_reqs
+        if shared is None:
+            n, kv = round_up(max(max_num_reqs, max_verify_tokens)), cache.kv
+            self.step_kv = kv.new_zeros(len(kv), 2, n, *kv.shape[4:])
+            self.sampled = torch.zeros(n, dtype=torch.int64, device=device)
+            self.features = kv.new_zeros(n, len(feature_layers) * model.config.hidden_size)
+        else:
+            self.step_kv, self.sampled = shared.step_kv, shared.sampled
+            self.features = shared.features
+        self.hidden = self.features
+        self.workspace = echo.Workspace(
+            scheduler, max_num_reqs, k=k, num_verify_tokens=len(self.sampled), device=device,
+            packed=shared and shared.workspace.packed,
+        )  # fmt: skip
+        self.stats = self.workspace.stats
+        # By lane: the request's index in the history (on the host too), its last token, and how
+        # many it may still emit: 0 once finished, -1 once failed.
+        self.req_indices = torch.arange(max_num_reqs, device=device)
+        self.host_req_indices = list(range(max_num_reqs))
+        self.root_tokens = torch.zeros_like(self.req_indices)
+        self.num_remaining = torch.zeros_like(self.req_indices)
+        self.eos_tokens = torch.full((1,), eos_token, device=device)
+        self.emitted = torch.full((max_num_reqs, scheduler.max_depth + 1), -1, device=device)
+        self.host_history = scheduler.history(max_num_reqs, "cpu")  # lags: what scheduling reads
         self.layout = [(part.view(torch.int32).numel(), part.dtype) for part in self.parts()]
-        self.report = torch.zeros(
-            sum(size for size, _ in self.layout), dtype=torch.int32, device=device
-        )
-        on_gpu = device.type == "cuda"
-        self.pinned = deque(
-            torch.zeros(self.report.shape, dtype=torch.int32, device="cpu", pin_memory=on_gpu)
-            for _ in range(2)
-        )
-        self.running: list[int] = []  # the prompt that each lane answers
+        self.output = torch.cat([part.view(torch.int32) for part in self.parts()])
+        self.host_outputs = deque(self.pinned(self.output) for _ in range(2))
+        self.running: list[int] = []  # the request of each lane
         self.failed: list[int] = []
-        self.first: dict[int, Tensor] = {}
+        self.first_tokens: dict[int, Tensor] = {}
         self.timed, self.times = False, dict[str, list[tuple[Any, Any]]]()
         self.drafter = drafter and drafter(self)
-        self.extends = hasattr(self.drafter, "extend")
-        self.whole = drafter is None or self.extends  # all of a step can be captured
+        self.graph_drafter = hasattr(self.drafter, "extend_backlog")
 
     @torch.inference_mode()
     def generate(
         self, prompts: Sequence[Tensor], max_new_tokens: int
     ) -> Iterator[tuple[int, list[int]]]:
-        """Answers all prompts, as many at once as lanes and pages allow; yields what a request emits, as ``(prompt, tokens)``.
+        """Answers prompts, as many at once as lanes and pages allow; yields ``(prompt, tokens)``.
 
-        Raises ValueError at the end where answers broke off because the model had no number for their next token.
+        Raises:
+            ValueError: a prompt that never fits; at the end, answers that broke off because the
+                model had no number for their next token.
         """
         waiting, last, self.failed = deque(range(len(prompts))), None, []
         while waiting or self.running or last is not None:
-            while waiting and len(self.running) < len(self.lanes):
+            while waiting and len(self.running) < self.max_num_reqs:
                 prompt = prompts[waiting[0]]
-                if not self.cache.reserve(
-                    len(self.running), len(prompt) + max_new_tokens + self.scheduler.max_depth
-                ):
+                num_tokens = len(prompt) + max_new_tokens + self.scheduler.max_depth
+                if not self.cache.allocate(len(self.running), num_tokens):
                     break
                 self.admit(waiting.popleft(), prompt, max_new_tokens)
             if waiting and not self.running and last is None:
-                raise ValueError(
-                    f"prompt {waiting[0]}: {len(prompts[waiting[0]])} tokens and the answer do not fit the cache"
-                )
-            now = self.step() if self.running else None
+                size = f"{len(prompts[waiting[0]])} tokens and the answer"
+                raise ValueError(f"prompt {waiting[0]}: {size} do not fit the cache")
+            output = self.step() if self.running else None
             if last is not None:
-                yield from self.read(last)
-            last = now
+                yield from self.update_from_output(last)
+            last = output
         if self.failed:
             raise ValueError(f"model: no number for the next token of prompts {self.failed}")
 
     def admit(self, request: int, prompt: Tensor, max_new_tokens: int) -> None:
-        """Prefills a request alone, causally, in the next lane, and samples its first token, which the next report brings."""
-        lane, place = len(self.running), torch.arange(len(prompt), device=self.device)
-        states, kv, self.hidden = self.forward(prompt, place, causal)
+        """Prefills a request in the next lane; its first token goes along with the next output."""
+        lane, position = len(self.running), torch.arange(len(prompt), device=self.device)
+        states, kv, self.hidden = self.forward(prompt, position, causal)
         first = self.sample(self.model.lm_head(states[-1:]))
-        self.cache.write(
-            cache_slots(place, self.lanes[lane].expand_as(place), self.cache.table, PAGE, DUMMY), kv
-        )
-        self.cache.context[lane], self.root[lane] = len(prompt), first[0].clamp(min=0)
-        self.left[lane] = torch.where(
-            first[0] < 0, -1, torch.where(first[0] == self.ends[0], 0, max_new_tokens - 1)
-        )
-        history, slot = self.space.history, self.slot[lane : lane + 1]
-        fresh = history.reset(slot)
-        for name in SUMS:
+        lanes = torch.full_like(position, lane)
+        slots = slot_mapping(position, lanes, self.cache.page_table, PAGE_SIZE, PAD_SLOT)
+        self.cache.write(slots, kv)
+        self.cache.prefix_lens[lane], self.root_tokens[lane] = len(prompt), first[0].clamp(min=0)
+        remaining = torch.where(first == self.eos_tokens, 0, max_new_tokens - 1)
+        self.num_remaining[lane] = torch.where(first < 0, -1, remaining)[0]
+        history, req_index = self.workspace.history, self.req_indices[lane : lane + 1]
+        fresh = history.reset(req_index)
+        for name in HISTORY:
             getattr(history, name).copy_(getattr(fresh, name))
-        self.known = self.known.reset(torch.tensor([self.places[lane]], device="cpu"))
+        host_index = torch.tensor([self.host_req_indices[lane]], device="cpu")
+        self.host_history = self.host_history.reset(host_index)
         self.running.append(request)
-        self.first[request] = torch.zeros(
-            1, dtype=torch.int64, device="cpu", pin_memory=self.device.type == "cuda"
-        )
-        self.first[request].copy_(first, non_blocking=True)
-        if self.extends:
-            self.drafter.admit(lane, prompt, self.root[lane : lane + 1], self.hidden)
+        self.first_tokens[request] = self.pinned(first).copy_(first, non_blocking=True)
+        root = self.root_tokens[lane : lane + 1]
+        if self.graph_drafter:
+            self.drafter.admit(lane, prompt, root, self.hidden)
         elif self.drafter is not None:
-            self.drafter.admit(slot, [prompt], self.root[lane : lane + 1])
-        self.hidden = self.kept
+            self.drafter.admit(req_index, [prompt], root)
+        self.hidden = self.features
 
-    def step(self) -> Report:
-        """Launches one speculative step of the running lanes. Waits for nothing."""
-        live, space, drafter = len(self.running), self.space, self.drafter
-        lanes = min(1 << (live - 1).bit_length(), len(self.lanes))
-        plan = self.scheduler.choose_tier(self.known, self.places[:live])
-        depth = plan.depth if drafter is not None else 0
-        if (
-            self.extends
-            and drafter.num_unprocessed_tokens
-            and (depth or drafter.num_unprocessed_tokens == drafter.room)
-        ):
-            drafter.catch_up()
+    def step(self) -> StepOutput:
+        """Launches one step of the running requests; waits for nothing."""
+        workspace, drafter, num_reqs = self.workspace, self.drafter, len(self.running)
+        lanes = min(1 << (num_reqs - 1).bit_length(), self.max_num_reqs)
+        tier = self.scheduler.choose_tier(self.host_history, self.host_req_indices[:num_reqs])
+        depth = tier.depth if drafter is not None else 0
+        if self.graph_drafter and (depth or drafter.num_unprocessed == drafter.max_backlog):
+            drafter.extend_backlog()
         if depth == 0:
-            self.run("plain", (lanes,), lambda: self.without(lanes))
-            if self.extends:
-                drafter.num_unprocessed_tokens += 1
+            self.run("plain", (lanes,), lambda: self.decode(lanes))
+            if self.graph_drafter:
+                drafter.num_unprocessed += 1
         else:
-            rows = min(tier(plan.num_verify_tokens), space.num_verify_tokens)
-            space.set_num_verify_tokens(min(plan.num_verify_tokens, rows))
+            n = min(round_up(tier.num_verify_tokens), workspace.num_verify_tokens)
+            workspace.set_num_verify_tokens(min(tier.num_verify_tokens, n))
             tree = self.run("draft", (lanes, depth), lambda: self.draft(lanes, depth))
-            packed = self.run("plan", (lanes, depth, rows), lambda: space.pack(tree, rows))
-            self.run("target", (lanes, rows), lambda: self.target(packed))
-            self.run("accept", (lanes, rows), lambda: self.accept(packed))
-        return self.send(depth)
+            packed = self.run("pack", (lanes, depth, n), lambda: workspace.pack(tree, n))
+            self.run("verify", (lanes, n), lambda: self.verify(packed))
+            self.run("accept", (lanes, n), lambda: self.accept(packed))
+        return self.copy_output(depth)
 
     def run(self, part: str, key: tuple[int, ...], function: Callable[[], Any]) -> Any:
-        """A part of a step: captured by what alone changes it, but for what calls a drafter that cannot be captured."""
-        begin = self.mark()
-        if part == "target":
-            result = self.graphs((part, id(self.cache), *key), function)
+        """Runs a part of a step: as a CUDA graph, unless it calls a drafter that has none."""
+        start = self.record_event()
+        if self.graph_drafter or self.drafter is None or part in ("pack", "verify"):
+            owner = self.cache if part == "verify" else self
+            result = self.graphs((part, id(owner), *key), function)
         else:
-            result = (
-                self.graphs((part, id(self), *key), function)
-                if self.whole or part == "plan"
-                else function()
-            )
-        if begin is not None:
-            self.times.setdefault(part, []).append((begin, self.mark()))
+            result = function()
+        if start is not None:
+            self.times.setdefault(part, []).append((start, self.record_event()))
         return result
 
     def draft(self, lanes: int, depth: int) -> echo.SuperTree:
-        """Roots, then a layer after another: the drafter says, the scheduler plans."""
-        left = self.left[:lanes]
-        capacity = torch.where(
-            left > 1, self.scheduler.max_verify_tokens_per_req, 1
-        )  # what needs one token more has no use for drafts
-        tree = self.space.begin(self.root[:lanes], live=left > 0, verify_limits=capacity)
+        """Drafts a tree layer by layer; the scheduler chooses which nodes are expanded."""
+        remaining, limit = self.num_remaining[:lanes], self.scheduler.max_verify_tokens_per_req
+        tree = self.workspace.begin(
+            self.root_tokens[:lanes],
+            live=remaining > 0,
+            verify_limits=torch.where(remaining > 1, limit, 1),  # the last token needs no draft
+        )
         for _ in range(depth):
-            tree = self.space.grow(tree, *self.drafter.draft(self.slot[:lanes], tree.frontier))
+            candidates = self.drafter.draft(self.req_indices[:lanes], tree.frontier)
+            tree = self.workspace.grow(tree, *candidates)
         return tree
 
-    def without(self, lanes: int) -> None:
-        """A step without speculation, whole: the roots are its rows."""
-        packed = self.space.pack(self.draft(lanes, 0), lanes)
-        self.target(packed)
+    def decode(self, lanes: int) -> None:
+        """A step without speculation: its rows are the roots."""
+        packed = self.workspace.pack(self.draft(lanes, 0), lanes)
+        self.verify(packed)
         self.accept(packed)
 
-    def accept(self, packed: echo.PackedTree) -> None:
-        """What the target's tokens mean: accepted rows go into pages, the history learns, the drafter extends, lanes move on."""
-        lanes, space, cache = packed.batch, self.space, self.cache
-        accepted = space.accept(
-            packed,
-            self.sampled[: packed.num_rows],
-            max_new_tokens=self.left[:lanes],
-            eos_tokens=self.ends,
-            backend=self.backend,
-        )
-        pages = {"page_table": cache.table[:lanes], "page_size": PAGE, "dummy": DUMMY}
-        lists = space.compact(packed, accepted, cache.context[:lanes], **pages)
-        cache.write(lists.target.flatten(), self.stash[:, :, lists.gather.flatten()])
-        cache.context[:lanes] = lists.prefix_lens
-        space.observe(self.slot[:lanes], packed, accepted)
-        if self.extends:
-            extend = self.drafter.extend if packed.max_depth else self.drafter.remember
-            extend(self.kept[lists.gather], accepted.tokens, accepted.num_emitted)
-        elif self.drafter is not None:
-            self.drafter.extend(self.slot[:lanes], packed, accepted)
-        self.advance(accepted)
-
-    def advance(self, accepted: echo.tree.Accepted) -> None:
-        """What the accepted tokens mean for each lane: what it says, its next root, the tokens left; and the step's report."""
-        lanes, steps = accepted.tokens.shape
-        left, root = self.left[:lanes], self.root[:lanes]
-        self.said.fill_(-1)
-        self.said[:lanes, :steps] = accepted.tokens
-        torch.where(accepted.num_emitted > 0, accepted.bonus, root, out=root)
-        rest = torch.where(accepted.bonus == self.ends, 0, left - accepted.num_emitted)
-        torch.where(
-            accepted.num_emitted > 0, rest, torch.where(left > 0, -1, left), out=left
-        )  # -1: the target had no number
-        torch.cat([part.view(torch.int32) for part in self.parts()], out=self.report)
-
-    def parts(self) -> list[Tensor]:
-        """What a report is made of: tokens said, tokens left, and the history where forecasts read it."""
-        names = SUMS if isinstance(self.scheduler.budget, echo.CostModel) else ()
-        return [
-            part.flatten()
-            for part in (
-                self.said,
-                self.left,
-                *(getattr(self.space.history, name) for name in names),
-            )
-        ]
-
-    def send(self, depth: int) -> Report:
-        """The step's one transfer to the host."""
-        numbers = self.pinned[0]
-        self.pinned.rotate()
-        numbers.copy_(self.report, non_blocking=True)
-        first, self.first = self.first, {}
-        return Report(numbers, self.mark(always=True), list(self.running), depth, first)
-
-    def read(self, report: Report) -> Iterator[tuple[int, list[int]]]:
-        """Reads a report: yields what was said, forgets what is finished, and learns what the next forecast needs."""
-        if report.done is not None:
-            report.done.synchronize()
-        sizes, kinds = zip(*self.layout, strict=True)
-        parts = [
-            part.view(kind) for part, kind in zip(report.numbers.split(sizes), kinds, strict=True)
-        ]
-        said, left = parts[0].view(self.said.shape).tolist(), parts[1].tolist()
-        if parts[2:]:
-            sums = {
-                name: part.view(getattr(self.known, name).shape)
-                for name, part in zip(SUMS, parts[2:], strict=True)
-            }
-            now, lagged = self.known.generation, replace(self.known, **sums)
-            self.known = (
-                lagged
-                if torch.equal(now, lagged.generation)
-                else replace(lagged.of(now), generation=now)
-            )
-        self.known = self.known.advance(report.depth)
-        for lane, request in enumerate(report.requests):
-            first = report.first[request].tolist() if request in report.first else []
-            tokens = [token for token in first + said[lane] if token >= 0]
-            if tokens:
-                yield request, tokens
-            if left[lane] < 1 and request in self.running:
-                self.failed += [request] * (left[lane] < 0)
-                self.finish(self.running.index(request))
-
-    def finish(self, lane: int) -> None:
-        """The lane's request is done: the last one takes its place, so that running requests are always the first lanes."""
-        last = len(self.running) - 1
-        self.cache.release(lane)
-        self.left[lane] = 0
-        if lane != last:
-            self.cache.move(last, lane)
-            for state in (self.root, self.left, self.slot):
-                state[lane], state[last] = state[last].clone(), state[lane].clone()
-            self.places[lane], self.places[last] = self.places[last], self.places[lane]
-            self.running[lane] = self.running[last]
-            if self.extends:
-                self.drafter.move(last, lane)
-        self.running.pop()
-
-    def target(self, packed: echo.PackedTree) -> None:
-        """The target's pass over a packed step: its token after each row, the rows' keys and values and features, into buffers."""
-        cache, config, n, lanes = self.cache, self.model.config, packed.num_rows, packed.batch
-        context, table = cache.context[:lanes], cache.table[:lanes]
-        q, k = (
-            cache.kv.new_empty(n, heads, cache.kv.shape[-1])
-            for heads in (config.num_attention_heads, config.num_key_value_heads)
-        )
+    def verify(self, packed: echo.PackedTree) -> None:
+        """The target's forward pass: samples a token after each row, keeps keys and values."""
+        cache, config, n = self.cache, self.model.config, packed.num_rows
+        prefix_lens, page_table = (x[: packed.batch] for x in (cache.prefix_lens, cache.page_table))
+        heads = config.num_attention_heads, config.num_key_value_heads
+        q, k = (cache.kv.new_empty(n, each, cache.kv.shape[-1]) for each in heads)
         plan = kernels.plan_attention(
-            q, cache.kv[0, 0], table, context, k, packed.indptr, backend=self.backend
+            q, cache.kv[0, 0], page_table, prefix_lens, k, packed.indptr, backend=self.backend
         )  # once for all layers
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            keys, values = cache.kv[layer]
+            prefix = *cache.kv[layer], page_table, prefix_lens
             tree = k, v, packed.request, packed.indptr, packed.mask
-            return kernels.tree_attention(
-                q, keys, values, table, context, *tree, plan=plan, backend=self.backend
-            )[0]
+            return kernels.tree_attention(q, *prefix, *tree, plan=plan, backend=self.backend)[0]
 
-        states, _, hidden = self.forward(
-            packed.tokens, packed.positions(context), attend, self.stash[:, :, :n]
-        )
-        if self.features:
-            self.kept[:n] = hidden
+        positions = packed.positions(prefix_lens)
+        states, _, features = self.forward(packed.tokens, positions, attend, self.step_kv[:, :, :n])
+        if self.feature_layers:
+            self.features[:n] = features
         self.sampled[:n] = self.sample(self.model.lm_head(states))
 
+    def accept(self, packed: echo.PackedTree) -> None:
+        """Accepts drafts, writes their rows to pages, updates history and drafter."""
+        workspace, cache, lanes = self.workspace, self.cache, packed.batch
+        accepted = workspace.accept(
+            packed, self.sampled[: packed.num_rows], max_new_tokens=self.num_remaining[:lanes],
+            eos_tokens=self.eos_tokens, backend=self.backend,
+        )  # fmt: skip
+        rows = workspace.compact(
+            packed, accepted, cache.prefix_lens[:lanes], page_table=cache.page_table[:lanes],
+            page_size=PAGE_SIZE, pad_slot_id=PAD_SLOT,
+        )  # fmt: skip
+        cache.write(rows.target.flatten(), self.step_kv[:, :, rows.gather.flatten()])
+        cache.prefix_lens[:lanes] = rows.prefix_lens
+        workspace.observe(self.req_indices[:lanes], packed, accepted)
+        if self.graph_drafter:
+            extend = self.drafter.extend if packed.max_depth else self.drafter.defer
+            extend(self.features[rows.gather], accepted.tokens, accepted.num_emitted)
+        elif self.drafter is not None:
+            self.drafter.extend(self.req_indices[:lanes], packed, accepted)
+        self.advance(accepted)
+
+    def advance(self, accepted: echo.tree.Accepted) -> None:
+        """Sets each lane's next root and remaining tokens, and writes the step's output."""
+        lanes, steps = accepted.tokens.shape
+        remaining, roots = self.num_remaining[:lanes], self.root_tokens[:lanes]
+        emits = accepted.num_emitted > 0
+        self.emitted.fill_(-1)
+        self.emitted[:lanes, :steps] = accepted.tokens
+        torch.where(emits, accepted.bonus, roots, out=roots)
+        after = torch.where(accepted.bonus == self.eos_tokens, 0, remaining - accepted.num_emitted)
+        failed = torch.where(remaining > 0, -1, remaining)  # live, but the target had no number
+        torch.where(emits, after, failed, out=remaining)
+        torch.cat([part.view(torch.int32) for part in self.parts()], out=self.output)
+
+    def parts(self) -> list[Tensor]:
+        """What goes to the host: tokens, and the history if scheduling reads it."""
+        names = HISTORY if isinstance(self.scheduler.budget, echo.CostModel) else ()
+        history = [getattr(self.workspace.history, name) for name in names]
+        return [part.flatten() for part in (self.emitted, self.num_remaining, *history)]
+
+    def pinned(self, like: Tensor) -> Tensor:
+        """A host buffer for a copy of ``like``, pinned on a GPU."""
+        return torch.empty_like(like, device="cpu", pin_memory=self.device.type == "cuda")
+
+    def copy_output(self, depth: int) -> StepOutput:
+        """Starts the step's one device-to-host copy."""
+        buffer, first_tokens, self.first_tokens = self.host_outputs[0], self.first_tokens, {}
+        self.host_outputs.rotate()
+        buffer.copy_(self.output, non_blocking=True)
+        done = self.record_event(always=True)
+        return StepOutput(buffer, done, list(self.running), depth, first_tokens)
+
+    def update_from_output(self, output: StepOutput) -> Iterator[tuple[int, list[int]]]:
+        """Yields what was emitted, frees finished requests, and updates the host's history."""
+        if output.done is not None:
+            output.done.synchronize()
+        sizes, dtypes = zip(*self.layout, strict=True)
+        parts = zip(output.buffer.split(sizes), dtypes, strict=True)
+        emitted, remaining, *sums = (part.view(dtype) for part, dtype in parts)
+        if sums:
+            known = {
+                name: part.view(getattr(self.host_history, name).shape)
+                for name, part in zip(HISTORY, sums, strict=True)
+            }
+            generation, lagged = self.host_history.generation, replace(self.host_history, **known)
+            if not torch.equal(generation, lagged.generation):  # admitted since that launch
+                lagged = replace(lagged.without_stale(generation), generation=generation)
+            self.host_history = lagged
+        self.host_history = self.host_history.advance(output.depth)
+        rows = emitted.view(self.emitted.shape).tolist(), remaining.tolist()
+        for request, row, num_remaining in zip(output.requests, *rows, strict=False):
+            if request in output.first_tokens:
+                row = output.first_tokens[request].tolist() + row
+            tokens = [token for token in row if token >= 0]
+            if tokens:
+                yield request, tokens
+            if num_remaining < 1 and request in self.running:
+                self.failed += [request] * (num_remaining < 0)
+                self.finish(self.running.index(request))
+
+    def finish(self, lane: int) -> None:
+        """Ends the lane's request; the last one takes its lane: requests fill the first."""
+        last = len(self.running) - 1
+        self.cache.free(lane)
+        self.num_remaining[lane] = 0
+        if lane != last:
+            self.cache.move(last, lane)
+            for state in (self.root_tokens, self.num_remaining, self.req_indices):
+                state[lane], state[last] = state[last].clone(), state[lane].clone()
+            host = self.host_req_indices
+            host[lane], host[last] = host[last], host[lane]
+            self.running[lane] = self.running[last]
+            if self.graph_drafter:
+                self.drafter.move(last, lane)
+        self.running.pop()
+
     def forward(
-        self, tokens: Tensor, position: Tensor, attend: Attend, kv: Tensor | None = None
+        self, tokens: Tensor, positions: Tensor, attend: Attention, kv: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """States [N, width] before the output layer, keys and values [layers, 2, N, Hkv, D], and features, of N rows of any requests."""
+        """Runs the decoder over N rows of any requests.
+
+        Returns:
+            States [N, width] before the output layer; keys and values [layers, 2, N, Hkv, D], in
+            ``kv`` if given; features.
+        """
         base, features = self.model.model, []
         x = base.embed_tokens(tokens)
-        kv = (
-            self.cache.kv.new_empty(len(base.layers), 2, len(x), *self.cache.kv.shape[4:])
-            if kv is None
-            else kv
-        )
-        cos, sin = (turn[0] for turn in base.rotary_emb(x[None], position[None]))
+        if kv is None:
+            kv = self.cache.kv.new_empty(len(base.layers), 2, len(x), *self.cache.kv.shape[4:])
+        cos, sin = (part[0] for part in base.rotary_emb(x[None], positions[None]))
         for index, layer in enumerate(base.layers):
             attention, h = layer.self_attn, layer.input_layernorm(x)
-            q, k, v = (
-                part(h).unflatten(-1, (-1, attention.head_dim))
-                for part in (attention.q_proj, attention.k_proj, attention.v_proj)
-            )
+            projections = attention.q_proj, attention.k_proj, attention.v_proj
+            q, k, v = (part(h).unflatten(-1, (-1, attention.head_dim)) for part in projections)
             q, k = apply_rotary_pos_emb(q, k, cos, sin)
             x = x + attention.o_proj(attend(index, q, k, v).flatten(1))
             x = x + layer.mlp(layer.post_attention_layernorm(x))
             kv[index, 0], kv[index, 1] = k, v
-            if index + 1 in self.features:
+            if index + 1 in self.feature_layers:
                 features.append(x)
         return base.norm(x), kv, torch.cat(features, dim=-1) if features else x[:, :0]
 
-    def mark(self, always: bool = False) -> Any:
-        """An event of the device at this point of a step, where it is ``timed``, or ``always``."""
+    def record_event(self, always: bool = False) -> Any:
+        """Records an event if the engine is ``timed``, or ``always``; None without a GPU."""
         if self.device.type != "cuda" or not (self.timed or always):
             return None
         event = torch.cuda.Event(enable_timing=self.timed)
@@ -445,15 +435,14 @@ class Engine:
         return event
 
 
-def tier(rows: int) -> int:
+def round_up(num_tokens: int) -> int:
     """The next of 1, 2, 3, 4, 6, 8, 12, 16, ...: few numbers of rows, so few graphs."""
-    power = 1 << max(rows - 1, 0).bit_length()
-    return power * 3 // 4 if power >= 4 and rows <= power * 3 // 4 else power
+    power = 1 << max(num_tokens - 1, 0).bit_length()
+    return power * 3 // 4 if power >= 4 and num_tokens <= power * 3 // 4 else power
 
 
 def causal(_: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attention of one whole prompt: [N, H, D]."""
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)[0].transpose(
-        0, 1
-    )
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    return out[0].transpose(0, 1)

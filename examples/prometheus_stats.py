@@ -1,13 +1,16 @@
-"""Exports an engine's counters to Prometheus: read from the device when somebody scrapes, and only then.
+"""Exports an engine's counters to Prometheus: they are read from the device at a scrape only.
 
     pip install prometheus-client
-    python examples/prometheus_stats.py --port 9464 --seconds 60     # SmolLM2 on the paged engine of engine.py
+    python examples/prometheus_stats.py --port 9464 --seconds 60     # SmolLM2 on engine.py
     curl localhost:9464/metrics
 
-In a server of one's own: keep the newest `echo.StepStats` where `EchoCollector` can fetch it, and register the collector once.
-Useful in a dashboard: `rate(echo_emitted_tokens_total[1m]) / rate(echo_requests_total[1m])`, tokens a request emits in a step;
-`rate(echo_pad_rows_total[1m]) / rate(echo_rows_total[1m])`, rows launched for nobody;
-`rate(echo_redealt_rows_total[1m]) / rate(echo_released_rows_total[1m])`, how much of what gates free is used by others.
+In a custom server: keep the newest `echo.StepStats` where `EchoCollector` can fetch it, and
+register the collector once. Useful in a dashboard, as ratios of `rate(...[1m])`:
+
+- `echo_emitted_tokens_total / echo_requests_total`: tokens a request emits in a step;
+- `echo_accepted_drafts_total / echo_draft_tokens_total`: draft acceptance rate;
+- `echo_pad_tokens_total / echo_verify_tokens_total`: padding beside each verify token;
+- `echo_reassigned_total / echo_released_total`: released tokens that other requests took.
 """
 
 from __future__ import annotations
@@ -26,35 +29,32 @@ from prometheus_client.registry import Collector
 import echo
 
 METRICS = {
-    "steps": ("steps", "Steps of the target model"),
-    "layers": ("layers", "Layers drafted, summed over steps"),
-    "requests": ("requests", "Requests verified, summed over steps"),
-    "rows": ("rows", "Rows verified for requests, roots included"),
-    "pad_rows": ("pads", "Rows launched and given to nobody"),
-    "drafted_tokens": ("drafted", "Drafted tokens verified"),
-    "accepted_tokens": ("accepted", "Drafted tokens accepted"),
-    "emitted_tokens": ("emitted", "Tokens emitted by speculative steps"),
-    "truncated_requests": ("truncated", "Requests that failed a gate, summed over steps"),
-    "starved_requests": (
-        "starved",
-        "Requests that passed and found no row left, summed over steps",
-    ),
-    "released_rows": ("released", "Rows that truncated requests held less than their share"),
-    "redealt_rows": ("redealt", "Released rows that other requests held beyond their shares"),
-    "invalid_candidates": ("invalid", "Draft scores that were no numbers"),
-    "silent_requests": ("silent", "Verified requests that emitted nothing, summed over steps"),
-    "unserved_requests": ("unserved", "Live requests that got no row, summed over steps"),
+    "steps": "Steps of the target model",
+    "layers": "Layers drafted, summed over steps",
+    "requests": "Requests verified, summed over steps",
+    "verify_tokens": "Tokens verified for requests, roots included",
+    "pad_tokens": "Padding of verify batches",
+    "draft_tokens": "Draft tokens verified",
+    "accepted_drafts": "Draft tokens accepted",
+    "emitted_tokens": "Tokens emitted",
+    "truncated": "Requests that failed a gate, summed over steps",
+    "starved": "Requests that passed but found no verify token left, summed over steps",
+    "released": "Verify tokens that truncated requests took less than an even share",
+    "reassigned": "Released verify tokens that other requests took",
+    "invalid": "Faulty draft scores",
+    "no_output": "Verified requests that emitted nothing, summed over steps",
+    "not_scheduled": "Live requests without a verify token, summed over steps",
 }
-"""Name -> member of :class:`echo.stats.StepCounts`, and what it says."""
+"""Members of :class:`echo.stats.StepCounts`, and what they say."""
 
 
 class EchoCollector(Collector):
-    """Turns the newest counters into Prometheus counters, at each scrape.
+    """Turns the newest counters into Prometheus counters at each scrape.
 
     Args:
-        newest: gives the counters so far. It is called in the exporter's thread: a plain attribute look-up is enough, since the
-            counters are a value that nobody changes.
-        labels: of this engine, for example ``{"model": "smollm2"}``.
+        newest: returns the counters so far, in the exporter's thread. An attribute look-up is
+            enough: the counters are a value.
+        labels: of this engine, such as ``{"model": "smollm2"}``.
     """
 
     def __init__(
@@ -63,19 +63,18 @@ class EchoCollector(Collector):
         self.newest, self.labels = newest, labels or {}
 
     def collect(self) -> Iterator[CounterMetricFamily]:
-        """Called at a scrape: the one read-back."""
+        """Called at a scrape: one device-to-host copy."""
         counts = self.newest().read()
-        for name, (member, text) in METRICS.items():
+        for name, text in METRICS.items():
             family = CounterMetricFamily(f"echo_{name}", text, labels=list(self.labels))
-            family.add_metric(list(self.labels.values()), getattr(counts, member))
+            family.add_metric(list(self.labels.values()), getattr(counts, name))
             yield family
 
 
 def main() -> None:
-    """Serves prompts over and over while the exporter runs."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    """Serves prompts in a loop while the exporter runs."""
+    text = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=text)
     parser.add_argument("--port", type=int, default=9464)
     parser.add_argument("--seconds", type=float, default=60)
     args = parser.parse_args()
@@ -89,12 +88,10 @@ def main() -> None:
     REGISTRY.register(EchoCollector(lambda: engine.stats, {"model": "smollm2"}))
     start_http_server(args.port)
     print(f"http://localhost:{args.port}/metrics, for {args.seconds:.0f} seconds", flush=True)
-    prompts, end = (
-        encode(tokenizer, [prompt for rows in EVALUATION.values() for prompt in rows]),
-        time.monotonic() + args.seconds,
-    )
-    for prompt in itertools.cycle(range(0, len(prompts), 8)):
-        for _ in engine.generate(prompts[prompt : prompt + 8], 48):
+    prompts = encode(tokenizer, [prompt for rows in EVALUATION.values() for prompt in rows])
+    end = time.monotonic() + args.seconds
+    for first in itertools.cycle(range(0, len(prompts), 8)):
+        for _ in engine.generate(prompts[first : first + 8], 48):
             if time.monotonic() > end:
                 print(engine.stats.read())
                 return

@@ -1,15 +1,19 @@
-"""Speculative decoding for any LLaMA-like causal LM of transformers: ragged batches, greedy or sampled, text as it comes.
+"""Speculative decoding for a LLaMA-like causal LM of transformers: ragged, greedy or sampled.
 
-    python examples/transformers_generate.py --target LLM --draft SMALLER_LLM --prompt "Why is the sky blue?" --prompt "Hi!"
-    python examples/transformers_generate.py --target LLM --draft eagle.safetensors --policy goodput --prompts questions.txt
+    python examples/transformers_generate.py --target LLM --draft SMALLER_LLM --prompt "Hi!"
+    python examples/transformers_generate.py --target LLM --draft eagle.safetensors \\
+        --policy throughput-optimal --prompts questions.txt
 
-It stands on transformers' public interface alone: a `DynamicCache` of what each request holds, a 4-D attention mask, `position_ids`.
-The draft is a model with the same tokenizer, or a head as `examples/smollm2/train.py` makes them (for a target of its width).
-Policies that need figures (echo, rank, goodput) warm up first, on the prompts themselves. Every token is the target's own: greedy text
-is that of `generate`, and sampled text depends on the seed and the prompt's number, never on the policy.
+It stands on transformers' public interface: a `DynamicCache`, a 4-D attention mask, `position_ids`.
+The draft is a model with the same tokenizer, or a head as `examples/smollm2/train.py` makes them.
+Policies that need figures (echo, rank, throughput-optimal) warm up first, on the prompts. Every
+token is the target's own: greedy text is that of `generate`, and sampled text depends on the seed
+and the prompt's number, never on the policy.
 
-A batch is padded to its largest tree here, and its cache is copied in every pass (see `echo.layouts.hugging_face`): this shows the
-wiring, and is fast enough to use; `examples/engine.py` is how an engine does it.
+A batch is padded to its largest tree and its cache is copied in every pass (see
+`echo.layouts.hugging_face`): this shows the wiring. `examples/engine.py` is how an engine does it.
+
+B requests, W nodes of a frontier, k candidates of a node, R rows of a padded tree.
 """
 
 from __future__ import annotations
@@ -32,409 +36,322 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 import echo
 from echo import kernels
 
-POLICIES = ("plain", "eagle", "ddd", "echo", "rank", "goodput")
+POLICIES = ("plain", "eagle", "ddd", "echo", "rank", "throughput-optimal")
 SMOLLM2 = Path(__file__).with_name("smollm2")
+BEAM = 4
 
 
-class SlotCache:
-    """Keys and values of a causal LM by request slot, between its forward passes; each slot's text begins at column 0."""
+class KVCache:
+    """Keys and values of all requests between forward passes; a text begins at column 0."""
 
-    def __init__(self, slots: int, length: int, device: torch.device) -> None:
+    def __init__(self, max_num_reqs: int, length: int, device: torch.device) -> None:
         self.length = length
-        self.used = torch.zeros(slots, dtype=torch.int64, device=device)
-        self.layers: list[
-            tuple[Tensor, Tensor]
-        ] = []  # [slots, heads, length, dim] each, made when the first pass shows their shapes
+        self.prefix_lens = torch.zeros(max_num_reqs, dtype=torch.int64, device=device)
+        # [max_num_reqs, heads, length, dim] each, made when the first pass shows their shapes.
+        self.layers: list[tuple[Tensor, Tensor]] = []
 
-    def open(self, slots: Tensor) -> DynamicCache:
-        """A transformers cache of what the slots hold, padded to the longest."""
-        past = int(self.used[slots].max())
-        return (
-            DynamicCache([(k[slots, :, :past], v[slots, :, :past]) for k, v in self.layers])
-            if past
-            else DynamicCache()
+    def open(self, req_indices: Tensor) -> DynamicCache:
+        """A transformers cache of the requests, padded to the longest."""
+        past = int(self.prefix_lens[req_indices].max())
+        if not past:
+            return DynamicCache()
+        return DynamicCache(
+            [(k[req_indices, :, :past], v[req_indices, :, :past]) for k, v in self.layers]
         )
 
-    def write(self, slots: Tensor, cache: DynamicCache, source: Tensor, target: Tensor) -> None:
-        """Copies columns ``source`` [B, n] of the cache to columns ``target`` [B, n] of the slots, in every layer."""
-        if not self.layers:
-            shape = lambda x: (len(self.used), x.shape[1], self.length, x.shape[3])
-            self.layers = [
-                tuple(x.new_zeros(shape(x)) for x in (layer.keys, layer.values))
-                for layer in cache.layers
-            ]
-        request = torch.arange(len(slots), device=slots.device)[:, None]
-        for stored, layer in zip(self.layers, cache.layers, strict=True):
-            for whole, new in zip(stored, (layer.keys, layer.values), strict=True):
-                whole[slots[:, None], :, target] = new[request, :, source]
+    def write(
+        self, req_indices: Tensor, cache: DynamicCache, source: Tensor, target: Tensor
+    ) -> None:
+        """Copies columns ``source`` of ``cache`` to columns ``target`` of the requests, [B, n]."""
+        for stored, layer in enumerate(cache.layers):
+            both = layer.keys, layer.values
+            if stored == len(self.layers):
+                sizes = lambda x: (len(self.prefix_lens), x.shape[1], self.length, x.shape[3])
+                self.layers.append(tuple(x.new_zeros(sizes(x)) for x in both))
+            batch = torch.arange(len(req_indices), device=req_indices.device)[:, None]
+            for whole, new in zip(self.layers[stored], both, strict=True):
+                whole[req_indices[:, None], :, target] = new[batch, :, source]
 
-    def read(self, slots: Tensor, texts: Sequence[Tensor], model):
-        """Appends ragged texts to the slots in one forward pass; its output, whose logits are those after each text's last token."""
-        lengths = torch.tensor([len(text) for text in texts], device=slots.device)
+    def append(self, req_indices: Tensor, texts: Sequence[Tensor], model):
+        """Runs ragged texts through the model in one pass; its logits are those after each text."""
+        device = req_indices.device
+        lengths = torch.tensor([len(text) for text in texts], device=device)
         ids = torch.nn.utils.rnn.pad_sequence(list(texts), batch_first=True)
-        cache, used, column = (
-            self.open(slots),
-            self.used[slots],
-            torch.arange(ids.shape[1], device=ids.device),
-        )
-        past = cache.get_seq_length()
-        prefix = torch.arange(past, device=ids.device) < used[:, None]
-        visible = torch.cat(
-            [
-                prefix[:, None].expand(-1, len(column), -1),
-                (column <= column[:, None]).expand(len(slots), -1, -1),
-            ],
-            dim=2,
-        )
+        cache, prefix_lens = self.open(req_indices), self.prefix_lens[req_indices][:, None]
+        past, column = cache.get_seq_length(), torch.arange(ids.shape[1], device=device)
+        prefix = torch.arange(past, device=device) < prefix_lens
+        causal = (column <= column[:, None]).expand(len(texts), -1, -1)
+        visible = torch.cat([prefix[:, None].expand(-1, len(column), -1), causal], dim=2)
         output = model(
-            ids,
-            position_ids=used[:, None] + column,
-            attention_mask=additive(visible, model.dtype),
-            past_key_values=cache,
-            logits_to_keep=(lengths - 1)[:, None],
-        )
-        place = torch.minimum(
-            column, lengths[:, None] - 1
-        )  # beyond its end a text's last column is copied again
-        self.write(slots, cache, past + place, used[:, None] + place)
-        self.used[slots] = used + lengths
+            ids, position_ids=prefix_lens + column, attention_mask=additive(visible, model.dtype),
+            past_key_values=cache, logits_to_keep=(lengths - 1)[:, None],
+        )  # fmt: skip
+        place = torch.minimum(column, lengths[:, None] - 1)  # padding copies the last column again
+        self.write(req_indices, cache, past + place, prefix_lens + place)
+        self.prefix_lens[req_indices] += lengths
         return output
 
 
 def additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
-    """A 4-D mask [B, 1, R, columns] of bool [B, R, columns]: 0 where a row may look, the least number elsewhere."""
-    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill(
-        ~visible, torch.finfo(dtype).min
-    )[:, None]
+    """A 4-D mask [B, 1, R, columns] of bool [B, R, columns]: 0, or the least number where False."""
+    mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
+    return mask.masked_fill(~visible, torch.finfo(dtype).min)[:, None]
 
 
 class Sampler:
-    """Greedy at temperature 0; else by inversion, with one uniform number for each prompt and position, drawn from the seed.
+    """Greedy at temperature 0; else by inversion, a uniform number for each prompt and position.
 
-    Whatever rows a step verifies, the token at a place of a text is decided by the same number.
+    Whatever rows a step verifies, a token of a text is decided by the same number of the seed's.
     """
 
-    def __init__(self, slots: int, length: int, temperature: float = 0.0, seed: int = 0) -> None:
+    def __init__(
+        self, max_num_reqs: int, length: int, temperature: float = 0.0, seed: int = 0
+    ) -> None:
         self.temperature, self.seed, self.admitted = temperature, seed, 0
-        self.uniform = torch.zeros(slots, length + 1, dtype=torch.float64, device="cpu")
+        shape = max_num_reqs, length + 1
+        self.uniform = torch.zeros(shape, dtype=torch.float64, device="cpu")
 
-    def admit(self, slots: Tensor) -> None:
-        """Prompts are admitted in their order, so a prompt's number is how many were before it."""
-        for slot in slots.tolist():
+    def admit(self, req_indices: Tensor) -> None:
+        """Draws the numbers of new requests; prompts are admitted in their order."""
+        size, options = self.uniform.shape[1], {"dtype": torch.float64, "device": "cpu"}
+        for index in req_indices.tolist():
             generator = torch.Generator().manual_seed((self.seed << 24) + self.admitted)
-            self.uniform[slot] = torch.rand(
-                self.uniform.shape[1], generator=generator, dtype=torch.float64, device="cpu"
-            )
+            self.uniform[index] = torch.rand(size, generator=generator, **options)
             self.admitted += 1
 
-    def __call__(self, logits: Tensor, slots: Tensor, place: Tensor) -> Tensor:
-        """Tokens int64 [n] of logits [n, V], for places [n] of the texts in slots [n]."""
+    def __call__(self, logits: Tensor, req_indices: Tensor, position: Tensor) -> Tensor:
+        """Tokens int64 [n] of logits [n, V], for positions [n] of the requests' texts."""
         if self.temperature == 0:
             return kernels.argmax_tokens(logits)
         mass = (logits.double() / self.temperature).softmax(dim=-1).cumsum(dim=-1)
-        u = self.uniform[slots.cpu(), place.cpu()].to(mass.device)[:, None] * mass[:, -1:]
-        token = torch.searchsorted(mass, u, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
-        return torch.where(mass[:, -1] > 0, token, -1)  # no number: no token
+        u = self.uniform[req_indices.cpu(), position.cpu()].to(mass.device)[:, None]
+        token = torch.searchsorted(mass, u * mass[:, -1:], right=True)[:, 0]
+        return torch.where(mass[:, -1] > 0, token.clamp(max=logits.shape[-1] - 1), -1)
 
 
 class Target:
-    """A causal LM as :class:`echo.Target`. With ``features`` (decoder layers) it keeps their outputs in ``hidden``, for a head."""
+    """A causal LM as :class:`echo.Target`.
+
+    ``features`` are decoder layers whose outputs it keeps in ``hidden``, for a head.
+    """
 
     def __init__(
-        self, model, sampler: Sampler, slots: int, length: int, features: Sequence[int] = ()
+        self, model, sampler: Sampler, max_num_reqs: int, length: int, features: Sequence[int] = ()
     ) -> None:
-        self.model, self.sampler, self.store = (
-            model,
-            sampler,
-            SlotCache(slots, length, model.device),
-        )
-        self.features: dict[int, Tensor] = dict.fromkeys(features)
+        self.model, self.sampler = model, sampler
+        self.cache = KVCache(max_num_reqs, length, model.device)
+        self.outputs: dict[int, Tensor] = dict.fromkeys(features)
         self.hidden = torch.empty(0)
-        for at in features:
-            model.get_decoder().layers[at - 1].register_forward_hook(
-                functools.partial(self._remember, at)
-            )
+        for layer in features:
+            hook = functools.partial(self._keep, layer)
+            model.get_decoder().layers[layer - 1].register_forward_hook(hook)
 
     def admit(self, req_indices: Tensor, prompts: Sequence[Tensor]) -> Tensor:
-        self.store.used[req_indices] = 0
+        self.cache.prefix_lens[req_indices] = 0
         self.sampler.admit(req_indices)
-        logits = self.store.read(req_indices, prompts, self.model).logits[:, 0]
-        if self.features:
-            self.hidden = torch.cat(
-                [x[: len(p)] for x, p in zip(self._features(), prompts, strict=True)]
-            )
-        return self.sampler(logits, req_indices, self.store.used[req_indices])
+        logits = self.cache.append(req_indices, prompts, self.model).logits[:, 0]
+        if self.outputs:
+            rows = zip(self._features(), prompts, strict=True)
+            self.hidden = torch.cat([states[: len(prompt)] for states, prompt in rows])
+        return self.sampler(logits, req_indices, self.cache.prefix_lens[req_indices])
 
     def verify(self, req_indices: Tensor, packed: echo.PackedTree) -> Tensor:
-        n = int(packed.indptr.diff().max())
-        self.step, context = self.store.open(req_indices), self.store.used[req_indices]
-        self.past = self.step.get_seq_length()
+        n, prefix_lens = int(packed.indptr.diff().max()), self.cache.prefix_lens[req_indices]
+        self.step = self.cache.open(req_indices)
+        self.past_len = self.step.get_seq_length()
         inputs = echo.layouts.hugging_face(
-            packed, n, context, self.past, left_padded=False, dtype=self.model.dtype
+            packed, n, prefix_lens, self.past_len, left_padded=False, dtype=self.model.dtype
         )
         logits = self.model(
-            inputs.input_ids,
-            position_ids=inputs.position_ids,
-            attention_mask=inputs.attention_mask,
-            past_key_values=self.step,
-        ).logits
-        tokens = self.sampler(
-            logits.flatten(0, 1),
-            req_indices.repeat_interleave(n),
-            inputs.position_ids.flatten() + 1,
-        )
-        if self.features:
+            inputs.input_ids, position_ids=inputs.position_ids,
+            attention_mask=inputs.attention_mask, past_key_values=self.step,
+        ).logits  # fmt: skip
+        positions = inputs.position_ids.flatten() + 1
+        tokens = self.sampler(logits.flatten(0, 1), req_indices.repeat_interleave(n), positions)
+        if self.outputs:
             self.hidden = echo.layouts.unpad(packed, self._features())
         return echo.layouts.unpad(packed, tokens.view(-1, n))
 
     def compact(
         self, req_indices: Tensor, packed: echo.PackedTree, accepted: echo.tree.Accepted
     ) -> None:
-        lists = echo.compact(
-            packed, accepted, self.store.used[req_indices], past_len=self.past
-        )  # rows lie behind the longest text
-        self.store.write(req_indices, self.step, lists.source, lists.target)
-        self.store.used[req_indices] = lists.prefix_lens
+        prefix_lens = self.cache.prefix_lens[req_indices]
+        moves = echo.compact(packed, accepted, prefix_lens, past_len=self.past_len)
+        self.cache.write(req_indices, self.step, moves.source, moves.target)
+        self.cache.prefix_lens[req_indices] = moves.prefix_lens
 
-    def _remember(self, at: int, layer, inputs, output) -> None:
-        self.features[at] = output[0] if isinstance(output, tuple) else output
+    def _keep(self, layer: int, module, inputs, output) -> None:
+        self.outputs[layer] = output[0] if isinstance(output, tuple) else output
 
     def _features(self) -> Tensor:
-        return torch.cat(list(self.features.values()), dim=-1)
+        return torch.cat(list(self.outputs.values()), dim=-1)
 
 
 class DraftModel:
-    """A smaller causal LM as :class:`echo.Drafter`: it reads what was emitted, then drafts a tree layer by layer over one cache.
+    """A smaller causal LM as :class:`echo.Drafter`: drafts a tree layer by layer over one cache.
 
     Args:
         model: with the target's tokenizer.
-        slots, length: as of the target.
-        count: candidates at each node.
+        max_num_reqs, length: as of the target.
+        k: candidates of each node.
     """
 
-    def __init__(self, model, slots: int, length: int, count: int = 4) -> None:
-        self.model, self.count, self.store = model, count, SlotCache(slots, length, model.device)
-        self.unread: dict[int, list[int]] = {}
+    def __init__(self, model, max_num_reqs: int, length: int, k: int = 4) -> None:
+        self.model, self.k, self.cache = model, k, KVCache(max_num_reqs, length, model.device)
+        self.unprocessed: dict[int, list[int]] = {}  # emitted, but not in the cache yet
         self.step: DynamicCache | None = None  # of the layers drafted in this step
 
     def admit(self, req_indices: Tensor, prompts: Sequence[Tensor], first: Tensor) -> None:
-        self.store.used[req_indices], self.step = 0, None
-        self.unread.update(
-            (s, [*p.tolist(), t])
-            for s, p, t in zip(req_indices.tolist(), prompts, first.tolist(), strict=True)
-        )
+        self.cache.prefix_lens[req_indices], self.step = 0, None
+        for index, prompt, token in zip(req_indices.tolist(), prompts, first.tolist(), strict=True):
+            self.unprocessed[index] = [*prompt.tolist(), token]
 
     def extend(
         self, req_indices: Tensor, packed: echo.PackedTree, accepted: echo.tree.Accepted
     ) -> None:
-        self.step = None
-        for slot, tokens, length in zip(
-            req_indices.tolist(),
-            accepted.tokens.tolist(),
-            accepted.num_emitted.tolist(),
-            strict=True,
-        ):
-            self.unread.setdefault(slot, []).extend(tokens[:length])
+        self.step, rows = None, (req_indices, accepted.tokens, accepted.num_emitted)
+        for index, tokens, count in zip(*(x.tolist() for x in rows), strict=True):
+            self.unprocessed.setdefault(index, []).extend(tokens[:count])
 
     def draft(self, req_indices: Tensor, frontier: echo.tree.Frontier) -> tuple[Tensor, Tensor]:
+        batch, device = len(req_indices), req_indices.device
         if self.step is None or frontier.depth == 0:  # the first layer may come from elsewhere
-            candidates = self._read(req_indices, frontier.active.any(dim=1))
-            self.step, self.sees = (
-                self.store.open(req_indices),
-                torch.zeros(len(req_indices), 1, 0, dtype=torch.bool, device=req_indices.device),
-            )
+            candidates = self._extend(req_indices, frontier.active.any(dim=1))
+            self.step = self.cache.open(req_indices)
+            self.ancestors = torch.zeros(batch, 1, 0, dtype=torch.bool, device=device)
             if frontier.depth == 0:
                 return candidates
-        batch, width = frontier.token.shape
-        used = self.store.used[req_indices]
-        own = torch.eye(width, dtype=torch.bool, device=req_indices.device).expand(batch, -1, -1)
-        self.sees = torch.cat(
-            [frontier.inherit(self.sees), own], dim=2
-        )  # ancestors among the drafted columns, and itself
-        prefix = (
-            torch.arange(
-                self.step.get_seq_length() - self.sees.shape[2] + width, device=req_indices.device
-            )
-            < used[:, None]
-        )
-        visible = torch.cat([prefix[:, None].expand(-1, width, -1), self.sees], dim=2)
-        position = (used + frontier.depth - 1)[:, None].expand(-1, width)
-        mask = additive(visible, self.model.dtype)
-        return self._candidates(
-            self.model(
-                frontier.token,
-                position_ids=position,
-                attention_mask=mask,
-                past_key_values=self.step,
-            ).logits
-        )
+        width, past = frontier.token.shape[1], self.step.get_seq_length() - self.ancestors.shape[2]
+        itself = torch.eye(width, dtype=torch.bool, device=device).expand(batch, -1, -1)
+        self.ancestors = torch.cat([frontier.inherit(self.ancestors), itself], dim=2)
+        prefix_lens = self.cache.prefix_lens[req_indices][:, None]
+        prefix = torch.arange(past, device=device) < prefix_lens
+        visible = torch.cat([prefix[:, None].expand(-1, width, -1), self.ancestors], dim=2)
+        output = self.model(
+            frontier.token, position_ids=(prefix_lens + frontier.depth - 1).expand(-1, width),
+            attention_mask=additive(visible, self.model.dtype), past_key_values=self.step,
+        )  # fmt: skip
+        return self._candidates(output.logits)
 
-    def _read(self, slots: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
-        """Reads the text that came since the last time; what follows it is the first layer. Who does not draft is left for later."""
-        tokens = torch.zeros(len(slots), 1, self.count, dtype=torch.int64, device=slots.device)
-        log_probs, readers = (
-            torch.full(tokens.shape, -torch.inf, dtype=torch.float32, device=slots.device),
-            slots[active],
-        )
-        if len(readers):
-            texts = [
-                torch.tensor(self.unread[slot], device=slots.device) for slot in readers.tolist()
-            ]
-            self.unread.update((slot, []) for slot in readers.tolist())
-            tokens[active], log_probs[active] = self._candidates(
-                self.store.read(readers, texts, self.model).logits
-            )
+    def _extend(self, req_indices: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
+        """Draft extend, which gives the first layer; requests that do not draft wait."""
+        shape, device = (len(req_indices), 1, self.k), req_indices.device
+        tokens = torch.zeros(shape, dtype=torch.int64, device=device)
+        log_probs = torch.full(shape, -torch.inf, dtype=torch.float32, device=device)
+        if active.any():
+            mine = req_indices[active]
+            texts = [torch.tensor(self.unprocessed.pop(i), device=device) for i in mine.tolist()]
+            logits = self.cache.append(mine, texts, self.model).logits
+            tokens[active], log_probs[active] = self._candidates(logits)
         return tokens, log_probs
 
     def _candidates(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        top = logits.float().log_softmax(dim=-1).topk(self.count, dim=-1)
+        top = logits.float().log_softmax(dim=-1).topk(self.k, dim=-1)
         return top.indices, top.values
 
 
 def load(folder: Path, dtype: str, device: str):
     """A causal LM in evaluation mode."""
-    model = (
-        AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval().to(device)
-    )
-    if getattr(model.config, "sliding_window", None) and getattr(
-        model.config, "use_sliding_window", True
-    ):
-        raise SystemExit(
-            f"{folder}: its layers forget what is far behind (sliding window); expected full attention"
-        )
-    return model
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
+    window = getattr(model.config, "sliding_window", None)
+    if window and getattr(model.config, "use_sliding_window", True):
+        raise SystemExit(f"{folder}: expected full attention, got a sliding window of {window}")
+    return model.eval().to(device)
 
 
-def pair(
-    target_model,
-    draft: Path | None,
-    slots: int,
-    length: int,
-    sampler: Sampler,
-    dtype: str = "float32",
-):
-    """The target, and its drafter: a folder with a model, a file with a head, or None."""
+def pair(model, draft: Path | None, sampler: Sampler, length: int, dtype: str = "float32"):
+    """The target and its drafter: a model's folder, a head's file, or None."""
+    sizes = len(sampler.uniform), length
     if draft is None:
-        return Target(target_model, sampler, slots, length), None
+        return Target(model, sampler, *sizes), None
     if draft.is_dir():
-        return Target(target_model, sampler, slots, length), DraftModel(
-            load(draft, dtype, target_model.device), slots, length
-        )
+        return Target(model, sampler, *sizes), DraftModel(load(draft, dtype, model.device), *sizes)
     sys.path.insert(0, str(SMOLLM2))
     from drafters import pooled
     from model import FEATURE_LAYERS
 
-    target = Target(target_model, sampler, slots, length, FEATURE_LAYERS)
-    return target, pooled(target, slots, length, weights=draft)
+    target = Target(model, sampler, *sizes, FEATURE_LAYERS)
+    return target, pooled(target, *sizes, weights=draft)
 
 
 def warm_up(
     target: Target, drafter: echo.Drafter, prompts: Sequence[Tensor], depth: int, bar: Progress
 ) -> tuple[echo.WarmupLog, float]:
-    """Rows of some steps drafted without a gate, every layer's best verified; and the seconds of a drafted layer."""
-    slots, total = len(target.store.used), 32 * len(prompts)
-    scheduler = echo.ElasticBudgetScheduler(
-        echo.TwoLevel(4, 0), budget=(4 * depth + 1) * slots, max_depth=depth
-    )
-    task, logs, drafting, layers = bar.add_task("warm-up", total=total), [], 0.0, 0
-    options = {
-        "max_num_reqs": slots,
-        "max_new_tokens": 32,
-        "eos_token": target.model.generation_config.eos_token_id,
-    }
-    for step in echo.decode(
-        scheduler, target, drafter, prompts, **options, device=target.model.device
-    ):
+    """Drafts without a gate and verifies each layer's best: the log, seconds of a drafted layer."""
+    max_num_reqs, total = len(target.cache.prefix_lens), 32 * len(prompts)
+    budget = (BEAM * depth + 1) * max_num_reqs
+    scheduler = echo.ElasticBudgetScheduler(echo.TwoLevel(BEAM, 0), budget=budget, max_depth=depth)
+    task, logs, seconds, layers = bar.add_task("warm-up", total=total), [], 0.0, 0
+    steps = echo.decode(
+        scheduler, target, drafter, prompts, max_num_reqs=max_num_reqs, max_new_tokens=32,
+        eos_token=target.model.generation_config.eos_token_id, device=target.model.device,
+    )  # fmt: skip
+    for step in steps:
         logs.append(step.log())
-        drafting, layers = (
-            drafting + step.seconds.draft + step.seconds.scheduling,
-            layers + step.tree.depth,
-        )
+        seconds += step.seconds.draft + step.seconds.scheduling
+        layers += step.tree.depth
         bar.advance(task, sum(map(len, step.emitted)))
     bar.update(task, completed=total)
-    return echo.WarmupLog.concat(logs), drafting / layers
+    return echo.WarmupLog.concat(logs), seconds / layers
 
 
 def measure(target: Target, bar: Progress) -> tuple:
-    """Samples of the machine's curve: seconds of a forward pass by its rows."""
+    """Samples of the cost curve: seconds of a forward pass by its rows."""
     counts = (1, 2, 4, 8, 16, 32, 64)
     task, model = bar.add_task("cost curve", total=4 * len(counts)), target.model
-    heads = [(k[:1, :, :64], v[:1, :, :64]) for k, v in target.store.layers]
+    layers = [(k[:1, :, :64], v[:1, :, :64]) for k, v in target.cache.layers]
 
     def step(rows: int) -> None:
         ids = torch.full((1, rows), 1, device=model.device)
-        model(ids, past_key_values=DynamicCache(heads))
+        model(ids, past_key_values=DynamicCache(layers))
         bar.advance(task)
 
     return echo.cost.profile(step, counts, repeats=3, device=model.device)
 
 
 def schedule(
-    policy: str,
-    target: Target,
-    drafter,
-    prompts: Sequence[Tensor],
-    rows: int,
-    depth: int,
+    policy: str, target: Target, drafter, prompts: Sequence[Tensor], rows: int, depth: int,
     bar: Progress,
-):
-    """The scheduler of a policy; those that need figures get them from a warm-up on the prompts."""
-    beam = 4
+):  # fmt: skip
+    """The policy's scheduler; those that need figures get them from a warm-up on the prompts."""
+    make = echo.ElasticBudgetScheduler
     if policy == "plain":
-        return echo.ElasticBudgetScheduler.autoregressive()
+        return make.autoregressive()
     if policy == "eagle":
-        return echo.ElasticBudgetScheduler.eagle(
-            max_verify_tokens_per_req=rows, beam=beam, max_depth=depth
-        )
+        return make.eagle(max_verify_tokens_per_req=rows, beam=BEAM, max_depth=depth)
     if policy == "ddd":
-        gate = echo.BeamMassGate(tuple(range(2, depth)), -1.0, beam)
-        return echo.ElasticBudgetScheduler(
-            echo.PerRequest(rows, beam), gate, None, depth, max_verify_tokens_per_req=max(64, rows)
-        )
+        gate, limit = echo.BeamMassGate(tuple(range(2, depth)), -1.0, BEAM), max(64, rows)
+        rule = echo.PerRequest(rows, BEAM)
+        return make(rule, gate, None, depth, max_verify_tokens_per_req=limit)
     log, layer = warm_up(target, drafter, prompts, depth, bar)
-    calibration = echo.calibrate(log, min_rows=20)
-    if policy == "goodput":
+    calibration, budget = echo.calibrate(log, min_rows=20), rows * len(target.cache.prefix_lens)
+    if policy == "throughput-optimal":
         cost = echo.CostModel.from_samples(*measure(target, bar), draft_layer=layer)
-        return echo.ElasticBudgetScheduler.throughput_optimal(calibration, cost, beam=beam)
-    budget = rows * len(target.store.used)
+        return make.throughput_optimal(calibration, cost, beam=BEAM)
     if policy == "echo":
-        return echo.ElasticBudgetScheduler.paper(calibration, k_max=budget, beam=2)
-    return echo.ElasticBudgetScheduler(echo.GlobalRank(beam, calibration), None, budget, depth)
+        return make.paper(calibration, k_max=budget, beam=2)
+    return make(echo.GlobalRank(BEAM, calibration), None, budget, depth)
 
 
-def stream(
-    steps,
-    questions: Sequence[str],
-    decode: Callable[[list[int]], str],
-    total: int,
-    console: Console,
-):
+def stream(steps, questions: Sequence[str], decode: Callable[[list[int]], str], console: Console):
     """Shows the answers as they grow; returns their tokens and the counters."""
     answers: list[list[int]] = [[] for _ in questions]
-    stats, done = None, 0
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        console=console,
-    )
-    task = bar.add_task("answers", total=total)
-    panel = lambda text, tokens: Panel(
-        decode(tokens), title=text.splitlines()[0][:70], title_align="left"
-    )
-    show = lambda: Group(
-        *(panel(*pair) for pair in zip(questions, answers, strict=True) if pair[1]), bar
-    )
+    stats, columns = None, (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    bar = Progress(*columns, TimeElapsedColumn(), console=console)
+    task = bar.add_task("answers", total=len(questions))
+
+    def show() -> Group:
+        pairs = [(text, tokens) for text, tokens in zip(questions, answers, strict=True) if tokens]
+        title = lambda text: {"title": text.splitlines()[0][:70], "title_align": "left"}
+        return Group(*(Panel(decode(tokens), **title(text)) for text, tokens in pairs), bar)
+
     with Live(console=console, get_renderable=show, refresh_per_second=8):
         for step in steps:
-            stats = (stats or echo.StepStats.empty(step.req_indices.device)).observe(
-                step.packed, step.accepted
-            )
+            stats = stats or echo.StepStats.empty(step.req_indices.device)
+            stats = stats.observe(step.packed, step.accepted)
             for request, tokens in zip(step.requests, step.emitted, strict=True):
                 answers[request] += tokens
-            done += len(step.finished)
-            bar.update(task, completed=done)
+            bar.advance(task, len(step.finished))
     return answers, stats.read()
 
 
@@ -443,84 +360,66 @@ def answer(args: argparse.Namespace, questions: Sequence[str]) -> list[list[int]
     console, model = Console(), load(args.target, args.dtype, args.device)
     tokenizer = AutoTokenizer.from_pretrained(args.target)
     prompts = encode(tokenizer, questions)
-    slots, length = (
-        min(args.batch, len(prompts)),
-        max(map(len, prompts)) + max(args.new, 32) + args.depth + 1,
-    )
-    sampler = lambda: Sampler(slots, length, args.temperature, args.seed)
-    target, drafter = pair(model, args.draft, slots, length, sampler(), args.dtype)
+    max_num_reqs = min(args.batch, len(prompts))
+    length = max(map(len, prompts)) + max(args.new, 32) + args.depth + 1
+    sampler = lambda: Sampler(max_num_reqs, length, args.temperature, args.seed)
+    target, drafter = pair(model, args.draft, sampler(), length, args.dtype)
     with Progress(console=console, transient=True) as bar:
         scheduler = schedule(args.policy, target, drafter, prompts, args.rows, args.depth, bar)
     target.sampler = sampler()  # the warm-up has used numbers up
     begin = time.perf_counter()
     steps = echo.decode(
-        scheduler, target, drafter if scheduler.max_depth else None, prompts, max_num_reqs=slots, max_new_tokens=args.new,
-        eos_token=model.generation_config.eos_token_id, device=args.device,
+        scheduler, target, drafter if scheduler.max_depth else None, prompts,
+        max_num_reqs=max_num_reqs, max_new_tokens=args.new, device=args.device,
+        eos_token=model.generation_config.eos_token_id,
     )  # fmt: skip
-    answers, counts = stream(
-        steps,
-        questions,
-        lambda tokens: tokenizer.decode(tokens, skip_special_tokens=True),
-        len(prompts),
-        console,
-    )
+    decode = functools.partial(tokenizer.decode, skip_special_tokens=True)
+    answers, counts = stream(steps, questions, decode, console)
     total, seconds = sum(map(len, answers)), time.perf_counter() - begin
-    console.print(
-        f"\n{args.policy}: {total} tokens, {total / seconds:.1f} a second, {counts.tokens_per_step:.2f} a step\n{counts}"
-    )
+    rates = f"{total / seconds:.1f} a second, {counts.tokens_per_step:.2f} a step"
+    console.print(f"\n{args.policy}: {total} tokens, {rates}\n{counts}")
     return answers
 
 
 def main(arguments: Sequence[str] | None = None) -> list[list[int]]:
     """Answers the prompts; returns the answers' tokens."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    text = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=text)
+    add = parser.add_argument
+    add("--target", type=Path, required=True, help="folder of a causal LM")
+    add(
+        "--draft", type=Path, help="a smaller one with the same tokenizer, or a head's .safetensors"
     )
-    parser.add_argument("--target", type=Path, required=True, help="folder of a causal LM")
-    parser.add_argument(
-        "--draft",
-        type=Path,
-        help="folder of a smaller one with the same tokenizer, or a head's .safetensors",
-    )
-    parser.add_argument("--prompt", action="append", default=[])
-    parser.add_argument("--prompts", type=Path, help="file with a prompt on each line")
-    parser.add_argument("--policy", choices=POLICIES, default="echo")
-    parser.add_argument("--batch", type=int, default=8, help="prompts answered together")
-    parser.add_argument("--new", type=int, default=96, help="tokens of an answer at most")
-    parser.add_argument(
-        "--rows",
-        type=int,
-        default=6,
-        help="rows that a prompt gets in a step, on average where they are shared",
-    )
-    parser.add_argument("--depth", type=int, default=4, help="layers drafted at most")
-    parser.add_argument("--temperature", type=float, default=0.0)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--device", default="cpu")
+    add("--prompt", action="append", default=[])
+    add("--prompts", type=Path, help="file with a prompt on each line")
+    add("--policy", choices=POLICIES, default="echo")
+    add("--batch", type=int, default=8, help="prompts answered together")
+    add("--new", type=int, default=96, help="tokens of an answer at most")
+    add("--rows", type=int, default=6, help="verify tokens of a prompt and step, on average")
+    add("--depth", type=int, default=4, help="layers drafted at most")
+    add("--temperature", type=float, default=0.0)
+    add("--seed", type=int, default=0)
+    add("--dtype", default="float32")
+    add("--device", default="cpu")
     args = parser.parse_args(arguments)
     if args.draft is None and args.policy != "plain":
         parser.error(f"--policy {args.policy} needs a --draft")
     questions = args.prompt + (args.prompts.read_text().splitlines() if args.prompts else [])
-    questions = [text for text in questions if text.strip()] or [
-        "Why is the sky blue?",
-        "Write a Python function that adds two numbers.",
-    ]
+    default = ["Why is the sky blue?", "Write a Python function that adds two numbers."]
+    questions = [text for text in questions if text.strip()] or default
     with torch.inference_mode(), torch.device(args.device):
         return answer(args, questions)
 
 
 def encode(tokenizer, questions: Sequence[str]) -> list[Tensor]:
-    """Token ids int64, through the chat template where the model has one."""
+    """Token ids int64, through the chat template if the model has one."""
+    special = not tokenizer.chat_template
     if tokenizer.chat_template:
-        chat = lambda text: tokenizer.apply_chat_template(
-            [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
-        )
-        return [
-            torch.tensor(tokenizer(chat(text), add_special_tokens=False)["input_ids"])
-            for text in questions
-        ]
-    return [torch.tensor(tokenizer(text)["input_ids"]) for text in questions]
+        chats = [[{"role": "user", "content": text}] for text in questions]
+        options = {"tokenize": False, "add_generation_prompt": True}
+        questions = [tokenizer.apply_chat_template(chat, **options) for chat in chats]
+    ids = [tokenizer(text, add_special_tokens=special)["input_ids"] for text in questions]
+    return [torch.tensor(row) for row in ids]
 
 
 if __name__ == "__main__":

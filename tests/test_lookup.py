@@ -16,8 +16,7 @@ from conftest import one_graph
 from echo import kernels
 from echo.kernels import ngram
 from echo.lookup import NO_TOKEN, Texts, blend
-from echo.testing import TabularDrafter, TabularTarget, record, replay, table
-from echo.testing import RefuseSyncs
+from echo.testing import RefuseSyncs, TabularDrafter, TabularTarget, record, replay, table
 from echo.testing.toy import blurred
 from echo.tree import Frontier
 

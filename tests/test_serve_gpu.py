@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -22,34 +23,18 @@ def run(*arguments):
 
 
 def test_dry_run(tmp_path):
-    """Every policy at two loads, random models of a few layers: the same text as plain decoding, and both panels in the file."""
-    sizes = [
-        "--lanes",
-        "1",
-        "2",
-        "--quick",
-        "1",
-        "--new",
-        "6",
-        "--runs",
-        "1",
-        "--dtypes",
-        "float32",
-    ]
+    """All policies at two loads, random models: plain decoding's text, both panels in the file."""
+    sizes = ["--lanes", "1", "2", "--quick", "1", "--new", "6", "--runs", "1"]
+    sizes += ["--dtypes", "float32"]
     result = run("--device", "cpu", "--tiny", *sizes, "--out", str(tmp_path))
     assert result.returncode == 0, result.stderr[-2000:]
     found = json.loads((tmp_path / "serve-cpu.json").read_text())
-    assert {(cell["lanes"], cell["policy"]) for cell in found["cells"]} == {
-        (n, name) for n in (1, 2) for name in POLICIES
-    }
-    assert all(
-        cell["text"]["different"] == 0 and cell["tokens_per_s"] > 0 for cell in found["cells"]
-    )
-    assert all(
-        cell["tokens_per_step"] == 1 and cell["library_over_bare"] > 0
-        for cell in found["cells"]
-        if cell["policy"] == "plain"
-    )
+    cells = {(cell["lanes"], cell["policy"]): cell for cell in found["cells"]}
+    assert cells.keys() == set(itertools.product((1, 2), POLICIES))
+    for (_, policy), cell in cells.items():
+        assert cell["text"]["different"] == 0 and cell["tokens_per_s"] > 0
+        if policy == "plain":
+            assert cell["tokens_per_step"] == 1 and cell["library_over_bare"] > 0
     assert len(found["quick"]) == 2 and len(found["shape"]) == 2 * len(POLICIES)
     assert "ratio" in result.stdout and not list(tmp_path.glob("*.part"))
 
@@ -79,7 +64,7 @@ def serve_gpu(monkeypatch):
 
 
 def test_times_of_parts(serve_gpu):
-    """Two steps of 10 ms, the device without a part for two milliseconds of the first and one of the second."""
+    """Two steps of 10 ms, without a part for two milliseconds of the first, one of the second."""
 
     class Event(float):
         def elapsed_time(self, other):
@@ -87,12 +72,12 @@ def test_times_of_parts(serve_gpu):
 
     event = lambda *times: [(Event(a), Event(b)) for a, b in times]
     times = {
-        "target": event((103, 108), (112, 119)),
+        "verify": event((103, 108), (112, 119)),
         "draft": event((100, 102), (109, 111)),
         "accept": event((108, 109), (119, 120)),
     }
     found = serve_gpu.parts(SimpleNamespace(times=times, device=torch.device("cpu")))
-    assert found["ms"] == {"target": 6.0, "draft": 2.0, "accept": 1.0, "rest": 1.0, "step": 10.0}
+    assert found["ms"] == {"verify": 6.0, "draft": 2.0, "accept": 1.0, "rest": 1.0, "step": 10.0}
     assert found["waits"] == pytest.approx(0.1) and found["steps"] == 2
 
 
@@ -101,7 +86,7 @@ def test_one_cost_model_of_all_loads(serve_gpu):
     loads = [
         {
             "lanes": n,
-            "target": {n * each: 1e-3 + 1e-6 * n * each + 2e-6 * n for each in (1, 2, 4)},
+            "verify": {n * each: 1e-3 + 1e-6 * n * each + 2e-6 * n for each in (1, 2, 4)},
             "draft_layer": 1e-4 + 4e-6 * n,
             "beside": 0.0,
         }
@@ -109,9 +94,8 @@ def test_one_cost_model_of_all_loads(serve_gpu):
     ]
     cost = serve_gpu.one_cost(loads)
     assert cost(32, num_reqs=16) == pytest.approx(1e-3 + 32e-6 + 32e-6, rel=0.05)
-    assert cost.draft_layer == pytest.approx(1e-4, rel=0.01) and cost.draft_token == pytest.approx(
-        1e-6, rel=0.01
-    )
+    assert cost.draft_layer == pytest.approx(1e-4, rel=0.01)
+    assert cost.draft_token == pytest.approx(1e-6, rel=0.01)
 
 
 def test_trees_that_ask_for_too_many_rows_are_left_out(serve_gpu):
@@ -120,9 +104,8 @@ def test_trees_that_ask_for_too_many_rows_are_left_out(serve_gpu):
 
     cost = CostModel((1, 256, 2048), (1.0, 1.0, 8.0))
     assert tuple(serve_gpu.policies(1, CALIBRATION, cost)) == POLICIES
-    assert set(POLICIES) - set(serve_gpu.policies(256, CALIBRATION, cost)) == {
-        "EAGLE tree, 32 rows"
-    }
+    many = serve_gpu.policies(256, CALIBRATION, cost)
+    assert set(POLICIES) - set(many) == {"EAGLE tree, 32 rows"}
     for lanes in (1, 4, 16, 64, 256):
         tiers = serve_gpu.tiers(lanes)
         assert tiers[0] == lanes and tiers[-1] <= serve_gpu.cap(lanes) <= max(2048, 2 * lanes)
@@ -131,20 +114,13 @@ def test_trees_that_ask_for_too_many_rows_are_left_out(serve_gpu):
 def test_the_figure(serve_gpu, tmp_path):
     pytest.importorskip("matplotlib")
     cells = [
-        {
-            "dtype": "float32",
-            "lanes": n,
-            "policy": name,
-            "user": 100.0,
-            "tokens_per_s": 100.0 * n,
-            "rates": [90.0 * n, 110.0 * n],
-        }
+        {"dtype": "float32", "lanes": n, "policy": name, "user": 100.0, "tokens_per_s": 100.0 * n}
+        | {"rates": [90.0 * n, 110.0 * n]}
         for n in (1, 4)
         for name in POLICIES
     ]
-    serve_gpu.draw(
-        {"dtypes": ["float32", "bfloat16"], "cells": cells, "shape": cells}, tmp_path / "serve.png"
-    )
+    found = {"dtypes": ["float32", "bfloat16"], "cells": cells, "shape": cells}
+    serve_gpu.draw(found, tmp_path / "serve.png")
     assert (tmp_path / "serve.png").stat().st_size > 5000
     serve_gpu.draw({"dtypes": ["float32"]}, tmp_path / "nothing.png")
     assert not (tmp_path / "nothing.png").exists()

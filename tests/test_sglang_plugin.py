@@ -1,9 +1,10 @@
-"""The SGLang plugin (examples/sglang) inside the engine's own code: its hook registry, EAGLE worker, samplers and Triton kernels.
+"""The SGLang plugin (examples/sglang) inside the engine's own code.
 
     ECHO_PEERS=install pytest -m peers tests/test_sglang_plugin.py
 
-Real, from the wheel: the registry, ``EAGLEWorkerV2`` and its draft worker from the draft to the draft-extend, ``run_eagle_verify``,
-greedy acceptance, cache moves, and ``TritonAttnBackend``. Stand-ins: model runners (a toy model), the batch, memory pools, contexts.
+Real, from the wheel: the hook registry, ``EAGLEWorkerV2`` and its draft worker from draft to draft
+extend, ``run_eagle_verify``, greedy acceptance, cache moves, and ``TritonAttnBackend``. Stand-ins:
+model runners (a toy model), the batch, memory pools, contexts.
 """
 
 from __future__ import annotations
@@ -46,33 +47,21 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def engine(folder, tmp_path_factory):
-    """SGLang's modules with the plugin installed and loaded by its own ``load_plugins``; yields the plugin's module."""
+    """SGLang's modules with the plugin, loaded by ``load_plugins``; yields the plugin's module."""
     triton = pytest.importorskip("triton")
     if not triton.knobs.runtime.interpret:
-        pytest.skip(
-            "triton is imported without its interpreter: run this file in a process of its own"
-        )
+        pytest.skip("triton is imported without its interpreter: run this file by itself")
     with pytest.MonkeyPatch.context() as patch, around(folder, ("sglang", "msgspec"), REAL):
         patch.syspath_prepend(str(PLUGIN))
         patch.syspath_prepend(installed(tmp_path_factory.mktemp("site")))
+        kinds = ("cpu", "cuda", "hip", "musa", "npu")
+        kinds += ("gfx95_supported", "gfx942_supported", "gfx1250_supported")
         for name in ("sglang.srt.utils", "sglang.srt.utils.common"):
             utils = import_module(name)
-            for kind in (
-                "cpu",
-                "cuda",
-                "hip",
-                "musa",
-                "npu",
-                "gfx95_supported",
-                "gfx942_supported",
-                "gfx1250_supported",
-            ):
+            for kind in kinds:
                 setattr(utils, f"is_{kind}", lambda *_: False)
-            utils.is_xpu, utils.next_power_of_2, utils.get_device_core_count = (
-                lambda: True,
-                triton.next_power_of_2,
-                lambda *_: 1,
-            )
+            utils.is_xpu, utils.get_device_core_count = lambda: True, lambda *_: 1
+            utils.next_power_of_2 = triton.next_power_of_2
             utils.fast_topk = lambda x, k, dim: x.topk(k, dim=dim)
         envs = import_module("sglang.srt.environ").envs
         envs.SGLANG_SIMULATE_ACC_LEN.get.return_value = -1
@@ -82,24 +71,18 @@ def engine(folder, tmp_path_factory):
         alone = SimpleNamespace(tp_group=SimpleNamespace(world_size=1), pp_size=1)
         context = import_module("sglang.srt.runtime_context")
         context.get_spec, context.get_parallel = lambda: spec, lambda: alone
-        context.get_exec = lambda: SimpleNamespace(
-            mamba=SimpleNamespace(enable_mamba_extra_buffer=False)
-        )
-        import_module("sglang.kernels.ops.sampling").softmax = lambda logits, **_: logits.softmax(
-            -1
-        )
+        mamba = SimpleNamespace(enable_mamba_extra_buffer=False)
+        context.get_exec = lambda: SimpleNamespace(mamba=mamba)
+        sampling = import_module("sglang.kernels.ops.sampling")
+        sampling.softmax = lambda logits, **_: logits.softmax(-1)
         import_module("sglang.srt.configs.hybrid_arch").mambaish_config = lambda _: None
         batches = import_module("sglang.srt.model_executor.forward_batch_info")
         kinds = {"IntEnum": IntEnum, "auto": auto, "total_ordering": total_ordering}
-        definitions(
-            folder / "sglang/srt/model_executor/forward_batch_info.py",
-            ("ForwardMode", "CaptureHiddenMode"),
-            kinds,
-        )
+        source = folder / "sglang/srt/model_executor/forward_batch_info.py"
+        definitions(source, ("ForwardMode", "CaptureHiddenMode"), kinds)
         vars(batches).update(kinds, ForwardBatch=ForwardBatch)
-        import_module("sglang.srt.managers.tp_worker").TpModelWorker = type(
-            "TpModelWorker", (TargetWorker,), {}
-        )
+        workers = import_module("sglang.srt.managers.tp_worker")
+        workers.TpModelWorker = type("TpModelWorker", (TargetWorker,), {})
         import_module("sglang.srt.plugins").load_plugins()
         registry = import_module("sglang.srt.plugins.hook_registry").HookRegistry
         assert len(registry._hooks) == 8 and registry._patched == set(registry._hooks)
@@ -123,7 +106,7 @@ def installed(site):
     ("ragged", "mask"), [(False, None), (False, "FULL_MASK"), (False, "QLEN_ONLY"), (True, None)]
 )
 def test_planned_steps_write_the_targets_own_text(engine, monkeypatch, ragged, mask):
-    monkeypatch.setenv("ECHO_ROWS", "14")
+    monkeypatch.setenv("ECHO_VERIFY_TOKENS", "14")
     monkeypatch.setenv("ECHO_RAGGED", str(int(ragged)))
     tables, prompts = Tables(7), texts(1, 3)
     server = Server(tables, prompts, mask)
@@ -133,7 +116,7 @@ def test_planned_steps_write_the_targets_own_text(engine, monkeypatch, ragged, m
         packed.validate(max_verify_tokens_per_req=N)
         ours = echo.accept(packed, logits=layouts.unpad(packed, logits.view(3, N, VOCAB)))
         theirs = engine.accept(packed, result, N)
-        for name in ("tokens", "rows", "lengths", "bonus"):
+        for name in ("tokens", "rows", "num_emitted", "bonus"):
             assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
     for text, prompt in zip(server.texts, prompts, strict=True):
         assert text == tables.greedy(prompt, len(text) - len(prompt))
@@ -144,7 +127,7 @@ def test_planned_steps_write_the_targets_own_text(engine, monkeypatch, ragged, m
 
 
 def test_a_ragged_forward_takes_the_packed_rows_and_gives_back_uniform_ones(engine):
-    """Pads write to the dummy slot, and what comes back lies where SGLang's sampler looks for it."""
+    """Pads write to the pad slot; outputs lie where SGLang's sampler looks for them."""
     packed, n = forest(2, 3, 8, empty=False, pads=3).packed, 9
     links = layouts.sglang(packed, n, torch.tensor([5, 1, 7]))
     backend, seen = SimpleNamespace(echo_packed=packed), []
@@ -152,20 +135,18 @@ def test_a_ragged_forward_takes_the_packed_rows_and_gives_back_uniform_ones(engi
     def model(_worker, _batch, batch):
         seen.append(batch)
         own = torch.arange(packed.num_rows)
-        return SimpleNamespace(
-            logits_output=SimpleNamespace(next_token_logits=own[:, None], hidden_states=None)
-        )
+        output = SimpleNamespace(next_token_logits=own[:, None], hidden_states=None)
+        return SimpleNamespace(logits_output=output)
 
+    info = SimpleNamespace(echo_ragged=True, echo_packed=packed, draft_token_num=n)
     whole = SimpleNamespace(
-        spec_info=SimpleNamespace(echo_ragged=True, echo_packed=packed, draft_token_num=n), forward_metadata_ready=False,
-        input_ids=links.draft_tokens, positions=links.positions, out_cache_loc=torch.arange(1, 3 * n + 1), out_cache_loc_virtual=None,
+        spec_info=info, forward_metadata_ready=False, input_ids=links.draft_tokens,
+        positions=links.positions, out_cache_loc=torch.arange(1, 3 * n + 1),
+        out_cache_loc_virtual=None,
     )  # fmt: skip
     worker = SimpleNamespace(model_runner=SimpleNamespace(attn_backend=backend))
-    logits = (
-        sys.modules["echo_sglang_ragged"]
-        .forward(model, worker, None, whole)
-        .logits_output.next_token_logits.view(3, n)
-    )
+    output = sys.modules["echo_sglang_ragged"].forward(model, worker, None, whole).logits_output
+    logits = output.next_token_logits.view(3, n)
     real, batch = packed.request < 3, seen[0]
     assert torch.equal(batch.input_ids[real], packed.tokens[real])
     assert torch.equal(batch.positions[real], packed.positions(torch.tensor([5, 1, 7]))[real])
@@ -198,13 +179,9 @@ def test_with_nothing_asked_for_the_trees_are_eagles_own(engine, monkeypatch):
 def paths(verified):
     """Every row's tokens from the root down, sorted, for each request."""
     n = verified.draft_token_num
-    links = layouts.SGLangLinks(
-        verified.draft_token,
-        verified.positions,
-        verified.retrieve_index,
-        verified.retrieve_next_token,
-        verified.retrieve_next_sibling,
-    )
+    names = ("draft_token", "positions", "retrieve_index", "retrieve_next_token")
+    names += ("retrieve_next_sibling",)
+    links = layouts.SGLangLinks(*(getattr(verified, name) for name in names))
     packed = importers.from_sglang(links)
     for b in range(len(verified.draft_token) // n):
         first, end = packed.indptr[b : b + 2].tolist()
@@ -217,7 +194,7 @@ def paths(verified):
 
 @pytest.mark.parametrize(("seconds", "off"), [((1.0, 64.0), True), ((1.0, 1.0), False)])
 def test_the_forecast_picks_the_graph_set(engine, monkeypatch, tmp_path, seconds, off):
-    """Where rows are dear it ends at depth 0, through SGLang's own plain step; where they cost nothing it stays deep."""
+    """Where tokens cost much it ends at depth 0, in SGLang's own plain step; else it stays deep."""
     calibration = echo.calibrate(warmup(engine, monkeypatch, tmp_path), min_rows=5)
     calibration.save(tmp_path / "calibration.json")
     (tmp_path / "cost.json").write_text(echo.CostModel((1, 64), seconds).to_json())
@@ -231,16 +208,9 @@ def test_the_forecast_picks_the_graph_set(engine, monkeypatch, tmp_path, seconds
     def build(depth, n):
         built.append((depth, n))
         state = import_module("sglang.srt.speculative.adaptive_runtime_state").SpecRuntimeState
-        return state(
-            depth,
-            n,
-            server.draft.draft_attn_backend,
-            None,
-            server.worker.target_worker.model_runner.attn_backend,
-            None,
-            None,
-            None,
-        )
+        backend = server.worker.target_worker.model_runner.attn_backend
+        draft = server.draft.draft_attn_backend
+        return state(depth, n, draft, None, backend, None, None, None)
 
     server.worker.build_adaptive_runtime_state = build
     server.draft.draft_extend_attn_backend = server.draft.draft_runner.draft_attn_backend = None
@@ -255,17 +225,15 @@ def test_the_forecast_picks_the_graph_set(engine, monkeypatch, tmp_path, seconds
 
 def test_every_rank_follows_the_plan_of_rank_0(engine, monkeypatch):
     tables, prompts = Tables(7), texts(1, 3)
-    wire = Server(Tables(8), prompts).step()[1].echo_packed.to_buffer()  # another draft's
-    parallel = SimpleNamespace(
-        tp_group=SimpleNamespace(world_size=2, broadcast=lambda _, src: wire if src == 0 else None),
-        pp_size=1,
-    )
-    monkeypatch.setattr(
-        import_module("sglang.srt.runtime_context"), "get_parallel", lambda: parallel
-    )
+    buffer = Server(Tables(8), prompts).step()[1].echo_packed.to_buffer()  # another draft's
+    broadcast = lambda _, src: buffer if src == 0 else None
+    group = SimpleNamespace(world_size=2, broadcast=broadcast)
+    context = import_module("sglang.srt.runtime_context")
+    parallel = SimpleNamespace(tp_group=group, pp_size=1)
+    monkeypatch.setattr(context, "get_parallel", lambda: parallel)
     server = Server(tables, prompts)
     _, verified = server.step()
-    assert torch.equal(verified.echo_packed.to_buffer(), wire)
+    assert torch.equal(verified.echo_packed.to_buffer(), buffer)
     for text, prompt in zip(server.texts, prompts, strict=True):
         assert text == tables.greedy(prompt, len(text) - len(prompt))
 
@@ -278,23 +246,18 @@ def test_what_cannot_work_is_said_at_the_start(engine, monkeypatch):
         server.step()
 
 
-def test_a_prefill_forgets_what_the_slots_former_owners_did(engine):
+def test_a_prefill_resets_the_history_of_its_requests(engine):
     server = Server(Tables(7), texts(1, 3))
     server.step()
     planner = server.worker.target_worker.echo_planner
-    request = SimpleNamespace(kv=SimpleNamespace(req_pool_idx=int(server.slots[0])))
+    request = SimpleNamespace(kv=SimpleNamespace(req_pool_idx=int(server.req_pool_indices[0])))
     prefill = SimpleNamespace(
-        forward_mode=server.modes.EXTEND,
-        is_extend_in_batch=True,
-        req_pool_indices=server.slots[:1],
-        reqs=[request],
-    )
+        forward_mode=server.modes.EXTEND, is_extend_in_batch=True, reqs=[request],
+        req_pool_indices=server.req_pool_indices[:1],
+    )  # fmt: skip
     assert engine.before_draft(lambda *_: "prefilled", server.worker, prefill) == "prefilled"
-    assert planner.generation[server.slots].tolist() == [
-        1,
-        0,
-        0,
-    ]  # so a plan from an older history leaves the slot out
+    # A tier that is chosen from an older history leaves the request out.
+    assert planner.generation[server.req_pool_indices].tolist() == [1, 0, 0]
     assert torch.equal(planner.history.generation, planner.generation)
 
 
@@ -303,7 +266,7 @@ def test_plans_are_made_from_two_steps_ago(engine):
     for _ in range(3):
         server.step()
     planner = server.worker.target_worker.echo_planner
-    assert [int(history.num_steps) for history, _ in planner.seen] == [2, 3]
+    assert [int(history.num_steps) for history, _ in planner.lagged] == [2, 3]
 
 
 def warmup(engine, monkeypatch, tmp_path):
@@ -330,30 +293,26 @@ def attention(context, table, cap):
         pool.cache[0, where], pool.cache[1, where] = k, v
 
     def read(_, req_pool_indices, seq_lens, indptr, out):
-        torch.cat(
-            [
-                table[b, :length]
-                for b, length in zip(req_pool_indices, seq_lens.tolist(), strict=True)
-            ],
-            out=out,
-        )
+        lengths = zip(req_pool_indices, seq_lens.tolist(), strict=True)
+        torch.cat([table[b, :length] for b, length in lengths], out=out)
 
     pool.set_kv_buffer = store
     module.KVWriteLoc.for_batch = lambda batch, **_: batch.out_cache_loc
     kernel = import_module("sglang.kernels.ops.attention.extend_attention").extend_attention_fwd
-    backend = object.__new__(
-        type("Backend", (module.TritonAttnBackend,), {"__abstractmethods__": frozenset()})
-    )
+    fields = {"__abstractmethods__": frozenset()}
+    backend = object.__new__(type("Backend", (module.TritonAttnBackend,), fields))
+    zeros = torch.zeros(len(context) + 1, dtype=torch.int64)
     vars(backend).update(
-        dllm_attention=None, window_kv_indptr=None, device="cpu", sliding_window_size=None, use_sliding_window_kv_pool=False, dcp_size=1,
-        mask_indptr=torch.zeros(len(context) + 1, dtype=torch.int64), kv_indptr=torch.zeros(len(context) + 1, dtype=torch.int32),
-        enable_deterministic=False, use_verify_shared_kv=False, use_verify_splitkv=False, use_dense_fp8_chunked_prefill=False,
-        use_mla=False, page_size=1, token_to_kv_pool=pool, kv_index_translator=SimpleNamespace(pack_read_stream=read),
-        extend_attention_fwd=kernel,
+        dllm_attention=None, window_kv_indptr=None, device="cpu", sliding_window_size=None,
+        use_sliding_window_kv_pool=False, dcp_size=1, mask_indptr=zeros, kv_indptr=zeros.int(),
+        enable_deterministic=False, use_verify_shared_kv=False, use_verify_splitkv=False,
+        use_dense_fp8_chunked_prefill=False, use_mla=False, page_size=1, token_to_kv_pool=pool,
+        kv_index_translator=SimpleNamespace(pack_read_stream=read), extend_attention_fwd=kernel,
     )  # fmt: skip
     layer = SimpleNamespace(
-        qk_head_dim=DIM, v_head_dim=DIM, tp_q_head_num=HEADS, tp_k_head_num=KV_HEADS, layer_id=0, k_scale=None, v_scale=None,
-        attn_type=None, logit_cap=cap, logit_capping_method="tanh", scaling=DIM**-0.5, is_cross_attention=False, sliding_window_size=-1,
+        qk_head_dim=DIM, v_head_dim=DIM, tp_q_head_num=HEADS, tp_k_head_num=KV_HEADS, layer_id=0,
+        k_scale=None, v_scale=None, attn_type=None, logit_cap=cap, logit_capping_method="tanh",
+        scaling=DIM**-0.5, is_cross_attention=False, sliding_window_size=-1,
         xai_temperature_len=-1,
     )  # fmt: skip
     return backend, layer, pool
@@ -365,39 +324,28 @@ def attend(backend, layer, packed, context, table, n, q, k, v, ragged):
     size = int((n * (context + n)).sum())
     mask = layouts.sglang_mask(packed, n, "FULL_MASK", prefix_lens=context, size=size)
     info = SimpleNamespace(
-        num_tokens_per_req=n,
-        draft_token_num=n,
-        custom_mask=mask,
-        echo_packed=packed,
+        num_tokens_per_req=n, draft_token_num=n, custom_mask=mask, echo_packed=packed,
         echo_ragged=ragged,
-    )
-    where = torch.where(
-        packed.request < packed.batch,
-        table[packed.request.clamp(max=packed.batch - 1).long(), 60 + packed.local_row],
-        0,
-    )
+    )  # fmt: skip
+    real, request = packed.request < packed.batch, packed.request.clamp(max=packed.batch - 1).long()
+    where = torch.where(real, table[request, 60 + packed.local_row], 0)
     batch = SimpleNamespace(
-        forward_mode=module.ForwardMode.TARGET_VERIFY, batch_size=packed.batch, spec_info=info, req_pool_indices=torch.arange(packed.batch),
-        seq_lens=context, seq_lens_sum=int(context.sum()), kv_loc_plan=None, input_ids=packed.tokens, out_cache_loc=where,
+        forward_mode=module.ForwardMode.TARGET_VERIFY, batch_size=packed.batch, spec_info=info,
+        req_pool_indices=torch.arange(packed.batch), seq_lens=context, kv_loc_plan=None,
+        seq_lens_sum=int(context.sum()), input_ids=packed.tokens, out_cache_loc=where,
         mha_one_shot=False, extend_seq_lens_cpu=None,
     )  # fmt: skip
     backend.init_forward_metadata(batch)
     return backend.forward_extend(q.flatten(1), k, v, layer, batch).view(-1, HEADS, DIM), where
 
 
-@pytest.mark.filterwarnings(
-    "ignore:divide by zero"
-)  # a request without a context, in the interpreter
+@pytest.mark.filterwarnings("ignore:divide by zero")  # an empty prefix, in the interpreter
 @pytest.mark.parametrize("cap", [0.0, 3.0])
 def test_ragged_attention_on_a_uniform_tree_is_its_own(engine, cap):
     packed, context = forest(1, 3, 9, empty=False, exact=True).packed, torch.tensor([5, 0, 33])
     table = 1 + torch.randperm(SLOTS - 1)[: 3 * 53].view(3, 53)
     table = torch.cat([table[:, :33], torch.zeros(3, 27, dtype=torch.int64), table[:, 33:]], dim=1)
-    q, k, v = (
-        torch.randn(27, HEADS, DIM),
-        torch.randn(27, KV_HEADS, DIM),
-        torch.randn(27, KV_HEADS, DIM),
-    )
+    q, k, v = (torch.randn(27, heads, DIM) for heads in (HEADS, KV_HEADS, KV_HEADS))
     backend, layer, _ = attention(context, table, cap)
     own, _ = attend(backend, layer, packed, context, table, 9, q, k, v, ragged=False)
     ours, _ = attend(backend, layer, packed, context, table, 9, q, k, v, ragged=True)
@@ -411,27 +359,13 @@ def test_ragged_attention_on_ragged_trees_is_the_reference(engine, seed):
     packed, context = forest(seed, 3, 20, empty=False, pads=2).packed, torch.tensor([5, 0, 33])
     table = 1 + torch.randperm(SLOTS - 1)[: 3 * 53].view(3, 53)
     table = torch.cat([table[:, :33], torch.zeros(3, 27, dtype=torch.int64), table[:, 33:]], dim=1)
-    shape = packed.num_rows
-    q, k, v = (
-        torch.randn(shape, HEADS, DIM),
-        torch.randn(shape, KV_HEADS, DIM),
-        torch.randn(shape, KV_HEADS, DIM),
-    )
+    heads = (HEADS, KV_HEADS, KV_HEADS)
+    q, k, v = (torch.randn(packed.num_rows, each, DIM) for each in heads)
     backend, layer, pool = attention(context, table, 0.0)
     out, where = attend(backend, layer, packed, context, table, 20, q, k, v, ragged=True)
     cache = pool.cache[:, :, None]
-    expected, _ = tree_attention(
-        q,
-        cache[0],
-        cache[1],
-        table.int(),
-        context.int(),
-        k,
-        v,
-        packed.request,
-        packed.indptr,
-        packed.mask,
-    )
+    tree = k, v, packed.request, packed.indptr, packed.mask
+    expected, _ = tree_attention(q, cache[0], cache[1], table.int(), context.int(), *tree)
     assert float((out - expected).norm() / expected.norm()) < 1e-5
     real = packed.request < packed.batch
     assert torch.equal(pool.cache[0, where[real]], k[real])  # kept for the next step

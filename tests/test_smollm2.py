@@ -8,7 +8,7 @@ import torch
 import echo
 
 NEAR_TIE = 1e-4
-"""Where plain decoding's two best logits are closer than this, float32 sums in another order may choose the other."""
+"""If plain decoding's two best logits are closer, float32 sums in another order may swap them."""
 
 
 @pytest.fixture(scope="module")
@@ -29,9 +29,8 @@ def pair(smollm2):
         }
         draft = made[drafter]() if drafter else None
         texts, margins, steps = [[] for _ in prompts], [[] for _ in prompts], 0
-        for step in echo.decode(
-            scheduler, target, draft, prompts, max_num_reqs=4, max_new_tokens=64, eos_token=2
-        ):
+        options = {"max_num_reqs": 4, "max_new_tokens": 64, "eos_token": 2}
+        for step in echo.decode(scheduler, target, draft, prompts, **options):
             steps += len(step.requests)
             for b, (request, tokens) in enumerate(zip(step.requests, step.emitted, strict=True)):
                 texts[request] += tokens
@@ -47,11 +46,9 @@ def plain(pair):
 
 
 CALIBRATED = echo.SparseGate({1: 0.3, 3: 0.2})
+EAGLE = echo.ElasticBudgetScheduler.eagle(max_verify_tokens_per_req=8, beam=4, max_depth=4)
 POLICIES = {
-    "EAGLE": (
-        echo.ElasticBudgetScheduler.eagle(max_verify_tokens_per_req=8, beam=4, max_depth=4),
-        "eagle",
-    ),
+    "EAGLE": (EAGLE, "eagle"),
     "ECHO": (echo.ElasticBudgetScheduler(echo.TwoLevel(2, 4), CALIBRATED, 20, 4), "both"),
     "global ranking": (echo.ElasticBudgetScheduler(echo.GlobalRank(3), None, 24, 4), "eagle"),
     "prompt lookup": (echo.ElasticBudgetScheduler(echo.GlobalRank(2), None, 16, 4), "lookup"),
@@ -68,9 +65,8 @@ def test_greedy_text_equals_plain_decoding(pair, plain, name):
     for text, reference, margin in zip(texts, expected, margins, strict=True):
         if text != reference:
             first = next(i for i, (a, b) in enumerate(zip(text, reference, strict=False)) if a != b)
-            assert margin[first - 1] < NEAR_TIE, (
-                f"{name}: differs at token {first}, where the best logit leads by {margin[first - 1]}"
-            )
+            lead = margin[first - 1]
+            assert lead < NEAR_TIE, f"{name}: differs at token {first}, where {lead} leads"
             ties += 1
     print(f"{name}: {ties} near ties, {per_step:.2f} tokens a step")
     assert per_step > (1.05 if drafter == "lookup" else 1.5)
@@ -79,11 +75,11 @@ def test_greedy_text_equals_plain_decoding(pair, plain, name):
 def test_prompts_are_disjoint(smollm2):
     from prompts import EVALUATION, KINDS, WARMUP, training_prompts
 
-    warm, held = ({p for kind in KINDS for p in rows[kind]} for rows in (WARMUP, EVALUATION))
+    warm, held_out = ({p for kind in KINDS for p in rows[kind]} for rows in (WARMUP, EVALUATION))
     trained = {p for _, p in training_prompts(4000, ["a passage"])}
-    assert len(warm) == len(held) == 32
-    assert not warm & held
-    assert not trained & (warm | held)
+    assert len(warm) == len(held_out) == 32
+    assert not warm & held_out
+    assert not trained & (warm | held_out)
 
 
 def test_cache_holds_the_text(smollm2):
@@ -113,60 +109,44 @@ def recorded(smollm2):
     model, tokenizer = smollm2
     prompts = encode(tokenizer, [WARMUP[kind][0] for kind in KINDS])
 
-    def pair(slots):
-        target = SmolLM2(model, slots, 320)
-        return target, pooled(target, slots, 320, count=3)
+    def pair(max_num_reqs):
+        target = SmolLM2(model, max_num_reqs, 320)
+        return target, pooled(target, max_num_reqs, 320, k=3)
 
     target, drafter = pair(4)
-    options = {
-        "max_num_reqs": 4,
-        "depth": 5,
-        "beam": 3,
-        "floor": FLOOR,
-        "max_new_tokens": 40,
-        "eos_token": 2,
-        "max_verify_tokens_per_req": 32,
-    }
+    options = {"max_num_reqs": 4, "max_new_tokens": 40, "eos_token": 2}
+    options |= {"max_verify_tokens_per_req": 32, "depth": 5, "beam": 3, "floor": FLOOR}
     *_, trace = record(target, drafter, prompts, KINDS, **options)
     return pair, prompts, trace
 
 
 COST = echo.CostModel((1, 8, 32), (0.03, 0.035, 0.06), draft_layer=0.003)
+SMALL = echo.ElasticBudgetScheduler.eagle(max_verify_tokens_per_req=6, beam=3, max_depth=5)
 REPLAYED = {
     "plain": (3, echo.ElasticBudgetScheduler.autoregressive()),
-    "EAGLE": (
-        1,
-        echo.ElasticBudgetScheduler.eagle(max_verify_tokens_per_req=6, beam=3, max_depth=5),
-    ),
+    "EAGLE": (1, SMALL),
     "ECHO": (1, echo.ElasticBudgetScheduler(echo.TwoLevel(2, 4), CALIBRATED, 12, 5)),
     "global ranking": (3, echo.ElasticBudgetScheduler(echo.GlobalRank(3), None, 10, 4)),
-    "goodput": (3, echo.ElasticBudgetScheduler(echo.GlobalRank(3), None, COST, 5)),
+    "throughput-optimal": (3, echo.ElasticBudgetScheduler(echo.GlobalRank(3), None, COST, 5)),
 }
 
 
 @pytest.mark.parametrize("name", REPLAYED)
 def test_replay_gives_the_steps_of_live_decoding(recorded, name):
-    """Steps, rows and accepted tokens, the real model, alone or three at a time, against its trace, recorded four at a time."""
+    """Steps, rows and accepted tokens, alone or three at a time, replayed from the trace."""
     from echo.testing import replay
 
-    (slots, scheduler), (pair, prompts, trace), seen = REPLAYED[name], recorded, []
-    report = replay(
-        trace, scheduler, COST, batch=slots, max_verify_tokens_per_req=32, observe=seen.append
-    )
-    target, drafter = pair(slots)
-    options = {
-        "max_num_reqs": slots,
-        "max_new_tokens": 40,
-        "eos_token": 2,
-        "max_verify_tokens_per_req": 32,
-    }
+    (batch, scheduler), (pair, prompts, trace), seen = REPLAYED[name], recorded, []
+    limit = {"max_verify_tokens_per_req": 32}
+    report = replay(trace, scheduler, COST, batch=batch, **limit, observe=seen.append)
+    target, drafter = pair(batch)
+    options = limit | {"max_num_reqs": batch, "max_new_tokens": 40, "eos_token": 2}
     live = list(echo.decode(scheduler, target, drafter, prompts, **options))
     assert report.misses == 0
     assert len(live) == len(seen)
     started: set[int] = set()
-    if (
-        name == "goodput"
-    ):  # its history hears, in a live decode, of drafts accepted beyond the end of a text, which no trace knows
+    # Its history counts, in a live decode, drafts accepted beyond the end of a text: in no trace.
+    if name == "throughput-optimal":
         ended = next(i for i, step in enumerate(live) if step.finished)
         assert ended > 8
         live, seen = live[: ended + 1], seen[: ended + 1]
@@ -174,32 +154,29 @@ def test_replay_gives_the_steps_of_live_decoding(recorded, name):
         assert list(step.requests) == mine.requests.tolist()
         assert torch.equal(step.packed.tokens, mine.packed.tokens)
         assert torch.equal(step.packed.indptr, mine.packed.indptr)
-        assert [
-            len(t) - (r not in started) for r, t in zip(step.requests, step.emitted, strict=True)
-        ] == mine.emitted.tolist()
+        pairs = zip(step.requests, step.emitted, strict=True)
+        counts = [len(tokens) - (request not in started) for request, tokens in pairs]
+        assert counts == mine.emitted.tolist()
         started.update(step.requests)
 
 
 def test_a_first_layer_may_come_from_elsewhere(smollm2):
-    """What the head says after it is what it says where it drafted that layer itself, in any step."""
+    """The head's second layer is the same as after a first layer of its own, in any step."""
     from drafters import Eagle
     from model import SmolLM2, encode
 
     model, tokenizer = smollm2
-    target, slots = SmolLM2(model, 1, 64), torch.arange(1)
-    scheduler, prompts = (
-        echo.ElasticBudgetScheduler(echo.GlobalRank(2), budget=6, max_depth=2),
-        encode(tokenizer, ["Count to ten."]),
-    )
-    said = []
+    target, req_indices = SmolLM2(model, 1, 64), torch.arange(1)
+    scheduler = echo.ElasticBudgetScheduler(echo.GlobalRank(2), budget=6, max_depth=2)
+    prompts, layers = encode(tokenizer, ["Count to ten."]), []
     for elsewhere in (False, True, True):
-        if not said or len(said) == 2:
+        if not layers or len(layers) == 2:
             drafter = Eagle(target, 1, 64)
-        roots = target.admit(slots, prompts)
-        drafter.admit(slots, prompts, roots)
+        roots = target.admit(req_indices, prompts)
+        drafter.admit(req_indices, prompts, roots)
         tree = scheduler.begin(roots)
-        first = said[0] if elsewhere else drafter.draft(slots, tree.frontier)
+        first = layers[0] if elsewhere else drafter.draft(req_indices, tree.frontier)
         tree = scheduler.grow(tree, *first)
-        said += [first, drafter.draft(slots, tree.frontier)]
-    for tokens, log_probs in said[3::2]:
-        assert torch.equal(tokens, said[1][0]) and torch.equal(log_probs, said[1][1])
+        layers += [first, drafter.draft(req_indices, tree.frontier)]
+    for tokens, log_probs in layers[3::2]:
+        assert torch.equal(tokens, layers[1][0]) and torch.equal(log_probs, layers[1][1])

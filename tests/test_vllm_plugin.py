@@ -1,16 +1,17 @@
-"""The vLLM proposer (examples/vllm) with the engine's own loader, step metadata, rejection sampler and output parser.
+"""The vLLM proposer (examples/vllm) with the engine's own code.
 
     ECHO_PEERS=install pytest -m peers tests/test_vllm_plugin.py
 
-Real, from the wheel: ``create_custom_proposer``, ``GPUModelRunner._calc_spec_decode_metadata``, ``rejection_sample`` with its greedy
-Triton kernel, ``RejectionSampler.parse_output``, the ranking of its adaptive verification. A toy target and the rows of a batch stand
-in for the model runner.
+Real, from the wheel: ``create_custom_proposer``, ``GPUModelRunner._calc_spec_decode_metadata``,
+``rejection_sample`` with its greedy Triton kernel, ``RejectionSampler.parse_output``, the ranking
+of adaptive verification. Stand-ins: a toy target and the rows of a batch.
 """
 
 from __future__ import annotations
 
 import itertools
 import sys
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
@@ -46,9 +47,7 @@ def engine(folder, monkeypatch):
     """vLLM's modules, without the engine around them."""
     triton = pytest.importorskip("triton")
     if not triton.knobs.runtime.interpret:
-        pytest.skip(
-            "triton is imported without its interpreter: run this file in a process of its own"
-        )
+        pytest.skip("triton is imported without its interpreter: run this file by itself")
     monkeypatch.syspath_prepend(str(PLUGIN))
     with around(folder, ("vllm",), REAL):
         vars(import_module("vllm.triton_utils")).update(tl=triton.language, triton=triton)
@@ -58,9 +57,11 @@ def engine(folder, monkeypatch):
 
 def load(**more):
     """The proposer, through vLLM's loader."""
+    name = {"model": "echo_vllm.EchoProposer", "num_speculative_tokens": DEPTH}
     config = SimpleNamespace(
-        speculative_config=SimpleNamespace(model="echo_vllm.EchoProposer", num_speculative_tokens=DEPTH),
-        model_config=SimpleNamespace(max_model_len=WIDTH), scheduler_config=SimpleNamespace(max_num_seqs=8),
+        speculative_config=SimpleNamespace(**name),
+        model_config=SimpleNamespace(max_model_len=WIDTH),
+        scheduler_config=SimpleNamespace(max_num_seqs=8),
     )  # fmt: skip
     vars(config).update(more)
     return import_module("vllm.v1.spec_decode.custom_class_proposer").create_custom_proposer(config)
@@ -71,30 +72,20 @@ def metadata(folder, drafts, roots):
     scope = {"np": np, "async_tensor_h2d": lambda x, device: torch.from_numpy(x.copy())}
     scope["SpecDecodeMetadata"] = import_module("vllm.v1.spec_decode.metadata").SpecDecodeMetadata
     names = ("_calc_spec_decode_metadata", "_get_cumsum_and_arange")
-    definitions(
-        folder / "vllm/v1/worker/gpu_model_runner.py", names, scope, inside="GPUModelRunner"
-    )
+    source = folder / "vllm/v1/worker/gpu_model_runner.py"
+    definitions(source, names, scope, inside="GPUModelRunner")
     counts = np.array([len(own) for own in drafts], dtype=np.int32)
-    ids = torch.tensor(
-        [token for root, own in zip(roots, drafts, strict=True) for token in (root, *own)],
-        dtype=torch.int32,
-    )
-    self = SimpleNamespace(
-        _arange_scratch=np.arange(4096),
-        arange_np=np.arange(4096),
-        device="cpu",
-        input_ids=SimpleNamespace(gpu=ids),
-    )
-    self._get_cumsum_and_arange = lambda *args, **kwargs: scope["_get_cumsum_and_arange"](
-        self, *args, **kwargs
-    )
-    return scope["_calc_spec_decode_metadata"](
-        self, counts, np.cumsum(counts + 1, dtype=np.int32)
-    ), ids
+    rows = [token for root, own in zip(roots, drafts, strict=True) for token in (root, *own)]
+    ids = torch.tensor(rows, dtype=torch.int32)
+    arange = {"_arange_scratch": np.arange(4096), "arange_np": np.arange(4096)}
+    self = SimpleNamespace(**arange, device="cpu", input_ids=SimpleNamespace(gpu=ids))
+    self._get_cumsum_and_arange = partial(scope["_get_cumsum_and_arange"], self)
+    ends = np.cumsum(counts + 1, dtype=np.int32)
+    return scope["_calc_spec_decode_metadata"](self, counts, ends), ids
 
 
 class Batch:
-    """Rows of vLLM's input batch, decoded by a toy target whose greedy next token depends on the last two."""
+    """Rows of vLLM's batch, and a toy target whose greedy next token depends on the last two."""
 
     def __init__(self, sampler, folder, prompts, seed=0):
         self.table = torch.randn(VOCAB, VOCAB, VOCAB, generator=torch.Generator().manual_seed(seed))
@@ -116,9 +107,8 @@ class Batch:
         ids = np.zeros((len(self.texts), WIDTH), dtype=np.int32)
         for row, text in enumerate(self.texts):
             ids[row, : len(text)] = text
-        return proposer.propose(
-            self.emitted, np.array([len(text) for text in self.texts]), ids, slot_mappings=None
-        )
+        lengths = np.array([len(text) for text in self.texts])
+        return proposer.propose(self.emitted, lengths, ids, slot_mappings=None)
 
     def step(self, proposer):
         drafts = self.propose(proposer)
@@ -128,17 +118,14 @@ class Batch:
         else:
             info, ids = metadata(self.folder, drafts, [text[-1] for text in self.texts])
             before = [text[-2] for text in self.texts]
-            above = [
-                t
-                for b, text, own in zip(before, self.texts, drafts, strict=True)
-                for t in ([b, text[-1], *own][: 1 + len(own)])
-            ]
+            parts = zip(before, self.texts, drafts, strict=True)
+            above = [t for b, text, own in parts for t in [b, text[-1], *own][: 1 + len(own)]]
             logits = self.table[torch.tensor(above), ids.long()][info.logits_indices]
             bonus = logits[info.bonus_logits_indices].argmax(-1, keepdim=True).int()
             greedy = SimpleNamespace(all_greedy=True, all_random=False)
             out = self.sampler.rejection_sample(
-                info.draft_token_ids, info.num_draft_tokens, info.max_spec_len, info.cu_num_draft_tokens, None,
-                logits[info.target_logits_indices], bonus, greedy,
+                info.draft_token_ids, info.num_draft_tokens, info.max_spec_len,
+                info.cu_num_draft_tokens, None, logits[info.target_logits_indices], bonus, greedy,
             )  # fmt: skip
             self.emitted, _ = self.sampler.RejectionSampler.parse_output(out, VOCAB)
         for text, own in zip(self.texts, self.emitted, strict=True):
@@ -152,52 +139,43 @@ def prompts(count):
 
 @pytest.mark.parametrize("rows", ["", "9"])
 def test_chains_of_chosen_lengths_write_the_targets_own_text(engine, folder, monkeypatch, rows):
-    monkeypatch.setenv("ECHO_ROWS", rows)
+    monkeypatch.setenv("ECHO_VERIFY_TOKENS", rows)
     given = prompts(4)
     batch, proposer = Batch(engine, folder, given), load()
     for _ in range(16):
         batch.step(proposer)
     for text, prompt in zip(batch.texts, given, strict=True):
         assert text == batch.greedy(prompt, len(text) - len(prompt))
-    assert (
-        sum(map(len, batch.texts)) - sum(map(len, given)) > 1.4 * 16 * 4
-    )  # lookups found what repeats
+    emitted = sum(map(len, batch.texts)) - sum(map(len, given))
+    assert emitted > 1.4 * 16 * 4  # lookups found what repeats
     counts = np.array(batch.counts)
     if rows:
         assert (counts.sum(axis=1) <= 9 - 4).all() and (counts.sum(axis=1) == 9 - 4).any()
         assert any(len(set(own)) > 2 for own in batch.counts)  # lengths differ within a step
     else:
         assert counts.max() == DEPTH
-    assert proposer.history.num_steps == 15 and proposer.history.generation.tolist() == [
-        1,
-        1,
-        1,
-        1,
-        0,
-        0,
-        0,
-        0,
-    ]
+    assert proposer.history.num_steps == 15
+    assert proposer.history.generation.tolist() == [1, 1, 1, 1, 0, 0, 0, 0]
 
 
 def test_requests_keep_their_memory_when_rows_move(engine, folder):
     batch, proposer = Batch(engine, folder, prompts(4)), load()
     for _ in range(3):
         batch.step(proposer)
-    slots = proposer.slots.tolist()
+    req_indices = proposer.req_indices.tolist()
     order = [3, 1, 2]  # the first request is over, the last moves into its row
     batch.texts, batch.emitted = [batch.texts[i] for i in order], [batch.emitted[i] for i in order]
     batch.texts.append([*prompts(5)[4], 0])
     batch.emitted.append([0])
     batch.propose(proposer)
-    assert proposer.slots.tolist()[:3] == [slots[i] for i in order]
-    new = int(proposer.slots[3])
-    assert new not in [slots[i] for i in order] and proposer.history.generation.sum() == 5
-    assert proposer.history.generation[proposer.slots[:3]].tolist() == [1, 1, 1]
+    assert proposer.req_indices.tolist()[:3] == [req_indices[i] for i in order]
+    new = int(proposer.req_indices[3])
+    assert new not in [req_indices[i] for i in order] and proposer.history.generation.sum() == 5
+    assert proposer.history.generation[proposer.req_indices[:3]].tolist() == [1, 1, 1]
 
 
-def test_the_history_leaves_out_who_has_ended(engine):
-    """What the others' slots remember does not depend on it."""
+def test_the_history_leaves_out_requests_that_have_ended(engine):
+    """The others' sums do not depend on them."""
     plugin = import_module("echo_vllm")
     cost = echo.CostModel((1, 64), (1.0, 1.0))
     policy = echo.ElasticBudgetScheduler(
@@ -207,12 +185,12 @@ def test_the_history_leaves_out_who_has_ended(engine):
     packed = policy.pack(
         policy.grow_positions(tree, torch.ones(4, DEPTH, 1).long(), torch.rand(4, DEPTH, 1).log())
     )
-    slots, lengths, kept = torch.tensor([5, 0, 3, 6]), torch.tensor([2, 1, 3, 1]), [3, 0]
-    whole = policy.history(8).observe(slots, packed, plugin.accepted(DEPTH, lengths))
+    req_indices, lengths, kept = torch.tensor([5, 0, 3, 6]), torch.tensor([2, 1, 3, 1]), [3, 0]
+    whole = policy.history(8).observe(req_indices, packed, plugin.accepted(DEPTH, lengths))
     part = policy.history(8).observe(
-        slots[kept], plugin.only(packed, kept), plugin.accepted(DEPTH, lengths[kept])
+        req_indices[kept], plugin.only(packed, kept), plugin.accepted(DEPTH, lengths[kept])
     )
-    for name in ("steps", "outlook", "expected", "accepted"):
+    for name in ("steps", "acceptance_histogram", "expected", "accepted"):
         own, both = getattr(part, name), getattr(whole, name)
         assert torch.equal(own[:, [6, 5]], both[:, [6, 5]]) and not own[:, [0, 3]].any()
         assert torch.allclose(own[:, 8], both[:, [5, 6]].sum(dim=1))
@@ -228,7 +206,7 @@ def test_a_row_still_reading_its_prompt_gets_no_drafts(engine, folder):
 
 
 @pytest.mark.parametrize(("seconds", "most"), [((1.0, 64.0), 3 * DEPTH), ((1.0, 1.0), 1000)])
-def test_a_cost_model_turns_drafting_off_where_rows_are_dear(
+def test_a_cost_model_turns_drafting_off_where_tokens_cost_much(
     engine, folder, monkeypatch, tmp_path, seconds, most
 ):
     (tmp_path / "cost.json").write_text(echo.CostModel((1, 64), seconds).to_json())
@@ -269,20 +247,20 @@ def test_our_ranking_in_its_adaptive_verification_admits_what_its_own_does(
     monkeypatch.setattr(module, "_assign_draft_token_budget_compiled", None)
     import_module("echo_vllm").register()
     generator = torch.Generator().manual_seed(seed)
-    confidences, slots = (
+    confidences, idx_mapping = (
         torch.rand(9, DEPTH, generator=generator),
         torch.randperm(9, generator=generator)[:6],
     )
     capacities = torch.randint(0, DEPTH + 1, (6,), generator=generator).int()
     for budget in range(1, int(capacities.sum())):
         ours, theirs = capacities.clone(), capacities.clone()
-        module._assign_draft_token_budget_compiled(confidences, slots, ours, budget, DEPTH)
-        module._assign_draft_token_budget(confidences, slots, theirs, budget, DEPTH)
+        module._assign_draft_token_budget_compiled(confidences, idx_mapping, ours, budget, DEPTH)
+        module._assign_draft_token_budget(confidences, idx_mapping, theirs, budget, DEPTH)
         assert ours.tolist() == theirs.tolist() and int(ours.sum()) == budget
 
 
-def test_a_calibration_changes_whom_it_admits(engine, monkeypatch, tmp_path):
-    """A draft that is too sure of its second token: once that is known, the other request's first token comes before it."""
+def test_a_calibration_changes_what_it_admits(engine, monkeypatch, tmp_path):
+    """A draft too sure of its second token: calibrated, the other request's first goes first."""
     rng, size = np.random.default_rng(0), 4000
     depth = rng.integers(1, 3, size)
     truth = np.where(depth == 1, 0.5, 0.1)  # whatever the confidence was
@@ -290,12 +268,12 @@ def test_a_calibration_changes_whom_it_admits(engine, monkeypatch, tmp_path):
         depth=depth, confidence=rng.random(size), accepted=rng.random(size) < truth
     )
     echo.calibrate(log).save(tmp_path / "calibration.json")
-    confidences, slots = torch.tensor([[0.9, 0.9], [0.4, 0.4]]), torch.arange(2)
+    confidences, idx_mapping = torch.tensor([[0.9, 0.9], [0.4, 0.4]]), torch.arange(2)
 
     def admitted():
         capacities = torch.tensor([2, 2]).int()
         plugin.register()
-        module._assign_draft_token_budget_compiled(confidences, slots, capacities, 2, 2)
+        module._assign_draft_token_budget_compiled(confidences, idx_mapping, capacities, 2, 2)
         return capacities.tolist()
 
     module = import_module("vllm.v1.worker.gpu.spec_decode.adaptive_verification")

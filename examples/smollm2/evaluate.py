@@ -1,4 +1,4 @@
-"""Evaluates the drafters on the held-out prompts, greedily: tokens per step of a chain of 5 and of trees, by kind of prompt.
+"""Tokens per step of the drafters on held-out prompts, greedily: a chain of 5 and trees, by kind.
 
 python examples/smollm2/evaluate.py
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from functools import partial
 from pathlib import Path
 
 import echo
@@ -14,32 +15,28 @@ from drafters import WEIGHTS, Eagle
 from model import SmolLM2, encode, load
 from prompts import EVALUATION, KINDS, WARMUP
 
+LENGTH = 512
 SHAPES = {
-    "chain of 5": echo.ElasticBudgetScheduler.eagle(
-        max_verify_tokens_per_req=6, beam=1, max_depth=5
-    ),
-    "tree of 8 rows": echo.ElasticBudgetScheduler.eagle(
-        max_verify_tokens_per_req=8, beam=4, max_depth=4
-    ),
-    "tree of 32 rows": echo.ElasticBudgetScheduler.eagle(
-        max_verify_tokens_per_req=32, beam=6, max_depth=8
-    ),
+    name: echo.ElasticBudgetScheduler.eagle(
+        max_verify_tokens_per_req=rows, beam=beam, max_depth=depth
+    )
+    for name, rows, beam, depth in (
+        ("chain of 5", 6, 1, 5),
+        ("tree of 8 rows", 8, 4, 4),
+        ("tree of 32 rows", 32, 6, 8),
+    )
 }
 
 
 def main() -> None:
-    """Prints a table and writes it as JSON where asked."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--new", type=int, default=112, help="tokens an answer")
-    parser.add_argument("--slots", type=int, default=8)
+    """Prints a table; writes it as JSON if asked."""
+    text = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=text)
+    parser.add_argument("--new", type=int, default=112, help="tokens of an answer")
+    parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--weights", type=Path, default=WEIGHTS)
-    parser.add_argument(
-        "--warmup",
-        action="store_true",
-        help="on the prompts for warming up: what trust they would teach",
-    )
+    warmup = "on the warm-up prompts: the mixing weights that they would fit"
+    parser.add_argument("--warmup", action="store_true", help=warmup)
     parser.add_argument("--out", type=Path, default=None)
     args = parser.parse_args()
     model, tokenizer = load()
@@ -49,53 +46,32 @@ def main() -> None:
     result: dict[str, dict[str, float]] = {}
 
     def measure(name: str, scheduler: echo.ElasticBudgetScheduler, make) -> None:
-        target = SmolLM2(model, args.slots, 512)
+        target = SmolLM2(model, args.batch, LENGTH)
         drafter = make(target)
         tokens, steps = dict.fromkeys(KINDS, 0), dict.fromkeys(KINDS, 0)
         for step in echo.decode(
-            scheduler,
-            target,
-            drafter,
-            prompts,
-            max_num_reqs=args.slots,
-            max_new_tokens=args.new,
-            eos_token=tokenizer.eos_token_id,
-            max_verify_tokens_per_req=64,
-        ):
-            for request, length in zip(
-                step.requests, step.accepted.num_emitted.tolist(), strict=True
-            ):
-                tokens[kinds[request]] += length
+            scheduler, target, drafter, prompts, max_num_reqs=args.batch, max_new_tokens=args.new,
+            eos_token=tokenizer.eos_token_id, max_verify_tokens_per_req=64,
+        ):  # fmt: skip
+            counts = step.accepted.num_emitted.tolist()
+            for request, count in zip(step.requests, counts, strict=True):
+                tokens[kinds[request]] += count
                 steps[kinds[request]] += 1
-        result[name] = {
-            "all": sum(tokens.values()) / sum(steps.values()),
-            **{kind: tokens[kind] / steps[kind] for kind in KINDS},
-        }
-        print(
-            f"{name:<40}"
-            + "  ".join(f"{kind} {value:.2f}" for kind, value in result[name].items()),
-            flush=True,
-        )
+        mean = sum(tokens.values()) / sum(steps.values())
+        result[name] = {"all": mean, **{kind: tokens[kind] / steps[kind] for kind in KINDS}}
+        figures = "  ".join(f"{kind} {value:.2f}" for kind, value in result[name].items())
+        print(f"{name:<40}{figures}", flush=True)
         if isinstance(drafter, echo.PromptLookup):
-            print(
-                "    trust learnt: " + ", ".join(f"{share:.2f}" for share in drafter.fit_weights())
-            )
+            weights = ", ".join(f"{weight:.2f}" for weight in drafter.fit_weights())
+            print(f"    fitted mixing weights: {weights}")
 
-    def head(target: SmolLM2) -> Eagle:
-        return Eagle(target, args.slots, 512, count=6, weights=args.weights)
-
-    measure(
-        "prompt lookup, chain of 5",
-        SHAPES["chain of 5"],
-        lambda _: echo.PromptLookup(args.slots, 512),
-    )
+    lookup = partial(echo.PromptLookup, args.batch, LENGTH)
+    head = lambda target: Eagle(target, args.batch, LENGTH, k=6, weights=args.weights)
+    measure("prompt lookup, chain of 5", SHAPES["chain of 5"], lambda _: lookup())
     for name, scheduler in SHAPES.items():
         measure(f"head, {name}", scheduler, head)
-        measure(
-            f"head and prompt lookup, {name}",
-            scheduler,
-            lambda target: echo.PromptLookup(args.slots, 512, head(target)),
-        )
+        both = lambda target: lookup(head(target))
+        measure(f"head and prompt lookup, {name}", scheduler, both)
     if args.out:
         args.out.write_text(json.dumps(result, indent=1))
 

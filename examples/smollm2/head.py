@@ -1,8 +1,8 @@
 """The EAGLE-style head: one decoder layer over the target's own features.
 
-At position t the head sees the target's hidden states of token t (after three depths of the network) and the embedding of
-token t+1, and predicts token t+2. Drafting deeper, its own output takes the place of the hidden states.
-Recipe: EAGLE-3 (arXiv 2503.01840), unrolled training included.
+At position t the head sees the target's hidden states of token t (after three of its layers) and
+the embedding of token t+1, and predicts token t+2. Deeper, its own output takes the place of the
+hidden states. Recipe: EAGLE-3 (arXiv 2503.01840), unrolled training included.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ FEATURE_LAYERS = (10, 20, 30)
 """The target's hidden states after these decoder layers are what the head reads."""
 WEIGHTS = Path(__file__).with_name("eagle.safetensors")
 FLOOR = -6.0
-"""Nodes of smaller path log-probability are not drafted on: they would be accepted once in 400 times."""
+"""Nodes of smaller path log-probability are not expanded: one in 400 would be accepted."""
 
 
 def rotate(x: Tensor, position: Tensor) -> Tensor:
@@ -55,7 +55,7 @@ class EagleHead(nn.Module):
     def inputs(
         self, state: Tensor, embedding: Tensor, position: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Rotated queries, rotated keys, values: each [..., T, heads, D], of states [..., T, width] and embeddings [..., T, 576]."""
+        """Rotated q, rotated k, v [..., T, heads, D] of states and embeddings [..., T, width]."""
         x = torch.cat([self.norm_embed(self.embed(embedding)), self.norm_state(state)], dim=-1)
         q, k, v = (y.unflatten(-1, (HEADS, -1)) for y in self.qkv(x).chunk(3, dim=-1))
         turn = lambda y: rotate(y.transpose(-2, -3), position[..., None, :]).transpose(-2, -3)
@@ -72,19 +72,14 @@ class EagleHead(nn.Module):
         return self.head(self.norm_out(state))
 
     def save(self, path: Path) -> None:
-        save_file(
-            {
-                k: v.half() if v.is_floating_point() else v.int()
-                for k, v in self.state_dict().items()
-            },
-            path,
-        )
+        parts = self.state_dict().items()
+        save_file({k: v.half() if v.is_floating_point() else v.int() for k, v in parts}, path)
 
     @classmethod
     def read(cls, path: Path) -> EagleHead:
         weights = load_file(path)
-        head = cls(weights["vocab"].long())
+        head, parts = cls(weights["vocab"].long()), weights.items()
         head.load_state_dict(
-            {k: v.float() if v.is_floating_point() else v.long() for k, v in weights.items()}
+            {k: v.float() if v.is_floating_point() else v.long() for k, v in parts}
         )
         return head.eval()

@@ -1,7 +1,7 @@
-"""SmolLM2 in plain torch, read from its GGUF file in a second or two: for engines and benchmarks that want no transformers.
+"""SmolLM2 in plain torch, read from its GGUF file in seconds: for engines without transformers.
 
-Modules are named as in transformers' ``LlamaForCausalLM``, whose weights these are bit for bit (float32); they have no attention of their
-own, which is the engine's. Of the format it knows what this file is made of: float32, Q4_1 and Q8_0.
+Modules are named as in transformers' ``LlamaForCausalLM``, whose weights these are bit for bit
+(float32); attention is the engine's. Of the format it reads this file's types: float32, Q4_1, Q8_0.
 """
 
 from __future__ import annotations
@@ -20,35 +20,44 @@ import carry
 
 BLOCK = 32
 """Weights that share a scale."""
-SCALARS = {
-    0: "B",
-    1: "b",
-    2: "H",
-    3: "h",
-    4: "I",
-    5: "i",
-    6: "f",
-    7: "?",
-    10: "Q",
-    11: "q",
-    12: "d",
-}
+SCALARS = dict(zip((*range(8), 10, 11, 12), "BbHhIif?Qqd", strict=True))
 STRING, ARRAY = 8, 9
 
 
+CONFIG = {
+    "hidden_size": "embedding_length",
+    "intermediate_size": "feed_forward_length",
+    "num_hidden_layers": "block_count",
+    "num_attention_heads": "attention.head_count",
+    "num_key_value_heads": "attention.head_count_kv",
+    "head_dim": "rope.dimension_count",
+    "vocab_size": "vocab_size",
+    "rms_norm_eps": "attention.layer_norm_rms_epsilon",
+    "rope_theta": "rope.freq_base",
+}
+NAMES = {
+    "token_embd": "embed_tokens",
+    "output_norm": "norm",
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "attn_output": "self_attn.o_proj",
+    **{f"attn_{part}": f"self_attn.{part}_proj" for part in "qkv"},
+    **{f"ffn_{part}": f"mlp.{part}_proj" for part in ("gate", "up", "down")},
+}
+"""Our names of GGUF's facts and weights."""
+
+
 class Rotary(nn.Module):
-    """Cosines and sines [..., N, D] at positions [..., N], in float32, then in the type of ``x``."""
+    """Cosines and sines [..., N, D] at positions [..., N], in the dtype of ``x``."""
 
     def __init__(self, size: int, base: float) -> None:
         super().__init__()
-        self.frequency = nn.Buffer(
-            1.0 / base ** (torch.arange(0, size, 2) / size), persistent=False
-        )
+        frequency = 1.0 / base ** (torch.arange(0, size, 2) / size)
+        self.frequency = nn.Buffer(frequency, persistent=False)
 
     def forward(self, x: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
-        angle = (position[..., None].float() * self.frequency.float()).repeat(
-            *[1] * position.dim(), 2
-        )
+        angle = position[..., None].float() * self.frequency.float()
+        angle = torch.cat([angle, angle], dim=-1)
         return angle.cos().to(x.dtype), angle.sin().to(x.dtype)
 
 
@@ -70,18 +79,15 @@ class Layer(nn.Module):
     def __init__(self, config: SimpleNamespace) -> None:
         super().__init__()
         width, size = config.hidden_size, config.head_dim
-        heads, kv_heads = (
-            n * size for n in (config.num_attention_heads, config.num_key_value_heads)
-        )
+        heads, kv_heads = config.num_attention_heads * size, config.num_key_value_heads * size
         self.self_attn = nn.Module()
         self.self_attn.head_dim = size
         for name, rows in (("q_proj", heads), ("k_proj", kv_heads), ("v_proj", kv_heads)):
             setattr(self.self_attn, name, nn.Linear(width, rows, bias=False))
         self.self_attn.o_proj = nn.Linear(heads, width, bias=False)
         self.mlp = Mlp(width, config.intermediate_size)
-        self.input_layernorm, self.post_attention_layernorm = (
-            nn.RMSNorm(width, config.rms_norm_eps) for _ in range(2)
-        )
+        norms = (nn.RMSNorm(width, config.rms_norm_eps) for _ in range(2))
+        self.input_layernorm, self.post_attention_layernorm = norms
 
 
 class Llama(nn.Module):
@@ -113,43 +119,21 @@ def load(
 ) -> Llama:
     """The model, from the installed package or carried parts (:func:`carry.weights`)."""
     facts, tensors = read(carry.weights(folder), device)
-    config = SimpleNamespace(
-        hidden_size=facts["llama.embedding_length"],
-        intermediate_size=facts["llama.feed_forward_length"],
-        num_hidden_layers=facts["llama.block_count"],
-        num_attention_heads=facts["llama.attention.head_count"],
-        num_key_value_heads=facts["llama.attention.head_count_kv"],
-        head_dim=facts["llama.rope.dimension_count"],
-        vocab_size=facts["llama.vocab_size"],
-        rms_norm_eps=facts["llama.attention.layer_norm_rms_epsilon"],
-        rope_theta=facts["llama.rope.freq_base"],
-        eos_token_id=facts["tokenizer.ggml.eos_token_id"],
-    )
+    config = {name: facts[f"llama.{fact}"] for name, fact in CONFIG.items()}
+    config = SimpleNamespace(**config, eos_token_id=facts["tokenizer.ggml.eos_token_id"])
     with torch.device("meta"):
         model = Llama(config)
-    theirs = {
-        "attn_q": "self_attn.q_proj",
-        "attn_k": "self_attn.k_proj",
-        "attn_v": "self_attn.v_proj",
-        "attn_output": "self_attn.o_proj",
-    }
-    theirs |= {f"ffn_{part}": f"mlp.{part}_proj" for part in ("gate", "up", "down")}
-    theirs |= {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
-    theirs |= {"token_embd": "embed_tokens", "output_norm": "norm"}
     weights = {}
     for name, weight in tensors:
         part = name.removesuffix(".weight").split(".")
-        own = f"layers.{part[1]}.{theirs[part[2]]}" if part[0] == "blk" else theirs[part[0]]
-        paired = part[-1] in (
+        own = f"layers.{part[1]}.{NAMES[part[2]]}" if part[0] == "blk" else NAMES[part[0]]
+        if part[-1] in (
             "attn_q",
             "attn_k",
-        )  # what turns together lies side by side in the file
-        turned = (
-            weight.view(-1, config.head_dim // 2, 2, weight.shape[1]).transpose(1, 2).flatten(0, 2)
-            if paired
-            else weight
-        )
-        weights[f"model.{own}.weight"] = turned.to(dtype)
+        ):  # pairs that rotate together lie side by side in the file
+            pairs = weight.view(-1, config.head_dim // 2, 2, weight.shape[1])
+            weight = pairs.transpose(1, 2).flatten(0, 2)
+        weights[f"model.{own}.weight"] = weight.to(dtype)
     weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
     model.load_state_dict(weights, assign=True)
     model.lm_head.weight = model.model.embed_tokens.weight
@@ -161,16 +145,15 @@ def cast(model: Llama, dtype: torch.dtype) -> Llama:
     """The same weights in another type."""
     with torch.device("meta"):
         other = Llama(model.config)
-    other.load_state_dict(
-        {name: weight.to(dtype) for name, weight in model.state_dict().items()}, assign=True
-    )
+    weights = {name: weight.to(dtype) for name, weight in model.state_dict().items()}
+    other.load_state_dict(weights, assign=True)
     other.lm_head.weight = other.model.embed_tokens.weight
     other.model.rotary_emb = model.model.rotary_emb
     return other.requires_grad_(False).eval()
 
 
 def read(file: Path, device: str = "cpu") -> tuple[dict[str, object], Iterator[tuple[str, Tensor]]]:
-    """What a GGUF file says of itself (arrays left out), and its tensors in float32 on the device, one after the other.
+    """A GGUF file's facts, without arrays, and its tensors in float32, one after the other.
 
     Raises:
         ValueError: not a GGUF file of version 3, or a tensor of a type that is not known here.
@@ -207,17 +190,15 @@ def read(file: Path, device: str = "cpu") -> tuple[dict[str, object], Iterator[t
 
     magic, version = take("4sI")
     if magic != b"GGUF" or version != 3:
-        raise ValueError(
-            f"{file}: expected a GGUF file of version 3, got {magic!r}, version {version}"
-        )
+        got = f"{magic!r}, version {version}"
+        raise ValueError(f"{file}: expected a GGUF file of version 3, got {got}")
     count, pairs = take("QQ")
     facts = {text(): value(*take("I")) for _ in range(pairs)}
     listed = [(text(), take("Q" * take("I")[0])[::-1], *take("IQ")) for _ in range(count)]
     unknown = {kind for _, _, kind, _ in listed} - KINDS.keys()
     if unknown:
-        raise ValueError(
-            f"{file}: expected tensors of types {sorted(KINDS)}, got {sorted(unknown)}"
-        )
+        expected = f"expected tensors of types {sorted(KINDS)}"
+        raise ValueError(f"{file}: {expected}, got {sorted(unknown)}")
     align = facts.get("general.alignment", 32)
     begin = -(-at // align) * align
 
@@ -248,4 +229,4 @@ KINDS = {
     3: (BLOCK, 4 + BLOCK // 2, _q4_1),
     8: (BLOCK, 2 + BLOCK, _q8_0),
 }
-"""Types of tensors: weights of a block, its bytes, and what turns blocks uint8 [n, bytes] into float32 [n, weights]."""
+"""By type: weights of a block, its bytes, and blocks uint8 [n, bytes] to float32 [n, weights]."""

@@ -1,10 +1,10 @@
 """Prompts of four kinds, in three sets that share no topic: training, warm-up and evaluation.
 
-``WARMUP`` and ``EVALUATION`` are written out, eight prompts of each kind. ``training_prompts`` makes as many as asked for
-from templates and topics; a summary's passage is text that the target wrote itself (``passage_prompts``), so that
-every training token comes from the target.
+``WARMUP`` and ``EVALUATION`` are written out, eight prompts of each kind. ``training_prompts`` makes
+any number from templates and topics; a summary's passage is text that the target wrote itself
+(``passage_prompts``), so that every training token comes from the target.
 
-    python examples/smollm2/prompts.py      # prompts.json: the token ids of both sets, for a machine without a tokenizer
+    python examples/smollm2/prompts.py  # prompts.json: both sets' token ids, without a tokenizer
 """
 
 from __future__ import annotations
@@ -229,6 +229,7 @@ _REASONING_TEMPLATES = [
     "A price rises from ${a} to ${big}. By how many dollars and by what fraction does it rise? Explain.",
     "Solve for x: {c}x + {b} = {big}. Explain each step.",
 ]
+_NUMBERS = {"a": (20, 99), "b": (3, 19), "c": (2, 9), "big": (60, 400)}
 _SUMMARY_TEMPLATES = [
     "Summarize in two sentences: {}",
     "Summarize the following paragraph: {}",
@@ -250,53 +251,38 @@ _PASSAGE_TEMPLATES = [
 
 def passage_prompts(count: int, seed: int = 0) -> list[str]:
     """``count`` prompts whose answers serve as the passages of training summaries."""
-    rows = [
-        template.format(topic) for template, topic in itertools.product(_PASSAGE_TEMPLATES, _TOPICS)
-    ]
-    return _take(rows, count, random.Random(seed))
+    return _take(_filled(_PASSAGE_TEMPLATES, _TOPICS), count, random.Random(seed))
 
 
 def training_prompts(count: int, passages: list[str], seed: int = 0) -> list[tuple[str, str]]:
     """``count`` (kind, prompt) pairs in random order, the four kinds in equal numbers."""
     rng = random.Random(seed)
     each = -(-count // len(KINDS))
-    chat = [t.format(x) for t, x in itertools.product(_CHAT_TEMPLATES, _TOPICS)] + [
-        t.format(x) for t, x in itertools.product(_ADVICE_TEMPLATES, _ADVICE)
-    ]
+    chat = _filled(_CHAT_TEMPLATES, _TOPICS) + _filled(_ADVICE_TEMPLATES, _ADVICE)
     pools = {
-        "code": _take(
-            [t.format(x) for t, x in itertools.product(_CODE_TEMPLATES, _CODE_TASKS)], each, rng
-        ),
+        "code": _take(_filled(_CODE_TEMPLATES, _CODE_TASKS), each, rng),
         "reasoning": [_word_problem(rng) for _ in range(each)],
-        "summary": _take(
-            [t.format(x) for t, x in itertools.product(_SUMMARY_TEMPLATES, passages)], each, rng
-        )
-        if passages
-        else [],
+        "summary": _take(_filled(_SUMMARY_TEMPLATES, passages), each, rng),
         "chat": _take(chat, each, rng),
     }
     rows = [(kind, prompt) for kind, prompts in pools.items() for prompt in prompts]
-    rng.shuffle(rows)
-    return rows[:count]
+    return _take(rows, count, rng)
 
 
-def _take(rows: list[str], count: int, rng: random.Random) -> list[str]:
+def _filled(templates: list[str], topics: list[str]) -> list[str]:
+    return [template.format(topic) for template, topic in itertools.product(templates, topics)]
+
+
+def _take(rows: list, count: int, rng: random.Random) -> list:
     rng.shuffle(rows)
     return rows[:count]
 
 
 def _word_problem(rng: random.Random) -> str:
     first, second = rng.sample(_NAMES, 2)
-    values = {
-        "a": rng.randint(20, 99),
-        "b": rng.randint(3, 19),
-        "c": rng.randint(2, 9),
-        "big": rng.randint(60, 400),
-        "p": 5 * rng.randint(1, 15),
-    }
-    return rng.choice(_REASONING_TEMPLATES).format(
-        n1=first, n2=second, item=rng.choice(_ITEMS), **values
-    )
+    values = {name: rng.randint(*ends) for name, ends in _NUMBERS.items()}
+    values |= {"p": 5 * rng.randint(1, 15), "n1": first, "n2": second}
+    return rng.choice(_REASONING_TEMPLATES).format(item=rng.choice(_ITEMS), **values)
 
 
 def tokens() -> dict[str, dict[str, list[list[int]]]]:
@@ -309,10 +295,8 @@ def tokens() -> dict[str, dict[str, list[list[int]]]]:
     file = carry.weights()
     tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     sets = {"warmup": WARMUP, "evaluation": EVALUATION}
-    return {
-        name: {kind: [ids.tolist() for ids in encode(tokenizer, rows[kind])] for kind in KINDS}
-        for name, rows in sets.items()
-    }
+    encoded = lambda rows: [ids.tolist() for ids in encode(tokenizer, rows)]
+    return {name: {kind: encoded(rows[kind]) for kind in KINDS} for name, rows in sets.items()}
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
-"""SmolLM2 on the paged engine of examples/engine.py, drafted by its EAGLE head, by prompt lookup or by both.
+"""SmolLM2 on the paged engine of examples/engine.py, with its EAGLE head, prompt lookup or both.
 
-The head comes twice: "eagle" computes what is needed and no more, which is quick on a CPU; "graph" has fixed shapes, as CUDA graphs ask.
+The head comes twice: "eagle" computes active nodes only, which is quick on a CPU; "graph" has the
+fixed shapes of CUDA graphs.
 
     python examples/smollm2/serve.py
     python examples/smollm2/serve.py --drafter lookup --policy rank --lanes 8
 
-Prints the answers, tokens a second (prefill included), and what the counters counted.
+Prints the answers, tokens a second (prefill included), and the counters.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from argparse import RawDescriptionHelpFormatter as RawText
 from pathlib import Path
 
 import torch
@@ -37,7 +39,7 @@ POLICIES = {
 
 
 def engine(model, tokenizer, policy: str = "echo", drafter: str = "both", lanes: int = 4) -> Engine:
-    """What serves the model."""
+    """The engine that serves the model."""
     drafters = {
         "both": lambda made: pooled(made, lanes),
         "eagle": lambda made: Eagle(made, lanes),
@@ -46,29 +48,18 @@ def engine(model, tokenizer, policy: str = "echo", drafter: str = "both", lanes:
         ),
         "lookup": lambda made: echo.PromptLookup(lanes, 512, device=made.model.device),
     }
-    make = drafters[drafter] if policy != "plain" else None
-    return Engine(
-        model,
-        POLICIES[policy],
-        make,
-        lanes=lanes,
-        features=FEATURE_LAYERS,
-        eos_token=tokenizer.eos_token_id,
-    )
+    make, eos_token = drafters[drafter] if policy != "plain" else None, tokenizer.eos_token_id
+    options = {"max_num_reqs": lanes, "feature_layers": FEATURE_LAYERS, "eos_token": eos_token}
+    return Engine(model, POLICIES[policy], make, **options)
 
 
 def main() -> None:
-    """Answers the prompts, prints the answers, and says what the counters counted."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    """Answers prompts; prints the answers and the counters."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=RawText)
     parser.add_argument("--policy", choices=POLICIES, default="echo")
-    parser.add_argument(
-        "--drafter",
-        choices=("both", "eagle", "graph", "lookup"),
-        help="graph on a GPU, both elsewhere",
-    )
-    parser.add_argument("--lanes", type=int, default=4)
+    drafters = ("both", "eagle", "graph", "lookup")
+    parser.add_argument("--drafter", choices=drafters, help="graph on a GPU, both elsewhere")
+    parser.add_argument("--lanes", type=int, default=4, help="requests at once")
     parser.add_argument("--new", type=int, default=48, help="tokens of an answer at most")
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
@@ -84,9 +75,8 @@ def main() -> None:
     seconds, counts = time.perf_counter() - begin, served.stats.read()
     for text, answer in zip(texts, answers, strict=True):
         print(f"> {text}\n{tokenizer.decode(answer, skip_special_tokens=True)}\n")
-    print(
-        f"{sum(map(len, answers)) / seconds:.0f} tokens/s, {counts.tokens_per_step:.2f} tokens a step\n{counts}"
-    )
+    rate = sum(map(len, answers)) / seconds
+    print(f"{rate:.0f} tokens/s, {counts.tokens_per_step:.2f} tokens a step\n{counts}")
 
 
 if __name__ == "__main__":

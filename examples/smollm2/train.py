@@ -1,10 +1,11 @@
 """Trains the EAGLE head on the target's own text, unrolled several steps as it will be used.
 
-    python examples/smollm2/train.py --data data/ --out examples/smollm2/eagle.safetensors --minutes 60
+    python examples/smollm2/train.py --data data/ --out eagle.safetensors --minutes 60
 
-Step k at position t reads the head's own state of step k-1 and the embedding of token t+k, attends the true keys up to t and its own
-of the steps before, and predicts token t+k+1. Loss: cross-entropy with the target's distribution (its 16 likeliest tokens)
-and with its choice, weighted ``0.85 ** (k - 1)``. Muon on the matrices inside, AdamW on the rest.
+Step k at position t reads the head's own state of step k-1 and the embedding of token t+k, attends
+to the true keys up to t and its own of the steps before, and predicts token t+k+1. Loss:
+cross-entropy with the target's distribution (its 16 likeliest tokens) and with its choice, weighted
+``0.85 ** (k - 1)``. Muon on the matrices inside, AdamW on the rest.
 """
 
 from __future__ import annotations
@@ -27,10 +28,8 @@ DECAY = 0.85
 def batches(data: list[dict], tokens: int, generator: torch.Generator):
     """Endless batches of similar length, each of about ``tokens`` tokens with padding."""
     while True:
-        order = sorted(
-            torch.randperm(len(data), generator=generator).tolist(),
-            key=lambda i: len(data[i]["tokens"]) // 16,
-        )
+        order = torch.randperm(len(data), generator=generator).tolist()
+        order.sort(key=lambda i: len(data[i]["tokens"]) // 16)
         groups, group, longest = [], [], 0
         for i in order:
             longest = max(longest, len(data[i]["tokens"]))
@@ -44,7 +43,7 @@ def batches(data: list[dict], tokens: int, generator: torch.Generator):
 
 
 def collate(rows: list[dict], lookup: Tensor) -> dict[str, Tensor]:
-    """Padded tensors; ``top`` holds draft-vocabulary ids, -1 where the target's token is outside it."""
+    """Padded tensors; ``top`` holds ids of the draft vocabulary, -1 for tokens outside it."""
     size, longest = len(rows), max(len(r["tokens"]) for r in rows)
     tokens = torch.zeros(size, longest, dtype=torch.int64)
     features = torch.zeros(size, longest, rows[0]["features"].shape[1])
@@ -66,7 +65,7 @@ def collate(rows: list[dict], lookup: Tensor) -> dict[str, Tensor]:
 def loss(
     head: EagleHead, embedding: Tensor, batch: dict[str, Tensor], steps: int
 ) -> tuple[Tensor, list[float]]:
-    """The weighted loss and each step's share of answers whose target token is the head's first choice."""
+    """The weighted loss, and by step how often the target's token is the head's first choice."""
     tokens, length = batch["tokens"], batch["tokens"].shape[1]
     position = torch.arange(length)[None]
     causal = torch.ones(length, length, dtype=torch.bool).tril()
@@ -99,7 +98,7 @@ def loss(
 
 
 def fresh(vocab: Tensor, embedding: Tensor) -> EagleHead:
-    """A head that starts from the target's own geometry: the 256 widest directions of its embeddings."""
+    """A head that starts from the 256 widest directions of the target's embeddings."""
     head = EagleHead(vocab)
     with torch.no_grad():
         _, _, basis = torch.linalg.svd(embedding[vocab], full_matrices=False)
@@ -120,12 +119,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--muon-lr", type=float, default=0.02)
-    parser.add_argument(
-        "--noise",
-        type=float,
-        default=0.2,
-        help="of the features, in their root mean squares: few texts, many epochs",
-    )
+    noise = "of the features, in their root mean squares: few texts, many epochs"
+    parser.add_argument("--noise", type=float, default=0.2, help=noise)
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 
@@ -135,43 +130,30 @@ def frequent(data: list[dict], size: int) -> tuple[torch.Tensor, torch.Tensor]:
     counts = torch.zeros(49152, dtype=torch.int64)
     for row in data:
         counts += torch.bincount(row["tokens"][row["prompt"] :].long(), minlength=len(counts))
-    prior = (
-        0.5 * torch.arange(len(counts), 0, -1) / len(counts)
-    )  # earlier merges of the tokenizer are the more frequent ones
+    # Earlier merges of the tokenizer are the more frequent tokens.
+    prior = 0.5 * torch.arange(len(counts), 0, -1) / len(counts)
     return counts, (counts + prior).topk(size).indices.sort().values
 
 
 def main() -> None:
     args = arguments()
     torch.manual_seed(args.seed)
-    data = [
-        sequence
-        for path in sorted(args.data.glob("*.pt"))
-        for sequence in torch.load(path)
-        if len(sequence["tokens"]) - sequence["prompt"] > 4
-    ]
-    held, data = data[::32], [sequence for number, sequence in enumerate(data) if number % 32]
+    data = [row for path in sorted(args.data.glob("*.pt")) for row in torch.load(path)]
+    data = [row for row in data if len(row["tokens"]) - row["prompt"] > 4]
+    held_out, data = data[::32], [row for number, row in enumerate(data) if number % 32]
     counts, vocab = frequent(data, args.vocab)
     lookup = torch.full_like(counts, -1)
     lookup[vocab] = torch.arange(len(vocab))
-    print(
-        f"{len(data)} sequences, {int(counts.sum())} tokens, vocabulary covers {float(counts[vocab].sum() / counts.sum()):.4f}",
-        flush=True,
-    )
+    covered = f"vocabulary covers {float(counts[vocab].sum() / counts.sum()):.4f}"
+    print(f"{len(data)} sequences, {int(counts.sum())} tokens, {covered}", flush=True)
 
     model, _ = load(packed=False)
     embedding = model.model.embed_tokens.weight.detach().clone()
     embedding = embedding / embedding.norm(dim=-1).mean()
     del model
     head = fresh(vocab, embedding)
-    inner = [
-        head.fuse.weight,
-        head.embed.weight,
-        head.qkv.weight,
-        head.out.weight,
-        head.gate_up.weight,
-        head.down.weight,
-    ]
+    layers = head.fuse, head.embed, head.qkv, head.out, head.gate_up, head.down
+    inner = [layer.weight for layer in layers]
     rest = [p for p in head.parameters() if not any(p is q for q in inner)]
     muon = torch.optim.Muon(inner, lr=args.muon_lr, weight_decay=0.01, momentum=0.95)
     adam = torch.optim.AdamW(rest, lr=args.lr, betas=(0.9, 0.98), weight_decay=0.01)
@@ -183,14 +165,10 @@ def main() -> None:
             optimizer.param_groups[0]["lr"] = lr * rate
         with torch.autocast("cpu", dtype=torch.bfloat16):
             batch = collate(next(source), lookup)
-            noise = (
-                args.noise
-                * batch["features"].square().mean((0, 1)).sqrt()
-                * torch.randn(batch["features"].shape)
-            )
-            value, right = loss(
-                head, embedding, batch | {"features": batch["features"] + noise}, args.steps
-            )
+            features = batch["features"]
+            scale = args.noise * features.square().mean((0, 1)).sqrt()
+            batch["features"] = features + scale * torch.randn(features.shape)
+            value, right = loss(head, embedding, batch, args.steps)
         value.backward()
         torch.nn.utils.clip_grad_norm_(rest, 1.0)
         muon.step()
@@ -198,23 +176,20 @@ def main() -> None:
         muon.zero_grad()
         adam.zero_grad()
         step += 1
-        smooth = (
-            torch.tensor(right) if smooth is None else 0.98 * smooth + 0.02 * torch.tensor(right)
-        )
+        now = torch.tensor(right)
+        smooth = now if smooth is None else 0.98 * smooth + 0.02 * now
         if step % 200 == 0:
-            print(
-                f"step {step}, {100 * spent:.0f}%, loss {float(value):.3f}, first choice right {[round(float(x), 3) for x in smooth]}",
-                flush=True,
-            )
+            shares = f"first choice right {[round(float(x), 3) for x in smooth]}"
+            figures = f"step {step}, {100 * spent:.0f}%, loss {float(value):.3f}"
+            print(f"{figures}, {shares}", flush=True)
             head.save(args.out)
     head.save(args.out)
     with torch.no_grad():
-        for kind in sorted({sequence["kind"] for sequence in held}):
-            rows = [sequence for sequence in held if sequence["kind"] == kind][:48]
+        for kind in sorted({row["kind"] for row in held_out}):
+            rows = [row for row in held_out if row["kind"] == kind][:48]
             right = loss(head, embedding, collate(rows, lookup), args.steps)[1]
-            print(
-                f"{step} steps; {kind}: held-out first choice right by depth {[round(x, 3) for x in right]}"
-            )
+            shares = [round(x, 3) for x in right]
+            print(f"{step} steps; {kind}: held-out first choice right by depth {shares}")
 
 
 if __name__ == "__main__":
