@@ -106,4 +106,4 @@ def test_flashinfers_mask_says_the_same():
 
 
 def test_the_readme_shows_the_same_step():
-    assert blocks("README.md") == [SETUP, STEP]
+    assert blocks("README.md") == [STEP]
