@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 
 HERE = Path(__file__).parent
 LINES = {
-    "goodput tree": ("throughput-optimal, nothing tuned", "#33658a", (256, 1.07)),
+    "throughput-optimal tree": ("throughput-optimal, nothing tuned", "#33658a", (256, 1.07)),
     "EAGLE tree": ("EAGLE tree, best of 11 shapes", "#e9a13b", (256, 0.66)),
     "ECHO (paper)": ("ECHO as published, best of 12", "#2a7f62", (256, 0.82)),
 }
