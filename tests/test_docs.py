@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import importlib
+import json
 import pkgutil
 import re
 from pathlib import Path
@@ -49,6 +50,23 @@ def test_words_are_the_fields(page):
     prose = QUOTED.sub("", page.read_text())
     found = re.finditer(rf"\b(?:{OURS})\b", prose, re.IGNORECASE)
     assert [match[0] for match in found] == []
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/benchmarks.md"])
+def test_the_replay_table_is_what_was_measured(page):
+    cells = json.loads((ROOT / "benchmarks/results/replay.json").read_text())["cells"]
+    panel = cells["dense, knee at 256 rows"]
+    ours = next(name for name in panel if name.endswith(" tree") and name != "EAGLE tree")
+    measured = {
+        "EAGLE": "EAGLE tree",
+        "ECHO, the paper": "ECHO (paper)",
+        "global ranking": "global top-K",
+        "throughput-optimal": ours,
+    }
+    table = (ROOT / page).read_text().split("| batch | 1 | 8 |")[1].split("\n\n")[0]
+    for label, name in measured.items():
+        row = re.search(rf"^\| {label}.*?((?: \| [\d.]+){{6}})", table, re.MULTILINE)
+        assert row[1].split(" | ")[1:] == [f"{ratio:.2f}" for ratio in panel[name]["ratio"][::-1]]
 
 
 def test_readme_is_short():
