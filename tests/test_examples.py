@@ -331,7 +331,7 @@ def test_the_real_engine_is_captured_whole(smollm2):
     assert 0 < counts.layers < 3 * counts.steps
 
 
-def test_what_a_step_of_the_engineRecording.launches(smollm2):
+def test_what_a_step_of_the_engine_launches(smollm2):
     """Operations and kernels of each captured part at depth 3, without the target's."""
     from echo import kernels
     from echo.testing.graphs import Recording
