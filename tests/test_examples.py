@@ -295,8 +295,7 @@ def real(model, tokenizer, scheduler, lanes, **options):
 
 def test_the_real_engine_is_captured_whole(smollm2):
     """Every part is captured and replayed, with speculation and without, sync-free."""
-    from echo.testing import RecordedGraphs
-    from echo.testing import RefuseSyncs
+    from echo.testing import RecordedGraphs, RefuseSyncs
     from echo.testing.graphs import Recording
     from model import encode
 
