@@ -9,9 +9,10 @@ from torch import Tensor
 
 from echo import _checks as checks
 from echo import kernels
+from echo._checks import copy_into
 from echo.kernels.codes import Status
 from echo.tree.accept import Accepted
-from echo.tree.packed import PackedTree, copy_into
+from echo.tree.packed import PackedTree
 
 
 @dataclass(frozen=True)

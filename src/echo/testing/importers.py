@@ -15,10 +15,10 @@ from torch import Tensor
 
 from echo import _checks as checks
 from echo._checks import EchoError
-from echo.tree.build import from_arrays, host, refuse
-from echo.tree.layouts.ragged import Chains, FlashInferMask
-from echo.tree.layouts.uniform import HuggingFaceInputs, SGLangLinks, TensorRTLinks
+from echo.tree.layouts import Chains, FlashInferMask, HuggingFaceInputs, SGLangLinks, TensorRTLinks
 from echo.tree.packed import WORD, PackedTree, pack
+from echo.tree.supertree import SuperTree
+from echo.tree.validate import host, refuse
 
 Array = NDArray[Any]
 
@@ -445,7 +445,7 @@ def _packed(
     token, parent = (
         torch.from_numpy(x[:, :width].astype(np.int64)).to(device) for x in (tokens, parents)
     )
-    tree = from_arrays(
+    tree = SuperTree.from_arrays(
         token,
         parent,
         torch.zeros_like(token, dtype=torch.float32),
