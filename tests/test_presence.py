@@ -385,7 +385,7 @@ def test_what_lies_behind_the_end_of_an_answer_counts_nowhere(ends):
 )
 def test_where_an_answer_ends(tokens, ends, expected):
     _, _, packed = chain()
-    limits = torch.tensor([ends["limits"]]) if "limits" in ends else None
+    limits = torch.tensor([ends["max_new_tokens"]]) if "max_new_tokens" in ends else None
     eos_tokens = torch.tensor(ends["eos"]) if "eos" in ends else None
     accepted = echo.accept(packed, torch.tensor(tokens)).truncate(
         eos_tokens=eos_tokens, max_new_tokens=limits

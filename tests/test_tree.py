@@ -274,7 +274,7 @@ def test_a_ready_made_tree_may_be_ragged():
     ]
     assert packed.invalid.tolist() == [0, 0, 0]
     with pytest.raises(
-        echo.EchoError, match="tree: expected a tree .*, got one of 3 layers"
+        echo.EchoError, match=r"tree: expected a tree .*, got one of 3 layers"
     ):
         scheduler.grow_from(grown, ready, k=4)
     with pytest.raises(echo.EchoError, match=r"ready.batch: expected an int from 2 to 2, got 3"):

@@ -71,7 +71,7 @@ def eager(scheduler, inputs, depth, rows, history, stats):
     lists = compact(
         packed,
         accepted,
-        inputs["context"],
+        inputs["prefix_lens"],
         page_table=inputs["table"],
         page_size=PAGE,
         pad_slot_id=0,
