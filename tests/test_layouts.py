@@ -623,6 +623,6 @@ def test_bad_input_names_the_argument():
     mask = layouts.flashinfer(packed, good, 400, bits=False)
     mask.mask[1] = False
     with pytest.raises(
-        echo.EchoError, match="mask: request 0, row 0: expected the whole context visible"
+        echo.EchoError, match="mask: request 0, row 0: expected the whole prefix visible"
     ):
         importers.from_flashinfer(mask, packed.tokens)

@@ -1,8 +1,8 @@
 """A packed step in the layout that an engine's kernels read.
 
 Sync-free: shapes come from host integers, and ``out=`` takes an engine's persistent buffers. The
-inverses, in :mod:`echo.testing`, work on the host and check everything. B requests, N rows, n rows
-of every request in a uniform layout.
+inverses are in :mod:`echo.testing.importers`. B requests, N rows, n rows of every request in a
+uniform layout.
 
 ======================  ==================================  =====================================
 layout                  exporter, importer                  cost
