@@ -14,12 +14,11 @@ from torch import Tensor
 
 from echo import _checks as checks
 from echo import kernels
-from echo._checks import copy_into
 from echo.budget.history import BINS, SKIP
 from echo.budget.rules import GlobalRank, Rule, TwoLevel
 from echo.gating.gates import Gate, SparseGate
 from echo.kernels.codes import Status
-from echo.tree.packed import PackedTree
+from echo.tree.packed import PackedTree, copy_into
 from echo.tree.supertree import Frontier, Layer, SuperTree
 
 WRITTEN = ("tokens", "parent", "depth", "request", "indptr", "mask", "score", "node", "committed")

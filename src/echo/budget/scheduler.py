@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from echo import _checks as checks
-from echo._checks import EchoError, HostInts, copy_into
+from echo._checks import EchoError, HostInts
 from echo.budget import fused
 from echo.budget.goodput import ThroughputOptimal, Tier
 from echo.budget.history import History, summarize
@@ -22,7 +22,7 @@ from echo.gating.calibration import Calibration
 from echo.gating.gates import Gate, SparseGate
 from echo.kernels.codes import Status
 from echo.tree.build import children
-from echo.tree.packed import WORD, PackedTree, pack
+from echo.tree.packed import WORD, PackedTree, copy_into, pack
 from echo.tree.supertree import (
     DEAD_SCORE,
     Frontier,
