@@ -221,7 +221,8 @@ def test_sglang_masks_are_the_oracle_and_come_back(case, more):
     )
     if n > 32:
         with pytest.raises(
-            echo.EchoError, match=f"max_verify_tokens_per_req: expected an int from 1 to 32, got {n}"
+            echo.EchoError,
+            match=f"max_verify_tokens_per_req: expected an int from 1 to 32, got {n}",
         ):
             layouts.sglang_mask(case.packed, n, "QLEN_ONLY_BITPACKING")
         return

@@ -50,7 +50,7 @@ def test_released_tokens_are_reassigned_where_the_budget_is_shared():
     assert (counts.released, counts.reassigned) == (3, 2)
 
 
-def test_a_budget_for_each_request_deals_nothing_again():
+def test_a_budget_for_each_request_reassigns_nothing():
     scheduler = echo.ElasticBudgetScheduler(
         echo.PerRequest(3, 2), echo.BeamMassGate((1,), -0.5, 1), None, 2
     )

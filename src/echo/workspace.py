@@ -48,9 +48,9 @@ class Workspace:
 
     Args:
         scheduler: the policy, without request weights.
-        lanes: most requests of a step, empty lanes included.
+        lanes: maximum number of requests of a step, empty lanes included.
         k: candidates that the drafter returns for each node: one number, or one for each depth.
-        num_verify_tokens: most verify tokens of a step, roots included.
+        num_verify_tokens: maximum of a step, roots included.
         max_num_reqs: requests of the history. Defaults to ``lanes``.
         device: of the buffers.
         packed: another workspace's ``packed``, of as many rows and mask words, to pack into, so
@@ -112,7 +112,7 @@ class Workspace:
 
         i8, i32, f32, yes = torch.int8, torch.int32, torch.float32, torch.bool
         total = self._ends[-1]
-        most, layers = min(total, n, scheduler.max_verify_tokens_per_req), range(depth + 1)
+        keys, layers = min(total, n, scheduler.max_verify_tokens_per_req), range(depth + 1)
         node = new(lanes, total, dtype=f32), new(lanes, total, dtype=yes)
         self._nodes = Nodes(new(lanes, total), new(lanes, total), *node)
         kinds = torch.int64, torch.int64, torch.int64, f32, yes  # of a frontier's columns
@@ -127,7 +127,7 @@ class Workspace:
         self._num_layers = new(dtype=i32)
         self._scratch = {
             "place": new(lanes * total, dtype=i32), "share": new(lanes, dtype=i32),
-            "counts": new(lanes), "key": new(lanes * most),
+            "counts": new(lanes), "key": new(lanes * keys),
             "cost": new(lanes * total, dtype=i32), "gain": new(lanes * total, dtype=f32),
         }  # fmt: skip
         self.packed = packed or PackedTree(
@@ -167,8 +167,8 @@ class Workspace:
         Raises:
             EchoError: more than that.
         """
-        most = self.num_verify_tokens
-        self._budget.fill_(checks.integer("num_verify_tokens", num_verify_tokens, 1, most))
+        bound = self.num_verify_tokens
+        self._budget.fill_(checks.integer("num_verify_tokens", num_verify_tokens, 1, bound))
 
     def begin(
         self,

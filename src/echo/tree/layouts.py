@@ -500,7 +500,7 @@ def flashinfer(
         packed: the step.
         prefix_lens: int32 or int64 [B], tokens in each request's cache before this step.
         size: entries of the mask, bytes if packed, at least what the batch needs, known to the
-            host: with the longest prefix P and the most rows q of a request,
+            host: with the longest prefix P and the largest tree q,
             ``B * ceil(q * (P + q) / 8)`` bytes are enough.
         bits: packed, least significant bit first, each request in bytes of its own; False: a bool
             an entry.

@@ -191,8 +191,8 @@ class SuperTree:
         live = limit > 0
         if verify_limits is not None:
             shape = list(limit.shape)
-            most = checks.tensor("verify_limits", verify_limits, shape, torch.int64, device)
-            limit = torch.minimum(limit, most.clamp(min=1)) * live
+            bound = checks.tensor("verify_limits", verify_limits, shape, torch.int64, device)
+            limit = torch.minimum(limit, bound.clamp(min=1)) * live
         n = num_verify_tokens
         n = max(sum(sizes.tolist()), 1) if n is None else n
         n = checks.integer("num_verify_tokens", n, max(count, 1))
