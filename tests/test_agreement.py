@@ -40,9 +40,9 @@ def drafted(rank: int, seed: int) -> echo.SuperTree:
     return tree
 
 
-def broadcast(wire: torch.Tensor) -> torch.Tensor:
-    dist.broadcast(wire, 0)
-    return wire
+def broadcast(buffer: torch.Tensor) -> torch.Tensor:
+    dist.broadcast(buffer, 0)
+    return buffer
 
 
 def serve(rank: int, store: str, out: str) -> None:
@@ -63,12 +63,12 @@ def serve(rank: int, store: str, out: str) -> None:
     gathered = [torch.empty_like(curve) for _ in range(RANKS)]
     dist.all_gather(gathered, curve)
     plan = SCHEDULER.agree_on_tier(torch.stack(gathered).numpy(), rank)
-    outlook = history.acceptance_histogram.sum().item()
+    histogram = history.acceptance_histogram.sum().item()
     np.savez(
         f"{out}/{rank}.npz",
         alone=torch.stack(alone),
         together=torch.stack(together),
-        plan=[plan.depth, plan.num_verify_tokens + base, outlook],
+        plan=[plan.depth, plan.num_verify_tokens + base, histogram],
     )
     dist.destroy_process_group()
 

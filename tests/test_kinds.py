@@ -71,7 +71,7 @@ CALLS = {
     "forecast, one kind": lambda k: SCHEDULER.choose_tier(
         SCHEDULER.history(4), torch.tensor([1, 2], dtype=torch.uint8), k(3)
     ),
-    "plant": lambda k: SCHEDULER.begin(torch.arange(3), num_verify_tokens=k(9)).num_verify_tokens,
+    "begin": lambda k: SCHEDULER.begin(torch.arange(3), num_verify_tokens=k(9)).num_verify_tokens,
     "pack": lambda k: (
         SCHEDULER.pack(SCHEDULER.begin(torch.arange(3)), num_verify_tokens=k(30)).num_rows
     ),
@@ -236,7 +236,7 @@ def test_limits_of_every_kind(limit):
     for wrong in (0, [0], 2.5, [True], None, [7, 7]):
         with pytest.raises(echo.EchoError, match="max_new_tokens: expected"):
             answer(max_new_tokens=wrong)
-    with pytest.raises(echo.EchoError, match="capacity: expected an int"):
+    with pytest.raises(echo.EchoError, match="max_verify_tokens_per_req: expected an int"):
         answer(max_verify_tokens_per_req=1.5)
 
 

@@ -220,7 +220,8 @@ def test_sglang_masks_are_the_oracle_and_come_back(case, more):
     )
     if n > 32:
         with pytest.raises(
-            echo.EchoError, match=f"n: expected at most 32 rows for QLEN_ONLY_BITPACKING, got {n}"
+            echo.EchoError,
+            match=f"max_verify_tokens_per_req: expected an int from 1 to 32, got {n}",
         ):
             layouts.sglang_mask(case.packed, n, "QLEN_ONLY_BITPACKING")
         return
@@ -597,21 +598,21 @@ def test_no_ragged_view_reads_back():
 def test_bad_input_names_the_argument():
     case = forest(1, 2, 9, empty=False)
     packed, good = case.packed, torch.tensor([3, 4])
-    context = r"context: expected int64 or int32 \[2\], got float32 \[2\]"
+    context = r"prefix_lens: expected int64 or int32 \[2\], got float32 \[2\]"
     for call, message in [
-        (lambda: layouts.sglang(packed, 0, good), r"n: expected an int >= 1, got 0"),
+        (lambda: layouts.sglang(packed, 0, good), r"max_verify_tokens_per_req: expected an int >= 1, got 0"),
         (lambda: layouts.sglang(packed, 9, good.float()), context),
-        (lambda: layouts.sglang_mask(packed, 9, "FULL_MASK"), r"mode: expected .* FULL_MASK with context and size, got 'FULL_MASK'"),
+        (lambda: layouts.sglang_mask(packed, 9, "FULL_MASK"), r"mode: expected .* FULL_MASK with prefix_lens and size, got 'FULL_MASK'"),
         (lambda: layouts.sglang_mask(packed, 9, "TREE"), r"mode: expected .* got 'TREE'"),
         (lambda: layouts.sglang_mask(packed, 9, "FULL_MASK", prefix_lens=good, size=5), r"size: expected an int >= 162, got 5"),
         (lambda: layouts.flashinfer(packed, good.float(), 9), context),
-        (lambda: layouts.hugging_face(packed, 9, good, -1, left_padded=False), r"past: expected an int >= 0, got -1"),
+        (lambda: layouts.hugging_face(packed, 9, good, -1, left_padded=False), r"past_len: expected an int >= 0, got -1"),
         (lambda: compact(packed, echo.accept(packed, packed.tokens), good.float()), context),
         (lambda: compact(packed, echo.accept(packed, packed.tokens), good, page_table=torch.zeros(2, 3).int()),
-         r"dummy: expected a slot that no request owns, to go with page_table, got None"),
+         r"pad_slot_id: expected a slot that no request owns, to go with page_table, got None"),
         (lambda: compact(packed, echo.accept(packed, packed.tokens), good, page_table=torch.zeros(2, 3).int(), pad_slot_id=0, past_len=4),
-         r"past: expected None, to go with page_table, got 4"),
-        (lambda: compact(packed, echo.accept(packed, packed.tokens), good, past_len=-1), r"past: expected an int >= 0, got -1"),
+         r"past_len: expected None, to go with page_table, got 4"),
+        (lambda: compact(packed, echo.accept(packed, packed.tokens), good, past_len=-1), r"past_len: expected an int >= 0, got -1"),
         (lambda: packed.slot_mapping(good, torch.zeros(2, 3).int(), 0, 0), r"page_size: expected an int >= 1, got 0"),
         (lambda: importers.from_sglang_mask(torch.ones(2, 9, 9).bool(), torch.arange(18), 9, "FULL_MASK"), r"mode: expected"),
         (lambda: importers.from_sglang_mask(torch.ones(9).bool(), torch.arange(2), 1, "FULL_MASK", prefix_lens=torch.tensor([3, 20])),
@@ -622,6 +623,6 @@ def test_bad_input_names_the_argument():
     mask = layouts.flashinfer(packed, good, 400, bits=False)
     mask.mask[1] = False
     with pytest.raises(
-        echo.EchoError, match="mask: request 0, row 0: expected the whole context visible"
+        echo.EchoError, match="mask: request 0, row 0: expected the whole prefix visible"
     ):
         importers.from_flashinfer(mask, packed.tokens)

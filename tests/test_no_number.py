@@ -196,17 +196,19 @@ class Spoiled(TabularTarget):
     def spoil(self, tokens, after):
         return torch.where(tokens == self.bad, -1, after)
 
-    def admit(self, slots, prompts):
-        return self.spoil(torch.stack([p[-1] for p in prompts]), super().admit(slots, prompts))
+    def admit(self, req_indices, prompts):
+        return self.spoil(
+            torch.stack([p[-1] for p in prompts]), super().admit(req_indices, prompts)
+        )
 
-    def verify(self, slots, packed):
+    def verify(self, req_indices, packed):
         assert (packed.tokens >= 0).all()
-        return self.spoil(packed.tokens, super().verify(slots, packed))
+        return self.spoil(packed.tokens, super().verify(req_indices, packed))
 
 
 class Watching(TabularDrafter):
-    def admit(self, slots, prompts, first):
-        assert len(slots) == len(prompts) == len(first) > 0 and (first >= 0).all()
+    def admit(self, req_indices, prompts, first):
+        assert len(req_indices) == len(prompts) == len(first) > 0 and (first >= 0).all()
 
 
 def right_text(prompt, limit, bad, eos):
@@ -220,9 +222,9 @@ def right_text(prompt, limit, bad, eos):
     return text, len(text) < limit
 
 
-@pytest.mark.parametrize("slots", [1, 2, 4])
+@pytest.mark.parametrize("max_num_reqs", [1, 2, 4])
 @pytest.mark.parametrize("bad", range(-1, 14))
-def test_decode_answers_what_is_right_of_each_prompt_and_names_the_others(bad, slots):
+def test_decode_answers_what_is_right_of_each_prompt_and_names_the_others(bad, max_num_reqs):
     target, drafter = Spoiled(LAW), Watching(blurred(LAW, seed=6, noise=0.2), k=3)
     target.bad = bad
     scheduler = echo.ElasticBudgetScheduler(
@@ -232,7 +234,13 @@ def test_decode_answers_what_is_right_of_each_prompt_and_names_the_others(bad, s
     eos = 4
     steps, error = (
         echo.decode(
-            scheduler, target, drafter, PROMPTS, max_num_reqs=slots, max_new_tokens=9, eos_token=eos
+            scheduler,
+            target,
+            drafter,
+            PROMPTS,
+            max_num_reqs=max_num_reqs,
+            max_new_tokens=9,
+            eos_token=eos,
         ),
         None,
     )

@@ -101,12 +101,12 @@ def test_zero_requests_are_a_step_of_pads(name, rows, backend):
             steps=1, layers=tree.depth, pad_tokens=packed.num_rows
         )
         assert len(echo.loop.warmup_log(tree, packed, accepted)) == 0
-        wire = packed.to_buffer()
+        buffer = packed.to_buffer()
         assert torch.equal(
             echo.PackedTree.from_buffer(
-                wire, batch=0, num_rows=packed.num_rows, words=2, max_depth=tree.depth
+                buffer, batch=0, num_rows=packed.num_rows, words=2, max_depth=tree.depth
             ).to_buffer(),
-            wire,
+            buffer,
         )
 
 
@@ -156,7 +156,7 @@ costs = st.builds(
     st.integers(0, 12),
     st.integers(0, 4),
 )
-def test_a_forecast_holds_every_live_request(cost, ranks, learnt, accepted):
+def test_a_tier_holds_every_live_request(cost, ranks, learnt, accepted):
     scheduler = replace(POLICIES["goodput"], budget=cost, probe_interval=3)
     history = scheduler.history(9)
     for _ in range(learnt):
@@ -192,8 +192,8 @@ def test_a_forecast_holds_every_live_request(cost, ranks, learnt, accepted):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", [name for name in POLICIES if name not in ("plain", "eagle")])
-def test_empty_lanes_need_no_row(name, backend):
-    """Two of sixteen lanes are live: 8 rows do, and the plan is that of the two alone."""
+def test_empty_lanes_need_no_verify_token(name, backend):
+    """Two of sixteen lanes are live: 8 verify tokens do, and the plan is that of the two alone."""
     scheduler, live = POLICIES[name], torch.zeros(16, dtype=torch.bool)
     live[[3, 9]] = True
     with kernels.using(backend):
@@ -215,7 +215,7 @@ def test_empty_lanes_need_no_row(name, backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("rows", [0, 1, 3, 8])
 @pytest.mark.parametrize("name", POLICIES)
-def test_more_live_requests_than_rows_wait_and_are_counted(name, rows, backend):
+def test_more_live_requests_than_verify_tokens_wait_and_are_counted(name, rows, backend):
     scheduler, live = POLICIES[name], torch.arange(12) != 1
     weights = {"request_weights": torch.ones(12)} if name == "two-level" else {}
     history = scheduler.history(12)
@@ -255,8 +255,8 @@ def test_more_live_requests_than_rows_wait_and_are_counted(name, rows, backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("there", [2, 13])
-def test_a_workspace_has_lanes_that_need_no_row(there, backend):
-    """Rows for half of its lanes: two live requests get what they get alone; of thirteen the first eight get a row each."""
+def test_a_workspace_has_lanes_that_need_no_verify_token(there, backend):
+    """Verify tokens for half of its lanes: two live requests get what they get alone; of thirteen the first eight get one each."""
     scheduler, live = POLICIES["calibrated"], torch.arange(16) >= 16 - there
     with kernels.using(backend):
         space = echo.Workspace(scheduler, 16, k=2, num_verify_tokens=8)
@@ -285,7 +285,7 @@ def test_a_workspace_has_lanes_that_need_no_row(there, backend):
     )
 
 
-def test_backends_plant_the_same_roots():
+def test_backends_begin_with_the_same_roots():
     if "triton" not in BACKENDS:
         pytest.skip("needs Triton's interpreter")
     generator = torch.Generator().manual_seed(0)
@@ -309,7 +309,7 @@ def test_backends_plant_the_same_roots():
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_dead_lane_that_shares_a_slot_changes_nothing(backend):
+def test_an_empty_lane_that_shares_a_request_index_changes_nothing(backend):
     scheduler, live = POLICIES["goodput"], torch.tensor([True, False, True, False])
     with kernels.using(backend):
         packed = scheduler.pack(
@@ -387,7 +387,7 @@ def test_what_lies_behind_the_end_of_an_answer_counts_nowhere(ends):
 )
 def test_where_an_answer_ends(tokens, ends, expected):
     _, _, packed = chain()
-    limits = torch.tensor([ends["limits"]]) if "limits" in ends else None
+    limits = torch.tensor([ends["max_new_tokens"]]) if "max_new_tokens" in ends else None
     eos_tokens = torch.tensor(ends["eos"]) if "eos" in ends else None
     accepted = echo.accept(packed, torch.tensor(tokens)).truncate(
         eos_tokens=eos_tokens, max_new_tokens=limits

@@ -28,7 +28,7 @@ def layer(*log_probs):
     return torch.tensor(log_probs)[:, None]
 
 
-def test_released_rows_are_dealt_again_where_the_budget_is_shared():
+def test_released_tokens_are_reassigned_where_the_budget_is_shared():
     """12 rows for 3 requests: a share of 4. The third fails the gate; of its 3 released rows both others take one each, one is a pad."""
     scheduler = echo.ElasticBudgetScheduler(
         echo.TwoLevel(2, 0), echo.SparseGate({1: 0.5}), budget=12, max_depth=2
@@ -50,7 +50,7 @@ def test_released_rows_are_dealt_again_where_the_budget_is_shared():
     assert (counts.released, counts.reassigned) == (3, 2)
 
 
-def test_a_budget_for_each_request_deals_nothing_again():
+def test_a_budget_for_each_request_reassigns_nothing():
     scheduler = echo.ElasticBudgetScheduler(
         echo.PerRequest(3, 2), echo.BeamMassGate((1,), -0.5, 1), None, 2
     )
@@ -62,7 +62,7 @@ def test_a_budget_for_each_request_deals_nothing_again():
     assert (counts.truncated, counts.released, counts.reassigned, counts.pad_tokens) == (1, 1, 0, 1)
 
 
-def test_rows_that_an_even_split_leaves_over_are_not_called_dealt_again():
+def test_the_remainder_of_an_even_split_is_not_called_reassigned():
     """5 rows for 2 requests: a share of 2, one row over. The gate stops the first one; the second's third row is the one left over."""
     scheduler = echo.ElasticBudgetScheduler(
         echo.TwoLevel(2, 0), echo.SparseGate({1: 0.5}), budget=5, max_depth=1
@@ -76,7 +76,7 @@ def test_rows_that_an_even_split_leaves_over_are_not_called_dealt_again():
     assert (counts.released, counts.reassigned, counts.pad_tokens) == (1, 0, 1)
 
 
-def test_starved_invalid_and_empty_slots():
+def test_starved_invalid_and_empty_requests():
     scheduler = echo.ElasticBudgetScheduler(echo.TwoLevel(1, 0), budget=4, max_depth=1)
     tree = scheduler.begin(torch.tensor([1, 2, 3, 4]), live=torch.tensor([True, True, True, False]))
     scores = layer([-0.1, float("nan")], [-0.2, -3.0], [-0.3, -3.0], [-0.1, -3.0])
@@ -145,7 +145,7 @@ def test_counters_of_another_batch_are_refused():
     scheduler = echo.ElasticBudgetScheduler.autoregressive()
     one, two = (scheduler.pack(scheduler.begin(torch.arange(n))) for n in (1, 2))
     with pytest.raises(
-        echo.EchoError, match=r"accepted.lengths: expected int64 \[2\], got int64 \[1\]"
+        echo.EchoError, match=r"accepted.num_emitted: expected int64 \[2\], got int64 \[1\]"
     ):
         echo.StepStats.empty().observe(two, echo.accept(one, torch.tensor([1])))
 
@@ -177,8 +177,7 @@ def test_prometheus_scrapes_what_was_counted(monkeypatch):
             assert [sample.labels for samples in families.values() for sample in samples] == [
                 {"model": "toy"}
             ] * len(METRICS)
-            expected = {"rows": counts.verify_tokens, "pad_rows": counts.pad_tokens, "accepted_tokens": counts.accepted_drafts, "emitted_tokens": counts.emitted_tokens,
-                        "released_rows": counts.released, "redealt_rows": counts.reassigned, "steps": counts.steps}  # fmt: skip
+            expected = {name: getattr(counts, member) for name, (member, _) in METRICS.items()}
             assert {name: families[f"echo_{name}"][0].value for name in expected} == expected
             assert counts.accepted_drafts and counts.reassigned
     finally:

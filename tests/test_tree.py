@@ -1,4 +1,4 @@
-"""Trees that no beam drafted, the step in an engine's cache, and the wire."""
+"""Trees that no beam drafted, the step in an engine's cache, and its broadcast."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ NO_RULE = echo.ElasticBudgetScheduler(
 
 
 @given(st.integers(0, 10_000), st.integers(1, 5), st.integers(0, 40), st.booleans())
-def test_a_tree_of_ones_own_is_dealt_as_a_drafted_one(seed, batch, more, two_level):
+def test_a_custom_tree_is_selected_from_as_a_drafted_one(seed, batch, more, two_level):
     """The best rows by path probability, whichever way the tree came in."""
     case = forest(seed, batch, 40)
     rule = echo.TwoLevel(2, 5) if two_level else echo.GlobalRank(4)
@@ -45,7 +45,7 @@ def test_a_tree_of_ones_own_is_dealt_as_a_drafted_one(seed, batch, more, two_lev
     assert sorted(packed.score[packed.depth > 0].tolist(), reverse=True) == pytest.approx(best)
 
 
-def test_a_row_limit_and_the_schedulers_own_limit_hold():
+def test_verify_limits_and_the_schedulers_own_limit_hold():
     tokens, parents = torch.arange(100)[None], torch.arange(-1, 99)[None]
     tree = echo.SuperTree.from_arrays(tokens, parents, torch.full((1, 100), -0.1))
     assert int(NO_RULE.select(tree).sum()) == 70
@@ -84,7 +84,7 @@ BAD = {
         r"parent: request 1, row 2: expected a row of the same request, 0 to 2, got -1",
     ),
     "no root": ([1, 2, 3], [0, 0, 0], r"parent: request 1, row 0: expected -1 for the root, got 0"),
-    "twins": (
+    "equal siblings": (
         [1, 2, 2],
         [-1, 0, 0],
         r"token: request 1, row 2: expected siblings that differ, got 2 twice under row 0",
@@ -120,8 +120,8 @@ def test_bad_scores_depths_and_lengths():
         echo.EchoError, match=r"parent: expected int64 or int32 \[1, 3\], got int64 \[1, 2\]"
     ):
         build(token, parent[:, :2], torch.zeros(1, 3))
-    with pytest.raises(echo.EchoError, match=r"rows: expected an int >= 1, got 0"):
-        build(token, parent, torch.zeros(1, 3), rows=0)
+    with pytest.raises(echo.EchoError, match=r"num_verify_tokens: expected an int >= 1, got 0"):
+        build(token, parent, torch.zeros(1, 3), num_verify_tokens=0)
 
 
 # Drafters that are not beams: one call each.
@@ -232,7 +232,7 @@ def test_ngram_trie_merges_prefixes():
 
 @given(policies(), st.integers(0, 10_000))
 def test_a_ready_made_tree_grows_as_a_drafted_one(policy, seed):
-    """Gates, purchases and dealing of any policy: the complete tree handed over at once gives the plan of the drafter."""
+    """Any policy, gates and commitments included: the complete tree at once gives the plan of the drafter."""
     scheduler, batch = policy
     scheduler = dataclasses.replace(scheduler, max_depth=min(scheduler.max_depth, 3))
     drafter, roots = TabularDrafter(table(20, seed), k=2), torch.arange(batch)
@@ -273,7 +273,7 @@ def test_a_ready_made_tree_may_be_ragged():
         echo.tree.Status.EXHAUSTED,
     ]
     assert packed.invalid.tolist() == [0, 0, 0]
-    with pytest.raises(echo.EchoError, match="tree: expected one just begun, got one of 3 layers"):
+    with pytest.raises(echo.EchoError, match=r"tree: expected .*, got one of 3 layers"):
         scheduler.grow_from(grown, ready, k=4)
     with pytest.raises(echo.EchoError, match=r"ready.batch: expected an int from 2 to 2, got 3"):
         scheduler.grow_from(scheduler.begin(torch.tensor([7, 8])), ready, k=4)
@@ -372,7 +372,7 @@ def test_slots_and_compaction_leave_exactly_the_accepted_text(seed, batch, page,
     accepted = echo.accept(packed, target)
     pages = 64 // page
     page_table = (torch.randperm(batch * pages) + 1).view(batch, pages).int()
-    assert page_table.min() == 1  # page 0 is the dummy's
+    assert page_table.min() == 1  # page 0 is the padding's
     cache = torch.full(((batch * pages + 1) * page,), -1)
     for b in range(batch):
         before = slot_mapping(torch.arange(int(context[b])), torch.tensor(b), page_table, page, 0)
@@ -387,7 +387,7 @@ def test_slots_and_compaction_leave_exactly_the_accepted_text(seed, batch, page,
     written = cache.clone()  # by an engine that writes rows where they belong, and copies none
     written[lists.target.flatten()] = packed.tokens[lists.gather.flatten()]
     cache[lists.target.flatten()] = cache[lists.source.flatten()]
-    assert torch.equal(written[1:], cache[1:])  # slot 0 is the dummy
+    assert torch.equal(written[1:], cache[1:])  # slot 0 is pad_slot_id
     flat = compact(packed, accepted, context)
     assert (flat.source >= flat.target).all()
     own = torch.full(
@@ -417,7 +417,7 @@ def test_slots_and_compaction_leave_exactly_the_accepted_text(seed, batch, page,
         assert lists.gather[b, : len(rows)].tolist() == rows and lists.valid[b].sum() == len(rows)
 
 
-def test_slots_beyond_the_page_table_are_the_dummy():
+def test_slots_beyond_the_page_table_are_pad_slot_id():
     case = forest(3, 2, 20, empty=False)
     slot = case.packed.slot_mapping(torch.tensor([3, 3]), torch.tensor([[1], [2]]), 4, 0)
     assert slot.tolist() == [
@@ -442,12 +442,16 @@ def test_slots_to_reserve_before_the_step():
     assert echo.ElasticBudgetScheduler(echo.TwoLevel(2, 2), budget=512).num_lookahead_slots(8) == 64
 
 
-def over_the_wire(packed):
+def through_a_buffer(packed):
     words = packed.mask.shape[1]
-    wire = packed.to_buffer()
-    assert wire.dtype == torch.int32 and wire.is_contiguous()
+    buffer = packed.to_buffer()
+    assert buffer.dtype == torch.int32 and buffer.is_contiguous()
     back = echo.PackedTree.from_buffer(
-        wire, batch=packed.batch, num_rows=packed.num_rows, words=words, max_depth=packed.max_depth
+        buffer,
+        batch=packed.batch,
+        num_rows=packed.num_rows,
+        words=words,
+        max_depth=packed.max_depth,
     )
     for field in dataclasses.fields(packed):
         one, two = getattr(packed, field.name), getattr(back, field.name)
@@ -455,37 +459,39 @@ def over_the_wire(packed):
             assert torch.equal(one, two) and one.dtype == two.dtype, field.name
         else:
             assert one == two
-    with pytest.raises(echo.EchoError, match="wire: expected int32"):
+    with pytest.raises(echo.EchoError, match="buffer: expected int32"):
         echo.PackedTree.from_buffer(
-            wire[1:],
+            buffer[1:],
             batch=packed.batch,
             num_rows=packed.num_rows,
             words=words,
             max_depth=packed.max_depth,
         )
-    return wire
+    return buffer
 
 
 @given(st.integers(0, 10_000), st.integers(1, 5))
-def test_the_wire_carries_every_bit(seed, batch):
+def test_a_buffer_carries_every_bit(seed, batch):
     packed = forest(seed, batch, 80, pads=2).packed
-    assert len(over_the_wire(packed)) == buffer_size(batch, packed.num_rows, packed.mask.shape[1])
+    assert len(through_a_buffer(packed)) == buffer_size(
+        batch, packed.num_rows, packed.mask.shape[1]
+    )
 
 
-def test_the_wire_carries_the_outlook_that_later_steps_are_planned_from():
+def test_a_buffer_carries_the_histogram_that_later_steps_are_planned_from():
     scheduler = echo.ElasticBudgetScheduler.throughput_optimal(
         CALIBRATION, echo.CostModel([1, 8, 16, 32], [1.0, 1.1, 1.5, 2.0]), beam=2
     )
-    packed = scheduler.pack(grow_all(scheduler, torch.arange(3), k=3, seed=0, rows=12))
+    packed = scheduler.pack(grow_all(scheduler, torch.arange(3), k=3, seed=0, num_verify_tokens=12))
     assert packed.acceptance_histogram is not None and packed.acceptance_histogram.sum() > 0
-    over_the_wire(packed)
+    through_a_buffer(packed)
 
 
 def test_ranks_whose_scores_differ_follow_one_plan():
     scheduler = echo.ElasticBudgetScheduler(echo.GlobalRank(2), budget=9, max_depth=3)
     first, second = (grow_all(scheduler, torch.arange(3), k=3, seed=seed) for seed in (1, 2))
     sent = []
-    led = scheduler.pack(first, sync=lambda wire: sent.append(wire) or wire)
+    led = scheduler.pack(first, sync=lambda buffer: sent.append(buffer) or buffer)
     followed = scheduler.pack(second, sync=lambda _: sent[0])
     assert torch.equal(led.tokens, followed.tokens) and torch.equal(led.mask, followed.mask)
     assert torch.equal(led.tokens, scheduler.pack(first).tokens)

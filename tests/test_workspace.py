@@ -60,7 +60,7 @@ def eager(scheduler, inputs, depth, rows, history, stats):
     tree = scheduler.begin(
         inputs["roots"],
         live=inputs["live"],
-        verify_limits=inputs["capacity"],
+        verify_limits=inputs["verify_limits"],
         num_verify_tokens=rows,
     )
     for tokens, log_probs in inputs["drafts"][:depth]:
@@ -70,7 +70,7 @@ def eager(scheduler, inputs, depth, rows, history, stats):
     lists = compact(
         packed,
         accepted,
-        inputs["context"],
+        inputs["prefix_lens"],
         page_table=inputs["table"],
         page_size=PAGE,
         pad_slot_id=0,
@@ -105,7 +105,7 @@ class Parts:
     def draft(self, lanes, depth):
         i = self.inputs
         tree = self.space.begin(
-            i["roots"][:lanes], live=i["live"][:lanes], verify_limits=i["capacity"][:lanes]
+            i["roots"][:lanes], live=i["live"][:lanes], verify_limits=i["verify_limits"][:lanes]
         )
         for tokens, log_probs in i["drafts"][:depth]:
             tree = self.space.grow(tree, tokens[:lanes], log_probs[:lanes])
@@ -118,7 +118,7 @@ class Parts:
         lanes, i = packed.batch, self.inputs
         accepted = self.space.accept(packed, i["target"][: packed.num_rows])
         pages = {"page_table": i["table"][:lanes], "page_size": PAGE, "pad_slot_id": 0}
-        lists = self.space.compact(packed, accepted, i["context"][:lanes], **pages)
+        lists = self.space.compact(packed, accepted, i["prefix_lens"][:lanes], **pages)
         self.space.observe(torch.arange(lanes), packed, accepted)
         return accepted, lists
 
@@ -149,7 +149,7 @@ def check(scheduler, lanes, rows, steps, graphs, seed=0):
         columns = {
             k: v
             for k, v in vars(packed).items()
-            if k not in ("max_depth", "drafted", "outlook", "expected")
+            if k not in ("max_depth", "num_layers", "acceptance_histogram", "expected")
         }
         same({k: columns[k] for k in columns}, {k: getattr(wanted[0], k) for k in columns})
         if not fair:

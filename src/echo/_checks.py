@@ -1,4 +1,7 @@
-"""Checks of arguments. Shapes, dtypes and devices are host facts: checking them reads nothing back from a device."""
+"""Checks of arguments. Each raises EchoError naming the argument, what was expected and what came.
+
+Shapes, dtypes and devices are host facts: checking them is sync-free.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import operator
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import fields, replace
 from numbers import Real
 from typing import Any, TypeVar
 
@@ -16,11 +20,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-ROUNDING = 2.0**-6
-"""The most by which a log-probability may be above 0: half a step of float16 logits up to 64, whose log-softmax was taken in float16, and
-more than the logarithm of a bfloat16 probability that is a step above 1. What is above was never a log-probability."""
 INTEGERS = (torch.int64, torch.int32)
 INT64 = torch.iinfo(torch.int64).max
+ROUNDING = 2.0**-6
+"""Greatest accepted log-probability: above 0 by half a step of float16 logits up to 64, whose
+log-softmax was taken in float16, or by a bfloat16 probability one step above 1."""
 HostInts = Sequence[int] | NDArray[Any] | Tensor
 """What :func:`integers` takes of several: a list, a numpy array or a CPU tensor."""
 
@@ -38,70 +42,73 @@ def tensor(
     dtypes: torch.dtype | Sequence[torch.dtype],
     device: torch.device | None = None,
 ) -> Tensor:
-    """``value`` if it is a tensor of that shape (a string stands for any size), of one of the dtypes, on the device.
-
-    Raises:
-        EchoError: naming the argument, what was expected and what came.
-    """
-    if isinstance(value, Tensor) and _matches(value, shape, dtypes):
+    """``value`` if a tensor of that shape (a string is any size), of one of the dtypes, there."""
+    wanted = (dtypes,) if isinstance(dtypes, torch.dtype) else dtypes
+    if isinstance(value, Tensor) and value.dtype in wanted and _fits(value.shape, shape):
         if device is not None and value.device != device:
             raise EchoError(f"{name}: expected a tensor on {device}, got one on {value.device}")
         return value
-    wanted = (dtypes,) if isinstance(dtypes, torch.dtype) else dtypes
-    text = f"{' or '.join(str(d).removeprefix('torch.') for d in wanted)} [{', '.join(str(s) for s in shape)}]"
+    kinds = " or ".join(str(d).removeprefix("torch.") for d in wanted)
+    text = f"{kinds} [{', '.join(str(s) for s in shape)}]"
     if isinstance(value, Tensor):
-        raise EchoError(
-            f"{name}: expected {text}, got {str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
-        )
+        kind = str(value.dtype).removeprefix("torch.")
+        raise EchoError(f"{name}: expected {text}, got {kind} {list(value.shape)}")
     raise EchoError(f"{name}: expected a tensor {text}, got {type(value).__name__}")
 
 
-def _matches(
-    value: Tensor, shape: Sequence[int | str], dtypes: torch.dtype | Sequence[torch.dtype]
-) -> bool:
-    if value.dtype is not dtypes and (isinstance(dtypes, torch.dtype) or value.dtype not in dtypes):
-        return False
-    sizes = value.shape
-    if len(sizes) != len(shape):
-        return False
-    for size, n in zip(sizes, shape, strict=True):
-        if size != n and not isinstance(n, str):
-            return False
-    return True
+def _fits(sizes: Sequence[int], shape: Sequence[int | str]) -> bool:
+    return len(sizes) == len(shape) and all(
+        isinstance(n, str) or size == n for size, n in zip(sizes, shape, strict=True)
+    )
+
+
+def copy_into(out: T | None, value: T) -> T:
+    """``value``; or ``out``, a tensor or a dataclass of tensors, with the value's copied into it.
+
+    Every buffer must have the shape, dtype and device of what it gets; all are checked before the
+    first is written. Where a field of ``out`` is None or no tensor, the value's own is passed on.
+    """
+    if out is None:
+        return value
+    new: Any = value
+    old: Any = out
+    if isinstance(new, Tensor):
+        buffer: T = tensor("out", old, new.shape, new.dtype, new.device).copy_(new)  # type: ignore[assignment]
+        return buffer
+    host, pairs = {}, []
+    for name in [field.name for field in fields(instance("out", old, type(new)))]:
+        part, into = getattr(new, name), getattr(old, name)
+        if isinstance(part, Tensor) and into is not None:
+            tensor(f"out.{name}", into, part.shape, part.dtype, part.device)
+            pairs.append((into, part))
+        else:
+            host[name] = part
+    for into, part in pairs:
+        if into is not part:
+            into.copy_(part)
+    written: T = replace(old, **host)
+    return written
 
 
 def instance(name: str, value: object, kind: type[T]) -> T:
-    """``value`` if it is one.
-
-    Raises:
-        EchoError: naming the argument, what was expected and what came.
-    """
+    """``value`` if it is an instance of ``kind``."""
     if not isinstance(value, kind):
-        raise EchoError(
-            f"{name}: expected {'an' if kind.__name__[0] in 'AEIOU' else 'a'} {kind.__name__}, got {type(value).__name__}"
-        )
+        article = "an" if kind.__name__[0] in "AEIOU" else "a"
+        got = type(value).__name__
+        raise EchoError(f"{name}: expected {article} {kind.__name__}, got {got}")
     return value
 
 
 def follows(name: str, value: object, protocol: type[object]) -> None:
-    """Checks that ``value`` has all that the protocol asks for.
-
-    Raises:
-        EchoError: naming the argument, what was expected and what came.
-    """
+    """Check that ``value`` is an object with every member of the protocol."""
     wanted = [part for part in vars(protocol) if not part.startswith("_") or part == "__call__"]
     if isinstance(value, type) or not all(hasattr(value, part) for part in wanted):
-        raise EchoError(
-            f"{name}: expected a {protocol.__name__} ({', '.join(wanted)}), got {value!r}"
-        )
+        expected = f"{protocol.__name__} ({', '.join(wanted)})"
+        raise EchoError(f"{name}: expected a {expected}, got {value!r}")
 
 
 def integer(name: str, value: object, low: int, high: int | None = None) -> int:
-    """``value`` as an int if it is one of any kind (Python's, numpy's, a tensor of no dimension on the host), within [low, high].
-
-    Raises:
-        EchoError: naming the argument, what was expected and what came.
-    """
+    """``value`` as an int within [low, high]: Python's, numpy's, or a 0-d CPU tensor."""
     number = value if type(value) is int else _whole(value)
     if number is not None and number >= low and (high is None or number <= high):
         return number
@@ -109,10 +116,10 @@ def integer(name: str, value: object, low: int, high: int | None = None) -> int:
 
 
 def _whole(value: object) -> int | None:
-    """An integer of any kind; None of what is none. A bool is none, and a tensor on a device must not be waited for."""
-    if isinstance(value, bool) or (
-        isinstance(value, Tensor) and (value.dtype == torch.bool or value.dim() or not value.is_cpu)
-    ):
+    """An integer of any kind, else None. A bool is none; a tensor on a device would synchronize."""
+    if isinstance(value, Tensor):
+        value = value.item() if value.is_cpu and not value.dim() else None
+    if isinstance(value, bool):
         return None
     try:
         return operator.index(value)  # type: ignore[arg-type]
@@ -121,17 +128,12 @@ def _whole(value: object) -> int | None:
 
 
 def integers(name: str, value: object, low: int, high: int | None = None) -> NDArray[np.int64]:
-    """``value`` as int64 [n], or [] of a single one, if it is integers of any kind within [low, high], known to the host.
+    """Integers within [low, high], known to the host, as int64 [n]; [] of a single one.
 
-    Args:
-        name: of the argument.
-        value: an integer, a sequence or numpy array of them, or a tensor of no or one dimension on the host.
-        low, high: what each must be within.
-
-    Raises:
-        EchoError: naming the argument, what was expected and what came.
+    ``value`` is an integer, a sequence or array of them, or a CPU tensor of at most one dimension.
     """
-    expected = f"{name}: expected ints {_range(low, high)} on the host (one, a list, an array or a CPU tensor)"
+    kinds = "(one, a list, an array or a CPU tensor)"
+    expected = f"{name}: expected ints {_range(low, high)} on the host {kinds}"
     if isinstance(value, Tensor):
         if not value.is_cpu:
             raise EchoError(f"{expected}, got a tensor on {value.device}")
@@ -153,11 +155,7 @@ def integers(name: str, value: object, low: int, high: int | None = None) -> NDA
 
 
 def ints(name: str, values: object, low: int, high: int | None = None) -> tuple[int, ...]:
-    """Several integers as Python's, from what :func:`integers` takes but for a single one.
-
-    Raises:
-        EchoError: naming the argument, what was expected and what came.
-    """
+    """As :func:`integers`, several of them, as Python's."""
     found = integers(name, values, low, high)
     if found.ndim == 0:
         raise EchoError(f"{name}: expected ints {_range(low, high)}, several, got {values!r}")
@@ -165,53 +163,38 @@ def ints(name: str, values: object, low: int, high: int | None = None) -> tuple[
 
 
 def real(name: str, value: object, low: float, high: float | None = None) -> float:
-    """``value`` as a float if it is a finite number of any kind, as in :func:`integer`, within [low, high].
-
-    Raises:
-        EchoError: naming the argument, what was expected and what came.
-    """
-    scalar = (
-        isinstance(value, Tensor)
-        and value.is_cpu
-        and value.dim() == 0
-        and not value.is_complex()
-        and value.dtype != torch.bool
-    )
-    if (isinstance(value, Real) or scalar) and not isinstance(value, bool):
-        number = float(value)  # type: ignore[arg-type]
-        if low <= number <= (sys.float_info.max if high is None else high):
-            return number
+    """``value`` as a finite float within [low, high]; of any kind, as in :func:`integer`."""
+    scalar = isinstance(value, Tensor) and value.is_cpu and not value.dim()
+    number: Any = value.item() if scalar else value  # type: ignore[attr-defined]
+    if not isinstance(number, bool) and isinstance(number, Real):
+        found = float(number)
+        if low <= found <= (sys.float_info.max if high is None else high):
+            return found
     raise EchoError(f"{name}: expected a number {_range(low, high)}, got {value!r}")
 
 
 def integer_field(owner: object, name: str, low: int, high: int | None = None) -> None:
-    """Makes a field of a frozen dataclass an int, as :func:`integer` does."""
+    """Make a field of a frozen dataclass an int, as :func:`integer` does."""
     object.__setattr__(owner, name, integer(name, getattr(owner, name), low, high))
 
 
 def real_field(owner: object, name: str, low: float, high: float | None = None) -> None:
-    """Makes a field of a frozen dataclass a float, as :func:`real` does."""
+    """Make a field of a frozen dataclass a float, as :func:`real` does."""
     object.__setattr__(owner, name, real(name, getattr(owner, name), low, high))
 
 
 def instead(score: float, scores: Iterable[float]) -> str:
-    """What ``scores`` that hold such a ``score`` are likely to be instead of log-probabilities; nothing where it might be one, or NaN."""
+    """A hint what ``scores`` with such a ``score`` are, if not log-probabilities; "" if unknown."""
     if not ROUNDING < score < math.inf:
         return ""
-    return (
-        " (probabilities? take their logarithm)"
-        if all(0 <= q <= 1 for q in scores)
-        else " (logits? take their log-softmax)"
-    )
+    if all(0 <= q <= 1 for q in scores):
+        return " (probabilities? take their logarithm)"
+    return " (logits? take their log-softmax)"
 
 
 @contextmanager
 def reading(expected: str) -> Iterator[None]:
-    """Whatever goes wrong in the block, where a file or a text is taken apart, says what was ``expected`` of it.
-
-    Raises:
-        EchoError: in place of every other error than itself and a missing file.
-    """
+    """Turn every error of the block, but EchoError and a missing file, into EchoError."""
     try:
         yield
     except (EchoError, FileNotFoundError):

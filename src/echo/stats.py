@@ -1,4 +1,4 @@
-"""What a server counts of its steps: added up on the device, read when somebody asks."""
+"""What a server counts of its steps: summed on the device, copied to the host when asked."""
 
 from __future__ import annotations
 
@@ -9,32 +9,35 @@ from torch import Tensor
 
 from echo import _checks as checks
 from echo import kernels
+from echo._checks import copy_into
 from echo.kernels.codes import Status
 from echo.tree.accept import Accepted
-from echo.tree.packed import PackedTree, copy_into
+from echo.tree.packed import PackedTree
 
 
 @dataclass(frozen=True)
 class StepCounts:
     """Totals on the host since :meth:`StepStats.empty`.
 
-    A *share* is what an even split would give a request of a step: N rows over its live requests, rounded down.
+    A *share* is an even split of a step: its verify tokens over its live requests, rounded down.
 
     Attributes:
         steps: steps observed.
-        layers: depths of their trees, summed: layers / steps is the mean draft depth, and 0 says that speculation was off.
-        requests: requests verified in each step, summed; each has one root row, and emits one token of the target's own unless silent.
-        verify_tokens: rows verified for requests, roots included.
-        pad_tokens: rows launched and given to nobody.
-        accepted_drafts: drafted rows accepted, whose own token was emitted too.
-        truncated: requests of a step that failed a gate.
-        starved: requests of a step that passed and found no row left to buy.
-        released: rows that truncated requests hold less than their share.
-        reassigned: those of them that other requests hold beyond their shares. What was released and not re-dealt was launched as pads:
-            never more than ``pad_tokens``. A rule with a budget for each request re-deals nothing.
-        invalid: faulty draft scores, as :attr:`SuperTree.invalid` counts them.
-        no_output: verified requests of a step that emitted nothing: the target had no number for the root, or their answer was over.
-        not_scheduled: live requests of a step that got no row, because more were live than it has rows; they keep their root.
+        layers: layers drafted; over ``steps`` the mean draft depth, 0 where speculation was off.
+        requests: requests verified, summed over steps; each has one root.
+        verify_tokens: tokens verified for requests, roots included.
+        pad_tokens: pad rows launched.
+        accepted_drafts: drafts accepted whose own token was emitted too.
+        truncated: requests that failed a gate, summed over steps.
+        starved: requests that passed and found no verify token remaining, likewise.
+        released: verify tokens by which truncated requests stay below their share.
+        reassigned: those of them that other requests get beyond their shares; the rest were pads. A
+            rule with a budget for each request reassigns none.
+        invalid: faulty draft scores, as :attr:`SuperTree.invalid`.
+        no_output: verified requests that emitted nothing, summed over steps: the target had no
+            token for the root, or the answer was over.
+        not_scheduled: live requests without a verify token, likewise: more were live than the step
+            has tokens. They keep their root.
     """
 
     steps: int = 0
@@ -53,36 +56,36 @@ class StepCounts:
 
     @property
     def draft_tokens(self) -> int:
-        """Drafted rows verified: rows without roots."""
+        """Drafts verified: verify tokens without roots."""
         return self.verify_tokens - self.requests
 
     @property
     def emitted_tokens(self) -> int:
-        """Tokens emitted: accepted drafts, and one of the target's own for each verified request of a step that was not silent."""
+        """Accepted drafts, and a bonus token for each verified request with output."""
         return self.accepted_drafts + self.requests - self.no_output
 
     @property
     def tokens_per_step(self) -> float:
-        """Tokens that a request emits in a step, on average; 0 before the first step."""
+        """Mean tokens that a request emits in a step; 0 before the first."""
         return self.emitted_tokens / self.requests if self.requests else 0.0
 
 
 @dataclass(frozen=True)
 class StepStats:
-    """Counters of a serving loop; a value: :meth:`observe` returns the next one, and nothing is read back before :meth:`read`.
+    """Counters of a serving loop, a value: :meth:`observe` returns the next one.
 
-    Counters of several ranks or loops add up: ``StepStats(a.counts + b.counts)``.
+    Those of several ranks or loops add up: ``StepStats(a.counts + b.counts)``.
 
     Attributes:
         counts: int64 [13], in the order of :class:`StepCounts`.
 
     Example:
         >>> import echo
-        >>> scheduler = echo.ElasticBudgetScheduler.eagle(max_verify_tokens_per_req=3, beam=2, max_depth=1)
-        >>> first_layer = torch.tensor([[1, 2]]), torch.tensor([[-0.2, -2.0]])
-        >>> packed = scheduler.pack(scheduler.begin(torch.tensor([7]), first_layer=first_layer))
-        >>> stats = StepStats.empty().observe(packed, echo.accept(packed, torch.tensor([1, 5, 6])))
-        >>> stats.read().rows, stats.read().emitted
+        >>> tree = echo.SuperTree.from_paths(torch.tensor([7]), [[[1, 2]]])
+        >>> packed = echo.ElasticBudgetScheduler(echo.GlobalRank(1), budget=3).pack(tree)
+        >>> accepted = echo.accept(packed, torch.tensor([1, 5, 6]))
+        >>> counts = StepStats.empty().observe(packed, accepted).read()
+        >>> counts.verify_tokens, counts.emitted_tokens
         (3, 2)
     """
 
@@ -96,57 +99,51 @@ class StepStats:
     def observe(
         self, packed: PackedTree, accepted: Accepted, *, out: StepStats | None = None
     ) -> StepStats:
-        """After a step, on the device: one launch on a GPU, fixed shapes, sync-free.
+        """Add a step: one launch on a GPU, fixed shapes, sync-free.
 
         Args:
             packed, accepted: the step.
-            out: counters, these too, to which is written.
+            out: counters to write to, which may be these.
 
         Raises:
             EchoError: another batch, or counters on another device.
         """
-        checks.instance("packed", packed, PackedTree)
-        lengths = checks.instance("accepted", accepted, Accepted).num_emitted
-        checks.tensor("accepted.lengths", lengths, [packed.batch], torch.int64, self.counts.device)
+        batch, device = checks.instance("packed", packed, PackedTree).batch, self.counts.device
+        emitted = checks.instance("accepted", accepted, Accepted).num_emitted
+        checks.tensor("accepted.num_emitted", emitted, [batch], torch.int64, device)
         layers = packed.max_depth if packed.num_layers is None else packed.num_layers
-        if kernels.use_triton(lengths):
+        if kernels.use_triton(emitted):
             from echo.kernels import observe
 
-            state = packed.indptr, packed.status, lengths, packed.invalid
+            state = packed.indptr, packed.status, emitted, packed.invalid, packed.num_rows, layers
             to = out.counts if out is not None and out.counts.is_contiguous() else None
-            return copy_into(
-                out,
-                StepStats(
-                    observe.count(*state, packed.num_rows, layers, self.counts.contiguous(), out=to)
-                ),
-            )
-        rows = packed.indptr.diff().long()
-        live = rows > 0
-        real, requests = rows.sum(), live.sum()
+            counts = observe.count(*state, self.counts.contiguous(), out=to)
+            return copy_into(out, StepStats(counts))
+        tokens, status = packed.indptr.diff().long(), packed.status
+        live = tokens > 0
+        total, requests = tokens.sum(), live.sum()
         share = packed.num_rows // requests.clamp(min=1)
-        truncated = live & (packed.status == int(Status.TRUNCATED))
-        released = ((share - rows).clamp(min=0) * truncated).sum()
-        odd = (
-            packed.num_rows - share * requests
-        )  # what an even split leaves over: beyond the shares, but released by nobody
-        beyond = ((rows - share).clamp(min=0) * live).sum() - odd
+        truncated = live & (status == int(Status.TRUNCATED))
+        released = ((share - tokens).clamp(min=0) * truncated).sum()
+        rest = packed.num_rows - share * requests  # beyond the shares, but released by no request
+        beyond = ((tokens - share).clamp(min=0) * live).sum() - rest
         step = [
-            real.new_ones(()),
-            layers.long() if isinstance(layers, Tensor) else real.new_full((), layers),
+            total.new_ones(()),
+            layers.long() if isinstance(layers, Tensor) else total.new_full((), layers),
             requests,
-            real,
-            packed.num_rows - real,
-            (lengths - 1).clamp(min=0).sum(),
+            total,
+            packed.num_rows - total,
+            (emitted - 1).clamp(min=0).sum(),
             truncated.sum(),
-            (live & (packed.status == int(Status.STARVED))).sum(),
+            (live & (status == int(Status.STARVED))).sum(),
             released,
             torch.minimum(released, beyond.clamp(min=0)),
             packed.invalid.sum(dtype=torch.int64),
-            (live & (lengths == 0)).sum(),
-            (~live & (packed.status != int(Status.EMPTY))).sum(),
+            (live & (emitted == 0)).sum(),
+            (~live & (status != int(Status.EMPTY))).sum(),
         ]
         return copy_into(out, StepStats(self.counts + torch.stack(step)))
 
     def read(self) -> StepCounts:
-        """The totals on the host: waits for the device once."""
+        """The totals on the host: one device-to-host sync."""
         return StepCounts(*self.counts.tolist())

@@ -1,15 +1,16 @@
 """A step's planning at fixed addresses, and the CUDA graphs that hold it.
 
-Launched one by one, the kernels of a step cost the host far more than they cost the device: 2.4 to 2.9 ms of launches for 0.13 ms of
-work at 256 requests on an H100. :class:`Workspace` owns the buffers that a step writes to, so that a CUDA graph can hold the step;
-:class:`Graphs` captures and replays. Its calls are those of :class:`~echo.ElasticBudgetScheduler`, with the same bits.
+Launched one by one, the kernels of a step cost the host far more than the device: 2.4 to 2.9 ms of
+launches for 0.13 ms of work at 256 requests on an H100. :class:`Workspace` owns the buffers that a
+step writes to, so that a CUDA graph can hold it; :class:`Graphs` captures and replays.
 """
 
 from __future__ import annotations
 
-import itertools
+import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import fields, is_dataclass, replace
+from itertools import accumulate
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -31,33 +32,34 @@ T = TypeVar("T")
 
 
 class Workspace:
-    """The buffers of a step: what is computed between two passes of the target lies at addresses that never change.
+    """The buffers of a step: its tensors lie at addresses that never change.
 
-    Each call below takes and returns the values that the scheduler's own call takes and returns; the tensors in them are views of these
-    buffers, valid until the same call is made again. With a GPU's kernels, a shipped rule and a :class:`SparseGate` or none, planning and
-    accepting a drafted step allocate nothing. Any prefix of the lanes can be planned, and any number of rows up to ``num_verify_tokens``:
-    a tier is a view.
+    Each call takes and returns what the scheduler's own does, with the same bits; the tensors are
+    views of these buffers, valid until the call is made again. With a GPU's kernels, a shipped rule
+    and a :class:`SparseGate` or none, a step allocates nothing. A step may be of any prefix of the
+    lanes and of any number of verify tokens up to ``num_verify_tokens``: a tier is a view.
 
-    Three captures hold a step, each keyed by what alone changes it, because an engine's grammar, penalties and sampler run between them:
-    *draft* (lanes, depth): :meth:`begin`, then the drafter and :meth:`grow` by turns; *plan* (lanes, depth, rows): :meth:`pack`; *accept*
-    (lanes, rows): :meth:`accept`, :meth:`compact`, :meth:`observe`, and what the engine and its drafter do with what was accepted. What
-    they need of the host changes between replays in two buffers: the rows of the step (:meth:`set_rows`) and what the caller gives to
-    :meth:`begin`.
+    Three captures hold a step, each keyed by what alone changes it, because an engine's grammar,
+    penalties and sampler run between them: *draft* (lanes, depth): :meth:`begin`, then the drafter
+    and :meth:`grow` by turns; *plan* (lanes, depth, verify tokens): :meth:`pack`; *accept* (lanes,
+    verify tokens): :meth:`accept`, :meth:`compact`, :meth:`observe`, and the engine's own part.
+    Between replays the host changes :meth:`set_num_verify_tokens` and the inputs of :meth:`begin`.
 
     Args:
-        scheduler: the policy; with weights it plans without a workspace.
-        lanes: the most requests of a step, empty lanes included.
-        k: candidates that the drafter returns after each node; one number, or one for each depth.
-        num_verify_tokens: the most rows of a step, roots included.
-        max_num_reqs: request slots of the history; as many as lanes where not given.
-        device: where all of it lies.
-        packed: another workspace's ``packed``, of as many rows and mask words, to pack into: the graphs of one target serve several policies.
+        scheduler: the policy, without request weights.
+        lanes: maximum number of requests of a step, empty lanes included.
+        k: candidates that the drafter returns for each node: one number, or one for each depth.
+        num_verify_tokens: maximum of a step, roots included.
+        max_num_reqs: requests of the history. Defaults to ``lanes``.
+        device: of the buffers.
+        packed: another workspace's ``packed``, of as many rows and mask words, to pack into, so
+            that one target's graphs serve several policies.
 
     Attributes:
-        packed: the widest step's columns; a step is their beginning.
-        history: :class:`History` of ``max_num_reqs`` slots, updated in place by :meth:`observe`. What the host counts (``tick``, ``idle``)
-            is counted outside: :meth:`History.advance`.
-        stats: :class:`StepStats`, updated in place likewise.
+        packed: the buffers of the largest step; a step is their beginning.
+        history: :class:`History`, updated in place by :meth:`observe`. What the host counts
+            (``tick``, ``idle``) is counted outside: :meth:`History.advance`.
+        stats: :class:`StepStats`, updated in place by :meth:`observe`.
 
     Raises:
         EchoError: an argument of the wrong kind or out of range.
@@ -67,7 +69,8 @@ class Workspace:
         >>> scheduler = echo.ElasticBudgetScheduler(echo.GlobalRank(2), budget=4, max_depth=1)
         >>> space = Workspace(scheduler, lanes=2, k=2, num_verify_tokens=4)
         >>> tree = space.begin(torch.tensor([7, 9]))
-        >>> tree = space.grow(tree, torch.tensor([[[1, 2]], [[3, 4]]]), torch.log(torch.tensor([[[0.9, 0.1]], [[0.6, 0.3]]])))
+        >>> tokens = torch.tensor([[[1, 2]], [[3, 4]]])
+        >>> tree = space.grow(tree, tokens, torch.log(torch.tensor([[[0.9, 0.1]], [[0.6, 0.3]]])))
         >>> space.pack(tree).tokens.tolist()
         [7, 1, 9, 3]
     """
@@ -90,79 +93,63 @@ class Workspace:
         given = checks.integers("k", k, 1)
         counts: list[int] = (given.repeat(depth) if given.ndim == 0 else given).tolist()
         if len(counts) != depth:
-            raise EchoError(
-                f"k: expected one number, or one for each of {depth} depths, got {len(counts)} numbers"
-            )
-        self._widths, self._sizes = [1], [1]
-        for each in counts:
-            self._sizes.append(self._widths[-1] * each)
+            expected = f"one number, or one for each of {depth} depths"
+            raise EchoError(f"k: expected {expected}, got {len(counts)} numbers")
+        self._widths, self._sizes = [1], [1]  # of each frontier and each layer
+        for count in counts:
+            self._sizes.append(self._widths[-1] * count)
             self._widths.append(min(scheduler.rule.beam, self._sizes[-1]))
-        self._ends = list(itertools.accumulate(self._sizes))
-        self._words, self._buys = (
-            -(-scheduler.max_verify_tokens_per_req // WORD),
-            type(scheduler.rule) is not GlobalRank,
-        )
+        self._ends = list(accumulate(self._sizes))
+        self._words = -(-scheduler.max_verify_tokens_per_req // WORD)
         self.history = scheduler.history(
             lanes if max_num_reqs is None else max_num_reqs, self.device
         )
         self.stats = StepStats.empty(self.device)
+
+        def new(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=self.device)
+
+        i8, i32, f32, yes = torch.int8, torch.int32, torch.float32, torch.bool
         total = self._ends[-1]
-        i8, i32, i64, f32, yes = torch.int8, torch.int32, torch.int64, torch.float32, torch.bool
-        self._nodes = Nodes(*(self._new(lanes, total, dtype=kind) for kind in (i64, i64, f32, yes)))
-        self._frontiers = [
-            tuple(self._new(lanes * width, dtype=kind) for kind in (i64, i64, i64, f32, yes))
-            for width in self._widths
-        ]
-        self._drafted = [self._new(lanes, dtype=yes) for _ in self._sizes]
-        self._status = [self._new(lanes, dtype=i8) for _ in self._sizes]
-        self._limit, self._invalid = self._new(lanes, dtype=i64), self._new(lanes, dtype=i32)
-        self._held = self._by_depth(lambda: self._new(lanes, dtype=i64))
-        self._left = self._by_depth(lambda: self._new(dtype=i64))
-        self._budget = torch.full((), n, dtype=i64, device=self.device)
-        self._layers = torch.zeros((), dtype=i32, device=self.device)
-        most = min(total, n, scheduler.max_verify_tokens_per_req)
-        wide = lanes * total
+        keys, layers = min(total, n, scheduler.max_verify_tokens_per_req), range(depth + 1)
+        node = new(lanes, total, dtype=f32), new(lanes, total, dtype=yes)
+        self._nodes = Nodes(new(lanes, total), new(lanes, total), *node)
+        kinds = torch.int64, torch.int64, torch.int64, f32, yes  # of a frontier's columns
+        self._frontiers = [[new(lanes * w, dtype=kind) for kind in kinds] for w in self._widths]
+        self._drafted = [new(lanes, dtype=yes) for _ in layers]
+        self._status = [new(lanes, dtype=i8) for _ in layers]
+        self._limits, self._invalid = new(lanes), new(lanes, dtype=i32)
+        once = type(scheduler.rule) is GlobalRank  # only the end selects: all depths share them
+        self._committed = [new(lanes)] * (depth + 1) if once else [new(lanes) for _ in layers]
+        self._remaining = [new()] * (depth + 1) if once else [new() for _ in layers]
+        self._budget = torch.full((), n, dtype=torch.int64, device=self.device)
+        self._num_layers = new(dtype=i32)
         self._scratch = {
-            "place": self._new(wide, dtype=i32), "share": self._new(lanes, dtype=i32), "counts": self._new(lanes, dtype=i64),
-            "key": self._new(lanes * most, dtype=i64), "cost": self._new(wide, dtype=i32), "gain": self._new(wide, dtype=f32),
+            "place": new(lanes * total, dtype=i32), "share": new(lanes, dtype=i32),
+            "counts": new(lanes), "key": new(lanes * keys),
+            "cost": new(lanes * total, dtype=i32), "gain": new(lanes * total, dtype=f32),
         }  # fmt: skip
-        self.packed = self._packed(n) if packed is None else packed
-        check(self.packed, lanes, n, self._words, self.device)
-        self._foresees = isinstance(scheduler.budget, CostModel) and depth > 0
-        self._outlook = self._new(lanes, depth, BINS, dtype=f32) if self._foresees else None
-        self._expected = self._new(lanes, depth, dtype=f32) if self._foresees else None
-        steps = lanes * (depth + 1)
-        self._emitted, self._walked = self._new(steps, dtype=i64), self._new(steps, dtype=i64)
-        self._ends_of = [
-            self._new(lanes, dtype=i64) for _ in range(3)
-        ]  # lengths, bonus tokens, where walks were cut
-        kinds = {
-            "accept_index": i32,
-            "gather": i64,
-            "valid": yes,
-            "positions": i64,
-            "source": i64,
-            "target": i64,
-        }
-        self._lists = {name: self._new(steps, dtype=kind) for name, kind in kinds.items()}
-        self._context = self._new(lanes, dtype=i64)
-        self._trees: dict[tuple[int, int], SuperTree] = {}
-
-    def _packed(self, n: int) -> PackedTree:
-        new, ints = self._new, torch.int32
-        return PackedTree(
-            tokens=new(n, dtype=torch.int64), parent=new(n, dtype=ints), depth=new(n, dtype=ints), request=new(n, dtype=ints),
-            indptr=new(self.lanes + 1, dtype=ints), mask=new(n, self._words, dtype=ints), score=new(n, dtype=torch.float32),
-            node=new(n, dtype=torch.int64), committed=new(n, dtype=torch.bool), status=new(self.lanes, dtype=torch.int8),
-            invalid=new(self.lanes, dtype=ints), max_depth=0,
+        self.packed = packed or PackedTree(
+            tokens=new(n), parent=new(n, dtype=i32), depth=new(n, dtype=i32),
+            request=new(n, dtype=i32), indptr=new(lanes + 1, dtype=i32),
+            mask=new(n, self._words, dtype=i32), score=new(n, dtype=f32), node=new(n),
+            committed=new(n, dtype=yes), status=new(lanes, dtype=i8),
+            invalid=new(lanes, dtype=i32), max_depth=0,
         )  # fmt: skip
-
-    def _new(self, *shape: int, dtype: torch.dtype) -> Tensor:
-        return torch.zeros(shape, dtype=dtype, device=self.device)
-
-    def _by_depth(self, make: Callable[[], Tensor]) -> list[Tensor]:
-        """A buffer for each depth where layers are bought one after another; one for all where only the end selects."""
-        return [make() for _ in self._sizes] if self._buys else [make()] * len(self._sizes)
+        check(self.packed, lanes, n, self._words, self.device)
+        self._summaries: dict[str, Tensor] = {}
+        if isinstance(scheduler.budget, CostModel) and depth:
+            shape = lanes, depth
+            self._summaries["acceptance_histogram"] = new(*shape, BINS, dtype=f32)
+            self._summaries["expected"] = new(*shape, dtype=f32)
+        steps = lanes * (depth + 1)
+        self._paths = [new(steps), new(steps)]  # tokens and rows accepted
+        self._ends_of_paths = [new(lanes) for _ in range(3)]  # num_emitted, bonus, cut_row
+        names = "gather", "positions", "source", "target"
+        self._lists = {"accept_index": new(steps, dtype=i32), "valid": new(steps, dtype=yes)}
+        self._lists |= {name: new(steps) for name in names}
+        self._prefix_lens = new(lanes)
+        self._trees: dict[tuple[int, int], SuperTree] = {}
 
     @property
     def nbytes(self) -> int:
@@ -171,14 +158,16 @@ class Workspace:
         return sum(seen.values())
 
     def set_num_verify_tokens(self, num_verify_tokens: int) -> None:
-        """Makes ``num_verify_tokens`` the budget of the next step, outside of the captured graphs: the draft graph reads it when it buys.
+        """Set the next step's budget, outside of the captured graphs: the draft graph reads it.
+
+        Args:
+            num_verify_tokens: roots included, at most the workspace's.
 
         Raises:
-            EchoError: more rows than ``num_verify_tokens``.
+            EchoError: more than that.
         """
-        self._budget.fill_(
-            checks.integer("num_verify_tokens", num_verify_tokens, 1, self.num_verify_tokens)
-        )
+        bound = self.num_verify_tokens
+        self._budget.fill_(checks.integer("num_verify_tokens", num_verify_tokens, 1, bound))
 
     def begin(
         self,
@@ -187,152 +176,103 @@ class Workspace:
         live: Tensor | None = None,
         verify_limits: Tensor | None = None,
     ) -> SuperTree:
-        """As :meth:`ElasticBudgetScheduler.begin`, of the first ``len(root_tokens)`` lanes and as many rows as were last set.
+        """As :meth:`ElasticBudgetScheduler.begin`, for the first ``len(root_tokens)`` lanes.
 
-        Args:
-            root_tokens: int64 [B].
-            live: bool [B].
-            verify_limits: int64 [B].
+        The budget is that of :meth:`set_num_verify_tokens`.
 
         Raises:
             EchoError: shapes or dtypes that do not fit, or more requests than lanes.
         """
         batch = checks.tensor("root_tokens", root_tokens, ["B"], torch.int64, self.device).shape[0]
         checks.integer("len(root_tokens)", batch, 0, self.lanes)
-        options: dict[str, Any] = {
-            "num_verify_tokens": self.num_verify_tokens,
-            "max_verify_tokens_per_req": self.scheduler.max_verify_tokens_per_req,
-            "budget": self._budget,
-        }
         return begin(
             root_tokens,
             live,
             verify_limits,
             None,
+            num_verify_tokens=self.num_verify_tokens,
+            max_verify_tokens_per_req=self.scheduler.max_verify_tokens_per_req,
             deep=self.scheduler.max_depth > 0,
+            budget=self._budget,
             out=self.tree(batch, 0),
-            **options,
         )
 
     def grow(self, tree: SuperTree, tokens: Tensor, log_probs: Tensor) -> SuperTree:
-        """As :meth:`ElasticBudgetScheduler.grow`; ``tokens`` int64 and ``log_probs`` float [B, W, k], k as the workspace was made for.
+        """As :meth:`ElasticBudgetScheduler.grow`, with the workspace's k.
 
         Raises:
             EchoError: shapes or dtypes that do not fit, or a layer beyond ``max_depth``.
         """
-        if tree.depth + 1 < len(self._sizes):
+        depth = tree.depth + 1
+        if depth < len(self._sizes):
             width = self._widths[tree.depth]
-            checks.tensor(
-                "tokens",
-                tokens,
-                [tree.batch, width, self._sizes[tree.depth + 1] // width],
-                torch.int64,
-                self.device,
-            )
-        return self.scheduler.grow(
-            tree,
-            tokens,
-            log_probs,
-            out=self.tree(tree.batch, min(tree.depth + 1, len(self._sizes) - 1)),
-        )
+            shape = [tree.batch, width, self._sizes[depth] // width]
+            checks.tensor("tokens", tokens, shape, torch.int64, self.device)
+        out = self.tree(tree.batch, min(depth, len(self._sizes) - 1))
+        return self.scheduler.grow(tree, tokens, log_probs, out=out)
 
     def pack(self, tree: SuperTree, num_verify_tokens: int | None = None) -> PackedTree:
-        """As :meth:`ElasticBudgetScheduler.pack`, into so many rows (those of the workspace where not given).
+        """As :meth:`ElasticBudgetScheduler.pack`; ``num_verify_tokens`` defaults to its maximum.
 
-        Where anything was drafted, ``max_depth`` of what it returns is the scheduler's: how many layers were is known on the device
-        (``drafted``), so that one graph serves acceptance for every depth. Without a layer it is plain decoding, and nothing is planned.
+        If a layer was drafted, ``max_depth`` of the result is the scheduler's, and ``num_layers``
+        says on the device how many were, so that one graph serves acceptance at every depth.
 
         Raises:
-            EchoError: more rows than the workspace has.
+            EchoError: more verify tokens than the workspace has.
         """
-        given = self.num_verify_tokens if num_verify_tokens is None else num_verify_tokens
-        n = checks.integer("num_verify_tokens", given, 1, self.num_verify_tokens)
-        batch, depth = tree.batch, tree.depth
+        n = self.num_verify_tokens if num_verify_tokens is None else num_verify_tokens
+        n = checks.integer("num_verify_tokens", n, 1, self.num_verify_tokens)
+        batch, depth, total = tree.batch, tree.depth, self._ends[tree.depth]
         if depth:
-            self._layers.fill_(depth)
-        total = self._ends[depth]
-        most = min(total, n, tree.max_verify_tokens_per_req)
-        shapes = {
-            "place": (batch, total),
-            "share": (batch,),
-            "counts": (batch,),
-            "key": (batch, most),
-            "cost": (batch, total),
-        }
-        shapes["gain"] = (batch, total)
-        scratch = Scratch(
-            **{name: _view(self._scratch[name], shape) for name, shape in shapes.items()}
-        )
-        out = self._columns(batch, n, depth)
-        packed = self.scheduler._pack(
-            replace(tree, num_verify_tokens=n),
-            n,
-            self._words,
-            self._foresees and depth > 0,
-            out,
-            scratch,
-        )
-        if not depth:
+            self._num_layers.fill_(depth)
+        each, nodes = (batch,), (batch, total)
+        key = batch, min(total, n, tree.max_verify_tokens_per_req)
+        shapes = {"place": nodes, "share": each, "counts": each, "key": key}
+        shapes |= {"cost": nodes, "gain": nodes}
+        buffers = {name: _view(self._scratch[name], shape) for name, shape in shapes.items()}
+        names = ("tokens", "parent", "depth", "request", "mask", "score", "node", "committed")
+        columns = {name: getattr(self.packed, name)[:n] for name in names}
+        columns |= {name: getattr(self.packed, name)[:batch] for name in ("status", "invalid")}
+        if depth:
+            columns |= {name: x[:batch, :depth] for name, x in self._summaries.items()}
+        out = replace(self.packed, indptr=self.packed.indptr[: batch + 1], **columns)
+        step, summarizes = replace(tree, num_verify_tokens=n), bool(self._summaries and depth)
+        scratch = Scratch(**buffers)
+        packed = self.scheduler._pack(step, n, self._words, summarizes, out, scratch)
+        if not depth:  # plain decoding
             return packed
-        if self._outlook is not None and self._expected is not None:
-            packed = replace(
-                packed, acceptance_histogram=self._outlook[:batch], expected=self._expected[:batch]
-            )
-        return replace(packed, max_depth=self.scheduler.max_depth, num_layers=self._layers)
+        whole: dict[str, Any] = {name: x[:batch] for name, x in self._summaries.items()}
+        deepest = self.scheduler.max_depth
+        return replace(packed, max_depth=deepest, num_layers=self._num_layers, **whole)
 
     def accept(
-        self,
-        packed: PackedTree,
-        target_tokens: Tensor | None = None,
-        *,
-        logits: Tensor | None = None,
-        max_new_tokens: Tensor | None = None,
-        eos_tokens: Tensor | None = None,
-        backend: str = "auto",
+        self, packed: PackedTree, target_tokens: Tensor | None = None, **options: Any
     ) -> Accepted:
-        """As :func:`echo.verify`.
+        """As :func:`echo.accept`, with its ``options`` but ``out``.
 
         Raises:
             EchoError: as there.
         """
-        shape, lanes = (packed.batch, packed.max_depth + 1), slice(0, packed.batch)
-        buffers = (
-            _view(self._emitted, shape),
-            _view(self._walked, shape),
-            *(each[lanes] for each in self._ends_of),
-        )
-        ends: dict[str, Any] = {"max_new_tokens": max_new_tokens, "eos_tokens": eos_tokens}
-        return accept(
-            packed, target_tokens, logits=logits, **ends, backend=backend, out=Accepted(*buffers)
-        )
+        shape = packed.batch, packed.max_depth + 1
+        ends = (each[: packed.batch] for each in self._ends_of_paths)
+        out = Accepted(*(_view(each, shape) for each in self._paths), *ends)
+        return accept(packed, target_tokens, **options, out=out)
 
     def compact(
-        self,
-        packed: PackedTree,
-        accepted: Accepted,
-        prefix_lens: Tensor,
-        *,
-        page_table: Tensor | None = None,
-        page_size: int = 1,
-        pad_slot_id: int | None = None,
+        self, packed: PackedTree, accepted: Accepted, prefix_lens: Tensor, **options: Any
     ) -> Compaction:
-        """As :func:`echo.compact`.
+        """As :func:`echo.compact`, with its ``options`` but ``out``.
 
         Raises:
             EchoError: as there.
         """
         shape = accepted.rows.shape
         lists = {name: _view(buffer, shape) for name, buffer in self._lists.items()}
-        out = Compaction(**lists, prefix_lens=self._context[: packed.batch])
-        pages: dict[str, Any] = (
-            {}
-            if page_table is None
-            else {"page_table": page_table, "page_size": page_size, "pad_slot_id": pad_slot_id}
-        )
-        return compact(packed, accepted, prefix_lens, out=out, **pages)
+        out = Compaction(**lists, prefix_lens=self._prefix_lens[: packed.batch])
+        return compact(packed, accepted, prefix_lens, **options, out=out)
 
     def observe(self, req_indices: Tensor, packed: PackedTree, accepted: Accepted) -> None:
-        """Updates ``history`` and ``stats`` in place after a step; ``req_indices`` int64 [B], each lane's slot of the history.
+        """Update ``history`` and ``stats`` in place; ``req_indices`` int64 [B], of each lane.
 
         Raises:
             EchoError: as :meth:`History.observe`.
@@ -341,71 +281,48 @@ class Workspace:
         self.stats.observe(packed, accepted, out=self.stats)
 
     def tree(self, batch: int, depth: int) -> SuperTree:
-        """The buffers of the first ``batch`` lanes as a tree of ``depth`` layers: what a replayed draft graph has written."""
+        """The buffers as a tree: what a replayed draft graph has written.
+
+        Args:
+            batch: the first lanes.
+            depth: its layers, roots not counted.
+        """
         known = self._trees.get((batch, depth))
         if known is not None:
             return known
-        whole = self._nodes
-        nodes = Nodes(
-            whole.token[:batch], whole.parent[:batch], whole.score[:batch], whole.committed[:batch]
-        )
+        nodes = Nodes(**{name: column[:batch] for name, column in vars(self._nodes).items()})
         layers = []
-        for d, (end, size) in enumerate(zip(self._ends[: depth + 1], self._sizes, strict=False)):
-            columns = (
-                column[:, end - size : end]
-                for column in (nodes.token, nodes.parent, nodes.score, nodes.committed)
-            )
-            token, parent, score, bought = columns
-            layers.append(Layer(d, token, parent, score, bought, self._drafted[d][:batch]))
+        for d in range(depth + 1):
+            part = slice(self._ends[d] - self._sizes[d], self._ends[d])
+            columns = {name: column[:, part] for name, column in vars(nodes).items()}
+            layers.append(Layer(d, **columns, drafted=self._drafted[d][:batch]))
         shape = batch, self._widths[depth]
-        token, parent, index, score, active = (
-            _view(buffer, shape) for buffer in self._frontiers[depth]
-        )
+        token, parent, index, score, active = (_view(x, shape) for x in self._frontiers[depth])
         if not depth:  # the roots themselves
-            token, parent, index, score = (
-                layers[0].token,
-                layers[0].parent,
-                layers[0].parent,
-                layers[0].score,
-            )
-        made = SuperTree(
+            root = layers[0]
+            token, parent, index, score = root.token, root.parent, root.parent, root.score
+        made = self._trees[batch, depth] = SuperTree(
             layers=tuple(layers),
             frontier=Frontier(token, parent, index, score, active, depth),
             status=self._status[depth][:batch],
-            verify_limits=self._limit[:batch],
-            num_committed=self._held[depth][:batch],
-            num_remaining=self._left[depth],
+            verify_limits=self._limits[:batch],
+            num_committed=self._committed[depth][:batch],
+            num_remaining=self._remaining[depth],
             invalid=self._invalid[:batch],
             num_verify_tokens=self.num_verify_tokens,
             max_verify_tokens_per_req=self.scheduler.max_verify_tokens_per_req,
             nodes=nodes,
         )
-        self._trees[batch, depth] = made
         return made
-
-    def _columns(self, batch: int, num_rows: int, depth: int) -> PackedTree:
-        """The rows of a step of that size."""
-        names = ("tokens", "parent", "depth", "request", "mask", "score", "node", "committed")
-        columns: dict[str, Any] = {name: getattr(self.packed, name)[:num_rows] for name in names}
-        columns |= {name: getattr(self.packed, name)[:batch] for name in ("status", "invalid")}
-        if self._outlook is not None and self._expected is not None and depth:
-            columns |= {
-                "acceptance_histogram": self._outlook[:batch, :depth],
-                "expected": self._expected[:batch, :depth],
-            }
-        return replace(self.packed, **columns, indptr=self.packed.indptr[: batch + 1])
 
 
 def _view(buffer: Tensor, shape: Sequence[int]) -> Tensor:
     """The beginning of a flat buffer in a shape, without gaps."""
-    count = 1
-    for size in shape:
-        count *= size
-    return buffer[:count].view(*shape)
+    return buffer[: math.prod(shape)].view(*shape)
 
 
 def _tensors(value: object) -> list[Tensor]:
-    """All tensors in nested values, each storage once."""
+    """All tensors in nested values; trees are views of the rest."""
     if isinstance(value, Tensor):
         return [value]
     if isinstance(value, dict):
@@ -426,16 +343,18 @@ class Captured(NamedTuple):
 
 
 class Graphs:
-    """CUDA graphs by key: a function runs as it is the first time, is captured the second time, and replayed from then on.
+    """CUDA graphs by key: a function runs the first time, is captured the second, then replayed.
 
-    The first run compiles kernels and fills caches; nothing runs twice in one step. A captured function runs no Python when it is
-    replayed: it must not look at a device's values, must find its inputs at the addresses that it was captured with, and leave what others
-    read in buffers of a fixed address (:class:`Workspace`, and an engine's own). All graphs share one memory pool, so they are to be
-    replayed one after another on one stream. On a device without graphs every call just calls the function.
+    The first run compiles kernels and fills caches; nothing runs twice in one step. A replay runs
+    no Python: a captured function must not look at a device's values, must find its inputs at the
+    addresses of its capture, and must leave what others read in buffers of a fixed address. All
+    graphs share one memory pool: replay them one after another on one stream. On a device without
+    graphs every call just calls the function.
 
     Args:
-        device: where the functions' tensors are.
-        pool: an engine's own graph memory pool (``torch.cuda.graph_pool_handle()``); a new one where not given.
+        device: of the functions' tensors.
+        pool: an engine's graph memory pool (``torch.cuda.graph_pool_handle()``). Defaults to a new
+            one.
 
     Attributes:
         captured: what was captured, by key.
@@ -452,7 +371,7 @@ class Graphs:
         self._seen: set[Hashable] = set()
 
     def __call__(self, key: Hashable, function: Callable[[], T]) -> T:
-        """What ``function`` returns: the same tensors on every replay of its ``key``, with new values."""
+        """What ``function`` returns: the same tensors on every replay of ``key``, new values."""
         if not self.captures:
             return function()
         known = self.captured.get(key)
@@ -471,7 +390,7 @@ class Graphs:
         return self.device.type == "cuda"
 
     def capture(self, function: Callable[[], Any]) -> Captured:
-        """Captures ``function`` without running it."""
+        """Capture ``function`` without running it."""
         if self.pool is None:
             self.pool = torch.cuda.graph_pool_handle()
         graph, before = torch.cuda.CUDAGraph(), torch.cuda.memory_reserved(self.device)
@@ -481,11 +400,11 @@ class Graphs:
 
     @property
     def nbytes(self) -> int:
-        """Bytes by which the graphs' common pool has grown, as torch counts them; a graph's own nodes are the driver's and not in it."""
+        """Bytes by which torch's reserved memory grew; a graph's nodes are the driver's."""
         return sum(entry.nbytes for entry in self.captured.values())
 
     def table(self) -> str:
-        """A line for each captured graph: its key and its bytes."""
+        """A line for each captured graph: its bytes and its key."""
         lines = [f"{entry.nbytes / 1024:10,.0f} KiB  {key}" for key, entry in self.captured.items()]
         return "\n".join([*lines, f"{self.nbytes / 1024:10,.0f} KiB  {len(self.captured)} graphs"])
 

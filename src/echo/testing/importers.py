@@ -1,7 +1,8 @@
-"""The inverses: an engine's layout as a packed step. Host work that reads and checks every value, a batch at a time.
+"""Inverses of :mod:`echo.tree.layouts`: an engine's layout as a packed step.
 
-No layout carries scores: they come out as 0, path probability 1. Rows are put into canonical order, whatever theirs was.
-A uniform layout does not say that a slot is empty: without ``lengths`` it comes out as a tree of its root alone.
+Host work that copies and checks every value, a batch at a time. No layout carries scores: they come
+out as 0, path probability 1. Rows are put into canonical order. Where a row that sees itself alone
+is a pad, an empty request comes out as its root, unless ``num_nodes`` says that it has none.
 """
 
 from __future__ import annotations
@@ -15,36 +16,35 @@ from torch import Tensor
 
 from echo import _checks as checks
 from echo._checks import EchoError
-from echo.tree.build import from_arrays, host, refuse
-from echo.tree.layouts.ragged import Chains, FlashInferMask
-from echo.tree.layouts.uniform import HuggingFaceInputs, SGLangLinks, TensorRTLinks
+from echo.tree.layouts import Chains, FlashInferMask, HuggingFaceInputs, SGLangLinks, TensorRTLinks
 from echo.tree.packed import WORD, PackedTree, pack
+from echo.tree.supertree import SuperTree
+from echo.tree.validate import host, refuse
 
 Array = NDArray[Any]
+Bools = NDArray[np.bool_]
+INTS = checks.INTEGERS
 
 
 def from_sglang(
     links: SGLangLinks, *, num_nodes: Tensor | None = None, num_rows: int | None = None
 ) -> PackedTree:
-    """From SGLang's draft tokens and links, siblings in any order. Rows that no link reaches are pads.
+    """From SGLang's draft tokens and links, siblings in any order; unreached rows are pads.
 
     Args:
-        links: as :func:`sglang` makes them; ``positions`` and ``retrive_index`` are not read.
-        num_nodes: int64 [B], 0 where a slot is empty.
-        num_rows: N; as many as there are where not given.
+        links: SGLang's; ``positions`` and ``retrive_index`` are ignored.
+        num_nodes: int64 [B], 0 for an empty request.
+        num_rows: N. Defaults to the rows in use.
 
     Raises:
-        EchoError: naming the request and the row of a link that leaves the tree, leads back or meets another.
+        EchoError: naming the request and row of a link that leaves the tree, leads back or meets
+            another.
     """
-    batch, n = checks.tensor(
-        "retrive_next_token", links.retrive_next_token, ["B", "n"], checks.INTEGERS
-    ).shape
-    checks.tensor("draft_tokens", links.draft_tokens, [batch * n], checks.INTEGERS)
-    checks.tensor("retrive_next_sibling", links.retrive_next_sibling, [batch, n], checks.INTEGERS)
-    sizes = _sizes(num_nodes, batch, n, 1)
-    parent = _parents_by_links(
-        host(links.retrive_next_token), host(links.retrive_next_sibling), sizes > 0
-    )
+    down, across = links.retrive_next_token, links.retrive_next_sibling
+    batch, n = checks.tensor("retrive_next_token", down, ["B", "n"], INTS).shape
+    checks.tensor("draft_tokens", links.draft_tokens, [batch * n], INTS)
+    checks.tensor("retrive_next_sibling", across, [batch, n], INTS)
+    parent = _parents_by_links(host(down), host(across), _sizes(num_nodes, batch, n, 1) > 0)
     reached = parent > -2
     order = np.argsort(~reached, axis=1, kind="stable")  # the rows of a tree before the pads
     place = reached.cumsum(1) - 1
@@ -58,21 +58,16 @@ def from_tensorrt_llm(links: TensorRTLinks, *, num_rows: int | None = None) -> P
     """From TensorRT-LLM's packed mask; a row that sees itself alone is a pad.
 
     Args:
-        links: as :func:`tensorrt_llm` makes them; ``tokens``, ``packed_mask`` and ``generation_lengths`` are read.
+        links: ``tokens``, ``packed_mask`` and ``generation_lengths`` are read.
         num_rows: as in :func:`from_sglang`.
 
     Raises:
         EchoError: naming the request and the row of a mask that no tree has.
     """
-    batch, n = checks.tensor("tokens", links.tokens, ["B", "n"], checks.INTEGERS).shape
+    batch, n = checks.tensor("tokens", links.tokens, ["B", "n"], INTS).shape
     checks.tensor("packed_mask", links.packed_mask, [batch, n, -(-n // WORD)], torch.int32)
-    return _from_squares(
-        host(links.tokens),
-        _bits(links.packed_mask)[..., :n],
-        links.generation_lengths,
-        num_rows,
-        links.tokens.device,
-    )
+    square = _bits(links.packed_mask)[..., :n]
+    return _from_squares(links.tokens, square, links.generation_lengths, num_rows)
 
 
 def from_sglang_mask(
@@ -88,9 +83,9 @@ def from_sglang_mask(
     """From SGLang's ``tree_mask``; a row that sees itself alone is a pad.
 
     Args:
-        mask: as :func:`sglang_mask` makes it; FULL_MASK and QLEN_ONLY in any shape of so many entries.
+        mask: of :func:`~echo.tree.layouts.sglang_mask`; FULL_MASK and QLEN_ONLY in any shape.
         draft_tokens: int64 [B * n].
-        max_verify_tokens_per_req: rows of every request.
+        max_verify_tokens_per_req: n.
         mode: of the mask.
         prefix_lens: int32 or int64 [B], for FULL_MASK.
         num_nodes, num_rows: as in :func:`from_sglang`.
@@ -98,58 +93,24 @@ def from_sglang_mask(
     Raises:
         EchoError: naming the request and the row of a mask that no tree has.
     """
-    max_verify_tokens_per_req = checks.integer(
-        "max_verify_tokens_per_req", max_verify_tokens_per_req, 1
-    )
-    batch = (
-        checks.tensor("draft_tokens", draft_tokens, ["B * n"], checks.INTEGERS).shape[0]
-        // max_verify_tokens_per_req
-    )
+    n = checks.integer("max_verify_tokens_per_req", max_verify_tokens_per_req, 1)
+    batch = checks.tensor("draft_tokens", draft_tokens, ["B * n"], INTS).shape[0] // n
     if mode == "QLEN_ONLY":
-        square = host(
-            checks.tensor(
-                "mask",
-                mask.reshape(-1),
-                [batch * max_verify_tokens_per_req * max_verify_tokens_per_req],
-                torch.bool,
-            )
-        ).reshape(batch, max_verify_tokens_per_req, max_verify_tokens_per_req)
+        square = host(checks.tensor("mask", mask.reshape(-1), [batch * n * n], torch.bool))
     elif mode == "QLEN_ONLY_BITPACKING":
-        square = _bits(
-            checks.tensor(
-                "mask",
-                mask,
-                [batch * max_verify_tokens_per_req],
-                (torch.uint8, torch.uint16, torch.uint32),
-            )[:, None]
-        )
-        square = np.pad(square, ((0, 0), (0, max(0, max_verify_tokens_per_req - square.shape[1]))))[
-            :, :max_verify_tokens_per_req
-        ].reshape(batch, max_verify_tokens_per_req, max_verify_tokens_per_req)
+        kinds = torch.uint8, torch.uint16, torch.uint32
+        square = _bits(checks.tensor("mask", mask, [batch * n], kinds)[:, None])
+        square = np.pad(square, ((0, 0), (0, max(0, n - square.shape[1]))))[:, :n]
     elif mode == "FULL_MASK" and prefix_lens is not None:
-        past = host(checks.tensor("prefix_lens", prefix_lens, [batch], checks.INTEGERS)).astype(
-            np.int64
-        )
+        past = host(checks.tensor("prefix_lens", prefix_lens, [batch], INTS)).astype(np.int64)
         refuse("prefix_lens", past < 0, lambda b: f"expected tokens >= 0, got {past[b]}")
-        size = max_verify_tokens_per_req * (past + max_verify_tokens_per_req)
-        square = _squares(
-            host(mask.reshape(-1)),
-            size.cumsum() - size,
-            past + max_verify_tokens_per_req,
-            past,
-            np.full(batch, max_verify_tokens_per_req),
-        )
+        begin, q = (n * (past + n)).cumsum() - n * (past + n), np.full(batch, n)
+        square = _squares(host(mask.reshape(-1)), begin, past + n, past, q)
     else:
-        raise EchoError(
-            f"mode: expected QLEN_ONLY, QLEN_ONLY_BITPACKING, or FULL_MASK with context, got {mode!r}"
-        )
-    return _from_squares(
-        host(draft_tokens).reshape(batch, max_verify_tokens_per_req),
-        square,
-        num_nodes,
-        num_rows,
-        draft_tokens.device,
-    )
+        modes = "QLEN_ONLY, QLEN_ONLY_BITPACKING, or FULL_MASK with prefix_lens"
+        raise EchoError(f"mode: expected {modes}, got {mode!r}")
+    tokens = draft_tokens.reshape(batch, n)
+    return _from_squares(tokens, square.reshape(batch, n, n), num_nodes, num_rows)
 
 
 def from_flashinfer(
@@ -158,31 +119,30 @@ def from_flashinfer(
     """From FlashInfer's flat or packed custom mask, told apart by dtype.
 
     Args:
-        mask: as :func:`flashinfer` makes it.
+        mask: of :func:`~echo.tree.layouts.flashinfer`.
         tokens: int64 [rows of all requests].
         num_rows: as in :func:`from_sglang`.
 
     Raises:
-        EchoError: naming the request and the row of a mask that no tree has, or that hides a token of the context.
+        EchoError: naming the request and row of a mask that no tree has, or that hides a token of
+            the prefix.
     """
     ends = _ends("qo_indptr", mask.qo_indptr, tokens)
     q, packed = np.diff(ends), mask.mask.dtype == torch.uint8
     checks.tensor("mask", mask.mask, ["size"], (torch.bool, torch.uint8))
-    begins = host(checks.tensor("indptr", mask.indptr, [len(ends)], checks.INTEGERS)).astype(
-        np.int64
-    )
-    kv = host(checks.tensor("kv_lens", mask.kv_lens, [len(q)], checks.INTEGERS)).astype(np.int64)
+    begins = host(checks.tensor("indptr", mask.indptr, [len(ends)], INTS)).astype(np.int64)
+    kv = host(checks.tensor("kv_lens", mask.kv_lens, [len(q)], INTS)).astype(np.int64)
     refuse("kv_lens", kv < q, lambda b: f"expected at least its {q[b]} rows, got {kv[b]}")
     entries = _bits(mask.mask) if packed else host(mask.mask)
     begin, past = begins[:-1] * (8 if packed else 1), kv - q
     square = _squares(entries, begin, kv, past, q)
     hidden = np.concatenate([[0], np.cumsum(~entries, dtype=np.int32)])
     row = np.arange(square.shape[1])
-    first = np.where(row < q[:, None], begin[:, None] + row * kv[:, None], 0)
-    behind = np.where(row < q[:, None], first + past[:, None], 0)
-    refuse(
-        "mask", hidden[behind] > hidden[first], lambda b, row: "expected the whole context visible"
-    )
+    there = row < q[:, None]
+    first = np.where(there, begin[:, None] + row * kv[:, None], 0)
+    last = np.where(there, first + past[:, None], 0)
+    say = "expected the whole prefix visible"
+    refuse("mask", hidden[last] > hidden[first], lambda b, row: say)
     return _from_ragged(tokens, ends, square, num_rows)
 
 
@@ -200,13 +160,12 @@ def from_flashinfer_xqa(
     Raises:
         EchoError: naming the request and the row of a mask that no tree has.
     """
-    count = checks.tensor("tokens", tokens, ["N"], checks.INTEGERS).shape[0]
+    count = checks.tensor("tokens", tokens, ["N"], INTS).shape[0]
     bits = _bits(checks.tensor("mask", mask, [count, "halves"], torch.uint16))
     ends = _ends("indptr", indptr, tokens)
     width = np.full(len(ends) - 1, bits.shape[1])
-    return _from_ragged(
-        tokens, ends, _squares(bits.ravel(), ends[:-1] * width, width, 0, np.diff(ends)), num_rows
-    )
+    square = _squares(bits.ravel(), ends[:-1] * width, width, 0, np.diff(ends))
+    return _from_ragged(tokens, ends, square, num_rows)
 
 
 def from_qq_bias(bias: Tensor, tokens: Tensor, *, num_rows: int | None = None) -> PackedTree:
@@ -215,53 +174,43 @@ def from_qq_bias(bias: Tensor, tokens: Tensor, *, num_rows: int | None = None) -
     Args:
         bias: float32 [N, N]; below 0: hidden.
         tokens: int64 [N].
-        num_rows: as in :func:`from_sglang`.
+        num_rows: N of the result. Defaults to N.
 
     Raises:
         EchoError: naming the row of a mask that no tree has.
     """
-    count = checks.tensor("tokens", tokens, ["N"], checks.INTEGERS).shape[0]
-    square = host(checks.tensor("bias", bias, [count, count], torch.float32)) >= 0
-    return _from_squares(
-        host(tokens)[None],
-        square[None],
-        None,
-        count if num_rows is None else num_rows,
-        tokens.device,
-    )
+    n = checks.tensor("tokens", tokens, ["N"], INTS).shape[0]
+    square = host(checks.tensor("bias", bias, [n, n], torch.float32)) >= 0
+    return _from_squares(tokens[None], square[None], None, n if num_rows is None else num_rows)
 
 
 def from_hugging_face(
     inputs: HuggingFaceInputs, *, num_nodes: Tensor | None = None, num_rows: int | None = None
 ) -> PackedTree:
-    """From token ids and a 4-D mask, bool or float (below 0: hidden); a row that sees itself alone is a pad.
+    """From token ids and a 4-D mask, bool or float (below 0: hidden).
+
+    A row that sees itself alone is a pad.
 
     Args:
-        inputs: as :func:`hugging_face` makes them; ``position_ids`` are not read.
+        inputs: of :func:`~echo.tree.layouts.hugging_face`; ``position_ids`` are ignored.
         num_nodes, num_rows: as in :func:`from_sglang`.
 
     Raises:
         EchoError: naming the request and the row of a mask that no tree has.
     """
-    batch, n = checks.tensor("input_ids", inputs.input_ids, ["B", "n"], checks.INTEGERS).shape
-    mask = checks.tensor(
-        "attention_mask",
-        inputs.attention_mask,
-        [batch, 1, n, "past + n"],
-        (torch.bool, *checks.FLOATS),
-    )[:, 0, :, -n:]
+    batch, n = checks.tensor("input_ids", inputs.input_ids, ["B", "n"], INTS).shape
+    kinds, shape = (torch.bool, *checks.FLOATS), (batch, 1, n, "past + n")
+    mask = checks.tensor("attention_mask", inputs.attention_mask, shape, kinds)[:, 0, :, -n:]
     square = host(mask if mask.dtype == torch.bool else mask >= 0)
-    return _from_squares(
-        host(inputs.input_ids), square, num_nodes, num_rows, inputs.input_ids.device
-    )
+    return _from_squares(inputs.input_ids, square, num_nodes, num_rows)
 
 
 def from_chains(chain: Chains, *, num_rows: int | None = None) -> PackedTree:
     """From ragged chains.
 
     Args:
-        chain: as :func:`chains` makes them; ``tokens`` and ``qo_indptr`` are read.
-        num_rows: N; ``graph_num_tokens`` where not given.
+        chain: of :func:`~echo.tree.layouts.chains`; ``tokens`` and ``qo_indptr`` are read.
+        num_rows: N. Defaults to ``graph_num_tokens``.
 
     Raises:
         EchoError: a negative token, naming the request and the row.
@@ -269,17 +218,15 @@ def from_chains(chain: Chains, *, num_rows: int | None = None) -> PackedTree:
     ends = _ends("qo_indptr", chain.qo_indptr, chain.tokens)
     tokens = _ragged(chain.tokens, ends)
     parents = np.broadcast_to(np.arange(-1, tokens.shape[1] - 1), tokens.shape)
-    return _packed(
-        tokens,
-        parents,
-        np.diff(ends),
-        chain.graph_num_tokens if num_rows is None else num_rows,
-        chain.tokens.device,
-    )
+    count = chain.graph_num_tokens if num_rows is None else num_rows
+    return _packed(tokens, parents, np.diff(ends), count, chain.tokens.device)
 
 
-def _parents_by_links(down: Array, across: Array, live: NDArray[np.bool_]) -> Array:
-    """Local parent of each row, int64 [B, n]: -1 for the root, -2 where no link leads. Follows all links of a distance at once."""
+def _parents_by_links(down: Array, across: Array, live: Bools) -> Array:
+    """Local parent of each row, int64 [B, n]: -1 for the root, -2 where no link leads.
+
+    Follows all links of a distance at once.
+    """
     batch, n = down.shape
     links = np.stack([down.ravel(), across.ravel()])
     parent = np.full(batch * n, -2)
@@ -299,44 +246,37 @@ def _parents_by_links(down: Array, across: Array, live: NDArray[np.bool_]) -> Ar
         if len(faults):
             i = faults[at[faults].argmin()]
             b, row = divmod(int(at[i]), n)
-            where = (
-                f"{('retrive_next_token', 'retrive_next_sibling')[kind[i]]}: request {b}, row {row}"
-            )
+            name = ("retrive_next_token", "retrive_next_sibling")[kind[i]]
+            expected, also = f"a row behind its parent {up[i]}", ""
             if outside[i]:
-                raise EchoError(f"{where}: expected -1 or a row from 0 to {n - 1}, got {child[i]}")
-            if twice[i]:
-                raise EchoError(
-                    f"{where}: expected a row that no other link reaches, got {child[i]} (a cycle, or two parents)"
-                )
-            raise EchoError(f"{where}: expected a row behind its parent {up[i]}, got {child[i]}")
+                expected = f"-1 or a row from 0 to {n - 1}"
+            elif twice[i]:
+                expected, also = "a row that no other link reaches", " (a cycle, or two parents)"
+            got = f"got {child[i]}{also}"
+            raise EchoError(f"{name}: request {b}, row {row}: expected {expected}, {got}")
         parent[target] = up
         wave = target
     return parent.reshape(batch, n)
 
 
 def _from_squares(
-    tokens: Array,
-    square: NDArray[np.bool_],
-    num_nodes: Tensor | None,
-    num_rows: int | None,
-    device: torch.device,
+    tokens: Tensor, square: Bools, num_nodes: Tensor | None, num_rows: int | None
 ) -> PackedTree:
     batch, n = tokens.shape
     parents, sizes = _parents_by_squares(square, _sizes(num_nodes, batch, n, n), padded=True)
-    return _packed(tokens, parents, sizes, num_rows, device)
+    return _packed(host(tokens), parents, sizes, num_rows, tokens.device)
 
 
-def _from_ragged(
-    tokens: Tensor, ends: Array, square: NDArray[np.bool_], num_rows: int | None
-) -> PackedTree:
+def _from_ragged(tokens: Tensor, ends: Array, square: Bools, num_rows: int | None) -> PackedTree:
     parents, sizes = _parents_by_squares(square, np.diff(ends), padded=False)
     return _packed(_ragged(tokens, ends), parents, sizes, num_rows, tokens.device)
 
 
-def _parents_by_squares(
-    square: NDArray[np.bool_], sizes: Array, *, padded: bool
-) -> tuple[Array, Array]:
-    """Parent of each row and rows of each tree: the last ancestor, whose own ancestors must be the others; pads end a tree."""
+def _parents_by_squares(square: Bools, sizes: Array, *, padded: bool) -> tuple[Array, Array]:
+    """Parent of each row, and rows of each tree; pads end a tree if ``padded``.
+
+    The parent is the last ancestor, whose own ancestors must be the others.
+    """
     n = int(sizes.max(initial=1))
     row = np.arange(n)
     there = row < sizes[:, None]
@@ -344,49 +284,28 @@ def _parents_by_squares(
     own, above = square[:, row, row], square & ~np.eye(n, dtype=bool)
     alone = ~above.any(2)
     parent = np.where(alone, -1, n - 1 - above[..., ::-1].argmax(2))
-    pad = (
-        np.logical_or.accumulate(there & alone & (row > 0), axis=1) & there
-        if padded
-        else np.zeros_like(there)
-    )
+    pad = np.logical_or.accumulate(there & alone & (row > 0), axis=1) & there & padded
     tree = there & ~pad
     same = (square[np.arange(len(square))[:, None], parent] == above).all(2)
-
-    def seen(b: int, row: int) -> list[int]:
-        return np.flatnonzero(square[b, row]).tolist()
-
-    refuse("mask", tree & ~own, lambda b, row: "expected a row to see itself")
-    refuse(
-        "mask",
-        tree & (parent > row),
-        lambda b, i: f"expected a row before its child, got row {parent[b, i]}",
-    )
     fits = (alone == (row == 0)) & (alone | same)
-    refuse(
-        "mask",
-        tree & ~fits,
-        lambda b, i: f"expected itself, a parent and that parent's ancestors, got {seen(b, i)}",
-    )
-    refuse(
-        "mask",
-        pad & ~(alone & own),
-        lambda b, i: f"expected a pad that sees itself alone, got {seen(b, i)}",
-    )
+    family, lone = "itself, a parent and that parent's ancestors", "a pad that sees itself alone"
+
+    def seen(b: int, i: int) -> list[int]:
+        return np.flatnonzero(square[b, i]).tolist()
+
+    refuse("mask", tree & ~own, lambda b, i: "expected a row to see itself")
+    before = "expected a row before its child, got row"
+    refuse("mask", tree & (parent > row), lambda b, i: f"{before} {parent[b, i]}")
+    refuse("mask", tree & ~fits, lambda b, i: f"expected {family}, got {seen(b, i)}")
+    refuse("mask", pad & ~(alone & own), lambda b, i: f"expected {lone}, got {seen(b, i)}")
     return parent, tree.sum(1)
 
 
-def _squares(
-    entries: NDArray[np.bool_], begin: Array, stride: Array, past: Array | int, q: Array
-) -> NDArray[np.bool_]:
-    """bool [B, most q, most q]: the last q of ``stride`` entries of each of q rows, which lie one after another from ``begin`` on."""
-    most = int(q.max(initial=1))
-    row = np.arange(most)
-    ends = begin + q * stride
-    refuse(
-        "mask",
-        ends > len(entries),
-        lambda b: f"expected at least {ends[b]} entries, got {len(entries)}",
-    )
+def _squares(entries: Bools, begin: Array, stride: Array, past: Array | int, q: Array) -> Bools:
+    """bool [B, max q, max q]: for q rows from ``begin``, the last q of their ``stride`` entries."""
+    row, ends = np.arange(int(q.max(initial=1))), begin + q * stride
+    say = lambda b: f"expected at least {ends[b]} entries, got {len(entries)}"
+    refuse("mask", ends > len(entries), say)
     at = (begin + past)[:, None, None] + row[:, None] * stride[:, None, None] + row
     there = row < q[:, None]
     inside = there[:, :, None] & there[:, None]
@@ -397,43 +316,35 @@ def _squares(
 
 def _ends(name: str, indptr: Tensor, tokens: Tensor) -> Array:
     """Where each request's rows begin among the tokens, int64 [B + 1], checked."""
-    rows = checks.tensor("tokens", tokens, ["N"], checks.INTEGERS).shape[0]
-    ends = host(checks.tensor(name, indptr, ["B + 1"], checks.INTEGERS)).astype(np.int64)
-    if not len(ends) or ends[0] != 0 or (np.diff(ends) < 0).any() or ends[-1] > rows:
-        raise EchoError(
-            f"{name}: expected numbers rising from 0 to at most {rows}, got {ends.tolist()}"
-        )
+    n = checks.tensor("tokens", tokens, ["N"], INTS).shape[0]
+    ends = host(checks.tensor(name, indptr, ["B + 1"], INTS)).astype(np.int64)
+    if not len(ends) or ends[0] != 0 or (np.diff(ends) < 0).any() or ends[-1] > n:
+        expected = f"numbers rising from 0 to at most {n}"
+        raise EchoError(f"{name}: expected {expected}, got {ends.tolist()}")
     return ends
 
 
 def _ragged(tokens: Tensor, ends: Array) -> Array:
-    """int64 [B, most]: each request's tokens, 0 beyond."""
+    """int64 [B, max q]: each request's tokens, 0 beyond."""
     column, q = np.arange(np.diff(ends).max(initial=1)), np.diff(ends)[:, None]
     real = column < q
     return np.where(real, host(tokens)[np.where(real, ends[:-1, None] + column, 0)], 0)
 
 
-def _bits(words: Tensor) -> NDArray[np.bool_]:
-    """bool [..., width]: integers [..., k] as bits, least significant first."""
+def _bits(words: Tensor) -> Bools:
+    """bool [..., width]: the bits of integers [..., k], least significant first."""
     values = np.ascontiguousarray(host(words))
-    return (
-        np.unpackbits(values.view(np.uint8).ravel(), bitorder="little")
-        .view(bool)
-        .reshape(*values.shape[:-1], -1)
-    )
+    bits = np.unpackbits(values.view(np.uint8).ravel(), bitorder="little").view(bool)
+    return bits.reshape(*values.shape[:-1], -1)
 
 
-def _sizes(
-    num_nodes: Tensor | None, batch: int, max_verify_tokens_per_req: int, other: int
-) -> Array:
+def _sizes(num_nodes: Tensor | None, batch: int, n: int, other: int) -> Array:
+    """Checked ``num_nodes``, which defaults to ``other``."""
     if num_nodes is None:
         return np.full(batch, other)
-    sizes = host(checks.tensor("num_nodes", num_nodes, [batch], checks.INTEGERS))
-    refuse(
-        "num_nodes",
-        (sizes < 0) | (sizes > max_verify_tokens_per_req),
-        lambda b: f"expected 0 to {max_verify_tokens_per_req} rows, got {sizes[b]}",
-    )
+    sizes = host(checks.tensor("num_nodes", num_nodes, [batch], INTS))
+    bad = (sizes < 0) | (sizes > n)
+    refuse("num_nodes", bad, lambda b: f"expected 0 to {n} rows, got {sizes[b]}")
     return sizes
 
 
@@ -441,16 +352,10 @@ def _packed(
     tokens: Array, parents: Array, sizes: Array, num_rows: int | None, device: torch.device
 ) -> PackedTree:
     """Checked, put into canonical order and packed: token and parent of each row, by request."""
-    width = int(sizes.max(initial=1))
-    token, parent = (
-        torch.from_numpy(x[:, :width].astype(np.int64)).to(device) for x in (tokens, parents)
-    )
-    tree = from_arrays(
-        token,
-        parent,
-        torch.zeros_like(token, dtype=torch.float32),
-        num_nodes=torch.from_numpy(sizes).to(device),
-    )
-    count = max(int(sizes.sum()), 1)
+    width, count = int(sizes.max(initial=1)), max(int(sizes.sum()), 1)
+    arrays = (x[:, :width].astype(np.int64) for x in (tokens, parents))
+    token, parent = (torch.from_numpy(x).to(device) for x in arrays)
+    num_nodes, q = torch.from_numpy(sizes).to(device), torch.zeros_like(token).float()
+    tree = SuperTree.from_arrays(token, parent, q, num_nodes=num_nodes)
     num_rows = count if num_rows is None else checks.integer("num_rows", num_rows, count)
     return pack(tree, torch.isfinite(tree.forest.score), num_rows, -(-width // WORD))

@@ -1,10 +1,13 @@
-"""Flatten & Pack: the selected rows of all requests as one dense, fixed-size step."""
+"""Flatten & Pack: the selected nodes of all requests as one dense step of fixed size.
+
+B requests, N rows, W mask words of a row, T nodes of a request's super-tree.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -12,8 +15,9 @@ from torch import Tensor
 
 from echo import _checks as checks
 from echo import kernels
-from echo._checks import EchoError
+from echo._checks import EchoError, copy_into
 from echo.tree.supertree import SuperTree
+from echo.tree.validate import validate
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -23,31 +27,35 @@ if TYPE_CHECKING:
 WORD = 32
 """Bits of a mask word."""
 
-T = TypeVar("T")
-
 
 @dataclass(frozen=True)
 class PackedTree:
-    """Exactly N rows: the requests' trees one after another, each root first, then by depth, parent, candidate; then pads.
+    """Exactly N rows: the requests' trees one after another, then pads.
+
+    Within a request: the root first, then by depth, parent, candidate.
 
     Attributes:
-        tokens: int64 [N], what the target model reads; 0 on pad rows.
-        parent: int32 [N], row of the parent within the same request; -1 for a root and on pad rows.
-        depth: int32 [N], 0 for a root: a row's position is its request's context length + depth.
+        tokens: int64 [N], input ids of the target model; 0 on pad rows.
+        parent: int32 [N], the parent's row within the request; -1 for a root and on pad rows.
+        depth: int32 [N], 0 for a root; a row's position is its request's prefix_lens + depth.
         request: int32 [N]; B on pad rows.
         indptr: int32 [B + 1], where each request's rows begin.
-        mask: int32 [N, words], least significant bit first: bit j is row j of the same request, itself and its ancestors.
+        mask: int32 [N, W], least significant bit first: bit j is row j of the same request, set
+            for the row itself and its ancestors.
         score: float32 [N], path log-probability; -inf on pad rows.
-        node: int64 [N], index into the forest's B * T nodes; -1 on pad rows. An engine's own handles of the nodes, [B * T, ...],
-            reach the rows by it.
-        committed: bool [N], bought while drafting (a root, or depth); False: dealt at the end (width), and on pad rows.
-        status: int8 [B], why each request stopped drafting (:class:`~echo.tree.supertree.Status`).
-        invalid: int32 [B], faulty draft scores (:attr:`SuperTree.invalid`).
-        max_depth: deepest layer of the tree it was packed from; a host int.
-        acceptance_histogram: float32 [B, depth, 32], where the budget is a cost model: how many scored nodes of each depth 1.. have which
-            probability of acceptance f, in 32 bins that are equal in sqrt(f), from f = 1/136 up. None otherwise.
-        expected: float32 [B, depth], likewise: the sum of f over the request's drafted rows of each depth.
-        num_layers: int32 [], layers drafted, where ``max_depth`` is a bound only (a :class:`Workspace`'s step); None: ``max_depth`` layers.
+        node: int64 [N], index into the forest's B * T nodes, and so of an engine's handles of the
+            nodes [B * T, ...]; -1 on pad rows.
+        committed: bool [N], committed while drafting, as roots are; False: selected at the end, or
+            a pad row.
+        status: int8 [B], why each request stopped drafting, a :class:`~echo.tree.Status`.
+        invalid: int32 [B], faulty draft scores, as :attr:`SuperTree.invalid`.
+        max_depth: deepest layer of the super-tree; a host int.
+        acceptance_histogram: float32 [B, depth, 32] if the budget is a cost model, else None: how
+            many scored nodes of each depth 1.. have which acceptance probability f, in 32 bins
+            that are equal in sqrt(f), from f = 1/136 up.
+        expected: float32 [B, depth], likewise: the sum of f over the request's rows of each depth.
+        num_layers: int32 [], layers drafted, where ``max_depth`` is a bound only (a
+            :class:`~echo.Workspace`'s step); None: ``max_depth`` layers.
     """
 
     tokens: Tensor
@@ -68,7 +76,7 @@ class PackedTree:
 
     @property
     def batch(self) -> int:
-        """Requests, empty slots included."""
+        """B, empty requests included."""
         return self.indptr.shape[0] - 1
 
     @property
@@ -78,28 +86,25 @@ class PackedTree:
 
     @property
     def local_row(self) -> Tensor:
-        """int64 [N], each row's place within its request; 0 on pad rows."""
-        first = self.indptr.index_select(0, self.request)
-        return torch.where(
-            self.request < self.batch,
-            torch.arange(self.num_rows, device=self.tokens.device) - first,
-            0,
-        )
+        """int64 [N], each row's index within its request; 0 on pad rows."""
+        row = torch.arange(self.num_rows, device=self.tokens.device)
+        local = row - self.indptr.index_select(0, self.request)
+        return torch.where(self.request < self.batch, local, 0)
 
     @property
     def max_verify_tokens_per_req(self) -> int:
-        """The most key/value slots that one request of this step can take, from shapes alone; a host int."""
+        """Bound on the KV slots that a request of this step takes, from shapes; a host int."""
         return min(self.num_rows, WORD * self.mask.shape[1])
 
     def visible(self) -> Tensor:
-        """The mask as bool [N, words * 32]: column j is row j of the same request."""
+        """The mask as bool [N, 32 * W]: column j is row j of the same request."""
         return unpack_bits(self.mask, WORD * self.mask.shape[1])
 
     def positions(self, prefix_lens: Tensor) -> Tensor:
-        """Positions int64 [N]: context length + depth; 0 on pad rows.
+        """Positions int64 [N]: prefix_lens + depth; 0 on pad rows.
 
         Args:
-            prefix_lens: int32 or int64 [B], tokens in each request's cache before this step.
+            prefix_lens: int32 or int64 [B], tokens in each request's cache, root not counted.
 
         Raises:
             EchoError: another shape or dtype.
@@ -109,95 +114,68 @@ class PackedTree:
     def slot_mapping(
         self, prefix_lens: Tensor, page_table: Tensor, page_size: int, pad_slot_id: int
     ) -> Tensor:
-        """Key/value slots int64 [N], ragged: a request's rows lie one after another behind its context, in its own pages.
+        """KV slots int64 [N]: a request's rows lie one after another behind its prefix.
 
-        A pad row, a row beyond the page table (give ``plant`` a capacity, and there is none) and one on a negative page write to the
-        dummy slot.
+        A pad row, a row beyond the page table (none, if ``begin`` is given ``verify_limits``) and
+        one on a negative page write to ``pad_slot_id``.
 
         Args:
-            prefix_lens: int32 or int64 [B], tokens in each request's cache before this step.
-            page_table: int32 or int64 [B, pages], each request's pages in order; SGLang's ``req_to_token`` is one of page size 1.
-            page_size: tokens of a page; token p of a request lies in slot ``page_table[b, p // page_size] * page_size + p % page_size``.
+            prefix_lens: int32 or int64 [B], tokens in each request's cache, root not counted.
+            page_table: int32 or int64 [B, pages], each request's pages in order; SGLang's
+                ``req_to_token`` is one of page size 1.
+            page_size: tokens of a page; token p of a request lies in slot
+                ``page_table[b, p // page_size] * page_size + p % page_size``.
             pad_slot_id: a slot that no request owns.
 
         Raises:
             EchoError: shapes or dtypes that do not fit.
         """
-        place = torch.where(
-            self.request < self.batch, self._offset(prefix_lens, self.local_row), -1
-        )
+        place = self._offset(prefix_lens, self.local_row)
+        place = torch.where(self.request < self.batch, place, -1)
         return slot_mapping(place, self.request, page_table, page_size, pad_slot_id)
 
     def to_buffer(self, out: Tensor | None = None) -> Tensor:
-        """The whole step as one contiguous int32 tensor, to broadcast: ranks whose scores differ by an ulp must share one plan.
+        """The whole step as one contiguous int32 tensor, for ranks that must share one plan.
 
-        Its length is ``buffer_size(batch, rows, words)``, and more where there is an outlook, from which later steps are planned. Token
-        ids and node numbers must fit 31 bits.
+        Ranks whose scores differ by an ulp select other rows. The length is
+        ``buffer_size(batch, num_rows, words)``, and more with an ``acceptance_histogram``. Token
+        ids and node indices must fit 31 bits.
 
         Args:
             out: int32 of that length, written to.
         """
-        parts = [
-            self.tokens,
-            self.parent,
-            self.depth,
-            self.request,
-            self.score.view(torch.int32),
-            self.node,
-            self.committed,
-        ]
-        parts += [self.mask.flatten(), self.indptr, self.status, self.invalid]
-        parts += [
-            part.flatten().view(torch.int32)
-            for part in (self.expected, self.acceptance_histogram)
-            if part is not None
-        ]
-        return copy_into(out, torch.cat([part.int() for part in parts]))
+        score = self.score.view(torch.int32)
+        parts = [self.tokens, self.parent, self.depth, self.request, score, self.node]
+        parts += [self.committed, self.mask, self.indptr, self.status, self.invalid]
+        optional = self.expected, self.acceptance_histogram
+        parts += [part.view(torch.int32) for part in optional if part is not None]
+        return copy_into(out, torch.cat([part.flatten().int() for part in parts]))
 
     @classmethod
     def from_buffer(
         cls, buffer: Tensor, *, batch: int, num_rows: int, words: int, max_depth: int
     ) -> PackedTree:
-        """The step that :meth:`wire` was called on, bit for bit.
+        """The step that :meth:`to_buffer` was called on, bit for bit.
 
         Args:
-            buffer: int32, as :meth:`wire` made it.
+            buffer: int32, from :meth:`to_buffer`.
             batch, num_rows, words, max_depth: host integers that all ranks know.
 
         Raises:
             EchoError: another length or dtype.
         """
-        size, base = (
-            checks.tensor("wire", buffer, ["length"], torch.int32).shape[0],
-            buffer_size(batch, num_rows, words),
-        )
+        size = checks.tensor("buffer", buffer, ["length"], torch.int32).shape[0]
+        base, each = buffer_size(batch, num_rows, words), max(1, batch * max_depth)
         more = size - base
-        each = max(1, batch * max_depth)
         bins = more // each - 1
         if more and (bins < 1 or more % each):
-            raise EchoError(f"wire: expected int32 [{base}], or with an outlook, got [{size}]")
-        sizes = (
-            [num_rows] * 7
-            + [num_rows * words, batch + 1, batch, batch]
-            + ([each, each * bins] if more else [])
-        )
-        (
-            tokens,
-            parent,
-            depth,
-            request,
-            score,
-            node,
-            bought,
-            mask,
-            indptr,
-            status,
-            invalid,
-            *foresight,
-        ) = torch.split(buffer, sizes)
-        expected, outlook = (
-            (part.view(torch.float32) for part in foresight) if more else (None, None)
-        )
+            expected = f"int32 [{base}], or with an acceptance_histogram"
+            raise EchoError(f"buffer: expected {expected}, got [{size}]")
+        sizes = [*[num_rows] * 7, num_rows * words, batch + 1, batch, batch]
+        parts = torch.split(buffer, [*sizes, each, each * bins] if more else sizes)
+        tokens, parent, depth, request, score, node, committed = parts[:7]
+        mask, indptr, status, invalid, *summary = parts[7:]
+        floats = [part.view(torch.float32) for part in summary]
         return cls(
             tokens=tokens.long(),
             parent=parent,
@@ -207,18 +185,18 @@ class PackedTree:
             mask=mask.view(num_rows, words),
             score=score.view(torch.float32),
             node=node.long(),
-            committed=bought.bool(),
+            committed=committed.bool(),
             status=status.to(torch.int8),
             invalid=invalid,
             max_depth=max_depth,
-            acceptance_histogram=None if outlook is None else outlook.view(batch, max_depth, bins),
-            expected=None if expected is None else expected.view(batch, max_depth),
+            acceptance_histogram=floats[1].view(batch, max_depth, bins) if more else None,
+            expected=floats[0].view(batch, max_depth) if more else None,
         )
 
     def validate(
         self, *, max_verify_tokens_per_req: int | None = None, chain: bool = False
     ) -> None:
-        """Checks every value against the layout's contract. Reads everything back: for tests and for debugging, not for the step.
+        """Check every value against the layout's contract, on the host: for tests and debugging.
 
         Args:
             max_verify_tokens_per_req: rows of one request that an export can hold.
@@ -227,21 +205,19 @@ class PackedTree:
         Raises:
             EchoError: naming the request and the row of the first fault.
         """
-        from echo.tree.validate import validate
-
-        validate(self, max_verify_tokens_per_req=max_verify_tokens_per_req, chain=chain)
+        validate(self, max_verify_tokens_per_req, chain)
 
     def render(
         self, request: int, accepted: Accepted | None = None, *, label: Callable[[int], str] = str
     ) -> str:
-        """A small picture of one request's tree in text: token, path probability, bought by depth or by width, accepted.
+        """Draw one request's tree as text: token, path probability, when chosen, accepted.
 
-        Reads back from the device.
+        Copies from the device.
 
         Args:
-            request: which.
+            request: its index.
             accepted: of this step.
-            label: what to write for a token: its number, or its text by a tokenizer.
+            label: text of a token id, such as a tokenizer's.
 
         Raises:
             EchoError: no such request.
@@ -258,18 +234,18 @@ class PackedTree:
         label: Callable[[int], str] = str,
         titles: Sequence[str] | None = None,
     ) -> Figure:
-        """The requests' trees drawn below each other, depth from left to right: who got rows, for what, and what was accepted.
+        """Draw the requests' trees below each other, depth from left to right.
 
-        Needs matplotlib (the ``plot`` extra). Reads back from the device.
+        Copies from the device, and needs matplotlib (the ``plot`` extra).
 
         Args:
-            requests: which; all where not given.
+            requests: their indices. Defaults to all.
             accepted: of this step.
-            label: what to write for a token: its number, or its text by a tokenizer.
+            label: text of a token id, such as a tokenizer's.
             titles: a line for each request drawn, such as the end of its text.
 
         Returns:
-            A matplotlib figure, as large as it needs to be: ``figure.savefig("step.png", dpi=150)``.
+            A matplotlib figure, as large as it needs to be.
 
         Raises:
             EchoError: no such request, another number of titles, or no matplotlib.
@@ -286,96 +262,85 @@ class PackedTree:
 
 
 def buffer_size(batch: int, num_rows: int, words: int) -> int:
-    """Length of :meth:`PackedTree.to_buffer` without an outlook, for ``batch`` requests, ``num_rows`` rows and ``words`` mask words of a row."""
+    """Length of :meth:`PackedTree.to_buffer` without an ``acceptance_histogram``.
+
+    Args:
+        batch, num_rows, words: B, N and W.
+    """
     return num_rows * (7 + words) + 3 * batch + 1
 
 
 def pack(
     tree: SuperTree, selected: Tensor, num_rows: int, words: int, out: PackedTree | None = None
 ) -> PackedTree:
-    """Flattens the selected nodes into ``num_rows`` rows.
+    """Flatten the selected nodes into ``num_rows`` rows. Sync-free.
 
-    No step depends on how many nodes are selected: a running count gives each node its row, and a search in it each row its node.
+    Fixed shapes: a running count gives each node its row, and a search in it each row its node.
 
     Args:
         tree: the super-tree.
-        selected: bool [B, T] over ``tree.forest``, closed under parents; at most ``num_rows`` nodes (what is more is cut off),
-            at most ``32 * words`` a request.
+        selected: bool [B, T] over ``tree.forest``, closed under parents; at most ``32 * words`` a
+            request, and ``num_rows`` in all: what is more is cut off.
         num_rows: N.
-        words: mask words of a row.
-        out: a step of the same shapes (an engine's persistent buffers), whose tensors are written to and returned.
+        words: W.
+        out: persistent buffers of the same shapes, written to and returned.
 
     Raises:
         EchoError: shapes or dtypes that do not fit.
     """
     batch, nodes, device = tree.batch, sum(tree.sizes), tree.status.device
     checks.tensor("selected", selected, [batch, nodes], torch.bool, device)
-    num_rows = checks.integer("num_rows", num_rows, 0)
-    if batch == 0:  # an idle data-parallel rank: pads alone
-        return copy_into(out, _pads(tree, num_rows, words))
-    if kernels.use_triton(selected):
-        from echo.kernels import pack as packing
+    n = checks.integer("num_rows", num_rows, 0)
+    state = {"status": tree.status, "invalid": tree.invalid}
+    if batch and kernels.use_triton(selected):
+        from echo.kernels import pack as kernel
         from echo.kernels import select
 
-        chosen = select.as_selected(selected)
-        token, parent, score, committed = map(
-            tree.column, ("token", "parent", "score", "committed")
-        )
-        columns = packing.pack(chosen, token, parent, score, committed, num_rows, words, tree.sizes)
-        return copy_into(
-            out,
-            PackedTree(**columns, status=tree.status, invalid=tree.invalid, max_depth=tree.depth),
-        )
-    forest = tree.forest
+        whole = [tree.column(name) for name in ("token", "parent", "score", "committed")]
+        columns = kernel.pack(select.as_selected(selected), *whole, n, words, tree.sizes)
+        return copy_into(out, PackedTree(**columns, **state, max_depth=tree.depth))
+    forest, row = tree.forest, torch.arange(n, device=device)
+    flat = [forest.token, forest.parent, forest.score, forest.committed]
+    if not batch:  # an idle data-parallel rank: pads alone, of one node that is not selected
+        nodes, flat = 1, [x.new_zeros(1, 1) for x in flat]
+        selected = flat[3]
+    token, parent, score, committed = (x.flatten() for x in flat)
     count = selected.flatten().cumsum(0)
-    indptr = F.pad(count.view(batch, nodes)[:, -1].clamp(max=num_rows), (1, 0))
-    row = torch.arange(num_rows, device=device)
-    found = torch.searchsorted(
-        count, row, right=True
-    )  # the node at which the count exceeds this row; B * T on pad rows
-    pad = found == batch * nodes
-    at = found.clamp(max=batch * nodes - 1)
+    indptr = F.pad(count.view(-1, nodes)[:batch, -1].clamp(max=n), (1, 0))
+    found = torch.searchsorted(count, row, right=True)  # the node of each row, B * T on pad rows
+    pad = found == count.shape[0]
+    at = found.clamp(max=count.shape[0] - 1)
     owner = at // nodes
-    tree_begins, request = owner * nodes, owner.masked_fill(pad, batch)
+    first_node, request = owner * nodes, owner.masked_fill(pad, batch)
     first = indptr.index_select(0, request)
-    depth = forest.depth.index_select(0, at - tree_begins).masked_fill_(pad, 0)
+    depth = forest.depth.index_select(0, at - first_node).masked_fill_(pad, 0)
     outer = depth == 0  # roots and pad rows
-    above = (
-        count.index_select(0, tree_begins + forest.parent.flatten().index_select(0, at)) - 1
-    )  # global row of the parent
+    above = count.index_select(0, first_node + parent.index_select(0, at)) - 1  # the parent's row
+    local = (row - first).masked_fill_(pad, 0)
     packed = PackedTree(
-        tokens=forest.token.flatten().index_select(0, at).masked_fill_(pad, 0),
+        tokens=token.index_select(0, at).masked_fill_(pad, 0),
         parent=(above - first).masked_fill_(outer, -1).int(),
         depth=depth.int(),
         request=request.int(),
         indptr=indptr.int(),
-        mask=ancestor_masks(
-            above.masked_fill_(outer, num_rows),
-            (row - first).masked_fill_(pad, 0),
-            words,
-            tree.depth,
-        ),
-        score=forest.score.flatten().index_select(0, at).masked_fill_(pad, -torch.inf),
+        mask=ancestor_masks(above.masked_fill_(outer, n), local, words, tree.depth),
+        score=score.index_select(0, at).masked_fill_(pad, -torch.inf),
         node=found.masked_fill_(pad, -1),
-        committed=forest.committed.flatten().index_select(0, at) & ~pad,
-        status=tree.status,
-        invalid=tree.invalid,
+        committed=committed.index_select(0, at) & ~pad,
+        **state,
         max_depth=tree.depth,
     )
     return copy_into(out, packed)
 
 
 def ancestor_masks(parent: Tensor, local: Tensor, words: int, max_depth: int) -> Tensor:
-    """Ancestor masks by pointer doubling: after r rounds a row knows its nearest 2^r ancestors.
+    """Ancestor masks int32 [N, W] by pointer doubling: round r finds the 2^r nearest ancestors.
 
     Args:
-        parent: int64 [N], global row of the parent; N for none.
+        parent: int64 [N], the parent's row in the step; N for none.
         local: int64 [N], each row's bit.
-        words: mask words of a row.
+        words: W.
         max_depth: of the deepest row.
-
-    Returns:
-        int32 [N, words].
     """
     rows = parent.shape[0]
     mask = torch.zeros(rows + 1, words, dtype=torch.int32, device=local.device)
@@ -387,32 +352,13 @@ def ancestor_masks(parent: Tensor, local: Tensor, words: int, max_depth: int) ->
     return mask[:rows]
 
 
-def _pads(tree: SuperTree, num_rows: int, words: int) -> PackedTree:
-    zero = torch.zeros(num_rows, dtype=torch.int32, device=tree.status.device)
-    return PackedTree(
-        tokens=zero.long(),
-        parent=zero - 1,
-        depth=zero,
-        request=zero,
-        indptr=zero.new_zeros(1),
-        mask=F.pad(zero[:, None] + 1, (0, words - 1)),
-        score=torch.full((num_rows,), -torch.inf, dtype=torch.float32, device=zero.device),
-        node=zero.long() - 1,
-        committed=zero.bool(),
-        status=tree.status,
-        invalid=tree.invalid,
-        max_depth=tree.depth,
-    )
-
-
 def unpack_bits(mask: Tensor, width: int) -> Tensor:
-    """The first ``width`` bits of mask words int32 [..., words], least significant first, bool [..., width]; False beyond the words."""
+    """The first ``width`` bits of int32 [..., W], lowest first, as bool; False beyond the words."""
     words = -(-width // WORD)
     if mask.shape[-1] != words:
         mask = F.pad(mask, (0, words - mask.shape[-1]))  # cuts where it is negative
-    bits = torch.ones((), dtype=torch.int32, device=mask.device) << torch.arange(
-        min(width, WORD), dtype=torch.int32, device=mask.device
-    )
+    place = torch.arange(min(width, WORD), dtype=torch.int32, device=mask.device)
+    bits = torch.ones((), dtype=torch.int32, device=mask.device) << place
     seen = (mask[..., None] & bits).bool()
     return seen[..., 0, :] if words == 1 else seen.flatten(-2)[..., :width]
 
@@ -420,12 +366,13 @@ def unpack_bits(mask: Tensor, width: int) -> Tensor:
 def slot_mapping(
     place: Tensor, request: Tensor, page_table: Tensor, page_size: int, pad_slot_id: int
 ) -> Tensor:
-    """Where tokens lie in a paged cache: int64, shaped as ``place``.
+    """KV slots of tokens in a paged cache: int64, shaped as ``place``.
 
     Args:
-        place: int64, each token's place in its request's text; the dummy slot where it is negative or beyond the page table.
-        request: int32 or int64 of the same shape, or one that broadcasts to it.
-        page_table: int32 or int64 [B, pages]; the dummy slot where it is negative, as tables are padded.
+        place: int64, each token's position in its request; ``pad_slot_id`` where it is negative or
+            beyond the page table.
+        request: int32 or int64 that broadcasts to ``place``.
+        page_table: int32 or int64 [B, pages]; ``pad_slot_id`` where it is negative.
         page_size: tokens of a page.
         pad_slot_id: a slot that no request owns.
 
@@ -441,38 +388,5 @@ def slot_mapping(
     wanted = place // page_size
     column = wanted.clamp(0, pages - 1)
     page = page_table.flatten()[request.long().clamp(max=batch - 1) * pages + column].long()
-    return torch.where(
-        (column == wanted) & (page >= 0), page * page_size + place % page_size, pad_slot_id
-    )
-
-
-def copy_into(out: T | None, value: T) -> T:
-    """``value``; or ``out`` with the value's tensors copied into its own, which must have their shapes, dtypes and device.
-
-    Where ``out`` has None it is no buffer: the value's own tensor is passed on.
-
-    Raises:
-        EchoError: naming the buffer that does not fit.
-    """
-    if out is None:
-        return value
-    mine: Any = value
-    theirs: Any = out
-    if isinstance(mine, Tensor):
-        buffer: T = checks.tensor("out", theirs, mine.shape, mine.dtype, mine.device).copy_(mine)  # type: ignore[assignment]
-        return buffer
-    checks.instance("out", theirs, type(mine))
-    host, pairs = {}, []
-    for field in fields(mine):
-        new, old = getattr(mine, field.name), getattr(theirs, field.name)
-        if isinstance(new, Tensor) and old is not None:
-            pairs.append(
-                (checks.tensor(f"out.{field.name}", old, new.shape, new.dtype, new.device), new)
-            )
-        else:
-            host[field.name] = new
-    for old, new in pairs:  # all of it fits
-        if old is not new:
-            old.copy_(new)
-    written: T = replace(theirs, **host)
-    return written
+    slot = page * page_size + place % page_size
+    return torch.where((column == wanted) & (page >= 0), slot, pad_slot_id)

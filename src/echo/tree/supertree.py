@@ -1,33 +1,37 @@
-"""The super-tree: all requests' candidate trees of one step, as a tuple of immutable layers."""
+"""The super-tree: the candidate trees of all requests of a step, as a tuple of immutable layers.
+
+B requests, W nodes of a frontier, M candidates of a layer, T nodes of all layers together.
+"""
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from echo import _checks as checks
-from echo._checks import EchoError
+from echo._checks import EchoError, copy_into
 from echo.kernels.codes import Status
+from echo.tree import build
 
 DEAD_SCORE = float("-inf")
-"""The score of a node that can never be selected."""
+"""Score of a node that can never be selected."""
 
 
 @dataclass(frozen=True)
 class Frontier:
-    """The nodes to draft on: what an engine's draft model reads.
+    """The nodes to expand next: what a draft model reads.
 
     Attributes:
         token: int64 [B, W].
-        parent: int64 [B, W], each node's place in the previous frontier; 0 for the root.
-        index: int64 [B, W], each node's place among its layer's candidates, rising along W.
+        parent: int64 [B, W], index of each node's parent in the previous frontier; 0 for the root.
+        index: int64 [B, W], index among the candidates of its layer, ascending along W.
         score: float32 [B, W], path log-probability.
-        active: bool [B, W]; what is drafted on an inactive node is ignored.
-        depth: depth of these nodes; what is drafted lies one deeper.
+        active: bool [B, W]; what is drafted at an inactive node is ignored.
+        depth: of these nodes, a host int; their children lie one deeper.
     """
 
     token: Tensor
@@ -38,9 +42,9 @@ class Frontier:
     depth: int
 
     def inherit(self, state: Tensor) -> Tensor:
-        """What a drafter knows of the previous frontier, ``state`` [B, W', ...], gathered for these nodes, [B, W, ...].
+        """Reorder a drafter's ``state`` [B, W', ...] of the previous frontier: [B, W, ...].
 
-        Hidden-state rows, KV slots, positions: ``parent`` is the reorder list that says which branch each kept node needs.
+        For hidden states, KV slots, positions: each node gets what its parent had.
         """
         index = self.parent.view(*self.parent.shape, *[1] * (state.dim() - 2))
         return state.gather(1, index.expand(*self.parent.shape, *state.shape[2:]))
@@ -48,16 +52,16 @@ class Frontier:
 
 @dataclass(frozen=True)
 class Layer:
-    """The candidates of one depth, M of them for each request.
+    """The candidates of one depth, M for each request.
 
     Attributes:
         depth: 0 for the roots.
         token: int64 [B, M].
-        parent: int64 [B, M], index into the candidates of the layer above; rising along M. 0 for roots.
+        parent: int64 [B, M], index among the layer above's candidates, ascending; 0 for roots.
         score: float32 [B, M], path log-probability S <= 0; -inf: never selectable.
-        committed: bool [B, M], rows bought while drafting (the root of each live request is).
+        committed: bool [B, M], committed while drafting, as the root of each live request is.
         drafted: bool [B], the request drafted this layer.
-        request_weights: float32 [B] in (0, 1], what each request's tokens are worth; None: all alike.
+        request_weights: float32 [B] in (0, 1], worth of each request's tokens; None: all alike.
     """
 
     depth: int
@@ -70,21 +74,21 @@ class Layer:
 
     @property
     def log_confidence(self) -> Tensor:
-        """float32 [B]: log of the paper's c[i, d], the greatest path log-probability of the layer."""
+        """float32 [B]: log of the paper's c[i, d], the layer's greatest path log-probability."""
         return self.score.amax(dim=1)
 
     def log_mass(self, beam: int) -> Tensor:
-        """float32 [B]: log of the sum of the path probabilities of the ``beam`` best nodes (DDD's statistic)."""
+        """float32 [B]: log-sum-exp of the ``beam`` best path log-probabilities, DDD's statistic."""
         best = self.score.topk(min(beam, self.score.shape[1]), dim=1).values
         return best.logsumexp(dim=1)
 
 
 @dataclass(frozen=True)
 class Nodes:
-    """Buffers that hold all layers side by side, each layer a few columns of them.
+    """Buffers of all layers side by side; each layer is a range of their columns.
 
     Attributes:
-        token, parent: int64 [B, T]; a parent is an index into the candidates of the layer above.
+        token, parent: int64 [B, T]; a parent is an index among the layer above's candidates.
         score: float32 [B, T].
         committed: bool [B, T].
     """
@@ -97,7 +101,7 @@ class Nodes:
 
 @dataclass(frozen=True)
 class Forest:
-    """All layers side by side: T nodes for each request, roots first, by depth, then candidate.
+    """All layers side by side: the roots first, then by depth and candidate.
 
     Attributes:
         token: int64 [B, T].
@@ -119,17 +123,18 @@ class SuperTree:
     """All candidate trees of a step. Growing makes a new value and copies no layer.
 
     Attributes:
-        layers: the roots, then one layer for each depth drafted.
-        frontier: the nodes to draft on next.
+        layers: the roots, then a layer for each depth drafted.
+        frontier: the nodes to expand next.
         status: int8 [B], a :class:`Status` each.
-        verify_limits: int64 [B], the most rows a request may get, root included; 0 for an empty slot.
-        num_committed: int64 [B], rows bought so far, root included.
-        num_remaining: int64 [], rows that may still be bought.
-        invalid: int32 [B], draft scores at active nodes that were no log-probabilities (NaN, or above 0 by more than a rounding), and
-            those of layers without any finite score; such nodes are never selectable.
-        num_verify_tokens: rows of this step, a host int; ``num_remaining`` never lets more be selected.
+        verify_limits: int64 [B], verify tokens a request may get, root included; 0 where empty.
+        num_committed: int64 [B], verify tokens committed so far, root included.
+        num_remaining: int64 [], verify tokens that may still be committed.
+        invalid: int32 [B], draft scores at active nodes that were no log-probabilities (NaN, or
+            above 0 by more than rounding), and every score of a layer without a finite one; such
+            nodes are never selectable.
+        num_verify_tokens: verify tokens of this step, a host int.
         max_verify_tokens_per_req: a host int that bounds ``verify_limits``.
-        nodes: the buffers that the layers are columns of; None: each layer has its own.
+        nodes: buffers that the layers are columns of; None: each layer has its own.
     """
 
     layers: tuple[Layer, ...]
@@ -155,40 +160,57 @@ class SuperTree:
         num_verify_tokens: int | None = None,
         verify_limits: Tensor | None = None,
     ) -> SuperTree:
-        """A tree of one's own, for :meth:`ElasticBudgetScheduler.select` and ``pack``: all its nodes are candidates, none is bought.
+        """A custom tree for :meth:`ElasticBudgetScheduler.pack`: all candidates, none committed.
 
-        It reads every value on the host and checks it (about a tenth of a millisecond a request); siblings may be in any order.
+        Copies every value to the host and checks it, about 0.1 ms a request. Siblings may be in
+        any order.
 
         Args:
-            token: int64 [B, T], each request's nodes, root first, every parent before its children.
+            token: int64 [B, T], each request's nodes, root first, each parent before its children.
             parent: int64 [B, T], index into the T nodes of the same request; -1 for the root.
-            log_prob: float [B, T], given the parent; not read for roots; -inf: never selectable.
-            depth: int64 [B, T], checked where given.
-            num_nodes: int64 [B], nodes of each request, 0 for an empty slot; T where not given.
-            num_verify_tokens: rows of the step; as many as there are nodes where not given.
-            verify_limits: int64 [B], the most rows a request may get.
+            log_prob: float [B, T], given the parent; ignored for roots; -inf: never selectable.
+            depth: int64 [B, T], checked if given.
+            num_nodes: int64 [B], nodes of each request; 0: no request. Defaults to T.
+            num_verify_tokens: verify tokens of the step. Defaults to the number of nodes.
+            verify_limits: int64 [B], verify tokens a request may get. Defaults to its nodes.
 
         Raises:
-            EchoError: naming the request and the row of a cycle, a parent after its child or outside the request, equal siblings,
-                a negative token, a log-probability that is no number, or a wrong depth.
+            EchoError: naming the request and row of a cycle, a parent outside the request or after
+                its child, equal siblings, a negative token, a score that is no log-probability, or
+                a wrong depth.
 
         Example:
-            >>> q = torch.tensor([[0.0, -0.1, -0.5, -0.2]])
-            >>> tree = SuperTree.from_arrays(torch.tensor([[7, 1, 2, 3]]), torch.tensor([[-1, 0, 0, 1]]), q, rows=3)
-            >>> tree.forest.depth.tolist()
+            >>> token, parent = torch.tensor([[7, 1, 2, 3]]), torch.tensor([[-1, 0, 0, 1]])
+            >>> log_prob = torch.tensor([[0.0, -0.1, -0.5, -0.2]])
+            >>> SuperTree.from_arrays(token, parent, log_prob).forest.depth.tolist()
             [0, 1, 1, 2]
         """
-        from echo.tree.build import from_arrays
-
-        return from_arrays(
-            token,
-            parent,
-            log_prob,
-            depth,
-            num_nodes=num_nodes,
-            num_verify_tokens=num_verify_tokens,
-            verify_limits=verify_limits,
+        sizes, drafted = build.layers(token, parent, log_prob, depth, num_nodes)
+        device, count = token.device, int((sizes > 0).sum())
+        limit = torch.from_numpy(sizes).to(device)
+        live = limit > 0
+        if verify_limits is not None:
+            shape = list(limit.shape)
+            bound = checks.tensor("verify_limits", verify_limits, shape, torch.int64, device)
+            limit = torch.minimum(limit, bound.clamp(min=1)) * live
+        n = num_verify_tokens
+        n = max(sum(sizes.tolist()), 1) if n is None else n
+        n = checks.integer("num_verify_tokens", n, max(count, 1))
+        root = token[:, :1].long().sum(dim=1, keepdim=True) * live[:, None]  # T may be 0
+        zero, off = torch.zeros_like(root), torch.zeros_like(live)
+        score = torch.zeros_like(root, dtype=torch.float32).masked_fill_(~live[:, None], DEAD_SCORE)
+        tree = cls(
+            layers=(Layer(0, root, zero, score, live[:, None], live),),
+            frontier=Frontier(root, zero, zero, score, off[:, None], 0),
+            status=torch.where(live, int(Status.FINISHED), int(Status.EMPTY)).to(torch.int8),
+            verify_limits=limit,
+            num_committed=live.long(),
+            num_remaining=n - live.sum(),
+            invalid=off.int(),
+            num_verify_tokens=n,
+            max_verify_tokens_per_req=int(sizes.max(initial=1)),
         )
+        return replace(tree.attach(drafted), invalid=tree.invalid)
 
     @classmethod
     def from_paths(
@@ -201,14 +223,15 @@ class SuperTree:
         num_verify_tokens: int | None = None,
         verify_limits: Tensor | None = None,
     ) -> SuperTree:
-        """The trie of what may follow each request (n-gram, suffix or retrieval drafters): shared prefixes become one node.
+        """The trie of each request's continuations, from n-gram, suffix or retrieval drafters.
 
-        A node's probability given its parent is the weight of the paths through it over ``prior`` plus the weight through its parent.
+        A node's probability given its parent is the weight of the paths through it, over ``prior``
+        plus the weight of those through its parent. Host work, as :meth:`from_arrays`.
 
         Args:
             root_tokens: int64 [B], each request's last emitted token.
-            paths: for each request its continuations, the root not included, lists or tensors; none is fine.
-            weights: for each request the weight of each continuation (how often it was seen); 1 where not given.
+            paths: continuations of each request without the root, lists or tensors; may be none.
+            weights: of each continuation, such as how often it was seen. Defaults to 1.
             prior: weight of "something else follows".
             num_verify_tokens, verify_limits: as in :meth:`from_arrays`.
 
@@ -220,15 +243,39 @@ class SuperTree:
             >>> tree.forest.token.tolist(), tree.forest.score.exp().tolist()
             ([[7, 1, 2, 3]], [[1.0, 1.0, 0.5, 0.5]])
         """
-        from echo.tree.build import from_paths
+        token, parent, log_prob, num_nodes = build.trie(root_tokens, paths, weights, prior)
+        limits = {"num_verify_tokens": num_verify_tokens, "verify_limits": verify_limits}
+        return cls.from_arrays(token, parent, log_prob, num_nodes=num_nodes, **limits)  # type: ignore[arg-type]
 
-        return from_paths(
-            root_tokens,
-            paths,
-            weights=weights,
-            prior=prior,
-            num_verify_tokens=num_verify_tokens,
-            verify_limits=verify_limits,
+    def attach(self, layers: Sequence[tuple[Tensor, Tensor, Tensor]]) -> SuperTree:
+        """This tree of roots with ready-made layers, drafted by all requests. Sync-free.
+
+        Args:
+            layers: for each depth tokens int64 [B, M]; parents int64 [B, M], ascending indices into
+                the layer above; and log-probabilities float [B, M] given the parent.
+
+        Raises:
+            EchoError: a tree that has layers, or too many nodes.
+        """
+        if self.depth:
+            raise EchoError(f"tree: expected a tree of roots only, got one of {self.depth} layers")
+        live = self.status != int(Status.EMPTY)
+        check_size(self.batch, 1 + sum(token.shape[1] for token, _, _ in layers), len(layers))
+        made, invalid = list(self.layers), self.invalid
+        for depth, (token, parent, log_prob) in enumerate(layers, start=1):
+            above = made[-1].score.gather(1, parent)
+            score, _, faulty = path_score(above, log_prob[..., None], torch.isfinite(above))
+            made.append(Layer(depth, token, parent, score, torch.zeros_like(above).bool(), live))
+            invalid = invalid + faulty
+        last = made[-1]
+        index = torch.arange(last.token.shape[1], device=live.device).expand_as(last.token)
+        off = torch.zeros_like(last.committed)
+        return replace(
+            self,
+            layers=tuple(made),
+            frontier=Frontier(last.token, last.parent, index, last.score, off, last.depth),
+            status=torch.where(live, int(Status.FINISHED), int(Status.EMPTY)).to(torch.int8),
+            invalid=invalid,
         )
 
     @property
@@ -238,26 +285,29 @@ class SuperTree:
 
     @property
     def request_weights(self) -> Tensor | None:
-        """float32 [B] in (0, 1], what each request's tokens are worth; None: all alike."""
+        """float32 [B] in (0, 1], worth of each request's tokens; None: all alike."""
         return self.layers[0].request_weights
 
     @property
     def batch(self) -> int:
-        """Requests, empty slots included."""
+        """B, empty requests included."""
         return self.status.shape[0]
 
     @property
     def active(self) -> Tensor:
-        """bool [B]: requests that still draft. Looking at it reads back from the device; only a host without graphs may."""
+        """bool [B]: requests that still draft. Reading it on the host is a device-to-host sync."""
         return self.status == int(Status.ACTIVE)
 
     @property
     def sizes(self) -> list[int]:
-        """Candidates of each layer, together T; host ints."""
+        """Candidates of each layer, T in sum; host ints."""
         return [layer.token.shape[1] for layer in self.layers]
 
     def column(self, name: str) -> Tensor:
-        """[B, T]: what each layer calls ``name`` (token, parent, score, bought), side by side; copied only where they lie apart."""
+        """[B, T]: the layers' attribute ``name``: token, parent, score or committed.
+
+        Copied only if the layers lie apart.
+        """
         if self.nodes is not None:
             whole: Tensor = getattr(self.nodes, name)
             return whole[:, : sum(self.sizes)]
@@ -265,83 +315,63 @@ class SuperTree:
 
     @property
     def score(self) -> Tensor:
-        """float32 [B, T]: that of :attr:`forest` alone."""
+        """float32 [B, T]: as in :attr:`forest`."""
         return self.column("score")
 
     @property
     def committed(self) -> Tensor:
-        """bool [B, T]: that of :attr:`forest` alone."""
+        """bool [B, T]: as in :attr:`forest`."""
         return self.column("committed")
 
     @property
     def forest(self) -> Forest:
         """All layers side by side."""
-        sizes = self.sizes
-        above = (
-            [0, *itertools.accumulate([0, *sizes[:-2]])] if len(sizes) > 1 else [0]
-        )  # where the layer above begins
-        parents = [
-            layer.parent + first if first else layer.parent
-            for layer, first in zip(self.layers, above, strict=True)
-        ]
-        device = self.status.device
-        depth = torch.cat(
-            [
-                torch.full((n,), layer.depth, device=device)
-                for n, layer in zip(sizes, self.layers, strict=True)
-            ]
-        )
-        return Forest(
-            self.column("token"),
-            torch.cat(parents, dim=1),
-            self.score,
-            self.committed,
-            depth,
-        )
+        device, sizes = self.status.device, self.sizes
+        begins = [0, 0, *accumulate(sizes[:-2])]  # of the layer above each
+        layers = list(zip(self.layers, begins, strict=False))
+        parents = [layer.parent + begin if begin else layer.parent for layer, begin in layers]
+        depths = [torch.full((n,), d, device=device) for d, n in enumerate(sizes)]
+        parent = torch.cat(parents, dim=1)
+        return Forest(self.column("token"), parent, self.score, self.committed, torch.cat(depths))
 
 
 def write_layer(out: SuperTree, tree: SuperTree) -> SuperTree:
-    """``out`` with the last layer, the frontier and the state of ``tree`` copied into its buffers: of the same shapes.
+    """Copy the last layer, the frontier and the state of ``tree`` into the buffers of ``out``.
 
     Raises:
-        EchoError: weights, for which there are no buffers.
+        EchoError: buffers that do not fit, or request weights, which have none.
     """
     if tree.request_weights is not None:
-        raise EchoError("weights: expected none where a tree is written to buffers")
-    parts = (out, tree), (out.layers[-1], tree.layers[-1]), (out.frontier, tree.frontier)
-    for old, new in parts:
-        for field in fields(new):
-            buffer, value = getattr(old, field.name), getattr(new, field.name)
-            if isinstance(value, Tensor) and buffer is not value:
-                buffer.copy_(value)
-    return replace(
-        out,
-        num_verify_tokens=tree.num_verify_tokens,
-        max_verify_tokens_per_req=tree.max_verify_tokens_per_req,
-    )
+        raise EchoError("request_weights: expected None where a tree is written to buffers")
+    last = copy_into(out.layers[-1], tree.layers[-1])
+    frontier = copy_into(out.frontier, tree.frontier)
+    layers = *out.layers[:-1], last
+    return copy_into(out, replace(tree, layers=layers, frontier=frontier, nodes=out.nodes))
 
 
 def cost_bits(score: Tensor) -> Tensor:
-    """int32 cost of float32 scores <= 0 that are numbers, as :func:`path_score` makes them: smaller is better, equal scores cost the same.
+    """int32 cost of float32 scores <= 0: smaller is better, equal scores cost the same.
 
-    The bits of a non-negative float rise with its value, so no device can order them differently; minus infinity is UNSELECTABLE.
+    The bits of a non-negative float rise with its value, so every device orders them alike; -inf
+    is UNSELECTABLE.
     """
     return (0.0 - score).view(torch.int32)
 
 
 def path_score(parent: Tensor, log_prob: Tensor, active: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """S(v) = S(parent) + min(log q(v), 0), the greatest of each request, and how many of its drafts are faulty.
+    """S(v) = S(parent) + min(log q(v), 0), the best of each request, and its faulty drafts.
 
-    Minus infinity says "no candidate" and is no fault by itself; NaN and what is above 0 by more than a rounding (a probability, a
-    logit) are faults, and so is each score of a request that has an active node and no finite score at all.
+    -inf says "no candidate" and is no fault. NaN, and what is above 0 by more than rounding (a
+    probability, a logit), is a fault; so is each score of a request that has an active node but no
+    finite score.
 
     Args:
         parent: float32 [B, W].
-        log_prob: float [B, W, k].
+        log_prob: float [B, W, k], of each node's k children.
         active: bool [B, W].
 
     Returns:
-        float32 [B, W * k] with -inf at unselectable nodes, float32 [B], int32 [B].
+        float32 [B, W * k], -inf where unselectable; float32 [B]; int32 [B].
     """
     q, parent = log_prob.detach().float(), torch.where(active, parent, DEAD_SCORE)[..., None]
     good = q <= checks.ROUNDING
@@ -352,8 +382,7 @@ def path_score(parent: Tensor, log_prob: Tensor, active: Tensor) -> tuple[Tensor
 
 
 def check_size(requests: int, nodes: int, depth: int) -> None:
-    """Raises :class:`EchoError` where a forest has more nodes than the integer order can hold (2^31)."""
+    """Raise EchoError if a forest has 2^31 nodes or more, beyond what the integer order holds."""
     if (depth + 1) * requests * nodes >= 1 << 31:
-        raise EchoError(
-            f"log_probs: expected (depth + 1) * batch * nodes < 2^31, got ({depth} + 1) * {requests} * {nodes}"
-        )
+        limit, got = "(depth + 1) * batch * nodes < 2^31", f"({depth} + 1) * {requests} * {nodes}"
+        raise EchoError(f"log_probs: expected {limit}, got {got}")

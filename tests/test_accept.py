@@ -277,13 +277,19 @@ def test_bad_input():
         echo.accept(packed, logits=torch.zeros(5, 2))
 
 
-def answers(scheduler, *, slots, prompts, limit, eos=None, drafter=True):
+def answers(scheduler, *, max_num_reqs, prompts, limit, eos=None, drafter=True):
     probabilities = table(20, seed=3, sharpness=3.0)
     target = TabularTarget(probabilities)
     draft = TabularDrafter(blurred(probabilities, seed=4, noise=0.3), k=3) if drafter else None
     texts = [[] for _ in prompts]
     for step in echo.decode(
-        scheduler, target, draft, prompts, max_num_reqs=slots, max_new_tokens=limit, eos_token=eos
+        scheduler,
+        target,
+        draft,
+        prompts,
+        max_num_reqs=max_num_reqs,
+        max_new_tokens=limit,
+        eos_token=eos,
     ):
         for request, tokens in zip(step.requests, step.emitted, strict=True):
             texts[request] += tokens
@@ -291,20 +297,23 @@ def answers(scheduler, *, slots, prompts, limit, eos=None, drafter=True):
 
 
 @given(policies(), st.integers(1, 4), st.integers(1, 15), st.booleans())
-def test_greedy_decoding_is_lossless_under_every_policy(policy, slots, limit, stop):
+def test_greedy_decoding_is_lossless_under_every_policy(policy, max_num_reqs, limit, stop):
     scheduler, _ = policy
     prompts = [torch.tensor([7 * i % 20, i % 20]) for i in range(6)]
     limits = [max(1, limit - i) for i in range(6)]
     eos = 5 if stop else None
     plain = answers(
         echo.ElasticBudgetScheduler.autoregressive(),
-        slots=1,
+        max_num_reqs=1,
         prompts=prompts,
         limit=limits,
         eos=eos,
         drafter=False,
     )
-    assert answers(scheduler, slots=slots, prompts=prompts, limit=limits, eos=eos) == plain
+    assert (
+        answers(scheduler, max_num_reqs=max_num_reqs, prompts=prompts, limit=limits, eos=eos)
+        == plain
+    )
     assert all(len(text) <= n for text, n in zip(plain, limits, strict=True))
     assert all(5 not in text[:-1] for text in plain) or not stop
 
@@ -314,13 +323,13 @@ def test_any_of_several_tokens_ends_an_answer():
         echo.ElasticBudgetScheduler.eagle(max_verify_tokens_per_req=4, beam=2, max_depth=2),
         [torch.tensor([t]) for t in range(12)],
     )
-    whole = answers(scheduler, slots=4, prompts=prompts, limit=12)
+    whole = answers(scheduler, max_num_reqs=4, prompts=prompts, limit=12)
     ends = {whole[0][3], whole[1][5]}
     cut = [
         text[: next((i + 1 for i, t in enumerate(text) if t in ends), len(text))] for text in whole
     ]
     assert cut != whole
-    assert answers(scheduler, slots=4, prompts=prompts, limit=12, eos=sorted(ends)) == cut
+    assert answers(scheduler, max_num_reqs=4, prompts=prompts, limit=12, eos=sorted(ends)) == cut
 
 
 def test_decode_refills_slots_and_leaves_the_target_with_the_text():
