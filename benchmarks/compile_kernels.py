@@ -102,14 +102,14 @@ class Case:
 
 
 STEP = (
-    "_plant",
+    "_begin",
     "_grow",
-    "_chance",
+    "_path_cost",
     "_rank",
-    "_allot",
+    "_share",
     "_pack",
     "_compact",
-    "_foresee",
+    "_summarize",
     "_observe",
     "_count",
 )
@@ -298,7 +298,8 @@ def attention(case: Case, arch: int) -> dict[str, Recorder]:
         attention_kernels.tree_attention(checked)
 
     with mock.patch.object(tiles, "generation", return_value=arch // 10):
-        return record([attention_kernels], ("plan", "attend", "merge"), call)
+        found = record([attention_kernels], ("_plan", "_attend", "_merge"), call)
+    return {name.strip("_"): recorder for name, recorder in found.items()}
 
 
 def others(n: int, vocabulary: int) -> list[tuple[str, str, Recorder]]:
@@ -316,7 +317,9 @@ def others(n: int, vocabulary: int) -> list[tuple[str, str, Recorder]]:
     found = []
     for case, call in calls.items():
         launches = record(
-            [acceptance, attention_kernels], ("_best", "_walk", "_collect", "join"), call
+            [acceptance, attention_kernels],
+            ("_chunk_argmax", "_accept", "_argmax", "_merge_parts"),
+            call,
         )
         found += [
             (name.strip("_"), f"{case} bfloat16 N={n}", recorder)
@@ -356,7 +359,7 @@ def steps(
     def call() -> None:
         grow.begin(one[torch.int64], one[torch.bool], one[torch.int64], rows, most, True)
         grow.grow(
-            *frontier, drafted.long(), drafted, *found, beam=beam, buys=beam, stop=0, tau=-1.0
+            *frontier, drafted.long(), drafted, *found, beam=beam, commit=beam, stop=0, log_tau=-1.0
         )
         select.path_cost(score, place, torch.zeros(depth + 1, 512, dtype=torch.int32), sizes)
         selected = select.select(

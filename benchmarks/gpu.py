@@ -227,7 +227,7 @@ def attention(case: Case, device: torch.device, copy: float, rate: float) -> dic
     """Every contender on one case: checked, then timed."""
     first = inputs(case, device, 0)
     heads, dim = first["q"].shape[1:]
-    rows, context = first["indptr"].diff().long(), first["context"].long()
+    rows, context = first["indptr"].diff().long(), first["prefix_lens"].long()
     kv = first["key_cache"].shape[2] * dim
     moved = int(context[rows > 0].sum()) * 2 * kv * first["key_cache"].element_size()
     moved += len(first["q"]) * (2 * heads * dim + 2 * kv) * first["q"].element_size()

@@ -95,15 +95,15 @@ def counting() -> Iterator[Operations]:
         if entry[1]
         not in (
             "_cost",
-            "_passing",
+            "_gate",
             "layout",
             "_below",
-            "_winners",
+            "_target_tokens",
             "_drafts",
-            "_seen",
+            "_judge",
             "_path_score",
             "_costs",
-            "taken",
+            "selected",
         )
     ]  # no kernels
     try:
@@ -140,12 +140,12 @@ def step(scheduler: echo.ElasticBudgetScheduler, backend: str) -> dict[str, Coun
         return value
 
     def whole() -> None:
-        tree = part("plant", lambda: scheduler.begin(roots, num_verify_tokens=rows))
+        tree = part("begin", lambda: scheduler.begin(roots, num_verify_tokens=rows))
         for _ in range(scheduler.max_depth):
             drafted = drafts(tree)
             tree = part("grow", lambda tree=tree, drafted=drafted: scheduler.grow(tree, *drafted))
         packed = part("select, pack", lambda: scheduler.pack(tree))
-        accepted = part("verify", lambda: echo.accept(packed, target))
+        accepted = part("accept", lambda: echo.accept(packed, target))
         part(
             "compact",
             lambda: compact(

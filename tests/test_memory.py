@@ -152,10 +152,9 @@ def test_the_longest_context_keeps_to_int32():
     args = trees.attention([2], [20], **SHAPE)
     table = args["page_table"].expand(1, args["page_table"].shape[1]).repeat(1, 1 << 14)
     cache = args["key_cache"][:1, :1].expand(-1, 1 << 16, -1, -1)
-    call = arguments.Planning(
-        args["q"], cache, table, args["prefix_lens"], args["tree_key"], args["indptr"]
-    )
-    assert table.shape[1] << 16 >= 1 << 31 > call.shapes.longest + 256
+    own = args["prefix_lens"], args["tree_key"], args["indptr"]
+    shapes = arguments.attention_shapes(args["q"], cache, table, *own, "whole", None, None)
+    assert table.shape[1] << 16 >= 1 << 31 > shapes.max_prefix + 256
 
 
 # Plans
@@ -164,13 +163,13 @@ CHANGES = {
     "window=8": {"window": 8},
     "splits=3": {"splits": 3},
     "mode=tree": {"mode": "tree"},
-    "rows=8": {"rows": [4, 2]},
+    "num_rows=8": {"rows": [4, 2]},
     "batch=3": {"rows": [5, 2, 0], "contexts": [9, 30, 0]},
-    "longest=48": {"contexts": [9, 40]},
-    "kv_heads=1": {"kv_heads": 1},
+    "max_prefix=48": {"contexts": [9, 40]},
+    "num_kv_heads=1": {"kv_heads": 1},
     "itemsize=2": {"dtype": torch.float16},
-    "cached=1": {"cache": torch.float8_e5m2},
-    "page=8": {"page": 8, "contexts": [9, 30]},
+    "cache_itemsize=1": {"cache": torch.float8_e5m2},
+    "page_size=8": {"page": 8, "contexts": [9, 30]},
 }
 
 
@@ -184,7 +183,7 @@ def test_a_plan_for_other_layers_is_refused(fact, backend):
     def planned(args, options):
         named = {
             name: args[name]
-            for name in ("q", "key_cache", "page_table", "context", "tree_key", "indptr")
+            for name in ("q", "key_cache", "page_table", "prefix_lens", "tree_key", "indptr")
         }
         return kernels.plan_attention(**named, **options, backend=backend)
 
@@ -211,7 +210,7 @@ def test_a_plan_for_other_layers_is_refused(fact, backend):
 def test_a_plan_of_the_reference_has_no_list_for_the_kernel():
     args = trees.attention([5, 2], [9, 30], **SHAPE)
     named = [
-        args[name] for name in ("q", "key_cache", "page_table", "context", "tree_key", "indptr")
+        args[name] for name in ("q", "key_cache", "page_table", "prefix_lens", "tree_key", "indptr")
     ]
     plan = kernels.plan_attention(*named, backend="torch")
     with pytest.raises(
@@ -244,9 +243,9 @@ def test_splits_take_a_bounded_memory(backend):
         torch.empty(257, **ints),
     )
     for splits in (None, 1, 2, 63):
-        call = arguments.Planning(q, *step, splits=splits)
-        sizes = attention._cut(call)
-        partial = 4 * sizes.slots * sizes.tile.rows * 8 * (dim + 1)
+        shapes = arguments.attention_shapes(q, *step, "whole", None, splits)
+        sizes = attention.list_sizes(shapes)
+        partial = 4 * sizes.partials * sizes.tile.rows * 8 * (dim + 1)
         assert partial <= arguments.PARTIAL_BYTES and (
             splits is None or partial <= 4 * n * heads * (dim + 1) * splits * (splits > 1)
         )
@@ -516,7 +515,7 @@ def test_attention_touches_nothing_else(call, planned):
     args, options = call
     named = {
         name: args[name]
-        for name in ("q", "key_cache", "page_table", "context", "tree_key", "indptr")
+        for name in ("q", "key_cache", "page_table", "prefix_lens", "tree_key", "indptr")
     }
     which = {name: options[name] for name in ("splits", "window", "mode")}
     with checked():

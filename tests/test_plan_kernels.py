@@ -182,7 +182,7 @@ def test_deals_as_torch_does(case, left, slack):
 @pytest.mark.parametrize("searches", [16, 64, 4096])
 def test_the_cutoff_is_the_same_in_any_number_of_rounds(monkeypatch, searches):
     """One to four bits a round, as batches of 4,096, 1,024 and 256 requests have them."""
-    monkeypatch.setattr(tiles, "SEARCHED", searches)
+    monkeypatch.setattr(tiles, "SEARCHES", searches)
     compare(SCHEDULERS["two-level"], 9, k=3, seed=searches, ties=True)
 
 
@@ -270,14 +270,14 @@ def test_a_step_launches_no_more_than_it_did():
 def test_the_committed_table_has_every_kernel_on_every_architecture():
     table = json.loads((BENCHMARKS / "results" / "compile.json").read_text())["kernels"]
     for kernel in (
-        "plant",
+        "begin",
         "grow",
-        "chance",
+        "path_cost",
         "rank",
-        "allot",
+        "share",
         "pack",
         "compact",
-        "foresee",
+        "summarize",
         "observe",
         "count",
     ):

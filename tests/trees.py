@@ -76,4 +76,4 @@ def alone(args, b):
     }
     single["request"] = torch.zeros_like(args["request"][rows])
     single["indptr"] = (args["indptr"][b : b + 2] - first).int()
-    return single | {name: args[name][b : b + 1] for name in ("page_table", "context")}, rows
+    return single | {name: args[name][b : b + 1] for name in ("page_table", "prefix_lens")}, rows

@@ -22,7 +22,11 @@ class UnfitError(Exception):
 
 def visible(args: Args, b: int) -> torch.Tensor:
     """bool [rows, context + rows] of one request."""
-    first, end, length = int(args["indptr"][b]), int(args["indptr"][b + 1]), int(args["context"][b])
+    first, end, length = (
+        int(args["indptr"][b]),
+        int(args["indptr"][b + 1]),
+        int(args["prefix_lens"][b]),
+    )
     bit = torch.arange(end - first, device=args["q"].device)
     own = ((args["mask"][first:end][:, bit // 32] >> (bit % 32)) & 1).bool()
     return torch.cat([own.new_ones(end - first, length), own], 1)
@@ -30,7 +34,11 @@ def visible(args: Args, b: int) -> torch.Tensor:
 
 def gathered(args: Args, b: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values of one request, [context + rows, Hkv, D] each, in the queries' kind."""
-    first, end, length = int(args["indptr"][b]), int(args["indptr"][b + 1]), int(args["context"][b])
+    first, end, length = (
+        int(args["indptr"][b]),
+        int(args["indptr"][b + 1]),
+        int(args["prefix_lens"][b]),
+    )
     page = args["key_cache"].shape[1]
     at = torch.arange(length, device=args["q"].device)
     pages, slots = args["page_table"][b, at // page].long(), at % page
@@ -56,7 +64,7 @@ def padded(
     args: Args,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Dense q [B, Hq, R, D], k and v [B, Hkv, S, D], mask bool [B, 1, R, S], and each real row's place in [B * R]."""
-    rows, context = args["indptr"].diff().long(), args["context"].long()
+    rows, context = args["indptr"].diff().long(), args["prefix_lens"].long()
     batch, most, longest = len(rows), int(rows.max()), int((rows + context).max())
     if batch * most * longest > 1 << 28:
         raise UnfitError("the dense mask would be larger than 256 MiB")
@@ -133,10 +141,10 @@ def in_cache(args: Args) -> tuple[torch.Tensor, torch.Tensor]:
     if args["key_cache"].dtype != args["q"].dtype:
         raise UnfitError("an 8-bit cache would hold the tree's keys in 8 bits too")
     page = args["key_cache"].shape[1]
-    real = args["request"] < len(args["context"])
+    real = args["request"] < len(args["prefix_lens"])
     b = args["request"][real].long()
     local = torch.arange(len(real), device=real.device)[real] - args["indptr"].long()[b]
-    at = args["context"].long()[b] + local
+    at = args["prefix_lens"].long()[b] + local
     where = args["page_table"][b, at // page].long() * page + at % page
     caches = args["key_cache"].clone(), args["value_cache"].clone()
     for cache, own in zip(caches, (args["tree_key"], args["tree_value"]), strict=True):
@@ -150,7 +158,7 @@ def flashinfer(args: Args) -> Call:
 
     caches, q = in_cache(args), args["q"][: int(args["indptr"][-1])]
     page, (_, heads, dim) = args["key_cache"].shape[1], args["q"].shape
-    rows, context = args["indptr"].diff(), args["context"]
+    rows, context = args["indptr"].diff(), args["prefix_lens"]
     used = -(-(context + rows) // page)
     indices = torch.cat([args["page_table"][b, : int(n)] for b, n in enumerate(used.tolist())])
     starts = torch.cat([used.new_zeros(1), used.cumsum(0)]).int()
@@ -177,7 +185,7 @@ def xqa(args: Args) -> Call:
     q, caches, lengths = (
         args["q"][:count].contiguous(),
         in_cache(args),
-        (args["context"] + rows).to(torch.uint32),
+        (args["prefix_lens"] + rows).to(torch.uint32),
     )
     table, out = args["page_table"], torch.empty_like(q)
     return lambda: xqa_batch_decode_with_kv_cache(
@@ -196,7 +204,7 @@ def sglang(args: Args) -> Call:
     if args["key_cache"].dtype != args["q"].dtype:
         raise UnfitError("its 8-bit path takes other scales")
     page, count = args["key_cache"].shape[1], int(args["indptr"][-1])
-    rows, context = args["indptr"].diff().long(), args["context"].long()
+    rows, context = args["indptr"].diff().long(), args["prefix_lens"].long()
     slots = []
     for b, length in enumerate(context.tolist()):
         at = torch.arange(length, device=args["q"].device)
@@ -235,10 +243,11 @@ def chained(args: Args) -> Args:
     """The same rows as chains: every row sees those before it. The work of causal attention."""
     count, words = args["mask"].shape
     local = torch.arange(count, device=args["mask"].device)
-    real = args["request"] < len(args["context"])
+    real = args["request"] < len(args["prefix_lens"])
     local = torch.where(
         real,
-        local - args["indptr"].long()[args["request"].long().clamp(max=len(args["context"]) - 1)],
+        local
+        - args["indptr"].long()[args["request"].long().clamp(max=len(args["prefix_lens"]) - 1)],
         0,
     )
     bits = (local[:, None] + 1 - 32 * torch.arange(words, device=local.device)).clamp(0, 32)
@@ -256,7 +265,7 @@ def flash3(args: Args) -> Call:
     q, (keys, values), lengths, most = (
         args["q"][:count].contiguous(),
         in_cache(args),
-        args["context"] + rows,
+        args["prefix_lens"] + rows,
         int(rows.max()),
     )
     return lambda: flash_attn_with_kvcache(
@@ -276,11 +285,11 @@ def flash2(args: Args) -> Call:
         torch.cat(parts)
         for parts in zip(*(gathered(args, b) for b in range(len(rows))), strict=True)
     )
-    ends = torch.cat([rows.new_zeros(1), (args["context"] + rows).cumsum(0)]).int()
+    ends = torch.cat([rows.new_zeros(1), (args["prefix_lens"] + rows).cumsum(0)]).int()
     q, most, longest = (
         args["q"][:count].contiguous(),
         int(rows.max()),
-        int((args["context"] + rows).max()),
+        int((args["prefix_lens"] + rows).max()),
     )
     group = {"enable_gqa": q.shape[1] != keys.shape[1]}
     return lambda: varlen_attn(

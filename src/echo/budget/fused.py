@@ -79,11 +79,11 @@ def grow(
         tau = gate.log_tau.get(depth, tau)
     options: dict[str, Any] = {
         "beam": rule.beam,
-        "buys": rule.beam if isinstance(rule, TwoLevel) else 0,
+        "commit": rule.beam if isinstance(rule, TwoLevel) else 0,
         "stop": int(Status.FINISHED if last else Status.ACTIVE),
     }
     if gate is not None and type(gate) is not SparseGate:
-        seen = step.grow(*old, None, *state, tau=tau, **options)
+        seen = step.grow(*old, None, *state, log_tau=tau, **options)
         layer = Layer(
             depth,
             tokens.flatten(1),
@@ -100,7 +100,7 @@ def grow(
             mine.token, mine.parent, mine.score, mine.committed, mine.drafted,
             on.token, on.parent, on.index, on.score, on.active, out.status, out.num_committed, out.num_remaining, out.invalid,
         )  # fmt: skip
-    new = step.grow(*old, verdict, *state, tau=tau, **options, out=buffers)
+    new = step.grow(*old, verdict, *state, log_tau=tau, **options, out=buffers)
     if out is not None:
         return replace(
             out,

@@ -68,8 +68,8 @@ def begin(
                 max_verify_tokens_per_req=max_verify_tokens_per_req,
             )
         return SuperTree(
-            layers=(Layer(0, root, new.parent, new.score, new.committed, new.alive),),
-            frontier=Frontier(root, new.parent, new.parent, new.score, new.drafts, 0),
+            layers=(Layer(0, root, new.parent, new.score, new.committed, new.drafted),),
+            frontier=Frontier(root, new.parent, new.parent, new.score, new.active, 0),
             status=new.status,
             verify_limits=new.verify_limits,
             num_committed=new.num_committed,

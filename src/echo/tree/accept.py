@@ -87,7 +87,7 @@ class Accepted:
             )
         if eos_tokens is not None:
             checks.tensor("eos_tokens", eos_tokens, ["n"], torch.int64, device)
-        rows, tokens, lengths, beyond = reference.cut(
+        rows, tokens, lengths, beyond = reference.truncate(
             self.rows, self.tokens, self.num_emitted, self.cut_row, max_new_tokens, eos_tokens
         )
         return Accepted.of(tokens, rows, lengths, beyond)
