@@ -1,9 +1,10 @@
-"""How many kernels does a whole step launch, plant to observe, part by part? What a CUDA graph of the step is made of.
+"""How many kernels does a step launch, begin to observe, part by part?
 
     python benchmarks/operations.py          into benchmarks/results/operations.json; needs no GPU
 
-Counted are torch operations that compute or copy (views and empty buffers do nothing on a device; sorts and selections are more than one
-kernel) and launches of the fused kernels, which run in Triton's interpreter. No count depends on the batch.
+Counted are torch operations that compute or copy (views and empty buffers do nothing on a device;
+sorts and selections are more than one kernel) and launches of the fused kernels, which run in
+Triton's interpreter. No count depends on the batch.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ def policies() -> dict[str, echo.ElasticBudgetScheduler]:
 
 
 class Launched:
-    """Stands in for a kernel: counts its launches, and launches it unseen by :class:`Operations`."""
+    """Counts a kernel's launches, and hides its operations from :class:`Operations`."""
 
     def __init__(self, kernel: Any, name: str, counted: Operations) -> None:
         self.kernel, self.name, self.counted = kernel, name, counted

@@ -1,4 +1,4 @@
-"""The Triton kernels against their twins: in the interpreter, or on the device where there is one and TRITON_INTERPRET is 0."""
+"""The Triton kernels against their references: interpreted, or on a GPU with TRITON_INTERPRET=0."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SHAPE = {"page": 16, "heads": 2, "kv_heads": 1, "dim": 64, "dtype": torch.float3
 
 pytestmark = [
     pytest.mark.usefixtures("poisoned"),
-    pytest.mark.filterwarnings("ignore:.*deterministic"),  # of the twins, on a GPU
+    pytest.mark.filterwarnings("ignore:.*deterministic"),  # of the references, on a GPU
 ]
 
 
@@ -173,7 +173,7 @@ def test_merging_parts_without_keys(backend):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_one_request_at_a_time_equals_the_batch(dtype):
-    """With ``splits`` given, to the bit; balanced splits depend on the batch, so their last bits may."""
+    """To the bit with ``splits``; balanced splits depend on the batch, so their last bits may."""
     args = trees.attention([7, 1, 21], [40, 0, 90], **(SHAPE | {"dtype": dtype}), device=DEVICE)
     fixed = kernels.tree_attention(**args, splits=3, backend="triton")
     balanced = kernels.tree_attention(**args, backend="triton")
@@ -209,7 +209,7 @@ def test_one_plan_serves_all_layers(options):
 
 
 def test_any_mask_and_any_cache_layout():
-    """Bits that are no ancestors, bits beyond the request's rows; keys by slot then head, values by head then slot."""
+    """Bits that are no ancestors or beyond the rows; keys by slot first, values by head first."""
     args = trees.attention(
         [5, 40, 3], [18, 33, 0], **(SHAPE | {"heads": 4, "kv_heads": 2}), device=DEVICE
     )
@@ -298,7 +298,7 @@ def test_the_work_list_covers_every_tile_and_block_once(seed, splits):
             assert rest == 0 and low == piece * int(blocks[b]) // pieces
 
 
-def test_launchers_read_nothing_back(monkeypatch):
+def test_launchers_are_sync_free(monkeypatch):
     for module, names in (
         (attention, ["_plan", "_attend", "_merge", "_merge_parts"]),
         (acceptance, ["_chunk_argmax", "_accept", "_argmax"]),
@@ -325,7 +325,7 @@ def test_launchers_read_nothing_back(monkeypatch):
     st.integers(0, 6),
     st.integers(0, 10_000),
 )
-def test_the_walk_equals_the_twin_whatever_the_links_are(rows, pads, max_depth, seed):
+def test_acceptance_equals_the_reference_whatever_the_links_are(rows, pads, max_depth, seed):
     generator = torch.Generator().manual_seed(seed)
     count = sum(rows) + pads
     draw = lambda low, high: torch.randint(low, high, (count,), generator=generator).to(DEVICE)
@@ -340,7 +340,7 @@ def test_the_walk_equals_the_twin_whatever_the_links_are(rows, pads, max_depth, 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("vocabulary", [1, 63, 300])
-def test_greedy_acceptance_equals_the_twin(dtype, vocabulary, monkeypatch):
+def test_greedy_acceptance_equals_the_reference(dtype, vocabulary, monkeypatch):
     monkeypatch.setattr(tiles, "VOCABULARY_CHUNK", 128)
     monkeypatch.setattr(tiles, "VOCABULARY_BLOCK", 64)
     generator = torch.Generator().manual_seed(vocabulary)

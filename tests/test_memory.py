@@ -1,4 +1,4 @@
-"""What the kernels and their references may touch: strides of 64 bits, tables with holes, plans of other layers, numbers that are none.
+"""What kernels and references may touch: 64-bit strides, tables with holes, other layers' plans.
 
 ``ECHO_FUZZ=50`` runs so many times the examples.
 """
@@ -377,7 +377,7 @@ def test_what_is_not_finite_spoils_what_sees_it(dtype, value, options, backend):
         if name != "q":
             hit = sees(args, options.get("window"))[:, rows].any(1)
         assert torch.equal(out[~hit], clean[~hit]) and torch.equal(lse[~hit], clean_lse[~hit])
-        if value != value or name == "tree_value":  # noqa: PLR0124 - an infinite score may also mean: not seen
+        if value != value or name == "tree_value":  # noqa: PLR0124
             assert out[hit].isnan().all() and hit.any()
 
 
@@ -527,8 +527,8 @@ def test_attention_touches_nothing_else(call, planned):
 @INTERPRETED
 @settings(max_examples=15 * EXAMPLES)
 @given(
-    st.lists(st.sampled_from([0, 1, 5, 70]), max_size=4), st.integers(0, 3), st.integers(0, 4), st.sampled_from([1, 40, 200]),
-    st.integers(0, 10_000),
+    st.lists(st.sampled_from([0, 1, 5, 70]), max_size=4), st.integers(0, 3), st.integers(0, 4),
+    st.sampled_from([1, 40, 200]), st.integers(0, 10_000),
 )  # fmt: skip
 def test_acceptance_touches_nothing_else(rows, pads, max_depth, vocabulary, seed):
     generator = torch.Generator().manual_seed(seed)
@@ -546,7 +546,7 @@ def test_acceptance_touches_nothing_else(rows, pads, max_depth, vocabulary, seed
     with checked(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(tiles, "VOCABULARY_CHUNK", 64)
         patch.setattr(tiles, "VOCABULARY_BLOCK", 64)
-        walks = (
+        results = (
             kernels.accept(*links, tokens, max_depth, backend="triton"),
             kernels.accept(*links, logits, max_depth, backend="triton"),
         )
@@ -557,8 +557,8 @@ def test_acceptance_touches_nothing_else(rows, pads, max_depth, vocabulary, seed
         reference.accept(*links, tokens, max_depth),
         reference.accept(*links, logits, max_depth),
     )
-    for walk in zip(walks, expected, strict=True):
-        assert all(torch.equal(one, two) for one, two in zip(*walk, strict=True))
+    for result in zip(results, expected, strict=True):
+        assert all(torch.equal(one, two) for one, two in zip(*result, strict=True))
 
 
 SCHEDULERS = [
@@ -582,7 +582,7 @@ SCHEDULERS = [
     st.integers(0, 10_000),
 )
 def test_a_step_touches_nothing_else(scheduler, live, page, narrow, seed):
-    """Empty lanes and batches; tables with holes; lanes that share a slot, one of them alive or none."""
+    """Pad requests, empty batches, tables with holes, requests that share an index."""
     generator, batch = torch.Generator().manual_seed(seed), len(live)
     table = torch.randint(
         -2, 5, (batch, int(torch.randint(0, 5, (), generator=generator))), generator=generator
@@ -603,7 +603,7 @@ def test_a_step_touches_nothing_else(scheduler, live, page, narrow, seed):
             k=3,
             seed=seed,
             spoil=0.1,
-            rows=40,
+            num_verify_tokens=40,
             live=torch.tensor(live, dtype=torch.bool),
         )
         packed = scheduler.pack(tree)
@@ -636,10 +636,10 @@ def test_a_step_touches_nothing_else(scheduler, live, page, narrow, seed):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_an_empty_lane_takes_nothing_from_the_request_whose_slot_it_names(backend):
+def test_a_pad_request_takes_nothing_from_the_request_whose_index_it_names(backend):
     scheduler, live = SCHEDULERS[2], torch.tensor([True, False, True, False])
     with kernels.using(backend):
-        tree = grow_all(scheduler, torch.arange(4), k=3, seed=0, rows=24, live=live)
+        tree = grow_all(scheduler, torch.arange(4), k=3, seed=0, num_verify_tokens=24, live=live)
         packed = scheduler.pack(tree)
         accepted, history = echo.accept(packed, packed.tokens.roll(-1)), scheduler.history(3)
         once, twice = (
@@ -656,7 +656,7 @@ def test_an_empty_lane_takes_nothing_from_the_request_whose_slot_it_names(backen
 
 @INTERPRETED
 def test_buffers_with_gaps_are_written_where_they_are():
-    """``out`` of acceptance, counters and a history may be columns of something wider: what lies between is not touched."""
+    """``out`` may be columns of something wider: what lies between is not touched."""
 
     def gaps(value):
         return (
@@ -668,8 +668,8 @@ def test_buffers_with_gaps_are_written_where_they_are():
     scheduler = echo.ElasticBudgetScheduler(
         echo.GlobalRank(2), None, echo.CostModel((1, 64), (1.0, 2.0)), 2
     )
-    packed = scheduler.pack(grow_all(scheduler, torch.arange(3), k=2, seed=0, rows=12))
-    target, lanes = packed.tokens.roll(-1), torch.arange(3)
+    packed = scheduler.pack(grow_all(scheduler, torch.arange(3), k=2, seed=0, num_verify_tokens=12))
+    target, where = packed.tokens.roll(-1), torch.arange(3)
     wanted = echo.accept(packed, target)
     history, stats = scheduler.history(3), echo.StepStats.empty()
     with kernels.using("triton"), checked():
@@ -677,13 +677,16 @@ def test_buffers_with_gaps_are_written_where_they_are():
             packed, target, out=echo.tree.Accepted(**{k: gaps(v) for k, v in vars(wanted).items()})
         )
         known = history.observe(
-            lanes,
+            where,
             packed,
             accepted,
             out=dataclasses.replace(history, **{k: gaps(v) for k, v in vars(history).items()}),
         )
         counted = stats.observe(packed, accepted, out=echo.StepStats(gaps(stats.counts)))
-    same({"accepted": accepted, "history": known, "counts": counted},
-         {"accepted": wanted, "history": history.observe(lanes, packed, wanted), "counts": stats.observe(packed, wanted)})  # fmt: skip
+    plain = history.observe(where, packed, wanted), stats.observe(packed, wanted)
+    same(
+        {"accepted": accepted, "history": known, "counts": counted},
+        {"accepted": wanted, "history": plain[0], "counts": plain[1]},
+    )
     for value in (accepted.tokens, accepted.num_emitted, known.steps, counted.counts):
         assert value._base.select(-1, 1).eq(99).all()

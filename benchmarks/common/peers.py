@@ -1,7 +1,10 @@
-"""What other libraries offer for ragged trees over a paged cache, each set up outside the timing, and attention in float64.
+"""Other libraries' attention of ragged trees over a paged cache, and attention in float64.
 
-A peer is a function of our arguments that returns a call without arguments, whose result is [N, Hq, D]. It raises ImportError where its
-library is not installed and UnfitError where it does not take the case. Pad rows are left out of every peer's work.
+Setting a peer up is not timed.
+
+A peer is a function of our arguments that returns a call without arguments, whose result is [N,
+Hq, D]. It raises ImportError where its library is not installed and UnfitError where it does not
+take the case. Pad rows are left out of every peer's work.
 """
 
 from __future__ import annotations
@@ -63,7 +66,7 @@ def exact(args: Args, row: int) -> torch.Tensor:
 def padded(
     args: Args,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Dense q [B, Hq, R, D], k and v [B, Hkv, S, D], mask bool [B, 1, R, S], and each real row's place in [B * R]."""
+    """Dense q [B, Hq, R, D], k and v [B, Hkv, S, D], mask [B, 1, R, S]; real rows in [B * R]."""
     rows, context = args["indptr"].diff().long(), args["prefix_lens"].long()
     batch, most, longest = len(rows), int(rows.max()), int((rows + context).max())
     if batch * most * longest > 1 << 28:
@@ -98,7 +101,7 @@ def packed(out: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
 
 
 def sdpa(args: Args) -> Call:
-    """torch's attention with a dense mask, over keys gathered beforehand: the gather and the packing are not charged to it."""
+    """PyTorch's attention with a dense mask, over keys gathered outside the timing."""
     q, k, v, mask, place = padded(args)
     return lambda: packed(
         F.scaled_dot_product_attention(
@@ -117,7 +120,7 @@ def compiled() -> Callable[..., torch.Tensor]:
 
 
 def flex(args: Args) -> Call:
-    """FlexAttention with the dense mask as its mask function, over keys gathered beforehand; compiled on a CUDA device."""
+    """FlexAttention with a dense mask, over keys gathered outside the timing; compiled on CUDA."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     q, k, v, mask, place = padded(args)
@@ -153,7 +156,7 @@ def in_cache(args: Args) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def flashinfer(args: Args) -> Call:
-    """FlashInfer's paged prefill with a custom mask, the tree in the cache; its plan is not charged to it."""
+    """FlashInfer's paged prefill with a custom mask, the tree in the cache; its plan not timed."""
     import flashinfer as library
 
     caches, q = in_cache(args), args["q"][: int(args["indptr"][-1])]
@@ -166,14 +169,15 @@ def flashinfer(args: Args) -> Call:
     workspace = torch.empty(256 << 20, dtype=torch.uint8, device=args["q"].device)
     wrapper = library.BatchPrefillWithPagedKVCacheWrapper(workspace, "NHD")
     wrapper.plan(
-        args["indptr"], starts, indices, (context + rows - 1) % page + 1, heads, args["tree_key"].shape[1], dim, page,
-        custom_mask=mask, q_data_type=args["q"].dtype, kv_data_type=args["key_cache"].dtype,
+        args["indptr"], starts, indices, (context + rows - 1) % page + 1, heads,
+        args["tree_key"].shape[1], dim, page, custom_mask=mask, q_data_type=args["q"].dtype,
+        kv_data_type=args["key_cache"].dtype,
     )  # fmt: skip
     return lambda: wrapper.run(q, caches)
 
 
 def xqa(args: Args) -> Call:
-    """FlashInfer's XQA with ragged queries and our mask words, the tree in the cache; Hopper and newer."""
+    """FlashInfer's XQA with ragged queries and our mask words, the tree in the cache; Hopper on."""
     from flashinfer.decode import xqa_batch_decode_with_kv_cache
 
     page, rows, count = args["key_cache"].shape[1], args["indptr"].diff(), int(args["indptr"][-1])
@@ -187,10 +191,10 @@ def xqa(args: Args) -> Call:
         in_cache(args),
         (args["prefix_lens"] + rows).to(torch.uint32),
     )
-    table, out = args["page_table"], torch.empty_like(q)
+    table, out, scale = args["page_table"], torch.empty_like(q), q.shape[-1] ** -0.5
     return lambda: xqa_batch_decode_with_kv_cache(
-        q, caches, workspace, table, lengths, table.shape[1] * page, bmm1_scale=q.shape[-1] ** -0.5, out=out, q_len_per_req=most,
-        mask=mask, q_cu_seq_lens=args["indptr"],
+        q, caches, workspace, table, lengths, table.shape[1] * page, bmm1_scale=scale, out=out,
+        q_len_per_req=most, mask=mask, q_cu_seq_lens=args["indptr"],
     )  # fmt: skip
 
 
@@ -269,13 +273,14 @@ def flash3(args: Args) -> Call:
         int(rows.max()),
     )
     return lambda: flash_attn_with_kvcache(
-        q, keys, values, cache_seqlens=lengths, page_table=args["page_table"], cu_seqlens_q=args["indptr"], max_seqlen_q=most,
-        softmax_scale=q.shape[-1] ** -0.5, causal=True,
+        q, keys, values, cache_seqlens=lengths, page_table=args["page_table"],
+        cu_seqlens_q=args["indptr"], max_seqlen_q=most, softmax_scale=q.shape[-1] ** -0.5,
+        causal=True,
     )  # fmt: skip
 
 
 def flash2(args: Args) -> Call:
-    """FlashAttention 2, causal, as torch ships it, over keys gathered beforehand: it takes pages of 256 tokens only."""
+    """FlashAttention 2, causal, as in PyTorch, over keys gathered outside the timing."""
     from torch.nn.attention.varlen import varlen_attn
 
     if not args["q"].is_cuda:
