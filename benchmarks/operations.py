@@ -71,6 +71,10 @@ class Launched:
     def __init__(self, kernel: Any, name: str, counted: Operations) -> None:
         self.kernel, self.name, self.counted = kernel, name, counted
 
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        """Within another kernel."""
+        return self.kernel(*args, **options)
+
     def __getitem__(self, grid: Any) -> Any:
         def launch(*args: Any, **options: Any) -> None:
             self.counted.count[f"kernel {self.name}"] += 1
@@ -83,30 +87,13 @@ class Launched:
 @contextlib.contextmanager
 def counting() -> Iterator[Operations]:
     """Counts operations and launches within it."""
-    operations, found = Operations(), []
-    for module in (acceptance, grow, select, pack, observe):
-        found += [
-            (module, name, kernel)
-            for name, kernel in vars(module).items()
-            if hasattr(kernel, "run") and hasattr(kernel, "fn")
-        ]
+    operations, modules = Operations(), (acceptance, grow, select, pack, observe)
     found = [
-        entry
-        for entry in found
-        if entry[1]
-        not in (
-            "_cost",
-            "_gate",
-            "layout",
-            "_below",
-            "_target_tokens",
-            "_drafts",
-            "_judge",
-            "_path_score",
-            "_costs",
-            "selected",
-        )
-    ]  # no kernels
+        (module, name, kernel)
+        for module in modules
+        for name, kernel in vars(module).items()
+        if hasattr(kernel, "run") and hasattr(kernel, "fn")
+    ]
     try:
         for module, name, kernel in found:
             setattr(module, name, Launched(kernel, name.strip("_"), operations))
