@@ -18,7 +18,7 @@ from echo import kernels
 from echo.budget.dealing import select_cheapest
 from echo.tree import compact
 from echo.tree.packed import pack
-from test_dealing import forests
+from test_select import forests
 
 pytest.importorskip("triton")
 from echo.kernels import select, tiles

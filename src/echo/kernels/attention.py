@@ -60,8 +60,9 @@ def _request(
 @triton.jit
 def _pieces(blocks, chunk, splits):
     """Pieces of a request's KV axis: as many as asked for, or as hold ``chunk`` blocks each."""
-    balanced = ((blocks + chunk - 1) // chunk).to(tl.int32)
-    return tl.minimum(blocks, splits) if splits > 0 else balanced
+    return (
+        tl.minimum(blocks, splits) if splits > 0 else ((blocks + chunk - 1) // chunk).to(tl.int32)
+    )
 
 
 @triton.jit(do_not_specialize=["batch", "limit", "items", "target", "splits"])

@@ -183,20 +183,14 @@ def _count(
     depth = zero + layers
     if DEVICE:
         depth = tl.load(layers_at).to(tl.int64)
+    step = (
+        zero + 1, depth, requests, real, rows - real, accepted, truncated, starved, released, again,
+        faults, silent, unserved,
+    )  # fmt: skip
     at = tl.arange(0, 16)
-    value = tl.where(at == 0, 1, 0).to(tl.int64)
-    value = tl.where(at == 1, depth, value)
-    value = tl.where(at == 2, requests, value)
-    value = tl.where(at == 3, real, value)
-    value = tl.where(at == 4, rows - real, value)
-    value = tl.where(at == 5, accepted, value)
-    value = tl.where(at == 6, truncated, value)
-    value = tl.where(at == 7, starved, value)
-    value = tl.where(at == 8, released, value)
-    value = tl.where(at == 9, again, value)
-    value = tl.where(at == 10, faults, value)
-    value = tl.where(at == 11, silent, value)
-    value = tl.where(at == 12, unserved, value)
+    value = tl.zeros([16], tl.int64)
+    for i in tl.static_range(13):
+        value = tl.where(at == i, step[i], value)
     tl.store(new + at, tl.load(counts + at, mask=at < 13, other=0) + value, mask=at < 13)
 
 

@@ -94,8 +94,8 @@ def _compact(
     tl.store(valid + lane, there.to(tl.uint8), mask=inside)
     tl.store(positions + lane, tl.where(there, to, 0), mask=inside)
     if PAGED:
-        lies_ok = inside & there & (lies >= 0) & (lies // page_size < pages)
-        to_ok = inside & there & (to >= 0) & (to // page_size < pages)
+        lies_ok = inside & (there & (lies >= 0) & (lies // page_size < pages))
+        to_ok = inside & (there & (to >= 0) & (to // page_size < pages))
         old = tl.load(table + b * pages + lies // page_size, mask=lies_ok, other=-1).to(tl.int64)
         new = tl.load(table + b * pages + to // page_size, mask=to_ok, other=-1).to(tl.int64)
         from_slot = tl.where(old >= 0, old * page_size + lies % page_size, pad_slot)

@@ -114,10 +114,11 @@ def _rank(
     for start in range(0, count, PIECE):
         at = start + tl.arange(0, PIECE)
         other = _costs(cost, b * cost_row, at, at < count, SCORES)
-        free = tl.load(committed + b * row + at, mask=at < count, other=1) == 0
+        on = tl.load(committed + b * row + at, mask=at < count, other=1)
+        free = (other < NEVER) & (on == 0)
         tie = (other[None, :] == own[:, None]) & (at[None, :] < lane[:, None])
         ahead = (other[None, :] < own[:, None]) | tie
-        mine += tl.sum((ahead & ((other < NEVER) & free)[None, :]).to(tl.int32), 1)
+        mine += tl.sum((ahead & free[None, :]).to(tl.int32), 1)
     most = tl.minimum(tl.load(verify_limits + b), total)
     if COMMITTED:
         most = tl.minimum(most - tl.load(num_committed + b), extra)
