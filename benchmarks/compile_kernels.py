@@ -1,11 +1,12 @@
-"""Do all shipped kernel configurations compile well? Registers, spills, shared memory, predicted occupancy, the hot loop; no GPU.
+"""Do all kernel configurations compile without spills? Registers, occupancy, the hot loop; no GPU.
 
-    python benchmarks/compile_kernels.py            all, into benchmarks/results/compile.json and compile.md (about 5 minutes)
+    python benchmarks/compile_kernels.py            all, into benchmarks/results/compile.*
     python benchmarks/compile_kernels.py --quick    a representative subset, nothing written
 
-Each launch is recorded from the real launcher on CPU tensors, so that types, constants and divisibility hints are the launch's own.
-Exit status 1: spills, shared memory over the limit, a 16-bit tile of 64 rows without the wide matrix instruction, or keys that are not
-copied ahead in pieces of 16 bytes.
+Each launch is recorded from the real launcher on CPU tensors, so that types, constants and
+divisibility hints are the launch's own. Exit status 1: spills, shared memory over the limit, a
+16-bit tile of 64 rows without the wide matrix instruction, or keys that are not copied ahead in
+pieces of 16 bytes.
 """
 
 from __future__ import annotations
@@ -49,16 +50,17 @@ WIDE = {90: "HGMMA", 100: "UTCHMMA"}
 """What a tile of 64 rows and more of 16 bits must use, by architecture."""
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 SHARED = {80: (163 * 1024, 164 * 1024), 90: (227 * 1024, 228 * 1024), 100: (227 * 1024, 228 * 1024)}
-"""By architecture: shared memory that a block, and that a multiprocessor has at most; the system keeps 1 KiB of each block's."""
+"""By architecture: most shared memory of a block and of a multiprocessor; 1 KiB is reserved."""
 MATRIX = ("UTCHMMA", "HGMMA", "HMMA")
 """Matrix instructions in the machine code, widest first."""
 MEMORY = {80: 2.04e12 / 108 / 1.41e9, 90: 3.35e12 / 132 / 1.755e9, 100: 8.0e12 / 148 / 1.85e9}
-"""Bytes that memory delivers per multiprocessor and cycle: data sheets of A100 80 GB, H100 SXM and B200."""
+"""Bytes of memory per multiprocessor and cycle: data sheets of A100 80 GB, H100 SXM and B200."""
 ISSUED = 4
 """Instructions that a multiprocessor issues per cycle, one a scheduler."""
 TYPES = {
-    torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64",
-    torch.float8_e4m3fn: "*fp8e4nv", torch.float8_e5m2: "*fp8e5", torch.uint8: "*u8", torch.int8: "*i8",
+    torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int64: "*i64",
+    torch.int32: "*i32", torch.int8: "*i8", torch.uint8: "*u8", torch.float8_e4m3fn: "*fp8e4nv",
+    torch.float8_e5m2: "*fp8e5",
 }  # fmt: skip
 
 
@@ -102,17 +104,9 @@ class Case:
 
 
 STEP = (
-    "_plant",
-    "_grow",
-    "_chance",
-    "_rank",
-    "_allot",
-    "_pack",
-    "_compact",
-    "_foresee",
-    "_observe",
-    "_count",
-)
+    "_begin", "_grow", "_path_cost", "_rank", "_share", "_pack", "_compact", "_summarize",
+    "_observe", "_count",
+)  # fmt: skip
 """Kernels of a step other than attention and acceptance."""
 
 
@@ -146,7 +140,8 @@ def record(modules: list[Any], names: tuple[str, ...], call: Any) -> dict[str, R
 def source(recorder: Recorder) -> tuple[ASTSource, dict[str, int]]:
     """What Triton would compile for that launch.
 
-    Ints equal to 1 are constants and those divisible by 16 are hinted, as pointers are, except what is not to be specialised on.
+    Ints equal to 1 are constants and those divisible by 16 are hinted, as pointers are, except
+    what is not to be specialised on.
     """
     names = recorder.kernel.arg_names
     named = dict(zip(names, recorder.args, strict=False)) | {
@@ -192,12 +187,12 @@ def cuobjdump(cubin: bytes) -> tuple[str, str]:
 
 
 def resources(compiled: Any, arch: int, warps: int) -> dict[str, Any]:
-    """Registers, spills, shared memory, and how many blocks of a kernel a multiprocessor is predicted to hold."""
+    """Registers, spills, shared memory, and predicted blocks of a kernel per multiprocessor."""
     usage, sass = cuobjdump(compiled.asm["cubin"])
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert found is not None, usage
     registers, stack = int(found[1]), int(found[2])
-    # The compiler may add warps of its own (a warp that loads, say): the kernel's real size is in its launch bounds.
+    # The compiler may add warps, such as one that loads: launch bounds have the real size.
     bound = re.search(r"\.(?:reqntid|maxntid) (\d+)", compiled.asm["ptx"])
     threads = int(bound[1]) if bound else 32 * warps
     shared, (_, whole) = compiled.metadata.shared, SHARED[arch]
@@ -217,7 +212,7 @@ def resources(compiled: Any, arch: int, warps: int) -> dict[str, Any]:
 
 
 def hot_loop(sass: str) -> list[str]:
-    """Opcodes of the first loop that copies to shared memory: the one over the context, where there is one."""
+    """Opcodes of the first loop that copies to shared memory: that over the prefix, if any."""
     lines = re.findall(r"/\*([0-9a-f]{4,5})\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.]+)([^;]*);", sass)
     for at, opcode, operands in lines:
         back = re.search(r"0x([0-9a-f]+)", operands) if opcode.startswith("BRA") else None
@@ -237,8 +232,9 @@ def turn(
 ) -> dict[str, Any]:
     """One turn of the hot loop over ``keys`` keys, each ``key_bytes`` of key and value.
 
-    ``buffers``: turns whose keys shared memory holds at once. ``in_flight``: bytes a multiprocessor may have asked for, all its blocks
-    together; memory needs about 25 KiB to be busy. ``issue``: instructions over those that fit into the time that memory takes for the
+    ``buffers``: turns whose keys shared memory holds at once. ``in_flight``: bytes a
+    multiprocessor may have asked for, all its blocks together; memory needs about 25 KiB to be
+    busy. ``issue``: instructions over those that fit into the time that memory takes for the
     same keys: above 1, instructions are the limit.
     """
     _, sass = cuobjdump(compiled.asm["cubin"])
@@ -291,18 +287,20 @@ def attention(case: Case, arch: int) -> dict[str, Recorder]:
 
     def call() -> None:
         checked = arguments.Attention(
-            q, *pages, torch.zeros(batch, width, **ints), torch.zeros(batch, **ints), *own, torch.zeros(n, **ints),
-            torch.zeros(batch + 1, **ints), torch.zeros(n, words, **ints), mode=case.mode, window=case.window, softcap=case.softcap,
-            depth=torch.zeros(n, **ints), key_scale=scales, value_scale=scales, splits=case.splits,
+            q, *pages, torch.zeros(batch, width, **ints), torch.zeros(batch, **ints), *own,
+            torch.zeros(n, **ints), torch.zeros(batch + 1, **ints), torch.zeros(n, words, **ints),
+            mode=case.mode, window=case.window, softcap=case.softcap, depth=torch.zeros(n, **ints),
+            key_scale=scales, value_scale=scales, splits=case.splits,
         )  # fmt: skip
         attention_kernels.tree_attention(checked)
 
     with mock.patch.object(tiles, "generation", return_value=arch // 10):
-        return record([attention_kernels], ("plan", "attend", "merge"), call)
+        found = record([attention_kernels], ("_plan", "_attend", "_merge"), call)
+    return {name.strip("_"): recorder for name, recorder in found.items()}
 
 
 def others(n: int, vocabulary: int) -> list[tuple[str, str, Recorder]]:
-    """Kernel, case and launch of acceptance from logits and from tokens, and of joining two parts."""
+    """Kernel, case and launch of acceptance from logits and tokens, and of merging two parts."""
     links, tokens = torch.zeros(n + 1, dtype=torch.int32), torch.zeros(n, dtype=torch.int64)
     logits, out, lse = (torch.empty(n, size, dtype=torch.bfloat16) for size in (vocabulary, 128, 1))
     trees = links[:n], links[: n // 8 + 2], tokens
@@ -316,7 +314,9 @@ def others(n: int, vocabulary: int) -> list[tuple[str, str, Recorder]]:
     found = []
     for case, call in calls.items():
         launches = record(
-            [acceptance, attention_kernels], ("_best", "_walk", "_collect", "join"), call
+            [acceptance, attention_kernels],
+            ("_chunk_argmax", "_accept", "_argmax", "_merge_parts"),
+            call,
         )
         found += [
             (name.strip("_"), f"{case} bfloat16 N={n}", recorder)
@@ -326,7 +326,7 @@ def others(n: int, vocabulary: int) -> list[tuple[str, str, Recorder]]:
 
 
 def steps(
-    batch: int, beam: int, k: int, depth: int, most: int = 64
+    batch: int, beam: int, k: int, depth: int, limit: int = 64
 ) -> list[tuple[str, str, Recorder]]:
     """The launches of one step but for acceptance, of trees of that shape."""
     sizes = [1, k, *[beam * k] * (depth - 1)]
@@ -339,9 +339,9 @@ def steps(
         batched(sum(sizes), dtype) for dtype in (torch.float32, torch.int64, torch.bool)
     )
     frontier = [batched(beam, dtype) for dtype in (torch.float32, torch.bool, torch.int64)]
-    drafted, rows, left = (
+    drafted, rows, remaining = (
         torch.zeros(batch, beam, k),
-        batch * most,
+        batch * limit,
         torch.zeros((), dtype=torch.int64),
     )
     links, context, table = (
@@ -349,27 +349,27 @@ def steps(
         one[torch.int32],
         batched(32, torch.int32),
     )
-    found = one[torch.int8], one[torch.bool], one[torch.int64], one[torch.int64], left, context
+    found = one[torch.int8], one[torch.bool], one[torch.int64], one[torch.int64], remaining, context
     sums = [torch.zeros(depth, batch + 1) for _ in range(3)] + [torch.zeros(depth, batch + 1, 64)]
-    foreseen = torch.zeros(batch, depth), torch.zeros(batch, depth, BINS)
+    summary = torch.zeros(batch, depth), torch.zeros(batch, depth, BINS)
 
     def call() -> None:
-        grow.begin(one[torch.int64], one[torch.bool], one[torch.int64], rows, most, True)
+        grow.begin(one[torch.int64], one[torch.bool], one[torch.int64], rows, limit, True)
         grow.grow(
-            *frontier, drafted.long(), drafted, *found, beam=beam, buys=beam, stop=0, tau=-1.0
+            *frontier, drafted.long(), drafted, *found, beam=beam, commit=beam, stop=0, log_tau=-1.0
         )
         select.path_cost(score, place, torch.zeros(depth + 1, 512, dtype=torch.int32), sizes)
         selected = select.select(
-            score.int(), yes, one[torch.int64], one[torch.int64], left, rows, most, sizes
+            score.int(), yes, one[torch.int64], one[torch.int64], remaining, rows, limit, sizes
         )
-        pack.pack(selected, place, place, score, yes, rows, -(-most // 32), sizes)
+        pack.pack(selected, place, place, score, yes, rows, -(-limit // 32), sizes)
         pack.compact(
             batched(depth + 1, torch.int64), one[torch.int64], links, context, table, 64, 0, -1
         )
         observe.summarize(score, score, selected, sizes, BINS, SKIP)
         emitted = one[torch.int8], one[torch.int64], one[torch.int64]
         observe.count(links, *emitted[:2], context, rows, depth, torch.zeros(13, dtype=torch.int64))
-        observe.observe(one[torch.int64], *emitted, depth, foreseen, sums, 0.95, 512)
+        observe.observe(one[torch.int64], *emitted, depth, summary, sums, 0.95, 512)
 
     launches = record([grow, select, pack, observe], STEP, call)
     return [
@@ -381,7 +381,7 @@ def steps(
 def cases(quick: bool) -> list[Case]:
     """What is compiled: every head dimension, kind and tile height, then each feature once."""
     half, brain, single = torch.float16, torch.bfloat16, torch.float32
-    # Arguments equal to 1 are compiled in as constants, which changes types: everything that can be 1 is.
+    # Arguments equal to 1 are compiled in, which changes types: all that can be 1 is.
     ones = Case(64, half, 1, 1, page=1, batch=1, splits=1)
     if quick:
         return [
@@ -398,9 +398,12 @@ def cases(quick: bool) -> list[Case]:
     ]
     e4, e5 = torch.float8_e4m3fn, torch.float8_e5m2
     features = [
-        Case(128, brain, 4, 16, page=16), Case(128, brain, 4, 16, page=1), Case(128, brain, 8, 16, page=256),
-        Case(128, brain, 4, 16, cache=e4), Case(128, brain, 4, 16, cache=e5), Case(128, half, 8, 2, cache=e4),
-        Case(128, brain, 4, 16, mode="tree"), Case(128, brain, 4, 2, mode="tree"), Case(256, brain, 2, 16, window=4096, softcap=50.0),
+        Case(128, brain, 4, 16, page=16), Case(128, brain, 4, 16, page=1),
+        Case(128, brain, 8, 16, page=256),
+        Case(128, brain, 4, 16, cache=e4), Case(128, brain, 4, 16, cache=e5),
+        Case(128, half, 8, 2, cache=e4),
+        Case(128, brain, 4, 16, mode="tree"), Case(128, brain, 4, 2, mode="tree"),
+        Case(256, brain, 2, 16, window=4096, softcap=50.0),
         Case(128, brain, 7, 16), Case(64, half, 1, 8, window=1024), Case(128, brain, 16, 4),
     ]  # fmt: skip
     return [*grid, *features, ones]
@@ -470,8 +473,10 @@ def run(quick: bool, archs: tuple[int, ...]) -> tuple[list[dict[str, Any]], list
     return table, broken
 
 
-COLUMNS = ("kernel", "case", "ROWS", "KEYS", "arch", "registers", "spills", "shared", "threads", "blocks", "occupancy", "matrix", "loop",
-           "barriers", "buffers", "in_flight", "issue")  # fmt: skip
+COLUMNS = (
+    "kernel", "case", "ROWS", "KEYS", "arch", "registers", "spills", "shared", "threads", "blocks",
+    "occupancy", "matrix", "loop", "barriers", "buffers", "in_flight", "issue",
+)  # fmt: skip
 
 
 def markdown(table: list[dict[str, Any]]) -> str:
@@ -479,10 +484,12 @@ def markdown(table: list[dict[str, Any]]) -> str:
     lines = [
         "# Compiled kernels",
         "",
-        f"Triton {triton.__version__}, no GPU: `python benchmarks/compile_kernels.py`. `blocks` and `occupancy` are predictions from",
-        "registers, shared memory and threads; `shared` is in bytes; `spills` counts instructions. Of one turn of the loop over the keys:",
-        "`loop` its instructions, `buffers` the turns that shared memory holds, `in_flight` the bytes that a multiprocessor may have asked",
-        "for, `issue` its instructions over those that fit into the time that memory takes for the same keys (data sheet rates).",
+        f"Triton {triton.__version__}, no GPU: `python benchmarks/compile_kernels.py`. `blocks`",
+        "and `occupancy` are predictions from registers, shared memory and threads; `shared` is in",
+        "bytes; `spills` counts instructions. Of one turn of the loop over the keys: `loop` its",
+        "instructions, `buffers` the turns that shared memory holds, `in_flight` the bytes that a",
+        "multiprocessor may have asked for, `issue` its instructions over those that fit into the",
+        "time that memory takes for the same keys (data sheet rates).",
         "",
         "| " + " | ".join(COLUMNS) + " |",
         "|" + "---|" * len(COLUMNS),

@@ -1,12 +1,14 @@
-"""How fast are the kernels on a GPU, beside what engines use and what the machine allows? No network.
+"""How fast are the kernels on a GPU, beside what engines use and what the machine allows?
 
-    python benchmarks/gpu.py                 on a CUDA device, into benchmarks/results/gpu-<card>.json
-    python benchmarks/gpu.py --dry-run       the same path on the CPU with tiny shapes, kernels in the interpreter; nothing is written
+    python benchmarks/gpu.py                 on CUDA, into benchmarks/results/gpu-<card>.json
+    python benchmarks/gpu.py --dry-run       tiny shapes in the interpreter; nothing written
 
-Correctness comes first: every contender is compared with attention in float64 on sampled rows, and one that is wrong is reported and not
-timed; if it is ours, nothing is timed and the exit status is 1. Times are medians of CUDA-graph replays over rotated inputs that
-together exceed the L2 cache. ``share`` is the larger of two floors over the time: the bytes that must move over the measured copy
-bandwidth, and the operations over the measured rate of a large matrix product. FlashAttention runs on chains of as many rows.
+Every contender is first compared with attention in float64 on sampled rows: one that is wrong is
+reported and not timed; if it is ours, nothing is timed and the exit status is 1. Times are medians
+of CUDA-graph replays over rotated inputs that together exceed the L2 cache. ``share`` is the
+larger of two floors over the time: the bytes that must move over the measured copy bandwidth, and
+the operations over the measured rate of a large matrix product. FlashAttention runs on chains of
+rows.
 """
 
 from __future__ import annotations
@@ -36,20 +38,20 @@ from echo.tree import compact
 
 RESULTS = Path(__file__).parent / "results"
 HEADS = {"llama-3.1-8b": (32, 8, 128), "llama-3.1-70b or qwen3-235b, tp8": (8, 1, 128)}
-"""Query heads, KV heads and head dimension of one GPU. Qwen3-235B's 4 KV heads are each held twice at 8 GPUs: the shape of the 70B."""
+"""Query heads, KV heads, head dimension of a GPU; at tp8 Qwen3-235B's 4 KV heads are replicated."""
 LIMIT = 1e-2
 """Relative error of 16-bit attention."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """A batch: ``rows`` of each request, or all that the scheduler deals to the batch where ``dealt``."""
+    """A batch of ``rows`` a request; ``elastic``: as many in all, selected over the batch."""
 
     model: str
     batch: int
     rows: int
     context: int
-    dealt: bool = False
+    elastic: bool = False
     page: int = 64
     cache: str = "bfloat16"
 
@@ -57,7 +59,7 @@ class Case:
 def cases(dry: bool) -> list[Case]:
     """The shapes: the first ones matter most, in case time runs out."""
     if dry:
-        return [Case("tiny", 3, 4, 37, page=16), Case("tiny", 3, 5, 20, dealt=True, page=16)]
+        return [Case("tiny", 3, 4, 37, page=16), Case("tiny", 3, 5, 20, elastic=True, page=16)]
     name = "llama-3.1-8b"
     grid = [
         Case(name, batch, rows, context)
@@ -66,9 +68,9 @@ def cases(dry: bool) -> list[Case]:
         for rows in (4, 16)
     ]
     grid += [
-        Case(name, 32, 16, 8192, dealt=True),
-        Case(name, 128, 8, 2048, dealt=True),
-        Case(name, 256, 4, 2048, dealt=True),
+        Case(name, 32, 16, 8192, elastic=True),
+        Case(name, 128, 8, 2048, elastic=True),
+        Case(name, 256, 4, 2048, elastic=True),
     ]
     grid += [Case(name, 1, rows, context) for rows in (1, 16, 64) for context in (512, 32768)]
     grid += [
@@ -86,8 +88,8 @@ def cases(dry: bool) -> list[Case]:
 
 def drafted(case: Case) -> echo.PackedTree:
     """Packed rows as our scheduler makes them from random draft scores."""
-    rule: echo.budget.Rule = echo.GlobalRank(4) if case.dealt else echo.PerRequest(case.rows, 4)
-    budget = case.rows * case.batch if case.dealt else None
+    rule: echo.budget.Rule = echo.GlobalRank(4) if case.elastic else echo.PerRequest(case.rows, 4)
+    budget = case.rows * case.batch if case.elastic else None
     scheduler = echo.ElasticBudgetScheduler(
         rule, budget=budget, max_depth=6, max_verify_tokens_per_req=64
     )
@@ -104,7 +106,7 @@ def drafted(case: Case) -> echo.PackedTree:
 
 
 def inputs(case: Case, device: torch.device, seed: int) -> dict[str, torch.Tensor]:
-    """Arguments of tree attention by name: the seed changes the data and the order of pages, not the shapes.
+    """Arguments of tree attention by name; the seed changes data and order of pages, not shapes.
 
     Contexts vary by a quarter around the case's.
     """
@@ -150,7 +152,7 @@ def ours(args: dict[str, torch.Tensor]) -> Callable[[], torch.Tensor]:
 
 
 def planned(args: dict[str, torch.Tensor]) -> Callable[[], torch.Tensor]:
-    """Ours as in all layers but the first: the work list is there. Peers' plans are not charged to them either."""
+    """Ours with a work list, as in all layers but the first; peers' plans are not timed either."""
     named = {
         name: args[name]
         for name in ("q", "key_cache", "page_table", "prefix_lens", "tree_key", "indptr")
@@ -161,7 +163,7 @@ def planned(args: dict[str, torch.Tensor]) -> Callable[[], torch.Tensor]:
 
 @contextlib.contextmanager
 def poisoned() -> Iterator[None]:
-    """Memory that is not written holds NaN, and never what an earlier call left there."""
+    """Memory that is not written holds NaN, never an earlier call's results."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         yield
@@ -181,7 +183,7 @@ def wrong(args: dict[str, torch.Tensor], out: torch.Tensor, samples: int = 24) -
 
 
 def floors(device: torch.device) -> tuple[float, float]:
-    """Measured bytes a second of a large copy, read and written ones, and operations a second of a large 16-bit matrix product."""
+    """Measured bytes a second of a large copy, and operations of a large 16-bit matrix product."""
     n = 8192 if device.type == "cuda" else 128
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     a, b = torch.randn(2, n, n, device=device, dtype=dtype)
@@ -193,7 +195,7 @@ def floors(device: torch.device) -> tuple[float, float]:
 
 
 def timed(calls: list[Callable[[], object]]) -> tuple[float, float]:
-    """Median and 99th percentile of the seconds of one call; the calls are captured together, in turn."""
+    """Median and 99th percentile of a call's seconds; the calls are captured together."""
     for call in calls:
         call()
     if not torch.cuda.is_available():
@@ -227,7 +229,7 @@ def attention(case: Case, device: torch.device, copy: float, rate: float) -> dic
     """Every contender on one case: checked, then timed."""
     first = inputs(case, device, 0)
     heads, dim = first["q"].shape[1:]
-    rows, context = first["indptr"].diff().long(), first["context"].long()
+    rows, context = first["indptr"].diff().long(), first["prefix_lens"].long()
     kv = first["key_cache"].shape[2] * dim
     moved = int(context[rows > 0].sum()) * 2 * kv * first["key_cache"].element_size()
     moved += len(first["q"]) * (2 * heads * dim + 2 * kv) * first["q"].element_size()
@@ -276,7 +278,7 @@ def attention(case: Case, device: torch.device, copy: float, rate: float) -> dic
 
 
 def acceptance(device: torch.device, copy: float, dry: bool) -> list[dict[str, Any]]:
-    """Acceptance from logits: checked to the bit against the twin, then timed against their read."""
+    """Acceptance from logits: equal bits to the reference, then timed against their read."""
     entries = []
     for rows, vocabulary in (
         ((12, 1000),) if dry else ((256, 128256), (1024, 128256), (512, 262144))
@@ -285,7 +287,7 @@ def acceptance(device: torch.device, copy: float, dry: bool) -> list[dict[str, A
         tokens = packed.tokens.to(device)
         for dtype in (torch.float32,) if dry else (torch.bfloat16, torch.float32):
             logits = torch.randn(rows, vocabulary, device=device, dtype=dtype)
-            logits.scatter_(1, tokens.roll(-1)[:, None], 9.0)  # so that walks go on
+            logits.scatter_(1, tokens.roll(-1)[:, None], 9.0)  # so that drafts are accepted
             args = (
                 packed.parent.to(device),
                 packed.indptr.to(device),
@@ -299,7 +301,7 @@ def acceptance(device: torch.device, copy: float, dry: bool) -> list[dict[str, A
                 strict=True,
             )
             if not all(torch.equal(a, b) for a, b in same):
-                raise SystemExit("walk differs from its twin: nothing more is timed")
+                raise SystemExit("acceptance differs from its reference: nothing more is timed")
             read = logits.numel() * logits.element_size() / copy
             seconds, slow = timed([lambda a=args: kernels.accept(*a, backend="triton")])
             plain, _ = timed([lambda x=logits: x.argmax(-1)])
@@ -316,9 +318,9 @@ def acceptance(device: torch.device, copy: float, dry: bool) -> list[dict[str, A
 
 
 def step(device: torch.device, dry: bool) -> dict[str, Any]:
-    """Gate, buy, deal, pack, accept, compact and observe as one CUDA graph, with every synchronisation an error.
+    """A step, begin to observe, as one CUDA graph, with every synchronisation an error.
 
-    By the fused kernels, once they give the bits of torch's operations; by those one by one; and compiled by ``torch.compile``.
+    By the kernels, once they give the bits of PyTorch's operations; by those; and compiled.
     """
     batch, depth, k = (4, 2, 3) if dry else (256, 6, 4)
     scheduler = echo.ElasticBudgetScheduler(
@@ -425,7 +427,7 @@ def main() -> int:
     report["attention"] = []
     for case in cases(dry):
         if time.perf_counter() - start > 60 * options.minutes:
-            print("time is up: the remaining cases are left out")
+            print("time is up: the remaining cases are skipped")
             report["cut"] = True
             break
         report["attention"].append(attention(case, device, copy, rate))

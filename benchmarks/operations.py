@@ -1,9 +1,10 @@
-"""How many kernels does a whole step launch, plant to observe, part by part? What a CUDA graph of the step is made of.
+"""How many kernels does a step launch, begin to observe, part by part?
 
     python benchmarks/operations.py          into benchmarks/results/operations.json; needs no GPU
 
-Counted are torch operations that compute or copy (views and empty buffers do nothing on a device; sorts and selections are more than one
-kernel) and launches of the fused kernels, which run in Triton's interpreter. No count depends on the batch.
+Counted are torch operations that compute or copy (views and empty buffers do nothing on a device;
+sorts and selections are more than one kernel) and launches of the fused kernels, which run in
+Triton's interpreter. No count depends on the batch.
 """
 
 from __future__ import annotations
@@ -65,10 +66,14 @@ def policies() -> dict[str, echo.ElasticBudgetScheduler]:
 
 
 class Launched:
-    """Stands in for a kernel: counts its launches, and launches it unseen by :class:`Operations`."""
+    """Counts a kernel's launches, and hides its operations from :class:`Operations`."""
 
     def __init__(self, kernel: Any, name: str, counted: Operations) -> None:
         self.kernel, self.name, self.counted = kernel, name, counted
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        """Within another kernel."""
+        return self.kernel(*args, **options)
 
     def __getitem__(self, grid: Any) -> Any:
         def launch(*args: Any, **options: Any) -> None:
@@ -82,30 +87,13 @@ class Launched:
 @contextlib.contextmanager
 def counting() -> Iterator[Operations]:
     """Counts operations and launches within it."""
-    operations, found = Operations(), []
-    for module in (acceptance, grow, select, pack, observe):
-        found += [
-            (module, name, kernel)
-            for name, kernel in vars(module).items()
-            if hasattr(kernel, "run") and hasattr(kernel, "fn")
-        ]
+    operations, modules = Operations(), (acceptance, grow, select, pack, observe)
     found = [
-        entry
-        for entry in found
-        if entry[1]
-        not in (
-            "_cost",
-            "_passing",
-            "layout",
-            "_below",
-            "_winners",
-            "_drafts",
-            "_seen",
-            "_path_score",
-            "_costs",
-            "taken",
-        )
-    ]  # no kernels
+        (module, name, kernel)
+        for module in modules
+        for name, kernel in vars(module).items()
+        if hasattr(kernel, "run") and hasattr(kernel, "fn")
+    ]
     try:
         for module, name, kernel in found:
             setattr(module, name, Launched(kernel, name.strip("_"), operations))
@@ -140,12 +128,12 @@ def step(scheduler: echo.ElasticBudgetScheduler, backend: str) -> dict[str, Coun
         return value
 
     def whole() -> None:
-        tree = part("plant", lambda: scheduler.begin(roots, num_verify_tokens=rows))
+        tree = part("begin", lambda: scheduler.begin(roots, num_verify_tokens=rows))
         for _ in range(scheduler.max_depth):
             drafted = drafts(tree)
             tree = part("grow", lambda tree=tree, drafted=drafted: scheduler.grow(tree, *drafted))
         packed = part("select, pack", lambda: scheduler.pack(tree))
-        accepted = part("verify", lambda: echo.accept(packed, target))
+        accepted = part("accept", lambda: echo.accept(packed, target))
         part(
             "compact",
             lambda: compact(

@@ -1,4 +1,5 @@
-"""Triton's interpreter with every address checked: a lane that is not masked must touch an element of the tensor its pointer came from."""
+"""Triton's interpreter with every address checked: lanes touch elements of their own tensors
+only."""
 
 from __future__ import annotations
 
@@ -11,7 +12,8 @@ import pytest
 import torch
 
 MIDDLE, WINDOW = 1 << 51, 1 << 52
-"""A launch sees its n-th tensor ``n * WINDOW + MIDDLE`` bytes above where it lies: what is added to a pointer never leads to another's."""
+"""A launch sees its n-th tensor ``n * WINDOW + MIDDLE`` bytes above its place: no offset leads from
+one to another."""
 
 
 class _Tensor:
@@ -41,7 +43,7 @@ class Checked:
         self.launches, self.lanes, self.kernel, self.names, self.tensors = 0, 0, "", [], []
 
     def real(self, pointers, mask):
-        """The addresses of ``pointers``; a lane of the ``mask`` that is nowhere in its tensor is an AssertionError."""
+        """The addresses of ``pointers``; an AssertionError of one under the mask elsewhere."""
         pointers, mask = np.broadcast_arrays(pointers.astype(np.int64), mask.astype(bool))
         number = np.unique(pointers[mask] // WINDOW)
         for n in number:
@@ -49,17 +51,15 @@ class Checked:
             tensor = self.tensors[n - 1]
             offset = pointers[mask & (pointers // WINDOW == n)] - (n * WINDOW + MIDDLE + tensor.low)
             outside = offset[~tensor.holds(offset)]
-            shape, stride = list(tensor.value.shape), tensor.value.stride()
-            assert not len(outside), (
-                f"{self.kernel}: {tensor.name} {shape}, strides {stride}, bytes {outside[:4].tolist()}"
-            )
+            what = f"{tensor.name} {list(tensor.value.shape)}, strides {tensor.value.stride()}"
+            assert not len(outside), f"{self.kernel}: {what}, bytes {outside[:4].tolist()}"
         self.lanes += int(mask.sum())
         return np.where(mask, pointers % WINDOW - MIDDLE, 0).astype(np.uint64)
 
 
 @contextlib.contextmanager
 def checked():
-    """Within it, kernels in the interpreter touch nothing but elements of their arguments; else an InterpreterError says what."""
+    """Interpreted kernels touch elements of their arguments only; else an InterpreterError."""
     interpreter = pytest.importorskip("triton.runtime.interpreter")
     seen = Checked()
     builder, convert, launch = (
@@ -106,7 +106,7 @@ def checked():
 
 
 def apart(value, strides):
-    """A copy of ``value`` with those ``strides``, in memory of which only the pages in use exist."""
+    """A copy of ``value`` with those ``strides``, in memory whose unused pages do not exist."""
     last = (
         0
         if not value.numel()

@@ -1,4 +1,4 @@
-"""The kernels compile for three generations of GPUs without spills, within shared memory, onto the wide matrix instructions."""
+"""Kernels compile for three generations of GPUs, without spills, onto wide matrix instructions."""
 
 from __future__ import annotations
 
@@ -32,15 +32,17 @@ def test_the_check_finds_spills_and_narrow_instructions():
         "entry = ck.measure(ck.attention(ck.Case(128, torch.bfloat16, 4, 16), 80)['attend'], 80)\n"
         "assert 'spill' in ck.faults(entry, 64, True)[0], entry\n"
         "entry['buffers'] = 2\n"
-        "assert ck.faults(entry | {'arch': 'sm_90', 'spills': 0, 'stack': 0}, 64, True) == ['HMMA instead of HGMMA'], entry\n"
-        "assert 'shared memory' in ck.faults(entry | {'spills': 0, 'stack': 0, 'shared': 170_000}, 64, True)[0]\n"
-        "assert '1 buffers' in ck.faults(entry | {'spills': 0, 'stack': 0, 'buffers': 1}, 64, True)[0]"
+        "fine = entry | {'spills': 0, 'stack': 0}\n"
+        "found = ck.faults(fine | {'arch': 'sm_90'}, 64, True)\n"
+        "assert found == ['HMMA instead of HGMMA'], entry\n"
+        "assert 'shared memory' in ck.faults(fine | {'shared': 170_000}, 64, True)[0]\n"
+        "assert '1 buffers' in ck.faults(fine | {'buffers': 1}, 64, True)[0]"
     )
     subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, check=True)
 
 
 def test_another_batch_compiles_nothing_anew():
-    """Other numbers of requests and rows, mask words and pages a request: the same signature, constants and hints."""
+    """Other requests, rows, mask words and pages: the same signature, constants and hints."""
     code = (
         "import compile_kernels as ck, torch\n"
         "def launches(batch, rows):\n"
@@ -50,13 +52,13 @@ def test_another_batch_compiles_nothing_anew():
         "    return {name: (s.signature, s.constants, s.attrs) for name, s in sources.items()}\n"
         "first = launches(8, 16)\n"
         "assert len(first) == 7, first.keys()\n"
-        "for batch, rows in ((1, 16), (16, 12), (37, 13)): assert launches(batch, rows) == first, (batch, rows)"
+        "for sizes in ((1, 16), (16, 12), (37, 13)): assert launches(*sizes) == first, sizes"
     )
     subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, check=True)
 
 
 def test_the_committed_table_has_no_faults_and_is_of_the_shipped_launches():
-    """Every head dimension on every architecture; the constants it was made with are still those of the launcher."""
+    """Every head dimension on every architecture, made with the constants of the launcher."""
     from echo.kernels import tiles
 
     table = json.loads((BENCHMARKS / "results" / "compile.json").read_text())

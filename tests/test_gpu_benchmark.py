@@ -1,4 +1,4 @@
-"""The GPU benchmark's path runs on the CPU, refuses a wrong kernel, and its peers are set up right."""
+"""The GPU benchmark runs on the CPU, refuses a wrong kernel, and sets its peers up right."""
 
 from __future__ import annotations
 
@@ -76,8 +76,8 @@ def test_peers_agree_with_the_kernel_on_the_same_ragged_trees(shape, peer, bench
     import gpu
     from common import peers
 
-    batch, rows, context, dealt, page = shape
-    args = gpu.inputs(gpu.Case("tiny", batch, rows, context, dealt, page), torch.device("cpu"), 0)
+    batch, rows, context, elastic, page = shape
+    args = gpu.inputs(gpu.Case("tiny", batch, rows, context, elastic, page), torch.device("cpu"), 0)
     theirs = peers.PEERS[peer](args)()
     ours = kernels.tree_attention(**args, backend="triton")[0][: len(theirs)]
     assert float((theirs - ours).norm() / ours.norm()) < 1e-6
@@ -85,7 +85,7 @@ def test_peers_agree_with_the_kernel_on_the_same_ragged_trees(shape, peer, bench
 
 
 def stands_in(q, caches, table, lengths, starts, visible, **_):
-    """What the documentation of paged peers says they compute: the tree is in the cache, ``visible`` [N, rows] says who sees whom."""
+    """What paged peers document: the tree is in the cache, and ``visible`` [N, rows] masks."""
     out = torch.empty_like(q)
     page, group = caches[0].shape[1], q.shape[1] // caches[0].shape[2]
     for b, (first, end) in enumerate(itertools.pairwise(starts.tolist())):
@@ -149,7 +149,7 @@ def test_peers_that_need_a_device_are_called_as_documented(shape, peer, benchmar
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
     sys.modules["flashinfer.decode"].xqa_batch_decode_with_kv_cache = xqa_stands_in
     sys.modules["flash_attn_interface"].flash_attn_with_kvcache = flash_stands_in
-    batch, rows, context, dealt, page = shape
-    args = gpu.inputs(gpu.Case("tiny", batch, rows, context, dealt, page), torch.device("cpu"), 0)
+    batch, rows, context, elastic, page = shape
+    args = gpu.inputs(gpu.Case("tiny", batch, rows, context, elastic, page), torch.device("cpu"), 0)
     args = peers.chained(args) if peer in peers.CAUSAL else args
     assert gpu.wrong(args, (peers.PEERS | peers.CAUSAL)[peer](args)()) < 1e-6

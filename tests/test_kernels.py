@@ -1,9 +1,8 @@
-"""The Triton kernels against their twins: in the interpreter, or on the device where there is one and TRITON_INTERPRET is 0."""
+"""The Triton kernels against their references: interpreted, or on a GPU with TRITON_INTERPRET=0."""
 
 from __future__ import annotations
 
 import importlib.util
-import inspect
 import os
 import subprocess
 import sys
@@ -31,7 +30,7 @@ SHAPE = {"page": 16, "heads": 2, "kv_heads": 1, "dim": 64, "dtype": torch.float3
 
 pytestmark = [
     pytest.mark.usefixtures("poisoned"),
-    pytest.mark.filterwarnings("ignore:.*deterministic"),  # of the twins, on a GPU
+    pytest.mark.filterwarnings("ignore:.*deterministic"),  # of the references, on a GPU
 ]
 
 
@@ -139,7 +138,7 @@ def test_eight_bit_caches_with_scales(cache):
 
 def test_tree_part_needs_no_cache():
     args = trees.attention([5, 1], [20, 3], **SHAPE, device=DEVICE)
-    bare = args | dict.fromkeys(["key_cache", "value_cache", "page_table", "context"])
+    bare = args | dict.fromkeys(["key_cache", "value_cache", "page_table", "prefix_lens"])
     one, two = (
         compare(bare, mode="tree"),
         kernels.tree_attention(**args, mode="tree", backend="triton"),
@@ -174,7 +173,7 @@ def test_merging_parts_without_keys(backend):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_one_request_at_a_time_equals_the_batch(dtype):
-    """With ``splits`` given, to the bit; balanced splits depend on the batch, so their last bits may."""
+    """To the bit with ``splits``; balanced splits depend on the batch, so their last bits may."""
     args = trees.attention([7, 1, 21], [40, 0, 90], **(SHAPE | {"dtype": dtype}), device=DEVICE)
     fixed = kernels.tree_attention(**args, splits=3, backend="triton")
     balanced = kernels.tree_attention(**args, backend="triton")
@@ -193,7 +192,7 @@ def test_one_plan_serves_all_layers(options):
     args = trees.attention([7, 0, 21], [40, 3, 90], **SHAPE, device=DEVICE)
     named = {
         name: args[name]
-        for name in ("q", "key_cache", "page_table", "context", "tree_key", "indptr")
+        for name in ("q", "key_cache", "page_table", "prefix_lens", "tree_key", "indptr")
     }
     plan = kernels.plan_attention(**named, **options, backend="triton")
     for seed in range(2):
@@ -210,7 +209,7 @@ def test_one_plan_serves_all_layers(options):
 
 
 def test_any_mask_and_any_cache_layout():
-    """Bits that are no ancestors, bits beyond the request's rows; keys by slot then head, values by head then slot."""
+    """Bits that are no ancestors or beyond the rows; keys by slot first, values by head first."""
     args = trees.attention(
         [5, 40, 3], [18, 33, 0], **(SHAPE | {"heads": 4, "kv_heads": 2}), device=DEVICE
     )
@@ -255,9 +254,9 @@ def test_the_work_list_covers_every_tile_and_block_once(seed, splits):
     batch, group, tile, keys, target = 9, 3, 16, 16, 6
     rows, context = draw(30, batch) * (draw(4, batch) > 0), draw(400, batch) * (draw(3, batch) > 0)
     indptr = torch.cat([torch.zeros(1, dtype=torch.int64), rows.cumsum(0)]).int().to(DEVICE)
-    tiles, blocks = -(-rows * group // tile), -(-context // keys) - (-rows // keys)
-    bound = tiles.most_tiles(int(rows.sum()), batch, group, tile)
-    assert bound >= int(tiles.sum())
+    row_tiles, blocks = -(-rows * group // tile), -(-context // keys) - (-rows // keys)
+    bound = tiles.max_row_tiles(int(rows.sum()), batch, group, tile)
+    assert bound >= int(row_tiles.sum())
     items, partials = (
         (bound + target, 2 * target * tile)
         if splits == 0
@@ -265,7 +264,7 @@ def test_the_work_list_covers_every_tile_and_block_once(seed, splits):
     )
     work = torch.full((items, attention.FIELDS.value), 1 << 30, dtype=torch.int32, device=DEVICE)
     spans = torch.full((batch + 1, 2), 1 << 30, dtype=torch.int32, device=DEVICE)
-    attention.plan[(batch + 1,)](
+    attention._plan[(batch + 1,)](
         indptr, context.int().to(DEVICE), work, spans, batch, 1 << 20, items, target, splits,
         GROUP=group, ROWS=tile, KEYS=keys, WINDOW=0, MIN=2, BLOCK=4,
     )  # fmt: skip
@@ -275,7 +274,7 @@ def test_the_work_list_covers_every_tile_and_block_once(seed, splits):
     assert covered == [
         (b, t, block)
         for b in range(batch)
-        for t in range(int(tiles[b]))
+        for t in range(int(row_tiles[b]))
         for block in range(int(blocks[b]))
     ]
     parts = sorted(
@@ -293,16 +292,16 @@ def test_the_work_list_covers_every_tile_and_block_once(seed, splits):
         if splits:
             assert pieces == min(splits, int(blocks[b]))
         else:
-            assert high - low <= max(2, -(-int((tiles * blocks).sum()) // target))
+            assert high - low <= max(2, -(-int((row_tiles * blocks).sum()) // target))
         if slot >= 0:
             piece, rest = divmod(slot - first, int(rows[b]) * group)
             assert rest == 0 and low == piece * int(blocks[b]) // pieces
 
 
-def test_launchers_read_nothing_back(monkeypatch):
+def test_launchers_are_sync_free(monkeypatch):
     for module, names in (
-        (attention, ["plan", "attend", "merge", "join"]),
-        (acceptance, ["_best", "_walk", "_collect"]),
+        (attention, ["_plan", "_attend", "_merge", "_merge_parts"]),
+        (acceptance, ["_chunk_argmax", "_accept", "_argmax"]),
     ):
         for name in names:
             monkeypatch.setattr(module, name, mock.MagicMock())
@@ -326,7 +325,7 @@ def test_launchers_read_nothing_back(monkeypatch):
     st.integers(0, 6),
     st.integers(0, 10_000),
 )
-def test_the_walk_equals_the_twin_whatever_the_links_are(rows, pads, max_depth, seed):
+def test_acceptance_equals_the_reference_whatever_the_links_are(rows, pads, max_depth, seed):
     generator = torch.Generator().manual_seed(seed)
     count = sum(rows) + pads
     draw = lambda low, high: torch.randint(low, high, (count,), generator=generator).to(DEVICE)
@@ -341,7 +340,7 @@ def test_the_walk_equals_the_twin_whatever_the_links_are(rows, pads, max_depth, 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("vocabulary", [1, 63, 300])
-def test_greedy_acceptance_equals_the_twin(dtype, vocabulary, monkeypatch):
+def test_greedy_acceptance_equals_the_reference(dtype, vocabulary, monkeypatch):
     monkeypatch.setattr(tiles, "VOCABULARY_CHUNK", 128)
     monkeypatch.setattr(tiles, "VOCABULARY_BLOCK", 64)
     generator = torch.Generator().manual_seed(vocabulary)
@@ -382,22 +381,6 @@ def test_verify_gives_the_same_on_both_backends():
             for name in ("tokens", "rows", "num_emitted", "bonus")
         )
         assert int(one.num_emitted.max()) > 1
-
-
-@pytest.mark.parametrize(
-    "name", ["tree_attention", "plan_attention", "merge_attention", "argmax_tokens"]
-)
-def test_kernel_and_twin_have_the_same_signature(name):
-    kernel = attention if "attention" in name else acceptance
-    public, twin, launcher = (
-        inspect.signature(getattr(module, name)) for module in (kernels, reference, kernel)
-    )
-    assert (
-        list(public.parameters.values())[:-1]
-        == list(twin.parameters.values())
-        == list(launcher.parameters.values())
-    )
-    assert public.return_annotation == twin.return_annotation == launcher.return_annotation
 
 
 def test_a_backend_that_is_not_there_is_an_error(monkeypatch):

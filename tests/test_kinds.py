@@ -280,5 +280,5 @@ def test_each_thread_has_its_own_backend():
     seen["mine after"] = module()
     assert seen == {
         "other before": "torch", "other inside": "torch", "other after": "torch",
-        "mine inside": "accept", "mine still": "accept", "mine after": "torch",
+        "mine inside": "triton", "mine still": "triton", "mine after": "torch",
     }  # fmt: skip

@@ -1,4 +1,4 @@
-"""The fused step against torch's operations, bit for bit: in the interpreter, or on the device where there is one."""
+"""The step's kernels against PyTorch's operations, bit for bit."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from echo import kernels
 from echo.budget.rules import select_cheapest
 from echo.tree import compact
 from echo.tree.packed import pack
-from test_dealing import forests
+from test_select import forests
 
 pytest.importorskip("triton")
 from echo.kernels import select, tiles
@@ -61,7 +61,7 @@ def same(fused, plain):
             continue
         if (
             name.startswith(("history.", "again.")) and value.dim() > 1
-        ):  # everybody's sums, in the last place, are in another order
+        ):  # sums over all requests, in the last place, are in another order
             assert torch.allclose(value[:, -1], other[:, -1]), name
             value, other = value[:, :-1], other[:, :-1]
         assert value.dtype == other.dtype and torch.equal(value, other), name
@@ -171,9 +171,9 @@ def test_trees_of_three_mask_words():
 
 @settings(max_examples=12)
 @given(forests(), st.integers(-2, 80), st.integers(0, 90))
-def test_deals_as_torch_does(case, left, slack):
+def test_selects_as_torch_does(case, remaining, slack):
     tree, cost, cap = case
-    args = tree, cost, cap, torch.tensor(left), max(left, 1) + slack
+    args = tree, cost, cap, torch.tensor(remaining), max(remaining, 1) + slack
     with kernels.using("triton"):
         fused = select_cheapest(*args)
     assert torch.equal(fused, select_cheapest(*args))
@@ -182,7 +182,7 @@ def test_deals_as_torch_does(case, left, slack):
 @pytest.mark.parametrize("searches", [16, 64, 4096])
 def test_the_cutoff_is_the_same_in_any_number_of_rounds(monkeypatch, searches):
     """One to four bits a round, as batches of 4,096, 1,024 and 256 requests have them."""
-    monkeypatch.setattr(tiles, "SEARCHED", searches)
+    monkeypatch.setattr(tiles, "SEARCHES", searches)
     compare(SCHEDULERS["two-level"], 9, k=3, seed=searches, ties=True)
 
 
@@ -259,28 +259,18 @@ def test_a_step_launches_no_more_than_it_did():
 
     committed = json.loads((BENCHMARKS / "results" / "operations.json").read_text())["steps"]
     for name, scheduler in operations.policies().items():
-        for backend, most in zip(("torch", "triton"), LIMITS[name], strict=True):
+        for backend, limit in zip(("torch", "triton"), LIMITS[name], strict=True):
             total = sum(
                 sum(count.values()) for count in operations.step(scheduler, backend).values()
             )
-            assert total <= most, (name, backend, total)
-            assert committed[name][backend]["all"] <= most
+            assert total <= limit, (name, backend, total)
+            assert committed[name][backend]["all"] <= limit
 
 
 def test_the_committed_table_has_every_kernel_on_every_architecture():
     table = json.loads((BENCHMARKS / "results" / "compile.json").read_text())["kernels"]
-    for kernel in (
-        "plant",
-        "grow",
-        "chance",
-        "rank",
-        "allot",
-        "pack",
-        "compact",
-        "foresee",
-        "observe",
-        "count",
-    ):
+    step = "begin grow path_cost rank share pack compact summarize observe count"
+    for kernel in step.split():
         own = table[kernel].values()
         assert set().union(*(columns["arch"] for columns in own)) == {"sm_80", "sm_90", "sm_100"}, (
             kernel

@@ -21,7 +21,7 @@ import pytest
 import torch
 
 import echo
-from echo.kernels.reference import tree_attention
+from echo.kernels import tree_attention
 from echo.testing import importers
 from echo.tree import layouts
 from engines import around, definitions, sources

@@ -1,4 +1,4 @@
-"""Random ragged trees over a paged cache, for the kernels: every cache slot that must not be read holds NaN."""
+"""Random ragged trees over a paged cache; every cache slot that must not be read holds NaN."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from echo.tree.packed import ancestor_masks
 
 
 def links(rows, pads, generator, device="cpu"):
-    """parent (local, -1), depth, request, indptr and mask of random trees with ``rows`` rows each, then pads."""
+    """parent (local, -1), depth, request, indptr and mask of random trees, then pads."""
     count, batch = sum(rows) + pads, len(rows)
     indptr = torch.tensor([0, *rows]).cumsum(0)
     parent, depth = torch.full((count,), -1), torch.zeros(count, dtype=torch.int64)
@@ -76,4 +76,4 @@ def alone(args, b):
     }
     single["request"] = torch.zeros_like(args["request"][rows])
     single["indptr"] = (args["indptr"][b : b + 2] - first).int()
-    return single | {name: args[name][b : b + 1] for name in ("page_table", "context")}, rows
+    return single | {name: args[name][b : b + 1] for name in ("page_table", "prefix_lens")}, rows

@@ -1,7 +1,10 @@
-"""What other libraries offer for ragged trees over a paged cache, each set up outside the timing, and attention in float64.
+"""Other libraries' attention of ragged trees over a paged cache, and attention in float64.
 
-A peer is a function of our arguments that returns a call without arguments, whose result is [N, Hq, D]. It raises ImportError where its
-library is not installed and UnfitError where it does not take the case. Pad rows are left out of every peer's work.
+Setting a peer up is not timed.
+
+A peer is a function of our arguments that returns a call without arguments, whose result is [N,
+Hq, D]. It raises ImportError where its library is not installed and UnfitError where it does not
+take the case. Pad rows are left out of every peer's work.
 """
 
 from __future__ import annotations
@@ -22,7 +25,11 @@ class UnfitError(Exception):
 
 def visible(args: Args, b: int) -> torch.Tensor:
     """bool [rows, context + rows] of one request."""
-    first, end, length = int(args["indptr"][b]), int(args["indptr"][b + 1]), int(args["context"][b])
+    first, end, length = (
+        int(args["indptr"][b]),
+        int(args["indptr"][b + 1]),
+        int(args["prefix_lens"][b]),
+    )
     bit = torch.arange(end - first, device=args["q"].device)
     own = ((args["mask"][first:end][:, bit // 32] >> (bit % 32)) & 1).bool()
     return torch.cat([own.new_ones(end - first, length), own], 1)
@@ -30,7 +37,11 @@ def visible(args: Args, b: int) -> torch.Tensor:
 
 def gathered(args: Args, b: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values of one request, [context + rows, Hkv, D] each, in the queries' kind."""
-    first, end, length = int(args["indptr"][b]), int(args["indptr"][b + 1]), int(args["context"][b])
+    first, end, length = (
+        int(args["indptr"][b]),
+        int(args["indptr"][b + 1]),
+        int(args["prefix_lens"][b]),
+    )
     page = args["key_cache"].shape[1]
     at = torch.arange(length, device=args["q"].device)
     pages, slots = args["page_table"][b, at // page].long(), at % page
@@ -55,8 +66,8 @@ def exact(args: Args, row: int) -> torch.Tensor:
 def padded(
     args: Args,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Dense q [B, Hq, R, D], k and v [B, Hkv, S, D], mask bool [B, 1, R, S], and each real row's place in [B * R]."""
-    rows, context = args["indptr"].diff().long(), args["context"].long()
+    """Dense q [B, Hq, R, D], k and v [B, Hkv, S, D], mask [B, 1, R, S]; real rows in [B * R]."""
+    rows, context = args["indptr"].diff().long(), args["prefix_lens"].long()
     batch, most, longest = len(rows), int(rows.max()), int((rows + context).max())
     if batch * most * longest > 1 << 28:
         raise UnfitError("the dense mask would be larger than 256 MiB")
@@ -90,7 +101,7 @@ def packed(out: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
 
 
 def sdpa(args: Args) -> Call:
-    """torch's attention with a dense mask, over keys gathered beforehand: the gather and the packing are not charged to it."""
+    """PyTorch's attention with a dense mask, over keys gathered outside the timing."""
     q, k, v, mask, place = padded(args)
     return lambda: packed(
         F.scaled_dot_product_attention(
@@ -109,7 +120,7 @@ def compiled() -> Callable[..., torch.Tensor]:
 
 
 def flex(args: Args) -> Call:
-    """FlexAttention with the dense mask as its mask function, over keys gathered beforehand; compiled on a CUDA device."""
+    """FlexAttention with a dense mask, over keys gathered outside the timing; compiled on CUDA."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     q, k, v, mask, place = padded(args)
@@ -133,10 +144,10 @@ def in_cache(args: Args) -> tuple[torch.Tensor, torch.Tensor]:
     if args["key_cache"].dtype != args["q"].dtype:
         raise UnfitError("an 8-bit cache would hold the tree's keys in 8 bits too")
     page = args["key_cache"].shape[1]
-    real = args["request"] < len(args["context"])
+    real = args["request"] < len(args["prefix_lens"])
     b = args["request"][real].long()
     local = torch.arange(len(real), device=real.device)[real] - args["indptr"].long()[b]
-    at = args["context"].long()[b] + local
+    at = args["prefix_lens"].long()[b] + local
     where = args["page_table"][b, at // page].long() * page + at % page
     caches = args["key_cache"].clone(), args["value_cache"].clone()
     for cache, own in zip(caches, (args["tree_key"], args["tree_value"]), strict=True):
@@ -145,12 +156,12 @@ def in_cache(args: Args) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def flashinfer(args: Args) -> Call:
-    """FlashInfer's paged prefill with a custom mask, the tree in the cache; its plan is not charged to it."""
+    """FlashInfer's paged prefill with a custom mask, the tree in the cache; its plan not timed."""
     import flashinfer as library
 
     caches, q = in_cache(args), args["q"][: int(args["indptr"][-1])]
     page, (_, heads, dim) = args["key_cache"].shape[1], args["q"].shape
-    rows, context = args["indptr"].diff(), args["context"]
+    rows, context = args["indptr"].diff(), args["prefix_lens"]
     used = -(-(context + rows) // page)
     indices = torch.cat([args["page_table"][b, : int(n)] for b, n in enumerate(used.tolist())])
     starts = torch.cat([used.new_zeros(1), used.cumsum(0)]).int()
@@ -158,14 +169,15 @@ def flashinfer(args: Args) -> Call:
     workspace = torch.empty(256 << 20, dtype=torch.uint8, device=args["q"].device)
     wrapper = library.BatchPrefillWithPagedKVCacheWrapper(workspace, "NHD")
     wrapper.plan(
-        args["indptr"], starts, indices, (context + rows - 1) % page + 1, heads, args["tree_key"].shape[1], dim, page,
-        custom_mask=mask, q_data_type=args["q"].dtype, kv_data_type=args["key_cache"].dtype,
+        args["indptr"], starts, indices, (context + rows - 1) % page + 1, heads,
+        args["tree_key"].shape[1], dim, page, custom_mask=mask, q_data_type=args["q"].dtype,
+        kv_data_type=args["key_cache"].dtype,
     )  # fmt: skip
     return lambda: wrapper.run(q, caches)
 
 
 def xqa(args: Args) -> Call:
-    """FlashInfer's XQA with ragged queries and our mask words, the tree in the cache; Hopper and newer."""
+    """FlashInfer's XQA with ragged queries and our mask words, the tree in the cache; Hopper on."""
     from flashinfer.decode import xqa_batch_decode_with_kv_cache
 
     page, rows, count = args["key_cache"].shape[1], args["indptr"].diff(), int(args["indptr"][-1])
@@ -177,12 +189,12 @@ def xqa(args: Args) -> Call:
     q, caches, lengths = (
         args["q"][:count].contiguous(),
         in_cache(args),
-        (args["context"] + rows).to(torch.uint32),
+        (args["prefix_lens"] + rows).to(torch.uint32),
     )
-    table, out = args["page_table"], torch.empty_like(q)
+    table, out, scale = args["page_table"], torch.empty_like(q), q.shape[-1] ** -0.5
     return lambda: xqa_batch_decode_with_kv_cache(
-        q, caches, workspace, table, lengths, table.shape[1] * page, bmm1_scale=q.shape[-1] ** -0.5, out=out, q_len_per_req=most,
-        mask=mask, q_cu_seq_lens=args["indptr"],
+        q, caches, workspace, table, lengths, table.shape[1] * page, bmm1_scale=scale, out=out,
+        q_len_per_req=most, mask=mask, q_cu_seq_lens=args["indptr"],
     )  # fmt: skip
 
 
@@ -196,7 +208,7 @@ def sglang(args: Args) -> Call:
     if args["key_cache"].dtype != args["q"].dtype:
         raise UnfitError("its 8-bit path takes other scales")
     page, count = args["key_cache"].shape[1], int(args["indptr"][-1])
-    rows, context = args["indptr"].diff().long(), args["context"].long()
+    rows, context = args["indptr"].diff().long(), args["prefix_lens"].long()
     slots = []
     for b, length in enumerate(context.tolist()):
         at = torch.arange(length, device=args["q"].device)
@@ -235,10 +247,11 @@ def chained(args: Args) -> Args:
     """The same rows as chains: every row sees those before it. The work of causal attention."""
     count, words = args["mask"].shape
     local = torch.arange(count, device=args["mask"].device)
-    real = args["request"] < len(args["context"])
+    real = args["request"] < len(args["prefix_lens"])
     local = torch.where(
         real,
-        local - args["indptr"].long()[args["request"].long().clamp(max=len(args["context"]) - 1)],
+        local
+        - args["indptr"].long()[args["request"].long().clamp(max=len(args["prefix_lens"]) - 1)],
         0,
     )
     bits = (local[:, None] + 1 - 32 * torch.arange(words, device=local.device)).clamp(0, 32)
@@ -256,17 +269,18 @@ def flash3(args: Args) -> Call:
     q, (keys, values), lengths, most = (
         args["q"][:count].contiguous(),
         in_cache(args),
-        args["context"] + rows,
+        args["prefix_lens"] + rows,
         int(rows.max()),
     )
     return lambda: flash_attn_with_kvcache(
-        q, keys, values, cache_seqlens=lengths, page_table=args["page_table"], cu_seqlens_q=args["indptr"], max_seqlen_q=most,
-        softmax_scale=q.shape[-1] ** -0.5, causal=True,
+        q, keys, values, cache_seqlens=lengths, page_table=args["page_table"],
+        cu_seqlens_q=args["indptr"], max_seqlen_q=most, softmax_scale=q.shape[-1] ** -0.5,
+        causal=True,
     )  # fmt: skip
 
 
 def flash2(args: Args) -> Call:
-    """FlashAttention 2, causal, as torch ships it, over keys gathered beforehand: it takes pages of 256 tokens only."""
+    """FlashAttention 2, causal, as in PyTorch, over keys gathered outside the timing."""
     from torch.nn.attention.varlen import varlen_attn
 
     if not args["q"].is_cuda:
@@ -276,11 +290,11 @@ def flash2(args: Args) -> Call:
         torch.cat(parts)
         for parts in zip(*(gathered(args, b) for b in range(len(rows))), strict=True)
     )
-    ends = torch.cat([rows.new_zeros(1), (args["context"] + rows).cumsum(0)]).int()
+    ends = torch.cat([rows.new_zeros(1), (args["prefix_lens"] + rows).cumsum(0)]).int()
     q, most, longest = (
         args["q"][:count].contiguous(),
         int(rows.max()),
-        int((args["context"] + rows).max()),
+        int((args["prefix_lens"] + rows).max()),
     )
     group = {"enable_gqa": q.shape[1] != keys.shape[1]}
     return lambda: varlen_attn(

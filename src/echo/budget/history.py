@@ -16,10 +16,10 @@ from torch import Tensor
 
 from echo import _checks as checks
 from echo import kernels
-from echo._checks import EchoError, HostInts
+from echo._checks import EchoError, HostInts, copy_into
 from echo.kernels.codes import Status
 from echo.tree.accept import Accepted
-from echo.tree.packed import PackedTree, copy_into
+from echo.tree.packed import PackedTree
 from echo.tree.supertree import DEAD_SCORE, SuperTree
 
 KEEP = 0.95

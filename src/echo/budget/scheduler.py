@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from echo import _checks as checks
-from echo._checks import EchoError, HostInts
+from echo._checks import EchoError, HostInts, copy_into
 from echo.budget import step
 from echo.budget.history import History, summarize
 from echo.budget.rules import GlobalRank, PerRequest, Rule, TwoLevel
@@ -23,7 +23,7 @@ from echo.cost import CostModel
 from echo.gating.calibration import Calibration
 from echo.gating.gates import Gate, SparseGate
 from echo.tree.build import children
-from echo.tree.packed import WORD, PackedTree, copy_into, pack
+from echo.tree.packed import WORD, PackedTree, pack
 from echo.tree.supertree import SuperTree, check_size
 
 

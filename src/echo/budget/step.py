@@ -14,11 +14,12 @@ from torch import Tensor
 
 from echo import _checks as checks
 from echo import kernels
+from echo._checks import copy_into
 from echo.budget.history import BINS, SKIP
 from echo.budget.rules import GlobalRank, Rule, TwoLevel
 from echo.gating.gates import Gate, SparseGate
 from echo.kernels.codes import Status
-from echo.tree.packed import PackedTree, copy_into
+from echo.tree.packed import PackedTree
 from echo.tree.supertree import DEAD_SCORE, Frontier, Layer, SuperTree, path_score, write_layer
 
 COLUMNS = ("tokens", "parent", "depth", "request", "indptr", "mask", "score", "node", "committed")
@@ -89,8 +90,8 @@ def begin(
         if out is not None:
             return _sized(out, num_verify_tokens, most)
         return SuperTree(
-            layers=(Layer(0, root, new.parent, new.score, new.committed, new.alive),),
-            frontier=Frontier(root, new.parent, new.parent, new.score, new.drafts, 0),
+            layers=(Layer(0, root, new.parent, new.score, new.committed, new.drafted),),
+            frontier=Frontier(root, new.parent, new.parent, new.score, new.active, 0),
             status=new.status,
             verify_limits=new.verify_limits,
             num_committed=new.num_committed,
@@ -212,12 +213,12 @@ def _grow_fused(
     above, depth = tree.frontier, tree.depth + 1
     old = above.score, above.active, above.index, tokens, log_probs, tree.status
     state = tree.verify_limits, tree.num_committed, tree.num_remaining, tree.invalid
-    tau, verdict, committing = -math.inf, None, rule.beam if isinstance(rule, TwoLevel) else 0
+    tau, verdict, commit = -math.inf, None, rule.beam if isinstance(rule, TwoLevel) else 0
     stop = int(Status.FINISHED if last else Status.ACTIVE)
     if type(gate) is SparseGate:  # compared where the scores are made; a subclass may ask for more
         tau = gate.log_tau.get(depth, tau)
     elif gate is not None:
-        new = kernel.grow(*old, None, *state, tau=tau, beam=rule.beam, buys=committing, stop=stop)
+        new = kernel.grow(*old, None, *state, log_tau=tau, beam=rule.beam, commit=commit, stop=stop)
         none = torch.zeros_like(new.committed)
         verdict = gate(Layer(depth, tokens.flatten(1), new.parent, new.score, none, new.drafted))
     buffers = None
@@ -229,7 +230,7 @@ def _grow_fused(
             out.status, out.num_committed, out.num_remaining, out.invalid,
         )  # fmt: skip
     new = kernel.grow(
-        *old, verdict, *state, tau=tau, beam=rule.beam, buys=committing, stop=stop, out=buffers
+        *old, verdict, *state, log_tau=tau, beam=rule.beam, commit=commit, stop=stop, out=buffers
     )
     if out is not None:
         return _sized(out, tree.num_verify_tokens, tree.max_verify_tokens_per_req)

@@ -1,40 +1,44 @@
-"""Checks that a kernel and its twin share. Shapes, dtypes and devices only: nothing is read back from a device."""
+"""Checked arguments of the public functions: shapes, dtypes and devices only, so sync-free.
+
+What fails is an :class:`~echo.EchoError` naming the argument, what was expected and what came.
+"""
 
 from __future__ import annotations
 
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import dataclass, field
 from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from echo import _checks as checks
-from echo._checks import EchoError
+from echo._checks import FLOATS, EchoError
 from echo.kernels.tiles import Tile
 
 PARTIAL_BYTES = 1 << 30
-"""What the partial results of a call with fixed splits take at most."""
+"""Most bytes of partial results of a call with fixed splits."""
 LONGEST = (1 << 31) - (1 << 10)
-"""Tokens of a context at most, so that the end of its last block is an int32."""
-CACHES = (*checks.FLOATS, torch.float8_e4m3fn, torch.float8_e5m2)
+"""Most tokens of a prefix: the end of its last block must be an int32."""
+CACHES = (*FLOATS, torch.float8_e4m3fn, torch.float8_e5m2)
 MODES = ("whole", "tree")
 
 
 class Shapes(NamedTuple):
-    """Host facts of one attention call; of a page and of the longest context 0 where there is none.
+    """Host facts of an attention call.
 
-    ``itemsize`` and ``cached`` are bytes of an element of the queries and of the cache.
+    ``itemsize`` and ``cache_itemsize`` are bytes of an element; ``page_size`` and ``max_prefix``
+    are 0 in mode "tree".
     """
 
-    rows: int
+    num_rows: int
     batch: int
-    heads: int
-    kv_heads: int
+    num_heads: int
+    num_kv_heads: int
     dim: int
     itemsize: int
-    cached: int
-    page: int
-    longest: int
+    cache_itemsize: int
+    page_size: int
+    max_prefix: int
     mode: str
     window: int | None
     splits: int | None
@@ -43,18 +47,18 @@ class Shapes(NamedTuple):
     @property
     def group(self) -> int:
         """Query heads of a KV head."""
-        return self.heads // self.kv_heads
+        return self.num_heads // self.num_kv_heads
 
 
 @dataclass(frozen=True)
 class AttentionPlan:
-    """The work list of a step, for all layers that it fits: :func:`echo.kernels.plan_attention` makes it.
+    """The work list of a step, made by :func:`echo.kernels.plan_attention`.
 
     Attributes:
-        shapes: what it was made for; a call of anything else is refused.
-        tile: how one program works; None of the reference, which has no list.
+        shapes: what it was made for; other calls are refused.
+        tile: tile of a program; None with the reference, which has no list.
         work: int32 [items, 8], pieces of a request's keys.
-        spans: int32 [B + 1, 2], of each request where its partial results begin, and its pieces.
+        spans: int32 [B + 1, 2], where each request's partial results begin, and its pieces.
     """
 
     shapes: Shapes
@@ -63,73 +67,52 @@ class AttentionPlan:
     spans: Tensor
 
 
-@dataclass(frozen=True)
-class Planning:
-    """The arguments of :func:`echo.kernels.plan_attention`, which fit together.
-
-    Raises:
-        EchoError: naming the argument, what was expected and what came.
-    """
-
-    q: Tensor
-    key_cache: Tensor | None
-    page_table: Tensor | None
-    prefix_lens: Tensor | None
-    tree_key: Tensor
-    indptr: Tensor
-    _: KW_ONLY
-    mode: str = "whole"
-    window: int | None = None
-    splits: int | None = None
-    shapes: Shapes = field(init=False)
-
-    def __post_init__(self) -> None:
-        q = checks.tensor("q", self.q, ["N", "Hq", "D"], checks.FLOATS)
-        (n, heads, dim), device = q.shape, q.device
-        kv_heads = checks.tensor(
-            "tree_key", self.tree_key, [n, "Hkv", dim], checks.FLOATS, device
-        ).shape[1]
-        if not kv_heads or heads % kv_heads:
-            raise EchoError(
-                f"q: expected a multiple of the {kv_heads} heads of tree_key, got {heads} heads"
-            )
-        batch = checks.tensor("indptr", self.indptr, ["B + 1"], torch.int32, device).shape[0] - 1
-        checks.integer("B", batch, 0)
-        if self.mode not in MODES:
-            raise EchoError(f"mode: expected one of {MODES}, got {self.mode!r}")
-        cached, size, pages = q.element_size(), 0, 0
-        if self.mode == "whole":
-            cache = checks.tensor(
-                "key_cache", self.key_cache, ["pages", "page_size", kv_heads, dim], CACHES, device
-            )
-            cached, size = cache.element_size(), int(cache.shape[1])
-            checks.integer("page_size", size, 1)
-            pages = checks.tensor(
-                "page_table", self.page_table, [batch, "max_pages"], torch.int32, device
-            ).shape[1]
-            checks.tensor("prefix_lens", self.prefix_lens, [batch], torch.int32, device)
-        if self.window is not None:
-            checks.integer_field(self, "window", 1)
-        if self.splits is not None:
-            checks.integer_field(self, "splits", 1, 1024)
-        if self.splits is not None and self.splits > 1:
-            most = PARTIAL_BYTES // (4 * max(n, 1) * heads * (dim + 1))
-            if self.splits > most:
-                raise EchoError(
-                    f"splits: expected at most {most}, whose partial results take {PARTIAL_BYTES} bytes, got {self.splits}"
-                )
-        longest = min(pages * size, LONGEST)
-        facts = q.element_size(), cached, size, longest, self.mode, self.window, self.splits, device
-        object.__setattr__(self, "shapes", Shapes(n, batch, heads, kv_heads, dim, *facts))
+def attention_shapes(
+    q: Tensor,
+    key_cache: Tensor | None,
+    page_table: Tensor | None,
+    prefix_lens: Tensor | None,
+    tree_key: Tensor,
+    indptr: Tensor,
+    mode: str,
+    window: int | None,
+    splits: int | None,
+) -> Shapes:
+    """The shapes of the arguments of :func:`echo.kernels.plan_attention`, which fit together."""
+    q = checks.tensor("q", q, ["N", "Hq", "D"], FLOATS)
+    (n, heads, dim), device = q.shape, q.device
+    kv_heads = checks.tensor("tree_key", tree_key, [n, "Hkv", dim], FLOATS, device).shape[1]
+    if not kv_heads or heads % kv_heads:
+        wanted = f"a multiple of the {kv_heads} heads of tree_key"
+        raise EchoError(f"q: expected {wanted}, got {heads} heads")
+    batch = checks.tensor("indptr", indptr, ["B + 1"], torch.int32, device).shape[0] - 1
+    checks.integer("B", batch, 0)
+    if mode not in MODES:
+        raise EchoError(f"mode: expected one of {MODES}, got {mode!r}")
+    cache_itemsize, page_size, pages = q.element_size(), 0, 0
+    if mode == "whole":
+        shape = ("pages", "page_size", kv_heads, dim)
+        cache = checks.tensor("key_cache", key_cache, shape, CACHES, device)
+        cache_itemsize = cache.element_size()
+        page_size = checks.integer("page_size", cache.shape[1], 1)
+        table = checks.tensor("page_table", page_table, [batch, "max_pages"], torch.int32, device)
+        pages = table.shape[1]
+        checks.tensor("prefix_lens", prefix_lens, [batch], torch.int32, device)
+    if window is not None:
+        window = checks.integer("window", window, 1)
+    if splits is not None:
+        splits = checks.integer("splits", splits, 1, 1024)
+        limit = PARTIAL_BYTES // (4 * max(n, 1) * heads * (dim + 1))
+        if 1 < splits > limit:
+            wanted = f"at most {limit}, whose partial results take {PARTIAL_BYTES} bytes"
+            raise EchoError(f"splits: expected {wanted}, got {splits}")
+    longest, sizes = min(pages * page_size, LONGEST), (q.element_size(), cache_itemsize, page_size)
+    return Shapes(n, batch, heads, kv_heads, dim, *sizes, longest, mode, window, splits, device)
 
 
 @dataclass(frozen=True)
 class Attention:
-    """The arguments of :func:`echo.kernels.tree_attention`, which fit together.
-
-    Raises:
-        EchoError: naming the argument, what was expected and what came.
-    """
+    """The arguments of :func:`echo.kernels.tree_attention`, which fit together."""
 
     q: Tensor
     key_cache: Tensor | None
@@ -141,7 +124,6 @@ class Attention:
     request: Tensor
     indptr: Tensor
     mask: Tensor
-    _: KW_ONLY
     mode: str = "whole"
     scale: float | None = None
     softcap: float | None = None
@@ -151,103 +133,89 @@ class Attention:
     value_scale: Tensor | None = None
     splits: int | None = None
     plan: AttentionPlan | None = None
-    planning: Planning = field(init=False)
+    shapes: Shapes = field(init=False)
 
     def __post_init__(self) -> None:
-        planning = Planning(
-            self.q, self.key_cache, self.page_table, self.prefix_lens, self.tree_key, self.indptr,
-            mode=self.mode, window=self.window, splits=self.splits,
-        )  # fmt: skip
-        for name, value in (
-            ("planning", planning),
-            ("window", planning.window),
-            ("splits", planning.splits),
-        ):
-            object.__setattr__(self, name, value)
-        s, device = planning.shapes, self.q.device
-        checks.tensor(
-            "tree_value", self.tree_value, [s.rows, s.kv_heads, s.dim], checks.FLOATS, device
+        cached = self.key_cache, self.page_table, self.prefix_lens
+        s = attention_shapes(
+            self.q, *cached, self.tree_key, self.indptr, self.mode, self.window, self.splits
         )
-        checks.tensor("request", self.request, [s.rows], torch.int32, device)
-        checks.tensor("mask", self.mask, [s.rows, "words"], torch.int32, device)
+        for name, value in (("shapes", s), ("window", s.window), ("splits", s.splits)):
+            object.__setattr__(self, name, value)
+        device, kv = self.q.device, [s.num_kv_heads, s.dim]
+        checks.tensor("tree_value", self.tree_value, [s.num_rows, *kv], FLOATS, device)
+        checks.tensor("request", self.request, [s.num_rows], torch.int32, device)
+        checks.tensor("mask", self.mask, [s.num_rows, "words"], torch.int32, device)
         if self.mode == "whole" and self.key_cache is not None:
-            pages = self.key_cache.shape[0]
-            checks.tensor(
-                "value_cache", self.value_cache, [pages, s.page, s.kv_heads, s.dim], CACHES, device
-            )
+            shape = [self.key_cache.shape[0], s.page_size, *kv]
+            checks.tensor("value_cache", self.value_cache, shape, CACHES, device)
         for name, scales in (("key_scale", self.key_scale), ("value_scale", self.value_scale)):
             if scales is not None:
-                checks.tensor(name, scales, [s.kv_heads], torch.float32, device)
+                checks.tensor(name, scales, kv[:1], torch.float32, device)
         if self.softcap is not None:
             checks.real_field(self, "softcap", 0.0)
             if self.softcap == 0:
                 raise EchoError("softcap: expected a number above 0, got 0")
         if self.window is not None:
-            checks.tensor("depth", self.depth, [s.rows], torch.int32, device)
+            checks.tensor("depth", self.depth, [s.num_rows], torch.int32, device)
         if self.plan is not None:
             made = checks.instance("plan", self.plan, AttentionPlan).shapes
-            if made != s:
-                wanted, got = zip(
-                    *(
-                        (f"{n}={a}", f"{n}={b}")
-                        for n, a, b in zip(s._fields, s, made, strict=True)
-                        if a != b
-                    ),
-                    strict=True,
-                )
-                raise EchoError(
-                    f"plan: expected one made for {', '.join(wanted)}, got one for {', '.join(got)}"
-                )
+            odd = [(n, a, b) for n, a, b in zip(s._fields, s, made, strict=True) if a != b]
+            if odd:
+                wanted, got = (", ".join(f"{x[0]}={x[i]}" for x in odd) for i in (1, 2))
+                raise EchoError(f"plan: expected one made for {wanted}, got one for {got}")
 
     @property
     def cache(self) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
-        """Keys, values, page table and context; None in mode "tree"."""
+        """Keys, values, page table and prefix lengths; None in mode "tree"."""
+        if self.mode == "tree":
+            return None
         parts = self.key_cache, self.value_cache, self.page_table, self.prefix_lens
-        return (
-            cast("tuple[Tensor, Tensor, Tensor, Tensor]", parts) if self.mode == "whole" else None
-        )
+        return cast("tuple[Tensor, Tensor, Tensor, Tensor]", parts)
 
     @property
     def factor(self) -> float:
-        """Of the scores."""
-        return self.planning.shapes.dim**-0.5 if self.scale is None else float(self.scale)
+        """Scale of the scores."""
+        return self.shapes.dim**-0.5 if self.scale is None else float(self.scale)
 
 
-def merge_shapes(o1: Tensor, lse1: Tensor, o2: Tensor, lse2: Tensor) -> tuple[int, int, int]:
-    """N, H and D of two parts that fit together.
-
-    Raises:
-        EchoError: naming the argument, what was expected and what came.
-    """
-    n, heads, dim = checks.tensor("o1", o1, ["N", "H", "D"], checks.FLOATS).shape
-    checks.tensor("o2", o2, [n, heads, dim], checks.FLOATS, o1.device)
+def check_merge(o1: Tensor, lse1: Tensor, o2: Tensor, lse2: Tensor) -> None:
+    """Check the arguments of :func:`echo.kernels.merge_attention`."""
+    n, heads, dim = checks.tensor("o1", o1, ["N", "H", "D"], FLOATS).shape
+    checks.tensor("o2", o2, [n, heads, dim], FLOATS, o1.device)
     checks.tensor("lse1", lse1, [n, heads], torch.float32, o1.device)
     checks.tensor("lse2", lse2, [n, heads], torch.float32, o1.device)
-    return n, heads, dim
 
 
-def accept_shapes(
-    parent: Tensor, indptr: Tensor, tokens: Tensor, target_tokens: Tensor, max_depth: int
-) -> tuple[int, int, int]:
-    """N, B and depth of a packed tree's links and the target's tokens.
-
-    Raises:
-        EchoError: naming the argument, what was expected and what came.
-    """
+def check_accept(
+    parent: Tensor,
+    indptr: Tensor,
+    tokens: Tensor,
+    target: Tensor,
+    max_depth: int,
+    max_new_tokens: Tensor | None,
+    eos_tokens: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, int, Tensor | None, Tensor | None]:
+    """The arguments of :func:`echo.kernels.accept`, which fit together."""
     (n,) = checks.tensor("tokens", tokens, ["N"], torch.int64).shape
-    checks.tensor("parent", parent, [n], torch.int32, tokens.device)
-    checks.tensor("target_tokens", target_tokens, [n], torch.int64, tokens.device)
-    batch = checks.tensor("indptr", indptr, ["B + 1"], torch.int32, tokens.device).shape[0] - 1
+    device = tokens.device
+    checks.tensor("parent", parent, [n], torch.int32, device)
+    batch = checks.tensor("indptr", indptr, ["B + 1"], torch.int32, device).shape[0] - 1
     checks.integer("B", batch, 0)
-    return n, batch, checks.integer("max_depth", max_depth, 0)
+    if isinstance(target, Tensor) and target.dim() == 2:
+        check_logits(target, tokens)
+    else:
+        checks.tensor("target_tokens", target, [n], torch.int64, device)
+    if max_new_tokens is not None:
+        checks.tensor("max_new_tokens", max_new_tokens, [batch], torch.int64, device)
+    if eos_tokens is not None:
+        checks.tensor("eos_tokens", eos_tokens, ["n"], torch.int64, device)
+    max_depth = checks.integer("max_depth", max_depth, 0)
+    return parent, indptr, tokens, target, max_depth, max_new_tokens, eos_tokens
 
 
-def logits_shape(logits: Tensor, tokens: Tensor | None = None) -> tuple[int, int]:
-    """N and V of logits, one row for each of the ``tokens``, int64 [N], where given.
-
-    Raises:
-        EchoError: naming the argument, what was expected and what came.
-    """
+def check_logits(logits: Tensor, tokens: Tensor | None = None) -> None:
+    """Check logits [N, V], one row for each of the ``tokens`` int64 [N], where given."""
     rows, device = ("N", None) if tokens is None else (tokens.shape[0], tokens.device)
-    n, vocabulary = checks.tensor("logits", logits, [rows, "V"], checks.FLOATS, device).shape
-    return n, checks.integer("V", vocabulary, 1, 1 << 30)
+    shape = checks.tensor("logits", logits, [rows, "V"], FLOATS, device).shape
+    checks.integer("V", shape[1], 1, 1 << 30)

@@ -1,17 +1,17 @@
-"""Numbers that kernels and torch's operations must agree on."""
+"""Numbers that the kernels and PyTorch's operations share."""
 
 from __future__ import annotations
 
 from enum import IntEnum
 
 UNSELECTABLE = 0x7F800000
-"""Cost of a node that can never be selected: the bits of +inf, above those of every finite float32."""
+"""Cost of a node that can never be selected: the bits of +inf, above all finite float32."""
 
 ONE = 1 << 24
 """Fixed-point 1.0 of a calibrated probability."""
 
 TABLE_BINS, BINS_PER_NAT = 512, 32
-"""The look-up table of a reliability map: bin i holds path log-probabilities in (-(i+1)/32, -i/32]; the last one all below."""
+"""Look-up table of a reliability map: bin i holds path log-probabilities in (-(i+1)/32, -i/32]."""
 
 
 class Status(IntEnum):
@@ -21,10 +21,10 @@ class Status(IntEnum):
     TRUNCATED = 1
     """Failed a gate."""
     STARVED = 2
-    """Passed, and found no rows left to buy; or live, and found no row for its root."""
+    """Passed, and no verify tokens remained; or live, and none remained for its root."""
     FINISHED = 3
     """Reached the deepest layer."""
     EXHAUSTED = 4
-    """Nothing to draft on: no finite score, or the row limit of the request reached."""
+    """Nothing to expand: no finite score, or the request's limit of verify tokens reached."""
     EMPTY = 5
-    """No request in this slot."""
+    """No request at this index."""

@@ -91,7 +91,7 @@ class Accepted:
         if eos_tokens is not None:
             checks.tensor("eos_tokens", eos_tokens, ["n"], torch.int64, device)
         path = self.rows, self.tokens, self.num_emitted, self.cut_row
-        rows, tokens, num_emitted, cut_row = reference.cut(*path, max_new_tokens, eos_tokens)
+        rows, tokens, num_emitted, cut_row = reference.truncate(*path, max_new_tokens, eos_tokens)
         return Accepted.of(tokens, rows, num_emitted, cut_row)
 
 

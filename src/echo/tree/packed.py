@@ -296,8 +296,10 @@ def pack(
         from echo.kernels import pack as kernel
         from echo.kernels import select
 
-        whole = [tree.column(name) for name in ("token", "parent", "score", "committed")]
-        columns = kernel.pack(select.as_selected(selected), *whole, n, words, tree.sizes)
+        chosen, sizes = select.as_selected(selected), tree.sizes
+        names = "token", "parent", "score", "committed"
+        token, parent, score, committed = (tree.column(name) for name in names)
+        columns = kernel.pack(chosen, token, parent, score, committed, n, words, sizes)
         return copy_into(out, PackedTree(**columns, **state, max_depth=tree.depth))
     forest, row = tree.forest, torch.arange(n, device=device)
     flat = [forest.token, forest.parent, forest.score, forest.committed]

@@ -1,4 +1,4 @@
-"""Dealing rows: the partial selections against a plain loop over all nodes in the declared order."""
+"""Selection of the cheapest nodes against a plain loop over all nodes in the declared order."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from echo.budget.rules import select_cheapest
 from echo.kernels.codes import UNSELECTABLE
 
 
-def dealt(tree, cost, cap, left):
-    """One node after the other: cheapest first, then the shallower, the lower request, the earlier candidate."""
+def selected(tree, cost, limit, remaining):
+    """Nodes one by one: by cost, then depth, request, candidate."""
     forest = tree.forest
-    costs, depths, bought = cost.tolist(), forest.depth.tolist(), forest.committed.tolist()
+    costs, depths, committed = cost.tolist(), forest.depth.tolist(), forest.committed.tolist()
     nodes = [(costs[b][t], depths[t], b, t) for b in range(tree.batch) for t in range(len(depths))]
-    caps, rest, chosen = cap.tolist(), int(left), torch.zeros_like(forest.committed)
-    for price, _, b, t in sorted(nodes):
-        if price < UNSELECTABLE and not bought[b][t] and rest > 0 and caps[b] > 0:
+    limits, rest, chosen = limit.tolist(), int(remaining), torch.zeros_like(forest.committed)
+    for own, _, b, t in sorted(nodes):
+        if own < UNSELECTABLE and not committed[b][t] and rest > 0 and limits[b] > 0:
             chosen[b, t] = True
-            caps[b], rest = caps[b] - 1, rest - 1
+            limits[b], rest = limits[b] - 1, rest - 1
     return chosen
 
 
 @st.composite
 def forests(draw):
-    """A grown forest with ties, faults, dead requests and purchases, and the cost that a rule gives its nodes."""
+    """A grown forest with ties, faults, pad requests and commits, and its costs by a rule."""
     batch, beam, depth = draw(st.integers(1, 7)), draw(st.integers(1, 4)), draw(st.integers(1, 4))
     rule = draw(
         st.sampled_from(
@@ -51,24 +51,26 @@ def forests(draw):
         scheduler, torch.arange(batch), k=3, seed=seed, spoil=spoil, ties=ties, live=live
     )
     rank = rule if isinstance(rule, echo.GlobalRank) else echo.GlobalRank(beam)
-    caps = torch.tensor(draw(st.lists(st.integers(-2, 40), min_size=batch, max_size=batch)))
-    return tree, rank.cost(tree), caps.clamp(max=tree.max_verify_tokens_per_req)
+    limits = torch.tensor(draw(st.lists(st.integers(-2, 40), min_size=batch, max_size=batch)))
+    return tree, rank.cost(tree), limits.clamp(max=tree.max_verify_tokens_per_req)
 
 
 @given(forests(), st.integers(-2, 80), st.integers(0, 90))
-def test_deals_as_one_node_after_the_other(case, left, slack):
-    tree, cost, cap = case
-    rows = max(left, 1) + slack
+def test_selects_as_one_node_after_the_other(case, remaining, slack):
+    tree, cost, limit = case
+    rows = max(remaining, 1) + slack
     assert torch.equal(
-        select_cheapest(tree, cost, cap, torch.tensor(left), rows), dealt(tree, cost, cap, left)
+        select_cheapest(tree, cost, limit, torch.tensor(remaining), rows),
+        selected(tree, cost, limit, remaining),
     )
 
 
 @given(forests(), st.integers(0, 80))
-def test_what_is_dealt_is_closed_under_parents_with_what_is_bought(case, left):
-    tree, cost, cap = case
-    held = select_cheapest(tree, cost, cap, torch.tensor(left), left + 1) | tree.forest.committed
-    assert torch.equal(held & held.gather(1, tree.forest.parent), held)
+def test_selected_and_committed_nodes_are_closed_under_parents(case, remaining):
+    tree, cost, limit = case
+    chosen = select_cheapest(tree, cost, limit, torch.tensor(remaining), remaining + 1)
+    both = chosen | tree.forest.committed
+    assert torch.equal(both & both.gather(1, tree.forest.parent), both)
 
 
 def test_equal_costs_go_to_the_shallower_then_the_lower_request_then_the_earlier_candidate():
@@ -92,19 +94,19 @@ def test_large_forests_and_threads(threads, calibration):
         echo.GlobalRank(8, calibration), budget=300, max_depth=3, max_verify_tokens_per_req=20
     )
     tree = grow_all(scheduler, torch.arange(64), k=8, seed=threads, spoil=0.05, ties=True)
-    cost, cap = scheduler.rule.cost(tree), torch.arange(64) % 20
+    cost, limit = scheduler.rule.cost(tree), torch.arange(64) % 20
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        chosen = select_cheapest(tree, cost, cap, tree.num_remaining, tree.num_verify_tokens)
+        chosen = select_cheapest(tree, cost, limit, tree.num_remaining, tree.num_verify_tokens)
     finally:
         torch.set_num_threads(before)
-    assert torch.equal(chosen, dealt(tree, cost, cap, tree.num_remaining))
+    assert torch.equal(chosen, selected(tree, cost, limit, tree.num_remaining))
     dead = scheduler.begin(torch.arange(0))
     assert select_cheapest(
         replace(dead, num_verify_tokens=4),
         torch.zeros(0, 1, dtype=torch.int32),
-        cap[:0],
+        limit[:0],
         dead.num_remaining,
         4,
     ).shape == (0, 1)
