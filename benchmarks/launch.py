@@ -1,10 +1,12 @@
-"""What does launching a step cost the host, and how many variants of its kernels does a serving run compile?
+"""What does launching a step cost the host, and how many variants of its kernels does a serving run
+compile?
 
     python benchmarks/launch.py          into benchmarks/results/launch.json; needs no GPU
 
-Triton's own launch path runs, arguments bound, specialised and looked up; only the compiler and the driver's call at
-its end are replaced. So the microseconds are those that Python spends, on this machine, and a variant is what Triton
-would compile. CUDA graphs spend neither: a tier is launched so once, before it is captured.
+Triton's own launch path runs, arguments bound, specialised and looked up; only the compiler and the
+driver's call at its end are replaced. So the microseconds are those that Python spends, on this
+machine, and a variant is what Triton would compile. CUDA graphs spend neither: a tier is launched
+so once, before it is captured.
 """
 
 from __future__ import annotations
@@ -93,7 +95,9 @@ def without_a_card() -> Iterator[Launches]:
 
 
 class Step:
-    """One step's planning and acceptance on tensors that hold nothing of interest: kernels write nothing here."""
+    """One step's planning and acceptance on tensors that hold nothing of interest: kernels write
+    nothing here.
+    """
 
     def __init__(self, scheduler: Scheduler, batch: int, depth: int, tokens: int) -> None:
         widths = [1] + [BEAM] * (depth - 1)

@@ -14,7 +14,8 @@ float32 it may differ where that one's two best logits are within 1e-4.
 Second panel: the shape's weights are random, so nothing is decoded: recorded drafts (SmolLM2's) are
 replayed, and a step is charged what its verify pass, drafted layers and scheduling took here.
 
-The file is written as the run goes; what the time limit cuts is missing from the end. Network: none.
+The file is written as the run goes; what the time limit cuts is missing from the end. Network:
+none.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ LINES = {
 }
 
 cells = json.loads((HERE.parent / "benchmarks" / "results" / "replay.json").read_text())["cells"]
-panel = cells["dense, knee at 256 rows"]
+panel = cells["dense, knee at 256 tokens"]
 figure = Figure(figsize=(7.2, 3.2), layout="constrained")
 axes = figure.add_subplot()
 axes.axhline(1, color="#22333b", linewidth=1)

@@ -1,7 +1,9 @@
-"""An engine's published modules, imported without the engine: what a test names is real, everything around it a stand-in.
+"""An engine's published modules, imported without the engine: what a test names is real, everything
+around it a stand-in.
 
-``ECHO_PEERS=install`` fetches the wheel without its dependencies (sglang 40 MB, vllm 340 MB) and unpacks its Python files;
-``ECHO_PEERS=<folder>`` is a folder that has them already. None of an engine's code is in this repository.
+``ECHO_PEERS=install`` fetches the wheel without its dependencies (sglang 40 MB, vllm 340 MB) and
+unpacks its Python files; ``ECHO_PEERS=<folder>`` is a folder that has them already. None of an
+engine's code is in this repository.
 """
 
 from __future__ import annotations
@@ -84,7 +86,9 @@ class Module(types.ModuleType):
 
 
 class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Stands in for every module of ``packages`` but those below ``real``; packages keep their folder, so that those are found."""
+    """Stands in for every module of ``packages`` but those below ``real``; packages keep their
+    folder, so that those are found.
+    """
 
     def __init__(self, folder: Path, packages: Sequence[str], real: Sequence[str]) -> None:
         self.folder, self.packages, self.real = folder, packages, real
@@ -112,7 +116,9 @@ class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 @contextmanager
 def around(folder: Path, packages: Sequence[str], real: Sequence[str]) -> Iterator[None]:
-    """Imports of ``packages`` go to stand-ins, but those below ``real`` to the files in ``folder``; afterwards all are forgotten."""
+    """Imports of ``packages`` go to stand-ins, but those below ``real`` to the files in
+    ``folder``; afterwards all are forgotten.
+    """
 
     def loaded() -> list[str]:
         return [name for name in sys.modules if name.partition(".")[0] in packages]
@@ -151,5 +157,7 @@ def compiled(path: Path, names: tuple[str, ...], inside: str | None) -> types.Co
 def definitions(
     path: Path, names: tuple[str, ...], scope: dict[str, object], inside: str | None = None
 ) -> None:
-    """Runs functions and classes of a module that cannot be imported (methods of class ``inside``) from its source in ``scope``."""
+    """Runs functions and classes of a module that cannot be imported (methods of class
+    ``inside``) from its source in ``scope``.
+    """
     exec(compiled(path, names, inside), scope)

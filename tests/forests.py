@@ -1,4 +1,6 @@
-"""Random forests, and a slow pure-Python oracle of everything that packing, compaction and the exporters do with them."""
+"""Random forests, and a slow pure-Python oracle of everything that packing, compaction and the
+exporters do with them.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ from echo.tree.packed import pack
 
 
 def paths(packed: echo.PackedTree, b: int) -> list[list[int]]:
-    """The tokens on the way to each row of a request, sorted: its tree, whatever the order of its rows."""
+    """The tokens on the way to each row of a request, sorted: its tree, whatever the order of
+    its rows.
+    """
     found: list[list[int]] = []
     for row in range(*packed.indptr[b : b + 2].tolist()):
         up = int(packed.parent[row])
@@ -42,7 +46,9 @@ class Case:
     packed: echo.PackedTree
 
     def rows(self, b: int) -> list[Row]:
-        """The oracle's order: by depth, then by the columns on the way down, which is by parent and then candidate."""
+        """The oracle's order: by depth, then by the columns on the way down, which is by parent
+        and then candidate.
+        """
         paths = sorted(
             (self.path(b, column) for column in self.selected[b]),
             key=lambda path: (len(path), path),
@@ -132,7 +138,9 @@ def forest(
 
 
 def node_of(case: Case, b: int) -> dict[int, int]:
-    """Where each column of a request went among the nodes of the super-tree: by depth, then by the columns on the way down."""
+    """Where each column of a request went among the nodes of the super-tree: by depth, then by
+    the columns on the way down.
+    """
     offsets, places = [0], {}
     for layer in case.tree.layers:
         offsets.append(offsets[-1] + layer.token.shape[1])

@@ -21,7 +21,9 @@ V = 3
 
 @pytest.mark.parametrize("rule", [echo.TwoLevel(2, 2), echo.GlobalRank(2), echo.PerRequest(5, 2)])
 def test_sampling_is_lossless_by_exact_enumeration(rule):
-    """Every outcome of the target's sampler at every row, weighted by its probability: the emitted text has the target's law."""
+    """Every outcome of the target's sampler at every row, weighted by its probability: the
+    emitted text has the target's law.
+    """
     target = table(V, seed=1)
     drafter = TabularDrafter(blurred(target, seed=2), k=2)
     budget = None if rule.default_budget(1) else 5
@@ -47,7 +49,9 @@ def test_sampling_is_lossless_by_exact_enumeration(rule):
 
 
 def arrays(nodes):
-    """int64 [T, nodes]: every tree with that many nodes, each in every order that puts parents first."""
+    """int64 [T, nodes]: every tree with that many nodes, each in every order that puts parents
+    first.
+    """
     return torch.tensor(list(itertools.product([-1], *[range(i) for i in range(1, nodes)])))
 
 
@@ -70,7 +74,9 @@ def followed(law, text, tokens):
 
 
 def deviation(parents, tokens, vocabulary):
-    """Over all outcomes of the sampler at all rows: how far the law of what is emitted is from the target's, at most."""
+    """Over all outcomes of the sampler at all rows: how far the law of what is emitted is from
+    the target's, at most.
+    """
     trees, nodes = parents.shape
     law = (
         torch.rand(
@@ -130,7 +136,9 @@ def test_every_small_tree_of_different_siblings_is_lossless_by_exact_enumeration
 
 
 def surprise(law, emitted):
-    """Chi-square of every token emitted after a text that occurred often: probability of a value as large."""
+    """Chi-square of every token emitted after a text that occurred often: probability of a value
+    as large.
+    """
     value, freedom = 0.0, 0
     text = torch.ones(len(emitted), dtype=torch.int64)
     for token in emitted.T:

@@ -43,7 +43,7 @@ def test_a_gate_passes_the_kit():
 
 def test_a_gate_that_syncs_does_not():
     wrong = GATE.replace("return layer", "layer.log_confidence.max().item()\n        return layer")
-    with pytest.raises(echo.testing.PlanError, match="reads"):
+    with pytest.raises(echo.testing.PlanError, match="sync_free"):
         follow(wrong)
 
 
@@ -54,7 +54,7 @@ def test_a_rule_passes_the_kit():
 def test_a_rule_that_selects_beyond_the_budget_does_not():
     wrong = RULE.replace("< num_remaining", "< num_verify_tokens")
     assert wrong != RULE
-    with pytest.raises(echo.testing.PlanError, match="rows"):
+    with pytest.raises(echo.testing.PlanError, match="budget"):
         follow(GATE, wrong)
 
 

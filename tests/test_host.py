@@ -1,4 +1,6 @@
-"""Looking at a step from the host: pictures, validation, and importers that refuse what no tree has."""
+"""Looking at a step from the host: pictures, validation, and importers that refuse what no tree
+has.
+"""
 
 from __future__ import annotations
 

@@ -33,7 +33,9 @@ def statements(tree: ast.AST):
 
 
 def imports(source: str, known: set[str]) -> set[str]:
-    """The modules of the package that a source imports: ``from a import b`` is ``a.b`` if a module."""
+    """The modules of the package that a source imports: ``from a import b`` is ``a.b`` if a
+    module.
+    """
     found = set()
     for node in statements(ast.parse(source)):
         if isinstance(node, ast.Import):

@@ -246,7 +246,9 @@ def test_no_end_is_none():
 
 
 def test_each_thread_has_its_own_backend():
-    """While one is inside ``using``, the other's choice is as it was; both leave in the other's order."""
+    """While one is inside ``using``, the other's choice is as it was; both leave in the other's
+    order.
+    """
     pytest.importorskip("triton")
     inside, seen, done = threading.Barrier(2, timeout=60), {}, threading.Event()
     logits = torch.tensor([[0.0, 2.0, 1.0]])

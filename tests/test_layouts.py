@@ -165,7 +165,9 @@ def test_sglang_links_with_siblings_in_any_order_are_the_same_trees(case, seed):
 
 @given(cases(most=20), st.integers(0, 1000))
 def test_masks_with_rows_in_any_order_are_the_same_trees(case, seed):
-    """An engine that lists a tree's rows in another order, parents first: the same paths come back, in canonical order."""
+    """An engine that lists a tree's rows in another order, parents first: the same paths come
+    back, in canonical order.
+    """
     turn, n = random.Random(seed), case.largest
     mask, tokens = (
         torch.eye(n, dtype=torch.bool).repeat(case.batch, 1, 1),
@@ -278,7 +280,9 @@ def test_what_an_engine_computes_on_uniform_rows_comes_back_to_the_packed_rows(c
 
 @given(cases(), st.integers(1, 6))
 def test_rows_that_an_engine_did_not_compute_have_no_token_and_no_number(case, n):
-    """A target that depends on the last token and follows the tree: from fewer rows than a tree has comes a shorter text of its own."""
+    """A target that depends on the last token and follows the tree: from fewer rows than a tree
+    has comes a shorter text of its own.
+    """
     packed, law = case.packed, torch.arange(1 + int(case.packed.tokens.max()))
     drafted = packed.parent >= 0
     law[packed.tokens[(packed.indptr[packed.request] + packed.parent)[drafted]]] = packed.tokens[
@@ -308,7 +312,9 @@ def test_rows_that_an_engine_did_not_compute_have_no_token_and_no_number(case, n
 
 @given(cases(), st.sampled_from([0, 7]))
 def test_flashinfer_masks_are_the_oracle_and_come_back(case, more):
-    """The bit formula of its kernels: bit (row * kv + column) of a request's own bytes, least significant first."""
+    """The bit formula of its kernels: bit (row * kv + column) of a request's own bytes, least
+    significant first.
+    """
     context = contexts(case)
     flat, packed_bits, ends, bytes_ = [], [], [0], [0]
     for b in range(case.batch):
@@ -392,7 +398,9 @@ def test_hugging_face_mask_is_the_oracle_and_comes_back(case, dtype):
 
 @given(st.integers(0, 100_000), st.integers(1, 4), st.data())
 def test_a_padded_cache_holds_every_text_after_every_step(seed, batch, data):
-    """Prompts padded on the left are moved once; then every pass appends behind the longest text, as a DynamicCache does."""
+    """Prompts padded on the left are moved once; then every pass appends behind the longest
+    text, as a DynamicCache does.
+    """
     texts = [
         data.draw(st.lists(st.integers(100, 999), min_size=1, max_size=9)) for _ in range(batch)
     ]

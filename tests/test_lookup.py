@@ -1,4 +1,6 @@
-"""Prompt lookup: the votes are those of a plain search, opinions pool as probabilities do, and nothing else changes."""
+"""Prompt lookup: the votes are those of a plain search, opinions pool as probabilities do, and
+nothing else changes.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,9 @@ def ends(texts: Texts) -> list[list[int]]:
 
 
 def searched(text: list[int], path: list[int], longest: int) -> tuple[int, int]:
-    """What followed the last of the longest matches in ``text`` of the end of the text with the path behind it."""
+    """What followed the last of the longest matches in ``text`` of the end of the text with the
+    path behind it.
+    """
     end = text + path
     for n in range(min(longest, len(end)), 0, -1):
         for at in range(len(text) - n - 1, -1, -1):
@@ -130,7 +134,9 @@ def test_a_text_longer_than_the_memory_is_searched_as_its_end_is(text, length, a
     st.booleans(),
 )
 def test_a_first_layer_from_elsewhere_is_followed_too(texts, seed, before):
-    """The lookup is asked at depth 1 first, in its first step or after one in which it was asked for the roots."""
+    """The lookup is asked at depth 1 first, in its first step or after one in which it was asked
+    for the roots.
+    """
     generator, slots = torch.Generator().manual_seed(seed), torch.arange(len(texts))
     lookup, scheduler = (
         echo.PromptLookup(len(texts), 40),
@@ -236,7 +242,9 @@ def test_a_vote_takes_the_place_of_the_least_likely_only_where_it_is_likelier():
 
 
 def test_trust_is_learnt_to_the_likeliest_share():
-    """The target follows the vote with probability 0.7 and its own table otherwise; the draft knows that table."""
+    """The target follows the vote with probability 0.7 and its own table otherwise; the draft
+    knows that table.
+    """
     vocab, batch, share, trust = 12, 64, 0.7, (0.0, 0.3, 0.9)
     own, slots = table(vocab, 1), torch.arange(batch)
     scheduler = echo.ElasticBudgetScheduler.eagle(max_verify_tokens_per_req=2, beam=1, max_depth=1)

@@ -1,4 +1,6 @@
-"""A target row without a number: the walk ends before it, and everything that looks at the step says the same."""
+"""A target row without a number: the walk ends before it, and everything that looks at the step
+says the same.
+"""
 
 from __future__ import annotations
 
@@ -116,7 +118,9 @@ def test_the_log_takes_the_draft_at_which_a_walk_was_cut_for_accepted_and_leaves
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_history_counts_drafts_down_to_the_cut(backend):
-    """Of the first request drafts of depths 1 and 2 were accepted and depth 3 was not judged; the second fails at depth 2."""
+    """Of the first request drafts of depths 1 and 2 were accepted and depth 3 was not judged;
+    the second fails at depth 2.
+    """
     scheduler, _, packed = chain(
         1, 2, 3, roots=(7, 8), max_depth=3, budget=echo.CostModel((1, 99), (1.0, 2.0))
     )
@@ -132,7 +136,9 @@ def test_the_history_counts_drafts_down_to_the_cut(backend):
 
 
 def small_trees(nodes, outcomes, labellings=1):
-    """Every tree of so many nodes in every order of parents first, labelled with two tokens, in all ways or some; some outcomes."""
+    """Every tree of so many nodes in every order of parents first, labelled with two tokens, in
+    all ways or some; some outcomes.
+    """
     parents = torch.tensor(list(itertools.product([-1], *[range(i) for i in range(1, nodes)])))
     labels = torch.cartesian_prod(*[torch.arange(2)] * nodes).view(-1, nodes)[
         : 2 ** (nodes - 1) : labellings
@@ -146,7 +152,9 @@ def small_trees(nodes, outcomes, labellings=1):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("nodes", range(1, 6))
 def test_every_small_tree_with_every_row_spoiled_in_turn(nodes, backend):
-    """Every other request is spoiled: it emits the right text up to that row, and its neighbours emit what they did."""
+    """Every other request is spoiled: it emits the right text up to that row, and its neighbours
+    emit what they did.
+    """
     every = torch.cartesian_prod(*[torch.arange(2)] * nodes).view(-1, nodes)
     few = every[:1], 1 if nodes < 5 else 5  # all alike: the deepest walks
     parents, labels, target = small_trees(nodes, *((every,) if backend == "torch" else few))

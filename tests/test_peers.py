@@ -3,9 +3,10 @@
     ECHO_PEERS=install pytest -m peers tests/test_peers.py     # fetches the wheels without their dependencies (100 MB)
     ECHO_PEERS=<folder> pytest -m peers tests/test_peers.py    # a folder that they were installed to, with --no-deps --target
 
-SGLang's tree builder, greedy verify, mask reader, attention and beam: its kernels run in Triton's interpreter, and the engine around
-them is replaced by stand-ins. FlashInfer's planning code in Python, and its kernel's line that reads a mask bit. None of their code is
-in this repository. The bit formula of TensorRT-LLM is applied in test_layouts.py.
+SGLang's tree builder, greedy verify, mask reader, attention and beam: its kernels run in Triton's
+interpreter, and the engine around them is replaced by stand-ins. FlashInfer's planning code in
+Python, and its kernel's line that reads a mask bit. None of their code is in this repository. The
+bit formula of TensorRT-LLM is applied in test_layouts.py.
 """
 
 from __future__ import annotations
@@ -141,7 +142,9 @@ def functions(file, names, scope):
 
 
 def build(peer, packed, n, context, mode):
-    """Its builder's outputs for our trees of exactly n rows: block r of its candidates holds the children of our row r."""
+    """Its builder's outputs for our trees of exactly n rows: block r of its candidates holds the
+    children of our row r.
+    """
     tree = peer("kernels.ops.speculative.spec_tree")
     batch = packed.batch
     parent = packed.parent.view(batch, n).long()
@@ -296,7 +299,9 @@ def test_the_benchmark_sets_its_attention_up_right(peer, shape, monkeypatch):
 
 @pytest.mark.parametrize("n", [2, 5, 9, 20])
 def test_its_beam_draws_our_eagle_trees(peer, n):
-    """Its draft loop, selection and builder against ``ElasticBudgetScheduler.eagle`` with the same draft model."""
+    """Its draft loop, selection and builder against ``ElasticBudgetScheduler.eagle`` with the
+    same draft model.
+    """
     spec = peer("kernels.ops.speculative.spec_tree")
     topk, steps, context = 3, 4, torch.tensor([3, 8])
     drafter, roots = TabularDrafter(table(40, seed=n), k=topk), torch.tensor([5, 11])
@@ -352,7 +357,9 @@ def test_its_beam_draws_our_eagle_trees(peer, n):
 
 
 class NumpyBits:
-    """Stands in for FlashInfer's CUDA module: each segment by numpy's packbits, as its documentation defines it."""
+    """Stands in for FlashInfer's CUDA module: each segment by numpy's packbits, as its
+    documentation defines it.
+    """
 
     @staticmethod
     def segment_packbits(x, indptr, new_indptr, bitorder, y):
@@ -365,7 +372,9 @@ class NumpyBits:
 
 @pytest.mark.parametrize("seed", range(4))
 def test_its_plan_packs_our_flat_mask_to_our_packed_one(flashinfer, seed):
-    """``plan``'s own steps on ragged trees: where each request's mask begins, then one bit an entry, bytes by request."""
+    """``plan``'s own steps on ragged trees: where each request's mask begins, then one bit an
+    entry, bytes by request.
+    """
     case, context, page = forest(seed, 4, 20, empty=False), torch.tensor([5, 0, 33, 8]), 4
     scope = {"torch": torch, "Tuple": tuple, "get_quantization_module": lambda: NumpyBits}
     (begins,) = functions(flashinfer / "prefill.py", ("_compute_page_mask_indptr",), scope)
@@ -381,7 +390,9 @@ def test_its_plan_packs_our_flat_mask_to_our_packed_one(flashinfer, seed):
 
 
 def test_its_kernel_reads_our_bits(flashinfer):
-    """The two lines by which its kernel finds a bit, in its own words, applied to our packed mask."""
+    """The two lines by which its kernel finds a bit, in its own words, applied to our packed
+    mask.
+    """
     header = (
         flashinfer / "data" / "include" / "flashinfer" / "attention" / "variants.cuh"
     ).read_text()
@@ -407,7 +418,9 @@ def test_its_kernel_reads_our_bits(flashinfer):
 
 @pytest.mark.parametrize("n", [7, 12, 30])
 def test_its_kernel_writes_our_packed_bits(tmp_path_factory, n):
-    """Bit-packing has no builder but SGLang's CUDA kernel: its lines that place a bit, in its own words, against our bytes."""
+    """Bit-packing has no builder but SGLang's CUDA kernel: its lines that place a bit, in its
+    own words, against our bytes.
+    """
     folder = (
         installed("sglang", tmp_path_factory)
         / "sglang"

@@ -1,4 +1,6 @@
-"""Requests that are not there cost nothing; those that are there are never lost, nor counted beyond what they said."""
+"""Requests that are not there cost nothing; those that are there are never lost, nor counted
+beyond what they said.
+"""
 
 from __future__ import annotations
 
@@ -256,7 +258,9 @@ def test_more_live_requests_than_verify_tokens_wait_and_are_counted(name, rows, 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("there", [2, 13])
 def test_a_workspace_has_lanes_that_need_no_verify_token(there, backend):
-    """Verify tokens for half of its lanes: two live requests get what they get alone; of thirteen the first eight get one each."""
+    """Verify tokens for half of its lanes: two live requests get what they get alone; of
+    thirteen the first eight get one each.
+    """
     scheduler, live = POLICIES["calibrated"], torch.arange(16) >= 16 - there
     with kernels.using(backend):
         space = echo.Workspace(scheduler, 16, k=2, num_verify_tokens=8)

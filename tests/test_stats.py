@@ -1,4 +1,6 @@
-"""Counters of a serving loop: what they count, that they add up, that nothing is read back before somebody asks."""
+"""Counters of a serving loop: what they count, that they add up, that nothing is read back
+before somebody asks.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ def layer(*log_probs):
 
 
 def test_released_tokens_are_reassigned_where_the_budget_is_shared():
-    """12 rows for 3 requests: a share of 4. The third fails the gate; of its 3 released rows both others take one each, one is a pad."""
+    """12 rows for 3 requests: a share of 4. The third fails the gate; of its 3 released rows
+    both others take one each, one is a pad.
+    """
     scheduler = echo.ElasticBudgetScheduler(
         echo.TwoLevel(2, 0), echo.SparseGate({1: 0.5}), budget=12, max_depth=2
     )
@@ -63,7 +67,9 @@ def test_a_budget_for_each_request_reassigns_nothing():
 
 
 def test_the_remainder_of_an_even_split_is_not_called_reassigned():
-    """5 rows for 2 requests: a share of 2, one row over. The gate stops the first one; the second's third row is the one left over."""
+    """5 rows for 2 requests: a share of 2, one row over. The gate stops the first one; the
+    second's third row is the one left over.
+    """
     scheduler = echo.ElasticBudgetScheduler(
         echo.TwoLevel(2, 0), echo.SparseGate({1: 0.5}), budget=5, max_depth=1
     )

@@ -232,7 +232,9 @@ def test_ngram_trie_merges_prefixes():
 
 @given(policies(), st.integers(0, 10_000))
 def test_a_ready_made_tree_grows_as_a_drafted_one(policy, seed):
-    """Any policy, gates and commitments included: the complete tree at once gives the plan of the drafter."""
+    """Any policy, gates and commitments included: the complete tree at once gives the plan of
+    the drafter.
+    """
     scheduler, batch = policy
     scheduler = dataclasses.replace(scheduler, max_depth=min(scheduler.max_depth, 3))
     drafter, roots = TabularDrafter(table(20, seed), k=2), torch.arange(batch)
@@ -329,7 +331,9 @@ def test_layer_statistics_are_the_best_path_and_the_mass_of_the_best(seed, batch
 
 @given(st.integers(0, 10_000), st.integers(1, 4))
 def test_an_engines_handles_reach_the_packed_rows(seed, batch):
-    """Whatever an engine keeps for each node of the forest (a KV slot, a hidden-state row), gathered by ``packed.node``."""
+    """Whatever an engine keeps for each node of the forest (a KV slot, a hidden-state row),
+    gathered by ``packed.node``.
+    """
     case = forest(seed, batch, 30, pads=2)
     nodes = case.tree.forest
     handles = torch.arange(nodes.token.numel()).view_as(nodes.token) * 7  # [B, T]

@@ -1,4 +1,6 @@
-"""A workspace plans as the scheduler does, bit for bit, at addresses that never change, and its parts can be captured."""
+"""A workspace plans as the scheduler does, bit for bit, at addresses that never change, and its
+parts can be captured.
+"""
 
 from __future__ import annotations
 
@@ -135,7 +137,9 @@ def cut(value, depth):
 
 
 def check(scheduler, lanes, rows, steps, graphs, seed=0):
-    """Steps of a workspace against the scheduler's, with one history and one counter each: ``steps`` are (lanes, depth, rows)."""
+    """Steps of a workspace against the scheduler's, with one history and one counter each:
+    ``steps`` are (lanes, depth, rows).
+    """
     parts = Parts(scheduler, lanes, rows)
     history, stats = scheduler.history(lanes), echo.StepStats.empty()
     for turn, (n, depth, count) in enumerate(steps):
@@ -168,7 +172,9 @@ def check(scheduler, lanes, rows, steps, graphs, seed=0):
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_every_tier_plans_as_the_scheduler_does(name, backend):
-    """Prefixes of the lanes, other depths, other numbers of rows, in the same buffers one after another."""
+    """Prefixes of the lanes, other depths, other numbers of rows, in the same buffers one after
+    another.
+    """
     if backend == "triton":
         pytest.importorskip("triton")
     steps = [(4, 3, 40), (2, 1, 7), (4, 2, 16), (1, 3, 30), (3, 3, 3)]
@@ -197,7 +203,9 @@ def test_any_policy(policy, seed, drawn):
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_recorded_steps_run_again_on_other_data(name, backend):
-    """As CUDA graphs do: the operations of one step, at its addresses, give what an eager step gives on other data and budgets."""
+    """As CUDA graphs do: the operations of one step, at its addresses, give what an eager step
+    gives on other data and budgets.
+    """
     if backend == "triton":
         pytest.importorskip("triton")
     graphs = RecordedGraphs()
@@ -257,7 +265,9 @@ def test_with_kernels_nothing_is_allocated(name):
 
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_kernels_touch_nothing_but_the_workspace(name):
-    """Columns of wide buffers, prefixes of lanes: every address is an element of what a launch was given."""
+    """Columns of wide buffers, prefixes of lanes: every address is an element of what a launch
+    was given.
+    """
     pytest.importorskip("triton")
     parts = Parts(SCHEDULERS[name], 4, 40)
     with kernels.using("triton"), checked() as seen:

@@ -1,1 +1,3 @@
-"""What several benchmarks share: recorded traces and their replays, the literature's policies, a raised trace, other libraries' kernels."""
+"""What several benchmarks share: recorded traces and their replays, the literature's policies, a
+raised trace, other libraries' kernels.
+"""

@@ -1,16 +1,20 @@
-"""What a step should cost, from a model's shape and a machine's data sheet: for planning, not for serving.
+"""What a step should cost, from a model's shape and a machine's data sheet: for planning, not for
+serving.
 
-Each layer's matrix products take the longer of their arithmetic and of reading their weights; attention reads the keys and values of the
-whole context; two all-reduces a layer join the devices; every kernel has a fixed cost. A mixture of experts reads the experts that
-some row is routed to, ``E * (1 - (1 - k/E)^N)`` of E when N rows choose k each (routing taken as uniform), so its curve rises early
-where a dense one is flat. Rows fill tiles of 64, which is what makes curves of real machines stairs.
+Each layer's matrix products take the longer of their arithmetic and of reading their weights;
+attention reads the keys and values of the whole context; two all-reduces a layer join the devices;
+every kernel has a fixed cost. A mixture of experts reads the experts that some row is routed to,
+``E * (1 - (1 - k/E)^N)`` of E when N rows choose k each (routing taken as uniform), so its curve
+rises early where a dense one is flat. Rows fill tiles of 64, which is what makes curves of real
+machines stairs.
 
-What it leaves out: routing that is not uniform (rows of one tree share experts, so verification of few requests is cheaper than this),
-clocks under load, the engine's own host time.
+What it leaves out: routing that is not uniform (rows of one tree share experts, so verification of
+few requests is cheaper than this), clocks under load, the engine's own host time.
 
-Sources. Roofline: Williams, Waterman, Patterson, "Roofline", CACM 52(4), 2009. Splitting of layers, two all-reduces each: Shoeybi et
-al., "Megatron-LM", arXiv 1909.08053. Drafter: Li et al., "EAGLE-3", arXiv 2503.01840: one decoder layer that reads a fused feature
-beside the embedding, over a reduced vocabulary of 32,000. Shapes of models: the ``config.json`` published with each.
+Sources. Roofline: Williams, Waterman, Patterson, "Roofline", CACM 52(4), 2009. Splitting of layers,
+two all-reduces each: Shoeybi et al., "Megatron-LM", arXiv 1909.08053. Drafter: Li et al.,
+"EAGLE-3", arXiv 2503.01840: one decoder layer that reads a fused feature beside the embedding, over
+a reduced vocabulary of 32,000. Shapes of models: the ``config.json`` published with each.
 """
 
 from __future__ import annotations
@@ -79,7 +83,9 @@ class Architecture:
 
     @property
     def weights(self) -> int:
-        """Of the whole model, embedding and output layer apart (``Qwen3-235B-A22B``: 235 billion)."""
+        """Of the whole model, embedding and output layer apart (``Qwen3-235B-A22B``: 235
+        billion).
+        """
         per_layer = self.attention_weights + max(1, self.experts) * self.ffn_weights
         return self.layers * per_layer + 2 * self.vocab * self.hidden
 
@@ -95,8 +101,10 @@ class Hardware:
         compute_share: share of ``flops`` that large matrix products reach.
         memory_share: share of ``bandwidth`` that reading weights reaches.
         hop: seconds of the smallest all-reduce.
-        layer: seconds of a decoder layer's kernels beyond their work: launches within a CUDA graph, norms, rotations, writes.
-        route: seconds that a layer of experts adds to that: scores, choice, sorting, grouped products.
+        layer: seconds of a decoder layer's kernels beyond their work: launches within a CUDA graph,
+            norms, rotations, writes.
+        route: seconds that a layer of experts adds to that: scores, choice, sorting, grouped
+            products.
         step: seconds of a step beyond its layers: sampling, acceptance, the engine's own.
     """
 
@@ -120,9 +128,10 @@ class Hardware:
 
 
 H100 = Hardware(flops=989.4e12, bandwidth=3.35e12, link=366e9)
-"""NVIDIA H100 SXM 80 GB. Peaks: its data sheet. Link: bus bandwidth of large all-reduces measured with nccl-tests on four of them over
-NVLink 4 (about 77% of 450 GB/s one way). The shares and fixed costs are our assumptions: matrix products of such devices are seen at 600 to
-700 TFLOP/s, one-shot all-reduces of a few kilobytes over eight of them at 6 to 12 microseconds."""
+"""NVIDIA H100 SXM 80 GB. Peaks: its data sheet. Link: bus bandwidth of large all-reduces measured
+with nccl-tests on four of them over NVLink 4 (about 77% of 450 GB/s one way). The shares and fixed
+costs are our assumptions: matrix products of such devices are seen at 600 to 700 TFLOP/s, one-shot
+all-reduces of a few kilobytes over eight of them at 6 to 12 microseconds."""
 
 MODELS: dict[str, Architecture] = {
     "LLaMA-3.1-8B": Architecture(32, 4096, 32, 8, 14336, 128256),
@@ -152,7 +161,8 @@ def plan(
         model: what is served; a name stands for one of ``MODELS``.
         hardware: on what; ``H100`` where not given.
         tensor: devices that share each layer, a whole copy of the model together.
-        expert: of those, groups among which whole experts are dealt out; the devices of a group split each of theirs.
+        expert: of those, groups among which whole experts are dealt out; the devices of a group
+            split each of theirs.
         most_rows: last knot of the curve.
         tiers: of the cost model.
 
@@ -219,7 +229,9 @@ def plan(
 def _step_seconds(
     model: Architecture, machine: Hardware, rows: NDArray[np.float64], tensor: int, expert: int
 ) -> NDArray[np.float64]:
-    """Seconds of a forward pass of each row count, without the context's keys and values (they are the cost model's own slope)."""
+    """Seconds of a forward pass of each row count, without the context's keys and values (they
+    are the cost model's own slope).
+    """
     attention = _product(machine, model.attention_weights / tensor, rows)
     ffn = (
         _experts(model, machine, rows, tensor, expert)
@@ -245,7 +257,9 @@ def _product(machine: Hardware, weights: float, rows: NDArray[np.float64]) -> ND
 def _experts(
     model: Architecture, machine: Hardware, rows: NDArray[np.float64], tensor: int, expert: int
 ) -> NDArray[np.float64]:
-    """A layer of experts: those hit are read; each computes whole tiles; the fullest of the groups is waited for."""
+    """A layer of experts: those hit are read; each computes whole tiles; the fullest of the
+    groups is waited for.
+    """
     chosen = rows * model.active
     hit = model.experts * (1.0 - (1.0 - model.active / model.experts) ** rows)
     tiles = np.maximum(

@@ -1,11 +1,13 @@
-"""Prompt lookup: what followed the last longest occurrence of a text's end, alone or blended with a draft.
+"""Prompt lookup: what followed the last longest occurrence of a text's end, as n-gram proposals.
 
-A model repeats itself and its prompt, and a small draft head does not see it: where the text's last eight tokens had
-occurred before, SmolLM2 wrote the same ninth in almost nine of ten cases. The search is prompt lookup decoding
-(Saxena, 2023), at every node of a tree. Its proposal and the draft are mixed linearly, ``q' = (1 - w) q + w [token =
-proposal]``, so gates, rules, calibration and budgets see nothing new.
+A model repeats itself and its prompt, and a small draft head does not see it: where the text's last
+eight tokens had occurred before, SmolLM2 wrote the same ninth in almost nine of ten cases. The
+search is prompt lookup decoding (Saxena, 2023), at every node of a tree. Its proposal and the draft
+are mixed linearly, ``q' = (1 - w) q + w [token = proposal]``, so gates, rules, calibration and
+budgets see nothing new.
 
-B requests, W nodes of a frontier with k candidates each, texts of the last L tokens, n-grams of G tokens.
+B requests, W nodes of a frontier with k candidates each, texts of the last L tokens, n-grams of G
+tokens.
 """
 
 from __future__ import annotations
@@ -30,13 +32,13 @@ NO_TOKEN = -1
 ABSENT = -2
 """A tail's token before the beginning of its text: equals none."""
 ALONE = (0.0, 0.2, 0.45, 0.7, 0.7, 0.7, 0.75, 0.8, 0.8)
-"""How often the proposal is the target's token, by length of the match. SmolLM2 on 32 prompts (``evaluate.py --warmup
---new 64``, an example): 0, 0.21, 0.43, 0.84, 0.85, 0.47, 0.75, 0.79, 0.74; rounded, and smoothed from 3 on, of which
-it saw 40."""
+"""How often the proposal is the target's token, by length of the match. SmolLM2 on 32 prompts
+(``evaluate.py --warmup --new 64``, an example): 0, 0.21, 0.43, 0.84, 0.85, 0.47, 0.75, 0.79, 0.74;
+rounded, and smoothed from 3 on, of which it saw 40."""
 BESIDE = (0.0, 0.1, 0.3, 0.45, 0.6, 0.6, 0.6, 0.7, 0.8)
-"""The mixing weight that makes the target's text likeliest, beside SmolLM2's EAGLE head: round numbers, read off an
-earlier head's drafts of 64 texts. The present one's chains of 5 on the 32 prompts: 0, 0.11, 0.29, 0.42, 0.64, 0.64,
-0.73, 0.68, 0.79."""
+"""The mixing weight that makes the target's text likeliest, beside SmolLM2's EAGLE head: round
+numbers, read off an earlier head's drafts of 64 texts. The present one's chains of 5 on the 32
+prompts: 0, 0.11, 0.29, 0.42, 0.64, 0.64, 0.73, 0.68, 0.79."""
 PRIOR = 2.0
 """Steps that the present mixing weights count beside those seen."""
 
@@ -50,7 +52,8 @@ class Texts:
         num_tokens: int64 [max_num_reqs], of each text, those that its ring has lost included.
 
     Example:
-        >>> texts = Texts.empty(1, 8).append(torch.tensor([0]), torch.tensor([[5, 6, 7, 5]]), torch.tensor([4]))
+        >>> tokens = torch.tensor([[5, 6, 7, 5]])
+        >>> texts = Texts.empty(1, 8).append(torch.tensor([0]), tokens, torch.tensor([4]))
         >>> texts.propose(torch.tensor([0])).tokens.tolist()  # 6 followed the last 5
         [[6]]
     """
@@ -60,7 +63,8 @@ class Texts:
 
     @classmethod
     def empty(cls, max_num_reqs: int, max_len: int, device: torch.device | str = "cpu") -> Texts:
-        """Return texts of up to ``max_num_reqs`` requests, of which the last ``max_len`` tokens are kept.
+        """Return texts of up to ``max_num_reqs`` requests, of which the last ``max_len`` tokens are
+        kept.
 
         Raises:
             EchoError: a number below 1.
@@ -97,7 +101,8 @@ class Texts:
     def append(
         self, req_indices: Tensor, tokens: Tensor, num_tokens: Tensor, *, out: Texts | None = None
     ) -> Texts:
-        """Append the first ``num_tokens`` int64 [B] of ``tokens`` int64 [B, n] to the texts of ``req_indices`` int64 [B].
+        """Append the first ``num_tokens`` int64 [B] of ``tokens`` int64 [B, n] to the texts of
+        ``req_indices`` int64 [B].
 
         ``out`` are texts, these too, to which is written: the tokens alone then move.
 
@@ -126,7 +131,8 @@ class Texts:
         return new
 
     def propose(self, req_indices: Tensor, max_ngram: int = 8) -> Proposals:
-        """Return what followed the last ``max_ngram`` tokens of the texts of ``req_indices`` int64 [B]: W = 1, the roots.
+        """Return what followed the last ``max_ngram`` tokens of the texts of ``req_indices`` int64
+        [B]: W = 1, the roots.
 
         Raises:
             EchoError: req_indices of another shape, dtype or device, or max_ngram below 1.
@@ -153,9 +159,10 @@ class Proposals:
     Attributes:
         texts: searched.
         req_indices: int64 [B].
-        tails: int32 [B, W, G], the last tokens of each node's path with the text before it, newest first; -2 where
-            there are none.
-        tokens: int64 [B, W], what followed the longest match of a tail in the text, of several the last; -1 for none.
+        tails: int32 [B, W, G], the last tokens of each node's path with the text before it, newest
+            first; -2 where there are none.
+        tokens: int64 [B, W], what followed the longest match of a tail in the text, of several the
+            last; -1 for none.
         match_lens: int64 [B, W], tokens of that match, at most G; 0 for none.
     """
 
@@ -166,7 +173,9 @@ class Proposals:
     match_lens: Tensor
 
     def follow(self, frontier: Frontier) -> Proposals:
-        """Return those of the next ``frontier``, whose parents' these are: one search of the texts, B * W * L * G comparisons."""
+        """Return those of the next ``frontier``, whose parents' these are: one search of the
+        texts, B * W * L * G comparisons.
+        """
         parents = self.tails, frontier.parent, frontier.token
         return _propose(self.texts, self.req_indices, self.tails.shape[2], parents)
 
@@ -174,7 +183,9 @@ class Proposals:
 def _propose(
     texts: Texts, req_indices: Tensor, max_ngram: int, parents: tuple[Tensor, Tensor, Tensor] | None
 ) -> Proposals:
-    """The proposals of the roots, or of the children of nodes with these tails: tails, parent, token."""
+    """The proposals of the roots, or of the children of nodes with these tails: tails, parent,
+    token.
+    """
     if kernels.use_triton(req_indices):
         from echo.kernels import ngram
 
@@ -212,8 +223,8 @@ def blend(
 ) -> tuple[Tensor, Tensor]:
     """Mix a draft with a proposal: ``q' = (1 - weight) q + weight [token = proposal]``.
 
-    A proposal that is not among the candidates replaces the least likely where it is likelier. Nodes without any
-    candidate stay so.
+    A proposal that is not among the candidates replaces the least likely where it is likelier.
+    Nodes without any candidate stay so.
 
     Args:
         tokens: int64 [B, W, k].
@@ -250,18 +261,19 @@ def blend(
 
 
 class PromptLookup:
-    """Prompt lookup as a :class:`Drafter`: alone, or blended with what another drafts on every node.
+    """Prompt lookup as a :class:`Drafter`: alone, or blended with what another drafts on every
+    node.
 
-    Texts and counters stay at their addresses, so ``draft`` and ``extend`` can be captured in CUDA graphs wherever the
-    other drafter's can; ``admit`` is called outside.
+    Texts and counters stay at their addresses, so ``draft`` and ``extend`` can be captured in CUDA
+    graphs wherever the other drafter's can; ``admit`` is called outside.
 
     Args:
         max_num_reqs: requests that are remembered.
         max_len: last tokens of each.
         drafter: whose draft is blended; None: a chain of proposals.
         max_ngram: longest match that is looked for.
-        mixing_weights: by length of the match, the proposal's weight in [0, 1), ``max_ngram + 1`` of them. Defaults to
-            those measured on SmolLM2, for 8.
+        mixing_weights: by length of the match, the proposal's weight in [0, 1), ``max_ngram + 1``
+            of them. Defaults to those measured on SmolLM2, for 8.
         device: of the texts; making a lookup waits for a copy to it, using it does not.
 
     Raises:
@@ -289,8 +301,8 @@ class PromptLookup:
             mixing_weights = ALONE if drafter is None else BESIDE
         if len(mixing_weights) != count + 1 or not all(0 <= w < 1 for w in mixing_weights):
             raise EchoError(
-                f"mixing_weights: expected {count + 1} numbers in [0, 1), for matches of 0 to {count} tokens,"
-                f" got {list(mixing_weights)}"
+                f"mixing_weights: expected {count + 1} numbers in [0, 1), for matches of 0 to"
+                f" {count} tokens, got {list(mixing_weights)}"
             )
         self.drafter = drafter
         self.texts = Texts.empty(max_num_reqs, max_len, device)
@@ -309,10 +321,11 @@ class PromptLookup:
             self.drafter.admit(req_indices, prompts, first)
 
     def draft(self, req_indices: Tensor, frontier: Frontier) -> tuple[Tensor, Tensor]:
-        """Return the other drafter's candidates blended with the proposals; or these alone, one a node.
+        """Return the other drafter's candidates blended with the proposals; or these alone, one a
+        node.
 
-        The first frontier of a step may be that of depth 1, after a first layer that came from elsewhere
-        (``begin(first_layer=...)``).
+        The first frontier of a step may be that of depth 1, after a first layer that came from
+        elsewhere (``begin(first_layer=...)``).
 
         Raises:
             EchoError: a frontier that is neither of these nor one below the last.
@@ -355,7 +368,9 @@ class PromptLookup:
         return roots.follow(frontier) if frontier.depth else roots
 
     def _remember(self, tokens: Tensor, log_probs: Tensor, found: Proposals) -> None:
-        """Keep what was drafted on the roots, at fixed addresses, until the target says who was right."""
+        """Keep what was drafted on the roots, at fixed addresses, until the target says who was
+        right.
+        """
         batch, k = tokens.shape
         if self._root is None or self._root[0].shape[1] != k:
             count = len(self._judged)
@@ -388,9 +403,11 @@ class PromptLookup:
             self.drafter.extend(req_indices, packed, accepted)
 
     def fit_weights(self) -> tuple[float, ...]:
-        """Return the mixing weights that the steps so far suggest: one step of expectation maximisation.
+        """Return the mixing weights that the steps so far suggest: one step of expectation
+        maximisation.
 
-        The likelihood of the target's tokens rises with each such step, and has one maximum. Waits for the device.
+        The likelihood of the target's tokens rises with each such step, and has one maximum. Waits
+        for the device.
         """
         won, seen = self._won.tolist()
         weights = self.mixing_weights.tolist()

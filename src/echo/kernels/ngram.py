@@ -1,9 +1,11 @@
-"""Prompt lookup as Triton kernels: the n-gram match of each node, its blend with a draft, and the append.
+"""Prompt lookup as Triton kernels: the n-gram match of each node, its blend with a draft, and the
+append.
 
-Texts are rings of int32: token i of a request's text lies in column ``i % L``. Each node of a frontier carries its
-*tail*, the last ``max_ngram`` tokens of its path with the text before it, newest first, so a layer reads the texts
-once, B * L * 4 bytes, and keeps nothing of their size. The reference is :mod:`echo.lookup` in PyTorch; proposals and
-run lengths are its integers, log-probabilities equal to rounding.
+Texts are rings of int32: token i of a request's text lies in column ``i % L``. Each node of a
+frontier carries its *tail*, the last ``max_ngram`` tokens of its path with the text before it,
+newest first, so a layer reads the texts once, B * L * 4 bytes, and keeps nothing of their size. The
+reference is :mod:`echo.lookup` in PyTorch; proposals and run lengths are its integers,
+log-probabilities equal to rounding.
 """
 
 from __future__ import annotations
@@ -22,10 +24,13 @@ DEAD = tl.constexpr(float("-inf"))
 
 @triton.jit(do_not_specialize=["width", "above", "capacity"])
 def _propose(
-    texts, lengths, requests, tails, parent, token, tails_out, proposal, run_out, width, above, capacity,
+    texts, lengths, requests, tails, parent, token, tails_out, proposal, run_out,
+    width, above, capacity,
     ROOT: tl.constexpr, NGRAM: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One node: its tail, the longest match of it in the text before the last token, and what followed."""
+    """One node: its tail, the longest match of it in the text before the last token, and what
+    followed.
+    """
     node = tl.program_id(0).to(tl.int64)
     b = node // width
     r = tl.load(requests + b)
@@ -68,7 +73,9 @@ def _blend(
     tokens, log_probs, proposal, run, weights, new_tokens, new_log_probs, nodes, k,
     K: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """``(1 - w) q + w [token = proposal]`` of some nodes' candidates; see :func:`echo.lookup.blend`."""
+    """``(1 - w) q + w [token = proposal]`` of some nodes' candidates; see
+    :func:`echo.lookup.blend`.
+    """
     node = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     child = tl.arange(0, K)
     there = node < nodes
@@ -128,12 +135,12 @@ def propose(
         lengths: int64 [R], tokens of each text, those that the ring has lost included.
         req_indices: int64 [B].
         max_ngram: most tokens that are compared.
-        parents: tails of the layer above, int32 [B, V, max_ngram]; int64 [B, W], each node's parent among them, and its
-            token. None: the roots, whose path is the text.
+        parents: tails of the layer above, int32 [B, V, max_ngram]; int64 [B, W], each node's parent
+            among them, and its token. None: the roots, whose path is the text.
 
     Returns:
-        int32 [B, W, max_ngram]; int64 [B, W], the token after the longest match, of several the last, -1 for none;
-        int64 [B, W], its length, 0 for none.
+        int32 [B, W, max_ngram]; int64 [B, W], the token after the longest match, of several the
+        last, -1 for none; int64 [B, W], its length, 0 for none.
     """
     batch, capacity = req_indices.shape[0], texts.shape[1]
     width = 1 if parents is None else parents[1].shape[1]
@@ -145,7 +152,8 @@ def propose(
     if batch:
         tails, parent, token = new if parents is None else (part.contiguous() for part in parents)
         _propose[(batch * width,)](
-            texts, lengths, req_indices, tails, parent, token, *new, width, tails.shape[1], capacity,
+            texts, lengths, req_indices, tails, parent, token, *new,
+            width, tails.shape[1], capacity,
             ROOT=parents is None, NGRAM=max_ngram, LANES=tiles.power_of_two(max_ngram),
             BLOCK=min(1024, tiles.power_of_two(capacity)), num_warps=4,
         )  # fmt: skip
@@ -156,7 +164,8 @@ def propose(
 def blend(
     tokens: Tensor, log_probs: Tensor, proposal: Tensor, run: Tensor, weights: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """As :func:`echo.lookup.blend`, with the weight of each proposal looked up by the length of its match.
+    """As :func:`echo.lookup.blend`, with the weight of each proposal looked up by the length of its
+    match.
 
     Args:
         tokens: int64 [B, W, k].

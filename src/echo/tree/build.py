@@ -220,7 +220,7 @@ class Template:
         checks.tensor("tokens", tokens, shape, torch.int64, device)
         checks.tensor("log_probs", log_probs, list(tokens.shape), checks.FLOATS, device)
         if heads:
-            k = 1 + max((max(taken) for _, _, taken in self._layers), default=0)
+            k = 1 + max([0, *(max(taken) for _, _, taken in self._layers)])
             if len(self._layers) > tokens.shape[1] or k > tokens.shape[2]:
                 least = f"[B, {len(self._layers)}, {k}]"
                 raise EchoError(f"tokens: expected {least} or more, got {list(tokens.shape)}")
