@@ -176,6 +176,8 @@ class Engine:
         self.timed, self.times = False, dict[str, list[tuple[Any, Any]]]()
         self.drafter = drafter and drafter(self)
         self.graph_drafter = hasattr(self.drafter, "extend_backlog")
+        captured = self.drafter is None or self.graph_drafter
+        self.captured = captured or getattr(self.drafter, "capturable", False)
 
     @torch.inference_mode()
     def generate(
@@ -255,7 +257,7 @@ class Engine:
     def run(self, part: str, key: tuple[int, ...], function: Callable[[], Any]) -> Any:
         """Runs a part of a step: as a CUDA graph, unless it calls a drafter that has none."""
         start = self.record_event()
-        if self.graph_drafter or self.drafter is None or part in ("pack", "verify"):
+        if self.captured or part in ("pack", "verify"):
             owner = self.cache if part == "verify" else self
             result = self.graphs((part, id(owner), *key), function)
         else:

@@ -295,6 +295,8 @@ def real(model, tokenizer, scheduler, lanes, **options):
 
 def test_the_real_engine_is_captured_whole(smollm2):
     """Every part is captured and replayed, with speculation and without, sync-free."""
+    from engine import Engine
+
     from echo.testing import RecordedGraphs, RefuseSyncs
     from echo.testing.graphs import Recording
     from model import encode
@@ -305,9 +307,14 @@ def test_the_real_engine_is_captured_whole(smollm2):
     off = echo.ElasticBudgetScheduler(echo.GlobalRank(3), None, steep, 3, probe_interval=4)
     eagle = echo.ElasticBudgetScheduler.eagle(max_verify_tokens_per_req=6, beam=3, max_depth=3)
 
-    def decode(scheduler):
+    def decode(scheduler, drafter=None):
         graphs = RecordedGraphs()
-        made = real(model, tokenizer, scheduler, 2, graphs=graphs)
+        if drafter is None:
+            made = real(model, tokenizer, scheduler, 2, graphs=graphs)
+        else:
+            options = {"max_num_reqs": 2, "num_pages": 32, "k": 1}
+            options["eos_token"] = tokenizer.eos_token_id
+            made = Engine(model, scheduler, drafter, **options, graphs=graphs)
         step = made.step
 
         def refusing():  # the reference of attention looks at values, as no kernel does
@@ -324,6 +331,10 @@ def test_the_real_engine_is_captured_whole(smollm2):
     assert runs.keys() == {"plain"}
     answers, runs, counts = decode(eagle)
     assert answers == text and counts.tokens_per_step > 1.2
+    assert min(runs[part] for part in ("draft", "pack", "verify", "accept")) >= 3
+    lookup = echo.ElasticBudgetScheduler.eagle(max_verify_tokens_per_req=4, beam=1, max_depth=3)
+    answers, runs, counts = decode(lookup, lambda made: echo.PromptLookup(2, 128))
+    assert answers == text and counts.draft_tokens
     assert min(runs[part] for part in ("draft", "pack", "verify", "accept")) >= 3
     answers, runs, counts = decode(off)
     assert answers == text and runs["plain"] >= 3

@@ -200,7 +200,8 @@ def plan(
         active=0,
         vocab=min(DRAFT_VOCAB, model.vocab),
     )
-    # A drafter's layer also reads the feature beside the embedding: queries, keys and values from twice the width.
+    # A drafter's layer also reads the feature beside the embedding: queries, keys and values are
+    # made from twice the width.
     weights = (
         draft.attention_weights
         + draft.hidden * draft.head_dim * (draft.heads + 2 * draft.kv_heads)

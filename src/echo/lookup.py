@@ -264,8 +264,9 @@ class PromptLookup:
     """Prompt lookup as a :class:`Drafter`: alone, or blended with what another drafts on every
     node.
 
-    Texts and counters stay at their addresses, so ``draft`` and ``extend`` can be captured in CUDA
-    graphs wherever the other drafter's can; ``admit`` is called outside.
+    Texts and counters stay at their addresses, so CUDA graphs can hold ``draft`` and ``extend``:
+    ``capturable`` says so, where the other drafter's attribute of that name does, or there is none.
+    ``admit`` is called outside.
 
     Args:
         max_num_reqs: requests that are remembered.
@@ -305,6 +306,7 @@ class PromptLookup:
                 f" {count} tokens, got {list(mixing_weights)}"
             )
         self.drafter = drafter
+        self.capturable = drafter is None or bool(getattr(drafter, "capturable", False))
         self.texts = Texts.empty(max_num_reqs, max_len, device)
         self.mixing_weights = torch.tensor(mixing_weights, dtype=torch.float32, device=device)
         self._won = torch.zeros(2, count + 1, dtype=torch.float32, device=device)
