@@ -248,7 +248,7 @@ LIMITS = {
     "global ranking": (452, 18),
     "global ranking, calibrated": (480, 20),
     "two-level, sparse gate": (713, 18),
-    "goodput": (560, 22),
+    "throughput-optimal": (560, 22),
 }
 """The most operations of a step, as torch's, and fused."""
 

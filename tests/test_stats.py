@@ -183,7 +183,7 @@ def test_prometheus_scrapes_what_was_counted(monkeypatch):
             assert [sample.labels for samples in families.values() for sample in samples] == [
                 {"model": "toy"}
             ] * len(METRICS)
-            expected = {name: getattr(counts, member) for name, (member, _) in METRICS.items()}
+            expected = {name: getattr(counts, name) for name in METRICS}
             assert {name: families[f"echo_{name}"][0].value for name in expected} == expected
             assert counts.accepted_drafts and counts.reassigned
     finally:

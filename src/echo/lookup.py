@@ -63,8 +63,7 @@ class Texts:
 
     @classmethod
     def empty(cls, max_num_reqs: int, max_len: int, device: torch.device | str = "cpu") -> Texts:
-        """Return texts of up to ``max_num_reqs`` requests, of which the last ``max_len`` tokens are
-        kept.
+        """Return no texts yet: of ``max_num_reqs`` requests, ``max_len`` tokens each, on ``device``.
 
         Raises:
             EchoError: a number below 1.
@@ -315,7 +314,7 @@ class PromptLookup:
         self._judged = torch.zeros(self.texts.num_tokens.shape, dtype=torch.bool, device=device)
 
     def admit(self, req_indices: Tensor, prompts: Sequence[Tensor], first: Tensor) -> None:
-        """Remember prompts and first tokens."""
+        """Remember the ``prompts`` of new requests, and the ``first`` token sampled after each."""
         texts = [torch.cat([p, t[None]]) for p, t in zip(prompts, first, strict=True)]
         self.texts.admit(req_indices, texts, out=self.texts)
         self._last = None

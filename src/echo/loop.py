@@ -49,7 +49,10 @@ class Drafter(Protocol):
     """
 
     def admit(self, req_indices: Tensor, prompts: Sequence[Tensor], first: Tensor, /) -> None:
-        """New requests, after the target's prefill; ``first`` int64 [B], their first tokens."""
+        """New requests, after the target's prefill of ``prompts``, int64 [length] each.
+
+        ``first`` int64 [B] are the tokens sampled after them.
+        """
 
     def draft(self, req_indices: Tensor, frontier: Frontier, /) -> tuple[Tensor, Tensor]:
         """Candidates of each node of the ``frontier``: tokens int64 [B, W, k] and log-probs float.

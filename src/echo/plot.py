@@ -48,9 +48,9 @@ LOOK: dict[Any, Any] = {
 
 
 def of(policy: str) -> str:
-    """A policy's colour by the first word of its name; ``QUIET`` for references."""
+    """The colour of a ``policy`` by the first word of its name; ``QUIET`` for references."""
     first = policy.replace(",", " ").replace("-", " ").split()[0]
-    name = "throughput-optimal" if first in ("throughput", "goodput") else first
+    name = "throughput-optimal" if first == "throughput" else first
     return POLICIES.get(name, QUIET)
 
 
@@ -63,7 +63,7 @@ def require() -> None:
 
 @contextmanager
 def figure(width: float, height: float) -> Iterator[Figure]:
-    """An empty figure of that many inches, to fill and save in the block; pyplot is not touched.
+    """An empty figure of ``width`` by ``height`` inches, to fill and save in the block; pyplot is not touched.
 
     Raises:
         EchoError: matplotlib is not installed.
@@ -238,6 +238,8 @@ class Node:
         kind: "root", "depth" (committed while drafting) or "width" (selected last).
         accepted: whether it is on the accepted path.
         children: indices.
+        text, beside: what is drawn, and what is drawn beside it.
+        text_width, width: of the text, and of both.
         y: line of the drawing.
     """
 
@@ -256,7 +258,13 @@ class Node:
 
 
 def read(packed: PackedTree, request: int, accepted: Accepted | None = None) -> list[Node]:
-    """One request's nodes, in packed order; synchronizes with the device."""
+    """The nodes of one ``request`` of ``packed``, in order, and which are ``accepted``.
+
+    Synchronizes with the device.
+
+    Raises:
+        EchoError: no such request.
+    """
     request = checks.integer("request", request, 0, packed.batch - 1)
     first, end = packed.indptr[request : request + 2].tolist()
     columns = packed.tokens, packed.parent, packed.score, packed.committed

@@ -335,7 +335,13 @@ def _tensors(value: object) -> list[Tensor]:
 
 
 class Captured(NamedTuple):
-    """A captured function: how to run it again, what it returned, and the bytes that it keeps."""
+    """A captured function.
+
+    Attributes:
+        replay: runs it again.
+        result: what it returned; its tensors are written by every replay.
+        nbytes: that it keeps on the device.
+    """
 
     replay: Callable[[], None]
     result: Any

@@ -165,10 +165,10 @@ class ElasticBudgetScheduler:
     ) -> NDArray[np.float32]:
         """What drafting would bring this rank, for :meth:`agree_on_tier`.
 
-        Data-parallel ranks that share layers must run one shape. Arguments as in
-        :meth:`choose_tier`, with a cost model as budget (else an EchoError); an idle rank takes
-        part with ``req_indices`` of length 0. Returns float32 [n], at most 1 kB, the same n on
-        every rank.
+        Data-parallel ranks that share layers must run one shape. ``history``, ``req_indices`` and
+        ``num_other_tokens`` as in :meth:`choose_tier`, with a cost model as budget (else an
+        EchoError); an idle rank takes part with ``req_indices`` of length 0. Returns float32 [n],
+        at most 1 kB, the same n on every rank.
         """
         other = checks.integer("num_other_tokens", num_other_tokens, 0)
         return self._throughput_optimal.tier_curve(history, _indices(req_indices), other)

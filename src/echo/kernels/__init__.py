@@ -321,7 +321,7 @@ def accept(
 def argmax_tokens(logits: Tensor, *, backend: str = "auto") -> Tensor:
     """int64 [N]: greedy tokens of ``logits`` [N, V], the lowest of equals; NaN never wins.
 
-    A row without a number above -inf has -1.
+    A row without a number above -inf has -1. ``backend`` as of :func:`accept`.
 
     Raises:
         EchoError: arguments that do not fit, or a missing backend.
