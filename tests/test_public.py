@@ -14,7 +14,9 @@ import torch
 
 import echo
 
-PARTS = "tree gating budget cost loop lookup stats workspace kernels tree.layouts testing report plot"
+PARTS = (
+    "tree gating budget cost loop lookup stats workspace kernels tree.layouts testing report plot"
+)
 MODULES = [echo, *(importlib.import_module(f"echo.{name}") for name in PARTS.split())]
 PROTOCOLS = (echo.Drafter, echo.gating.Gate, echo.budget.Rule, echo.Target)
 REFERENCE = (Path(__file__).parents[1] / "docs" / "api.md").read_text()

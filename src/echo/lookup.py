@@ -63,7 +63,7 @@ class Texts:
 
     @classmethod
     def empty(cls, max_num_reqs: int, max_len: int, device: torch.device | str = "cpu") -> Texts:
-        """Return no texts yet: of ``max_num_reqs`` requests, ``max_len`` tokens each, on ``device``.
+        """Return no texts yet, of ``max_num_reqs`` requests and ``max_len`` tokens, on ``device``.
 
         Raises:
             EchoError: a number below 1.

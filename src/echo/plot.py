@@ -63,7 +63,7 @@ def require() -> None:
 
 @contextmanager
 def figure(width: float, height: float) -> Iterator[Figure]:
-    """An empty figure of ``width`` by ``height`` inches, to fill and save in the block; pyplot is not touched.
+    """An empty figure of ``width`` by ``height`` inches, to fill and save in the block.
 
     Raises:
         EchoError: matplotlib is not installed.
