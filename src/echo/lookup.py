@@ -260,7 +260,7 @@ def blend(
 
 
 class PromptLookup:
-    """Prompt lookup as a :class:`Drafter`: alone, or blended with what another drafts on every
+    """Prompt lookup as a :class:`Drafter`: alone, or blended with what another proposes for every
     node.
 
     Texts and counters stay at their addresses, so CUDA graphs can hold ``draft`` and ``extend``:
@@ -369,7 +369,7 @@ class PromptLookup:
         return roots.follow(frontier) if frontier.depth else roots
 
     def _remember(self, tokens: Tensor, log_probs: Tensor, found: Proposals) -> None:
-        """Keep what was drafted on the roots, at fixed addresses, until the target says who was
+        """Keep what was drafted for the roots, at fixed addresses, until the target says which was
         right.
         """
         batch, k = tokens.shape

@@ -147,7 +147,7 @@ def grow(
 ) -> SuperTree:
     """As :meth:`ElasticBudgetScheduler.grow`, by its ``rule`` and ``gate``, of checked arguments.
 
-    ``last``: nothing is drafted on this layer.
+    ``last``: no node of this layer is expanded.
     """
     if kernels.use_triton(tokens) and _fits(rule, tree):
         return _grow_fused(rule, gate, tree, tokens, log_probs, last, out)

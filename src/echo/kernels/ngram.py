@@ -22,10 +22,10 @@ ABSENT = tl.constexpr(-2)
 DEAD = tl.constexpr(float("-inf"))
 
 
-@triton.jit(do_not_specialize=["width", "above", "capacity"])
+@triton.jit(do_not_specialize=["width", "above", "max_len"])
 def _propose(
     texts, lengths, requests, tails, parent, token, tails_out, proposal, run_out,
-    width, above, capacity,
+    width, above, max_len,
     ROOT: tl.constexpr, NGRAM: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One node: its tail, the longest match of it in the text before the last token, and what
@@ -35,19 +35,19 @@ def _propose(
     b = node // width
     r = tl.load(requests + b)
     end = tl.load(lengths + r)
-    first = tl.maximum(end - capacity, 0)
-    text = texts + r * capacity
+    first = tl.maximum(end - max_len, 0)
+    text = texts + r * max_len
     j = tl.arange(0, LANES)
     if ROOT:
         last = end - 1 - j
-        mine = tl.load(text + last % capacity, mask=(j < NGRAM) & (last >= first), other=ABSENT)
+        mine = tl.load(text + last % max_len, mask=(j < NGRAM) & (last >= first), other=ABSENT)
     else:
         up = (b * above + tl.load(parent + node)) * NGRAM
         mine = tl.load(tails + up + j - 1, mask=(j > 0) & (j < NGRAM), other=ABSENT)
         mine = tl.where(j == 0, tl.load(token + node).to(tl.int32), mine)
     tl.store(tails_out + node * NGRAM + j, mine, mask=j < NGRAM)
     held = (end - first).to(tl.int32)
-    origin = (first % capacity).to(tl.int32)
+    origin = (first % max_len).to(tl.int32)
     best = tl.zeros([], tl.int32)
     for start in range(0, held - 1, BLOCK):
         at = start + tl.arange(0, BLOCK)
@@ -55,15 +55,15 @@ def _propose(
         back, left = 0, 1
         while (back < NGRAM) & (left > 0):  # few places match more than a token or two
             column = at - back + origin
-            column -= tl.where(column >= capacity, capacity, 0)
+            column -= tl.where(column >= max_len, max_len, 0)
             seen = tl.load(text + column, mask=same & (at >= back), other=-1)
             same = same & (seen == tl.sum(tl.where(j == back, mine, 0), 0))
             run += same.to(tl.int32)
             left = tl.max(same.to(tl.int32), 0)
             back += 1
-        best = tl.maximum(best, tl.max(tl.where(run > 0, run * capacity + at, 0), 0))
-    run = best // capacity
-    after = (best % capacity + 1 + origin) % capacity
+        best = tl.maximum(best, tl.max(tl.where(run > 0, run * max_len + at, 0), 0))
+    run = best // max_len
+    after = (best % max_len + 1 + origin) % max_len
     tl.store(proposal + node, tl.load(text + after, mask=run > 0, other=-1).to(tl.int64))
     tl.store(run_out + node, run.to(tl.int64))
 
@@ -106,8 +106,8 @@ def _blend(
     tl.store(new_log_probs + where, value, mask=each)
 
 
-@triton.jit(do_not_specialize=["count", "capacity"])
-def _append(texts, lengths, requests, tokens, numbers, count, capacity, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["count", "max_len"])
+def _append(texts, lengths, requests, tokens, numbers, count, max_len, BLOCK: tl.constexpr):
     """One request's new tokens, behind its text; of more than the ring holds the last."""
     b = tl.program_id(0).to(tl.int64)
     r, more = tl.load(requests + b), tl.minimum(tl.load(numbers + b), count)
@@ -115,8 +115,8 @@ def _append(texts, lengths, requests, tokens, numbers, count, capacity, BLOCK: t
     for start in range(0, count, BLOCK):
         i = start + tl.arange(0, BLOCK)
         new = tl.load(tokens + b * count + i, mask=i < more, other=0).to(tl.int32)
-        kept = (i < more) & (i >= more - capacity)
-        tl.store(texts + r * capacity + (end + i) % capacity, new, mask=kept)
+        kept = (i < more) & (i >= more - max_len)
+        tl.store(texts + r * max_len + (end + i) % max_len, new, mask=kept)
     tl.store(lengths + r, end + more, mask=more > 0)
 
 
@@ -142,7 +142,7 @@ def propose(
         int32 [B, W, max_ngram]; int64 [B, W], the token after the longest match, of several the
         last, -1 for none; int64 [B, W], its length, 0 for none.
     """
-    batch, capacity = req_indices.shape[0], texts.shape[1]
+    batch, max_len = req_indices.shape[0], texts.shape[1]
     width = 1 if parents is None else parents[1].shape[1]
     new = (
         texts.new_empty(batch, width, max_ngram),
@@ -153,9 +153,9 @@ def propose(
         tails, parent, token = new if parents is None else (part.contiguous() for part in parents)
         _propose[(batch * width,)](
             texts, lengths, req_indices, tails, parent, token, *new,
-            width, tails.shape[1], capacity,
+            width, tails.shape[1], max_len,
             ROOT=parents is None, NGRAM=max_ngram, LANES=tiles.power_of_two(max_ngram),
-            BLOCK=min(1024, tiles.power_of_two(capacity)), num_warps=4,
+            BLOCK=min(1024, tiles.power_of_two(max_len)), num_warps=4,
         )  # fmt: skip
     return new
 

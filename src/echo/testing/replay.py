@@ -210,8 +210,8 @@ def replay(
             drafting = tree.depth * cost.draft_layer + expanded * cost.draft_token
         report.seconds += cost(count + other) + drafting + cost.extend_seconds(unprocessed)
         if update_rate and isinstance(scheduler.budget, CostModel):
-            learnt = scheduler.budget.update(count + other, cost(count + other), rate=update_rate)
-            scheduler = replace(scheduler, budget=learnt)
+            updated = scheduler.budget.update(count + other, cost(count + other), rate=update_rate)
+            scheduler = replace(scheduler, budget=updated)
         if observe is not None:
             position, values = at - requests.begin[live], (tree, packed, accepted)
             observe(Record(requests.text[live], position, *values, emitted, tier, unprocessed))
