@@ -1,4 +1,4 @@
-"""Prompt lookup: the votes are those of a plain search, opinions pool as probabilities do, and
+"""Prompt lookup: the proposals are those of a plain search, opinions pool as probabilities do, and
 nothing else changes.
 """
 
@@ -64,10 +64,10 @@ def test_votes_are_those_of_a_plain_search_at_every_node_of_a_tree(texts, longes
                 [[*above[b][p], t] for t, p in zip(token[b], parent[b], strict=True)]
                 for b in range(batch)
             ]
-        vote, run = match.tokens, match.match_lens
+        proposal, run = match.tokens, match.match_lens
         for b, text in enumerate(texts):
             for w, path in enumerate(paths[b]):
-                assert (int(vote[b, w]), int(run[b, w])) == searched(text, path, longest)
+                assert (int(proposal[b, w]), int(run[b, w])) == searched(text, path, longest)
         if depth < 3:
             shape = (*tree.frontier.token.shape, 2)
             drawn = torch.rand(shape, generator=generator).log() - 1
@@ -118,12 +118,12 @@ def test_a_text_longer_than_the_memory_is_searched_as_its_end_is(text, length, a
         lookup.texts = lookup.texts.append(
             torch.zeros(1).long(), torch.tensor([[*more, 0, 0]]), torch.tensor([len(more)])
         )
-    vote, run = searched(text[-length:], [], 8)
+    proposal, run = searched(text[-length:], [], 8)
     tokens, log_probs = lookup.draft(
         torch.zeros(1).long(), scheduler.begin(torch.tensor(text[-1:])).frontier
     )
     assert (int(tokens), log_probs.exp().item()) == (
-        max(vote, 0),
+        max(proposal, 0),
         pytest.approx(lookup.mixing_weights[run].item(), abs=1e-3),
     )
 
@@ -163,11 +163,11 @@ def test_a_first_layer_from_elsewhere_is_followed_too(texts, seed, before):
                     [[*above[p], t] for t, p in zip(*node, strict=True)]
                     for above, *node in zip(paths, token, parent, strict=True)
                 ]
-            vote, share = lookup.draft(slots, tree.frontier)
+            proposal, weight = lookup.draft(slots, tree.frontier)
             for b, text in enumerate(texts):
                 for w, path in enumerate(paths[b]):
                     expected, run = searched(text, path, 8)
-                    assert int(vote[b, w]) == max(expected, 0) and share[
+                    assert int(proposal[b, w]) == max(expected, 0) and weight[
                         b, w
                     ].exp().item() == pytest.approx(lookup.mixing_weights[run].item(), abs=1e-3)
             shape = (*tree.frontier.token.shape, 2)
@@ -210,59 +210,59 @@ def test_admission_copies_nothing_from_the_host():
 
 
 @given(st.integers(2, 6), st.floats(0, 0.99), st.integers(0, 9999))
-def test_a_whole_vocabulary_stays_a_distribution(vocab, share, seed):
+def test_a_whole_vocabulary_stays_a_distribution(vocab, weight, seed):
     generator = torch.Generator().manual_seed(seed)
     q = torch.softmax(torch.randn(2, 3, vocab, generator=generator), dim=-1)
-    vote = torch.randint(-1, vocab, (2, 3), generator=generator)
+    proposal = torch.randint(-1, vocab, (2, 3), generator=generator)
     every = torch.arange(vocab).expand(2, 3, -1)
-    tokens, pooled = blend(every, q.log(), vote, torch.full((2, 3), share))
-    shares = torch.where(vote >= 0, share, 0.0)[..., None]
+    tokens, pooled = blend(every, q.log(), proposal, torch.full((2, 3), weight))
+    shares = torch.where(proposal >= 0, weight, 0.0)[..., None]
     assert torch.equal(tokens, every)
     assert torch.allclose(
-        pooled.exp(), (1 - shares) * q + shares * (every == vote[..., None]), atol=1e-6
+        pooled.exp(), (1 - shares) * q + shares * (every == proposal[..., None]), atol=1e-6
     )
 
 
 def test_a_vote_takes_the_place_of_the_least_likely_only_where_it_is_likelier():
     tokens = torch.tensor([[[5, 6], [5, 6], [5, 6], [5, 6]]])
     q = torch.tensor([[[0.5, 0.2], [0.5, 0.2], [0.0, 0.0], [0.2, 0.5]]])
-    vote, share = torch.tensor([[9, 9, 9, -1]]), torch.tensor([[0.25, 0.05, 0.9, 0.9]])
-    seen, pooled = blend(tokens, q.log().half(), vote, share)
+    proposal, weight = torch.tensor([[9, 9, 9, -1]]), torch.tensor([[0.25, 0.05, 0.9, 0.9]])
+    seen, pooled = blend(tokens, q.log().half(), proposal, weight)
     assert seen.tolist() == [
         [[5, 9], [5, 6], [5, 6], [5, 6]]
-    ]  # taken; too doubtful; nothing was drafted; no vote
+    ]  # taken; too doubtful; nothing was drafted; no proposal
     assert pooled.dtype == torch.float16
     assert torch.allclose(
         pooled.float().exp(),
         torch.tensor([[[0.375, 0.25], [0.475, 0.19], [0.0, 0.0], [0.2, 0.5]]]),
         atol=1e-3,
     )
-    faulty = blend(tokens, torch.full_like(q, math.nan), vote, share)[1]
+    faulty = blend(tokens, torch.full_like(q, math.nan), proposal, weight)[1]
     assert faulty.isnan().all()  # stays for the plan to count
 
 
-def test_trust_is_learnt_to_the_likeliest_share():
-    """The target follows the vote with probability 0.7 and its own table otherwise; the draft
+def test_weights_are_fitted_to_the_likeliest_share():
+    """The target follows the proposal with probability 0.7 and its own table otherwise; the draft
     knows that table.
     """
-    vocab, batch, share, trust = 12, 64, 0.7, (0.0, 0.3, 0.9)
+    vocab, batch, weight, weights = 12, 64, 0.7, (0.0, 0.3, 0.9)
     own, slots = table(vocab, 1), torch.arange(batch)
     scheduler = echo.ElasticBudgetScheduler.eagle(max_verify_tokens_per_req=2, beam=1, max_depth=1)
     for _ in range(6):
         lookup = echo.PromptLookup(
-            batch, 256, TabularDrafter(own, vocab), max_ngram=2, mixing_weights=trust
+            batch, 256, TabularDrafter(own, vocab), max_ngram=2, mixing_weights=weights
         )
         generator = torch.Generator().manual_seed(0)
         last = torch.randint(0, vocab, (batch,), generator=generator)
         lookup.admit(slots, list(torch.randint(0, vocab, (batch, 40), generator=generator)), last)
         for _ in range(40):
             found = lookup.texts.propose(slots, 2)
-            vote, run = found.tokens, found.match_lens
+            proposal, run = found.tokens, found.match_lens
             tree = scheduler.begin(last)
             packed = scheduler.pack(scheduler.grow(tree, *lookup.draft(slots, tree.frontier)))
-            follows = (torch.rand(batch, generator=generator) < share) & (run[:, 0] > 0)
+            follows = (torch.rand(batch, generator=generator) < weight) & (run[:, 0] > 0)
             last = torch.where(
-                follows, vote[:, 0], torch.multinomial(own[last], 1, generator=generator)[:, 0]
+                follows, proposal[:, 0], torch.multinomial(own[last], 1, generator=generator)[:, 0]
             )
             accepted = echo.accept(packed, torch.full((packed.num_rows,), -1))
             lookup.extend(
@@ -272,9 +272,9 @@ def test_trust_is_learnt_to_the_likeliest_share():
                     accepted, tokens=last[:, None], num_emitted=torch.ones(batch, dtype=torch.int64)
                 ),
             )
-        trust = lookup.fit_weights()
-    assert trust[0] == 0
-    assert trust[1:] == pytest.approx((share, share), abs=0.03)
+        weights = lookup.fit_weights()
+    assert weights[0] == 0
+    assert weights[1:] == pytest.approx((weight, weight), abs=0.03)
 
 
 def pair(slots: int, lookup: bool):
@@ -335,10 +335,10 @@ def test_no_operator_reads_back_and_a_draft_is_one_graph():
         tree, match = scheduler.begin(roots), texts.propose(slots, 4)
         for depth in range(2):
             match = match.follow(tree.frontier) if depth else match
-            vote, run = match.tokens, match.match_lens
-            candidates = torch.arange(3).expand(*vote.shape, 3)
+            proposal, run = match.tokens, match.match_lens
+            candidates = torch.arange(3).expand(*proposal.shape, 3)
             tree = scheduler.grow(
-                tree, *blend(candidates, drawn[:, : vote.shape[1]], vote, run / 5)
+                tree, *blend(candidates, drawn[:, : proposal.shape[1]], proposal, run / 5)
             )
         packed = scheduler.pack(tree)
         accepted = echo.accept(packed, packed.tokens.roll(-1))
