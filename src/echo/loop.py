@@ -239,7 +239,7 @@ def speculate(
             CUDA graph it must be False.
         tier: from :meth:`ElasticBudgetScheduler.choose_tier`. Defaults to one chosen here, for
             which indices and history are copied to the host: on a GPU the step then begins with a
-                sync.
+            sync.
         eos_tokens, max_new_tokens: where answers end, as in :meth:`Accepted.truncate`.
 
     Returns:

@@ -241,14 +241,12 @@ class History:
 
         The mean of each of ``req_indices`` is shrunk towards that over all requests, and so is the
         ratio of accepted to expected drafts at each depth, which scales expectations: a draft that
-            is too sure of
-        itself is believed less. For a history on the host (:meth:`to`).
+        is too sure of itself is believed less. For a history on the host (:meth:`to`).
 
         Returns:
             Draft tokens and accepted drafts, float32 [D, 33] each, rising from 0 along the second
             axis: the tokens of probability down to each bin when so many layers are drafted, and
-                how many of them
-            will be accepted. None: too little was drafted yet.
+            how many of them will be accepted. None: too little was drafted yet.
 
         Raises:
             EchoError: a history on another device, or an index that it does not have.

@@ -136,13 +136,13 @@ class ElasticBudgetScheduler:
     ) -> Tier:
         """Choose depth and verify tokens from what the host knows before the step.
 
-        Depth 0 means: do not speculate, one verify token a request. With a number as budget:
-            ``max_depth``
-        and what the budget leaves, or depth 0 where that is no draft token. With a cost model: the
-        depth d and the tokens K that maximise (B + F_d(K)) / (T(K) + draft(d)); depth 0 unless that
-        beats B / T(B) by ``margin``, or a probe is due. Up to as many tokens again are taken where
-        they are free. F is predicted from the history; as long as that knows too little, full depth
-        is tried at the knee, or with a draft token for every fourth request.
+        Depth 0 means: do not speculate, one verify token a request. With a number as budget it is
+        ``max_depth`` and what the budget leaves, or depth 0 where that is no draft token. With a
+        cost model it is the depth d and the tokens K that maximise
+        (B + F_d(K)) / (T(K) + draft(d)); depth 0 unless that beats B / T(B) by ``margin``, or a
+        probe is due. Up to as many tokens again are taken where they are free. F is predicted from
+        the history; as long as that knows too little, full depth is tried at the knee, or with a
+        draft token for every fourth request.
 
         Args:
             history: up to some step before this one, on the host (:meth:`History.to`).
@@ -177,9 +177,8 @@ class ElasticBudgetScheduler:
         """The depth that all ranks draft, and this one's verify tokens: all launch one shape.
 
         Chosen is what is best for all together: the sum of their tokens over the seconds of a step
-            that is
-        as wide for each. ``curves`` float32 [ranks, n]: every rank's :meth:`tier_curve`, gathered,
-        of one scheduler (else an EchoError); ``rank``: this one.
+        that is as wide for each. ``curves`` float32 [ranks, n]: every rank's :meth:`tier_curve`,
+        gathered, of one scheduler (else an EchoError); ``rank``: this one.
         """
         return self._throughput_optimal.agree_on_tier(curves, rank)
 
@@ -264,8 +263,7 @@ class ElasticBudgetScheduler:
 
         S(v) = S(parent) + min(log q(v), 0). A score that is no log-probability makes its node
         unselectable: NaN, and what is above 0 by more than a rounding, as probabilities and logits
-            are. Those, and layers
-        of minus infinity alone, are counted in ``invalid``.
+        are. Those, and layers of minus infinity alone, are counted in ``invalid``.
 
         Args:
             tree: with ``tree.depth < max_depth``.

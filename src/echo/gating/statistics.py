@@ -42,7 +42,7 @@ class Separability:
         threshold: confidence that maximizes Youden's J = P(c > t | accepted) - P(c > t | rejected);
             a row *passes* above it. Halfway between two confidences of the log; 0 if no J > 0.
         youden: that J.
-        error: bound on |``auc`` - AUC of the raw rows|: half the share of pairs within one bin.
+        error: bound on how far ``auc`` is from that of raw rows: half the pairs of one bin.
     """
 
     auc: float
