@@ -6,7 +6,7 @@
 Calibration and tuning see one half of the texts, the figures the other. Unless a section says
 otherwise: 64 requests, a dense model whose knee lies at 256 verify tokens, a drafted layer at 2% of
 a step. Throughput is a multiple of plain decoding's under the same cost curve. Writes
-benchmarks/results/gaps.json and docs/images/gaps-*.png.
+benchmarks/results/gaps.json and docs/images/gaps-wrong-cost.png.
 """
 
 from __future__ import annotations
@@ -364,56 +364,6 @@ SECTIONS: dict[str, Callable[[Study], dict[str, object]]] = {
 POLICIES = ("EAGLE", "ECHO (paper)", "global top-K", "throughput-optimal")
 
 
-def draw_budget(axis, r) -> None:
-    """Throughput by K_max."""
-    for name, ratio in r["curves"].items():
-        policy, law = name.split(", ")
-        axis.plot(
-            r["rows"],
-            ratio,
-            "o-" if law == "knee at 256" else ".--",
-            ms=3,
-            color=plot.of(policy),
-            label=f"{policy}, {law}",
-        )
-    axis.axvline(256, color=plot.QUIET, lw=0.8)
-    _ratio(axis, "K_max, verify tokens of 64 requests")
-    axis.set_xscale("log", base=2)
-    axis.set_xticks([64, 128, 256, 512], ["64", "128", "256", "512"])
-
-
-def draw_fairness(axis, r) -> None:
-    """Shares of the doubtful quarter."""
-    names = [name for name in POLICIES if name in r]
-    parts = (
-        ("steps", "of request-steps", plot.QUIET),
-        ("rows", "of verified drafts", plot.of("throughput-optimal")),
-        ("accepted", "of accepted drafts", plot.GOOD),
-    )
-    for i, (key, label, colour) in enumerate(parts):
-        axis.bar(
-            np.arange(len(names)) + 0.26 * (i - 1),
-            [r[n][f"doubtful_{key}"] for n in names],
-            0.25,
-            color=colour,
-            label=label,
-        )
-    axis.set_xticks(range(len(names)), [f"{n}\nJain {r[n]['jain']:.3f}" for n in names], fontsize=6)
-    _space_for_legend(axis)
-    axis.set_ylabel("share of the doubtful quarter")
-
-
-def draw_tail(axis, r) -> None:
-    """How often a request emits at least n tokens in a step."""
-    for name, found in r.items():
-        share = [s if s else np.nan for s in found["share"]]
-        axis.plot(range(1, len(share) + 1), share, "o-", ms=3, color=plot.of(name), label=name)
-    axis.set_yscale("log")
-    axis.set_ylim(5e-4, 1.2)
-    axis.set_xlabel("tokens in a step, at least")
-    axis.set_ylabel("share of request-steps")
-
-
 def draw_wrong_cost(axis, r) -> None:
     """Throughput-optimal under wrong beliefs."""
     looks = (
@@ -425,53 +375,23 @@ def draw_wrong_cost(axis, r) -> None:
     _batches(axis, r["batch"])
 
 
-def draw_churn(axis, r) -> None:
-    """Throughput by how long requests stay."""
-    for name, ratio in r["curves"].items():
-        axis.plot(r["tokens"], ratio, "o-", ms=3, color=plot.of(name), label=name)
-    axis.axhline(1, color=plot.INK, lw=0.8)
-    axis.set_ylim(0.9)
-    axis.set_xscale("log", base=2)
-    axis.set_xticks(
-        r["tokens"], [f"{t}\n{j:.0%}" for t, j in zip(r["tokens"], r["joined"], strict=True)]
-    )
-    _ratio(axis, "tokens of a request; new ones in a step")
-
-
-PANELS = {
-    "budget": (draw_budget, "K_max"),
-    "fairness": (draw_fairness, "which requests are verified"),
-    "tail": (draw_tail, "tail of a step"),
-    "wrong_cost": (draw_wrong_cost, "cost model wrong by 2x"),
-    "churn": (draw_churn, "churn"),
-}
-
-
 def draw(results: dict, folder: Path) -> None:
-    """Writes gaps-<section>.png."""
+    """Writes gaps-wrong-cost.png."""
+    if "wrong_cost" not in results:
+        return
     folder.mkdir(parents=True, exist_ok=True)
-    for name in PANELS.keys() & results.keys():
-        panel, title = PANELS[name]
-        with plot.figure(4.4, 3.2) as single:
-            axis = single.subplots()
-            panel(axis, results[name])
-            axis.set_title(title)
-            axis.legend(fontsize=6.5)
-            single.savefig(folder / f"gaps-{name.replace('_', '-')}.png", dpi=110)
-
-
-def _space_for_legend(axis) -> None:
-    axis.set_ylim(0, 1.25 * axis.get_ylim()[1])
-
-
-def _ratio(axis, label: str) -> None:
-    axis.set_xlabel(label)
-    axis.set_ylabel("throughput / plain decoding")
+    with plot.figure(4.4, 3.2) as single:
+        axis = single.subplots()
+        draw_wrong_cost(axis, results["wrong_cost"])
+        axis.set_title("cost model wrong by 2x")
+        axis.legend(fontsize=6.5)
+        single.savefig(folder / "gaps-wrong-cost.png", dpi=110)
 
 
 def _batches(axis, batches) -> None:
     by_batch(axis, batches)
-    _ratio(axis, "batch")
+    axis.set_xlabel("batch")
+    axis.set_ylabel("throughput / plain decoding")
 
 
 def main() -> None:
