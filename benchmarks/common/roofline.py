@@ -161,7 +161,7 @@ def plan(
         model: what is served; a name stands for one of ``MODELS``.
         hardware: on what; ``H100`` where not given.
         tensor: devices that share each layer, a whole copy of the model together.
-        expert: of those, groups among which whole experts are dealt out; the devices of a group
+        expert: of those, groups that share out whole experts; the devices of a group
             split each of theirs.
         most_rows: last knot of the curve.
         tiers: of the cost model.
