@@ -482,3 +482,21 @@ def test_a_lookup_stays_at_its_addresses_and_decodes_the_same_text(backend):
         for request, tokens in zip(step.requests, step.emitted, strict=True):
             plain.setdefault(request, []).extend(tokens)
     assert texts == plain
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_a_draft_of_another_shape_is_named_before_anything_reads_it(backend):
+    class Narrow(TabularDrafter):
+        def draft(self, req_indices, frontier):
+            tokens, log_probs = super().draft(req_indices, frontier)
+            return tokens, log_probs[..., :1]
+
+    lookup = echo.PromptLookup(2, 16, Narrow(table(9, 3), 3))
+    where = torch.arange(2)
+    lookup.admit(where, [torch.tensor([1, 2])] * 2, where)
+    tree = echo.ElasticBudgetScheduler(echo.GlobalRank(2), None, 8, 2).begin(where)
+    with (
+        kernels.using(backend),
+        pytest.raises(echo.EchoError, match=r"log_probs: expected .* \[2, 1, 3\], got"),
+    ):
+        lookup.draft(where, tree.frontier)

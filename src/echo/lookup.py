@@ -243,8 +243,7 @@ def blend(
         >>> tokens.tolist(), log_probs.exp().tolist()
         ([[[3, 7]]], [[[0.25, 0.5]]])
     """
-    batch, width, k = checks.tensor("tokens", tokens, ["B", "W", "k"], torch.int64).shape
-    checks.tensor("log_probs", log_probs, [batch, width, k], checks.FLOATS, tokens.device)
+    batch, width, k = _check_draft(tokens, log_probs, "B", "W")
     checks.tensor("proposal", proposal, [batch, width], torch.int64, tokens.device)
     checks.tensor("weight", weight, [batch, width], torch.float32, tokens.device)
     asked = (proposal >= 0) & (log_probs.amax(dim=2) > DEAD_SCORE)
@@ -257,6 +256,15 @@ def blend(
     better = here & ~among & (own > q)
     mixed = torch.where(here & among, torch.logaddexp(q, own), torch.where(better, own, q))
     return torch.where(better, proposal[..., None], tokens), mixed.to(log_probs.dtype)
+
+
+def _check_draft(
+    tokens: Tensor, log_probs: Tensor, batch: int | str, width: int | str
+) -> tuple[int, int, int]:
+    """The sizes of a draft, int64 and float [B, W, k]."""
+    found = checks.tensor("tokens", tokens, [batch, width, "k"], torch.int64).shape
+    checks.tensor("log_probs", log_probs, found, checks.FLOATS, tokens.device)
+    return found[0], found[1], found[2]
 
 
 class PromptLookup:
@@ -339,6 +347,7 @@ class PromptLookup:
             before = drafted[0], torch.full_like(drafted[1], DEAD_SCORE)
         else:
             before = self.drafter.draft(req_indices, frontier)
+            _check_draft(*before, *found.tokens.shape)
             if kernels.use_triton(before[0]):
                 from echo.kernels import ngram
 

@@ -287,7 +287,7 @@ class _Drafts:
         """Log steps decoded together, int64 [groups, b]: every step about as often as any other."""
         turns = -(-max(GROUPS * b, self.steps) // self.steps)
         drawn = np.concatenate([self.random.permutation(self.steps) for _ in range(turns)])
-        return drawn[: len(drawn) // b * b].reshape(-1, b) if len(drawn) >= b else drawn[None]
+        return drawn[: len(drawn) // b * b].reshape(-1, b)
 
     def accepted_drafts(
         self, b: int, budgets: NDArray[np.int64], together: NDArray[np.int64]
