@@ -38,6 +38,7 @@ from echo.kernels import (
     acceptance,
     arguments,
     grow,
+    ngram,
     observe,
     pack,
     select,
@@ -105,7 +106,7 @@ class Case:
 
 STEP = (
     "_begin", "_grow", "_path_cost", "_rank", "_share", "_pack", "_compact", "_summarize",
-    "_observe", "_count",
+    "_observe", "_count", "_propose", "_blend", "_append",
 )  # fmt: skip
 """Kernels of a step other than attention and acceptance."""
 
@@ -370,8 +371,14 @@ def steps(
         emitted = one[torch.int8], one[torch.int64], one[torch.int64]
         observe.count(links, *emitted[:2], context, rows, depth, torch.zeros(13, dtype=torch.int64))
         observe.observe(one[torch.int64], *emitted, depth, summary, sums, 0.95, 512)
+        rings = batched(4096, torch.int32), one[torch.int64], one[torch.int64]
+        tails, _, _ = ngram.propose(*rings, 8)
+        frontier_tokens = batched(beam, torch.int64), batched(beam, torch.int64)
+        _, proposal, matches = ngram.propose(*rings, 8, (tails, *frontier_tokens))
+        ngram.blend(drafted.long(), drafted, proposal, matches, torch.zeros(9))
+        ngram.append(*rings, batched(depth + 1, torch.int64), one[torch.int64])
 
-    launches = record([grow, select, pack, observe], STEP, call)
+    launches = record([grow, select, pack, observe, ngram], STEP, call)
     return [
         (name.strip("_"), f"beam={beam} candidates={k} depth={depth} B={batch}", recorder)
         for name, recorder in launches.items()

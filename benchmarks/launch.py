@@ -16,7 +16,7 @@ import os
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -38,7 +38,9 @@ BEAM, CANDIDATES, DEPTH = 4, 4, 6
 LANES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 DEPTHS = (1, 2, 4, 6)
 TOKENS = (2, 4, 8)
-"""Verify tokens a request, of the tiers of a serving run."""
+"""Verify tokens a request."""
+SHAPES = [(batch, depth, n * batch) for batch in LANES for depth in DEPTHS for n in TOKENS]
+"""Lanes, layers and verify tokens of the tiers of a serving run."""
 RESULTS = Path(__file__).parent / "results"
 Scheduler = echo.ElasticBudgetScheduler
 
@@ -148,6 +150,15 @@ def policies() -> dict[str, Scheduler]:
     }
 
 
+def variants(shapes: Sequence[tuple[int, int, int]] = SHAPES) -> Counter[str]:
+    """What is compiled for steps of so many lanes, layers and verify tokens, by kernel."""
+    with without_a_card() as seen:
+        for scheduler in policies().values():
+            for shape in shapes:
+                Step(scheduler, *shape).settle()
+    return seen.variants
+
+
 def main() -> None:
     """Both tables."""
     parser = argparse.ArgumentParser(
@@ -169,16 +180,9 @@ def main() -> None:
                 entry[part] |= microseconds(call, args.rounds)
                 print(f"{name}: {part}: {entry[part]}")
             result[name] = entry
-    with without_a_card() as seen:
-        for scheduler in policies().values():
-            for batch in LANES:
-                for depth in DEPTHS:
-                    for each in TOKENS:
-                        Step(scheduler, batch, depth, each * batch).settle()
-        shapes = len(LANES) * len(DEPTHS) * len(TOKENS)
-        result["variants"] = {"shapes": shapes, "kernels": dict(seen.variants)}
-        total = sum(seen.variants.values())
-        print(f"{total} variants for {shapes} shapes of both policies: {dict(seen.variants)}")
+    found = variants()
+    result["variants"] = {"shapes": len(SHAPES), "kernels": dict(found)}
+    print(f"{found.total()} variants for {len(SHAPES)} shapes of both policies: {dict(found)}")
     write(args.out, result)
 
 

@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 import echo
 from common.replays import write
 from echo import kernels
-from echo.kernels import acceptance, grow, observe, pack, select
+from echo.kernels import acceptance, grow, ngram, observe, pack, select
 from echo.tree import compact
 from host import calibration
 
@@ -87,7 +87,7 @@ class Launched:
 @contextlib.contextmanager
 def counting() -> Iterator[Operations]:
     """Counts operations and launches within it."""
-    operations, modules = Operations(), (acceptance, grow, select, pack, observe)
+    operations, modules = Operations(), (acceptance, grow, ngram, select, pack, observe)
     found = [
         (module, name, kernel)
         for module in modules

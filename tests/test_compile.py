@@ -87,3 +87,40 @@ def test_the_committed_table_has_no_faults_and_is_of_the_shipped_launches():
             assert tiles.tile(1, dim, max(cached, 2), cached, page, rows, int(arch[3:]) // 10)[
                 :2
             ] == (rows, keys)
+
+
+def test_a_serving_run_compiles_few_variants():
+    """108 tiers of up to 256 requests, two policies: what changes with the tier is a number."""
+    code = (
+        "import launch; found = launch.variants(); print(found)\n"
+        "assert found.keys() >= {'begin', 'grow', 'rank', 'share', 'pack', 'accept', 'observe'}\n"
+        "assert found.total() <= 18"
+    )
+    subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, check=True)
+
+
+def test_a_step_compiles_side_by_side_and_only_once():
+    code = (
+        "import launch, torch\n"
+        "from triton.compiler import CompiledKernel\n"
+        "from triton.runtime import driver\n"
+        "from triton.runtime.jit import JITFunction\n"
+        "from echo import kernels\n"
+        "from echo.kernels import acceptance, grow, observe, pack, select, tiles\n"
+        "driver.set_active(launch.Card())\n"
+        "tiles.interpreted = lambda: True\n"
+        "scheduler = launch.policies()['two-level, two gates']\n"
+        "def step():\n"
+        "    with kernels.using('triton'), kernels.compiling(2):\n"
+        "        launch.Step(scheduler, 4, 1, 8).settle()\n"
+        "step()\n"
+        "modules = acceptance, grow, observe, pack, select\n"
+        "compiled = [kernel for module in modules for f in vars(module).values()\n"
+        "            if isinstance(f, JITFunction) for kernel in f.device_caches[0][0].values()]\n"
+        "assert len(compiled) == 8 and all(type(k) is CompiledKernel for k in compiled), compiled\n"
+        "assert all(k.asm['cubin'] and k.metadata.target.arch == 90 for k in compiled)\n"
+        "def again(*_): raise AssertionError('compiled twice')\n"
+        "JITFunction._do_compile = again\n"
+        "step()"
+    )
+    subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, check=True)

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import echo
+from addresses import checked
 from conftest import CALIBRATION, grow_all, policies
 from echo import kernels
 from echo.budget.rules import select_cheapest
@@ -231,6 +232,17 @@ def test_strided_drafts_and_half_precision():
     with kernels.using("triton"):
         fused = grown()
     same(fused, grown())
+
+
+def test_where_nothing_is_compiled_nothing_is_launched():
+    logits = torch.tensor([[0.0, 2.0, 1.0]])
+    with kernels.using("triton"), checked() as seen, kernels.compiling():
+        kernels.argmax_tokens(logits)
+    assert seen.launches == 0
+    with kernels.using("triton"):
+        assert kernels.argmax_tokens(logits).tolist() == [1]
+    with pytest.raises(echo.EchoError, match="max_workers: expected"), kernels.compiling(0):
+        pass
 
 
 def test_a_backend_that_is_not_there():

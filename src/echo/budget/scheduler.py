@@ -380,6 +380,8 @@ class ElasticBudgetScheduler:
             raise EchoError(f"num_verify_tokens: expected at least begin's {least}, got {count}")
         words = -(-self.max_verify_tokens_per_req // WORD)
         summarizes = isinstance(self.budget, CostModel) and tree.depth > 0
+        if out is not None:
+            step.check(out, tree.batch, count, words, tree.status.device)
         packed = self._pack(tree, count, words, summarizes, out if sync is None else None, None)
         if sync is None:
             return packed
@@ -399,8 +401,6 @@ class ElasticBudgetScheduler:
         scratch: step.Scratch | None,
     ) -> PackedTree:
         """The packed step, with what it is expected to bring where it ``summarizes``."""
-        if out is not None:
-            step.check(out, tree.batch, num_rows, words, tree.status.device)
         most = self.max_verify_tokens_per_req
         packed = step.pack(
             self.rule, tree, num_rows, words, most, summarizes=summarizes, out=out, scratch=scratch

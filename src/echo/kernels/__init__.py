@@ -15,11 +15,13 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
 
 import torch
 from torch import Tensor
 
+from echo import _checks as checks
 from echo._checks import EchoError
 from echo.kernels import arguments, reference, tiles
 from echo.kernels.arguments import Attention, AttentionPlan
@@ -29,6 +31,7 @@ __all__ = [
     "AttentionPlan",
     "accept",
     "argmax_tokens",
+    "compiling",
     "merge_attention",
     "plan_attention",
     "tree_attention",
@@ -65,6 +68,40 @@ def using(backend: str) -> Iterator[None]:
 def _known(backend: str) -> None:
     if backend not in BACKENDS:
         raise EchoError(f"backend: expected one of {BACKENDS}, got {backend!r}")
+
+
+@contextlib.contextmanager
+def compiling(max_workers: int | None = None) -> Iterator[None]:
+    """Compile what is called within the block side by side, and launch none of it.
+
+    To be run once for each shape that a server will have, before its first request waits for a
+    compiler. Results hold what their memory held: make the calls, look at nothing. PyTorch's own
+    operations run as ever.
+
+    Args:
+        max_workers: threads that compile. Defaults to what :class:`~concurrent.futures.Executor`
+            takes.
+
+    Raises:
+        EchoError: no positive int.
+
+    Example:
+        >>> with compiling():
+        ...     _ = argmax_tokens(torch.zeros(1, 8))
+    """
+    if max_workers is not None:
+        checks.integer("max_workers", max_workers, 1)
+    if importlib.util.find_spec("triton") is None:
+        yield
+        return
+    import triton
+
+    before = tiles.compiles_only.set(True)
+    try:
+        with ThreadPoolExecutor(max_workers) as threads, triton.AsyncCompileMode(threads):
+            yield
+    finally:
+        tiles.compiles_only.reset(before)
 
 
 def use_triton(at: Tensor, backend: str = "auto") -> bool:

@@ -135,8 +135,16 @@ def _chunks(logits: Tensor) -> tuple[Tensor, Tensor, int]:
     index = torch.empty(n, parts, dtype=torch.int32, device=logits.device)
     if n:
         sizes = vocabulary, logits.stride(0), parts
-        _chunk_argmax[(n, parts)](
-            logits, value, index, *sizes, CHUNK=chunk, BLOCK=block, num_warps=8
+        tiles.launch(
+            _chunk_argmax,
+            (n, parts),
+            logits,
+            value,
+            index,
+            *sizes,
+            CHUNK=chunk,
+            BLOCK=block,
+            num_warps=8,
         )
     return value, index, parts
 
@@ -148,7 +156,8 @@ def argmax_tokens(logits: Tensor) -> Tensor:
     token = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
     count, block = len(token), tiles.ACCEPT_ROWS
     if count:
-        _argmax[(-(-count // block),)](
+        tiles.launch(
+            _argmax, (-(-count // block),),
             value, index, token, count, parts,
             PARTS=tiles.power_of_two(parts), BLOCK=block, num_warps=1,
         )  # fmt: skip
@@ -176,7 +185,8 @@ def accept(
         out = (rows, torch.empty_like(rows), *each)
     num_eos = 0 if eos_tokens is None else len(eos_tokens)
     if batch:
-        _accept[(batch,)](
+        tiles.launch(
+            _accept, (batch,),
             parent.contiguous(), indptr.contiguous(), tokens.contiguous(), target.contiguous(),
             value, index, indptr if max_new_tokens is None else max_new_tokens.contiguous(),
             tokens if eos_tokens is None else eos_tokens.contiguous(), *out,

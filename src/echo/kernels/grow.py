@@ -286,7 +286,8 @@ def begin(
         num_remaining=empty(torch.int64),
     )
     scalar = not isinstance(budget, Tensor)
-    _begin[(1,)](
+    tiles.launch(
+        _begin, (1,),
         roots, roots if live is None else as_bytes(live.contiguous()),
         roots if verify_limits is None else verify_limits.contiguous(), roots if scalar else budget,
         *(as_bytes(value) if value.dtype == torch.bool else value for value in new), batch,
@@ -361,7 +362,8 @@ def grow(
     block, piece = tiles.lanes(count)
     group = tiles.other_requests(block)
     if batch:
-        _grow[(batch,)](
+        tiles.launch(
+            _grow, (batch,),
             above, as_bytes(active), index, tokens, log_prob, status,
             status if verdict is None else as_bytes(verdict.contiguous()), verify_limits,
             num_committed, num_remaining, invalid,

@@ -151,7 +151,8 @@ def propose(
     )
     if batch:
         tails, parent, token = new if parents is None else (part.contiguous() for part in parents)
-        _propose[(batch * width,)](
+        tiles.launch(
+            _propose, (batch * width,),
             texts, lengths, req_indices, tails, parent, token, *new,
             width, tails.shape[1], max_len,
             ROOT=parents is None, NGRAM=max_ngram, LANES=tiles.power_of_two(max_ngram),
@@ -178,7 +179,8 @@ def blend(
     nodes, k = proposal.numel(), tokens.shape[2]
     if nodes and k:
         rows = 16
-        _blend[(-(-nodes // rows),)](
+        tiles.launch(
+            _blend, (-(-nodes // rows),),
             tokens, log_probs, proposal.contiguous(), run.contiguous(), weights, *new, nodes, k,
             K=tiles.power_of_two(k), ROWS=rows, num_warps=1,
         )  # fmt: skip
@@ -192,7 +194,8 @@ def append(
     """The first ``num_tokens`` int64 [B] of ``tokens`` int64 [B, n] behind the texts, in place."""
     batch, count = tokens.shape
     if batch and count:
-        _append[(batch,)](
+        tiles.launch(
+            _append, (batch,),
             texts, lengths, req_indices, tokens.contiguous(), num_tokens, count, texts.shape[1],
             BLOCK=min(1024, tiles.power_of_two(count)), num_warps=1,
         )  # fmt: skip

@@ -224,7 +224,8 @@ def summarize(
         torch.empty(batch, depth, dtype=torch.float32, device=device),
     )
     if batch and depth:
-        _summarize[(batch, depth)](
+        tiles.launch(
+            _summarize, (batch, depth),
             gain.contiguous(), score, chosen.place, chosen.share, histogram, expected, count,
             expected.stride(0), score.stride(0), COSTS=gain.dtype == torch.int32, ENDS=ends(sizes),
             BINS=bins, SKIP=skip, PIECE=16, num_warps=1,
@@ -271,7 +272,8 @@ def observe(
         step = sums[:2]
         if summary is not None and predicted:
             step = summary[0].contiguous(), summary[1].contiguous()
-        _observe[(depth, -(-places // 16))](
+        tiles.launch(
+            _observe, (depth, -(-places // 16)),
             req_indices.contiguous(), status.contiguous(), num_emitted.contiguous(),
             (num_emitted if cut_row is None else cut_row).contiguous(), *step, layers_at,
             *(value.contiguous() for value in sums), *out, len(req_indices), places,
@@ -302,7 +304,8 @@ def count(
         out: int64 [13], written to; ``counts`` itself will do.
     """
     new, device = torch.empty_like(counts) if out is None else out, isinstance(num_layers, Tensor)
-    _count[(1,)](
+    tiles.launch(
+        _count, (1,),
         indptr.contiguous(), status.contiguous(), num_emitted.contiguous(), invalid.contiguous(),
         num_layers if device else indptr, counts, new, len(status), num_rows,
         0 if device else num_layers, DEVICE=device, GROUP=tiles.REQUESTS,

@@ -145,7 +145,8 @@ def pack(
         "committed": empty(num_rows, dtype=torch.bool),
     }
     block, _ = tiles.lanes(count)
-    _pack[(batch + -(-num_rows // block),)](
+    tiles.launch(
+        _pack, (batch + -(-num_rows // block),),
         chosen.place, chosen.share, token, parent, score, as_bytes(committed), chosen.counts,
         *(as_bytes(column) if name == "committed" else column for name, column in new.items()),
         batch, count, num_rows, words, token.stride(0), parent.stride(0),
@@ -192,7 +193,8 @@ def compact(
     if batch:
         block, paged = tiles.REQUESTS, page_table is not None
         table = rows if page_table is None else page_table.contiguous()
-        _compact[(-(-batch * steps // block),)](
+        tiles.launch(
+            _compact, (-(-batch * steps // block),),
             rows.contiguous(), num_emitted.contiguous(), indptr.contiguous(),
             prefix_lens.contiguous(), table,
             *(as_bytes(column) if name == "valid" else column for name, column in new.items()),

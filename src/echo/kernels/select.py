@@ -101,7 +101,7 @@ def _rank(
     cost, committed, verify_limits, num_committed, key, place,
     count, limit, total, extra, cost_row, row,
     SCORES: tl.constexpr, COMMITTED: tl.constexpr, ENDS: tl.constexpr, BLOCK: tl.constexpr,
-    PIECE: tl.constexpr, LIMIT: tl.constexpr,
+    PIECE: tl.constexpr,
 ):  # fmt: skip
     """One request's uncommitted nodes in order of cost, as many as it may have."""
     b = tl.program_id(0).to(tl.int64)
@@ -126,18 +126,18 @@ def _rank(
     able = able & (mine < bound)
     depth, _ = layout(lane, ENDS)
     tl.store(key + b * limit + mine, own.to(tl.int64) * LEVELS + depth, mask=able)
-    tail, beyond = tl.arange(0, LIMIT), tl.full([LIMIT], BEYOND, tl.int64)
-    tl.store(key + b * limit + tail, beyond, mask=(tail >= bound) & (tail < limit))
+    beyond = tl.full([BLOCK], BEYOND, tl.int64)
+    tl.store(key + b * limit + lane, beyond, mask=(lane >= bound) & (lane < limit))
     mine = tl.where(is_committed, -1, tl.where(able, mine, NO_PLACE))
     tl.store(place + b * count + lane, mine, mask=inside)
 
 
 @triton.jit
-def _below(key, r, there, limit, bound, STEPS: tl.constexpr):
-    """How many of each request's ascending keys are below each bound."""
+def _below(key, r, there, limit, bound, steps):
+    """How many of each request's ascending keys are below each bound, in ``steps`` halvings."""
     low = (r * 0 + bound * 0).to(tl.int32)
     high = low + limit
-    for _ in range(STEPS):
+    for _ in range(steps):
         middle = (low + high) // 2
         own = tl.load(key + r * limit + middle, mask=there & (low < high), other=BEYOND)
         less = own < bound
@@ -145,11 +145,11 @@ def _below(key, r, there, limit, bound, STEPS: tl.constexpr):
     return tl.where(there, low, 0)
 
 
-@triton.jit(do_not_specialize=["batch", "limit", "budget"])
+@triton.jit(do_not_specialize=["batch", "limit", "budget", "steps"])
 def _share(
-    key, num_remaining, num_committed, share, counts, batch, limit, budget,
-    COMMITTED: tl.constexpr, GROUP: tl.constexpr, STEPS: tl.constexpr, BITS: tl.constexpr,
-    DIGITS: tl.constexpr, ROUNDS: tl.constexpr,
+    key, num_remaining, num_committed, share, counts, batch, limit, budget, steps,
+    COMMITTED: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr, DIGITS: tl.constexpr,
+    ROUNDS: tl.constexpr,
 ):  # fmt: skip
     """How many nodes each request gets: those below the cutoff, then ties in order of requests.
 
@@ -163,11 +163,11 @@ def _share(
     for turn in range(ROUNDS):
         shift = BITS * (ROUNDS - 1 - turn)
         raised = cutoff + (digit << shift)
-        below_raised = _below(key, r[:, None], there[:, None], limit, raised[None, :], STEPS)
+        below_raised = _below(key, r[:, None], there[:, None], limit, raised[None, :], steps)
         fewer = tl.sum(below_raised, 0) < goal
         cutoff += tl.sum((fewer & (digit > 0)).to(tl.int64), 0) << shift
-    below = _below(key, r, there, limit, cutoff, STEPS)
-    ties = _below(key, r, there, limit, cutoff + 1, STEPS) - below
+    below = _below(key, r, there, limit, cutoff, steps)
+    ties = _below(key, r, there, limit, cutoff + 1, steps) - below
     rest = goal - tl.sum(below, 0)
     before = tl.cumsum(ties, 0) - ties
     got = below + tl.minimum(tl.maximum(rest - before, 0), ties)
@@ -207,7 +207,8 @@ def path_cost(
     if table is not None and parent is not None:
         parent = by_rows(parent)
         links = parent, table, len(table), parent.stride(0)
-    _path_cost[(batch,)](
+    tiles.launch(
+        _path_cost, (batch,),
         score, *links[:2], cost, count, links[2], score.stride(0), links[3],
         TABLE=table is not None, ENDS=ends(sizes), BLOCK=block, num_warps=tiles.warps(block),
     )  # fmt: skip
@@ -239,7 +240,7 @@ def select(
             are not written.
         num_remaining: int64 [].
         num_verify_tokens: bound of ``num_remaining``.
-        limit: most uncommitted nodes of a request.
+        limit: most uncommitted nodes of a request, at most T.
         sizes: nodes of each layer.
         total, extra: most nodes of a request in all, and beyond its committed ones.
         out: buffers to write to.
@@ -254,18 +255,20 @@ def select(
     if not batch:
         return new
     cost, committed, (block, piece) = by_rows(cost), by_rows(committed), tiles.lanes(count)
-    counted, group = num_committed is not None, tiles.power_of_two(batch)
+    counted, group = num_committed is not None, tiles.requests_at_once(batch)
     own = verify_limits if num_committed is None else num_committed
     bits = tiles.cutoff_bits(group)
-    _rank[(batch,)](
+    tiles.launch(
+        _rank, (batch,),
         cost, as_bytes(committed), verify_limits, own, new.key, new.place, count, limit, total,
         extra, cost.stride(0), committed.stride(0), SCORES=cost.dtype == torch.float32,
         COMMITTED=counted, ENDS=ends(sizes), BLOCK=block, PIECE=piece,
-        LIMIT=tiles.power_of_two(limit), num_warps=tiles.warps(block),
+        num_warps=tiles.warps(block),
     )  # fmt: skip
-    _share[(1,)](
+    tiles.launch(
+        _share, (1,),
         new.key, num_remaining, own, new.share, new.counts, batch, limit, num_verify_tokens,
-        COMMITTED=counted, GROUP=group, STEPS=limit.bit_length(), BITS=bits,
+        limit.bit_length(), COMMITTED=counted, GROUP=group, BITS=bits,
         DIGITS=1 << bits if bits > 1 else 1, ROUNDS=-(-KEY_BITS // bits),
         num_warps=max(1, min(32, (group << bits) // (256 if bits > 1 else 128))),
     )  # fmt: skip

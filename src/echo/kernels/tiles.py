@@ -1,16 +1,19 @@
-"""Every choice of a launch: tiles, warps, stages, splits. Host arithmetic, without Triton."""
+"""Every choice of a launch: tiles, warps, stages, splits; and whether it compiles or runs."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple, ParamSpec, TypeVar
+from contextvars import ContextVar
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 P = ParamSpec("P")
 R = TypeVar("R")
+compiles_only = ContextVar("echo.kernels.tiles.compiles_only", default=False)
+"""Whether launches compile, and launch nothing."""
 
 HEAD_DIMS = (64, 80, 96, 128, 256)
 """Head dimensions that are compiled and checked; any from 16 to 256 runs."""
@@ -64,6 +67,11 @@ def lanes(nodes: int) -> tuple[int, int]:
     """Lanes for so many nodes, and how many of them are compared with all at once."""
     block = max(16, power_of_two(nodes))
     return block, max(1, min(block, PAIRS // block))
+
+
+def requests_at_once(batch: int) -> int:
+    """Requests among which the cutoff is searched: powers of four, so that few are compiled."""
+    return max(16, 1 << -(-(batch - 1).bit_length() // 2) * 2)
 
 
 def cutoff_bits(group: int) -> int:
@@ -171,6 +179,14 @@ def on_its_device(launcher: Callable[P, R]) -> Callable[P, R]:
             return launcher(*args, **options)
 
     return call
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+    """Launch a kernel; within :func:`echo.kernels.compiling` only compile it."""
+    if compiles_only.get():
+        kernel.warmup(*args, grid=grid, **options)
+    else:
+        kernel[grid](*args, **options)
 
 
 def as_bytes(value: Tensor) -> Tensor:
