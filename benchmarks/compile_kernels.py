@@ -363,7 +363,8 @@ def steps(
         selected = select.select(
             score.int(), yes, one[torch.int64], one[torch.int64], remaining, rows, limit, sizes
         )
-        pack.pack(selected, place, place, score, yes, rows, -(-limit // 32), sizes)
+        state = one[torch.int8], one[torch.int32]
+        pack.pack(selected, place, place, score, yes, *state, rows, -(-limit // 32), sizes)
         pack.compact(
             batched(depth + 1, torch.int64), one[torch.int64], links, context, table, 64, 0, -1
         )

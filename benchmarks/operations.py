@@ -25,7 +25,6 @@ import echo
 from common.replays import write
 from echo import kernels
 from echo.kernels import acceptance, grow, ngram, observe, pack, select
-from echo.tree import compact
 from host import calibration
 
 BATCH, DEPTH, CANDIDATES, BEAM = 2, 6, 4, 4
@@ -111,36 +110,42 @@ def drafts(tree: echo.SuperTree) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def step(scheduler: echo.ElasticBudgetScheduler, backend: str) -> dict[str, Counter[str]]:
-    """What each part of one step launches."""
+    """What each part of one step launches: by torch, by kernels, or by kernels in a workspace."""
     counts: dict[str, Counter[str]] = {}
     roots, rows = torch.arange(BATCH), 4 * BATCH
-    history = scheduler.history(BATCH)
     target, context, table = (
         torch.zeros(rows, dtype=torch.int64),
         torch.arange(BATCH).int(),
         torch.arange(32 * BATCH).int().view(BATCH, 32),
     )
+    space = echo.Workspace(scheduler, BATCH, k=CANDIDATES, num_verify_tokens=rows)
+    history, owned = space.history, backend == "workspace"
 
     def part(name: str, call: Any) -> Any:
-        with kernels.using(backend), counting() as operations:
+        with kernels.using("torch" if backend == "torch" else "triton"), counting() as operations:
             value = call()
         counts[name] = counts.get(name, Counter()) + operations.count
         return value
 
+    def begin() -> echo.SuperTree:
+        return space.begin(roots) if owned else scheduler.begin(roots, num_verify_tokens=rows)
+
+    def observe(packed: echo.PackedTree, accepted: echo.tree.Accepted) -> None:
+        if owned:
+            space.observe(roots, packed, accepted)
+        else:
+            history.observe(roots, packed, accepted)
+
     def whole() -> None:
-        tree = part("begin", lambda: scheduler.begin(roots, num_verify_tokens=rows))
+        tree, planner = part("begin", begin), space if owned else scheduler
         for _ in range(scheduler.max_depth):
             drafted = drafts(tree)
-            tree = part("grow", lambda tree=tree, drafted=drafted: scheduler.grow(tree, *drafted))
-        packed = part("select, pack", lambda: scheduler.pack(tree))
-        accepted = part("accept", lambda: echo.accept(packed, target))
-        part(
-            "compact",
-            lambda: compact(
-                packed, accepted, context, page_table=table, page_size=64, pad_slot_id=0
-            ),
-        )
-        part("observe", lambda: history.observe(roots, packed, accepted))
+            tree = part("grow", lambda tree=tree, drafted=drafted: planner.grow(tree, *drafted))
+        packed = part("select, pack", lambda: planner.pack(tree))
+        accepted = part("accept", lambda: (space if owned else echo).accept(packed, target))
+        to = {"page_table": table, "page_size": 64, "pad_slot_id": 0}
+        part("compact", lambda: (space if owned else echo).compact(packed, accepted, context, **to))
+        part("observe", lambda: observe(packed, accepted))
 
     whole()  # tables are copied to the device once
     counts.clear()
@@ -158,7 +163,7 @@ def main() -> None:
         "steps": {},
     }
     for name, scheduler in policies().items():
-        for backend in ("torch", "triton"):
+        for backend in ("torch", "triton", "workspace"):
             counts = step(scheduler, backend)
             totals = {part: sum(count.values()) for part, count in counts.items()}
             report["steps"].setdefault(name, {})[backend] = totals | {"all": sum(totals.values())}

@@ -223,8 +223,6 @@ class Workspace:
         n = self.num_verify_tokens if num_verify_tokens is None else num_verify_tokens
         n = checks.integer("num_verify_tokens", n, 1, self.num_verify_tokens)
         batch, depth, total = tree.batch, tree.depth, self._ends[tree.depth]
-        if depth:
-            self._num_layers.fill_(depth)
         each, nodes = (batch,), (batch, total)
         key = batch, min(total, n, tree.max_verify_tokens_per_req)
         shapes = {"place": nodes, "share": each, "counts": each, "key": key}
@@ -237,10 +235,12 @@ class Workspace:
             columns |= {name: x[:batch, :depth] for name, x in self._summaries.items()}
         out = replace(self.packed, indptr=self.packed.indptr[: batch + 1], **columns)
         step, summarizes = replace(tree, num_verify_tokens=n), bool(self._summaries and depth)
-        scratch = Scratch(**buffers)
+        scratch = Scratch(**buffers, num_layers=self._num_layers)
         packed = self.scheduler._pack(step, n, self._words, summarizes, out, scratch)
         if not depth:  # plain decoding
             return packed
+        if packed.num_layers is None:
+            self._num_layers.fill_(depth)
         whole: dict[str, Any] = {name: x[:batch] for name, x in self._summaries.items()}
         deepest = self.scheduler.max_depth
         return replace(packed, max_depth=deepest, num_layers=self._num_layers, **whole)

@@ -22,7 +22,11 @@ from echo.kernels.codes import Status
 from echo.tree.packed import PackedTree
 from echo.tree.supertree import DEAD_SCORE, Frontier, Layer, SuperTree, path_score, write_layer
 
-COLUMNS = ("tokens", "parent", "depth", "request", "indptr", "mask", "score", "node", "committed")
+COLUMNS = (
+    "tokens", "parent", "depth", "request", "indptr", "mask", "score", "node", "committed",
+    "status", "invalid",
+)  # fmt: skip
+"""Tensors of a packed step, in the order in which its kernel takes them."""
 DTYPES = {
     "tokens": torch.int64,
     "node": torch.int64,
@@ -43,6 +47,7 @@ class Scratch:
         key: int64 [B, most nodes selected of a request].
         cost: int32 [B, T], calibrated costs.
         gain: float32 [B, T], probabilities that are not calibrated.
+        num_layers: int32 [], how many layers were drafted.
     """
 
     place: Tensor
@@ -51,6 +56,7 @@ class Scratch:
     key: Tensor
     cost: Tensor
     gain: Tensor
+    num_layers: Tensor
 
 
 def begin(
@@ -305,9 +311,10 @@ def pack(
     columns = None if out is None else {name: getattr(out, name) for name in COLUMNS}
     if columns is not None and not all(column.is_contiguous() for column in columns.values()):
         columns = None
-    nodes = tree.column("token"), parent, score, committed
-    made = packing.pack(selected, *nodes, num_rows, words, sizes, out=columns)
-    packed = PackedTree(**made, status=tree.status, invalid=tree.invalid, max_depth=tree.depth)
+    nodes = tree.column("token"), parent, score, committed, tree.status, tree.invalid
+    layers = scratch.num_layers if scratch is not None and tree.depth else None
+    made = packing.pack(selected, *nodes, num_rows, words, sizes, layers, out=columns)
+    packed = PackedTree(**made, max_depth=tree.depth, num_layers=layers)
     if summarizes:
         gain = cost
         buffers: tuple[Tensor, Tensor] | None = None
@@ -329,7 +336,7 @@ def check(out: PackedTree, batch: int, num_rows: int, words: int, device: torch.
     checks.instance("out", out, PackedTree)
     requests, mask = [batch], [num_rows, words]
     shapes = {"indptr": [batch + 1], "mask": mask, "status": requests, "invalid": requests}
-    for name in (*COLUMNS, "status", "invalid"):
+    for name in COLUMNS:
         shape, dtype = shapes.get(name, [num_rows]), DTYPES.get(name, torch.int32)
         checks.tensor(f"out.{name}", getattr(out, name), shape, dtype, device)
 

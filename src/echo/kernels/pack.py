@@ -21,10 +21,10 @@ from echo.kernels.tiles import as_bytes
 
 @triton.jit(do_not_specialize=["batch", "count", "rows", "words", "token_row", "row"])
 def _pack(
-    place_at, share, token, parent, score, committed, counts,
+    place_at, share, token, parent, score, committed, status, invalid, counts,
     row_token, row_parent, row_depth, row_request, indptr, mask, row_score, row_node, row_committed,
-    batch, count, rows, words, token_row, row,
-    ENDS: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr,
+    new_status, new_invalid, layers_at, batch, count, rows, words, token_row, row,
+    ENDS: tl.constexpr, LAYERS: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """One request's rows; programs beyond the requests write a block of pad rows each."""
     b = tl.program_id(0).to(tl.int64)
@@ -39,6 +39,10 @@ def _pack(
         place = tl.cumsum(chosen.to(tl.int32), 0) - 1
         tl.store(indptr + b + 1, tl.minimum(first + tl.load(counts + b), rows).to(tl.int32))
         tl.store(indptr, 0, mask=b == 0)
+        if LAYERS:
+            tl.store(layers_at, len(ENDS) - 1, mask=b == 0)
+        tl.store(new_status + b, tl.load(status + b))
+        tl.store(new_invalid + b, tl.load(invalid + b))
         to, fits = first + place, chosen & (first + place < rows)
         depth, above = layout(lane, ENDS)
         up = above + tl.load(parent + at, mask=inside, other=0).to(tl.int32)
@@ -116,9 +120,12 @@ def pack(
     parent: Tensor,
     score: Tensor,
     committed: Tensor,
+    status: Tensor,
+    invalid: Tensor,
     num_rows: int,
     words: int,
     sizes: Sequence[int],
+    num_layers: Tensor | None = None,
     out: dict[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """The columns of :class:`echo.PackedTree`, by name: the selected nodes as ``num_rows`` rows.
@@ -127,9 +134,11 @@ def pack(
         chosen: what to pack.
         token, parent, score, committed: int64, int64, float32 and bool [B, T], of a tree; the last
             three of one row stride. A parent is an index into the nodes of the layer above.
+        status, invalid: int8 and int32 [B].
         num_rows: N.
         words: mask words of a row.
         sizes: nodes of each layer, together T.
+        num_layers: int32 [], where the number of drafted layers is written.
         out: columns to write to.
     """
     (batch, count), empty = chosen.place.shape, partial(torch.empty, device=token.device)
@@ -143,14 +152,19 @@ def pack(
         "score": empty(num_rows, dtype=torch.float32),
         "node": empty(num_rows, dtype=torch.int64),
         "committed": empty(num_rows, dtype=torch.bool),
+        "status": torch.empty_like(status),
+        "invalid": torch.empty_like(invalid),
     }
     block, _ = tiles.lanes(count)
     tiles.launch(
         _pack, (batch + -(-num_rows // block),),
-        chosen.place, chosen.share, token, parent, score, as_bytes(committed), chosen.counts,
+        chosen.place, chosen.share, token, parent, score, as_bytes(committed), status, invalid,
+        chosen.counts,
         *(as_bytes(column) if name == "committed" else column for name, column in new.items()),
+        invalid if num_layers is None else num_layers,
         batch, count, num_rows, words, token.stride(0), parent.stride(0),
-        ENDS=ends(sizes), BLOCK=block, GROUP=tiles.REQUESTS, num_warps=tiles.warps(block),
+        ENDS=ends(sizes), LAYERS=num_layers is not None, BLOCK=block, GROUP=tiles.REQUESTS,
+        num_warps=tiles.warps(block),
     )  # fmt: skip
     return new
 

@@ -291,7 +291,6 @@ def pack(
     batch, nodes, device = tree.batch, sum(tree.sizes), tree.status.device
     checks.tensor("selected", selected, [batch, nodes], torch.bool, device)
     n = checks.integer("num_rows", num_rows, 0)
-    state = {"status": tree.status, "invalid": tree.invalid}
     if batch and kernels.use_triton(selected):
         from echo.kernels import pack as kernel
         from echo.kernels import select
@@ -299,8 +298,9 @@ def pack(
         chosen, sizes = select.as_selected(selected), tree.sizes
         names = "token", "parent", "score", "committed"
         token, parent, score, committed = (tree.column(name) for name in names)
-        columns = kernel.pack(chosen, token, parent, score, committed, n, words, sizes)
-        return copy_into(out, PackedTree(**columns, **state, max_depth=tree.depth))
+        state = tree.status, tree.invalid
+        columns = kernel.pack(chosen, token, parent, score, committed, *state, n, words, sizes)
+        return copy_into(out, PackedTree(**columns, max_depth=tree.depth))
     forest, row = tree.forest, torch.arange(n, device=device)
     flat = [forest.token, forest.parent, forest.score, forest.committed]
     if not batch:  # an idle data-parallel rank: pads alone, of one node that is not selected
@@ -329,7 +329,8 @@ def pack(
         score=score.index_select(0, at).masked_fill_(pad, -torch.inf),
         node=found.masked_fill_(pad, -1),
         committed=committed.index_select(0, at) & ~pad,
-        **state,
+        status=tree.status,
+        invalid=tree.invalid,
         max_depth=tree.depth,
     )
     return copy_into(out, packed)
