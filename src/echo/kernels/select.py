@@ -20,8 +20,6 @@ from echo.kernels import codes, tiles
 from echo.kernels.grow import DEAD, NEVER
 from echo.kernels.tiles import as_bytes, by_rows
 
-BEYOND = tl.constexpr(1 << 62)
-"""A key above all others."""
 BINS, PER_NAT = tl.constexpr(codes.TABLE_BINS), tl.constexpr(float(codes.BINS_PER_NAT))
 LEVELS = tl.constexpr(128)
 """More than there are depths: cost * LEVELS + depth is one key, below 2^KEY_BITS."""
@@ -98,12 +96,12 @@ def _costs(cost, row, lane, there, SCORES: tl.constexpr):
 
 @triton.jit(do_not_specialize=["count", "limit", "total", "extra", "cost_row", "row"])
 def _rank(
-    cost, committed, verify_limits, num_committed, key, place,
+    cost, committed, verify_limits, num_committed, key, place, share,
     count, limit, total, extra, cost_row, row,
     SCORES: tl.constexpr, COMMITTED: tl.constexpr, ENDS: tl.constexpr, BLOCK: tl.constexpr,
     PIECE: tl.constexpr,
 ):  # fmt: skip
-    """One request's uncommitted nodes in order of cost, as many as it may have."""
+    """One request's uncommitted nodes in order of cost, as many as it may have: its ``share``."""
     b = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, BLOCK)
     inside = lane < count
@@ -126,49 +124,46 @@ def _rank(
     able = able & (mine < bound)
     depth, _ = layout(lane, ENDS)
     tl.store(key + b * limit + mine, own.to(tl.int64) * LEVELS + depth, mask=able)
-    beyond = tl.full([BLOCK], BEYOND, tl.int64)
-    tl.store(key + b * limit + lane, beyond, mask=(lane >= bound) & (lane < limit))
+    tl.store(share + b, tl.maximum(bound, 0).to(tl.int32))
     mine = tl.where(is_committed, -1, tl.where(able, mine, NO_PLACE))
     tl.store(place + b * count + lane, mine, mask=inside)
 
 
-@triton.jit
-def _below(key, r, there, limit, bound, steps):
-    """How many of each request's ascending keys are below each bound, in ``steps`` halvings."""
-    low = (r * 0 + bound * 0).to(tl.int32)
-    high = low + limit
-    for _ in range(steps):
-        middle = (low + high) // 2
-        own = tl.load(key + r * limit + middle, mask=there & (low < high), other=BEYOND)
-        less = own < bound
-        low, high = tl.where(less & (low < high), middle + 1, low), tl.where(less, high, middle)
-    return tl.where(there, low, 0)
-
-
-@triton.jit(do_not_specialize=["batch", "limit", "budget", "steps"])
+@triton.jit(do_not_specialize=["batch", "limit", "budget"])
 def _share(
-    key, num_remaining, num_committed, share, counts, batch, limit, budget, steps,
+    key, num_remaining, num_committed, share, counts, batch, limit, budget,
     COMMITTED: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr, DIGITS: tl.constexpr,
     ROUNDS: tl.constexpr,
 ):  # fmt: skip
     """How many nodes each request gets: those below the cutoff, then ties in order of requests.
 
-    The cutoff is found a few bits a round, from the top.
+    The cutoff is found a few bits a round, from the top. Each request's keys rise, and every round
+    narrows where among them the cutoff may lie: soon there is nothing left to read.
     """
     r = tl.arange(0, GROUP).to(tl.int64)
     there = r < batch
     goal = tl.minimum(tl.load(num_remaining), budget)
     cutoff = tl.zeros([], tl.int64)
     digit = (tl.arange(0, DIGITS) + (1 if BITS == 1 else 0)).to(tl.int64)  # of one bit, 1 alone
+    below, within = tl.zeros([GROUP], tl.int32), tl.load(share + r, mask=there, other=0)
     for turn in range(ROUNDS):
         shift = BITS * (ROUNDS - 1 - turn)
         raised = cutoff + (digit << shift)
-        below_raised = _below(key, r[:, None], there[:, None], limit, raised[None, :], steps)
-        fewer = tl.sum(below_raised, 0) < goal
+        low = below[:, None] + tl.zeros([1, DIGITS], tl.int32)
+        high = within[:, None] + tl.zeros([1, DIGITS], tl.int32)
+        longest = tl.max(within - below, 0)
+        while longest > 0:  # binary searches, all at once
+            middle, searches = (low + high) // 2, low < high
+            own = tl.load(key + r[:, None] * limit + middle, mask=searches, other=0)
+            less = searches & (own < raised[None, :])
+            high = tl.where(searches & (less == 0), middle, high)
+            low = tl.where(less, middle + 1, low)
+            longest = longest // 2
+        fewer = tl.sum(low, 0) < goal
+        below = tl.maximum(below, tl.max(tl.where(fewer[None, :], low, 0), 1))
+        within = tl.minimum(within, tl.min(tl.where(fewer[None, :], NO_PLACE, low), 1))
         cutoff += tl.sum((fewer & (digit > 0)).to(tl.int64), 0) << shift
-    below = _below(key, r, there, limit, cutoff, steps)
-    ties = _below(key, r, there, limit, cutoff + 1, steps) - below
-    rest = goal - tl.sum(below, 0)
+    ties, rest = within - below, goal - tl.sum(below, 0)
     before = tl.cumsum(ties, 0) - ties
     got = below + tl.minimum(tl.maximum(rest - before, 0), ties)
     tl.store(share + r, got.to(tl.int32), mask=there)
@@ -260,17 +255,17 @@ def select(
     bits = tiles.cutoff_bits(group)
     tiles.launch(
         _rank, (batch,),
-        cost, as_bytes(committed), verify_limits, own, new.key, new.place, count, limit, total,
-        extra, cost.stride(0), committed.stride(0), SCORES=cost.dtype == torch.float32,
-        COMMITTED=counted, ENDS=ends(sizes), BLOCK=block, PIECE=piece,
-        num_warps=tiles.warps(block),
+        cost, as_bytes(committed), verify_limits, own, new.key, new.place, new.share,
+        count, limit, total, extra, cost.stride(0), committed.stride(0),
+        SCORES=cost.dtype == torch.float32, COMMITTED=counted, ENDS=ends(sizes), BLOCK=block,
+        PIECE=piece, num_warps=tiles.warps(block),
     )  # fmt: skip
     tiles.launch(
         _share, (1,),
         new.key, num_remaining, own, new.share, new.counts, batch, limit, num_verify_tokens,
-        limit.bit_length(), COMMITTED=counted, GROUP=group, BITS=bits,
-        DIGITS=1 << bits if bits > 1 else 1, ROUNDS=-(-KEY_BITS // bits),
-        num_warps=max(1, min(32, (group << bits) // (256 if bits > 1 else 128))),
+        COMMITTED=counted, GROUP=group, BITS=bits, DIGITS=1 << bits if bits > 1 else 1,
+        ROUNDS=-(-KEY_BITS // bits),
+        num_warps=max(1, min(32, (group << bits) // 128)),
     )  # fmt: skip
     return new
 

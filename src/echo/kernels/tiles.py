@@ -76,7 +76,7 @@ def requests_at_once(batch: int) -> int:
 
 def cutoff_bits(group: int) -> int:
     """Bits of the cutoff found in a round of the search among so many requests."""
-    return max(1, min(4, (SEARCHES // group).bit_length() - 1))
+    return max(1, min(3, (SEARCHES // group).bit_length() - 1))
 
 
 def other_requests(block: int) -> int:
