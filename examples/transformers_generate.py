@@ -3,15 +3,16 @@
     python examples/transformers_generate.py --target LLM --draft SMALLER_LLM --prompt "Hi!"
     python examples/transformers_generate.py --target LLM --draft eagle.safetensors \\
         --policy throughput-optimal --prompts questions.txt
+    python examples/transformers_generate.py --target LLM --draft lookup --policy eagle --compare
 
-It stands on transformers' public interface: a `DynamicCache`, a 4-D attention mask, `position_ids`.
+It stands on transformers' public interface: cache layers, a 4-D attention mask, `position_ids`.
 The draft is a model with the same tokenizer, or a head as `examples/smollm2/train.py` makes them.
 Policies that need figures (echo, rank, throughput-optimal) warm up first, on the prompts. Every
 token is the target's own: greedy text is that of `generate`, and sampled text depends on the seed
 and the prompt's number, never on the policy.
 
-A batch is padded to its largest tree and its cache is copied in every pass (see
-`echo.layouts.hugging_face`): this shows the wiring. `examples/engine.py` is how an engine does it.
+A batch is padded to its largest tree, over a static cache (see `echo.layouts.hugging_face`).
+`examples/engine.py` is how an engine does it, with pages and without padding.
 
 B requests, W nodes of a frontier, k candidates of a node, R rows of a padded tree.
 """
@@ -31,7 +32,8 @@ from rich.live import Live
 from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, DynamicCache
+from transformers.cache_utils import CacheLayerMixin
 
 import echo
 from echo import kernels
@@ -39,63 +41,109 @@ from echo import kernels
 POLICIES = ("plain", "eagle", "ddd", "echo", "rank", "throughput-optimal")
 SMOLLM2 = Path(__file__).with_name("smollm2")
 BEAM = 4
+STEP = 256
+"""Columns of a step's rows, at least."""
+
+
+class StepLayer(CacheLayerMixin):
+    """One layer of a :class:`KVCache` for one forward pass: new rows lie from ``begin`` on."""
+
+    is_compileable, is_sliding = True, False
+
+    def __init__(self, keys: Tensor, values: Tensor, lanes: slice | Tensor, begin: int) -> None:
+        self.keys, self.values, self.lanes, self.begin = keys, values, lanes, begin
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):
+        end = self.begin + key_states.shape[2]
+        self.keys[self.lanes, :, self.begin : end] = key_states
+        self.values[self.lanes, :, self.begin : end] = value_states
+        return self.keys[self.lanes, :, :end], self.values[self.lanes, :, :end]
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None: ...
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.begin + query_length, 0
+
+    def get_seq_length(self) -> int:
+        return self.begin
+
+    def get_max_length(self) -> int:
+        return self.keys.shape[2]
 
 
 class KVCache:
-    """Keys and values of all requests between forward passes; a text begins at column 0."""
+    """Keys and values of all requests, static: texts in columns from 0, a pass's rows behind.
 
-    def __init__(self, max_num_reqs: int, length: int, device: torch.device) -> None:
-        self.length = length
-        self.prefix_lens = torch.zeros(max_num_reqs, dtype=torch.int64, device=device)
-        # [max_num_reqs, heads, length, dim] each, made when the first pass shows their shapes.
-        self.layers: list[tuple[Tensor, Tensor]] = []
+    Shapes depend on the number of requests and rows only, so a compiled model is compiled once for
+    each pair of them, and no pass copies a text.
+    """
 
-    def open(self, req_indices: Tensor) -> DynamicCache:
-        """A transformers cache of the requests, padded to the longest."""
-        past = int(self.prefix_lens[req_indices].max())
-        if not past:
-            return DynamicCache()
-        return DynamicCache(
-            [(k[req_indices, :, :past], v[req_indices, :, :past]) for k, v in self.layers]
+    def __init__(self, model, max_num_reqs: int, length: int) -> None:
+        config, self.length = model.config.get_text_config(), length
+        heads, size = config.num_key_value_heads, config.hidden_size // config.num_attention_heads
+        size = getattr(config, "head_dim", None) or size
+        shape = config.num_hidden_layers, 2, max_num_reqs, heads, length + max(length, STEP), size
+        self.kv = torch.zeros(shape, dtype=model.dtype, device=model.device)
+        self.prefix_lens = torch.zeros(max_num_reqs, dtype=torch.int64, device=model.device)
+
+    def run(
+        self, model, req_indices: Tensor, ids: Tensor, positions: Tensor, mask: Tensor,
+        begin: int = 0, **options,
+    ):  # fmt: skip
+        """Logits [B, R, V] of rows that lie behind ``begin`` others of this step.
+
+        A compiled model gets all lanes in every pass, so that their number never changes.
+        """
+        num_lanes, inputs = self.kv.shape[2], (ids, positions, mask)
+        every = req_indices.tolist() == list(range(num_lanes))
+        widened = is_compiled(model) and not every
+        if widened:
+            wide = lambda x: x.new_zeros(num_lanes, *x.shape[1:]).index_copy_(0, req_indices, x)
+            ids, positions, mask = map(wide, inputs)
+        lanes = slice(None) if every or widened else req_indices
+        layers = [StepLayer(*kv, lanes, self.length + begin) for kv in self.kv]
+        logits = model(
+            ids, position_ids=positions, attention_mask=mask,
+            past_key_values=Cache(layers=layers), **options,
+        ).logits  # fmt: skip
+        return logits[req_indices] if widened else logits
+
+    def visible(self, req_indices: Tensor, own: Tensor) -> Tensor:
+        """Mask [B, 1, R, columns] of rows that see their text and ``own`` bool [B, R, rows]."""
+        column = torch.arange(self.length, device=own.device)
+        text = (column < self.prefix_lens[req_indices][:, None])[:, None].expand(
+            -1, own.shape[1], -1
         )
+        mask = torch.zeros(*own.shape[:2], self.length + own.shape[2], device=own.device)
+        hidden = ~torch.cat([text, own], dim=2)
+        return mask.to(self.kv.dtype).masked_fill(hidden, torch.finfo(self.kv.dtype).min)[:, None]
 
-    def write(
-        self, req_indices: Tensor, cache: DynamicCache, source: Tensor, target: Tensor
-    ) -> None:
-        """Copies columns ``source`` of ``cache`` to columns ``target`` of the requests, [B, n]."""
-        for stored, layer in enumerate(cache.layers):
-            both = layer.keys, layer.values
-            if stored == len(self.layers):
-                sizes = lambda x: (len(self.prefix_lens), x.shape[1], self.length, x.shape[3])
-                self.layers.append(tuple(x.new_zeros(sizes(x)) for x in both))
-            batch = torch.arange(len(req_indices), device=req_indices.device)[:, None]
-            for whole, new in zip(self.layers[stored], both, strict=True):
-                whole[req_indices[:, None], :, target] = new[batch, :, source]
+    def move(self, req_indices: Tensor, source: Tensor, target: Tensor) -> None:
+        """Copies columns ``source`` [B, n] of the requests to columns ``target`` [B, n]."""
+        where = req_indices[:, None]
+        self.kv[:, :, where, :, target] = self.kv[:, :, where, :, source]
 
     def append(self, req_indices: Tensor, texts: Sequence[Tensor], model):
         """Runs ragged texts through the model in one pass; its logits are those after each text."""
         device = req_indices.device
         lengths = torch.tensor([len(text) for text in texts], device=device)
         ids = torch.nn.utils.rnn.pad_sequence(list(texts), batch_first=True)
-        cache, prefix_lens = self.open(req_indices), self.prefix_lens[req_indices][:, None]
-        past, column = cache.get_seq_length(), torch.arange(ids.shape[1], device=device)
-        prefix = torch.arange(past, device=device) < prefix_lens
+        column = torch.arange(ids.shape[1], device=device)
         causal = (column <= column[:, None]).expand(len(texts), -1, -1)
-        visible = torch.cat([prefix[:, None].expand(-1, len(column), -1), causal], dim=2)
-        output = model(
-            ids, position_ids=prefix_lens + column, attention_mask=additive(visible, model.dtype),
-            past_key_values=cache, logits_to_keep=(lengths - 1)[:, None],
-        )  # fmt: skip
+        prefix_lens = self.prefix_lens[req_indices][:, None]
+        mask, model = self.visible(req_indices, causal), getattr(model, "_orig_mod", model)
+        ends, positions = (lengths - 1)[:, None], prefix_lens + column
+        logits = self.run(model, req_indices, ids, positions, mask, logits_to_keep=ends)
         place = torch.minimum(column, lengths[:, None] - 1)  # padding copies the last column again
-        self.write(req_indices, cache, past + place, prefix_lens + place)
+        self.move(req_indices, self.length + place, prefix_lens + place)
         self.prefix_lens[req_indices] += lengths
-        return output
+        return logits
 
 
-def additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
-    """A 4-D mask [B, 1, R, columns] of bool [B, R, columns]: 0, or the least number where False."""
-    mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
-    return mask.masked_fill(~visible, torch.finfo(dtype).min)[:, None]
+def is_compiled(model) -> bool:
+    """Whether the model is one of ``torch.compile``."""
+    return hasattr(model, "_orig_mod")
 
 
 class Sampler:
@@ -139,17 +187,18 @@ class Target:
         self, model, sampler: Sampler, max_num_reqs: int, length: int, features: Sequence[int] = ()
     ) -> None:
         self.model, self.sampler = model, sampler
-        self.cache = KVCache(max_num_reqs, length, model.device)
+        self.cache = KVCache(model, max_num_reqs, length)
         self.outputs: dict[int, Tensor] = dict.fromkeys(features)
         self.hidden = torch.empty(0)
         for layer in features:
             hook = functools.partial(self._keep, layer)
-            model.get_decoder().layers[layer - 1].register_forward_hook(hook)
+            decoder = getattr(model, "_orig_mod", model).get_decoder()
+            decoder.layers[layer - 1].register_forward_hook(hook)
 
     def admit(self, req_indices: Tensor, prompts: Sequence[Tensor]) -> Tensor:
         self.cache.prefix_lens[req_indices] = 0
         self.sampler.admit(req_indices)
-        logits = self.cache.append(req_indices, prompts, self.model).logits[:, 0]
+        logits = self.cache.append(req_indices, prompts, self.model)[:, 0]
         if self.outputs:
             rows = zip(self._features(), prompts, strict=True)
             self.hidden = torch.cat([states[: len(prompt)] for states, prompt in rows])
@@ -157,15 +206,14 @@ class Target:
 
     def verify(self, req_indices: Tensor, packed: echo.PackedTree) -> Tensor:
         n, prefix_lens = int(packed.indptr.diff().max()), self.cache.prefix_lens[req_indices]
-        self.step = self.cache.open(req_indices)
-        self.past_len = self.step.get_seq_length()
+        if is_compiled(self.model):  # few shapes
+            n = 1 << (n - 1).bit_length()
         inputs = echo.layouts.hugging_face(
-            packed, n, prefix_lens, self.past_len, left_padded=False, dtype=self.model.dtype
+            packed, n, prefix_lens, self.cache.length, left_padded=False, dtype=self.model.dtype
         )
-        logits = self.model(
-            inputs.input_ids, position_ids=inputs.position_ids,
-            attention_mask=inputs.attention_mask, past_key_values=self.step,
-        ).logits  # fmt: skip
+        logits = self.cache.run(
+            self.model, req_indices, inputs.input_ids, inputs.position_ids, inputs.attention_mask
+        )
         positions = inputs.position_ids.flatten() + 1
         tokens = self.sampler(logits.flatten(0, 1), req_indices.repeat_interleave(n), positions)
         if self.outputs:
@@ -176,8 +224,8 @@ class Target:
         self, req_indices: Tensor, packed: echo.PackedTree, accepted: echo.tree.Accepted
     ) -> None:
         prefix_lens = self.cache.prefix_lens[req_indices]
-        moves = echo.compact(packed, accepted, prefix_lens, past_len=self.past_len)
-        self.cache.write(req_indices, self.step, moves.source, moves.target)
+        moves = echo.compact(packed, accepted, prefix_lens, past_len=self.cache.length)
+        self.cache.move(req_indices, moves.source, moves.target)
         self.cache.prefix_lens[req_indices] = moves.prefix_lens
 
     def _keep(self, layer: int, module, inputs, output) -> None:
@@ -197,41 +245,39 @@ class DraftModel:
     """
 
     def __init__(self, model, max_num_reqs: int, length: int, k: int = 4) -> None:
-        self.model, self.k, self.cache = model, k, KVCache(max_num_reqs, length, model.device)
+        self.model, self.k, self.cache = model, k, KVCache(model, max_num_reqs, length)
         self.unprocessed: dict[int, list[int]] = {}  # emitted, but not in the cache yet
-        self.step: DynamicCache | None = None  # of the layers drafted in this step
+        self.ancestors: Tensor | None = None  # of the frontier, among the step's nodes
 
     def admit(self, req_indices: Tensor, prompts: Sequence[Tensor], first: Tensor) -> None:
-        self.cache.prefix_lens[req_indices], self.step = 0, None
+        self.cache.prefix_lens[req_indices], self.ancestors = 0, None
         for index, prompt, token in zip(req_indices.tolist(), prompts, first.tolist(), strict=True):
             self.unprocessed[index] = [*prompt.tolist(), token]
 
     def extend(
         self, req_indices: Tensor, packed: echo.PackedTree, accepted: echo.tree.Accepted
     ) -> None:
-        self.step, rows = None, (req_indices, accepted.tokens, accepted.num_emitted)
+        self.ancestors, rows = None, (req_indices, accepted.tokens, accepted.num_emitted)
         for index, tokens, count in zip(*(x.tolist() for x in rows), strict=True):
             self.unprocessed.setdefault(index, []).extend(tokens[:count])
 
     def draft(self, req_indices: Tensor, frontier: echo.tree.Frontier) -> tuple[Tensor, Tensor]:
         batch, device = len(req_indices), req_indices.device
-        if self.step is None or frontier.depth == 0:  # the first layer may come from elsewhere
+        if self.ancestors is None or frontier.depth == 0:  # the first layer may come from elsewhere
             candidates = self._extend(req_indices, frontier.active.any(dim=1))
-            self.step = self.cache.open(req_indices)
             self.ancestors = torch.zeros(batch, 1, 0, dtype=torch.bool, device=device)
             if frontier.depth == 0:
                 return candidates
-        width, past = frontier.token.shape[1], self.step.get_seq_length() - self.ancestors.shape[2]
+        width, above = frontier.token.shape[1], self.ancestors.shape[2]
         itself = torch.eye(width, dtype=torch.bool, device=device).expand(batch, -1, -1)
         self.ancestors = torch.cat([frontier.inherit(self.ancestors), itself], dim=2)
-        prefix_lens = self.cache.prefix_lens[req_indices][:, None]
-        prefix = torch.arange(past, device=device) < prefix_lens
-        visible = torch.cat([prefix[:, None].expand(-1, width, -1), self.ancestors], dim=2)
-        output = self.model(
-            frontier.token, position_ids=(prefix_lens + frontier.depth - 1).expand(-1, width),
-            attention_mask=additive(visible, self.model.dtype), past_key_values=self.step,
-        )  # fmt: skip
-        return self._candidates(output.logits)
+        position = self.cache.prefix_lens[req_indices][:, None] + frontier.depth - 1
+        mask, positions = (
+            self.cache.visible(req_indices, self.ancestors),
+            position.expand(-1, width),
+        )
+        inputs = self.model, req_indices, frontier.token, positions, mask
+        return self._candidates(self.cache.run(*inputs, above))
 
     def _extend(self, req_indices: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
         """Draft extend, which gives the first layer; requests that do not draft wait."""
@@ -241,7 +287,7 @@ class DraftModel:
         if active.any():
             mine = req_indices[active]
             texts = [torch.tensor(self.unprocessed.pop(i), device=device) for i in mine.tolist()]
-            logits = self.cache.append(mine, texts, self.model).logits
+            logits = self.cache.append(mine, texts, self.model)
             tokens[active], log_probs[active] = self._candidates(logits)
         return tokens, log_probs
 
@@ -259,13 +305,15 @@ def load(folder: Path, dtype: str, device: str):
     return model.eval().to(device)
 
 
-def pair(model, draft: Path | None, sampler: Sampler, length: int, dtype: str = "float32"):
-    """The target and its drafter: a model's folder, a head's file, or None."""
+def pair(model, draft, sampler: Sampler, length: int):
+    """The target and its drafter: a model, "lookup", a head's file, or None."""
     sizes = len(sampler.uniform), length
     if draft is None:
         return Target(model, sampler, *sizes), None
-    if draft.is_dir():
-        return Target(model, sampler, *sizes), DraftModel(load(draft, dtype, model.device), *sizes)
+    if draft == "lookup":
+        return Target(model, sampler, *sizes), echo.PromptLookup(*sizes, device=model.device)
+    if not isinstance(draft, Path):
+        return Target(model, sampler, *sizes), DraftModel(draft, *sizes)
     sys.path.insert(0, str(SMOLLM2))
     from drafters import pooled
     from model import FEATURE_LAYERS
@@ -299,7 +347,7 @@ def measure(target: Target, bar: Progress) -> tuple:
     """Samples of the cost curve: seconds of a forward pass by its rows."""
     counts = (1, 2, 4, 8, 16, 32, 64)
     task, model = bar.add_task("cost curve", total=4 * len(counts)), target.model
-    layers = [(k[:1, :, :64], v[:1, :, :64]) for k, v in target.cache.layers]
+    layers = [(k[:1, :, :64], v[:1, :, :64]) for k, v in target.cache.kv]
 
     def step(rows: int) -> None:
         ids = torch.full((1, rows), 1, device=model.device)
@@ -355,15 +403,40 @@ def stream(steps, questions: Sequence[str], decode: Callable[[list[int]], str], 
     return answers, stats.read()
 
 
+def compare(model, assistant, prompts: Sequence[Tensor], new: int, console: Console) -> None:
+    """Prints what transformers' own ``generate`` does, a prompt at a time, plain and assisted.
+
+    ``assistant`` is a draft model; with none, it looks up n-grams in the prompt.
+    """
+    assisted = {"assistant_model": assistant} if assistant else {"prompt_lookup_num_tokens": 4}
+    for name, options in (("generate", {}), (f"generate, {next(iter(assisted))}", assisted)):
+        begin, total = time.perf_counter(), 0
+        for prompt in prompts:
+            ids = prompt[None]
+            row = model.generate(
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False,
+                **options,
+            )  # fmt: skip
+            total += row.shape[1] - len(prompt)
+        rate = total / (time.perf_counter() - begin)
+        console.print(f"{name}: {total} tokens, {rate:.1f} a second")
+
+
 def answer(args: argparse.Namespace, questions: Sequence[str]) -> list[list[int]]:
     """Loads, warms up, decodes and shows."""
     console, model = Console(), load(args.target, args.dtype, args.device)
     tokenizer = AutoTokenizer.from_pretrained(args.target)
-    prompts = encode(tokenizer, questions)
+    prompts, folder = encode(tokenizer, questions), args.draft and Path(args.draft)
     max_num_reqs = min(args.batch, len(prompts))
     length = max(map(len, prompts)) + max(args.new, 32) + args.depth + 1
     sampler = lambda: Sampler(max_num_reqs, length, args.temperature, args.seed)
-    target, drafter = pair(model, args.draft, sampler(), length, args.dtype)
+    assistant = load(folder, args.dtype, args.device) if folder and folder.is_dir() else None
+    draft, whole = args.draft if args.draft == "lookup" else folder, model
+    if args.compile:
+        torch._dynamo.config.recompile_limit = 64  # a step's shapes: rows, and layers of a draft
+        whole = torch.compile(model, fullgraph=True)
+        assistant = assistant and torch.compile(assistant, fullgraph=True)
+    target, drafter = pair(whole, draft if assistant is None else assistant, sampler(), length)
     with Progress(console=console, transient=True) as bar:
         scheduler = schedule(args.policy, target, drafter, prompts, args.rows, args.depth, bar)
     target.sampler = sampler()  # the warm-up has used numbers up
@@ -378,6 +451,8 @@ def answer(args: argparse.Namespace, questions: Sequence[str]) -> list[list[int]
     total, seconds = sum(map(len, answers)), time.perf_counter() - begin
     rates = f"{total / seconds:.1f} a second, {counts.tokens_per_step:.2f} a step"
     console.print(f"\n{args.policy}: {total} tokens, {rates}\n{counts}")
+    if args.compare:
+        compare(model, getattr(assistant, "_orig_mod", assistant), prompts, args.new, console)
     return answers
 
 
@@ -387,9 +462,7 @@ def main(arguments: Sequence[str] | None = None) -> list[list[int]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=text)
     add = parser.add_argument
     add("--target", type=Path, required=True, help="folder of a causal LM")
-    add(
-        "--draft", type=Path, help="a smaller one with the same tokenizer, or a head's .safetensors"
-    )
+    add("--draft", help="one with the same tokenizer, a head's .safetensors, or 'lookup'")
     add("--prompt", action="append", default=[])
     add("--prompts", type=Path, help="file with a prompt on each line")
     add("--policy", choices=POLICIES, default="echo")
@@ -401,6 +474,8 @@ def main(arguments: Sequence[str] | None = None) -> list[list[int]]:
     add("--seed", type=int, default=0)
     add("--dtype", default="float32")
     add("--device", default="cpu")
+    add("--compile", action="store_true", help="torch.compile the models, over static shapes")
+    add("--compare", action="store_true", help="with transformers' own generation, afterwards")
     args = parser.parse_args(arguments)
     if args.draft is None and args.policy != "plain":
         parser.error(f"--policy {args.policy} needs a --draft")

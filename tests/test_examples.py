@@ -91,6 +91,29 @@ def test_greedy_text_is_that_of_transformers(folders, texts, expected, policy, c
     assert f"{policy}:" in capsys.readouterr().out
 
 
+def test_compiled_models_write_the_same(folders, texts, expected, monkeypatch):
+    """Whole graphs over a static cache; requests come and go, the compiled batch stays as it is."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    assert generate(folders, texts, "eagle", "--batch", "4", "--compile") == expected
+    assert 2 <= len(graphs) <= 16
+
+
+@pytest.mark.parametrize("draft", ["lookup", None])
+def test_beside_transformers_own_generation(folders, texts, expected, draft, capsys):
+    more = ("--draft", draft) if draft else ()
+    assert generate(folders, texts, "eagle", "--compare", *more) == expected
+    own = sum(map(len, expected))
+    assisted = "prompt_lookup_num_tokens" if draft else "assistant_model"
+    printed = capsys.readouterr().out
+    assert f"generate: {own} tokens" in printed and f"generate, {assisted}: {own} tok" in printed
+
+
 @pytest.fixture(scope="module")
 def sampled(folders, prompts):
     """One token at a time, without a cache, each by inversion with its own number of the seed's."""
