@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from importlib import import_module
 from pathlib import Path
 
@@ -55,13 +56,13 @@ def test_a_plan_without_requests_and_one_deeper_than_eight(plugin):
     assert tree.depth == 12 and int(packed.depth.max()) == 12
 
 
-def test_admission_of_no_requests_and_of_no_drafts(plugin):
+def test_confidences_and_costs_of_no_requests_and_of_a_fixed_budget(plugin):
     module = plugin("vllm")
-    policy = module.scheduler(4)
-    none = torch.zeros(0, dtype=torch.int32)
-    for budget in (0, 5):
-        assert module.admit(policy, torch.ones(0, 4), none, budget).tolist() == []
-    sure, capacities = torch.full((2, 4), 0.9), torch.tensor([4, 2])
-    assert module.admit(policy, sure, capacities, 0).tolist() == [0, 0]
-    assert module.admit(policy, sure, capacities, 5).tolist() == [3, 2]
-    assert module.admit(policy, sure[:, :0], capacities, 5).tolist() == [0, 0]
+    fitted = echo.GlobalRank(1, CALIBRATION)
+    policy = dataclasses.replace(module.scheduler(4), rule=fitted, budget=6)
+    assert module.calibrated(policy, torch.ones(0, 4)).shape == (0, 4)
+    own = module.calibrated(policy, torch.tensor([[0.9, 0.8, 0.7, 0.6], [0.3, 0.0, 0.9, 0.9]]))
+    assert (own >= 0).all() and (own <= 1).all() and own[1, 1:].tolist() == [0, 0, 0]
+    draft, verify = module.cost_tables(policy, 0, ([1.0] * 3, [1.0] * 9))
+    assert draft.tolist() == [0, 0, 0]
+    assert verify.argmax() == 7 and (verify[:7] == 1).all()

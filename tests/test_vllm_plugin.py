@@ -3,8 +3,8 @@
     ECHO_PEERS=install pytest -m peers tests/test_vllm_plugin.py
 
 Real, from the wheel: ``create_custom_proposer``, ``GPUModelRunner._calc_spec_decode_metadata``,
-``rejection_sample`` with its greedy Triton kernel, ``RejectionSampler.parse_output``, the ranking
-of adaptive verification. Stand-ins: a toy target and the rows of a batch.
+``rejection_sample`` with its greedy Triton kernel, ``RejectionSampler.parse_output``, and
+``AdaptiveVerificationManager``. Stand-ins: a toy target and the rows of a batch.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from functools import partial
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -239,27 +240,69 @@ def test_our_chain_layout_is_its_step_metadata(engine, folder, seed):
     assert ours.logits_indices[: ends[-1]].tolist() == theirs.logits_indices.tolist()
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_our_ranking_in_its_adaptive_verification_admits_what_its_own_does(
-    engine, monkeypatch, seed
-):
+class Buffer:
+    """vLLM's pair of a host and a device tensor."""
+
+    def __init__(self, *shape, dtype, device):
+        self.gpu, self.cpu = torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype)
+        self.np = self.cpu.numpy()
+
+    def copy_to_cpu(self):
+        self.cpu.copy_(self.gpu)
+
+
+@pytest.fixture
+def manager(engine, monkeypatch):
+    """vLLM's ``AdaptiveVerificationManager`` itself, of eight requests, streams and events aside."""
     module = import_module("vllm.v1.worker.gpu.spec_decode.adaptive_verification")
-    monkeypatch.setattr(module, "_assign_draft_token_budget_compiled", None)
-    import_module("echo_vllm").register()
-    generator = torch.Generator().manual_seed(seed)
-    confidences, idx_mapping = (
-        torch.rand(9, DEPTH, generator=generator),
-        torch.randperm(9, generator=generator)[:6],
+    for name in ("Stream", "Event", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, mock.MagicMock())
+    monkeypatch.setattr(module, "CpuGpuBuffer", Buffer)
+    monkeypatch.setattr(
+        module, "async_tensor_h2d", lambda x, out: out.copy_(torch.from_numpy(x.copy()))
     )
-    capacities = torch.randint(0, DEPTH + 1, (6,), generator=generator).int()
-    for budget in range(1, int(capacities.sum())):
-        ours, theirs = capacities.clone(), capacities.clone()
-        module._assign_draft_token_budget_compiled(confidences, idx_mapping, ours, budget, DEPTH)
-        module._assign_draft_token_budget(confidences, idx_mapping, theirs, budget, DEPTH)
-        assert ours.tolist() == theirs.tolist() and int(ours.sum()) == budget
+    own = module._assign_draft_token_budget
+    monkeypatch.setattr(module, "_assign_draft_token_budget_compiled", own)
+    ones, names = np.ones(8, dtype=np.int32), [f"r{i}" for i in range(8)]
+    requests = SimpleNamespace(
+        num_speculative_steps=DEPTH, device=torch.device("cpu"), max_num_reqs=8,
+        max_num_batched_tokens=64, req_id_to_index={name: i for i, name in enumerate(names)},
+        num_computed_tokens_np=ones, prefill_len=SimpleNamespace(np=ones),
+    )  # fmt: skip
+    made = module.AdaptiveVerificationManager(requests, torch.zeros(9, dtype=torch.int32), 1, 64)
+    made.cost_tables = np.zeros(9), np.ones(65)
+    return made
 
 
-def test_a_calibration_changes_what_it_admits(engine, monkeypatch, tmp_path):
+def admitted(manager, confidences, drafts, slots):
+    """Drafts that each request in ``slots`` verifies, of so many that each has."""
+    names = [f"r{slot}" for slot in slots]
+    batch = SimpleNamespace(num_reqs=len(slots), idx_mapping=torch.tensor(slots).long())
+    for _ in range(2):  # the host reads what the step before the last published
+        manager.record_confidences(confidences.clone(), batch)
+    tokens = {name: 1 + n for name, n in zip(names, drafts, strict=True)}
+    listed = {name: [0] * n for name, n in zip(names, drafts, strict=True)}
+    total = manager.get_num_tokens(tokens, listed)
+    ends = manager.reallocate_drafts(names, batch.idx_mapping)[0]
+    counts = (ends.diff() - 1).tolist()
+    assert sum(counts) == total - len(slots) or not slots
+    return counts
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_without_figures_adaptive_verification_is_its_own(manager, seed):
+    generator = torch.Generator().manual_seed(seed)
+    slots = torch.randperm(8, generator=generator)[:6].tolist()
+    given = torch.rand(6, DEPTH, generator=generator)
+    drafts = torch.randint(0, DEPTH + 1, (6,), generator=generator).tolist()
+    manager.cost_tables = np.full(9, 0.5), np.linspace(1, 4, 65)
+    theirs = admitted(manager, given, drafts, slots)
+    import_module("echo_vllm").register()
+    assert admitted(manager, given, drafts, slots) == theirs
+    assert 0 < sum(theirs) < sum(drafts)
+
+
+def test_a_calibration_changes_what_it_admits(manager, monkeypatch, tmp_path):
     """A draft too sure of its second token: calibrated, the other request's first goes first."""
     rng, size = np.random.default_rng(0), 4000
     depth = rng.integers(1, 3, size)
@@ -268,16 +311,50 @@ def test_a_calibration_changes_what_it_admits(engine, monkeypatch, tmp_path):
         depth=depth, confidence=rng.random(size), accepted=rng.random(size) < truth
     )
     echo.calibrate(log).save(tmp_path / "calibration.json")
-    confidences, idx_mapping = torch.tensor([[0.9, 0.9], [0.4, 0.4]]), torch.arange(2)
-
-    def admitted():
-        capacities = torch.tensor([2, 2]).int()
-        plugin.register()
-        module._assign_draft_token_budget_compiled(confidences, idx_mapping, capacities, 2, 2)
-        return capacities.tolist()
-
-    module = import_module("vllm.v1.worker.gpu.spec_decode.adaptive_verification")
-    plugin = import_module("echo_vllm")
-    assert admitted() == [2, 0]
+    confidences = torch.tensor([[0.9, 0.9], [0.4, 0.4]])
+    confidences = torch.nn.functional.pad(confidences, (0, DEPTH - 2), value=0.1)
+    monkeypatch.setenv("ECHO_VERIFY_TOKENS", "4")
+    import_module("echo_vllm").register()
+    assert admitted(manager, confidences, [2, 2], [0, 1]) == [2, 0]
     monkeypatch.setenv("ECHO_CALIBRATION", str(tmp_path / "calibration.json"))
-    assert admitted() == [1, 1]
+    import_module("echo_vllm").register()
+    assert admitted(manager, confidences, [2, 2], [0, 1]) == [1, 1]
+
+
+def test_a_cost_model_sets_its_budget(manager, monkeypatch, tmp_path):
+    """Tokens that are free are all verified; where each costs a step, none is."""
+    given = torch.full((3, DEPTH), 0.8)
+    plugin, counts = import_module("echo_vllm"), []
+    for seconds in ((1.0, 1.0), (1.0, 64.0)):
+        (tmp_path / "cost.json").write_text(echo.CostModel((1, 64), seconds).to_json())
+        monkeypatch.setenv("ECHO_COST", str(tmp_path / "cost.json"))
+        plugin.register()
+        counts.append(admitted(manager, given, [DEPTH] * 3, [4, 0, 2]))
+    assert counts == [[DEPTH] * 3, [0] * 3]
+    draft, verify = plugin.cost_tables(plugin.scheduler(DEPTH), 3, manager.cost_tables)
+    assert len(draft) == 9 and len(verify) == 65 and verify[64] == 64e3
+
+
+def test_idle_and_empty_steps(manager, monkeypatch, tmp_path):
+    (tmp_path / "cost.json").write_text(echo.CostModel((1, 64), (1.0, 2.0)).to_json())
+    monkeypatch.setenv("ECHO_COST", str(tmp_path / "cost.json"))
+    import_module("echo_vllm").register()
+    assert admitted(manager, torch.zeros(0, DEPTH), [], []) == []
+    assert admitted(manager, torch.full((2, DEPTH), 0.5), [0, 0], [3, 1]) == [0, 0]
+
+
+def test_a_changed_signature_leaves_the_engine_as_it_was(manager, monkeypatch, caplog):
+    kind = type(manager)
+
+    def get_num_tokens(self, num_tokens_per_req, draft_tokens, lora=None):
+        return 0
+
+    monkeypatch.setattr(kind, "get_num_tokens", get_num_tokens)
+    before = kind.record_confidences
+    import_module("echo_vllm").register()
+    assert kind.record_confidences is before and kind.get_num_tokens is get_num_tokens
+    wanted = "expected (self, num_tokens_per_req, draft_tokens), got (self, num_tokens_per_req, dra"
+    assert f"get_num_tokens: {wanted}" in caplog.text
+    monkeypatch.delattr(kind, "record_confidences")
+    import_module("echo_vllm").register()
+    assert "input_batch), got None" in caplog.text

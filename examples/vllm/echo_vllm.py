@@ -5,8 +5,8 @@ Two ways in:
 - ``--speculative-config '{"method": "custom_class", "model": "echo_vllm.EchoProposer",
   "num_speculative_tokens": 8}'``: vLLM loads :class:`EchoProposer` and asks it for drafts after
   every step, lists of any length; an empty one is plain decoding.
-- With vLLM's drafters and ``"enable_adaptive_verification": true``, :func:`register` puts
-  :class:`echo.GlobalRank` in the place of its ranking.
+- With vLLM's drafters and ``"enable_adaptive_verification": true``, :func:`register` gives its
+  ranking and its budget calibrated confidences and our cost model.
 
 Environment, all optional; with none of them every draft is verified: ``ECHO_CALIBRATION`` and
 ``ECHO_COST``, JSON of an :class:`echo.Calibration` and an :class:`echo.CostModel`;
@@ -15,6 +15,9 @@ Environment, all optional; with none of them every draft is verified: ``ECHO_CAL
 
 from __future__ import annotations
 
+import functools
+import inspect
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import replace
@@ -129,43 +132,98 @@ class EchoProposer:
         return places.pop() if places else None
 
 
+EXPECTED = {
+    "record_confidences": "(self, confidence_probs, input_batch)",
+    "get_num_tokens": "(self, num_tokens_per_req, draft_tokens)",
+}
+"""Methods of vLLM 0.33.0's ``AdaptiveVerificationManager`` that are wrapped, all public."""
+
+
 def register() -> None:
-    """Entry point of ``vllm.general_plugins``: :func:`admit` ranks in adaptive verification."""
+    """Entry point of ``vllm.general_plugins``: our figures in its adaptive verification.
+
+    Confidences are calibrated as they enter, so that vLLM's choice of how many drafts a step
+    verifies and its ranking of which both read them; step costs are those of ``ECHO_COST``. Where
+    its methods have changed, the engine stays as it was, and the log says why.
+    """
     from vllm.v1.worker.gpu.spec_decode import adaptive_verification
 
+    manager = adaptive_verification.AdaptiveVerificationManager
+    changed = unsupported(manager)
+    if changed:
+        logging.getLogger("echo_vllm").error("vLLM stays as it is: %s", "; ".join(changed))
+        return
+    record, budget = map(inspect.unwrap, (manager.record_confidences, manager.get_num_tokens))
     policies: dict[int, echo.ElasticBudgetScheduler] = {}
 
-    def assign(
-        confidences: Tensor, idx_mapping: Tensor, capacities: Tensor, budget: int, steps: int
-    ) -> None:
-        if steps not in policies:
-            policies[steps] = scheduler(steps)
-        admitted = admit(policies[steps], confidences[idx_mapping], capacities, budget)
-        capacities.copy_(admitted)
+    @functools.wraps(record)
+    def record_confidences(self: Any, confidence_probs: Tensor, input_batch: Any) -> Any:
+        steps = confidence_probs.shape[1]
+        policy = policies.setdefault(steps, scheduler(steps))
+        return record(self, calibrated(policy, confidence_probs), input_batch)
 
-    adaptive_verification._assign_draft_token_budget_compiled = assign
+    @functools.wraps(budget)
+    def get_num_tokens(self: Any, num_tokens_per_req: Any, draft_tokens: Any) -> int:
+        steps = self.num_speculative_steps
+        policy = policies.setdefault(steps, scheduler(steps))
+        self.cost_tables = cost_tables(policy, len(num_tokens_per_req), self.cost_tables)
+        return budget(self, num_tokens_per_req, draft_tokens)
+
+    manager.record_confidences, manager.get_num_tokens = record_confidences, get_num_tokens
 
 
-def admit(
-    policy: echo.ElasticBudgetScheduler, confidences: Tensor, capacities: Tensor, budget: int
-) -> Tensor:
-    """Drafts that each request may verify: the batch's likeliest to be accepted. Sync-free.
+def unsupported(manager: Any) -> list[str]:
+    """What :func:`register` needs and ``manager`` does not have as expected."""
+    found = {name: getattr(manager, name, None) for name in EXPECTED}
+    got = {
+        name: None if method is None else f"({', '.join(inspect.signature(method).parameters)})"
+        for name, method in found.items()
+    }
+    return [
+        f"{name}: expected {wanted}, got {got[name]}"
+        for name, wanted in EXPECTED.items()
+        if got[name] != wanted
+    ]
+
+
+def calibrated(policy: echo.ElasticBudgetScheduler, confidences: Tensor) -> Tensor:
+    """Probabilities of each draft given those before it, as measured. Sync-free.
 
     Args:
-        policy: of chains, whose ranking and calibration count.
-        confidences: float32 [B, depth], the probability of each draft given those before it.
-        capacities: int [B], drafts that each request has.
-        budget: drafts of the whole batch.
-
-    Returns:
-        int64 [B].
+        policy: of chains, whose rule's calibration counts.
+        confidences: float32 [B, depth], as the drafter says.
     """
+    if getattr(policy.rule, "reliability", None) is None:
+        return confidences
     batch, depth = confidences.shape
-    roots, limits = confidences.new_zeros(batch, dtype=torch.int64), capacities.long() + 1
-    tree = policy.begin(roots, num_verify_tokens=max(1, batch + budget), verify_limits=limits)
+    roots = confidences.new_zeros(batch, dtype=torch.int64)
+    tree = policy.begin(roots, num_verify_tokens=max(1, batch * (depth + 1)))
     tokens = roots[:, None, None].expand(-1, depth, 1)
     tree = policy.grow_positions(tree, tokens, confidences.log()[..., None])
-    return policy.select(tree).sum(dim=1) - 1
+    path = policy.rule.acceptance_probability(tree)
+    return (path[:, 1:] / path[:, :-1]).nan_to_num(0.0).clamp(0.0, 1.0)
+
+
+def cost_tables(
+    policy: echo.ElasticBudgetScheduler, num_reqs: int, measured: tuple[Any, Any]
+) -> tuple[Any, Any]:
+    """Milliseconds of drafting by requests and of verifying by tokens, of this batch.
+
+    The cost model's; with a fixed budget no token beyond it pays; else those that vLLM measured.
+    """
+    draft, verify = measured
+    tokens = np.arange(1, len(verify))
+    if isinstance(policy.budget, echo.CostModel):
+        seconds = policy.budget(tokens, num_reqs=max(1, num_reqs))
+        each = [
+            policy.budget.draft_seconds(policy.max_depth, n) if n else 0.0
+            for n in range(len(draft))
+        ]
+        return 1e3 * np.array(each), 1e3 * np.concatenate([seconds[:1], seconds])
+    if policy.budget is not None:
+        wall = np.where(np.arange(len(verify)) > policy.budget, 1e12, 1.0)
+        return np.zeros(len(draft)), wall
+    return measured
 
 
 def scheduler(depth: int) -> echo.ElasticBudgetScheduler:
