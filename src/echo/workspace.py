@@ -197,7 +197,9 @@ class Workspace:
             out=self.tree(batch, 0),
         )
 
-    def grow(self, tree: SuperTree, tokens: Tensor, log_probs: Tensor) -> SuperTree:
+    def grow(
+        self, tree: SuperTree, tokens: Tensor, log_probs: Tensor, *, allowed: Tensor | None = None
+    ) -> SuperTree:
         """As :meth:`ElasticBudgetScheduler.grow`, with the workspace's k.
 
         Raises:
@@ -209,7 +211,7 @@ class Workspace:
             shape = [tree.batch, width, self._sizes[depth] // width]
             checks.tensor("tokens", tokens, shape, torch.int64, self.device)
         out = self.tree(tree.batch, min(depth, len(self._sizes) - 1))
-        return self.scheduler.grow(tree, tokens, log_probs, out=out)
+        return self.scheduler.grow(tree, tokens, log_probs, allowed=allowed, out=out)
 
     def pack(self, tree: SuperTree, num_verify_tokens: int | None = None) -> PackedTree:
         """As :meth:`ElasticBudgetScheduler.pack`; ``num_verify_tokens`` defaults to its maximum.
