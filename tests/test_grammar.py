@@ -173,7 +173,7 @@ class Constrained:
             trees = sampling.to_host(packed)
             self.bits = torch.zeros(packed.num_rows, self.words, dtype=torch.int32)
             sampling.fill_bitmask(trees, self.matchers, self.bits)
-            parents = sampling.parent_rows(packed)
+            parents = packed.parent_row
             drafts = (parents >= 0).nonzero()[:, 0]
             words = self.bits[parents[drafts], packed.tokens[drafts] // 32]
             self.forbidden += int((words >> packed.tokens[drafts] % 32 & 1 == 0).sum())

@@ -1,8 +1,8 @@
 """What a sampler needs so that every packed row is sampled as plain decoding would sample it.
 
 A row's token is the one that follows its path: the request's text up to the root, then the drafts
-from the root's child down to the row. :func:`ancestors` lists the path; penalties, masks and states
-are gathers of it. All sync-free, but for :func:`fill_bitmask`, which is the host's part.
+from the root's child down to the row. :meth:`PackedTree.ancestors` lists the path; penalties, masks
+and states are gathers of it. All sync-free, but for :func:`fill_bitmask`, which is the host's part.
 
 B requests, N rows, D the deepest layer, T nodes of a request's super-tree, V tokens.
 """
@@ -24,62 +24,13 @@ from echo.tree.packed import PackedTree
 __all__ = [
     "HostTrees",
     "Matcher",
-    "ancestors",
     "by_node",
     "by_request",
     "fill_bitmask",
     "lora_segments",
-    "parent_rows",
     "path_tokens",
     "to_host",
 ]
-
-
-def parent_rows(packed: PackedTree) -> Tensor:
-    """int64 [N]: each row's parent as a row of the step; -1 for roots and pad rows.
-
-    Args:
-        packed: the step.
-
-    Example:
-        >>> from echo.tree import SuperTree, pack
-        >>> tree = SuperTree.from_paths(torch.tensor([7, 9]), [[[1, 2]], [[3]]])
-        >>> packed = pack(tree, tree.score > -torch.inf, num_rows=6, words=1)
-        >>> parent_rows(packed).tolist()  # rows 7, 1, 2; 9, 3; a pad
-        [-1, 0, 1, -1, 3, -1]
-    """
-    first = packed.indptr.index_select(0, packed.request)
-    return torch.where(packed.parent < 0, -1, packed.parent + first).long()
-
-
-def ancestors(packed: PackedTree, *, out: Tensor | None = None) -> Tensor:
-    """int64 [N, D + 1]: the rows on each row's path, by depth, root first and the row itself last.
-
-    -1 beyond the row's depth, and on pad rows.
-
-    Args:
-        packed: the step.
-        out: persistent buffer.
-
-    Raises:
-        EchoError: a buffer that does not fit.
-
-    Example:
-        >>> from echo.tree import SuperTree, pack
-        >>> tree = SuperTree.from_paths(torch.tensor([7]), [[[1, 2], [3]]])
-        >>> packed = pack(tree, tree.score > -torch.inf, num_rows=4, words=1)
-        >>> ancestors(packed).tolist()  # rows 7, 1, 3, 2
-        [[0, -1, -1], [0, 1, -1], [0, 2, -1], [0, 1, 3]]
-    """
-    n, device = packed.num_rows, packed.tokens.device
-    row, up = torch.arange(n, device=device), F.pad(parent_rows(packed), (0, 1), value=-1)
-    above = [torch.where(packed.request < packed.batch, row, -1)]
-    for _ in range(packed.max_depth):
-        above.append(up[above[-1]])  # -1, none, reads the pad, which is none too
-    depth = torch.arange(packed.max_depth + 1, device=device)
-    back = packed.depth[:, None] - depth
-    path = torch.stack(above, dim=1).gather(1, back.clamp(min=0))
-    return copy_into(out, path.masked_fill(back < 0, -1))
 
 
 def path_tokens(packed: PackedTree, *, out: Tensor | None = None) -> Tensor:
@@ -106,7 +57,7 @@ def path_tokens(packed: PackedTree, *, out: Tensor | None = None) -> Tensor:
         >>> counts.scatter_add_(1, drafts.clamp(min=0), (drafts >= 0).long()).tolist()
         [[1, 0, 0], [1, 1, 0], [1, 0, 1], [1, 2, 0]]
     """
-    path = ancestors(packed)[:, 1:]
+    path = packed.ancestors()[:, 1:]
     tokens = F.pad(packed.tokens, (0, 1), value=-1)
     return copy_into(out, tokens[path])
 
