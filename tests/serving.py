@@ -42,8 +42,8 @@ def plain(
 class Server:
     """Speculative decoding of ``prompts``, all at once.
 
-    ``sample(packed, logits)`` gives int64 [N]; hooks may be replaced: ``attend``, ``allow``,
-    ``slots_of``.
+    ``sample(packed, logits)`` gives int64 [N]. Hooks may be replaced: ``attend``, ``allow``,
+    ``slots_of``; ``live`` are the requests that run.
     """
 
     def __init__(self, model, prompts, scheduler, sample, *, k=4, window=None, first=None):
@@ -59,7 +59,7 @@ class Server:
                 token = first(b, full(model, prompt, window))
             roots.append(token)
         self.root_tokens = torch.tensor(roots)
-        self.texts = [[token] for token in roots]
+        self.texts, self.live = [[token] for token in roots], torch.ones(batch, dtype=torch.bool)
         self.pages = {"page_table": model.page_table, "page_size": tiny.PAGE, "pad_slot_id": 0}
         self.allow: Callable[..., Tensor | None] = lambda tree, tokens: None
         self.slots_of: Callable[[echo.PackedTree], Tensor] = lambda packed: packed.slot_mapping(
@@ -78,7 +78,7 @@ class Server:
         return kernels.tree_attention(q, keys, values, *prefix, *tree, **args, backend="torch")[0]
 
     def draft(self) -> echo.SuperTree:
-        tree = self.scheduler.begin(self.root_tokens)
+        tree = self.scheduler.begin(self.root_tokens, live=self.live)
         state = self.drafter.state[self.ids][:, None]
         for _ in range(self.scheduler.max_depth):
             tokens, log_probs, state = self.drafter(tree.frontier.token, state)
@@ -113,10 +113,9 @@ class Server:
         return moves
 
     def run(self, count: int) -> int:
-        """Steps until every answer has ``count`` tokens."""
-        steps = 0
+        """Until every answer has ``count`` tokens; drafts that were accepted."""
+        accepted = 0
         while min(map(len, self.texts)) < count:
-            self.step()
-            steps += 1
+            accepted += int(self.step()[1].num_accepted_drafts.sum())
         self.texts = [text[:count] for text in self.texts]
-        return steps
+        return accepted

@@ -139,15 +139,15 @@ def serve(model, params, *, drafts=True, graphs=None):
 
     first = lambda b, logits: draw(params, b, logits, PROMPTS[b], [])
     server = Server(model, PROMPTS, SCHEDULER, rows, first=first)
-    steps = server.run(COUNT)
-    return server.texts, steps
+    accepted = server.run(COUNT)
+    return server.texts, accepted
 
 
 def test_penalties_bias_min_p_and_seeds_are_lossless(sampled):
     model, params, expected = sampled
-    texts, steps = serve(model, params)
+    texts, accepted = serve(model, params)
     assert texts == expected
-    assert steps < COUNT - 1
+    assert accepted > 5
     assert texts != [model.greedy(torch.tensor(prompt), COUNT) for prompt in PROMPTS]
 
 

@@ -85,7 +85,7 @@ def refuse_shared(
 
 
 def as_cached(values: Tensor, dtype: torch.dtype, scale: Tensor | None = None) -> Tensor:
-    """Keys or values as they will be read back from a cache of ``dtype``.
+    """Keys or values as they will be read back from a cache of ``dtype``, saturated as on GPUs.
 
     Plain decoding reads its own row from the cache, in the cache's precision. Drafts that are kept
     beside an 8-bit cache (``tree_key``, ``tree_value`` of :func:`echo.kernels.tree_attention`) must
@@ -109,7 +109,8 @@ def as_cached(values: Tensor, dtype: torch.dtype, scale: Tensor | None = None) -
     heads = checks.tensor("values", values, ["N", "Hkv", "D"], checks.FLOATS).shape[1]
     if not dtype.is_floating_point:
         raise EchoError(f"dtype: expected a float dtype, got {dtype}")
-    if scale is None:
-        return values.to(dtype).to(values.dtype)
-    factor = checks.tensor("scale", scale, [heads], torch.float32, values.device)[:, None]
-    return ((values.float() / factor).to(dtype).float() * factor).to(values.dtype)
+    bound, factor = torch.finfo(dtype).max, torch.ones((), device=values.device)
+    if scale is not None:
+        factor = checks.tensor("scale", scale, [heads], torch.float32, values.device)[:, None]
+    stored = (values.float() / factor).clamp(-bound, bound).to(dtype)
+    return (stored.float() * factor).to(values.dtype)

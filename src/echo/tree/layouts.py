@@ -18,9 +18,12 @@ FlashInfer XQA          :func:`flashinfer_xqa`,             ragged; a view, noth
 TensorRT-LLM            :func:`tensorrt_llm`,               uniform; 16 + 4 * ceil(n / 32) bytes a
                         ``from_tensorrt_llm``               row
 vLLM ``qq_bias``        :func:`qq_bias`, ``from_qq_bias``   one tree a batch; 4 * N bytes a row
+MLA kernels             :func:`mla`                         ragged, chains only; 8 bytes a request
 Hugging Face            :func:`hugging_face`,               uniform; past + n entries a row
                         ``from_hugging_face``
 ======================  ==================================  =====================================
+
+:func:`mix` makes a step of trees and prefill that every exporter and kernel reads.
 """
 
 from __future__ import annotations
@@ -33,7 +36,9 @@ from torch import Tensor
 
 from echo import _checks as checks
 from echo._checks import EchoError, copy_into
+from echo.kernels.codes import Status
 from echo.tree.packed import WORD, PackedTree, unpack_bits
+from echo.tree.supertree import SuperTree
 from echo.tree.uniform import (
     HuggingFaceInputs,
     SGLangLinks,
@@ -49,12 +54,15 @@ __all__ = [
     "Chains",
     "FlashInferMask",
     "HuggingFaceInputs",
+    "MLAChains",
     "SGLangLinks",
     "TensorRTLinks",
     "chains",
     "flashinfer",
     "flashinfer_xqa",
     "hugging_face",
+    "mix",
+    "mla",
     "qq_bias",
     "sglang",
     "sglang_mask",
@@ -237,6 +245,123 @@ def flashinfer_xqa(packed: PackedTree) -> Tensor:
     Source: the XQA kernels of flashinfer-python 0.7.2.post1, on a little-endian machine.
     """
     return packed.mask.view(torch.uint16)
+
+
+@dataclass(frozen=True)
+class MLAChains:
+    """Rows of chains behind their prefixes, causal from the end, as MLA kernels read them.
+
+    Attributes:
+        qo_indptr: int32 [B + 1].
+        kv_lens: int32 [B], prefix + rows of each request; 0: no request.
+    """
+
+    qo_indptr: Tensor
+    kv_lens: Tensor
+
+
+def mla(
+    packed: PackedTree, tree: SuperTree, prefix_lens: Tensor, *, out: MLAChains | None = None
+) -> MLAChains:
+    """Chains for multi-head latent attention, whose kernels have causal masks and no others.
+
+    The packed rows are the kernel's as they are, their latents written to
+    :meth:`PackedTree.slot_mapping`. Draft with one candidate a layer: ``beam`` 1 and k = 1.
+
+    Args:
+        packed: the step.
+        tree: what it was packed from: its shapes say whether it can branch.
+        prefix_lens: int32 or int64 [B], tokens in each request's cache before this step.
+        out: persistent buffers.
+
+    Raises:
+        EchoError: a tree with more than one candidate in a layer, or lengths that do not fit.
+
+    Source: ``qo_indptr`` and ``kv_len_arr`` of ``BatchMLAPagedAttentionWrapper.plan(causal=True)``
+    of flashinfer-python 0.7.2.post1.
+
+    Example:
+        >>> from echo.tree import SuperTree, pack
+        >>> tree = SuperTree.from_paths(torch.tensor([7, 9]), [[[1, 2]], [[3]]])
+        >>> packed = pack(tree, tree.score > -torch.inf, num_rows=6, words=1)
+        >>> mla(packed, tree, torch.tensor([10, 20])).kv_lens.tolist()
+        [13, 22]
+    """
+    if max(checks.instance("tree", tree, SuperTree).sizes) > 1:
+        expected = "a chain, one candidate a layer: MLA kernels verify no trees"
+        raise EchoError(f"tree: expected {expected}, got layers of {tree.sizes}")
+    checks.tensor("prefix_lens", prefix_lens, [packed.batch], checks.INTEGERS, packed.tokens.device)
+    lens = packed.indptr.diff()
+    kv_lens = torch.where(lens > 0, prefix_lens + lens, 0).int()
+    return copy_into(out, MLAChains(packed.indptr, kv_lens))
+
+
+def mix(packed: PackedTree, tokens: Tensor, indptr: Tensor, max_segment_len: int) -> PackedTree:
+    """The step with causal segments behind its trees: chunks of prefill, requests without drafts.
+
+    One pass of B + S requests and N + M rows; pads last. ``prefix_lens`` and ``page_table`` get S
+    more entries, tokens that stand before each segment included. The trees' rows stay the first:
+    ``accept``, ``compact`` and ``observe`` take ``packed`` itself and the first N sampled tokens. A
+    segment's next token is sampled in row ``mixed.indptr[B + 1 :] - 1``. M counts as
+    ``num_other_tokens`` of :meth:`ElasticBudgetScheduler.choose_tier`.
+
+    A longer chunk is several segments of one request, one after another, each with the former ones
+    in its prefix: where keys are written to pages before a layer attends, as prefill does.
+
+    Args:
+        packed: the step.
+        tokens: int64 [M], of all segments one after another; what is beyond the last is a pad.
+        indptr: int32 [S + 1], where each segment begins, from 0.
+        max_segment_len: rows of the longest segment; widens the masks to a bit each.
+
+    Raises:
+        EchoError: shapes or dtypes that do not fit, or a length below 1.
+
+    Example:
+        >>> from echo.tree import SuperTree, pack
+        >>> tree = SuperTree.from_paths(torch.tensor([7]), [[[1, 2], [3]]])
+        >>> packed = pack(tree, tree.score > -torch.inf, num_rows=5, words=1)
+        >>> mixed = mix(packed, torch.tensor([40, 41, 42]), torch.tensor([0, 2, 3]).int(), 2)
+        >>> mixed.tokens.tolist(), mixed.indptr.tolist()
+        ([7, 1, 3, 2, 40, 41, 42, 0], [0, 4, 6, 7])
+    """
+    n, batch, device = packed.num_rows, packed.batch, packed.tokens.device
+    m = checks.tensor("tokens", tokens, ["M"], torch.int64, device).shape[0]
+    count = checks.tensor("indptr", indptr, ["S + 1"], torch.int32, device).shape[0] - 1
+    longest = checks.integer("max_segment_len", max_segment_len, 1)
+    row = torch.arange(n + m, device=device)
+    behind = row - packed.indptr[-1]  # place among the segments' rows
+    segment = torch.searchsorted(indptr[1:].long(), behind, right=True)
+    trees, filled = behind < 0, segment < count
+    local = behind - indptr.index_select(0, segment)
+
+    def join(own: Tensor, new: Tensor | float, pad: float) -> Tensor:
+        if not isinstance(new, Tensor):
+            new = own.new_full((n + m,), new)
+        own = F.pad(own, (0, m))
+        return torch.where(trees, own, new.to(own.dtype).masked_fill(~filled, pad))
+
+    words = max(packed.mask.shape[1], -(-longest // WORD))
+    begin = torch.arange(0, WORD * words, WORD, device=device)
+    seen = torch.where(filled, local, 0)[:, None] + 1 - begin
+    causal = ((1 << seen.clamp(0, WORD)) - 1).int()
+    mask = F.pad(packed.mask, (0, words - packed.mask.shape[1], 0, m))
+    own = F.pad(tokens, (0, n)) if m else packed.tokens.new_zeros(n)
+    status = packed.status.new_full((count,), int(Status.FINISHED))
+    return PackedTree(
+        tokens=join(packed.tokens, own.index_select(0, behind.clamp(min=0)), 0),
+        parent=join(packed.parent, local - 1, -1),
+        depth=join(packed.depth, local, 0),
+        request=join(packed.request, segment + batch, batch + count),
+        indptr=torch.cat([packed.indptr, packed.indptr[-1] + indptr[1:]]),
+        mask=torch.where(trees[:, None], mask, causal),
+        score=join(packed.score, 0.0, -torch.inf),
+        node=join(packed.node, -1, -1),
+        committed=join(packed.committed, 1, 0),
+        status=torch.cat([packed.status, status]),
+        invalid=F.pad(packed.invalid, (0, count)),
+        max_depth=max(packed.max_depth, longest - 1),
+    )
 
 
 def _clear_entries(hidden: Tensor, entry: Tensor, size: int, width: int) -> Tensor:

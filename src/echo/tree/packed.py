@@ -6,7 +6,7 @@ B requests, N rows, W mask words of a row, T nodes of a request's super-tree.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -132,6 +132,27 @@ class PackedTree:
         back = self.depth[:, None] - torch.arange(len(above), device=row.device)
         path = torch.stack(above, dim=1).gather(1, back.clamp(min=0))
         return copy_into(out, path.masked_fill(back < 0, -1))
+
+    def windowed(self, size: int) -> PackedTree:
+        """The step as layers of a sliding window see it: a row and its ``size - 1`` last ancestors.
+
+        A position is a depth, not a row: siblings share one. For kernels that read masks of the
+        rows; of the prefix a row sees positions above ``positions(prefix_lens) - size``.
+        :func:`echo.kernels.tree_attention` does both (``window=size, depth=packed.depth``).
+
+        Raises:
+            EchoError: a size below 1.
+
+        Example:
+            >>> tree = SuperTree.from_paths(torch.tensor([7]), [[[1, 2], [3]]])
+            >>> packed = pack(tree, tree.score > -torch.inf, num_rows=4, words=1)
+            >>> packed.windowed(2).visible()[:, :4].int().tolist()  # of 7, 1, 3, 2
+            [[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [0, 1, 0, 1]]
+        """
+        far = self.depth[:, None] - checks.integer("size", size, 1)
+        row = self.ancestors().gather(1, far.clamp(min=0).long())[:, 0]
+        hidden = self.mask.index_select(0, row.clamp(min=0))  # that ancestor and all above it
+        return replace(self, mask=torch.where(far < 0, self.mask, self.mask & ~hidden))
 
     def positions(self, prefix_lens: Tensor) -> Tensor:
         """Positions int64 [N]: prefix_lens + depth; 0 on pad rows.

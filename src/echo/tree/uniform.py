@@ -187,6 +187,7 @@ def hugging_face(
     past_len: int,
     *,
     left_padded: bool | None = None,
+    window: int | None = None,
     dtype: torch.dtype = torch.bool,
     out: HuggingFaceInputs | None = None,
 ) -> HuggingFaceInputs:
@@ -205,6 +206,8 @@ def hugging_face(
             cache end together, which they cannot once requests accept different numbers of drafts.
             Move them to entry 0 after prefill: ``keys.gather(2, index)``, where ``index`` is
             ``(arange(past_len) + past_len - prefix_lens[:, None]).clamp(max=past_len - 1)``.
+        window: positions that a layer of a sliding window sees, the row's own included, for its
+            entry of transformers' masks by kind of layer. Defaults to all.
         dtype: of the mask: bool, or a float type.
         out: persistent buffers.
 
@@ -213,6 +216,8 @@ def hugging_face(
 
     Source: 4-D masks of transformers 5.23.0.
     """
+    if window is not None:
+        packed = checks.instance("packed", packed, PackedTree).windowed(window)
     grid = _Grid(packed, max_verify_tokens_per_req)
     prefix, past_len = grid.prefix(prefix_lens), checks.integer("past_len", past_len, 0)
     if left_padded or (left_padded is None and packed.batch > 1):
@@ -228,6 +233,8 @@ def hugging_face(
     inputs = copy_into(out, HuggingFaceInputs(ids, depth + prefix, mask))
     column = torch.arange(past_len, dtype=torch.int32, device=device)
     past = (column < prefix.int())[:, None, None]
+    if window is not None:
+        past = past & (column > (inputs.position_ids - window)[:, None, :, None])
     for part, seen in (
         (mask[..., :past_len], past),
         (mask[..., past_len:], grid.square()[:, None]),
