@@ -51,7 +51,7 @@ class Workspace:
         k: candidates that the drafter returns for each node: one number, or one for each depth.
         num_verify_tokens: maximum of a step, roots included.
         max_num_reqs: requests of the history. Defaults to ``lanes``.
-        device: of the buffers.
+        device: of the buffers; "meta" for their ``nbytes`` alone.
         packed: another workspace's ``packed``, of as many rows and mask words, to pack into, so
             that one target's graphs serve several policies.
 
@@ -153,9 +153,12 @@ class Workspace:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all buffers, the history's included."""
-        seen = {t.data_ptr(): t.nbytes for t in _tensors(list(vars(self).values()))}
-        return sum(seen.values())
+        """Bytes of all buffers, the history's included.
+
+        On device "meta" nothing is allocated: what a tier will take, before it does.
+        """
+        storages = [t.untyped_storage() for t in _tensors(list(vars(self).values()))]
+        return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
 
     def set_num_verify_tokens(self, num_verify_tokens: int) -> None:
         """Set the next step's budget, outside of the captured graphs: the draft graph reads it.
