@@ -216,8 +216,15 @@ class Workspace:
         out = self.tree(tree.batch, min(depth, len(self._sizes) - 1))
         return self.scheduler.grow(tree, tokens, log_probs, allowed=allowed, out=out)
 
-    def pack(self, tree: SuperTree, num_verify_tokens: int | None = None) -> PackedTree:
-        """As :meth:`ElasticBudgetScheduler.pack`; ``num_verify_tokens`` defaults to its maximum.
+    def pack(
+        self,
+        tree: SuperTree,
+        num_verify_tokens: int | None = None,
+        *,
+        sync: Callable[[Tensor], Tensor] | None = None,
+    ) -> PackedTree:
+        """As :meth:`ElasticBudgetScheduler.pack`; ``num_verify_tokens`` defaults to its maximum,
+        and ``sync`` is captured with it.
 
         If a layer was drafted, ``max_depth`` of the result is the scheduler's, and ``num_layers``
         says on the device how many were, so that one graph serves acceptance at every depth.
@@ -244,11 +251,12 @@ class Workspace:
         step, summarizes = replace(tree, num_verify_tokens=n), bool(self._summaries and depth)
         scratch = Scratch(**buffers)
         packed = self.scheduler._pack(step, n, self._words, summarizes, out, scratch)
-        if not depth:  # plain decoding
+        if not depth:  # plain decoding: the roots, on every rank
             return packed
         whole: dict[str, Any] = {name: x[:batch] for name, x in self._summaries.items()}
         deepest = self.scheduler.max_depth
-        return replace(packed, max_depth=deepest, num_layers=self._num_layers, **whole)
+        packed = replace(packed, max_depth=deepest, num_layers=self._num_layers, **whole)
+        return packed if sync is None else packed.agree(sync, packed)
 
     def accept(
         self, packed: PackedTree, target_tokens: Tensor | None = None, **options: Any

@@ -384,8 +384,7 @@ class ElasticBudgetScheduler:
         Args:
             tree: after the last :meth:`grow`.
             num_verify_tokens: N, at least that of :meth:`begin`; beyond it, pads. Defaults to it.
-            sync: gets this rank's step as one int32 tensor and returns the one that all ranks
-                follow (a broadcast).
+            sync: as in :meth:`PackedTree.agree`: a broadcast of one int32 tensor.
             out: a step of the same shapes (persistent buffers), whose tensors are written and
                 returned.
 
@@ -400,13 +399,7 @@ class ElasticBudgetScheduler:
         words = -(-self.max_verify_tokens_per_req // WORD)
         summarizes = isinstance(self.budget, CostModel) and tree.depth > 0
         packed = self._pack(tree, count, words, summarizes, out if sync is None else None, None)
-        if sync is None:
-            return packed
-        buffer, depth = sync(packed.to_buffer()), tree.depth
-        followed = PackedTree.from_buffer(
-            buffer, batch=tree.batch, num_rows=count, words=words, max_depth=depth
-        )
-        return copy_into(out, followed)
+        return packed if sync is None else packed.agree(sync, out)
 
     def _pack(
         self,

@@ -247,6 +247,22 @@ class PackedTree:
             expected=floats[0].view(batch, max_depth) if more else None,
         )
 
+    def agree(self, sync: Callable[[Tensor], Tensor], out: PackedTree | None = None) -> PackedTree:
+        """The step that all ranks follow, if each calls this with its own.
+
+        Args:
+            sync: gets :meth:`to_buffer` and returns the buffer that all ranks follow, such as
+                rank 0's, broadcast. It may be part of a CUDA graph, as NCCL's is.
+            out: buffers of the same shapes, also this step's own, written to and returned.
+
+        Raises:
+            EchoError: a buffer of another length or dtype.
+        """
+        sizes = {"batch": self.batch, "num_rows": self.num_rows, "words": self.mask.shape[1]}
+        buffer = sync(self.to_buffer())
+        followed = PackedTree.from_buffer(buffer, **sizes, max_depth=self.max_depth)
+        return copy_into(out, replace(followed, num_layers=self.num_layers))
+
     def validate(
         self, *, max_verify_tokens_per_req: int | None = None, chain: bool = False
     ) -> None:
