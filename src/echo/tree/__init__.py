@@ -1,7 +1,7 @@
 """The super-tree, and the packed layout that engines read."""
 
 from echo.kernels.codes import Status
-from echo.tree import cache, layouts, sampling
+from echo.tree import cache, drafting, layouts, sampling
 from echo.tree.accept import Accepted, Compaction, accept, compact
 from echo.tree.build import Template
 from echo.tree.cache import slot_mapping
@@ -23,6 +23,7 @@ __all__ = [
     "buffer_size",
     "cache",
     "compact",
+    "drafting",
     "layouts",
     "pack",
     "sampling",

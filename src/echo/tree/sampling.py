@@ -230,6 +230,14 @@ def fill_bitmask(trees: HostTrees, matchers: Sequence[Matcher | None], bitmask: 
 
     Raises:
         EchoError: another number of matchers, or a bitmask of another shape or dtype.
+
+    Example:
+        >>> from echo.tree import SuperTree, pack
+        >>> tree = SuperTree.from_paths(torch.tensor([7]), [[[1, 2]]])
+        >>> packed = pack(tree, tree.score > -torch.inf, num_rows=3, words=1)
+        >>> bitmask = torch.zeros(3, 1, dtype=torch.int32)
+        >>> fill_bitmask(to_host(packed), [None], bitmask).tolist()
+        [[-1], [-1], [-1]]
     """
     batch, rows = len(trees.indptr) - 1, len(trees.tokens)
     checks.tensor("bitmask", bitmask, [rows, "V / 32"], torch.int32, torch.device("cpu"))
