@@ -13,6 +13,7 @@ import echo
 import tiny
 from echo.testing import RecordedGraphs, RefuseSyncs
 from echo.tree import sampling
+from echo.tree.packed import unpack_bits
 from forests import forest
 from serving import Server, full, plain
 
@@ -260,6 +261,10 @@ def test_a_bitmask_row_is_what_the_grammar_allows_behind_the_rows_path(case, con
     assert (bits[row:] == -1).all()
     for matcher, root in zip(matchers, roots, strict=True):
         assert matcher is None or matcher.text == [root]
+    tokens = torch.arange(128).expand(packed.num_rows, -1)
+    with RefuseSyncs():
+        allowed = sampling.allows(bits, tokens)
+    assert torch.equal(allowed, unpack_bits(bits, 128))
 
 
 def forbidden(tree, tokens):
@@ -310,6 +315,12 @@ def test_what_does_not_fit_is_named():
             trees, [None], bits
         ),
         "bitmask: expected int32": lambda: sampling.fill_bitmask(trees, [None, None], bits.long()),
+        r"tokens: expected int64 \[3, k\]": lambda: sampling.allows(
+            torch.zeros(3, 1).int(), torch.zeros(2, 1).long()
+        ),
+        r"bitmask: expected int32 \[3, V": lambda: sampling.allows(
+            torch.zeros(3, 1), torch.zeros(3, 1).long()
+        ),
         r"out.tokens: expected": lambda: sampling.to_host(packed, out=small),
         r"allowed: expected bool \[1, 1, 2\]": lambda: SCHEDULER.grow(
             tree, token, score, allowed=score

@@ -24,6 +24,7 @@ from echo.tree.packed import PackedTree
 __all__ = [
     "HostTrees",
     "Matcher",
+    "allows",
     "by_node",
     "by_request",
     "fill_bitmask",
@@ -255,6 +256,28 @@ def fill_bitmask(trees: HostTrees, matchers: Sequence[Matcher | None], bitmask: 
             children.setdefault(begin + parent[row], []).append(row)
         _fill(matcher, begin, tokens, children, bitmask)
     return bitmask
+
+
+def allows(bitmask: Tensor, tokens: Tensor) -> Tensor:
+    """bool [..., k]: whether a bitmask has the tokens: ``allowed`` of ``scheduler.grow``.
+
+    With the roots' masks, known since the step before, forbidden drafts of the first layer are
+    found without waiting for the host.
+
+    Args:
+        bitmask: int32 [..., ceil(V / 32)], as :func:`fill_bitmask` writes it; one for each node.
+        tokens: int64 [..., k], the nodes' candidates.
+
+    Raises:
+        EchoError: shapes or dtypes that do not fit.
+
+    Example:
+        >>> allows(torch.tensor([[0b1010]]).int(), torch.tensor([[0, 1, 3]])).tolist()
+        [[False, True, True]]
+    """
+    checks.tensor("tokens", tokens, [*bitmask.shape[:-1], "k"], torch.int64, bitmask.device)
+    checks.tensor("bitmask", bitmask, [*tokens.shape[:-1], "V / 32"], torch.int32)
+    return (bitmask.gather(-1, tokens >> 5) >> (tokens & 31) & 1).bool()
 
 
 def _fill(
