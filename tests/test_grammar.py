@@ -166,6 +166,21 @@ class Constrained:
             ]
         return tree
 
+    def check_against_its_own_walk(self, packed):
+        """XGrammar walks SGLang's links; ours and its rows agree wherever the grammar gets to."""
+        n, indptr = packed.max_verify_tokens_per_req, packed.indptr.tolist()
+        links = echo.layouts.sglang(packed, n, torch.zeros(packed.batch, dtype=torch.int64))
+        for b, each in enumerate(self.matchers):
+            rows = slice(*indptr[b : b + 2])
+            if not hasattr(each, "traverse_draft_tree") or rows.start == rows.stop:
+                continue
+            theirs = torch.full((n, self.words), -1, dtype=torch.int32)
+            walk = links.retrive_next_token[b], links.retrive_next_sibling[b]
+            each.traverse_draft_tree(*walk, links.draft_tokens.view(-1, n)[b], theirs)
+            ours, theirs = self.bits[rows], theirs[: rows.stop - rows.start]
+            reached = (ours != -1).any(1)
+            assert reached[0] and torch.equal(ours[reached], theirs[reached])
+
     def run(self, scheduler, prune=0):
         for _ in range(COUNT):
             if all(each.is_terminated() for each in self.matchers):
@@ -174,6 +189,7 @@ class Constrained:
             trees = sampling.to_host(packed)
             self.bits = torch.zeros(packed.num_rows, self.words, dtype=torch.int32)
             sampling.fill_bitmask(trees, self.matchers, self.bits)
+            self.check_against_its_own_walk(packed)
             parents = packed.parent_row
             drafts = (parents >= 0).nonzero()[:, 0]
             allowed = sampling.allows(self.bits[parents[drafts]], packed.tokens[drafts, None])

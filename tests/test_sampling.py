@@ -299,6 +299,51 @@ def test_a_forbidden_candidate_gets_no_budget_and_is_no_fault(rule, backend):
         assert torch.equal(getattr(packed, name), getattr(captured, name))
 
 
+def test_a_captured_step_masks_prunes_and_counts():
+    """Root masks, penalties and parameters inside the workspace's graphs: an eager step's, always."""
+    batch, n, vocab = 3, 14, 64
+    scheduler = echo.ElasticBudgetScheduler(echo.GlobalRank(2), budget=n, max_depth=2)
+    space, graphs = echo.Workspace(scheduler, batch, k=4, num_verify_tokens=n), RecordedGraphs()
+    given = {
+        "roots": torch.zeros(batch, dtype=torch.int64),
+        "bits": torch.zeros(batch, vocab // 32, dtype=torch.int32),
+        "tokens": torch.zeros(batch, 2, 4, dtype=torch.int64),
+        "log_probs": torch.zeros(batch, 2, 4),
+        "counts": torch.zeros(batch, vocab, dtype=torch.int64),
+    }
+    counts = torch.zeros(n, vocab, dtype=torch.int64)
+
+    def draft(owner, inputs):
+        tree = owner.begin(inputs["roots"])
+        drafts = inputs["tokens"][:, :1], inputs["log_probs"][:, :1]
+        allowed = sampling.allows(inputs["bits"][:, None], drafts[0])
+        tree = owner.grow(tree, *drafts, allowed=allowed)
+        return owner.grow(tree, inputs["tokens"], inputs["log_probs"])
+
+    def gather(packed, inputs, out):
+        sampling.by_request(packed, inputs["counts"], 0, out=out)
+        path = sampling.path_tokens(packed)
+        return out.scatter_add_(1, path.clamp(min=0), (path >= 0).long())
+
+    for seed in range(5):
+        generator = torch.Generator().manual_seed(seed)
+        for name, buffer in given.items():
+            new = torch.randint(0, vocab, buffer.shape, generator=generator)
+            new = (
+                torch.randint(-(2**31), 2**31, buffer.shape, generator=generator)
+                if name == "bits"
+                else new
+            )
+            buffer.copy_(-new / 9.0 if name == "log_probs" else new)
+        tree = graphs("draft", lambda: draft(space, given))
+        packed = graphs("plan", lambda tree=tree: space.pack(tree, n))
+        found = graphs("sample", lambda packed=packed: gather(packed, given, counts))
+        expected = scheduler.pack(draft(scheduler, given))
+        assert torch.equal(packed.tokens, expected.tokens)
+        assert torch.equal(packed.invalid, expected.invalid)
+        assert torch.equal(found, gather(expected, given, torch.zeros_like(counts)))
+
+
 def test_what_does_not_fit_is_named():
     packed = forest(1, 2, 5, empty=False).packed
     trees, bits = sampling.to_host(packed), torch.zeros(packed.num_rows, 2, dtype=torch.int32)
