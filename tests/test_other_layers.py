@@ -91,6 +91,33 @@ def test_transformers_masks_have_the_same_window(case, window, dtype):
             assert torch.equal(mask[b, 0, i, past_len : past_len + width], tree)
 
 
+def test_a_transformers_model_of_sliding_layers_sees_each_path_as_its_own_text():
+    """Logits of every row of a tree, against the model's own forward pass over the row's text."""
+    transformers = pytest.importorskip("transformers", reason="needs the demo extra")
+    config = transformers.MistralConfig(
+        vocab_size=48, hidden_size=32, intermediate_size=48, num_hidden_layers=3,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, sliding_window=5,
+        attn_implementation="eager",
+    )  # fmt: skip
+    model = transformers.MistralForCausalLM(config).eval()
+    prompt = torch.randint(48, (1, 9))
+    paths = [[[1, 2, 3, 4, 5, 6], [1, 2, 9], [7, 8]]]
+    tree = echo.SuperTree.from_paths(torch.tensor([11]), paths)
+    packed = echo.ElasticBudgetScheduler(echo.GlobalRank(3), budget=10).pack(tree)
+    with torch.inference_mode():
+        cache = transformers.DynamicCache()  # without the config: it keeps what slides out
+        model(prompt, past_key_values=cache)
+        inputs = layouts.hugging_face(
+            packed, 10, torch.tensor([9]), 9, window=5, dtype=torch.float32
+        )
+        step = {"position_ids": inputs.position_ids, "attention_mask": inputs.attention_mask}
+        logits = model(inputs.input_ids, **step, past_key_values=cache).logits[0]
+        texts = packed.tokens[packed.ancestors().clamp(min=0)].tolist()
+        for row, depth in enumerate(packed.depth.tolist()):
+            text = torch.tensor([prompt[0].tolist() + texts[row][: depth + 1]])
+            torch.testing.assert_close(logits[row], model(text).logits[0, -1], atol=1e-4, rtol=1e-4)
+
+
 def test_latent_attention_gets_chains():
     """Attention that is causal from the end, over pages that hold the drafts too."""
     model = tiny.Model(len(PROMPTS), pages=20)
