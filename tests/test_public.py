@@ -15,7 +15,8 @@ import torch
 import echo
 
 PARTS = (
-    "tree gating budget cost loop lookup stats workspace kernels tree.layouts testing report plot"
+    "tree tree.layouts tree.sampling tree.drafting tree.cache gating budget cost loop lookup stats "
+    "workspace kernels testing report plot"
 )
 MODULES = [echo, *(importlib.import_module(f"echo.{name}") for name in PARTS.split())]
 PROTOCOLS = (echo.Drafter, echo.gating.Gate, echo.budget.Rule, echo.Target)

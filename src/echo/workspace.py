@@ -51,7 +51,7 @@ class Workspace:
         k: candidates that the drafter returns for each node: one number, or one for each depth.
         num_verify_tokens: maximum of a step, roots included.
         max_num_reqs: requests of the history. Defaults to ``lanes``.
-        device: of the buffers.
+        device: of the buffers; "meta" for their ``nbytes`` alone.
         packed: another workspace's ``packed``, of as many rows and mask words, to pack into, so
             that one target's graphs serve several policies.
 
@@ -153,9 +153,12 @@ class Workspace:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all buffers, the history's included."""
-        seen = {t.data_ptr(): t.nbytes for t in _tensors(list(vars(self).values()))}
-        return sum(seen.values())
+        """Bytes of all buffers, the history's included.
+
+        On device "meta" nothing is allocated: what a tier will take, before it does.
+        """
+        storages = [t.untyped_storage() for t in _tensors(list(vars(self).values()))]
+        return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
 
     def set_num_verify_tokens(self, num_verify_tokens: int) -> None:
         """Set the next step's budget, outside of the captured graphs: the draft graph reads it.
@@ -197,7 +200,9 @@ class Workspace:
             out=self.tree(batch, 0),
         )
 
-    def grow(self, tree: SuperTree, tokens: Tensor, log_probs: Tensor) -> SuperTree:
+    def grow(
+        self, tree: SuperTree, tokens: Tensor, log_probs: Tensor, *, allowed: Tensor | None = None
+    ) -> SuperTree:
         """As :meth:`ElasticBudgetScheduler.grow`, with the workspace's k.
 
         Raises:
@@ -209,10 +214,17 @@ class Workspace:
             shape = [tree.batch, width, self._sizes[depth] // width]
             checks.tensor("tokens", tokens, shape, torch.int64, self.device)
         out = self.tree(tree.batch, min(depth, len(self._sizes) - 1))
-        return self.scheduler.grow(tree, tokens, log_probs, out=out)
+        return self.scheduler.grow(tree, tokens, log_probs, allowed=allowed, out=out)
 
-    def pack(self, tree: SuperTree, num_verify_tokens: int | None = None) -> PackedTree:
-        """As :meth:`ElasticBudgetScheduler.pack`; ``num_verify_tokens`` defaults to its maximum.
+    def pack(
+        self,
+        tree: SuperTree,
+        num_verify_tokens: int | None = None,
+        *,
+        sync: Callable[[Tensor], Tensor] | None = None,
+    ) -> PackedTree:
+        """As :meth:`ElasticBudgetScheduler.pack`; ``num_verify_tokens`` defaults to its maximum,
+        and ``sync`` is captured with it.
 
         If a layer was drafted, ``max_depth`` of the result is the scheduler's, and ``num_layers``
         says on the device how many were, so that one graph serves acceptance at every depth.
@@ -237,13 +249,14 @@ class Workspace:
         step, summarizes = replace(tree, num_verify_tokens=n), bool(self._summaries and depth)
         scratch = Scratch(**buffers, num_layers=self._num_layers)
         packed = self.scheduler._pack(step, n, self._words, summarizes, out, scratch)
-        if not depth:  # plain decoding
+        if not depth:  # plain decoding: the roots, on every rank
             return packed
         if packed.num_layers is None:
             self._num_layers.fill_(depth)
         whole: dict[str, Any] = {name: x[:batch] for name, x in self._summaries.items()}
         deepest = self.scheduler.max_depth
-        return replace(packed, max_depth=deepest, num_layers=self._num_layers, **whole)
+        packed = replace(packed, max_depth=deepest, num_layers=self._num_layers, **whole)
+        return packed if sync is None else packed.agree(sync, packed)
 
     def accept(
         self, packed: PackedTree, target_tokens: Tensor | None = None, **options: Any

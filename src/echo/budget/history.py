@@ -110,6 +110,81 @@ class History:
         given = torch.zeros_like(self.generation).index_fill(0, req_indices, 1)
         return replace(self._without(given > 0), generation=self.generation + given)
 
+    def export(self, req_indices: Tensor) -> Tensor:
+        """What is known of requests that move: to another index, engine or disk. Sync-free.
+
+        Rows are plain sums: those of several requests add up, and :meth:`prior` makes one of them
+        for new requests of their kind.
+
+        Args:
+            req_indices: int64 [n].
+
+        Returns:
+            float32 [n, 35 * D + 1], one row a request, for :meth:`restore`.
+
+        Raises:
+            EchoError: ``req_indices`` of another dtype or device.
+        """
+        checks.tensor("req_indices", req_indices, ["n"], torch.int64, self.steps.device)
+        sums = [sums.flatten(2) if sums.dim() > 2 else sums[..., None] for sums in self._sums]
+        rows = torch.cat(sums, dim=2).index_select(1, req_indices).transpose(0, 1).flatten(1)
+        unprocessed = self.num_unprocessed_tokens.index_select(0, req_indices)
+        return torch.cat([rows, unprocessed[:, None].float()], dim=1)
+
+    def restore(self, req_indices: Tensor, rows: Tensor) -> History:
+        """Give ``req_indices`` to requests of which something is known; otherwise as :meth:`reset`.
+
+        Args:
+            req_indices: int64 [n].
+            rows: float32 [n, 35 * D + 1], from :meth:`export`, or :meth:`prior`'s expanded.
+
+        Raises:
+            EchoError: shapes, dtypes or devices that do not fit.
+
+        Example:
+            >>> history, ids = History.empty(max_num_reqs=4, max_depth=2), torch.tensor([1])
+            >>> history.restore(torch.tensor([3]), history.export(ids)).generation.tolist()
+            [0, 0, 0, 1]
+        """
+        fresh, depth, n = self.reset(req_indices), len(self.steps), len(req_indices)
+        widths = [sums.shape[2:].numel() for sums in self._sums]
+        shape, device = [n, depth * sum(widths) + 1], self.steps.device
+        checks.tensor("rows", rows, shape, torch.float32, device)
+        by_depth = rows[:, :-1].view(n, depth, sum(widths)).transpose(0, 1)
+        parts = torch.split(by_depth, widths, dim=2)
+        columns: dict[str, Any] = {
+            name: sums.index_copy(1, req_indices, part.reshape(depth, n, *sums.shape[2:]))
+            for name, sums, part in zip(SUMS, fresh._sums, parts, strict=True)
+        }
+        unprocessed = fresh.num_unprocessed_tokens.index_copy(0, req_indices, rows[:, -1].long())
+        return replace(fresh, **columns, num_unprocessed_tokens=unprocessed)
+
+    def prior(self, rows: Tensor, num_steps: float = 4.0) -> Tensor:
+        """One row for new requests of a kind (code, chat, a tenant), from earlier ones of it.
+
+        Args:
+            rows: float32 [n, 35 * D + 1], from :meth:`export`, such as those of requests that end.
+            num_steps: steps that they count for beside the new request's own.
+
+        Returns:
+            float32 [35 * D + 1], to be expanded for :meth:`restore`: the mean of their steps by
+            depth, and no more steps than they have.
+
+        Raises:
+            EchoError: rows of another shape or dtype, or ``num_steps`` below 0.
+
+        Example:
+            >>> history, ids = History.empty(max_num_reqs=4, max_depth=2), torch.tensor([0, 2])
+            >>> code = history.prior(history.export(ids))  # by kind, kept by the engine
+            >>> history = history.restore(torch.tensor([1]), code.expand(1, -1))
+        """
+        depth, device = len(self.steps), self.steps.device
+        width = sum(sums.shape[2:].numel() for sums in self._sums)
+        checks.tensor("rows", rows, ["n", depth * width + 1], torch.float32, device)
+        sums = rows[:, :-1].sum(dim=0).view(depth, width)
+        share = checks.real("num_steps", num_steps, 0.0) / sums[:, :1].clamp(min=num_steps or 1.0)
+        return F.pad((sums * share).flatten(), (0, 1))
+
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> History:
         """A copy on ``device``; ``non_blocking`` for one that the host reads a step later."""
         names = ("generation", *SUMS, "num_unprocessed_tokens")

@@ -257,7 +257,13 @@ class ElasticBudgetScheduler:
         return self.grow(tree, tokens[:, None], log_probs[:, None])
 
     def grow(
-        self, tree: SuperTree, tokens: Tensor, log_probs: Tensor, *, out: SuperTree | None = None
+        self,
+        tree: SuperTree,
+        tokens: Tensor,
+        log_probs: Tensor,
+        *,
+        allowed: Tensor | None = None,
+        out: SuperTree | None = None,
     ) -> SuperTree:
         """Score a drafted layer, ask the gate, let the rule commit, and find the next frontier.
 
@@ -269,6 +275,8 @@ class ElasticBudgetScheduler:
             tree: with ``tree.depth < max_depth``.
             tokens: int64 [B, W, k], candidates of each node of ``tree.frontier``, in any order.
             log_probs: float [B, W, k], given their parent; no gradient is kept.
+            allowed: bool [B, W, k]; False: a candidate that a grammar forbids, so that the target
+                cannot sample it: never selected, and no fault. Defaults to all.
             out: a tree of one layer more (a :class:`Workspace`'s), to whose last layer, frontier
                 and state is written.
 
@@ -286,7 +294,18 @@ class ElasticBudgetScheduler:
             )
         check_size(batch, sum(tree.sizes) + width * k, depth)
         last = depth == self.max_depth
-        return step.grow(self.rule, self.gate, tree, tokens, log_probs, last, out)
+        if allowed is None:
+            return step.grow(self.rule, self.gate, tree, tokens, log_probs, last, out)
+        checks.tensor("allowed", allowed, list(shape), torch.bool, device)
+        before, log_probs = tree.invalid.clone(), log_probs.masked_fill(~allowed, -torch.inf)
+        grown = step.grow(self.rule, self.gate, tree, tokens, log_probs, last, out)
+        # nothing left to draft is not a layer without a number
+        some = (allowed & frontier.active[..., None]).any(dim=2).any(dim=1)
+        invalid = torch.where(some, grown.invalid, before)
+        if out is None:
+            return replace(grown, invalid=invalid)
+        grown.invalid.copy_(invalid)
+        return grown
 
     def grow_positions(self, tree: SuperTree, tokens: Tensor, log_probs: Tensor) -> SuperTree:
         """Grow a layer for each position of a drafter that is not conditioned on nodes.
@@ -365,8 +384,7 @@ class ElasticBudgetScheduler:
         Args:
             tree: after the last :meth:`grow`.
             num_verify_tokens: N, at least that of :meth:`begin`; beyond it, pads. Defaults to it.
-            sync: gets this rank's step as one int32 tensor and returns the one that all ranks
-                follow (a broadcast).
+            sync: as in :meth:`PackedTree.agree`: a broadcast of one int32 tensor.
             out: a step of the same shapes (persistent buffers), whose tensors are written and
                 returned.
 
@@ -383,13 +401,7 @@ class ElasticBudgetScheduler:
         if out is not None:
             step.check(out, tree.batch, count, words, tree.status.device)
         packed = self._pack(tree, count, words, summarizes, out if sync is None else None, None)
-        if sync is None:
-            return packed
-        buffer, depth = sync(packed.to_buffer()), tree.depth
-        followed = PackedTree.from_buffer(
-            buffer, batch=tree.batch, num_rows=count, words=words, max_depth=depth
-        )
-        return copy_into(out, followed)
+        return packed if sync is None else packed.agree(sync, out)
 
     def _pack(
         self,

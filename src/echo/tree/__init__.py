@@ -1,10 +1,11 @@
 """The super-tree, and the packed layout that engines read."""
 
 from echo.kernels.codes import Status
-from echo.tree import layouts
+from echo.tree import cache, drafting, layouts, sampling
 from echo.tree.accept import Accepted, Compaction, accept, compact
 from echo.tree.build import Template
-from echo.tree.packed import PackedTree, ancestor_masks, buffer_size, pack, slot_mapping
+from echo.tree.cache import slot_mapping
+from echo.tree.packed import PackedTree, ancestor_masks, buffer_size, pack
 from echo.tree.supertree import Forest, Frontier, Layer, SuperTree
 
 __all__ = [
@@ -20,8 +21,11 @@ __all__ = [
     "accept",
     "ancestor_masks",
     "buffer_size",
+    "cache",
     "compact",
+    "drafting",
     "layouts",
     "pack",
+    "sampling",
     "slot_mapping",
 ]

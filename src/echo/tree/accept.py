@@ -14,7 +14,8 @@ from echo import _checks as checks
 from echo import kernels
 from echo._checks import EchoError, copy_into
 from echo.kernels import reference
-from echo.tree.packed import PackedTree, slot_mapping
+from echo.tree.cache import slot_mapping
+from echo.tree.packed import PackedTree
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,15 @@ class Accepted:
         """
         path = (self.num_emitted - 1).clamp(min=0)
         return path if self.cut_row is None else path + (self.cut_row >= 0)
+
+    @property
+    def last_row(self) -> Tensor:
+        """int64 [B], the deepest row whose token was emitted; -1 where none was.
+
+        A state-space layer's next state is the one behind this row.
+        """
+        at = (self.num_emitted - 1).clamp(min=0)[:, None]
+        return self.rows.gather(1, at)[:, 0]
 
     def truncate(
         self, *, eos_tokens: Tensor | None = None, max_new_tokens: Tensor | None = None

@@ -2,7 +2,7 @@
 
 Sync-free: shapes come from host integers, and ``out=`` takes an engine's persistent buffers. The
 inverses are in :mod:`echo.testing.importers`. B requests, N rows, n rows of every request in a
-uniform layout.
+uniform layout. Ragged layouts are made here, uniform ones in :mod:`echo.tree.uniform`.
 
 ======================  ==================================  =====================================
 layout                  exporter, importer                  cost
@@ -18,23 +18,17 @@ FlashInfer XQA          :func:`flashinfer_xqa`,             ragged; a view, noth
 TensorRT-LLM            :func:`tensorrt_llm`,               uniform; 16 + 4 * ceil(n / 32) bytes a
                         ``from_tensorrt_llm``               row
 vLLM ``qq_bias``        :func:`qq_bias`, ``from_qq_bias``   one tree a batch; 4 * N bytes a row
+MLA kernels             :func:`mla`                         ragged, chains only; 8 bytes a request
 Hugging Face            :func:`hugging_face`,               uniform; past + n entries a row
                         ``from_hugging_face``
 ======================  ==================================  =====================================
 
-Uniform layouts verify B * n rows instead of N: the gain of ragged trees is lost where n is above
-their mean size. The first n rows of a tree are a tree, so a larger one is cut: lossless where the
-engine's own verification reads the links, and where :func:`unpad` gives what was computed to
-:func:`echo.accept`: rows beyond have no target token. ``packed.max_verify_tokens_per_req`` is
-always enough, and ``packed.validate(max_verify_tokens_per_req=n)`` names a request that would be
-cut.
+:func:`mix` makes a step of trees and prefill that every exporter and kernel reads.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -42,80 +36,39 @@ from torch import Tensor
 
 from echo import _checks as checks
 from echo._checks import EchoError, copy_into
+from echo.kernels.codes import Status
 from echo.tree.packed import WORD, PackedTree, unpack_bits
+from echo.tree.supertree import SuperTree
+from echo.tree.uniform import (
+    HuggingFaceInputs,
+    SGLangLinks,
+    TensorRTLinks,
+    hugging_face,
+    sglang,
+    sglang_mask,
+    tensorrt_llm,
+    unpad,
+)
 
 __all__ = [
     "Chains",
     "FlashInferMask",
     "HuggingFaceInputs",
+    "MLAChains",
     "SGLangLinks",
     "TensorRTLinks",
     "chains",
     "flashinfer",
     "flashinfer_xqa",
     "hugging_face",
+    "mix",
+    "mla",
     "qq_bias",
     "sglang",
     "sglang_mask",
     "tensorrt_llm",
     "unpad",
 ]
-
-
-@dataclass(frozen=True)
-class SGLangLinks:
-    """What SGLang's tree verification reads, in its own spelling.
-
-    Attributes:
-        draft_tokens: int64 [B * n], root first; 0 on pad rows.
-        positions: int64 [B * n], prefix + depth; the prefix on pad rows.
-        retrive_index: int64 [B, n], row b * n + i.
-        retrive_next_token: int64 [B, n], local row of the first child; -1 for none.
-        retrive_next_sibling: int64 [B, n], local row of the next sibling, ascending; -1 for none.
-    """
-
-    draft_tokens: Tensor
-    positions: Tensor
-    retrive_index: Tensor
-    retrive_next_token: Tensor
-    retrive_next_sibling: Tensor
-
-
-@dataclass(frozen=True)
-class TensorRTLinks:
-    """TensorRT-LLM's trees.
-
-    Attributes:
-        packed_mask: int32 [B, n, ceil(n / 32)], bit j % 32 of word j // 32 is row j; a pad row sees
-            itself.
-        position_offsets: int32 [B, n], depth; 0 on pad rows.
-        generation_lengths: int32 [B], rows in use.
-        tokens: int32 [B, n].
-        next_token: int32 [B, n], local row of the first child; -1 for none.
-        next_sibling: int32 [B, n]; -1 for none.
-    """
-
-    packed_mask: Tensor
-    position_offsets: Tensor
-    generation_lengths: Tensor
-    tokens: Tensor
-    next_token: Tensor
-    next_sibling: Tensor
-
-
-@dataclass(frozen=True)
-class HuggingFaceInputs:
-    """Arguments of a transformers model's forward pass.
-
-    Attributes:
-        input_ids: int64 [B, n].
-        position_ids: int64 [B, n]; the prefix on pad rows.
-        attention_mask: [B, 1, n, past + n]; bool, or float: 0 where visible, else its least.
-    """
-
-    input_ids: Tensor
-    position_ids: Tensor
-    attention_mask: Tensor
 
 
 @dataclass(frozen=True)
@@ -164,258 +117,6 @@ class FlashInferMask:
     indptr: Tensor
     qo_indptr: Tensor
     kv_lens: Tensor
-
-
-def sglang(
-    packed: PackedTree,
-    max_verify_tokens_per_req: int,
-    prefix_lens: Tensor,
-    *,
-    out: SGLangLinks | None = None,
-) -> SGLangLinks:
-    """Draft tokens, positions and links of SGLang's tree verification.
-
-    Args:
-        packed: the step.
-        max_verify_tokens_per_req: n.
-        prefix_lens: int32 or int64 [B], SGLang's ``seq_lens``.
-        out: persistent buffers.
-
-    Raises:
-        EchoError: shapes or dtypes that do not fit.
-
-    Source: ``build_tree_kernel_efficient`` of sglang 0.5.23.
-    """
-    grid = _Grid(packed, max_verify_tokens_per_req)
-    prefix = grid.prefix(prefix_lens)
-    child, sibling = grid.links(torch.int64)
-    tokens = grid.spread(packed.tokens, 0).flatten()
-    positions = (grid.spread(packed.depth, 0) + prefix).flatten()
-    index = torch.arange(grid.size, device=prefix.device).view_as(child)
-    return copy_into(out, SGLangLinks(tokens, positions, index, child, sibling))
-
-
-def sglang_mask(
-    packed: PackedTree,
-    max_verify_tokens_per_req: int,
-    mode: Literal["FULL_MASK", "QLEN_ONLY", "QLEN_ONLY_BITPACKING"],
-    *,
-    prefix_lens: Tensor | None = None,
-    size: int | None = None,
-    out: Tensor | None = None,
-) -> Tensor:
-    """SGLang's ``tree_mask``; a pad row sees itself and, in FULL_MASK, the prefix.
-
-    Args:
-        packed: the step.
-        max_verify_tokens_per_req: n, at most 32 for bit-packing.
-        mode: FULL_MASK: bool [size], n x (prefix + n) for each request. QLEN_ONLY: bool [B, n, n].
-            QLEN_ONLY_BITPACKING: uint8, uint16 or uint32 [B * n], bit j is row j.
-        prefix_lens: int32 or int64 [B], for FULL_MASK.
-        size: entries, for FULL_MASK, at least sum(prefix + n) * n, known to the host; ones beyond.
-        out: persistent buffer.
-
-    Raises:
-        EchoError: n above 32 for bit-packing, an unknown mode, or a missing argument.
-
-    Source: ``TreeMaskMode`` of sglang 0.5.23.
-    """
-    grid = _Grid(packed, max_verify_tokens_per_req)
-    n, row = grid.n, torch.arange(grid.n, device=packed.mask.device)
-    if mode == "QLEN_ONLY_BITPACKING":
-        checks.integer("max_verify_tokens_per_req", n, 1, WORD)
-        signed = {8: torch.uint8, 16: torch.int16, 32: torch.int32}
-        kinds = {8: torch.uint8, 16: torch.uint16, 32: torch.uint32}
-        bits = 8 if n <= 8 else 16 if n <= 16 else 32
-        words = grid.spread(packed.mask[:, 0].to(signed[bits]), (1 << row).to(signed[bits]))
-        return copy_into(out, words.flatten().view(kinds[bits]))
-    square = grid.square()
-    if mode == "QLEN_ONLY":
-        return copy_into(out, square)
-    if mode != "FULL_MASK" or prefix_lens is None or size is None:
-        modes = "QLEN_ONLY, QLEN_ONLY_BITPACKING, or FULL_MASK with prefix_lens and size"
-        raise EchoError(f"mode: expected {modes}, got {mode!r}")
-    prefix = grid.prefix(prefix_lens)
-    size = checks.integer("size", size, grid.size * n)
-    kv = prefix + n
-    begin = (n * kv).cumsum(0) - n * kv + prefix
-    entry = (begin + row * kv)[..., None] + row
-    full = torch.ones(size + 1, dtype=torch.bool, device=row.device)  # the last takes what is over
-    full.scatter_(0, entry.flatten().clamp_(max=size), square.flatten())
-    return copy_into(out, full[:size])
-
-
-def tensorrt_llm(
-    packed: PackedTree, max_verify_tokens_per_req: int, *, out: TensorRTLinks | None = None
-) -> TensorRTLinks:
-    """TensorRT-LLM's packed mask, depth offsets and local links.
-
-    Args:
-        packed: the step.
-        max_verify_tokens_per_req: n.
-        out: persistent buffers.
-
-    Raises:
-        EchoError: n below 1, or buffers that do not fit.
-
-    Source: ``spec_decoding_packed_mask`` and ``spec_decoding_position_offsets`` of TensorRT-LLM.
-    """
-    grid = _Grid(packed, max_verify_tokens_per_req)
-    lens = packed.indptr.diff().clamp(max=grid.n)
-    offsets, tokens = grid.spread(packed.depth, 0), grid.spread(packed.tokens.int(), 0)
-    links = grid.links(torch.int32)
-    return copy_into(out, TensorRTLinks(grid.words(), offsets, lens, tokens, *links))
-
-
-def hugging_face(
-    packed: PackedTree,
-    max_verify_tokens_per_req: int,
-    prefix_lens: Tensor,
-    past_len: int,
-    *,
-    left_padded: bool | None = None,
-    dtype: torch.dtype = torch.bool,
-    out: HuggingFaceInputs | None = None,
-) -> HuggingFaceInputs:
-    """Ids, positions and a 4-D mask for a transformers model with a contiguous cache.
-
-    For custom loops and tests, not for speed. Texts begin at entry 0 and rows are appended behind
-    entry ``past_len``; ``echo.compact(..., past_len=past_len)`` then lists the moves, after which
-    the cache is cropped to the longest.
-
-    Args:
-        packed: the step.
-        max_verify_tokens_per_req: n.
-        prefix_lens: int32 or int64 [B], tokens of each request in the cache.
-        past_len: entries of the cache, a host int.
-        left_padded: must be False, and given for more than one request. Texts of a left-padded
-            cache end together, which they cannot once requests accept different numbers of drafts.
-            Move them to entry 0 after prefill: ``keys.gather(2, index)``, where ``index`` is
-            ``(arange(past_len) + past_len - prefix_lens[:, None]).clamp(max=past_len - 1)``.
-        dtype: of the mask: bool, or a float type.
-        out: persistent buffers.
-
-    Raises:
-        EchoError: shapes or dtypes that do not fit, or a cache that is left-padded.
-
-    Source: 4-D masks of transformers 5.23.0.
-    """
-    grid = _Grid(packed, max_verify_tokens_per_req)
-    prefix, past_len = grid.prefix(prefix_lens), checks.integer("past_len", past_len, 0)
-    if left_padded or (left_padded is None and packed.batch > 1):
-        expected = "False, a cache whose texts begin at entry 0"
-        raise EchoError(f"left_padded: expected {expected}, got {left_padded}")
-    shape, device = (packed.batch, 1, grid.n, past_len + grid.n), prefix.device
-    if out is None:
-        mask = torch.empty(shape, dtype=dtype, device=device)
-    else:  # far larger than all else: written in place
-        mask = checks.instance("out", out, HuggingFaceInputs).attention_mask
-        checks.tensor("out.attention_mask", mask, shape, dtype, device)
-    ids, depth = grid.spread(packed.tokens, 0), grid.spread(packed.depth, 0)
-    inputs = copy_into(out, HuggingFaceInputs(ids, depth + prefix, mask))
-    column = torch.arange(past_len, dtype=torch.int32, device=device)
-    past = (column < prefix.int())[:, None, None]
-    for part, seen in (
-        (mask[..., :past_len], past),
-        (mask[..., past_len:], grid.square()[:, None]),
-    ):
-        if dtype == torch.bool:
-            part.copy_(seen)
-        else:
-            part.zero_().masked_fill_(~seen, torch.finfo(dtype).min)
-    return inputs
-
-
-def unpad(packed: PackedTree, values: Tensor) -> Tensor:
-    """Rows of a uniform layout, for the packed rows: sampled tokens, log-probabilities, states.
-
-    Args:
-        packed: the step.
-        values: [B, n, ...], any dtype.
-
-    Returns:
-        [N, ...]; where nothing was computed (pad rows, and rows beyond the first n of their
-        request) -1, which is no token, NaN, or 0 if the dtype has neither.
-
-    Raises:
-        EchoError: another batch size.
-    """
-    if values.dim() < 2 or values.shape[0] != packed.batch:
-        raise EchoError(f"values: expected [{packed.batch}, n, ...], got {list(values.shape)}")
-    n, kind, local = values.shape[1], values.dtype, packed.local_row
-    nothing = math.nan if kind.is_floating_point or kind.is_complex else -1 if kind.is_signed else 0
-    if packed.batch * n == 0:
-        return values.new_full((packed.num_rows, *values.shape[2:]), nothing)
-    there = (packed.request < packed.batch) & (local < n)
-    row = torch.where(there, packed.request * n + local, 0)
-    gone = ~there.view(-1, *[1] * (values.dim() - 2))
-    return values.flatten(0, 1).index_select(0, row).masked_fill_(gone, nothing)
-
-
-class _Grid:
-    """Where each packed row goes among n rows of every request; the work is on N rows.
-
-    Attributes:
-        n: rows of every request.
-        size: B * n.
-        place: int64 [N], in [B * n]; B * n for pad rows and for rows beyond the first n.
-        local: int64 [N], row within its request, or among the pad rows.
-    """
-
-    def __init__(self, packed: PackedTree, n: int) -> None:
-        self.packed = checks.instance("packed", packed, PackedTree)
-        self.n = checks.integer("max_verify_tokens_per_req", n, 1)
-        self.size = packed.batch * self.n
-        row = torch.arange(packed.num_rows, device=packed.indptr.device)
-        self.local = row - packed.indptr.index_select(0, packed.request)
-        place = packed.request * self.n + self.local
-        self.place = torch.where(self.local < self.n, place, self.size).clamp_(max=self.size)
-
-    def prefix(self, prefix_lens: Tensor) -> Tensor:
-        """int64 [B, 1]: the checked argument."""
-        batch, device = [self.packed.batch], self.place.device
-        checks.tensor("prefix_lens", prefix_lens, batch, checks.INTEGERS, device)
-        return prefix_lens.long()[:, None]
-
-    def spread(self, values: Tensor, fill: Tensor | int) -> Tensor:
-        """``values`` [N, ...] as [B, n, ...]; ``fill``, which broadcasts to it, on pad rows."""
-        made = values.new_empty(self.size + 1, *values.shape[1:])
-        grid = made[:-1].view(self.packed.batch, self.n, *values.shape[1:])
-        if isinstance(fill, Tensor):
-            grid.copy_(fill)
-        else:
-            grid.fill_(fill)
-        if values.dim() == 1:
-            made.scatter_(0, self.place, values)
-        else:
-            made.index_copy_(0, self.place, values)
-        return grid
-
-    def links(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Local rows of first child and next sibling [B, n]; -1: none. Siblings are neighbours."""
-        place, local = self.place, self.local.to(dtype)
-        family = place - self.local + self.packed.parent  # the parent's place
-        inside = place < self.size
-        again = (family[1:] == family[:-1]) & inside[1:]  # the next sibling of the row before it
-        first = inside & (self.packed.parent >= 0)
-        first[1:] &= ~again
-        links = torch.full((2, self.size + 1), -1, dtype=dtype, device=place.device)
-        links[0].scatter_(0, torch.where(first, family, self.size), local)
-        links[1].scatter_(0, place[:-1], torch.where(again, local[1:], -1))
-        child, sibling = links[:, :-1].view(2, self.packed.batch, self.n).unbind()
-        return child, sibling
-
-    def words(self) -> Tensor:
-        """Mask words int32 [B, n, ceil(n / 32)]; a pad row sees itself."""
-        words, row = -(-self.n // WORD), torch.arange(self.n, device=self.place.device)
-        own = torch.zeros(self.n, words, dtype=torch.int32, device=row.device)
-        own.scatter_(1, (row >> 5)[:, None], (1 << (row & WORD - 1)).int()[:, None])
-        return self.spread(F.pad(self.packed.mask, (0, words - self.packed.mask.shape[1])), own)
-
-    def square(self) -> Tensor:
-        """bool [B, n, n]; a pad row sees itself."""
-        own = torch.eye(self.n, dtype=torch.bool, device=self.place.device)
-        return self.spread(unpack_bits(self.packed.mask, self.n), own)
 
 
 def chains(packed: PackedTree, *, out: Chains | None = None) -> Chains:
@@ -544,6 +245,123 @@ def flashinfer_xqa(packed: PackedTree) -> Tensor:
     Source: the XQA kernels of flashinfer-python 0.7.2.post1, on a little-endian machine.
     """
     return packed.mask.view(torch.uint16)
+
+
+@dataclass(frozen=True)
+class MLAChains:
+    """Rows of chains behind their prefixes, causal from the end, as MLA kernels read them.
+
+    Attributes:
+        qo_indptr: int32 [B + 1].
+        kv_lens: int32 [B], prefix + rows of each request; 0: no request.
+    """
+
+    qo_indptr: Tensor
+    kv_lens: Tensor
+
+
+def mla(
+    packed: PackedTree, tree: SuperTree, prefix_lens: Tensor, *, out: MLAChains | None = None
+) -> MLAChains:
+    """Chains for multi-head latent attention, whose kernels have causal masks and no others.
+
+    The packed rows are the kernel's as they are, their latents written to
+    :meth:`PackedTree.slot_mapping`. Draft with one candidate a layer: ``beam`` 1 and k = 1.
+
+    Args:
+        packed: the step.
+        tree: what it was packed from: its shapes say whether it can branch.
+        prefix_lens: int32 or int64 [B], tokens in each request's cache before this step.
+        out: persistent buffers.
+
+    Raises:
+        EchoError: a tree with more than one candidate in a layer, or lengths that do not fit.
+
+    Source: ``qo_indptr`` and ``kv_len_arr`` of ``BatchMLAPagedAttentionWrapper.plan(causal=True)``
+    of flashinfer-python 0.7.2.post1.
+
+    Example:
+        >>> from echo.tree import SuperTree, pack
+        >>> tree = SuperTree.from_paths(torch.tensor([7, 9]), [[[1, 2]], [[3]]])
+        >>> packed = pack(tree, tree.score > -torch.inf, num_rows=6, words=1)
+        >>> mla(packed, tree, torch.tensor([10, 20])).kv_lens.tolist()
+        [13, 22]
+    """
+    if max(checks.instance("tree", tree, SuperTree).sizes) > 1:
+        expected = "a chain, one candidate a layer: MLA kernels verify no trees"
+        raise EchoError(f"tree: expected {expected}, got layers of {tree.sizes}")
+    checks.tensor("prefix_lens", prefix_lens, [packed.batch], checks.INTEGERS, packed.tokens.device)
+    lens = packed.indptr.diff()
+    kv_lens = torch.where(lens > 0, prefix_lens + lens, 0).int()
+    return copy_into(out, MLAChains(packed.indptr, kv_lens))
+
+
+def mix(packed: PackedTree, tokens: Tensor, indptr: Tensor, max_segment_len: int) -> PackedTree:
+    """The step with causal segments behind its trees: chunks of prefill, requests without drafts.
+
+    One pass of B + S requests and N + M rows; pads last. ``prefix_lens`` and ``page_table`` get S
+    more entries, tokens that stand before each segment included. The trees' rows stay the first:
+    ``accept``, ``compact`` and ``observe`` take ``packed`` itself and the first N sampled tokens. A
+    segment's next token is sampled in row ``mixed.indptr[B + 1 :] - 1``. M counts as
+    ``num_other_tokens`` of :meth:`ElasticBudgetScheduler.choose_tier`.
+
+    A longer chunk is several segments of one request, one after another, each with the former ones
+    in its prefix: where keys are written to pages before a layer attends, as prefill does.
+
+    Args:
+        packed: the step.
+        tokens: int64 [M], of all segments one after another; what is beyond the last is a pad.
+        indptr: int32 [S + 1], where each segment begins, from 0.
+        max_segment_len: rows of the longest segment; widens the masks to a bit each.
+
+    Raises:
+        EchoError: shapes or dtypes that do not fit, or a length below 1.
+
+    Example:
+        >>> from echo.tree import SuperTree, pack
+        >>> tree = SuperTree.from_paths(torch.tensor([7]), [[[1, 2], [3]]])
+        >>> packed = pack(tree, tree.score > -torch.inf, num_rows=5, words=1)
+        >>> mixed = mix(packed, torch.tensor([40, 41, 42]), torch.tensor([0, 2, 3]).int(), 2)
+        >>> mixed.tokens.tolist(), mixed.indptr.tolist()
+        ([7, 1, 3, 2, 40, 41, 42, 0], [0, 4, 6, 7])
+    """
+    n, batch, device = packed.num_rows, packed.batch, packed.tokens.device
+    m = checks.tensor("tokens", tokens, ["M"], torch.int64, device).shape[0]
+    count = checks.tensor("indptr", indptr, ["S + 1"], torch.int32, device).shape[0] - 1
+    longest = checks.integer("max_segment_len", max_segment_len, 1)
+    row = torch.arange(n + m, device=device)
+    behind = row - packed.indptr[-1]  # place among the segments' rows
+    segment = torch.searchsorted(indptr[1:].long(), behind, right=True)
+    trees, filled = behind < 0, segment < count
+    local = behind - indptr.index_select(0, segment)
+
+    def join(own: Tensor, new: Tensor | float, pad: float) -> Tensor:
+        if not isinstance(new, Tensor):
+            new = own.new_full((n + m,), new)
+        own = F.pad(own, (0, m))
+        return torch.where(trees, own, new.to(own.dtype).masked_fill(~filled, pad))
+
+    words = max(packed.mask.shape[1], -(-longest // WORD))
+    begin = torch.arange(0, WORD * words, WORD, device=device)
+    seen = torch.where(filled, local, 0)[:, None] + 1 - begin
+    causal = ((1 << seen.clamp(0, WORD)) - 1).int()
+    mask = F.pad(packed.mask, (0, words - packed.mask.shape[1], 0, m))
+    own = F.pad(tokens, (0, n)) if m else packed.tokens.new_zeros(n)
+    status = packed.status.new_full((count,), int(Status.FINISHED))
+    return PackedTree(
+        tokens=join(packed.tokens, own.index_select(0, behind.clamp(min=0)), 0),
+        parent=join(packed.parent, local - 1, -1),
+        depth=join(packed.depth, local, 0),
+        request=join(packed.request, segment + batch, batch + count),
+        indptr=torch.cat([packed.indptr, packed.indptr[-1] + indptr[1:]]),
+        mask=torch.where(trees[:, None], mask, causal),
+        score=join(packed.score, 0.0, -torch.inf),
+        node=join(packed.node, -1, -1),
+        committed=join(packed.committed, 1, 0),
+        status=torch.cat([packed.status, status]),
+        invalid=F.pad(packed.invalid, (0, count)),
+        max_depth=max(packed.max_depth, longest - 1),
+    )
 
 
 def _clear_entries(hidden: Tensor, entry: Tensor, size: int, width: int) -> Tensor:

@@ -6,7 +6,7 @@ B requests, N rows, W mask words of a row, T nodes of a request's super-tree.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 from echo import _checks as checks
 from echo import kernels
 from echo._checks import EchoError, copy_into
+from echo.tree.cache import slot_mapping
 from echo.tree.supertree import SuperTree
 from echo.tree.validate import validate
 
@@ -92,6 +93,12 @@ class PackedTree:
         return torch.where(self.request < self.batch, local, 0)
 
     @property
+    def parent_row(self) -> Tensor:
+        """int64 [N], each row's parent among the N rows; -1 for a root and on pad rows."""
+        first = self.indptr.index_select(0, self.request)
+        return torch.where(self.parent < 0, -1, self.parent + first).long()
+
+    @property
     def max_verify_tokens_per_req(self) -> int:
         """Bound on the KV slots that a request of this step takes, from shapes; a host int."""
         return min(self.num_rows, WORD * self.mask.shape[1])
@@ -99,6 +106,53 @@ class PackedTree:
     def visible(self) -> Tensor:
         """The mask as bool [N, 32 * W]: column j is row j of the same request."""
         return unpack_bits(self.mask, WORD * self.mask.shape[1])
+
+    def ancestors(self, out: Tensor | None = None) -> Tensor:
+        """The path to each row, int64 [N, max_depth + 1]: rows by depth, root first, itself last.
+
+        -1 beyond the row's depth, and on pad rows.
+
+        Args:
+            out: a persistent buffer.
+
+        Raises:
+            EchoError: a buffer that does not fit.
+
+        Example:
+            >>> tree = SuperTree.from_paths(torch.tensor([7]), [[[1, 2], [3]]])
+            >>> packed = pack(tree, tree.score > -torch.inf, num_rows=4, words=1)
+            >>> packed.ancestors().tolist()  # of 7, 1, 3, 2
+            [[0, -1, -1], [0, 1, -1], [0, 2, -1], [0, 1, 3]]
+        """
+        row = torch.arange(self.num_rows, device=self.tokens.device)
+        up = F.pad(self.parent_row, (0, 1), value=-1)  # what -1, none, reads is none too
+        above = [torch.where(self.request < self.batch, row, -1)]
+        for _ in range(self.max_depth):
+            above.append(up[above[-1]])
+        back = self.depth[:, None] - torch.arange(len(above), device=row.device)
+        path = torch.stack(above, dim=1).gather(1, back.clamp(min=0))
+        return copy_into(out, path.masked_fill(back < 0, -1))
+
+    def windowed(self, size: int) -> PackedTree:
+        """The step as layers of a sliding window see it: a row and its ``size - 1`` last ancestors.
+
+        A position is a depth, not a row: siblings share one. For kernels that read masks of the
+        rows; of the prefix a row sees positions above ``positions(prefix_lens) - size``.
+        :func:`echo.kernels.tree_attention` does both (``window=size, depth=packed.depth``).
+
+        Raises:
+            EchoError: a size below 1.
+
+        Example:
+            >>> tree = SuperTree.from_paths(torch.tensor([7]), [[[1, 2], [3]]])
+            >>> packed = pack(tree, tree.score > -torch.inf, num_rows=4, words=1)
+            >>> packed.windowed(2).visible()[:, :4].int().tolist()  # of 7, 1, 3, 2
+            [[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [0, 1, 0, 1]]
+        """
+        far = self.depth[:, None] - checks.integer("size", size, 1)
+        row = self.ancestors().gather(1, far.clamp(min=0).long())[:, 0]
+        hidden = self.mask.index_select(0, row.clamp(min=0))  # that ancestor and all above it
+        return replace(self, mask=torch.where(far < 0, self.mask, self.mask & ~hidden))
 
     def positions(self, prefix_lens: Tensor) -> Tensor:
         """Positions int64 [N]: prefix_lens + depth; 0 on pad rows.
@@ -192,6 +246,22 @@ class PackedTree:
             acceptance_histogram=floats[1].view(batch, max_depth, bins) if more else None,
             expected=floats[0].view(batch, max_depth) if more else None,
         )
+
+    def agree(self, sync: Callable[[Tensor], Tensor], out: PackedTree | None = None) -> PackedTree:
+        """The step that all ranks follow, if each calls this with its own.
+
+        Args:
+            sync: gets :meth:`to_buffer` and returns the buffer that all ranks follow, such as
+                rank 0's, broadcast. It may be part of a CUDA graph, as NCCL's is.
+            out: buffers of the same shapes, also this step's own, written to and returned.
+
+        Raises:
+            EchoError: a buffer of another length or dtype.
+        """
+        sizes = {"batch": self.batch, "num_rows": self.num_rows, "words": self.mask.shape[1]}
+        buffer = sync(self.to_buffer())
+        followed = PackedTree.from_buffer(buffer, **sizes, max_depth=self.max_depth)
+        return copy_into(out, replace(followed, num_layers=self.num_layers))
 
     def validate(
         self, *, max_verify_tokens_per_req: int | None = None, chain: bool = False
@@ -364,32 +434,3 @@ def unpack_bits(mask: Tensor, width: int) -> Tensor:
     bits = torch.ones((), dtype=torch.int32, device=mask.device) << place
     seen = (mask[..., None] & bits).bool()
     return seen[..., 0, :] if words == 1 else seen.flatten(-2)[..., :width]
-
-
-def slot_mapping(
-    place: Tensor, request: Tensor, page_table: Tensor, page_size: int, pad_slot_id: int
-) -> Tensor:
-    """KV slots of tokens in a paged cache: int64, shaped as ``place``.
-
-    Args:
-        place: int64, each token's position in its request; ``pad_slot_id`` where it is negative or
-            beyond the page table.
-        request: int32 or int64 that broadcasts to ``place``.
-        page_table: int32 or int64 [B, pages]; ``pad_slot_id`` where it is negative.
-        page_size: tokens of a page.
-        pad_slot_id: a slot that no request owns.
-
-    Raises:
-        EchoError: shapes or dtypes that do not fit.
-    """
-    checks.tensor("page_table", page_table, ["B", "pages"], checks.INTEGERS, place.device)
-    page_size = checks.integer("page_size", page_size, 1)
-    pad_slot_id = checks.integer("pad_slot_id", pad_slot_id, 0)
-    batch, pages = page_table.shape
-    if batch == 0 or pages == 0:
-        return torch.full_like(place, pad_slot_id)
-    wanted = place // page_size
-    column = wanted.clamp(0, pages - 1)
-    page = page_table.flatten()[request.long().clamp(max=batch - 1) * pages + column].long()
-    slot = page * page_size + place % page_size
-    return torch.where((column == wanted) & (page >= 0), slot, pad_slot_id)

@@ -1,0 +1,116 @@
+"""Slots of a paged cache: where rows are written, where they must not be, and how they read back.
+
+B requests, N rows, Hkv KV heads of size D.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from echo import _checks as checks
+from echo._checks import EchoError, copy_into
+
+__all__ = ["as_cached", "refuse_shared", "slot_mapping"]
+
+
+def slot_mapping(
+    place: Tensor, request: Tensor, page_table: Tensor, page_size: int, pad_slot_id: int
+) -> Tensor:
+    """KV slots of tokens in a paged cache: int64, shaped as ``place``.
+
+    Args:
+        place: int64, each token's position in its request; ``pad_slot_id`` where it is negative or
+            beyond the page table.
+        request: int32 or int64 that broadcasts to ``place``.
+        page_table: int32 or int64 [B, pages]; ``pad_slot_id`` where it is negative.
+        page_size: tokens of a page.
+        pad_slot_id: a slot that no request owns.
+
+    Raises:
+        EchoError: shapes or dtypes that do not fit.
+    """
+    checks.tensor("page_table", page_table, ["B", "pages"], checks.INTEGERS, place.device)
+    page_size = checks.integer("page_size", page_size, 1)
+    pad_slot_id = checks.integer("pad_slot_id", pad_slot_id, 0)
+    batch, pages = page_table.shape
+    if batch == 0 or pages == 0:
+        return torch.full_like(place, pad_slot_id)
+    wanted = place // page_size
+    column = wanted.clamp(0, pages - 1)
+    page = page_table.flatten()[request.long().clamp(max=batch - 1) * pages + column].long()
+    slot = page * page_size + place % page_size
+    return torch.where((column == wanted) & (page >= 0), slot, pad_slot_id)
+
+
+def refuse_shared(
+    slots: Tensor,
+    shared_pages: Tensor,
+    page_size: int,
+    pad_slot_id: int,
+    *,
+    out: Tensor | None = None,
+) -> Tensor:
+    """``slots`` without those in shared pages, which go to ``pad_slot_id``. Sync-free.
+
+    A page that several requests read (a common prefix, a fork's last page) must be copied before
+    one of them writes to it; copying is the engine's. Where it did not, nothing of the others is
+    overwritten, and the row has no key to attend to: give it no target token, and the walk ends
+    before it, at worst with no token in this step (``StepCounts.no_output``)::
+
+        slots = refuse_shared(packed.slot_mapping(...), shared_pages, page_size, pad_slot_id)
+        target_tokens = torch.where(slots == pad_slot_id, -1, target_tokens)
+
+    Args:
+        slots: int64, any shape: :meth:`PackedTree.slot_mapping`, or a compaction's ``target``.
+        shared_pages: bool [pages], pages that more than one request reads.
+        page_size: tokens of a page.
+        pad_slot_id: a slot that no request owns.
+        out: persistent buffer, which may be ``slots``.
+
+    Raises:
+        EchoError: shapes or dtypes that do not fit.
+
+    Example:
+        >>> slots, shared = torch.tensor([5, 8, 9]), torch.tensor([False, True, False])
+        >>> refuse_shared(slots, shared, page_size=4, pad_slot_id=0).tolist()
+        [0, 8, 9]
+    """
+    checks.tensor("slots", slots, list(slots.shape), torch.int64)
+    checks.tensor("shared_pages", shared_pages, ["pages"], torch.bool, slots.device)
+    page_size = checks.integer("page_size", page_size, 1)
+    pad_slot_id = checks.integer("pad_slot_id", pad_slot_id, 0)
+    shared = shared_pages[slots // page_size]
+    return copy_into(out, slots.masked_fill(shared, pad_slot_id))
+
+
+def as_cached(values: Tensor, dtype: torch.dtype, scale: Tensor | None = None) -> Tensor:
+    """Keys or values as they will be read back from a cache of ``dtype``, saturated as on GPUs.
+
+    Plain decoding reads its own row from the cache, in the cache's precision. Drafts that are kept
+    beside an 8-bit cache (``tree_key``, ``tree_value`` of :func:`echo.kernels.tree_attention`) must
+    be rounded likewise, or drafts are scored with better keys than those that stay.
+
+    Args:
+        values: float [N, Hkv, D].
+        dtype: of the cache, such as torch.float8_e4m3fn.
+        scale: float32 [Hkv], the cache's ``key_scale`` or ``value_scale``. Defaults to 1.
+
+    Returns:
+        [N, Hkv, D] in the dtype of ``values``.
+
+    Raises:
+        EchoError: shapes or dtypes that do not fit.
+
+    Example:
+        >>> as_cached(torch.tensor([[[0.3]]]), torch.float8_e4m3fn).item()
+        0.3125
+    """
+    heads = checks.tensor("values", values, ["N", "Hkv", "D"], checks.FLOATS).shape[1]
+    if not dtype.is_floating_point:
+        raise EchoError(f"dtype: expected a float dtype, got {dtype}")
+    bound, factor = torch.finfo(dtype).max, torch.ones((), device=values.device)
+    if scale is not None:
+        factor = checks.tensor("scale", scale, [heads], torch.float32, values.device)[:, None]
+    stored = (values.float() / factor).clamp(-bound, bound).to(dtype)
+    return (stored.float() * factor).to(values.dtype)
