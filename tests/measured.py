@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+from scipy.interpolate import LinearNDInterpolator, NearestNDInterpolator
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "h100"
 PAGE = 64
@@ -47,3 +48,41 @@ def part(columns: dict[str, np.ndarray], chosen: np.ndarray) -> dict[str, np.nda
 def load(columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The arguments of a model's call for all samples."""
     return {name: columns[name] for name in ("num_tokens", "num_reqs", "context_tokens")}
+
+
+class Machine:
+    """A step that takes, on its own clock, what was measured: between samples, linear in logarithms.
+
+    Beyond them the nearest sample's. Each time is off by a log-normal error of ``noise``, and the
+    first of a load takes ``capture`` seconds more.
+    """
+
+    def __init__(self, columns, *, noise=0.02, seed=0, capture=0.3, slower=1.0):
+        reqs, tokens = columns["num_reqs"], columns["num_tokens"]
+        context = columns["context_tokens"] / reqs
+        self.contexts = sorted(set(context.astype(int).tolist()))
+        points, self.values = self.point(reqs, tokens, context), np.log(columns["seconds"])
+        self.inside = LinearNDInterpolator(points, self.values)
+        self.outside = NearestNDInterpolator(points, self.values)
+        self.now, self.seen, self.calls = 0.0, set(), 0
+        self.noise, self.capture, self.slower = noise, capture, slower
+        self.random = np.random.default_rng(seed)
+
+    def point(self, reqs, tokens, context):
+        axes = [np.log2(reqs), np.log2(tokens), np.asarray(context) / 4096]
+        return np.stack(np.broadcast_arrays(*axes[: 3 if len(self.contexts) > 1 else 2]), axis=-1)
+
+    def seconds(self, reqs, tokens, context):
+        at = self.point(reqs, tokens, context)
+        found = self.inside(at)
+        return self.slower * np.exp(np.where(np.isnan(found), self.outside(at), found))
+
+    def __call__(self, *load):
+        self.calls += 1
+        self.now += self.capture * (load not in self.seen)
+        self.seen.add(load)
+        error = np.exp(self.noise * self.random.normal())
+        self.now += float(self.seconds(*load).squeeze()) * error
+
+    def clock(self):
+        return self.now

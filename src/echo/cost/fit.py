@@ -120,7 +120,7 @@ def reading(per_req: Floats) -> Floats:
 
 
 def curves(seconds: Floats, table: dict[str, Floats]) -> dict[str, Any]:
-    """The fields of a :class:`CostModel` that samples tell: curves and the knee's intervals."""
+    """The fields of a :class:`CostModel` that samples tell."""
     x = table["num_tokens"] + table.get("num_other_tokens", 0.0)
     reqs = table.get("num_reqs", np.ones_like(x))
     points, counts = knots(x), knots(reqs)
@@ -147,8 +147,7 @@ def curves(seconds: Floats, table: dict[str, Floats]) -> dict[str, Any]:
         if each[-1] > each[0] * (1 + 1e-9):
             fields["tokens_per_req"] = TOKENS_PER_REQ
             fields["context_factors"] = rounded(each / each[0])
-    ratio = seconds / np.maximum(design @ found, least)
-    return fields | knee_intervals(x, ratio, points, curve)
+    return fields
 
 
 def rounded(values: ArrayLike, digits: int = 12) -> tuple[float, ...]:

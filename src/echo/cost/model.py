@@ -208,19 +208,19 @@ class CostModel:
         )
         for doubt in model.doubts:
             warnings.warn(f"CostModel: {doubt}", stacklevel=2)
-        part = samples.folds(table)
-        if part is None:
-            return model
         x, reqs, context = samples.loads(table).T
+        load = {"num_reqs": reqs, "context_tokens": context * reqs}
+        ratio = y / replace(model, tiers=())(x, **load)
+        knots, curve = np.array(model.num_tokens), np.array(model.seconds)
+        model = replace(model, **fit.knee_intervals(x, ratio, knots, curve))
         error = np.zeros(len(y))
-        for each in np.unique(part):
-            own = part == each
+        for own in samples.parts(table):
             others = {name: column[~own] for name, column in table.items()}
-            partly = replace(model, tiers=(), **fit.curves(y[~own], others))
-            total = context[own] * reqs[own]
-            found = partly(x[own], num_reqs=reqs[own], context_tokens=total)
+            partly = cls(**fit.curves(y[~own], others))
+            found = partly(x[own], **{name: column[own] for name, column in load.items()})
             error[own] = abs(found / y[own] - 1)
-        return replace(model, error=float(np.quantile(error, 0.95, method="higher")))
+        known = float(np.quantile(error, 0.95, method="higher"))
+        return replace(model, error=known if error.any() else None)
 
     def __call__(
         self,

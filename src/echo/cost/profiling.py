@@ -50,23 +50,28 @@ def profile(
         raise EchoError("num_tokens: expected at least one token count, got none")
     for count in counts * warmup:
         step(count)
-    clock = _device_clock if torch.device(device).type == "cuda" else _host_clock
-    seconds = [clock(step, count) for count in counts * repeats]
+    seconds = [seconds_of(step, (count,), device) for count in counts * repeats]
     return np.array(counts * repeats, dtype=np.int64), np.array(seconds)
 
 
-def _host_clock(step: Callable[[int], object], count: int) -> float:
-    start = time.perf_counter()
-    step(count)
-    return time.perf_counter() - start
+def seconds_of(
+    step: Callable[..., object],
+    load: tuple[int, ...],
+    device: torch.device | str,
+    clock: Callable[[], float] = time.perf_counter,
+) -> float:
+    """Seconds of ``step(*load)`` by ``clock``.
 
-
-def _device_clock(step: Callable[[int], object], count: int) -> float:
-    """Between two events of the stream, synchronized: each step starts on an idle device."""
+    On CUDA between two events of the stream, synchronized: it starts on an idle device.
+    """
+    if torch.device(device).type != "cuda":
+        start = clock()
+        step(*load)
+        return clock() - start
     torch.cuda.synchronize()
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-    start.record()
-    step(count)
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    begin.record()
+    step(*load)
     end.record()
     end.synchronize()
-    return float(start.elapsed_time(end)) / 1e3
+    return float(begin.elapsed_time(end)) / 1e3

@@ -17,10 +17,8 @@ from echo._checks import EchoError
 Floats = NDArray[np.float64]
 Table = Mapping[str, Floats]
 
-FOLDS = 5
-"""Parts of the samples, each of which is predicted from the others."""
-FEW = 8
-"""Loads below which that says nothing."""
+FOLDS, FEW = 5, 8
+"""Parts of the samples, each predicted from the others; loads below which that says nothing."""
 REACH = 1.25
 """How far beyond its samples a model speaks, as a ratio."""
 FALL = 1.25
@@ -60,13 +58,14 @@ def loads(table: Table) -> Floats:
     return np.stack([tokens, reqs, context], axis=1)
 
 
-def folds(table: Table) -> NDArray[np.int64] | None:
-    """The part of each sample, int64 [n]: a load's samples share one, its neighbours have others.
+def parts(table: Table) -> list[NDArray[np.bool_]]:
+    """Parts of the samples, bool [n] each: a load's samples in one, its neighbours in others.
 
     None where there are too few loads.
     """
     found, place = np.unique(loads(table)[:, [1, 2, 0]], axis=0, return_inverse=True)
-    return place.ravel().astype(np.int64) % FOLDS if len(found) >= FEW else None
+    part = place.ravel() % FOLDS
+    return [part == i for i in range(FOLDS)] if len(found) >= FEW else []
 
 
 def measured(table: Table) -> tuple[tuple[float, ...], ...]:
@@ -99,8 +98,8 @@ def doubts(seconds: Floats, table: Table) -> tuple[str, ...]:
     """What speaks against a model of these samples."""
     found = []
     every, place, size = np.unique(loads(table), axis=0, return_inverse=True, return_counts=True)
-    parts = np.split(seconds[place.ravel().argsort(kind="stable")], size.cumsum()[:-1])
-    median = np.array([np.median(part) for part in parts])
+    own = np.split(seconds[place.ravel().argsort(kind="stable")], size.cumsum()[:-1])
+    median = np.array([np.median(part) for part in own])
     smaller = [np.where((every <= load).all(axis=1), median, 0.0) for load in every]
     fall = np.array([part.max() for part in smaller]) / median
     if fall.max() > FALL:
