@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import math
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -39,6 +40,7 @@ from echo import kernels
 POLICIES = ("plain", "eagle", "ddd", "echo", "rank", "throughput-optimal")
 SMOLLM2 = Path(__file__).with_name("smollm2")
 BEAM = 4
+SECONDS = 20.0  # to profile in, at most
 
 
 class KVCache:
@@ -295,18 +297,29 @@ def warm_up(
     return echo.WarmupLog.concat(logs), seconds / layers
 
 
-def measure(target: Target, bar: Progress) -> tuple:
-    """Samples of the cost curve: seconds of a forward pass by its rows."""
-    counts = (1, 2, 4, 8, 16, 32, 64)
-    task, model = bar.add_task("cost curve", total=4 * len(counts)), target.model
-    layers = [(k[:1, :, :64], v[:1, :, :64]) for k, v in target.cache.layers]
+def measure(target: Target, layer: float, bar: Progress) -> echo.CostModel:
+    """The cost of a forward pass, measured where decisions depend on it."""
+    model, cache, begin = target.model, target.cache, time.perf_counter()
+    task, max_num_reqs = bar.add_task("profile", total=SECONDS), len(cache.prefix_lens)
 
-    def step(rows: int) -> None:
-        ids = torch.full((1, rows), 1, device=model.device)
-        model(ids, past_key_values=DynamicCache(layers))
-        bar.advance(task)
+    def step(num_reqs: int, num_tokens: int, context_len: int) -> None:
+        ids = torch.full((num_reqs, -(-num_tokens // num_reqs)), 1, device=model.device)
+        past = [
+            (k[:num_reqs, :, :context_len], v[:num_reqs, :, :context_len]) for k, v in cache.layers
+        ]
+        model(ids, past_key_values=DynamicCache(past))
 
-    return echo.cost.profile(step, counts, repeats=3, device=model.device)
+    def show(profile: echo.cost.SpeculationProfile, stake: float) -> None:
+        text = "profile" if stake == math.inf else f"profile, {stake:.0%} of throughput at stake"
+        bar.update(task, completed=time.perf_counter() - begin, description=text)
+
+    identity = {"model": model.name_or_path, "device": str(model.device), "dtype": str(model.dtype)}
+    profile = echo.cost.SpeculationProfile(identity, (), {"draft_layer": layer}).measure(
+        step, max_num_reqs=max_num_reqs, max_num_tokens=16 * max_num_reqs, max_seconds=SECONDS,
+        context_lens=[cache.length // 4, cache.length // 2], device=model.device, on_sample=show,
+    )  # fmt: skip
+    bar.update(task, completed=SECONDS)
+    return profile.cost()
 
 
 def schedule(
@@ -326,8 +339,7 @@ def schedule(
     log, layer = warm_up(target, drafter, prompts, depth, bar)
     calibration, budget = echo.calibrate(log, min_rows=20), rows * len(target.cache.prefix_lens)
     if policy == "throughput-optimal":
-        cost = echo.CostModel.from_samples(*measure(target, bar), draft_layer=layer)
-        return make.throughput_optimal(calibration, cost, beam=BEAM)
+        return make.throughput_optimal(calibration, measure(target, layer, bar), beam=BEAM)
     if policy == "echo":
         return make.paper(calibration, k_max=budget, beam=2)
     return make(echo.GlobalRank(BEAM, calibration), None, budget, depth)

@@ -22,7 +22,7 @@ FOLDS, FEW = 5, 8
 REACH = 1.25
 """How far beyond its samples a model speaks, as a ratio."""
 FALL = 1.25
-"""How much dearer than a greater one a load must be for its samples to fall."""
+"""How much dearer than all samples of a greater load all of a load's must be to fall."""
 
 
 def columns(seconds: ArrayLike, **inputs: ArrayLike | None) -> tuple[Floats, dict[str, Floats]]:
@@ -99,14 +99,14 @@ def doubts(seconds: Floats, table: Table) -> tuple[str, ...]:
     found = []
     every, place, size = np.unique(loads(table), axis=0, return_inverse=True, return_counts=True)
     own = np.split(seconds[place.ravel().argsort(kind="stable")], size.cumsum()[:-1])
-    median = np.array([np.median(part) for part in own])
-    smaller = [np.where((every <= load).all(axis=1), median, 0.0) for load in every]
-    fall = np.array([part.max() for part in smaller]) / median
+    low, high = (np.array([of(part) for part in own]) for of in (np.min, np.max))
+    smaller = [np.where((every <= load).all(axis=1), low, 0.0) for load in every]
+    fall = np.array([part.max() for part in smaller]) / high
     if fall.max() > FALL:
         worst = int(fall.argmax())
         texts = [
-            f"{every[i, 0]:.0f} tokens of {every[i, 1]:.0f} request(s) took {median[i]:.3g} s"
-            for i in (int(smaller[worst].argmax()), worst)
+            f"{every[i, 0]:.0f} tokens of {every[i, 1]:.0f} request(s) took {y:.3g} s"
+            for i, y in ((smaller[worst].argmax(), smaller[worst].max()), (worst, high[worst]))
         ]
         found.append(f"samples fall: {texts[0]}, {texts[1]}")
     if "num_reqs" in table:
