@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
     from echo.cost.model import CostModel
     from echo.gating.calibration import Calibration, DepthCalibration
-    from echo.report import SpeculationReport
     from echo.tree.accept import Accepted
     from echo.tree.packed import PackedTree
 
@@ -184,33 +183,6 @@ def _reliability(axis: Any, calibration: Calibration) -> None:
     axis.set(title="reliability", xlim=(0, 1), ylim=(0, 1))
     axis.set(xlabel="path probability of the draft", ylabel="P(path accepted)")
     axis.legend(ncols=2)
-
-
-def speculation(page: SpeculationReport) -> Figure:
-    """See :meth:`echo.report.SpeculationReport.plot`."""
-    with figure(8, 3.2) as drawn:
-        worth, depth = drawn.subplots(1, 2)
-        num_reqs = [a.num_reqs for a in page.advice]
-        speedup = np.array([a.speedup for a in page.advice])
-        spread = np.array([[a.speedup - a.low, a.high - a.speedup] for a in page.advice]).T
-        worth.errorbar(num_reqs, speedup, spread, fmt="o-", ms=3, capsize=2, color=GOOD)
-        worth.axhline(1, color=QUIET, lw=0.8)
-        worth.set(title="Worth of speculation", xlabel="requests", xscale="log")
-        worth.set(ylabel="tokens/s over plain decoding", ylim=(0, None))
-        worth.set_xticks(num_reqs, [str(b) for b in num_reqs])
-        worth.minorticks_off()
-        places = [d.depth for d in page.depths]
-        for name, color in (("conditional", INK), ("cumulative", GOOD)):
-            rates = [getattr(d, name) for d in page.depths]
-            depth.plot(places, rates, "o-", ms=3, color=color, label=name)
-        few = [d.depth for d in page.depths if not d.well_observed]
-        if few:
-            depth.axvspan(
-                min(few) - 0.5, max(few) + 0.5, color=QUIET, alpha=0.2, label="few drafts"
-            )
-        depth.set(title="Acceptance by depth", xlabel="depth", ylabel="rate", ylim=(0, 1))
-        depth.legend()
-    return drawn
 
 
 # Draft trees: as text, and drawn.

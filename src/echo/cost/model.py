@@ -256,7 +256,7 @@ class CostModel:
     ) -> bool:
         """Whether a load is beyond the samples, by more than a quarter; as in :meth:`__call__`.
 
-        Between two measured numbers of requests both must have such tokens and such a context. A
+        What lies between two numbers of requests that were measured with its context is not. A
         model that was not made from samples of requests knows the ends of its curves.
         """
         if not self.measured:

@@ -5,7 +5,6 @@ n samples, each of a load: tokens, requests and the context that they have toget
 
 from __future__ import annotations
 
-import bisect
 import math
 from collections.abc import Mapping, Sequence
 
@@ -82,16 +81,14 @@ def measured(table: Table) -> tuple[tuple[float, ...], ...]:
 def covers(
     ranges: Sequence[Sequence[float]], num_tokens: float, num_reqs: float, context_len: float
 ) -> bool:
-    """Whether samples speak for a load: between two numbers of requests, those of both."""
-    counts = [own[0] for own in ranges]
-    if not counts[0] / REACH <= num_reqs <= counts[-1] * REACH:
+    """Whether samples speak for a load: those of the next numbers of requests with its context."""
+    own = [r for r in ranges if r[3] / REACH <= context_len <= r[4] * REACH]
+    counts = [count for count, *_ in own]
+    if not own or not counts[0] / REACH <= num_reqs <= counts[-1] * REACH:
         return False
-    right = min(bisect.bisect_left(counts, num_reqs), len(counts) - 1)
-    left = right if counts[right] <= num_reqs else max(right - 1, 0)
-    (low, _, few, least, most), (high, _, many, least2, most2) = ranges[left], ranges[right]
-    tokens = np.interp(num_reqs, [low, high], [few, many]) * REACH
-    shortest, longest = max(least, least2) / REACH, min(most, most2) * REACH
-    return bool(num_tokens <= tokens and shortest <= context_len <= longest)
+    return num_tokens <= REACH * float(
+        np.interp(num_reqs, counts, [most for _, _, most, *_ in own])
+    )
 
 
 def doubts(seconds: Floats, table: Table) -> tuple[str, ...]:
