@@ -350,6 +350,34 @@ def test_a_measured_machine_rises_in_requests_tokens_and_context(name):
         assert (np.diff(seconds, axis=axis) >= -1e-12).all()
 
 
+loads = st.tuples(st.integers(1, 64), st.integers(1, 32), st.floats(0, 9000), st.floats(1e-3, 1))
+
+
+@pytest.mark.filterwarnings("ignore:CostModel")
+@given(st.lists(loads, min_size=1, max_size=40))
+def test_any_scattered_samples_give_a_model_that_rises_in_each(samples):
+    reqs, each, context, seconds = np.array(samples).T
+    model = echo.CostModel.from_samples(
+        reqs * each, seconds, num_reqs=reqs, context_tokens=reqs * context
+    )
+    grid = np.meshgrid([1, 2, 7, 30, 90], [1, 5, 40, 300, 4000], [0, 800, 20_000])
+    found = model(grid[1], num_reqs=grid[0], context_tokens=grid[0] * grid[2])
+    assert found.min() > 0
+    for axis in range(3):
+        assert (np.diff(found, axis=axis) >= -1e-9 * found.max()).all()
+    assert echo.CostModel.from_json(model.to_json()) == model
+
+
+def test_tokens_are_free_only_while_their_context_is_read_once():
+    flat = {"num_tokens": (1, 512), "seconds": (1.0, 1.0), "context_token": 1e-5}
+    assert echo.CostModel(**flat).free_tokens(8, 4) == 512
+    curve = {"tokens_per_req": (1, 4, 8, 16), "context_factors": (1.0, 1.0, 1.5, 3.0)}
+    model = echo.CostModel(**flat, **curve)
+    assert [model.free_tokens(8, reqs) for reqs in (1, 4, 64, 256)] == [8, 16, 256, 512]
+    load = {"num_reqs": 4, "context_tokens": 4000}
+    assert model(16, **load) == model(4, **load) < model(17, **load)
+
+
 def test_experts_are_steepest_with_the_fewest_requests_and_have_no_knee_there():
     """As measured: 32 tokens cost 3.4 steps of one request, 1,024 cost 1.24 of 256."""
     model = echo.CostModel.from_samples(**MACHINES[EXPERTS])

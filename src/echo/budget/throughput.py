@@ -176,7 +176,7 @@ class ThroughputOptimal:
             return 0, plain
         depth, column = divmod(best, rate.shape[1])
         tokens = plain + max(1, int(whole[depth, column]))
-        free, useful = self.cost.free_tokens(tokens), min(2 * tokens, plain + most)
+        free, useful = self.cost.free_tokens(tokens, widest), min(2 * tokens, plain + most)
         if free > useful:  # a tier of the cost model is launched whole
             free = self.cost.round_up(tokens) if self.cost.tiers else useful
         return depth + 1, max(tokens, free)

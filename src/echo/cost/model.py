@@ -109,10 +109,8 @@ class CostModel:
                 expected = "1 at one token, rising at most in proportion"
                 raise EchoError(f"context_factors: expected {expected}, got {y}")
         with checks.reading("measured: expected five numbers for each number of requests"):
-            ranges = tuple(tuple(map(float, own)) for own in self.measured)
-            if any(len(own) != 5 for own in ranges) or list(ranges) != sorted(ranges):
-                raise ValueError("others, or in another order")
-        object.__setattr__(self, "measured", ranges)
+            ranges = sorted((b, n, m, c, d) for b, n, m, c, d in self.measured)
+            object.__setattr__(self, "measured", tuple(tuple(map(float, own)) for own in ranges))
         object.__setattr__(self, "doubts", tuple(map(str, self.doubts)))
         if self.error is not None:
             checks.real_field(self, "error", 0.0)
@@ -135,14 +133,17 @@ class CostModel:
     def _factor_curve(self) -> tuple[Floats, Floats]:
         return np.array(self.tokens_per_req), np.array(self.context_factors)
 
-    @cached_property
-    def _context_len(self) -> float:
-        return float(np.median([own[3:] for own in self.measured])) if self.measured else 0.0
-
     @property
     def context_len(self) -> float:
-        """Context of a request where none is said: the middle of what was measured, else 0."""
-        return self._context_len
+        """Context of a request where none is said: the median that was measured, else 0."""
+        ends = sorted(end for own in self.measured for end in own[3:])
+        return ends[len(ends) // 2] if ends else 0.0
+
+    @cached_property
+    def _read_once(self) -> int:
+        """Tokens of a request for which its context costs what it does for one."""
+        flat = sum(factor <= 1 + 1e-9 for factor in self.context_factors)
+        return self.tokens_per_req[flat - 1] if flat and self.context_token else fit.FAR
 
     @cached_property
     def _ends(self) -> Floats:
@@ -213,14 +214,8 @@ class CostModel:
         ratio = y / replace(model, tiers=())(x, **load)
         knots, curve = np.array(model.num_tokens), np.array(model.seconds)
         model = replace(model, **fit.knee_intervals(x, ratio, knots, curve))
-        error = np.zeros(len(y))
-        for own in samples.parts(table):
-            others = {name: column[~own] for name, column in table.items()}
-            partly = cls(**fit.curves(y[~own], others))
-            found = partly(x[own], **{name: column[own] for name, column in load.items()})
-            error[own] = abs(found / y[own] - 1)
-        known = float(np.quantile(error, 0.95, method="higher"))
-        return replace(model, error=known if error.any() else None)
+        error = samples.held_out(y, table, lambda own, others: cls(**fit.curves(own, others)))
+        return replace(model, error=error)
 
     def __call__(
         self,
@@ -315,11 +310,15 @@ class CostModel:
             x = np.maximum(x, ends[ends[:-1].searchsorted(x)])
         return int(x) if x.ndim == 0 else x
 
-    def free_tokens(self, num_tokens: int) -> int:
-        """The most tokens, at a knot or a tier's end, that cost no more than ``num_tokens``."""
+    def free_tokens(self, num_tokens: int, num_reqs: int = 1) -> int:
+        """The most tokens, at a knot or a tier's end, that cost no more than ``num_tokens``.
+
+        Of ``num_reqs``: beyond some tokens of each, their context costs more.
+        """
         alone = float(np.interp(self.round_up(num_tokens), *self._token_curve))
         knots = bisect.bisect_right(self.seconds, alone * (1 + 1e-6))
-        return max(int(self.round_up(num_tokens)), self.num_tokens[knots - 1] if knots else 0)
+        free = self.num_tokens[knots - 1] if knots else 0
+        return max(int(self.round_up(num_tokens)), min(free, self._read_once * num_reqs))
 
     def update(
         self,

@@ -6,7 +6,8 @@ n samples, each of a load: tokens, requests and the context that they have toget
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -58,13 +59,27 @@ def loads(table: Table) -> Floats:
 
 
 def parts(table: Table) -> list[NDArray[np.bool_]]:
-    """Parts of the samples, bool [n] each: a load's samples in one, its neighbours in others.
-
-    None where there are too few loads.
-    """
+    """Parts of the samples, bool [n] each: a load's samples in one, its neighbours in others."""
     found, place = np.unique(loads(table)[:, [1, 2, 0]], axis=0, return_inverse=True)
     part = place.ravel() % FOLDS
     return [part == i for i in range(FOLDS)] if len(found) >= FEW else []
+
+
+def held_out(
+    seconds: Floats, table: Table, fitted: Callable[[Floats, dict[str, Floats]], Any]
+) -> float | None:
+    """The relative error that 95% of the samples keep within, predicted without their part.
+
+    ``fitted`` makes a model of the others. None where there are too few loads.
+    """
+    tokens, reqs, context = loads(table).T
+    error = np.zeros(len(seconds))
+    for own in (found := parts(table)):
+        model = fitted(seconds[~own], {name: column[~own] for name, column in table.items()})
+        total = context[own] * reqs[own]
+        known = model(tokens[own], num_reqs=reqs[own], context_tokens=total)
+        error[own] = abs(known / seconds[own] - 1)
+    return float(np.quantile(error, 0.95, method="higher")) if found else None
 
 
 def measured(table: Table) -> tuple[tuple[float, ...], ...]:
@@ -97,13 +112,13 @@ def doubts(seconds: Floats, table: Table) -> tuple[str, ...]:
     every, place, size = np.unique(loads(table), axis=0, return_inverse=True, return_counts=True)
     own = np.split(seconds[place.ravel().argsort(kind="stable")], size.cumsum()[:-1])
     low, high = (np.array([of(part) for part in own]) for of in (np.min, np.max))
-    smaller = [np.where((every <= load).all(axis=1), low, 0.0) for load in every]
-    fall = np.array([part.max() for part in smaller]) / high
+    first = [int(np.where((every <= load).all(axis=1), low, 0.0).argmax()) for load in every]
+    fall = low[first] / high
     if fall.max() > FALL:
         worst = int(fall.argmax())
         texts = [
             f"{every[i, 0]:.0f} tokens of {every[i, 1]:.0f} request(s) took {y:.3g} s"
-            for i, y in ((smaller[worst].argmax(), smaller[worst].max()), (worst, high[worst]))
+            for i, y in ((first[worst], low[first[worst]]), (worst, high[worst]))
         ]
         found.append(f"samples fall: {texts[0]}, {texts[1]}")
     if "num_reqs" in table:
