@@ -220,6 +220,7 @@ def test_a_mixture_of_experts_is_named_and_unobserved_depths_are_marked():
     assert "8 tokens a request cost 2.2 plain steps at 1 request(s) and 1.1 at 64" in text
     assert "a mixture of experts" in text and "too few to tell" in text
     assert any("depth 1, 2, 3, 4: fewer than 50" in note for note in page.notes)
+    assert any("sweet spots need a calibration" in note for note in page.notes)
     dense = speculation_report(chains([1, 0, 2] * 30, 4), FLAT, num_reqs=[1, 64])
     assert "experts" not in str(dense)
     assert dense.advice[1].depth == 0 and not dense.advice[1].extrapolated

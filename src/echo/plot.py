@@ -105,7 +105,7 @@ def _curve(axis: Any, model: CostModel) -> None:
             low, high = 1e3 * seconds * (1 - model.error), 1e3 * seconds * (1 + model.error)
             axis.fill_between(grid, low, high, color=colour, alpha=0.15, lw=0)
         if knee.bends:
-            axis.plot(knee.k_max, 1e3 * curve(knee.k_max), "o", ms=4, color=BAD)
+            axis.plot(knee.k_max, 1e3 * curve(knee.k_max), "o", ms=4, color=BAD, zorder=5)
     if len(counts) == 1:
         knee = model.knee
         law = [1e3 * knee(k) for k in grid]

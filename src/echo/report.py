@@ -244,6 +244,7 @@ def speculation_report(
         _advise(outcomes[b], cost, b, context, beam, error) for context in contexts for b in loads
     )
     depths = _depths(counted)
+    spots = {} if calibration is None else calibration.thresholds
     return SpeculationReport(
         depths=depths,
         advice=advice,
@@ -251,8 +252,8 @@ def speculation_report(
         mean_of_rates=counted.mean_rate,
         unit=counted.unit,
         acceptance_length=1 + sum(d.cumulative for d in depths),
-        sweet_spots={} if calibration is None else calibration.thresholds,
-        notes=tuple(_notes(depths, advice, counted, cost)),
+        sweet_spots=spots,
+        notes=tuple(_notes(depths, advice, counted, cost, spots)),
     )
 
 
@@ -321,6 +322,7 @@ def _notes(
     advice: Sequence[Advice],
     counted: LoggedDrafts | CountedChains,
     cost: CostModel,
+    spots: Mapping[int, float],
 ) -> list[str]:
     """What a reader should mind, and what to log or measure next."""
     notes = [f"cost model: {doubt}" for doubt in cost.doubts]
@@ -356,6 +358,8 @@ def _notes(
         notes.append(
             f"the deepest logged depth, {deepest}, is still worth drafting: log deeper trees"
         )
+    if isinstance(counted, LoggedDrafts) and not spots:
+        notes.append("sweet spots need a calibration, from other steps than these")
     if isinstance(counted, CountedChains):
         notes.append("counters do not say which drafts were likely: a WarmupLog does")
         if counted.num_draft_tokens < counted.steps * counted.max_depth:
