@@ -107,8 +107,10 @@ def test_what_is_at_stake_is_reported_and_falls():
 def test_another_machine_is_refused():
     profile = profiled(measured.Machine(MACHINES[BOTH]))
     slower = measured.Machine(MACHINES[BOTH], slower=1.5)
+    saved = []
     with pytest.raises(echo.EchoError, match=r"step: .* got 1\.\d+ times as many: another machine"):
-        profiled(slower, profile)
+        profiled(slower, profile, on_sample=lambda so_far, stake: saved.append(so_far))
+    assert not saved  # nothing of it gets into the profile
     as_fast = measured.Machine(MACHINES[BOTH], slower=1.1, seed=9)
     assert len(profiled(as_fast, profile).samples) > len(profile.samples)
 

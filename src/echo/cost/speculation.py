@@ -32,8 +32,8 @@ TOKENS = (1, 1.25, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 ROUND, STABLE, VISITS = 4, 3, 3
 """Loads measured between two fits; fits in a row after which unchanged decisions are final; times
 that a load is measured at most."""
-DRIFT = 1.25
-"""Ratio to the saved seconds beyond which they are another machine's."""
+DRIFT, DRIFT_LOADS = 1.25, 3
+"""Ratio to the saved seconds beyond which they are another machine's; loads that tell."""
 Load = tuple[int, int, int]
 Sample = tuple[int, int, int, float]
 Floats = NDArray[np.float64]
@@ -138,43 +138,31 @@ class SpeculationProfile:
             EchoError: an argument out of range; or loads take another time than saved, by more than
                 a quarter: the profile is of another machine.
         """
-        end = clock() + checks.real("max_seconds", max_seconds, 0.0)
         tolerance = checks.real("tolerance", tolerance, 0.0)
         repeats = checks.integer("repeats", repeats, 1)
         plan = _plan(max_num_reqs, max_num_tokens, context_lens, acceptance)
-        found, stake, longest = self, np.inf, 0.0
+        end = clock() + checks.real("max_seconds", max_seconds, 0.0)
+        timer = _Timer(step, repeats, device, clock, end)
+        found, stake = self, np.inf
 
-        def add(load: Load) -> list[Sample]:
-            """Times a load, as often as there is time."""
-            nonlocal found, longest
-            new: list[Sample] = []
-            for timed in range(repeats + 1):
-                begin = clock()
-                if begin + longest > end:
-                    return new
-                seconds = seconds_of(step, load, device, clock)
-                longest = max(longest, clock() - begin)
-                new += [(*load, seconds)] if timed else []
-            found = replace(found, samples=found.samples + tuple(new))
-            if on_sample is not None:
-                on_sample(found, stake)
-            return new
+        def add(new: list[Sample]) -> None:
+            nonlocal found
+            if new:
+                found = replace(found, samples=found.samples + tuple(new))
+                if on_sample is not None:
+                    on_sample(found, stake)
 
-        known = [load for load in plan.first if load in self._visits()]
-        pairs = [(add(load), [s for s in self.samples if s[:3] == load]) for load in known[:3]]
-        ratios = [
-            np.median(new, axis=0)[3] / np.median(old, axis=0)[3] for new, old in pairs if new
-        ]
-        if ratios and not 1 / DRIFT <= np.median(ratios) <= DRIFT:
-            raise EchoError(
-                f"step: expected the profile's seconds, got {np.median(ratios):.2f} times as many:"
-                " another machine or model"
-            )
+        visits = self._visits()
+        known = [load for load in plan.first if load in visits]
+        again = [timer(load) for load in known[:DRIFT_LOADS]]
+        self._compare(again)
+        for new in again:
+            add(new)
         for load in plan.first:
-            if load not in known:
-                add(load)
+            if load not in visits:
+                add(timer(load))
         decided, stable = None, 0
-        while stable < STABLE and clock() + longest <= end:
+        while stable < STABLE and not timer.is_over:
             model, *others = found._models()
             rates = plan.rates(model)
             chosen = rates.argmax(axis=-1)[..., None]
@@ -182,13 +170,21 @@ class SpeculationProfile:
                 kept = np.take_along_axis(rates, decided, -1)[..., 0] / rates.max(axis=-1)
                 stable = stable + 1 if kept.min() >= 1 - tolerance else 0
             decided = chosen
-            visits = {load for load, count in found._visits().items() if count >= VISITS * repeats}
-            stake, loads = plan.disputed(chosen, others, visits)
+            done = {load for load, count in found._visits().items() if count >= VISITS * repeats}
+            stake, loads = plan.disputed(chosen, others, done)
             if stake <= tolerance or not loads:
                 break
             for load in loads[:ROUND]:
-                add(load)
+                add(timer(load))
         return found
+
+    def _compare(self, again: Sequence[list[Sample]]) -> None:
+        """Refuses to go on where loads take another time than this profile says."""
+        pairs = [(new, [s for s in self.samples if s[:3] == new[0][:3]]) for new in again if new]
+        ratios = [np.median(new, axis=0)[3] / np.median(old, axis=0)[3] for new, old in pairs]
+        if ratios and not 1 / DRIFT <= (ratio := float(np.median(ratios))) <= DRIFT:
+            expected = "step: expected about the profile's seconds"
+            raise EchoError(f"{expected}, got {ratio:.2f} times as many: another machine or model")
 
     def _visits(self) -> Counter[Load]:
         return Counter((b, n, c) for b, n, c, _ in self.samples)
@@ -206,6 +202,35 @@ class SpeculationProfile:
             part = {name: column[~left_out] for name, column in table.items()}
             fields = fit.curves(seconds[~left_out], part) | dict(self.drafting)
             yield CostModel(**fields)
+
+
+@dataclass
+class _Timer:
+    """Times loads until ``end``, of ``clock``; ``longest`` is the longest step so far."""
+
+    step: Callable[[int, int, int], object]
+    repeats: int
+    device: torch.device | str
+    clock: Callable[[], float]
+    end: float
+    longest: float = 0.0
+
+    @property
+    def is_over(self) -> bool:
+        """Whether a step as long as the longest would end too late."""
+        return self.clock() + self.longest > self.end
+
+    def __call__(self, load: Load) -> list[Sample]:
+        """One step untimed, then ``repeats``, or as many as there is time for."""
+        samples: list[Sample] = []
+        for timed in range(self.repeats + 1):
+            if self.is_over:
+                break
+            begin = self.clock()
+            seconds = seconds_of(self.step, load, self.device, self.clock)
+            self.longest = max(self.longest, self.clock() - begin)
+            samples += [(*load, seconds)] if timed else []
+        return samples
 
 
 @dataclass(frozen=True)
