@@ -91,6 +91,16 @@ def test_context_costs_more_where_a_request_has_more_tokens():
         assert curve(tokens) == pytest.approx(model(tokens, num_reqs=8, context_tokens=8 * 4000))
 
 
+def test_without_requests_context_is_a_slope():
+    """How many tokens a request has is not known then."""
+    rng = np.random.default_rng(0)
+    tokens, context = rng.integers(1, 200, 99), rng.integers(0, 40_000, 99)
+    seconds = 0.01 + 1e-4 * tokens + 2e-7 * context
+    model = echo.CostModel.from_samples(tokens, seconds, context_tokens=context)
+    assert model.context_token == pytest.approx(2e-7, rel=1e-3) and not model.context_factors
+    assert model(100, num_reqs=4, context_tokens=3e4) == pytest.approx(0.026, rel=0.01)
+
+
 def test_intervals_hold_what_was_not_measured():
     inside = []
     for columns in MACHINES.values():

@@ -126,7 +126,8 @@ def curves(seconds: Floats, table: dict[str, Floats]) -> dict[str, Any]:
     points, counts = knots(x), knots(reqs)
     parts = [np.ones((len(seconds), 1)), ramps(x, points), ramps(reqs, counts)]
     if "context_tokens" in table:
-        parts.append(table["context_tokens"][:, None] * reading(x / reqs))
+        times = reading(x / reqs) if "num_reqs" in table else np.ones((len(x), 1))
+        parts.append(table["context_tokens"][:, None] * times)
     design = np.concatenate(parts, axis=1)
     ends = np.cumsum([part.shape[1] for part in parts])
     rough = np.zeros((0, design.shape[1]))
@@ -142,8 +143,10 @@ def curves(seconds: Floats, table: dict[str, Floats]) -> dict[str, Any]:
         rises = found[ends[1] : ends[2]].cumsum()
         fields |= {"num_reqs": counts, "request_seconds": rounded([0.0, *rises])}
     if "context_tokens" in table:
-        each = reading(TOKENS_PER_REQ.astype(np.float64)) @ found[ends[2] :]
-        fields["context_token"] = float(each[0])
+        each = found[ends[2] :]
+        fields["context_token"] = float(each.sum())
+        if len(each) > 1:
+            each = reading(TOKENS_PER_REQ.astype(np.float64)) @ each
         if each[-1] > each[0] * (1 + 1e-9):
             fields["tokens_per_req"] = TOKENS_PER_REQ
             fields["context_factors"] = rounded(each / each[0])
