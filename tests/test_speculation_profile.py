@@ -126,14 +126,14 @@ def test_another_models_profile_is_refused():
 
 def test_a_profile_knows_what_drafting_costs():
     drafting = {"draft_layer": 0.002, "draft_token": 1e-5}
-    dear, free = (
+    costly, free = (
         profiled(measured.Machine(MACHINES[EXPERTS]), SpeculationProfile(IDENTITY, (), own))
         for own in (drafting, {})
     )
-    assert dear.cost().draft_layer == 0.002 and free.cost().draft_layer == 0
-    again = SpeculationProfile.from_json(dear.to_json(), IDENTITY)
-    assert again == dear and json.loads(dear.to_json())["drafting"] == drafting
-    assert again.cost() == dear.cost()
+    assert costly.cost().draft_layer == 0.002 and free.cost().draft_layer == 0
+    again = SpeculationProfile.from_json(costly.to_json(), IDENTITY)
+    assert again == costly and json.loads(costly.to_json())["drafting"] == drafting
+    assert again.cost() == costly.cost()
 
 
 @pytest.mark.parametrize(

@@ -37,8 +37,8 @@ ENOUGH = 50
 HEAD = (
     "context  requests  depth  verify tokens  tokens/step  speedup [95%]      K_max  8 tokens cost"
 )
-DEAR = 1.15
-"""Above it, eight tokens of one request are said to be dearer than one."""
+COSTLY = 1.15
+"""Above it, eight tokens of one request are said to cost more than one."""
 Z = 1.96
 SHADES = (plot.GOOD, "#33658a", "#e9a13b", "#7b4b94")
 
@@ -328,7 +328,7 @@ def _notes(
     notes = [f"cost model: {doubt}" for doubt in cost.doubts]
     first, last = min(advice, key=lambda a: a.num_reqs), min(advice, key=lambda a: a.eight)
     # a dense model's tokens are cheapest at one request
-    if first.eight > DEAR * max(1.0, last.eight):
+    if first.eight > COSTLY * max(1.0, last.eight):
         notes.append(
             f"8 tokens a request cost {first.eight:.1f} plain steps at {first.num_reqs} request(s)"
             f" and {last.eight:.1f} at {last.num_reqs}: a mixture of experts, where each token of a"

@@ -22,7 +22,7 @@ FOLDS, FEW = 5, 8
 REACH = 1.25
 """How far beyond its samples a model speaks, as a ratio."""
 FALL = 1.25
-"""How much dearer than all samples of a greater load all of a load's must be to fall."""
+"""How much more than all samples of a greater load all of a load's must take to fall."""
 
 
 def columns(seconds: ArrayLike, **inputs: ArrayLike | None) -> tuple[Floats, dict[str, Floats]]:
