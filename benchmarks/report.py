@@ -19,7 +19,8 @@ from rich.table import Table
 
 import echo
 from common.policies import BASELINES
-from common.replays import FREE, HERE, calibrate, halves, unfold
+from common.replays import FREE, HERE, calibrate, halves, unfold, warm_up
+from echo.report import SpeculationReport, speculation_report
 from echo.testing import Record, Trace, replay
 
 RESULTS, IMAGES = HERE / "results", HERE.parent / "docs" / "images"
@@ -171,6 +172,22 @@ def pictures() -> None:
     lookup.draw(own["equal_rows"], unfold(own["cells"], "shape"), RESULTS / "lookup.png")
     policies.draw(unfold(found("replay")["cells"], "shape", "policy"), RESULTS / "replay.png")
     service.draw(service.read(found("service")), RESULTS / "service.png")
+    speculation().plot().savefig(IMAGES / "speculation.png", dpi=110)
+
+
+def speculation() -> SpeculationReport:
+    """Of a mixture of experts measured on an H100, with the shipped trace's acceptance."""
+    models = found("h100/cost-models")["models"]
+    model = next(model for name, model in models.items() if name.startswith("qwen3-235b"))
+    tokens, reqs, seconds = (
+        [sample[name] for sample in model["samples"]] for name in ("rows", "requests", "seconds")
+    )
+    context = [model["context"] * count for count in reqs]
+    cost = echo.CostModel.from_samples(
+        tokens, seconds, num_reqs=reqs, context_tokens=context, draft_layer=1e-4
+    )
+    tune, test = halves(Trace.load(HERE / "traces" / "smollm2-head.npz"))
+    return speculation_report(warm_up(test).log, cost, calibration=calibrate(tune))
 
 
 def contrast(record: Record) -> tuple[float, int]:

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import math
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -32,7 +33,7 @@ from rich.live import Live
 from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, DynamicCache
+from transformers import AutoModelForCausalLM, AutoTokenizer, Cache
 from transformers.cache_utils import CacheLayerMixin
 
 import echo
@@ -43,6 +44,8 @@ SMOLLM2 = Path(__file__).with_name("smollm2")
 BEAM = 4
 STEP = 256
 """Columns of a step's rows, at least."""
+SECONDS = 20.0
+"""To profile in, at most."""
 
 
 class StepLayer(CacheLayerMixin):
@@ -205,9 +208,8 @@ class Target:
         return self.sampler(logits, req_indices, self.cache.prefix_lens[req_indices])
 
     def verify(self, req_indices: Tensor, packed: echo.PackedTree) -> Tensor:
-        n, prefix_lens = int(packed.indptr.diff().max()), self.cache.prefix_lens[req_indices]
-        if is_compiled(self.model):  # few shapes
-            n = 1 << (n - 1).bit_length()
+        prefix_lens = self.cache.prefix_lens[req_indices]
+        n = self.padded(int(packed.indptr.diff().max()))
         inputs = echo.layouts.hugging_face(
             packed, n, prefix_lens, self.cache.length, left_padded=False, dtype=self.model.dtype
         )
@@ -227,6 +229,10 @@ class Target:
         moves = echo.compact(packed, accepted, prefix_lens, past_len=self.cache.length)
         self.cache.move(req_indices, moves.source, moves.target)
         self.cache.prefix_lens[req_indices] = moves.prefix_lens
+
+    def padded(self, rows: int) -> int:
+        """Rows of a pass: few numbers, if the model is compiled for each."""
+        return 1 << (rows - 1).bit_length() if is_compiled(self.model) else rows
 
     def _keep(self, layer: int, module, inputs, output) -> None:
         self.outputs[layer] = output[0] if isinstance(output, tuple) else output
@@ -343,18 +349,32 @@ def warm_up(
     return echo.WarmupLog.concat(logs), seconds / layers
 
 
-def measure(target: Target, bar: Progress) -> tuple:
-    """Samples of the cost curve: seconds of a forward pass by its rows."""
-    counts = (1, 2, 4, 8, 16, 32, 64)
-    task, model = bar.add_task("cost curve", total=4 * len(counts)), target.model
-    layers = [(k[:1, :, :64], v[:1, :, :64]) for k, v in target.cache.kv]
+def measure(target: Target, layer: float, bar: Progress) -> echo.CostModel:
+    """The cost of a forward pass, measured where decisions depend on it."""
+    model, cache, begin = target.model, target.cache, time.perf_counter()
+    task, max_num_reqs = bar.add_task("profile", total=SECONDS), len(cache.prefix_lens)
 
-    def step(rows: int) -> None:
-        ids = torch.full((1, rows), 1, device=model.device)
-        model(ids, past_key_values=DynamicCache(layers))
-        bar.advance(task)
+    def step(num_reqs: int, num_tokens: int, context_len: int) -> None:
+        lanes, rows = torch.arange(num_reqs), target.padded(-(-num_tokens // num_reqs))
+        own = torch.eye(rows, dtype=torch.bool).expand(num_reqs, -1, -1)
+        ids = torch.ones(num_reqs, rows, dtype=torch.int64)
+        cache.run(model, lanes, ids, torch.zeros_like(ids), cache.visible(lanes, own))
 
-    return echo.cost.profile(step, counts, repeats=3, device=model.device)
+    def show(profile: echo.cost.SpeculationProfile, stake: float) -> None:
+        text = "profile" if stake == math.inf else f"profile, {stake:.0%} of throughput at stake"
+        bar.update(task, completed=time.perf_counter() - begin, description=text)
+
+    identity = {
+        "model": model.config.name_or_path,
+        "device": str(model.device),
+        "dtype": str(model.dtype),
+    }
+    profile = echo.cost.SpeculationProfile(identity, (), {"draft_layer": layer}).measure(
+        step, max_num_reqs=max_num_reqs, max_num_tokens=16 * max_num_reqs, max_seconds=SECONDS,
+        context_lens=[cache.length], device=model.device, on_sample=show,
+    )  # fmt: skip
+    bar.update(task, completed=SECONDS)
+    return profile.cost()
 
 
 def schedule(
@@ -374,8 +394,7 @@ def schedule(
     log, layer = warm_up(target, drafter, prompts, depth, bar)
     calibration, budget = echo.calibrate(log, min_rows=20), rows * len(target.cache.prefix_lens)
     if policy == "throughput-optimal":
-        cost = echo.CostModel.from_samples(*measure(target, bar), draft_layer=layer)
-        return make.throughput_optimal(calibration, cost, beam=BEAM)
+        return make.throughput_optimal(calibration, measure(target, layer, bar), beam=BEAM)
     if policy == "echo":
         return make.paper(calibration, k_max=budget, beam=2)
     return make(echo.GlobalRank(BEAM, calibration), None, budget, depth)

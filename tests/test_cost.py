@@ -11,6 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import echo
+import measured
+
+EXPERTS = "qwen3-235b, context 960"
 
 
 def test_the_papers_law_is_found_again():
@@ -24,6 +27,7 @@ def test_the_papers_law_is_found_again():
     assert model(256) == pytest.approx(law(256))
 
 
+@pytest.mark.filterwarnings("ignore:CostModel. samples fall")
 @given(st.lists(st.tuples(st.integers(1, 200), st.floats(1e-4, 10)), min_size=1, max_size=60))
 def test_any_samples_give_a_monotone_model(samples):
     tokens, seconds = zip(*samples, strict=True)
@@ -275,6 +279,15 @@ def test_profile_reads_the_devices_clock():
             lambda: echo.CostModel((1,), (1.0,), restart=float("inf")),
             "restart: expected a number >= 0.0, got inf",
         ),
+        (
+            lambda: echo.CostModel((1,), (1.0,), tokens_per_req=(1, 2), context_factors=(1.0, 2.5)),
+            "context_factors: expected 1 at one token, rising at most in proportion",
+        ),
+        (
+            lambda: echo.CostModel((1,), (1.0,), measured=((1, 2),)),
+            "measured: expected five numbers",
+        ),
+        (lambda: echo.CostModel((1,), (1.0,), error=-0.1), "error: expected a number >= 0.0"),
         (lambda: echo.CostModel.from_json("{"), "cost: expected the JSON of a CostModel"),
         (
             lambda: echo.CostModel.from_json('{"format": "x", "version": 1}'),
@@ -312,6 +325,14 @@ def test_one_late_step_does_not_turn_the_curve():
     assert tiered.update(5, 2.0, rate=1.0).num_tokens == (1, 32, 64)  # the tier that was launched
     with pytest.raises(echo.EchoError, match=r"rate: expected a number from 0\.0 to 1\.0, got 2"):
         model.update(64, 1.0, rate=2)
+
+
+def test_sglangs_table_is_the_nearest_at_the_measured_context():
+    model = echo.CostModel.from_samples(**measured.machines()[EXPERTS])
+    table = model.to_sglang()
+    for reqs, tokens in [(1, 8), (8, 64), (64, 256), (256, 1024)]:
+        expected = model(tokens, num_reqs=reqs)
+        assert sglang_seconds(table, reqs, tokens) == pytest.approx(expected, rel=0.05)
 
 
 @pytest.mark.parametrize("make", [np.array, torch.tensor, list])

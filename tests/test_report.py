@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 
 import echo
+import measured
 from echo.report import speculation_report
 from echo.testing import Trace, replay
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+MACHINES = measured.machines()
 FLAT = echo.CostModel((1, 64, 128), (1.0, 1.0, 2.0), draft_layer=0.1)
 
 
@@ -43,7 +45,8 @@ def test_a_steep_cost_says_no():
     steep = echo.CostModel((1, 2), (1.0, 2.0), draft_layer=0.1)
     page = speculation_report(chains([1, 0, 0] * 40, 2), steep, num_reqs=[1, 4])
     assert [a.depth for a in page.advice] == [0, 0] and not page.speculate
-    assert "No, at none of these loads" in str(page)
+    assert [a.verdict for a in page.advice] == ["no", "unsure"]  # 4 tokens were not measured
+    assert "no at 1 request; unsure at 4 requests." in str(page)
 
 
 def test_engines_counters_say_what_their_log_says():
@@ -70,7 +73,123 @@ def test_pooled_rates_and_means_of_steps_are_told_apart():
     step = list(range(10)) + np.repeat(np.arange(10, 20), 4).tolist()
     log = echo.WarmupLog.from_arrays(depth, [0.5] * 50, [True] * 10 + [False] * 40, step=step)
     page = speculation_report(log, FLAT, num_reqs=[1])
-    assert page.draft_acceptance_rate == 0.2 and page.mean_of_step_rates == 0.5
+    assert page.draft_acceptance_rate == 0.2 and page.mean_of_rates == 0.5
+    assert "draft acceptance rate 0.200, pooled" in str(page)
+    assert "mean of means 0.500: each of the steps" in str(page)
+
+
+def test_rates_of_requests_and_of_log_lines_are_means_of_means():
+    # one request with 8 steps that accept 1 of 2 drafts, one with 2 that accept both
+    meta = [{"meta_info": {"spec_accept_histogram": h}} for h in ([0, 8], [0, 0, 2], [0, 0, 0])]
+    page = speculation_report(meta, FLAT, num_reqs=[1])
+    assert page.unit == "requests" and page.mean_of_rates == 0.75
+    assert page.draft_acceptance_rate == 0.6 and page.acceptance_length == 2.2
+    line = "SpecDecoding metrics: Mean acceptance length: {}, Accepted throughput: 9.9 tokens/s, "
+    line += "Drafted throughput: 9.9 tokens/s, Accepted: {} tokens, Drafted: {} tokens, "
+    line += "Per-position acceptance rate: {}, Avg Draft acceptance rate: {}%"
+    text = "\n".join(
+        [
+            "(APIServer) INFO 08-04 [metrics.py:120] "
+            + line.format(2.5, 150, 200, "0.900, 0.600", 75),
+            "(APIServer) INFO 08-04 [loggers.py:310] Engine 000: Running: 1 reqs",
+            "(APIServer) INFO 08-04 [metrics.py:120] "
+            + line.format(1.2, 4, 40, "0.150, 0.050", 10),
+        ]
+    )
+    page = speculation_report(text, FLAT, num_reqs=[1])
+    assert page.unit == "intervals" and page.mean_of_rates == pytest.approx((0.75 + 0.1) / 2)
+    assert page.draft_acceptance_rate == pytest.approx(154 / 240)
+    assert [d.accepted for d in page.depths] == [93, 61] and page.depths[0].drafted == 120
+
+
+def test_vllms_metrics_page_is_read():
+    """Of two engines, with what prometheus_client adds."""
+    text = "# HELP vllm:spec_decode_num_drafts_total Number\n"
+    for engine, (drafts, tokens, *accepted) in enumerate(
+        ([50, 140, 40, 20, 5], [50, 150, 10, 8, 5])
+    ):
+        labels = f'engine="{engine}",model_name="m"'
+        text += f"vllm:spec_decode_num_drafts_total{{{labels}}} {drafts:.1f}\n"
+        text += f"vllm:spec_decode_num_drafts_created{{{labels}}} 1.7e+09\n"
+        text += f"vllm:spec_decode_num_draft_tokens_total{{{labels}}} {tokens:.1f}\n"
+        for i, count in enumerate(accepted):
+            name = "vllm:spec_decode_num_accepted_tokens_per_pos_total"
+            text += f'{name}{{{labels},position="{i}"}} {count:.1f}\n'
+    page = speculation_report(text, FLAT, num_reqs=[1])
+    assert [d.accepted for d in page.depths] == [50, 28, 10]
+    assert [d.cumulative for d in page.depths] == [0.5, 0.28, 0.1]
+    assert page.draft_acceptance_rate == pytest.approx(88 / 290)
+    assert any("not all chains were of full length" in note for note in page.notes)
+
+
+def test_resampled_logs_scatter_around_the_log_itself():
+    """At any depth and budget: both select the same drafts."""
+    from echo.gating.acceptance import LoggedDrafts
+
+    rng = np.random.default_rng(0)
+    log = chains(rng.integers(0, 5, 900).tolist(), 4)
+    counted = LoggedDrafts(log, None, 63, rng, 400)
+    for b in (1, 4):
+        budgets, accepted, resample = counted.outcomes(b)
+        for depth in (1, 4):
+            for j in (0, budgets.shape[1] // 2, -1):
+                drawn = resample(depth, int(budgets[depth - 1, j]))
+                mean = accepted[depth - 1, j]
+                assert drawn.mean() == pytest.approx(mean, abs=0.03)
+                assert mean in (0, b) or drawn.std() > 0
+
+
+def test_it_answers_by_batch_and_context():
+    cost = echo.CostModel.from_samples(**MACHINES["llama-3.1-8b"], draft_layer=2e-4)
+    log = chains([3, 1, 0, 2, 1, 4, 0, 3] * 200, 4)
+    page = speculation_report(log, cost, num_reqs=[1, 64, 256], context_lens=[960, 4032, 20_000])
+    at = {(a.context_len, a.num_reqs): a for a in page.advice}
+    assert len(at) == 9 and at[960, 1].verdict == "yes"
+    # reading a longer context, a step of many requests has more to spare
+    assert at[4032, 64].speedup > at[960, 64].speedup
+    assert [at[c, 256].extrapolated for c in (960, 4032, 20_000)] == [False, True, True]
+    assert all(at[20_000, b].verdict == "unsure" for b in (1, 64, 256))
+    text = str(page)
+    assert "With 960 tokens of context: yes at 1" in text
+    assert "With 20000 tokens of context: unsure at 1 to 256 requests." in text
+    assert any(
+        "measure the cost at (requests x context) 256 x 4032, 1 x 20000" in n for n in page.notes
+    )
+    default = speculation_report(log, cost, num_reqs=[1]).advice[0]
+    assert (default.context_len, default.speedup) == (960, at[960, 1].speedup)
+
+
+def test_the_cost_models_error_widens_the_interval():
+    log = chains([3, 1, 0, 2, 1, 4, 0, 3] * 200, 4)
+    widths = []
+    for error in (None, 0.05, 0.2):
+        cost = echo.CostModel((1, 64, 128), (1.0, 1.0, 2.0), draft_layer=0.1, error=error)
+        page = speculation_report(log, cost, num_reqs=[1])
+        widths.append(page.advice[0].high - page.advice[0].low)
+        unknown = any("own error is not known" in note for note in page.notes)
+        assert unknown == (error is None)
+    assert widths[0] < widths[1] < widths[2]
+    assert widths[2] == pytest.approx(2 * 2**0.5 * 0.2 * page.advice[0].speedup, rel=0.3)
+
+
+def test_doubts_about_the_cost_are_on_the_page():
+    with pytest.warns(UserWarning, match="only"):
+        cost = echo.CostModel.from_samples([4, 8, 16], [1.0, 1.0, 2.0], num_reqs=[4, 4, 4])
+    page = speculation_report(chains([1, 2] * 99, 2), cost, num_reqs=[4, 32])
+    assert any("cost model: samples of 4 request(s) only" in note for note in page.notes)
+    assert page.advice[0].verdict != "unsure" and page.advice[1].verdict == "unsure"
+
+
+def test_depths_have_intervals_that_hold():
+    """Wilson's, at 95%: of repeated logs about as many hold the true rate."""
+    rng, inside = np.random.default_rng(0), []
+    for _ in range(100):
+        first = rng.random(80) < 0.7
+        second = first & (rng.random(80) < 0.5)
+        page = speculation_report(chains(first.astype(int) + second, 2), FLAT, num_reqs=[1])
+        one, two = page.depths
+        inside += [one.low <= 0.7 <= one.high, two.low <= 0.5 <= two.high]
+    assert 0.9 <= np.mean(inside) <= 0.99
 
 
 def test_the_page_promises_what_replay_gives(monkeypatch):
@@ -93,11 +212,15 @@ def test_the_page_promises_what_replay_gives(monkeypatch):
 
 
 def test_a_mixture_of_experts_is_named_and_unobserved_depths_are_marked():
-    experts = echo.CostModel((1, 8, 64, 512), (1.0, 3.0, 6.0, 7.0))
+    experts = echo.CostModel.from_samples(**MACHINES["qwen3-235b, context 960"])
     page = speculation_report(chains([1, 0, 2] * 30, 4), experts, num_reqs=[1, 64])
     text = str(page)
+    assert page.advice[0].k_max is None and page.advice[1].k_max > 64  # as measured
+    assert page.advice[0].speedup < page.advice[1].speedup
+    assert "8 tokens a request cost 2.2 plain steps at 1 request(s) and 1.1 at 64" in text
     assert "a mixture of experts" in text and "too few to tell" in text
     assert any("depth 1, 2, 3, 4: fewer than 50" in note for note in page.notes)
+    assert any("sweet spots need a calibration" in note for note in page.notes)
     dense = speculation_report(chains([1, 0, 2] * 30, 4), FLAT, num_reqs=[1, 64])
     assert "experts" not in str(dense)
     assert dense.advice[1].depth == 0 and not dense.advice[1].extrapolated
@@ -108,9 +231,12 @@ def test_a_mixture_of_experts_is_named_and_unobserved_depths_are_marked():
 @pytest.mark.parametrize(
     ("call", "says"),
     [
-        (lambda: speculation_report({}, FLAT), "seen: expected a WarmupLog, vLLM's"),
+        (lambda: speculation_report({}, FLAT), "seen: expected a WarmupLog; vLLM's"),
         (lambda: speculation_report(3, FLAT), "seen: expected .* got int"),
-        (lambda: speculation_report({"spec_accept_histogram": [4]}, FLAT), "spec_accept_histogram"),
+        (lambda: speculation_report({"spec_accept_histogram": [4]}, FLAT), "steps that drafted"),
+        (lambda: speculation_report("no such lines", FLAT), "seen: expected .* got str"),
+        (lambda: speculation_report([{}, 3], FLAT), "seen: expected"),
+        (lambda: speculation_report(chains([1], 2), FLAT, context_lens=[-1]), "context_lens"),
         (
             lambda: speculation_report(
                 {"num_drafts": 9, "num_accepted_tokens_per_pos": [3, 4]}, FLAT

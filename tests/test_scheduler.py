@@ -658,6 +658,26 @@ def test_a_choice_fills_a_tier(other):
     assert all(plan.num_verify_tokens + other in tiers for plan in plans if plan.depth)
 
 
+def test_where_context_costs_most_drafts_are_nearly_free():
+    """Reading a long context dwarfs what more tokens cost; one rank or several see it alike."""
+    steep = echo.CostModel((1, 256), (1.0, 60.0), draft_layer=0.02, context_token=1e-4)
+    scheduler, req_indices = replace(OPTIMAL, budget=steep, max_depth=3), torch.arange(4)
+    history = scheduler.history(4)
+    for seed in range(6):
+        history = observed(scheduler, history, req_indices, depth=3, seed=seed, accepted=3)
+    history = replace(history, num_steps=1)
+    tokens = {}
+    for context in (None, 0.0, 1e6):
+        tier = scheduler.choose_tier(history, req_indices, context_tokens=context)
+        curve = scheduler.tier_curve(history, req_indices, context_tokens=context)
+        agreed = scheduler.agree_on_tier(np.stack([curve, curve]), 0)
+        tokens[context] = tier.num_verify_tokens, agreed.num_verify_tokens
+    assert tokens[None] == tokens[0.0]  # this model was not measured at any context
+    assert all(long > 2 * short for short, long in zip(tokens[0.0], tokens[1e6], strict=True))
+    with pytest.raises(echo.EchoError, match=r"context_tokens: expected a number >= 0\.0, got -1"):
+        scheduler.choose_tier(history, req_indices, context_tokens=-1)
+
+
 def test_ranks_agree_on_what_is_best_for_all():
     req_indices, history = torch.arange(4), OPTIMAL.history(4)
     for seed in range(6):

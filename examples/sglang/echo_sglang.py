@@ -113,7 +113,8 @@ class Planner:
         if copied is not None:
             copied.synchronize()
         known = history.without_stale(self.generation)
-        self.tier = self.scheduler.choose_tier(known, host_indices(batch))
+        context = getattr(batch, "seq_lens_sum", None)
+        self.tier = self.scheduler.choose_tier(known, host_indices(batch), context_tokens=context)
         deep_enough = [depth for depth in self.states if depth >= self.tier.depth]
         if deep_enough:
             worker.apply_runtime_state(self.states[min(deep_enough)])

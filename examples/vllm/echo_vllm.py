@@ -86,7 +86,8 @@ class EchoProposer:
         self.observe(texts, [sampled_token_ids[i] for i in rows])
         if not rows:
             return drafts
-        tier = self.scheduler.choose_tier(self.history, self.req_indices)
+        context = sum(map(len, texts))
+        tier = self.scheduler.choose_tier(self.history, self.req_indices, context_tokens=context)
         roots = torch.tensor([int(text[-1]) for text in texts])
         limits = torch.tensor([self.max_model_len - len(text) for text in texts])
         tree = self.scheduler.begin(

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
     from echo.cost.model import CostModel
     from echo.gating.calibration import Calibration, DepthCalibration
-    from echo.report import SpeculationReport
     from echo.tree.accept import Accepted
     from echo.tree.packed import PackedTree
 
@@ -91,22 +90,29 @@ def cost_model(model: CostModel) -> Figure:
 
 
 def _curve(axis: Any, model: CostModel) -> None:
-    """Milliseconds by tokens: measured, with tiers, the paper's law, and with most requests."""
-    tokens, knee = np.asarray(model.num_tokens), model.knee
-    grid = np.unique(np.geomspace(1, tokens[-1], 400).round().astype(int))
-    measured, seconds = 1e3 * np.asarray(model.seconds), np.asarray(model(grid))
-    tiers = "with tiers" if model.tiers else None
-    law = f"law: K_max {knee.k_max}, γ {knee.gamma:.2g}"
-    axis.plot(tokens, measured, "o", ms=3.5, color=GOOD, label="measured, fitted")
-    axis.plot(grid, 1e3 * seconds, color=GOOD, lw=1.4, label=tiers)
-    axis.plot(grid, [1e3 * knee(k) for k in grid], color=INK, lw=1, ls="--", label=law)
-    axis.axvline(knee.k_max, color=BAD, lw=1)
-    if knee.k_max_interval is not None:
-        axis.axvspan(*knee.k_max_interval, color=BAD, alpha=0.15, lw=0, label="K_max, 95%")
-    if len(model.num_reqs) > 1:
-        most = model.num_reqs[-1]
-        crowded = 1e3 * np.asarray(model(grid, num_reqs=most))
-        axis.plot(grid, crowded, color=QUIET, lw=1.4, label=f"{most} requests")
+    """Milliseconds by tokens, of up to four numbers of requests with their knees."""
+    counts = model.num_reqs or (1,)
+    places = np.unique(np.linspace(0, len(counts) - 1, 4).round().astype(int))
+    for i, b in enumerate(counts[place] for place in places):
+        curve, shade = model.at(b), (1 - i / 3) * 0.75 * (len(places) > 1)
+        colour = (shade, 0.45 + shade / 2, 0.4 + shade / 2)
+        grid = np.unique(np.geomspace(b, max(curve.num_tokens), 400).round().astype(int))
+        seconds, knee = np.asarray(curve(grid)), curve.knee
+        text = f"K_max {knee.k_max}" if knee.bends else "no knee"
+        many = f"{b} request{'s' * (b > 1)}: " if model.num_reqs else ""
+        axis.plot(grid, 1e3 * seconds, color=colour, lw=1.4, label=f"{many}{text}")
+        if model.error is not None:
+            low, high = 1e3 * seconds * (1 - model.error), 1e3 * seconds * (1 + model.error)
+            axis.fill_between(grid, low, high, color=colour, alpha=0.15, lw=0)
+        if knee.bends:
+            axis.plot(knee.k_max, 1e3 * curve(knee.k_max), "o", ms=4, color=BAD, zorder=5)
+    if len(counts) == 1:
+        knee = model.knee
+        law = [1e3 * knee(k) for k in grid]
+        axis.plot(grid, law, color=INK, lw=1, ls="--", label=f"law, γ {knee.gamma:.2g}")
+        axis.plot(model.num_tokens, 1e3 * np.asarray(model.seconds), "o", ms=3.5, color=GOOD)
+        if knee.k_max_interval is not None:
+            axis.axvspan(*knee.k_max_interval, color=BAD, alpha=0.15, lw=0, label="K_max, 95%")
     axis.set(title="a step of the target", xscale="log", ylim=(0, None))
     axis.set(xlabel="verify tokens", ylabel="milliseconds")
     axis.legend()
@@ -184,33 +190,6 @@ def _reliability(axis: Any, calibration: Calibration) -> None:
     axis.set(title="reliability", xlim=(0, 1), ylim=(0, 1))
     axis.set(xlabel="path probability of the draft", ylabel="P(path accepted)")
     axis.legend(ncols=2)
-
-
-def speculation(page: SpeculationReport) -> Figure:
-    """See :meth:`echo.report.SpeculationReport.plot`."""
-    with figure(8, 3.2) as drawn:
-        worth, depth = drawn.subplots(1, 2)
-        num_reqs = [a.num_reqs for a in page.advice]
-        speedup = np.array([a.speedup for a in page.advice])
-        spread = np.array([[a.speedup - a.low, a.high - a.speedup] for a in page.advice]).T
-        worth.errorbar(num_reqs, speedup, spread, fmt="o-", ms=3, capsize=2, color=GOOD)
-        worth.axhline(1, color=QUIET, lw=0.8)
-        worth.set(title="Worth of speculation", xlabel="requests", xscale="log")
-        worth.set(ylabel="tokens/s over plain decoding", ylim=(0, None))
-        worth.set_xticks(num_reqs, [str(b) for b in num_reqs])
-        worth.minorticks_off()
-        places = [d.depth for d in page.depths]
-        for name, color in (("conditional", INK), ("cumulative", GOOD)):
-            rates = [getattr(d, name) for d in page.depths]
-            depth.plot(places, rates, "o-", ms=3, color=color, label=name)
-        few = [d.depth for d in page.depths if not d.well_observed]
-        if few:
-            depth.axvspan(
-                min(few) - 0.5, max(few) + 0.5, color=QUIET, alpha=0.2, label="few drafts"
-            )
-        depth.set(title="Acceptance by depth", xlabel="depth", ylabel="rate", ylim=(0, 1))
-        depth.legend()
-    return drawn
 
 
 # Draft trees: as text, and drawn.

@@ -132,7 +132,12 @@ class ElasticBudgetScheduler:
         return History.empty(max_num_reqs, self.max_depth, device)
 
     def choose_tier(
-        self, history: History, req_indices: HostInts, num_other_tokens: int = 0
+        self,
+        history: History,
+        req_indices: HostInts,
+        num_other_tokens: int = 0,
+        *,
+        context_tokens: float | None = None,
     ) -> Tier:
         """Choose depth and verify tokens from what the host knows before the step.
 
@@ -149,29 +154,43 @@ class ElasticBudgetScheduler:
             req_indices: ints [B], the live requests of the step: a list, a numpy array or a CPU
                 tensor.
             num_other_tokens: tokens of prefill, and whatever else shares the forward pass.
+            context_tokens: that the requests have in the cache together, for a cost model that
+                knows what they cost: a host number, as engines schedule by (SGLang's
+                ``seq_lens_sum``, the sum of vLLM's ``num_computed_tokens``). Defaults to the
+                context that the model was measured at.
 
         Raises:
             EchoError: an argument of the wrong kind, or one on a device.
         """
         requests = _indices(req_indices)
+        if context_tokens is not None:
+            context_tokens = checks.real("context_tokens", context_tokens, 0.0)
         other, batch = checks.integer("num_other_tokens", num_other_tokens, 0), len(requests)
         if self.max_depth and isinstance(self.budget, CostModel):
-            return self._throughput_optimal.choose_tier(history, requests, other)
+            return self._throughput_optimal.choose_tier(history, requests, other, context_tokens)
         tokens = self._num_verify_tokens(batch) - other if self.max_depth else 0
         return Tier(self.max_depth, tokens) if tokens > batch else Tier(0, batch)
 
     def tier_curve(
-        self, history: History, req_indices: HostInts, num_other_tokens: int = 0
+        self,
+        history: History,
+        req_indices: HostInts,
+        num_other_tokens: int = 0,
+        *,
+        context_tokens: float | None = None,
     ) -> NDArray[np.float32]:
         """What drafting would bring this rank, for :meth:`agree_on_tier`.
 
-        Data-parallel ranks that share layers must run one shape. ``history``, ``req_indices`` and
-        ``num_other_tokens`` as in :meth:`choose_tier`, with a cost model as budget (else an
-        EchoError); an idle rank takes part with ``req_indices`` of length 0. Returns float32 [n],
-        at most 1 kB, the same n on every rank.
+        Data-parallel ranks that share layers must run one shape. ``history``, ``req_indices``,
+        ``num_other_tokens`` and ``context_tokens`` as in :meth:`choose_tier`, with a cost model as
+        budget (else an EchoError); an idle rank takes part with ``req_indices`` of length 0.
+        Returns float32 [n], at most 1 kB, the same n on every rank.
         """
         other = checks.integer("num_other_tokens", num_other_tokens, 0)
-        return self._throughput_optimal.tier_curve(history, _indices(req_indices), other)
+        if context_tokens is not None:
+            context_tokens = checks.real("context_tokens", context_tokens, 0.0)
+        optimal, requests = self._throughput_optimal, _indices(req_indices)
+        return optimal.tier_curve(history, requests, other, context_tokens)
 
     def agree_on_tier(self, curves: NDArray[np.float32], rank: int) -> Tier:
         """The depth that all ranks draft, and this one's verify tokens: all launch one shape.

@@ -16,7 +16,7 @@ from echo._checks import EchoError
 from echo.budget.history import History
 from echo.cost import CostModel
 
-CURVE, HEAD = 256, 5
+CURVE, HEAD = 256, 6
 """Numbers in a rank's tier curve at most, 1 kB, and before its F."""
 PROBE_COST, PATIENCE = 0.005, 16
 """Share of the time without speculation that draft extend before a probe may cost; and the wait, in
@@ -70,25 +70,33 @@ class ThroughputOptimal:
     margin: float
 
     def choose_tier(
-        self, history: History, req_indices: NDArray[np.int64], num_other_tokens: int
+        self,
+        history: History,
+        req_indices: NDArray[np.int64],
+        num_other_tokens: int,
+        context_tokens: float | None,
     ) -> Tier:
         """See :meth:`ElasticBudgetScheduler.choose_tier`."""
         batch, seen = len(req_indices), history.predict(req_indices)
         plain = num_other_tokens + batch
         if seen is None:
-            depth, tokens = self._unknown(plain, batch)
+            depth, tokens = self._unknown(plain, batch, context_tokens)
         else:
             counts = history.num_steps, history.num_idle_steps, _unprocessed(history, req_indices)
-            depth, tokens = self._best(*seen, batch, plain, batch, *counts)
+            depth, tokens = self._best(*seen, batch, plain, batch, *counts, context_tokens)
         return Tier(depth, tokens - num_other_tokens)
 
     def tier_curve(
-        self, history: History, req_indices: NDArray[np.int64], num_other_tokens: int
+        self,
+        history: History,
+        req_indices: NDArray[np.int64],
+        num_other_tokens: int,
+        context_tokens: float | None,
     ) -> NDArray[np.float32]:
         """See :meth:`ElasticBudgetScheduler.tier_curve`.
 
-        Requests, other tokens, steps, idle steps and unprocessed tokens; then F by depth over the
-        grid.
+        Context, requests, other tokens, steps, idle steps and unprocessed tokens; then F by depth
+        over the grid.
         """
         batch, seen, grid = len(req_indices), history.predict(req_indices), self._grid()
         if seen is None:
@@ -97,7 +105,8 @@ class ThroughputOptimal:
             x = grid - batch - num_other_tokens
             accepts = np.stack([np.interp(x, drafts, f) for drafts, f in zip(*seen, strict=True)])
         steps, idle = history.num_steps % self.probe_interval, history.num_idle_steps
-        head = [batch, num_other_tokens, steps, idle, _unprocessed(history, req_indices)]
+        context = self.cost.context_len * batch if context_tokens is None else context_tokens
+        head = [context, batch, num_other_tokens, steps, idle, _unprocessed(history, req_indices)]
         return np.concatenate([head, accepts.ravel()]).astype(np.float32)
 
     def agree_on_tier(self, curves: NDArray[np.float32], rank: int) -> Tier:
@@ -107,15 +116,16 @@ class ThroughputOptimal:
         if len(shape) != 2 or shape[1] != size:
             raise EchoError(f"curves: expected float32 [ranks, {size}], got {shape}")
         rank = checks.integer("rank", rank, 0, len(curves) - 1)
-        batch, other, *counts = curves[:, :HEAD].astype(np.int64).T
+        context, batch, other, *counts = curves[:, :HEAD].astype(np.int64).T
         accepts = curves[:, HEAD:].astype(np.float64).sum(axis=0).reshape(self.max_depth, len(grid))
-        plain, widest = int((batch + other).max()), int(batch.max())
+        plain, widest, longest = int((batch + other).max()), int(batch.max()), float(context.max())
         if np.isnan(accepts).any():
-            depth, tokens = self._unknown(plain, widest)
+            depth, tokens = self._unknown(plain, widest, longest)
         else:
             drafts = np.broadcast_to(np.maximum(grid - plain, 0.0), accepts.shape)
-            greatest = [int(count.max()) for count in counts]
-            depth, tokens = self._best(drafts, accepts, int(batch.sum()), plain, widest, *greatest)
+            steps, idle, unprocessed = (int(count.max()) for count in counts)
+            load = int(batch.sum()), plain, widest, steps, idle, unprocessed, longest
+            depth, tokens = self._best(drafts, accepts, *load)
         return Tier(depth, tokens - int(other[rank]))
 
     def _best(
@@ -128,6 +138,7 @@ class ThroughputOptimal:
         num_steps: int,
         num_idle_steps: int,
         num_unprocessed: int,
+        context_tokens: float | None = None,
     ) -> tuple[int, int]:
         """Depth and tokens of greatest throughput; (0, ``plain``) where none beats plain decoding.
 
@@ -139,6 +150,7 @@ class ThroughputOptimal:
             widest: requests of the rank that has the most.
             num_steps, num_idle_steps: of the history; they say whether it is time for a probe.
             num_unprocessed: tokens of draft extend before anything can be drafted.
+            context_tokens: of the rank that has the most.
         """
         if not widest:  # no requests at all
             return 0, plain
@@ -147,7 +159,7 @@ class ThroughputOptimal:
         accepts = accepts * np.minimum(1.0, most / np.maximum(drafts, 1.0))
         drafts = np.minimum(drafts, most)
         whole = np.ceil(drafts * ROUND_DOWN)
-        verify = self.cost(plain + whole, num_reqs=widest)
+        verify = self.cost(plain + whole, num_reqs=widest, context_tokens=context_tokens)
         drafting = self.cost.draft_seconds(DEPTHS[: self.max_depth], widest, self.beam)
         seconds = verify + drafting[:, None]
         rate = (batch + accepts) / seconds
@@ -164,12 +176,12 @@ class ThroughputOptimal:
             return 0, plain
         depth, column = divmod(best, rate.shape[1])
         tokens = plain + max(1, int(whole[depth, column]))
-        free, useful = self.cost.free_tokens(tokens), min(2 * tokens, plain + most)
+        free, useful = self.cost.free_tokens(tokens, widest), min(2 * tokens, plain + most)
         if free > useful:  # a tier of the cost model is launched whole
             free = self.cost.round_up(tokens) if self.cost.tiers else useful
         return depth + 1, max(tokens, free)
 
-    def _unknown(self, plain: int, widest: int) -> tuple[int, int]:
+    def _unknown(self, plain: int, widest: int, context_tokens: float | None) -> tuple[int, int]:
         """Depth and tokens as long as too little was seen: full depth.
 
         At the knee, or with a draft token for every fourth request where that is more.
@@ -177,7 +189,7 @@ class ThroughputOptimal:
         if not widest:
             return 0, plain
         useful = plain + widest * (self.max_verify_tokens_per_req - 1)
-        knee = min(self.cost.at(widest).knee.k_max, useful)
+        knee = min(self.cost.at(widest, context_tokens).knee.k_max, useful)
         return self.max_depth, self.cost.round_up(max(plain + -(-widest // 4), knee))
 
     def _grid(self) -> NDArray[Any]:

@@ -3,5 +3,6 @@
 from echo.cost.fit import Knee, line
 from echo.cost.model import CostModel
 from echo.cost.profiling import profile
+from echo.cost.speculation import SpeculationProfile
 
-__all__ = ["CostModel", "Knee", "line", "profile"]
+__all__ = ["CostModel", "Knee", "SpeculationProfile", "line", "profile"]

@@ -1,17 +1,20 @@
-"""From noisy timings to numbers: a robust non-negative regression, and the paper's knee of a curve.
+"""From noisy timings to numbers: a robust monotone regression, and the paper's knee of a curve.
 
-n samples, m knots of a curve.
+n samples, m knots of a curve. Seconds are a curve over tokens, a curve over requests, and context
+times a curve over the tokens of a request, whose share of attention is read once for several of
+them and computed for each: max(1, tokens / k). All rise, so their sum does, whatever its weights.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from echo._checks import EchoError
+from echo.cost.samples import at_least, columns
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -19,6 +22,14 @@ Ints = NDArray[np.int64]
 MAX_KNOTS = 48
 """Knots of a curve at most; beyond, quantiles of the samples' values."""
 RESAMPLES = 200
+SMOOTH = 1e-7
+"""Weight of a bend in the logarithm of tokens or requests: it decides where no sample does."""
+NOISE = 0.01
+"""Relative error within which a sample is no outlier."""
+TOKENS_PER_REQ = np.array([1, 2, 4, 8, 16, 32, 64])
+"""Knots of the curve over a request's tokens; it is flat beyond, where prefill is."""
+FAR = 1 << 40
+"""Tokens beyond the last measured count at which a curve ends."""
 NEAR = 0.03
 """Relative distance within which token counts share a knot in an update: at most 32 an octave."""
 
@@ -32,6 +43,9 @@ class Knee:
         t_ar: seconds of a step below the knee.
         gamma: slope beyond the knee, in 1 / tokens.
         k_max_interval, gamma_interval: 95% intervals; None if samples were not repeated.
+        bends: whether there is a knee at all. There is none where the curve never rises, where it
+            rises from its first point on, or where the law is off by more than a quarter: a mixture
+            of experts with few requests.
 
     Example:
         >>> Knee(k_max=16, t_ar=0.03, gamma=0.5)(18)
@@ -43,51 +57,31 @@ class Knee:
     gamma: float
     k_max_interval: tuple[int, int] | None = None
     gamma_interval: tuple[float, float] | None = None
+    bends: bool = field(default=True, compare=False)
 
     def __call__(self, num_tokens: float) -> float:
         """Seconds of a step of ``num_tokens`` tokens."""
         return self.t_ar * (1.0 + self.gamma * max(0.0, num_tokens - self.k_max))
 
 
-def columns(seconds: ArrayLike, **inputs: ArrayLike | None) -> tuple[Floats, dict[str, Floats]]:
-    """Samples as float columns of one length without the None; EchoError where they are not."""
-    y = np.atleast_1d(np.asarray(seconds, dtype=np.float64))
-    table = {}
-    for name, value in inputs.items():
-        if value is None:
-            continue
-        column = table[name] = np.atleast_1d(np.asarray(value, dtype=np.float64))
-        if column.shape != y.shape or y.ndim != 1 or not len(y):
-            expected = f"seconds: expected as many as {name} ({len(column)}, at least 1)"
-            raise EchoError(f"{expected}, got {len(y)}")
-        if not np.isfinite(column).all():
-            wrong = column[~np.isfinite(column)][0]
-            raise EchoError(f"{name}: expected a finite number in every sample, got {wrong}")
-    if not (np.isfinite(y) & (y > 0)).all():
-        raise EchoError("seconds: expected a positive number in every sample")
-    return y, table
-
-
-def at_least(name: str, column: Floats, low: int) -> None:
-    """Raises :class:`EchoError` if a sample of ``column`` is below ``low``."""
-    if not (column >= low).all():
-        raise EchoError(f"{name}: expected at least {low} in every sample, got {column.min():g}")
-
-
-def solve(design: Floats, seconds: Floats) -> Floats:
+def solve(design: Floats, seconds: Floats, penalty: Floats | None = None) -> Floats:
     """Coefficients >= 0 that fit ``design @ x = seconds`` in relative error, robust to outliers.
 
     Huber's estimator by reweighting: beyond 1.345 robust standard deviations a sample counts with
-    its distance, not its square.
+    its distance, not its square. The square of ``penalty @ x`` is added.
     """
     from scipy.optimize import nnls
 
     relative = design / seconds[:, None]
+    rest = np.empty((0, design.shape[1])) if penalty is None else penalty
     weight, x = np.ones(len(seconds)), np.zeros(design.shape[1])
+    zeros = np.zeros(len(rest))
     for _ in range(30):
-        old, (x, _) = x, nnls(relative * weight[:, None], weight)
+        old = x
+        rows = np.concatenate([relative * weight[:, None], rest])
+        x, _ = nnls(rows, np.concatenate([weight, zeros]))
         error = np.abs(relative @ x - 1.0)
-        limit = max(1.345 * 1.4826 * float(np.median(error)), 1e-9)
+        limit = max(1.345 * 1.4826 * float(np.median(error)), NOISE)
         weight = np.sqrt(limit / np.maximum(error, limit))
         if np.allclose(x, old, rtol=1e-6, atol=0.0):
             break
@@ -108,28 +102,55 @@ def ramps(x: Floats, points: Ints) -> Floats:
     return np.clip((x[:, None] - low) / (high - low), 0.0, 1.0)
 
 
+def curvature(points: Ints) -> Floats:
+    """float64 [m - 2, m - 1]: of increments, how a curve's slope by the logarithm changes."""
+    width = np.diff(np.log(points))
+    slopes = np.diag(1.0 / width)
+    between = np.sqrt((width[:-1] + width[1:]) / 2)
+    result: Floats = np.diff(slopes, axis=0) * between[:, None]
+    return result
+
+
+def reading(per_req: Floats) -> Floats:
+    """float64 [n, 6]: the cost of context by ``per_req`` tokens, computed for every k of them."""
+    ends = np.append(TOKENS_PER_REQ[1:-1], np.inf)
+    tokens = np.minimum(per_req, TOKENS_PER_REQ[-1])
+    times: Floats = np.maximum(1.0, tokens[:, None] / ends)
+    return times
+
+
 def curves(seconds: Floats, table: dict[str, Floats]) -> dict[str, Any]:
-    """The fields of a :class:`CostModel` that samples tell: curves, slope, the knee's intervals."""
+    """The fields of a :class:`CostModel` that samples tell."""
     x = table["num_tokens"] + table.get("num_other_tokens", 0.0)
-    points = knots(x)
-    parts = [np.ones((len(seconds), 1)), ramps(x, points)]
-    reqs = knots(table["num_reqs"]) if "num_reqs" in table else None
-    if reqs is not None:
-        parts.append(ramps(table["num_reqs"], reqs))
+    reqs = table.get("num_reqs", np.ones_like(x))
+    points, counts = knots(x), knots(reqs)
+    parts = [np.ones((len(seconds), 1)), ramps(x, points), ramps(reqs, counts)]
     if "context_tokens" in table:
-        parts.append(table["context_tokens"][:, None])
+        times = reading(x / reqs) if "num_reqs" in table else np.ones((len(x), 1))
+        parts.append(table["context_tokens"][:, None] * times)
     design = np.concatenate(parts, axis=1)
-    found, least = solve(design, seconds), 1e-3 * seconds.min()
-    curve = np.maximum(found[: len(points)].cumsum(), least)
+    ends = np.cumsum([part.shape[1] for part in parts])
+    rough = np.zeros((0, design.shape[1]))
+    for first, own in ((ends[0], points), (ends[1], counts)):
+        if len(own) > 2:
+            row = np.zeros((len(own) - 2, design.shape[1]))
+            row[:, first : first + len(own) - 1] = curvature(own) * SMOOTH / np.median(seconds)
+            rough = np.concatenate([rough, row])
+    found, least = solve(design, seconds, rough), 1e-3 * seconds.min()
+    curve = np.maximum(found[: ends[1]].cumsum(), least)
     fields: dict[str, Any] = {"num_tokens": points, "seconds": rounded(curve)}
-    if reqs is not None:
-        rises = found[len(points) : len(points) + len(reqs) - 1]
-        fields["num_reqs"] = reqs
-        fields["request_seconds"] = rounded(np.concatenate([[0.0], rises.cumsum()]))
+    if "num_reqs" in table:
+        rises = found[ends[1] : ends[2]].cumsum()
+        fields |= {"num_reqs": counts, "request_seconds": rounded([0.0, *rises])}
     if "context_tokens" in table:
-        fields["context_token"] = float(found[-1])
-    ratio = seconds / np.maximum(design @ found, least)
-    return fields | knee_intervals(x, ratio, points, curve)
+        each = found[ends[2] :]
+        fields["context_token"] = float(each.sum())
+        if len(each) > 1:
+            each = reading(TOKENS_PER_REQ.astype(np.float64)) @ each
+        if each[-1] > each[0] * (1 + 1e-9):
+            fields["tokens_per_req"] = TOKENS_PER_REQ
+            fields["context_factors"] = rounded(each / each[0])
+    return fields
 
 
 def rounded(values: ArrayLike, digits: int = 12) -> tuple[float, ...]:
@@ -232,3 +253,18 @@ def bend(x: Floats, y: Floats, at: int, value: float, error: float) -> tuple[Flo
     y[:knot] = np.minimum(y[:knot], y[knot])
     y[knot:] = np.maximum(y[knot:], y[knot])
     return x, y
+
+
+def extended(points: tuple[int, ...], values: tuple[float, ...]) -> tuple[Floats, Floats]:
+    """The curve for ``np.interp``, with one far knot more, so that its last slope continues."""
+    slope = (values[-1] - values[-2]) / (points[-1] - points[-2]) if len(points) > 1 else 0.0
+    return np.array([*points, points[-1] + FAR]), np.array([*values, values[-1] + slope * FAR])
+
+
+def check_curve(x_name: str, x: tuple[int, ...], y_name: str, y: tuple[float, ...]) -> None:
+    if not x or len(x) != len(y) or (np.diff(x) <= 0).any() or x[0] < 1:
+        expected = f"{x_name}: expected increasing ints >= 1, as many as {y_name} ({len(y)})"
+        raise EchoError(f"{expected}, got {x}")
+    if not np.isfinite(y).all() or min(y) < 0 or (np.diff(y) < 0).any():
+        positive = "positive, " if y_name == "seconds" else ""
+        raise EchoError(f"{y_name}: expected {positive}non-decreasing numbers, got {y}")

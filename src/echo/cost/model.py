@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import bisect
 import json
+import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -14,23 +16,24 @@ from numpy.typing import ArrayLike
 
 from echo import _checks as checks
 from echo._checks import EchoError
-from echo.cost import fit, profiling
+from echo.cost import fit, samples, sglang
 from echo.cost.fit import Floats, Knee
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-VERSION = 2
-FAR = 1 << 40
-"""Tokens beyond the last measured count at which a curve ends."""
+VERSION, READABLE = 3, (2, 3)
+MISFIT = 0.25
+"""Greatest relative distance of the paper's law from a curve that is said to have a knee."""
 
 
 @dataclass(frozen=True)
 class CostModel:
     """Seconds of a forward pass of the target, and of drafting.
 
-    A pass takes ``curve(num_tokens) + curve(num_reqs) + context_token * context_tokens``. Curves
-    are piecewise linear and never fall; the first value and the last slope extend them. Only the
+    A pass takes ``curve(num_tokens) + curve(num_reqs) + context_token * context_tokens *
+    factor(num_tokens / num_reqs)``. Curves are piecewise linear and never fall; the first value and
+    the last slope extend them, but the factor is 1 below its knots and constant beyond. Only the
     first is needed.
 
     Attributes:
@@ -42,9 +45,17 @@ class CostModel:
         num_reqs: increasing ints, knots of the curve over requests; empty: they cost nothing.
         request_seconds: what that many requests add, from 0.
         context_token: seconds of each token of context, of all requests together.
+        tokens_per_req: increasing ints from 1, knots of the factor; empty: it is 1.
+        context_factors: from 1, rising at most in proportion: attention reads a request's context
+            once for several of its tokens, and computes for each.
         extend_token: seconds of each unprocessed token of a draft extend; None: ``draft_token``.
         restart: seconds of reloading a drafter that was unloaded, before its draft extend.
         k_max_interval, gamma_interval: of :attr:`knee`, from :meth:`from_samples`.
+        measured: by number of requests: it, fewest and most tokens, least and most context of a
+            request in the samples; what :meth:`extrapolated` goes by.
+        error: relative; 95% of the loads of the samples, predicted from other loads, were nearer.
+            None: too few loads.
+        doubts: what in the samples speaks against the model.
 
     Raises:
         EchoError: a curve that falls, or a value out of range.
@@ -66,11 +77,16 @@ class CostModel:
     restart: float = 0.0
     k_max_interval: tuple[int, int] | None = None
     gamma_interval: tuple[float, float] | None = None
+    tokens_per_req: tuple[int, ...] = ()
+    context_factors: tuple[float, ...] = ()
+    measured: tuple[tuple[float, ...], ...] = ()
+    error: float | None = None
+    doubts: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("num_tokens", "tiers", "num_reqs"):
+        for name in ("num_tokens", "tiers", "num_reqs", "tokens_per_req"):
             object.__setattr__(self, name, checks.ints(name, getattr(self, name), 0))
-        for name in ("seconds", "request_seconds"):
+        for name in ("seconds", "request_seconds", "context_factors"):
             with checks.reading(f"{name}: expected numbers"):
                 object.__setattr__(self, name, tuple(float(value) for value in getattr(self, name)))
         for name, kind in (("k_max_interval", int), ("gamma_interval", float)):
@@ -78,14 +94,26 @@ class CostModel:
                 with checks.reading(f"{name}: expected two numbers"):
                     low, high = (kind(end) for end in ends)
                 object.__setattr__(self, name, (low, high))
-        _check_curve("num_tokens", self.num_tokens, "seconds", self.seconds)
+        fit.check_curve("num_tokens", self.num_tokens, "seconds", self.seconds)
         if self.seconds[0] <= 0:
             expected = "positive, non-decreasing numbers"
             raise EchoError(f"seconds: expected {expected}, got {self.seconds}")
         if self.num_reqs or self.request_seconds:
-            _check_curve("num_reqs", self.num_reqs, "request_seconds", self.request_seconds)
+            fit.check_curve("num_reqs", self.num_reqs, "request_seconds", self.request_seconds)
             if (first := self.request_seconds[0]) != 0:
                 raise EchoError(f"request_seconds: expected 0 at the fewest requests, got {first}")
+        if self.tokens_per_req or self.context_factors:
+            x, y = self.tokens_per_req, self.context_factors
+            fit.check_curve("tokens_per_req", x, "context_factors", y)
+            if (x[0], y[0]) != (1, 1) or (np.diff(np.divide(y, x)) > 1e-9).any():
+                expected = "1 at one token, rising at most in proportion"
+                raise EchoError(f"context_factors: expected {expected}, got {y}")
+        with checks.reading("measured: expected five numbers for each number of requests"):
+            ranges = sorted((b, n, m, c, d) for b, n, m, c, d in self.measured)
+            object.__setattr__(self, "measured", tuple(tuple(map(float, own)) for own in ranges))
+        object.__setattr__(self, "doubts", tuple(map(str, self.doubts)))
+        if self.error is not None:
+            checks.real_field(self, "error", 0.0)
         for name in ("draft_layer", "draft_token", "context_token", "restart"):
             checks.real_field(self, name, 0.0)
         if self.extend_token is not None:
@@ -95,11 +123,27 @@ class CostModel:
 
     @cached_property
     def _token_curve(self) -> tuple[Floats, Floats]:
-        return _extended(self.num_tokens, self.seconds)
+        return fit.extended(self.num_tokens, self.seconds)
 
     @cached_property
     def _request_curve(self) -> tuple[Floats, Floats]:
-        return _extended(self.num_reqs or (1,), self.request_seconds or (0.0,))
+        return fit.extended(self.num_reqs or (1,), self.request_seconds or (0.0,))
+
+    @cached_property
+    def _factor_curve(self) -> tuple[Floats, Floats]:
+        return np.array(self.tokens_per_req), np.array(self.context_factors)
+
+    @property
+    def context_len(self) -> float:
+        """Context of a request where none is said: the median that was measured, else 0."""
+        ends = sorted(end for own in self.measured for end in own[3:])
+        return ends[len(ends) // 2] if ends else 0.0
+
+    @cached_property
+    def _read_once(self) -> int:
+        """Tokens of a request for which its context costs what it does for one."""
+        flat = sum(factor <= 1 + 1e-9 for factor in self.context_factors)
+        return self.tokens_per_req[flat - 1] if flat and self.context_token else fit.FAR
 
     @cached_property
     def _ends(self) -> Floats:
@@ -120,10 +164,12 @@ class CostModel:
         restart: float = 0.0,
         tiers: Sequence[int] = (),
     ) -> CostModel:
-        """Fits measured steps by one robust regression with non-negative coefficients.
+        """Fits scattered steps by one robust regression with non-negative coefficients.
 
         What varies together is not told apart: with requests proportional to tokens, the split
-        between their curves is arbitrary.
+        between their curves is arbitrary, and with one context that between it and requests.
+        Samples that fall, that are of one number of requests, or of contexts that do not overlap
+        give a model with :attr:`doubts`, and a warning for each.
 
         Args:
             num_tokens: ints [n], at least 1.
@@ -142,7 +188,7 @@ class CostModel:
             >>> model(24), model.knee.k_max
             (1.5, 16)
         """
-        y, table = fit.columns(
+        y, table = samples.columns(
             seconds,
             num_tokens=num_tokens,
             num_reqs=num_reqs,
@@ -150,47 +196,107 @@ class CostModel:
             num_other_tokens=num_other_tokens,
         )
         for name, column in table.items():
-            fit.at_least(name, column, int(name in ("num_tokens", "num_reqs")))
-        return cls(
+            samples.at_least(name, column, int(name in ("num_tokens", "num_reqs")))
+        model = cls(
             draft_layer=draft_layer,
             draft_token=draft_token,
             tiers=tuple(tiers),
             extend_token=extend_token,
             restart=restart,
+            measured=samples.measured(table) if num_reqs is not None else (),
+            doubts=samples.doubts(y, table),
             **fit.curves(y, table),
         )
+        for doubt in model.doubts:
+            warnings.warn(f"CostModel: {doubt}", stacklevel=2)
+        x, reqs, context = samples.loads(table).T
+        load = {"num_reqs": reqs, "context_tokens": context * reqs}
+        ratio = y / replace(model, tiers=())(x, **load)
+        knots, curve = np.array(model.num_tokens), np.array(model.seconds)
+        model = replace(model, **fit.knee_intervals(x, ratio, knots, curve))
+        error = samples.held_out(y, table, lambda own, others: cls(**fit.curves(own, others)))
+        return replace(model, error=error)
 
     def __call__(
-        self, num_tokens: ArrayLike, *, num_reqs: float = 1, context_tokens: float = 0.0
+        self,
+        num_tokens: ArrayLike,
+        *,
+        num_reqs: ArrayLike = 1,
+        context_tokens: ArrayLike | None = None,
     ) -> Any:
-        """Seconds of a forward pass of the target.
+        """Seconds of a forward pass of the target, of as many loads as the arguments have: [...].
 
         Args:
-            num_tokens: tokens of the pass, prefill included, each rounded up to its tier: [...].
+            num_tokens: tokens of the pass, prefill included, each rounded up to its tier.
             num_reqs: requests that share it.
-            context_tokens: their tokens of context together.
+            context_tokens: their tokens of context together: a host number, from the lengths that
+                the engine schedules by. Defaults to :attr:`context_len` for each.
         """
-        tokens = np.interp(self.round_up(num_tokens), *self._token_curve)
-        y = tokens + self.load(num_reqs, context_tokens)
+        x = self.round_up(num_tokens)
+        y = np.interp(x, *self._token_curve) + np.interp(np.asarray(num_reqs), *self._request_curve)
+        if self.context_token:
+            each = self.context_token
+            if self.context_factors:
+                each = each * np.interp(np.divide(x, num_reqs), *self._factor_curve)
+            y = y + each * self._context(num_reqs, context_tokens)
         return float(y) if y.ndim == 0 else y
 
-    def load(self, num_reqs: float = 1, context_tokens: float = 0.0) -> float:
-        """The part of a pass's seconds that ``num_reqs`` and ``context_tokens`` alone determine."""
-        requests = float(np.interp(num_reqs, *self._request_curve))
-        return requests + self.context_token * context_tokens
+    def _context(self, num_reqs: Any, context_tokens: Any) -> Any:
+        if context_tokens is None:
+            return self.context_len * np.asarray(num_reqs)
+        return np.asarray(context_tokens)
 
-    def at(self, num_reqs: int = 1, context_tokens: float = 0.0) -> CostModel:
+    def extrapolated(
+        self, num_tokens: float, *, num_reqs: float = 1, context_tokens: float | None = None
+    ) -> bool:
+        """Whether a load is beyond the samples, by more than a quarter; as in :meth:`__call__`.
+
+        What lies between two numbers of requests that were measured with its context is not. A
+        model that was not made from samples of requests knows the ends of its curves.
+        """
+        if not self.measured:
+            inside = not self.num_reqs or self.num_reqs[0] <= num_reqs <= self.num_reqs[-1]
+            return num_tokens > self.num_tokens[-1] or not inside
+        context = float(self._context(num_reqs, context_tokens)) / num_reqs
+        return not samples.covers(self.measured, num_tokens, num_reqs, context)
+
+    def interval(
+        self, num_tokens: float, *, num_reqs: float = 1, context_tokens: float | None = None
+    ) -> tuple[float, float]:
+        """Seconds between which a step of this load is expected, 95%; as in :meth:`__call__`.
+
+        NaN where nothing tells: too few samples, or :meth:`extrapolated`.
+        """
+        load: dict[str, Any] = {"num_reqs": num_reqs, "context_tokens": context_tokens}
+        if self.error is None or self.extrapolated(num_tokens, **load):
+            return math.nan, math.nan
+        seconds = float(self(num_tokens, **load))
+        return seconds * max(0.0, 1 - self.error), seconds * (1 + self.error)
+
+    def load(self, num_reqs: float = 1, context_tokens: float | None = None) -> float:
+        """The part of a pass's seconds that ``num_reqs`` and ``context_tokens`` alone determine.
+
+        That of one token for each request; both as in :meth:`__call__`.
+        """
+        requests = float(np.interp(num_reqs, *self._request_curve))
+        return requests + self.context_token * float(self._context(num_reqs, context_tokens))
+
+    def at(self, num_reqs: int = 1, context_tokens: float | None = None) -> CostModel:
         """The model of ``num_reqs`` with ``context_tokens``: a curve over tokens, from one each.
 
         Its knee is the batch's: the tokens that cost no more than its plain decoding.
         EchoError: ``num_reqs`` below 1.
         """
         first = checks.integer("num_reqs", num_reqs, 1)
-        tokens = [first, *(count for count in self.num_tokens if count > first)]
+        factors = {first * count for count in self.tokens_per_req if self.context_token}
+        last = max(first, self.num_tokens[-1])
+        inside = {count for count in {*self.num_tokens, *factors} if first < count <= last}
+        tokens = [first, *sorted(inside)]
         if len(tokens) == 1 < len(self.num_tokens):
             tokens.append(2 * first)  # the last slope continues
-        curve = np.interp(tokens, *self._token_curve) + self.load(num_reqs, context_tokens)
-        drafting = ("draft_layer", "draft_token", "extend_token", "restart", "tiers")
+        whole = replace(self, tiers=())
+        curve = whole(np.array(tokens), num_reqs=first, context_tokens=context_tokens)
+        drafting = ("draft_layer", "draft_token", "extend_token", "restart", "tiers", "error")
         kept = {name: getattr(self, name) for name in drafting}
         return CostModel(tuple(tokens), fit.rounded(curve), **kept)
 
@@ -204,10 +310,15 @@ class CostModel:
             x = np.maximum(x, ends[ends[:-1].searchsorted(x)])
         return int(x) if x.ndim == 0 else x
 
-    def free_tokens(self, num_tokens: int) -> int:
-        """The most tokens, at a knot or a tier's end, that cost no more than ``num_tokens``."""
-        knots = bisect.bisect_right(self.seconds, self(num_tokens))
-        return max(int(self.round_up(num_tokens)), self.num_tokens[knots - 1] if knots else 0)
+    def free_tokens(self, num_tokens: int, num_reqs: int = 1) -> int:
+        """The most tokens, at a knot or a tier's end, that cost no more than ``num_tokens``.
+
+        Of ``num_reqs``: beyond some tokens of each, their context costs more.
+        """
+        alone = float(np.interp(self.round_up(num_tokens), *self._token_curve))
+        knots = bisect.bisect_right(self.seconds, alone * (1 + 1e-6))
+        free = self.num_tokens[knots - 1] if knots else 0
+        return max(int(self.round_up(num_tokens)), min(free, self._read_once * num_reqs))
 
     def update(
         self,
@@ -215,7 +326,7 @@ class CostModel:
         seconds: float,
         *,
         num_reqs: float = 1,
-        context_tokens: float = 0.0,
+        context_tokens: float | None = None,
         rate: float = 0.1,
     ) -> CostModel:
         """The model after one more measured step, changed at ``num_tokens`` and to keep it rising.
@@ -239,9 +350,10 @@ class CostModel:
         num_tokens = checks.integer("num_tokens", num_tokens, 1)
         seconds = checks.real("seconds", seconds, 1e-12)
         rate = checks.real("rate", rate, 0.0, 1.0)
-        at, load = int(self.round_up(num_tokens)), self.load(num_reqs, context_tokens)
+        at = int(self.round_up(num_tokens))
         value = float(np.interp(at, *self._token_curve))
-        error = rate * (min(seconds, 4 * (value + load)) - value - load)
+        whole = self(at, num_reqs=num_reqs, context_tokens=context_tokens)
+        error = rate * (min(seconds, 4 * whole) - whole)
         x, y = np.array(self.num_tokens, dtype=np.float64), np.array(self.seconds)
         x, y = fit.bend(x, y, at, value, error)
         return replace(self, num_tokens=tuple(map(int, x)), seconds=tuple(map(float, y)))
@@ -268,10 +380,15 @@ class CostModel:
         """Least-squares :class:`Knee` in relative error, exact over all integers K_max.
 
         A curve that rises from its first point on has its knee there; one that never rises has
-        gamma 0 and its last point.
+        gamma 0 and its last point. Neither is one: see :attr:`Knee.bends`. :meth:`at` has that of a
+        batch.
         """
-        k, base, gamma = fit.knee(self.num_tokens, self.seconds)
-        return Knee(int(k), float(base), float(gamma), self.k_max_interval, self.gamma_interval)
+        x, y = np.array(self.num_tokens), np.array(self.seconds)
+        k, base, gamma = fit.knee(x, y)
+        law = base * (1 + gamma * np.maximum(0, x - k))
+        bends = bool(gamma > 0 and k > x[0] and (abs(law / y - 1) < MISFIT).all())
+        intervals = self.k_max_interval, self.gamma_interval
+        return Knee(int(k), float(base), float(gamma), *intervals, bends)
 
     def tokens_within(self, factor: float) -> int:
         """The most tokens of a step at ``factor`` times the cost of one token, or less.
@@ -291,7 +408,7 @@ class CostModel:
         """Reads what :meth:`to_json` wrote; EchoError: not JSON, or of another version."""
         with checks.reading(f"cost: expected the JSON of a CostModel, version {VERSION}"):
             data = json.loads(text)
-            if data.pop("format") != "echo-cost" or data.pop("version") != VERSION:
+            if data.pop("format") != "echo-cost" or data.pop("version") not in READABLE:
                 raise ValueError("another format or version")
             return cls(**data)
 
@@ -299,20 +416,16 @@ class CostModel:
         """The target's part as SGLang's additive cost table (JSON): one profile for both planners.
 
         For ``--speculative-dspark-sps-table-path``: these seconds at every number of tokens up to
-        the last knot, tiers included, and its value beyond.
+        the last knot, tiers included, and its value beyond. Context is :attr:`context_len` for each
+        request; where it matters, the table is the nearest additive one.
         """
-        inside = [t for t in self.tiers if t <= self.num_tokens[-1]]
-        edges = {t + 1 for t in inside} | set(inside) | {1, *self.num_tokens}
-        probes = sorted(edges) if len(edges) > 1 else [1, 2]  # its reader needs two
-        curve = np.asarray(self(np.array(probes)))
-        table = {
-            "bias_seconds": float(curve[0]),
-            "bs_probes": self.num_reqs or [1],
-            "alpha_seconds": self.request_seconds or [0.0],
-            "m_probes": probes,
-            "theta_seconds": (curve - curve[0]).tolist(),
-        }
-        return json.dumps(table)
+        if not self.context_token:
+            return sglang.table(self)
+        pairs = [(n, b) for b in self.num_reqs or (1,) for n in self.num_tokens if n >= b]
+        tokens, reqs = np.array(pairs, dtype=np.float64).T
+        seconds = replace(self, tiers=())(tokens, num_reqs=reqs)
+        fields = fit.curves(seconds, {"num_tokens": tokens, "num_reqs": reqs})
+        return sglang.table(CostModel(tiers=self.tiers, **fields))
 
     @classmethod
     def from_sglang(cls, text: str) -> CostModel:
@@ -323,7 +436,7 @@ class CostModel:
         Raises:
             EchoError: neither of the two, or values out of range.
         """
-        return cls(**profiling.sglang_fields(text))
+        return cls(**sglang.fields(text))
 
     def plot(self) -> Figure:
         """A matplotlib figure: seconds by tokens with knee and tiers; where a draft pays, by batch.
@@ -334,18 +447,3 @@ class CostModel:
         from echo import plot
 
         return plot.cost_model(self)
-
-
-def _extended(points: tuple[int, ...], values: tuple[float, ...]) -> tuple[Floats, Floats]:
-    """The curve for ``np.interp``, with one far knot more, so that its last slope continues."""
-    slope = (values[-1] - values[-2]) / (points[-1] - points[-2]) if len(points) > 1 else 0.0
-    return np.array([*points, points[-1] + FAR]), np.array([*values, values[-1] + slope * FAR])
-
-
-def _check_curve(x_name: str, x: tuple[int, ...], y_name: str, y: tuple[float, ...]) -> None:
-    if not x or len(x) != len(y) or (np.diff(x) <= 0).any() or x[0] < 1:
-        expected = f"{x_name}: expected increasing ints >= 1, as many as {y_name} ({len(y)})"
-        raise EchoError(f"{expected}, got {x}")
-    if not np.isfinite(y).all() or min(y) < 0 or (np.diff(y) < 0).any():
-        positive = "positive, " if y_name == "seconds" else ""
-        raise EchoError(f"{y_name}: expected {positive}non-decreasing numbers, got {y}")

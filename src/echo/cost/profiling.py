@@ -1,11 +1,9 @@
-"""Where timings come from: a custom step, timed here, or SGLang's cost tables (0.5.23)."""
+"""Timings of a custom step."""
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import numpy as np
 import torch
@@ -52,53 +50,28 @@ def profile(
         raise EchoError("num_tokens: expected at least one token count, got none")
     for count in counts * warmup:
         step(count)
-    clock = _device_clock if torch.device(device).type == "cuda" else _host_clock
-    seconds = [clock(step, count) for count in counts * repeats]
+    seconds = [seconds_of(step, (count,), device) for count in counts * repeats]
     return np.array(counts * repeats, dtype=np.int64), np.array(seconds)
 
 
-def _host_clock(step: Callable[[int], object], count: int) -> float:
-    start = time.perf_counter()
-    step(count)
-    return time.perf_counter() - start
+def seconds_of(
+    step: Callable[..., object],
+    load: tuple[int, ...],
+    device: torch.device | str,
+    clock: Callable[[], float] = time.perf_counter,
+) -> float:
+    """Seconds of ``step(*load)`` by ``clock``.
 
-
-def _device_clock(step: Callable[[int], object], count: int) -> float:
-    """Between two events of the stream, synchronized: each step starts on an idle device."""
+    On CUDA between two events of the stream, synchronized: it starts on an idle device.
+    """
+    if torch.device(device).type != "cuda":
+        start = clock()
+        step(*load)
+        return clock() - start
     torch.cuda.synchronize()
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-    start.record()
-    step(count)
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    begin.record()
+    step(*load)
     end.record()
     end.synchronize()
-    return float(start.elapsed_time(end)) / 1e3
-
-
-def sglang_fields(text: str) -> dict[str, Any]:
-    """The fields of a :class:`CostModel` that one of SGLang's cost tables (JSON) tells.
-
-    ``bias + alpha(requests) + theta(tokens)`` between probes, or steps per second held from probe
-    to probe.
-    """
-    with checks.reading("cost: expected one of SGLang's cost tables"):
-        data = json.loads(text)
-        if "bias_seconds" in data:
-            alpha, theta = (_rising(data[name]) for name in ("alpha_seconds", "theta_seconds"))
-            seconds = float(data["bias_seconds"]) + alpha[0] + theta
-            fields = {"num_tokens": data["m_probes"], "seconds": seconds.tolist()}
-            if len(alpha) == 1:
-                return fields
-            rises = (alpha - alpha[0]).tolist()
-            return fields | {"num_reqs": data["bs_probes"], "request_seconds": rises}
-        probes = [int(probe) for probe in data["sample_batch_tokens"]]
-        seconds = _rising(1.0 / np.asarray(data["sample_steps_per_sec"])).tolist()
-        ends = [probe - 1 for probe in probes[1:]] + [probes[-1] + 1]
-        flat = dict(zip(ends, seconds, strict=True)) | dict(zip(probes, seconds, strict=True))
-        tokens = sorted(flat)
-        return {"num_tokens": tokens, "seconds": [flat[count] for count in tokens]}
-
-
-def _rising(values: Any) -> NDArray[np.float64]:
-    from scipy.optimize import isotonic_regression
-
-    return np.asarray(isotonic_regression(np.asarray(values, dtype=np.float64)).x)
+    return float(begin.elapsed_time(end)) / 1e3

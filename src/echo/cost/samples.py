@@ -1,0 +1,139 @@
+"""What samples of a step's seconds say for and against a model: columns, doubts, where it speaks.
+
+n samples, each of a load: tokens, requests and the context that they have together.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from echo._checks import EchoError
+
+Floats = NDArray[np.float64]
+Table = Mapping[str, Floats]
+
+FOLDS, FEW = 5, 8
+"""Parts of the samples, each predicted from the others; loads below which that says nothing."""
+REACH = 1.25
+"""How far beyond its samples a model speaks, as a ratio."""
+FALL = 1.25
+"""How much more than all samples of a greater load all of a load's must take to fall."""
+
+
+def columns(seconds: ArrayLike, **inputs: ArrayLike | None) -> tuple[Floats, dict[str, Floats]]:
+    """Samples as float columns of one length without the None; EchoError where they are not."""
+    y = np.atleast_1d(np.asarray(seconds, dtype=np.float64))
+    table = {}
+    for name, value in inputs.items():
+        if value is None:
+            continue
+        column = table[name] = np.atleast_1d(np.asarray(value, dtype=np.float64))
+        if column.shape != y.shape or y.ndim != 1 or not len(y):
+            expected = f"seconds: expected as many as {name} ({len(column)}, at least 1)"
+            raise EchoError(f"{expected}, got {len(y)}")
+        if not np.isfinite(column).all():
+            wrong = column[~np.isfinite(column)][0]
+            raise EchoError(f"{name}: expected a finite number in every sample, got {wrong}")
+    if not (np.isfinite(y) & (y > 0)).all():
+        raise EchoError("seconds: expected a positive number in every sample")
+    return y, table
+
+
+def at_least(name: str, column: Floats, low: int) -> None:
+    """Raises :class:`EchoError` if a sample of ``column`` is below ``low``."""
+    if not (column >= low).all():
+        raise EchoError(f"{name}: expected at least {low} in every sample, got {column.min():g}")
+
+
+def loads(table: Table) -> Floats:
+    """Tokens, requests and context of a request, float64 [n, 3]; 1 and 0 where not recorded."""
+    tokens = table["num_tokens"] + table.get("num_other_tokens", 0.0)
+    reqs = table.get("num_reqs", np.ones_like(tokens))
+    context = table.get("context_tokens", np.zeros_like(tokens)) / reqs
+    return np.stack([tokens, reqs, context], axis=1)
+
+
+def parts(table: Table) -> list[NDArray[np.bool_]]:
+    """Parts of the samples, bool [n] each: a load's samples in one, its neighbours in others."""
+    found, place = np.unique(loads(table)[:, [1, 2, 0]], axis=0, return_inverse=True)
+    part = place.ravel() % FOLDS
+    return [part == i for i in range(FOLDS)] if len(found) >= FEW else []
+
+
+def held_out(
+    seconds: Floats, table: Table, fitted: Callable[[Floats, dict[str, Floats]], Any]
+) -> float | None:
+    """The relative error that 95% of the samples keep within, predicted without their part.
+
+    ``fitted`` makes a model of the others. None where there are too few loads.
+    """
+    tokens, reqs, context = loads(table).T
+    error = np.zeros(len(seconds))
+    for own in (found := parts(table)):
+        model = fitted(seconds[~own], {name: column[~own] for name, column in table.items()})
+        total = context[own] * reqs[own]
+        known = model(tokens[own], num_reqs=reqs[own], context_tokens=total)
+        error[own] = abs(known / seconds[own] - 1)
+    return float(np.quantile(error, 0.95, method="higher")) if found else None
+
+
+def measured(table: Table) -> tuple[tuple[float, ...], ...]:
+    """By number of requests: it, fewest and most tokens, least and most context of a request."""
+    every = loads(table)
+    found = []
+    for count in np.unique(every[:, 1]):
+        tokens, _, context = every[every[:, 1] == count].T
+        spread = tokens.min(), tokens.max(), context.min(), context.max()
+        found.append((float(count), *map(float, spread)))
+    return tuple(found)
+
+
+def covers(
+    ranges: Sequence[Sequence[float]], num_tokens: float, num_reqs: float, context_len: float
+) -> bool:
+    """Whether samples speak for a load: those of the next numbers of requests with its context."""
+    own = [r for r in ranges if r[3] / REACH <= context_len <= r[4] * REACH]
+    counts = [count for count, *_ in own]
+    if not own or not counts[0] / REACH <= num_reqs <= counts[-1] * REACH:
+        return False
+    return num_tokens <= REACH * float(
+        np.interp(num_reqs, counts, [most for _, _, most, *_ in own])
+    )
+
+
+def doubts(seconds: Floats, table: Table) -> tuple[str, ...]:
+    """What speaks against a model of these samples."""
+    found = []
+    every, place, size = np.unique(loads(table), axis=0, return_inverse=True, return_counts=True)
+    own = np.split(seconds[place.ravel().argsort(kind="stable")], size.cumsum()[:-1])
+    low, high = (np.array([of(part) for part in own]) for of in (np.min, np.max))
+    first = [int(np.where((every <= load).all(axis=1), low, 0.0).argmax()) for load in every]
+    fall = low[first] / high
+    if fall.max() > FALL:
+        worst = int(fall.argmax())
+        texts = [
+            f"{every[i, 0]:.0f} tokens of {every[i, 1]:.0f} request(s) took {y:.3g} s"
+            for i, y in ((first[worst], low[first[worst]]), (worst, high[worst]))
+        ]
+        found.append(f"samples fall: {texts[0]}, {texts[1]}")
+    if "num_reqs" in table:
+        ranges = measured(table)
+        if len(ranges) == 1:
+            found.append(
+                f"samples of {ranges[0][0]:.0f} request(s) only: what others cost is a guess"
+            )
+        longest = math.inf
+        for count, _, _, least, most in sorted(ranges, key=lambda own: own[3:]):
+            if least > REACH * longest:
+                found.append(
+                    f"contexts up to {longest:.0f} and from {least:.0f}, that of {count:.0f}"
+                    " request(s), were not measured with one number of requests: what requests and"
+                    " what context cost is not told apart"
+                )
+            longest = most if longest == math.inf else max(longest, most)
+    return tuple(found)
