@@ -634,3 +634,14 @@ def test_bad_input_names_the_argument():
         echo.EchoError, match="mask: request 0, row 0: expected the whole prefix visible"
     ):
         importers.from_flashinfer(mask, packed.tokens)
+
+
+def test_what_an_engines_kernels_do_not_verify_is_refused():
+    packed = forest(0, 3, 4).packed
+    for pages in (None, 16, 64, 128):
+        layouts.flashinfer_xqa(packed, page_size=pages)
+    with pytest.raises(echo.EchoError, match=r"page_size: expected one that XQA reads, .* got 1$"):
+        layouts.flashinfer_xqa(packed, page_size=1)
+    for limit in ({"window": 4096}, {"mla": True}):
+        with pytest.raises(echo.EchoError, match="without a window or latents"):
+            layouts.tensorrt_llm(packed, 12, **limit)

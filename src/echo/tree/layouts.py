@@ -71,6 +71,10 @@ __all__ = [
 ]
 
 
+XQA_PAGES = (16, 32, 64, 128)
+"""Tokens of a page that FlashInfer's XQA kernels read."""
+
+
 @dataclass(frozen=True)
 class Chains:
     """Ragged chains: SGLang's ``RaggedVerifyLayout`` and vLLM's ``SpecDecodeMetadata``.
@@ -236,14 +240,23 @@ def flashinfer(
     return copy_into(out, FlashInferMask(mask, indptr.int(), packed.indptr, kv.int()))
 
 
-def flashinfer_xqa(packed: PackedTree) -> Tensor:
+def flashinfer_xqa(packed: PackedTree, *, page_size: int | None = None) -> Tensor:
     """FlashInfer's XQA mask uint16 [N, 2 * words], query x query only: a view, no work.
 
     The q of its ``((q + 31) // 32) * 2`` is then ``packed.max_verify_tokens_per_req``, and
     ``packed.indptr`` its ``q_cu_seq_lens``.
 
+    Args:
+        packed: the step.
+        page_size: tokens of a page of the cache.
+
+    Raises:
+        EchoError: pages that XQA's kernels do not read.
+
     Source: the XQA kernels of flashinfer-python 0.7.2.post1, on a little-endian machine.
     """
+    if page_size not in (None, *XQA_PAGES):
+        raise EchoError(f"page_size: expected one that XQA reads, {XQA_PAGES}, got {page_size}")
     return packed.mask.view(torch.uint16)
 
 

@@ -159,20 +159,31 @@ def sglang_mask(
 
 
 def tensorrt_llm(
-    packed: PackedTree, max_verify_tokens_per_req: int, *, out: TensorRTLinks | None = None
+    packed: PackedTree,
+    max_verify_tokens_per_req: int,
+    *,
+    window: int | None = None,
+    mla: bool = False,
+    out: TensorRTLinks | None = None,
 ) -> TensorRTLinks:
     """TensorRT-LLM's packed mask, depth offsets and local links.
 
     Args:
         packed: the step.
         max_verify_tokens_per_req: n.
+        window, mla: of the model's attention, for which its dynamic trees have no kernels.
         out: persistent buffers.
 
     Raises:
-        EchoError: n below 1, or buffers that do not fit.
+        EchoError: n below 1, buffers that do not fit, a sliding window, or latent attention.
 
     Source: ``spec_decoding_packed_mask`` and ``spec_decoding_position_offsets`` of TensorRT-LLM.
     """
+    if window is not None or mla:
+        expected = (
+            "full attention, without a window or latents: TensorRT-LLM verifies no other trees"
+        )
+        raise EchoError(f"window, mla: expected {expected}, got {window}, {mla}")
     grid = _Grid(packed, max_verify_tokens_per_req)
     lens = packed.indptr.diff().clamp(max=grid.n)
     offsets, tokens = grid.spread(packed.depth, 0), grid.spread(packed.tokens.int(), 0)
