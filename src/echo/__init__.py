@@ -11,7 +11,7 @@ from echo.stats import StepStats
 from echo.tree import PackedTree, SuperTree, accept, compact, layouts
 from echo.workspace import Workspace
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "BeamMassGate",
