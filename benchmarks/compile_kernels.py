@@ -38,8 +38,10 @@ from echo.kernels import (
     acceptance,
     arguments,
     grow,
+    join,
     observe,
     pack,
+    schedule,
     select,
     tiles,
 )
@@ -79,6 +81,8 @@ class Case:
     softcap: float | None = None
     batch: int = 8
     splits: int | None = None
+    sinks: bool = False
+    joined: bool = False
 
     @property
     def name(self) -> str:
@@ -100,6 +104,8 @@ class Case:
             parts
             + ["window"] * (self.window is not None)
             + ["softcap"] * (self.softcap is not None)
+            + ["sinks"] * self.sinks
+            + ["joined"] * self.joined
         )
 
 
@@ -264,11 +270,7 @@ def measure(recorder: Recorder, arch: int) -> dict[str, Any]:
     compiled = triton.compile(src, target=GPUTarget("cuda", arch, 32), options=options)
     found = resources(compiled, arch, options.get("num_warps", 4))
     if "KEYS" in recorder.options and "WIDTH" in recorder.options:
-        cached = (
-            recorder.args[1].element_size()
-            if recorder.options["PREFIX"]
-            else recorder.args[0].element_size()
-        )
+        cached = recorder.args[1].element_size()  # of the cache, or of the tree's own keys
         keys, width, dim = (recorder.options[name] for name in ("KEYS", "WIDTH", "DIM"))
         found |= turn(compiled, arch, keys, width, 2 * dim * cached, found)
     return found
@@ -291,11 +293,15 @@ def attention(case: Case, arch: int) -> dict[str, Recorder]:
             torch.zeros(n, **ints), torch.zeros(batch + 1, **ints), torch.zeros(n, words, **ints),
             mode=case.mode, window=case.window, softcap=case.softcap, depth=torch.zeros(n, **ints),
             key_scale=scales, value_scale=scales, splits=case.splits,
+            sinks=torch.zeros(kv_heads * case.group) if case.sinks else None,
+            prefix_out=torch.empty_like(q) if case.joined else None,
+            prefix_lse=torch.zeros(n, kv_heads * case.group) if case.joined else None,
         )  # fmt: skip
-        attention_kernels.tree_attention(checked)
+        (join if case.mode == "tree" else attention_kernels).tree_attention(checked)
 
+    modules = [schedule, attention_kernels, join]
     with mock.patch.object(tiles, "generation", return_value=arch // 10):
-        found = record([attention_kernels], ("_plan", "_attend", "_merge"), call)
+        found = record(modules, ("_plan", "_attend", "_merge", "_add"), call)
     return {name.strip("_"): recorder for name, recorder in found.items()}
 
 
@@ -309,12 +315,12 @@ def others(n: int, vocabulary: int) -> list[tuple[str, str, Recorder]]:
         f"V={vocabulary}": lambda: acceptance.accept(*trees, logits, n // 8 + 1),
         f"V={vocabulary} arg-max": lambda: acceptance.argmax_tokens(logits),
         "from tokens": lambda: acceptance.accept(*trees, tokens, n // 8 + 1),
-        "D=128": lambda: attention_kernels.merge_attention(*parts),
+        "D=128": lambda: join.merge_attention(*parts),
     }
     found = []
     for case, call in calls.items():
         launches = record(
-            [acceptance, attention_kernels],
+            [acceptance, join],
             ("_chunk_argmax", "_accept", "_argmax", "_merge_parts"),
             call,
         )
@@ -402,7 +408,11 @@ def cases(quick: bool) -> list[Case]:
         Case(128, brain, 8, 16, page=256),
         Case(128, brain, 4, 16, cache=e4), Case(128, brain, 4, 16, cache=e5),
         Case(128, half, 8, 2, cache=e4),
-        Case(128, brain, 4, 16, mode="tree"), Case(128, brain, 4, 2, mode="tree"),
+        Case(128, brain, 4, 16, mode="tree"), Case(128, brain, 4, 4, mode="tree", joined=True),
+        Case(64, half, 3, 4, mode="tree", joined=True, sinks=True),
+        Case(256, brain, 4, 16, mode="tree", joined=True),
+        Case(128, single, 4, 4, mode="tree", joined=True), Case(128, brain, 4, 4, cache=e4),
+        Case(64, brain, 8, 8, sinks=True), Case(64, brain, 3, 8),
         Case(256, brain, 2, 16, window=4096, softcap=50.0),
         Case(128, brain, 7, 16), Case(64, half, 1, 8, window=1024), Case(128, brain, 16, 4),
     ]  # fmt: skip
@@ -436,15 +446,10 @@ def jobs(quick: bool, arch: int) -> list[tuple[str, str, Recorder, int, bool]]:
         if case.cache == torch.float8_e4m3fn and arch < 89:
             continue
         for name, recorder in attention(case, arch).items():
-            if (
-                name == "attend"
-                or case.batch == 1
-                or case in (Case(128, torch.bfloat16, 4, 16), Case(256, torch.float32, 4, 16))
-            ):
-                height = recorder.options["ROWS"] if name == "attend" else 0
-                found.append(
-                    (name.strip("_"), case.name, recorder, height, case.dtype.itemsize == 2)
-                )
+            once = case in (Case(128, torch.bfloat16, 4, 16), Case(256, torch.float32, 4, 16))
+            if name in ("attend", "add") or case.batch == 1 or once:
+                height = recorder.options["ROWS"] if name in ("attend", "add") else 0
+                found.append((name, case.name, recorder, height, case.dtype.itemsize == 2))
     shapes = ((256, 4, 4, 6), (4096, 8, 8, 8), (1, 1, 1, 1))[: 1 + 2 * (not quick)]
     found += [(*launched, 0, False) for shape in shapes for launched in steps(*shape)]
     return found + [

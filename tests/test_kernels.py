@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import os
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from echo.kernels import reference, tiles
 from echo.testing import RefuseSyncs
 
 pytest.importorskip("triton")
-from echo.kernels import acceptance, attention
+from echo.kernels import acceptance, attention, join, schedule
 
 DEVICE = "cpu" if tiles.interpreted() else "cuda"
 LIMIT = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
@@ -246,61 +247,72 @@ def test_context_is_cut_at_the_page_table():
     compare(args | {"prefix_lens": torch.full_like(args["prefix_lens"], -5)})
 
 
+def planned(rows, contexts, group, tile, keys, programs, splits):
+    """The work list and each program's items, of a batch of such rows and prefixes."""
+    batch = len(rows)
+    indptr = torch.tensor([0, *rows]).cumsum(0).int().to(DEVICE)
+    items = tiles.max_row_tiles(sum(rows), batch, group, tile) * max(splits, 1)
+    items += programs * (splits == 0)
+    work = torch.full((items, schedule.FIELDS.value), 1 << 30, dtype=torch.int32, device=DEVICE)
+    ranges = torch.full((programs, 2), 1 << 30, dtype=torch.int32, device=DEVICE)
+    schedule._plan[(batch + 1,)](
+        indptr, torch.tensor(contexts).int().to(DEVICE), work, ranges, batch, 1 << 20, items,
+        programs, splits, GROUP=group, ROWS=tile, KEYS=keys, WINDOW=0, MIN=2, BLOCK=4,
+    )  # fmt: skip
+    work = work.tolist()
+    assert all(0 <= first <= end <= items for first, end in ranges.tolist())
+    return [work[first:end] for first, end in ranges.tolist()]
+
+
 @pytest.mark.parametrize("splits", [0, 1, 4])
-@pytest.mark.parametrize("seed", range(4))
-def test_the_work_list_covers_every_tile_and_block_once(seed, splits):
+@pytest.mark.parametrize("seed", range(6))
+def test_the_work_list_is_an_even_split(seed, splits):
+    """Every block of every row tile once; equal shares, in the order of the batch; parts only of
+    row tiles that are cut, which lie apart.
+    """
     generator = torch.Generator().manual_seed(seed)
     draw = lambda high, n: torch.randint(0, high, (n,), generator=generator)
-    batch, group, tile, keys, target = 9, 3, 16, 16, 6
-    rows, context = draw(30, batch) * (draw(4, batch) > 0), draw(400, batch) * (draw(3, batch) > 0)
-    indptr = torch.cat([torch.zeros(1, dtype=torch.int64), rows.cumsum(0)]).int().to(DEVICE)
-    row_tiles, blocks = -(-rows * group // tile), -(-context // keys) - (-rows // keys)
-    bound = tiles.max_row_tiles(int(rows.sum()), batch, group, tile)
-    assert bound >= int(row_tiles.sum())
-    items, partials = (
-        (bound + target, 2 * target * tile)
-        if splits == 0
-        else (bound * splits, int(rows.sum()) * group * splits)
-    )
-    work = torch.full((items, attention.FIELDS.value), 1 << 30, dtype=torch.int32, device=DEVICE)
-    spans = torch.full((batch + 1, 2), 1 << 30, dtype=torch.int32, device=DEVICE)
-    attention._plan[(batch + 1,)](
-        indptr, context.int().to(DEVICE), work, spans, batch, 1 << 20, items, target, splits,
-        GROUP=group, ROWS=tile, KEYS=keys, WINDOW=0, MIN=2, BLOCK=4,
-    )  # fmt: skip
-    real = work[work[:, 0] >= 0].tolist()
-    assert (work[len(real) :, 0] == -1).all()
-    covered = sorted((b, t, block) for b, t, low, high, *_ in real for block in range(low, high))
-    assert covered == [
-        (b, t, block)
-        for b in range(batch)
-        for t in range(int(row_tiles[b]))
-        for block in range(int(blocks[b]))
+    batch, group, tile, keys, programs = 9, 3, 16, 16, [1, 6, 40][seed % 3]
+    rows = (draw(30, batch) * (draw(4, batch) > 0)).tolist()
+    contexts = (draw(400, batch) * (draw(3, batch) > 0)).tolist()
+    row_tiles = [-(-r * group // tile) for r in rows]
+    blocks = [-(-c // keys) - (-r // keys) for r, c in zip(rows, contexts, strict=True)]
+    lists = planned(rows, contexts, group, tile, keys, programs, splits)
+    line = [tuple(item[:4]) for own in lists for item in own]
+    order = [(t, b) for t in range(max(row_tiles)) for b in range(batch) if t < row_tiles[b]]
+    assert [(t, b) for b, t, low, _ in line if low == 0] == order
+    assert [(b, t, block) for b, t, low, high in line for block in range(low, high)] == [
+        (b, t, block) for t, b in order for block in range(blocks[b])
     ]
-    parts = sorted(
-        (slot, slot + int(rows[b]) * group) for b, t, _, _, slot, *_ in real if slot >= 0 and t == 0
-    )
-    assert [begin for begin, _ in parts] == [0, *(end for _, end in parts)][
-        : len(parts)
-    ]  # one piece's results after another's
-    assert not parts or parts[-1][1] <= partials
-    for b, _, low, high, slot, *facts in real:
-        first, pieces = spans[b].tolist()
-        assert facts == [int(indptr[b]), int(rows[b]), int(context[b])]
-        assert (slot >= 0) == (pieces > 1)
-        assert high > low
-        if splits:
-            assert pieces == min(splits, int(blocks[b]))
-        else:
-            assert high - low <= max(2, -(-int((row_tiles * blocks).sum()) // target))
-        if slot >= 0:
-            piece, rest = divmod(slot - first, int(rows[b]) * group)
-            assert rest == 0 and low == piece * int(blocks[b]) // pieces
+    shares = [sum(high - low for _, _, low, high, *_ in own) for own in lists]
+    busy = max(1, min(programs, sum(shares) // 2))
+    if splits == 0:
+        assert all(
+            share in (0, *divmod(sum(shares), busy)[:1], sum(shares) // busy + 1)
+            for share in shares
+        )
+        assert max(shares) == -(-sum(shares) // busy) and sum(map(bool, shares)) == busy
+        assert all(sum(item[4] >= 0 for item in own) <= 2 for own in lists)
+    first_rows, taken = [0, *torch.tensor(rows).cumsum(0).tolist()], []
+    for own in lists:
+        for b, t, low, high, slot, begin, number, length, parts in own:
+            assert (begin, number, length) == (first_rows[b], rows[b], contexts[b]) and low < high
+            assert (slot < 0) == (parts == 1) == (high - low == blocks[b])
+            if splits:
+                assert parts == min(splits, blocks[b]) and (high - low) * parts < blocks[b] + parts
+            if slot >= 0:
+                taken.append((slot, slot + min(tile, number * group - t * tile)))
+    taken.sort()
+    bound = sum(rows) * group * splits if splits else 2 * programs * tile
+    assert all(one[1] <= two[0] for one, two in itertools.pairwise(taken))
+    assert not taken or taken[-1][1] <= bound
 
 
 def test_launchers_are_sync_free(monkeypatch):
     for module, names in (
-        (attention, ["_plan", "_attend", "_merge", "_merge_parts"]),
+        (schedule, ["_plan"]),
+        (attention, ["_attend", "_merge"]),
+        (join, ["_add", "_merge_parts"]),
         (acceptance, ["_chunk_argmax", "_accept", "_argmax"]),
     ):
         for name in names:
@@ -312,6 +324,8 @@ def test_launchers_are_sync_free(monkeypatch):
     )
     with RefuseSyncs():
         out, lse = kernels.tree_attention(**args, window=3, splits=2, backend="triton")
+        joined = {"mode": "tree", "prefix_out": out, "prefix_lse": lse}
+        kernels.tree_attention(**args, **joined, backend="triton")
         kernels.merge_attention(out, lse, out, lse, backend="triton")
         kernels.accept(*links, token, token, 3, backend="triton")
         kernels.accept(*links, token, out[:, 0], 3, backend="triton")
