@@ -4,9 +4,10 @@
     python benchmarks/compile_kernels.py --quick    a representative subset, nothing written
 
 Each launch is recorded from the real launcher on CPU tensors, so that types, constants and
-divisibility hints are the launch's own. Exit status 1: spills, shared memory over the limit, a
-16-bit tile of 64 rows without the wide matrix instruction, or keys that are not copied ahead in
-pieces of 16 bytes.
+divisibility hints are the launch's own. Exit status 1: spills (of attention's programs, in the
+loops over keys), shared memory over the limit, fewer programs resident than are planned, a 16-bit
+tile of 64 rows without the wide matrix instruction, or keys that are not copied ahead in pieces of
+16 bytes.
 """
 
 from __future__ import annotations
@@ -120,11 +121,11 @@ class Recorder:
     """Stands in for a kernel, and keeps the arguments of its launch."""
 
     def __init__(self, kernel: Any) -> None:
-        self.kernel, self.args, self.options = kernel, (), {}
+        self.kernel, self.args, self.options, self.grid = kernel, (), {}, (0,)
 
     def __getitem__(self, grid: Any) -> Any:
         def record(*args: Any, **options: Any) -> None:
-            self.args, self.options = args, options
+            self.args, self.options, self.grid = args, options, grid
 
         return record
 
@@ -217,20 +218,26 @@ def resources(compiled: Any, arch: int, warps: int) -> dict[str, Any]:
     }
 
 
-def hot_loop(sass: str) -> list[str]:
-    """Opcodes of the first loop that copies to shared memory: that over the prefix, if any."""
+def loops(sass: str) -> list[list[str]]:
+    """Opcodes of every loop without a loop inside, in order."""
     lines = re.findall(r"/\*([0-9a-f]{4,5})\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.]+)([^;]*);", sass)
+    found: list[tuple[int, int]] = []
     for at, opcode, operands in lines:
         back = re.search(r"0x([0-9a-f]+)", operands) if opcode.startswith("BRA") else None
         if back and int(back[1], 16) < int(at, 16):
-            body = [
-                name
-                for place, name, _ in lines
-                if int(back[1], 16) <= int(place, 16) <= int(at, 16)
-            ]
-            if any(name.startswith("LDGSTS") for name in body):
-                return body
-    return []
+            found.append((int(back[1], 16), int(at, 16)))
+    inner = [
+        (low, high)
+        for low, high in found
+        if not any((low, high) != o and low <= o[0] and o[1] <= high for o in found)
+    ]
+    return [[name for at, name, _ in lines if low <= int(at, 16) <= high] for low, high in inner]
+
+
+def hot_loop(sass: str) -> list[str]:
+    """The first loop that copies to shared memory: that over the prefix, if any."""
+    copying = (body for body in loops(sass) if any(name.startswith("LDGSTS") for name in body))
+    return next(copying, [])
 
 
 def turn(
@@ -273,6 +280,11 @@ def measure(recorder: Recorder, arch: int) -> dict[str, Any]:
         cached = recorder.args[1].element_size()  # of the cache, or of the tree's own keys
         keys, width, dim = (recorder.options[name] for name in ("KEYS", "WIDTH", "DIM"))
         found |= turn(compiled, arch, keys, width, 2 * dim * cached, found)
+        _, sass = cuobjdump(compiled.asm["cubin"])
+        looped = sum(name.startswith(("STL", "LDL")) for body in loops(sass) for name in body)
+        found |= {"spills": looped, "outside": found["spills"] - looped}
+    if "PAGE" in recorder.options:
+        found["planned"] = recorder.grid[0] // tiles.multiprocessors(torch.device("cpu"))
     return found
 
 
@@ -423,8 +435,10 @@ def faults(entry: dict[str, Any], tile_rows: int, sixteen: bool) -> list[str]:
     """What a compiled kernel must not be."""
     arch = int(entry["arch"][3:])
     found = [f"{entry['spills']} spill instructions, {entry['stack']} bytes of stack"] * bool(
-        entry["spills"] or entry["stack"]
+        entry["spills"] or (entry["stack"] and not entry.get("outside"))
     )
+    planned = entry.get("planned", 0)
+    found += [f"{entry['blocks']} blocks, {planned} planned"] * (entry["blocks"] < planned)
     found += [f"{entry['shared']} bytes of shared memory"] * (entry["shared"] > SHARED[arch][0])
     wide = WIDE.get(arch)
     if sixteen and tile_rows >= 64 and wide and entry["matrix"] != wide:
@@ -479,8 +493,8 @@ def run(quick: bool, archs: tuple[int, ...]) -> tuple[list[dict[str, Any]], list
 
 
 COLUMNS = (
-    "kernel", "case", "ROWS", "KEYS", "arch", "registers", "spills", "shared", "threads", "blocks",
-    "occupancy", "matrix", "loop", "barriers", "buffers", "in_flight", "issue",
+    "kernel", "case", "ROWS", "KEYS", "arch", "registers", "spills", "outside", "shared", "threads",
+    "blocks", "occupancy", "matrix", "loop", "barriers", "buffers", "in_flight", "issue",
 )  # fmt: skip
 
 
@@ -491,8 +505,9 @@ def markdown(table: list[dict[str, Any]]) -> str:
         "",
         f"Triton {triton.__version__}, no GPU: `python benchmarks/compile_kernels.py`. `blocks`",
         "and `occupancy` are predictions from registers, shared memory and threads; `shared` is in",
-        "bytes; `spills` counts instructions. Of one turn of the loop over the keys: `loop` its",
-        "instructions, `buffers` the turns that shared memory holds, `in_flight` the bytes that a",
+        "bytes; `spills` counts instructions, for attention those in the loops over keys, and",
+        "`outside` those that run once a work item. Of one turn of the loop over the keys: `loop`",
+        "its instructions, `buffers` the turns that shared memory holds, `in_flight` the bytes a",
         "multiprocessor may have asked for, `issue` its instructions over those that fit into the",
         "time that memory takes for the same keys (data sheet rates).",
         "",

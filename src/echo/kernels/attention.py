@@ -214,7 +214,8 @@ def _attend(
     me, count = tl.program_id(0) // HEADS, tl.num_programs(0) // HEADS
     d = tl.arange(0, WIDTH)
     inner = d < DIM if DIM < WIDTH else d >= 0
-    for at in range(tl.load(programs + me * 2), tl.load(programs + me * 2 + 1)):
+    first, end = tl.load(programs + me * 2), tl.load(programs + me * 2 + 1)
+    for at in tl.range(first, end, disable_licm=True):  # what is hoisted would be spilled
         item = work + at * FIELDS
         b, tile, low, high = tl.load(item), tl.load(item + 1), tl.load(item + 2), tl.load(item + 3)
         slot, begin = tl.load(item + 4), tl.load(item + 5)
@@ -291,7 +292,7 @@ def _merge(
     d = tl.arange(0, WIDTH)
     first, end = tl.load(programs + me * 2), tl.load(programs + me * 2 + 1)
     first = tl.where(splits > 0, first, tl.maximum(first, end - 1))
-    for at in range(first, end):
+    for at in tl.range(first, end, disable_licm=True):
         item = work + at * FIELDS
         tile, low, begin = tl.load(item + 1), tl.load(item + 2), tl.load(item + 5)
         rows, parts = tl.load(item + 6), tl.load(item + 8)
@@ -375,11 +376,10 @@ def tree_attention(call: Attention) -> tuple[Tensor, Tensor]:
             STAGES=tile.tree_stages, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
         if size.partials:
-            some = max(1, 512 // width)
+            some = 1024 // width
             _merge[(size.programs * s.num_kv_heads, -(-tile.rows // some))](
                 work, programs, sinks, out, lse, partial, partial_lse, s.splits or 0,
-                size.partials, **same, SOME=some, PARTS=tiles.MERGE_ELEMENTS // (some * width),
-                num_warps=4,
+                size.partials, **same, SOME=some, PARTS=4, num_warps=8,
             )  # fmt: skip
     return out, lse
 

@@ -51,7 +51,7 @@ def _add(
     since = tl.load(depth + row, mask=there, other=0) - WINDOW if WINDOW > 0 else member
     own = tl.load(request + row, mask=there, other=batch)
     last = tl.max(tl.where(own < batch, own, -1), 0)
-    for b in range(tl.min(own, 0), last + 1):
+    for b in tl.range(tl.min(own, 0), last + 1, disable_licm=True):
         begin = tl.load(indptr + b)
         rows = tl.load(indptr + b + 1) - begin
         acc, top, mass = _tree(
@@ -142,9 +142,10 @@ def tree_attention(call: Attention) -> tuple[Tensor, Tensor]:
 def tree_tile(s: Shapes) -> tuple[int, int, int]:
     """Rows, keys and warps of a program: one request's rows; with ``splits``, of any batch's."""
     if s.itemsize == 4:
-        return 16, 16, 4 if s.dim <= 128 else 8
+        return 16, 16, 8
     mean = s.num_rows / max(s.batch, 1) if s.splits is None else tiles.FIXED_ROWS
-    rows = min(max(tiles.power_of_two(round(s.group * mean)), 16), 64)
+    tallest = 64 if s.dim <= 128 and tiles.generation(s.device) >= tiles.HOPPER else 32
+    rows = min(max(tiles.power_of_two(round(s.group * mean)), 16), tallest)
     return rows, 32, 4 if s.dim <= 128 else 8
 
 

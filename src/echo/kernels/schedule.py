@@ -85,7 +85,7 @@ def _plan(
     begin, rows, length, row_tiles, blocks, pieces = _request(
         indptr, prefix_lens, me, batch, limit, splits, GROUP, ROWS, KEYS, WINDOW
     )
-    for tile in range(row_tiles):
+    for tile in tl.range(0, row_tiles, disable_licm=True):
         sums, before = tl.zeros([BLOCK], tl.int64), tl.zeros([BLOCK], tl.int32)
         for at in range(0, batch, BLOCK):
             _, _, _, others, their_blocks, their_pieces = _request(
@@ -206,8 +206,8 @@ def resident(tile: Tile, dim: int, itemsize: int, cache_itemsize: int, hopper: b
     """Programs that a multiprocessor holds: by registers, and by the shared memory of Hopper or
     of Ampere. ``benchmarks/compile_kernels.py`` holds it against the compiled code.
     """
-    tall = itemsize == 4 or tile.rows > 16
-    by_registers = 8 // tile.warps if tall else 2 if dim > 128 else 4
+    small = itemsize == cache_itemsize == 2 and tile.rows == 16 and tile.keys * dim <= 4096
+    by_registers = 4 if small else 8 // tile.warps
     buffers = tile.stages - (not hopper or tile.rows < 64)
     width = tiles.power_of_two(dim)
     shared = 2 * buffers * tile.keys * width * cache_itemsize + tile.rows * width * itemsize
@@ -253,6 +253,6 @@ def plan_attention(s: Shapes, indptr: Tensor, prefix_lens: Tensor) -> AttentionP
             indptr.contiguous(), prefix_lens.contiguous(), work, programs, s.batch, s.max_prefix,
             size.items, size.programs, s.splits or 0, GROUP=s.group, ROWS=size.tile.rows,
             KEYS=size.tile.keys, WINDOW=s.window or 0, MIN=tiles.MIN_BLOCKS, BLOCK=256,
-            num_warps=4,
+            num_warps=8,
         )  # fmt: skip
     return AttentionPlan(s, size.tile, work, programs)
