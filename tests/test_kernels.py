@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import itertools
 import os
 import subprocess
 import sys
@@ -245,67 +244,6 @@ def test_context_is_cut_at_the_page_table():
     args = trees.attention([3], [32], **SHAPE, device=DEVICE)
     compare(args | {"prefix_lens": torch.full_like(args["prefix_lens"], 10_000)})
     compare(args | {"prefix_lens": torch.full_like(args["prefix_lens"], -5)})
-
-
-def planned(rows, contexts, group, tile, keys, programs, splits):
-    """The work list and each program's items, of a batch of such rows and prefixes."""
-    batch = len(rows)
-    indptr = torch.tensor([0, *rows]).cumsum(0).int().to(DEVICE)
-    items = tiles.max_row_tiles(sum(rows), batch, group, tile) * max(splits, 1)
-    items += programs * (splits == 0)
-    work = torch.full((items, schedule.FIELDS.value), 1 << 30, dtype=torch.int32, device=DEVICE)
-    ranges = torch.full((programs, 2), 1 << 30, dtype=torch.int32, device=DEVICE)
-    schedule._plan[(batch + 1,)](
-        indptr, torch.tensor(contexts).int().to(DEVICE), work, ranges, batch, 1 << 20, items,
-        programs, splits, GROUP=group, ROWS=tile, KEYS=keys, WINDOW=0, MIN=2, BLOCK=4,
-    )  # fmt: skip
-    work = work.tolist()
-    assert all(0 <= first <= end <= items for first, end in ranges.tolist())
-    return [work[first:end] for first, end in ranges.tolist()]
-
-
-@pytest.mark.parametrize("splits", [0, 1, 4])
-@pytest.mark.parametrize("seed", range(6))
-def test_the_work_list_is_an_even_split(seed, splits):
-    """Every block of every row tile once; equal shares, in the order of the batch; parts only of
-    row tiles that are cut, which lie apart.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    draw = lambda high, n: torch.randint(0, high, (n,), generator=generator)
-    batch, group, tile, keys, programs = 9, 3, 16, 16, [1, 6, 40][seed % 3]
-    rows = (draw(30, batch) * (draw(4, batch) > 0)).tolist()
-    contexts = (draw(400, batch) * (draw(3, batch) > 0)).tolist()
-    row_tiles = [-(-r * group // tile) for r in rows]
-    blocks = [-(-c // keys) - (-r // keys) for r, c in zip(rows, contexts, strict=True)]
-    lists = planned(rows, contexts, group, tile, keys, programs, splits)
-    line = [tuple(item[:4]) for own in lists for item in own]
-    order = [(t, b) for t in range(max(row_tiles)) for b in range(batch) if t < row_tiles[b]]
-    assert [(t, b) for b, t, low, _ in line if low == 0] == order
-    assert [(b, t, block) for b, t, low, high in line for block in range(low, high)] == [
-        (b, t, block) for t, b in order for block in range(blocks[b])
-    ]
-    shares = [sum(high - low for _, _, low, high, *_ in own) for own in lists]
-    busy = max(1, min(programs, sum(shares) // 2))
-    if splits == 0:
-        assert all(
-            share in (0, *divmod(sum(shares), busy)[:1], sum(shares) // busy + 1)
-            for share in shares
-        )
-        assert max(shares) == -(-sum(shares) // busy) and sum(map(bool, shares)) == busy
-        assert all(sum(item[4] >= 0 for item in own) <= 2 for own in lists)
-    first_rows, taken = [0, *torch.tensor(rows).cumsum(0).tolist()], []
-    for own in lists:
-        for b, t, low, high, slot, begin, number, length, parts in own:
-            assert (begin, number, length) == (first_rows[b], rows[b], contexts[b]) and low < high
-            assert (slot < 0) == (parts == 1) == (high - low == blocks[b])
-            if splits:
-                assert parts == min(splits, blocks[b]) and (high - low) * parts < blocks[b] + parts
-            if slot >= 0:
-                taken.append((slot, slot + min(tile, number * group - t * tile)))
-    taken.sort()
-    bound = sum(rows) * group * splits if splits else 2 * programs * tile
-    assert all(one[1] <= two[0] for one, two in itertools.pairwise(taken))
-    assert not taken or taken[-1][1] <= bound
 
 
 def test_launchers_are_sync_free(monkeypatch):

@@ -229,7 +229,7 @@ def plan_attention(
         from echo.kernels import schedule
 
         return schedule.plan_attention(shapes, indptr, prefix_lens)
-    return AttentionPlan(shapes, None, indptr[:0], indptr[:0])
+    return AttentionPlan(shapes, None, *(indptr[:0],) * 3)
 
 
 def merge_attention(

@@ -59,12 +59,14 @@ class AttentionPlan:
         tile: tile of a program; None where there is no list: the reference, and mode "tree".
         work: int32 [items, 9], row tiles by ranges of their keys.
         programs: int32 [programs, 2], the first work item of each and the one after its last.
+        cuts: int32 [cuts], the first work item of each row tile that was cut; -1 for none.
     """
 
     shapes: Shapes
     tile: Tile | None
     work: Tensor
     programs: Tensor
+    cuts: Tensor
 
 
 def attention_shapes(

@@ -277,28 +277,23 @@ def _attend(
         tl.store(lse + to, score, mask=member < GROUP)
 
 
-@triton.jit(do_not_specialize=["splits", "apart"])
+@triton.jit(do_not_specialize=["apart"])
 def _merge(
-    work, programs, sinks, out, lse, partial, partial_lse, splits, apart, HEADS: tl.constexpr,
+    work, cuts, sinks, out, lse, partial, partial_lse, apart, HEADS: tl.constexpr,
     GROUP: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
     SOME: tl.constexpr, PARTS: tl.constexpr, SINKS: tl.constexpr,
 ):  # fmt: skip
-    """Merges, in order, the parts of row tiles that begin in a program: ``SOME`` rows, one KV head.
-
-    In a balanced split at most its last row tile is one; mostly there is nothing to do.
+    """``SOME`` rows of the row tile that was cut in this place, if any, and one KV head: merges its
+    parts in order.
     """
-    head, me = tl.program_id(0) % HEADS, tl.program_id(0) // HEADS
-    inside = tl.program_id(1) * SOME + tl.arange(0, SOME)
-    d = tl.arange(0, WIDTH)
-    first, end = tl.load(programs + me * 2), tl.load(programs + me * 2 + 1)
-    first = tl.where(splits > 0, first, tl.maximum(first, end - 1))
-    for at in tl.range(first, end, disable_licm=True):
+    head, at = tl.program_id(0) % HEADS, tl.load(cuts + tl.program_id(0) // HEADS)
+    if at >= 0:
         item = work + at * FIELDS
-        tile, low, begin = tl.load(item + 1), tl.load(item + 2), tl.load(item + 5)
-        rows, parts = tl.load(item + 6), tl.load(item + 8)
-        fold = tile * ROWS + inside
-        real = fold < rows * GROUP
-        if (low == 0) & (parts > 1) & (tile * ROWS + tl.program_id(1) * SOME < rows * GROUP):
+        inside = tl.program_id(1) * SOME + tl.arange(0, SOME)
+        fold = tl.load(item + 1) * ROWS + inside
+        begin, rows, parts = tl.load(item + 5), tl.load(item + 6), tl.load(item + 8)
+        real, d = fold < rows * GROUP, tl.arange(0, WIDTH)
+        if tl.max(real.to(tl.int32), 0) > 0:
             acc = tl.zeros([SOME, WIDTH], tl.float32)
             top = tl.full([SOME], float("-inf"), tl.float32)
             mass = tl.zeros([SOME], tl.float32)
@@ -348,6 +343,7 @@ def tree_attention(call: Attention) -> tuple[Tensor, Tensor]:
     work = checks.tensor("plan.work", plan.work, shape, torch.int32, q.device)
     shape = [size.programs, 2]
     programs = checks.tensor("plan.programs", plan.programs, shape, torch.int32, q.device)
+    cuts = checks.tensor("plan.cuts", plan.cuts, [size.cuts], torch.int32, q.device)
     partial = lse.new_empty(s.num_kv_heads * size.partials, s.dim)
     partial_lse = lse.new_empty(s.num_kv_heads * size.partials)
     indptr, mask = call.indptr.contiguous(), call.mask.contiguous()
@@ -375,11 +371,11 @@ def tree_attention(call: Attention) -> tuple[Tensor, Tensor]:
             VALUE_SCALED=call.value_scale is not None, NARROW=narrow, DOT=dot_type(q.dtype),
             STAGES=tile.tree_stages, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
-        if size.partials:
-            some = 1024 // width
-            _merge[(size.programs * s.num_kv_heads, -(-tile.rows // some))](
-                work, programs, sinks, out, lse, partial, partial_lse, s.splits or 0,
-                size.partials, **same, SOME=some, PARTS=4, num_warps=8,
+        if size.cuts:
+            some, parts = schedule.merge_tile(s, size)
+            _merge[(size.cuts * s.num_kv_heads, -(-tile.rows // some))](
+                work, cuts, sinks, out, lse, partial, partial_lse, size.partials, **same, SOME=some,
+                PARTS=parts, num_warps=8,
             )  # fmt: skip
     return out, lse
 

@@ -58,9 +58,9 @@ def _request(
     return begin, rows, length, (rows * GROUP + ROWS - 1) // ROWS, prefix + own, pieces
 
 
-@triton.jit(do_not_specialize=["batch", "limit", "items", "count", "splits"])
+@triton.jit(do_not_specialize=["batch", "limit", "items", "count", "places", "splits"])
 def _plan(
-    indptr, prefix_lens, work, programs, batch, limit, items, count, splits,
+    indptr, prefix_lens, work, programs, cuts, batch, limit, items, count, places, splits,
     GROUP: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, WINDOW: tl.constexpr,
     MIN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -68,17 +68,22 @@ def _plan(
 
     Each adds up what comes before it: no program waits for another. In a balanced split the item of
     row tile ``g`` and program ``p`` is the ``g + p``-th: a step along the line raises one of them.
+    A row tile that is cut has its place in ``cuts`` by its number if there is one for every row
+    tile, else by the program that begins it.
     """
     me = tl.program_id(0)
+    by_program = (splits == 0) & (places == count)
     lane = tl.arange(0, BLOCK)
     sums = tl.zeros([BLOCK], tl.int64)
     before, slots = tl.zeros([BLOCK], tl.int32), tl.zeros([BLOCK], tl.int32)
+    tall = tl.zeros([BLOCK], tl.int32)
     for at in range(0, batch, BLOCK):
         _, rows, _, row_tiles, blocks, pieces = _request(
             indptr, prefix_lens, at + lane, batch, limit, splits, GROUP, ROWS, KEYS, WINDOW
         )
         sums += row_tiles.to(tl.int64) * blocks
         before += row_tiles * pieces
+        tall += row_tiles
         slots += tl.where((at + lane < me) & (pieces > 1), rows * GROUP * pieces, 0)
     total, listed, slot = tl.sum(sums, 0), tl.sum(before, 0), tl.sum(slots, 0)
     busy = tl.maximum(tl.minimum(total // MIN, count), 1)
@@ -87,6 +92,7 @@ def _plan(
     )
     for tile in tl.range(0, row_tiles, disable_licm=True):
         sums, before = tl.zeros([BLOCK], tl.int64), tl.zeros([BLOCK], tl.int32)
+        numbers = tl.zeros([BLOCK], tl.int32)
         for at in range(0, batch, BLOCK):
             _, _, _, others, their_blocks, their_pieces = _request(
                 indptr, prefix_lens, at + lane, batch, limit, splits, GROUP, ROWS, KEYS, WINDOW
@@ -94,7 +100,8 @@ def _plan(
             earlier = tl.minimum(others, tile + (at + lane < me).to(tl.int32))
             sums += earlier.to(tl.int64) * their_blocks
             before += earlier * their_pieces
-        start, first = tl.sum(sums, 0), tl.sum(before, 0)
+            numbers += earlier
+        start, first, number = tl.sum(sums, 0), tl.sum(before, 0), tl.sum(numbers, 0)
         lowest = ((start + 1) * busy - 1) // total  # the programs of its first and last unit
         highest = ((start + blocks) * busy - 1) // total
         crossed = (highest - lowest + 1).to(tl.int32)
@@ -128,16 +135,25 @@ def _plan(
             own = tl.where(splits > 0, fixed, first + program)
             end = tl.where(splits > 0, fixed, own - (cut == 0).to(tl.int32))
             tl.store(programs + program * 2, own.to(tl.int32), mask=mine)
-            tl.store(programs + program * 2 - 1, end.to(tl.int32), mask=mine & (program > 0))
+            mine = mine & (program > 0)
+            tl.store(programs + program * 2 - 1, end.to(tl.int32), mask=mine)
+            begun = (cut > 0) & (program - 1 == lowest)
+            cutting = tl.where(begun, first + lowest, -1).to(tl.int32)
+            tl.store(cuts + program - 1, cutting, mask=mine & by_program)
+        cutting = tl.where(parts > 1, first + tl.where(splits > 0, 0, lowest), -1).to(tl.int32)
+        tl.store(cuts + number, cutting, mask=(number < places) & (by_program == 0))
     if me == batch:
-        end = listed + tl.where(splits > 0, 0, busy - 1)
+        end = (listed + tl.where(splits > 0, 0, busy - 1)).to(tl.int32)
         for at in range(0, count, BLOCK):
             program = at + lane
             idle = (program < count) & ((program >= busy) | (total == 0))
             last = (program == busy - 1) & (total > 0)
             tl.store(programs + program * 2, 0 * lane, mask=idle)
-            tl.store(programs + program * 2 + 1, tl.where(last, end, 0).to(tl.int32),
-                     mask=idle | last)  # fmt: skip
+            tl.store(programs + program * 2 + 1, tl.where(last, end, 0), mask=idle | last)
+        known = tl.where(by_program, tl.where(total > 0, busy - 1, 0), tl.sum(tall, 0))
+        for at in range(0, places, BLOCK):
+            place = at + lane
+            tl.store(cuts + place, -1 + 0 * lane, mask=(place >= known) & (place < places))
 
 
 class Entry(NamedTuple):
@@ -215,13 +231,14 @@ def resident(tile: Tile, dim: int, itemsize: int, cache_itemsize: int, hopper: b
 
 
 class Sizes(NamedTuple):
-    """Sizes of a call: its tile, programs of a KV head, most work items, rows of partial results
-    of a KV head.
+    """Sizes of a call: its tile, and of a KV head the programs, most work items, places of row
+    tiles that are cut, and rows of partial results.
     """
 
     tile: Tile
     programs: int
     items: int
+    cuts: int
     partials: int
 
 
@@ -237,22 +254,32 @@ def sizes(s: Shapes) -> Sizes:
     row_tiles = tiles.max_row_tiles(s.num_rows, s.batch, s.group, chosen.rows)
     if s.splits is None:
         partials = 2 * programs * chosen.rows if programs > 1 else 0
-        return Sizes(chosen, programs, row_tiles + programs, partials)
+        cuts = min(row_tiles, programs) if programs > 1 else 0
+        return Sizes(chosen, programs, row_tiles + programs, cuts, partials)
     pieces = min(s.splits, -(-s.max_prefix // chosen.keys) - (-s.num_rows // chosen.keys))
     partials = s.num_rows * s.group * pieces if pieces > 1 else 0
-    return Sizes(chosen, programs, row_tiles * max(pieces, 1), partials)
+    cuts = row_tiles if pieces > 1 else 0
+    return Sizes(chosen, programs, row_tiles * max(pieces, 1), cuts, partials)
+
+
+def merge_tile(s: Shapes, size: Sizes) -> tuple[int, int]:
+    """Rows of a program of the merge, and parts at once: as many as are to be expected."""
+    expected = s.splits or 1 + -(-size.programs // size.cuts)
+    parts = min(tiles.power_of_two(expected), 16)
+    some = tiles.MERGE_ELEMENTS // (parts * tiles.power_of_two(s.dim))
+    return max(1, min(some, size.tile.rows)), parts
 
 
 def plan_attention(s: Shapes, indptr: Tensor, prefix_lens: Tensor) -> AttentionPlan:
     """As :func:`echo.kernels.plan_attention` in mode "whole"."""
     size = sizes(s)
     work = indptr.new_empty(size.items, FIELDS.value)
-    programs = indptr.new_empty(size.programs, 2)
+    programs, cuts = indptr.new_empty(size.programs, 2), indptr.new_empty(size.cuts)
     with torch.cuda.device(indptr.get_device()):
         _plan[(s.batch + 1,)](
-            indptr.contiguous(), prefix_lens.contiguous(), work, programs, s.batch, s.max_prefix,
-            size.items, size.programs, s.splits or 0, GROUP=s.group, ROWS=size.tile.rows,
-            KEYS=size.tile.keys, WINDOW=s.window or 0, MIN=tiles.MIN_BLOCKS, BLOCK=256,
-            num_warps=8,
+            indptr.contiguous(), prefix_lens.contiguous(), work, programs, cuts, s.batch,
+            s.max_prefix, size.items, size.programs, size.cuts, s.splits or 0, GROUP=s.group,
+            ROWS=size.tile.rows, KEYS=size.tile.keys, WINDOW=s.window or 0, MIN=tiles.MIN_BLOCKS,
+            BLOCK=256, num_warps=8,
         )  # fmt: skip
-    return AttentionPlan(s, size.tile, work, programs)
+    return AttentionPlan(s, size.tile, work, programs, cuts)
