@@ -114,7 +114,7 @@ def step(scheduler: echo.ElasticBudgetScheduler, backend: str) -> dict[str, Coun
     """What each part of one step launches."""
     counts: dict[str, Counter[str]] = {}
     roots, rows = torch.arange(BATCH), 4 * BATCH
-    history = scheduler.history(BATCH)
+    history = scheduler.history(BATCH, roots.device)
     target, context, table = (
         torch.zeros(rows, dtype=torch.int64),
         torch.arange(BATCH).int(),

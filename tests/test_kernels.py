@@ -314,14 +314,8 @@ def test_greedy_acceptance_equals_the_reference(dtype, vocabulary, monkeypatch):
 
 def test_verify_gives_the_same_on_both_backends():
     scheduler = echo.ElasticBudgetScheduler.eagle(max_verify_tokens_per_req=6, beam=2, max_depth=3)
-    packed = (
-        scheduler.pack(grow_all(scheduler, torch.arange(3, device=DEVICE), k=2, seed=0))
-        if DEVICE == "cpu"
-        else None
-    )
-    if packed is None:
-        pytest.skip("the toy drafter is on the CPU")
-    logits = torch.randn(packed.num_rows, 1000)
+    packed = scheduler.pack(grow_all(scheduler, torch.arange(3, device=DEVICE), k=2, seed=0))
+    logits = torch.randn(packed.num_rows, 1000, device=DEVICE)
     logits.scatter_(1, packed.tokens.roll(-1)[:, None], 9.0)  # so that something is accepted
     for given_ in ({"logits": logits}, {"target_tokens": logits.argmax(-1)}):
         one, two = (
