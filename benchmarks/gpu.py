@@ -3,7 +3,8 @@
     python benchmarks/gpu.py                 on CUDA, into benchmarks/results/gpu-<card>.json
     python benchmarks/gpu.py --check         what the card can run: the kernels' tests, side by side
     python benchmarks/gpu.py --tune FILE     tiles for this card and --heads, for ECHO_TILES
-    python benchmarks/gpu.py --predict       times of the cost law fitted to the sweep on an H100
+    python benchmarks/gpu.py --predict       a cost law fitted to results/h100/sweep.json, and the
+                                             even split by it, into attention-law.json beside it
     python benchmarks/gpu.py --dry-run       tiny shapes in the interpreter; nothing written
 
 Every contender is first compared with attention in float64 on sampled rows: one that is wrong is
@@ -389,14 +390,14 @@ def main() -> int:
     )
     parser.add_argument("--check", nargs="*", help="run these tests, by default the kernels'")
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="of --check")
-    parser.add_argument("--predict", action="store_true", help="print the cost law's times")
+    parser.add_argument("--predict", action="store_true", help="write the cost law's times")
     options = parser.parse_args()
     if options.check is not None:
         folder = Path(__file__).parents[1] / "tests"
         options.check = options.check or [str(folder / f"test_{name}.py") for name in KERNEL_TESTS]
         return check(options)
     if options.predict:
-        print(json.dumps(law.predict(), indent=1))
+        save(law.predict(), RESULTS / "h100" / "attention-law.json")
         return 0
     if not options.dry_run and not torch.cuda.is_available():
         print("no CUDA device: nothing was measured (--dry-run walks the same path on the CPU)")

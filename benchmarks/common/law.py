@@ -14,7 +14,7 @@ import heapq
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +23,7 @@ import torch
 from scipy.optimize import nnls
 
 from common import cases
+from common.replays import short
 from echo.kernels import schedule, tiles
 
 SWEEP = Path(__file__).parents[1] / "results" / "h100" / "sweep.json"
@@ -152,34 +153,44 @@ def sweep() -> list[Measured]:
     return found
 
 
-def fit(points: Sequence[Measured]) -> Law:
-    """The least squared relative error; no constant is below 0."""
+def fit(points: Sequence[Measured], like: Law | None = None) -> Law:
+    """The least squared relative error; no constant is below 0. Few points take what is not of the
+    keys from the law ``like``.
+    """
     us = np.array([p.us for p in points])
+    others = np.array([(1, p.split.megabytes, p.split.parts) for p in points])
     best: tuple[float, Law] | None = None
     for block in np.arange(0.4, 3.0, 0.02):
-        rows = [
-            (1, max(p.split.read, block * p.split.longest), p.split.megabytes, p.split.parts)
-            for p in points
-        ]
-        constants, error = nnls(np.array(rows) / us[:, None], np.ones(len(us)))
+        bound = np.array([max(p.split.read, block * p.split.longest) for p in points])
+        if like is None:
+            (slope, *rest), error = nnls(np.c_[bound, others] / us[:, None], np.ones(len(us)))
+        else:
+            rest = [like.launch, like.partial, like.part]
+            (slope,), error = nnls((bound / us)[:, None], 1 - others @ rest / us)
         if best is None or error < best[0]:
-            best = error, Law(float(block), *(float(x) for x in constants))
+            launch, partial, part = map(float, rest)
+            best = error, Law(float(block), launch, float(slope), partial, part)
     assert best is not None, "expected points to fit"
     return best[1]
 
 
 def laws(points: Sequence[Measured]) -> dict[tuple[tuple[int, ...], str], Law]:
-    """A law for each tile and kind of cache."""
-    kinds = sorted({(p.tile, p.case.cache) for p in points})
-    return {k: fit([p for p in points if (p.tile, p.case.cache) == k]) for k in kinds}
+    """A law for each tile and kind of cache; of 8-bit caches there are six points a tile."""
+    found: dict[tuple[tuple[int, ...], str], Law] = {}
+    for kind in sorted({(p.tile, p.case.cache) for p in points}):
+        own = [p for p in points if (p.tile, p.case.cache) == kind]
+        found[kind] = fit(own, found[kind[0], "bfloat16"] if len(own) < 10 else None)
+    return found
 
 
-def predict() -> list[dict[str, object]]:
-    """Of every case of the sweep, in the best fitted tile: the clock's best split, and what the law
-    gives it and the even split, whose merge costs as it did or nothing.
+def predict() -> dict[str, object]:
+    """The laws, how far they are off, and every case of the sweep in its best tile: the best split
+    by the clock, and what the law gives it and the even split, merged as it was or for nothing.
     """
     points = sweep()
-    found, fitted = [], laws(points)
+    fitted = laws(points)
+    errors = np.array([fitted[p.tile, p.case.cache](p.split) / p.us - 1 for p in points])
+    found = []
     for case in dict.fromkeys(p.case for p in points):
         best = min((p for p in points if p.case == case), key=lambda p: p.us)
         law = fitted[best.tile, case.cache]
@@ -192,4 +203,11 @@ def predict() -> list[dict[str, object]]:
             | {name: round(us, 1) for name, us in zip(names, times, strict=True)}
             | {"blocks": [min(busy), max(busy)], "megabytes": round(split.megabytes, 2)}
         )
-    return found
+    return {
+        "error": {
+            "rms": round(float((errors**2).mean() ** 0.5), 4),
+            "worst": short(max(abs(errors))),
+        },
+        "laws": {f"{tile} {cache}": short(asdict(law)) for (tile, cache), law in fitted.items()},
+        "cases": found,
+    }

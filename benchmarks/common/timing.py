@@ -55,9 +55,9 @@ def seconds(replay: Call) -> float:
 def alternating(contenders: Mapping[str, list[Call]]) -> dict[str, list[float]]:
     """Seconds of a call of each contender, round by round; every other round in reverse order."""
     graphs = {name: graph(calls) for name, calls in contenders.items()}
-    rounds = ROUNDS if torch.cuda.is_available() else 1
+    rounds = ROUNDS if torch.cuda.is_available() else 2
     found: dict[str, list[float]] = {name: [] for name in graphs}
-    for number in range(-rounds // 5, rounds):
+    for number in range(-(rounds // 5), rounds):
         for name in list(graphs)[:: 1 if number % 2 else -1]:
             taken = seconds(graphs[name]) / len(contenders[name])
             if number >= 0:

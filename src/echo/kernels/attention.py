@@ -372,7 +372,8 @@ def tree_attention(call: Attention) -> tuple[Tensor, Tensor]:
             STAGES=tile.tree_stages, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
         if size.cuts:
-            some, parts = schedule.merge_tile(s, size)
+            parts = schedule.MERGE_PARTS
+            some = min(tiles.MERGE_ELEMENTS // (parts * width), tile.rows)
             _merge[(size.cuts * s.num_kv_heads, -(-tile.rows // some))](
                 work, cuts, sinks, out, lse, partial, partial_lse, size.partials, **same, SOME=some,
                 PARTS=parts, num_warps=8,

@@ -28,6 +28,8 @@ from echo.kernels import tiles
 from echo.kernels.arguments import AttentionPlan, Shapes
 from echo.kernels.tiles import Tile
 
+MERGE_PARTS = 4
+"""Parts of a row tile that a program of the merge loads at once: two are the rule."""
 FIELDS = tl.constexpr(9)
 """Of a work item: request, row tile, first and end block, first row of its partial results (-1: it
 is whole), the request's first row, rows and prefix length, and the parts of its row tile, which
@@ -260,14 +262,6 @@ def sizes(s: Shapes) -> Sizes:
     partials = s.num_rows * s.group * pieces if pieces > 1 else 0
     cuts = row_tiles if pieces > 1 else 0
     return Sizes(chosen, programs, row_tiles * max(pieces, 1), cuts, partials)
-
-
-def merge_tile(s: Shapes, size: Sizes) -> tuple[int, int]:
-    """Rows of a program of the merge, and parts at once: as many as are to be expected."""
-    expected = s.splits or 1 + -(-size.programs // size.cuts)
-    parts = min(tiles.power_of_two(expected), 16)
-    some = tiles.MERGE_ELEMENTS // (parts * tiles.power_of_two(s.dim))
-    return max(1, min(some, size.tile.rows)), parts
 
 
 def plan_attention(s: Shapes, indptr: Tensor, prefix_lens: Tensor) -> AttentionPlan:
