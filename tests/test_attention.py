@@ -185,10 +185,38 @@ def test_the_tree_joined_behind_another_kernel_is_the_whole(name, options, backe
         assert torch.allclose(one, two, atol=1e-5)
 
 
+def test_the_tree_part_is_one_launch_whose_bits_are_a_request_s_own(monkeypatch):
+    """However many launches there could be; with ``splits`` a request alone has the same bits."""
+    pytest.importorskip("triton")
+    from echo.kernels import attention, join, schedule
+
+    for module, name in ((schedule, "_plan"), (attention, "_attend"), (attention, "_merge")):
+        monkeypatch.setattr(module, name, None)
+    launches, kernel = [], join._add
+    count = type(
+        "Count", (), {"__getitem__": lambda _, grid: launches.append(grid) or kernel[grid]}
+    )
+    monkeypatch.setattr(join, "_add", count())
+    args = paged("a share of eight", dtype=torch.float16, rows=(3, 0, 21, 1, 5), contexts=(9,) * 5)
+    options = {"mode": "tree", "splits": 2, "backend": "triton"}
+    before = prefix_only(args)
+    both = tree_attention(**args, **options, prefix_out=before[0], prefix_lse=before[1])
+    assert len(launches) == 1
+    for b in (0, 2, 3, 4):
+        single, rows = trees.alone(args, b)
+        own = {"prefix_out": before[0][rows], "prefix_lse": before[1][rows]}
+        one, two = tree_attention(**single, **options, **own)[0], both[0][rows]
+        if b == 0 or DEVICE == "cuda":  # NumPy's products depend on where in a tile a row is
+            assert torch.equal(one, two)
+        assert torch.allclose(one, two, atol=2e-3)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_joining_is_the_tree_part_and_a_merge(backend):
     args = paged("SmolLM2", dtype=torch.float16)
     before = prefix_only(args)
+    nothing = before[1] == -torch.inf
+    assert nothing.any()
     parts = tree_attention(**args, mode="tree", backend=backend)
     real = int(args["indptr"][-1])
     joined = tree_attention(
@@ -199,6 +227,11 @@ def test_joining_is_the_tree_part_and_a_merge(backend):
         assert torch.allclose(one[:real], two[:real], atol=2e-3)
     for one, two in zip(joined, parts, strict=True):
         assert torch.equal(one[real:], two[real:]) and one[real:].isfinite().all()
+    positive = before[1].masked_fill(nothing, torch.inf)  # as FlashAttention 2 has it
+    again = tree_attention(
+        **args, mode="tree", prefix_out=before[0], prefix_lse=positive, backend=backend
+    )
+    assert all(torch.equal(one, two) for one, two in zip(again, joined, strict=True))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

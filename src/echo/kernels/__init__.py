@@ -150,8 +150,8 @@ def tree_attention(
         sinks: float32 [Hq], a logit of each head that takes part in the softmax of real rows and
             has no value, as in gpt-oss; it counts in lse. A prefix's kernel must leave it out.
         prefix_out, prefix_lse: of mode "tree": float [N, Hq, D] and float32 [N, Hq], natural log,
-            of the prefix, to be joined; any strides but the last of prefix_out. Rows of -inf and
-            pad rows may hold anything.
+            of the prefix, to be joined; any strides but the last of prefix_out. Rows without keys,
+            of an infinite lse of either sign, and pad rows may hold anything.
         splits: most pieces that a request's keys are cut in. Partial results take
             4 * N * Hq * (D + 1) * splits bytes, at most 2^30. Defaults to equal shares of the batch
             for all programs, below 100 MB.

@@ -68,6 +68,7 @@ def _add(
     if JOINED:
         lse_at = prefix_lse + row * lse_row + (head * GROUP + member) * lse_head
         before = tl.load(lse_at, mask=real, other=float("-inf")) * LOG2E
+        before = tl.where(before == float("inf"), float("-inf"), before)  # FlashAttention 2's
         o_at = prefix_out + row[:, None] * o_row + (head * GROUP + member)[:, None] * o_head
         shown = whole & (real & (before != float("-inf")))[:, None]  # else it may hold anything
         theirs = tl.load(o_at + d[None, :], mask=shown, other=0.0).to(tl.float32)

@@ -145,7 +145,9 @@ def tree_attention(call: Attention) -> tuple[Tensor, Tensor]:
             sinks = call.sinks.expand_as(total)
             found, total = _merged(found, total, torch.zeros_like(found), sinks)
         if call.prefix_out is not None and call.prefix_lse is not None:
-            found, total = _merged(found, total, call.prefix_out[rows], call.prefix_lse[rows])
+            before = call.prefix_lse[rows]
+            before = before.masked_fill(before == torch.inf, -torch.inf)
+            found, total = _merged(found, total, call.prefix_out[rows], before)
         out[rows], lse[rows] = found, total
     return out.to(call.q.dtype), lse.float()
 
