@@ -73,6 +73,8 @@ def test_attention_equals_the_twin(dtype, rows, contexts, shape):
         {"window": 9},
         {"softcap": 1.5},
         {"scale": 0.3},
+        {"scale": -0.2},
+        {"scale": 0.0, "splits": 2},
         {"mode": "tree"},
         {"mode": "tree", "window": 2, "softcap": 3.0},
         {"splits": 1},

@@ -49,12 +49,12 @@ def _broken(v):
 
 
 @triton.jit
-def _online(score, v, acc, top, mass):
-    """One step of the online softmax."""
+def _online(score, v, acc, top, mass, factor):
+    """One step of the online softmax; scores and ``top`` are of base 2 times ``factor``."""
     new = tl.maximum(top, tl.max(score, 1))
     base = tl.where(new == float("-inf"), 0.0, new)
-    p = tl.exp2(score - base[:, None])
-    decay = tl.exp2(top - base)
+    p = tl.exp2(score * factor - (base * factor)[:, None])  # one instruction, or none of factor 1
+    decay = tl.exp2((top - base) * factor)
     acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
     return acc, new, mass * decay + tl.sum(p, 1)
 
@@ -97,13 +97,15 @@ def _slots(cache, page, start, key, by_page, by_slot, KEYS: tl.constexpr, PAGE: 
 def _prefix(
     q, acc, top, mass, key_cache, value_cache, pages, count, low, high, length, since, factor, cap,
     k_page, k_slot, v_page, v_slot, DIM: tl.constexpr, WIDTH: tl.constexpr, KEYS: tl.constexpr,
-    PAGE: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr,
+    PAGE: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr, BARE: tl.constexpr,
 ):  # fmt: skip
     """Blocks ``low`` to ``high`` of the prefix, one KV head; ``count`` pages exist.
 
     The page of the next block is loaded an iteration ahead. With a page number and its keys in one
     iteration, the compiler pipelines the page number and leaves one buffer of keys, which is filled
     after the products of the iteration before: nothing is in flight meanwhile.
+
+    ``BARE`` scores are multiplied within the softmax, for which ``factor`` is a number above 0.
     """
     key, d = tl.arange(0, KEYS), tl.arange(0, WIDTH)
     inner = (d < DIM if DIM < WIDTH else d >= 0)[None, :]
@@ -120,15 +122,18 @@ def _prefix(
         k_at = _slots(key_cache, page, start, key, k_page, k_slot, KEYS, PAGE) + d[None, :]
         v_at = _slots(value_cache, page, start, key, v_page, v_slot, KEYS, PAGE) + d[None, :]
         k = tl.load(k_at, mask=shown, other=0.0).to(q.dtype)
-        score = _scores(q, k, factor, cap, CAPPED)
+        if BARE:
+            score = tl.dot(q, tl.trans(k), input_precision="ieee")
+        else:
+            score = _scores(q, k, factor, cap, CAPPED)
         visible = seen[None, :]
         if WINDOW > 0:
             visible = visible & (position[None, :] > length + since[:, None])
         score = tl.where(visible, score, float("-inf"))
         v = tl.load(v_at, mask=shown, other=0.0).to(q.dtype)
-        acc, top, mass = _online(score, v, acc, top, mass)
+        acc, top, mass = _online(score, v, acc, top, mass, factor if BARE else 1.0)
         page = ahead
-    return acc, top, mass
+    return acc, top * factor if BARE else top, mass
 
 
 @triton.jit
@@ -165,7 +170,7 @@ def _tree(
             visible = visible & (layer[None, :] > since[:, None])
         score = tl.where(visible, score, float("-inf"))
         v = tl.load(v_at, mask=shown & (broken == 0)[:, None], other=0.0).to(q.dtype)
-        acc, top, mass = _online(score, v, acc, top, mass)
+        acc, top, mass = _online(score, v, acc, top, mass, 1.0)
         mass = tl.where(tl.max(tl.where(visible, broken[None, :], 0), 1) > 0, float("nan"), mass)
     return acc, top, mass
 
@@ -202,7 +207,7 @@ def _attend(
     MEMBERS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
     KEYS: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr,
     SINKS: tl.constexpr, KEY_SCALED: tl.constexpr, VALUE_SCALED: tl.constexpr,
-    NARROW: tl.constexpr, DOT: tl.constexpr, STAGES: tl.constexpr,
+    NARROW: tl.constexpr, BARE: tl.constexpr, DOT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """A program's work items of one KV head, then its share of the pad rows.
 
@@ -239,7 +244,7 @@ def _attend(
             table + b.to(tl.int64) * table_row, pages, first + low,
             first + tl.minimum(high, prefix), length, since,
             factor * unit * tl.load(key_scale + head) if KEY_SCALED else factor * unit, cap * LOG2E,
-            k_page, k_slot, v_page, v_slot, DIM, WIDTH, KEYS, PAGE, WINDOW, CAPPED,
+            k_page, k_slot, v_page, v_slot, DIM, WIDTH, KEYS, PAGE, WINDOW, CAPPED, BARE,
         )  # fmt: skip
         if VALUE_SCALED:
             acc = acc * tl.load(value_scale + head)
@@ -354,6 +359,7 @@ def tree_attention(call: Attention) -> tuple[Tensor, Tensor]:
     )
     cap = 1.0 if call.softcap is None else float(call.softcap)
     narrow = q.dtype == torch.bfloat16 and keys.element_size() == 1 and values.element_size() == 1
+    bare = call.factor > 0 and not narrow and call.softcap is None and call.key_scale is None
     width = tiles.power_of_two(s.dim)
     same = {
         "HEADS": s.num_kv_heads, "GROUP": s.group, "DIM": s.dim, "WIDTH": width, "ROWS": tile.rows,
@@ -368,8 +374,9 @@ def tree_attention(call: Attention) -> tuple[Tensor, Tensor]:
             *tree_value.stride()[:2], mask.shape[1], **same, MEMBERS=tiles.power_of_two(s.group),
             KEYS=tile.keys, PAGE=s.page_size, WINDOW=call.window or 0,
             CAPPED=call.softcap is not None, KEY_SCALED=call.key_scale is not None,
-            VALUE_SCALED=call.value_scale is not None, NARROW=narrow, DOT=dot_type(q.dtype),
-            STAGES=tile.tree_stages, num_warps=tile.warps, num_stages=tile.stages,
+            VALUE_SCALED=call.value_scale is not None, NARROW=narrow, BARE=bare,
+            DOT=dot_type(q.dtype), STAGES=tile.tree_stages, num_warps=tile.warps,
+            num_stages=tile.stages,
         )  # fmt: skip
         if size.cuts:
             parts = schedule.MERGE_PARTS
