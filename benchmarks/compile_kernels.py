@@ -4,9 +4,10 @@
     python benchmarks/compile_kernels.py --quick    a representative subset, nothing written
 
 Each launch is recorded from the real launcher on CPU tensors, so that types, constants and
-divisibility hints are the launch's own. Exit status 1: spills, shared memory over the limit, a
-16-bit tile of 64 rows without the wide matrix instruction, or keys that are not copied ahead in
-pieces of 16 bytes.
+divisibility hints are the launch's own. Exit status 1: spills (of attention's programs, in the
+loops over keys), shared memory over the limit, fewer programs resident than are planned, a 16-bit
+tile of 64 rows without the wide matrix instruction, or keys that are not copied ahead in pieces of
+16 bytes.
 """
 
 from __future__ import annotations
@@ -38,9 +39,11 @@ from echo.kernels import (
     acceptance,
     arguments,
     grow,
+    join,
     ngram,
     observe,
     pack,
+    schedule,
     select,
     tiles,
 )
@@ -80,6 +83,8 @@ class Case:
     softcap: float | None = None
     batch: int = 8
     splits: int | None = None
+    sinks: bool = False
+    joined: bool = False
 
     @property
     def name(self) -> str:
@@ -101,6 +106,8 @@ class Case:
             parts
             + ["window"] * (self.window is not None)
             + ["softcap"] * (self.softcap is not None)
+            + ["sinks"] * self.sinks
+            + ["joined"] * self.joined
         )
 
 
@@ -115,11 +122,11 @@ class Recorder:
     """Stands in for a kernel, and keeps the arguments of its launch."""
 
     def __init__(self, kernel: Any) -> None:
-        self.kernel, self.args, self.options = kernel, (), {}
+        self.kernel, self.args, self.options, self.grid = kernel, (), {}, (0,)
 
     def __getitem__(self, grid: Any) -> Any:
         def record(*args: Any, **options: Any) -> None:
-            self.args, self.options = args, options
+            self.args, self.options, self.grid = args, options, grid
 
         return record
 
@@ -212,20 +219,26 @@ def resources(compiled: Any, arch: int, warps: int) -> dict[str, Any]:
     }
 
 
-def hot_loop(sass: str) -> list[str]:
-    """Opcodes of the first loop that copies to shared memory: that over the prefix, if any."""
+def loops(sass: str) -> list[list[str]]:
+    """Opcodes of every loop without a loop inside, in order."""
     lines = re.findall(r"/\*([0-9a-f]{4,5})\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.]+)([^;]*);", sass)
+    found: list[tuple[int, int]] = []
     for at, opcode, operands in lines:
         back = re.search(r"0x([0-9a-f]+)", operands) if opcode.startswith("BRA") else None
         if back and int(back[1], 16) < int(at, 16):
-            body = [
-                name
-                for place, name, _ in lines
-                if int(back[1], 16) <= int(place, 16) <= int(at, 16)
-            ]
-            if any(name.startswith("LDGSTS") for name in body):
-                return body
-    return []
+            found.append((int(back[1], 16), int(at, 16)))
+    inner = [
+        (low, high)
+        for low, high in found
+        if not any((low, high) != o and low <= o[0] and o[1] <= high for o in found)
+    ]
+    return [[name for at, name, _ in lines if low <= int(at, 16) <= high] for low, high in inner]
+
+
+def hot_loop(sass: str) -> list[str]:
+    """The first loop that copies to shared memory: that over the prefix, if any."""
+    copying = (body for body in loops(sass) if any(name.startswith("LDGSTS") for name in body))
+    return next(copying, [])
 
 
 def turn(
@@ -265,13 +278,14 @@ def measure(recorder: Recorder, arch: int) -> dict[str, Any]:
     compiled = triton.compile(src, target=GPUTarget("cuda", arch, 32), options=options)
     found = resources(compiled, arch, options.get("num_warps", 4))
     if "KEYS" in recorder.options and "WIDTH" in recorder.options:
-        cached = (
-            recorder.args[1].element_size()
-            if recorder.options["PREFIX"]
-            else recorder.args[0].element_size()
-        )
+        cached = recorder.args[1].element_size()  # of the cache, or of the tree's own keys
         keys, width, dim = (recorder.options[name] for name in ("KEYS", "WIDTH", "DIM"))
         found |= turn(compiled, arch, keys, width, 2 * dim * cached, found)
+        _, sass = cuobjdump(compiled.asm["cubin"])
+        looped = sum(name.startswith(("STL", "LDL")) for body in loops(sass) for name in body)
+        found |= {"spills": looped, "outside": found["spills"] - looped}
+    if "PAGE" in recorder.options:
+        found["planned"] = recorder.grid[0] // tiles.multiprocessors(torch.device("cpu"))
     return found
 
 
@@ -292,11 +306,15 @@ def attention(case: Case, arch: int) -> dict[str, Recorder]:
             torch.zeros(n, **ints), torch.zeros(batch + 1, **ints), torch.zeros(n, words, **ints),
             mode=case.mode, window=case.window, softcap=case.softcap, depth=torch.zeros(n, **ints),
             key_scale=scales, value_scale=scales, splits=case.splits,
+            sinks=torch.zeros(kv_heads * case.group) if case.sinks else None,
+            prefix_out=torch.empty_like(q) if case.joined else None,
+            prefix_lse=torch.zeros(n, kv_heads * case.group) if case.joined else None,
         )  # fmt: skip
-        attention_kernels.tree_attention(checked)
+        (join if case.mode == "tree" else attention_kernels).tree_attention(checked)
 
+    modules = [schedule, attention_kernels, join]
     with mock.patch.object(tiles, "generation", return_value=arch // 10):
-        found = record([attention_kernels], ("_plan", "_attend", "_merge"), call)
+        found = record(modules, ("_plan", "_attend", "_merge", "_add"), call)
     return {name.strip("_"): recorder for name, recorder in found.items()}
 
 
@@ -310,12 +328,12 @@ def others(n: int, vocabulary: int) -> list[tuple[str, str, Recorder]]:
         f"V={vocabulary}": lambda: acceptance.accept(*trees, logits, n // 8 + 1),
         f"V={vocabulary} arg-max": lambda: acceptance.argmax_tokens(logits),
         "from tokens": lambda: acceptance.accept(*trees, tokens, n // 8 + 1),
-        "D=128": lambda: attention_kernels.merge_attention(*parts),
+        "D=128": lambda: join.merge_attention(*parts),
     }
     found = []
     for case, call in calls.items():
         launches = record(
-            [acceptance, attention_kernels],
+            [acceptance, join],
             ("_chunk_argmax", "_accept", "_argmax", "_merge_parts"),
             call,
         )
@@ -410,7 +428,11 @@ def cases(quick: bool) -> list[Case]:
         Case(128, brain, 8, 16, page=256),
         Case(128, brain, 4, 16, cache=e4), Case(128, brain, 4, 16, cache=e5),
         Case(128, half, 8, 2, cache=e4),
-        Case(128, brain, 4, 16, mode="tree"), Case(128, brain, 4, 2, mode="tree"),
+        Case(128, brain, 4, 16, mode="tree"), Case(128, brain, 4, 4, mode="tree", joined=True),
+        Case(64, half, 3, 4, mode="tree", joined=True, sinks=True),
+        Case(256, brain, 4, 16, mode="tree", joined=True),
+        Case(128, single, 4, 4, mode="tree", joined=True), Case(128, brain, 4, 4, cache=e4),
+        Case(64, brain, 8, 8, sinks=True), Case(64, brain, 3, 8),
         Case(256, brain, 2, 16, window=4096, softcap=50.0),
         Case(128, brain, 7, 16), Case(64, half, 1, 8, window=1024), Case(128, brain, 16, 4),
     ]  # fmt: skip
@@ -421,8 +443,10 @@ def faults(entry: dict[str, Any], tile_rows: int, sixteen: bool) -> list[str]:
     """What a compiled kernel must not be."""
     arch = int(entry["arch"][3:])
     found = [f"{entry['spills']} spill instructions, {entry['stack']} bytes of stack"] * bool(
-        entry["spills"] or entry["stack"]
+        entry["spills"] or (entry["stack"] and not entry.get("outside"))
     )
+    planned = entry.get("planned", 0)
+    found += [f"{entry['blocks']} blocks, {planned} planned"] * (entry["blocks"] < planned)
     found += [f"{entry['shared']} bytes of shared memory"] * (entry["shared"] > SHARED[arch][0])
     wide = WIDE.get(arch)
     if sixteen and tile_rows >= 64 and wide and entry["matrix"] != wide:
@@ -444,15 +468,10 @@ def jobs(quick: bool, arch: int) -> list[tuple[str, str, Recorder, int, bool]]:
         if case.cache == torch.float8_e4m3fn and arch < 89:
             continue
         for name, recorder in attention(case, arch).items():
-            if (
-                name == "attend"
-                or case.batch == 1
-                or case in (Case(128, torch.bfloat16, 4, 16), Case(256, torch.float32, 4, 16))
-            ):
-                height = recorder.options["ROWS"] if name == "attend" else 0
-                found.append(
-                    (name.strip("_"), case.name, recorder, height, case.dtype.itemsize == 2)
-                )
+            once = case in (Case(128, torch.bfloat16, 4, 16), Case(256, torch.float32, 4, 16))
+            if name in ("attend", "add") or case.batch == 1 or once:
+                height = recorder.options["ROWS"] if name in ("attend", "add") else 0
+                found.append((name, case.name, recorder, height, case.dtype.itemsize == 2))
     shapes = ((256, 4, 4, 6), (4096, 8, 8, 8), (1, 1, 1, 1))[: 1 + 2 * (not quick)]
     found += [(*launched, 0, False) for shape in shapes for launched in steps(*shape)]
     return found + [
@@ -482,8 +501,8 @@ def run(quick: bool, archs: tuple[int, ...]) -> tuple[list[dict[str, Any]], list
 
 
 COLUMNS = (
-    "kernel", "case", "ROWS", "KEYS", "arch", "registers", "spills", "shared", "threads", "blocks",
-    "occupancy", "matrix", "loop", "barriers", "buffers", "in_flight", "issue",
+    "kernel", "case", "ROWS", "KEYS", "arch", "registers", "spills", "outside", "shared", "threads",
+    "blocks", "occupancy", "matrix", "loop", "barriers", "buffers", "in_flight", "issue",
 )  # fmt: skip
 
 
@@ -494,8 +513,9 @@ def markdown(table: list[dict[str, Any]]) -> str:
         "",
         f"Triton {triton.__version__}, no GPU: `python benchmarks/compile_kernels.py`. `blocks`",
         "and `occupancy` are predictions from registers, shared memory and threads; `shared` is in",
-        "bytes; `spills` counts instructions. Of one turn of the loop over the keys: `loop` its",
-        "instructions, `buffers` the turns that shared memory holds, `in_flight` the bytes that a",
+        "bytes; `spills` counts instructions, for attention those in the loops over keys, and",
+        "`outside` those that run once a work item. Of one turn of the loop over the keys: `loop`",
+        "its instructions, `buffers` the turns that shared memory holds, `in_flight` the bytes a",
         "multiprocessor may have asked for, `issue` its instructions over those that fit into the",
         "time that memory takes for the same keys (data sheet rates).",
         "",

@@ -1,14 +1,18 @@
 """How fast are the kernels on a GPU, beside what engines use and what the machine allows?
 
     python benchmarks/gpu.py                 on CUDA, into benchmarks/results/gpu-<card>.json
+    python benchmarks/gpu.py --check         what the card can run: the kernels' tests, side by side
+    python benchmarks/gpu.py --tune FILE     tiles for this card and --heads, for ECHO_TILES
+    python benchmarks/gpu.py --predict       a cost law fitted to results/h100/sweep.json, and the
+                                             even split by it, into attention-law.json beside it
     python benchmarks/gpu.py --dry-run       tiny shapes in the interpreter; nothing written
 
 Every contender is first compared with attention in float64 on sampled rows: one that is wrong is
 reported and not timed; if it is ours, nothing is timed and the exit status is 1. Times are medians
-of CUDA-graph replays over rotated inputs that together exceed the L2 cache. ``share`` is the
-larger of two floors over the time: the bytes that must move over the measured copy bandwidth, and
-the operations over the measured rate of a large matrix product. FlashAttention runs on chains of
-rows.
+of CUDA graphs over rotated inputs that together exceed the L2 cache twice, contenders in
+alternation. ``share`` is the larger of two floors over the time: the bytes that must be read over
+the measured rate of a large sum, and the operations over that of a large matrix product. Causal
+FlashAttention runs on chains of rows.
 """
 
 from __future__ import annotations
@@ -16,134 +20,37 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.metadata
+import importlib.util
 import json
 import os
-import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-if "--dry-run" in sys.argv:
+if {"--dry-run", "--predict"} & set(sys.argv):
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
 
 import torch
 
 import echo
-from common import peers
+from common import law, peers, timing, tuning
+from common.cases import Case, cases, drafted, inputs
 from echo import kernels
+from echo.kernels import tiles
 from echo.tree import compact
 
 RESULTS = Path(__file__).parent / "results"
-HEADS = {"llama-3.1-8b": (32, 8, 128), "llama-3.1-70b or qwen3-235b, tp8": (8, 1, 128)}
-"""Query heads, KV heads, head dimension of a GPU; at tp8 Qwen3-235B's 4 KV heads are replicated."""
+KERNEL_TESTS = (
+    "kernels", "plan_kernels", "attention", "attention_schedule", "memory", "no_number", "presence",
+    "kinds", "default_dtype", "device_loop", "device_rules", "workspace", "accept",
+)  # fmt: skip
+"""What runs on a GPU, by the names of the test files."""
 LIMIT = 1e-2
 """Relative error of 16-bit attention."""
-
-
-@dataclass(frozen=True)
-class Case:
-    """A batch of ``rows`` a request; ``elastic``: as many in all, selected over the batch."""
-
-    model: str
-    batch: int
-    rows: int
-    context: int
-    elastic: bool = False
-    page: int = 64
-    cache: str = "bfloat16"
-
-
-def cases(dry: bool) -> list[Case]:
-    """The shapes: the first ones matter most, in case time runs out."""
-    if dry:
-        return [Case("tiny", 3, 4, 37, page=16), Case("tiny", 3, 5, 20, elastic=True, page=16)]
-    name = "llama-3.1-8b"
-    grid = [
-        Case(name, batch, rows, context)
-        for context in (2048, 8192)
-        for batch in (32, 128)
-        for rows in (4, 16)
-    ]
-    grid += [
-        Case(name, 32, 16, 8192, elastic=True),
-        Case(name, 128, 8, 2048, elastic=True),
-        Case(name, 256, 4, 2048, elastic=True),
-    ]
-    grid += [Case(name, 1, rows, context) for rows in (1, 16, 64) for context in (512, 32768)]
-    grid += [
-        Case(name, 32, 64, 4096),
-        Case(name, 64, 1, 4096),
-        Case(name, 256, 1, 512),
-        Case(name, 8, 64, 32768),
-    ]
-    grid += [
-        Case(name, 32, 16, 8192, cache="float8_e4m3fn"),
-        Case(name, 128, 4, 2048, cache="float8_e4m3fn"),
-    ]
-    return grid + [Case(other, batch, 16, 8192) for other in list(HEADS)[1:] for batch in (8, 64)]
-
-
-def drafted(case: Case) -> echo.PackedTree:
-    """Packed rows as our scheduler makes them from random draft scores."""
-    rule: echo.budget.Rule = echo.GlobalRank(4) if case.elastic else echo.PerRequest(case.rows, 4)
-    budget = case.rows * case.batch if case.elastic else None
-    scheduler = echo.ElasticBudgetScheduler(
-        rule, budget=budget, max_depth=6, max_verify_tokens_per_req=64
-    )
-    tree = scheduler.begin(torch.arange(case.batch))
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(scheduler.max_depth):
-        shape = (*tree.frontier.token.shape, 4)
-        sharp = 0.5 + 3 * torch.rand(
-            case.batch, 1, 1, generator=generator
-        )  # some requests are easier than others
-        scores = (sharp * torch.randn(shape, generator=generator)).log_softmax(-1)
-        tree = scheduler.grow(tree, torch.randint(0, 1000, shape, generator=generator), scores)
-    return scheduler.pack(tree)
-
-
-def inputs(case: Case, device: torch.device, seed: int) -> dict[str, torch.Tensor]:
-    """Arguments of tree attention by name; the seed changes data and order of pages, not shapes.
-
-    Contexts vary by a quarter around the case's.
-    """
-    heads, kv_heads, dim = HEADS.get(case.model, (4, 2, 64))
-    generator = torch.Generator(device).manual_seed(seed)
-    packed = drafted(case)
-    tree = {
-        name: getattr(packed, name).to(device) for name in ("request", "indptr", "mask", "depth")
-    }
-    count = packed.num_rows
-    spread = torch.rand(case.batch, generator=torch.Generator().manual_seed(0)) * 0.5 + 0.75
-    context = (case.context * (spread if case.batch > 1 else torch.ones(1))).int().to(device)
-    # Room for the tree behind its context: peers want it in the cache.
-    table_width = -(-(int(context.max()) + int(tree["indptr"].diff().max())) // case.page)
-    pages = case.batch * table_width
-    table = (
-        torch.randperm(pages, generator=generator, device=device)
-        .int()
-        .view(case.batch, table_width)
-    )
-    dtype = torch.float32 if case.model == "tiny" else torch.bfloat16
-    normal = lambda *shape: torch.randn(shape, generator=generator, device=device, dtype=dtype)
-    caches = [normal(pages, case.page, kv_heads, dim) for _ in range(2)]
-    if case.cache.startswith("float8"):
-        caches = [cache.to(getattr(torch, case.cache)) for cache in caches]
-    args = {
-        "q": normal(count, heads, dim),
-        "key_cache": caches[0],
-        "value_cache": caches[1],
-        "page_table": table,
-        "prefix_lens": context,
-    }
-    return (
-        args
-        | {"tree_key": normal(count, kv_heads, dim), "tree_value": normal(count, kv_heads, dim)}
-        | tree
-    )
 
 
 def ours(args: dict[str, torch.Tensor]) -> Callable[[], torch.Tensor]:
@@ -182,51 +89,8 @@ def wrong(args: dict[str, torch.Tensor], out: torch.Tensor, samples: int = 24) -
     return (error / size) ** 0.5
 
 
-def floors(device: torch.device) -> tuple[float, float]:
-    """Measured bytes a second of a large copy, and operations of a large 16-bit matrix product."""
-    n = 8192 if device.type == "cuda" else 128
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    a, b = torch.randn(2, n, n, device=device, dtype=dtype)
-    source = torch.empty(n * n * 8, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    return 2 * source.numel() / timed([lambda: target.copy_(source)])[0], 2 * n**3 / timed(
-        [lambda: a @ b]
-    )[0]
-
-
-def timed(calls: list[Callable[[], object]]) -> tuple[float, float]:
-    """Median and 99th percentile of a call's seconds; the calls are captured together."""
-    for call in calls:
-        call()
-    if not torch.cuda.is_available():
-        start = time.perf_counter()
-        for call in calls:
-            call()
-        seconds = (time.perf_counter() - start) / len(calls)
-        return seconds, seconds
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        calls[0]()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    samples = []
-    for replay in range(60):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        if replay >= 10:
-            samples.append(start.elapsed_time(end) / 1000 / len(calls))
-    return statistics.median(samples), sorted(samples)[int(0.99 * len(samples))]
-
-
-def attention(case: Case, device: torch.device, copy: float, rate: float) -> dict[str, Any]:
-    """Every contender on one case: checked, then timed."""
+def attention(case: Case, device: torch.device, read: float, rate: float) -> dict[str, Any]:
+    """Every contender on one case: each checked, then all timed in alternation."""
     first = inputs(case, device, 0)
     heads, dim = first["q"].shape[1:]
     rows, context = first["indptr"].diff().long(), first["prefix_lens"].long()
@@ -234,10 +98,9 @@ def attention(case: Case, device: torch.device, copy: float, rate: float) -> dic
     moved = int(context[rows > 0].sum()) * 2 * kv * first["key_cache"].element_size()
     moved += len(first["q"]) * (2 * heads * dim + 2 * kv) * first["q"].element_size()
     pairs = int((rows * (context + rows)).sum())
-    floor = max(moved / copy, 4 * heads * dim * pairs / rate)
-    l2 = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
+    floor = max(moved / read, 4 * heads * dim * pairs / rate)
     trees = [first] + [
-        inputs(case, device, seed) for seed in range(1, min(8, 1 + 2 * l2 // max(moved, 1)))
+        inputs(case, device, seed) for seed in range(1, timing.copies(moved, device))
     ]
     chains = [peers.chained(args) for args in trees]
     entry: dict[str, Any] = asdict(case) | {
@@ -245,39 +108,78 @@ def attention(case: Case, device: torch.device, copy: float, rate: float) -> dic
         "bytes": moved,
         "floor_us": round(1e6 * floor, 2),
     }
+    ready: dict[str, list[timing.Call]] = {}
     for name, build in {
-        "echo": ours,
-        "echo, planned": planned,
+        "echo": planned,
+        "echo, unplanned": ours,
         **peers.PEERS,
         **peers.CAUSAL,
     }.items():
-        copies = chains if name in peers.CAUSAL else trees
+        own = chains if name in peers.CAUSAL else trees
         try:
-            call = build(copies[0])
+            call = build(own[0])
             with poisoned():
-                result: dict[str, Any] = {"error": wrong(copies[0], call())}
-            if not result["error"] < (
-                1e-5 if case.model == "tiny" else LIMIT * (3 if case.cache != "bfloat16" else 1)
-            ):
-                result["wrong"] = True
-            else:
-                seconds, slow = timed([build(args) for args in copies])
-                result |= {
-                    "us": round(1e6 * seconds, 2),
-                    "p99_us": round(1e6 * slow, 2),
-                    "share": round(floor / seconds, 4),
-                }
+                entry[name] = {"error": wrong(own[0], call())}
+            limit = 1e-5 if case.model == "tiny" else LIMIT * (3 if case.cache != "bfloat16" else 1)
+            if not entry[name]["error"] < limit:
+                entry[name]["wrong"] = True
+                continue
+            calls = [call, *(build(args) for args in own[1:])]
+            timing.graph(calls)()  # what cannot be captured is a finding
+            ready[name] = calls
         except (ImportError, peers.UnfitError) as reason:
-            result = {"absent": str(reason)}
+            entry[name] = {"absent": str(reason)}
         except Exception as reason:  # a peer's failure is a finding, ours is an error
-            if name.startswith("echo"):
+            if name in ("echo", "echo, unplanned"):
                 raise
-            result = {"failed": f"{type(reason).__name__}: {reason}"[:300]}
-        entry[name] = result
+            entry[name] = {"failed": f"{type(reason).__name__}: {reason}"[:300]}
+    for name, samples in timing.alternating(ready).items():
+        entry[name] |= timing.summary(samples, floor)
     return entry
 
 
-def acceptance(device: torch.device, copy: float, dry: bool) -> list[dict[str, Any]]:
+def ratios(entries: list[dict[str, Any]]) -> list[str]:
+    """A table of every contender's time over that of causal FlashAttention 3, ours first."""
+    bar = "flash attention 3, causal"
+    names = [bar, "echo", "echo, unplanned", *peers.PEERS]
+    lines = ["case".ljust(44) + "floor, us".rjust(10) + "".join(n[:22].rjust(24) for n in names)]
+    for entry in entries:
+        shape = f"{entry['model'][:13]} {entry['batch']} x {entry['rows']}, {entry['context']}"
+        shape += " elastic" * entry["elastic"] + f" {entry['cache'][:6]}"
+        cells = []
+        for name in names:
+            us, over = entry.get(name, {}).get("us"), entry.get(bar, {}).get("us")
+            text = "-" if us is None else f"{us:.1f} us"
+            cells.append((text + f" {us / over:.2f}x" if us and over else text).rjust(24))
+        lines.append(shape.ljust(44) + f"{entry['floor_us']:.1f}".rjust(10) + "".join(cells))
+    return lines
+
+
+def picture(entries: list[dict[str, Any]], path: Path) -> None:
+    """Times over the floor by case, where matplotlib is installed."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return
+    names = ["echo", *peers.PEERS, *peers.CAUSAL]
+    figure = Figure(figsize=(12, 5), layout="constrained")
+    axes = figure.subplots()
+    for name in names:
+        points = [
+            (i, e["floor_us"], e[name]["us"]) for i, e in enumerate(entries) if "us" in e[name]
+        ]
+        if points:
+            axes.plot(
+                [i for i, *_ in points], [us / floor for _, floor, us in points], "o", label=name
+            )
+    labels = [f"{e['batch']} x {e['rows']}\n{e['context']}" for e in entries]
+    axes.set_xticks(range(len(entries)), labels, fontsize=6)
+    axes.set(yscale="log", ylabel="time / floor", title="Tree attention")
+    axes.legend(fontsize=7)
+    figure.savefig(path, dpi=120)
+
+
+def acceptance(device: torch.device, read: float, dry: bool) -> list[dict[str, Any]]:
     """Acceptance from logits: equal bits to the reference, then timed against their read."""
     entries = []
     for rows, vocabulary in (
@@ -302,18 +204,17 @@ def acceptance(device: torch.device, copy: float, dry: bool) -> list[dict[str, A
             )
             if not all(torch.equal(a, b) for a, b in same):
                 raise SystemExit("acceptance differs from its reference: nothing more is timed")
-            read = logits.numel() * logits.element_size() / copy
-            seconds, slow = timed([lambda a=args: kernels.accept(*a, backend="triton")])
-            plain, _ = timed([lambda x=logits: x.argmax(-1)])
-            times = {
-                "us": round(1e6 * seconds, 2),
-                "p99_us": round(1e6 * slow, 2),
-                "torch_argmax_us": round(1e6 * plain, 2),
-            }
-            shape = {"rows": rows, "vocabulary": vocabulary, "dtype": str(dtype)[6:]}
-            entries.append(
-                shape | times | {"read_us": round(1e6 * read, 2), "share": round(read / seconds, 4)}
+            floor = logits.numel() * logits.element_size() / read
+            times = timing.alternating(
+                {
+                    "ours": [lambda a=args: kernels.accept(*a, backend="triton")],
+                    "torch": [lambda x=logits: x.argmax(-1)],
+                }
             )
+            shape = {"rows": rows, "vocabulary": vocabulary, "dtype": str(dtype)[6:]}
+            plain = {"torch_argmax_us": timing.summary(times["torch"])["us"]}
+            floors = {"read_us": round(1e6 * floor, 2)}
+            entries.append(shape | timing.summary(times["ours"], floor) | plain | floors)
     return entries
 
 
@@ -376,8 +277,7 @@ def step(device: torch.device, dry: bool) -> dict[str, Any]:
                 torch.cuda.set_sync_debug_mode("error")
                 call()
                 torch.cuda.set_sync_debug_mode("default")
-            seconds, slow = timed([call])
-            report[name] = {"us": round(1e6 * seconds, 2), "p99_us": round(1e6 * slow, 2)}
+            report[name] = timing.summary(timing.alternating({name: [call]})[name])
         except Exception as reason:  # a step that synchronises or cannot be captured is a finding
             report[name] = {"failed": f"{type(reason).__name__}: {reason}"[:300]}
         finally:
@@ -397,8 +297,84 @@ def versions() -> dict[str, str]:
     return found | {"echo": echo.__version__, "cuda": str(torch.version.cuda)}
 
 
-def main() -> int:
+def check(options: argparse.Namespace) -> int:
+    """Says what the card can run, and runs the kernels' tests side by side, a share a process."""
+    if torch.cuda.is_available():
+        facts = torch.cuda.get_device_properties(0)
+        major, minor = facts.major, facts.minor
+        print(f"{facts.name}, compute capability {major}.{minor}, {facts.total_memory >> 30} GiB")
+        print("float8_e4m3fn caches:", "yes" if (major, minor) >= (8, 9) else "no, use float8_e5m2")
+        print("tiles of attention:", "measured" if major == tiles.HOPPER else "not measured here")
+    else:
+        print("no CUDA device: the tests run in Triton's interpreter")
+    for name in ("flash_attn_interface", "sgl_kernel", "flashinfer", "sglang"):
+        print(f"{name}:", "installed" if importlib.util.find_spec(name) else "not installed")
+    command = [sys.executable, "-m", "pytest", "-q", "-rfE", *options.check]
+    shares = [
+        subprocess.Popen(
+            command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            env=os.environ | {"ECHO_SHARE": f"{i}/{options.processes}"},
+        )
+        for i in range(options.processes)
+    ]  # fmt: skip
+    failed = 0
+    for share in shares:
+        lines = share.communicate()[0].splitlines()
+        failed += share.returncode not in (0, 5)  # 5: no test in this share
+        print(
+            *(line for line in lines if line.startswith(("FAILED", "ERROR"))), lines[-1], sep="\n"
+        )
+    print("all that was asked runs" if not failed else f"{failed} shares failed")
+    return bool(failed)
+
+
+def save(report: dict[str, Any], path: Path) -> None:
+    """At once and whole, so that a run that is cut leaves what it had."""
+    path.with_suffix(".part").write_text(json.dumps(report, indent=1) + "\n")
+    path.with_suffix(".part").replace(path)
+
+
+def measure(device: torch.device, minutes: float, dry: bool) -> int:
     """Checks, times, prints and writes."""
+    start = time.perf_counter()
+    read, rate = timing.floors(device)
+    card = "cpu, dry run" if dry else torch.cuda.get_device_name(device)
+    path = RESULTS / f"gpu-{card.lower().replace(' ', '-')}.json"
+    report: dict[str, Any] = {
+        "card": card,
+        "versions": versions(),
+        "read_bytes_per_s": read,
+        "matrix_flop_per_s": rate,
+        "attention": [],
+    }
+    entries = report["attention"]
+    for case in cases(dry):
+        if time.perf_counter() - start > 60 * minutes:
+            print("time is up: the remaining cases are skipped")
+            report["cut"] = True
+            break
+        entries.append(attention(case, device, read, rate))
+        print(json.dumps(entries[-1]), flush=True)
+        if any("wrong" in entries[-1][name] for name in ("echo", "echo, unplanned")):
+            print("our kernel is wrong on this case: nothing more is timed")
+            return 1
+        if not dry:
+            save(report, path)
+    report["accept"] = acceptance(device, read, dry)
+    report["step"] = step(device, dry)  # last: compiling it takes a while
+    report["seconds"] = round(time.perf_counter() - start, 1)
+    print(*ratios(entries), sep="\n")
+    if dry:
+        print(json.dumps(report))
+        return 0
+    save(report, path)
+    picture(entries, path.with_suffix(".png"))
+    print(f"written: benchmarks/results/{path.name}")
+    return 0
+
+
+def main() -> int:
+    """Runs what was asked for."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -406,45 +382,32 @@ def main() -> int:
         "--dry-run", action="store_true", help="tiny shapes on the CPU; times mean nothing"
     )
     parser.add_argument(
-        "--minutes", type=float, default=6.0, help="start no further attention case after that"
+        "--minutes", type=float, default=3.0, help="start no further attention case after that"
     )
+    parser.add_argument("--tune", type=Path, help="write a table of tiles here")
+    parser.add_argument(
+        "--heads", type=int, nargs=3, default=(32, 8, 128), help="query heads, KV heads, dimension"
+    )
+    parser.add_argument("--check", nargs="*", help="run these tests, by default the kernels'")
+    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="of --check")
+    parser.add_argument("--predict", action="store_true", help="write the cost law's times")
     options = parser.parse_args()
-    dry = options.dry_run
-    if not dry and not torch.cuda.is_available():
+    if options.check is not None:
+        folder = Path(__file__).parents[1] / "tests"
+        options.check = options.check or [str(folder / f"test_{name}.py") for name in KERNEL_TESTS]
+        return check(options)
+    if options.predict:
+        save(law.predict(), RESULTS / "h100" / "attention-law.json")
+        return 0
+    if not options.dry_run and not torch.cuda.is_available():
         print("no CUDA device: nothing was measured (--dry-run walks the same path on the CPU)")
         return 2
-    device = torch.device("cpu" if dry else "cuda")
-    start = time.perf_counter()
-    copy, rate = floors(device)
-    card = "cpu, dry run" if dry else torch.cuda.get_device_name(device)
-    report: dict[str, Any] = {
-        "card": card,
-        "versions": versions(),
-        "copy_bytes_per_s": copy,
-        "matrix_flop_per_s": rate,
-    }
-    report["accept"] = acceptance(device, copy, dry)
-    report["attention"] = []
-    for case in cases(dry):
-        if time.perf_counter() - start > 60 * options.minutes:
-            print("time is up: the remaining cases are skipped")
-            report["cut"] = True
-            break
-        report["attention"].append(attention(case, device, copy, rate))
-        print(json.dumps(report["attention"][-1]), flush=True)
-        if any("wrong" in report["attention"][-1][name] for name in ("echo", "echo, planned")):
-            print("our kernel is wrong on this case: nothing more is timed")
-            return 1
-    report["step"] = step(device, dry)  # last: compiling it takes a while
-    report["seconds"] = round(time.perf_counter() - start, 1)
-    if dry:
-        print(json.dumps(report))
-    else:
-        RESULTS.mkdir(exist_ok=True)
-        path = RESULTS / f"gpu-{card.lower().replace(' ', '-')}.json"
-        path.write_text(json.dumps(report, indent=1) + "\n")
-        print(f"written: benchmarks/results/{path.name}")
-    return 0
+    device = torch.device("cpu" if options.dry_run else "cuda")
+    if options.tune:
+        rows = tuning.tune(tuple(options.heads), device)
+        tuning.write(options.tune, torch.cuda.get_device_name(device), rows)
+        return 0
+    return measure(device, options.minutes, options.dry_run)
 
 
 if __name__ == "__main__":

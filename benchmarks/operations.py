@@ -118,7 +118,8 @@ def step(scheduler: echo.ElasticBudgetScheduler, backend: str) -> dict[str, Coun
         torch.arange(BATCH).int(),
         torch.arange(32 * BATCH).int().view(BATCH, 32),
     )
-    space = echo.Workspace(scheduler, BATCH, k=CANDIDATES, num_verify_tokens=rows)
+    device = roots.device
+    space = echo.Workspace(scheduler, BATCH, k=CANDIDATES, num_verify_tokens=rows, device=device)
     history, owned = space.history, backend == "workspace"
 
     def part(name: str, call: Any) -> Any:

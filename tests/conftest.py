@@ -27,6 +27,12 @@ settings.register_profile(
 settings.load_profile("echo")
 
 
+def pytest_collection_modifyitems(items):
+    """``ECHO_SHARE=i/n`` runs every n-th test: processes share them out."""
+    share, count = map(int, os.environ.get("ECHO_SHARE", "0/1").split("/"))
+    items[:] = items[share::count]
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
@@ -34,20 +40,23 @@ def _seed() -> None:
 
 def grow_all(scheduler, roots, *, k, seed, spoil=0.0, ties=False, **begin):
     """A full tree of random scores: a share ``spoil`` of NaN and extremes, ``ties`` coarse."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     tree = scheduler.begin(roots, **begin)
     for _ in range(scheduler.max_depth):
         shape = (*tree.frontier.token.shape, k)
-        log_probs = (1.5 * torch.randn(shape, generator=generator)).log_softmax(-1)
+        drawn = {"generator": generator, "device": "cpu"}
+        log_probs = (1.5 * torch.randn(shape, **drawn)).log_softmax(-1)
         if ties:
             log_probs = (log_probs * 2).round() / 2
-        bad = torch.rand(shape, generator=generator) < spoil
+        bad = torch.rand(shape, **drawn) < spoil
         kinds = torch.tensor(
-            [torch.nan, torch.inf, -torch.inf, 0.9, 7.0, ROUNDING, ROUNDING * (1 + 2.0**-23)]
+            [torch.nan, torch.inf, -torch.inf, 0.9, 7.0, ROUNDING, ROUNDING * (1 + 2.0**-23)],
+            device="cpu",
         )
-        kinds = kinds[torch.randint(0, len(kinds), shape, generator=generator)]
-        tokens = torch.randint(0, 1000, shape, generator=generator)
-        tree = scheduler.grow(tree, tokens, torch.where(bad, kinds, log_probs))
+        kinds = kinds[torch.randint(0, len(kinds), shape, **drawn)]
+        tokens = torch.randint(0, 1000, shape, **drawn)
+        layer = tokens, torch.where(bad, kinds, log_probs)
+        tree = scheduler.grow(tree, *(value.to(roots.device) for value in layer))
     return tree
 
 

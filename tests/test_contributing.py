@@ -83,7 +83,7 @@ def test_a_tile_compiles_or_its_faults_are_found(tile, spills):
     pytest.importorskip("triton")
     chosen = re.search(r"^choice = .*$", NUMBERS, re.MULTILINE)[0]
     chosen = chosen.replace("rows=64, keys=32, warps=4, stages=4", tile)
-    imports = "from unittest import mock\nimport torch\nfrom echo.kernels import tiles"
+    imports = "from unittest import mock\nimport torch\nfrom echo.kernels import schedule, tiles"
     done = subprocess.run(
         [sys.executable, "-c", f"{imports}\n{chosen}\n{MACHINE}"],
         cwd=ROOT / "benchmarks",

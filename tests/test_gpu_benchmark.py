@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 import subprocess
 import sys
@@ -14,10 +15,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import echo
 from echo import kernels
+from echo.kernels.tiles import Tile
 
 pytest.importorskip("triton")
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+TILES = [Tile(16, 16, 4, 2, 1), Tile(16, 32, 4, 2, 1)]
 
 
 def run(*arguments, code=None):
@@ -120,9 +124,29 @@ def xqa_stands_in(
     )
 
 
+def prefix_stands_in(q, caches, table, lengths, starts):
+    """Attention over the prefix alone, and its lse in natural log [N, Hq]."""
+    lse, page = torch.empty(q.shape[:2]), caches[0].shape[1]
+    group = q.shape[1] // caches[0].shape[2]
+    nothing = torch.zeros(len(q), 0, dtype=torch.bool)
+    for b, (first, end) in enumerate(itertools.pairwise(starts.tolist())):
+        at = torch.arange(int(lengths[b]))
+        keys = caches[0][table[b, at // page].long(), at % page].repeat_interleave(group, 1)
+        score = torch.einsum("nhd,shd->nhs", q[first:end], keys) * q.shape[-1] ** -0.5
+        lse[first:end] = score.logsumexp(-1)
+    full = torch.cat([nothing, torch.ones(len(q), 99, dtype=torch.bool)], 1)
+    return stands_in(q, caches, table, lengths, starts, full), lse
+
+
 def flash_stands_in(
-    q, keys, values, *, cache_seqlens, page_table, cu_seqlens_q, max_seqlen_q, causal, **options
-):
+    q, keys, values, *, cache_seqlens, page_table, cu_seqlens_q, max_seqlen_q, causal,
+    return_softmax_lse=False, **options,
+):  # fmt: skip
+    if return_softmax_lse:  # the prefix, every row alike, and the lse by head
+        assert not causal
+        caches = keys, values
+        out, lse = prefix_stands_in(q, caches, page_table, cache_seqlens, cu_seqlens_q)
+        return out, lse.T.contiguous()
     assert causal
     local = torch.cat([torch.arange(n) for n in cu_seqlens_q.diff().tolist()])
     return stands_in(
@@ -136,10 +160,39 @@ def flash_stands_in(
     )
 
 
+class Wrapper:
+    """FlashInfer's paged prefill without a mask, its lse of base 2."""
+
+    def __init__(self, workspace, layout):
+        assert workspace.dtype == torch.uint8 and layout == "NHD"
+
+    def plan(self, qo, starts, indices, last, heads, kv_heads, dim, page, *, causal, **dtypes):
+        assert not causal
+        used = starts.diff()
+        self.lengths, self.starts = (used - 1) * page + last, qo
+        self.table = torch.zeros(len(used), int(used.max()), dtype=torch.int32)
+        for b, (first, end) in enumerate(itertools.pairwise(starts.tolist())):
+            self.table[b, : end - first] = indices[first:end]
+
+    def run(self, q, caches, *, out, lse, return_lse):
+        found, natural = prefix_stands_in(q, caches, self.table, self.lengths, self.starts)
+        out.copy_(found)
+        lse.copy_(natural / math.log(2))
+        return out, lse
+
+
 @pytest.mark.parametrize(
     "shape", [(3, 4, 37, False, 16), (3, 5, 20, True, 16), (2, 40, 50, False, 64)]
 )
-@pytest.mark.parametrize("peer", ["flashinfer xqa", "flash attention 3, causal"])
+@pytest.mark.parametrize(
+    "peer",
+    [
+        "flashinfer xqa",
+        "flash attention 3, causal",
+        "echo behind flash attention 3",
+        "echo behind flashinfer",
+    ],
+)
 def test_peers_that_need_a_device_are_called_as_documented(shape, peer, benchmarks, monkeypatch):
     """Against a stand-in that keeps to their documentation, and float64."""
     import gpu
@@ -149,7 +202,91 @@ def test_peers_that_need_a_device_are_called_as_documented(shape, peer, benchmar
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
     sys.modules["flashinfer.decode"].xqa_batch_decode_with_kv_cache = xqa_stands_in
     sys.modules["flash_attn_interface"].flash_attn_with_kvcache = flash_stands_in
+    sys.modules["flashinfer"].BatchPrefillWithPagedKVCacheWrapper = Wrapper
     batch, rows, context, elastic, page = shape
     args = gpu.inputs(gpu.Case("tiny", batch, rows, context, elastic, page), torch.device("cpu"), 0)
     args = peers.chained(args) if peer in peers.CAUSAL else args
     assert gpu.wrong(args, (peers.PEERS | peers.CAUSAL)[peer](args)()) < 1e-6
+
+
+def test_the_table_has_the_bar_first_and_ratios_to_it(benchmarks):
+    import gpu
+
+    entry = {
+        "model": "m",
+        "batch": 8,
+        "rows": 4,
+        "context": 99,
+        "elastic": True,
+        "cache": "bfloat16",
+    }
+    entry |= {"floor_us": 8.0, "flash attention 3, causal": {"us": 10.0}, "echo": {"us": 12.5}}
+    head, line = gpu.ratios([entry | {"flashinfer": {"absent": "none"}}])
+    assert head.index("flash attention 3") < head.index("echo")
+    assert "10.0 us 1.00x" in line and "12.5 us 1.25x" in line and line.count("-") >= 2
+
+
+def test_contenders_alternate_and_their_spread_is_told(benchmarks, monkeypatch):
+    from common import timing
+
+    order = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    contenders = {name: [lambda name=name: order.append(name)] for name in "abc"}
+    times = timing.alternating(contenders)
+    assert order[:3] == ["a", "b", "c"]  # once each, before what is timed
+    assert {tuple(order[i : i + 3]) for i in range(3, len(order), 3)} == {
+        ("a", "b", "c"), ("c", "b", "a")
+    }  # fmt: skip
+    assert all(len(samples) == len(times["a"]) for samples in times.values())
+    told = timing.summary([1e-6 * i for i in range(1, 101)], floor=2e-6)
+    assert told == {"us": 50.5, "p10_us": 11.0, "p90_us": 91.0, "p99_us": 100.0, "share": 0.0396}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="it would time for real")
+def test_the_library_reads_what_the_tuner_writes(benchmarks, monkeypatch, tmp_path):
+    """With a timer that says which tile is fastest."""
+    from common import timing, tuning
+    from echo.kernels import schedule, tiles
+
+    asked = []
+
+    def timer(contenders):
+        asked.append(list(contenders))
+        return {
+            name: [20.0, 9.0 - i, 1.0] for i, name in enumerate(contenders)
+        }  # the last one wins
+
+    monkeypatch.setattr(tiles, "generation", lambda device: 8)
+    monkeypatch.setattr(timing, "copies", lambda moved, device: 1)
+    monkeypatch.setattr(tuning, "candidates", lambda folded, itemsize: TILES)
+    shape = {"caches": ("bfloat16",), "batch": 1, "context": 3}
+    rows = tuning.tune((2, 1, 16), torch.device("cpu"), timer, **shape)
+    assert [len(names) for names in asked] == [2, 2, 2] and all(
+        row[:4] == [8, 16, 2, 2] for row in rows
+    )
+    tuning.write(tmp_path / "tiles.json", "a card", rows)
+    monkeypatch.setenv("ECHO_TILES", str(tmp_path / "tiles.json"))
+    schedule.table.cache_clear()
+    try:
+        assert schedule.measured(2, 16, 2, 2, 64, 4, 8) == TILES[1]
+        assert schedule.measured(2, 16, 2, 2, 1, 4, 8) is None  # blocks do not lie within pages
+        assert schedule.measured(2, 32, 2, 2, 64, 4, 8) is None  # another head dimension
+        assert schedule.measured(2, 16, 2, 2, 64, 99, 8) is None  # more rows than were timed
+        (tmp_path / "tiles.json").write_text("[]")
+        schedule.table.cache_clear()
+        with pytest.raises(
+            echo.EchoError, match=r"a table of tiles in .*tiles.json, got TypeError"
+        ):
+            schedule.table()
+    finally:
+        monkeypatch.undo()
+        schedule.table.cache_clear()
+
+
+def test_the_check_shares_tests_out_and_counts_failures(tmp_path):
+    (tmp_path / "test_some.py").write_text(
+        "import pytest\n@pytest.mark.parametrize('n', range(4))\ndef test_one(n): assert n != 3\n"
+    )
+    result = run("--check", str(tmp_path / "test_some.py"), "--processes", "1")
+    assert result.returncode == 1 and "1 shares failed" in result.stdout
+    assert "test_one[3]" in result.stdout and "1 failed, 3 passed" in result.stdout

@@ -21,7 +21,7 @@ from echo.kernels import reference, tiles
 from echo.testing import RefuseSyncs
 
 pytest.importorskip("triton")
-from echo.kernels import acceptance, attention
+from echo.kernels import acceptance, attention, join, schedule
 
 DEVICE = "cpu" if tiles.interpreted() else "cuda"
 LIMIT = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
@@ -73,6 +73,8 @@ def test_attention_equals_the_twin(dtype, rows, contexts, shape):
         {"window": 9},
         {"softcap": 1.5},
         {"scale": 0.3},
+        {"scale": -0.2},
+        {"scale": 0.0, "splits": 2},
         {"mode": "tree"},
         {"mode": "tree", "window": 2, "softcap": 3.0},
         {"splits": 1},
@@ -246,61 +248,11 @@ def test_context_is_cut_at_the_page_table():
     compare(args | {"prefix_lens": torch.full_like(args["prefix_lens"], -5)})
 
 
-@pytest.mark.parametrize("splits", [0, 1, 4])
-@pytest.mark.parametrize("seed", range(4))
-def test_the_work_list_covers_every_tile_and_block_once(seed, splits):
-    generator = torch.Generator().manual_seed(seed)
-    draw = lambda high, n: torch.randint(0, high, (n,), generator=generator)
-    batch, group, tile, keys, target = 9, 3, 16, 16, 6
-    rows, context = draw(30, batch) * (draw(4, batch) > 0), draw(400, batch) * (draw(3, batch) > 0)
-    indptr = torch.cat([torch.zeros(1, dtype=torch.int64), rows.cumsum(0)]).int().to(DEVICE)
-    row_tiles, blocks = -(-rows * group // tile), -(-context // keys) - (-rows // keys)
-    bound = tiles.max_row_tiles(int(rows.sum()), batch, group, tile)
-    assert bound >= int(row_tiles.sum())
-    items, partials = (
-        (bound + target, 2 * target * tile)
-        if splits == 0
-        else (bound * splits, int(rows.sum()) * group * splits)
-    )
-    work = torch.full((items, attention.FIELDS.value), 1 << 30, dtype=torch.int32, device=DEVICE)
-    spans = torch.full((batch + 1, 2), 1 << 30, dtype=torch.int32, device=DEVICE)
-    attention._plan[(batch + 1,)](
-        indptr, context.int().to(DEVICE), work, spans, batch, 1 << 20, items, target, splits,
-        GROUP=group, ROWS=tile, KEYS=keys, WINDOW=0, MIN=2, BLOCK=4,
-    )  # fmt: skip
-    real = work[work[:, 0] >= 0].tolist()
-    assert (work[len(real) :, 0] == -1).all()
-    covered = sorted((b, t, block) for b, t, low, high, *_ in real for block in range(low, high))
-    assert covered == [
-        (b, t, block)
-        for b in range(batch)
-        for t in range(int(row_tiles[b]))
-        for block in range(int(blocks[b]))
-    ]
-    parts = sorted(
-        (slot, slot + int(rows[b]) * group) for b, t, _, _, slot, *_ in real if slot >= 0 and t == 0
-    )
-    assert [begin for begin, _ in parts] == [0, *(end for _, end in parts)][
-        : len(parts)
-    ]  # one piece's results after another's
-    assert not parts or parts[-1][1] <= partials
-    for b, _, low, high, slot, *facts in real:
-        first, pieces = spans[b].tolist()
-        assert facts == [int(indptr[b]), int(rows[b]), int(context[b])]
-        assert (slot >= 0) == (pieces > 1)
-        assert high > low
-        if splits:
-            assert pieces == min(splits, int(blocks[b]))
-        else:
-            assert high - low <= max(2, -(-int((row_tiles * blocks).sum()) // target))
-        if slot >= 0:
-            piece, rest = divmod(slot - first, int(rows[b]) * group)
-            assert rest == 0 and low == piece * int(blocks[b]) // pieces
-
-
 def test_launchers_are_sync_free(monkeypatch):
     for module, names in (
-        (attention, ["_plan", "_attend", "_merge", "_merge_parts"]),
+        (schedule, ["_plan"]),
+        (attention, ["_attend", "_merge"]),
+        (join, ["_add", "_merge_parts"]),
         (acceptance, ["_chunk_argmax", "_accept", "_argmax"]),
     ):
         for name in names:
@@ -312,6 +264,8 @@ def test_launchers_are_sync_free(monkeypatch):
     )
     with RefuseSyncs():
         out, lse = kernels.tree_attention(**args, window=3, splits=2, backend="triton")
+        joined = {"mode": "tree", "prefix_out": out, "prefix_lse": lse}
+        kernels.tree_attention(**args, **joined, backend="triton")
         kernels.merge_attention(out, lse, out, lse, backend="triton")
         kernels.accept(*links, token, token, 3, backend="triton")
         kernels.accept(*links, token, out[:, 0], 3, backend="triton")
@@ -362,14 +316,8 @@ def test_greedy_acceptance_equals_the_reference(dtype, vocabulary, monkeypatch):
 
 def test_verify_gives_the_same_on_both_backends():
     scheduler = echo.ElasticBudgetScheduler.eagle(max_verify_tokens_per_req=6, beam=2, max_depth=3)
-    packed = (
-        scheduler.pack(grow_all(scheduler, torch.arange(3, device=DEVICE), k=2, seed=0))
-        if DEVICE == "cpu"
-        else None
-    )
-    if packed is None:
-        pytest.skip("the toy drafter is on the CPU")
-    logits = torch.randn(packed.num_rows, 1000)
+    packed = scheduler.pack(grow_all(scheduler, torch.arange(3, device=DEVICE), k=2, seed=0))
+    logits = torch.randn(packed.num_rows, 1000, device=DEVICE)
     logits.scatter_(1, packed.tokens.roll(-1)[:, None], 9.0)  # so that something is accepted
     for given_ in ({"logits": logits}, {"target_tokens": logits.argmax(-1)}):
         one, two = (

@@ -26,11 +26,18 @@ from echo.kernels import select, tiles
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 pytestmark = [
-    pytest.mark.skipif(
-        not tiles.interpreted(), reason="on a GPU, benchmarks/gpu.py compares whole steps"
-    ),
-    pytest.mark.usefixtures("poisoned"),
+    pytest.mark.usefixtures("poisoned", "on_the_device"),
+    pytest.mark.filterwarnings("ignore:.*deterministic"),  # of torch's operations, on a GPU
 ]
+
+
+@pytest.fixture
+def on_the_device():
+    """Tensors without a device are where the kernels run."""
+    before = torch.get_default_device()
+    torch.set_default_device("cpu" if tiles.interpreted() else "cuda")
+    yield
+    torch.set_default_device(before)
 
 
 def tensors(value, name=""):
@@ -74,7 +81,8 @@ def step(scheduler, batch, *, pads=0, rows=None, **data):
     packed = scheduler.pack(tree, num_verify_tokens=tree.num_verify_tokens + pads)
     accepted = echo.accept(packed, packed.tokens.roll(-1))
     table = torch.arange(9 * batch).view(batch, 9).int()
-    history = scheduler.history(batch + 3).observe(
+    device = torch.get_default_device()
+    history = scheduler.history(batch + 3, device).observe(
         torch.arange(batch).flip(0) + 2, packed, accepted
     )
     again = history.observe(torch.arange(batch), packed, accepted)
@@ -84,7 +92,7 @@ def step(scheduler, batch, *, pads=0, rows=None, **data):
         {"page_table": table, "page_size": 2, "pad_slot_id": 5},
     )
     lists = tuple(compact(packed, accepted, torch.arange(batch), **options) for options in where)
-    stats = echo.StepStats.empty().observe(packed, accepted).observe(packed, accepted)
+    stats = echo.StepStats.empty(device).observe(packed, accepted).observe(packed, accepted)
     return {
         "tree": tree,
         "packed": packed,
@@ -253,7 +261,7 @@ def test_a_backend_that_is_not_there():
         pass
     with kernels.using("triton"), kernels.using("torch"):
         assert not kernels.use_triton(torch.zeros(1))
-    assert not kernels.use_triton(torch.zeros(1))
+    assert not kernels.use_triton(torch.zeros(1, device="cpu"))
 
 
 LIMITS = {

@@ -9,11 +9,15 @@ take the case. Pad rows are left out of every peer's work.
 
 from __future__ import annotations
 
+import inspect
+import math
 from collections.abc import Callable
 from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
+
+from echo import kernels
 
 Args = dict[str, torch.Tensor]
 Call = Callable[[], torch.Tensor]
@@ -64,11 +68,13 @@ def exact(args: Args, row: int) -> torch.Tensor:
 
 
 def padded(
-    args: Args,
+    args: Args, least: int = 1
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Dense q [B, Hq, R, D], k and v [B, Hkv, S, D], mask [B, 1, R, S]; real rows in [B * R]."""
+    """Dense q [B, Hq, R, D], k and v [B, Hkv, S, D], mask [B, 1, R, S]; real rows in [B * R]; R is
+    at least ``least``.
+    """
     rows, context = args["indptr"].diff().long(), args["prefix_lens"].long()
-    batch, most, longest = len(rows), int(rows.max()), int((rows + context).max())
+    batch, most, longest = len(rows), max(int(rows.max()), least), int((rows + context).max())
     if batch * most * longest > 1 << 28:
         raise UnfitError("the dense mask would be larger than 256 MiB")
     _, heads, dim = args["q"].shape
@@ -123,7 +129,7 @@ def flex(args: Args) -> Call:
     """FlexAttention with a dense mask, over keys gathered outside the timing; compiled on CUDA."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    q, k, v, mask, place = padded(args)
+    q, k, v, mask, place = padded(args, 2)  # of one row it copies from the host, in torch 2.11
     blocks = create_block_mask(
         lambda b, h, i, j: mask[b, 0, i, j],
         len(q),
@@ -155,6 +161,12 @@ def in_cache(args: Args) -> tuple[torch.Tensor, torch.Tensor]:
     return caches
 
 
+@lru_cache
+def workspace(device: torch.device) -> torch.Tensor:
+    """FlashInfer's, for all calls one after the other."""
+    return torch.zeros(256 << 20, dtype=torch.uint8, device=device)
+
+
 def flashinfer(args: Args) -> Call:
     """FlashInfer's paged prefill with a custom mask, the tree in the cache; its plan not timed."""
     import flashinfer as library
@@ -166,14 +178,78 @@ def flashinfer(args: Args) -> Call:
     indices = torch.cat([args["page_table"][b, : int(n)] for b, n in enumerate(used.tolist())])
     starts = torch.cat([used.new_zeros(1), used.cumsum(0)]).int()
     mask = torch.cat([visible(args, b).flatten() for b in range(len(rows))])
-    workspace = torch.empty(256 << 20, dtype=torch.uint8, device=args["q"].device)
-    wrapper = library.BatchPrefillWithPagedKVCacheWrapper(workspace, "NHD")
+    wrapper = library.BatchPrefillWithPagedKVCacheWrapper(workspace(q.device), "NHD")
+    out = torch.empty_like(q)
+    uniform = {"uniform_q_len": int(rows[0])} if (rows == rows[0]).all() else {}
+    known = inspect.signature(wrapper.plan).parameters
     wrapper.plan(
         args["indptr"], starts, indices, (context + rows - 1) % page + 1, heads,
         args["tree_key"].shape[1], dim, page, custom_mask=mask, q_data_type=args["q"].dtype,
-        kv_data_type=args["key_cache"].dtype,
+        kv_data_type=args["key_cache"].dtype, **{k: v for k, v in uniform.items() if k in known},
     )  # fmt: skip
-    return lambda: wrapper.run(q, caches)
+    return lambda: wrapper.run(q, caches, out=out)
+
+
+def join(args: Args, before: Callable[[], tuple[torch.Tensor, torch.Tensor]]) -> Call:
+    """Our tree part behind another kernel's prefix of the real rows, without a copy."""
+    count = int(args["indptr"][-1])
+    names = "q", "tree_key", "tree_value", "request", "indptr", "mask"
+    own = {name: args[name] if name == "indptr" else args[name][:count] for name in names}
+    none = dict.fromkeys(("key_cache", "value_cache", "page_table", "prefix_lens"))
+
+    def call() -> torch.Tensor:
+        out, lse = before()
+        return kernels.tree_attention(
+            **own, **none, mode="tree", prefix_out=out, prefix_lse=lse, backend="triton"
+        )[0]
+
+    return call
+
+
+def behind_flashinfer(args: Args) -> Call:
+    """FlashInfer over the prefix, without a mask, and our tree part behind it."""
+    import flashinfer as library
+
+    q, caches = args["q"][: int(args["indptr"][-1])], (args["key_cache"], args["value_cache"])
+    page, (_, heads, dim), context = caches[0].shape[1], q.shape, args["prefix_lens"]
+    used = -(-context // page)
+    indices = torch.cat([args["page_table"][b, : int(n)] for b, n in enumerate(used.tolist())])
+    starts = torch.cat([used.new_zeros(1), used.cumsum(0)]).int()
+    wrapper = library.BatchPrefillWithPagedKVCacheWrapper(workspace(q.device), "NHD")
+    wrapper.plan(
+        args["indptr"], starts, indices, (context - 1) % page + 1, heads, args["tree_key"].shape[1],
+        dim, page, causal=False, q_data_type=q.dtype, kv_data_type=caches[0].dtype,
+    )  # fmt: skip
+    out, lse = torch.empty_like(q), torch.empty(q.shape[:2], device=q.device)
+
+    def before() -> tuple[torch.Tensor, torch.Tensor]:
+        wrapper.run(q, caches, out=out, lse=lse, return_lse=True)
+        return out, lse * math.log(2)  # its lse is of base 2
+
+    return join(args, before)
+
+
+def behind_flash3(args: Args) -> Call:
+    """FlashAttention 3 over the prefix, not causal, and our tree part behind it."""
+    try:
+        from flash_attn_interface import flash_attn_with_kvcache
+    except ImportError:
+        from sgl_kernel.flash_attn import flash_attn_with_kvcache
+
+    if args["key_cache"].dtype != args["q"].dtype:
+        raise UnfitError("its 8-bit path takes 8-bit queries")
+    q = args["q"][: int(args["indptr"][-1])].contiguous()
+    most = int(args["indptr"].diff().max())
+
+    def before() -> tuple[torch.Tensor, torch.Tensor]:
+        out, lse, *_ = flash_attn_with_kvcache(
+            q, args["key_cache"], args["value_cache"], cache_seqlens=args["prefix_lens"],
+            page_table=args["page_table"], cu_seqlens_q=args["indptr"], max_seqlen_q=most,
+            softmax_scale=q.shape[-1] ** -0.5, causal=False, return_softmax_lse=True,
+        )  # fmt: skip
+        return out, lse.T  # [Hq, N]
+
+    return join(args, before)
 
 
 def xqa(args: Args) -> Call:
@@ -185,7 +261,6 @@ def xqa(args: Args) -> Call:
     if page not in (16, 32, 64, 128) or most < 2:
         raise UnfitError("it takes pages of 16 to 128 tokens, and more than one row")
     mask = args["mask"][:count, : -(-most // 32)].contiguous().view(torch.uint16)
-    workspace = torch.zeros(256 << 20, dtype=torch.uint8, device=args["q"].device)
     q, caches, lengths = (
         args["q"][:count].contiguous(),
         in_cache(args),
@@ -193,8 +268,8 @@ def xqa(args: Args) -> Call:
     )
     table, out, scale = args["page_table"], torch.empty_like(q), q.shape[-1] ** -0.5
     return lambda: xqa_batch_decode_with_kv_cache(
-        q, caches, workspace, table, lengths, table.shape[1] * page, bmm1_scale=scale, out=out,
-        q_len_per_req=most, mask=mask, q_cu_seq_lens=args["indptr"],
+        q, caches, workspace(q.device), table, lengths, table.shape[1] * page, bmm1_scale=scale,
+        out=out, q_len_per_req=most, mask=mask, q_cu_seq_lens=args["indptr"],
     )  # fmt: skip
 
 
@@ -297,12 +372,17 @@ def flash2(args: Args) -> Call:
         int((args["prefix_lens"] + rows).max()),
     )
     group = {"enable_gqa": q.shape[1] != keys.shape[1]}
+    if "enable_gqa" not in inspect.signature(varlen_attn).parameters:  # torch 2.11
+        keys, values = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (keys, values))
+        group = {}
     return lambda: varlen_attn(
         q, keys, values, args["indptr"], ends, most, longest, window_size=(-1, 0), **group
     )
 
 
 PEERS = {
+    "echo behind flash attention 3": behind_flash3,
+    "echo behind flashinfer": behind_flashinfer,
     "flashinfer": flashinfer,
     "flashinfer xqa": xqa,
     "sglang extend": sglang,

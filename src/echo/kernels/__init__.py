@@ -149,6 +149,9 @@ def tree_attention(
     depth: Tensor | None = None,
     key_scale: Tensor | None = None,
     value_scale: Tensor | None = None,
+    sinks: Tensor | None = None,
+    prefix_out: Tensor | None = None,
+    prefix_lse: Tensor | None = None,
     splits: int | None = None,
     plan: AttentionPlan | None = None,
     backend: str = "auto",
@@ -173,17 +176,22 @@ def tree_attention(
         indptr: int32 [B + 1], where each request's rows begin.
         mask: int32 [N, words], ancestors and the row itself, as in :class:`echo.PackedTree`; bits
             beyond the request's rows are ignored.
-        mode: "whole", prefix and tree; or "tree", the tree part only, for :func:`merge_attention`
-            with another kernel's attention over the prefix. Merge real rows only: a pad row's
-            result is whole by itself.
+        mode: "whole", prefix and tree; or "tree", the tree part only, one launch, which joins
+            another kernel's attention over the prefix where ``prefix_out`` is given.
         scale: of the scores. Defaults to 1 / sqrt(D).
         softcap: scores become ``softcap * tanh(score / softcap)``.
-        window: a row sees keys at most ``window - 1`` positions before its own.
+        window: a row sees keys at most ``window - 1`` positions before its own, which is its
+            prefix and depth.
         depth: int32 [N], needed with ``window``.
         key_scale, value_scale: float32 [Hkv], factors of cached keys and values, as for float8.
+        sinks: float32 [Hq], a logit of each head that takes part in the softmax of real rows and
+            has no value, as in gpt-oss; it counts in lse. A prefix's kernel must leave it out.
+        prefix_out, prefix_lse: of mode "tree": float [N, Hq, D] and float32 [N, Hq], natural log,
+            of the prefix, to be joined; any strides but the last of prefix_out. Rows without keys,
+            of an infinite lse of either sign, and pad rows may hold anything.
         splits: most pieces that a request's keys are cut in. Partial results take
-            4 * N * Hq * (D + 1) * splits bytes, at most 2^30. Defaults to a balance over the batch,
-            below 100 MB.
+            4 * N * Hq * (D + 1) * splits bytes, at most 2^30. Defaults to equal shares of the batch
+            for all programs, below 100 MB.
         plan: from :func:`plan_attention` for this batch. Defaults to one made in this call.
         backend: "auto", "torch" or "triton".
 
@@ -206,12 +214,13 @@ def tree_attention(
     """
     call = Attention(
         q, key_cache, value_cache, page_table, prefix_lens, tree_key, tree_value, request, indptr,
-        mask, mode, scale, softcap, window, depth, key_scale, value_scale, splits, plan,
+        mask, mode, scale, softcap, window, depth, key_scale, value_scale, sinks, prefix_out,
+        prefix_lse, splits, plan,
     )  # fmt: skip
     if use_triton(q, backend):
-        from echo.kernels import attention
+        from echo.kernels import attention, join
 
-        return attention.tree_attention(call)
+        return join.tree_attention(call) if mode == "tree" else attention.tree_attention(call)
     return reference.tree_attention(call)
 
 
@@ -229,6 +238,8 @@ def plan_attention(
     backend: str = "auto",
 ) -> AttentionPlan:
     """Make the work list of a step on the device, for all layers of one window and splits.
+
+    Mode "tree" needs none; its plan is empty.
 
     Args:
         q, key_cache, page_table, prefix_lens, tree_key, indptr: as in :func:`tree_attention`; of q,
@@ -251,11 +262,11 @@ def plan_attention(
     shapes = arguments.attention_shapes(
         q, key_cache, page_table, prefix_lens, tree_key, indptr, mode, window, splits
     )
-    if use_triton(q, backend):
-        from echo.kernels import attention
+    if prefix_lens is not None and shapes.mode == "whole" and use_triton(q, backend):
+        from echo.kernels import schedule
 
-        return attention.plan_attention(shapes, indptr, prefix_lens)
-    return AttentionPlan(shapes, None, indptr[:0], indptr[:0])
+        return schedule.plan_attention(shapes, indptr, prefix_lens)
+    return AttentionPlan(shapes, None, *(indptr[:0],) * 3)
 
 
 def merge_attention(
@@ -281,9 +292,9 @@ def merge_attention(
     """
     arguments.check_merge(o1, lse1, o2, lse2)
     if use_triton(o1, backend):
-        from echo.kernels import attention
+        from echo.kernels import join
 
-        return attention.merge_attention(o1, lse1, o2, lse2)
+        return join.merge_attention(o1, lse1, o2, lse2)
     return reference.merge_attention(o1, lse1, o2, lse2)
 
 

@@ -149,7 +149,6 @@ def _chunks(logits: Tensor) -> tuple[Tensor, Tensor, int]:
     return value, index, parts
 
 
-@tiles.on_its_device
 def argmax_tokens(logits: Tensor) -> Tensor:
     """As :func:`echo.kernels.argmax_tokens`."""
     value, index, parts = _chunks(logits)
@@ -164,7 +163,6 @@ def argmax_tokens(logits: Tensor) -> Tensor:
     return token
 
 
-@tiles.on_its_device
 def accept(
     parent: Tensor,
     indptr: Tensor,

@@ -56,15 +56,17 @@ class AttentionPlan:
 
     Attributes:
         shapes: what it was made for; other calls are refused.
-        tile: tile of a program; None with the reference, which has no list.
-        work: int32 [items, 8], pieces of a request's keys.
-        spans: int32 [B + 1, 2], where each request's partial results begin, and its pieces.
+        tile: tile of a program; None where there is no list: the reference, and mode "tree".
+        work: int32 [items, 9], row tiles by ranges of their keys.
+        programs: int32 [programs, 2], the first work item of each and the one after its last.
+        cuts: int32 [cuts], the first work item of each row tile that was cut; -1 for none.
     """
 
     shapes: Shapes
     tile: Tile | None
     work: Tensor
-    spans: Tensor
+    programs: Tensor
+    cuts: Tensor
 
 
 def attention_shapes(
@@ -131,6 +133,9 @@ class Attention:
     depth: Tensor | None = None
     key_scale: Tensor | None = None
     value_scale: Tensor | None = None
+    sinks: Tensor | None = None
+    prefix_out: Tensor | None = None
+    prefix_lse: Tensor | None = None
     splits: int | None = None
     plan: AttentionPlan | None = None
     shapes: Shapes = field(init=False)
@@ -152,6 +157,14 @@ class Attention:
         for name, scales in (("key_scale", self.key_scale), ("value_scale", self.value_scale)):
             if scales is not None:
                 checks.tensor(name, scales, kv[:1], torch.float32, device)
+        if self.sinks is not None:
+            checks.tensor("sinks", self.sinks, [s.num_heads], torch.float32, device)
+        if self.prefix_out is not None or self.prefix_lse is not None:
+            if self.mode != "tree":
+                raise EchoError(f'prefix_out: expected mode "tree" with it, got {self.mode!r}')
+            both = [s.num_rows, s.num_heads]
+            checks.tensor("prefix_out", self.prefix_out, [*both, s.dim], FLOATS, device)
+            checks.tensor("prefix_lse", self.prefix_lse, both, torch.float32, device)
         if self.softcap is not None:
             checks.real_field(self, "softcap", 0.0)
             if self.softcap == 0:

@@ -1,11 +1,9 @@
-"""Tree attention as Triton kernels: the contract is in :mod:`echo.kernels`.
+"""Tree attention over a paged prefix as Triton kernels: the contract is in :mod:`echo.kernels`.
 
-``_plan`` writes a work list, ``_attend`` works it off, ``_merge`` merges what was split: three
-launches whose grids depend on shapes only. A work item is one row tile of a request times one
-piece of its keys. A row tile is ``rows x group``: the query heads of one KV head are folded into
-it, so that a tree of 4 rows with a group of 8 fills a tile of 32. The KV axis of a request is its
-prefix in blocks of ``KEYS`` tokens, then its tree in blocks of ``KEYS`` rows; a piece is a range
-of blocks.
+``_attend`` works off the list that :mod:`echo.kernels.schedule` makes, ``_merge`` merges the row
+tiles that were cut: launches whose grids depend on shapes only. A row tile is ``rows x group``: the
+query heads of one KV head are folded into it, so that a tree of 4 rows with a group of 8 fills a
+tile of 32. ``_add`` is the tree part alone, behind another kernel's attention over the prefix.
 
 Sizes that change from step to step are not specialised on: another batch neither compiles anew nor
 computes in another order. Softmax is online, in base 2.
@@ -13,7 +11,7 @@ computes in another order. Softmax is online, in base 2.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -22,100 +20,12 @@ from torch import Tensor
 
 from echo import _checks as checks
 from echo._checks import EchoError
-from echo.kernels import tiles
-from echo.kernels.arguments import Attention, AttentionPlan, Shapes
+from echo.kernels import schedule, tiles
+from echo.kernels.arguments import Attention
+from echo.kernels.schedule import FIELDS, _blocks
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-FIELDS = tl.constexpr(8)
-"""Of a work item: request (-1: none), row tile, first and end block, begin of the piece's partial
-results (-1: none), and the request's first row, rows and prefix length: one round of loads before
-its keys are known. A piece has a partial result for each row of its request times group, one KV
-head after another; the begin counts those of one head."""
-
-
-@triton.jit
-def _blocks(rows, length, KEYS: tl.constexpr, WINDOW: tl.constexpr):
-    """First prefix block that a request's rows see, and how many of prefix and of tree follow."""
-    first = tl.maximum(length - WINDOW + 1, 0) // KEYS if WINDOW > 0 else length * 0
-    prefix = (length + KEYS - 1) // KEYS - first
-    return first, prefix, (rows + KEYS - 1) // KEYS
-
-
-@triton.jit
-def _request(
-    indptr, prefix_lens, b, batch, limit,
-    GROUP: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, WINDOW: tl.constexpr,
-):  # fmt: skip
-    """First row, rows, prefix length, row tiles and KV blocks of requests ``b``."""
-    there = b < batch
-    begin = tl.load(indptr + b, mask=there, other=0)
-    rows = tl.load(indptr + b + 1, mask=there, other=0) - begin
-    length = tl.load(prefix_lens + b, mask=there & (limit > 0), other=0)
-    length = tl.maximum(tl.minimum(length, limit), 0)
-    _, prefix, own = _blocks(rows, length, KEYS, WINDOW)
-    return begin, rows, length, (rows * GROUP + ROWS - 1) // ROWS, prefix + own
-
-
-@triton.jit
-def _pieces(blocks, chunk, splits):
-    """Pieces of a request's KV axis: as many as asked for, or as hold ``chunk`` blocks each."""
-    return (
-        tl.minimum(blocks, splits) if splits > 0 else ((blocks + chunk - 1) // chunk).to(tl.int32)
-    )
-
-
-@triton.jit(do_not_specialize=["batch", "limit", "items", "target", "splits"])
-def _plan(
-    indptr, prefix_lens, work, spans, batch, limit, items, target, splits,
-    GROUP: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, WINDOW: tl.constexpr,
-    MIN: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """A program per request, and one for the unused end of the list.
-
-    Each adds up what comes before it: no program waits for another.
-    """
-    me = tl.program_id(0)
-    lane = tl.arange(0, BLOCK)
-    total = tl.zeros([BLOCK], tl.int64)
-    for at in range(0, batch, BLOCK):
-        _, _, _, row_tiles, blocks = _request(
-            indptr, prefix_lens, at + lane, batch, limit, GROUP, ROWS, KEYS, WINDOW
-        )
-        total += row_tiles.to(tl.int64) * blocks
-    # Pieces of at least `chunk` blocks: at most `target` more items than there are row tiles.
-    chunk = tl.maximum((tl.sum(total, 0) + target - 1) // target, MIN)
-    before, split = tl.zeros([BLOCK], tl.int32), tl.zeros([BLOCK], tl.int32)
-    for at in range(0, me, BLOCK):
-        _, rows, _, row_tiles, blocks = _request(
-            indptr, prefix_lens, at + lane, batch, limit, GROUP, ROWS, KEYS, WINDOW
-        )
-        pieces = _pieces(blocks, chunk, splits)
-        before += tl.where(at + lane < me, row_tiles * pieces, 0)
-        split += tl.where((at + lane < me) & (pieces > 1), rows * GROUP * pieces, 0)
-    first, slot = tl.sum(before, 0), tl.sum(split, 0)
-    begin, rows, length, row_tiles, blocks = _request(
-        indptr, prefix_lens, me, batch, limit, GROUP, ROWS, KEYS, WINDOW
-    )
-    pieces = _pieces(blocks, chunk, splits)
-    mine = tl.where(me < batch, row_tiles * pieces, items - first)
-    for at in range(0, mine, BLOCK):
-        number = at + lane
-        some, parts = tl.maximum(row_tiles, 1), tl.maximum(pieces, 1)
-        piece = (number // some).to(tl.int64)  # row tiles side by side: they read the same keys
-        partial = slot + piece.to(tl.int32) * (rows * GROUP)
-        base = work + (first + number).to(tl.int64) * FIELDS
-        fits = (number < mine) & (first + number < items)
-        tl.store(base, tl.where(me < batch, me, -1) + 0 * number, mask=fits)
-        tl.store(base + 1, number % some, mask=fits)
-        tl.store(base + 2, (piece * blocks // parts).to(tl.int32), mask=fits)
-        tl.store(base + 3, ((piece + 1) * blocks // parts).to(tl.int32), mask=fits)
-        tl.store(base + 4, tl.where(pieces > 1, partial, -1), mask=fits)
-        tl.store(base + 5, begin + 0 * number, mask=fits)
-        tl.store(base + 6, rows + 0 * number, mask=fits)
-        tl.store(base + 7, length + 0 * number, mask=fits)
-    tl.store(spans + me * 2, slot, mask=me < batch)
-    tl.store(spans + me * 2 + 1, pieces, mask=me < batch)
 
 
 @triton.jit
@@ -139,12 +49,12 @@ def _broken(v):
 
 
 @triton.jit
-def _online(score, v, acc, top, mass):
-    """One step of the online softmax."""
+def _online(score, v, acc, top, mass, factor):
+    """One step of the online softmax; scores and ``top`` are of base 2 times ``factor``."""
     new = tl.maximum(top, tl.max(score, 1))
     base = tl.where(new == float("-inf"), 0.0, new)
-    p = tl.exp2(score - base[:, None])
-    decay = tl.exp2(top - base)
+    p = tl.exp2(score * factor - (base * factor)[:, None])  # one instruction, or none of factor 1
+    decay = tl.exp2((top - base) * factor)
     acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
     return acc, new, mass * decay + tl.sum(p, 1)
 
@@ -187,13 +97,15 @@ def _slots(cache, page, start, key, by_page, by_slot, KEYS: tl.constexpr, PAGE: 
 def _prefix(
     q, acc, top, mass, key_cache, value_cache, pages, count, low, high, length, since, factor, cap,
     k_page, k_slot, v_page, v_slot, DIM: tl.constexpr, WIDTH: tl.constexpr, KEYS: tl.constexpr,
-    PAGE: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr,
+    PAGE: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr, BARE: tl.constexpr,
 ):  # fmt: skip
     """Blocks ``low`` to ``high`` of the prefix, one KV head; ``count`` pages exist.
 
     The page of the next block is loaded an iteration ahead. With a page number and its keys in one
     iteration, the compiler pipelines the page number and leaves one buffer of keys, which is filled
     after the products of the iteration before: nothing is in flight meanwhile.
+
+    ``BARE`` scores are multiplied within the softmax, for which ``factor`` is a number above 0.
     """
     key, d = tl.arange(0, KEYS), tl.arange(0, WIDTH)
     inner = (d < DIM if DIM < WIDTH else d >= 0)[None, :]
@@ -210,15 +122,18 @@ def _prefix(
         k_at = _slots(key_cache, page, start, key, k_page, k_slot, KEYS, PAGE) + d[None, :]
         v_at = _slots(value_cache, page, start, key, v_page, v_slot, KEYS, PAGE) + d[None, :]
         k = tl.load(k_at, mask=shown, other=0.0).to(q.dtype)
-        score = _scores(q, k, factor, cap, CAPPED)
+        if BARE:
+            score = tl.dot(q, tl.trans(k), input_precision="ieee")
+        else:
+            score = _scores(q, k, factor, cap, CAPPED)
         visible = seen[None, :]
         if WINDOW > 0:
             visible = visible & (position[None, :] > length + since[:, None])
         score = tl.where(visible, score, float("-inf"))
         v = tl.load(v_at, mask=shown, other=0.0).to(q.dtype)
-        acc, top, mass = _online(score, v, acc, top, mass)
+        acc, top, mass = _online(score, v, acc, top, mass, factor if BARE else 1.0)
         page = ahead
-    return acc, top, mass
+    return acc, top * factor if BARE else top, mass
 
 
 @triton.jit
@@ -255,36 +170,66 @@ def _tree(
             visible = visible & (layer[None, :] > since[:, None])
         score = tl.where(visible, score, float("-inf"))
         v = tl.load(v_at, mask=shown & (broken == 0)[:, None], other=0.0).to(q.dtype)
-        acc, top, mass = _online(score, v, acc, top, mass)
+        acc, top, mass = _online(score, v, acc, top, mass, 1.0)
         mass = tl.where(tl.max(tl.where(visible, broken[None, :], 0), 1) > 0, float("nan"), mass)
     return acc, top, mass
 
 
-@triton.jit(do_not_specialize=["pages", "table_row", "words"])
+@triton.jit
+def _sink(acc, top, mass, sink):
+    """The online softmax with one more key of score ``sink`` (-inf: none), whose value is 0."""
+    new = tl.maximum(top, sink)
+    base = tl.where(new == float("-inf"), 0.0, new)
+    decay = tl.exp2(top - base)
+    return acc * decay[:, None], new, mass * decay + tl.exp2(sink - base)
+
+
+@triton.jit
+def _finish(acc, top, mass):
+    """Attention, and the natural log of the summed exponentials."""
+    some = tl.where(mass == 0, 1.0, mass)
+    return acc / some[:, None], (top + tl.log2(some)) * LN2
+
+
+@triton.jit
+def _alone(q, k, v, scale, cap, CAPPED: tl.constexpr):
+    """float32 attention of rows that see themselves only, and their scores."""
+    score = tl.sum(q.to(tl.float32) * k.to(tl.float32), 1) * scale
+    return v.to(tl.float32), _capped(score, cap) if CAPPED else score
+
+
+@triton.jit(do_not_specialize=["pages", "table_row", "words", "num_rows", "batch", "apart"])
 def _attend(
     q, key_cache, value_cache, table, tree_key, tree_value, mask, depth, key_scale, value_scale,
-    work, out, lse, partial, partial_lse, scale, cap, pages, q_row, q_head, k_page, k_slot, k_head,
-    v_page, v_slot, v_head, table_row, tk_row, tk_head, tv_row, tv_head, words,
-    HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
-    ROWS: tl.constexpr, KEYS: tl.constexpr, PAGE: tl.constexpr, PREFIX: tl.constexpr,
-    WINDOW: tl.constexpr, CAPPED: tl.constexpr, KEY_SCALED: tl.constexpr,
-    VALUE_SCALED: tl.constexpr, NARROW: tl.constexpr, DOT: tl.constexpr, STAGES: tl.constexpr,
+    sinks, indptr, work, programs, out, lse, partial, partial_lse, scale, cap, num_rows, batch,
+    pages, apart, q_row, q_head, k_page, k_slot, k_head, v_page, v_slot, v_head, table_row, tk_row,
+    tk_head, tv_row, tv_head, words, HEADS: tl.constexpr, GROUP: tl.constexpr,
+    MEMBERS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
+    KEYS: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr,
+    SINKS: tl.constexpr, KEY_SCALED: tl.constexpr, VALUE_SCALED: tl.constexpr,
+    NARROW: tl.constexpr, BARE: tl.constexpr, DOT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One work item and KV head. Heads side by side read whole cache slots at about one time."""
+    """A program's work items of one KV head, then its share of the pad rows.
+
+    Heads side by side read whole cache slots at about one time. Partial results of a KV head are
+    ``apart`` rows behind those of the one before.
+    """
     head = tl.program_id(0) % HEADS
     far = head.to(tl.int64)  # for strides
-    item = work + (tl.program_id(0) // HEADS) * FIELDS
-    b, tile, low, high = tl.load(item), tl.load(item + 1), tl.load(item + 2), tl.load(item + 3)
-    slot, begin = tl.load(item + 4), tl.load(item + 5)
-    rows, length = tl.load(item + 6), tl.load(item + 7)
-    if b >= 0:
+    me, count = tl.program_id(0) // HEADS, tl.num_programs(0) // HEADS
+    d = tl.arange(0, WIDTH)
+    inner = d < DIM if DIM < WIDTH else d >= 0
+    first, end = tl.load(programs + me * 2), tl.load(programs + me * 2 + 1)
+    for at in tl.range(first, end, disable_licm=True):  # what is hoisted would be spilled
+        item = work + at * FIELDS
+        b, tile, low, high = tl.load(item), tl.load(item + 1), tl.load(item + 2), tl.load(item + 3)
+        slot, begin = tl.load(item + 4), tl.load(item + 5)
+        rows, length = tl.load(item + 6), tl.load(item + 7)
         first, prefix, _ = _blocks(rows, length, KEYS, WINDOW)
         fold = tile * ROWS + tl.arange(0, ROWS)
         local, member = fold // GROUP, fold % GROUP
         real = local < rows
         row = (begin + local).to(tl.int64)
-        d = tl.arange(0, WIDTH)
-        inner = d < DIM if DIM < WIDTH else d >= 0
         whole = real[:, None] & inner[None, :]
         q_at = q + row[:, None] * q_row + (far * GROUP + member)[:, None] * q_head + d[None, :]
         queries = tl.load(q_at, mask=whole, other=0.0).to(DOT)
@@ -292,243 +237,179 @@ def _attend(
         top = tl.full([ROWS], float("-inf"), tl.float32)
         mass = tl.zeros([ROWS], tl.float32)
         since = tl.load(depth + row, mask=real, other=0) - WINDOW if WINDOW > 0 else local
-        factor, cap = scale * LOG2E, cap * LOG2E
-        if PREFIX:
-            narrowed, unit = _narrow(queries) if NARROW else (queries, 1.0)
-            acc, top, mass = _prefix(
-                narrowed, acc, top, mass, key_cache + far * k_head, value_cache + far * v_head,
-                table + b.to(tl.int64) * table_row, pages, first + low,
-                first + tl.minimum(high, prefix), length, since,
-                factor * unit * tl.load(key_scale + head) if KEY_SCALED else factor * unit, cap,
-                k_page, k_slot, v_page, v_slot, DIM, WIDTH, KEYS, PAGE, WINDOW, CAPPED,
-            )  # fmt: skip
-            if VALUE_SCALED:
-                acc = acc * tl.load(value_scale + head)
+        factor = scale * LOG2E
+        narrowed, unit = _narrow(queries) if NARROW else (queries, 1.0)
+        acc, top, mass = _prefix(
+            narrowed, acc, top, mass, key_cache + far * k_head, value_cache + far * v_head,
+            table + b.to(tl.int64) * table_row, pages, first + low,
+            first + tl.minimum(high, prefix), length, since,
+            factor * unit * tl.load(key_scale + head) if KEY_SCALED else factor * unit, cap * LOG2E,
+            k_page, k_slot, v_page, v_slot, DIM, WIDTH, KEYS, PAGE, WINDOW, CAPPED, BARE,
+        )  # fmt: skip
+        if VALUE_SCALED:
+            acc = acc * tl.load(value_scale + head)
         acc, top, mass = _tree(
             queries, acc, top, mass, tree_key + begin.to(tl.int64) * tk_row + far * tk_head,
             tree_value + begin.to(tl.int64) * tv_row + far * tv_head, mask + row * words,
             depth + begin, tl.maximum(low - prefix, 0), high - prefix, rows, real, since, factor,
-            cap, tk_row, tv_row, words, DIM, WIDTH, ROWS, KEYS, WINDOW, CAPPED, STAGES,
+            cap * LOG2E, tk_row, tv_row, words, DIM, WIDTH, ROWS, KEYS, WINDOW, CAPPED, STAGES,
         )  # fmt: skip
-        acc = acc / tl.where(mass == 0, 1.0, mass)[:, None]
-        total = (top + tl.log2(tl.where(mass == 0, 1.0, mass))) * LN2
+        if SINKS:  # once: in the merge where there is one
+            sink = tl.load(
+                sinks + head * GROUP + member, mask=real & (slot < 0), other=float("-inf")
+            )
+            acc, top, mass = _sink(acc, top, mass, sink * LOG2E)
+        acc, total = _finish(acc, top, mass)
         if slot < 0:
             to = row * (HEADS * GROUP) + head * GROUP + member
             tl.store(out + to[:, None] * DIM + d[None, :], acc.to(out.dtype.element_ty), mask=whole)
             tl.store(lse + to, total, mask=real)
         else:
-            to = slot.to(tl.int64) * HEADS + head * (rows * GROUP) + fold
+            to = far * apart + slot + tl.arange(0, ROWS)
             tl.store(partial + to[:, None] * DIM + d[None, :], acc, mask=whole)
             tl.store(partial_lse + to, total, mask=real)
-
-
-@triton.jit(do_not_specialize=["batch"])
-def _merge(
-    q, tree_key, tree_value, request, indptr, spans, out, lse, partial, partial_lse, scale, cap,
-    batch, q_row, q_head, tk_row, tk_head, tv_row, tv_head, GROUP: tl.constexpr,
-    MEMBERS: tl.constexpr, PARTS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
-    CAPPED: tl.constexpr,
-):  # fmt: skip
-    """One row and KV head: merges pieces in order; a pad row sees itself."""
-    n, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    heads, member, d = tl.num_programs(1), tl.arange(0, MEMBERS), tl.arange(0, WIDTH)
-    inner = (member < GROUP)[:, None] & (d < DIM)[None, :]
-    to = (n * heads + head) * GROUP + member
-    b = tl.load(request + n)
-    if b >= batch:
-        q_at = q + n * q_row + (head * GROUP + member)[:, None] * q_head + d[None, :]
-        queries = tl.load(q_at, mask=inner, other=0.0).to(tl.float32)
-        k = tl.load(tree_key + n * tk_row + head * tk_head + d, mask=d < DIM, other=0.0)
-        v = tl.load(tree_value + n * tv_row + head * tv_head + d, mask=d < DIM, other=0.0)
-        score = tl.sum(queries * k.to(tl.float32)[None, :], 1) * scale
-        if CAPPED:
-            score = _capped(score, cap)
-        own = v.to(tl.float32)[None, :] + tl.zeros([MEMBERS, WIDTH], tl.float32)
-        tl.store(out + to[:, None] * DIM + d[None, :], own.to(out.dtype.element_ty), mask=inner)
+    for n in range(tl.load(indptr + batch) + me, num_rows, count):
+        row, member = tl.cast(n, tl.int64), tl.arange(0, MEMBERS)
+        whole = (member < GROUP)[:, None] & inner[None, :]
+        q_at = q + row * q_row + (far * GROUP + member)[:, None] * q_head + d[None, :]
+        k = tl.load(tree_key + row * tk_row + far * tk_head + d, mask=inner, other=0.0)
+        v = tl.load(tree_value + row * tv_row + far * tv_head + d, mask=inner, other=0.0)
+        queries = tl.load(q_at, mask=whole, other=0.0)
+        own, score = _alone(queries, k[None, :], v[None, :], scale, cap, CAPPED)
+        to = row * (HEADS * GROUP) + head * GROUP + member
+        own = tl.broadcast_to(own, [MEMBERS, WIDTH])
+        tl.store(out + to[:, None] * DIM + d[None, :], own.to(out.dtype.element_ty), mask=whole)
         tl.store(lse + to, score, mask=member < GROUP)
-    else:
-        pieces = tl.load(spans + b * 2 + 1)
-        if pieces > 1:
-            begin = tl.load(indptr + b)
-            piece = (tl.load(indptr + b + 1) - begin).to(tl.int64) * GROUP
-            first_own = tl.load(spans + b * 2).to(tl.int64) * heads + head * piece
-            own_at = first_own + (n - begin) * GROUP + member
-            acc = tl.zeros([MEMBERS, WIDTH], tl.float32)
-            top = tl.full([MEMBERS], float("-inf"), tl.float32)
-            mass = tl.zeros([MEMBERS], tl.float32)
-            for first in range(0, pieces, PARTS):  # so many at once: a round is one trip to memory
-                part = first + tl.arange(0, PARTS)
-                there = (part < pieces)[:, None] & (member < GROUP)[None, :]
-                at = own_at[None, :] + (part * (piece * heads))[:, None]
-                lses = tl.load(partial_lse + at, mask=there, other=float("-inf"))
-                partial_at = partial + at[:, :, None] * DIM + d[None, None, :]
-                shown = there[:, :, None] & inner[None, :, :]
-                values = tl.load(partial_at, mask=shown, other=0.0)
+
+
+@triton.jit(do_not_specialize=["apart"])
+def _merge(
+    work, cuts, sinks, out, lse, partial, partial_lse, apart, HEADS: tl.constexpr,
+    GROUP: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
+    SOME: tl.constexpr, PARTS: tl.constexpr, SINKS: tl.constexpr,
+):  # fmt: skip
+    """``SOME`` rows of the row tile that was cut in this place, if any, and one KV head: merges its
+    parts in order.
+    """
+    head, at = tl.program_id(0) % HEADS, tl.load(cuts + tl.program_id(0) // HEADS)
+    if at >= 0:
+        item = work + at * FIELDS
+        inside = tl.program_id(1) * SOME + tl.arange(0, SOME)
+        fold = tl.load(item + 1) * ROWS + inside
+        begin, rows, parts = tl.load(item + 5), tl.load(item + 6), tl.load(item + 8)
+        real, d = fold < rows * GROUP, tl.arange(0, WIDTH)
+        if tl.max(real.to(tl.int32), 0) > 0:
+            acc = tl.zeros([SOME, WIDTH], tl.float32)
+            top = tl.full([SOME], float("-inf"), tl.float32)
+            mass = tl.zeros([SOME], tl.float32)
+            for part in range(0, parts, PARTS):  # so many at once: a round is one trip to memory
+                number = part + tl.arange(0, PARTS)
+                slot = tl.load(item + number * FIELDS + 4, mask=number < parts, other=0)
+                place = head.to(tl.int64) * apart + slot[:, None] + inside[None, :]
+                there = (number < parts)[:, None] & real[None, :]
+                lses = tl.load(partial_lse + place, mask=there, other=float("-inf")) * LOG2E
+                values = tl.load(
+                    partial + place[:, :, None] * DIM + d[None, None, :],
+                    mask=there[:, :, None] & (d < DIM)[None, None, :], other=0.0,
+                )  # fmt: skip
                 new = tl.maximum(top, tl.max(lses, 0))
                 base = tl.where(new == float("-inf"), 0.0, new)
-                weight = tl.exp2((lses - base[None, :]) * LOG2E)
-                decay = tl.exp2((top - base) * LOG2E)
+                weight, decay = tl.exp2(lses - base[None, :]), tl.exp2(top - base)
                 acc = acc * decay[:, None] + tl.sum(values * weight[:, :, None], 0)
-                mass = mass * decay + tl.sum(weight, 0)
-                top = new
-            acc = acc / tl.where(mass == 0, 1.0, mass)[:, None]
-            tl.store(out + to[:, None] * DIM + d[None, :], acc.to(out.dtype.element_ty), mask=inner)
-            total = top + tl.log2(tl.where(mass == 0, 1.0, mass)) * LN2
-            tl.store(lse + to, total, mask=member < GROUP)
-
-
-@triton.jit(do_not_specialize=["count"])
-def _merge_parts(
-    o1, lse1, o2, lse2, out, lse, count, DIM: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr
-):
-    """Rows of two parts of one softmax; a part without keys may hold anything."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    d = tl.arange(0, WIDTH)
-    inner = (row < count)[:, None] & (d < DIM)[None, :]
-    one = tl.load(lse1 + row, mask=row < count, other=0.0)
-    two = tl.load(lse2 + row, mask=row < count, other=0.0)
-    top = tl.maximum(one, two)
-    base = tl.where(top == float("-inf"), 0.0, top)
-    first, second = tl.exp2((one - base) * LOG2E), tl.exp2((two - base) * LOG2E)
-    mass = first + second
-    at = row[:, None] * DIM + d[None, :]
-    value = tl.load(o1 + at, mask=inner & (one != float("-inf"))[:, None], other=0.0)
-    value = value.to(tl.float32) * first[:, None]
-    other = tl.load(o2 + at, mask=inner & (two != float("-inf"))[:, None], other=0.0)
-    value += other.to(tl.float32) * second[:, None]
-    value = value / tl.where(mass == 0, 1.0, mass)[:, None]
-    tl.store(out + at, value.to(out.dtype.element_ty), mask=inner)
-    tl.store(lse + row, top + tl.log2(tl.where(mass == 0, 1.0, mass)) * LN2, mask=row < count)
-
-
-class Sizes(NamedTuple):
-    """Sizes of a work list: its tile, work items of a balanced split, and most items and partials.
-
-    ``partials`` counts tiles of partial results.
-    """
-
-    tile: tiles.Tile
-    target: int
-    items: int
-    partials: int
-
-
-def list_sizes(s: Shapes) -> Sizes:
-    """Sizes of the work list of a call."""
-    mean = s.num_rows / max(s.batch, 1) if s.splits is None else tiles.FIXED_ROWS
-    kind = s.group, s.dim, s.itemsize, s.cache_itemsize, s.page_size
-    tile = tiles.tile(*kind, mean, tiles.generation(s.device))
-    row_tiles = tiles.max_row_tiles(s.num_rows, s.batch, s.group, tile.rows)
-    target = tiles.target_items(s.device, s.num_kv_heads, tile)
-    if s.splits is None:
-        return Sizes(tile, target, row_tiles + target, 2 * target)
-    pieces = min(s.splits, -(-s.max_prefix // tile.keys) - (-s.num_rows // tile.keys))
-    partials = -(-s.num_rows * s.group * pieces // tile.rows) if pieces > 1 else 0
-    return Sizes(tile, target, row_tiles * pieces, partials)
-
-
-def plan_attention(s: Shapes, indptr: Tensor, prefix_lens: Tensor | None) -> AttentionPlan:
-    """As :func:`echo.kernels.plan_attention`."""
-    sizes = list_sizes(s)
-    lengths = indptr if s.mode == "tree" or prefix_lens is None else prefix_lens
-    work, spans = indptr.new_empty(sizes.items, FIELDS.value), indptr.new_empty(s.batch + 1, 2)
-    with torch.cuda.device(indptr.get_device()):
-        _plan[(s.batch + 1,)](
-            indptr.contiguous(), lengths.contiguous(), work, spans, s.batch, s.max_prefix,
-            sizes.items, sizes.target, s.splits or 0, GROUP=s.group, ROWS=sizes.tile.rows,
-            KEYS=sizes.tile.keys, WINDOW=s.window or 0, MIN=tiles.MIN_BLOCKS, BLOCK=256,
-            num_warps=4,
-        )  # fmt: skip
-    return AttentionPlan(s, sizes.tile, work, spans)
+                mass, top = mass * decay + tl.sum(weight, 0), new
+            query_head = head * GROUP + fold % GROUP
+            to = (begin + fold // GROUP).to(tl.int64) * (HEADS * GROUP) + query_head
+            if SINKS:
+                sink = tl.load(sinks + query_head, mask=real, other=0.0) * LOG2E
+                acc, top, mass = _sink(acc, top, mass, sink)
+            acc, total = _finish(acc, top, mass)
+            whole = real[:, None] & (d < DIM)[None, :]
+            tl.store(out + to[:, None] * DIM + d[None, :], acc.to(out.dtype.element_ty), mask=whole)
+            tl.store(lse + to, total, mask=real)
 
 
 def tree_attention(call: Attention) -> tuple[Tensor, Tensor]:
-    """As :func:`echo.kernels.tree_attention`."""
-    s, q, tree_key, tree_value, indptr = (
-        call.shapes, call.q, call.tree_key, call.tree_value, call.indptr
-    )  # fmt: skip
-    # Without a prefix nothing of these is read; they stand for pointers.
-    keys, values, table, _ = call.cache or (tree_key[None], tree_value[None], indptr[None], indptr)
-    _check_layout(call, keys, values, table)
-    sizes = list_sizes(s)
-    tile = sizes.tile
+    """As :func:`echo.kernels.tree_attention` in mode "whole"."""
+    s, q, tree_key, tree_value = call.shapes, call.q, call.tree_key, call.tree_value
+    assert call.cache is not None
+    keys, values, table, prefix_lens = call.cache
+    check_layout(call)
+    size = schedule.sizes(s)
+    tile = size.tile
     out = q.new_empty(s.num_rows, s.num_heads, s.dim)
     lse = q.new_empty(s.num_rows, s.num_heads, dtype=torch.float32)
     if s.num_rows == 0:
         return out, lse
-    plan = call.plan or plan_attention(s, indptr, call.prefix_lens)
+    plan = call.plan or schedule.plan_attention(s, call.indptr, prefix_lens)
     if plan.tile != tile:
         wanted = f"one made by the Triton kernel for {tile}"
         raise EchoError(f"plan: expected {wanted}, got one for {plan.tile}")
-    items = [sizes.items, FIELDS.value]
-    work = checks.tensor("plan.work", plan.work, items, torch.int32, q.device)
-    spans = checks.tensor("plan.spans", plan.spans, [s.batch + 1, 2], torch.int32, q.device)
-    partial = lse.new_empty(sizes.partials * tile.rows, s.num_kv_heads, s.dim)
-    partial_lse = lse.new_empty(sizes.partials * tile.rows, s.num_kv_heads)
-    indptr, mask, request = indptr.contiguous(), call.mask.contiguous(), call.request.contiguous()
+    shape = [size.items, FIELDS.value]
+    work = checks.tensor("plan.work", plan.work, shape, torch.int32, q.device)
+    shape = [size.programs, 2]
+    programs = checks.tensor("plan.programs", plan.programs, shape, torch.int32, q.device)
+    cuts = checks.tensor("plan.cuts", plan.cuts, [size.cuts], torch.int32, q.device)
+    partial = lse.new_empty(s.num_kv_heads * size.partials, s.dim)
+    partial_lse = lse.new_empty(s.num_kv_heads * size.partials)
+    indptr, mask = call.indptr.contiguous(), call.mask.contiguous()
     depth = indptr if call.depth is None else call.depth.contiguous()
-    key_scale, value_scale = (
-        lse if scales is None else scales.contiguous()
-        for scales in (call.key_scale, call.value_scale)
+    key_scale, value_scale, sinks = (
+        lse if factors is None else factors.contiguous()
+        for factors in (call.key_scale, call.value_scale, call.sinks)
     )
     cap = 1.0 if call.softcap is None else float(call.softcap)
     narrow = q.dtype == torch.bfloat16 and keys.element_size() == 1 and values.element_size() == 1
-    width, members = tiles.power_of_two(s.dim), tiles.power_of_two(s.group)
-    own = tree_key.stride(0), tree_key.stride(1), tree_value.stride(0), tree_value.stride(1)
-    shape = {"GROUP": s.group, "DIM": s.dim, "WIDTH": width, "CAPPED": call.softcap is not None}
-    with torch.cuda.device(q.get_device()):
-        _attend[(sizes.items * s.num_kv_heads,)](
-            q, keys, values, table, tree_key, tree_value, mask, depth, key_scale, value_scale,
-            work, out, lse, partial, partial_lse, call.factor, cap, keys.shape[0],
-            q.stride(0), q.stride(1), *keys.stride()[:3], *values.stride()[:3], table.stride(0),
-            *own, mask.shape[1], **shape, HEADS=s.num_kv_heads, ROWS=tile.rows, KEYS=tile.keys,
-            PAGE=s.page_size or 1, PREFIX=call.cache is not None, WINDOW=call.window or 0,
-            KEY_SCALED=call.key_scale is not None, VALUE_SCALED=call.value_scale is not None,
-            NARROW=narrow, DOT=_dot_type(q.dtype), STAGES=tile.tree_stages,
-            num_warps=tile.warps, num_stages=tile.stages,
-        )  # fmt: skip
-        _merge[(s.num_rows, s.num_kv_heads)](
-            q, tree_key, tree_value, request, indptr, spans, out, lse, partial, partial_lse,
-            call.factor, cap, s.batch, q.stride(0), q.stride(1), *own, **shape, MEMBERS=members,
-            PARTS=max(1, tiles.MERGE_ELEMENTS // (members * width)), num_warps=4,
+    bare = call.factor > 0 and not narrow and call.softcap is None and call.key_scale is None
+    width = tiles.power_of_two(s.dim)
+    same = {
+        "HEADS": s.num_kv_heads, "GROUP": s.group, "DIM": s.dim, "WIDTH": width, "ROWS": tile.rows,
+        "SINKS": call.sinks is not None,
+    }  # fmt: skip
+    tiles.launch(
+        _attend, (size.programs * s.num_kv_heads,),
+        q, keys, values, table, tree_key, tree_value, mask, depth, key_scale, value_scale,
+        sinks, indptr, work, programs, out, lse, partial, partial_lse, call.factor, cap,
+        s.num_rows, s.batch, keys.shape[0], size.partials, q.stride(0), q.stride(1),
+        *keys.stride()[:3], *values.stride()[:3], table.stride(0), *tree_key.stride()[:2],
+        *tree_value.stride()[:2], mask.shape[1], **same, MEMBERS=tiles.power_of_two(s.group),
+        KEYS=tile.keys, PAGE=s.page_size, WINDOW=call.window or 0,
+        CAPPED=call.softcap is not None, KEY_SCALED=call.key_scale is not None,
+        VALUE_SCALED=call.value_scale is not None, NARROW=narrow, BARE=bare,
+        DOT=dot_type(q.dtype), STAGES=tile.tree_stages, num_warps=tile.warps,
+        num_stages=tile.stages,
+    )  # fmt: skip
+    if size.cuts:
+        parts = schedule.MERGE_PARTS
+        some = min(tiles.MERGE_ELEMENTS // (parts * width), tile.rows)
+        tiles.launch(
+            _merge, (size.cuts * s.num_kv_heads, -(-tile.rows // some)),
+            work, cuts, sinks, out, lse, partial, partial_lse, size.partials, **same, SOME=some,
+            PARTS=parts, num_warps=8,
         )  # fmt: skip
     return out, lse
 
 
-def _check_layout(call: Attention, keys: Tensor, values: Tensor, table: Tensor) -> None:
-    """Check what the kernel asks for beyond the reference."""
+def check_layout(call: Attention) -> None:
+    """Check what the kernels ask for beyond the reference."""
     if not 16 <= call.shapes.dim <= 256:
         wanted = "head dimensions from 16 to 256 for the Triton kernel"
         raise EchoError(f"q: expected {wanted}, got {call.shapes.dim}")
-    own = {"q": call.q, "tree_key": call.tree_key, "tree_value": call.tree_value}
-    cached = {"key_cache": keys, "value_cache": values, "page_table": table}
-    for name, value in (own | cached).items():
-        if value.stride(-1) != 1 and value.numel():
+    cached = ("prefix_out",) if call.cache is None else ("key_cache", "value_cache", "page_table")
+    for name in ("q", "tree_key", "tree_value", *cached):
+        value = getattr(call, name)
+        if value is not None and value.stride(-1) != 1 and value.numel():
             got = f"strides {list(value.stride())}"
             raise EchoError(f"{name}: expected a contiguous last dimension, got {got}")
-    if call.q.is_cuda and torch.float8_e4m3fn in (keys.dtype, values.dtype):
+    eight = call.cache is not None and torch.float8_e4m3fn in (c.dtype for c in call.cache[:2])
+    if eight and call.q.is_cuda:
         capability = torch.cuda.get_device_capability(call.q.device)
         if capability < (8, 9):
             wanted = f"float8_e5m2 on compute capability {capability}"
             raise EchoError(f"key_cache: expected {wanted}, got float8_e4m3fn")
 
 
-def _dot_type(dtype: torch.dtype) -> Any:
+def dot_type(dtype: torch.dtype) -> Any:
     """Triton's type of the matrix products. Its interpreter computes bfloat16 wrongly: float32."""
     if tiles.interpreted() and dtype == torch.bfloat16:
         return tl.float32
     return {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}.get(dtype, tl.float32)
-
-
-@tiles.on_its_device
-def merge_attention(o1: Tensor, lse1: Tensor, o2: Tensor, lse2: Tensor) -> tuple[Tensor, Tensor]:
-    """As :func:`echo.kernels.merge_attention`."""
-    n, heads, dim = o1.shape
-    out, lse, rows = o1.new_empty(n, heads, dim), lse1.new_empty(n, heads), 16
-    if n * heads:
-        parts = (part.contiguous() for part in (o1, lse1, o2, lse2))
-        width = tiles.power_of_two(dim)
-        _merge_parts[(-(-n * heads // rows),)](
-            *parts, out, lse, n * heads, DIM=dim, WIDTH=width, ROWS=rows, num_warps=4
-        )
-    return out, lse

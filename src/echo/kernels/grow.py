@@ -245,7 +245,6 @@ def _grow(
     tl.store(next_active + node, tl.where(reason == ACTIVE, eligible.to(tl.uint8), 0), mask=kept)
 
 
-@tiles.on_its_device
 def begin(
     roots: Tensor,
     live: Tensor | None,
@@ -299,7 +298,6 @@ def begin(
     return new
 
 
-@tiles.on_its_device
 def grow(
     above: Tensor,
     active: Tensor,

@@ -120,7 +120,6 @@ def _append(texts, lengths, requests, tokens, numbers, count, max_len, BLOCK: tl
     tl.store(lengths + r, end + more, mask=more > 0)
 
 
-@tiles.on_its_device
 def propose(
     texts: Tensor,
     lengths: Tensor,
@@ -161,7 +160,6 @@ def propose(
     return new
 
 
-@tiles.on_its_device
 def blend(
     tokens: Tensor, log_probs: Tensor, proposal: Tensor, run: Tensor, weights: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -187,7 +185,6 @@ def blend(
     return new
 
 
-@tiles.on_its_device
 def append(
     texts: Tensor, lengths: Tensor, req_indices: Tensor, tokens: Tensor, num_tokens: Tensor
 ) -> None:

@@ -194,7 +194,6 @@ def _count(
     tl.store(new + at, tl.load(counts + at, mask=at < 13, other=0) + value, mask=at < 13)
 
 
-@tiles.on_its_device
 def summarize(
     gain: Tensor,
     score: Tensor,
@@ -233,7 +232,6 @@ def summarize(
     return histogram, expected
 
 
-@tiles.on_its_device
 def observe(
     req_indices: Tensor,
     status: Tensor,
@@ -283,7 +281,6 @@ def observe(
     return out
 
 
-@tiles.on_its_device
 def count(
     indptr: Tensor,
     status: Tensor,

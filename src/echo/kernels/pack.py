@@ -113,7 +113,6 @@ def _compact(
     tl.store(new_lens + b, length, mask=inside & (step == 0))
 
 
-@tiles.on_its_device
 def pack(
     chosen: Selected,
     token: Tensor,
@@ -169,7 +168,6 @@ def pack(
     return new
 
 
-@tiles.on_its_device
 def compact(
     rows: Tensor,
     num_emitted: Tensor,

@@ -139,8 +139,16 @@ def tree_attention(call: Attention) -> tuple[Tensor, Tensor]:
         score = score.masked_fill(~seen[:, None, None], -torch.inf)
         values, total = torch.where(finite, values, 0.0), score.logsumexp(-1)
         weight = torch.where(total[..., None] == -torch.inf, 0.0, score.softmax(-1))
-        out[rows] = torch.einsum("nhgs,shd->nhgd", weight, values).flatten(1, 2)
-        lse[rows] = total.flatten(1)
+        found = torch.einsum("nhgs,shd->nhgd", weight, values).flatten(1, 2)
+        total = total.flatten(1)
+        if call.sinks is not None:  # a key whose value is 0
+            sinks = call.sinks.expand_as(total)
+            found, total = _merged(found, total, torch.zeros_like(found), sinks)
+        if call.prefix_out is not None and call.prefix_lse is not None:
+            before = call.prefix_lse[rows]
+            before = before.masked_fill(before == torch.inf, -torch.inf)
+            found, total = _merged(found, total, call.prefix_out[rows], before)
+        out[rows], lse[rows] = found, total
     return out.to(call.q.dtype), lse.float()
 
 
@@ -150,10 +158,14 @@ def _cap(score: Tensor, cap: float | None) -> Tensor:
 
 def merge_attention(o1: Tensor, lse1: Tensor, o2: Tensor, lse2: Tensor) -> tuple[Tensor, Tensor]:
     """As :func:`echo.kernels.merge_attention`, in float64."""
+    out, lse = _merged(o1, lse1, o2, lse2)
+    return out.to(o1.dtype), lse.float()
+
+
+def _merged(o1: Tensor, lse1: Tensor, o2: Tensor, lse2: Tensor) -> tuple[Tensor, Tensor]:
     lse = torch.logaddexp(lse1.double(), lse2.double())
     base = torch.where(lse > -torch.inf, lse, 0.0)
-    out = _weighted(o1, lse1, base) + _weighted(o2, lse2, base)
-    return out.to(o1.dtype), lse.float()
+    return _weighted(o1, lse1, base) + _weighted(o2, lse2, base), lse
 
 
 def _weighted(out: Tensor, lse: Tensor, base: Tensor) -> Tensor:

@@ -176,7 +176,6 @@ def ends(sizes: Sequence[int]) -> tuple[int, ...]:
     return tuple(itertools.accumulate(sizes))
 
 
-@tiles.on_its_device
 def path_cost(
     score: Tensor,
     parent: Tensor | None,
@@ -210,7 +209,6 @@ def path_cost(
     return cost
 
 
-@tiles.on_its_device
 def select(
     cost: Tensor,
     committed: Tensor,

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from contextvars import ContextVar
-from typing import Any, NamedTuple, ParamSpec, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-P = ParamSpec("P")
-R = TypeVar("R")
 compiles_only = ContextVar("echo.kernels.tiles.compiles_only", default=False)
 """Whether launches compile, and launch nothing."""
 
@@ -169,24 +166,16 @@ def interpreted() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
-def on_its_device(launcher: Callable[P, R]) -> Callable[P, R]:
-    """Make the device of a launcher's first tensor the current one: Triton launches there."""
-
-    @functools.wraps(launcher)
-    def call(*args: P.args, **options: P.kwargs) -> R:
-        first = next(a for a in args if isinstance(a, Tensor))
-        with torch.cuda.device(first.get_device()):  # -1, of a CPU tensor: stay
-            return launcher(*args, **options)
-
-    return call
-
-
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
-    """Launch a kernel; within :func:`echo.kernels.compiling` only compile it."""
-    if compiles_only.get():
-        kernel.warmup(*args, grid=grid, **options)
-    else:
-        kernel[grid](*args, **options)
+    """Launch a kernel on its first tensor's device; within :func:`echo.kernels.compiling` only
+    compile it.
+    """
+    first = next(a for a in args if isinstance(a, Tensor))
+    with torch.cuda.device(first.get_device()):  # -1, of a CPU tensor: stay
+        if compiles_only.get():
+            kernel.warmup(*args, grid=grid, **options)
+        else:
+            kernel[grid](*args, **options)
 
 
 def as_bytes(value: Tensor) -> Tensor:
