@@ -47,17 +47,22 @@ class Pool:
 class TargetWorker:
     """Finds each row's predecessor through the mask, and writes tokens into their slots."""
 
-    def __init__(self, tables, pool, req_to_token):
+    def __init__(self, tables, pool, req_to_token, topk):
         self.tables, self.pool, self.rows = tables, pool, []
-        extend = {"_forward_extend_kernel": None}
-        backend = SimpleNamespace(verify_mask=None, max_context_len=WIDTH, **extend)
+        ragged = import_module("echo_sglang_ragged")
+        fields = {"supports_ragged_verify_graph": topk == 1}
+        kinds = SimpleNamespace if topk == 1 else ragged.TritonTrees, SimpleNamespace
+        backend = type("FlashAttentionBackend", tuple(dict.fromkeys(kinds)), fields)(
+            verify_mask=None, max_context_len=WIDTH
+        )
         spec = SimpleNamespace(is_standalone=lambda: False)
         config = SimpleNamespace(vocab_size=VOCAB, model_is_mrope=False)
         pools = SimpleNamespace(req_to_token=req_to_token)
         self.model_runner = SimpleNamespace(
             attn_backend=backend, decode_cuda_graph_runner=None, req_to_token_pool=pools,
             spec_algorithm=spec, model_config=config, watermark_state=None,
-            kv_index_translator=None,
+            kv_index_translator=None if topk == 1 else SimpleNamespace(is_translating=False),
+            kv_cache_dtype=torch.bfloat16,
         )  # fmt: skip
 
     def forward_batch_generation(
@@ -70,7 +75,7 @@ class TargetWorker:
         slots = table[forward_batch.req_pool_indices]
         last = self.pool.token[slots.gather(1, lengths[:, None] - 1)[:, 0]]
         above = torch.empty_like(ids)
-        if len(ids) == info.draft_token_num * len(lengths):
+        if getattr(info, "echo_window", None) is None:
             n, at, buffer = info.draft_token_num, 0, self.model_runner.attn_backend.verify_mask
             for b, length in enumerate(lengths.tolist()):
                 context = 0 if buffer is not None and buffer.mode.name == "QLEN_ONLY" else length
@@ -117,10 +122,11 @@ class ForwardBatch(SimpleNamespace):
 class Server:
     """A batch that decodes through ``EAGLEWorkerV2.forward_batch_generation``."""
 
-    def __init__(self, tables, texts, mask=None):
+    def __init__(self, tables, texts, mask=None, topk=TOPK, steps=STEPS):
         module = import_module("sglang.srt.speculative.eagle_worker_v2")
         self.modes, self.texts = module.ForwardMode, [list(text) for text in texts]
         self.batch, nothing = len(texts), contextlib.nullcontext
+        n = N if topk > 1 else steps + 1
         pool = Pool(self.batch * WIDTH + 1)
         table = 1 + torch.randperm(self.batch * WIDTH).view(self.batch, WIDTH)
         self.pool, self.req_pool_indices = pool, torch.randperm(self.batch)
@@ -130,10 +136,10 @@ class Server:
                 text[:-1]
             )
         workers = import_module("sglang.srt.managers.tp_worker")
-        target = workers.TpModelWorker(tables, pool, self.table)
+        target = workers.TpModelWorker(tables, pool, self.table, topk)
         masks = import_module("sglang.kernels.ops.speculative.spec_tree").TreeMaskMode
         if mask is not None:  # a buffer that the attention backend owns, of unknown content
-            buffer = torch.rand(self.batch * N * (WIDTH + N)) < 0.5
+            buffer = torch.rand(self.batch * n * (WIDTH + n)) < 0.5
             own = SimpleNamespace(buffer=buffer, mode=masks[mask], fits=lambda _: True)
             target.model_runner.attn_backend.verify_mask = own
         config = SimpleNamespace(architectures=["Toy"])
@@ -151,22 +157,25 @@ class Server:
         worker = type("Worker", (module.EAGLEWorkerV2,), fields)
         worker.__abstractmethods__ = frozenset()
         shared = {
-            "topk": TOPK,
-            "speculative_num_steps": STEPS,
-            "speculative_num_draft_tokens": N,
+            "topk": topk,
+            "speculative_num_steps": steps,
+            "speculative_num_draft_tokens": n,
             "device": "cpu",
             "plan_stream": None,
             "plan_stream_ctx": nothing(),
             "req_to_token_pool": target.model_runner.req_to_token_pool,
             "target_worker": target,
             "token_to_kv_pool_allocator": pool,
-            "_topk1_parents_prealloc": torch.empty(0),
+            "_topk1_parents_prealloc": torch.arange(-1, steps - 1).repeat(self.batch, 1)[
+                : topk == 1
+            ],
+            "_topk1_score_indices_prealloc": torch.arange(steps).repeat(self.batch, 1),
         }
         self.worker = object.__new__(worker)
         vars(self.worker).update(shared, adaptive_controller=None)
         self.draft = draft
         self.worker._target_worker, self.worker._draft_worker = target, draft
-        backends = {"attn_backends": [None] * STEPS}
+        backends = {"attn_backends": [None] * steps}
         backend = SimpleNamespace(init_forward_metadata=lambda _: None, **backends)
         vars(draft).update(
             shared, cuda_graph_runner=None, cuda_graph_runner_for_draft_extend=None,
@@ -178,7 +187,7 @@ class Server:
         for name in ("draft_tp_context", "spec_stage_span", *moe):
             setattr(module, name, lambda *_: nothing())
         last = torch.tensor([text[-1] for text in texts])
-        top = tables.last[last].softmax(-1).topk(TOPK)
+        top = tables.last[last].softmax(-1).topk(topk)
         state = {"bonus_tokens": last.int(), "topk_p": top[0], "topk_index": top[1]}
         self.state = SimpleNamespace(**state, hidden_states=None)
 

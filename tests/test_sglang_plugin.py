@@ -36,7 +36,17 @@ REAL = (
     "sglang.kernels.ops.speculative.",
     "sglang.kernels.ops.attention.",
 )
-REAL += ("sglang.srt.layers.attention.triton_backend",)
+REAL += tuple(
+    f"sglang.srt.{name}"
+    for name in (
+        "layers.attention.triton_backend",
+        "layers.attention.flashattention_backend",
+        "layers.attention.attention_registry",
+        "model_executor.runner.decode_cuda_graph_runner",
+        "managers.tp_worker",
+    )
+)
+PACKAGES = "sglang", "msgspec", "sgl_kernel"
 pytestmark = pytest.mark.peers
 
 
@@ -51,7 +61,7 @@ def engine(folder, tmp_path_factory):
     triton = pytest.importorskip("triton")
     if not triton.knobs.runtime.interpret:
         pytest.skip("triton is imported without its interpreter: run this file by itself")
-    with pytest.MonkeyPatch.context() as patch, around(folder, ("sglang", "msgspec"), REAL):
+    with pytest.MonkeyPatch.context() as patch, around(folder, PACKAGES, REAL):
         patch.syspath_prepend(str(PLUGIN))
         patch.syspath_prepend(installed(tmp_path_factory.mktemp("site")))
         kinds = ("cpu", "cuda", "hip", "musa", "npu")
@@ -67,8 +77,12 @@ def engine(folder, tmp_path_factory):
         envs.SGLANG_SIMULATE_ACC_LEN.get.return_value = -1
         envs.SGLANG_SPEC_SKIP_ZERO_STEP_DRAFT_EXTEND.get.return_value = False
         envs.SGLANG_PLUGINS.get.return_value, envs.SGLANG_PLATFORM.get.return_value = "echo", ""
-        spec = SimpleNamespace(speculative_use_rejection_sampling=False)
-        alone = SimpleNamespace(tp_group=SimpleNamespace(world_size=1), pp_size=1)
+        spec = SimpleNamespace(
+            speculative_use_rejection_sampling=False, enable_multi_layer_eagle=False,
+            speculative_eagle_topk=4,
+        )  # fmt: skip
+        group = SimpleNamespace(world_size=1)
+        alone = SimpleNamespace(tp_group=group, pp_size=1, attn_dp_enabled=False)
         context = import_module("sglang.srt.runtime_context")
         context.get_spec, context.get_parallel = lambda: spec, lambda: alone
         mamba = SimpleNamespace(enable_mamba_extra_buffer=False)
@@ -83,11 +97,17 @@ def engine(folder, tmp_path_factory):
         vars(batches).update(kinds, ForwardBatch=ForwardBatch)
         workers = import_module("sglang.srt.managers.tp_worker")
         workers.TpModelWorker = type("TpModelWorker", (TargetWorker,), {})
-        import_module("sglang.srt.plugins").load_plugins()
+        import_module("sglang.version").__version__ = VERSION
+        load = import_module("sglang.srt.plugins").load_plugins
         registry = import_module("sglang.srt.plugins.hook_registry").HookRegistry
-        assert len(registry._hooks) == 8 and registry._patched == set(registry._hooks)
-        yield sys.modules["echo_sglang"]
-        for name in ("echo_sglang", "echo_sglang_ragged"):
+        patch.setenv("ECHO_VERIFY_TOKENS", "14")
+        load()
+        patch.delenv("ECHO_VERIFY_TOKENS")
+        plugin = sys.modules["echo_sglang"]
+        hooked = {target for target, _, _, hook in plugin.SEAMS if hook is not None}
+        assert registry._patched == set(registry._hooks) == hooked
+        yield plugin
+        for name in ("echo_sglang", "echo_sglang_draft", "echo_sglang_ragged"):
             del sys.modules[name]
 
 
@@ -126,35 +146,50 @@ def test_planned_steps_write_the_targets_own_text(engine, monkeypatch, ragged, m
     assert server.worker.target_worker.echo_planner.history.num_steps == 5
 
 
-def test_a_ragged_forward_takes_the_packed_rows_and_gives_back_uniform_ones(engine):
-    """Pads write to the pad slot; outputs lie where SGLang's sampler looks for them."""
-    packed, n = forest(2, 3, 8, empty=False, pads=3).packed, 9
-    links = layouts.sglang(packed, n, torch.tensor([5, 1, 7]))
-    backend, seen = SimpleNamespace(echo_packed=packed), []
-
-    def model(_worker, _batch, batch):
-        seen.append(batch)
-        own = torch.arange(packed.num_rows)
-        output = SimpleNamespace(next_token_logits=own[:, None], hidden_states=None)
-        return SimpleNamespace(logits_output=output)
-
-    info = SimpleNamespace(echo_ragged=True, echo_packed=packed, draft_token_num=n)
-    whole = SimpleNamespace(
-        spec_info=info, forward_metadata_ready=False, input_ids=links.draft_tokens,
-        positions=links.positions, out_cache_loc=torch.arange(1, 3 * n + 1),
-        out_cache_loc_virtual=None,
+def test_a_narrow_pass_has_the_packed_rows_and_gives_back_uniform_ones(engine):
+    """Pads write to the pad slot; outputs lie where SGLang's sampler looks for them, slots where
+    draft extend does.
+    """
+    packed, n, ragged = forest(2, 3, 8, empty=False, pads=3).packed, 9, engine.ragged
+    lengths, table = torch.tensor([5, 1, 7]), torch.randperm(5 * 30).view(5, 30).int()
+    requests = torch.tensor([4, 0, 2])
+    batch = SimpleNamespace(seq_lens=lengths, req_pool_indices=requests)
+    links = layouts.sglang(packed, n, lengths)
+    info = SimpleNamespace(
+        draft_token=links.draft_tokens, positions=links.positions, draft_token_num=n,
+        prepared_out_cache_loc=None, kv_loc_plan="planned",
     )  # fmt: skip
-    worker = SimpleNamespace(model_runner=SimpleNamespace(attn_backend=backend))
-    output = sys.modules["echo_sglang_ragged"].forward(model, worker, None, whole).logits_output
+    rows = ragged.narrow(info, batch, packed, table)
+    real = packed.request < 3
+    assert torch.equal(rows.draft_token, packed.tokens) and rows.kv_loc_plan is None
+    assert torch.equal(rows.positions[real], packed.positions(lengths)[real])
+    slots = [table[r, length : length + n].tolist() for r, length in zip(requests, lengths)]
+    expected = [slots[b][i] for b, i in zip(packed.request[real], packed.local_row[real])]
+    assert rows.prepared_out_cache_loc[real].tolist() == expected
+    assert (~real).sum() == 3 and not rows.prepared_out_cache_loc[~real].any()
+    layout = rows.ragged_verify_layout
+    assert torch.equal(layout.verify_lens, packed.indptr.diff())
+    assert (layout.graph_num_tokens, layout.qo_indptr_device.tolist()) == (
+        packed.num_rows, packed.indptr.tolist(),
+    )  # fmt: skip
+
+    info.echo_rows, seen = rows, []
+
+    def prepared(verify_input, _pool, inside, _worker):
+        seen.append((verify_input, inside.spec_info))
+        inside.out_cache_loc = verify_input.prepared_out_cache_loc
+
+    batch.spec_info = info
+    ragged.prepare(prepared, info, None, batch, None)
+    assert seen == [(rows, rows)] and batch.spec_info is info
+    assert batch.out_cache_loc.tolist() == [slot for each in slots for slot in each]
+    own = torch.arange(packed.num_rows)
+    output = SimpleNamespace(next_token_logits=own[:, None], hidden_states=None)
+    result = SimpleNamespace(logits_output=output)
+    ragged.widen(result, None, batch=None, forward_batch=SimpleNamespace(spec_info=rows))
     logits = output.next_token_logits.view(3, n)
-    real, batch = packed.request < 3, seen[0]
-    assert torch.equal(batch.input_ids[real], packed.tokens[real])
-    assert torch.equal(batch.positions[real], packed.positions(torch.tensor([5, 1, 7]))[real])
-    assert torch.equal(batch.out_cache_loc[real], (1 + packed.request * n + packed.local_row)[real])
-    assert (~real).sum() == 3 and not batch.out_cache_loc[~real].any()
     for b, (first, end) in enumerate(packed.indptr.unfold(0, 2, 1).tolist()):
         assert logits[b, : end - first].tolist() == list(range(first, end))
-    assert len(whole.input_ids) == 3 * n and backend.echo_packed is None
 
 
 def test_with_nothing_asked_for_the_trees_are_eagles_own(engine, monkeypatch):
@@ -229,7 +264,7 @@ def test_every_rank_follows_the_plan_of_rank_0(engine, monkeypatch):
     broadcast = lambda _, src: buffer if src == 0 else None
     group = SimpleNamespace(world_size=2, broadcast=broadcast)
     context = import_module("sglang.srt.runtime_context")
-    parallel = SimpleNamespace(tp_group=group, pp_size=1)
+    parallel = SimpleNamespace(tp_group=group, pp_size=1, attn_dp_enabled=False)
     monkeypatch.setattr(context, "get_parallel", lambda: parallel)
     server = Server(tables, prompts)
     _, verified = server.step()
@@ -238,11 +273,29 @@ def test_every_rank_follows_the_plan_of_rank_0(engine, monkeypatch):
         assert text == tables.greedy(prompt, len(text) - len(prompt))
 
 
-def test_what_cannot_work_is_said_at_the_start(engine, monkeypatch):
+@pytest.mark.parametrize(
+    ("topk", "where", "name", "value", "wanted"),
+    [
+        (1, "runner", "attn_backend", SimpleNamespace(), "fa3, trtllm_mha or trtllm_mla"),
+        (3, "runner", "attn_backend", SimpleNamespace(), "fa3 or triton"),
+        (3, "runner", "kv_cache_dtype", torch.float8_e4m3fn, "a cache of 16 bits"),
+        (3, "runner", "kv_index_translator", SimpleNamespace(is_translating=True), "one memory"),
+        (1, "config", "model_is_mrope", True, "positions of one axis"),
+        (1, "spec", "speculative_use_rejection_sampling", True, "no rejection sampling"),
+        (3, "parallel", "attn_dp_enabled", True, "no attention data parallelism"),
+    ],
+)
+def test_what_cannot_be_ragged_is_said_at_the_start(
+    engine, monkeypatch, topk, where, name, value, wanted
+):
     monkeypatch.setenv("ECHO_RAGGED", "1")
-    server = Server(Tables(7), texts(1, 2))
-    del server.worker.target_worker.model_runner.attn_backend._forward_extend_kernel
-    with pytest.raises(echo.EchoError, match="--attention-backend triton"):
+    server = Server(Tables(7), texts(1, 2), topk=topk)
+    runner = server.worker.target_worker.model_runner
+    context = import_module("sglang.srt.runtime_context")
+    spec, parallel = context.get_spec(), context.get_parallel()
+    places = {"runner": runner, "config": runner.model_config, "spec": spec, "parallel": parallel}
+    monkeypatch.setattr(places[where], name, value)
+    with pytest.raises(echo.EchoError, match=f"ECHO_RAGGED: expected {wanted}"):
         server.step()
 
 
@@ -300,7 +353,9 @@ def attention(context, table, cap):
     module.KVWriteLoc.for_batch = lambda batch, **_: batch.out_cache_loc
     kernel = import_module("sglang.kernels.ops.attention.extend_attention").extend_attention_fwd
     fields = {"__abstractmethods__": frozenset()}
-    backend = object.__new__(type("Backend", (module.TritonAttnBackend,), fields))
+    ragged = import_module("echo_sglang_ragged")
+    served = ragged.serve(module.TritonAttnBackend, ragged.TritonTrees)
+    backend = object.__new__(type("Backend", (served,), fields))
     zeros = torch.zeros(len(context) + 1, dtype=torch.int64)
     vars(backend).update(
         dllm_attention=None, window_kv_indptr=None, device="cpu", sliding_window_size=None,
@@ -325,7 +380,7 @@ def attend(backend, layer, packed, context, table, n, q, k, v, ragged):
     mask = layouts.sglang_mask(packed, n, "FULL_MASK", prefix_lens=context, size=size)
     info = SimpleNamespace(
         num_tokens_per_req=n, draft_token_num=n, custom_mask=mask, echo_packed=packed,
-        echo_ragged=ragged,
+        ragged_verify_layout=packed if ragged else None,
     )  # fmt: skip
     real, request = packed.request < packed.batch, packed.request.clamp(max=packed.batch - 1).long()
     where = torch.where(real, table[request, 60 + packed.local_row], 0)
