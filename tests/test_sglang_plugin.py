@@ -9,12 +9,7 @@ model runners (a toy model), the batch, memory pools, contexts.
 
 from __future__ import annotations
 
-import re
-import sys
-from enum import IntEnum, auto
-from functools import total_ordering
 from importlib import import_module
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -24,102 +19,12 @@ import echo
 from echo.kernels import tree_attention
 from echo.testing import importers
 from echo.tree import layouts
-from engines import around, definitions, sources
 from forests import forest
-from sglang_server import VOCAB, ForwardBatch, N, Server, Tables, TargetWorker, texts
+from sglang_server import (  # the fixtures too
+    VOCAB, N, Server, Tables, sglang_engine, sglang_folder, texts,  # noqa: F401
+)  # fmt: skip
 
-VERSION = "0.5.23"
-PLUGIN = Path(__file__).parents[1] / "examples" / "sglang"
-REAL = (
-    "sglang.srt.speculative.",
-    "sglang.srt.plugins",
-    "sglang.kernels.ops.speculative.",
-    "sglang.kernels.ops.attention.",
-)
-REAL += tuple(
-    f"sglang.srt.{name}"
-    for name in (
-        "layers.attention.triton_backend",
-        "layers.attention.flashattention_backend",
-        "layers.attention.attention_registry",
-        "model_executor.runner.decode_cuda_graph_runner",
-        "managers.tp_worker",
-    )
-)
-PACKAGES = "sglang", "msgspec", "sgl_kernel"
 pytestmark = pytest.mark.peers
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return sources("sglang", VERSION, tmp_path_factory.mktemp("sglang"))
-
-
-@pytest.fixture(scope="module")
-def engine(folder, tmp_path_factory):
-    """SGLang's modules with the plugin, loaded by ``load_plugins``; yields the plugin's module."""
-    triton = pytest.importorskip("triton")
-    if not triton.knobs.runtime.interpret:
-        pytest.skip("triton is imported without its interpreter: run this file by itself")
-    with pytest.MonkeyPatch.context() as patch, around(folder, PACKAGES, REAL):
-        patch.syspath_prepend(str(PLUGIN))
-        patch.syspath_prepend(installed(tmp_path_factory.mktemp("site")))
-        kinds = ("cpu", "cuda", "hip", "musa", "npu")
-        kinds += ("gfx95_supported", "gfx942_supported", "gfx1250_supported")
-        for name in ("sglang.srt.utils", "sglang.srt.utils.common"):
-            utils = import_module(name)
-            for kind in kinds:
-                setattr(utils, f"is_{kind}", lambda *_: False)
-            utils.is_xpu, utils.get_device_core_count = lambda: True, lambda *_: 1
-            utils.next_power_of_2 = triton.next_power_of_2
-            utils.fast_topk = lambda x, k, dim: x.topk(k, dim=dim)
-        envs = import_module("sglang.srt.environ").envs
-        envs.SGLANG_SIMULATE_ACC_LEN.get.return_value = -1
-        envs.SGLANG_SPEC_SKIP_ZERO_STEP_DRAFT_EXTEND.get.return_value = False
-        envs.SGLANG_PLUGINS.get.return_value, envs.SGLANG_PLATFORM.get.return_value = "echo", ""
-        spec = SimpleNamespace(
-            speculative_use_rejection_sampling=False, enable_multi_layer_eagle=False,
-            speculative_eagle_topk=4,
-        )  # fmt: skip
-        group = SimpleNamespace(world_size=1)
-        alone = SimpleNamespace(tp_group=group, pp_size=1, attn_dp_enabled=False)
-        context = import_module("sglang.srt.runtime_context")
-        context.get_spec, context.get_parallel = lambda: spec, lambda: alone
-        mamba = SimpleNamespace(enable_mamba_extra_buffer=False)
-        context.get_exec = lambda: SimpleNamespace(mamba=mamba)
-        sampling = import_module("sglang.kernels.ops.sampling")
-        sampling.softmax = lambda logits, **_: logits.softmax(-1)
-        import_module("sglang.srt.configs.hybrid_arch").mambaish_config = lambda _: None
-        batches = import_module("sglang.srt.model_executor.forward_batch_info")
-        kinds = {"IntEnum": IntEnum, "auto": auto, "total_ordering": total_ordering}
-        source = folder / "sglang/srt/model_executor/forward_batch_info.py"
-        definitions(source, ("ForwardMode", "CaptureHiddenMode"), kinds)
-        vars(batches).update(kinds, ForwardBatch=ForwardBatch)
-        workers = import_module("sglang.srt.managers.tp_worker")
-        workers.TpModelWorker = type("TpModelWorker", (TargetWorker,), {})
-        import_module("sglang.version").__version__ = VERSION
-        load = import_module("sglang.srt.plugins").load_plugins
-        registry = import_module("sglang.srt.plugins.hook_registry").HookRegistry
-        patch.setenv("ECHO_VERIFY_TOKENS", "14")
-        load()
-        patch.delenv("ECHO_VERIFY_TOKENS")
-        plugin = sys.modules["echo_sglang"]
-        hooked = {target for target, _, _, hook in plugin.SEAMS if hook is not None}
-        assert registry._patched == set(registry._hooks) == hooked
-        yield plugin
-        for name in ("echo_sglang", "echo_sglang_draft", "echo_sglang_ragged"):
-            del sys.modules[name]
-
-
-def installed(site):
-    """A site folder in which the plugin is installed, as far as entry points go."""
-    text = (PLUGIN / "pyproject.toml").read_text()
-    group, name, value = re.search(r'entry-points\."([^"]+)"\]\n(\w+) = "([^"]+)"', text).groups()
-    info = site / "echo_sglang-0.1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: echo-sglang\nVersion: 0.1.0\n")
-    (info / "entry_points.txt").write_text(f"[{group}]\n{name} = {value}\n")
-    return str(site)
 
 
 @pytest.mark.parametrize(
@@ -163,8 +68,11 @@ def test_a_narrow_pass_has_the_packed_rows_and_gives_back_uniform_ones(engine):
     real = packed.request < 3
     assert torch.equal(rows.draft_token, packed.tokens) and rows.kv_loc_plan is None
     assert torch.equal(rows.positions[real], packed.positions(lengths)[real])
-    slots = [table[r, length : length + n].tolist() for r, length in zip(requests, lengths)]
-    expected = [slots[b][i] for b, i in zip(packed.request[real], packed.local_row[real])]
+    slots = [
+        table[r, length : length + n].tolist() for r, length in zip(requests, lengths, strict=True)
+    ]
+    at = zip(packed.request[real], packed.local_row[real], strict=True)
+    expected = [slots[b][i] for b, i in at]
     assert rows.prepared_out_cache_loc[real].tolist() == expected
     assert (~real).sum() == 3 and not rows.prepared_out_cache_loc[~real].any()
     layout = rows.ragged_verify_layout
