@@ -20,9 +20,15 @@ from echo.kernels import tree_attention
 from echo.testing import importers
 from echo.tree import layouts
 from forests import forest
-from sglang_server import (  # the fixtures too
-    VOCAB, N, Server, Tables, sglang_engine, sglang_folder, texts,  # noqa: F401
-)  # fmt: skip
+from sglang_server import (
+    VOCAB,
+    N,
+    Server,
+    Tables,
+    sglang_engine,  # noqa: F401
+    sglang_folder,  # noqa: F401
+    texts,
+)
 
 pytestmark = pytest.mark.peers
 
