@@ -102,6 +102,18 @@ def test_a_batch_beyond_the_captured_tiers_is_verified_whole(chains):
         assert text == server.tables.greedy(prompt, len(text) - len(prompt))
 
 
+def test_a_chain_ends_where_its_verified_drafts_end(chains):
+    """A drafter that is always right: accepted is what was verified, and nothing behind it."""
+    server = chains()
+    server.tables.before.zero_()
+    prompts = [list(text) for text in server.texts]
+    for _ in range(4):
+        result, verified = server.step()
+        assert torch.equal(result.accept_lens, verified.echo_packed.indptr.diff())
+    for text, prompt in zip(server.texts, prompts, strict=True):
+        assert text == server.tables.greedy(prompt, len(text) - len(prompt))
+
+
 def test_a_step_without_drafts_is_a_packed_pass_too(chains):
     """At depth 0, in the graph set that was captured for it."""
     server = chains()
