@@ -213,6 +213,23 @@ def test_what_cannot_be_ragged_is_said_at_the_start(
         server.step()
 
 
+def test_what_cannot_have_depths_is_said_at_the_start(engine, monkeypatch):
+    server = Server(Tables(7), texts(1, 2))
+    parallel = import_module("sglang.srt.runtime_context").get_parallel()
+    monkeypatch.setenv("ECHO_DEPTHS", "0")
+    with monkeypatch.context() as patch:
+        patch.setattr(parallel, "pp_size", 2)
+        with pytest.raises(echo.EchoError, match="--pp-size: expected 1"):
+            engine.capture(None, server.worker)
+    with monkeypatch.context() as patch:
+        patch.setattr(parallel, "attn_dp_enabled", True)
+        with pytest.raises(echo.EchoError, match="ECHO_DEPTHS: expected ECHO_COST"):
+            engine.capture(None, server.worker)
+    server.worker.adaptive_controller = "SGLang's"
+    with pytest.raises(echo.EchoError, match="ECHO_DEPTHS: expected no --speculative-adaptive"):
+        engine.capture(None, server.worker)
+
+
 def test_a_prefill_resets_the_history_of_its_requests(engine):
     server = Server(Tables(7), texts(1, 3))
     server.step()

@@ -258,10 +258,22 @@ def test_with_nothing_set_nothing_is_registered(engine, monkeypatch):
     engine.register()
 
 
+def test_curves_are_gathered_on_the_host(engine):
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        curve = np.arange(4, dtype=np.float32)
+        assert engine.gathered(curve, None).tolist() == [curve.tolist()]
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_idle_ranks_agree_on_the_depth_with_the_busy_ones(engine, monkeypatch):
     """All read the same gathered curves and switch to the same graph set."""
     context, curves, tiers = import_module("sglang.srt.runtime_context"), {}, {}
-    parallel = SimpleNamespace(attn_dp_enabled=True, tp_group=SimpleNamespace(cpu_group="cpu"))
+    parallel = SimpleNamespace(
+        attn_dp_enabled=True, pp_size=1, tp_group=SimpleNamespace(cpu_group="cpu")
+    )
     monkeypatch.setattr(context, "get_parallel", lambda: parallel)
     policy = echo.ElasticBudgetScheduler(
         echo.GlobalRank(1), budget=echo.CostModel((1, 64), (1.0, 2.0)), max_depth=4,

@@ -65,8 +65,12 @@ class Planner:
     @classmethod
     def of(cls, worker: Any) -> Planner:
         """The planner of an ``EAGLEWorkerV2``, held by its target worker, which all hooks know."""
+        from sglang.srt.runtime_context import get_parallel
+
         target = worker.target_worker
         if not hasattr(target, "echo_planner"):
+            if get_parallel().pp_size > 1:
+                raise echo.EchoError("--pp-size: expected 1 with ECHO, got more; unset ECHO_*")
             steps, n = worker.speculative_num_steps, worker.speculative_num_draft_tokens
             policy, warmup = scheduler(worker.topk, steps, n), os.environ.get("ECHO_WARMUP")
             if ragged.wanted():
@@ -89,11 +93,6 @@ class Planner:
         ones = torch.ones(len(batch.reqs), dtype=torch.int32)
         self.generation = self.generation.index_add(0, host_indices(batch), ones)
 
-    @property
-    def agrees(self) -> bool:
-        """Whether the policy is one on which ranks can agree."""
-        return isinstance(self.scheduler.budget, echo.CostModel)
-
     def choose_tier(self, batch: Any) -> None:
         """Chooses the step's tier; with attention data parallelism all ranks choose together."""
         from sglang.srt.runtime_context import get_parallel
@@ -103,7 +102,7 @@ class Planner:
         if copied is not None:
             copied.synchronize()
         known, requests = history.without_stale(self.generation), host_indices(batch)
-        if get_parallel().attn_dp_enabled and self.agrees:
+        if get_parallel().attn_dp_enabled and len(self.depths) > 1:
             group = get_parallel().tp_group.cpu_group
             curves = gathered(self.scheduler.tier_curve(known, requests), group)
             rank = torch.distributed.get_rank(group)
@@ -217,7 +216,7 @@ def capture(_: Any, worker: Any) -> None:
         return
     if worker.adaptive_controller is not None:
         raise echo.EchoError("ECHO_DEPTHS: expected no --speculative-adaptive, got both; drop one")
-    if get_parallel().attn_dp_enabled and not planner.agrees:
+    if get_parallel().attn_dp_enabled and not isinstance(planner.scheduler.budget, echo.CostModel):
         raise echo.EchoError("ECHO_DEPTHS: expected ECHO_COST with attention data parallelism")
     controller = engine.AdaptiveController(worker, planner)
     scopes = engine.speculative_moe_backend_context, engine.speculative_moe_a2a_backend_context

@@ -45,7 +45,7 @@ def keep_probability(result: Any, next_token_logits: Tensor, *_: Any, **__: Any)
 def keep_first(result: Any, graphs: Any, *_: Any, **__: Any) -> None:
     """The same of the next chain's first token, from the captured draft extend.
 
-    A chain's first step after prefill, and one without this graph, counts it as sure.
+    After prefill SGLang keeps it itself; without this graph it counts as sure.
     """
     if graphs.eagle_worker.topk == 1:
         graphs.echo_first = top_probability(result.next_token_logits)
