@@ -19,6 +19,7 @@ import echo
 from echo.kernels import tree_attention
 from forests import forest
 from sglang_server import (
+    PLUGIN,
     VERSION,
     Server,
     Tables,
@@ -505,3 +506,15 @@ def test_fa3_reads_a_chains_layout_itself(fa3, engine, page_size):
     assert torch.equal(read.cache_seqlens_int32, torch.tensor(LENGTHS).int() + lens)
     pages = own.req_to_token[:, ::page_size] // page_size
     assert torch.equal(read.page_table, pages[:, : read.page_table.shape[1]])
+
+
+def test_what_a_registered_algorithm_lacks_is_what_the_page_says(engine):
+    """examples/sglang/UPSTREAM.md, against the published classes."""
+    registry = import_module("sglang.srt.speculative.spec_registry")
+    spec = import_module("sglang.srt.speculative.spec_info").SpeculativeAlgorithm
+    methods = {name for name, member in vars(spec).items() if inspect.isfunction(member)}
+    own = {name for name in methods if not name.startswith("_")} - {"get_platform_worker_cls"}
+    lacking = own - set(dir(registry.CustomSpecAlgo))
+    assert lacking == {"create_future_map", "need_topk", "carries_draft_hidden_states"}
+    page = (PLUGIN / "UPSTREAM.md").read_text()
+    assert all(f"`{name}`" in page for name in lacking)
