@@ -194,6 +194,13 @@ def test_every_rank_follows_the_plan_of_rank_0(engine, monkeypatch):
         (3, "runner", "attn_backend", SimpleNamespace(), "fa3 or triton"),
         (3, "runner", "kv_cache_dtype", torch.float8_e4m3fn, "a cache of 16 bits"),
         (3, "runner", "kv_index_translator", SimpleNamespace(is_translating=True), "one memory"),
+        (
+            1,
+            "runner",
+            "decode_cuda_graph_runner",
+            SimpleNamespace(ragged_verify_mode=False),
+            "SGLANG_RAGGED_VERIFY_MODE=compact",
+        ),
         (1, "config", "model_is_mrope", True, "positions of one axis"),
         (1, "spec", "speculative_use_rejection_sampling", True, "no rejection sampling"),
         (3, "parallel", "attn_dp_enabled", True, "no attention data parallelism"),

@@ -99,6 +99,11 @@ def test_a_batch_beyond_the_captured_tiers_is_verified_whole(chains):
     for _ in range(2):
         server.step()
     assert set(server.worker.target_worker.rows) == {5 * WIDTH} and not runner.replayed
+    runner.ragged_verify_mode = False  # graphs of uniform passes alone
+    assert (
+        server.worker.target_worker.echo_planner.num_rows(server.worker.target_worker, 2, WIDTH)
+        is None
+    )
     for text, prompt in zip(server.texts, prompts, strict=True):
         assert text == server.tables.greedy(prompt, len(text) - len(prompt))
 

@@ -38,10 +38,16 @@ def check(worker: Any) -> None:
 
     runner = worker.target_worker.model_runner
     backend, kind = runner.attn_backend, type(runner.attn_backend).__name__
+    graphs = runner.decode_cuda_graph_runner
     for fits, expected, got in (
         (not get_spec().speculative_use_rejection_sampling, "no rejection sampling", "it"),
         (not get_parallel().attn_dp_enabled, "no attention data parallelism", "it"),
         (not runner.model_config.model_is_mrope, "positions of one axis", "mrope"),
+        (
+            graphs is None or graphs.ragged_verify_mode,
+            "SGLANG_RAGGED_VERIFY_MODE=compact or --disable-cuda-graph",
+            "static",
+        ),
         (worker.topk > 1 or kind in CHAINS, "fa3, trtllm_mha or trtllm_mla", kind),
         (worker.topk == 1 or isinstance(backend, Trees), "fa3 or triton, no MLA", kind),
         (worker.topk == 1 or runner.kv_cache_dtype.itemsize > 1, "a cache of 16 bits", "of 8"),
@@ -72,14 +78,14 @@ def capture_layout(spec_info: Any, runner: Any, num_tokens: int) -> None:
 
 def tier(runner: Any, batch: int, num_verify_tokens: int) -> int | None:
     """Rows to plan: the captured tier that holds ``num_verify_tokens``; None where none does."""
-    if runner is None or not runner.ragged_verify_mode:
+    if runner is None:  # no graphs
         return num_verify_tokens
+    if not runner.ragged_verify_mode or batch > runner.max_bs:
+        return None
     from sglang.srt.speculative.ragged_verify import round_up_grid
 
     grid = runner.capture_num_tokens
-    if batch > runner.max_bs or num_verify_tokens > grid[-1]:
-        return None
-    return int(round_up_grid(num_verify_tokens, grid))
+    return int(round_up_grid(num_verify_tokens, grid)) if num_verify_tokens <= grid[-1] else None
 
 
 def narrow(spec_info: Any, batch: Any, packed: echo.PackedTree, req_to_token: Tensor) -> Any:
@@ -322,7 +328,7 @@ class FlashTrees(Trees):
         """SGLang's, or before the capture and each replay of a packed pass."""
         spec_info = forward_batch.spec_info
         verifies = forward_batch.forward_mode.is_target_verify()
-        layout = spec_info.ragged_verify_layout if verifies else None
+        layout = getattr(spec_info, "ragged_verify_layout", None) if verifies else None
         self.echo_step = None
         if layout is None:
             return super().init_forward_metadata_out_graph(forward_batch, in_capture=in_capture)
@@ -361,4 +367,5 @@ def packed_of(forward_batch: Any) -> echo.PackedTree | None:
     spec_info = forward_batch.spec_info
     if not forward_batch.forward_mode.is_target_verify():
         return None
-    return None if spec_info.ragged_verify_layout is None else spec_info.echo_packed
+    layout = getattr(spec_info, "ragged_verify_layout", None)
+    return None if layout is None else spec_info.echo_packed
