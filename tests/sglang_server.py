@@ -199,10 +199,6 @@ class Server:
             "req_to_token_pool": target.model_runner.req_to_token_pool,
             "target_worker": target,
             "token_to_kv_pool_allocator": pool,
-            "_topk1_parents_prealloc": torch.arange(-1, steps - 1).repeat(self.batch, 1)[
-                : topk == 1
-            ],
-            "_topk1_score_indices_prealloc": torch.arange(steps).repeat(self.batch, 1),
         }
         self.worker = object.__new__(worker)
         vars(self.worker).update(shared, adaptive_controller=None)
@@ -216,6 +212,7 @@ class Server:
             index_share_for_mtp_iteration=False, parallel_layout=None,
             tree_mask_mode=masks.FULL_MASK,
         )  # fmt: skip
+        self.chain_buffers()
         moe = "speculative_moe_backend_context", "speculative_moe_a2a_backend_context"
         for name in ("draft_tp_context", "spec_stage_span", *moe):
             setattr(module, name, lambda *_: nothing())
@@ -223,6 +220,13 @@ class Server:
         top = tables.last[last].softmax(-1).topk(topk)
         state = {"bonus_tokens": last.int(), "topk_p": top[0], "topk_index": top[1]}
         self.state = SimpleNamespace(**state, hidden_states=None)
+
+    def chain_buffers(self):
+        """What ``_rebuild_topk1_chain_buffers`` makes, for as many requests."""
+        rows, steps = self.batch * (self.draft.topk == 1), self.draft.speculative_num_steps
+        width = steps if steps > 1 else 0
+        self.draft._topk1_parents_prealloc = torch.arange(-1, width - 1).repeat(rows, 1)
+        self.draft._topk1_score_indices_prealloc = torch.arange(steps).repeat(rows, 1)
 
     def step(self):
         """One decode step; the worker's result and verify input."""

@@ -21,6 +21,8 @@ from echo.testing import importers
 from echo.tree import layouts
 from forests import forest
 from sglang_server import (
+    STEPS,
+    TOPK,
     VOCAB,
     N,
     Server,
@@ -141,17 +143,20 @@ def paths(verified):
         yield sorted(text)
 
 
+@pytest.mark.parametrize("topk", [1, TOPK])
 @pytest.mark.parametrize(("seconds", "off"), [((1.0, 64.0), True), ((1.0, 1.0), False)])
-def test_the_forecast_picks_the_graph_set(engine, monkeypatch, tmp_path, seconds, off):
+def test_the_forecast_picks_the_graph_set(engine, monkeypatch, tmp_path, seconds, off, topk):
     """Where tokens cost much it ends at depth 0, in SGLang's own plain step; else it stays deep."""
-    calibration = echo.calibrate(warmup(engine, monkeypatch, tmp_path), min_rows=5)
+    monkeypatch.setattr(import_module("sglang.srt.speculative.eagle_worker_v2"), "_is_cuda", True)
+    log = warmup(engine, monkeypatch, tmp_path, topk)
+    calibration = echo.calibrate(log, min_rows=5, beam=topk)
     calibration.save(tmp_path / "calibration.json")
     (tmp_path / "cost.json").write_text(echo.CostModel((1, 64), seconds).to_json())
     monkeypatch.setenv("ECHO_CALIBRATION", str(tmp_path / "calibration.json"))
     monkeypatch.setenv("ECHO_COST", str(tmp_path / "cost.json"))
     monkeypatch.setenv("ECHO_DEPTHS", "0,2")
     tables, prompts = Tables(7), texts(5, 3)
-    server = Server(tables, prompts)
+    server, n = Server(tables, prompts, topk=topk), N if topk > 1 else STEPS + 1
     built = []
 
     def build(depth, n):
@@ -163,11 +168,11 @@ def test_the_forecast_picks_the_graph_set(engine, monkeypatch, tmp_path, seconds
 
     server.worker.build_adaptive_runtime_state = build
     server.draft.draft_extend_attn_backend = server.draft.draft_runner.draft_attn_backend = None
-    server.draft._rebuild_topk1_chain_buffers = lambda: None
+    server.draft._rebuild_topk1_chain_buffers = server.chain_buffers
     engine.capture(None, server.worker)
-    assert built == [(0, 1), (2, N)]
+    assert built == [(0, 1), (2, min(n, 3) if topk == 1 else n)]
     widths = [server.step()[1].draft_token_num for _ in range(8)]
-    assert (widths[-1] == 1) == off and widths[0] == N
+    assert (widths[-1] == 1) == off and widths[0] == n
     for text, prompt in zip(server.texts, prompts, strict=True):
         assert text == tables.greedy(prompt, len(text) - len(prompt))
 
@@ -260,11 +265,11 @@ def test_plans_are_made_from_two_steps_ago(engine):
     assert [int(history.num_steps) for history, _ in planner.lagged] == [2, 3]
 
 
-def warmup(engine, monkeypatch, tmp_path):
+def warmup(engine, monkeypatch, tmp_path, topk):
     """The warm-up file that a server writes."""
     monkeypatch.setenv("ECHO_WARMUP", str(tmp_path / "warmup.npz"))
     monkeypatch.setattr(engine, "WARMUP_STEPS", 6)
-    server = Server(Tables(7), texts(4, 4))
+    server = Server(Tables(7), texts(4, 4), topk=topk)
     for _ in range(6):
         server.step()
     monkeypatch.delenv("ECHO_WARMUP")
