@@ -225,6 +225,20 @@ def test_what_cannot_be_ragged_is_said_at_the_start(
         server.step()
 
 
+def test_other_workers_are_left_alone(engine):
+    """Multi-layer EAGLE and UNO share the functions that make a verify input, not the planner."""
+    module = import_module("sglang.srt.speculative.eagle_utils")
+    scores, tokens = [torch.rand(2, 1, 3), torch.rand(2, 3, 3)], [torch.arange(6).view(2, 3)] * 4
+    parents = [torch.zeros(2, 4).long(), torch.zeros(2, 3).long()]
+    own = module.organize_draft_results(scores, tokens, parents, 5)
+    theirs = module.organize_draft_results.__wrapped__(scores, tokens, parents, 5)
+    assert all(torch.equal(a, b) for a, b in zip(own, theirs, strict=True))
+    assert own[1].shape == (2, 4)
+    given = {"target_worker": SimpleNamespace(), "num_draft_tokens": 5, "topk": 3}
+    made = engine.draft.after_draft(lambda *_, **__: "theirs", None, *[None] * 5, **given)
+    assert made == "theirs"
+
+
 def test_what_cannot_have_depths_is_said_at_the_start(engine, monkeypatch):
     server = Server(Tables(7), texts(1, 2))
     parallel = import_module("sglang.srt.runtime_context").get_parallel()
@@ -232,6 +246,10 @@ def test_what_cannot_have_depths_is_said_at_the_start(engine, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(parallel, "pp_size", 2)
         with pytest.raises(echo.EchoError, match="--pp-size: expected 1"):
+            engine.capture(None, server.worker)
+    with monkeypatch.context() as patch:
+        patch.setattr(type(server.worker), "draft_worker", SimpleNamespace())
+        with pytest.raises(echo.EchoError, match="--speculative-algorithm: expected EAGLE"):
             engine.capture(None, server.worker)
     with monkeypatch.context() as patch:
         patch.setattr(parallel, "attn_dp_enabled", True)

@@ -66,11 +66,15 @@ class Planner:
     def of(cls, worker: Any) -> Planner:
         """The planner of an ``EAGLEWorkerV2``, held by its target worker, which all hooks know."""
         from sglang.srt.runtime_context import get_parallel
+        from sglang.srt.speculative.eagle_worker_v2 import EagleDraftWorker
 
         target = worker.target_worker
         if not hasattr(target, "echo_planner"):
             if get_parallel().pp_size > 1:
                 raise echo.EchoError("--pp-size: expected 1 with ECHO, got more; unset ECHO_*")
+            if not isinstance(worker.draft_worker, EagleDraftWorker):
+                expected = f"EAGLE, EAGLE3 or NEXTN with ECHO, got {type(worker).__name__}'s"
+                raise echo.EchoError(f"--speculative-algorithm: expected {expected}; unset ECHO_*")
             steps, n = worker.speculative_num_steps, worker.speculative_num_draft_tokens
             policy, warmup = scheduler(worker.topk, steps, n), os.environ.get("ECHO_WARMUP")
             if ragged.wanted():
@@ -302,7 +306,7 @@ SEAMS: tuple[tuple[str, str, str, Any], ...] = (
     (f"{WORKER}.EAGLEWorkerV2.forward_batch_generation", "self batch", "around", before_draft),
     (f"{WORKER}.EAGLEWorkerV2.verify", "self batch", "around", around_verify),
     (f"{WORKER}.EagleDraftWorker.draft_forward", "self forward_batch", "around",
-     draft.draft_chain),
+     draft.around_draft),
     (f"{KERNELS}.speculative.topk1.draft_topk1_postprocess", "next_token_logits positions", "after",
      draft.keep_probability),
     (f"{EXTEND}.execute", "self forward_batch select_index", "after", draft.keep_first),

@@ -16,24 +16,28 @@ import echo
 from echo.tree import layouts
 
 columns: list[Tensor] | None = None
-"""What :func:`keep_probability` has seen since a chain's draft began."""
+"""Probabilities of a chain's drafts so far; None: no ``EagleDraftWorker`` drafts just now."""
 
 
-def draft_chain(original: Any, worker: Any, forward_batch: Any) -> Any:
-    """A chain's draft, with float32 [B, depth] probabilities of its tokens in place of the score
-    indices, which are 0, 1, ... for every chain. Captured in the draft graphs.
+def around_draft(original: Any, worker: Any, forward_batch: Any) -> Any:
+    """Between SGLang's draft steps, which its draft graphs capture.
+
+    A tree's come back as :func:`keep_candidates` has them. A chain's with float32 [B, depth]
+    probabilities in place of score indices, which are 0, 1, ... for every chain.
     """
     global columns  # noqa: PLW0603
-    if worker.topk > 1 or forward_batch.forward_mode.is_idle():
+    if forward_batch.forward_mode.is_idle():
         return original(worker, forward_batch)
     columns = [forward_batch.spec_info.topk_p.float()]
     try:
-        parents, _, tokens, draft_probs = original(worker, forward_batch)
-        known = torch.cat(columns, dim=1)
+        parents, scores, tokens, draft_probs = original(worker, forward_batch)
+        if worker.topk == 1:
+            scores = torch.cat(columns, dim=1)
+            missing = scores.new_ones(len(scores), tokens.shape[1] - scores.shape[1])
+            scores = torch.cat([scores, missing], dim=1)  # what no kernel said is sure
     finally:
         columns = None
-    missing = known.new_ones(len(known), tokens.shape[1] - known.shape[1])  # kept by no kernel
-    return parents, torch.cat([known, missing], dim=1), tokens, draft_probs
+    return parents, scores, tokens, draft_probs
 
 
 def keep_probability(result: Any, next_token_logits: Tensor, *_: Any, **__: Any) -> None:
@@ -64,7 +68,7 @@ def keep_candidates(
 
     It runs inside the captured draft graph, so the selection waits until the graph is over.
     """
-    if score_list[0].shape[-1] == 1:
+    if columns is None or score_list[0].shape[-1] == 1:  # another worker's, or a chain
         return original(score_list, token_list, parents_list, n)
     scores = torch.cat([layer.flatten(1) for layer in score_list], dim=1)
     above = parents_list[:-1] if len(parents_list) > 1 else [parents_list[0][:, :1]]
@@ -107,10 +111,11 @@ def after_draft(
     draft_probs: Any, **kwargs: Any,
 ) -> Any:  # fmt: skip
     """Packs the step; then SGLang's verify input of n rows a request, a chain's cut short."""
-    if batch.forward_mode.is_idle():
-        return original(batch, draft_input, parents, scores, tokens, draft_probs, **kwargs)
     target, n, chain = kwargs["target_worker"], kwargs["num_draft_tokens"], kwargs["topk"] == 1
-    planner, roots = target.echo_planner, draft_input.bonus_tokens.long()
+    planner = getattr(target, "echo_planner", None)
+    if planner is None or batch.forward_mode.is_idle():  # another worker's, or no requests
+        return original(batch, draft_input, parents, scores, tokens, draft_probs, **kwargs)
+    roots = draft_input.bonus_tokens.long()
     policy, rows = planner.scheduler, planner.num_rows(target, len(roots), n)
     total = len(roots) * n if rows is None else rows
     if chain:
