@@ -340,7 +340,7 @@ def attend(backend, layer, packed, context, table, n, q, k, v, ragged):
     size = int((n * (context + n)).sum())
     mask = layouts.sglang_mask(packed, n, "FULL_MASK", prefix_lens=context, size=size)
     info = SimpleNamespace(
-        num_tokens_per_req=n, draft_token_num=n, custom_mask=mask, echo_packed=packed,
+        num_tokens_per_req=n, draft_token_num=n, custom_mask=None if ragged else mask, echo_packed=packed,
         ragged_verify_layout=packed if ragged else None,
     )  # fmt: skip
     real, request = packed.request < packed.batch, packed.request.clamp(max=packed.batch - 1).long()

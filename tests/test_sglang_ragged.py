@@ -78,10 +78,14 @@ def test_ragged_chains_write_the_targets_own_text(chains, graphs):
     """Greedy identity, with the rows of the budget; in graphs those of the next captured tier."""
     server = chains()
     runner = runner_of(server) if graphs else None
+    captured = runner.get_spec_info(10).ragged_verify_layout if graphs else None
     prompts = [list(text) for text in server.texts]
     for _ in range(6):
         _, verified = server.step()
         verified.echo_packed.validate(max_verify_tokens_per_req=WIDTH)
+        if graphs:  # what the graph reads is this step's
+            lens = verified.echo_packed.indptr.diff()
+            assert torch.equal(captured.verify_lens[:3], lens) and captured.bs == 4
     for text, prompt in zip(server.texts, prompts, strict=True):
         assert text == server.tables.greedy(prompt, len(text) - len(prompt))
     assert sum(map(len, server.texts)) - sum(map(len, prompts)) > 6 * 3 * 1.2

@@ -130,30 +130,24 @@ def after_draft(
         depth = min(policy.max_depth, kwargs["num_steps"])
         tree, packed = plan(policy, roots, parents, scores, tokens, depth, total, n)
         packed = of_rank_0(packed)
-        spec_info = verify_input(batch, packed, target, n, kwargs)
+        spec_info = verify_input(batch, packed, target, n, rows is None, kwargs)
     spec_info.echo_packed, spec_info.echo_tree = packed, tree
     spec_info.echo_narrows = rows is not None
     return spec_info
 
 
 def verify_input(
-    batch: Any, packed: echo.PackedTree, target: Any, n: int, drafted: dict[str, Any]
+    batch: Any, packed: echo.PackedTree, target: Any, n: int, whole: bool, drafted: dict[str, Any]
 ) -> Any:
-    """SGLang's ``EagleVerifyInput``, its mask in the attention backend's buffer if it has one."""
+    """SGLang's ``EagleVerifyInput``; a mask where a pass of B * n rows, or a watermark, reads
+    one.
+    """
     from sglang.srt.speculative.eagle_info import EagleVerifyInput
 
-    backend = target.model_runner.attn_backend
-    buffer, mode = backend.verify_mask, drafted["tree_mask_mode"]
-    out = buffer.buffer if buffer is not None and buffer.fits(packed.batch) else None
-    mode = (mode if buffer is None else buffer.mode).name
-    if mode == "FULL_MASK":
-        total = batch.seq_lens_sum
-        total = packed.batch * backend.max_context_len if total is None else total
-        size = n * (total + n * packed.batch) if out is None else out.numel()
-        mask = layouts.sglang_mask(packed, n, mode, prefix_lens=batch.seq_lens, size=size, out=out)
-    else:
-        mask = layouts.sglang_mask(packed, n, mode).flatten()
-        mask = mask if out is None else out[: mask.numel()].copy_(mask)
+    runner = target.model_runner
+    mask = None
+    if whole or runner.watermark_state is not None:
+        mask = tree_mask(batch, packed, runner.attn_backend, n, drafted["tree_mask_mode"])
     links = layouts.sglang(packed, n, batch.seq_lens)
     return EagleVerifyInput(
         draft_token=links.draft_tokens, custom_mask=mask, positions=links.positions,
@@ -162,6 +156,20 @@ def verify_input(
         spec_steps=drafted["num_steps"], topk=drafted["topk"], draft_token_num=n,
         capture_hidden_mode=None, seq_lens_sum=None, seq_lens_cpu=None,
     )  # fmt: skip
+
+
+def tree_mask(batch: Any, packed: echo.PackedTree, backend: Any, n: int, mode: Any) -> Tensor:
+    """The tree mask, in the attention backend's buffer if it has one that fits."""
+    buffer = backend.verify_mask
+    out = buffer.buffer if buffer is not None and buffer.fits(packed.batch) else None
+    mode = (mode if buffer is None else buffer.mode).name
+    if mode != "FULL_MASK":
+        mask = layouts.sglang_mask(packed, n, mode).flatten()
+        return mask if out is None else out[: mask.numel()].copy_(mask)
+    total = batch.seq_lens_sum
+    total = packed.batch * backend.max_context_len if total is None else total
+    size = n * (total + n * packed.batch) if out is None else out.numel()
+    return layouts.sglang_mask(packed, n, mode, prefix_lens=batch.seq_lens, size=size, out=out)
 
 
 def of_rank_0(packed: echo.PackedTree) -> echo.PackedTree:

@@ -67,7 +67,9 @@ def supports(original: Any, algorithm: Any) -> bool:
 
 
 def capture_layout(spec_info: Any, runner: Any, num_tokens: int) -> None:
-    """What a captured verify pass of ``num_tokens`` rows reads: SGLang's layout of that tier."""
+    """What a captured verify pass of ``num_tokens`` rows reads: SGLang's layout of that tier, which
+    it refreshes before each replay.
+    """
     if spec_info is None or not runner.ragged_verify_mode or spec_info.ragged_verify_layout:
         return
     if not runner.attn_backend.supports_ragged_verify_graph:
