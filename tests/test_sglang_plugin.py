@@ -1,6 +1,6 @@
 """The SGLang plugin (examples/sglang) inside the engine's own code.
 
-    ECHO_PEERS=install pytest -m peers tests/test_sglang_plugin.py
+    ECHO_PEERS=install pytest -m peers tests/test_sglang_plugin.py  # and _ragged, _fa3
 
 Real, from the wheel: the hook registry, ``EAGLEWorkerV2`` and its draft worker from draft to draft
 extend, ``run_eagle_verify``, greedy acceptance, cache moves, and ``TritonAttnBackend``. Stand-ins:
@@ -106,6 +106,8 @@ def test_a_narrow_pass_has_the_packed_rows_and_gives_back_uniform_ones(engine):
     logits = output.next_token_logits.view(3, n)
     for b, (first, end) in enumerate(packed.indptr.unfold(0, 2, 1).tolist()):
         assert logits[b, : end - first].tolist() == list(range(first, end))
+    ragged.widen(result, None, batch, None, None, False)  # a prefill, as SGLang may call it
+    assert output.next_token_logits.shape == (27, 1)
 
 
 def test_with_nothing_asked_for_the_trees_are_eagles_own(engine, monkeypatch):

@@ -131,7 +131,9 @@ def prepare(
     return prepared
 
 
-def widen(result: Any, worker: Any, batch: Any, forward_batch: Any = None, **_: Any) -> None:
+def widen(
+    result: Any, worker: Any, batch: Any, forward_batch: Any = None, *_: Any, **__: Any
+) -> None:
     """Puts the outputs of a packed pass where SGLang's sampler looks for them: [B * n, ...]."""
     rows = getattr(forward_batch, "spec_info", None)
     if getattr(rows, "echo_window", None) is None:
@@ -297,12 +299,8 @@ class FlashTrees(Trees):
         """A step of pads alone."""
         empty = partial(torch.zeros, dtype=torch.int32, device=self.device)
         pages = -(-self.req_to_token.shape[1] // self.page_size)
-        rows = (
-            torch.full_like(empty(num_rows), slots),
-            empty(slots + 1),
-            empty(num_rows, -(-width // 32)),
-        )
-        return Step(*rows, empty(slots), empty(slots, pages), width)
+        request, mask = empty(num_rows).fill_(slots), empty(num_rows, -(-width // 32))
+        return Step(request, empty(slots + 1), mask, empty(slots), empty(slots, pages), width)
 
     def fill(self, step: Step, forward_batch: Any, packed: echo.PackedTree | None) -> Step:
         """Writes a step and what the prefix kernel reads, all on the device."""
