@@ -1,14 +1,45 @@
-"""A toy server around SGLang's own EAGLE worker: model runners, pools, batches of small tables."""
+"""SGLang's own modules from the wheel with the plugin in them, and a toy server around its EAGLE
+worker: model runners, pools, batches of small tables.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import re
+import sys
+from enum import IntEnum, auto
+from functools import total_ordering
 from importlib import import_module
+from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
 import torch
 
+from engines import around, definitions, sources
+
 TOPK, STEPS, N, VOCAB, WIDTH = 3, 3, 10, 40, 200
+
+
+VERSION = "0.5.23"
+PLUGIN = Path(__file__).parents[1] / "examples" / "sglang"
+REAL = (
+    "sglang.srt.speculative.",
+    "sglang.srt.plugins",
+    "sglang.kernels.ops.speculative.",
+    "sglang.kernels.ops.attention.",
+)
+REAL += tuple(
+    f"sglang.srt.{name}"
+    for name in (
+        "layers.attention.triton_backend",
+        "layers.attention.flashattention_backend",
+        "layers.attention.attention_registry",
+        "model_executor.runner.decode_cuda_graph_runner",
+        "managers.tp_worker",
+    )
+)
+PACKAGES = "sglang", "msgspec", "sgl_kernel"
 
 
 class Tables:
@@ -47,17 +78,22 @@ class Pool:
 class TargetWorker:
     """Finds each row's predecessor through the mask, and writes tokens into their slots."""
 
-    def __init__(self, tables, pool, req_to_token):
+    def __init__(self, tables, pool, req_to_token, topk):
         self.tables, self.pool, self.rows = tables, pool, []
-        extend = {"_forward_extend_kernel": None}
-        backend = SimpleNamespace(verify_mask=None, max_context_len=WIDTH, **extend)
+        ragged = import_module("echo_sglang_ragged")
+        fields = {"supports_ragged_verify_graph": topk == 1}
+        kinds = SimpleNamespace if topk == 1 else ragged.TritonTrees, SimpleNamespace
+        backend = type("FlashAttentionBackend", tuple(dict.fromkeys(kinds)), fields)(
+            verify_mask=None, max_context_len=WIDTH
+        )
         spec = SimpleNamespace(is_standalone=lambda: False)
         config = SimpleNamespace(vocab_size=VOCAB, model_is_mrope=False)
         pools = SimpleNamespace(req_to_token=req_to_token)
         self.model_runner = SimpleNamespace(
             attn_backend=backend, decode_cuda_graph_runner=None, req_to_token_pool=pools,
             spec_algorithm=spec, model_config=config, watermark_state=None,
-            kv_index_translator=None,
+            kv_index_translator=None if topk == 1 else SimpleNamespace(is_translating=False),
+            kv_cache_dtype=torch.bfloat16,
         )  # fmt: skip
 
     def forward_batch_generation(
@@ -70,7 +106,7 @@ class TargetWorker:
         slots = table[forward_batch.req_pool_indices]
         last = self.pool.token[slots.gather(1, lengths[:, None] - 1)[:, 0]]
         above = torch.empty_like(ids)
-        if len(ids) == info.draft_token_num * len(lengths):
+        if getattr(info, "echo_window", None) is None:
             n, at, buffer = info.draft_token_num, 0, self.model_runner.attn_backend.verify_mask
             for b, length in enumerate(lengths.tolist()):
                 context = 0 if buffer is not None and buffer.mode.name == "QLEN_ONLY" else length
@@ -108,6 +144,7 @@ class ForwardBatch(SimpleNamespace):
         return cls(
             **{name: getattr(batch, name) for name in same}, batch_size=len(batch.seq_lens),
             positions=getattr(batch.spec_info, "positions", None), forward_metadata_ready=False,
+            replace_embeds=None, capture_hidden_mode=0, can_run_decode_cuda_graph=True,
         )  # fmt: skip
 
     def mark_forward_metadata_ready(self):
@@ -117,10 +154,12 @@ class ForwardBatch(SimpleNamespace):
 class Server:
     """A batch that decodes through ``EAGLEWorkerV2.forward_batch_generation``."""
 
-    def __init__(self, tables, texts, mask=None):
+    def __init__(self, tables, texts, mask=None, topk=TOPK, steps=STEPS):
         module = import_module("sglang.srt.speculative.eagle_worker_v2")
         self.modes, self.texts = module.ForwardMode, [list(text) for text in texts]
+        self.tables = tables
         self.batch, nothing = len(texts), contextlib.nullcontext
+        n = N if topk > 1 else steps + 1
         pool = Pool(self.batch * WIDTH + 1)
         table = 1 + torch.randperm(self.batch * WIDTH).view(self.batch, WIDTH)
         self.pool, self.req_pool_indices = pool, torch.randperm(self.batch)
@@ -130,10 +169,10 @@ class Server:
                 text[:-1]
             )
         workers = import_module("sglang.srt.managers.tp_worker")
-        target = workers.TpModelWorker(tables, pool, self.table)
+        target = workers.TpModelWorker(tables, pool, self.table, topk)
         masks = import_module("sglang.kernels.ops.speculative.spec_tree").TreeMaskMode
         if mask is not None:  # a buffer that the attention backend owns, of unknown content
-            buffer = torch.rand(self.batch * N * (WIDTH + N)) < 0.5
+            buffer = torch.rand(self.batch * n * (WIDTH + n)) < 0.5
             own = SimpleNamespace(buffer=buffer, mode=masks[mask], fits=lambda _: True)
             target.model_runner.attn_backend.verify_mask = own
         config = SimpleNamespace(architectures=["Toy"])
@@ -151,22 +190,21 @@ class Server:
         worker = type("Worker", (module.EAGLEWorkerV2,), fields)
         worker.__abstractmethods__ = frozenset()
         shared = {
-            "topk": TOPK,
-            "speculative_num_steps": STEPS,
-            "speculative_num_draft_tokens": N,
+            "topk": topk,
+            "speculative_num_steps": steps,
+            "speculative_num_draft_tokens": n,
             "device": "cpu",
             "plan_stream": None,
             "plan_stream_ctx": nothing(),
             "req_to_token_pool": target.model_runner.req_to_token_pool,
             "target_worker": target,
             "token_to_kv_pool_allocator": pool,
-            "_topk1_parents_prealloc": torch.empty(0),
         }
         self.worker = object.__new__(worker)
         vars(self.worker).update(shared, adaptive_controller=None)
         self.draft = draft
         self.worker._target_worker, self.worker._draft_worker = target, draft
-        backends = {"attn_backends": [None] * STEPS}
+        backends = {"attn_backends": [None] * steps}
         backend = SimpleNamespace(init_forward_metadata=lambda _: None, **backends)
         vars(draft).update(
             shared, cuda_graph_runner=None, cuda_graph_runner_for_draft_extend=None,
@@ -174,13 +212,21 @@ class Server:
             index_share_for_mtp_iteration=False, parallel_layout=None,
             tree_mask_mode=masks.FULL_MASK,
         )  # fmt: skip
+        self.chain_buffers()
         moe = "speculative_moe_backend_context", "speculative_moe_a2a_backend_context"
         for name in ("draft_tp_context", "spec_stage_span", *moe):
             setattr(module, name, lambda *_: nothing())
         last = torch.tensor([text[-1] for text in texts])
-        top = tables.last[last].softmax(-1).topk(TOPK)
+        top = tables.last[last].softmax(-1).topk(topk)
         state = {"bonus_tokens": last.int(), "topk_p": top[0], "topk_index": top[1]}
         self.state = SimpleNamespace(**state, hidden_states=None)
+
+    def chain_buffers(self):
+        """What ``_rebuild_topk1_chain_buffers`` makes, for as many requests."""
+        rows, steps = self.batch * (self.draft.topk == 1), self.draft.speculative_num_steps
+        width = steps if steps > 1 else 0
+        self.draft._topk1_parents_prealloc = torch.arange(-1, width - 1).repeat(rows, 1)
+        self.draft._topk1_score_indices_prealloc = torch.arange(steps).repeat(rows, 1)
 
     def step(self):
         """One decode step; the worker's result and verify input."""
@@ -228,3 +274,76 @@ def texts(seed, count):
     generator = torch.Generator().manual_seed(seed)
     sizes = [4 + 3 * b for b in range(count)]
     return [torch.randint(0, VOCAB, (size,), generator=generator).tolist() for size in sizes]
+
+
+@pytest.fixture(name="folder", scope="module")
+def sglang_folder(tmp_path_factory):
+    return sources("sglang", VERSION, tmp_path_factory.mktemp("sglang"))
+
+
+@pytest.fixture(name="engine", scope="module")
+def sglang_engine(folder, tmp_path_factory):
+    """SGLang's modules with the plugin, loaded by ``load_plugins``; yields the plugin's module."""
+    triton = pytest.importorskip("triton")
+    if not triton.knobs.runtime.interpret:
+        pytest.skip("triton is imported without its interpreter: run this file by itself")
+    with pytest.MonkeyPatch.context() as patch, around(folder, PACKAGES, REAL):
+        patch.syspath_prepend(str(PLUGIN))
+        patch.syspath_prepend(installed(tmp_path_factory.mktemp("site")))
+        kinds = ("cpu", "cuda", "hip", "musa", "npu")
+        kinds += ("gfx95_supported", "gfx942_supported", "gfx1250_supported")
+        for name in ("sglang.srt.utils", "sglang.srt.utils.common"):
+            utils = import_module(name)
+            for kind in kinds:
+                setattr(utils, f"is_{kind}", lambda *_: False)
+            utils.is_xpu, utils.get_device_core_count = lambda: True, lambda *_: 1
+            utils.next_power_of_2 = triton.next_power_of_2
+            utils.fast_topk = lambda x, k, dim: x.topk(k, dim=dim)
+        envs = import_module("sglang.srt.environ").envs
+        envs.SGLANG_SIMULATE_ACC_LEN.get.return_value = -1
+        envs.SGLANG_SPEC_SKIP_ZERO_STEP_DRAFT_EXTEND.get.return_value = False
+        envs.SGLANG_TEST_RAGGED_VERIFY_FORCE_UNIFORM_CAPTURE.get.return_value = False
+        envs.SGLANG_PLUGINS.get.return_value, envs.SGLANG_PLATFORM.get.return_value = "echo", ""
+        spec = SimpleNamespace(
+            speculative_use_rejection_sampling=False, enable_multi_layer_eagle=False,
+            speculative_eagle_topk=4,
+        )  # fmt: skip
+        group = SimpleNamespace(world_size=1)
+        alone = SimpleNamespace(tp_group=group, pp_size=1, attn_dp_enabled=False)
+        context = import_module("sglang.srt.runtime_context")
+        context.get_spec, context.get_parallel = lambda: spec, lambda: alone
+        mamba = SimpleNamespace(enable_mamba_extra_buffer=False)
+        context.get_exec = lambda: SimpleNamespace(mamba=mamba)
+        sampling = import_module("sglang.kernels.ops.sampling")
+        sampling.softmax = lambda logits, **_: logits.softmax(-1)
+        import_module("sglang.srt.configs.hybrid_arch").mambaish_config = lambda _: None
+        batches = import_module("sglang.srt.model_executor.forward_batch_info")
+        kinds = {"IntEnum": IntEnum, "auto": auto, "total_ordering": total_ordering}
+        source = folder / "sglang/srt/model_executor/forward_batch_info.py"
+        definitions(source, ("ForwardMode", "CaptureHiddenMode"), kinds)
+        vars(batches).update(kinds, ForwardBatch=ForwardBatch)
+        workers = import_module("sglang.srt.managers.tp_worker")
+        workers.TpModelWorker = type("TpModelWorker", (TargetWorker,), {})
+        import_module("sglang.version").__version__ = VERSION
+        load = import_module("sglang.srt.plugins").load_plugins
+        registry = import_module("sglang.srt.plugins.hook_registry").HookRegistry
+        patch.setenv("ECHO_VERIFY_TOKENS", "14")
+        load()
+        patch.delenv("ECHO_VERIFY_TOKENS")
+        plugin = sys.modules["echo_sglang"]
+        hooked = {target for target, _, _, hook in plugin.SEAMS if hook is not None}
+        assert registry._patched == set(registry._hooks) == hooked
+        yield plugin
+        for name in ("echo_sglang", "echo_sglang_draft", "echo_sglang_ragged"):
+            del sys.modules[name]
+
+
+def installed(site):
+    """A site folder in which the plugin is installed, as far as entry points go."""
+    text = (PLUGIN / "pyproject.toml").read_text()
+    group, name, value = re.search(r'entry-points\."([^"]+)"\]\n(\w+) = "([^"]+)"', text).groups()
+    info = site / "echo_sglang-0.1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: echo-sglang\nVersion: 0.1.0\n")
+    (info / "entry_points.txt").write_text(f"[{group}]\n{name} = {value}\n")
+    return str(site)

@@ -48,11 +48,11 @@ def test_a_plan_without_requests_and_one_deeper_than_eight(plugin):
     module, nothing = plugin("sglang"), torch.zeros(0, dtype=torch.int64)
     policy = module.scheduler(2, 12, 30)
     ints = torch.zeros(0, 6, dtype=torch.int64)
-    tree, packed = module.plan(policy, nothing, ints[:, :3], ints.float(), ints, 2, 0, 30)
+    tree, packed = module.draft.plan(policy, nothing, ints[:, :3], ints.float(), ints, 2, 0, 30)
     assert packed.batch == 0 and packed.request.tolist() == [0]
     parents = torch.tensor([[-1, *(2 * i for i in range(11))]])  # each layer's best goes on
     scores, tokens = 0.9 ** torch.arange(1.0, 25)[None], torch.arange(24)[None]
-    tree, packed = module.plan(policy, torch.tensor([7]), parents, scores, tokens, 12, 30, 30)
+    tree, packed = module.draft.plan(policy, torch.tensor([7]), parents, scores, tokens, 12, 30, 30)
     assert tree.depth == 12 and int(packed.depth.max()) == 12
 
 

@@ -1,6 +1,6 @@
 """The SGLang plugin (examples/sglang) inside the engine's own code.
 
-    ECHO_PEERS=install pytest -m peers tests/test_sglang_plugin.py
+    ECHO_PEERS=install pytest -m peers tests/test_sglang_plugin.py  # and _ragged, _fa3
 
 Real, from the wheel: the hook registry, ``EAGLEWorkerV2`` and its draft worker from draft to draft
 extend, ``run_eagle_verify``, greedy acceptance, cache moves, and ``TritonAttnBackend``. Stand-ins:
@@ -9,12 +9,7 @@ model runners (a toy model), the batch, memory pools, contexts.
 
 from __future__ import annotations
 
-import re
-import sys
-from enum import IntEnum, auto
-from functools import total_ordering
 from importlib import import_module
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -24,82 +19,20 @@ import echo
 from echo.kernels import tree_attention
 from echo.testing import importers
 from echo.tree import layouts
-from engines import around, definitions, sources
 from forests import forest
-from sglang_server import VOCAB, ForwardBatch, N, Server, Tables, TargetWorker, texts
-
-VERSION = "0.5.23"
-PLUGIN = Path(__file__).parents[1] / "examples" / "sglang"
-REAL = (
-    "sglang.srt.speculative.",
-    "sglang.srt.plugins",
-    "sglang.kernels.ops.speculative.",
-    "sglang.kernels.ops.attention.",
+from sglang_server import (
+    STEPS,
+    TOPK,
+    VOCAB,
+    N,
+    Server,
+    Tables,
+    sglang_engine,  # noqa: F401
+    sglang_folder,  # noqa: F401
+    texts,
 )
-REAL += ("sglang.srt.layers.attention.triton_backend",)
+
 pytestmark = pytest.mark.peers
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return sources("sglang", VERSION, tmp_path_factory.mktemp("sglang"))
-
-
-@pytest.fixture(scope="module")
-def engine(folder, tmp_path_factory):
-    """SGLang's modules with the plugin, loaded by ``load_plugins``; yields the plugin's module."""
-    triton = pytest.importorskip("triton")
-    if not triton.knobs.runtime.interpret:
-        pytest.skip("triton is imported without its interpreter: run this file by itself")
-    with pytest.MonkeyPatch.context() as patch, around(folder, ("sglang", "msgspec"), REAL):
-        patch.syspath_prepend(str(PLUGIN))
-        patch.syspath_prepend(installed(tmp_path_factory.mktemp("site")))
-        kinds = ("cpu", "cuda", "hip", "musa", "npu")
-        kinds += ("gfx95_supported", "gfx942_supported", "gfx1250_supported")
-        for name in ("sglang.srt.utils", "sglang.srt.utils.common"):
-            utils = import_module(name)
-            for kind in kinds:
-                setattr(utils, f"is_{kind}", lambda *_: False)
-            utils.is_xpu, utils.get_device_core_count = lambda: True, lambda *_: 1
-            utils.next_power_of_2 = triton.next_power_of_2
-            utils.fast_topk = lambda x, k, dim: x.topk(k, dim=dim)
-        envs = import_module("sglang.srt.environ").envs
-        envs.SGLANG_SIMULATE_ACC_LEN.get.return_value = -1
-        envs.SGLANG_SPEC_SKIP_ZERO_STEP_DRAFT_EXTEND.get.return_value = False
-        envs.SGLANG_PLUGINS.get.return_value, envs.SGLANG_PLATFORM.get.return_value = "echo", ""
-        spec = SimpleNamespace(speculative_use_rejection_sampling=False)
-        alone = SimpleNamespace(tp_group=SimpleNamespace(world_size=1), pp_size=1)
-        context = import_module("sglang.srt.runtime_context")
-        context.get_spec, context.get_parallel = lambda: spec, lambda: alone
-        mamba = SimpleNamespace(enable_mamba_extra_buffer=False)
-        context.get_exec = lambda: SimpleNamespace(mamba=mamba)
-        sampling = import_module("sglang.kernels.ops.sampling")
-        sampling.softmax = lambda logits, **_: logits.softmax(-1)
-        import_module("sglang.srt.configs.hybrid_arch").mambaish_config = lambda _: None
-        batches = import_module("sglang.srt.model_executor.forward_batch_info")
-        kinds = {"IntEnum": IntEnum, "auto": auto, "total_ordering": total_ordering}
-        source = folder / "sglang/srt/model_executor/forward_batch_info.py"
-        definitions(source, ("ForwardMode", "CaptureHiddenMode"), kinds)
-        vars(batches).update(kinds, ForwardBatch=ForwardBatch)
-        workers = import_module("sglang.srt.managers.tp_worker")
-        workers.TpModelWorker = type("TpModelWorker", (TargetWorker,), {})
-        import_module("sglang.srt.plugins").load_plugins()
-        registry = import_module("sglang.srt.plugins.hook_registry").HookRegistry
-        assert len(registry._hooks) == 8 and registry._patched == set(registry._hooks)
-        yield sys.modules["echo_sglang"]
-        for name in ("echo_sglang", "echo_sglang_ragged"):
-            del sys.modules[name]
-
-
-def installed(site):
-    """A site folder in which the plugin is installed, as far as entry points go."""
-    text = (PLUGIN / "pyproject.toml").read_text()
-    group, name, value = re.search(r'entry-points\."([^"]+)"\]\n(\w+) = "([^"]+)"', text).groups()
-    info = site / "echo_sglang-0.1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: echo-sglang\nVersion: 0.1.0\n")
-    (info / "entry_points.txt").write_text(f"[{group}]\n{name} = {value}\n")
-    return str(site)
 
 
 @pytest.mark.parametrize(
@@ -126,35 +59,55 @@ def test_planned_steps_write_the_targets_own_text(engine, monkeypatch, ragged, m
     assert server.worker.target_worker.echo_planner.history.num_steps == 5
 
 
-def test_a_ragged_forward_takes_the_packed_rows_and_gives_back_uniform_ones(engine):
-    """Pads write to the pad slot; outputs lie where SGLang's sampler looks for them."""
-    packed, n = forest(2, 3, 8, empty=False, pads=3).packed, 9
-    links = layouts.sglang(packed, n, torch.tensor([5, 1, 7]))
-    backend, seen = SimpleNamespace(echo_packed=packed), []
-
-    def model(_worker, _batch, batch):
-        seen.append(batch)
-        own = torch.arange(packed.num_rows)
-        output = SimpleNamespace(next_token_logits=own[:, None], hidden_states=None)
-        return SimpleNamespace(logits_output=output)
-
-    info = SimpleNamespace(echo_ragged=True, echo_packed=packed, draft_token_num=n)
-    whole = SimpleNamespace(
-        spec_info=info, forward_metadata_ready=False, input_ids=links.draft_tokens,
-        positions=links.positions, out_cache_loc=torch.arange(1, 3 * n + 1),
-        out_cache_loc_virtual=None,
+def test_a_narrow_pass_has_the_packed_rows_and_gives_back_uniform_ones(engine):
+    """Pads write to the pad slot; outputs lie where SGLang's sampler looks for them, slots where
+    draft extend does.
+    """
+    packed, n, ragged = forest(2, 3, 8, empty=False, pads=3).packed, 9, engine.ragged
+    lengths, table = torch.tensor([5, 1, 7]), torch.randperm(5 * 30).view(5, 30).int()
+    requests = torch.tensor([4, 0, 2])
+    batch = SimpleNamespace(seq_lens=lengths, req_pool_indices=requests)
+    links = layouts.sglang(packed, n, lengths)
+    info = SimpleNamespace(
+        draft_token=links.draft_tokens, positions=links.positions, draft_token_num=n,
+        prepared_out_cache_loc=None, kv_loc_plan="planned",
     )  # fmt: skip
-    worker = SimpleNamespace(model_runner=SimpleNamespace(attn_backend=backend))
-    output = sys.modules["echo_sglang_ragged"].forward(model, worker, None, whole).logits_output
+    rows = ragged.narrow(info, batch, packed, table)
+    real = packed.request < 3
+    assert torch.equal(rows.draft_token, packed.tokens) and rows.kv_loc_plan is None
+    assert torch.equal(rows.positions[real], packed.positions(lengths)[real])
+    slots = [
+        table[r, length : length + n].tolist() for r, length in zip(requests, lengths, strict=True)
+    ]
+    at = zip(packed.request[real], packed.local_row[real], strict=True)
+    expected = [slots[b][i] for b, i in at]
+    assert rows.prepared_out_cache_loc[real].tolist() == expected
+    assert (~real).sum() == 3 and not rows.prepared_out_cache_loc[~real].any()
+    layout = rows.ragged_verify_layout
+    assert torch.equal(layout.verify_lens, packed.indptr.diff())
+    assert (layout.graph_num_tokens, layout.qo_indptr_device.tolist()) == (
+        packed.num_rows, packed.indptr.tolist(),
+    )  # fmt: skip
+
+    info.echo_rows, seen = rows, []
+
+    def prepared(verify_input, _pool, inside, _worker):
+        seen.append((verify_input, inside.spec_info))
+        inside.out_cache_loc = verify_input.prepared_out_cache_loc
+
+    batch.spec_info = info
+    ragged.prepare(prepared, info, None, batch, None)
+    assert seen == [(rows, rows)] and batch.spec_info is info
+    assert batch.out_cache_loc.tolist() == [slot for each in slots for slot in each]
+    own = torch.arange(packed.num_rows)
+    output = SimpleNamespace(next_token_logits=own[:, None], hidden_states=None)
+    result = SimpleNamespace(logits_output=output)
+    ragged.widen(result, None, batch=None, forward_batch=SimpleNamespace(spec_info=rows))
     logits = output.next_token_logits.view(3, n)
-    real, batch = packed.request < 3, seen[0]
-    assert torch.equal(batch.input_ids[real], packed.tokens[real])
-    assert torch.equal(batch.positions[real], packed.positions(torch.tensor([5, 1, 7]))[real])
-    assert torch.equal(batch.out_cache_loc[real], (1 + packed.request * n + packed.local_row)[real])
-    assert (~real).sum() == 3 and not batch.out_cache_loc[~real].any()
     for b, (first, end) in enumerate(packed.indptr.unfold(0, 2, 1).tolist()):
         assert logits[b, : end - first].tolist() == list(range(first, end))
-    assert len(whole.input_ids) == 3 * n and backend.echo_packed is None
+    ragged.widen(result, None, batch, None, None, False)  # a prefill, as SGLang may call it
+    assert output.next_token_logits.shape == (27, 1)
 
 
 def test_with_nothing_asked_for_the_trees_are_eagles_own(engine, monkeypatch):
@@ -192,17 +145,20 @@ def paths(verified):
         yield sorted(text)
 
 
+@pytest.mark.parametrize("topk", [1, TOPK])
 @pytest.mark.parametrize(("seconds", "off"), [((1.0, 64.0), True), ((1.0, 1.0), False)])
-def test_the_forecast_picks_the_graph_set(engine, monkeypatch, tmp_path, seconds, off):
+def test_the_forecast_picks_the_graph_set(engine, monkeypatch, tmp_path, seconds, off, topk):
     """Where tokens cost much it ends at depth 0, in SGLang's own plain step; else it stays deep."""
-    calibration = echo.calibrate(warmup(engine, monkeypatch, tmp_path), min_rows=5)
+    monkeypatch.setattr(import_module("sglang.srt.speculative.eagle_worker_v2"), "_is_cuda", True)
+    log = warmup(engine, monkeypatch, tmp_path, topk)
+    calibration = echo.calibrate(log, min_rows=5, beam=topk)
     calibration.save(tmp_path / "calibration.json")
     (tmp_path / "cost.json").write_text(echo.CostModel((1, 64), seconds).to_json())
     monkeypatch.setenv("ECHO_CALIBRATION", str(tmp_path / "calibration.json"))
     monkeypatch.setenv("ECHO_COST", str(tmp_path / "cost.json"))
     monkeypatch.setenv("ECHO_DEPTHS", "0,2")
     tables, prompts = Tables(7), texts(5, 3)
-    server = Server(tables, prompts)
+    server, n = Server(tables, prompts, topk=topk), N if topk > 1 else STEPS + 1
     built = []
 
     def build(depth, n):
@@ -214,11 +170,11 @@ def test_the_forecast_picks_the_graph_set(engine, monkeypatch, tmp_path, seconds
 
     server.worker.build_adaptive_runtime_state = build
     server.draft.draft_extend_attn_backend = server.draft.draft_runner.draft_attn_backend = None
-    server.draft._rebuild_topk1_chain_buffers = lambda: None
+    server.draft._rebuild_topk1_chain_buffers = server.chain_buffers
     engine.capture(None, server.worker)
-    assert built == [(0, 1), (2, N)]
+    assert built == [(0, 1), (2, min(n, 3) if topk == 1 else n)]
     widths = [server.step()[1].draft_token_num for _ in range(8)]
-    assert (widths[-1] == 1) == off and widths[0] == N
+    assert (widths[-1] == 1) == off and widths[0] == n
     for text, prompt in zip(server.texts, prompts, strict=True):
         assert text == tables.greedy(prompt, len(text) - len(prompt))
 
@@ -229,7 +185,7 @@ def test_every_rank_follows_the_plan_of_rank_0(engine, monkeypatch):
     broadcast = lambda _, src: buffer if src == 0 else None
     group = SimpleNamespace(world_size=2, broadcast=broadcast)
     context = import_module("sglang.srt.runtime_context")
-    parallel = SimpleNamespace(tp_group=group, pp_size=1)
+    parallel = SimpleNamespace(tp_group=group, pp_size=1, attn_dp_enabled=False)
     monkeypatch.setattr(context, "get_parallel", lambda: parallel)
     server = Server(tables, prompts)
     _, verified = server.step()
@@ -238,12 +194,72 @@ def test_every_rank_follows_the_plan_of_rank_0(engine, monkeypatch):
         assert text == tables.greedy(prompt, len(text) - len(prompt))
 
 
-def test_what_cannot_work_is_said_at_the_start(engine, monkeypatch):
+@pytest.mark.parametrize(
+    ("topk", "where", "name", "value", "wanted"),
+    [
+        (1, "runner", "attn_backend", SimpleNamespace(), "fa3, trtllm_mha or trtllm_mla"),
+        (3, "runner", "attn_backend", SimpleNamespace(), "fa3 or triton"),
+        (3, "runner", "kv_cache_dtype", torch.float8_e4m3fn, "a cache of 16 bits"),
+        (3, "runner", "kv_index_translator", SimpleNamespace(is_translating=True), "one memory"),
+        (
+            1,
+            "runner",
+            "decode_cuda_graph_runner",
+            SimpleNamespace(ragged_verify_mode=False),
+            "SGLANG_RAGGED_VERIFY_MODE=compact",
+        ),
+        (1, "config", "model_is_mrope", True, "positions of one axis"),
+        (1, "spec", "speculative_use_rejection_sampling", True, "no rejection sampling"),
+        (3, "parallel", "attn_dp_enabled", True, "no attention data parallelism"),
+    ],
+)
+def test_what_cannot_be_ragged_is_said_at_the_start(
+    engine, monkeypatch, topk, where, name, value, wanted
+):
     monkeypatch.setenv("ECHO_RAGGED", "1")
-    server = Server(Tables(7), texts(1, 2))
-    del server.worker.target_worker.model_runner.attn_backend._forward_extend_kernel
-    with pytest.raises(echo.EchoError, match="--attention-backend triton"):
+    server = Server(Tables(7), texts(1, 2), topk=topk)
+    runner = server.worker.target_worker.model_runner
+    context = import_module("sglang.srt.runtime_context")
+    spec, parallel = context.get_spec(), context.get_parallel()
+    places = {"runner": runner, "config": runner.model_config, "spec": spec, "parallel": parallel}
+    monkeypatch.setattr(places[where], name, value)
+    with pytest.raises(echo.EchoError, match=f"ECHO_RAGGED: expected {wanted}"):
         server.step()
+
+
+def test_other_workers_are_left_alone(engine):
+    """Multi-layer EAGLE and UNO share the functions that make a verify input, not the planner."""
+    module = import_module("sglang.srt.speculative.eagle_utils")
+    scores, tokens = [torch.rand(2, 1, 3), torch.rand(2, 3, 3)], [torch.arange(6).view(2, 3)] * 4
+    parents = [torch.zeros(2, 4).long(), torch.zeros(2, 3).long()]
+    own = module.organize_draft_results(scores, tokens, parents, 5)
+    theirs = module.organize_draft_results.__wrapped__(scores, tokens, parents, 5)
+    assert all(torch.equal(a, b) for a, b in zip(own, theirs, strict=True))
+    assert own[1].shape == (2, 4)
+    given = {"target_worker": SimpleNamespace(), "num_draft_tokens": 5, "topk": 3}
+    made = engine.draft.after_draft(lambda *_, **__: "theirs", None, *[None] * 5, **given)
+    assert made == "theirs"
+
+
+def test_what_cannot_have_depths_is_said_at_the_start(engine, monkeypatch):
+    server = Server(Tables(7), texts(1, 2))
+    parallel = import_module("sglang.srt.runtime_context").get_parallel()
+    monkeypatch.setenv("ECHO_DEPTHS", "0")
+    with monkeypatch.context() as patch:
+        patch.setattr(parallel, "pp_size", 2)
+        with pytest.raises(echo.EchoError, match="--pp-size: expected 1"):
+            engine.capture(None, server.worker)
+    with monkeypatch.context() as patch:
+        patch.setattr(type(server.worker), "draft_worker", SimpleNamespace())
+        with pytest.raises(echo.EchoError, match="--speculative-algorithm: expected EAGLE"):
+            engine.capture(None, server.worker)
+    with monkeypatch.context() as patch:
+        patch.setattr(parallel, "attn_dp_enabled", True)
+        with pytest.raises(echo.EchoError, match="ECHO_DEPTHS: expected ECHO_COST"):
+            engine.capture(None, server.worker)
+    server.worker.adaptive_controller = "SGLang's"
+    with pytest.raises(echo.EchoError, match="ECHO_DEPTHS: expected no --speculative-adaptive"):
+        engine.capture(None, server.worker)
 
 
 def test_a_prefill_resets_the_history_of_its_requests(engine):
@@ -269,11 +285,11 @@ def test_plans_are_made_from_two_steps_ago(engine):
     assert [int(history.num_steps) for history, _ in planner.lagged] == [2, 3]
 
 
-def warmup(engine, monkeypatch, tmp_path):
+def warmup(engine, monkeypatch, tmp_path, topk):
     """The warm-up file that a server writes."""
     monkeypatch.setenv("ECHO_WARMUP", str(tmp_path / "warmup.npz"))
     monkeypatch.setattr(engine, "WARMUP_STEPS", 6)
-    server = Server(Tables(7), texts(4, 4))
+    server = Server(Tables(7), texts(4, 4), topk=topk)
     for _ in range(6):
         server.step()
     monkeypatch.delenv("ECHO_WARMUP")
@@ -300,7 +316,9 @@ def attention(context, table, cap):
     module.KVWriteLoc.for_batch = lambda batch, **_: batch.out_cache_loc
     kernel = import_module("sglang.kernels.ops.attention.extend_attention").extend_attention_fwd
     fields = {"__abstractmethods__": frozenset()}
-    backend = object.__new__(type("Backend", (module.TritonAttnBackend,), fields))
+    ragged = import_module("echo_sglang_ragged")
+    served = ragged.serve(module.TritonAttnBackend, ragged.TritonTrees)
+    backend = object.__new__(type("Backend", (served,), fields))
     zeros = torch.zeros(len(context) + 1, dtype=torch.int64)
     vars(backend).update(
         dllm_attention=None, window_kv_indptr=None, device="cpu", sliding_window_size=None,
@@ -324,8 +342,8 @@ def attend(backend, layer, packed, context, table, n, q, k, v, ragged):
     size = int((n * (context + n)).sum())
     mask = layouts.sglang_mask(packed, n, "FULL_MASK", prefix_lens=context, size=size)
     info = SimpleNamespace(
-        num_tokens_per_req=n, draft_token_num=n, custom_mask=mask, echo_packed=packed,
-        echo_ragged=ragged,
+        num_tokens_per_req=n, draft_token_num=n, custom_mask=None if ragged else mask, echo_packed=packed,
+        ragged_verify_layout=packed if ragged else None,
     )  # fmt: skip
     real, request = packed.request < packed.batch, packed.request.clamp(max=packed.batch - 1).long()
     where = torch.where(real, table[request, 60 + packed.local_row], 0)

@@ -1,11 +1,11 @@
-"""SGLang's EAGLE worker, scheduled by ECHO: a plugin that SGLang's registry finds (docs/sglang.md).
+"""SGLang's EAGLE worker, scheduled by ECHO: trees, and the chains of MTP and EAGLE with topk 1.
 
-Eight hooks, no patch. Before the draft the scheduler chooses the tier, whose depth picks one of the
-captured graph sets. After it what was drafted is scored, gated and packed, and becomes the verify
-input. After verify the history observes. SGLang samples and accepts; with ``ECHO_RAGGED`` the
-target's forward pass has the packed rows only (:mod:`echo_sglang_ragged`).
+Before the draft the scheduler chooses the tier, whose depth picks one of the captured graph sets.
+After it what was drafted is scored, gated and packed, and becomes the verify input. After verify
+the history observes. SGLang samples and accepts; with ``ECHO_RAGGED`` the target's forward pass has
+the packed rows only (:mod:`echo_sglang_ragged`). ``SEAMS`` lists all that is touched.
 
-Environment, all optional; with none of them its trees are EAGLE's own:
+Environment; with none of them set nothing is touched:
 
 - ``ECHO_CALIBRATION``, ``ECHO_COST``: JSON of :class:`echo.Calibration`, :class:`echo.CostModel`;
 - ``ECHO_VERIFY_TOKENS``: verify tokens of a step, roots included;
@@ -17,41 +17,23 @@ B requests, k = ``topk``, n = ``draft_token_num``.
 
 from __future__ import annotations
 
+import inspect
 import os
+import pkgutil
 from collections import deque
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+import echo_sglang_draft as draft
 import echo_sglang_ragged as ragged
 import torch
 from torch import Tensor
 
 import echo
-from echo.tree import layouts
 
 WARMUP_STEPS = 500  # decode steps in a warm-up file
-
-
-def register() -> None:
-    """The entry point: called by SGLang's plugin loader in every process."""
-    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
-
-    around, after = HookType.AROUND, HookType.AFTER
-    speculative, worker = "sglang.srt.speculative", "eagle_worker_v2.EAGLEWorkerV2"
-    backend = "sglang.srt.layers.attention.triton_backend.TritonAttnBackend"
-    tp_worker = "sglang.srt.managers.tp_worker.TpModelWorker"
-    for target, hook, kind in (
-        (f"{speculative}.{worker}.init_cuda_graphs", capture, after),
-        (f"{speculative}.{worker}.forward_batch_generation", before_draft, around),
-        (f"{speculative}.eagle_utils.organize_draft_results", keep_candidates, around),
-        (f"{speculative}.eagle_worker_common.build_eagle_verify_input", after_draft, around),
-        (f"{speculative}.{worker}.verify", after_verify, around),
-        (f"{tp_worker}.forward_batch_generation", ragged.forward, around),
-        (f"{backend}.init_forward_metadata", ragged.metadata, after),
-        (f"{backend}._forward_extend_kernel", ragged.attention, around),
-    ):
-        HookRegistry.register(target, hook, kind)
+SETTINGS = "CALIBRATION", "COST", "VERIFY_TOKENS", "DEPTHS", "RAGGED", "WARMUP"
 
 
 @dataclass
@@ -64,7 +46,7 @@ class Planner:
         generation: int32 [max_num_reqs], the history's, as the host knows it.
         lagged: histories on their way to the host, oldest first. A step reads that of two steps
             ago, whose copy is over: every rank reads the same one.
-        states: captured graph sets (SGLang's ``SpecRuntimeState``) by depth.
+        depths: with a captured graph set, ascending.
         tier: of this step.
         ragged: the target verifies packed rows instead of n for every request.
         warmup, logs: the warm-up file, until it is written, and what goes into it.
@@ -74,7 +56,7 @@ class Planner:
     history: echo.History
     generation: Tensor
     lagged: deque[tuple[echo.History, Any]] = field(default_factory=lambda: deque(maxlen=2))
-    states: dict[int, Any] = field(default_factory=dict)
+    depths: tuple[int, ...] = ()
     tier: echo.budget.Tier | None = None
     ragged: bool = False
     warmup: Path | None = None
@@ -83,13 +65,20 @@ class Planner:
     @classmethod
     def of(cls, worker: Any) -> Planner:
         """The planner of an ``EAGLEWorkerV2``, held by its target worker, which all hooks know."""
+        from sglang.srt.runtime_context import get_parallel
+        from sglang.srt.speculative.eagle_worker_v2 import EagleDraftWorker
+
         target = worker.target_worker
         if not hasattr(target, "echo_planner"):
+            if get_parallel().pp_size > 1:
+                raise echo.EchoError("--pp-size: expected 1 with ECHO, got more; unset ECHO_*")
+            if not isinstance(worker.draft_worker, EagleDraftWorker):
+                expected = f"EAGLE, EAGLE3 or NEXTN with ECHO, got {type(worker).__name__}'s"
+                raise echo.EchoError(f"--speculative-algorithm: expected {expected}; unset ECHO_*")
             steps, n = worker.speculative_num_steps, worker.speculative_num_draft_tokens
             policy, warmup = scheduler(worker.topk, steps, n), os.environ.get("ECHO_WARMUP")
-            packs = os.environ.get("ECHO_RAGGED", "") not in ("", "0")
-            if packs:
-                ragged.supported(target.model_runner.attn_backend)
+            if ragged.wanted():
+                ragged.check(worker)
             if warmup and policy.gate is not None:
                 expected = "a policy without a gate, which would bias the log"
                 raise echo.EchoError(f"ECHO_WARMUP: expected {expected}; unset ECHO_CALIBRATION")
@@ -97,7 +86,9 @@ class Planner:
             history = policy.history(len(table), table.device)
             generation = torch.zeros(len(table), dtype=torch.int32)
             file = Path(warmup) if warmup else None
-            target.echo_planner = cls(policy, history, generation, ragged=packs, warmup=file)
+            target.echo_planner = cls(
+                policy, history, generation, depths=(steps,), ragged=ragged.wanted(), warmup=file
+            )
         return target.echo_planner
 
     def admit(self, batch: Any) -> None:
@@ -106,18 +97,58 @@ class Planner:
         ones = torch.ones(len(batch.reqs), dtype=torch.int32)
         self.generation = self.generation.index_add(0, host_indices(batch), ones)
 
-    def choose_tier(self, worker: Any, batch: Any) -> None:
-        """Chooses the step's tier, and the shallowest captured graph set that is deep enough."""
+    def choose_tier(self, batch: Any) -> None:
+        """Chooses the step's tier; with attention data parallelism all ranks choose together."""
+        from sglang.srt.runtime_context import get_parallel
+
         empty = self.scheduler.history(len(self.generation)), None
         history, copied = self.lagged[0] if self.lagged else empty
         if copied is not None:
             copied.synchronize()
-        known = history.without_stale(self.generation)
+        known, requests = history.without_stale(self.generation), host_indices(batch)
         context = getattr(batch, "seq_lens_sum", None)
-        self.tier = self.scheduler.choose_tier(known, host_indices(batch), context_tokens=context)
-        deep_enough = [depth for depth in self.states if depth >= self.tier.depth]
-        if deep_enough:
-            worker.apply_runtime_state(self.states[min(deep_enough)])
+        if get_parallel().attn_dp_enabled and len(self.depths) > 1:
+            group = get_parallel().tp_group.cpu_group
+            curves = gathered(
+                self.scheduler.tier_curve(known, requests, context_tokens=context), group
+            )
+            rank = torch.distributed.get_rank(group)
+            self.tier = self.scheduler.agree_on_tier(curves, rank)
+        else:
+            self.tier = self.scheduler.choose_tier(known, requests, context_tokens=context)
+
+    def num_rows(self, target: Any, batch: int, n: int) -> int | None:
+        """Packed rows that the step's pass has; None: it has all B * n."""
+        if not self.ragged:
+            return None
+        wanted = min(self.tier.num_verify_tokens, batch * n)
+        return ragged.tier(target.model_runner.decode_cuda_graph_runner, batch, wanted)
+
+    def roots(self, tokens: Tensor, num_rows: int | None) -> echo.PackedTree:
+        """A step without drafts, of as many rows or one a request."""
+        total = max(1, len(tokens)) if num_rows is None else num_rows
+        return self.scheduler.pack(self.scheduler.begin(tokens, num_verify_tokens=total))
+
+    # SGLang's AdaptiveSpecPolicy: its AdaptiveController asks before every decode step.
+
+    @property
+    def candidate_steps(self) -> list[int]:
+        """Depths with a captured graph set."""
+        return list(self.depths)
+
+    def get_steps_for_batch(self, batch_size: int) -> int:
+        """The shallowest captured depth that the step's tier fits in."""
+        asked = 0 if self.tier is None else self.tier.depth
+        return min((d for d in self.depths if d >= asked), default=self.depths[-1])
+
+    def set_cuda_graph_bs(self, cuda_graph_bs: list[int] | None) -> None:
+        """Nothing: every set has all batch sizes."""
+
+    def cuda_graph_bs_for_step(self, step: int) -> list[int] | None:
+        """None: all of them."""
+
+    def on_verify_complete(self, num_correct_drafts: list[int], batch_size: int) -> int | None:
+        """None: :meth:`observe` knows, without a sync."""
 
     def observe(
         self, req_indices: Tensor, packed: echo.PackedTree, accepted: echo.tree.Accepted
@@ -169,162 +200,82 @@ def to_host(history: echo.History) -> tuple[echo.History, Any]:
     return replace(history, **pinned), copied
 
 
+def gathered(curve: Any, group: Any) -> Any:
+    """Every rank's ``curve`` float32 [n], on the host: [ranks, n]."""
+    own = torch.from_numpy(curve)
+    curves = own.new_empty(torch.distributed.get_world_size(group), len(own))
+    torch.distributed.all_gather(list(curves.unbind()), own, group=group)
+    return curves.numpy()
+
+
 def capture(_: Any, worker: Any) -> None:
-    """After SGLang captured its graphs: captures those of ``ECHO_DEPTHS``."""
+    """After SGLang captured its graphs: captures those of ``ECHO_DEPTHS``, among which the planner
+    chooses, through the controller that SGLang has for it.
+    """
+    from sglang.srt.runtime_context import get_parallel
     from sglang.srt.speculative import eagle_worker_v2 as engine
 
     planner, deepest = Planner.of(worker), worker.speculative_num_steps
     n, k = worker.speculative_num_draft_tokens, worker.topk
-    depths = {int(depth) for depth in os.environ.get("ECHO_DEPTHS", "").split(",") if depth}
+    asked = os.environ.get("ECHO_DEPTHS", "").split(",")
+    depths = sorted({int(depth) for depth in asked if depth} - {deepest})
+    if not depths:
+        return
+    if worker.adaptive_controller is not None:
+        raise echo.EchoError("ECHO_DEPTHS: expected no --speculative-adaptive, got both; drop one")
+    if get_parallel().attn_dp_enabled and not isinstance(planner.scheduler.budget, echo.CostModel):
+        raise echo.EchoError("ECHO_DEPTHS: expected ECHO_COST with attention data parallelism")
+    controller = engine.AdaptiveController(worker, planner)
     scopes = engine.speculative_moe_backend_context, engine.speculative_moe_a2a_backend_context
-    for depth in sorted(depths - {deepest}):
+    for depth in depths:
         candidates = k + (depth - 1) * k**2 if depth else 0
         with engine.draft_tp_context(worker.draft_parallel_layout), scopes[0](), scopes[1]():
-            state = worker.build_adaptive_runtime_state(depth, min(n, 1 + candidates))
-            planner.states[depth] = state
-    if planner.states:
-        draft, runner = worker.draft_worker, worker.target_worker.model_runner
-        planner.states[deepest] = engine.SpecRuntimeState(
-            deepest, n, draft.draft_attn_backend, draft.cuda_graph_runner, runner.attn_backend,
-            runner.decode_cuda_graph_runner, draft.draft_extend_attn_backend,
-            draft.cuda_graph_runner_for_draft_extend,
-        )  # fmt: skip
+            width = min(n, 1 + candidates)
+            controller.register(worker.build_adaptive_runtime_state(depth, width))
+    own, runner = worker.draft_worker, worker.target_worker.model_runner
+    controller.register(engine.SpecRuntimeState(
+        deepest, n, own.draft_attn_backend, own.cuda_graph_runner, runner.attn_backend,
+        runner.decode_cuda_graph_runner, own.draft_extend_attn_backend,
+        own.cuda_graph_runner_for_draft_extend,
+    ))  # fmt: skip
+    planner.depths, worker.adaptive_controller = tuple(sorted((*depths, deepest))), controller
 
 
 def before_draft(original: Any, worker: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
-    """Prefill: new requests. Decode: the tier."""
+    """Prefill: new requests. Decode: the tier; afterwards the next chain's first probability."""
     planner = Planner.of(worker)
     if batch.forward_mode.is_extend() or batch.is_extend_in_batch:
         planner.admit(batch)
-    elif not batch.forward_mode.is_idle():
-        planner.choose_tier(worker, batch)
-    return original(worker, batch, *args, **kwargs)
-
-
-def keep_candidates(
-    original: Any, score_list: Any, token_list: Any, parents_list: Any, n: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """All candidates in place of EAGLE's best n - 1: ``plan``'s parents, scores, tokens.
-
-    It runs inside the captured draft graph, so the selection waits until the graph is over.
-    """
-    if score_list[0].shape[-1] == 1:
-        return original(score_list, token_list, parents_list, n)
-    scores = torch.cat([layer.flatten(1) for layer in score_list], dim=1)
-    above = parents_list[:-1] if len(parents_list) > 1 else [parents_list[0][:, :1]]
-    return torch.cat(above, dim=1), scores, torch.cat(token_list, dim=1)
-
-
-def plan(
-    policy: echo.ElasticBudgetScheduler, bonus_tokens: Tensor, parents: Tensor, scores: Tensor,
-    tokens: Tensor, depth: int, num_verify_tokens: int, n: int,
-) -> tuple[echo.SuperTree, echo.PackedTree]:  # fmt: skip
-    """Grows a tree from a beam that is drafted already, gates and commits included, and packs it.
-
-    Args:
-        policy: the scheduler.
-        bonus_tokens: int64 [B], the roots.
-        parents: int64 [B, blocks], the candidate that a block of k follows; -1: the root.
-        scores, tokens: float and int64 [B, T], path probabilities and tokens, block after block.
-        depth: layers to grow.
-        num_verify_tokens, n: of the step, and of a request at most.
-    """
-    limits, total = torch.full_like(bonus_tokens, n), max(1, num_verify_tokens)
-    tree = policy.begin(bonus_tokens, verify_limits=limits, num_verify_tokens=total)
-    k = scores.shape[1] // parents.shape[1]
-    path = scores.float().clamp(min=torch.finfo(torch.float32).tiny).log()
-    node = torch.full_like(tree.frontier.token, -1)
-    for _ in range(depth):
-        follows = parents[:, None] == node[..., None]
-        block = follows.int().argmax(dim=-1, keepdim=True)
-        below = (block * k + torch.arange(k, device=block.device)).flatten(1)
-        above = torch.where(node < 0, 0.0, path.gather(1, node.clamp(min=0)))
-        log_probs = path.gather(1, below).view(*node.shape, k) - above[..., None]
-        log_probs = torch.where(follows.any(dim=-1, keepdim=True), log_probs, -torch.inf)
-        tree = policy.grow(tree, tokens.gather(1, below).view(log_probs.shape), log_probs)
-        node = below.gather(1, tree.frontier.index)
-    return tree, policy.pack(tree)
-
-
-def after_draft(
-    original: Any, batch: Any, draft_input: Any, parents: Tensor, scores: Tensor, tokens: Tensor,
-    draft_probs: Any, **kwargs: Any,
-) -> Any:  # fmt: skip
-    """Packs the step; then SGLang's verify input of n rows a request.
-
-    A chain (topk 1) has no probabilities: it stays SGLang's.
-    """
-    if batch.forward_mode.is_idle() or kwargs["topk"] == 1:
-        return original(batch, draft_input, parents, scores, tokens, draft_probs, **kwargs)
-    target, n = kwargs["target_worker"], kwargs["num_draft_tokens"]
-    planner: Planner = target.echo_planner
-    roots = draft_input.bonus_tokens.long()
-    depth = min(planner.scheduler.max_depth, kwargs["num_steps"])
-    total = len(roots) * n
-    if planner.ragged:
-        total = min(planner.tier.num_verify_tokens, total)
-    tree, packed = plan(planner.scheduler, roots, parents, scores, tokens, depth, total, n)
-    packed = of_rank_0(packed)
-    spec_info = verify_input(batch, packed, target, n, kwargs)
-    spec_info.echo_packed, spec_info.echo_tree = packed, tree
-    spec_info.echo_ragged = planner.ragged
-    return spec_info
-
-
-def verify_input(
-    batch: Any, packed: echo.PackedTree, target: Any, n: int, drafted: dict[str, Any]
-) -> Any:
-    """SGLang's ``EagleVerifyInput``, its mask in the attention backend's buffer if it has one."""
-    from sglang.srt.speculative.eagle_info import EagleVerifyInput
-
-    backend = target.model_runner.attn_backend
-    buffer, mode = backend.verify_mask, drafted["tree_mask_mode"]
-    out = buffer.buffer if buffer is not None and buffer.fits(packed.batch) else None
-    mode = (mode if buffer is None else buffer.mode).name
-    if mode == "FULL_MASK":
-        total = batch.seq_lens_sum
-        total = packed.batch * backend.max_context_len if total is None else total
-        size = n * (total + n * packed.batch) if out is None else out.numel()
-        mask = layouts.sglang_mask(packed, n, mode, prefix_lens=batch.seq_lens, size=size, out=out)
-    else:
-        mask = layouts.sglang_mask(packed, n, mode).flatten()
-        mask = mask if out is None else out[: mask.numel()].copy_(mask)
-    links = layouts.sglang(packed, n, batch.seq_lens)
-    return EagleVerifyInput(
-        draft_token=links.draft_tokens, custom_mask=mask, positions=links.positions,
-        retrieve_index=links.retrive_index, retrieve_next_token=links.retrive_next_token,
-        retrieve_next_sibling=links.retrive_next_sibling, retrieve_cum_len=None,
-        spec_steps=drafted["num_steps"], topk=drafted["topk"], draft_token_num=n,
-        capture_hidden_mode=None, seq_lens_sum=None, seq_lens_cpu=None,
-    )  # fmt: skip
-
-
-def of_rank_0(packed: echo.PackedTree) -> echo.PackedTree:
-    """The plan that all tensor-parallel ranks follow."""
-    from sglang.srt.runtime_context import get_parallel
-
-    group = get_parallel().tp_group
-    if group.world_size == 1:
-        return packed
-    return echo.PackedTree.from_buffer(
-        group.broadcast(packed.to_buffer(), src=0), batch=packed.batch, num_rows=packed.num_rows,
-        words=packed.mask.shape[1], max_depth=packed.max_depth,
-    )  # fmt: skip
-
-
-def after_verify(original: Any, worker: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
-    """What SGLang accepted: updates the history, and the warm-up log if asked for."""
-    spec_info, planner = batch.spec_info, Planner.of(worker)
+        return original(worker, batch, *args, **kwargs)
+    planner.choose_tier(batch)
     result = original(worker, batch, *args, **kwargs)
+    graphs = worker.draft_worker.cuda_graph_runner_for_draft_extend
+    first = getattr(graphs, "echo_first", None)
+    if first is not None:
+        result.next_draft_input.topk_p, graphs.echo_first = first, None
+    return result
+
+
+def around_verify(original: Any, worker: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
+    """Narrows the pass if asked to; then updates the history, and the warm-up log, with what SGLang
+    accepted.
+    """
+    spec_info, planner = batch.spec_info, Planner.of(worker)
     if batch.forward_mode.is_idle():
-        return result
-    req_indices, packed = batch.req_pool_indices.long(), getattr(spec_info, "echo_packed", None)
-    if packed is None and spec_info.draft_token_num > 1:  # a chain
-        return result
+        return original(worker, batch, *args, **kwargs)
+    req_indices, n = batch.req_pool_indices.long(), spec_info.draft_token_num
+    packed = getattr(spec_info, "echo_packed", None)
+    if packed is None and n > 1:  # another's verify input
+        return original(worker, batch, *args, **kwargs)
     if packed is None:  # nothing was drafted: a step all the same
-        roots, policy = torch.zeros_like(req_indices), planner.scheduler
-        packed = policy.pack(policy.begin(roots, num_verify_tokens=max(1, len(roots))))
-    accepted = accept(packed, result, spec_info.draft_token_num)
+        rows = planner.num_rows(worker.target_worker, len(req_indices), n)
+        packed = planner.roots(spec_info.draft_token.long(), rows)
+        spec_info.echo_narrows = rows is not None
+    if spec_info.echo_narrows:
+        table = worker.target_worker.model_runner.req_to_token_pool.req_to_token
+        spec_info.echo_rows = ragged.narrow(spec_info, batch, packed, table)
+    result = original(worker, batch, *args, **kwargs)
+    accepted = accept(packed, result, n)
     planner.observe(req_indices, packed, accepted)
     tree, logs = getattr(spec_info, "echo_tree", None), planner.logs
     if planner.warmup is not None and tree is not None:
@@ -343,3 +294,104 @@ def accept(packed: echo.PackedTree, result: Any, n: int) -> echo.tree.Accepted:
     tokens = torch.where(valid, result.next_token_ids.view(-1, n)[:, : len(steps)].long(), -1)
     rows = torch.where(valid, index % n + packed.indptr[:-1, None], -1)
     return echo.tree.Accepted.of(tokens, rows, accept_lens)
+
+
+EAGLE, RUN = "sglang.srt.speculative", "sglang.srt.model_executor.runner.decode_cuda_graph_runner"
+WORKER, TARGET = f"{EAGLE}.eagle_worker_v2", "sglang.srt.managers.tp_worker.TpModelWorker"
+GRAPHS, KERNELS = f"{RUN}.DecodeCudaGraphRunner", "sglang.kernels.ops"
+EXTEND = f"{EAGLE}.eagle_draft_extend_cuda_graph_runner.EAGLEDraftExtendCudaGraphRunner"
+FLASH = "sglang.srt.layers.attention.flashattention_backend.FlashAttentionBackend"
+
+VERSION = "0.5.23"
+SEAMS: tuple[tuple[str, str, str, Any], ...] = (
+    # target, parameters that it must have ("...": these among others), kind of hook, hook
+    (f"{WORKER}.EAGLEWorkerV2.init_cuda_graphs", "self", "after", capture),
+    (f"{WORKER}.EAGLEWorkerV2.forward_batch_generation", "self batch", "around", before_draft),
+    (f"{WORKER}.EAGLEWorkerV2.verify", "self batch", "around", around_verify),
+    (f"{WORKER}.EagleDraftWorker.draft_forward", "self forward_batch", "around",
+     draft.around_draft),
+    (f"{KERNELS}.speculative.topk1.draft_topk1_postprocess", "next_token_logits positions", "after",
+     draft.keep_probability),
+    (f"{EXTEND}.execute", "self forward_batch select_index", "after", draft.keep_first),
+    (f"{EAGLE}.eagle_utils.organize_draft_results",
+     "score_list token_list parents_list num_draft_token", "around", draft.keep_candidates),
+    (f"{EAGLE}.eagle_worker_common.build_eagle_verify_input",
+     "batch draft_input parent_list top_scores_index draft_tokens draft_probs target_worker topk "
+     "num_steps num_draft_tokens tree_mask_mode device", "around", draft.after_draft),
+    (f"{EAGLE}.eagle_utils.eagle_prepare_for_verify",
+     "verify_input req_to_token_pool batch target_worker", "around", ragged.prepare),
+    (f"{TARGET}.forward_batch_generation", "self batch forward_batch", "after", ragged.widen),
+    (f"{EAGLE}.spec_info.SpeculativeAlgorithm.supports_ragged_verify", "self", "around",
+     ragged.supports),
+    (f"{GRAPHS}.get_spec_info", "self num_tokens", "after", ragged.capture_layout),
+    # called
+    (f"{WORKER}.EAGLEWorkerV2.build_adaptive_runtime_state",
+     "self speculative_num_steps speculative_num_draft_tokens", "", None),
+    (f"{EAGLE}.adaptive_runtime_state.AdaptiveController", "worker policy", "", None),
+    (f"{EAGLE}.adaptive_runtime_state.AdaptiveController.register", "self state", "", None),
+    (f"{EAGLE}.adaptive_runtime_state.SpecRuntimeState",
+     "speculative_num_steps speculative_num_draft_tokens draft_attn_backend cuda_graph_runner "
+     "target_attn_backend target_graph_runner draft_extend_attn_backend "
+     "cuda_graph_runner_for_draft_extend", "", None),
+    (f"{EAGLE}.ragged_verify.RaggedVerifyLayout.from_verify_lens_device",
+     "verify_lens graph_num_tokens", "", None),
+    (f"{EAGLE}.ragged_verify.round_up_grid", "total grid", "", None),
+    (f"{GRAPHS}._capture_ragged_verify_layout", "self num_tokens", "", None),
+    ("sglang.srt.layers.attention.attention_registry.register_attention_backend", "name", "", None),
+    (f"{FLASH}.init_cuda_graph_state", "self max_bs max_num_tokens", "", None),
+    (f"{FLASH}.init_forward_metadata_out_graph", "self forward_batch in_capture", "", None),
+    (f"{FLASH}.forward_extend", "self q k v layer forward_batch save_kv_cache", "", None),
+    (f"{FLASH}.get_paged_mha_kv_cache", "self layer", "", None),
+    (f"{KERNELS}.attention.flash_attention.flash_attn_with_kvcache",
+     "... q k_cache v_cache page_table cache_seqlens cu_seqlens_q max_seqlen_q softmax_scale "
+     "causal softcap return_softmax_lse num_splits ver", "", None),
+    (f"{KERNELS}.attention.trtllm_mha_page_table.build_trtllm_mha_page_table",
+     "req_to_token req_pool_indices cache_seqlens page_table page_size", "", None),
+)  # fmt: skip
+"""All that the plugin touches in SGLang, as VERSION has it."""
+
+
+def misfits() -> list[str]:
+    """What this SGLang has otherwise than the table says."""
+    from sglang.version import __version__ as version
+
+    found = [] if version.split(".post")[0] == VERSION else [f"version {version}, not {VERSION}"]
+    for target, wanted, _, _ in SEAMS:
+        try:
+            there = inspect.signature(pkgutil.resolve_name(target)).parameters
+        except (AttributeError, ImportError, TypeError, ValueError) as error:
+            found.append(f"{target}: {type(error).__name__}: {error}")
+            continue
+        names, own = wanted.split(), list(there)
+        if {p.kind.name for p in there.values()} >= {"VAR_POSITIONAL", "VAR_KEYWORD"}:
+            continue
+        if names[0] == "...":
+            fits = {*names[1:]} <= {*own}
+        else:
+            rest = [there[name] for name in own[len(names) :]]
+            fits = own[: len(names)] == names and all(p.default is not p.empty for p in rest)
+        if not fits:
+            found.append(f"{target}: expected ({', '.join(names)}), got ({', '.join(own)})")
+    return found
+
+
+def register() -> None:
+    """The entry point: called by SGLang's plugin loader in every process.
+
+    Raises:
+        EchoError: this SGLang is not what the table says. It is left as it was.
+    """
+    if not any(os.environ.get(f"ECHO_{name}") for name in SETTINGS):
+        return
+    found = misfits()
+    if found:
+        raise echo.EchoError(f"sglang: {'; '.join(found)}. SGLang runs without ECHO")
+    from sglang.srt.layers.attention import attention_registry as backends
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    for target, _, kind, hook in SEAMS:
+        if hook is not None:
+            HookRegistry.register(target, hook, HookType(kind))
+    for name, trees in (("fa3", ragged.FlashTrees), ("triton", ragged.TritonTrees)):
+        built = backends.ATTENTION_BACKENDS[name]
+        backends.register_attention_backend(name)(ragged.create(built, trees))
