@@ -15,6 +15,9 @@ learns them.
 uniform trees. Its tree builder for CPUs is C++ that its wheel lacks: ``--sglang-cpu`` names
 csrc/cpu/spec.cpp in a checkout of sgl-project/sglang, which is compiled as it stands.
 
+*ranks*, printed only: the bytes and microseconds by which two and four ranks follow one plan, gloo
+between processes of this machine, or ``--nccl``, a card for each of two, inside a CUDA graph.
+
 *calibrate*: synthetic log entries (Beta-distributed confidences) counted a second, and scikit-learn
 on the same entries where it is installed.
 """
@@ -40,6 +43,7 @@ import torch
 from torch import Tensor
 
 import echo
+from common import ranks
 from common.replays import fold, write
 from echo import plot
 from echo.gating import separability
@@ -574,8 +578,9 @@ def main() -> None:
         "--only",
         nargs="*",
         default=["plan", "pack", "calibrate"],
-        choices=["plan", "pack", "calibrate"],
+        choices=["plan", "pack", "calibrate", "ranks"],
     )
+    parser.add_argument("--nccl", action="store_true")
     parser.add_argument(
         "--seconds", type=float, default=60, help="of timing in each section but the last"
     )
@@ -588,6 +593,8 @@ def main() -> None:
     )
     args = parser.parse_args()
     torch.set_num_threads(1)
+    if "ranks" in args.only:
+        ranks.table([2] if args.nccl else [2, 4], args.nccl)
     path = args.out / "host.json"
     found = json.loads(path.read_text()) if path.exists() else {}
     made_with = {

@@ -1,18 +1,15 @@
 """What does it cost tensor-parallel ranks to follow one plan?
 
-    python benchmarks/ranks.py --ranks 2 4          gloo, processes of this machine
-    python benchmarks/ranks.py --ranks 2 --nccl     a card for each rank, inside a CUDA graph
-
 *Broadcast*: rank 0's packed step once a step. *Reduced*: each layer, every rank's best candidates,
 from which all plan alike. Medians, and bytes that one rank sends.
 """
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import tempfile
 import time
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -24,17 +21,13 @@ SIZES = ((1, 16), (16, 128), (256, 1024))
 """Requests, and verify tokens of a step."""
 
 
-def main() -> None:
-    """Prints a table."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
-    parser.add_argument("--nccl", action="store_true")
-    args = parser.parse_args()
+def table(counts: Sequence[int], nccl: bool = False) -> None:
+    """Prints the table for so many ranks each."""
     print("| ranks | requests | tokens | broadcast | us | reduced | us |")
     print("|---|---|---|---|---|---|---|")
-    for ranks in args.ranks:
+    for ranks in counts:
         with tempfile.TemporaryDirectory() as folder:
-            run = (f"file://{folder}/store", ranks, args.nccl)
+            run = (f"file://{folder}/store", ranks, nccl)
             torch.multiprocessing.spawn(rank, run, nprocs=ranks)
 
 
@@ -85,7 +78,3 @@ def timed(function, nccl: bool) -> float:
         function()
         found.append(1e6 * (time.perf_counter() - start))
     return statistics.median(found)
-
-
-if __name__ == "__main__":
-    main()
