@@ -21,6 +21,7 @@ import argparse
 import contextlib
 import importlib.metadata
 import importlib.util
+import itertools
 import json
 import os
 import subprocess
@@ -40,7 +41,7 @@ import echo
 from common import law, peers, timing, tuning
 from common.cases import Case, cases, drafted, inputs
 from echo import kernels
-from echo.kernels import tiles
+from echo.kernels import schedule, tiles
 from echo.tree import compact
 
 RESULTS = Path(__file__).parent / "results"
@@ -299,14 +300,19 @@ def versions() -> dict[str, str]:
 
 def check(options: argparse.Namespace) -> int:
     """Says what the card can run, and runs the kernels' tests side by side, a share a process."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if torch.cuda.is_available():
         facts = torch.cuda.get_device_properties(0)
         major, minor = facts.major, facts.minor
         print(f"{facts.name}, compute capability {major}.{minor}, {facts.total_memory >> 30} GiB")
         print("float8_e4m3fn caches:", "yes" if (major, minor) >= (8, 9) else "no, use float8_e5m2")
-        print("tiles of attention:", "measured" if major == tiles.HOPPER else "not measured here")
     else:
         print("no CUDA device: the tests run in Triton's interpreter")
+    (heads, kv_heads, dim), generation = options.heads, tiles.generation(device)
+    for cached, rows in itertools.product((2, 1), (1, 4, 16, 64)):
+        kind = heads // kv_heads, dim, 2, cached, 64, rows, generation
+        how = "by the clock" if schedule.measured(*kind) else "by its machine code, not timed"
+        print(f"{8 * cached}-bit cache, {rows} rows a request: {schedule.tile(*kind)}, {how}")
     for name in ("flash_attn_interface", "sgl_kernel", "flashinfer", "sglang"):
         print(f"{name}:", "installed" if importlib.util.find_spec(name) else "not installed")
     command = [sys.executable, "-m", "pytest", "-q", "-rfE", *options.check]

@@ -290,3 +290,4 @@ def test_the_check_shares_tests_out_and_counts_failures(tmp_path):
     result = run("--check", str(tmp_path / "test_some.py"), "--processes", "1")
     assert result.returncode == 1 and "1 shares failed" in result.stdout
     assert "test_one[3]" in result.stdout and "1 failed, 3 passed" in result.stdout
+    assert result.stdout.count("not timed") + result.stdout.count("by the clock") == 8

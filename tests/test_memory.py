@@ -484,6 +484,17 @@ def attention_calls(draw):
         "softcap": draw(st.sampled_from([None, 3.0])),
         "mode": draw(st.sampled_from(["whole", "whole", "tree"])),
     }
+    heads = shape["heads"]
+    if draw(st.booleans()):
+        options["sinks"] = torch.randn(heads, generator=generator)
+    if options["mode"] == "tree" and draw(st.booleans()):
+        lse = torch.randn(len(args["q"]), heads, generator=generator)
+        lse = torch.where(lse > 1, -torch.inf, lse)
+        before = torch.randn(args["q"].shape, generator=generator)
+        before[lse == -torch.inf] = torch.nan
+        if draw(st.booleans()):
+            before, lse = apart(before, [1 << 31, 1 << 26, 1]), apart(lse, [1, 1 << 31])
+        options |= {"prefix_out": before, "prefix_lse": lse}
     for name in ("q", "tree_key", "tree_value", "key_cache", "value_cache", "page_table"):
         kind, value = draw(st.sampled_from(["as it is", "as it is", "turned", "apart"])), args[name]
         if kind == "turned" and value.dim() > 2:  # heads outermost

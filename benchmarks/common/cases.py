@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -55,6 +56,7 @@ def cases(dry: bool) -> list[Case]:
     return grid + [Case(other, batch, 16, 8192) for other in list(HEADS)[1:] for batch in (8, 64)]
 
 
+@functools.lru_cache
 def drafted(case: Case) -> echo.PackedTree:
     """Packed rows as our scheduler makes them from random draft scores."""
     rule: echo.budget.Rule = echo.GlobalRank(4) if case.elastic else echo.PerRequest(case.rows, 4)

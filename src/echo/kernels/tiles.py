@@ -14,10 +14,8 @@ compiles_only = ContextVar("echo.kernels.tiles.compiles_only", default=False)
 
 HEAD_DIMS = (64, 80, 96, 128, 256)
 """Head dimensions that are compiled and checked; any from 16 to 256 runs."""
-WAVES = 2
-"""Work items of a balanced split, over the programs of all KV heads that are resident at once."""
 MIN_BLOCKS = 2
-"""Fewest KV blocks of a piece: shorter ones cost more in partial results than they gain."""
+"""Fewest key blocks of a program: fewer cost more in partial results than they gain."""
 HOPPER = 9
 """Major compute capability of H100 and H200."""
 FIXED_ROWS = 16
@@ -139,12 +137,6 @@ def multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
         return 4
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
-
-
-def target_items(device: torch.device, kv_heads: int, tile: Tile) -> int:
-    """Work items of a balanced split: fewer programs of taller tiles are resident at once."""
-    resident = max(1, min(4, 128 // tile.rows))
-    return max(1, -(-WAVES * resident * multiprocessors(device) // kv_heads))
 
 
 def vocabulary_chunk(vocabulary: int) -> int:
