@@ -219,9 +219,7 @@ class Engine:
         remaining = torch.where(first == self.eos_tokens, 0, max_new_tokens - 1)
         self.num_remaining[lane] = torch.where(first < 0, -1, remaining)[0]
         history, req_index = self.workspace.history, self.req_indices[lane : lane + 1]
-        fresh = history.reset(req_index)
-        for name in HISTORY:
-            getattr(history, name).copy_(getattr(fresh, name))
+        self.workspace.history = history.reset(req_index, out=history)
         host_index = torch.tensor([self.host_req_indices[lane]], device="cpu")
         self.host_history = self.host_history.reset(host_index)
         self.running.append(request)

@@ -498,6 +498,12 @@ def main(arguments: Sequence[str] | None = None) -> list[list[int]]:
     args = parser.parse_args(arguments)
     if args.draft is None and args.policy != "plain":
         parser.error(f"--policy {args.policy} needs a --draft")
+    if args.draft not in (None, "lookup") and not Path(args.draft).exists():
+        parser.error(f"--draft: expected a folder, a file or 'lookup', got {args.draft}")
+    if args.depth < 1:
+        parser.error(
+            f"--depth: expected at least 1, got {args.depth}; --policy plain drafts nothing"
+        )
     questions = args.prompt + (args.prompts.read_text().splitlines() if args.prompts else [])
     default = ["Why is the sky blue?", "Write a Python function that adds two numbers."]
     questions = [text for text in questions if text.strip()] or default

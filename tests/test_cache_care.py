@@ -175,3 +175,8 @@ def test_what_does_not_fit_is_named():
     }.items():
         with pytest.raises(echo.EchoError, match=says):
             call()
+
+
+def test_slots_of_no_page_go_to_the_pad_slot():
+    slots, shared = torch.tensor([-1, 3, 8, 1 << 40, 0]), torch.tensor([False, False])
+    assert cache.refuse_shared(slots, shared, 4, 2).tolist() == [2, 3, 2, 2, 0]

@@ -115,6 +115,13 @@ def test_beside_transformers_own_generation(folders, texts, expected, draft, cap
     assert f"generate: {own} tokens" in printed and f"generate, {assisted}: {own} tok" in printed
 
 
+@pytest.mark.parametrize("more", [("--draft", "nowhere"), ("--depth", "0")])
+def test_bad_options_are_named(folders, texts, more, capsys):
+    with pytest.raises(SystemExit):
+        generate(folders, texts, "echo", *more)
+    assert f"{more[0]}: expected" in capsys.readouterr().err
+
+
 @pytest.fixture(scope="module")
 def sampled(folders, prompts):
     """One token at a time, without a cache, each by inversion with its own number of the seed's."""

@@ -116,3 +116,27 @@ def test_what_does_not_fit_is_named():
     }.items():
         with pytest.raises(echo.EchoError, match=says):
             call()
+
+
+def test_a_row_that_is_no_history_says_nothing():
+    """A damaged row must not stop planning for the others."""
+    ids, rows = torch.tensor([4, 5]), HISTORY.export(torch.tensor([0, 2]))
+    rows[0, 3] = torch.nan
+    restored = HISTORY.restore(ids, rows)
+    assert all((part[..., :] == 0).all() for part in column(restored, 4))
+    for own, whole in zip(column(restored, 5), column(HISTORY, 2), strict=True):
+        assert torch.equal(own, whole)
+    assert SCHEDULER.choose_tier(restored, [0, 1, 4, 5]).depth > 0
+
+
+def test_history_is_restored_in_place_for_captured_graphs():
+    space = echo.Workspace(SCHEDULER, 4, k=3, num_verify_tokens=24, max_num_reqs=6)
+    before, rows = space.history.steps.data_ptr(), HISTORY.export(torch.tensor([2]))
+    space.history = space.history.restore(torch.tensor([1]), rows, out=space.history)
+    assert space.history.steps.data_ptr() == before
+    for own, whole in zip(column(space.history, 1), column(HISTORY, 2), strict=True):
+        assert torch.equal(own, whole)
+    space.history = space.history.reset(torch.tensor([1]), out=space.history)
+    assert space.history.steps.data_ptr() == before
+    assert space.history.generation.tolist() == [0, 2, 0, 0, 0, 0]
+    assert not any(part.any() for part in column(space.history, 1))

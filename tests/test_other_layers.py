@@ -229,3 +229,9 @@ def test_a_request_that_emits_nothing_has_no_last_row():
     packed = forest(3, 3, 5, empty=False).packed
     accepted = echo.accept(packed, torch.full((packed.num_rows,), -1))
     assert accepted.last_row.tolist() == [-1, -1, -1]
+
+
+def test_a_window_beyond_all_depths_hides_nothing():
+    packed = forest(0, 2, 9).packed
+    for size in (32 * packed.mask.shape[1], 1 << 40, (1 << 63) - 1):
+        assert torch.equal(packed.windowed(size).mask, packed.mask)

@@ -177,3 +177,17 @@ def test_what_does_not_fit_is_named():
     }.items():
         with pytest.raises(echo.EchoError, match=says):
             call()
+
+
+def test_a_node_without_candidates_is_no_fault():
+    """All of a node's tokens forbidden: -inf, never NaN, whole and sharded; NaN stays a fault."""
+    logits = torch.zeros(2, 5)
+    logits[0], logits[1, 3] = -torch.inf, -torch.inf
+    for tokens, log_probs in (
+        drafting.candidates(logits, 5),
+        drafting.sharded_candidates(logits, 5, 0, lambda own: own[None]),
+    ):
+        assert (log_probs[0] == -torch.inf).all() and tokens.shape == (2, 5)
+        assert log_probs[1].exp().sum().item() == pytest.approx(1.0)
+    logits[0, 0] = torch.nan
+    assert drafting.candidates(logits, 2)[1][0].isnan().any()

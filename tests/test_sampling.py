@@ -57,8 +57,8 @@ def test_values_go_to_rows_by_request_and_by_node(case):
     nodes = torch.arange(case.batch * sum(case.tree.sizes)).view(case.batch, -1)
     with RefuseSyncs():
         rows = sampling.by_request(packed, by_request, -7)
-        own = sampling.by_node(packed, nodes, -1)
-        token = sampling.by_node(packed, case.tree.forest.token, 0)
+        own = sampling.by_node(packed, case.tree, nodes, -1)
+        token = sampling.by_node(packed, case.tree, case.tree.forest.token, 0)
     owner = packed.request.tolist()
     assert rows[:, 0].tolist() == [2 * b if b < case.batch else -7 for b in owner]
     assert torch.equal(own, packed.node) and torch.equal(token, packed.tokens)
@@ -347,14 +347,16 @@ def test_a_captured_step_masks_prunes_and_counts():
 def test_what_does_not_fit_is_named():
     packed = forest(1, 2, 5, empty=False).packed
     trees, bits = sampling.to_host(packed), torch.zeros(packed.num_rows, 2, dtype=torch.int32)
-    small = sampling.HostTrees(trees.tokens[:1], trees.parent, trees.indptr)
+    other = forest(1, 2, 7, empty=False).tree
     tree = SCHEDULER.begin(torch.tensor([1]))
     token, score = torch.zeros(1, 1, 2, dtype=torch.int64), torch.zeros(1, 1, 2)
     for says, call in {
         r"values: expected \[2, \.\.\.\], got \[3\]": lambda: sampling.by_request(
             packed, torch.zeros(3), 0
         ),
-        r"values: expected \[2, T, \.\.\.\]": lambda: sampling.by_node(packed, torch.zeros(2), 0),
+        r"values: expected \[2, \d+, \.\.\.\], got \[2, 2\]": lambda: sampling.by_node(
+            packed, other, torch.zeros(2, 2), 0
+        ),
         "adapters: expected": lambda: sampling.lora_segments(packed, torch.zeros(3).int(), 0),
         "matchers: expected one for each of 2 requests, got 1": lambda: sampling.fill_bitmask(
             trees, [None], bits
@@ -366,10 +368,27 @@ def test_what_does_not_fit_is_named():
         r"bitmask: expected int32 \[3, V": lambda: sampling.allows(
             torch.zeros(3, 1), torch.zeros(3, 1).long()
         ),
-        r"out.tokens: expected": lambda: sampling.to_host(packed, out=small),
         r"allowed: expected bool \[1, 1, 2\]": lambda: SCHEDULER.grow(
             tree, token, score, allowed=score
         ),
     }.items():
         with pytest.raises(echo.EchoError, match=says):
             call()
+
+
+def test_pinned_buffers_serve_steps_of_any_size():
+    """Tiers come and go: the largest step's buffers are kept."""
+    trees, used = None, set()
+    for rows in (8, 4, 8, 2, 8):
+        packed = forest(1, 2, rows, empty=False).packed
+        trees = sampling.to_host(packed, out=trees)
+        assert torch.equal(trees.tokens, packed.tokens) and torch.equal(trees.parent, packed.parent)
+        used.add(trees.tokens.data_ptr())
+    assert len(used) == 1
+
+
+def test_tokens_beyond_a_bitmask_are_not_allowed():
+    bits = torch.full((2, 1), -1, dtype=torch.int32)
+    tokens = torch.tensor([[-1, 0, 31], [32, 1 << 40, 5]])
+    assert sampling.allows(bits, tokens).tolist() == [[False, True, True], [False, False, True]]
+    assert sampling.allows(bits[:, :0], tokens).any().item() is False

@@ -843,3 +843,9 @@ def test_a_tree_deeper_than_planned_is_refused():
         match=r"tree: expected fewer than max_depth = 2 layers, got 2",
     ):
         SCHEDULER.grow(tree, torch.zeros(2, width, 1, dtype=torch.int64), torch.zeros(2, width, 1))
+
+
+def test_no_requests_have_no_weights():
+    scheduler, none = echo.ElasticBudgetScheduler(echo.GlobalRank(2), budget=4), torch.zeros(0)
+    tree = scheduler.begin(none.long(), request_weights=none)
+    assert scheduler.pack(tree).tokens.tolist() == [0] * 4

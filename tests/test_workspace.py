@@ -360,3 +360,14 @@ def test_what_it_weighs():
     space = echo.Workspace(SCHEDULERS["throughput"], 4, k=3, num_verify_tokens=40)
     more = echo.Workspace(SCHEDULERS["throughput"], 8, k=3, num_verify_tokens=40)
     assert 4 * 40 < space.nbytes < more.nbytes < 2 * space.nbytes
+
+
+def test_a_workspace_can_be_walked_while_it_is_compiled():
+    """Its buffers begin as zeros, so what a step reads by its own results is there."""
+    pytest.importorskip("triton")
+    parts = Parts(SCHEDULERS["paper"], 4, 40)
+    lens, table = torch.zeros(4, dtype=torch.int64), torch.zeros(4, 9, dtype=torch.int64)
+    with kernels.using("triton"), kernels.compiling(), kernels.compiling():
+        packed = parts.plan(parts.draft(4, 3), 40)
+        assert packed.positions(lens).max() == 0
+        packed.slot_mapping(lens, table, 16, pad_slot_id=0)

@@ -104,11 +104,17 @@ class History:
             torch.zeros(reqs, dtype=torch.int64, device=device),
         )
 
-    def reset(self, req_indices: Tensor) -> History:
-        """Forget ``req_indices`` int64 [n], given to new requests. EchoError on other tensors."""
+    def reset(self, req_indices: Tensor, *, out: History | None = None) -> History:
+        """Forget ``req_indices`` int64 [n], given to new requests.
+
+        ``out``: a history, also this one, to whose tensors is written, as captured graphs need
+        (``space.history = space.history.reset(ids, out=space.history)``). EchoError on other
+        tensors.
+        """
         checks.tensor("req_indices", req_indices, ["n"], torch.int64, self.steps.device)
         given = torch.zeros_like(self.generation).index_fill(0, req_indices, 1)
-        return replace(self._without(given > 0), generation=self.generation + given)
+        fresh = replace(self._without(given > 0), generation=self.generation + given)
+        return copy_into(out, fresh)
 
     def export(self, req_indices: Tensor) -> Tensor:
         """What is known of requests that move: to another index, engine or disk. Sync-free.
@@ -131,12 +137,14 @@ class History:
         unprocessed = self.num_unprocessed_tokens.index_select(0, req_indices)
         return torch.cat([rows, unprocessed[:, None].float()], dim=1)
 
-    def restore(self, req_indices: Tensor, rows: Tensor) -> History:
+    def restore(self, req_indices: Tensor, rows: Tensor, *, out: History | None = None) -> History:
         """Give ``req_indices`` to requests of which something is known; otherwise as :meth:`reset`.
 
         Args:
             req_indices: int64 [n].
-            rows: float32 [n, 35 * D + 1], from :meth:`export`, or :meth:`prior`'s expanded.
+            rows: float32 [n, 35 * D + 1], from :meth:`export`, or :meth:`prior`'s expanded. One
+                with an entry that is no number or below 0 says nothing.
+            out: as of :meth:`reset`.
 
         Raises:
             EchoError: shapes, dtypes or devices that do not fit.
@@ -150,6 +158,8 @@ class History:
         widths = [sums.shape[2:].numel() for sums in self._sums]
         shape, device = [n, depth * sum(widths) + 1], self.steps.device
         checks.tensor("rows", rows, shape, torch.float32, device)
+        sound = (rows >= 0) & (rows < torch.inf)
+        rows = torch.where(sound.all(dim=1, keepdim=True), rows, 0.0)
         by_depth = rows[:, :-1].view(n, depth, sum(widths)).transpose(0, 1)
         parts = torch.split(by_depth, widths, dim=2)
         columns: dict[str, Any] = {
@@ -157,7 +167,8 @@ class History:
             for name, sums, part in zip(SUMS, fresh._sums, parts, strict=True)
         }
         unprocessed = fresh.num_unprocessed_tokens.index_copy(0, req_indices, rows[:, -1].long())
-        return replace(fresh, **columns, num_unprocessed_tokens=unprocessed)
+        restored = replace(fresh, **columns, num_unprocessed_tokens=unprocessed)
+        return copy_into(out, restored)
 
     def prior(self, rows: Tensor, num_steps: float = 4.0) -> Tensor:
         """One row for new requests of a kind (code, chat, a tenant), from earlier ones of it.

@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from echo import _checks as checks
@@ -118,7 +119,8 @@ def begin(
         weights = weights.detach()
         # NaN and infinity weigh least, and change no other request's weight
         weights = torch.where(alive & torch.isfinite(weights), weights, 0.0)
-        weights = (weights / weights.amax()).nan_to_num(0.0).clamp(min=2.0**-24)
+        greatest = F.pad(weights, (0, 1)).amax()  # of no request, 0
+        weights = (weights / greatest).nan_to_num(0.0).clamp(min=2.0**-24)
     zero, dead = torch.zeros_like(root), ~alive
     score = torch.zeros(batch, 1, dtype=torch.float32, device=device)
     score.masked_fill_(dead[:, None], -torch.inf)

@@ -75,8 +75,9 @@ def compiling(max_workers: int | None = None) -> Iterator[None]:
     """Compile what is called within the block side by side, and launch none of it.
 
     To be run once for each shape that a server will have, before its first request waits for a
-    compiler. Results hold what their memory held: make the calls, look at nothing. PyTorch's own
-    operations run as ever.
+    compiler. Results hold what their memory held, and PyTorch's own operations run as ever: make
+    the calls on a :class:`echo.Workspace`, whose buffers begin as zeros, or index nothing by their
+    results. Within another block it is part of that one.
 
     Args:
         max_workers: threads that compile. Defaults to what :class:`~concurrent.futures.Executor`
@@ -91,7 +92,7 @@ def compiling(max_workers: int | None = None) -> Iterator[None]:
     """
     if max_workers is not None:
         checks.integer("max_workers", max_workers, 1)
-    if importlib.util.find_spec("triton") is None:
+    if importlib.util.find_spec("triton") is None or tiles.compiles_only.get():
         yield
         return
     import triton

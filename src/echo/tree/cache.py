@@ -6,6 +6,7 @@ B requests, N rows, Hkv KV heads of size D.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from echo import _checks as checks
@@ -51,7 +52,7 @@ def refuse_shared(
     *,
     out: Tensor | None = None,
 ) -> Tensor:
-    """``slots`` without those in shared pages, which go to ``pad_slot_id``. Sync-free.
+    """``slots`` without those in shared pages or in none, which go to ``pad_slot_id``. Sync-free.
 
     A page that several requests read (a common prefix, a fork's last page) must be copied before
     one of them writes to it; copying is the engine's. Where it did not, nothing of the others is
@@ -80,7 +81,9 @@ def refuse_shared(
     checks.tensor("shared_pages", shared_pages, ["pages"], torch.bool, slots.device)
     page_size = checks.integer("page_size", page_size, 1)
     pad_slot_id = checks.integer("pad_slot_id", pad_slot_id, 0)
-    shared = shared_pages[slots // page_size]
+    pages, page = shared_pages.shape[0], slots // page_size
+    there = (page >= 0) & (page < pages)
+    shared = F.pad(shared_pages, (0, 1), value=True)[torch.where(there, page, pages)]
     return copy_into(out, slots.masked_fill(shared, pad_slot_id))
 
 

@@ -36,7 +36,8 @@ def candidates(logits: Tensor, k: int, *, d2t: Tensor | None = None) -> tuple[Te
             out is missing from the softmax: calibrate.
 
     Returns:
-        Tokens int64 [..., k], likeliest first, and log-probabilities float32 [..., k].
+        Tokens int64 [..., k], likeliest first, any of equals, and log-probabilities float32
+        [..., k].
 
     Raises:
         EchoError: shapes or dtypes that do not fit, or k out of range.
@@ -51,7 +52,7 @@ def candidates(logits: Tensor, k: int, *, d2t: Tensor | None = None) -> tuple[Te
     if d2t is not None:
         checks.tensor("d2t", d2t, [logits.shape[-1]], torch.int64, logits.device)
         tokens = tokens + d2t[tokens]
-    return tokens, values - total
+    return tokens, torch.where(values == -torch.inf, values, values - total)
 
 
 def sharded_candidates(
@@ -70,8 +71,8 @@ def sharded_candidates(
             same order everywhere. It may be part of a CUDA graph, as NCCL's is.
 
     Returns:
-        Tokens int64 [..., k], likeliest first and the lowest of equals, and log-probabilities
-        float32 [..., k].
+        Tokens int64 [..., k], likeliest first, and log-probabilities float32 [..., k]. Of equals
+        any may be among them, the same on all ranks.
 
     Raises:
         EchoError: shapes or dtypes that do not fit, or k out of range.
@@ -97,7 +98,8 @@ def sharded_candidates(
     order = ids.argsort(dim=-1)  # ranks may hold parts in any order
     ids, scores = ids.gather(-1, order), scores.gather(-1, order)
     best = scores.argsort(dim=-1, descending=True, stable=True)[..., :k]
-    return ids.gather(-1, best), scores.gather(-1, best) - whole
+    tokens, scores = ids.gather(-1, best), scores.gather(-1, best)
+    return tokens, torch.where(scores == -torch.inf, scores, scores - whole)
 
 
 def _best(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:

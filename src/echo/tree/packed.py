@@ -149,7 +149,8 @@ class PackedTree:
             >>> packed.windowed(2).visible()[:, :4].int().tolist()  # of 7, 1, 3, 2
             [[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [0, 1, 0, 1]]
         """
-        far = self.depth[:, None] - checks.integer("size", size, 1)
+        size = min(checks.integer("size", size, 1), WORD * self.mask.shape[1])
+        far = self.depth[:, None] - size
         row = self.ancestors().gather(1, far.clamp(min=0).long())[:, 0]
         hidden = self.mask.index_select(0, row.clamp(min=0))  # that ancestor and all above it
         return replace(self, mask=torch.where(far < 0, self.mask, self.mask & ~hidden))

@@ -10,7 +10,7 @@ B requests, N rows, D the deepest layer, T nodes of a request's super-tree, V to
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor
 from echo import _checks as checks
 from echo._checks import EchoError, copy_into
 from echo.tree.packed import PackedTree
+from echo.tree.supertree import SuperTree
 
 __all__ = [
     "HostTrees",
@@ -83,28 +84,36 @@ def by_request(
 
 
 def by_node(
-    packed: PackedTree, values: Tensor, fill: float, *, out: Tensor | None = None
+    packed: PackedTree,
+    tree: SuperTree,
+    values: Tensor,
+    fill: float,
+    *,
+    out: Tensor | None = None,
 ) -> Tensor:
     """[N, ...]: what is known of the super-tree's nodes, such as grammar masks, in packed order.
 
     Args:
         packed: the step.
+        tree: what it was packed from.
         values: [B, T, ...], any dtype, in the order of ``tree.forest``.
         fill: for pad rows; -1 of a bitmask allows all.
         out: persistent buffer.
 
     Raises:
-        EchoError: another batch size, or a buffer that does not fit.
+        EchoError: values of other nodes, or a buffer that does not fit.
 
     Example:
         >>> from echo.tree import SuperTree, pack
         >>> tree = SuperTree.from_paths(torch.tensor([7]), [[[1, 2], [3]]])
         >>> packed = pack(tree, tree.score > -1.2, num_rows=4, words=1)
-        >>> by_node(packed, torch.tensor([[40, 41, 42, 43]]), -1).tolist()  # of 7, 1, 3; 2 is out
+        >>> values = torch.tensor([[40, 41, 42, 43]])
+        >>> by_node(packed, tree, values, -1).tolist()  # of 7, 1, 3; 2 is out
         [40, 41, 42, -1]
     """
-    if values.dim() < 2 or values.shape[0] != packed.batch:
-        raise EchoError(f"values: expected [{packed.batch}, T, ...], got {list(values.shape)}")
+    nodes = [packed.batch, sum(checks.instance("tree", tree, SuperTree).sizes)]
+    if list(values.shape[:2]) != nodes:
+        raise EchoError(f"values: expected [{nodes[0]}, {nodes[1]}, ...], got {list(values.shape)}")
     flat = values.flatten(0, 1)
     return copy_into(out, _select(flat, torch.where(packed.node < 0, len(flat), packed.node), fill))
 
@@ -158,12 +167,14 @@ class HostTrees:
         parent: int32 [N], row within the request; -1 for a root and on pad rows.
         indptr: int32 [B + 1].
         done: the CUDA event behind the copy; None on a CPU.
+        buffers: what a later, larger step is copied to; these are their beginning.
     """
 
     tokens: Tensor
     parent: Tensor
     indptr: Tensor
     done: Any = None
+    buffers: dict[str, Tensor] = field(default_factory=dict)
 
 
 def to_host(packed: PackedTree, *, out: HostTrees | None = None) -> HostTrees:
@@ -174,25 +185,22 @@ def to_host(packed: PackedTree, *, out: HostTrees | None = None) -> HostTrees:
 
     Args:
         packed: the step.
-        out: what an earlier call made, of as many rows and requests or more: pinning memory takes
-            far longer than the copy. Not while that copy is still read.
-
-    Raises:
-        EchoError: buffers that are too small.
+        out: what an earlier call returned, whose buffers are used where they are large enough:
+            pinning memory takes far longer than the copy. Not while that copy is still read.
     """
     parts = {name: getattr(packed, name) for name in ("tokens", "parent", "indptr")}
     copies, pinned = {}, packed.tokens.is_cuda
+    buffers = {} if out is None else dict(out.buffers)
     for name, part in parts.items():
-        if out is None:
-            buffer = torch.empty(part.shape, dtype=part.dtype, pin_memory=pinned, device="cpu")
-        elif len(buffer := getattr(out, name)) < len(part):
-            raise EchoError(f"out.{name}: expected [{len(part)}] or more, got [{len(buffer)}]")
-        copies[name] = buffer[: len(part)].copy_(part, non_blocking=True)
+        if name not in buffers or len(buffers[name]) < len(part):
+            new = torch.empty(part.shape, dtype=part.dtype, pin_memory=pinned, device="cpu")
+            buffers[name] = new
+        copies[name] = buffers[name][: len(part)].copy_(part, non_blocking=True)
     done: Any = None
     if pinned and not torch.cuda.is_current_stream_capturing():
         done = torch.cuda.Event()  # type: ignore[no-untyped-call]
         done.record()
-    return HostTrees(**copies, done=done)
+    return HostTrees(**copies, done=done, buffers=buffers)
 
 
 class Matcher(Protocol):
@@ -266,7 +274,7 @@ def allows(bitmask: Tensor, tokens: Tensor) -> Tensor:
 
     Args:
         bitmask: int32 [..., ceil(V / 32)], as :func:`fill_bitmask` writes it; one for each node.
-        tokens: int64 [..., k], the nodes' candidates.
+        tokens: int64 [..., k], the nodes' candidates; one beyond the bitmask is not allowed.
 
     Raises:
         EchoError: shapes or dtypes that do not fit.
@@ -276,8 +284,10 @@ def allows(bitmask: Tensor, tokens: Tensor) -> Tensor:
         [[False, True, True]]
     """
     checks.tensor("tokens", tokens, [*bitmask.shape[:-1], "k"], torch.int64, bitmask.device)
-    checks.tensor("bitmask", bitmask, [*tokens.shape[:-1], "V / 32"], torch.int32)
-    return (bitmask.gather(-1, tokens >> 5) >> (tokens & 31) & 1).bool()
+    words = checks.tensor("bitmask", bitmask, [*tokens.shape[:-1], "V / 32"], torch.int32).shape[-1]
+    word = tokens >> 5
+    bits = bitmask.gather(-1, word.clamp(0, max(words - 1, 0))) if words else torch.zeros_like(word)
+    return (bits >> (tokens & 31) & 1).bool() & (word >= 0) & (word < words)
 
 
 def _fill(
