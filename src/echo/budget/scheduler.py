@@ -257,7 +257,13 @@ class ElasticBudgetScheduler:
         return self.grow(tree, tokens[:, None], log_probs[:, None])
 
     def grow(
-        self, tree: SuperTree, tokens: Tensor, log_probs: Tensor, *, out: SuperTree | None = None
+        self,
+        tree: SuperTree,
+        tokens: Tensor,
+        log_probs: Tensor,
+        *,
+        beam: int = 0,
+        out: SuperTree | None = None,
     ) -> SuperTree:
         """Score a drafted layer, ask the gate, let the rule commit, and find the next frontier.
 
@@ -269,11 +275,14 @@ class ElasticBudgetScheduler:
             tree: with ``tree.depth < max_depth``.
             tokens: int64 [B, W, k], candidates of each node of ``tree.frontier``, in any order.
             log_probs: float [B, W, k], given their parent; no gradient is kept.
+            beam: nodes to expand, :attr:`Tier.beam`, where the rule has a field of that name, as
+                shipped ones do. Defaults to the rule's.
             out: a tree of one layer more (a :class:`Workspace`'s), to whose last layer, frontier
                 and state is written.
 
         Raises:
-            EchoError: shapes or dtypes that do not fit, or a layer beyond ``max_depth``.
+            EchoError: shapes or dtypes that do not fit, a layer beyond ``max_depth``, or a beam
+                wider than the rule's.
         """
         frontier, depth = tree.frontier, tree.depth + 1
         (batch, width), device = frontier.token.shape, frontier.token.device
@@ -286,7 +295,11 @@ class ElasticBudgetScheduler:
             )
         check_size(batch, sum(tree.sizes) + width * k, depth)
         last = depth == self.max_depth
-        return step.grow(self.rule, self.gate, tree, tokens, log_probs, last, out)
+        rule = self.rule
+        if beam != 0:
+            beam = checks.integer("beam", beam, 1, rule.beam)
+            rule = rule if beam == rule.beam else replace(rule, beam=beam)  # type: ignore[type-var]
+        return step.grow(rule, self.gate, tree, tokens, log_probs, last, out)
 
     def grow_positions(self, tree: SuperTree, tokens: Tensor, log_probs: Tensor) -> SuperTree:
         """Grow a layer for each position of a drafter that is not conditioned on nodes.

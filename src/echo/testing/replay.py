@@ -196,7 +196,7 @@ def replay(
         expanded = 0
         while tree.depth < tier.depth and (active := int(tree.frontier.active.sum())):
             expanded += active
-            tree = scheduler.grow(tree, *source.draft(tree.frontier))
+            tree = scheduler.grow(tree, *source.draft(tree.frontier), beam=tier.beam)
         packed = scheduler.pack(tree)
         accepted = accept(packed, source.target(at, packed))
         history = history.observe(req_indices, packed, accepted)
@@ -205,7 +205,8 @@ def replay(
         unprocessed = requests.extend(live, emitted, drafted=tier.depth > 0)
 
         _count(report, packed, emitted, tree.depth)
-        drafting = float(cost.draft_seconds(tier.depth, len(live), scheduler.rule.beam))
+        beam = tier.beam or scheduler.rule.beam
+        drafting = float(cost.draft_seconds(tier.depth, len(live), beam))
         if compact:
             drafting = tree.depth * cost.draft_layer + expanded * cost.draft_token
         report.seconds += cost(count + other) + drafting + cost.extend_seconds(unprocessed)
