@@ -57,10 +57,10 @@ class Tier:
 class ThroughputOptimal:
     """The tier that maximises (B + F_d(K)) / (T(K) + draft(d)) over depths d and verify tokens K.
 
-    The beam follows from K: a node for every four verify tokens of a request. Depth 0, do not speculate, where nothing beats plain decoding by ``margin``. The ratio is this
-    step's. The long-run price (F - price * seconds, price being the tokens per second so far) was
-    tried by replay in all cells of the shipped trace, and left out: its mean throughput was 0.3%
-    lower.
+    The beam follows from K: a node for every four verify tokens of a request. Depth 0, do not
+    speculate, where nothing beats plain decoding by ``margin``. The ratio is this step's. The
+    long-run price (F - price * seconds, price being the tokens per second so far) was tried by
+    replay in all cells of the shipped trace, and left out: its mean throughput was 0.3% lower.
 
     Args:
         cost: seconds by verify tokens.
