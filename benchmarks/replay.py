@@ -269,21 +269,17 @@ def summary(cells: list[dict[str, object]], names: list[str]) -> str:
         p: np.array([at[n, OURS, b] / max(1.0, at[n, p, b]) for n, b in places]) for p in BASELINES
     }
     best = np.min(list(over.values()), axis=0)
-    long = np.array(
-        [
-            [
-                float(str(c["long"])),
-                float(str(c["long"])) / max(1.0, float(str(c["long_baseline"]))),
-            ]
-            for c in cells
-            if "long" in c and c["shape"] in names
-        ]
-    ).min(axis=0)
+    long = [
+        (float(str(c["long"])), float(str(c["long"])) / max(1.0, float(str(c["long_baseline"]))))
+        for c in cells
+        if "long" in c and c["shape"] in names
+    ]
+    lowest = [f"{value:.3f}" for value in np.min(long, axis=0)] if long else ["not run"]
     means = ", ".join(f"{p} {found.mean():.3f}" for p, found in over.items())
     return (
         f"{len(places)} cells: at least {ours.min():.3f} of plain decoding, {best.min():.3f} of "
         f"the best tuned baseline ({best.mean():.3f} in the mean); over each in the mean: {means}; "
-        f"over {LONG} steps at least {long[0]:.3f} and {long[1]:.3f}"
+        f"over {LONG} steps at least {' and '.join(lowest)}"
     )
 
 
@@ -349,14 +345,14 @@ def main() -> None:
         cells = list(spread(pool.map(column, paths, order, costs, shares)))
         days = list(spread(pool.map(day, paths, machines.values(), shares)))
         chains = list(spread(pool.map(trees_and_chains, paths, PAIRED)))
-    table = markdown(cells, days)
-    console.print(table)
-    for names in (list(machines), list(shapes())):
-        console.print(summary(cells, names))
     folded = {"cells": fold(cells, "shape", "policy"), "day": fold(days, "machine")}
     result = {"trace": args.trace.name, **folded, "trees_over_chains": fold(chains)}
     write(args.out / "replay.json", result)
+    table = markdown(cells, days)
     (args.out / "replay.md").write_text(table)
+    console.print(table)
+    for names in (list(machines), list(shapes())):
+        console.print(summary(cells, names))
     draw(cells, days, args.out / "replay.png")
     seconds = time.perf_counter() - start
     console.print(f"replay.json, .md and .png written to {args.out}; {seconds:.0f} s in all")

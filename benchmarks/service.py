@@ -611,7 +611,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
                 axis.plot(places.index(cell["adversity"]), cell["ratio"], "o", ms=5, color=shade)
             axis.axhline(1, color=plot.INK, lw=0.8)
             axis.set_xticks(range(len(places)), places)
-            axis.set(title=f"{policy} over off (dark: batch 256)", ylim=(0, None))
+            axis.set(title=f"{policy} over off (dark: 256)", ylim=(0, None))
         figure.savefig(path, dpi=80)
 
 
