@@ -52,6 +52,7 @@ from common.replays import (
     ratio_interval,
     run,
     shapes,
+    short,
     staggered,
     warm_up,
     write,
@@ -295,7 +296,7 @@ def draw(cells: list[dict[str, object]], days: list[dict[str, object]], path: Pa
     }
     known = shapes()
     names = [n for n in dict.fromkeys(str(c["shape"]) for c in cells) if n not in known]
-    with plot.figure(3.1 * (len(names) + 1), 3.4) as figure:
+    with plot.figure(3.1 * (len(names) + 1), 3.8) as figure:
         axes = figure.subplots(1, len(names) + 1)
         for axis, shape in zip(axes, names, strict=False):
             for name, (label, style) in shown.items():
@@ -303,7 +304,7 @@ def draw(cells: list[dict[str, object]], days: list[dict[str, object]], path: Pa
                 ratio, low, high = (
                     [float(str(own[b][key])) for b in BATCHES] for key in ("ratio", "low", "high")
                 )
-                color = plot.of(name)
+                color = plot.of("global" if name == "SpecGrove" else name)
                 axis.plot(BATCHES, ratio, f"o{style}", ms=3, color=color, label=label, lw=1.6)
                 axis.fill_between(BATCHES, low, high, color=color, alpha=0.15, lw=0)
             by_batch(axis, BATCHES)
@@ -311,7 +312,7 @@ def draw(cells: list[dict[str, object]], days: list[dict[str, object]], path: Pa
             axis.set_xlabel("batch")
             axis.set_ylim(0, 3.6)
         axes[0].set_ylabel("throughput / plain decoding")
-        axes[0].legend(loc="lower left", fontsize=6.5)
+        axes[len(names) - 1].legend(loc="lower right", fontsize=6)
         served = list(dict.fromkeys(str(d["machine"]) for d in days))
         policies = list(dict.fromkeys(str(d["policy"]) for d in days))
         for i, policy in enumerate(policies):
@@ -320,7 +321,7 @@ def draw(cells: list[dict[str, object]], days: list[dict[str, object]], path: Pa
             color, alpha = plot.of(policy), 0.4 + 0.15 * i if policy.startswith("EAGLE") else 1
             axes[-1].bar(place, values, 0.13, color=color, alpha=alpha, label=policy)
         axes[-1].axhline(1, color=plot.INK, lw=0.8)
-        short = [name.split(" /")[0].split("-", 1)[-1] for name in served]
+        short = [name.split(" /")[0].rsplit("-", 1)[-1] for name in served]
         axes[-1].set_xticks(range(len(served)), short)
         axes[-1].set_title("a day, one setting")
         axes[-1].set_ylim(0, 3.2)
@@ -348,7 +349,7 @@ def main() -> None:
     folded = {"cells": fold(cells, "shape", "policy"), "day": fold(days, "machine")}
     result = {"trace": args.trace.name, **folded, "trees_over_chains": fold(chains)}
     write(args.out / "replay.json", result)
-    table = markdown(cells, days)
+    table = markdown(short(cells), short(days))  # as in the file
     (args.out / "replay.md").write_text(table)
     console.print(table)
     for names in (list(machines), list(shapes())):

@@ -155,10 +155,10 @@ class ThroughputOptimal:
         drafts = np.minimum(drafts, most)
         whole = np.ceil(drafts * ROUND_DOWN)
         verify = self.cost(plain + whole, num_reqs=widest)
-        root, wider = (
-            self.cost.draft_seconds(DEPTHS[: self.max_depth, None], widest, n) for n in (1, 2)
-        )
-        seconds = verify + root + (wider - root) * (self._beam(whole, widest) - 1)
+        depths = DEPTHS[: self.max_depth, None]
+        wider = (self._beam(whole, widest) - 1) * (depths - 1)  # the first layer is the root's
+        seconds = verify + self.cost.draft_seconds(depths, widest)
+        seconds += wider * (self.cost.draft_token * widest)
         rate = (batch + accepts) / seconds
         rate *= drafts >= 1
         best, alone, idle = int(rate.argmax()), verify.item(0), num_idle_steps
@@ -180,12 +180,14 @@ class ThroughputOptimal:
 
     def _beam(self, drafts: NDArray[Any], requests: int) -> NDArray[Any]:
         """Nodes of a layer that are worth expanding where that many ``drafts`` are verified."""
-        return np.clip(np.ceil((1 + drafts / requests) / TOKENS_PER_BEAM), 1, self.beam)
+        return np.minimum(np.ceil((drafts + requests) / (TOKENS_PER_BEAM * requests)), self.beam)
 
     def _tier(self, depth: int, tokens: int, plain: int, widest: int, other: int) -> Tier:
         """The tier of ``tokens`` in a pass that ``other`` tokens share."""
-        beam = int(self._beam(np.array(tokens - plain), widest)) if depth else 0
-        return Tier(depth, tokens - other, beam)
+        if not depth:
+            return Tier(0, tokens - other)
+        beam = -(-(tokens - plain + widest) // (TOKENS_PER_BEAM * widest))
+        return Tier(depth, tokens - other, min(beam, self.beam))
 
     def _unknown(self, plain: int, widest: int) -> tuple[int, int]:
         """Depth and tokens as long as too little was seen: full depth.
