@@ -45,7 +45,8 @@ class Tier:
     Attributes:
         depth: layers to draft; 0: do not speculate in this step.
         num_verify_tokens: tokens of the target's forward pass, roots and pads included.
-        beam: nodes of a layer to expand, at most the rule's; 0: as many as the rule's.
+        beam: nodes of a layer to expand, at most the rule's; 0: the rule's. The tier was priced so:
+            give it to ``grow``. A workspace's widths are fixed: they are the rule's.
     """
 
     depth: int
