@@ -76,17 +76,16 @@ class Steps:
 
     Attributes:
         num_verify_tokens: float64 [steps], launched for each request.
-        layers: int64 [steps], drafted.
+        layers, beam: int64 [steps], drafted, and nodes of a layer that each request expands.
         emitted: int64 [texts, most], tokens of each text in each step that drafted.
         counts: int64 [texts], how many steps those are.
-        beam: nodes of a layer that each request expands.
     """
 
     num_verify_tokens: np.ndarray
     layers: np.ndarray
+    beam: np.ndarray
     emitted: np.ndarray
     counts: np.ndarray
-    beam: int
 
 
 def replayed(trace: Trace, scheduler: Scheduler, batch: int, prefill: int, share: float) -> Steps:
@@ -103,11 +102,13 @@ def replayed(trace: Trace, scheduler: Scheduler, batch: int, prefill: int, share
             "margin",
         )
     }
-    seen: list[tuple[float, int]] = []
+    seen: list[tuple[float, int, int]] = []
     emitted: list[list[int]] = [[] for _ in trace.kind]
 
     def observe(record: Record) -> None:
-        seen.append((record.tier.num_verify_tokens / batch, record.tier.depth))
+        tier = record.tier
+        beam = tier.beam or scheduler.rule.beam
+        seen.append((tier.num_verify_tokens / batch, tier.depth, beam))
         if record.tier.depth:
             for text, tokens in zip(record.requests, record.emitted, strict=True):
                 emitted[text].append(int(tokens))
@@ -126,7 +127,7 @@ def replayed(trace: Trace, scheduler: Scheduler, batch: int, prefill: int, share
         order=order,
         observe=observe,
     )
-    verified, layers = np.array(seen[WARM:]).T
+    verified, layers, beam = np.array(seen[WARM:]).T
     pool = [token for tokens in emitted for token in tokens] or [1]
     emitted = [tokens or pool for tokens in emitted]
     table = np.zeros((len(emitted), max(map(len, emitted))), dtype=int)
@@ -135,9 +136,9 @@ def replayed(trace: Trace, scheduler: Scheduler, batch: int, prefill: int, share
     return Steps(
         verified,
         layers.astype(int),
+        beam.astype(int),
         table,
         np.array([len(tokens) for tokens in emitted]),
-        scheduler.rule.beam,
     )
 
 
@@ -254,7 +255,7 @@ class Replica:
             unprocessed[writing] += 1
             return verified, 0.0, 1
         drafting = float(
-            self.cost.draft_seconds(layers, batch, steps.beam)
+            self.cost.draft_seconds(layers, batch, int(steps.beam[pick]))
             + self.cost.extend_seconds(int(unprocessed[writing].sum()))
         )
         unprocessed[writing] = 0
@@ -610,7 +611,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
                 axis.plot(places.index(cell["adversity"]), cell["ratio"], "o", ms=5, color=shade)
             axis.axhline(1, color=plot.INK, lw=0.8)
             axis.set_xticks(range(len(places)), places)
-            axis.set(title=f"{policy} over off (dark: batch 256)", ylim=(0, None))
+            axis.set(title=f"{policy} over off (dark: 256)", ylim=(0, None))
         figure.savefig(path, dpi=80)
 
 

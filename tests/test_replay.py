@@ -311,3 +311,24 @@ def test_the_shipped_trace_replays_without_a_miss():
         report = replay(shipped, scheduler, COST, batch=32, steps=60)
         assert report.misses == 0
         assert report.tokens_per_step > 1.3
+
+
+def test_a_load_that_falls_ends_texts_and_one_that_rises_admits(trace):
+    levels, live = iter([1] * 3 + [4] * 6 + [2] * 200), []
+    wanted = []
+
+    def load():
+        wanted.append(next(levels))
+        return wanted[-1]
+
+    replay(
+        trace,
+        POLICIES["plain"],
+        COST,
+        batch=4,
+        steps=60,
+        load=load,
+        observe=lambda record: live.append(len(record.requests)),
+    )
+    assert live[:9] == wanted[:9] == [1] * 3 + [4] * 6  # at once
+    assert (np.diff(live[9:]) <= 0).all() and live[-1] == 2  # as texts end

@@ -27,6 +27,7 @@ def _path():
         yield
         for name in (
             "common",
+            "common.machines",
             "common.policies",
             "common.raised",
             "common.replays",
@@ -125,20 +126,21 @@ def test_a_cut_trace_replays_exactly(trace):
 
 
 def test_the_papers_bench_in_small():
+    from common.machines import measured
     from common.replays import calibrate, halves, warm_up
-    from paper import Bench
+    from paper import Q235, SEVENTY, Bench
 
     tune, test = halves(Trace.load(BENCHMARKS / "traces" / "smollm2.npz").texts(range(0, 64, 8)))
     known = calibrate(tune), warm_up(tune).log
-    costs = {name: roofline.plan(name) for name in ("Qwen3-235B-A22B", "LLaMA-3.3-70B")}
-    together = list(Bench(tune, test, *known, batch=8, share=0.01).cells(costs))
+    machines = {name: measured()[name] for name in (Q235, SEVENTY)}
+    together = list(Bench(tune, test, *known, batch=8, share=0.01).cells(machines))
     alone = [
         c
-        for name in costs
-        for c in Bench(tune, test, *known, batch=8, share=0.01).cells({name: costs[name]})
+        for name in machines
+        for c in Bench(tune, test, *known, batch=8, share=0.01).cells({name: machines[name]})
     ]
     assert together == alone  # a model's figures do not depend on those before it
-    cells = {c["policy"]: c for c in together if c["model"] == "LLaMA-3.3-70B"}
+    cells = {c["policy"]: c for c in together if c["model"] == SEVENTY}
     assert cells["EAGLE-3, default"]["rows"] == 8 * 8 and cells["EAGLE-3, matched"]["rows"] == 5 * 8
     for cell in cells.values():
         assert (

@@ -154,6 +154,14 @@ def integers(name: str, value: object, low: int, high: int | None = None) -> NDA
     return found.astype(np.int64)
 
 
+def indices(name: str, value: HostInts) -> NDArray[np.int64]:
+    """``value`` as a host array int64 [n] of indices."""
+    found = integers(name, value, 0)
+    if found.ndim != 1:
+        raise EchoError(f"{name}: expected one int for each request, got {found}")
+    return found
+
+
 def ints(name: str, values: object, low: int, high: int | None = None) -> tuple[int, ...]:
     """As :func:`integers`, several of them, as Python's."""
     found = integers(name, values, low, high)

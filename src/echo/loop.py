@@ -257,7 +257,7 @@ def speculate(
         before = clock()
         tokens, log_probs = drafter.draft(req_indices, tree.frontier)
         drafting += clock() - before
-        tree = scheduler.grow(tree, tokens, log_probs)
+        tree = scheduler.grow(tree, tokens, log_probs, beam=tier.beam)
     packed = scheduler.pack(tree)
     planned = clock()
     sampled = target.verify(req_indices, packed)

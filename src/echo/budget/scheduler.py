@@ -162,7 +162,7 @@ class ElasticBudgetScheduler:
         Raises:
             EchoError: an argument of the wrong kind, or one on a device.
         """
-        requests = _indices(req_indices)
+        requests = checks.indices("req_indices", req_indices)
         if context_tokens is not None:
             context_tokens = checks.real("context_tokens", context_tokens, 0.0)
         other, batch = checks.integer("num_other_tokens", num_other_tokens, 0), len(requests)
@@ -189,7 +189,7 @@ class ElasticBudgetScheduler:
         other = checks.integer("num_other_tokens", num_other_tokens, 0)
         if context_tokens is not None:
             context_tokens = checks.real("context_tokens", context_tokens, 0.0)
-        optimal, requests = self._throughput_optimal, _indices(req_indices)
+        optimal, requests = self._throughput_optimal, checks.indices("req_indices", req_indices)
         return optimal.tier_curve(history, requests, other, context_tokens)
 
     def agree_on_tier(self, curves: NDArray[np.float32], rank: int) -> Tier:
@@ -282,6 +282,7 @@ class ElasticBudgetScheduler:
         log_probs: Tensor,
         *,
         allowed: Tensor | None = None,
+        beam: int = 0,
         out: SuperTree | None = None,
     ) -> SuperTree:
         """Score a drafted layer, ask the gate, let the rule commit, and find the next frontier.
@@ -296,11 +297,14 @@ class ElasticBudgetScheduler:
             log_probs: float [B, W, k], given their parent; no gradient is kept.
             allowed: bool [B, W, k]; False: a candidate that a grammar forbids, so that the target
                 cannot sample it: never selected, and no fault. Defaults to all.
+            beam: nodes to expand, :attr:`Tier.beam`, where the rule has a field of that name, as
+                shipped ones do. Defaults to the rule's.
             out: a tree of one layer more (a :class:`Workspace`'s), to whose last layer, frontier
                 and state is written.
 
         Raises:
-            EchoError: shapes or dtypes that do not fit, or a layer beyond ``max_depth``.
+            EchoError: shapes or dtypes that do not fit, a layer beyond ``max_depth``, or a beam
+                wider than the rule's.
         """
         frontier, depth = tree.frontier, tree.depth + 1
         (batch, width), device = frontier.token.shape, frontier.token.device
@@ -313,18 +317,13 @@ class ElasticBudgetScheduler:
             )
         check_size(batch, sum(tree.sizes) + width * k, depth)
         last = depth == self.max_depth
-        if allowed is None:
-            return step.grow(self.rule, self.gate, tree, tokens, log_probs, last, out)
-        checks.tensor("allowed", allowed, list(shape), torch.bool, device)
-        before, log_probs = tree.invalid.clone(), log_probs.masked_fill(~allowed, -torch.inf)
-        grown = step.grow(self.rule, self.gate, tree, tokens, log_probs, last, out)
-        # nothing left to draft is not a layer without a number
-        some = (allowed & frontier.active[..., None]).any(dim=2).any(dim=1)
-        invalid = torch.where(some, grown.invalid, before)
-        if out is None:
-            return replace(grown, invalid=invalid)
-        grown.invalid.copy_(invalid)
-        return grown
+        rule = self.rule
+        if beam != 0:
+            beam = checks.integer("beam", beam, 1, rule.beam)
+            rule = rule if beam == rule.beam else replace(rule, beam=beam)  # type: ignore[type-var]
+        if allowed is not None:
+            checks.tensor("allowed", allowed, list(shape), torch.bool, device)
+        return step.grow(rule, self.gate, tree, tokens, log_probs, allowed, last, out)
 
     def grow_positions(self, tree: SuperTree, tokens: Tensor, log_probs: Tensor) -> SuperTree:
         """Grow a layer for each position of a drafter that is not conditioned on nodes.
@@ -449,11 +448,3 @@ class ElasticBudgetScheduler:
         if isinstance(self.budget, CostModel):
             return int(self.budget.round_up(self.budget.knee.k_max))
         return self.budget or self.rule.default_budget(batch) or batch
-
-
-def _indices(req_indices: HostInts) -> NDArray[np.int64]:
-    """The requests of a step, as the host knows them."""
-    found = checks.integers("req_indices", req_indices, 0)
-    if found.ndim != 1:
-        raise EchoError(f"req_indices: expected one int for each request, got {found}")
-    return found

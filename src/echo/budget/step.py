@@ -150,6 +150,7 @@ def grow(
     tree: SuperTree,
     tokens: Tensor,
     log_probs: Tensor,
+    allowed: Tensor | None,
     last: bool,
     out: SuperTree | None,
 ) -> SuperTree:
@@ -157,6 +158,13 @@ def grow(
 
     ``last``: no node of this layer is expanded.
     """
+    if allowed is not None:
+        before, some = tree.invalid.clone(), allowed & tree.frontier.active[..., None]
+        log_probs = log_probs.masked_fill(~allowed, -torch.inf)
+        grown = grow(rule, gate, tree, tokens, log_probs, None, last, out)
+        # nothing left to draft is not a layer without a number
+        invalid = torch.where(some.flatten(1).any(dim=1), grown.invalid, before)
+        return replace(grown, invalid=copy_into(None if out is None else grown.invalid, invalid))
     if kernels.use_triton(tokens) and _fits(rule, tree):
         return _grow_fused(rule, gate, tree, tokens, log_probs, last, out)
     (batch, _, k), frontier, device = tokens.shape, tree.frontier, tokens.device

@@ -125,6 +125,7 @@ def replay(
     lag: int = 0,
     max_verify_tokens_per_req: int | None = None,
     update_rate: float = 0.0,
+    load: Callable[[], int] | None = None,
     observe: Observer | None = None,
 ) -> Report:
     """Decode the trace's texts under a policy, with continuous refill, under a cost model.
@@ -149,6 +150,8 @@ def replay(
         max_verify_tokens_per_req: Defaults to the scheduler's.
         update_rate: of the scheduler's cost model, if its budget is one, by each step's seconds
             (:meth:`echo.CostModel.update`).
+        load: asked before each step how many requests there are to be, at most ``batch``: those
+            beyond end their texts, and none takes their place. Defaults to ``batch``.
         observe: called with the :class:`Record` of each step.
 
     Raises:
@@ -180,7 +183,7 @@ def replay(
     if max_verify_tokens_per_req is not None:
         most = checks.integer("max_verify_tokens_per_req", max_verify_tokens_per_req, 1)
     while steps is None or report.steps < steps:
-        fresh = requests.refill(report.seconds)
+        fresh = requests.refill(report.seconds, batch if load is None else load())
         if len(fresh):
             past[-1] = history = history.reset(torch.from_numpy(fresh))
         live = requests.live()
@@ -196,7 +199,7 @@ def replay(
         expanded = 0
         while tree.depth < tier.depth and (active := int(tree.frontier.active.sum())):
             expanded += active
-            tree = scheduler.grow(tree, *source.draft(tree.frontier))
+            tree = scheduler.grow(tree, *source.draft(tree.frontier), beam=tier.beam)
         packed = scheduler.pack(tree)
         accepted = accept(packed, source.target(at, packed))
         history = history.observe(req_indices, packed, accepted)
@@ -205,7 +208,8 @@ def replay(
         unprocessed = requests.extend(live, emitted, drafted=tier.depth > 0)
 
         _count(report, packed, emitted, tree.depth)
-        drafting = float(cost.draft_seconds(tier.depth, len(live), scheduler.rule.beam))
+        beam = tier.beam or scheduler.rule.beam
+        drafting = float(cost.draft_seconds(tier.depth, len(live), beam))
         if compact:
             drafting = tree.depth * cost.draft_layer + expanded * cost.draft_token
         report.seconds += cost(count + other) + drafting + cost.extend_seconds(unprocessed)
@@ -240,9 +244,10 @@ class _Requests:
         self.steps, self.verified, self.unprocessed = np.zeros((3, batch), np.int64)
         self.since = np.zeros(batch)
 
-    def refill(self, now: float) -> NDArray[np.int64]:
-        """Admit texts to free request indices; which ones."""
+    def refill(self, now: float, wanted: int) -> NDArray[np.int64]:
+        """Admit texts to free request indices until as many are live as ``wanted``; which ones."""
         free = np.flatnonzero(self.text < 0)
+        free = free[: max(0, wanted - len(self.text) + len(free))]
         if not self.forever:
             free = free[: max(0, len(self.queue) - self.next)]
         texts = self.queue[(self.next + np.arange(len(free))) % len(self.queue)]

@@ -53,7 +53,7 @@ class PackedTree:
         max_depth: deepest layer of the super-tree; a host int.
         acceptance_histogram: float32 [B, depth, 32] if the budget is a cost model, else None: how
             many scored nodes of each depth 1.. have which acceptance probability f, in 32 bins
-            that are equal in sqrt(f), from f = 1/136 up.
+            that are equal in sqrt(f), from f = 1/289 up.
         expected: float32 [B, depth], likewise: the sum of f over the request's rows of each depth.
         num_layers: int32 [], layers drafted, where ``max_depth`` is a bound only (a
             :class:`~echo.Workspace`'s step); None: ``max_depth`` layers.
