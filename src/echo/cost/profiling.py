@@ -43,7 +43,7 @@ def profile(
         >>> counts.tolist(), seconds.shape
         ([1, 8, 1, 8], (4,))
     """
-    counts = [checks.integer("num_tokens", count, 1) for count in num_tokens]
+    counts = list(checks.ints("num_tokens", num_tokens, 1))
     repeats = checks.integer("repeats", repeats, 1)
     warmup = checks.integer("warmup", warmup, 0)
     if not counts:
