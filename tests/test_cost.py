@@ -353,6 +353,35 @@ def test_what_a_step_shows_is_shared_by_relative_change():
     assert model.seconds[1] > 0.9 and model.context_token == pytest.approx(0.7e-4, rel=0.02)
 
 
+def test_all_parts_of_a_wrong_model_are_learned():
+    """A step of many loads tells them apart."""
+    rng, reqs = np.random.default_rng(0), (1, 64)
+    truth = echo.CostModel(
+        (1, 256, 1024),
+        (0.01, 0.01, 0.04),
+        num_reqs=reqs,
+        request_seconds=(0, 0.003),
+        context_token=2e-7,
+    )
+    model = echo.CostModel(
+        (1, 64, 2048),
+        (0.02, 0.02, 0.09),
+        num_reqs=reqs,
+        request_seconds=(0, 0.001),
+        context_token=1e-6,
+    )
+    errors = []
+    for _ in range(1000):
+        count = int(rng.choice([1, 8, 32, 64]))
+        load = {"num_reqs": count, "context_tokens": count * float(rng.integers(100, 8000))}
+        tokens = count * int(rng.choice([1, 2, 4, 8, 16]))
+        seconds = truth(tokens, **load)
+        errors.append(abs(model(tokens, **load) / seconds - 1))
+        model = model.update(tokens, seconds * np.exp(0.05 * rng.normal()), **load)
+    assert np.median(errors[:50]) > 0.1 and np.median(errors[-300:]) < 0.03
+    assert model.context_token == pytest.approx(truth.context_token, rel=0.1)
+
+
 update = {
     "num_tokens": st.integers(1, 400),
     "seconds": st.floats(1e-9, 1e6),

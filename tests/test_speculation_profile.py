@@ -177,6 +177,7 @@ def test_a_profile_knows_what_drafting_costs():
         ({"max_num_tokens": 64}, "max_num_tokens: expected an int >= 128"),
         ({"context_lens": []}, "context_lens: expected at least one"),
         ({"acceptance": []}, "acceptance: expected at least one"),
+        ({"acceptance": 0.5}, "acceptance: expected numbers"),
         ({"acceptance": [1.5]}, "acceptance: expected a number from"),
         ({"max_seconds": -1}, "max_seconds: expected a number"),
         ({"repeats": 0}, "repeats: expected an int >= 1"),

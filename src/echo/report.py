@@ -233,9 +233,9 @@ def speculation_report(
     if calibration is not None:
         checks.instance("calibration", calibration, Calibration)
     loads = checks.ints("num_reqs", num_reqs, 1)
+    given = [cost.context_len] if context_lens is None else context_lens
     with checks.reading("context_lens: expected numbers"):
-        given = [cost.context_len] if context_lens is None else list(context_lens)
-    contexts = [checks.real("context_lens", context, 0.0) for context in given]
+        contexts = [checks.real("context_lens", context, 0.0) for context in given]
     if not loads or not contexts:
         name = "context_lens" if loads else "num_reqs"
         raise EchoError(f"{name}: expected at least one number, got none")
@@ -343,7 +343,7 @@ def _notes(
         more = ", ..." if len(far) > 4 else ""
         notes.append(f"measure the cost at (requests x context) {loads}{more}")
     if counted.steps < ENOUGH:
-        notes.append(f"{counted.steps} request-steps are too few for a sure answer: log more")
+        notes.append(f"{counted.steps} request-step(s) are too few for a sure answer: log more")
     if unsure := [a for a in advice if a.depth and a.low <= 1 and not a.extrapolated]:
         where = ", ".join(str(a.num_reqs) for a in unsure)
         notes.append(f"the interval has 1 in it at {where} requests: log more steps, or time more")

@@ -307,7 +307,8 @@ def _plan(
     most = checks.integer("max_num_reqs", max_num_reqs, 1)
     limit = checks.integer("max_num_tokens", max_num_tokens, most)
     contexts = sorted(set(checks.ints("context_lens", context_lens, 0)))
-    chances = [checks.real("acceptance", chance, 0.0, 1.0) for chance in acceptance]
+    with checks.reading("acceptance: expected numbers"):
+        chances = [checks.real("acceptance", chance, 0.0, 1.0) for chance in acceptance]
     if not contexts or not chances:
         name = "acceptance" if contexts else "context_lens"
         raise EchoError(f"{name}: expected at least one number, got none")
