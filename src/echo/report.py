@@ -196,7 +196,7 @@ def speculation_report(
     context_lens: Sequence[float] | None = None,
     beam: int = 1,
     max_verify_tokens_per_req: int = 64,
-    resamples: int = 200,
+    resamples: int = 1000,
     seed: int = 0,
 ) -> SpeculationReport:
     """Report whether to speculate, at which load and how deep, from acceptance and cost.
