@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 import echo
 import measured
 
+ONE = echo.CostModel.from_samples([1, 2], [1.0, 1.0])
 EXPERTS = "qwen3-235b, context 960"
 
 
@@ -260,6 +261,19 @@ def test_profile_reads_the_devices_clock():
             "seconds: expected a positive number in every sample",
         ),
         (
+            lambda: echo.CostModel.from_samples(None, [1.0]),
+            "num_tokens: expected numbers, got ValueError: no samples",
+        ),
+        (lambda: echo.CostModel.from_samples(["a"], [1.0]), "num_tokens: expected numbers"),
+        (lambda: echo.CostModel.from_samples([1], None), "seconds: expected numbers"),
+        (lambda: echo.CostModel.from_samples([1], [1.0], tiers=5), "tiers: expected ints"),
+        (lambda: echo.cost.line(None, [1.0]), "amount: expected numbers"),
+        (lambda: echo.cost.profile(print, 5), "num_tokens: expected ints"),
+        (lambda: ONE.extrapolated(1, num_reqs=0), "num_reqs: expected a number >= 1, got 0"),
+        (lambda: ONE.interval(1, num_reqs=0), "num_reqs: expected a number >= 1, got 0"),
+        (lambda: ONE.update(1, 1.0, num_reqs=0), "num_reqs: expected a number >= 1, got 0"),
+        (lambda: ONE.update(1, 1.0, context_tokens=-1), "context_tokens: expected a number >= 0"),
+        (
             lambda: echo.CostModel((1,), (1.0,), num_reqs=(1, 2)),
             "num_reqs: expected increasing ints >= 1, as many as request_seconds",
         ),
@@ -325,6 +339,72 @@ def test_one_late_step_does_not_turn_the_curve():
     assert tiered.update(5, 2.0, rate=1.0).num_tokens == (1, 32, 64)  # the tier that was launched
     with pytest.raises(echo.EchoError, match=r"rate: expected a number from 0\.0 to 1\.0, got 2"):
         model.update(64, 1.0, rate=2)
+
+
+def test_what_a_step_shows_is_shared_by_relative_change():
+    """Context believed ten times as dear is what is corrected, not the curve over tokens."""
+    model = echo.CostModel((1, 64, 256), (1.0, 1.0, 2.0), context_token=1e-4)
+    once = model.update(64, 1.2, context_tokens=100_000)
+    assert once.seconds == pytest.approx((1.0, 1.0, 2.0), rel=0.02)
+    assert once(64, context_tokens=100_000) == pytest.approx(11 - 0.1 * 9.8)
+    for _ in range(300):
+        model = model.update(64, 8.0, context_tokens=100_000)
+    assert model(64, context_tokens=100_000) == pytest.approx(8.0)
+    assert model.seconds[1] > 0.9 and model.context_token == pytest.approx(0.7e-4, rel=0.02)
+
+
+def test_all_parts_of_a_wrong_model_are_learned():
+    """A step of many loads tells them apart."""
+    rng, reqs = np.random.default_rng(0), (1, 64)
+    truth = echo.CostModel(
+        (1, 256, 1024),
+        (0.01, 0.01, 0.04),
+        num_reqs=reqs,
+        request_seconds=(0, 0.003),
+        context_token=2e-7,
+    )
+    model = echo.CostModel(
+        (1, 64, 2048),
+        (0.02, 0.02, 0.09),
+        num_reqs=reqs,
+        request_seconds=(0, 0.001),
+        context_token=1e-6,
+    )
+    errors = []
+    for _ in range(1000):
+        count = int(rng.choice([1, 8, 32, 64]))
+        load = {"num_reqs": count, "context_tokens": count * float(rng.integers(100, 8000))}
+        tokens = count * int(rng.choice([1, 2, 4, 8, 16]))
+        seconds = truth(tokens, **load)
+        errors.append(abs(model(tokens, **load) / seconds - 1))
+        model = model.update(tokens, seconds * np.exp(0.05 * rng.normal()), **load)
+    assert np.median(errors[:50]) > 0.1 and np.median(errors[-300:]) < 0.03
+    assert model.context_token == pytest.approx(truth.context_token, rel=0.1)
+
+
+update = {
+    "num_tokens": st.integers(1, 400),
+    "seconds": st.floats(1e-9, 1e6),
+    "num_reqs": st.integers(1, 100),
+    "context_tokens": st.floats(0, 1e6),
+    "rate": st.floats(0, 1),
+}
+
+
+@given(st.lists(st.fixed_dictionaries(update), min_size=1, max_size=30))
+def test_any_steps_leave_a_model(steps):
+    model = echo.CostModel(
+        (1, 64, 256),
+        (1.0, 1.0, 2.0),
+        num_reqs=(1, 8),
+        request_seconds=(0.0, 3.0),
+        context_token=1e-4,
+    )
+    for step in steps:
+        load = {name: step[name] for name in ("num_tokens", "num_reqs", "context_tokens")}
+        old, model = model(**load), model.update(**step)
+        low, high = sorted((old, step["seconds"]))
+        assert low * (1 - 1e-9) <= model(**load) <= high * (1 + 1e-9)
 
 
 def test_sglangs_table_is_the_nearest_at_the_measured_context():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,9 @@ from echo.testing import Trace, replay
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 MACHINES = measured.machines()
 FLAT = echo.CostModel((1, 64, 128), (1.0, 1.0, 2.0), draft_layer=0.1)
+
+METRICS = 'vllm:spec_decode_num_drafts_total{{engine="0"}} {}\n'
+LINE = "Accepted: 150 tokens, Drafted: 200 tokens, Per-position acceptance rate: {}"
 
 
 def chains(accepted, depth, seed=0):
@@ -159,6 +164,42 @@ def test_it_answers_by_batch_and_context():
     assert (default.context_len, default.speedup) == (960, at[960, 1].speedup)
 
 
+@pytest.mark.parametrize("steps", [1, 9, 49, 50])
+def test_few_steps_are_never_sure(steps):
+    """Not even where all of them accept all and drafts are free."""
+    free = echo.CostModel((1, 64), (1.0, 1.0))
+    vllm = {"num_drafts": steps, "num_accepted_tokens_per_pos": [steps]}
+    for seen in (vllm, {"spec_accept_histogram": [0, steps]}, chains([1] * steps, 1)):
+        page = speculation_report(seen, free, num_reqs=[1, 4], resamples=2000)
+        for advice in page.advice:
+            assert advice.verdict == ("unsure" if steps < 50 else "yes")
+            # about as far from 2 as Wilson's interval of the rate is from 1
+            assert 2 - advice.low == pytest.approx(1 - page.depths[0].low, rel=0.5)
+            assert advice.speedup == 2
+        assert any("too few for a sure answer" in n for n in page.notes) == (steps < 50)
+    none = speculation_report({"spec_accept_histogram": [steps, 0]}, FLAT, num_reqs=[1])
+    assert none.advice[0].verdict == ("unsure" if steps < 50 else "no")
+    if steps == 1:
+        assert page.depths[0].low == pytest.approx(0.2065, abs=1e-3)
+
+
+@pytest.mark.parametrize("made", [echo.CostModel, echo.CostModel.from_samples])
+def test_contexts_of_which_the_cost_knows_nothing_are_marked(made):
+    cost = made((1, 64, 256), (1.0, 1.0, 2.0))
+    seen = {"num_drafts": 900, "num_accepted_tokens_per_pos": [700, 500, 300]}
+    page = speculation_report(seen, cost, num_reqs=[1, 16], context_lens=[0, 1024, 131_072])
+    assert [a.extrapolated for a in page.advice] == [False] * 2 + [True] * 4
+    assert [a.verdict for a in page.advice] == ["yes"] * 2 + ["unsure"] * 4
+    assert "1 x 1024" in str(page)
+
+
+def test_the_page_is_reached_from_echo():
+    """As docs/start.md calls it, in a process that has imported nothing else."""
+    code = "import echo; print(echo.report.speculation_report.__name__)"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "speculation_report"
+
+
 def test_the_cost_models_error_widens_the_interval():
     log = chains([3, 1, 0, 2, 1, 4, 0, 3] * 200, 4)
     widths = []
@@ -237,6 +278,17 @@ def test_a_mixture_of_experts_is_named_and_unobserved_depths_are_marked():
         (lambda: speculation_report("no such lines", FLAT), "seen: expected .* got str"),
         (lambda: speculation_report([{}, 3], FLAT), "seen: expected"),
         (lambda: speculation_report(chains([1], 2), FLAT, context_lens=[-1]), "context_lens"),
+        (lambda: speculation_report(chains([1], 2), FLAT, context_lens=[]), "context_lens: .* one"),
+        (lambda: speculation_report(chains([1], 2), FLAT, context_lens=5), "context_lens"),
+        (lambda: speculation_report(chains([1], 2), FLAT, num_reqs=[]), "num_reqs: .* least one"),
+        (lambda: speculation_report(chains([1], 2), FLAT, seed=-1), "seed: expected an int >= 0"),
+        (lambda: speculation_report(chains([1], 2), FLAT, calibration=3), "calibration: expected"),
+        (lambda: speculation_report(METRICS.format("NaN"), FLAT), "seen: .* got ValueError"),
+        (lambda: speculation_report(METRICS.format("+Inf"), FLAT), "seen: .* got OverflowError"),
+        (lambda: speculation_report(LINE.format("0.5, 0.9"), FLAT), "never rise"),
+        (lambda: speculation_report(LINE.format("1.5, 0.5"), FLAT), "never rise"),
+        (lambda: speculation_report(LINE.format("0.5.2"), FLAT), "seen: .* got ValueError"),
+        (lambda: speculation_report([{"meta_info": 3}], FLAT), "seen: expected .* got int"),
         (
             lambda: speculation_report(
                 {"num_drafts": 9, "num_accepted_tokens_per_pos": [3, 4]}, FLAT

@@ -8,6 +8,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
 import echo
 import measured
@@ -112,7 +113,40 @@ def test_another_machine_is_refused():
         profiled(slower, profile, on_sample=lambda so_far, stake: saved.append(so_far))
     assert not saved  # nothing of it gets into the profile
     as_fast = measured.Machine(MACHINES[BOTH], slower=1.1, seed=9)
-    assert len(profiled(as_fast, profile).samples) > len(profile.samples)
+    assert profiled(as_fast, profile).samples[: len(profile.samples)] == profile.samples
+
+
+def test_another_machine_is_refused_at_another_context():
+    machine = measured.Machine(MACHINES[BOTH])
+    near, far = ({"context_lens": [context]} for context in machine.contexts)
+    profile = profiled(machine, **near)
+    for limits in ({}, {"max_num_reqs": 2, "max_num_tokens": 8}):
+        slower = measured.Machine(MACHINES[BOTH], slower=2.0)
+        with pytest.raises(echo.EchoError, match=r"step: .* times as many: another machine"):
+            profiled(slower, profile, **far, **limits)
+        given = LIMITS | limits
+        for reqs, tokens, _ in slower.seen:  # no step is beyond what the engine can run
+            assert reqs <= given["max_num_reqs"] and tokens <= given["max_num_tokens"]
+
+
+def test_a_profile_that_is_done_does_not_grow_when_it_is_resumed():
+    """Three of its loads are timed again, to compare."""
+    machine = measured.Machine(MACHINES[EXPERTS], noise=0.0)
+    machine.seconds = lambda reqs, tokens, context: np.array(0.01)  # tokens are free
+    profile = profiled(machine)
+    calls = machine.calls
+    assert profiled(machine, profile) == profile
+    assert machine.calls - calls == 3 * (1 + 3)
+    noisy = measured.Machine(MACHINES["llama-3.3-70b, context 960"], noise=0.05)
+    found = SpeculationProfile(IDENTITY)
+    for _ in range(4):
+        found = profiled(noisy, found)
+        assert max(found._visits().values()) <= 3 * 3
+
+
+def test_a_clock_that_stands_still_is_refused():
+    with pytest.raises(echo.EchoError, match=r"seconds of a step: expected a number >= .* got 0"):
+        profiled(measured.Machine(MACHINES[EXPERTS]), clock=lambda: 0.0)
 
 
 def test_another_models_profile_is_refused():
@@ -143,6 +177,7 @@ def test_a_profile_knows_what_drafting_costs():
         ({"max_num_tokens": 64}, "max_num_tokens: expected an int >= 128"),
         ({"context_lens": []}, "context_lens: expected at least one"),
         ({"acceptance": []}, "acceptance: expected at least one"),
+        ({"acceptance": 0.5}, "acceptance: expected numbers"),
         ({"acceptance": [1.5]}, "acceptance: expected a number from"),
         ({"max_seconds": -1}, "max_seconds: expected a number"),
         ({"repeats": 0}, "repeats: expected an int >= 1"),
@@ -155,5 +190,11 @@ def test_bad_input_names_the_argument(options, says):
         SpeculationProfile(IDENTITY, (), {"draft": 1.0})
     with pytest.raises(echo.EchoError, match="samples: expected requests"):
         SpeculationProfile(IDENTITY, ((1, 2),))
+    with pytest.raises(echo.EchoError, match=r"samples: expected requests.*out of range"):
+        SpeculationProfile(IDENTITY, ((1, 1, 0, 0.0),))
+    with pytest.raises(echo.EchoError, match="draft_layer: expected a number >= 0"):
+        SpeculationProfile(IDENTITY, (), {"draft_layer": torch.ones(2)})
     with pytest.raises(echo.EchoError, match="identity: expected a dict"):
         SpeculationProfile("llama")
+    with pytest.raises(echo.EchoError, match=r"identity: expected strings by name, got .*float16"):
+        SpeculationProfile({"dtype": torch.float16})

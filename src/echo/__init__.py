@@ -1,6 +1,7 @@
 """ECHO: composable primitives for elastic speculative decoding."""
 
 from echo import kernels, testing
+from echo import report as report
 from echo._checks import EchoError
 from echo.budget import ElasticBudgetScheduler, GlobalRank, History, PerRequest, TwoLevel
 from echo.cost import CostModel

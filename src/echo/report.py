@@ -24,8 +24,9 @@ import numpy as np
 
 from echo import _checks as checks
 from echo import plot
+from echo._checks import EchoError
 from echo.cost import CostModel
-from echo.gating.acceptance import CountedChains, LoggedDrafts, Outcomes
+from echo.gating.acceptance import CountedChains, LoggedDrafts, Outcomes, Z, wilson
 from echo.gating.calibration import Calibration
 from echo.gating.logs import WarmupLog
 
@@ -33,13 +34,13 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 ENOUGH = 50
-"""Accepted and rejected tokens that say enough of a depth: ``calibrate``'s ``min_rows``."""
+"""Accepted and rejected tokens that say enough of a depth (``calibrate``'s ``min_rows``), and
+request-steps of a load."""
 HEAD = (
     "context  requests  depth  verify tokens  tokens/step  speedup [95%]      K_max  8 tokens cost"
 )
 COSTLY = 1.15
 """Above it, eight tokens of one request are said to cost more than one."""
-Z = 1.96
 SHADES = (plot.GOOD, "#33658a", "#e9a13b", "#7b4b94")
 
 
@@ -84,6 +85,7 @@ class Advice:
         k_max: the paper's K_max, the knee of the cost curve of so many requests; None: it has none.
         eight: what a step of eight tokens a request costs, in steps of plain decoding.
         extrapolated: the cost model was not measured there.
+        steps: request-steps that acceptance was counted on.
     """
 
     num_reqs: int
@@ -97,11 +99,15 @@ class Advice:
     k_max: int | None
     eight: float
     extrapolated: bool
+    steps: int
 
     @property
     def verdict(self) -> str:
-        """``yes``: the whole interval is above 1; ``no``: do not draft; else ``unsure``."""
-        if self.extrapolated or (self.depth and self.low <= 1):
+        """``yes``: the whole interval is above 1; ``no``: do not draft; else ``unsure``.
+
+        Fewer than 50 request-steps are never sure.
+        """
+        if self.extrapolated or self.steps < ENOUGH or (self.depth and self.low <= 1):
             return "unsure"
         return "yes" if self.depth else "no"
 
@@ -160,10 +166,8 @@ class SpeculationReport:
             rates = f"{d.cumulative:10.3f}  {d.conditional:.3f} [{d.low:.3f}, {d.high:.3f}]"
             tail = "" if d.well_observed else f"   {few}"
             lines.append(f"{d.depth:5d}  {d.drafted:8.0f}  {d.accepted:8.0f}  {rates}{tail}")
-        rate = (
-            f"draft acceptance rate {self.draft_acceptance_rate:.3f}, pooled: all accepted over all"
-        )
-        lines += ["", f"{rate} drafted (what vLLM and SGLang report)"]
+        rate = f"draft acceptance rate {self.draft_acceptance_rate:.3f}, pooled"
+        lines += ["", f"{rate}: all accepted over all drafted (what vLLM and SGLang report)"]
         if not math.isnan(self.mean_of_rates):
             mean = f"mean of means {self.mean_of_rates:.3f}: each of the {self.unit} counts alike"
             lines.append(f"{mean}, however much it drafted")
@@ -192,7 +196,7 @@ def speculation_report(
     context_lens: Sequence[float] | None = None,
     beam: int = 1,
     max_verify_tokens_per_req: int = 64,
-    resamples: int = 200,
+    resamples: int = 1000,
     seed: int = 0,
 ) -> SpeculationReport:
     """Report whether to speculate, at which load and how deep, from acceptance and cost.
@@ -226,13 +230,19 @@ def speculation_report(
         [(1, 3, 2.52), (256, 1, 1.06)]
     """
     checks.instance("cost", cost, CostModel)
+    if calibration is not None:
+        checks.instance("calibration", calibration, Calibration)
     loads = checks.ints("num_reqs", num_reqs, 1)
     given = [cost.context_len] if context_lens is None else context_lens
-    contexts = [checks.real("context_lens", context, 0.0) for context in given]
+    with checks.reading("context_lens: expected numbers"):
+        contexts = [checks.real("context_lens", context, 0.0) for context in given]
+    if not loads or not contexts:
+        name = "context_lens" if loads else "num_reqs"
+        raise EchoError(f"{name}: expected at least one number, got none")
     beam = checks.integer("beam", beam, 1)
     limit = checks.integer("max_verify_tokens_per_req", max_verify_tokens_per_req, 2) - 1
     resamples = checks.integer("resamples", resamples, 20)
-    random = np.random.default_rng(seed)
+    random = np.random.default_rng(checks.integer("seed", seed, 0))
     counted: LoggedDrafts | CountedChains
     if isinstance(seen, WarmupLog):
         counted = LoggedDrafts(seen, calibration, limit, random, resamples)
@@ -241,7 +251,8 @@ def speculation_report(
     error = np.exp(random.normal(0.0, math.sqrt(2) * (cost.error or 0.0) / Z, resamples))
     outcomes = {b: counted.outcomes(b) for b in loads}
     advice = tuple(
-        _advise(outcomes[b], cost, b, context, beam, error) for context in contexts for b in loads
+        _advise(outcomes[b], cost, b, context, beam, error, counted.steps)
+        for context, b in itertools.product(contexts, loads)
     )
     depths = _depths(counted)
     spots = {} if calibration is None else calibration.thresholds
@@ -258,7 +269,7 @@ def speculation_report(
 
 
 def _advise(
-    outcomes: Outcomes, cost: CostModel, b: int, context: float, beam: int, error: Any
+    outcomes: Outcomes, cost: CostModel, b: int, context: float, beam: int, error: Any, steps: int
 ) -> Advice:
     """The depth and the tokens of greatest speedup for ``b`` requests."""
     load: dict[str, Any] = {"num_reqs": b, "context_tokens": b * context}
@@ -290,31 +301,18 @@ def _advise(
         k_max=knee.k_max if knee.bends else None,
         eight=cost(8 * b, **load) / plain,
         extrapolated=any(cost.extrapolated(n, **load) for n in (b, b + budget)),
+        steps=steps,
     )
 
 
 def _depths(counted: LoggedDrafts | CountedChains) -> tuple[DepthAcceptance, ...]:
     """Acceptance by depth."""
     accepted, drafted = counted.accepted, counted.drafted
-    above = np.concatenate([[counted.steps], accepted[:-1]])
-    with np.errstate(invalid="ignore", divide="ignore"):
-        rate = accepted / above
-        middle = (rate + Z**2 / (2 * above)) / (1 + Z**2 / above)
-        half = Z * np.sqrt(rate * (1 - rate) / above + (Z / above) ** 2 / 4) / (1 + Z**2 / above)
+    rates = wilson(accepted, np.concatenate([[counted.steps], accepted[:-1]]))
     enough = (accepted >= ENOUGH) & (drafted - accepted >= ENOUGH)
-    return tuple(
-        DepthAcceptance(
-            depth=d + 1,
-            drafted=float(drafted[d]),
-            accepted=float(accepted[d]),
-            cumulative=float(accepted[d] / counted.steps),
-            conditional=float(rate[d]),
-            low=float(middle[d] - half[d]),
-            high=float(middle[d] + half[d]),
-            well_observed=bool(enough[d]),
-        )
-        for d in range(counted.max_depth)
-    )
+    columns = drafted, accepted, accepted / counted.steps, *rates, enough
+    rows = zip(*(column.tolist() for column in columns), strict=True)
+    return tuple(DepthAcceptance(depth, *row) for depth, row in enumerate(rows, 1))
 
 
 def _notes(
@@ -344,7 +342,9 @@ def _notes(
         loads = ", ".join(f"{a.num_reqs} x {a.context_len:.0f}" for a in far[:4])
         more = ", ..." if len(far) > 4 else ""
         notes.append(f"measure the cost at (requests x context) {loads}{more}")
-    if unsure := [a for a in advice if a.verdict == "unsure" and not a.extrapolated]:
+    if counted.steps < ENOUGH:
+        notes.append(f"{counted.steps} request-step(s) are too few for a sure answer: log more")
+    if unsure := [a for a in advice if a.depth and a.low <= 1 and not a.extrapolated]:
         where = ", ".join(str(a.num_reqs) for a in unsure)
         notes.append(f"the interval has 1 in it at {where} requests: log more steps, or time more")
     if few := [d for d in depths if not d.well_observed]:

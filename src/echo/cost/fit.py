@@ -243,16 +243,19 @@ def knee_intervals(x: Floats, ratio: Floats, points: Ints, curve: Floats) -> dic
     return {"k_max_interval": (int(np.floor(low)), int(np.ceil(high))), "gamma_interval": slopes}
 
 
-def bend(x: Floats, y: Floats, at: int, value: float, error: float) -> tuple[Floats, Floats]:
-    """The curve whose ``value`` at ``at`` moves by ``error``, at a near or new knot; it rises."""
+def bend(
+    points: tuple[int, ...], values: tuple[float, ...], at: int, value: float, times: float
+) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    """The curve whose ``value`` at ``at`` is so many times it, at a near or new knot; it rises."""
+    x, y = np.array(points), np.array(values)
     knot = int(np.abs(x - at).argmin())
     if abs(x[knot] - at) > NEAR * at:
         knot = int(np.searchsorted(x, at))
         x, y = np.insert(x, knot, at), np.insert(y, knot, value)
-    y[knot] = max(y[knot] + error, 1e-3 * y[0])
+    y[knot] *= times
     y[:knot] = np.minimum(y[:knot], y[knot])
     y[knot:] = np.maximum(y[knot:], y[knot])
-    return x, y
+    return tuple(x.tolist()), tuple(y.tolist())
 
 
 def extended(points: tuple[int, ...], values: tuple[float, ...]) -> tuple[Floats, Floats]:
@@ -261,10 +264,21 @@ def extended(points: tuple[int, ...], values: tuple[float, ...]) -> tuple[Floats
     return np.array([*points, points[-1] + FAR]), np.array([*values, values[-1] + slope * FAR])
 
 
-def check_curve(x_name: str, x: tuple[int, ...], y_name: str, y: tuple[float, ...]) -> None:
+def check_curve(owner: object, x_name: str, y_name: str) -> None:
+    """Raises :class:`EchoError` unless these fields are a curve, or empty but for the tokens'."""
+    x, y = getattr(owner, x_name), getattr(owner, y_name)
+    positive = y_name == "seconds"
+    if not (x or y or positive):
+        return
     if not x or len(x) != len(y) or (np.diff(x) <= 0).any() or x[0] < 1:
         expected = f"{x_name}: expected increasing ints >= 1, as many as {y_name} ({len(y)})"
         raise EchoError(f"{expected}, got {x}")
-    if not np.isfinite(y).all() or min(y) < 0 or (np.diff(y) < 0).any():
-        positive = "positive, " if y_name == "seconds" else ""
-        raise EchoError(f"{y_name}: expected {positive}non-decreasing numbers, got {y}")
+    if not np.isfinite(y).all() or (np.diff(y) < 0).any() or y[0] < 0 or (positive and not y[0]):
+        expected = f"{'positive, ' * positive}non-decreasing numbers"
+        raise EchoError(f"{y_name}: expected {expected}, got {y}")
+    if y_name == "request_seconds" and y[0]:
+        raise EchoError(f"{y_name}: expected 0 at the fewest requests, got {y[0]}")
+    sound = (x[0], y[0]) == (1, 1) and (np.diff(np.divide(y, x)) <= 1e-9).all()
+    if y_name == "context_factors" and not sound:
+        expected = "1 at one token, rising at most in proportion"
+        raise EchoError(f"{y_name}: expected {expected}, got {y}")

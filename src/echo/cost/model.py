@@ -51,8 +51,9 @@ class CostModel:
         extend_token: seconds of each unprocessed token of a draft extend; None: ``draft_token``.
         restart: seconds of reloading a drafter that was unloaded, before its draft extend.
         k_max_interval, gamma_interval: of :attr:`knee`, from :meth:`from_samples`.
-        measured: by number of requests: it, fewest and most tokens, least and most context of a
-            request in the samples; what :meth:`extrapolated` goes by.
+        context_len: context of a request where none is said, of all where requests are unknown.
+        measured: by number of requests (1 where unknown): it, fewest and most tokens, least and
+            most context of a request in the samples; what :meth:`extrapolated` goes by.
         error: relative; 95% of the loads of the samples, predicted from other loads, were nearer.
             None: too few loads.
         doubts: what in the samples speaks against the model.
@@ -79,6 +80,7 @@ class CostModel:
     gamma_interval: tuple[float, float] | None = None
     tokens_per_req: tuple[int, ...] = ()
     context_factors: tuple[float, ...] = ()
+    context_len: float = 0.0
     measured: tuple[tuple[float, ...], ...] = ()
     error: float | None = None
     doubts: tuple[str, ...] = ()
@@ -94,27 +96,16 @@ class CostModel:
                 with checks.reading(f"{name}: expected two numbers"):
                     low, high = (kind(end) for end in ends)
                 object.__setattr__(self, name, (low, high))
-        fit.check_curve("num_tokens", self.num_tokens, "seconds", self.seconds)
-        if self.seconds[0] <= 0:
-            expected = "positive, non-decreasing numbers"
-            raise EchoError(f"seconds: expected {expected}, got {self.seconds}")
-        if self.num_reqs or self.request_seconds:
-            fit.check_curve("num_reqs", self.num_reqs, "request_seconds", self.request_seconds)
-            if (first := self.request_seconds[0]) != 0:
-                raise EchoError(f"request_seconds: expected 0 at the fewest requests, got {first}")
-        if self.tokens_per_req or self.context_factors:
-            x, y = self.tokens_per_req, self.context_factors
-            fit.check_curve("tokens_per_req", x, "context_factors", y)
-            if (x[0], y[0]) != (1, 1) or (np.diff(np.divide(y, x)) > 1e-9).any():
-                expected = "1 at one token, rising at most in proportion"
-                raise EchoError(f"context_factors: expected {expected}, got {y}")
+        fit.check_curve(self, "num_tokens", "seconds")
+        fit.check_curve(self, "num_reqs", "request_seconds")
+        fit.check_curve(self, "tokens_per_req", "context_factors")
         with checks.reading("measured: expected five numbers for each number of requests"):
             ranges = sorted((b, n, m, c, d) for b, n, m, c, d in self.measured)
             object.__setattr__(self, "measured", tuple(tuple(map(float, own)) for own in ranges))
         object.__setattr__(self, "doubts", tuple(map(str, self.doubts)))
         if self.error is not None:
             checks.real_field(self, "error", 0.0)
-        for name in ("draft_layer", "draft_token", "context_token", "restart"):
+        for name in ("draft_layer", "draft_token", "context_token", "context_len", "restart"):
             checks.real_field(self, name, 0.0)
         if self.extend_token is not None:
             checks.real_field(self, "extend_token", 0.0)
@@ -132,12 +123,6 @@ class CostModel:
     @cached_property
     def _factor_curve(self) -> tuple[Floats, Floats]:
         return np.array(self.tokens_per_req), np.array(self.context_factors)
-
-    @property
-    def context_len(self) -> float:
-        """Context of a request where none is said: the median that was measured, else 0."""
-        ends = sorted(end for own in self.measured for end in own[3:])
-        return ends[len(ends) // 2] if ends else 0.0
 
     @cached_property
     def _read_once(self) -> int:
@@ -175,7 +160,8 @@ class CostModel:
             num_tokens: ints [n], at least 1.
             seconds: positive floats [n].
             num_reqs: ints [n], at least 1. Defaults to no such curve.
-            context_tokens: numbers [n], of all requests together. Defaults to no such slope.
+            context_tokens: numbers [n], of all requests together; their median is assumed where
+                none is said. Defaults to no such slope.
             num_other_tokens: ints [n], prefill and whatever else shares the pass. Defaults to 0.
             draft_layer, draft_token, extend_token, restart, tiers: as the class;
                 :func:`echo.cost.line` fits the first four.
@@ -197,19 +183,20 @@ class CostModel:
         )
         for name, column in table.items():
             samples.at_least(name, column, int(name in ("num_tokens", "num_reqs")))
+        x, reqs, context = samples.loads(table).T
         model = cls(
             draft_layer=draft_layer,
             draft_token=draft_token,
-            tiers=tuple(tiers),
+            tiers=checks.ints("tiers", tiers, 0),
             extend_token=extend_token,
             restart=restart,
-            measured=samples.measured(table) if num_reqs is not None else (),
+            context_len=float(np.quantile(context, 0.5, method="lower")),
+            measured=samples.measured(table),
             doubts=samples.doubts(y, table),
             **fit.curves(y, table),
         )
         for doubt in model.doubts:
             warnings.warn(f"CostModel: {doubt}", stacklevel=2)
-        x, reqs, context = samples.loads(table).T
         load = {"num_reqs": reqs, "context_tokens": context * reqs}
         ratio = y / replace(model, tiers=())(x, **load)
         knots, curve = np.array(model.num_tokens), np.array(model.seconds)
@@ -243,7 +230,7 @@ class CostModel:
 
     def _context(self, num_reqs: Any, context_tokens: Any) -> Any:
         if context_tokens is None:
-            return self.context_len * np.asarray(num_reqs)
+            return self.context_len * (np.asarray(num_reqs) if self.num_reqs else np.ones(()))
         return np.asarray(context_tokens)
 
     def extrapolated(
@@ -252,13 +239,17 @@ class CostModel:
         """Whether a load is beyond the samples, by more than a quarter; as in :meth:`__call__`.
 
         What lies between two numbers of requests that were measured with its context is not. A
-        model that was not made from samples of requests knows the ends of its curves.
+        model that was not made from samples knows the ends of its curves, and any context or none.
+        EchoError: ``num_reqs`` below 1.
         """
-        if not self.measured:
-            inside = not self.num_reqs or self.num_reqs[0] <= num_reqs <= self.num_reqs[-1]
-            return num_tokens > self.num_tokens[-1] or not inside
-        context = float(self._context(num_reqs, context_tokens)) / num_reqs
-        return not samples.covers(self.measured, num_tokens, num_reqs, context)
+        num_reqs = checks.real("num_reqs", num_reqs, 1)
+        total = float(self._context(num_reqs, context_tokens))
+        if self.measured:
+            reqs = num_reqs if self.num_reqs else 1.0
+            return not samples.covers(self.measured, num_tokens, reqs, total / reqs)
+        inside = not self.num_reqs or self.num_reqs[0] <= num_reqs <= self.num_reqs[-1]
+        inside &= self.num_tokens[0] <= num_tokens <= self.num_tokens[-1]
+        return not inside or (total > 0 and not self.context_token)
 
     def interval(
         self, num_tokens: float, *, num_reqs: float = 1, context_tokens: float | None = None
@@ -268,7 +259,7 @@ class CostModel:
         NaN where nothing tells: too few samples, or :meth:`extrapolated`.
         """
         load: dict[str, Any] = {"num_reqs": num_reqs, "context_tokens": context_tokens}
-        if self.error is None or self.extrapolated(num_tokens, **load):
+        if self.extrapolated(num_tokens, **load) or self.error is None:
             return math.nan, math.nan
         seconds = float(self(num_tokens, **load))
         return seconds * max(0.0, 1 - self.error), seconds * (1 + self.error)
@@ -329,10 +320,12 @@ class CostModel:
         context_tokens: float | None = None,
         rate: float = 0.1,
     ) -> CostModel:
-        """The model after one more measured step, changed at ``num_tokens`` and to keep it rising.
+        """The model after one more measured step: the least relative changes that correct it.
 
-        It corrects a model of another machine or load where the engine runs; a knee believed at
-        twice its tokens costs up to a quarter of plain decoding's throughput without it.
+        They are to the curve over tokens at ``num_tokens``, and where it must still rise; to the
+        whole curve over requests; and to the slope of context. So a model of another machine or
+        load learns where the engine runs; a knee believed at twice its tokens costs up to a quarter
+        of plain decoding's throughput without it.
 
         Args:
             num_tokens: of the forward pass, prefill included.
@@ -350,13 +343,20 @@ class CostModel:
         num_tokens = checks.integer("num_tokens", num_tokens, 1)
         seconds = checks.real("seconds", seconds, 1e-12)
         rate = checks.real("rate", rate, 0.0, 1.0)
+        num_reqs = checks.real("num_reqs", num_reqs, 1)
+        if context_tokens is not None:
+            context_tokens = checks.real("context_tokens", context_tokens, 0.0)
         at = int(self.round_up(num_tokens))
-        value = float(np.interp(at, *self._token_curve))
         whole = self(at, num_reqs=num_reqs, context_tokens=context_tokens)
-        error = rate * (min(seconds, 4 * whole) - whole)
-        x, y = np.array(self.num_tokens, dtype=np.float64), np.array(self.seconds)
-        x, y = fit.bend(x, y, at, value, error)
-        return replace(self, num_tokens=tuple(map(int, x)), seconds=tuple(map(float, y)))
+        value = float(np.interp(at, *self._token_curve))
+        requests = float(np.interp(num_reqs, *self._request_curve))
+        parts = np.array([value, requests, max(0.0, whole - value - requests)]) / whole
+        error = rate * (min(seconds / whole, 4.0) - 1.0)
+        times, reqs, context = np.maximum(1 + error * parts / (parts @ parts), 1e-3).tolist()
+        x, y = fit.bend(self.num_tokens, self.seconds, at, value, times)
+        rises = tuple(reqs * own for own in self.request_seconds)
+        slope = context * self.context_token
+        return replace(self, num_tokens=x, seconds=y, request_seconds=rises, context_token=slope)
 
     def draft_seconds(self, layers: ArrayLike, num_reqs: int, beam: int = 1) -> Any:
         """Seconds of drafting ``layers`` layers ([...]) for ``num_reqs``.

@@ -12,6 +12,9 @@ from numpy.typing import NDArray
 from echo import _checks as checks
 from echo._checks import EchoError
 
+TICK = 1e-12
+"""Seconds that a step takes at least, or its clock is too coarse."""
+
 
 def profile(
     step: Callable[[int], object],
@@ -36,14 +39,14 @@ def profile(
         Token counts int64 and seconds float64 [n * repeats], for :meth:`CostModel.from_samples`.
 
     Raises:
-        EchoError: no token counts, or an argument out of range.
+        EchoError: no token counts, an argument out of range, or a step that took no time.
 
     Example:
         >>> counts, seconds = profile(lambda count: sum(range(count)), [1, 8], repeats=2)
         >>> counts.tolist(), seconds.shape
         ([1, 8, 1, 8], (4,))
     """
-    counts = [checks.integer("num_tokens", count, 1) for count in num_tokens]
+    counts = list(checks.ints("num_tokens", num_tokens, 1))
     repeats = checks.integer("repeats", repeats, 1)
     warmup = checks.integer("warmup", warmup, 0)
     if not counts:
@@ -67,11 +70,13 @@ def seconds_of(
     if torch.device(device).type != "cuda":
         start = clock()
         step(*load)
-        return clock() - start
-    torch.cuda.synchronize()
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-    begin.record()
-    step(*load)
-    end.record()
-    end.synchronize()
-    return float(begin.elapsed_time(end)) / 1e3
+        seconds = clock() - start
+    else:
+        torch.cuda.synchronize()
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        begin.record()
+        step(*load)
+        end.record()
+        end.synchronize()
+        seconds = float(begin.elapsed_time(end)) / 1e3
+    return checks.real("seconds of a step", seconds, TICK)

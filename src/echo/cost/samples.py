@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from echo import _checks as checks
 from echo._checks import EchoError
 
 Floats = NDArray[np.float64]
@@ -26,13 +27,16 @@ FALL = 1.25
 
 
 def columns(seconds: ArrayLike, **inputs: ArrayLike | None) -> tuple[Floats, dict[str, Floats]]:
-    """Samples as float columns of one length without the None; EchoError where they are not."""
-    y = np.atleast_1d(np.asarray(seconds, dtype=np.float64))
-    table = {}
+    """Samples as float columns of one length; EchoError where they are not.
+
+    Without the None, but the first input must be there.
+    """
+    y = _column("seconds", seconds)
+    table: dict[str, Floats] = {}
     for name, value in inputs.items():
-        if value is None:
+        if value is None and table:
             continue
-        column = table[name] = np.atleast_1d(np.asarray(value, dtype=np.float64))
+        column = table[name] = _column(name, value)
         if column.shape != y.shape or y.ndim != 1 or not len(y):
             expected = f"seconds: expected as many as {name} ({len(column)}, at least 1)"
             raise EchoError(f"{expected}, got {len(y)}")
@@ -42,6 +46,13 @@ def columns(seconds: ArrayLike, **inputs: ArrayLike | None) -> tuple[Floats, dic
     if not (np.isfinite(y) & (y > 0)).all():
         raise EchoError("seconds: expected a positive number in every sample")
     return y, table
+
+
+def _column(name: str, values: object) -> Floats:
+    with checks.reading(f"{name}: expected numbers"):
+        if values is None:
+            raise ValueError("no samples")
+        return np.atleast_1d(np.asarray(values, dtype=np.float64))
 
 
 def at_least(name: str, column: Floats, low: int) -> None:
@@ -83,7 +94,10 @@ def held_out(
 
 
 def measured(table: Table) -> tuple[tuple[float, ...], ...]:
-    """By number of requests: it, fewest and most tokens, least and most context of a request."""
+    """By number of requests: it, fewest and most tokens, least and most context of a request.
+
+    As :func:`loads`, all of one where requests were not recorded.
+    """
     every = loads(table)
     found = []
     for count in np.unique(every[:, 1]):
@@ -101,9 +115,8 @@ def covers(
     counts = [count for count, *_ in own]
     if not own or not counts[0] / REACH <= num_reqs <= counts[-1] * REACH:
         return False
-    return num_tokens <= REACH * float(
-        np.interp(num_reqs, counts, [most for _, _, most, *_ in own])
-    )
+    fewest, most = (float(np.interp(num_reqs, counts, [r[i] for r in own])) for i in (1, 2))
+    return fewest / REACH <= num_tokens <= most * REACH
 
 
 def doubts(seconds: Floats, table: Table) -> tuple[str, ...]:

@@ -66,12 +66,18 @@ class SpeculationProfile:
 
     def __post_init__(self) -> None:
         for name in ("identity", "drafting"):
-            given: Any = checks.instance(name, getattr(self, name), dict)
-            object.__setattr__(self, name, given)
-        if unknown := sorted(set(self.drafting) - set(DRAFTING)):
+            checks.instance(name, getattr(self, name), dict)
+        for pair in self.identity.items():
+            if not all(isinstance(part, str) for part in pair):
+                raise EchoError(f"identity: expected strings by name, got {pair}")
+        if unknown := sorted(set(self.drafting) - set(DRAFTING), key=str):
             raise EchoError(f"drafting: expected {', '.join(DRAFTING)}, got {unknown}")
+        costs = {name: checks.real(name, value, 0.0) for name, value in self.drafting.items()}
         with checks.reading("samples: expected requests, tokens, context and seconds of each"):
             found = tuple((int(b), int(n), int(c), float(y)) for b, n, c, y in self.samples)
+            if wrong := [s for s in found if min(s[:2]) < 1 or s[2] < 0 or not 0 < s[3] < np.inf]:
+                raise ValueError(f"out of range: {wrong[0]}")
+        object.__setattr__(self, "drafting", costs)
         object.__setattr__(self, "samples", found)
 
     def cost(self) -> CostModel:
@@ -118,6 +124,8 @@ class SpeculationProfile:
     ) -> SpeculationProfile:
         """Measure until decisions no longer change; a profile with samples is resumed.
 
+        Three of its loads are timed again then, to compare; they are not added to it.
+
         Args:
             step: ``step(num_reqs, num_tokens, context_len)`` runs the target's forward pass of
                 ``num_tokens`` tokens in all for so many requests, each with that context. The first
@@ -135,8 +143,8 @@ class SpeculationProfile:
                 throughput at stake, infinite before the first fit.
 
         Raises:
-            EchoError: an argument out of range; or loads take another time than saved, by more than
-                a quarter: the profile is of another machine.
+            EchoError: an argument out of range; a step took no time; or loads take another time
+                than saved, by more than a quarter: the profile is of another machine.
         """
         tolerance = checks.real("tolerance", tolerance, 0.0)
         repeats = checks.integer("repeats", repeats, 1)
@@ -152,12 +160,10 @@ class SpeculationProfile:
                 if on_sample is not None:
                     on_sample(found, stake)
 
-        visits = self._visits()
-        known = [load for load in plan.first if load in visits]
-        again = [timer(load) for load in known[:DRIFT_LOADS]]
-        self._compare(again)
-        for new in again:
-            add(new)
+        visits, longest = self._visits(), plan.context.max()
+        known = [load for load in visits if load[0] <= max_num_reqs and load[1] <= max_num_tokens]
+        known.sort(key=lambda load: (load not in plan.first, load[2] > longest))
+        self._compare([timer(load) for load in known[:DRIFT_LOADS]])
         for load in plan.first:
             if load not in visits:
                 add(timer(load))
@@ -301,7 +307,8 @@ def _plan(
     most = checks.integer("max_num_reqs", max_num_reqs, 1)
     limit = checks.integer("max_num_tokens", max_num_tokens, most)
     contexts = sorted(set(checks.ints("context_lens", context_lens, 0)))
-    chances = [checks.real("acceptance", chance, 0.0, 1.0) for chance in acceptance]
+    with checks.reading("acceptance: expected numbers"):
+        chances = [checks.real("acceptance", chance, 0.0, 1.0) for chance in acceptance]
     if not contexts or not chances:
         name = "acceptance" if contexts else "context_lens"
         raise EchoError(f"{name}: expected at least one number, got none")

@@ -31,6 +31,8 @@ GROUPS = 64
 """Batches of log steps, at least, that a budget is tried on."""
 BLOCKS = 400
 """Blocks of consecutive steps that the bootstrap draws: steps of one answer are not independent."""
+Z = 1.96
+"""Standard deviations that hold 95%."""
 HISTOGRAMS = "spec_accept_histogram", "spec_correct_drafts_histogram"
 VLLM = "num_drafts", "num_accepted_tokens_per_pos"
 LINE = re.compile(
@@ -45,6 +47,14 @@ KINDS = (
     "a WarmupLog; vLLM's num_drafts and num_accepted_tokens_per_pos, its metrics page or its log;"
     " or SGLang's spec_accept_histogram, of all requests or of each"
 )
+
+
+def wilson(accepted: Floats, steps: Floats) -> tuple[Floats, Floats, Floats]:
+    """Rates and Wilson's intervals of 95%, float64 [D] each; NaN of no steps."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        rate, z = accepted / steps, Z**2 / steps
+        middle, half = rate + z / 2, np.sqrt(z * (rate * (1 - rate) + z / 4))
+        return rate, (middle - half) / (1 + z), (middle + half) / (1 + z)
 
 
 class Outcomes(NamedTuple):
@@ -143,15 +153,22 @@ class LoggedDrafts:
         return np.where(good, rank.reshape(f.shape), order.shape[1])
 
     def _resample(self, depth: int, budget: int, together: Ints) -> Floats:
-        """By blocks of consecutive steps."""
+        """Blocks of consecutive steps with weights at random: the Bayesian bootstrap.
+
+        Before the log, half a step was seen that accepts all it can, and half a step that accepts
+        nothing (Jeffreys' prior): few steps that are alike are not certain.
+        """
         per = (self._ranks(depth, together) < budget).sum(axis=2)
         uses = np.bincount(together.ravel(), minlength=self.steps)
         mean = np.bincount(together.ravel(), per.ravel(), self.steps)
         blocks = min(BLOCKS, self.steps)
         block = np.arange(self.steps) * blocks // self.steps
         sums, counts = (np.bincount(block, x, blocks) for x in (mean, uses))
-        weights = self._random.multinomial(blocks, np.full(blocks, 1 / blocks), self._resamples)
-        result: Floats = (weights @ sums) / np.maximum(weights @ counts, 1)
+        each, most = together.size / self.steps, min(depth, budget / together.shape[1])
+        sums, counts = np.append(sums, [each * most, 0.0]), np.append(counts, [each, each])
+        shape = np.append(np.ones(blocks), [0.5, 0.5])
+        weights = self._random.standard_gamma(shape, (self._resamples, blocks + 2))
+        result: Floats = (weights @ sums) / (weights @ counts)
         return result
 
 
@@ -169,6 +186,9 @@ class CountedChains:
         depth = max(len(accepted) for _, accepted, _ in parts)
         if not depth or not sum(steps for steps, *_ in parts):
             raise EchoError("seen: expected counters of steps that drafted, got none")
+        for steps, accepted, _ in parts:
+            if (np.diff(accepted, prepend=steps) > 0).any():
+                raise EchoError(f"{VLLM[1]}: expected counts that never rise, got {accepted}")
         each = np.stack([np.pad(accepted, (0, depth - len(accepted))) for _, accepted, _ in parts])
         self.accepted, self.max_depth = each.sum(axis=0), depth
         self.steps = sum(steps for steps, *_ in parts)
@@ -177,11 +197,9 @@ class CountedChains:
         self.num_draft_tokens = float(tokens.sum())
         rates = each.sum(axis=1) / tokens
         self.mean_rate = float(rates.mean()) if len(parts) > 1 else math.nan
-        above = np.concatenate([[self.steps], self.accepted[:-1]])
-        drawn = [np.full(resamples, self.steps)]
-        for rate in self.accepted / np.maximum(above, 1):
-            drawn.append(random.binomial(drawn[-1], rate))
-        self._limit, self._drawn = limit, np.stack(drawn[1:]).cumsum(axis=0) / self.steps
+        lost = -np.diff(self.accepted, prepend=self.steps)
+        rates = random.beta(self.accepted + 0.5, lost + 0.5, (resamples, depth))  # Jeffreys' prior
+        self._limit, self._drawn = limit, rates.cumprod(axis=1).cumsum(axis=1).T
 
     def outcomes(self, b: int) -> Outcomes:
         """Every request's chain down to each depth is verified."""
@@ -196,12 +214,13 @@ Part = tuple[int, Floats, float | None]
 
 def _parts(seen: object) -> tuple[str, list[Part]]:
     if isinstance(seen, str):
-        if lines := LINE.findall(seen):
-            return "intervals", [_interval(*line) for line in lines]
         totals: Counter[str] = Counter()
-        for name, labels, value in METRIC.findall(seen):
-            position = re.search(r'position="(\d+)"', labels)
-            totals[f"{name} {position[1]}" if position else name] += round(float(value))
+        with checks.reading(f"seen: expected {KINDS}"):
+            if lines := LINE.findall(seen):
+                return "intervals", [_interval(*line) for line in lines]
+            for name, labels, value in METRIC.findall(seen):
+                position = re.search(r'position="(\d+)"', labels)
+                totals[f"{name} {position[1]}" if position else name] += round(float(value))
         count = sum(" " in name for name in totals)
         positions = [totals[f"{VLLM[1]} {i}"] for i in range(count)]
         seen = {**totals, VLLM[1]: positions} if totals else seen
@@ -222,9 +241,10 @@ def _interval(accepted: str, drafted: str, rates: str) -> Part:
 
 def _counters(counters: Any) -> Part:
     """From SGLang's or vLLM's counters, or from a request's ``meta_info`` that has them."""
+    if isinstance(counters, Mapping):
+        counters = counters.get("meta_info", counters)
     if not isinstance(counters, Mapping):
         raise EchoError(f"seen: expected {KINDS}, got {type(counters).__name__}")
-    counters = counters.get("meta_info", counters)
     for name in HISTOGRAMS:
         if name in counters:
             histogram = np.array(checks.ints(name, counters[name], 0), dtype=np.float64)
@@ -233,8 +253,8 @@ def _counters(counters: Any) -> Part:
         raise EchoError(f"seen: expected {KINDS}, got {sorted(map(str, counters))}")
     drafts = checks.integer(VLLM[0], counters[VLLM[0]], 1)
     accepted = checks.ints(VLLM[1], counters[VLLM[1]], 0, drafts)
-    if not accepted or sorted(accepted, reverse=True) != list(accepted):
-        raise EchoError(f"{VLLM[1]}: expected counts that never rise, got {accepted}")
+    if not accepted:
+        raise EchoError(f"{VLLM[1]}: expected a count for each position, got none")
     tokens = counters.get("num_draft_tokens")
     most = drafts * len(accepted)
     known = tokens if tokens is None else checks.integer("num_draft_tokens", tokens, 1, most)
