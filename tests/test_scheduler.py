@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 import echo
 from conftest import CALIBRATION, grow_all, policies
+from echo.budget.throughput import ThroughputOptimal
 from echo.lookup import blend
 from echo.testing import Scenario, check_plan, check_step, scenarios
 from echo.tree.supertree import path_score
@@ -881,3 +882,16 @@ def test_no_requests_have_no_weights():
     scheduler, none = echo.ElasticBudgetScheduler(echo.GlobalRank(2), budget=4), torch.zeros(0)
     tree = scheduler.begin(none.long(), request_weights=none)
     assert scheduler.pack(tree).tokens.tolist() == [0] * 4
+
+
+def test_what_whole_tokens_bring_is_compared():
+    """One request of a mixture of experts, where a second token pays and a third does not: none of
+    the forecast's points is a whole draft token.
+    """
+    cost = echo.CostModel((1, 2, 3, 8), (1.0, 1.1, 9.0, 20.0), draft_layer=0.01)
+    optimal = ThroughputOptimal(cost, 3, 2, 8, probe_interval=100, margin=0.02)
+    drafts = np.array([[0.0, 0.6, 1.4, 2.5], [0.0, 0.7, 1.9, 4.1]])
+    accepts = np.array([[0.0, 0.5, 0.8, 0.9], [0.0, 0.5, 0.9, 1.1]])
+    steps = {"num_steps": 7, "num_idle_steps": 0, "num_unprocessed": 0}
+    assert optimal._best(drafts, accepts, 1, 1, 1, **steps) == (1, 2)
+    assert optimal._best(drafts, np.zeros_like(accepts), 1, 1, 1, **steps) == (0, 1)

@@ -167,13 +167,17 @@ class ThroughputOptimal:
         accepts = accepts * np.minimum(1.0, most / np.maximum(drafts, 1.0))
         drafts = np.minimum(drafts, most)
         whole = np.ceil(drafts * ROUND_DOWN)
+        # what whole tokens bring: all depths in one line, one behind another
+        line = (most + 1) * np.arange(len(drafts))[:, None]
+        at = np.minimum(whole, drafts[:, -1:]) + line
+        accepts = np.interp(at, (drafts + line).ravel(), accepts.ravel())
         verify = self.cost(plain + whole, num_reqs=widest, context_tokens=context_tokens)
         depths = DEPTHS[: self.max_depth, None]
         wider = (self._beam(whole, widest) - 1) * (depths - 1)  # the first layer is the root's
         seconds = verify + self.cost.draft_seconds(depths, widest)
         seconds += wider * (self.cost.draft_token * widest)
         rate = (batch + accepts) / seconds
-        rate *= drafts >= 1
+        rate *= whole >= 1
         best, alone, idle = int(rate.argmax()), verify.item(0), num_idle_steps
         extend = self.cost.extend_seconds(num_unprocessed)
         probe = (idle or num_steps) % self.probe_interval == 0
