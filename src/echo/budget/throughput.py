@@ -113,7 +113,9 @@ class ThroughputOptimal:
             x = grid - batch - num_other_tokens
             accepts = np.stack([np.interp(x, drafts, f) for drafts, f in zip(*seen, strict=True)])
         steps, idle = history.num_steps % self.probe_interval, history.num_idle_steps
-        context = self.cost.context_len * batch if context_tokens is None else context_tokens
+        context = context_tokens
+        if context is None:
+            context = self.cost.context_len * (batch if self.cost.num_reqs else 1)
         head = [context, batch, num_other_tokens, steps, idle, _unprocessed(history, req_indices)]
         return np.concatenate([head, accepts.ravel()]).astype(np.float32)
 
