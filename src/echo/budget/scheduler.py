@@ -252,8 +252,8 @@ class ElasticBudgetScheduler:
             verify_limits: int64 [B], verify tokens that a request may get now, root included (KV
                 slots, context left); values below 1 count as 1.
             num_verify_tokens: of this step, from its tier. Defaults to the budget.
-            request_weights: float32 [B], worth of a token of each request (service levels), in
-                ratios down to 2^-24: tokens go where weight times probability is greatest.
+            request_weights: float32 [B], worth of each request's tokens (service levels) relative
+                to the greatest, down to 2^-24: they go where weight times probability is greatest.
             first_layer: tokens int64 [B, k] and log-probabilities float [B, k] of the first layer,
                 where the previous step's draft extend has scored it; it is grown at once.
 
