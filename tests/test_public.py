@@ -21,7 +21,7 @@ PARTS = (
 MODULES = [echo, *(importlib.import_module(f"echo.{name}") for name in PARTS.split())]
 PROTOCOLS = (echo.Drafter, echo.gating.Gate, echo.budget.Rule, echo.Target)
 REFERENCE = (Path(__file__).parents[1] / "docs" / "api.md").read_text()
-WITHOUT_EXAMPLE = 142
+WITHOUT_EXAMPLE = 17
 """Public callables without an example today: lower it, never raise it."""
 ELSEWHERE = re.compile(r"(?:[Ss]ee|[Aa]s|[Aa]s in|[Aa]s of|what) :(?:meth|func|class|mod):`")
 
@@ -121,7 +121,7 @@ def without_example():
     """Public callables without an example in their module, unless a protocol describes them."""
     shown = defaultdict(str)
     for item in [item for _, item in CLASSES] + [item for _, item, _ in FUNCTIONS]:
-        shown[item.__module__] += examples(inspect.getdoc(item) or "")
+        shown[item.__module__] += "\n" + examples(inspect.getdoc(item) or "")
     named = lambda name, item: re.search(rf"\b{name}\b", shown[item.__module__])
     for name, item in public():
         if inspect.isfunction(item) and not named(item.__name__, item):

@@ -54,8 +54,9 @@ class Texts:
     Example:
         >>> tokens = torch.tensor([[5, 6, 7, 5]])
         >>> texts = Texts.empty(1, 8).append(torch.tensor([0]), tokens, torch.tensor([4]))
-        >>> texts.propose(torch.tensor([0])).tokens.tolist()  # 6 followed the last 5
-        [[6]]
+        >>> found = texts.propose(torch.tensor([0]))
+        >>> found.tokens.tolist(), found.match_lens.tolist()  # 6 followed the last 5
+        ([[6]], [[1]])
     """
 
     tokens: Tensor
@@ -163,6 +164,14 @@ class Proposals:
         tokens: int64 [B, W], what followed the longest match of a tail in the text, of several the
             last; -1 for none.
         match_lens: int64 [B, W], tokens of that match, at most G; 0 for none.
+
+    Example:
+        >>> from echo.tree import SuperTree
+        >>> tokens, ids = torch.tensor([[5, 6, 7, 5]]), torch.tensor([0])
+        >>> roots = Texts.empty(1, 8).append(ids, tokens, torch.tensor([4])).propose(ids)
+        >>> tree = SuperTree.from_paths(torch.tensor([5]), [[[6], [8]]])
+        >>> roots.follow(tree.frontier).tokens.tolist()  # 7 followed 5, 6; nothing an 8
+        [[7, -1]]
     """
 
     texts: Texts
@@ -288,10 +297,15 @@ class PromptLookup:
         EchoError: an argument out of range.
 
     Example:
-        >>> lookup = PromptLookup(max_num_reqs=1, max_len=64)
-        >>> lookup.admit(torch.tensor([0]), [torch.tensor([5, 6, 7])], torch.tensor([5]))
-        >>> lookup.texts.propose(torch.tensor([0])).tokens.tolist()
-        [[6]]
+        >>> import echo
+        >>> lookup, ids = PromptLookup(max_num_reqs=1, max_len=64), torch.tensor([0])
+        >>> lookup.admit(ids, [torch.tensor([5, 6, 7])], torch.tensor([5]))
+        >>> scheduler = echo.ElasticBudgetScheduler(echo.GlobalRank(1), budget=2, max_depth=1)
+        >>> tree = scheduler.begin(torch.tensor([5]))
+        >>> packed = scheduler.pack(scheduler.grow(tree, *lookup.draft(ids, tree.frontier)))
+        >>> lookup.extend(ids, packed, echo.accept(packed, torch.tensor([6, 7])))  # it was right
+        >>> packed.tokens.tolist(), [round(w, 2) for w in lookup.fit_weights()[:3]]
+        ([5, 6], [0.0, 0.47, 0.45])
     """
 
     def __init__(

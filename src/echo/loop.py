@@ -244,6 +244,20 @@ def speculate(
 
     Returns:
         The step, and the history after it.
+
+    Example:
+        >>> from echo.testing import TabularDrafter, TabularTarget, table
+        >>> own, ids = table(9, seed=3), torch.tensor([0])
+        >>> models = TabularTarget(own), TabularDrafter(own, k=3)
+        >>> roots = models[0].admit(ids, [torch.tensor([1, 2])])
+        >>> scheduler = ElasticBudgetScheduler.eagle(max_verify_tokens_per_req=4, max_depth=2)
+        >>> step, history = speculate(scheduler, *models, ids, roots, scheduler.history(1))
+        >>> values = step.tree, step.packed, step.accepted
+        >>> len(step.log()), warmup_log(*values).accepted.tolist()  # a row for each draft token
+        (3, [True, False, True])
+        >>> rank, taken = draft_labels(*values)  # on the device, of all rows
+        >>> rank.tolist(), taken.tolist()
+        ([0, 0, 1, 0], [False, True, False, True])
     """
     clock, drafting = time.perf_counter, 0.0
     start = clock()

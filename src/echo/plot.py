@@ -66,6 +66,13 @@ def figure(width: float, height: float) -> Iterator[Figure]:
 
     Raises:
         EchoError: matplotlib is not installed.
+
+    Example:
+        >>> require()  # silent where matplotlib is installed
+        >>> with figure(4, 3) as drawn:
+        ...     (line,) = drawn.subplots().plot([1, 2], [3, 4], color=of("EAGLE tree"))
+        >>> drawn.get_size_inches().tolist(), line.get_color()
+        ([4.0, 3.0], '#e9a13b')
     """
     require()
     import matplotlib
@@ -239,10 +246,7 @@ class Node:
 def read(packed: PackedTree, request: int, accepted: Accepted | None = None) -> list[Node]:
     """The nodes of one ``request`` of ``packed``, in order, and which are ``accepted``.
 
-    Synchronizes with the device.
-
-    Raises:
-        EchoError: no such request.
+    Synchronizes with the device; EchoError: no such request.
     """
     request = checks.integer("request", request, 0, packed.batch - 1)
     first, end = packed.indptr[request : request + 2].tolist()
@@ -299,7 +303,19 @@ def packed_tree(
     label: Callable[[int], str],
     titles: Sequence[str] | None,
 ) -> Figure:
-    """As :meth:`~echo.tree.packed.PackedTree.plot`."""
+    """As :meth:`~echo.tree.packed.PackedTree.plot`.
+
+    Example:
+        >>> import echo, torch
+        >>> plain = echo.ElasticBudgetScheduler.autoregressive()
+        >>> packed = plain.pack(plain.begin(torch.tensor([7])))
+        >>> read(packed, 0)[0].kind, render(packed, 0, None, str)
+        ('root', '7   1.000  root')
+        >>> made = echo.calibrate(echo.WarmupLog.from_arrays([1, 1], [0.9, 0.2], [1, 0]))
+        >>> model, tree = echo.CostModel((1, 64), (0.01, 0.02)), (packed, None, None, str, None)
+        >>> [len(one.axes) for one in (packed_tree(*tree), cost_model(model), calibration(made))]
+        [1, 2, 3]
+    """
     require()
     wanted = range(packed.batch) if requests is None else requests
     chosen = [checks.integer("requests", b, 0, packed.batch - 1) for b in wanted]
@@ -406,15 +422,9 @@ def _edge(axis: Any, start: tuple[float, float], end: tuple[float, float], accep
 def _box(axis: Any, x: float, y: float, width: float, kind: str, accepted: bool) -> None:
     from matplotlib.patches import FancyBboxPatch
 
-    corners = f"round,pad=0,rounding_size={BOX / 3}"
+    corners, fill = f"round,pad=0,rounding_size={BOX / 3}", FILL[kind]
     colour, line = (GOOD, 1.8) if accepted else (QUIET, 0.6)
-    look: dict[str, Any] = {
-        "boxstyle": corners,
-        "fc": FILL[kind],
-        "ec": colour,
-        "lw": line,
-        "zorder": 3,
-    }
+    look: dict[str, Any] = {"boxstyle": corners, "fc": fill, "ec": colour, "lw": line, "zorder": 3}
     axis.add_patch(FancyBboxPatch((x, y - BOX / 2), width, BOX, **look))
 
 

@@ -58,7 +58,7 @@ class Workspace:
     Attributes:
         packed: the buffers of the largest step; a step is their beginning.
         history: :class:`History`, updated in place by :meth:`observe`. What the host counts
-            (``tick``, ``idle``) is counted outside: :meth:`History.advance`.
+            (``num_steps``, ``num_idle_steps``) is counted outside: :meth:`History.advance`.
         stats: :class:`StepStats`, updated in place by :meth:`observe`.
 
     Raises:
@@ -68,11 +68,17 @@ class Workspace:
         >>> import echo
         >>> scheduler = echo.ElasticBudgetScheduler(echo.GlobalRank(2), budget=4, max_depth=1)
         >>> space = Workspace(scheduler, lanes=2, k=2, num_verify_tokens=4)
+        >>> space.set_num_verify_tokens(3)  # of this step, at most the 4
         >>> tree = space.begin(torch.tensor([7, 9]))
         >>> tokens = torch.tensor([[[1, 2]], [[3, 4]]])
         >>> tree = space.grow(tree, tokens, torch.log(torch.tensor([[[0.9, 0.1]], [[0.6, 0.3]]])))
-        >>> space.pack(tree).tokens.tolist()
-        [7, 1, 9, 3]
+        >>> packed = space.pack(tree, 3)
+        >>> accepted = space.accept(packed, torch.tensor([1, 5, 4]))
+        >>> packed.tokens.tolist(), accepted.tokens.tolist()
+        ([7, 1, 9], [[1, 5], [4, -1]])
+        >>> space.observe(torch.tensor([0, 1]), packed, accepted)
+        >>> space.stats.read().emitted_tokens
+        3
     """
 
     def __init__(
@@ -382,6 +388,10 @@ class Graphs:
         >>> graphs = Graphs("cpu")
         >>> graphs("add", lambda: torch.ones(()) + 1).item()
         2.0
+        >>> graphs.captures and graphs.capture(lambda: torch.ones(()) + 1)  # not on a CPU
+        False
+        >>> graphs.table().split()
+        ['0', 'KiB', '0', 'graphs']
     """
 
     def __init__(self, device: torch.device | str, *, pool: Any = None) -> None:

@@ -73,6 +73,23 @@ class History:
         >>> history = History.empty(max_num_reqs=4, max_depth=2)
         >>> history.reset(torch.tensor([1])).generation.tolist()
         [0, 1, 0, 0]
+
+        Nine requests, of each of which one draft was accepted:
+
+        >>> import echo
+        >>> cost, ids = echo.CostModel((1, 64), (1.0, 1.0)), torch.arange(9)
+        >>> scheduler = echo.ElasticBudgetScheduler(echo.GlobalRank(1), None, cost, max_depth=1)
+        >>> tree = scheduler.begin(ids, num_verify_tokens=18)
+        >>> tree = scheduler.grow(tree, ids[:, None, None], torch.full((9, 1, 1), -0.1))
+        >>> packed = scheduler.pack(tree)
+        >>> history = scheduler.history(9).observe(ids, packed, echo.accept(packed, packed.tokens))
+        >>> known = history.to("cpu")
+        >>> drafts, accepts = known.predict([0, 1])
+        >>> drafts[0, -1].item(), round(accepts[0, -1].item(), 2)  # a draft each, both accepted
+        (2.0, 2.0)
+        >>> now = history.reset(ids[:1]).advance(depth=0)  # a new request, a step without drafts
+        >>> now.num_idle_steps, known.without_stale(now.generation).accepted[0, :3].tolist()
+        (1, [0.0, 1.0, 1.0])
     """
 
     generation: Tensor

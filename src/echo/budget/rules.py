@@ -88,8 +88,15 @@ class GlobalRank:
         EchoError: an argument out of range.
 
     Example:
-        >>> GlobalRank(beam=2, max_verify_tokens_per_req=6).default_budget(batch=3)
+        >>> rule = GlobalRank(beam=2, max_verify_tokens_per_req=6)
+        >>> rule.default_budget(batch=3)
         18
+        >>> from echo.tree import SuperTree
+        >>> tree = SuperTree.from_paths(torch.tensor([7]), [[[1, 2], [1, 2], [3]]])
+        >>> rule.cost(tree).argsort().tolist(), tree.forest.token.tolist()
+        ([[0, 1, 3, 2]], [[7, 1, 3, 2]])
+        >>> torch.equal(rule.weighted_cost(tree), rule.cost(tree)), rule.cost_table("cpu")
+        (True, None)
     """
 
     beam: int

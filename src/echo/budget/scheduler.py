@@ -35,8 +35,7 @@ class ElasticBudgetScheduler:
     depends on data.
 
     Args:
-        rule: which tokens: :class:`TwoLevel`, :class:`GlobalRank`, :func:`PerRequest`, or a custom
-            one.
+        rule: which tokens: :class:`TwoLevel`, :class:`GlobalRank`, :func:`PerRequest` or another.
         gate: who drafts deeper. Defaults to all requests.
         budget: verify tokens of a step, roots included (the paper's K_max counts drafts: ours is
             larger by the batch); or a :class:`CostModel`: the tier of greatest throughput, chosen
@@ -45,10 +44,9 @@ class ElasticBudgetScheduler:
         max_verify_tokens_per_req: of one request, root included; sets the width of the ancestor
             masks.
         probe_interval: with a cost model, one step of this many drafts to full depth although less
-            is planned, or although speculation is off, so that it comes back. It waits until draft
-            extend costs 0.5% of the time off, but no longer than sixteen times as many steps.
-        margin: with a cost model, by which share speculation must promise to be faster than plain
-            decoding.
+            is planned or speculation is off, so that it comes back. It waits until draft extend
+            costs 0.5% of the time off, but no longer than sixteen times as many steps.
+        margin: with a cost model, by what share speculation must promise to beat plain decoding.
 
     Raises:
         EchoError: an argument out of range, no budget for a rule that needs one, or a rule that
@@ -61,6 +59,26 @@ class ElasticBudgetScheduler:
         >>> tree = scheduler.grow(tree, torch.tensor([[[1, 2]], [[3, 4]]]), torch.log(q))
         >>> scheduler.pack(tree).tokens.tolist()
         [7, 1, 2, 9, 3, 4, 0, 0]
+        >>> roots, heads = torch.tensor([7]), torch.tensor([[[1, 2], [3, 4]]])
+        >>> begun, ready = scheduler.begin(roots), SuperTree.from_paths(roots, [[[1, 2], [3]]])
+        >>> tree = scheduler.grow_positions(begun, heads, torch.zeros(1, 2, 2))
+        >>> tree.sizes, scheduler.pack(scheduler.grow_from(begun, ready, k=2)).tokens.tolist()
+        ([1, 2, 4], [7, 1, 3, 2, 0, 0, 0, 0])
+        >>> history = scheduler.history(max_num_reqs=4)
+        >>> eagle = ElasticBudgetScheduler.eagle(max_verify_tokens_per_req=8)
+        >>> eagle.choose_tier(history, [0, 2]), eagle.num_lookahead_slots(batch=2)
+        (Tier(depth=8, num_verify_tokens=16, beam=0), 8)
+        >>> ElasticBudgetScheduler.autoregressive().choose_tier(history, [0, 2])
+        Tier(depth=0, num_verify_tokens=2, beam=0)
+        >>> from echo.gating import WarmupLog, calibrate
+        >>> made = calibrate(WarmupLog.from_arrays([1] * 200, [0.9, 0.2] * 100, [1, 0] * 100))
+        >>> ElasticBudgetScheduler.paper(made, k_max=16).gate.depths
+        (1,)
+        >>> cost = CostModel((1, 64, 128), (0.02, 0.02, 0.04))  # free up to 64 tokens
+        >>> best = ElasticBudgetScheduler.throughput_optimal(made, cost)
+        >>> curve = best.tier_curve(best.history(4), [0, 2])
+        >>> best.agree_on_tier(np.stack([curve, curve]), rank=0)
+        Tier(depth=1, num_verify_tokens=64, beam=4)
     """
 
     rule: Rule
@@ -85,9 +103,8 @@ class ElasticBudgetScheduler:
         if self.budget is None and alone is None:
             raise EchoError(f"budget: expected an int or a CostModel for {self.rule!r}, got None")
         if alone is not None and alone > most:
-            raise EchoError(
-                f"max_verify_tokens_per_req: expected at least the {alone} of the rule, got {most}"
-            )
+            expected = f"max_verify_tokens_per_req: expected at least the {alone} of the rule"
+            raise EchoError(f"{expected}, got {most}")
 
     @classmethod
     def paper(
@@ -95,10 +112,9 @@ class ElasticBudgetScheduler:
     ) -> ElasticBudgetScheduler:
         """ECHO as published: ``calibration``'s gates and ``TwoLevel(beam, max_extra_tokens)``.
 
-        ``k_max`` counts roots, as ``budget`` does. In the 84 modelled cells of
-        ``benchmarks/paper.py``, thresholds calibrated with ``thresholds="throughput"`` and the cost
-        model were faster than Youden's by 6.5% in the mean on the trace as recorded and 17% raised
-        (-7 to +34%), by 20 and 33% at one request.
+        ``k_max`` counts roots, as ``budget`` does. In 84 modelled cells, thresholds calibrated with
+        ``thresholds="throughput"`` and the cost model were faster than Youden's by 6.5% in the mean
+        on the trace as recorded and 17% raised (-7 to +34%), by 20 and 33% at one request.
         """
         rule = TwoLevel(beam, max_extra_tokens)
         return cls(rule, SparseGate(calibration), k_max, calibration.max_depth)
@@ -155,9 +171,8 @@ class ElasticBudgetScheduler:
                 tensor.
             num_other_tokens: tokens of prefill, and whatever else shares the forward pass.
             context_tokens: that the requests have in the cache together, for a cost model that
-                knows what they cost: a host number, as engines schedule by (SGLang's
-                ``seq_lens_sum``, the sum of vLLM's ``num_computed_tokens``). Defaults to the
-                context that the model was measured at.
+                knows what they cost: a host number (SGLang's ``seq_lens_sum``, the sum of vLLM's
+                ``num_computed_tokens``). Defaults to the context that the model was measured at.
 
         Raises:
             EchoError: an argument of the wrong kind, or one on a device.
@@ -205,13 +220,9 @@ class ElasticBudgetScheduler:
     def _throughput_optimal(self) -> ThroughputOptimal:
         if not isinstance(self.budget, CostModel):
             raise EchoError(f"budget: expected a CostModel, got {self.budget!r}")
+        slots = self.num_lookahead_slots(1)
         return ThroughputOptimal(
-            self.budget,
-            self.rule.beam,
-            self.max_depth,
-            self.num_lookahead_slots(1),
-            self.probe_interval,
-            self.margin,
+            self.budget, self.rule.beam, self.max_depth, slots, self.probe_interval, self.margin
         )
 
     def num_lookahead_slots(self, batch: int) -> int:
@@ -241,9 +252,8 @@ class ElasticBudgetScheduler:
             verify_limits: int64 [B], verify tokens that a request may get now, root included (KV
                 slots, context left); values below 1 count as 1.
             num_verify_tokens: of this step, from its tier. Defaults to the budget.
-            request_weights: float32 [B], what a token of each request is worth (service levels);
-                only ratios count, down to 2^-24 of the greatest. Tokens go where weight times
-                probability is greatest.
+            request_weights: float32 [B], worth of each request's tokens (service levels) relative
+                to the greatest, down to 2^-24: they go where weight times probability is greatest.
             first_layer: tokens int64 [B, k] and log-probabilities float [B, k] of the first layer,
                 where the previous step's draft extend has scored it; it is grown at once.
 
@@ -252,10 +262,8 @@ class ElasticBudgetScheduler:
                 live.
         """
         batch = checks.tensor("root_tokens", root_tokens, ["B"], torch.int64).shape[0]
-        if num_verify_tokens is None:
-            count = self._num_verify_tokens(batch)
-        else:
-            count = checks.integer("num_verify_tokens", num_verify_tokens, 0)
+        n = self._num_verify_tokens(batch) if num_verify_tokens is None else num_verify_tokens
+        count = checks.integer("num_verify_tokens", n, 0)
         if count < batch and live is None:
             each = f"one for each of {batch} requests"
             raise EchoError(f"num_verify_tokens: expected at least {each}, got {count}")
@@ -310,20 +318,16 @@ class ElasticBudgetScheduler:
         (batch, width), device = frontier.token.shape, frontier.token.device
         shape = checks.tensor("tokens", tokens, [batch, width, "k"], torch.int64, device).shape
         checks.tensor("log_probs", log_probs, list(shape), checks.FLOATS, device)
-        k = shape[2]
-        if depth > self.max_depth:
-            raise EchoError(
-                f"tree: expected fewer than max_depth = {self.max_depth} layers, got {tree.depth}"
-            )
-        check_size(batch, sum(tree.sizes) + width * k, depth)
-        last = depth == self.max_depth
-        rule = self.rule
+        most, rule = self.max_depth, self.rule
+        if depth > most:
+            raise EchoError(f"tree: expected fewer than max_depth = {most} layers, got {depth - 1}")
+        check_size(batch, sum(tree.sizes) + width * shape[2], depth)
         if beam != 0:
             beam = checks.integer("beam", beam, 1, rule.beam)
             rule = rule if beam == rule.beam else replace(rule, beam=beam)  # type: ignore[type-var]
         if allowed is not None:
             checks.tensor("allowed", allowed, list(shape), torch.bool, device)
-        return step.grow(rule, self.gate, tree, tokens, log_probs, allowed, last, out)
+        return step.grow(rule, self.gate, tree, tokens, log_probs, allowed, depth == most, out)
 
     def grow_positions(self, tree: SuperTree, tokens: Tensor, log_probs: Tensor) -> SuperTree:
         """Grow a layer for each position of a drafter that is not conditioned on nodes.
@@ -384,10 +388,8 @@ class ElasticBudgetScheduler:
         limits = tree.verify_limits
         if tree.max_verify_tokens_per_req > self.max_verify_tokens_per_req:
             limits = limits.clamp(max=self.max_verify_tokens_per_req)
-        limits = limits - tree.num_committed
-        return tree.committed | self.rule.select(
-            tree, limits, tree.num_remaining, tree.num_verify_tokens
-        )
+        bounds = limits - tree.num_committed, tree.num_remaining, tree.num_verify_tokens
+        return tree.committed | self.rule.select(tree, *bounds)
 
     def pack(
         self,
@@ -403,15 +405,13 @@ class ElasticBudgetScheduler:
             tree: after the last :meth:`grow`.
             num_verify_tokens: N, at least that of :meth:`begin`; beyond it, pads. Defaults to it.
             sync: as in :meth:`PackedTree.agree`: a broadcast of one int32 tensor.
-            out: a step of the same shapes (persistent buffers), whose tensors are written and
-                returned.
+            out: persistent buffers of the same shapes, written to and returned.
 
         Raises:
             EchoError: fewer rows than the tree was begun with.
         """
-        count, least = tree.num_verify_tokens, tree.num_verify_tokens
-        if num_verify_tokens is not None:
-            count = checks.integer("num_verify_tokens", num_verify_tokens, 0)
+        n, least = num_verify_tokens, tree.num_verify_tokens
+        count = least if n is None else checks.integer("num_verify_tokens", n, 0)
         if count < least:
             raise EchoError(f"num_verify_tokens: expected at least begin's {least}, got {count}")
         words = -(-self.max_verify_tokens_per_req // WORD)

@@ -85,6 +85,28 @@ class Calibration:
         depths: one entry for each depth 1..max_depth.
         min_auc, min_rows, max_gates, rule: the settings it was made with.
         throughput: tokens per second on the log by the throughput rule, else None.
+
+    Example:
+        >>> log = WarmupLog.from_arrays([1] * 200, [0.9] * 100 + [0.2] * 100, [1, 1, 0, 0, 0] * 40)
+        >>> made = calibrate(log)
+        >>> round(float(made.reliability_table()[1, 3]) / 2**24, 2)  # P(accepted) about S = log 0.9
+        0.4
+        >>> error = made.error(log)
+        >>> round(error.before[0], 2), round(error.after[0], 2)
+        (0.35, 0.0)
+        >>> gate, *_ = made.report(log)
+        >>> gate.asked, gate.stopped, gate.lost
+        (200.0, 0.0, 0.0)
+        >>> made.refit(ConfidenceHistograms.of(log).add(log)).depths[0].accepted
+        160
+        >>> Calibration.from_json(made.to_json()) == made
+        True
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     made.save(f"{folder}/made.json")
+        ...     made.plot().savefig(f"{folder}/made.png")
+        ...     Calibration.load(f"{folder}/made.json") == made
+        True
     """
 
     depths: tuple[DepthCalibration, ...]

@@ -59,8 +59,12 @@ class SparseGate:
         EchoError: a depth below 1 or a threshold outside [0, 1].
 
     Example:
-        >>> SparseGate({1: 0.2, 4: 0.5}).depths
-        (1, 4)
+        >>> SparseGate({1: 0.2, 4: 0.5}).depths, SparseGate.fixed(0.3, [1, 3]).depths
+        ((1, 4), (1, 3))
+        >>> from echo.gating import WarmupLog, calibrate
+        >>> log = WarmupLog.from_arrays([1, 2, 3] * 2, [0.9] * 3 + [0.2] * 3, [1] * 3 + [0] * 3)
+        >>> SparseGate(calibrate(log)).depths, SparseGate.dense(calibrate(log)).depths
+        ((1, 3), (1, 2, 3))
     """
 
     thresholds: Calibration | Mapping[int, float]
@@ -154,6 +158,11 @@ class ExploringGate:
         >>> gate = ExploringGate(SparseGate({1: 0.5}), 0.1, torch.tensor([0.03, 0.7]))
         >>> gate.explores.tolist()
         [True, False]
+        >>> from echo.tree import SuperTree
+        >>> tree = SuperTree.from_paths(torch.tensor([7, 9]), [[[1], [2], [3]]] * 2)  # 1/4 each
+        >>> gate.weights(tree.layers)  # of depths 0 and 1, which the inner gate closed to both
+        tensor([[ 1., 10.],
+                [ 1.,  0.]])
     """
 
     gate: Gate

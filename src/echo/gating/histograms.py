@@ -56,6 +56,13 @@ class ConfidenceHistograms:
         >>> both = ConfidenceHistograms.of(monday).merge(ConfidenceHistograms.of(tuesday))
         >>> both == ConfidenceHistograms.of([monday, tuesday]), both.rows
         (True, 3)
+        >>> both.add(tuesday).since(both) == ConfidenceHistograms.of(tuesday)
+        True
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     both.save(f"{folder}/both.npz")
+        ...     ConfidenceHistograms.load(f"{folder}/both.npz") == both
+        True
     """
 
     mass: NDArray[np.int64]

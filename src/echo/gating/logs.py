@@ -49,8 +49,19 @@ class WarmupLog:
         EchoError: columns of different lengths or dtypes, or the first value out of range.
 
     Example:
-        >>> len(WarmupLog.from_arrays([1, 2], [0.9, 0.4], [1, 0], step=[0, 0]))
-        2
+        >>> log = WarmupLog.from_arrays([1, 2], [0.9, 0.4], [1, 0], step=[0, 0])
+        >>> more = WarmupLog.from_mapping({"depth": [1], "confidence": [0.8], "accepted": [1]})
+        >>> both = WarmupLog.concat([log, more])
+        >>> both.validate(), both.step.tolist()  # one run, ids kept apart
+        (None, [0, 0, 1])
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     log.save(f"{folder}/1.npz")
+        ...     more.save(f"{folder}/2.jsonl")
+        ...     [len(part) for part in WarmupLog.stream(f"{folder}/*")]
+        ...     len(WarmupLog.load(f"{folder}/*"))
+        [2, 1]
+        3
     """
 
     depth: NDArray[np.int32]

@@ -232,6 +232,13 @@ def compact(
             with ``past_len``.
 
     Example:
+        >>> from echo.tree import SuperTree, pack
+        >>> tree = SuperTree.from_paths(torch.tensor([7]), [[[1, 2], [3]]])
+        >>> packed = pack(tree, tree.score > -torch.inf, num_rows=4, words=1)  # 7, 1, 3, 2
+        >>> lists = compact(packed, accept(packed, torch.tensor([3, 0, 5, 0])), torch.tensor([10]))
+        >>> lists.source.tolist(), lists.target.tolist(), lists.prefix_lens.tolist()
+        ([[10, 12, 0]], [[10, 11, 0]], [12])
+
         A contiguous cache [B, length, heads, dim]::
 
             moved = cache.gather(1, lists.source[..., None, None].expand(-1, -1, heads, dim))

@@ -148,8 +148,14 @@ class Template:
         EchoError: naming the first node whose parent does not come before it.
 
     Example:
-        >>> Template.from_choices([[0], [1], [0, 0], [0, 1], [0, 0, 0]]).parents
+        >>> template = Template.from_choices([[0], [1], [0, 0], [0, 1], [0, 0, 0]])
+        >>> template.parents
         (-1, -1, 0, 0, 2)
+        >>> from echo.tree import SuperTree
+        >>> roots = SuperTree.from_paths(torch.tensor([7]), [[]])
+        >>> heads = torch.tensor([[[1, 2], [3, 4], [5, 6]]])  # two candidates of each depth
+        >>> template.fill(roots, heads, torch.zeros(1, 3, 2)).forest.token.tolist()
+        [[7, 1, 2, 3, 4, 5]]
     """
 
     parents: tuple[int, ...]

@@ -30,6 +30,11 @@ def slot_mapping(
 
     Raises:
         EchoError: shapes or dtypes that do not fit.
+
+    Example:
+        >>> place, pages = torch.tensor([7, 8, -1]), torch.tensor([[3, 5]])
+        >>> slot_mapping(place, torch.tensor([0]), pages, page_size=8, pad_slot_id=0).tolist()
+        [31, 40, 0]
     """
     checks.tensor("page_table", page_table, ["B", "pages"], checks.INTEGERS, place.device)
     page_size = checks.integer("page_size", page_size, 1)

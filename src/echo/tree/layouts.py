@@ -216,6 +216,17 @@ def flashinfer(
 
     Source: ``segment_packbits(..., bitorder="little")`` and ``plan`` of
     flashinfer-python 0.7.2.post1.
+
+    Example:
+        >>> from echo.tree import SuperTree, pack
+        >>> tree = SuperTree.from_paths(torch.tensor([7]), [[[1], [2]]])
+        >>> packed = pack(tree, tree.score > -torch.inf, num_rows=3, words=1)  # rows 7, 1, 2
+        >>> flashinfer(packed, torch.tensor([2]), 15, bits=False).mask.view(3, 5).int().tolist()
+        [[1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 1, 0, 1]]
+        >>> flashinfer_xqa(packed).tolist()  # bits of the last three columns
+        [[1, 0], [3, 0], [5, 0]]
+        >>> qq_bias(packed)[2].tolist()
+        [0.0, -inf, 0.0]
     """
     device = packed.tokens.device
     checks.tensor("prefix_lens", prefix_lens, [packed.batch], checks.INTEGERS, device)
@@ -299,6 +310,9 @@ def mla(
         >>> packed = pack(tree, tree.score > -torch.inf, num_rows=6, words=1)
         >>> mla(packed, tree, torch.tensor([10, 20])).kv_lens.tolist()
         [13, 22]
+        >>> own = chains(packed)
+        >>> own.verify_lens.tolist(), own.draft_token_ids[:3].tolist()
+        ([3, 2], [1, 2, 3])
     """
     if max(checks.instance("tree", tree, SuperTree).sizes) > 1:
         expected = "a chain, one candidate a layer: MLA kernels verify no trees"

@@ -57,6 +57,30 @@ class PackedTree:
         expected: float32 [B, depth], likewise: the sum of f over the request's rows of each depth.
         num_layers: int32 [], layers drafted, where ``max_depth`` is a bound only (a
             :class:`~echo.Workspace`'s step); None: ``max_depth`` layers.
+
+    Example:
+        >>> tree = SuperTree.from_paths(torch.tensor([7]), [[[1, 2], [3]]])
+        >>> packed = pack(tree, tree.score > -torch.inf, num_rows=4, words=1)
+        >>> print(packed.render(0, label="token {}".format))
+        token 7         1.000  root
+        ├─ token 1      0.333  width
+        │  └─ token 2   0.167  width
+        └─ token 3      0.333  width
+        >>> packed.validate(), len(packed.plot(titles=["a tree"]).axes)  # a matplotlib figure
+        (None, 1)
+        >>> packed.ancestors().tolist()  # of 7, 1, 3, 2
+        [[0, -1, -1], [0, 1, -1], [0, 2, -1], [0, 1, 3]]
+        >>> packed.windowed(2).visible()[:, :4].int().tolist()
+        [[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [0, 1, 0, 1]]
+        >>> pages = {"page_table": torch.tensor([[3, 5]]), "page_size": 8, "pad_slot_id": 0}
+        >>> lens = torch.tensor([6])  # tokens in the cache
+        >>> packed.positions(lens).tolist(), packed.slot_mapping(lens, **pages).tolist()
+        ([6, 7, 7, 8], [30, 31, 40, 41])
+        >>> buffer, sizes = packed.to_buffer(), {"batch": 1, "num_rows": 4, "words": 1}
+        >>> there = PackedTree.from_buffer(buffer, **sizes, max_depth=2)  # on another rank
+        >>> here = packed.agree(lambda own: buffer)  # all follow what was broadcast
+        >>> len(buffer) == buffer_size(**sizes), torch.equal(there.mask, here.mask)
+        (True, True)
     """
 
     tokens: Tensor
@@ -117,12 +141,6 @@ class PackedTree:
 
         Raises:
             EchoError: a buffer that does not fit.
-
-        Example:
-            >>> tree = SuperTree.from_paths(torch.tensor([7]), [[[1, 2], [3]]])
-            >>> packed = pack(tree, tree.score > -torch.inf, num_rows=4, words=1)
-            >>> packed.ancestors().tolist()  # of 7, 1, 3, 2
-            [[0, -1, -1], [0, 1, -1], [0, 2, -1], [0, 1, 3]]
         """
         row = torch.arange(self.num_rows, device=self.tokens.device)
         up = F.pad(self.parent_row, (0, 1), value=-1)  # what -1, none, reads is none too
@@ -142,12 +160,6 @@ class PackedTree:
 
         Raises:
             EchoError: a size below 1.
-
-        Example:
-            >>> tree = SuperTree.from_paths(torch.tensor([7]), [[[1, 2], [3]]])
-            >>> packed = pack(tree, tree.score > -torch.inf, num_rows=4, words=1)
-            >>> packed.windowed(2).visible()[:, :4].int().tolist()  # of 7, 1, 3, 2
-            [[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [0, 1, 0, 1]]
         """
         size = min(checks.integer("size", size, 1), WORD * self.mask.shape[1])
         far = self.depth[:, None] - size
@@ -305,7 +317,7 @@ class PackedTree:
         label: Callable[[int], str] = str,
         titles: Sequence[str] | None = None,
     ) -> Figure:
-        """Draw the requests' trees below each other, depth from left to right.
+        """A matplotlib figure of the requests' trees below each other, depth from left to right.
 
         Copies from the device, and needs matplotlib (the ``plot`` extra).
 
@@ -314,9 +326,6 @@ class PackedTree:
             accepted: of this step.
             label: text of a token id, such as a tokenizer's.
             titles: a line for each request drawn, such as the end of its text.
-
-        Returns:
-            A matplotlib figure, as large as it needs to be.
 
         Raises:
             EchoError: no such request, another number of titles, or no matplotlib.
@@ -415,6 +424,10 @@ def ancestor_masks(parent: Tensor, local: Tensor, words: int, max_depth: int) ->
         local: int64 [N], each row's bit.
         words: W.
         max_depth: of the deepest row.
+
+    Example:
+        >>> ancestor_masks(torch.tensor([3, 0, 1]), torch.arange(3), 1, 2).tolist()  # a chain
+        [[1], [3], [7]]
     """
     rows = parent.shape[0]
     mask = torch.zeros(rows + 1, words, dtype=torch.int32, device=local.device)

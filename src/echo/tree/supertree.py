@@ -32,6 +32,12 @@ class Frontier:
         score: float32 [B, W], path log-probability.
         active: bool [B, W]; what is drafted at an inactive node is ignored.
         depth: of these nodes, a host int; their children lie one deeper.
+
+    Example:
+        >>> frontier = SuperTree.from_paths(torch.tensor([7]), [[[1], [2, 3]]]).frontier
+        >>> state = torch.tensor([[[0.1], [0.2]]])  # of nodes 1 and 2
+        >>> frontier.token.tolist(), frontier.inherit(state)  # node 3 gets what 2 had
+        ([[3]], tensor([[[0.2000]]]))
     """
 
     token: Tensor
@@ -62,6 +68,11 @@ class Layer:
         committed: bool [B, M], committed while drafting, as the root of each live request is.
         drafted: bool [B], the request drafted this layer.
         request_weights: float32 [B] in (0, 1], worth of each request's tokens; None: all alike.
+
+    Example:
+        >>> layer = SuperTree.from_paths(torch.tensor([7]), [[[1], [2], [3]]]).layers[1]  # 1/4 each
+        >>> layer.log_confidence.exp().tolist(), layer.log_mass(beam=2).exp().tolist()
+        ([0.25], [0.5])
     """
 
     depth: int
@@ -256,6 +267,13 @@ class SuperTree:
 
         Raises:
             EchoError: a tree that has layers, or too many nodes.
+
+        Example:
+            >>> roots = SuperTree.from_paths(torch.tensor([7]), [[]])
+            >>> layer = torch.tensor([[1, 2]]), torch.tensor([[0, 0]]), torch.tensor([[-0.5, -1.0]])
+            >>> tree = roots.attach([layer])
+            >>> tree.column("token").tolist(), tree.column("score").tolist()
+            ([[7, 1, 2]], [[0.0, -0.5, -1.0]])
         """
         if self.depth:
             raise EchoError(f"tree: expected a tree of roots only, got one of {self.depth} layers")

@@ -98,6 +98,22 @@ def sglang(
         EchoError: shapes or dtypes that do not fit.
 
     Source: ``build_tree_kernel_efficient`` of sglang 0.5.23.
+
+    Example:
+        >>> from echo.tree import SuperTree, pack
+        >>> tree = SuperTree.from_paths(torch.tensor([7]), [[[1], [2]]])
+        >>> packed = pack(tree, tree.score > -torch.inf, num_rows=5, words=1)
+        >>> links = sglang(packed, 4, torch.tensor([10]))  # rows 7, 1, 2, a pad
+        >>> links.retrive_next_token.tolist(), links.retrive_next_sibling.tolist()
+        ([[1, -1, -1, -1]], [[-1, 2, -1, -1]])
+        >>> sglang_mask(packed, 4, "QLEN_ONLY_BITPACKING").tolist()
+        [1, 3, 5, 8]
+        >>> tensorrt_llm(packed, 4).position_offsets.tolist()
+        [[0, 1, 1, 0]]
+        >>> hugging_face(packed, 4, torch.tensor([10]), past_len=10).attention_mask.shape
+        torch.Size([1, 1, 4, 14])
+        >>> unpad(packed, links.draft_tokens.view(1, 4)).tolist()  # back to the packed rows
+        [7, 1, 2, -1, -1]
     """
     grid = _Grid(packed, max_verify_tokens_per_req)
     prefix = grid.prefix(prefix_lens)
