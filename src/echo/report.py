@@ -228,6 +228,8 @@ def speculation_report(
         >>> page = speculation_report(seen, cost, num_reqs=[1, 256])
         >>> [(a.num_reqs, a.depth, round(a.speedup, 2)) for a in page.advice]
         [(1, 3, 2.52), (256, 1, 1.06)]
+        >>> type(page).__name__, page.speculate, len(page.plot().axes)
+        ('SpeculationReport', True, 3)
     """
     checks.instance("cost", cost, CostModel)
     if calibration is not None:

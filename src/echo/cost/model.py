@@ -62,8 +62,17 @@ class CostModel:
         EchoError: a curve that falls, or a value out of range.
 
     Example:
-        >>> CostModel((1, 64, 128), (0.02, 0.02, 0.04))(96)
-        0.03
+        >>> cost = CostModel((1, 64, 128), (0.02, 0.02, 0.04), draft_layer=0.001, tiers=(8, 64))
+        >>> cost(96), cost.round_up(9), cost.free_tokens(9), cost.tokens_within(1.5)
+        (0.03, 64, 64, 96)
+        >>> cost.draft_seconds([1, 3], num_reqs=8).tolist(), cost.extend_seconds(20)
+        ([0.001, 0.003], 0.001)
+        >>> cost.at(128).knee.bends, cost.load(128), cost.extrapolated(256), cost.interval(64)
+        (False, 0.0, True, (nan, nan))
+        >>> CostModel.from_json(cost.to_json()) == cost
+        True
+        >>> CostModel.from_sglang(cost.to_sglang())(64), len(cost.plot().axes)
+        (0.02, 2)
     """
 
     num_tokens: tuple[int, ...]
@@ -323,9 +332,7 @@ class CostModel:
         """The model after one more measured step: the least relative changes that correct it.
 
         They are to the curve over tokens at ``num_tokens``, and where it must still rise; to the
-        whole curve over requests; and to the slope of context. So a model of another machine or
-        load learns where the engine runs; a knee believed at twice its tokens costs up to a quarter
-        of plain decoding's throughput without it.
+        whole curve over requests; and to the slope of context. So it learns where the engine runs.
 
         Args:
             num_tokens: of the forward pass, prefill included.
@@ -419,13 +426,7 @@ class CostModel:
         the last knot, tiers included, and its value beyond. Context is :attr:`context_len` for each
         request; where it matters, the table is the nearest additive one.
         """
-        if not self.context_token:
-            return sglang.table(self)
-        pairs = [(n, b) for b in self.num_reqs or (1,) for n in self.num_tokens if n >= b]
-        tokens, reqs = np.array(pairs, dtype=np.float64).T
-        seconds = replace(self, tiers=())(tokens, num_reqs=reqs)
-        fields = fit.curves(seconds, {"num_tokens": tokens, "num_reqs": reqs})
-        return sglang.table(CostModel(tiers=self.tiers, **fields))
+        return sglang.table(self)
 
     @classmethod
     def from_sglang(cls, text: str) -> CostModel:

@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from echo import _checks as checks
+from echo.cost import fit
 
 if TYPE_CHECKING:
     from echo.cost.model import CostModel
 
 
 def table(model: CostModel) -> str:
-    """The additive table (JSON) of a ``model`` without context: see :meth:`CostModel.to_sglang`."""
+    """The additive table (JSON) of a ``model``: see :meth:`CostModel.to_sglang`."""
+    if model.context_token:
+        pairs = [(n, b) for b in model.num_reqs or (1,) for n in model.num_tokens if n >= b]
+        tokens, reqs = np.array(pairs, dtype=np.float64).T
+        seconds = replace(model, tiers=())(tokens, num_reqs=reqs)
+        nearest = fit.curves(seconds, {"num_tokens": tokens, "num_reqs": reqs})
+        model = type(model)(tiers=model.tiers, **nearest)
     inside = [t for t in model.tiers if t <= model.num_tokens[-1]]
     edges = {t + 1 for t in inside} | set(inside) | {1, *model.num_tokens}
     probes = sorted(edges) if len(edges) > 1 else [1, 2]  # its reader needs two

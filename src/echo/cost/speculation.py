@@ -58,6 +58,8 @@ class SpeculationProfile:
         >>> profile = empty.measure(step, max_num_reqs=4, max_num_tokens=32, max_seconds=0.5)
         >>> SpeculationProfile.from_json(profile.to_json(), empty.identity) == profile
         True
+        >>> profile.cost().num_tokens[0]
+        1
     """
 
     identity: Mapping[str, str]
