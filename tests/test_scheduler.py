@@ -886,7 +886,7 @@ def test_no_requests_have_no_weights():
 
 def test_what_whole_tokens_bring_is_compared():
     """One request of a mixture of experts, where a second token pays and a third does not: none of
-    the forecast's points is a whole draft token.
+    the prediction's points is a whole draft token.
     """
     cost = echo.CostModel((1, 2, 3, 8), (1.0, 1.1, 9.0, 20.0), draft_layer=0.01)
     optimal = ThroughputOptimal(cost, 3, 2, 8, probe_interval=100, margin=0.02)
