@@ -172,7 +172,7 @@ def grow(
     layer = Layer(
         tree.depth + 1,
         tokens.flatten(1),
-        frontier.index.repeat_interleave(k, dim=1),
+        frontier.index[..., None].expand(-1, -1, k).flatten(1),
         score,
         torch.zeros(batch, score.shape[1], dtype=torch.bool, device=device),
         tree.status == int(Status.ACTIVE),

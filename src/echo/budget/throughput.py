@@ -166,8 +166,9 @@ class ThroughputOptimal:
             return 0, plain
         # drafts beyond the requests' limits are not verified; the likeliest bring their share
         most = widest * (self.max_verify_tokens_per_req - 1)
-        accepts = accepts * np.minimum(1.0, most / np.maximum(drafts, 1.0))
-        drafts = np.minimum(drafts, most)
+        if drafts[:, -1].max() > most:
+            accepts = accepts * np.minimum(1.0, most / np.maximum(drafts, 1.0))
+            drafts = np.minimum(drafts, most)
         whole = np.ceil(drafts * ROUND_DOWN)
         # what whole tokens bring: all depths in one line, one behind another
         line = (most + 1) * np.arange(len(drafts))[:, None]
