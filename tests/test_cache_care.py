@@ -62,7 +62,7 @@ def test_a_shared_page_is_never_written():
     server, used = forked(prompt)
     model, slots = server.model, server.shared.repeat_interleave(tiny.PAGE)
     before = model.kv[:, :, slots].clone()
-    _, accepted = server.step()  # nobody has copied the last page yet
+    _, accepted = server.step()  # the last page is not copied yet
     assert accepted.num_emitted.tolist() == [0, 0]
     assert torch.equal(model.kv[:, :, slots], before)
     old, new = int(model.page_table[1, used - 1]), int(model.page_table[1, -1])

@@ -292,8 +292,8 @@ def test_the_benchmark_sets_its_attention_up_right(peer, shape, monkeypatch):
     import gpu
     from common import peers
 
-    batch, rows, context, dealt, page = shape
-    args = gpu.inputs(gpu.Case("tiny", batch, rows, context, dealt, page), torch.device("cpu"), 0)
+    batch, rows, context, elastic, page = shape
+    args = gpu.inputs(gpu.Case("tiny", batch, rows, context, elastic, page), torch.device("cpu"), 0)
     assert gpu.wrong(args, peers.sglang(args)()) < 1e-6
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import functools
 from dataclasses import dataclass
 
@@ -84,8 +85,9 @@ def sizes(case: Case) -> tuple[list[int], list[int]]:
 
 
 def named(text: str) -> Case:
-    """A case as files name it: its ``repr``, of early ones with the word that was then used."""
-    return Case(**eval("dict" + text.replace("dealt=", "elastic=").removeprefix("Case")))
+    """A case as files name it: its ``repr``, in the words of its day."""
+    fields = ast.parse(text.replace("dealt=", "elastic="), mode="eval").body.keywords
+    return Case(**{field.arg: ast.literal_eval(field.value) for field in fields})
 
 
 def inputs(case: Case, device: torch.device, seed: int) -> dict[str, torch.Tensor]:

@@ -38,8 +38,8 @@ request's own."""
 BINS, SKIP = 32, 2
 """Bins of an acceptance-probability histogram, equal in sqrt(f); below them, f < 1/289, are SKIP
 more that are not counted. By replay 32 equal bins of f cost 0.2 to 0.3% of the mean throughput
-beside 64, and up to 1.9% at one request; these cost 0.1%. With three left out, f < 1/136, nobody
-saw what the last tokens bring where they are nearly free: 2% at one request of the dense models
+beside 64, and up to 1.9% at one request; these cost 0.1%. With three left out, f < 1/136, what
+the last tokens bring was missed where they are nearly free: 2% at one request of the dense models
 measured on an H100. Fewer than two change nothing."""
 LIKELIEST = (np.arange(BINS)[:, None] + np.arange(BINS + 1) >= BINS).astype(np.float32)
 CENTERS = np.square((np.arange(BINS, dtype=np.float32) + SKIP + 0.5) / (BINS + SKIP))
