@@ -132,25 +132,31 @@ def integers(name: str, value: object, low: int, high: int | None = None) -> NDA
 
     ``value`` is an integer, a sequence or array of them, or a CPU tensor of at most one dimension.
     """
-    kinds = "(one, a list, an array or a CPU tensor)"
-    expected = f"{name}: expected ints {_range(low, high)} on the host {kinds}"
+
+    def refuse(got: str) -> EchoError:
+        kinds = "(one, a list, an array or a CPU tensor)"
+        return EchoError(
+            f"{name}: expected ints {_range(low, high)} on the host {kinds}, got {got}"
+        )
+
     if isinstance(value, Tensor):
         if not value.is_cpu:
-            raise EchoError(f"{expected}, got a tensor on {value.device}")
+            raise refuse(f"a tensor on {value.device}")
         value = value.detach().numpy()
     if isinstance(value, np.ndarray):
         if value.ndim > 1 or value.dtype.kind not in "iu":
-            raise EchoError(f"{expected}, got {value.dtype} {list(value.shape)}")
+            raise refuse(f"{value.dtype} {list(value.shape)}")
         found = value
     else:
         several = isinstance(value, Iterable) and not isinstance(value, str | bytes)
         items: list[object] = list(value) if several else [value]  # type: ignore[call-overload]
         numbers = [item if type(item) is int else _whole(item) for item in items]
         if None in numbers:
-            raise EchoError(f"{expected}, got {items[numbers.index(None)]!r}")
+            raise refuse(f"{items[numbers.index(None)]!r}")
         found = np.array(numbers if several else numbers[0], dtype=None if items else np.int64)
-    if found.size and not (low <= found.min() and found.max() <= (INT64 if high is None else high)):
-        raise EchoError(f"{expected}, got numbers from {found.min()} to {found.max()}")
+    most = INT64 if high is None and found.dtype != np.int64 else high
+    if found.size and not (low <= found.min() and (most is None or found.max() <= most)):
+        raise refuse(f"numbers from {found.min()} to {found.max()}")
     return found.astype(np.int64)
 
 

@@ -166,19 +166,20 @@ class ThroughputOptimal:
             return 0, plain
         # drafts beyond the requests' limits are not verified; the likeliest bring their share
         most = widest * (self.max_verify_tokens_per_req - 1)
-        if drafts[:, -1].max() > most:
+        if drafts.item(-1) > most:  # the most of all: they rise by depth
             accepts = accepts * np.minimum(1.0, most / np.maximum(drafts, 1.0))
             drafts = np.minimum(drafts, most)
         whole = np.ceil(drafts * ROUND_DOWN)
         # what whole tokens bring: all depths in one line, one behind another
-        line = (most + 1) * np.arange(len(drafts))[:, None]
+        line = (most + 1) * DEPTHS[: len(drafts), None]
         at = np.minimum(whole, drafts[:, -1:]) + line
         accepts = np.interp(at, (drafts + line).ravel(), accepts.ravel())
         verify = self.cost(plain + whole, num_reqs=widest, context_tokens=context_tokens)
         depths = DEPTHS[: self.max_depth, None]
-        wider = (self._beam(whole, widest) - 1) * (depths - 1)  # the first layer is the root's
-        seconds = verify + self.cost.draft_seconds(depths, widest)
-        seconds += wider * (self.cost.draft_token * widest)
+        node = self.cost.draft_token * widest
+        seconds = verify + (self.cost.draft_layer + node) * depths
+        if node:  # the first layer is the root's
+            seconds += (self._beam(whole, widest) - 1) * (node * (depths - 1))
         rate = (batch + accepts) / seconds
         rate *= whole >= 1
         best, alone, idle = int(rate.argmax()), verify.item(0), num_idle_steps

@@ -69,10 +69,9 @@ class CostModel:
         ([0.001, 0.003], 0.001)
         >>> cost.at(128).knee.bends, cost.load(128), cost.extrapolated(256), cost.interval(64)
         (False, 0.0, True, (nan, nan))
-        >>> CostModel.from_json(cost.to_json()) == cost
-        True
-        >>> CostModel.from_sglang(cost.to_sglang())(64), len(cost.plot().axes)
-        (0.02, 2)
+        >>> own, sgl = CostModel.from_json(cost.to_json()), CostModel.from_sglang(cost.to_sglang())
+        >>> own == cost, sgl(64), len(cost.plot().axes)
+        (True, 0.02, 2)
     """
 
     num_tokens: tuple[int, ...]
@@ -228,8 +227,9 @@ class CostModel:
             context_tokens: their tokens of context together: a host number, from the lengths that
                 the engine schedules by. Defaults to :attr:`context_len` for each.
         """
-        x = self.round_up(num_tokens)
-        y = np.interp(x, *self._token_curve) + np.interp(np.asarray(num_reqs), *self._request_curve)
+        y: Any = np.interp(x := self.round_up(num_tokens), *self._token_curve)
+        if self.num_reqs or not isinstance(num_reqs, int):
+            y = y + np.interp(np.asarray(num_reqs), *self._request_curve)
         if self.context_token:
             each = self.context_token
             if self.context_factors:
