@@ -180,3 +180,34 @@ def test_what_does_not_fit_is_named():
 def test_slots_of_no_page_go_to_the_pad_slot():
     slots, shared = torch.tensor([-1, 3, 8, 1 << 40, 0]), torch.tensor([False, False])
     assert cache.refuse_shared(slots, shared, 4, 2).tolist() == [2, 3, 2, 2, 0]
+
+
+def test_a_tiers_memory_is_what_is_allocated():
+    """By one call, before anything is: the workspace itself, the drafts, attention's own tensors."""
+    from echo.memory import tier_memory
+
+    model = {"num_layers": 3, "num_heads": 8, "num_kv_heads": 2, "head_dim": 64}
+    found = tier_memory(
+        SCHEDULER, 4, k=3, num_verify_tokens=16, max_model_len=500, page_size=16,
+        dtype=torch.float32, **model,
+    )  # fmt: skip
+    space = echo.Workspace(SCHEDULER, 4, k=3, num_verify_tokens=16)
+    assert found.workspace == space.nbytes
+    assert found.drafts == torch.zeros(3, 2, 16, 2, 64).nbytes
+    q, kv = torch.zeros(16, 8, 64), torch.zeros(32, 16, 2, 64)
+    table, lens = torch.zeros(4, 32, dtype=torch.int32), torch.zeros(4, dtype=torch.int32)
+    indptr = torch.tensor([0, 4, 8, 12, 16]).int()
+    with kernels.using("triton"):
+        plan = kernels.plan_attention(q, kv, table, lens, kv[0], indptr)
+    listed = plan.work.nbytes + plan.programs.nbytes + plan.cuts.nbytes
+    assert found.attention >= listed and (found.attention - listed) % (4 * 2 * 65) == 0
+    assert found.total == found.workspace + found.drafts + found.attention
+    with pytest.raises(echo.EchoError, match="num_heads: expected a multiple of 3"):
+        tier_memory(
+            SCHEDULER,
+            4,
+            k=3,
+            num_verify_tokens=16,
+            max_model_len=9,
+            **(model | {"num_kv_heads": 3}),
+        )

@@ -16,7 +16,7 @@ import echo
 
 PARTS = (
     "tree tree.layouts tree.sampling tree.drafting tree.cache gating budget cost loop lookup stats "
-    "workspace kernels testing report plot"
+    "workspace memory kernels testing report plot"
 )
 MODULES = [echo, *(importlib.import_module(f"echo.{name}") for name in PARTS.split())]
 PROTOCOLS = (echo.Drafter, echo.gating.Gate, echo.budget.Rule, echo.Target)
