@@ -140,3 +140,10 @@ def test_history_is_restored_in_place_for_captured_graphs():
     assert space.history.steps.data_ptr() == before
     assert space.history.generation.tolist() == [0, 2, 0, 0, 0, 0]
     assert not any(part.any() for part in column(space.history, 1))
+
+
+@pytest.mark.parametrize("index", [6, 1 << 40, -1])
+def test_an_index_that_a_history_does_not_have_is_named(index):
+    """However large: nothing is allocated by it."""
+    with pytest.raises(echo.EchoError, match="req_indices: expected ints from 0 to 5"):
+        HISTORY.predict([0, index])

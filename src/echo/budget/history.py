@@ -361,10 +361,7 @@ class History:
             raise EchoError(f"history: expected one on cpu (see History.to), got one on {device}")
         steps, expected, accepted = self.steps.numpy(), self.expected.numpy(), self.accepted.numpy()
         depth, places = steps.shape
-        found = checks.integers("req_indices", req_indices, 0)
-        counts = np.bincount(found.ravel(), minlength=places)
-        if len(counts) > places or counts[-1]:
-            checks.integers("req_indices", found, 0, places - 2)
+        found = checks.integers("req_indices", req_indices, 0, places - 2)
         if not depth or min(steps[:, -1].tolist()) < LEARN:
             return None
         ratio = (accepted[:, -1:] + 1.0) / (expected[:, -1:] + 1.0)
@@ -372,7 +369,7 @@ class History:
         scale /= expected + PRIOR_DRAFTS
         weights = np.empty((depth, 2, places), np.float32)
         plain, scaled = weights[:, 0], weights[:, 1]
-        np.divide(counts.astype(np.float32), steps + PRIOR, out=plain)
+        np.divide(np.bincount(found, minlength=places).astype(np.float32), steps + PRIOR, out=plain)
         np.multiply(plain, np.minimum(scale, 2.0, out=scale), out=scaled)
         weights[:, :, -1] = weights.sum(axis=2) * (PRIOR / steps[:, -1:])
         likely = torch.bmm(torch.from_numpy(weights), self.acceptance_histogram).cumsum(0).numpy()
