@@ -160,9 +160,9 @@ def integers(name: str, value: object, low: int, high: int | None = None) -> NDA
     return found.astype(np.int64)
 
 
-def indices(name: str, value: HostInts) -> NDArray[np.int64]:
-    """``value`` as a host array int64 [n] of indices."""
-    found = integers(name, value, 0)
+def indices(name: str, value: HostInts, high: int | None = None) -> NDArray[np.int64]:
+    """``value`` as a host array int64 [n] of indices, at most ``high``."""
+    found = integers(name, value, 0, high)
     if found.ndim != 1:
         raise EchoError(f"{name}: expected one int for each request, got {found}")
     return found

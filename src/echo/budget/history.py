@@ -361,7 +361,7 @@ class History:
             raise EchoError(f"history: expected one on cpu (see History.to), got one on {device}")
         steps, expected, accepted = self.steps.numpy(), self.expected.numpy(), self.accepted.numpy()
         depth, places = steps.shape
-        found = checks.integers("req_indices", req_indices, 0, places - 2)
+        found = checks.indices("req_indices", req_indices, places - 2)
         if not depth or min(steps[:, -1].tolist()) < LEARN:
             return None
         ratio = (accepted[:, -1:] + 1.0) / (expected[:, -1:] + 1.0)
@@ -371,7 +371,7 @@ class History:
         plain, scaled = weights[:, 0], weights[:, 1]
         np.divide(np.bincount(found, minlength=places).astype(np.float32), steps + PRIOR, out=plain)
         np.multiply(plain, np.minimum(scale, 2.0, out=scale), out=scaled)
-        weights[:, :, -1] = weights.sum(axis=2) * (PRIOR / steps[:, -1:])
+        weights[:, :, -1] = np.add.reduce(weights, axis=2) * (PRIOR / steps[:, -1:])
         likely = torch.bmm(torch.from_numpy(weights), self.acceptance_histogram).cumsum(0).numpy()
         drafts, accepts = likely.transpose(1, 0, 2) @ TAILS
         return drafts, accepts

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -177,12 +178,12 @@ class ElasticBudgetScheduler:
         Raises:
             EchoError: an argument of the wrong kind, or one on a device.
         """
-        requests = checks.indices("req_indices", req_indices)
         if context_tokens is not None:
             context_tokens = checks.real("context_tokens", context_tokens, 0.0)
-        other, batch = checks.integer("num_other_tokens", num_other_tokens, 0), len(requests)
+        other = checks.integer("num_other_tokens", num_other_tokens, 0)
         if self.max_depth and isinstance(self.budget, CostModel):
-            return self._throughput_optimal.choose_tier(history, requests, other, context_tokens)
+            return self._throughput_optimal.choose_tier(history, req_indices, other, context_tokens)
+        batch = len(checks.indices("req_indices", req_indices))
         tokens = self._num_verify_tokens(batch) - other if self.max_depth else 0
         return Tier(self.max_depth, tokens) if tokens > batch else Tier(0, batch)
 
@@ -204,8 +205,7 @@ class ElasticBudgetScheduler:
         other = checks.integer("num_other_tokens", num_other_tokens, 0)
         if context_tokens is not None:
             context_tokens = checks.real("context_tokens", context_tokens, 0.0)
-        optimal, requests = self._throughput_optimal, checks.indices("req_indices", req_indices)
-        return optimal.tier_curve(history, requests, other, context_tokens)
+        return self._throughput_optimal.tier_curve(history, req_indices, other, context_tokens)
 
     def agree_on_tier(self, curves: NDArray[np.float32], rank: int) -> Tier:
         """The depth that all ranks draft, and this one's verify tokens: all launch one shape.
@@ -216,7 +216,7 @@ class ElasticBudgetScheduler:
         """
         return self._throughput_optimal.agree_on_tier(curves, rank)
 
-    @property
+    @cached_property
     def _throughput_optimal(self) -> ThroughputOptimal:
         if not isinstance(self.budget, CostModel):
             raise EchoError(f"budget: expected a CostModel, got {self.budget!r}")

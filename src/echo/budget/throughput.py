@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from echo import _checks as checks
-from echo._checks import EchoError
+from echo._checks import EchoError, HostInts
 from echo.budget.history import History
 from echo.cost import CostModel
 
@@ -29,7 +29,7 @@ before PROBE_COST and this, and come to 0.998 since."""
 ROUND_DOWN = 1 - 1e-5
 """Numbers of tokens are sums of float32: what comes out a hair above a whole number, in another
 order of requests, is not rounded up."""
-DEPTHS = np.arange(1.0, 65.0)
+DEPTHS = np.arange(1.0, 65.0)[:, None]
 """As deep as a scheduler may draft."""
 TOKENS_PER_BEAM = 4
 """Verify tokens of a request, root included, for each node of its beam. A layer of more nodes costs
@@ -80,12 +80,12 @@ class ThroughputOptimal:
     def choose_tier(
         self,
         history: History,
-        req_indices: NDArray[np.int64],
+        req_indices: HostInts,
         num_other_tokens: int,
         context_tokens: float | None,
     ) -> Tier:
         """See :meth:`ElasticBudgetScheduler.choose_tier`."""
-        batch, seen = len(req_indices), history.predict(req_indices)
+        seen, batch = history.predict(req_indices), len(req_indices)
         plain = num_other_tokens + batch
         if seen is None:
             depth, tokens = self._unknown(plain, batch, context_tokens)
@@ -97,7 +97,7 @@ class ThroughputOptimal:
     def tier_curve(
         self,
         history: History,
-        req_indices: NDArray[np.int64],
+        req_indices: HostInts,
         num_other_tokens: int,
         context_tokens: float | None,
     ) -> NDArray[np.float32]:
@@ -106,7 +106,7 @@ class ThroughputOptimal:
         Context, requests, other tokens, steps, idle steps and unprocessed tokens; then F by depth
         over the grid.
         """
-        batch, seen, grid = len(req_indices), history.predict(req_indices), self._grid()
+        seen, batch, grid = history.predict(req_indices), len(req_indices), self._grid()
         if seen is None:
             accepts = np.full((self.max_depth, len(grid)), np.nan if batch else 0.0)
         else:
@@ -171,15 +171,15 @@ class ThroughputOptimal:
             drafts = np.minimum(drafts, most)
         whole = np.ceil(drafts * ROUND_DOWN)
         # what whole tokens bring: all depths in one line, one behind another
-        line = (most + 1) * DEPTHS[: len(drafts), None]
+        line = (most + 1) * DEPTHS[: len(drafts)]
         at = np.minimum(whole, drafts[:, -1:]) + line
         accepts = np.interp(at, (drafts + line).ravel(), accepts.ravel())
         verify = self.cost(plain + whole, num_reqs=widest, context_tokens=context_tokens)
-        depths = DEPTHS[: self.max_depth, None]
+        depths = DEPTHS[: self.max_depth]
         node = self.cost.draft_token * widest
         seconds = verify + (self.cost.draft_layer + node) * depths
         if node:  # the first layer is the root's
-            seconds += (self._beam(whole, widest) - 1) * (node * (depths - 1))
+            seconds += self._wider(whole, widest) * (node * (depths - 1))
         rate = (batch + accepts) / seconds
         rate *= whole >= 1
         best, alone, idle = int(rate.argmax()), verify.item(0), num_idle_steps
@@ -199,9 +199,13 @@ class ThroughputOptimal:
             free = self.cost.round_up(tokens) if self.cost.tiers else useful
         return depth + 1, max(tokens, free)
 
-    def _beam(self, drafts: NDArray[Any], requests: int) -> NDArray[Any]:
-        """Nodes of a layer that are worth expanding where that many ``drafts`` are verified."""
-        return np.minimum(np.ceil((drafts + requests) / (TOKENS_PER_BEAM * requests)), self.beam)
+    def _wider(self, drafts: NDArray[Any], requests: int) -> NDArray[Any]:
+        """Nodes of a layer worth expanding beside the first, where so many ``drafts`` are verified.
+
+        ceil((drafts + requests) / (TOKENS_PER_BEAM * requests)) - 1, within the beam.
+        """
+        share = drafts / (TOKENS_PER_BEAM * requests)
+        return np.minimum(np.ceil(share - (1 - 1 / TOKENS_PER_BEAM)), self.beam - 1)
 
     def _tier(self, depth: int, tokens: int, plain: int, widest: int, other: int) -> Tier:
         """The tier of ``tokens`` in a pass that ``other`` tokens share."""
@@ -230,8 +234,9 @@ class ThroughputOptimal:
         return np.unique(points[index])
 
 
-def _unprocessed(history: History, req_indices: NDArray[np.int64]) -> int:
+def _unprocessed(history: History, req_indices: HostInts) -> int:
     """Tokens of draft extend before ``req_indices`` can draft; 0 after a step that drafted."""
     if not history.num_idle_steps:
         return 0
-    return int(history.num_unprocessed_tokens.numpy()[req_indices].sum())
+    requests = checks.indices("req_indices", req_indices)
+    return int(history.num_unprocessed_tokens.numpy()[requests].sum())
