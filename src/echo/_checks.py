@@ -75,9 +75,11 @@ def copy_into(out: T | None, value: T) -> T:
     if isinstance(new, Tensor):
         buffer: T = tensor("out", old, new.shape, new.dtype, new.device).copy_(new)  # type: ignore[assignment]
         return buffer
-    host, pairs = {}, []
+    host = {}
+    pairs = []
     for name in [field.name for field in fields(instance("out", old, type(new)))]:
-        part, into = getattr(new, name), getattr(old, name)
+        part = getattr(new, name)
+        into = getattr(old, name)
         if isinstance(part, Tensor) and into is not None:
             tensor(f"out.{name}", into, part.shape, part.dtype, part.device)
             pairs.append((into, part))

@@ -84,7 +84,8 @@ class Texts:
         Raises:
             EchoError: shapes, dtypes or devices that do not fit.
         """
-        device, room = self.num_tokens.device, self.tokens.shape[1]
+        device = self.num_tokens.device
+        room = self.tokens.shape[1]
         checks.tensor("req_indices", req_indices, [len(texts)], torch.int64, device)
         ends = [
             checks.tensor(f"texts[{b}]", text, ["n"], torch.int64, device)[-room:]
@@ -109,7 +110,8 @@ class Texts:
         Raises:
             EchoError: shapes, dtypes or devices that do not fit.
         """
-        device, room = self.num_tokens.device, self.tokens.shape[1]
+        device = self.num_tokens.device
+        room = self.tokens.shape[1]
         batch = checks.tensor("req_indices", req_indices, ["B"], torch.int64, device).shape[0]
         count = checks.tensor("tokens", tokens, [batch, "n"], torch.int64, device).shape[1]
         checks.tensor("num_tokens", num_tokens, [batch], torch.int64, device)
@@ -119,7 +121,8 @@ class Texts:
 
             ngram.append(new.tokens, new.num_tokens, req_indices, tokens, num_tokens)
             return new
-        more, place = num_tokens.clamp(max=count)[:, None], torch.arange(room, device=device)
+        more = num_tokens.clamp(max=count)[:, None]
+        place = torch.arange(room, device=device)
         end = self.num_tokens[req_indices][:, None]
         turn = (place - end) % room  # the first of the new tokens that falls on each column
         last = turn + (more - 1 - turn).div(room, rounding_mode="floor") * room
@@ -145,7 +148,8 @@ class Texts:
         if out is None:
             return Texts(self.tokens.clone(), self.num_tokens.clone())
         for name in ("tokens", "num_tokens"):
-            mine, its = getattr(self, name), getattr(out, name)
+            mine = getattr(self, name)
+            its = getattr(out, name)
             checks.tensor(f"out.{name}", its, mine.shape, mine.dtype, mine.device)
             if its is not mine:
                 its.copy_(mine)
@@ -199,9 +203,11 @@ def _propose(
 
         found = ngram.propose(texts.tokens, texts.num_tokens, req_indices, max_ngram, parents)
         return Proposals(texts, req_indices, *found)
-    device, length = req_indices.device, texts.tokens.shape[1]
+    device = req_indices.device
+    length = texts.tokens.shape[1]
     end = texts.num_tokens[req_indices][:, None]
-    first, place = (end - length).clamp(min=0), torch.arange(length, device=device)
+    first = (end - length).clamp(min=0)
+    place = torch.arange(length, device=device)
     held = end - first
     text = texts.tokens[req_indices].gather(1, (first + place) % length)
     if parents is None:
@@ -257,7 +263,8 @@ def blend(
     checks.tensor("weight", weight, [batch, width], torch.float32, tokens.device)
     asked = (proposal >= 0) & (log_probs.amax(dim=2) > DEAD_SCORE)
     weight = torch.where(asked, weight.detach(), 0.0)[..., None]
-    q, own = log_probs.detach().float() + torch.log1p(-weight), weight.log()
+    q = log_probs.detach().float() + torch.log1p(-weight)
+    own = weight.log()
     match = tokens == proposal[..., None]
     among = match.any(dim=2, keepdim=True)
     place = torch.where(among[..., 0], match.int().argmax(dim=2), q.argmin(dim=2))
@@ -398,10 +405,8 @@ class PromptLookup:
         batch, k = tokens.shape
         if self._root is None or self._root[0].shape[1] != k:
             count = len(self._judged)
-            ids, probs = (
-                tokens.new_zeros(count, k),
-                log_probs.new_zeros(count, k, dtype=torch.float32),
-            )
+            ids = tokens.new_zeros(count, k)
+            probs = log_probs.new_zeros(count, k, dtype=torch.float32)
             self._root = ids, probs, tokens.new_zeros(count), tokens.new_zeros(count)
         seen = tokens, log_probs, found.tokens[:, 0], found.match_lens[:, 0]
         for buffer, value in zip(self._root, seen, strict=True):

@@ -169,17 +169,16 @@ def warmup_log(
         request = packed.request.long().clamp(max=tree.batch - 1)
         weight = weights.detach()[request, packed.depth.long()].float()
         kept = kept & (weight > 0)
-    step = first_step + packed.request.long()
-    columns = packed.depth, packed.score.exp(), taken, rank, weight, step
-    depth, confidence, labels, rank, weight, step = (x[kept].cpu() for x in columns)
-    return WarmupLog.from_arrays(
-        depth=depth.numpy(),
-        confidence=confidence.numpy(),
-        accepted=labels.numpy(),
-        rank=rank.numpy(),
-        weight=weight.numpy(),
-        step=step.numpy(),
-    )
+    columns: dict[str, Tensor] = {
+        "depth": packed.depth,
+        "confidence": packed.score.exp(),
+        "accepted": taken,
+        "rank": rank,
+        "weight": weight,
+        "step": first_step + packed.request.long(),
+    }
+    arrays: dict[str, Any] = {name: x[kept].cpu().numpy() for name, x in columns.items()}
+    return WarmupLog.from_arrays(**arrays)
 
 
 def draft_labels(tree: SuperTree, packed: PackedTree, accepted: Accepted) -> tuple[Tensor, Tensor]:
@@ -196,17 +195,18 @@ def draft_labels(tree: SuperTree, packed: PackedTree, accepted: Accepted) -> tup
     """
     checks.instance("tree", tree, SuperTree)
     num_rows = checks.instance("packed", packed, PackedTree).num_rows
-    drafts, path = accepted.num_accepted_drafts, accepted.rows.flatten()
-    rows = path if accepted.cut_row is None else torch.cat([path, accepted.cut_row])
-    rows = torch.where(
-        rows < 0, num_rows, rows
-    )  # -1, no row, falls behind the last, and is cut off
+    drafts = accepted.num_accepted_drafts
+    rows = accepted.rows.flatten()
+    if accepted.cut_row is not None:
+        rows = torch.cat([rows, accepted.cut_row])
+    rows = torch.where(rows < 0, num_rows, rows)  # -1, no row, falls behind the last: cut off
     taken = torch.zeros(num_rows + 1, dtype=torch.bool, device=packed.tokens.device)
     taken = taken.index_fill(0, rows, True)[:-1]
     deepest = F.pad(torch.where(drafts < accepted.num_emitted, packed.max_depth, drafts), (0, 1))
     by_layer = [ranks(cost_bits(layer.score).long()) for layer in tree.layers]
     rank = F.pad(torch.cat(by_layer, dim=1).flatten(), (0, 1))[packed.node]  # pads: the last
-    drafted, judged = packed.depth > 0, packed.depth <= deepest[packed.request]
+    drafted = packed.depth > 0
+    judged = packed.depth <= deepest[packed.request]
     return rank.masked_fill(~drafted, 0).masked_fill(~judged, -1), taken & drafted
 
 
@@ -259,8 +259,8 @@ def speculate(
         >>> rank.tolist(), taken.tolist()
         ([0, 0, 1, 0], [False, True, False, True])
     """
-    clock, drafting = time.perf_counter, 0.0
-    start = clock()
+    drafting = 0.0
+    start = time.perf_counter()
     if tier is None:
         tier = scheduler.choose_tier(history.to("cpu"), req_indices.cpu(), num_other_tokens)
     count = tier.num_verify_tokens
@@ -268,23 +268,23 @@ def speculate(
     for _ in range(tier.depth):
         if drafter is None or (early_stop and not bool(tree.active.any())):
             break
-        before = clock()
+        before = time.perf_counter()
         tokens, log_probs = drafter.draft(req_indices, tree.frontier)
-        drafting += clock() - before
+        drafting += time.perf_counter() - before
         tree = scheduler.grow(tree, tokens, log_probs, beam=tier.beam)
     packed = scheduler.pack(tree)
-    planned = clock()
+    planned = time.perf_counter()
     sampled = target.verify(req_indices, packed)
-    verified = clock()
+    verified = time.perf_counter()
     accepted = accept(packed, sampled, eos_tokens=eos_tokens, max_new_tokens=max_new_tokens)
     history = history.observe(req_indices, packed, accepted)
-    judged = clock()
+    judged = time.perf_counter()
     target.compact(req_indices, packed, accepted)
-    kept = clock()
+    kept = time.perf_counter()
     if drafter is not None:
         drafter.extend(req_indices, packed, accepted)
     seconds = Seconds(
-        draft=drafting + clock() - kept,
+        draft=drafting + time.perf_counter() - kept,
         scheduling=planned - start - drafting + judged - verified,
         verify=verified - planned + kept - judged,
     )
@@ -351,13 +351,17 @@ def decode(
     given = () if eos_token is None else checks.integers("eos_token", eos_token, 0).ravel().tolist()
     ends = frozenset(given)
     eos_tokens = torch.tensor(sorted(ends), device=device) if ends else None
-    limits, most = _limits(prompts, max_new_tokens), scheduler.max_verify_tokens_per_req
+    limits = _limits(prompts, max_new_tokens)
+    most = scheduler.max_verify_tokens_per_req
     if max_verify_tokens_per_req is not None:
         most = checks.integer("max_verify_tokens_per_req", max_verify_tokens_per_req, 1)
-    history, known = scheduler.history(max_num_reqs, device), scheduler.history(max_num_reqs)
+    history = scheduler.history(max_num_reqs, device)
+    known = scheduler.history(max_num_reqs)
     waiting = list(range(len(prompts)))[::-1]
     running: dict[int, _Answer] = {}
-    steps, failed, faults = 0, list[int](), list[str]()
+    failed: list[int] = []
+    faults: list[str] = []
+    steps = 0
     while waiting or running:
         free = [index for index in range(max_num_reqs) if index not in running][: len(waiting)]
         if free:
@@ -367,7 +371,8 @@ def decode(
             first = target.admit(indices, texts)
             checks.tensor("target.admit()", first, [len(free)], torch.int64)
             history = history.reset(indices)
-            known, (sampled,) = _on_host(history, first)
+            known = history.to("cpu")
+            sampled = first.tolist()
             for index, number, token in zip(free, admitted, sampled, strict=True):
                 if token < 0:
                     failed.append(number)
@@ -400,12 +405,15 @@ def decode(
             max_new_tokens=remaining,
         )
         steps += 1
-        values = step.accepted.tokens, step.accepted.num_emitted
-        known, (tokens, lengths) = _on_host(history, *values)
+        known = history.to("cpu")  # here the host waits for the step
+        tokens = step.accepted.tokens.tolist()
+        lengths = step.accepted.num_emitted.tolist()
         emitted, finished = [], []
         for index, answer, row, length in zip(live, answers, tokens, lengths, strict=True):
-            number, new = answer.prompt, [answer.root] * answer.fresh + row[:length]
-            answer.remaining, answer.fresh = answer.remaining - len(new), False
+            number = answer.prompt
+            new = [answer.root] * answer.fresh + row[:length]
+            answer.remaining -= len(new)
+            answer.fresh = False
             emitted.append(tuple(new))
             if not answer.remaining or (new and new[-1] in ends):
                 finished.append(number)
@@ -428,11 +436,6 @@ def decode(
     if faults:
         missed = "; ".join(faults)
         raise EchoError(f"target: expected a number in the row of each root, got none for {missed}")
-
-
-def _on_host(history: History, *values: Tensor) -> tuple[History, list[Any]]:
-    """History and ``values`` on the host: the one device-to-host sync of :func:`decode`."""
-    return history.to("cpu"), [value.tolist() for value in values]
 
 
 def _limits(prompts: Sequence[Tensor], max_new_tokens: object) -> list[int]:

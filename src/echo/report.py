@@ -275,7 +275,8 @@ def _advise(
 ) -> Advice:
     """The depth and the tokens of greatest speedup for ``b`` requests."""
     load: dict[str, Any] = {"num_reqs": b, "context_tokens": b * context}
-    plain, budgets = cost(b, **load), outcomes.budgets
+    plain = cost(b, **load)
+    budgets = outcomes.budgets
     layers = np.arange(1, len(budgets) + 1)[:, None]
 
     def speedup(accepted: Any, budget: Any, depth: Any) -> Any:
@@ -284,12 +285,15 @@ def _advise(
 
     rate = speedup(outcomes.accepted, budgets, layers)
     d, j = np.unravel_index(int(rate.argmax()), rate.shape)
-    depth, budget, best = int(d) + 1, int(budgets[d, j]), float(rate[d, j])
+    depth = int(d) + 1
+    budget = int(budgets[d, j])
+    best = float(rate[d, j])
     low, high = np.percentile(
         speedup(outcomes.resample(depth, budget), budget, depth) * error, [2.5, 97.5]
     )
     if best <= 1:
-        depth, budget, best, low, high = 0, 0, 1.0, 1.0, 1.0
+        depth = budget = 0
+        best = low = high = 1.0
     knee = cost.at(b, b * context).knee
     return Advice(
         num_reqs=b,
@@ -309,7 +313,8 @@ def _advise(
 
 def _depths(counted: LoggedDrafts | CountedChains) -> tuple[DepthAcceptance, ...]:
     """Acceptance by depth."""
-    accepted, drafted = counted.accepted, counted.drafted
+    accepted = counted.accepted
+    drafted = counted.drafted
     rates = wilson(accepted, np.concatenate([[counted.steps], accepted[:-1]]))
     enough = (accepted >= ENOUGH) & (drafted - accepted >= ENOUGH)
     columns = drafted, accepted, accepted / counted.steps, *rates, enough
@@ -326,7 +331,8 @@ def _notes(
 ) -> list[str]:
     """What a reader should mind, and what to log or measure next."""
     notes = [f"cost model: {doubt}" for doubt in cost.doubts]
-    first, last = min(advice, key=lambda a: a.num_reqs), min(advice, key=lambda a: a.eight)
+    first = min(advice, key=lambda a: a.num_reqs)
+    last = min(advice, key=lambda a: a.eight)
     # a dense model's tokens are cheapest at one request
     if first.eight > COSTLY * max(1.0, last.eight):
         notes.append(

@@ -108,7 +108,8 @@ class StepStats:
         Raises:
             EchoError: another batch, or counters on another device.
         """
-        batch, device = checks.instance("packed", packed, PackedTree).batch, self.counts.device
+        batch = checks.instance("packed", packed, PackedTree).batch
+        device = self.counts.device
         emitted = checks.instance("accepted", accepted, Accepted).num_emitted
         checks.tensor("accepted.num_emitted", emitted, [batch], torch.int64, device)
         layers = packed.max_depth if packed.num_layers is None else packed.num_layers
@@ -119,9 +120,11 @@ class StepStats:
             to = out.counts if out is not None and out.counts.is_contiguous() else None
             counts = observe.count(*state, self.counts.contiguous(), out=to)
             return copy_into(out, StepStats(counts))
-        tokens, status = packed.indptr.diff().long(), packed.status
+        tokens = packed.indptr.diff().long()
+        status = packed.status
         live = tokens > 0
-        total, requests = tokens.sum(), live.sum()
+        total = tokens.sum()
+        requests = live.sum()
         share = packed.num_rows // requests.clamp(min=1)
         truncated = live & (status == int(Status.TRUNCATED))
         released = ((share - tokens).clamp(min=0) * truncated).sum()

@@ -149,7 +149,8 @@ class GlobalRank:
 
             parent = None if table is None else tree.column("parent")
             return select.path_cost(tree.score, parent, table, tree.sizes)
-        score, sizes = tree.score, tree.sizes
+        score = tree.score
+        sizes = tree.sizes
         if table is None:
             return cost_bits(score)
         bins = (score * -BINS_PER_NAT).clamp_(max=TABLE_BINS - 1).int()
@@ -266,7 +267,8 @@ class TwoLevel:
         self, tree: SuperTree, limits: Tensor, num_remaining: Tensor, num_verify_tokens: int
     ) -> Tensor:
         """The best nodes not committed, at most ``max_extra_tokens`` of a request."""
-        cost, limits = self.ranking.weighted_cost(tree), limits.clamp(max=self.max_extra_tokens)
+        cost = self.ranking.weighted_cost(tree)
+        limits = limits.clamp(max=self.max_extra_tokens)
         return select_cheapest(tree, cost, limits, num_remaining, num_verify_tokens)
 
     def default_budget(self, batch: int) -> int | None:

@@ -77,13 +77,15 @@ def begin(
     A workspace gives ``budget`` int64 [], verify tokens on the device that ``num_verify_tokens``
     bounds, and ``out``, a tree of roots to whose tensors is written.
     """
-    (batch,), device = root_tokens.shape, root_tokens.device
+    (batch,) = root_tokens.shape
+    device = root_tokens.device
     if live is not None:
         checks.tensor("live", live, [batch], torch.bool, device)
     if verify_limits is not None:
         checks.tensor("verify_limits", verify_limits, [batch], torch.int64, device)
     root = root_tokens[:, None]
-    bound, most = num_verify_tokens if budget is None else budget, max_verify_tokens_per_req
+    bound = num_verify_tokens if budget is None else budget
+    most = max_verify_tokens_per_req
     if kernels.use_triton(root_tokens) and request_weights is None:
         from echo.kernels import grow as kernel
 
@@ -121,7 +123,8 @@ def begin(
         weights = torch.where(alive & torch.isfinite(weights), weights, 0.0)
         greatest = F.pad(weights, (0, 1)).amax()  # of no request, 0
         weights = (weights / greatest).nan_to_num(0.0).clamp(min=2.0**-24)
-    zero, dead = torch.zeros_like(root), ~alive
+    zero = torch.zeros_like(root)
+    dead = ~alive
     score = torch.zeros(batch, 1, dtype=torch.float32, device=device)
     score.masked_fill_(dead[:, None], -torch.inf)
     drafts = alive & (limits > 1) if deep else torch.zeros_like(alive)
@@ -159,7 +162,8 @@ def grow(
     ``last``: no node of this layer is expanded.
     """
     if allowed is not None:
-        before, some = tree.invalid.clone(), allowed & tree.frontier.active[..., None]
+        before = tree.invalid.clone()
+        some = allowed & tree.frontier.active[..., None]
         log_probs = log_probs.masked_fill(~allowed, -torch.inf)
         grown = grow(rule, gate, tree, tokens, log_probs, None, last, out)
         # nothing left to draft is not a layer without a number
@@ -167,7 +171,9 @@ def grow(
         return replace(grown, invalid=copy_into(None if out is None else grown.invalid, invalid))
     if kernels.use_triton(tokens) and _fits(rule, tree):
         return _grow_fused(rule, gate, tree, tokens, log_probs, last, out)
-    (batch, _, k), frontier, device = tokens.shape, tree.frontier, tokens.device
+    batch, _, k = tokens.shape
+    frontier = tree.frontier
+    device = tokens.device
     score, best, faulty = path_score(frontier.score, log_probs, frontier.active)
     layer = Layer(
         tree.depth + 1,
@@ -185,8 +191,10 @@ def grow(
     status = tree.status.masked_fill(layer.drafted, int(Status.EXHAUSTED))
     if verdict is not None:
         status.masked_fill_(able, int(Status.TRUNCATED))
-    num_committed, num_remaining = tree.num_committed, tree.num_remaining
-    committed, drafts = rule.commit(layer, passed, limits, num_remaining), passed
+    num_committed = tree.num_committed
+    num_remaining = tree.num_remaining
+    committed = rule.commit(layer, passed, limits, num_remaining)
+    drafts = passed
     if committed is not None:
         layer = replace(layer, committed=committed)
         drafts = passed & committed.any(dim=1)
@@ -226,10 +234,13 @@ def _grow_fused(
 ) -> SuperTree:
     from echo.kernels import grow as kernel
 
-    above, depth = tree.frontier, tree.depth + 1
+    above = tree.frontier
+    depth = tree.depth + 1
     old = above.score, above.active, above.index, tokens, log_probs, tree.status
     state = tree.verify_limits, tree.num_committed, tree.num_remaining, tree.invalid
-    tau, verdict, commit = -math.inf, None, rule.beam if isinstance(rule, TwoLevel) else 0
+    tau = -math.inf
+    verdict = None
+    commit = rule.beam if isinstance(rule, TwoLevel) else 0
     stop = int(Status.FINISHED if last else Status.ACTIVE)
     if type(gate) is SparseGate:  # compared where the scores are made; a subclass may ask for more
         tau = gate.log_tau.get(depth, tau)
@@ -239,7 +250,8 @@ def _grow_fused(
         verdict = gate(Layer(depth, tokens.flatten(1), new.parent, new.score, none, new.drafted))
     buffers = None
     if out is not None:
-        top, front = out.layers[-1], out.frontier
+        top = out.layers[-1]
+        front = out.frontier
         buffers = kernel.Grown(
             top.token, top.parent, top.score, top.committed, top.drafted,
             front.token, front.parent, front.index, front.score, front.active,
@@ -293,8 +305,11 @@ def pack(
     ranking = rule.ranking if isinstance(rule, TwoLevel) else rule
     if not isinstance(ranking, GlobalRank):
         return None
-    score, sizes, parent = tree.score, tree.sizes, tree.column("parent")
-    cost, table = score, ranking.cost_table(tree.status.device)
+    score = tree.score
+    sizes = tree.sizes
+    parent = tree.column("parent")
+    cost = score
+    table = ranking.cost_table(tree.status.device)
     if table is not None and tree.depth:
         to = None if scratch is None else scratch.cost
         cost = select.path_cost(score, parent, table, sizes, out=to)
@@ -303,7 +318,8 @@ def pack(
         total = min(total, ranking.max_verify_tokens_per_req)
     if isinstance(rule, TwoLevel):
         extra = rule.max_extra_tokens
-    committed, num_committed = tree.committed, tree.num_committed
+    committed = tree.committed
+    num_committed = tree.num_committed
     if tree.depth:
         kept = None
         if scratch is not None:
@@ -344,10 +360,12 @@ def check(out: PackedTree, batch: int, num_rows: int, words: int, device: torch.
         EchoError: naming the buffer that does not fit.
     """
     checks.instance("out", out, PackedTree)
-    requests, mask = [batch], [num_rows, words]
+    requests = [batch]
+    mask = [num_rows, words]
     shapes = {"indptr": [batch + 1], "mask": mask, "status": requests, "invalid": requests}
     for name in COLUMNS:
-        shape, dtype = shapes.get(name, [num_rows]), DTYPES.get(name, torch.int32)
+        shape = shapes.get(name, [num_rows])
+        dtype = DTYPES.get(name, torch.int32)
         checks.tensor(f"out.{name}", getattr(out, name), shape, dtype, device)
 
 

@@ -74,7 +74,8 @@ def solve(design: Floats, seconds: Floats, penalty: Floats | None = None) -> Flo
 
     relative = design / seconds[:, None]
     rest = np.empty((0, design.shape[1])) if penalty is None else penalty
-    weight, x = np.ones(len(seconds)), np.zeros(design.shape[1])
+    weight = np.ones(len(seconds))
+    x = np.zeros(design.shape[1])
     zeros = np.zeros(len(rest))
     for _ in range(30):
         old = x
@@ -98,7 +99,8 @@ def knots(values: Floats) -> Ints:
 
 def ramps(x: Floats, points: Ints) -> Floats:
     """float64 [n, m - 1]: share of each segment below each sample; rising curves mix them."""
-    low, high = points[:-1].astype(np.float64), points[1:].astype(np.float64)
+    low = points[:-1].astype(np.float64)
+    high = points[1:].astype(np.float64)
     return np.clip((x[:, None] - low) / (high - low), 0.0, 1.0)
 
 
@@ -123,7 +125,8 @@ def curves(seconds: Floats, table: dict[str, Floats]) -> dict[str, Any]:
     """The fields of a :class:`CostModel` that samples tell."""
     x = table["num_tokens"] + table.get("num_other_tokens", 0.0)
     reqs = table.get("num_reqs", np.ones_like(x))
-    points, counts = knots(x), knots(reqs)
+    points = knots(x)
+    counts = knots(reqs)
     parts = [np.ones((len(seconds), 1)), ramps(x, points), ramps(reqs, counts)]
     if "context_tokens" in table:
         times = reading(x / reqs) if "num_reqs" in table else np.ones((len(x), 1))
@@ -136,7 +139,8 @@ def curves(seconds: Floats, table: dict[str, Floats]) -> dict[str, Any]:
             row = np.zeros((len(own) - 2, design.shape[1]))
             row[:, first : first + len(own) - 1] = curvature(own) * SMOOTH / np.median(seconds)
             rough = np.concatenate([rough, row])
-    found, least = solve(design, seconds, rough), 1e-3 * seconds.min()
+    found = solve(design, seconds, rough)
+    least = 1e-3 * seconds.min()
     curve = np.maximum(found[: ends[1]].cumsum(), least)
     fields: dict[str, Any] = {"num_tokens": points, "seconds": rounded(curve)}
     if "num_reqs" in table:
@@ -187,10 +191,12 @@ def knee(num_tokens: ArrayLike, seconds: ArrayLike) -> tuple[Ints, Floats, Float
     ``seconds`` [..., m] may be any number of curves. Returns ``k_max`` int64, ``t_ar`` and
     ``gamma`` float64 [...]; a curve that never rises has gamma 0 and its last count.
     """
-    x, y = np.asarray(num_tokens, dtype=np.float64), np.asarray(seconds, dtype=np.float64)
+    x = np.asarray(num_tokens, dtype=np.float64)
+    y = np.asarray(seconds, dtype=np.float64)
     error, *_ = _law(x, y, np.broadcast_to(x, (*y.shape[:-1], len(x))))
     place = _first(error)
-    below, above = x[np.maximum(place - 1, 0)], x[np.minimum(place + 1, len(x) - 1)]
+    below = x[np.maximum(place - 1, 0)]
+    above = x[np.minimum(place + 1, len(x) - 1)]
     between = np.round(below[..., None] + (above - below)[..., None] * np.linspace(0, 1, 65))
     candidates = np.concatenate([x[place][..., None], between], axis=-1)  # the first wins ties
     error, base, slope = _law(x, y, candidates)
@@ -204,13 +210,19 @@ def _law(x: Floats, y: Floats, k: Floats) -> tuple[Floats, Floats, Floats]:
     """Error, base and slope of the law for each candidate: y [..., m], k [..., c] -> [..., c]."""
     u = np.broadcast_to((1.0 / y)[..., None, :], (*k.shape, len(x)))
     v = np.maximum(0.0, x - k[..., None]) * u
-    uu, uv, vv, u1, v1 = (u * u).sum(-1), (u * v).sum(-1), (v * v).sum(-1), u.sum(-1), v.sum(-1)
+    uu = (u * u).sum(-1)
+    uv = (u * v).sum(-1)
+    vv = (v * v).sum(-1)
+    u1 = u.sum(-1)
+    v1 = v.sum(-1)
     det = uu * vv - uv * uv
     sound = det > 1e-12 * uu * vv
     det = np.where(sound, det, 1.0)
-    base, slope = (vv * u1 - uv * v1) / det, (uu * v1 - uv * u1) / det
+    base = (vv * u1 - uv * v1) / det
+    slope = (uu * v1 - uv * u1) / det
     rises = sound & (slope > 0) & (base > 0)
-    base, slope = np.where(rises, base, u1 / uu), np.where(rises, slope, 0.0)
+    base = np.where(rises, base, u1 / uu)
+    slope = np.where(rises, slope, 0.0)
     return ((base[..., None] * u + slope[..., None] * v - 1.0) ** 2).sum(-1), base, slope
 
 
@@ -247,11 +259,13 @@ def bend(
     points: tuple[int, ...], values: tuple[float, ...], at: int, value: float, times: float
 ) -> tuple[tuple[int, ...], tuple[float, ...]]:
     """The curve whose ``value`` at ``at`` is so many times it, at a near or new knot; it rises."""
-    x, y = np.array(points), np.array(values)
+    x = np.array(points)
+    y = np.array(values)
     knot = int(np.abs(x - at).argmin())
     if abs(x[knot] - at) > NEAR * at:
         knot = int(np.searchsorted(x, at))
-        x, y = np.insert(x, knot, at), np.insert(y, knot, value)
+        x = np.insert(x, knot, at)
+        y = np.insert(y, knot, value)
     y[knot] *= times
     y[:knot] = np.minimum(y[:knot], y[knot])
     y[knot:] = np.maximum(y[knot:], y[knot])
@@ -266,7 +280,8 @@ def extended(points: tuple[int, ...], values: tuple[float, ...]) -> tuple[Floats
 
 def check_curve(owner: object, x_name: str, y_name: str) -> None:
     """Raises :class:`EchoError` unless these fields are a curve, or empty but for the tokens'."""
-    x, y = getattr(owner, x_name), getattr(owner, y_name)
+    x = getattr(owner, x_name)
+    y = getattr(owner, y_name)
     positive = y_name == "seconds"
     if not (x or y or positive):
         return

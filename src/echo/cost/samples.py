@@ -18,7 +18,8 @@ from echo._checks import EchoError
 Floats = NDArray[np.float64]
 Table = Mapping[str, Floats]
 
-FOLDS, FEW = 5, 8
+FOLDS = 5
+FEW = 8
 """Parts of the samples, each predicted from the others; loads below which that says nothing."""
 REACH = 1.25
 """How far beyond its samples a model speaks, as a ratio."""

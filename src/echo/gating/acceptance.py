@@ -52,8 +52,10 @@ KINDS = (
 def wilson(accepted: Floats, steps: Floats) -> tuple[Floats, Floats, Floats]:
     """Rates and Wilson's intervals of 95%, float64 [D] each; NaN of no steps."""
     with np.errstate(invalid="ignore", divide="ignore"):
-        rate, z = accepted / steps, Z**2 / steps
-        middle, half = rate + z / 2, np.sqrt(z * (rate * (1 - rate) + z / 4))
+        rate = accepted / steps
+        z = Z**2 / steps
+        middle = rate + z / 2
+        half = np.sqrt(z * (rate * (1 - rate) + z / 4))
         return rate, (middle - half) / (1 + z), (middle + half) / (1 + z)
 
 
@@ -113,16 +115,19 @@ class LoggedDrafts:
             wide[where] = values[order]
             return wide[:, :limit]
 
-        self._f, self._good = spread(f, -1.0), spread(log.accepted, False)
+        self._f = spread(f, -1.0)
+        self._good = spread(log.accepted, False)
         self._depth = spread(log.depth, 1)
-        self.steps, self.max_depth = len(step), int(log.depth.max())
+        self.steps = len(step)
+        self.max_depth = int(log.depth.max())
         self.drafted, self.accepted = (
             np.bincount(log.depth, weight, self.max_depth + 1)[1:].astype(np.float64)
             for weight in (None, log.accepted)
         )
         self.num_draft_tokens = float(len(log))
         self.mean_rate = float((np.bincount(place, log.accepted) / size).mean())
-        self._random, self._resamples = random, resamples
+        self._random = random
+        self._resamples = resamples
 
     def outcomes(self, b: int) -> Outcomes:
         """Of batches of steps at random, the likeliest drafts of each batch verified."""
@@ -164,8 +169,10 @@ class LoggedDrafts:
         blocks = min(BLOCKS, self.steps)
         block = np.arange(self.steps) * blocks // self.steps
         sums, counts = (np.bincount(block, x, blocks) for x in (mean, uses))
-        each, most = together.size / self.steps, min(depth, budget / together.shape[1])
-        sums, counts = np.append(sums, [each * most, 0.0]), np.append(counts, [each, each])
+        each = together.size / self.steps
+        most = min(depth, budget / together.shape[1])
+        sums = np.append(sums, [each * most, 0.0])
+        counts = np.append(counts, [each, each])
         shape = np.append(np.ones(blocks), [0.5, 0.5])
         weights = self._random.standard_gamma(shape, (self._resamples, blocks + 2))
         result: Floats = (weights @ sums) / (weights @ counts)
@@ -190,7 +197,8 @@ class CountedChains:
             if (np.diff(accepted, prepend=steps) > 0).any():
                 raise EchoError(f"{VLLM[1]}: expected counts that never rise, got {accepted}")
         each = np.stack([np.pad(accepted, (0, depth - len(accepted))) for _, accepted, _ in parts])
-        self.accepted, self.max_depth = each.sum(axis=0), depth
+        self.accepted = each.sum(axis=0)
+        self.max_depth = depth
         self.steps = sum(steps for steps, *_ in parts)
         self.drafted = np.full(depth, float(self.steps))
         tokens = np.array([drafted or steps * depth for steps, _, drafted in parts])
@@ -199,7 +207,8 @@ class CountedChains:
         self.mean_rate = float(rates.mean()) if len(parts) > 1 else math.nan
         lost = -np.diff(self.accepted, prepend=self.steps)
         rates = random.beta(self.accepted + 0.5, lost + 0.5, (resamples, depth))  # Jeffreys' prior
-        self._limit, self._drawn = limit, rates.cumprod(axis=1).cumsum(axis=1).T
+        self._limit = limit
+        self._drawn = rates.cumprod(axis=1).cumsum(axis=1).T
 
     def outcomes(self, b: int) -> Outcomes:
         """Every request's chain down to each depth is verified."""

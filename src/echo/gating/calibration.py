@@ -32,7 +32,8 @@ from echo.gating.thresholds import (
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-FORMAT, VERSION = "echo-calibration", 2
+FORMAT = "echo-calibration"
+VERSION = 2
 PROFILE_BINS = 20
 """Equal-mass bins of the confidence profile kept for the plot and for drift; custom for PSI."""
 
@@ -260,7 +261,8 @@ def _read_depth(data: Mapping[str, Any]) -> DepthCalibration:
     checks.real("calibration.effective", d.effective, 0.0)
     for number in (number for row in d.profile for number in row):
         checks.real("calibration.profile", number, 0.0)
-    scores, chances = [s for s, _ in d.reliability], [p for _, p in d.reliability]
+    scores = [s for s, _ in d.reliability]
+    chances = [p for _, p in d.reliability]
     rising = scores == sorted(scores) and chances == sorted(chances)
     finite = all(map(math.isfinite, scores + chances))
     if not scores or not (rising and finite) or not 0 <= chances[0] <= chances[-1] <= 1:
@@ -336,9 +338,11 @@ def calibrate(
             )
         objective = Objective(checks.instance("cost", cost, CostModel), batch, beam)
     if isinstance(log, WarmupLog):
-        shown, histograms = refuse_gated(log), ConfidenceHistograms.of(log)
+        shown = refuse_gated(log)
+        histograms = ConfidenceHistograms.of(log)
     else:
-        shown, histograms = False, checks.instance("log", log, ConfidenceHistograms)
+        shown = False
+        histograms = checks.instance("log", log, ConfidenceHistograms)
     kinds = histograms.mass[ROWS].sum(axis=(0, 1, 3))
     if not kinds.any():
         raise EchoError("log: expected rows, got an empty log")
@@ -370,13 +374,15 @@ def _measure(
     s = statistics.from_histogram(path)
     if min(accepted, rejected) < min_rows:
         fewer, count = ("accepted", accepted) if accepted < rejected else ("rejected", rejected)
-        good, reason = False, f"only {count} {fewer} rows, {min_rows} needed"
+        good = False
+        reason = f"only {count} {fewer} rows, {min_rows} needed"
     else:
         good = s.low > min_auc
         verdict = f"{'above' if good else 'not above'} {min_auc:.2f}"
         reason = f"AUC {s.auc:.2f} [{s.low:.2f}, {s.high:.2f}] {verdict}"
     below = path[WEIGHT][:, upper_ends() <= s.threshold].sum(axis=1) / UNIT
-    total, square = float(path[WEIGHT].sum() / UNIT), int(path[SQUARE].sum()) / UNIT
+    total = float(path[WEIGHT].sum() / UNIT)
+    square = int(path[SQUARE].sum()) / UNIT
     effective = total**2 / square if square else 0.0
     found = accepted, rejected, s.auc, s.low, s.high, s.threshold, s.youden, good, reason
     stopped = s.error, float(below.sum()), float(below[1])
@@ -419,7 +425,8 @@ def _choose(found: list[DepthCalibration], max_gates: int) -> list[DepthCalibrat
 
 def _optimize(calibration: Calibration, log: WarmupLog, objective: Objective) -> Calibration:
     """The calibration with throughput-optimal thresholds at its gates."""
-    gates, start = calibration.gate_depths, calibration.thresholds
+    gates = calibration.gate_depths
+    start = calibration.thresholds
     taus, value = throughput_optimal(log, gates, calibration.max_depth, objective, start)
     depths = []
     for d in calibration.depths:

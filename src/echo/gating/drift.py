@@ -126,14 +126,16 @@ class DriftMonitor:
         mass = live.mass[:, d.depth - 1, 0] if d.depth <= live.max_depth else 0 * live.mass[:, 0, 0]
         square = float(mass[SQUARE].sum()) / UNIT
         now = _by_bin(mass[WEIGHT], d)
-        n, m = now.sum() ** 2 / square if square else 0.0, d.effective
+        n = now.sum() ** 2 / square if square else 0.0
+        m = d.effective
         if min(n, m) < ENOUGH or len(d.profile) < 2:
             needed = f"{m:.0f} of the calibration, {ENOUGH:.0f} of each needed"
             reason = f"not judged: {n:.0f} live rows, {needed}"
             none = 0.0, math.inf
             return DepthDrift(d.depth, n, *none, *none, *none, False, reason)
         then = np.array([entry[1:] for entry in d.profile]).T
-        now, then = now * (n / now.sum()), then * (m / then.sum())  # in effective rows
+        now = now * (n / now.sum())  # in effective rows
+        then = then * (m / then.sum())
         level = self.alpha / (TESTS * len(self.calibration.depths))
         tests = {"psi": self._psi, "ks": self._ks, "gap": self._gap}
         found = {name: test(now, then, level) for name, test in tests.items()}
@@ -150,9 +152,12 @@ class DriftMonitor:
         from scipy.special import chdtri
 
         # Half a row each, so that an empty bin has a logarithm.
-        a, b = now.sum(axis=0) + 0.5, then.sum(axis=0) + 0.5
-        p, q = a / a.sum(), b / b.sum()
-        noise, degrees = 1.0 / now.sum() + 1.0 / then.sum(), len(p) - 1
+        a = now.sum(axis=0) + 0.5
+        b = then.sum(axis=0) + 0.5
+        p = a / a.sum()
+        q = b / b.sum()
+        noise = 1.0 / now.sum() + 1.0 / then.sum()
+        degrees = len(p) - 1
         psi = float(((p - q) * np.log(p / q)).sum())
         return psi, max(noise * float(chdtri(degrees, level)), self.min_psi + noise * degrees)
 
@@ -164,11 +169,15 @@ class DriftMonitor:
     def _gap(self, now: NDArray[Any], then: NDArray[Any], level: float) -> tuple[float, float]:
         from scipy.special import ndtri
 
-        rows, before = now.sum(axis=0), then.sum(axis=0)
+        rows = now.sum(axis=0)
+        before = then.sum(axis=0)
         both = (rows > 0) & (before > 0)
         if not both.any():
             return 0.0, math.inf
-        now, then, rows, before = now[:, both], then[:, both], rows[both], before[both]
+        now = now[:, both]
+        then = then[:, both]
+        rows = rows[both]
+        before = before[both]
         share = rows / rows.sum()
         pooled = (now[0] + then[0] + 0.5) / (rows + before + 1.0)
         variance = share**2 * pooled * (1.0 - pooled) * (1.0 / rows + 1.0 / before)

@@ -17,20 +17,24 @@ from echo._checks import EchoError
 from echo.gating.logs import WarmupLog, write_atomically
 
 VERSION = 1
-PER_OCTAVE, OCTAVES = 128, 24
+PER_OCTAVE = 128
+OCTAVES = 24
 BINS = PER_OCTAVE * OCTAVES + 2
 """Bins of a histogram. Their edges are the bfloat16 numbers from 2^-24 to 1, the upper 16 bits of a
 float32 confidence: bin 0 holds what is below 2^-24, the last bin exactly 1, and every other one
 spans a factor of at most 1 + 1/128."""
 UNIT = 1 << 16
 """Fixed-point weight 1.0: weights are rounded to multiples of 2^-16 before they are added."""
-MIN_WEIGHT, MAX_WEIGHT = 1 / 64, 1024.0
+MIN_WEIGHT = 1 / 64
+MAX_WEIGHT = 1024.0
 """Bounds of a weight other than 0. Up to the greatest, sums of a block of 2^16 rows and more,
 squares included, are exact in float64; from the smallest on, a rounded square is within 4%."""
 MAX_DEPTH = 64
 RANKS = 2
 """Ranks told apart: 0, the maximum-likelihood path, by which gates are judged, and all others."""
-ROWS, WEIGHT, SQUARE = 0, 1, 2
+ROWS = 0
+WEIGHT = 1
+SQUARE = 2
 """Planes of ``mass``: number of rows, sum of weights, sum of squared weights (2^-16 each)."""
 _FIRST = ((127 - OCTAVES) << 7) - 1  # upper half of the bits of 2^-24, less 1: becomes bin 0
 _BLOCK = 1 << 18
@@ -68,7 +72,8 @@ class ConfidenceHistograms:
     mass: NDArray[np.int64]
 
     def __post_init__(self) -> None:
-        kind, shape = self.mass.dtype, self.mass.shape
+        kind = self.mass.dtype
+        shape = self.mass.shape
         fits = len(shape) == 5 and (shape[0], *shape[2:]) == (3, RANKS, 2, BINS)
         if kind != np.int64 or not fits or not 1 <= shape[1] <= MAX_DEPTH:
             expected = f"int64 [3, 1..{MAX_DEPTH}, {RANKS}, 2, {BINS}]"
@@ -104,9 +109,11 @@ class ConfidenceHistograms:
         Raises:
             EchoError: no log, a depth above 64, or a weight neither 0 nor from 1/64 to 1024.
         """
-        mass, none = cls.empty(1).mass, True
+        mass = cls.empty(1).mass
+        none = True
         for log in (logs,) if isinstance(logs, WarmupLog) else logs:
-            mass, none = _count(mass, checks.instance("logs", log, WarmupLog)), False
+            mass = _count(mass, checks.instance("logs", log, WarmupLog))
+            none = False
         if none:
             raise EchoError("logs: expected at least one WarmupLog, got none")
         return cls(mass)
@@ -153,7 +160,8 @@ class ConfidenceHistograms:
         """
         expected = checks.reading(f"path: expected histograms in {path}")
         with expected, open(path, "rb") as handle, np.load(handle) as file:
-            version, mass = int(file["version"]), file["mass"]
+            version = int(file["version"])
+            mass = file["mass"]
         if version != VERSION:
             wanted = f"histograms of version {VERSION} in {path}"
             raise EchoError(f"path: expected {wanted}, got version {version}")
@@ -212,7 +220,8 @@ class LiveHistograms:
         Raises:
             EchoError: shapes, dtypes or devices that do not fit.
         """
-        device, depths = self.mass.device, self.mass.shape[1]
+        device = self.mass.device
+        depths = self.mass.shape[1]
         count = checks.tensor("depth", depth, ["N"], checks.INTEGERS, device).shape[0]
         checks.tensor("log_prob", log_prob, [count], (*checks.FLOATS, torch.float64), device)
         checks.tensor("accepted", accepted, [count], torch.bool, device)
@@ -282,7 +291,8 @@ def _count(mass: NDArray[np.int64], log: WarmupLog) -> NDArray[np.int64]:
         raise EchoError(f"log.depth: expected at most {MAX_DEPTH}, got {deepest} in row {row}")
     mass = _deepen(mass, deepest)
     flat = mass.reshape(3, -1)
-    size, block = flat.shape[1], _BLOCK
+    size = flat.shape[1]
+    block = _BLOCK
     weighted = not (log.weight == 1).all()
     if weighted:
         wrong = (log.weight > MAX_WEIGHT) | ((log.weight < MIN_WEIGHT) & (log.weight > 0))

@@ -151,7 +151,8 @@ class WarmupLog:
     @classmethod
     def concat(cls, logs: Iterable[WarmupLog]) -> WarmupLog:
         """All rows of ``logs``, their step ids shifted to keep them apart; EchoError: no log."""
-        parts, first = [], 0
+        parts = []
+        first = 0
         for log in logs:
             step = _dense(checks.instance("logs", log, WarmupLog).step)
             parts.append((log, step + first))

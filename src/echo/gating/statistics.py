@@ -70,7 +70,8 @@ def separability(
         >>> separability([0.9, 0.8, 0.3], [True, False, False]).auc
         1.0
     """
-    score, label = np.atleast_1d(np.asarray(confidence)), labels(accepted)
+    score = np.atleast_1d(np.asarray(confidence))
+    label = labels(accepted)
     given = np.ones(score.shape) if weight is None else np.asarray(weight, dtype=np.float64)
     w = np.atleast_1d(given)
     if score.ndim != 1 or not score.shape == label.shape == w.shape:
@@ -118,9 +119,12 @@ def _count(
 def from_histogram(mass: NDArray[np.int64]) -> Separability:
     """Separability of one depth's histogram, int64 [3, 2, 3074], within its ``error``."""
     filled = np.flatnonzero(mass[WEIGHT].any(axis=0))
-    sums, squares = mass[WEIGHT][:, filled] / UNIT, mass[SQUARE][:, filled] / UNIT
-    bottom, top = lower_edges()[filled].astype(np.float64), upper_ends()[filled].astype(np.float64)
-    result, totals = _separate(sums, squares, bottom, top), sums.sum(axis=1)
+    sums = mass[WEIGHT][:, filled] / UNIT
+    squares = mass[SQUARE][:, filled] / UNIT
+    bottom = lower_edges()[filled].astype(np.float64)
+    top = upper_ends()[filled].astype(np.float64)
+    result = _separate(sums, squares, bottom, top)
+    totals = sums.sum(axis=1)
     if not (totals > 0).all():
         return result
     return replace(result, error=float((sums[0] * sums[1]).sum() / totals.prod() / 2))
@@ -162,7 +166,8 @@ def _interval(auc: float, variance: float, rarer: float) -> tuple[float, float]:
         width = 1.0 - 0.025 ** (1.0 / max(rarer, 1.0))
         return (1.0 - width, 1.0) if auc >= 1.0 else (0.0, width)
     spread = Z95 * float(np.sqrt(variance))
-    centre, width = np.log(auc / (1.0 - auc)), spread / (auc * (1.0 - auc))
+    centre = np.log(auc / (1.0 - auc))
+    width = spread / (auc * (1.0 - auc))
     low, high = 1.0 / (1.0 + np.exp(-(centre + np.array([-width, width]))))
     return float(low), float(high)
 
@@ -294,11 +299,13 @@ def calibration_error(
         score = torch.from_numpy(np.log(log.confidence[keep]))
     after = look_up(torch.from_numpy(table), score, torch.from_numpy(log.depth[keep])).numpy() / ONE
     both = log.confidence[keep].astype(np.float64), after
-    label, weight = log.accepted[keep].astype(np.float64), log.weight[keep].astype(np.float64)
+    label = log.accepted[keep].astype(np.float64)
+    weight = log.weight[keep].astype(np.float64)
     step, place = np.unique(log.step[keep], return_inverse=True)
     quantiles = np.arange(1, bins) / bins
     groups = [np.searchsorted(np.quantile(p, quantiles), p, side="right") for p in both]
-    random, draws = np.random.default_rng(seed), []
+    random = np.random.default_rng(seed)
+    draws = []
     for turn in range(resamples + 1):
         w = weight if turn == 0 else weight * random.poisson(1.0, len(step))[place]
         if (total := w.sum()) > 0:

@@ -25,7 +25,9 @@ Floats = NDArray[np.float64]
 
 GRID = {1: 1024, 2: 256, 3: 64}
 """Candidate thresholds of each gate in an exhaustive search over so many gates at once."""
-SAMPLE, MARK, MIX = 200_000, 20, 0x9E3779B97F4A7C15
+SAMPLE = 200_000
+MARK = 20
+MIX = 0x9E3779B97F4A7C15
 """Rows searched for the mark of a gate, steps on either side of it, Knuth's hash multiplier."""
 
 
@@ -122,7 +124,8 @@ def join(log: WarmupLog, max_depth: int, beam: int = 1) -> Chains:
         expected = "log.step: expected ids that join the rows of a step"
         raise EchoError(f"{expected}, got each row in a step of its own")
     confidence = np.full((len(steps), max_depth), np.nan, dtype=np.float32)
-    accepted, hit = np.zeros(confidence.shape, np.bool_), np.zeros(confidence.shape, np.bool_)
+    accepted = np.zeros(confidence.shape, np.bool_)
+    hit = np.zeros(confidence.shape, np.bool_)
     confidence[place, column] = log.confidence[path]
     accepted[place, column] = log.accepted[path]
     weight = np.zeros(len(steps))
@@ -148,9 +151,13 @@ def refuse_gated(log: WarmupLog) -> bool:
     if len(log) > SAMPLE:
         hashed = log.step.astype(np.uint64) * np.uint64(MIX) >> np.uint64(32)
         path &= hashed % np.uint64(-(-len(log) // SAMPLE)) == 0
-    step, depth, confidence = log.step[path], log.depth[path], log.confidence[path]
+    step = log.step[path]
+    depth = log.depth[path]
+    confidence = log.confidence[path]
     order = np.lexsort((depth, step))
-    step, depth, confidence = step[order], depth[order], confidence[order]
+    step = step[order]
+    depth = depth[order]
+    confidence = confidence[order]
     follows = np.zeros(len(step), dtype=np.bool_)
     follows[:-1] = (step[1:] == step[:-1]) & (depth[1:] == depth[:-1] + 1)
     for d in range(1, int(depth.max(initial=0))):
@@ -351,7 +358,8 @@ class _Search:
 
     def ascend(self, taus: Floats, sizes: Sequence[int]) -> tuple[Floats, float]:
         """Ascent over all blocks of these sizes; strictly rising, so it ends."""
-        value, improved = self.value(taus), True
+        value = self.value(taus)
+        improved = True
         while improved:
             improved = False
             for size in sizes:
@@ -359,5 +367,7 @@ class _Search:
                     option = self.best(taus, block, GRID[size])
                     now = self.value(option)
                     if now > value * (1 + 1e-12):
-                        taus, value, improved = option, now, True
+                        taus = option
+                        value = now
+                        improved = True
         return taus, value

@@ -25,7 +25,8 @@ def _chunk_argmax(
     Stages prefetch into shared memory: registers hold one block only, and memory would wait while
     it is compared.
     """
-    row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    row = tl.program_id(0).to(tl.int64)
+    part = tl.program_id(1)
     lane = tl.arange(0, BLOCK)
     best = tl.full([BLOCK], float("-inf"), tl.float32)
     place = tl.full([BLOCK], NONE, tl.int32)
@@ -35,7 +36,8 @@ def _chunk_argmax(
         score = tl.load(logits + row * stride + token, mask=token < vocabulary, other=float("-inf"))
         score = score.to(tl.float32)
         higher = score > best  # false for NaN; a later equal one never replaces an earlier one
-        best, place = tl.where(higher, score, best), tl.where(higher, token, place)
+        best = tl.where(higher, score, best)
+        place = tl.where(higher, token, place)
     top = tl.max(best, 0)
     tl.store(value + row * parts + part, top)
     tl.store(index + row * parts + part, tl.min(tl.where(best == top, place, NONE), 0))
@@ -48,7 +50,8 @@ def _target_tokens(target, value, index, row, there, parts, PARTS: tl.constexpr)
         token = tl.load(target + row, mask=there, other=-1)
     else:
         lane = tl.arange(0, PARTS)[None, :]
-        at, fits = row.to(tl.int64)[:, None] * parts + lane, there[:, None] & (lane < parts)
+        at = row.to(tl.int64)[:, None] * parts + lane
+        fits = there[:, None] & (lane < parts)
         best = tl.load(value + at, mask=fits, other=float("-inf"))
         place = tl.load(index + at, mask=fits, other=NONE)
         first = tl.min(tl.where(best == tl.max(best, 1)[:, None], place, NONE), 1)
@@ -76,12 +79,15 @@ def _accept(
     near_above = tl.load(parent + near, mask=near < end, other=-1)
     near_token = _target_tokens(target, value, index, near, near < end, parts, PARTS)
     row = tl.where(end > first, first, NONE)
-    length, cut, last = 0, tl.full([], -1, tl.int64), tl.full([], -1, tl.int64)
+    length = 0
+    cut = tl.full([], -1, tl.int64)
+    last = tl.full([], -1, tl.int64)
     limit = tl.full([], 1, tl.int64) << 62
     if LIMITED:
         limit = tl.load(max_new_tokens + b)
     for step in range(max_depth + 1):
-        local, token = row - first, tl.full([], -1, tl.int64)
+        local = row - first
+        token = tl.full([], -1, tl.int64)
         if row < NONE:
             if local < BLOCK:
                 token = tl.sum(tl.where(lane == local, near_token, 0), 0)
@@ -129,7 +135,8 @@ def _chunks(logits: Tensor) -> tuple[Tensor, Tensor, int]:
     """Best value and place of every chunk of every row, in one read of the logits."""
     n, vocabulary = logits.shape
     logits = logits if logits.stride(-1) == 1 else logits.contiguous()
-    chunk, block = tiles.vocabulary_chunk(vocabulary), tiles.VOCABULARY_BLOCK
+    chunk = tiles.vocabulary_chunk(vocabulary)
+    block = tiles.VOCABULARY_BLOCK
     parts = -(-vocabulary // chunk)
     value = torch.empty(n, parts, dtype=torch.float32, device=logits.device)
     index = torch.empty(n, parts, dtype=torch.int32, device=logits.device)
@@ -153,7 +160,8 @@ def argmax_tokens(logits: Tensor) -> Tensor:
     """As :func:`echo.kernels.argmax_tokens`."""
     value, index, parts = _chunks(logits)
     token = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
-    count, block = len(token), tiles.ACCEPT_ROWS
+    count = len(token)
+    block = tiles.ACCEPT_ROWS
     if count:
         tiles.launch(
             _argmax, (-(-count // block),),
@@ -174,9 +182,13 @@ def accept(
     out: tuple[Tensor, ...] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """As :func:`echo.kernels.accept`; of logits, only accepted rows compare their chunks."""
-    batch, value, index, parts = len(indptr) - 1, target, target, 0
+    batch = len(indptr) - 1
+    value = target
+    index = target
+    parts = 0
     if target.dim() == 2:
-        (value, index, parts), target = _chunks(target), tokens
+        value, index, parts = _chunks(target)
+        target = tokens
     if out is None:
         rows = torch.empty(batch, max_depth + 1, dtype=torch.int64, device=tokens.device)
         each = [torch.empty(batch, dtype=torch.int64, device=tokens.device) for _ in range(3)]

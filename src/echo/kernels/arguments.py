@@ -82,7 +82,8 @@ def attention_shapes(
 ) -> Shapes:
     """The shapes of the arguments of :func:`echo.kernels.plan_attention`, which fit together."""
     q = checks.tensor("q", q, ["N", "Hq", "D"], FLOATS)
-    (n, heads, dim), device = q.shape, q.device
+    n, heads, dim = q.shape
+    device = q.device
     kv_heads = checks.tensor("tree_key", tree_key, [n, "Hkv", dim], FLOATS, device).shape[1]
     if not kv_heads or heads % kv_heads:
         wanted = f"a multiple of the {kv_heads} heads of tree_key"
@@ -91,7 +92,9 @@ def attention_shapes(
     checks.integer("B", batch, 0)
     if mode not in MODES:
         raise EchoError(f"mode: expected one of {MODES}, got {mode!r}")
-    cache_itemsize, page_size, pages = q.element_size(), 0, 0
+    cache_itemsize = q.element_size()
+    page_size = 0
+    pages = 0
     if mode == "whole":
         shape = ("pages", "page_size", kv_heads, dim)
         cache = checks.tensor("key_cache", key_cache, shape, CACHES, device)
@@ -108,7 +111,8 @@ def attention_shapes(
         if 1 < splits > limit:
             wanted = f"at most {limit}, whose partial results take {PARTIAL_BYTES} bytes"
             raise EchoError(f"splits: expected {wanted}, got {splits}")
-    longest, sizes = min(pages * page_size, LONGEST), (q.element_size(), cache_itemsize, page_size)
+    longest = min(pages * page_size, LONGEST)
+    sizes = (q.element_size(), cache_itemsize, page_size)
     return Shapes(n, batch, heads, kv_heads, dim, *sizes, longest, mode, window, splits, device)
 
 
@@ -147,7 +151,8 @@ class Attention:
         )
         for name, value in (("shapes", s), ("window", s.window), ("splits", s.splits)):
             object.__setattr__(self, name, value)
-        device, kv = self.q.device, [s.num_kv_heads, s.dim]
+        device = self.q.device
+        kv = [s.num_kv_heads, s.dim]
         checks.tensor("tree_value", self.tree_value, [s.num_rows, *kv], FLOATS, device)
         checks.tensor("request", self.request, [s.num_rows], torch.int32, device)
         checks.tensor("mask", self.mask, [s.num_rows, "words"], torch.int32, device)

@@ -10,7 +10,8 @@ UNSELECTABLE = 0x7F800000
 ONE = 1 << 24
 """Fixed-point 1.0 of a calibrated probability."""
 
-TABLE_BINS, BINS_PER_NAT = 512, 32
+TABLE_BINS = 512
+BINS_PER_NAT = 32
 """Look-up table of a reliability map: bin i holds path log-probabilities in (-(i+1)/32, -i/32]."""
 
 

@@ -23,9 +23,12 @@ from echo.kernels.tiles import as_bytes, by_rows
 DEAD = tl.constexpr(float("-inf"))
 ROUNDING = tl.constexpr(checks.ROUNDING)
 NEVER = tl.constexpr(codes.UNSELECTABLE)
-ACTIVE, TRUNCATED = tl.constexpr(int(Status.ACTIVE)), tl.constexpr(int(Status.TRUNCATED))
-STARVED, FINISHED = tl.constexpr(int(Status.STARVED)), tl.constexpr(int(Status.FINISHED))
-EXHAUSTED, EMPTY = tl.constexpr(int(Status.EXHAUSTED)), tl.constexpr(int(Status.EMPTY))
+ACTIVE = tl.constexpr(int(Status.ACTIVE))
+TRUNCATED = tl.constexpr(int(Status.TRUNCATED))
+STARVED = tl.constexpr(int(Status.STARVED))
+FINISHED = tl.constexpr(int(Status.FINISHED))
+EXHAUSTED = tl.constexpr(int(Status.EXHAUSTED))
+EMPTY = tl.constexpr(int(Status.EMPTY))
 
 
 class Roots(NamedTuple):
@@ -169,8 +172,10 @@ def _grow(
     own, on, odd = _path_score(
         above, active, log_prob, b, lane, inside, k, above_row, active_row, q_row, q_node, q_child
     )
-    eligible, cost = (own > DEAD) & inside, _cost(own)
-    best, candidates = tl.max(tl.where(inside, own, DEAD), 0), tl.sum(eligible.to(tl.int64), 0)
+    eligible = (own > DEAD) & inside
+    cost = _cost(own)
+    best = tl.max(tl.where(inside, own, DEAD), 0)
+    candidates = tl.sum(eligible.to(tl.int64), 0)
     fault = (odd | (tl.broadcast_to(best, [BLOCK]) == DEAD)) & on & inside
     drafted, able, passed, free = _gate(
         best, status, verdict, verify_limits, num_committed, b, True, log_tau, GATED
@@ -200,7 +205,8 @@ def _grow(
     goes = passed
     if COMMIT > 0:
         best_cost = _cost(best)
-        wanted_by_all, before = tl.zeros([], tl.int64), tl.zeros([], tl.int64)
+        wanted_by_all = tl.zeros([], tl.int64)
+        before = tl.zeros([], tl.int64)
         for start in range(0, batch, GROUP):
             r = (start + tl.arange(0, GROUP)).to(tl.int64)
             there = r < batch
@@ -266,7 +272,8 @@ def begin(
         drafts: whether the step drafts at all.
         out: buffers to write to.
     """
-    batch, device = len(roots), roots.device
+    batch = len(roots)
+    device = roots.device
 
     def empty(dtype: torch.dtype, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=device)
@@ -335,7 +342,9 @@ def grow(
     """
     batch, width, k = tokens.shape
     count = width * k
-    above, active, index = by_rows(above), by_rows(active), by_rows(index)
+    above = by_rows(above)
+    active = by_rows(active)
+    index = by_rows(index)
     beam = min(beam, count)
 
     def empty(dtype: torch.dtype, *shape: int) -> Tensor:

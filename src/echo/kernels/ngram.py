@@ -51,8 +51,10 @@ def _propose(
     best = tl.zeros([], tl.int32)
     for start in range(0, held - 1, BLOCK):
         at = start + tl.arange(0, BLOCK)
-        same, run = at < held - 1, tl.zeros([BLOCK], tl.int32)
-        back, left = 0, 1
+        same = at < held - 1
+        run = tl.zeros([BLOCK], tl.int32)
+        back = 0
+        left = 1
         while (back < NGRAM) & (left > 0):  # few places match more than a token or two
             column = at - back + origin
             column -= tl.where(column >= max_len, max_len, 0)
@@ -110,7 +112,8 @@ def _blend(
 def _append(texts, lengths, requests, tokens, numbers, count, max_len, BLOCK: tl.constexpr):
     """One request's new tokens, behind its text; of more than the ring holds the last."""
     b = tl.program_id(0).to(tl.int64)
-    r, more = tl.load(requests + b), tl.minimum(tl.load(numbers + b), count)
+    r = tl.load(requests + b)
+    more = tl.minimum(tl.load(numbers + b), count)
     end = tl.load(lengths + r)
     for start in range(0, count, BLOCK):
         i = start + tl.arange(0, BLOCK)
@@ -141,7 +144,8 @@ def propose(
         int32 [B, W, max_ngram]; int64 [B, W], the token after the longest match, of several the
         last, -1 for none; int64 [B, W], its length, 0 for none.
     """
-    batch, max_len = req_indices.shape[0], texts.shape[1]
+    batch = req_indices.shape[0]
+    max_len = texts.shape[1]
     width = 1 if parents is None else parents[1].shape[1]
     new = (
         texts.new_empty(batch, width, max_ngram),
@@ -172,9 +176,11 @@ def blend(
         proposal, run: int64 [B, W], as of :func:`propose`.
         weights: float32 [max_ngram + 1].
     """
-    tokens, log_probs = tokens.contiguous(), log_probs.contiguous()
+    tokens = tokens.contiguous()
+    log_probs = log_probs.contiguous()
     new = torch.empty_like(tokens), torch.empty_like(log_probs)
-    nodes, k = proposal.numel(), tokens.shape[2]
+    nodes = proposal.numel()
+    k = tokens.shape[2]
     if nodes and k:
         rows = 16
         tiles.launch(

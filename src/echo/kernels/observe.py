@@ -27,12 +27,15 @@ def _summarize(
     ENDS: tl.constexpr, BINS: tl.constexpr, SKIP: tl.constexpr, PIECE: tl.constexpr,
 ):  # fmt: skip
     """One request's nodes of one layer by probability, and the sum of the selected."""
-    b, d = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    begin, end = d * 0, d * 0
+    b = tl.program_id(0).to(tl.int64)
+    d = tl.program_id(1)
+    begin = d * 0
+    end = d * 0
     for layer in tl.static_range(len(ENDS) - 1):
         begin = tl.where(d == layer, ENDS[layer], begin)
         end = tl.where(d == layer, ENDS[layer + 1], end)
-    lane, total = tl.arange(0, BINS), tl.zeros([PIECE], tl.float32)
+    lane = tl.arange(0, BINS)
+    total = tl.zeros([PIECE], tl.float32)
     tally = tl.zeros([BINS], tl.int32)
     for start in range(begin, end, PIECE):
         at = start + tl.arange(0, PIECE)
@@ -92,11 +95,13 @@ def _observe(
     SUMMARY: tl.constexpr, BINS: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """Sums of some request indices at one depth; the last place sums over all requests."""
-    d, place = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    d = tl.program_id(0)
+    place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     if DEVICE:
         layers = tl.load(layers_at)
     owner = tl.full([BLOCK], -1, tl.int32)
-    all_counted, all_taken = tl.zeros([], tl.float32), tl.zeros([], tl.float32)
+    all_counted = tl.zeros([], tl.float32)
+    all_taken = tl.zeros([], tl.float32)
     all_expected = tl.zeros([], tl.float32)
     for start in range(0, batch, GROUP):
         b = start + tl.arange(0, GROUP)
@@ -116,15 +121,15 @@ def _observe(
     )  # fmt: skip
     overall = place == places - 1
     fade = tl.where(overall, tl.maximum(1.0 - all_counted * share, 0.0), tl.where(ran, keep, 1.0))
-    at, inside = d.to(tl.int64) * places + place, place < places
+    at = d.to(tl.int64) * places + place
+    inside = place < places
     old = tl.load(steps + at, mask=inside, other=0.0)
     tl.store(new_steps + at, old * fade + tl.where(overall, all_counted, counted), mask=inside)
-    old, more = (
-        tl.load(expected + at, mask=inside, other=0.0),
-        tl.where(overall, all_expected, likely),
-    )
+    old = tl.load(expected + at, mask=inside, other=0.0)
+    more = tl.where(overall, all_expected, likely)
     tl.store(new_expected + at, old * fade + more, mask=inside)
-    old, more = tl.load(accepted + at, mask=inside, other=0.0), tl.where(overall, all_taken, taken)
+    old = tl.load(accepted + at, mask=inside, other=0.0)
+    more = tl.where(overall, all_taken, taken)
     tl.store(new_accepted + at, old * fade + more, mask=inside)
     lane = tl.arange(0, BINS)
     bins = tl.zeros([BLOCK, BINS], tl.float32)
@@ -140,7 +145,8 @@ def _observe(
                 far = (tl.full([], 0, tl.int64) + r * depth + d) * BINS + lane
                 total += tl.load(step_histogram + far, mask=counts, other=0.0)
             bins = tl.where(overall[:, None], total[None, :], bins)
-    wide, whole = at[:, None] * BINS + lane[None, :], inside[:, None] & (lane < BINS)[None, :]
+    wide = at[:, None] * BINS + lane[None, :]
+    whole = inside[:, None] & (lane < BINS)[None, :]
     sums = tl.load(histogram + wide, mask=whole, other=0.0)
     tl.store(new_histogram + wide, sums * fade[:, None] + bins, mask=whole)
 
@@ -152,7 +158,8 @@ def _count(
 ):  # fmt: skip
     """All counters of a step, in the order of :attr:`echo.stats.StepStats.counts`."""
     zero = tl.zeros([], tl.int64)
-    real, requests = zero, zero
+    real = zero
+    requests = zero
     for start in range(0, batch, GROUP):
         b = start + tl.arange(0, GROUP)
         there = b < batch
@@ -161,14 +168,21 @@ def _count(
         real += tl.sum(own.to(tl.int64), 0)
         requests += tl.sum((own > 0).to(tl.int64), 0)
     share = rows // tl.maximum(requests, 1)
-    accepted, truncated, starved, released = zero, zero, zero, zero
-    more, faults, silent, unserved = zero, zero, zero, zero
+    accepted = zero
+    truncated = zero
+    starved = zero
+    released = zero
+    more = zero
+    faults = zero
+    silent = zero
+    unserved = zero
     for start in range(0, batch, GROUP):
         b = start + tl.arange(0, GROUP)
         there = b < batch
         begin = tl.load(indptr + b, mask=there, other=0)
         own = tl.load(indptr + b + 1, mask=there, other=0) - begin
-        live, reason = own > 0, tl.load(status + b, mask=there, other=EMPTY)
+        live = own > 0
+        reason = tl.load(status + b, mask=there, other=EMPTY)
         emitted = tl.load(num_emitted + b, mask=there, other=0)
         accepted += tl.sum(tl.maximum(emitted - 1, 0), 0)
         cut = live & (reason == TRUNCATED)
@@ -217,7 +231,9 @@ def summarize(
     Returns:
         float32 [B, depth, bins] and [B, depth].
     """
-    (batch, count), depth, device = gain.shape, len(sizes) - 1, gain.device
+    batch, count = gain.shape
+    depth = len(sizes) - 1
+    device = gain.device
     histogram, expected = out or (
         torch.empty(batch, depth, bins, dtype=torch.float32, device=device),
         torch.empty(batch, depth, dtype=torch.float32, device=device),
@@ -300,7 +316,8 @@ def count(
         counts: int64 [13], before it.
         out: int64 [13], written to; ``counts`` itself will do.
     """
-    new, device = torch.empty_like(counts) if out is None else out, isinstance(num_layers, Tensor)
+    new = torch.empty_like(counts) if out is None else out
+    device = isinstance(num_layers, Tensor)
     tiles.launch(
         _count, (1,),
         indptr.contiguous(), status.contiguous(), num_emitted.contiguous(), invalid.contiguous(),

@@ -34,7 +34,9 @@ def _pack(
         r = start + tl.arange(0, GROUP)
         first += tl.sum(tl.load(counts + r, mask=(r < b) & (r < batch), other=0), 0)
     if b < batch:
-        node, inside, at = b * count + lane, lane < count, b * row + lane
+        node = b * count + lane
+        inside = lane < count
+        at = b * row + lane
         chosen = selected(place_at, share, b, lane, inside, count)
         place = tl.cumsum(chosen.to(tl.int32), 0) - 1
         tl.store(indptr + b + 1, tl.minimum(first + tl.load(counts + b), rows).to(tl.int32))
@@ -43,7 +45,8 @@ def _pack(
             tl.store(layers_at, len(ENDS) - 1, mask=b == 0)
         tl.store(new_status + b, tl.load(status + b))
         tl.store(new_invalid + b, tl.load(invalid + b))
-        to, fits = first + place, chosen & (first + place < rows)
+        to = first + place
+        fits = chosen & (first + place < rows)
         depth, above = layout(lane, ENDS)
         up = above + tl.load(parent + at, mask=inside, other=0).to(tl.int32)
         up = tl.where(depth > 0, up, 0)
@@ -56,7 +59,8 @@ def _pack(
         tl.store(row_node + to, node, mask=fits)
         tl.store(row_committed + to, tl.load(committed + at, mask=fits, other=0), mask=fits)
         for word in range(words):
-            ancestor, seen = lane, tl.zeros([BLOCK], tl.int32)
+            ancestor = lane
+            seen = tl.zeros([BLOCK], tl.int32)
             for _ in range(len(ENDS)):
                 bit = tl.gather(place, ancestor, 0)
                 one = tl.full([BLOCK], 1, tl.int32) << (bit & 31)
@@ -86,10 +90,12 @@ def _compact(
 ):  # fmt: skip
     """Where the accepted rows lie in the cache, and where they belong."""
     lane = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside, b = lane < count * steps, lane // steps
+    inside = lane < count * steps
+    b = lane // steps
     row = tl.load(rows + lane, mask=inside, other=-1)
     begin = tl.load(prefix_lens + b, mask=inside, other=0).to(tl.int64)
-    there, step = row >= 0, lane - b * steps
+    there = row >= 0
+    step = lane - b * steps
     row = tl.where(there, row, 0)
     to = begin + step
     lies = tl.where(past < 0, begin, past) + row - tl.load(indptr + b, mask=inside, other=0)
@@ -140,7 +146,8 @@ def pack(
         num_layers: int32 [], where the number of drafted layers is written.
         out: columns to write to.
     """
-    (batch, count), empty = chosen.place.shape, partial(torch.empty, device=token.device)
+    batch, count = chosen.place.shape
+    empty = partial(torch.empty, device=token.device)
     new = out or {
         "tokens": empty(num_rows, dtype=torch.int64),
         "parent": empty(num_rows, dtype=torch.int32),
@@ -192,7 +199,8 @@ def compact(
         past_len: where each request's first row lies in its own cache; -1: behind its prefix.
         out: lists to write to.
     """
-    (batch, steps), empty = rows.shape, partial(torch.empty, device=rows.device)
+    batch, steps = rows.shape
+    empty = partial(torch.empty, device=rows.device)
     new = out or {
         "accept_index": empty(batch, steps, dtype=torch.int32),
         "gather": empty(batch, steps, dtype=torch.int64),
@@ -203,7 +211,8 @@ def compact(
         "prefix_lens": empty(batch, dtype=torch.int64),
     }
     if batch:
-        block, paged = tiles.REQUESTS, page_table is not None
+        block = tiles.REQUESTS
+        paged = page_table is not None
         table = rows if page_table is None else page_table.contiguous()
         tiles.launch(
             _compact, (-(-batch * steps // block),),

@@ -42,11 +42,14 @@ def _path(
     parent: Tensor, indptr: Tensor, tokens: Tensor, target: Tensor, max_depth: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Accepted rows, emitted tokens, their numbers and the cut rows of answers without an end."""
-    count, batch, device = len(tokens), len(indptr) - 1, tokens.device
+    count = len(tokens)
+    batch = len(indptr) - 1
+    device = tokens.device
     if batch == 0:  # an idle data-parallel rank
         none = torch.empty(0, max_depth + 1, dtype=torch.int64, device=device)
         return none, none.clone(), none.new_empty(0), none.new_empty(0)
-    first, end = indptr[:-1].long(), indptr[1:].long()
+    first = indptr[:-1].long()
+    end = indptr[1:].long()
     at = torch.arange(count, device=device)
     request = torch.searchsorted(end, at, right=True).clamp(max=batch - 1)
     above = first[request] + parent
@@ -93,7 +96,8 @@ def truncate(
         ends = (emitted[..., None] == eos_tokens).any(dim=2) & (emitted >= 0)
         kept = torch.minimum(kept, (ends.cumsum(dim=1) - ends.long() == 0).sum(dim=1))
     column = torch.arange(emitted.shape[1], device=emitted.device)
-    gone, over = column >= kept[:, None], (column == kept[:, None]) & (column > 0)
+    gone = column >= kept[:, None]
+    over = (column == kept[:, None]) & (column > 0)
     last = torch.where(over, rows, -1).amax(dim=1)  # the row that the answer ends before
     if cut_row is not None:
         last = torch.maximum(last, cut_row.masked_fill(kept < num_emitted, -1))
@@ -102,16 +106,22 @@ def truncate(
 
 def tree_attention(call: Attention) -> tuple[Tensor, Tensor]:
     """As :func:`echo.kernels.tree_attention`, in float64, request by request; not sync-free."""
-    s, device = call.shapes, call.q.device
+    s = call.shapes
+    device = call.q.device
     query = call.q.double().view(s.num_rows, s.num_kv_heads, s.group, s.dim)
-    tree_key, tree_value = call.tree_key.double(), call.tree_value.double()
+    tree_key = call.tree_key.double()
+    tree_value = call.tree_value.double()
     score = torch.einsum("nhgd,nhd->nhg", query, tree_key) * call.factor  # pad rows see themselves
-    out, lse = tree_value.repeat_interleave(s.group, dim=1), _cap(score, call.softcap).flatten(1)
+    out = tree_value.repeat_interleave(s.group, dim=1)
+    lse = _cap(score, call.softcap).flatten(1)
     bit = torch.arange(32 * call.mask.shape[1], device=device)
     for b in range(s.batch):
         rows = (call.request == b).nonzero()[:, 0]
-        first, end = int(call.indptr[b]), int(call.indptr[b + 1])
-        keys, values, count = tree_key[first:end], tree_value[first:end], end - first
+        first = int(call.indptr[b])
+        end = int(call.indptr[b + 1])
+        keys = tree_key[first:end]
+        values = tree_value[first:end]
+        count = end - first
         seen = ((call.mask[rows][:, bit // 32] >> (bit % 32).int()) & 1).bool()[:, :count]
         seen = F.pad(seen, (0, count - seen.shape[1]))
         position = torch.zeros(count, dtype=torch.int64, device=device)
@@ -123,12 +133,14 @@ def tree_attention(call: Attention) -> tuple[Tensor, Tensor]:
             at = torch.arange(length, device=device)
             pages = page_table[b, at // s.page_size].long()
             known = (pages >= 0) & (pages < len(key_cache))
-            at, pages = at[known], pages[known]
+            at = at[known]
+            pages = pages[known]
             cached = [cache[pages, at % s.page_size].double() for cache in (key_cache, value_cache)]
             for part, scales in enumerate((call.key_scale, call.value_scale)):
                 if scales is not None:
                     cached[part] = cached[part] * scales.double()[:, None]
-            keys, values = torch.cat([cached[0], keys]), torch.cat([cached[1], values])
+            keys = torch.cat([cached[0], keys])
+            values = torch.cat([cached[1], values])
             seen = torch.cat([seen.new_ones(len(rows), len(at)), seen], dim=1)
             position = torch.cat([at - length, position])
         if call.window is not None and call.depth is not None:
@@ -137,7 +149,8 @@ def tree_attention(call: Attention) -> tuple[Tensor, Tensor]:
         finite = values.isfinite()  # others make the rows that see them NaN; but 0 * NaN is NaN
         score = score.masked_fill(~finite.all(-1).T[:, None], torch.nan)
         score = score.masked_fill(~seen[:, None, None], -torch.inf)
-        values, total = torch.where(finite, values, 0.0), score.logsumexp(-1)
+        values = torch.where(finite, values, 0.0)
+        total = score.logsumexp(-1)
         weight = torch.where(total[..., None] == -torch.inf, 0.0, score.softmax(-1))
         found = torch.einsum("nhgs,shd->nhgd", weight, values).flatten(1, 2)
         total = total.flatten(1)
@@ -148,7 +161,8 @@ def tree_attention(call: Attention) -> tuple[Tensor, Tensor]:
             before = call.prefix_lse[rows]
             before = before.masked_fill(before == torch.inf, -torch.inf)
             found, total = _merged(found, total, call.prefix_out[rows], before)
-        out[rows], lse[rows] = found, total
+        out[rows] = found
+        lse[rows] = total
     return out.to(call.q.dtype), lse.float()
 
 

@@ -20,7 +20,8 @@ from echo.kernels import codes, tiles
 from echo.kernels.grow import DEAD, NEVER
 from echo.kernels.tiles import as_bytes, by_rows
 
-BINS, PER_NAT = tl.constexpr(codes.TABLE_BINS), tl.constexpr(float(codes.BINS_PER_NAT))
+BINS = tl.constexpr(codes.TABLE_BINS)
+PER_NAT = tl.constexpr(float(codes.BINS_PER_NAT))
 LEVELS = tl.constexpr(128)
 """More than there are depths: cost * LEVELS + depth is one key, below 2^KEY_BITS."""
 KEY_BITS = 38
@@ -51,7 +52,8 @@ def selected(place, share, b, lane, there, count):
 @triton.jit
 def layout(lane, ENDS: tl.constexpr):
     """Each node's depth, and where the layer above its own begins."""
-    depth, above = tl.zeros_like(lane), tl.zeros_like(lane)
+    depth = tl.zeros_like(lane)
+    above = tl.zeros_like(lane)
     for d in tl.static_range(len(ENDS) - 1):
         deeper = lane >= ENDS[d]
         depth = tl.where(deeper, d + 1, depth)
@@ -67,7 +69,8 @@ def _path_cost(
     """One request's costs: bits of its scores, or the greatest table entry on each node's path."""
     b = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, BLOCK)
-    inside, node = lane < count, lane
+    inside = lane < count
+    node = lane
     value = 0.0 - tl.load(score + b * score_row + lane, mask=inside, other=DEAD)
     most = value.to(tl.int32, bitcast=True)
     if TABLE:
@@ -145,7 +148,8 @@ def _share(
     goal = tl.minimum(tl.load(num_remaining), budget)
     cutoff = tl.zeros([], tl.int64)
     digit = (tl.arange(0, DIGITS) + (1 if BITS == 1 else 0)).to(tl.int64)  # of one bit, 1 alone
-    below, within = tl.zeros([GROUP], tl.int32), tl.load(share + r, mask=there, other=0)
+    below = tl.zeros([GROUP], tl.int32)
+    within = tl.load(share + r, mask=there, other=0)
     for turn in range(ROUNDS):
         shift = BITS * (ROUNDS - 1 - turn)
         raised = cutoff + (digit << shift)
@@ -153,7 +157,8 @@ def _share(
         high = within[:, None] + tl.zeros([1, DIGITS], tl.int32)
         longest = tl.max(within - below, 0)
         while longest > 0:  # binary searches, all at once
-            middle, searches = (low + high) // 2, low < high
+            middle = (low + high) // 2
+            searches = low < high
             own = tl.load(key + r[:, None] * limit + middle, mask=searches, other=0)
             less = searches & (own < raised[None, :])
             high = tl.where(searches & (less == 0), middle, high)
@@ -163,7 +168,8 @@ def _share(
         below = tl.maximum(below, tl.max(tl.where(fewer[None, :], low, 0), 1))
         within = tl.minimum(within, tl.min(tl.where(fewer[None, :], NO_PLACE, low), 1))
         cutoff += tl.sum((fewer & (digit > 0)).to(tl.int64), 0) << shift
-    ties, rest = within - below, goal - tl.sum(below, 0)
+    ties = within - below
+    rest = goal - tl.sum(below, 0)
     before = tl.cumsum(ties, 0) - ties
     got = below + tl.minimum(tl.maximum(rest - before, 0), ties)
     tl.store(share + r, got.to(tl.int32), mask=there)
@@ -196,7 +202,8 @@ def path_cost(
     cost = torch.empty(batch, count, dtype=torch.int32, device=score.device) if out is None else out
     if not batch:
         return cost
-    score, (block, _) = by_rows(score), tiles.lanes(count)
+    score = by_rows(score)
+    block, _ = tiles.lanes(count)
     links = cost, cost, 0, 0
     if table is not None and parent is not None:
         parent = by_rows(parent)
@@ -238,7 +245,8 @@ def select(
         total, extra: most nodes of a request in all, and beyond its committed ones.
         out: buffers to write to.
     """
-    (batch, count), device = cost.shape, cost.device
+    batch, count = cost.shape
+    device = cost.device
     new = out or Selected(
         place=torch.empty(batch, count, dtype=torch.int32, device=device),
         share=torch.empty(batch, dtype=torch.int32, device=device),
@@ -247,8 +255,11 @@ def select(
     )
     if not batch:
         return new
-    cost, committed, (block, piece) = by_rows(cost), by_rows(committed), tiles.lanes(count)
-    counted, group = num_committed is not None, tiles.requests_at_once(batch)
+    cost = by_rows(cost)
+    committed = by_rows(committed)
+    block, piece = tiles.lanes(count)
+    counted = num_committed is not None
+    group = tiles.requests_at_once(batch)
     own = verify_limits if num_committed is None else num_committed
     bits = tiles.cutoff_bits(group)
     tiles.launch(

@@ -121,7 +121,8 @@ def check_step(
     _known(claims)
     invariants = INVARIANTS | {name: CLAIMED[name] for name in claims if name in CLAIMED}
     relations = ALWAYS | {name: RELATIONS[name] for name in claims if name in RELATIONS}
-    plan, found = None, dict[str, Fault | None]()
+    plan = None
+    found = dict[str, Fault | None]()
     try:
         plan = scenario.plan(scheduler)
         found = {name: first_broken(plan, invariant) for name, invariant in invariants.items()}
@@ -145,7 +146,8 @@ def _search(
     scheduler: ElasticBudgetScheduler, claims: Sequence[str], examples: int, max_batch: int
 ) -> PlanError | None:
     """The smallest broken plan that hypothesis finds, by batch size, or one made by hand."""
-    package, found = scenarios.hypothesis(), list[PlanError]()
+    package = scenarios.hypothesis()
+    found = list[PlanError]()
 
     def check(scenario: Scenario, claims: Sequence[str]) -> None:
         try:
@@ -166,7 +168,8 @@ def _search(
         report_multiple_bugs=False,
     )
     of_values = [claim for claim in claims if claim != "sync_free"]  # syncs do not depend on values
-    depth, budget = min(scheduler.max_depth, 8), scheduler.budget is not None
+    depth = min(scheduler.max_depth, 8)
+    budget = scheduler.budget is not None
     try:
         for batch in range(1, max_batch + 1):
             steps = scenarios.batches(max_batch=batch, max_depth=depth, budget=budget)
@@ -188,7 +191,8 @@ def _report(
     scenario: Scenario,
     plan: Plan | None,
 ) -> str:
-    num, depth = scenario.num_verify_tokens, len(scenario.log_probs)
+    num = scenario.num_verify_tokens
+    depth = len(scenario.log_probs)
     budget = "default budget" if num is None else f"{num} verify tokens"
     live = len(scenario.live_requests)
     rule, gate = (shorten(repr(part), 120) for part in (scheduler.rule, scheduler.gate))
@@ -208,20 +212,23 @@ def _report(
 
 def _table(name: str, plan: Plan, where: tuple[int, int] | None) -> list[str]:
     """A line for each selected node and the offending one; of its request alone if many."""
-    forest, lines = plan.tree.forest, list[str]()
+    forest = plan.tree.forest
+    lines = list[str]()
     nodes = {(b, node) for b in range(plan.tree.batch) for node in plan.nodes(b)}
     if where is not None:
         many = len(nodes) > 24
         nodes = {where} | {node for node in nodes if not many or node[0] == where[0]}
     for b, node in sorted(nodes):
         rows = {n: row for row, n in enumerate(plan.nodes(b))}
-        depth, above = int(forest.depth[node]), int(forest.parent[b, node])
+        depth = int(forest.depth[node])
+        above = int(forest.parent[b, node])
         parent = rows.get(above, "missing") if depth else "-"
         call = "grow" if forest.committed[b, node] else "pack"
         call = "-" if node not in rows else call if depth else "begin"
         first = next(iter(rows), node) == node
         status = Status(int(plan.tree.status[b])).name.lower() if first else ""
-        token, p = int(forest.token[b, node]), float(forest.score[b, node].exp())
+        token = int(forest.token[b, node])
+        p = float(forest.score[b, node].exp())
         mark = f"   <- {name}" if (b, node) == where else ""
         place = f"{b:>7}  {rows.get(node, '-'):>3}  {token:>5}  {parent:>6}  {depth:>5}"
         lines.append(f"{place}  {p:6.3f}  {call:<6}  {status:<9}{mark}".rstrip())

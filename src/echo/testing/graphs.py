@@ -91,7 +91,8 @@ class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._steps: list[Callable[[], None]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name, options = operator(func), kwargs or {}
+        name = operator(func)
+        options = kwargs or {}
         if syncs(func) or name == "lift_fresh":  # the latter copies from the host
             why = "a captured function can neither sync nor copy constants from the host"
             raise EchoError(f"{name}: {why}")

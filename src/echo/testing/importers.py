@@ -40,7 +40,8 @@ def from_sglang(
         EchoError: naming the request and row of a link that leaves the tree, leads back or meets
             another.
     """
-    down, across = links.retrive_next_token, links.retrive_next_sibling
+    down = links.retrive_next_token
+    across = links.retrive_next_sibling
     batch, n = checks.tensor("retrive_next_token", down, ["B", "n"], INTS).shape
     checks.tensor("draft_tokens", links.draft_tokens, [batch * n], INTS)
     checks.tensor("retrive_next_sibling", across, [batch, n], INTS)
@@ -104,7 +105,8 @@ def from_sglang_mask(
     elif mode == "FULL_MASK" and prefix_lens is not None:
         past = host(checks.tensor("prefix_lens", prefix_lens, [batch], INTS)).astype(np.int64)
         refuse("prefix_lens", past < 0, lambda b: f"expected tokens >= 0, got {past[b]}")
-        begin, q = (n * (past + n)).cumsum() - n * (past + n), np.full(batch, n)
+        begin = (n * (past + n)).cumsum() - n * (past + n)
+        q = np.full(batch, n)
         square = _squares(host(mask.reshape(-1)), begin, past + n, past, q)
     else:
         modes = "QLEN_ONLY, QLEN_ONLY_BITPACKING, or FULL_MASK with prefix_lens"
@@ -128,13 +130,15 @@ def from_flashinfer(
             the prefix.
     """
     ends = _ends("qo_indptr", mask.qo_indptr, tokens)
-    q, packed = np.diff(ends), mask.mask.dtype == torch.uint8
+    q = np.diff(ends)
+    packed = mask.mask.dtype == torch.uint8
     checks.tensor("mask", mask.mask, ["size"], (torch.bool, torch.uint8))
     begins = host(checks.tensor("indptr", mask.indptr, [len(ends)], INTS)).astype(np.int64)
     kv = host(checks.tensor("kv_lens", mask.kv_lens, [len(q)], INTS)).astype(np.int64)
     refuse("kv_lens", kv < q, lambda b: f"expected at least its {q[b]} rows, got {kv[b]}")
     entries = _bits(mask.mask) if packed else host(mask.mask)
-    begin, past = begins[:-1] * (8 if packed else 1), kv - q
+    begin = begins[:-1] * (8 if packed else 1)
+    past = kv - q
     square = _squares(entries, begin, kv, past, q)
     hidden = np.concatenate([[0], np.cumsum(~entries, dtype=np.int32)])
     row = np.arange(square.shape[1])
@@ -199,7 +203,8 @@ def from_hugging_face(
         EchoError: naming the request and the row of a mask that no tree has.
     """
     batch, n = checks.tensor("input_ids", inputs.input_ids, ["B", "n"], INTS).shape
-    kinds, shape = (torch.bool, *checks.FLOATS), (batch, 1, n, "past + n")
+    kinds = (torch.bool, *checks.FLOATS)
+    shape = (batch, 1, n, "past + n")
     mask = checks.tensor("attention_mask", inputs.attention_mask, shape, kinds)[:, 0, :, -n:]
     square = host(mask if mask.dtype == torch.bool else mask >= 0)
     return _from_squares(inputs.input_ids, square, num_nodes, num_rows)
@@ -233,10 +238,15 @@ def _parents_by_links(down: Array, across: Array, live: Bools) -> Array:
     wave = np.flatnonzero(live) * n
     parent[wave] = -1
     while len(wave):
-        kind, at = np.repeat([0, 1], len(wave)), np.tile(wave, 2)
-        child, up = links[kind, at], np.where(kind, parent[at], at % n)
+        kind = np.repeat([0, 1], len(wave))
+        at = np.tile(wave, 2)
+        child = links[kind, at]
+        up = np.where(kind, parent[at], at % n)
         real = (child != -1) & (up >= 0)  # a root has no sibling
-        kind, at, child, up = kind[real], at[real], child[real], up[real]
+        kind = kind[real]
+        at = at[real]
+        child = child[real]
+        up = up[real]
         outside = (child < 0) | (child >= n)
         target = np.where(outside, 0, at - at % n + child)
         order = np.lexsort((at, target))
@@ -247,11 +257,13 @@ def _parents_by_links(down: Array, across: Array, live: Bools) -> Array:
             i = faults[at[faults].argmin()]
             b, row = divmod(int(at[i]), n)
             name = ("retrive_next_token", "retrive_next_sibling")[kind[i]]
-            expected, also = f"a row behind its parent {up[i]}", ""
+            expected = f"a row behind its parent {up[i]}"
+            also = ""
             if outside[i]:
                 expected = f"-1 or a row from 0 to {n - 1}"
             elif twice[i]:
-                expected, also = "a row that no other link reaches", " (a cycle, or two parents)"
+                expected = "a row that no other link reaches"
+                also = " (a cycle, or two parents)"
             got = f"got {child[i]}{also}"
             raise EchoError(f"{name}: request {b}, row {row}: expected {expected}, {got}")
         parent[target] = up
@@ -281,14 +293,16 @@ def _parents_by_squares(square: Bools, sizes: Array, *, padded: bool) -> tuple[A
     row = np.arange(n)
     there = row < sizes[:, None]
     square = square[:, :n, :n] & there[:, :, None] & there[:, None]
-    own, above = square[:, row, row], square & ~np.eye(n, dtype=bool)
+    own = square[:, row, row]
+    above = square & ~np.eye(n, dtype=bool)
     alone = ~above.any(2)
     parent = np.where(alone, -1, n - 1 - above[..., ::-1].argmax(2))
     pad = np.logical_or.accumulate(there & alone & (row > 0), axis=1) & there & padded
     tree = there & ~pad
     same = (square[np.arange(len(square))[:, None], parent] == above).all(2)
     fits = (alone == (row == 0)) & (alone | same)
-    family, lone = "itself, a parent and that parent's ancestors", "a pad that sees itself alone"
+    family = "itself, a parent and that parent's ancestors"
+    lone = "a pad that sees itself alone"
 
     def seen(b: int, i: int) -> list[int]:
         return np.flatnonzero(square[b, i]).tolist()
@@ -303,7 +317,8 @@ def _parents_by_squares(square: Bools, sizes: Array, *, padded: bool) -> tuple[A
 
 def _squares(entries: Bools, begin: Array, stride: Array, past: Array | int, q: Array) -> Bools:
     """bool [B, max q, max q]: for q rows from ``begin``, the last q of their ``stride`` entries."""
-    row, ends = np.arange(int(q.max(initial=1))), begin + q * stride
+    row = np.arange(int(q.max(initial=1)))
+    ends = begin + q * stride
     say = lambda b: f"expected at least {ends[b]} entries, got {len(entries)}"
     refuse("mask", ends > len(entries), say)
     at = (begin + past)[:, None, None] + row[:, None] * stride[:, None, None] + row
@@ -326,7 +341,8 @@ def _ends(name: str, indptr: Tensor, tokens: Tensor) -> Array:
 
 def _ragged(tokens: Tensor, ends: Array) -> Array:
     """int64 [B, max q]: each request's tokens, 0 beyond."""
-    column, q = np.arange(np.diff(ends).max(initial=1)), np.diff(ends)[:, None]
+    column = np.arange(np.diff(ends).max(initial=1))
+    q = np.diff(ends)[:, None]
     real = column < q
     return np.where(real, host(tokens)[np.where(real, ends[:-1, None] + column, 0)], 0)
 
@@ -352,10 +368,12 @@ def _packed(
     tokens: Array, parents: Array, sizes: Array, num_rows: int | None, device: torch.device
 ) -> PackedTree:
     """Checked, put into canonical order and packed: token and parent of each row, by request."""
-    width, count = int(sizes.max(initial=1)), max(int(sizes.sum()), 1)
+    width = int(sizes.max(initial=1))
+    count = max(int(sizes.sum()), 1)
     arrays = (x[:, :width].astype(np.int64) for x in (tokens, parents))
     token, parent = (torch.from_numpy(x).to(device) for x in arrays)
-    num_nodes, q = torch.from_numpy(sizes).to(device), torch.zeros_like(token).float()
+    num_nodes = torch.from_numpy(sizes).to(device)
+    q = torch.zeros_like(token).float()
     tree = SuperTree.from_arrays(token, parent, q, num_nodes=num_nodes)
     num_rows = count if num_rows is None else checks.integer("num_rows", num_rows, count)
     return pack(tree, torch.isfinite(tree.forest.score), num_rows, -(-width // WORD))

@@ -80,7 +80,8 @@ class Selection:
     @classmethod
     def of(cls, plan: Plan) -> Selection:
         """That of one ``plan``."""
-        tree, forest = plan.tree, plan.tree.forest
+        tree = plan.tree
+        forest = plan.tree.forest
         of_nodes = forest.committed, forest.parent, forest.score, forest.depth
         total = torch.tensor(tree.num_verify_tokens)
         live = plan.scenario.live
@@ -111,7 +112,8 @@ def _roots(s: Selection) -> Tensor:
 
 
 def _sibling_ties(s: Selection) -> Tensor:
-    index, same = torch.arange(len(s.depth)), s.depth == s.depth[:, None]
+    index = torch.arange(len(s.depth))
+    same = s.depth == s.depth[:, None]
     same = same & (s.parent[..., None] == s.parent[..., None, :])
     same = same & (s.score[..., None] == s.score[..., None, :]) & (s.depth > 0)
     earlier = same & (index < index[:, None])  # [..., v, u]: u is v's equal, and before it
@@ -174,10 +176,12 @@ def first_broken(plan: Plan, invariant: Invariant) -> Fault | None:
     if not broken.any():
         return None
     b, node = (int(i) for i in broken.nonzero()[0])
-    tree, forest = plan.tree, plan.tree.forest
+    tree = plan.tree
+    forest = plan.tree.forest
     which = f"token {int(forest.token[b, node])} at depth {int(forest.depth[node])} of request {b}"
     chosen = "selected" if plan.selected[b, node] else "not selected"
-    own, limit = int(plan.selected[b].sum()), int(tree.verify_limits[b])
+    own = int(plan.selected[b].sum())
+    limit = int(tree.verify_limits[b])
     total = f"{int(plan.selected.sum())} of {tree.num_verify_tokens} in all"
     got = f"{which} {chosen}: {own} tokens of at most {limit}, {total}"
     return Fault(invariant.expected, got, (b, node))
@@ -204,12 +208,17 @@ def check_plan(tree: SuperTree, packed: PackedTree) -> None:
         >>> check_plan(tree, scheduler.pack(tree))
     """
     packed.validate()
-    forest, count, size = tree.forest, int(packed.indptr[-1]), packed.indptr.diff()
-    nodes, request, node = forest.token.shape[1], packed.request[:count].long(), packed.node[:count]
+    forest = tree.forest
+    count = int(packed.indptr[-1])
+    size = packed.indptr.diff()
+    nodes = forest.token.shape[1]
+    request = packed.request[:count].long()
+    node = packed.node[:count]
     own = (node - nodes * request).clamp(0, nodes - 1)
     at = nodes * request + own
     above = node[packed.indptr[request] + packed.parent[:count].clamp(min=0)]
-    score, committed = forest.score.flatten()[at], forest.committed.flatten()[at]
+    score = forest.score.flatten()[at]
+    committed = forest.committed.flatten()[at]
     parent = nodes * request + forest.parent.flatten()[at]
     agrees = (
         ("num_rows", torch.tensor(count <= tree.num_verify_tokens <= packed.num_rows)),
@@ -243,9 +252,11 @@ def _layout(scheduler: ElasticBudgetScheduler, plan: Plan) -> Fault | None:
 
 
 def _frontier(scheduler: ElasticBudgetScheduler, plan: Plan) -> Fault | None:
-    k, beam = plan.scenario.log_probs.shape[2], scheduler.rule.beam
+    k = plan.scenario.log_probs.shape[2]
+    beam = scheduler.rule.beam
     for layer in plan.tree.layers[1:]:
-        width, falls = layer.token.shape[1] // k, (layer.parent.diff(dim=1) < 0).any()
+        width = layer.token.shape[1] // k
+        falls = (layer.parent.diff(dim=1) < 0).any()
         if width > beam or bool(falls):
             got = f"{width} at depth {layer.depth - 1}, parents {layer.parent.tolist()}"
             return Fault(f"a frontier of at most {beam} nodes, rising along W", got)
@@ -253,7 +264,8 @@ def _frontier(scheduler: ElasticBudgetScheduler, plan: Plan) -> Fault | None:
 
 
 def _probability(scheduler: ElasticBudgetScheduler, plan: Plan) -> Fault | None:
-    p, shape = scheduler.rule.acceptance_probability(plan.tree), plan.selected.shape
+    p = scheduler.rule.acceptance_probability(plan.tree)
+    shape = plan.selected.shape
     if p.dtype == torch.float32 and p.shape == shape and bool(((p >= 0) & (p <= 1)).all()):
         return None
     return Fault(f"rule.acceptance_probability: float32 {list(shape)} in [0, 1]", f"{p}")
@@ -270,7 +282,8 @@ def _deterministic(scheduler: ElasticBudgetScheduler, plan: Plan) -> Fault | Non
 
 def _request_ties(scheduler: ElasticBudgetScheduler, plan: Plan) -> Fault | None:
     """Of two identical requests the lower one gets what the other gets, and perhaps more."""
-    given, seen = plan.scenario, dict[tuple[float, ...], int]()
+    given = plan.scenario
+    seen = dict[tuple[float, ...], int]()
     own = [given.root_tokens, plan.tree.verify_limits]
     own += [] if given.request_weights is None else [given.request_weights]
     for b in given.live_requests:
@@ -284,7 +297,8 @@ def _request_ties(scheduler: ElasticBudgetScheduler, plan: Plan) -> Fault | None
 
 
 def _permutation(scheduler: ElasticBudgetScheduler, plan: Plan) -> Fault | None:
-    tree, turn = plan.tree, list(reversed(range(plan.scenario.batch)))
+    tree = plan.tree
+    turn = list(reversed(range(plan.scenario.batch)))
     if plan.scenario.request_weights is not None:
         return None  # which weighted scores tie only the rule knows
     for value in (tree.forest.score, scheduler.rule.acceptance_probability(tree)):
@@ -324,11 +338,14 @@ def _sync_free(scheduler: ElasticBudgetScheduler, plan: Plan) -> Fault | None:
 
 def _optimal(scheduler: ElasticBudgetScheduler, plan: Plan) -> Fault | None:
     """No exchange of a leaf for another node gains: closed under parents, that is the optimum."""
-    tree, s = plan.tree, Selection.of(plan)
-    gain, leaf = scheduler.rule.acceptance_probability(tree), s.selected & (s.depth > 0)
+    tree = plan.tree
+    s = Selection.of(plan)
+    gain = scheduler.rule.acceptance_probability(tree)
+    leaf = s.selected & (s.depth > 0)
     gain = gain if tree.request_weights is None else gain * tree.request_weights[:, None]
     leaf = leaf & ~torch.zeros_like(leaf).scatter_(1, torch.where(leaf, s.parent, 0), leaf)
-    below, index = s.selected.sum(1) < s.verify_limits, torch.arange(tree.batch)[:, None]
+    below = s.selected.sum(1) < s.verify_limits
+    index = torch.arange(tree.batch)[:, None]
     for b, node in s.selectable.nonzero().tolist():
         given_up = leaf.clone() if below[b] else leaf & (index == b)
         given_up[b, s.parent[b, node]] = False
@@ -360,7 +377,8 @@ RELATIONS: dict[str, Relation] = {
 def _compare(expected: str, plan: Plan, other: Plan, requests: Sequence[int]) -> Fault | None:
     """A fault unless request i of ``other`` has the nodes of ``requests[i]``."""
     for i, b in enumerate(requests):
-        mine, theirs = plan.paths(b), other.paths(i)
+        mine = plan.paths(b)
+        theirs = other.paths(i)
         if mine != theirs:
             extra = [(b, node) for node in plan.nodes(b) if plan.path(b, node) not in theirs]
             got = f"for request {b} here {_words(mine)}; there {_words(theirs)}"

@@ -23,7 +23,9 @@ from echo.tree.supertree import Frontier, SuperTree
 if TYPE_CHECKING:
     from hypothesis.strategies import SearchStrategy
 
-VOCAB, CHILDREN, MAX_LIMIT = 4, 3, 12
+VOCAB = 4
+CHILDREN = 3
+MAX_LIMIT = 12
 FAULTS = (float("nan"), float("inf"), float("-inf"), 0.01)
 """Log-probabilities that a drafter should not give, and sometimes does."""
 
@@ -142,7 +144,8 @@ class Plan:
 
     def path(self, request: int, node: int) -> tuple[int, ...]:
         """Tokens from the root's child to a ``node`` of a ``request``: the same in any batch."""
-        forest, tokens = self.tree.forest, list[int]()
+        forest = self.tree.forest
+        tokens = list[int]()
         while int(forest.depth[node]):
             tokens.append(int(forest.token[request, node]))
             node = int(forest.parent[request, node])
@@ -173,7 +176,8 @@ def one_confident_many_doubtful(batch: int = 8, depth: int = 3) -> Scenario:
 
     As :func:`burst`; :class:`Scenario` has an example.
     """
-    scenario, confident = _scenario(batch, depth, 0.2, 2 * batch), depth + 1
+    scenario = _scenario(batch, depth, 0.2, 2 * batch)
+    confident = depth + 1
     p = torch.full((confident + batch + 2,), 0.2, dtype=torch.float32)
     p[:confident] = 0.98  # the tokens that request 0 comes to first
     roots = torch.tensor([0, *range(confident, confident + batch - 1)])
@@ -186,7 +190,8 @@ def all_equal(batch: int = 8, depth: int = 3) -> Scenario:
     As :func:`burst`.
     """
     scenario = _scenario(batch, depth, 0.5, 2 * batch + 1)
-    roots, equal = torch.zeros(batch, dtype=torch.int64), torch.full_like(scenario.log_probs, -0.5)
+    roots = torch.zeros(batch, dtype=torch.int64)
+    equal = torch.full_like(scenario.log_probs, -0.5)
     return replace(scenario, root_tokens=roots, log_probs=equal)
 
 
@@ -207,8 +212,10 @@ def _scenario(batch: int, depth: int, p: float, num_verify_tokens: int) -> Scena
     depth = checks.integer("depth", depth, 0)
     vocab = max(2 * batch, 4)
     spread = p - 0.01 * torch.arange(vocab, dtype=torch.float32) / vocab
-    live, limits = torch.ones(batch, dtype=torch.bool), torch.full((batch,), 64)
-    roots, log_probs = torch.arange(batch), _candidates(spread, depth)
+    live = torch.ones(batch, dtype=torch.bool)
+    limits = torch.full((batch,), 64)
+    roots = torch.arange(batch)
+    log_probs = _candidates(spread, depth)
     return Scenario(roots, live, limits, log_probs, num_verify_tokens)
 
 
@@ -249,14 +256,17 @@ def batches(
     max_batch = checks.integer("max_batch", max_batch, 1)
     max_depth = checks.integer("max_depth", max_depth, 0)
     size = max_depth * VOCAB * CHILDREN
-    live, below = st.sampled_from([True, True, False]), st.integers(0, MAX_LIMIT - 1)
+    live = st.sampled_from([True, True, False])
+    below = st.integers(0, MAX_LIMIT - 1)
     request = st.tuples(st.integers(0, VOCAB - 1), live, below, st.sampled_from([1.0, 0.5, 0.1]))
     fault = st.tuples(st.integers(0, max(size - 1, 0)), st.sampled_from(FAULTS))
 
     def build(draw: Any) -> Scenario:
         requests = draw(st.lists(request, min_size=1, max_size=max_batch))
-        depth, k = draw(st.integers(min(1, max_depth), max_depth)), draw(st.integers(1, CHILDREN))
-        spare, coarse = draw(st.integers(0, 12)), draw(st.booleans())
+        depth = draw(st.integers(min(1, max_depth), max_depth))
+        k = draw(st.integers(1, CHILDREN))
+        spare = draw(st.integers(0, 12))
+        coarse = draw(st.booleans())
         numbers = np.frombuffer(draw(st.binary(min_size=2 * size, max_size=2 * size)), ">u2")
         flat = scores(numbers, coarse=coarse)
         for index, value in draw(st.lists(fault, max_size=8 if size else 0)):

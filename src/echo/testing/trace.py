@@ -76,7 +76,8 @@ class Trace:
     floor: float
 
     def __post_init__(self) -> None:
-        positions, requests = len(self.text), len(self.kind)
+        positions = len(self.text)
+        requests = len(self.kind)
         ends = self.indptr[[0, -1]].tolist()
         if self.indptr.shape != (requests + 1,) or ends != [0, positions]:
             want = f"expected {requests + 1} values from 0 to {positions}"
@@ -130,15 +131,18 @@ class Trace:
         the text ends. So ``(rank[:, d] == 0).sum() / (rank[:, d] >= -1).sum()`` is the draft's
         conditional acceptance on the target's path at depth d + 1.
         """
-        at, node = np.arange(self.positions), np.zeros(self.positions, np.int64)
-        following, k = self.following, self.token.shape[3]
+        at = np.arange(self.positions)
+        node = np.zeros(self.positions, np.int64)
+        following = self.following
+        k = self.token.shape[3]
         rank = np.full((self.positions, self.depth), -2, np.int8)
         for d in range(self.depth):
             log_prob = self.log_prob[at, d, node]
             known = np.isfinite(log_prob)
             drafted = (node >= 0) & known.any(axis=1) & (following[:, d] >= 0)
             hits = (self.token[at, d, node] == following[:, d, None]) & known & drafted[:, None]
-            child, found = hits.argmax(axis=1), hits.any(axis=1)
+            child = hits.argmax(axis=1)
+            found = hits.any(axis=1)
             best_first = (-log_prob).argsort(axis=1, kind="stable")
             better = (best_first == child[:, None]).argmax(axis=1)
             rank[:, d] = np.where(found, better, np.where(drafted, -1, -2))
@@ -182,7 +186,8 @@ class Trace:
             bits = np.unpackbits(file["recorded"], count=math.prod(shape[:3]))
             recorded = bits.astype(bool).reshape(shape[:3])
             nodes = int(recorded.sum()), shape[3]
-            token, log_prob = np.zeros(shape, np.int32), np.full(shape, -np.inf, np.float16)
+            token = np.zeros(shape, np.int32)
+            log_prob = np.full(shape, -np.inf, np.float16)
             token[recorded] = _decompress(columns["token"]).view(np.int32).reshape(nodes)
             planes = np.moveaxis(_decompress(columns["log_prob"]).reshape(2, *nodes), 0, -1)
             log_prob[recorded] = np.ascontiguousarray(planes).view(np.float16)[..., 0]
@@ -218,7 +223,8 @@ class _Pool:
 
     def __init__(self, narrow: int, beam: int, floor: float) -> None:
         self.narrow = checks.integer("beam", narrow, 1)
-        self.beam, self.floor = checks.integer("max_expanded", beam, narrow), floor
+        self.beam = checks.integer("max_expanded", beam, narrow)
+        self.floor = floor
         self.smallest = torch.empty(0)
 
     def frontier(self, layer: Layer) -> tuple[Tensor, Tensor]:
@@ -258,7 +264,8 @@ class _Recorder:
 
     def __init__(self, drafter: Drafter) -> None:
         self.inner = drafter
-        self.admit, self.extend = drafter.admit, drafter.extend
+        self.admit = drafter.admit
+        self.extend = drafter.extend
         self.layers: list[tuple[Frontier, Tensor, Tensor]] = []
         self.k = 1
 
@@ -327,14 +334,16 @@ def record(
     if len(kinds) != len(prompts):
         raise EchoError(f"kinds: expected one for each of {len(prompts)} prompts, got {len(kinds)}")
     depth = checks.integer("depth", depth, 1)
-    rule, recorder = _Pool(beam, max_expanded, floor), _Recorder(drafter)
+    rule = _Pool(beam, max_expanded, floor)
+    recorder = _Recorder(drafter)
     scheduler = ElasticBudgetScheduler(rule, budget=2 * max_num_reqs, max_depth=depth)
     texts: list[list[int]] = [[] for _ in prompts]
     drafts: list[list[tuple[NDArray[Any], ...]]] = [[] for _ in prompts]
     options: dict[str, Any] = {"max_num_reqs": max_num_reqs, "max_new_tokens": max_new_tokens}
     options |= {"eos_token": eos_token, "max_verify_tokens_per_req": max_verify_tokens_per_req}
     for step in decode(scheduler, target, recorder, prompts, **options):
-        layers, batch = recorder.layers[: step.tree.depth], len(step.requests)
+        layers = recorder.layers[: step.tree.depth]
+        batch = len(step.requests)
         columns = _columns(layers, batch, depth, max_expanded, recorder.k)
         for b, (request, tokens) in enumerate(zip(step.requests, step.emitted, strict=True)):
             texts[request] += tokens

@@ -95,7 +95,8 @@ class Accepted:
         """
         if eos_tokens is None and max_new_tokens is None:
             return self
-        batch, device = list(self.num_emitted.shape), self.num_emitted.device
+        batch = list(self.num_emitted.shape)
+        device = self.num_emitted.device
         if max_new_tokens is not None:
             checks.tensor("max_new_tokens", max_new_tokens, batch, torch.int64, device)
         if eos_tokens is not None:
@@ -142,7 +143,8 @@ def accept(
     """
     if (target_tokens is None) == (logits is None):
         raise EchoError("target_tokens, logits: expected exactly one of them")
-    device, n = checks.instance("packed", packed, PackedTree).tokens.device, packed.num_rows
+    device = checks.instance("packed", packed, PackedTree).tokens.device
+    n = packed.num_rows
     if logits is not None:
         target = checks.tensor("logits", logits, [n, "V"], checks.FLOATS, device)
     else:
@@ -245,7 +247,8 @@ def compact(
             cache.scatter_(1, lists.target[..., None, None].expand(-1, -1, heads, dim), moved)
     """
     device = checks.instance("packed", packed, PackedTree).tokens.device
-    rows, batch = checks.instance("accepted", accepted, Accepted).rows, packed.batch
+    rows = checks.instance("accepted", accepted, Accepted).rows
+    batch = packed.batch
     steps = checks.tensor("accepted.rows", rows, [batch, "D + 1"], torch.int64, device).shape[1]
     checks.tensor("prefix_lens", prefix_lens, [batch], checks.INTEGERS, device)
     page_size = checks.integer("page_size", page_size, 1)
@@ -267,7 +270,8 @@ def compact(
             buffers = None
         lists = Compaction(**pack.compact(*step, page_size, spare, past, out=buffers))
         return lists if buffers is not None else copy_into(out, lists)
-    gone, kept = rows < 0, rows.clamp(min=0)
+    gone = rows < 0
+    kept = rows.clamp(min=0)
     begin = prefix_lens.long()[:, None]
     positions = begin + torch.arange(steps, device=device)
     written = kept - packed.indptr[:-1, None] + (begin if past_len is None else past)

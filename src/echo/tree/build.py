@@ -43,17 +43,20 @@ def layers(
         sizes = host(checks.tensor("num_nodes", num_nodes, [batch], checks.INTEGERS, device))
         bad = (sizes < 0) | (sizes > nodes)
         refuse("num_nodes", bad, lambda b: f"expected 0 to {nodes} nodes, got {sizes[b]}")
-    parents, there = host(parent), np.arange(nodes) < sizes[:, None]
+    parents = host(parent)
+    there = np.arange(nodes) < sizes[:, None]
     deep = depths(parents, sizes, there)
     check_nodes(host(token), parents, host(log_prob.float()), there)
     if depth is not None:
-        given, below = host(depth), "one below its parent"
+        given = host(depth)
+        below = "one below its parent"
         say = lambda b, i: f"expected {deep[b, i]}, {below}, got {given[b, i]}"
         refuse("depth", there & (given != deep), say)
     made = []
     for columns, above in _by_depth(parents, deep, there):
         at = torch.from_numpy(columns).to(device)
-        real, at = at >= 0, at.clamp(min=0)
+        real = at >= 0
+        at = at.clamp(min=0)
         q = torch.where(real, log_prob.detach().float().gather(1, at), -torch.inf)
         made.append((token.long().gather(1, at) * real, torch.from_numpy(above).to(device), q))
     return sizes.astype(np.int64), made
@@ -72,13 +75,16 @@ def _by_depth(
         request, column = np.divmod(members, nodes)
         up = place[request * nodes + parents[request, column]]
         order = np.lexsort((up, request))
-        request, column, up = request[order], column[order], up[order]
+        request = request[order]
+        column = column[order]
+        up = up[order]
         count = np.bincount(request, minlength=batch)
         local = np.arange(len(order)) - (np.cumsum(count) - count)[request]
         place[request * nodes + column] = local
         columns = np.full((batch, count.max()), -1)
         above = np.zeros_like(columns)
-        columns[request, local], above[request, local] = column, up
+        columns[request, local] = column
+        above[request, local] = up
         yield columns, np.maximum.accumulate(above, axis=1)
 
 
@@ -107,7 +113,9 @@ def trie(
         worth = [checks.real(f"weights[{b}]", w, 0.0) for w in listed]
         if len(worth) != len(own):
             raise EchoError(f"weights: request {b}: expected {len(own)} weights, got {len(worth)}")
-        token, parent, weight = [root], [-1], [sum(worth)]
+        token = [root]
+        parent = [-1]
+        weight = [sum(worth)]
         child: dict[tuple[int, int], int] = {}
         for path, w in zip(own, worth, strict=True):
             at = 0
@@ -123,7 +131,8 @@ def trie(
         tokens.append(token)
         parents.append(parent)
         shares.append([1.0, *(w / (weight[p] + prior) if w else 0.0 for w, p in drafted)])
-    num_nodes, device = [len(token) for token in tokens], root_tokens.device
+    num_nodes = [len(token) for token in tokens]
+    device = root_tokens.device
     width = max(num_nodes, default=1)
 
     def pad(lists: Sequence[Sequence[float]], dtype: torch.dtype) -> Tensor:
@@ -220,7 +229,8 @@ class Template:
         Raises:
             EchoError: shapes or dtypes that do not fit.
         """
-        batch, device = tree.batch, tree.status.device
+        batch = tree.batch
+        device = tree.status.device
         heads = tokens.dim() == 3
         shape: list[int | str] = [batch, "D", "k"] if heads else [batch, len(self.parents)]
         checks.tensor("tokens", tokens, shape, torch.int64, device)

@@ -86,7 +86,8 @@ def refuse_shared(
     checks.tensor("shared_pages", shared_pages, ["pages"], torch.bool, slots.device)
     page_size = checks.integer("page_size", page_size, 1)
     pad_slot_id = checks.integer("pad_slot_id", pad_slot_id, 0)
-    pages, page = shared_pages.shape[0], slots // page_size
+    pages = shared_pages.shape[0]
+    page = slots // page_size
     there = (page >= 0) & (page < pages)
     shared = F.pad(shared_pages, (0, 1), value=True)[torch.where(there, page, pages)]
     return copy_into(out, slots.masked_fill(shared, pad_slot_id))
@@ -117,7 +118,8 @@ def as_cached(values: Tensor, dtype: torch.dtype, scale: Tensor | None = None) -
     heads = checks.tensor("values", values, ["N", "Hkv", "D"], checks.FLOATS).shape[1]
     if not dtype.is_floating_point:
         raise EchoError(f"dtype: expected a float dtype, got {dtype}")
-    bound, factor = torch.finfo(dtype).max, torch.ones((), device=values.device)
+    bound = torch.finfo(dtype).max
+    factor = torch.ones((), device=values.device)
     if scale is not None:
         factor = checks.tensor("scale", scale, [heads], torch.float32, values.device)[:, None]
     stored = (values.float() / factor).clamp(-bound, bound).to(dtype)

@@ -94,11 +94,14 @@ def sharded_candidates(
     by_rank = message.movedim(0, -2)
     numbers = by_rank[..., : k + 1].contiguous().view(torch.float32)
     whole = numbers[..., k].logsumexp(-1, keepdim=True)
-    ids, scores = by_rank[..., k + 1 :].flatten(-2).long(), numbers[..., :k].flatten(-2)
+    ids = by_rank[..., k + 1 :].flatten(-2).long()
+    scores = numbers[..., :k].flatten(-2)
     order = ids.argsort(dim=-1)  # ranks may hold parts in any order
-    ids, scores = ids.gather(-1, order), scores.gather(-1, order)
+    ids = ids.gather(-1, order)
+    scores = scores.gather(-1, order)
     best = scores.argsort(dim=-1, descending=True, stable=True)[..., :k]
-    tokens, scores = ids.gather(-1, best), scores.gather(-1, best)
+    tokens = ids.gather(-1, best)
+    scores = scores.gather(-1, best)
     return tokens, torch.where(scores == -torch.inf, scores, scores - whole)
 
 

@@ -139,14 +139,17 @@ def chains(packed: PackedTree, *, out: Chains | None = None) -> Chains:
     Source: ``RaggedVerifyLayout`` of sglang 0.5.23 (``verify_lens``, ``qo_indptr``,
     ``graph_num_tokens``) and ``SpecDecodeMetadata`` of vllm 0.33.0.
     """
-    n, batch, device = packed.num_rows, packed.batch, packed.tokens.device
+    n = packed.num_rows
+    batch = packed.batch
+    device = packed.tokens.device
     row = torch.arange(n, device=device)
     kept = (packed.request < batch) & (packed.depth == packed.local_row)  # no branch up to here
     draft = kept & (packed.depth > 0)
     request = torch.where(kept, packed.request, batch).long()
     lens = torch.zeros(batch + 1, dtype=torch.int64, device=device)
     lens = lens.scatter_add_(0, request, kept.long())[:batch]
-    ends, count = lens.cumsum(0), (lens - 1).clamp(min=0)
+    ends = lens.cumsum(0)
+    count = (lens - 1).clamp(min=0)
     new = torch.where(kept, kept.long().cumsum(0) - 1, n)
     rows = torch.full((n + 1,), n - 1, device=device).scatter_(0, new, row)[:n]
     nth = torch.where(draft, draft.long().cumsum(0) - 1, n)
@@ -352,14 +355,17 @@ def mix(packed: PackedTree, tokens: Tensor, indptr: Tensor, max_segment_len: int
         >>> mixed.tokens.tolist(), mixed.indptr.tolist()
         ([7, 1, 3, 2, 40, 41, 42, 0], [0, 4, 6, 7])
     """
-    n, batch, device = packed.num_rows, packed.batch, packed.tokens.device
+    n = packed.num_rows
+    batch = packed.batch
+    device = packed.tokens.device
     m = checks.tensor("tokens", tokens, ["M"], torch.int64, device).shape[0]
     count = checks.tensor("indptr", indptr, ["S + 1"], torch.int32, device).shape[0] - 1
     longest = checks.integer("max_segment_len", max_segment_len, 1)
     row = torch.arange(n + m, device=device)
     behind = row - packed.indptr[-1]  # place among the segments' rows
     segment = torch.searchsorted(indptr[1:].long(), behind, right=True)
-    trees, filled = behind < 0, segment < count
+    trees = behind < 0
+    filled = segment < count
     local = behind - indptr.index_select(0, segment)
 
     def join(own: Tensor, new: Tensor | float, pad: float) -> Tensor:

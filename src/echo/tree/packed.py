@@ -232,8 +232,9 @@ class PackedTree:
             EchoError: another length or dtype.
         """
         size = checks.tensor("buffer", buffer, ["length"], torch.int32).shape[0]
-        base, each = buffer_size(batch, num_rows, words), max(1, batch * max_depth)
+        base = buffer_size(batch, num_rows, words)
         more = size - base
+        each = max(1, batch * max_depth)
         bins = more // each - 1
         if more and (bins < 1 or more % each):
             expected = f"int32 [{base}], or with an acceptance_histogram"
@@ -344,8 +345,7 @@ class PackedTree:
 def buffer_size(batch: int, num_rows: int, words: int) -> int:
     """Length of :meth:`PackedTree.to_buffer` without an ``acceptance_histogram``.
 
-    Args:
-        batch, num_rows, words: B, N and W.
+    Of ``batch`` B, ``num_rows`` N and ``words`` W.
     """
     return num_rows * (7 + words) + 3 * batch + 1
 
@@ -368,23 +368,27 @@ def pack(
     Raises:
         EchoError: shapes or dtypes that do not fit.
     """
-    batch, nodes, device = tree.batch, sum(tree.sizes), tree.status.device
+    batch = tree.batch
+    nodes = sum(tree.sizes)
+    device = tree.status.device
     checks.tensor("selected", selected, [batch, nodes], torch.bool, device)
     n = checks.integer("num_rows", num_rows, 0)
     if batch and kernels.use_triton(selected):
         from echo.kernels import pack as kernel
         from echo.kernels import select
 
-        chosen, sizes = select.as_selected(selected), tree.sizes
+        chosen = select.as_selected(selected)
         names = "token", "parent", "score", "committed"
         token, parent, score, committed = (tree.column(name) for name in names)
-        state = tree.status, tree.invalid
-        columns = kernel.pack(chosen, token, parent, score, committed, *state, n, words, sizes)
+        state = tree.status, tree.invalid, n, words, tree.sizes
+        columns = kernel.pack(chosen, token, parent, score, committed, *state)
         return copy_into(out, PackedTree(**columns, max_depth=tree.depth))
-    forest, row = tree.forest, torch.arange(n, device=device)
+    forest = tree.forest
+    row = torch.arange(n, device=device)
     flat = [forest.token, forest.parent, forest.score, forest.committed]
     if not batch:  # an idle data-parallel rank: pads alone, of one node that is not selected
-        nodes, flat = 1, [x.new_zeros(1, 1) for x in flat]
+        nodes = 1
+        flat = [x.new_zeros(1, 1) for x in flat]
         selected = flat[3]
     token, parent, score, committed = (x.flatten() for x in flat)
     count = selected.flatten().cumsum(0)
@@ -393,7 +397,8 @@ def pack(
     pad = found == count.shape[0]
     at = found.clamp(max=count.shape[0] - 1)
     owner = at // nodes
-    first_node, request = owner * nodes, owner.masked_fill(pad, batch)
+    first_node = owner * nodes
+    request = owner.masked_fill(pad, batch)
     first = indptr.index_select(0, request)
     depth = forest.depth.index_select(0, at - first_node).masked_fill_(pad, 0)
     outer = depth == 0  # roots and pad rows
@@ -445,6 +450,5 @@ def unpack_bits(mask: Tensor, width: int) -> Tensor:
     if mask.shape[-1] != words:
         mask = F.pad(mask, (0, words - mask.shape[-1]))  # cuts where it is negative
     place = torch.arange(min(width, WORD), dtype=torch.int32, device=mask.device)
-    bits = torch.ones((), dtype=torch.int32, device=mask.device) << place
-    seen = (mask[..., None] & bits).bool()
+    seen = (mask[..., None] & (torch.ones_like(place) << place)).bool()
     return seen[..., 0, :] if words == 1 else seen.flatten(-2)[..., :width]

@@ -189,7 +189,8 @@ def to_host(packed: PackedTree, *, out: HostTrees | None = None) -> HostTrees:
             pinning memory takes far longer than the copy. Not while that copy is still read.
     """
     parts = {name: getattr(packed, name) for name in ("tokens", "parent", "indptr")}
-    copies, pinned = {}, packed.tokens.is_cuda
+    copies = {}
+    pinned = packed.tokens.is_cuda
     buffers = {} if out is None else dict(out.buffers)
     for name, part in parts.items():
         if name not in buffers or len(buffers[name]) < len(part):
@@ -248,14 +249,17 @@ def fill_bitmask(trees: HostTrees, matchers: Sequence[Matcher | None], bitmask: 
         >>> fill_bitmask(to_host(packed), [None], bitmask).tolist()
         [[-1], [-1], [-1]]
     """
-    batch, rows = len(trees.indptr) - 1, len(trees.tokens)
+    batch = len(trees.indptr) - 1
+    rows = len(trees.tokens)
     checks.tensor("bitmask", bitmask, [rows, "V / 32"], torch.int32, torch.device("cpu"))
     if len(matchers) != batch:
         raise EchoError(f"matchers: expected one for each of {batch} requests, got {len(matchers)}")
     if trees.done is not None:
         trees.done.synchronize()
     bitmask.fill_(-1)
-    tokens, parent, indptr = trees.tokens.tolist(), trees.parent.tolist(), trees.indptr.tolist()
+    tokens = trees.tokens.tolist()
+    parent = trees.parent.tolist()
+    indptr = trees.indptr.tolist()
     for matcher, begin, end in zip(matchers, indptr, indptr[1:], strict=False):
         if matcher is None or begin == end:
             continue

@@ -197,7 +197,8 @@ class SuperTree:
             [0, 1, 1, 2]
         """
         sizes, drafted = build.layers(token, parent, log_prob, depth, num_nodes)
-        device, count = token.device, int((sizes > 0).sum())
+        device = token.device
+        count = int((sizes > 0).sum())
         limit = torch.from_numpy(sizes).to(device)
         live = limit > 0
         if verify_limits is not None:
@@ -208,7 +209,8 @@ class SuperTree:
         n = max(sum(sizes.tolist()), 1) if n is None else n
         n = checks.integer("num_verify_tokens", n, max(count, 1))
         root = token[:, :1].long().sum(dim=1, keepdim=True) * live[:, None]  # T may be 0
-        zero, off = torch.zeros_like(root), torch.zeros_like(live)
+        zero = torch.zeros_like(root)
+        off = torch.zeros_like(live)
         score = torch.zeros_like(root, dtype=torch.float32).masked_fill_(~live[:, None], DEAD_SCORE)
         tree = cls(
             layers=(Layer(0, root, zero, score, live[:, None], live),),
@@ -279,7 +281,8 @@ class SuperTree:
             raise EchoError(f"tree: expected a tree of roots only, got one of {self.depth} layers")
         live = self.status != int(Status.EMPTY)
         check_size(self.batch, 1 + sum(token.shape[1] for token, _, _ in layers), len(layers))
-        made, invalid = list(self.layers), self.invalid
+        made = list(self.layers)
+        invalid = self.invalid
         for depth, (token, parent, log_prob) in enumerate(layers, start=1):
             above = made[-1].score.gather(1, parent)
             score, _, faulty = path_score(above, log_prob[..., None], torch.isfinite(above))
@@ -344,7 +347,8 @@ class SuperTree:
     @property
     def forest(self) -> Forest:
         """All layers side by side."""
-        device, sizes = self.status.device, self.sizes
+        device = self.status.device
+        sizes = self.sizes
         begins = [0, 0, *accumulate(sizes[:-2])]  # of the layer above each
         layers = list(zip(self.layers, begins, strict=False))
         parents = [layer.parent + begin if begin else layer.parent for layer, begin in layers]
@@ -391,7 +395,8 @@ def path_score(parent: Tensor, log_prob: Tensor, active: Tensor) -> tuple[Tensor
     Returns:
         float32 [B, W * k], -inf where unselectable; float32 [B]; int32 [B].
     """
-    q, parent = log_prob.detach().float(), torch.where(active, parent, DEAD_SCORE)[..., None]
+    q = log_prob.detach().float()
+    parent = torch.where(active, parent, DEAD_SCORE)[..., None]
     good = q <= checks.ROUNDING
     score = (parent + torch.where(good, q, DEAD_SCORE).clamp_(max=0.0)).flatten(1)
     best = score.max(dim=1).values
@@ -402,5 +407,6 @@ def path_score(parent: Tensor, log_prob: Tensor, active: Tensor) -> tuple[Tensor
 def check_size(requests: int, nodes: int, depth: int) -> None:
     """Raise EchoError if a forest has 2^31 nodes or more, beyond what the integer order holds."""
     if (depth + 1) * requests * nodes >= 1 << 31:
-        limit, got = "(depth + 1) * batch * nodes < 2^31", f"({depth} + 1) * {requests} * {nodes}"
+        limit = "(depth + 1) * batch * nodes < 2^31"
+        got = f"({depth} + 1) * {requests} * {nodes}"
         raise EchoError(f"log_probs: expected {limit}, got {got}")

@@ -150,7 +150,8 @@ def sglang_mask(
     Source: ``TreeMaskMode`` of sglang 0.5.23.
     """
     grid = _Grid(packed, max_verify_tokens_per_req)
-    n, row = grid.n, torch.arange(grid.n, device=packed.mask.device)
+    n = grid.n
+    row = torch.arange(grid.n, device=packed.mask.device)
     if mode == "QLEN_ONLY_BITPACKING":
         checks.integer("max_verify_tokens_per_req", n, 1, WORD)
         signed = {8: torch.uint8, 16: torch.int16, 32: torch.int32}
@@ -202,7 +203,8 @@ def tensorrt_llm(
         raise EchoError(f"window, mla: expected {expected}, got {window}, {mla}")
     grid = _Grid(packed, max_verify_tokens_per_req)
     lens = packed.indptr.diff().clamp(max=grid.n)
-    offsets, tokens = grid.spread(packed.depth, 0), grid.spread(packed.tokens.int(), 0)
+    offsets = grid.spread(packed.depth, 0)
+    tokens = grid.spread(packed.tokens.int(), 0)
     links = grid.links(torch.int32)
     return copy_into(out, TensorRTLinks(grid.words(), offsets, lens, tokens, *links))
 
@@ -246,17 +248,20 @@ def hugging_face(
     if window is not None:
         packed = checks.instance("packed", packed, PackedTree).windowed(window)
     grid = _Grid(packed, max_verify_tokens_per_req)
-    prefix, past_len = grid.prefix(prefix_lens), checks.integer("past_len", past_len, 0)
+    prefix = grid.prefix(prefix_lens)
+    past_len = checks.integer("past_len", past_len, 0)
     if left_padded or (left_padded is None and packed.batch > 1):
         expected = "False, a cache whose texts begin at entry 0"
         raise EchoError(f"left_padded: expected {expected}, got {left_padded}")
-    shape, device = (packed.batch, 1, grid.n, past_len + grid.n), prefix.device
+    shape = (packed.batch, 1, grid.n, past_len + grid.n)
+    device = prefix.device
     if out is None:
         mask = torch.empty(shape, dtype=dtype, device=device)
     else:  # far larger than all else: written in place
         mask = checks.instance("out", out, HuggingFaceInputs).attention_mask
         checks.tensor("out.attention_mask", mask, shape, dtype, device)
-    ids, depth = grid.spread(packed.tokens, 0), grid.spread(packed.depth, 0)
+    ids = grid.spread(packed.tokens, 0)
+    depth = grid.spread(packed.depth, 0)
     inputs = copy_into(out, HuggingFaceInputs(ids, depth + prefix, mask))
     column = torch.arange(past_len, dtype=torch.int32, device=device)
     past = (column < prefix.int())[:, None, None]
@@ -289,7 +294,9 @@ def unpad(packed: PackedTree, values: Tensor) -> Tensor:
     """
     if values.dim() < 2 or values.shape[0] != packed.batch:
         raise EchoError(f"values: expected [{packed.batch}, n, ...], got {list(values.shape)}")
-    n, kind, local = values.shape[1], values.dtype, packed.local_row
+    n = values.shape[1]
+    kind = values.dtype
+    local = packed.local_row
     nothing = math.nan if kind.is_floating_point or kind.is_complex else -1 if kind.is_signed else 0
     if packed.batch * n == 0:
         return values.new_full((packed.num_rows, *values.shape[2:]), nothing)
@@ -320,7 +327,8 @@ class _Grid:
 
     def prefix(self, prefix_lens: Tensor) -> Tensor:
         """int64 [B, 1]: the checked argument."""
-        batch, device = [self.packed.batch], self.place.device
+        batch = [self.packed.batch]
+        device = self.place.device
         checks.tensor("prefix_lens", prefix_lens, batch, checks.INTEGERS, device)
         return prefix_lens.long()[:, None]
 
@@ -340,7 +348,8 @@ class _Grid:
 
     def links(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Local rows of first child and next sibling [B, n]; -1: none. Siblings are neighbours."""
-        place, local = self.place, self.local.to(dtype)
+        place = self.place
+        local = self.local.to(dtype)
         family = place - self.local + self.packed.parent  # the parent's place
         inside = place < self.size
         again = (family[1:] == family[:-1]) & inside[1:]  # the next sibling of the row before it
@@ -354,7 +363,8 @@ class _Grid:
 
     def words(self) -> Tensor:
         """Mask words int32 [B, n, ceil(n / 32)]; a pad row sees itself."""
-        words, row = -(-self.n // WORD), torch.arange(self.n, device=self.place.device)
+        words = -(-self.n // WORD)
+        row = torch.arange(self.n, device=self.place.device)
         own = torch.zeros(self.n, words, dtype=torch.int32, device=row.device)
         own.scatter_(1, (row >> 5)[:, None], (1 << (row & WORD - 1)).int()[:, None])
         return self.spread(F.pad(self.packed.mask, (0, words - self.packed.mask.shape[1])), own)

@@ -44,10 +44,13 @@ def depths(parents: Array, sizes: Array, there: NDArray[np.bool_]) -> NDArray[np
         EchoError: naming the first node whose parent is not a row before it.
     """
     column = np.arange(parents.shape[1])
-    root, outside = column == 0, (parents < 0) | (parents >= sizes[:, None])
+    root = column == 0
+    outside = (parents < 0) | (parents >= sizes[:, None])
 
     def say(b: int, row: int) -> str:
-        at, own, seen = int(parents[b, row]), parents[b, : sizes[b]].tolist(), {row}
+        at = int(parents[b, row])
+        own = parents[b, : sizes[b]].tolist()
+        seen = {row}
         if row == 0:
             return f"expected -1 for the root, got {at}"
         if outside[b, row]:
@@ -96,7 +99,9 @@ def check_nodes(tokens: Array, parents: Array, scores: Array, there: NDArray[np.
 
 def validate(packed: PackedTree, max_verify_tokens_per_req: int | None, chain: bool) -> None:
     """As :meth:`~echo.tree.packed.PackedTree.validate`."""
-    batch, n, ends = packed.batch, packed.num_rows, packed.indptr.tolist()
+    batch = packed.batch
+    n = packed.num_rows
+    ends = packed.indptr.tolist()
     if ends[0] != 0 or ends != sorted(ends) or ends[-1] > n:
         raise EchoError(f"indptr: expected numbers rising from 0 to at most {n}, got {ends}")
     columns = packed.tokens, packed.parent, packed.depth, packed.request, packed.score
@@ -111,13 +116,18 @@ def validate(packed: PackedTree, max_verify_tokens_per_req: int | None, chain: b
             raise EchoError(f"{name}: {where}: expected {expected}, got {got}")
 
     for b in range(batch):
-        first, size, siblings = ends[b], ends[b + 1] - ends[b], set[tuple[int, int]]()
+        first = ends[b]
+        size = ends[b + 1] - ends[b]
+        siblings = set[tuple[int, int]]()
         if size > limit:
             says = f"request {b} has {size}: row {limit} does not fit"
             raise EchoError(f"rows: expected at most {limit} rows, {says}")
         for local, row in enumerate(range(first, first + size)):
-            where, up, token = f"request {b}, row {local}", parents[row], tokens[row]
-            above, deep = first + up, depth[row]
+            where = f"request {b}, row {local}"
+            up = parents[row]
+            token = tokens[row]
+            above = first + up
+            deep = depth[row]
             expect("request", request[row] == b, b, request[row])
             expect("tokens", token >= 0, "a token >= 0", token)
             if not local:
@@ -138,10 +148,12 @@ def validate(packed: PackedTree, max_verify_tokens_per_req: int | None, chain: b
             mask = seen[above] | 1 << local
             same = f"{mask:#x}, itself and its ancestors"
             expect("mask", seen[row] == mask, same, f"{seen[row]:#x}")
-            best, got = score[above], f"{score[row]}{checks.instead(score[row], drafted)}"
+            best = score[above]
+            got = f"{score[row]}{checks.instead(score[row], drafted)}"
             expect("score", score[row] <= best, f"at most its parent's {best}", got)
             expect("parent", not chain or up == local - 1, f"{local - 1} (a chain)", up)
     pad = batch, -1, 0, 1
     for row in range(ends[-1], n):
-        where, state = f"pad row {row}", (request[row], parents[row], depth[row], seen[row])
+        where = f"pad row {row}"
+        state = (request[row], parents[row], depth[row], seen[row])
         expect("request, parent, depth, mask", state == pad, pad, state)
