@@ -25,8 +25,11 @@ def blocks(page):
 SETUP, STEP, FLASHINFER = blocks("docs/start.md")
 
 
-def decode(step, *, attend=None, seed=0):
-    """What the blocks write for four prompts, what greedy decoding writes, and steps taken."""
+def decode(step, *, attend=None, seed=0, spare=None):
+    """What the blocks write for four prompts, what greedy decoding writes, and steps taken.
+
+    ``spare``: pages of a request are those of its text and so many more, not all.
+    """
     batch = len(PROMPT_LENGTHS)
     generator = torch.Generator().manual_seed(seed)
     prompts = [torch.randint(tiny.VOCAB, (n,), generator=generator) for n in PROMPT_LENGTHS]
@@ -45,6 +48,7 @@ def decode(step, *, attend=None, seed=0):
         "kv": model.kv,
         "page_table": model.page_table,
         "page_size": tiny.PAGE,
+        "num_pages": torch.full((batch,), model.page_table.shape[1]),
         "max_num_reqs": batch,
         "ids": list(range(batch)),
         "req_indices": torch.arange(batch),
@@ -56,6 +60,11 @@ def decode(step, *, attend=None, seed=0):
         engine |= {"attend": partial(attend, engine), "max_mask_bytes": 1 << 12}
     code, steps = compile(step, "step", "exec"), 0
     while min(map(len, texts)) < COUNT:
+        if spare is not None:
+            pages = engine["prefix_lens"].long() // tiny.PAGE + 1 + spare
+            engine["num_pages"] = pages.clamp(max=model.page_table.shape[1])
+            gone = torch.arange(model.page_table.shape[1]) >= engine["num_pages"][:, None]
+            engine["page_table"] = model.page_table.masked_fill(gone, -1)
         exec(code, engine)
         steps += 1
         for text, emitted in zip(texts, engine["accepted"].tokens.tolist(), strict=True):
@@ -75,6 +84,14 @@ def test_without_the_commit_the_text_is_another(seed):
     assert STEP.count(COMMIT) == 1
     text, greedy, _ = decode(STEP.replace(COMMIT, "pass"), seed=seed)
     assert text != greedy
+
+
+def test_a_request_drafts_what_its_pages_hold():
+    text, greedy, tight = decode(STEP, spare=0)
+    assert text == greedy
+    assert tight > decode(STEP)[2]
+    assert STEP.count("verify_limits=limits, ") == 1
+    assert decode(STEP.replace("verify_limits=limits, ", ""), spare=0)[0] != greedy
 
 
 def test_a_state_that_is_not_inherited_costs_drafts_and_no_correctness():

@@ -160,6 +160,7 @@ def test_all_stand_in_the_reference():
 LOG = echo.WarmupLog.from_arrays([1] * 200, [0.9] * 100 + [0.2] * 100, [1] * 90 + [0] * 110)
 SCHEDULER = echo.ElasticBudgetScheduler(echo.GlobalRank(2), None, 6, 1)
 TREE = SCHEDULER.begin(torch.tensor([7, 9]))
+OTHER = SCHEDULER.begin(torch.tensor([7, 9, 5]))
 PACKED = SCHEDULER.pack(TREE)
 ACCEPTED = echo.accept(PACKED, torch.zeros(6, dtype=torch.int64))
 
@@ -177,7 +178,8 @@ ACCEPTED = echo.accept(PACKED, torch.zeros(6, dtype=torch.int64))
             r"gate: expected a Gate \(__call__\)",
         ),
         (lambda: echo.SparseGate(0.5), "thresholds: expected a Mapping, got float"),
-        (lambda: echo.calibrate([LOG]), "log: expected a ConfidenceHistograms, got list"),
+        (lambda: echo.calibrate(LOG.depth), "log: expected a WarmupLog, got ndarray"),
+        (lambda: echo.calibrate([LOG, None]), "logs: expected a WarmupLog, got NoneType"),
         (
             lambda: echo.gating.ConfidenceHistograms.of([LOG, LOG.depth]),
             "logs: expected a WarmupLog, got ndarray",
@@ -202,6 +204,38 @@ ACCEPTED = echo.accept(PACKED, torch.zeros(6, dtype=torch.int64))
         (
             lambda: echo.loop.warmup_log(PACKED, TREE, ACCEPTED),
             "tree: expected a SuperTree, got PackedTree",
+        ),
+        (
+            lambda: echo.loop.warmup_log(OTHER, PACKED, ACCEPTED),
+            "packed: expected 3 requests and 0 layers, got 2 and 0",
+        ),
+        (
+            lambda: echo.loop.warmup_log(OTHER, SCHEDULER.pack(OTHER), ACCEPTED),
+            r"accepted.num_emitted: expected int64 \[3\], got int64 \[2\]",
+        ),
+        (
+            lambda: SCHEDULER.choose_tier(None, [0]),
+            "history: expected a History, got NoneType",
+        ),
+        (
+            lambda: SCHEDULER.choose_tier(SCHEDULER.history(4), [0, 4]),
+            "req_indices: expected ints from 0 to 3 on the host .*, got numbers from 0 to 4",
+        ),
+        (
+            lambda: echo.ElasticBudgetScheduler.paper(LOG, k_max=4),
+            "calibration: expected a Calibration, got WarmupLog",
+        ),
+        (
+            lambda: echo.ElasticBudgetScheduler.throughput_optimal(echo.calibrate(LOG), None),
+            "cost: expected a CostModel, got NoneType",
+        ),
+        (
+            lambda: echo.PromptLookup(1, 8, drafter=lambda token, state: token),
+            r"drafter: expected a Drafter \(admit, draft, extend\)",
+        ),
+        (
+            lambda: TREE.frontier.inherit(torch.zeros(3, 1, 8)),
+            r"state: expected a tensor \[2, nodes of the previous frontier, ...\], got \[3, 1, 8\]",
         ),
         (
             lambda: echo.compact(ACCEPTED, PACKED, torch.zeros(2, dtype=torch.int64)),

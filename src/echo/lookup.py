@@ -333,6 +333,8 @@ class PromptLookup:
                 f"mixing_weights: expected {count + 1} numbers in [0, 1), for matches of 0 to"
                 f" {count} tokens, got {list(mixing_weights)}"
             )
+        if drafter is not None:
+            checks.follows("drafter", drafter, Drafter)
         self.drafter = drafter
         self.capturable = drafter is None or bool(getattr(drafter, "capturable", False))
         self.texts = Texts.empty(max_num_reqs, max_len, device)

@@ -155,7 +155,7 @@ def warmup_log(
             to 1, for steps drafted without a gate.
 
     Raises:
-        EchoError: weights of another shape or dtype.
+        EchoError: values of different steps, or weights of another shape or dtype.
     """
     rank, taken = draft_labels(tree, packed, accepted)
     kept = (packed.depth > 0) & (rank >= 0)
@@ -192,9 +192,17 @@ def draft_labels(tree: SuperTree, packed: PackedTree, accepted: Accepted) -> tup
         probability (0 on roots and pads); -1 on rows that the target did not judge
         (:attr:`Accepted.num_accepted_drafts`). And bool [N], whether the whole path to a row was
         accepted.
+
+    Raises:
+        EchoError: values of different steps.
     """
-    checks.instance("tree", tree, SuperTree)
+    batch = checks.instance("tree", tree, SuperTree).batch
     num_rows = checks.instance("packed", packed, PackedTree).num_rows
+    emitted = checks.instance("accepted", accepted, Accepted).num_emitted
+    if packed.batch != batch or packed.max_depth < tree.depth:
+        got = f"{packed.batch} and {packed.max_depth}"
+        raise EchoError(f"packed: expected {batch} requests and {tree.depth} layers, got {got}")
+    checks.tensor("accepted.num_emitted", emitted, [batch], torch.int64)
     drafts = accepted.num_accepted_drafts
     rows = accepted.rows.flatten()
     if accepted.cut_row is not None:
@@ -202,7 +210,7 @@ def draft_labels(tree: SuperTree, packed: PackedTree, accepted: Accepted) -> tup
     rows = torch.where(rows < 0, num_rows, rows)  # -1, no row, falls behind the last: cut off
     taken = torch.zeros(num_rows + 1, dtype=torch.bool, device=packed.tokens.device)
     taken = taken.index_fill(0, rows, True)[:-1]
-    deepest = F.pad(torch.where(drafts < accepted.num_emitted, packed.max_depth, drafts), (0, 1))
+    deepest = F.pad(torch.where(drafts < emitted, packed.max_depth, drafts), (0, 1))
     by_layer = [ranks(cost_bits(layer.score).long()) for layer in tree.layers]
     rank = F.pad(torch.cat(by_layer, dim=1).flatten(), (0, 1))[packed.node]  # pads: the last
     drafted = packed.depth > 0

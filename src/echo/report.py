@@ -39,6 +39,8 @@ request-steps of a load."""
 HEAD = (
     "context  requests  depth  verify tokens  tokens/step  speedup [95%]      K_max  8 tokens cost"
 )
+NOISY = 0.25
+"""Above it, a cost model's error is said to be what blurs the answer."""
 COSTLY = 1.15
 """Above it, eight tokens of one request are said to cost more than one."""
 SHADES = (plot.GOOD, "#33658a", "#e9a13b", "#7b4b94")
@@ -346,6 +348,10 @@ def _notes(
         notes.append("the cost model knows tokens only: measure several numbers of requests too")
     if cost.error is None:
         notes.append("the cost model's own error is not known: intervals are of acceptance alone")
+    elif cost.error > NOISY:
+        notes.append(
+            f"step times are known within {cost.error:.0%} only: time each load more often"
+        )
     if far := [a for a in advice if a.extrapolated]:
         loads = ", ".join(f"{a.num_reqs} x {a.context_len:.0f}" for a in far[:4])
         more = ", ..." if len(far) > 4 else ""

@@ -44,9 +44,9 @@ class ElasticBudgetScheduler:
         max_depth: deepest layer; 0 drafts nothing.
         max_verify_tokens_per_req: of one request, root included; sets the width of the ancestor
             masks.
-        probe_interval: with a cost model, one step of this many drafts to full depth although less
-            is planned or speculation is off, so that it comes back. It waits until draft extend
-            costs 0.5% of the time off, but no longer than sixteen times as many steps.
+        probe_interval: with a cost model, every so many steps one drafts to full depth although
+            less is planned or speculation is off, so that speculation can resume. It waits until
+            draft extend costs 0.5% of the time off, but at most sixteen intervals.
         margin: with a cost model, by what share speculation must promise to beat plain decoding.
 
     Raises:
@@ -116,16 +116,23 @@ class ElasticBudgetScheduler:
         ``k_max`` counts roots, as ``budget`` does. Over 24 cells of step times measured on an H100,
         thresholds calibrated with ``thresholds="throughput"`` and the cost model were faster than
         Youden's by 6% in the mean (-8 to +32%), by 26 to 32% at one request of dense models.
+        EchoError: no calibration.
         """
         rule = TwoLevel(beam, max_extra_tokens)
-        return cls(rule, SparseGate(calibration), k_max, calibration.max_depth)
+        gate = SparseGate(checks.instance("calibration", calibration, Calibration))
+        return cls(rule, gate, k_max, calibration.max_depth)
 
     @classmethod
     def throughput_optimal(
         cls, calibration: Calibration, cost: CostModel, *, beam: int = 4
     ) -> ElasticBudgetScheduler:
-        """The best use of this machine: ``GlobalRank(beam, calibration)`` and tiers by ``cost``."""
-        return cls(GlobalRank(beam, calibration), None, cost, calibration.max_depth)
+        """The best use of this machine: ``GlobalRank(beam, calibration)`` and tiers by ``cost``.
+
+        EchoError: no calibration, or no cost model.
+        """
+        checks.instance("calibration", calibration, Calibration)
+        budget = checks.instance("cost", cost, CostModel)
+        return cls(GlobalRank(beam, calibration), None, budget, calibration.max_depth)
 
     @classmethod
     def eagle(
@@ -162,7 +169,7 @@ class ElasticBudgetScheduler:
         ``max_depth`` and what the budget leaves, or depth 0 where that is no draft token. With a
         cost model it is the depth d and the tokens K that maximise
         (B + F_d(K)) / (T(K) + draft(d)); depth 0 unless that beats B / T(B) by ``margin``, or a
-        probe is due. Up to as many tokens again are taken where they are free. F is predicted from
+        probe is due. If more tokens cost nothing, up to twice K are verified. F is predicted from
         the history; as long as that knows too little, full depth is tried at the knee, or with a
         draft token for every fourth request.
 
@@ -178,12 +185,11 @@ class ElasticBudgetScheduler:
         Raises:
             EchoError: an argument of the wrong kind, or one on a device.
         """
-        if context_tokens is not None:
-            context_tokens = checks.real("context_tokens", context_tokens, 0.0)
-        other = checks.integer("num_other_tokens", num_other_tokens, 0)
+        other, context = _checked(history, num_other_tokens, context_tokens)
         if self.max_depth and isinstance(self.budget, CostModel):
-            return self._throughput_optimal.choose_tier(history, req_indices, other, context_tokens)
-        batch = len(checks.indices("req_indices", req_indices))
+            return self._throughput_optimal.choose_tier(history, req_indices, other, context)
+        last = len(history.generation) - 1
+        batch = len(checks.indices("req_indices", req_indices, last))
         tokens = self._num_verify_tokens(batch) - other if self.max_depth else 0
         return Tier(self.max_depth, tokens) if tokens > batch else Tier(0, batch)
 
@@ -202,10 +208,8 @@ class ElasticBudgetScheduler:
         budget (else an EchoError); an idle rank takes part with ``req_indices`` of length 0.
         Returns float32 [n], at most 1 kB, the same n on every rank.
         """
-        other = checks.integer("num_other_tokens", num_other_tokens, 0)
-        if context_tokens is not None:
-            context_tokens = checks.real("context_tokens", context_tokens, 0.0)
-        return self._throughput_optimal.tier_curve(history, req_indices, other, context_tokens)
+        other, context = _checked(history, num_other_tokens, context_tokens)
+        return self._throughput_optimal.tier_curve(history, req_indices, other, context)
 
     def agree_on_tier(self, curves: NDArray[np.float32], rank: int) -> Tier:
         """The depth that all ranks draft, and this one's verify tokens: all launch one shape.
@@ -246,9 +250,9 @@ class ElasticBudgetScheduler:
 
         Args:
             root_tokens: int64 [B].
-            live: bool [B]; an empty lane of a padded batch costs no token. Of more live requests
-                than tokens the first get one each; the others emit nothing in this step, and
-                :attr:`StepCounts.not_scheduled` counts them.
+            live: bool [B]; an empty lane of a padded batch costs no token. If live requests
+                outnumber the tokens, the first ones get one each; the others emit nothing in this
+                step, and :attr:`StepCounts.not_scheduled` counts them.
             verify_limits: int64 [B], verify tokens that a request may get now, root included (KV
                 slots, context left); values below 1 count as 1.
             num_verify_tokens: of this step, from its tier. Defaults to the budget.
@@ -295,9 +299,9 @@ class ElasticBudgetScheduler:
     ) -> SuperTree:
         """Score a drafted layer, ask the gate, let the rule commit, and find the next frontier.
 
-        S(v) = S(parent) + min(log q(v), 0). A score that is no log-probability makes its node
-        unselectable: NaN, and what is above 0 by more than a rounding, as probabilities and logits
-        are. Those, and layers of minus infinity alone, are counted in ``invalid``.
+        S(v) = S(parent) + min(log q(v), 0). NaN, and what is above 0 by more than a rounding (a
+        probability or a logit), is no log-probability: such a node is never selected. Those, and
+        layers of minus infinity alone, are counted in ``invalid``.
 
         Args:
             tree: with ``tree.depth < max_depth``.
@@ -448,3 +452,14 @@ class ElasticBudgetScheduler:
         if isinstance(self.budget, CostModel):
             return int(self.budget.round_up(self.budget.knee.k_max))
         return self.budget or self.rule.default_budget(batch) or batch
+
+
+def _checked(
+    history: History, num_other_tokens: int, context_tokens: float | None
+) -> tuple[int, float | None]:
+    """The last two, of what :meth:`ElasticBudgetScheduler.choose_tier` takes."""
+    checks.instance("history", history, History)
+    other = checks.integer("num_other_tokens", num_other_tokens, 0)
+    if context_tokens is None:
+        return other, None
+    return other, checks.real("context_tokens", context_tokens, 0.0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -276,7 +276,7 @@ def _rows(table: Any) -> Any:
 
 
 def calibrate(
-    log: WarmupLog | ConfidenceHistograms,
+    log: WarmupLog | Sequence[WarmupLog] | ConfidenceHistograms,
     *,
     max_depth: int | None = None,
     min_auc: float = 0.70,
@@ -299,8 +299,8 @@ def calibrate(
     the mark of a gate is refused; where no step ids tell, fewer deeper rows give a warning.
 
     Args:
-        log: rows of steps drafted without a gate, or with weights; or their histograms. Rank 0
-            decides gates and thresholds, all ranks the reliability.
+        log: rows of steps drafted without a gate, or with weights: one log, several, or their
+            histograms. Rank 0 decides gates and thresholds, all ranks the reliability.
         max_depth: deepest depth to calibrate. Defaults to the log's deepest.
         min_auc: the paper's delta, in [0.5, 1].
         min_rows: accepted and rejected rows of rank 0 that a gate needs, each. 50 hold the 95%
@@ -320,7 +320,7 @@ def calibrate(
         >>> made = calibrate(log)
         >>> made.gate_depths, round(made.depths[0].auc, 3), round(made.thresholds[1], 2)
         ((1,), 0.917, 0.55)
-        >>> made == calibrate(ConfidenceHistograms.of(log))
+        >>> made == calibrate(ConfidenceHistograms.of(log)) == calibrate([log])
         True
     """
     min_auc = checks.real("min_auc", min_auc, 0.5, 1.0)
@@ -328,6 +328,8 @@ def calibrate(
     max_gates = checks.integer("max_gates", max_gates, 2)
     if thresholds not in ("youden", "throughput"):
         raise EchoError(f"thresholds: expected 'youden' or 'throughput', got {thresholds!r}")
+    if isinstance(log, Sequence):
+        log = WarmupLog.concat(log)
     objective = None
     if thresholds == "throughput":
         if not isinstance(log, WarmupLog):
@@ -337,12 +339,12 @@ def calibrate(
                 "steps together; calibrate from a WarmupLog"
             )
         objective = Objective(checks.instance("cost", cost, CostModel), batch, beam)
-    if isinstance(log, WarmupLog):
-        shown = refuse_gated(log)
-        histograms = ConfidenceHistograms.of(log)
-    else:
+    if isinstance(log, ConfidenceHistograms):
         shown = False
-        histograms = checks.instance("log", log, ConfidenceHistograms)
+        histograms = log
+    else:
+        shown = refuse_gated(checks.instance("log", log, WarmupLog))
+        histograms = ConfidenceHistograms.of(log)
     kinds = histograms.mass[ROWS].sum(axis=(0, 1, 3))
     if not kinds.any():
         raise EchoError("log: expected rows, got an empty log")
@@ -378,16 +380,29 @@ def _measure(
         reason = f"only {count} {fewer} rows, {min_rows} needed"
     else:
         good = s.low > min_auc
-        verdict = f"{'above' if good else 'not above'} {min_auc:.2f}"
-        reason = f"AUC {s.auc:.2f} [{s.low:.2f}, {s.high:.2f}] {verdict}"
+        reason = f"AUC {'above' if good else 'not above'} {min_auc:.2f}"
     below = path[WEIGHT][:, upper_ends() <= s.threshold].sum(axis=1) / UNIT
     total = float(path[WEIGHT].sum() / UNIT)
     square = int(path[SQUARE].sum()) / UNIT
     effective = total**2 / square if square else 0.0
-    found = accepted, rejected, s.auc, s.low, s.high, s.threshold, s.youden, good, reason
-    stopped = s.error, float(below.sum()), float(below[1])
-    maps = statistics.fit(mass.sum(axis=1)), _profile(path[WEIGHT])
-    return DepthCalibration(depth, *found, maps[0], *stopped, effective, maps[1])
+    return DepthCalibration(
+        depth=depth,
+        accepted=accepted,
+        rejected=rejected,
+        auc=s.auc,
+        auc_low=s.low,
+        auc_high=s.high,
+        threshold=s.threshold,
+        youden=s.youden,
+        gate=good,
+        reason=reason,
+        reliability=statistics.fit(mass.sum(axis=1)),
+        auc_error=s.error,
+        stopped=float(below.sum()),
+        stopped_accepted=float(below[1]),
+        effective=effective,
+        profile=_profile(path[WEIGHT]),
+    )
 
 
 def _profile(weight: NDArray[np.int64]) -> tuple[tuple[float, float, float], ...]:

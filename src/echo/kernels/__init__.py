@@ -75,9 +75,9 @@ def compiling(max_workers: int | None = None) -> Iterator[None]:
     """Compile what is called within the block side by side, and launch none of it.
 
     To be run once for each shape that a server will have, before its first request waits for a
-    compiler. Results hold what their memory held, and PyTorch's own operations run as ever: make
-    the calls on a :class:`echo.Workspace`, whose buffers begin as zeros, or index nothing by their
-    results. Within another block it is part of that one.
+    compiler. Outputs are uninitialised, and PyTorch's own operations run as ever: make the calls on
+    a :class:`echo.Workspace`, whose buffers begin as zeros, or index nothing by their results.
+    Nested blocks join the outer one.
 
     Args:
         max_workers: threads that compile. Defaults to what :class:`~concurrent.futures.Executor`
@@ -315,10 +315,9 @@ def accept(
 
     Lossless by construction: what is emitted is always the target's own token. Of equal siblings
     the first is followed. Acceptance ends before a row whose target token is negative (logits
-    without a
-    number: :func:`argmax_tokens`); a request whose root is such a row emits nothing. A parent
-    outside the row's own request counts as none. Behind the end of an answer it is as if the
-    target had no number.
+    without a number: :func:`argmax_tokens`); a request whose root is such a row emits nothing. A
+    parent outside the row's own request counts as none. Rows past the end of an answer count as
+    having no target token.
 
     Args:
         parent: int32 [N], row of the parent within its request; -1 for none.

@@ -44,8 +44,8 @@ class PackedTree:
         mask: int32 [N, W], least significant bit first: bit j is row j of the same request, set
             for the row itself and its ancestors.
         score: float32 [N], path log-probability; -inf on pad rows.
-        node: int64 [N], index into the forest's B * T nodes, and so of an engine's handles of the
-            nodes [B * T, ...]; -1 on pad rows.
+        node: int64 [N], index into the forest's B * T nodes, by which an engine finds what it keeps
+            of each, [B * T, ...]; -1 on pad rows.
         committed: bool [N], committed while drafting, as roots are; False: selected at the end, or
             a pad row.
         status: int8 [B], why each request stopped drafting, a :class:`~echo.tree.Status`.
@@ -143,7 +143,7 @@ class PackedTree:
             EchoError: a buffer that does not fit.
         """
         row = torch.arange(self.num_rows, device=self.tokens.device)
-        up = F.pad(self.parent_row, (0, 1), value=-1)  # what -1, none, reads is none too
+        up = F.pad(self.parent_row, (0, 1), value=-1)  # -1 reads the padding: no parent has none
         above = [torch.where(self.request < self.batch, row, -1)]
         for _ in range(self.max_depth):
             above.append(up[above[-1]])

@@ -50,8 +50,13 @@ class Frontier:
     def inherit(self, state: Tensor) -> Tensor:
         """Reorder a drafter's ``state`` [B, W', ...] of the previous frontier: [B, W, ...].
 
-        For hidden states, KV slots, positions: each node gets what its parent had.
+        For hidden states, KV slots, positions: each node gets what its parent had. EchoError: a
+        state of another batch.
         """
+        batch = self.parent.shape[0]
+        if state.dim() < 2 or state.shape[0] != batch:
+            expected = f"[{batch}, nodes of the previous frontier, ...]"
+            raise EchoError(f"state: expected a tensor {expected}, got {list(state.shape)}")
         index = self.parent.view(*self.parent.shape, *[1] * (state.dim() - 2))
         return state.gather(1, index.expand(*self.parent.shape, *state.shape[2:]))
 
