@@ -329,9 +329,10 @@ def test_a_blended_draft_depends_on_the_text_alone_and_replays():
 
 
 def test_no_operator_reads_back_and_a_draft_is_one_graph():
+    scheduler = echo.ElasticBudgetScheduler(echo.GlobalRank(2), None, 12, 2)
+
     def step(tokens, used, slots, roots, drawn):
         texts = Texts(tokens, used)
-        scheduler = echo.ElasticBudgetScheduler(echo.GlobalRank(2), None, 12, 2)
         tree, match = scheduler.begin(roots), texts.propose(slots, 4)
         for depth in range(2):
             match = match.follow(tree.frontier) if depth else match

@@ -379,8 +379,7 @@ def decode(
             first = target.admit(indices, texts)
             checks.tensor("target.admit()", first, [len(free)], torch.int64)
             history = history.reset(indices)
-            known = history.to("cpu")
-            sampled = first.tolist()
+            known, (sampled,) = _on_host(history, first)
             for index, number, token in zip(free, admitted, sampled, strict=True):
                 if token < 0:
                     failed.append(number)
@@ -413,9 +412,8 @@ def decode(
             max_new_tokens=remaining,
         )
         steps += 1
-        known = history.to("cpu")  # here the host waits for the step
-        tokens = step.accepted.tokens.tolist()
-        lengths = step.accepted.num_emitted.tolist()
+        values = step.accepted.tokens, step.accepted.num_emitted
+        known, (tokens, lengths) = _on_host(history, *values)
         emitted, finished = [], []
         for index, answer, row, length in zip(live, answers, tokens, lengths, strict=True):
             number = answer.prompt
@@ -444,6 +442,11 @@ def decode(
     if faults:
         missed = "; ".join(faults)
         raise EchoError(f"target: expected a number in the row of each root, got none for {missed}")
+
+
+def _on_host(history: History, *values: Tensor) -> tuple[History, list[Any]]:
+    """History and ``values`` on the host: the one device-to-host sync of :func:`decode`."""
+    return history.to("cpu"), [value.tolist() for value in values]
 
 
 def _limits(prompts: Sequence[Tensor], max_new_tokens: object) -> list[int]:
