@@ -103,7 +103,7 @@ def instance(name: str, value: object, kind: type[T]) -> T:
 
 def follows(name: str, value: object, protocol: type[object]) -> None:
     """Check that ``value`` is an object with every member of the protocol."""
-    wanted = [part for part in vars(protocol) if not part.startswith("_") or part == "__call__"]
+    wanted = [part for part in dir(protocol) if not part.startswith("_") or part == "__call__"]
     if isinstance(value, type) or not all(hasattr(value, part) for part in wanted):
         expected = f"{protocol.__name__} ({', '.join(wanted)})"
         raise EchoError(f"{name}: expected a {expected}, got {value!r}")
