@@ -28,8 +28,8 @@ class Accepted:
 
     Attributes:
         tokens: int64 [B, D + 1], emitted tokens: accepted drafts, then the bonus token; then -1.
-        rows: int64 [B, D + 1], the path's rows, then -1: row i's own sampled token is ``tokens[:,
-            i]``, and exactly these rows' keys and values are kept.
+        rows: int64 [B, D + 1], the path's rows, then -1: the token sampled at row i is
+            ``tokens[:, i]``, and exactly these rows' keys and values are kept.
         num_emitted: int64 [B], number of accepted drafts, plus 1 for the bonus token; 0 for a
             request without rows, or whose root has no token.
         bonus: int64 [B], the last token emitted and root of the next step, whose keys and values

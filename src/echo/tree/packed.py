@@ -190,8 +190,8 @@ class PackedTree:
             prefix_lens: int32 or int64 [B], tokens in each request's cache, root not counted.
             page_table: int32 or int64 [B, pages], each request's pages in order; SGLang's
                 ``req_to_token`` is such a table of page size 1.
-            page_size: tokens per page; token p of a request is in slot ``page_table[b, p //
-                page_size] * page_size + p % page_size``.
+            page_size: tokens per page; token p of a request is in slot
+                ``page_table[b, p // page_size] * page_size + p % page_size``.
             pad_slot_id: a slot that no request owns.
 
         Raises:
