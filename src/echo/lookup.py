@@ -64,7 +64,7 @@ class Texts:
 
     @classmethod
     def empty(cls, max_num_reqs: int, max_len: int, device: torch.device | str = "cpu") -> Texts:
-        """Return empty texts of up to ``max_len`` tokens for ``max_num_reqs`` requests.
+        """Return empty texts of ``max_len`` tokens for ``max_num_reqs`` requests, on ``device``.
 
         Raises:
             EchoError: a number below 1.

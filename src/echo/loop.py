@@ -55,7 +55,7 @@ class Drafter(Protocol):
         """
 
     def draft(self, req_indices: Tensor, frontier: Frontier, /) -> tuple[Tensor, Tensor]:
-        """Propose k candidates of each frontier node: tokens int64 and log-probs float [B, W, k].
+        """Propose k candidates per node of ``frontier``: int64 tokens, float log-probs [B, W, k].
 
         -inf pads nodes with fewer than k; k may differ by depth. A step's first frontier has depth
         0, or 1 if :meth:`ElasticBudgetScheduler.begin` was given a first layer.

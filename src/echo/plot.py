@@ -88,7 +88,7 @@ def figure(width: float, height: float) -> Iterator[Figure]:
 
 
 def cost_model(model: CostModel) -> Figure:
-    """Implement :meth:`CostModel.plot`."""
+    """Draw a cost model: see :meth:`CostModel.plot`."""
     with figure(10, 3.8) as drawn:
         curve, chance = drawn.subplots(1, 2)
         _curve(curve, model)
@@ -143,7 +143,7 @@ LEAST = 1e-3
 
 
 def calibration(calibration: Calibration) -> Figure:
-    """Implement :meth:`Calibration.plot`."""
+    """Draw a calibration: see :meth:`Calibration.plot`."""
     depths = calibration.max_depth
     rows = -(-depths // COLUMNS)
     with figure(13, 2.1 * rows + 3.6) as drawn:
@@ -266,7 +266,7 @@ def read(packed: PackedTree, request: int, accepted: Accepted | None = None) -> 
 def render(
     packed: PackedTree, request: int, accepted: Accepted | None, label: Callable[[int], str]
 ) -> str:
-    """Implement :meth:`~echo.tree.packed.PackedTree.render`."""
+    """Draw one tree as text: see :meth:`~echo.tree.packed.PackedTree.render`."""
     nodes = read(packed, request, accepted)
     lines: list[tuple[str, str]] = []
 
@@ -303,7 +303,7 @@ def packed_tree(
     label: Callable[[int], str],
     titles: Sequence[str] | None,
 ) -> Figure:
-    """Implement :meth:`~echo.tree.packed.PackedTree.plot`.
+    """Draw trees: see :meth:`~echo.tree.packed.PackedTree.plot`.
 
     Example:
         >>> import echo, torch

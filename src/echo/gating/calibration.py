@@ -143,12 +143,12 @@ class Calibration:
     def error(
         self, log: WarmupLog, *, bins: int = 20, resamples: int = 200, seed: int = 0
     ) -> CalibrationError:
-        """Apply :func:`echo.gating.calibration_error` to this and a held-out ``log``."""
+        """Compute the error on a held-out ``log``, as :func:`echo.gating.calibration_error`."""
         table = self.reliability_table()
         return statistics.calibration_error(table, log, bins=bins, resamples=resamples, seed=seed)
 
     def report(self, log: WarmupLog) -> tuple[GateReport, ...]:
-        """Apply :func:`echo.gating.report` to a ``log`` with these thresholds."""
+        """Report what these thresholds do to a ``log``, as :func:`echo.gating.report`."""
         return report(log, self.thresholds)
 
     def refit(self, histograms: ConfidenceHistograms) -> Calibration:

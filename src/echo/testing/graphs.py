@@ -57,7 +57,7 @@ class RecordedGraphs(Graphs):
         return True
 
     def __call__(self, key: Hashable, function: Callable[[], T]) -> T:
-        """Run, record or replay; recording runs the function, so that call replays nothing.
+        """As :meth:`Graphs.__call__`; recording runs the function, so that call replays nothing.
 
         Raises:
             EchoError: the function does what no graph can capture.
