@@ -43,10 +43,7 @@ class Target(Protocol):
 
 
 class Drafter(Protocol):
-    """The draft model; ``req_indices`` are the target's.
-
-    Its state must depend only on the emitted text.
-    """
+    """The draft model. ``req_indices`` are the target's; state depends on the emitted text only."""
 
     def admit(self, req_indices: Tensor, prompts: Sequence[Tensor], first: Tensor, /) -> None:
         """Start new requests after the target's prefill of ``prompts``, int64 [length] each.
@@ -100,8 +97,7 @@ class Step:
         emitted: with :func:`decode`, the tokens that each request emitted: its row of
             ``accepted.tokens``, preceded in its first step by the token that prefill sampled.
         finished: with :func:`decode`, prompts whose answers this step completed.
-        failed: with :func:`decode`, prompts whose answers stay unfinished because the target has no
-            next token.
+        failed: with :func:`decode`, prompts left unfinished because the target has no next token.
     """
 
     tree: SuperTree
@@ -121,8 +117,7 @@ class Step:
         """Return the warm-up log of this step, as :func:`warmup_log`.
 
         Raises:
-            EchoError: a gated step without weights (what the gate stopped is missing, so the log
-                would be biased), or weights of another shape.
+            EchoError: a gated step without weights (a biased log), or weights of another shape.
         """
         if self.gated and weights is None:
             raise EchoError(
@@ -143,12 +138,11 @@ def warmup_log(
     """Log each judged draft token: path probability, rank in its layer, whether it was accepted.
 
     Unverified nodes are missing, not rejected, so warm up with a rule that commits the best of
-    every layer. Nodes that the target did not judge are missing too
-    (:attr:`Accepted.num_accepted_drafts`).
+    every layer. So are nodes that were not judged (:attr:`Accepted.num_accepted_drafts`).
 
     Args:
         tree, packed, accepted: the values of one step.
-        first_step: id of the first request of this step; the others take the next B - 1 ids.
+        first_step: id of this step's first request-step; the others take the next B - 1 ids.
         weights: float [B, depths + 1], inverse-probability weights by request and depth
             (:meth:`echo.gating.ExploringGate.weights`); tokens of weight 0 are left out. Defaults
             to 1, for steps without a gate.
@@ -187,10 +181,9 @@ def draft_labels(tree: SuperTree, packed: PackedTree, accepted: Accepted) -> tup
         tree, packed, accepted: the values of one step.
 
     Returns:
-        rank int64 [N], each row's rank by path probability among its request's candidates of that
-        depth (0 on roots and pads), or -1 on rows that the target did not judge
-        (:attr:`Accepted.num_accepted_drafts`); and bool [N], whether the whole path to a row was
-        accepted.
+        rank int64 [N] by path probability among the request's candidates of that depth (0 on roots
+        and pads), -1 where the target did not judge (:attr:`Accepted.num_accepted_drafts`); and
+        bool [N], whether the whole path to a row was accepted.
 
     Raises:
         EchoError: values of different steps.
@@ -340,8 +333,7 @@ def decode(
 
     Raises:
         EchoError: an argument of the wrong kind or out of range; or, once all other prompts are
-            answered, the prompts left unfinished because the target has no next token
-            (:attr:`Step.failed`).
+            answered, the unfinished ones (:attr:`Step.failed`).
 
     Example:
         >>> from echo.testing import TabularDrafter, TabularTarget, table

@@ -42,7 +42,7 @@ HEAD = (
 NOISY = 0.25
 """Cost model error above which a note asks for more timing."""
 COSTLY = 1.15
-"""Cost of eight tokens a request, relative to other loads, above which a note says so."""
+"""Ratio above which a note says that eight tokens cost more at few requests than at the best."""
 SHADES = (plot.GOOD, "#33658a", "#e9a13b", "#7b4b94")
 
 

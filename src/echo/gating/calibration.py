@@ -40,7 +40,7 @@ PROFILE_BINS = 20
 
 @dataclass(frozen=True)
 class DepthCalibration:
-    """Calibration of one depth.
+    """Gate, threshold and statistics of one depth.
 
     Attributes:
         depth: 1 is the first draft layer.
@@ -52,8 +52,7 @@ class DepthCalibration:
         reason: why it is a gate or not, in words.
         reliability: knots (log-probability, P(path accepted)), both rising; over all ranks.
         auc_error: bound on the binning error of the AUC.
-        stopped, stopped_accepted: weighted rows of rank 0 that this gate alone would stop, and
-            those of them that were accepted.
+        stopped, stopped_accepted: weight of rank-0 rows this gate alone stops; of accepted ones.
         effective: effective number of rows of rank 0, (sum w)^2 / sum w^2.
         profile: (greatest confidence, accepted, rejected weight) of about equal-mass bins, rank 0.
     """
@@ -291,12 +290,12 @@ def calibrate(
 
     Gate depths are the root gate (1), the target depth (``max_depth``) and the depths whose AUC is
     above ``min_auc`` with 95% confidence, best first by Youden's J times the depth's rejected
-    weight times the layers that a gate there saves (``reason`` explains each). The paper gives
-    neither bound nor number.
+    weight times the layers that a gate there saves; ``reason`` explains each. (The paper gives
+    neither bound nor number.)
 
     A log, its histograms, and merged histograms of its parts give the same bits. Rows that a gate
-    or budget kept from verification bias the calibration: a log that was visibly gated is refused;
-    without step ids, fewer rows at deeper depths give a warning.
+    or budget kept from verification bias the calibration: a visibly gated log is refused; without
+    step ids, fewer rows at deeper depths give a warning.
 
     Args:
         log: rows of steps drafted without a gate, or with weights: one log, several, or their

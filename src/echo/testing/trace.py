@@ -304,7 +304,7 @@ def record(
         max_num_reqs: maximum number of requests decoded together.
         depth, beam: D, and the widest frontier to be replayed.
         max_expanded: E, maximum expanded nodes of a layer. If too small, replays have misses.
-        floor: path log-probability below which the drafter expands no node (its own task).
+        floor: path log-probability below which the drafter expands no node; it must ensure this.
         max_new_tokens, eos_token, max_verify_tokens_per_req: as in :func:`echo.decode`.
 
     Yields:

@@ -44,19 +44,15 @@ class PackedTree:
         mask: int32 [N, W], least significant bit first: bit j is row j of the same request, set
             for the row itself and its ancestors.
         score: float32 [N], path log-probability; -inf on pad rows.
-        node: int64 [N], index into the forest's B * T nodes, to look up an engine's own data of
-            each, [B * T, ...]; -1 on pad rows.
-        committed: bool [N], committed while drafting, as roots are; False: selected at the end, or
-            a pad row.
+        node: int64 [N], index into the forest's B * T nodes and engine data of that shape; -1: pad.
+        committed: bool [N], committed while drafting, as roots are; else selected last, or a pad.
         status: int8 [B], why each request stopped drafting, a :class:`~echo.tree.Status`.
         invalid: int32 [B], faulty draft scores, as :attr:`SuperTree.invalid`.
         max_depth: deepest layer of the super-tree; a host int.
-        acceptance_histogram: float32 [B, depth, 32] if the budget is a cost model, else None: the
-            number of scored nodes of each depth 1.. by acceptance probability f, in 32 bins of
-            equal width in sqrt(f), from f = 1/289 up.
-        expected: float32 [B, depth] or None, too: sum of f over a request's rows of each depth.
-        num_layers: int32 [], layers drafted, if ``max_depth`` is only a bound (a step of a
-            :class:`~echo.Workspace`); None: ``max_depth`` layers.
+        acceptance_histogram: float32 [B, depth, 32] if the budget is a cost model, else None: count
+            of scored nodes by depth 1.. and acceptance probability f >= 1/289, equal in sqrt(f).
+        expected: float32 [B, depth] or None, too: the sum of f over a request's rows by depth.
+        num_layers: int32 [], layers drafted, if ``max_depth`` only bounds them (Workspace's step).
 
     Example:
         >>> tree = SuperTree.from_paths(torch.tensor([7]), [[[1, 2], [3]]])
@@ -204,9 +200,9 @@ class PackedTree:
     def to_buffer(self, out: Tensor | None = None) -> Tensor:
         """Serialize the step to one contiguous int32 tensor, for ranks that must share one plan.
 
-        Ranks whose scores differ by an ulp select different rows. The length is
-        ``buffer_size(batch, num_rows, words)``, plus the ``acceptance_histogram`` and ``expected``
-        if there are any. Token ids and node indices must fit 31 bits.
+        Ranks whose scores differ by an ulp select different rows. Token ids and node indices must
+        fit 31 bits. The length is ``buffer_size(batch, num_rows, words)``, plus the optional
+        ``acceptance_histogram`` and ``expected``.
 
         Args:
             out: int32 of that length, written to.
