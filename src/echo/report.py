@@ -167,7 +167,7 @@ class SpeculationReport:
         rate = f"draft acceptance rate {self.draft_acceptance_rate:.3f}, pooled"
         lines += ["", f"{rate}: all accepted over all drafted (what vLLM and SGLang report)"]
         if not math.isnan(self.mean_of_rates):
-            mean = f"mean of means {self.mean_of_rates:.3f}: each of the {self.unit} counts alike"
+            mean = f"mean of means {self.mean_of_rates:.3f}: each of the {self.unit} counts equally"
             lines.append(f"{mean}, however much it drafted")
         length = f"acceptance length {self.acceptance_length:.2f} tokens a step"
         lines.append(f"{length}, bonus token included")
@@ -335,17 +335,17 @@ def _notes(
         notes.append(
             f"8 tokens a request cost {first.eight:.1f} plain steps at {first.num_reqs} request(s)"
             f" and {last.eight:.1f} at {last.num_reqs}: a mixture of experts, where each token of a"
-            " small batch wakes experts that no other reads; at"
+            " small batch activates experts that no other token reads; at"
             f" {first.num_reqs} a step of {first.num_verify_tokens} tokens emits"
-            f" {first.tokens_per_step:.2f} a request and is worth {first.speedup:.2f}"
+            f" {first.tokens_per_step:.2f} a request, a speedup of {first.speedup:.2f}"
         )
     if not cost.num_reqs and max(a.num_reqs for a in advice) > 1:
-        notes.append("the cost model knows tokens only: measure several numbers of requests too")
+        notes.append("the cost model covers tokens only: measure several numbers of requests too")
     if cost.error is None:
-        notes.append("the cost model's own error is not known: intervals are of acceptance alone")
+        notes.append("the cost model's own error is not known: intervals cover acceptance only")
     elif cost.error > NOISY:
         notes.append(
-            f"step times are known within {cost.error:.0%} only: time each load more often"
+            f"step times are only known to within {cost.error:.0%}: time each load more often"
         )
     if far := [a for a in advice if a.extrapolated]:
         loads = ", ".join(f"{a.num_reqs} x {a.context_len:.0f}" for a in far[:4])
@@ -355,7 +355,7 @@ def _notes(
         notes.append(f"{counted.steps} request-step(s) are too few for a sure answer: log more")
     if unsure := [a for a in advice if a.depth and a.low <= 1 and not a.extrapolated]:
         where = ", ".join(str(a.num_reqs) for a in unsure)
-        notes.append(f"the interval has 1 in it at {where} requests: log more steps, or time more")
+        notes.append(f"the interval includes 1 at {where} requests: log more steps, or time more")
     if few := [d for d in depths if not d.well_observed]:
         rare = min(min(d.accepted, d.drafted - d.accepted) for d in few)
         known = f"about {math.ceil(counted.steps * ENOUGH / rare):,} " if rare > 0 else "more "

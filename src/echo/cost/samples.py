@@ -139,15 +139,15 @@ def doubts(seconds: Floats, table: Table) -> tuple[str, ...]:
         ranges = measured(table)
         if len(ranges) == 1:
             found.append(
-                f"samples of {ranges[0][0]:.0f} request(s) only: what others cost is a guess"
+                f"samples of {ranges[0][0]:.0f} request(s) only: the cost of others is a guess"
             )
         longest = math.inf
         for count, _, _, least, most in sorted(ranges, key=lambda own: own[3:]):
             if least > REACH * longest:
                 found.append(
                     f"contexts up to {longest:.0f} and from {least:.0f}, that of {count:.0f}"
-                    " request(s), were not measured with one number of requests: what requests and"
-                    " what context cost is not told apart"
+                    " request(s), were not measured with one number of requests: the costs of"
+                    " requests and of context cannot be told apart"
                 )
             longest = most if longest == math.inf else max(longest, most)
     return tuple(found)

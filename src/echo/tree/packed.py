@@ -52,7 +52,7 @@ class PackedTree:
         acceptance_histogram: float32 [B, depth, 32] if the budget is a cost model, else None: count
             of scored nodes by depth 1.. and acceptance probability f >= 1/289, equal in sqrt(f).
         expected: float32 [B, depth] or None, too: the sum of f over a request's rows by depth.
-        num_layers: int32 [], layers drafted, if ``max_depth`` only bounds them (Workspace's step).
+        num_layers: int32 [], layers drafted, if ``max_depth`` is only a bound; None: ``max_depth``.
 
     Example:
         >>> tree = SuperTree.from_paths(torch.tensor([7]), [[[1, 2], [3]]])
