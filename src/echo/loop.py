@@ -349,9 +349,9 @@ def decode(
     ends = frozenset(given)
     eos_tokens = torch.tensor(sorted(ends), device=device) if ends else None
     limits = _limits(prompts, max_new_tokens)
-    most = scheduler.max_verify_tokens_per_req
+    max_tokens = scheduler.max_verify_tokens_per_req
     if max_verify_tokens_per_req is not None:
-        most = checks.integer("max_verify_tokens_per_req", max_verify_tokens_per_req, 1)
+        max_tokens = checks.integer("max_verify_tokens_per_req", max_verify_tokens_per_req, 1)
     history = scheduler.history(max_num_reqs, device)
     known = scheduler.history(max_num_reqs)
     waiting = list(range(len(prompts)))[::-1]
@@ -395,7 +395,7 @@ def decode(
             torch.tensor(live, device=device),
             torch.tensor([answer.root for answer in answers], device=device),
             history,
-            verify_limits=torch.where(remaining > 1, most, 1),
+            verify_limits=torch.where(remaining > 1, max_tokens, 1),
             early_stop=early_stop,
             tier=scheduler.choose_tier(known, live),
             eos_tokens=eos_tokens,

@@ -233,9 +233,9 @@ class History:
 
     def _without(self, requests: Tensor) -> History:
         """Clear ``requests`` bool [R]."""
-        gone = F.pad(requests, (0, 1))  # the sums over all requests stay
+        cleared = F.pad(requests, (0, 1))  # the sums over all requests stay
         columns: dict[str, Any] = {
-            name: sums.masked_fill(gone if sums.dim() == 2 else gone[:, None], 0)
+            name: sums.masked_fill(cleared if sums.dim() == 2 else cleared[:, None], 0)
             for name, sums in zip(SUMS, self._sums, strict=True)
         }
         unprocessed = self.num_unprocessed_tokens.masked_fill(requests, 0)

@@ -33,7 +33,7 @@ class Rule(Protocol):
         """Maximum number of nodes of a layer that are expanded."""
 
     def frontier(self, layer: Layer) -> tuple[Tensor, Tensor]:
-        """Choose nodes of ``layer`` to expand: int64 [B, W], rising; and whether each is valid."""
+        """Choose nodes of ``layer`` to expand: int64 [B, W], rising; and validity, bool [B, W]."""
 
     def commit(
         self, layer: Layer, passed: Tensor, limits: Tensor, num_remaining: Tensor

@@ -281,7 +281,7 @@ class CostModel:
         return requests + self.context_token * float(self._context(num_reqs, context_tokens))
 
     def at(self, num_reqs: int = 1, context_tokens: float | None = None) -> CostModel:
-        """Return the model at ``num_reqs`` with ``context_tokens``: a token curve, from one each.
+        """Return the model at ``num_reqs`` and ``context_tokens``: a curve from one token each.
 
         Its knee is the batch's: the tokens that cost no more than plain decoding of the batch.
         EchoError: ``num_reqs`` below 1.

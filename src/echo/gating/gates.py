@@ -53,7 +53,7 @@ class SparseGate:
     """The paper's gate: g[i, d] = c[i, d] > tau[d] at gate depths; all requests pass elsewhere.
 
     Args:
-        thresholds: a :class:`Calibration`, or a dict of depth to tau in [0, 1].
+        thresholds: a :class:`Calibration`, or a mapping of depth to tau in [0, 1].
 
     Raises:
         EchoError: a depth below 1 or a threshold outside [0, 1].

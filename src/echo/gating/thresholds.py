@@ -189,7 +189,7 @@ def warn_of_missing(histograms: ConfidenceHistograms) -> None:
 
 
 def report(log: WarmupLog, thresholds: Mapping[int, float]) -> tuple[GateReport, ...]:
-    """Report what gates with these thresholds do to the log's requests, from the shallowest on.
+    """Report what these gates do to the log's requests, each after the gates above it.
 
     Args:
         log: rows of rank 0 with step ids.

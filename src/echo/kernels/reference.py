@@ -95,12 +95,12 @@ def truncate(
         ends = (emitted[..., None] == eos_tokens).any(dim=2) & (emitted >= 0)
         kept = torch.minimum(kept, (ends.cumsum(dim=1) - ends.long() == 0).sum(dim=1))
     column = torch.arange(emitted.shape[1], device=emitted.device)
-    gone = column >= kept[:, None]
+    past_end = column >= kept[:, None]
     over = (column == kept[:, None]) & (column > 0)
     last = torch.where(over, rows, -1).amax(dim=1)  # the row that the answer ends before
     if cut_row is not None:
         last = torch.maximum(last, cut_row.masked_fill(kept < num_emitted, -1))
-    return rows.masked_fill(gone, -1), emitted.masked_fill(gone, -1), kept, last
+    return rows.masked_fill(past_end, -1), emitted.masked_fill(past_end, -1), kept, last
 
 
 def tree_attention(call: Attention) -> tuple[Tensor, Tensor]:

@@ -267,22 +267,22 @@ def compact(
             buffers = None
         lists = Compaction(**pack.compact(*step, page_size, spare, past, out=buffers))
         return lists if buffers is not None else copy_into(out, lists)
-    gone = rows < 0
+    past_end = rows < 0
     kept = rows.clamp(min=0)
     begin = prefix_lens.long()[:, None]
     positions = begin + torch.arange(steps, device=device)
     written = kept - packed.indptr[:-1, None] + (begin if past_len is None else past)
     if page_table is None:
-        source, target = (x.masked_fill(gone, spare) for x in (written, positions))
+        source, target = (x.masked_fill(past_end, spare) for x in (written, positions))
     else:
         request = torch.arange(batch, device=device)[:, None]
-        places = torch.stack([written, positions]).masked_fill_(gone, -1)
+        places = torch.stack([written, positions]).masked_fill_(past_end, -1)
         source, target = slot_mapping(places, request, page_table, page_size, spare).unbind()
     lists = Compaction(
         accept_index=rows.int(),
         gather=kept,
-        valid=~gone,
-        positions=positions.masked_fill(gone, 0),
+        valid=~past_end,
+        positions=positions.masked_fill(past_end, 0),
         source=source,
         target=target,
         prefix_lens=prefix_lens.long() + accepted.num_emitted,

@@ -301,8 +301,8 @@ def unpad(packed: PackedTree, values: Tensor) -> Tensor:
         return values.new_full((packed.num_rows, *values.shape[2:]), nothing)
     there = (packed.request < packed.batch) & (local < n)
     row = torch.where(there, packed.request * n + local, 0)
-    gone = ~there.view(-1, *[1] * (values.dim() - 2))
-    return values.flatten(0, 1).index_select(0, row).masked_fill_(gone, nothing)
+    absent = ~there.view(-1, *[1] * (values.dim() - 2))
+    return values.flatten(0, 1).index_select(0, row).masked_fill_(absent, nothing)
 
 
 class _Grid:
