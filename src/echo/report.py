@@ -1,7 +1,7 @@
 """Should I speculate? A one-page answer, from measured acceptance and step times.
 
-B requests are decoded together. A step verifies N tokens, roots included, of trees of d layers, and
-a request accepts a drafts of them on average. Speculation gains
+B requests are decoded together. A step verifies N tokens, roots included, of trees of d layers; a
+request accepts a(B, d, N) of its drafts on average. The gain of speculation is
 
     speedup(B, C) = max over d and N of
         (1 + a(B, d, N)) T(B, B, C) / (T(B, N, C) + draft(B, d)),
@@ -212,7 +212,7 @@ def speculation_report(
         num_reqs: numbers of requests to report on.
         context_lens: tokens of context per request to report on. Defaults to the cost model's.
         beam: nodes expanded in a drafted layer.
-        max_verify_tokens_per_req: maximum per step, root included.
+        max_verify_tokens_per_req: maximum of a request's step, root included.
         resamples: bootstrap resamples of blocks of steps, for the intervals.
         seed: of the bootstrap.
 

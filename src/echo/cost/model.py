@@ -32,9 +32,9 @@ class CostModel:
     """Seconds of a forward pass of the target, and of drafting.
 
     A pass takes ``curve(num_tokens) + curve(num_reqs) + context_token * context_tokens *
-    factor(num_tokens / num_reqs)``. Curves are piecewise linear and never fall; they continue with
-    their first value and last slope, but the factor is 1 below its knots and constant above. Only
-    the first is required.
+    factor(num_tokens / num_reqs)``. Curves are piecewise linear, never fall, and are extended by
+    their first value and last slope; the factor is 1 below its knots and constant above. Only the
+    token curve is required.
 
     Attributes:
         num_tokens: increasing ints, knots of the token curve (roots, drafts, prefill).
