@@ -1,6 +1,6 @@
-"""Checks of arguments. Each raises EchoError naming the argument, what was expected and what came.
+"""Argument checks. Each raises EchoError naming the argument, what was expected and what came.
 
-Shapes, dtypes and devices are host facts: checking them is sync-free.
+Shapes, dtypes and devices are known to the host, so checking them is sync-free.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 INTEGERS = (torch.int64, torch.int32)
 INT64 = torch.iinfo(torch.int64).max
 ROUNDING = 2.0**-6
-"""Greatest accepted log-probability: above 0 by half a step of float16 logits up to 64, whose
-log-softmax was taken in float16, or by a bfloat16 probability one step above 1."""
+"""Greatest accepted log-probability. Rounding exceeds 0 by half a step of float16 logits up to 64
+with a float16 log-softmax, or by a bfloat16 probability one step above 1."""
 HostInts = Sequence[int] | NDArray[Any] | Tensor
-"""What :func:`integers` takes of several: a list, a numpy array or a CPU tensor."""
+"""Several integers for :func:`integers`: a list, a numpy array or a CPU tensor."""
 
 T = TypeVar("T")
 
@@ -42,7 +42,7 @@ def tensor(
     dtypes: torch.dtype | Sequence[torch.dtype],
     device: torch.device | None = None,
 ) -> Tensor:
-    """``value`` if a tensor of that shape (a string is any size), of one of the dtypes, there."""
+    """Return ``value``, a tensor of that shape (a string: any size), dtype and device."""
     wanted = (dtypes,) if isinstance(dtypes, torch.dtype) else dtypes
     if isinstance(value, Tensor) and value.dtype in wanted and _fits(value.shape, shape):
         if device is not None and value.device != device:
@@ -63,10 +63,10 @@ def _fits(sizes: Sequence[int], shape: Sequence[int | str]) -> bool:
 
 
 def copy_into(out: T | None, value: T) -> T:
-    """``value``; or ``out``, a tensor or a dataclass of tensors, with the value's copied into it.
+    """Return ``value``, or ``out`` (a tensor or dataclass of tensors) after copying it there.
 
-    Every buffer must have the shape, dtype and device of what it gets; all are checked before the
-    first is written. Where a field of ``out`` is None or no tensor, the value's own is passed on.
+    Every buffer must have its value's shape, dtype and device; all are checked before the first is
+    written. Where a field of ``out`` is None or no tensor, the value's field is passed on.
     """
     if out is None:
         return value
@@ -93,7 +93,7 @@ def copy_into(out: T | None, value: T) -> T:
 
 
 def instance(name: str, value: object, kind: type[T]) -> T:
-    """``value`` if it is an instance of ``kind``."""
+    """Return ``value`` if it is an instance of ``kind``."""
     if not isinstance(value, kind):
         article = "an" if kind.__name__[0] in "AEIOU" else "a"
         got = type(value).__name__
@@ -110,7 +110,7 @@ def follows(name: str, value: object, protocol: type[object]) -> None:
 
 
 def integer(name: str, value: object, low: int, high: int | None = None) -> int:
-    """``value`` as an int within [low, high]: Python's, numpy's, or a 0-d CPU tensor."""
+    """Return ``value`` as an int in [low, high]: Python's, numpy's, or a 0-d CPU tensor."""
     number = value if type(value) is int else _whole(value)
     if number is not None and number >= low and (high is None or number <= high):
         return number
@@ -130,7 +130,7 @@ def _whole(value: object) -> int | None:
 
 
 def integers(name: str, value: object, low: int, high: int | None = None) -> NDArray[np.int64]:
-    """Integers within [low, high], known to the host, as int64 [n]; [] of a single one.
+    """Return integers in [low, high], known to the host, as int64 [n], or [] for a single one.
 
     ``value`` is an integer, a sequence or array of them, or a CPU tensor of at most one dimension.
     """
@@ -163,7 +163,7 @@ def integers(name: str, value: object, low: int, high: int | None = None) -> NDA
 
 
 def indices(name: str, value: HostInts, high: int | None = None) -> NDArray[np.int64]:
-    """``value`` as a host array int64 [n] of indices, at most ``high``."""
+    """Return ``value`` as a host array int64 [n] of indices, at most ``high``."""
     found = integers(name, value, 0, high)
     if found.ndim != 1:
         raise EchoError(f"{name}: expected one int for each request, got {found}")
@@ -171,7 +171,7 @@ def indices(name: str, value: HostInts, high: int | None = None) -> NDArray[np.i
 
 
 def ints(name: str, values: object, low: int, high: int | None = None) -> tuple[int, ...]:
-    """As :func:`integers`, several of them, as Python's."""
+    """Return several integers, as :func:`integers`, but as Python's."""
     found = integers(name, values, low, high)
     if found.ndim == 0:
         raise EchoError(f"{name}: expected ints {_range(low, high)}, several, got {values!r}")
@@ -179,7 +179,7 @@ def ints(name: str, values: object, low: int, high: int | None = None) -> tuple[
 
 
 def real(name: str, value: object, low: float, high: float | None = None) -> float:
-    """``value`` as a finite float within [low, high]; of any kind, as in :func:`integer`."""
+    """Return ``value`` as a finite float in [low, high]; of any kind, as in :func:`integer`."""
     scalar = isinstance(value, Tensor) and value.is_cpu and not value.dim()
     number: Any = value.item() if scalar else value  # type: ignore[attr-defined]
     if not isinstance(number, bool) and isinstance(number, Real):
@@ -200,7 +200,7 @@ def real_field(owner: object, name: str, low: float, high: float | None = None) 
 
 
 def instead(score: float, scores: Iterable[float]) -> str:
-    """A hint what ``scores`` with such a ``score`` are, if not log-probabilities; "" if unknown."""
+    """Hint at what ``scores`` with such a ``score`` are instead of log-probabilities, or ""."""
     if not ROUNDING < score < math.inf:
         return ""
     if all(0 <= q <= 1 for q in scores):
@@ -210,7 +210,7 @@ def instead(score: float, scores: Iterable[float]) -> str:
 
 @contextmanager
 def reading(expected: str) -> Iterator[None]:
-    """Turn every error of the block, but EchoError and a missing file, into EchoError."""
+    """Turn every error of the block, except EchoError and a missing file, into EchoError."""
     try:
         yield
     except (EchoError, FileNotFoundError):

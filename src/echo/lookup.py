@@ -1,10 +1,10 @@
-"""Prompt lookup: what followed the last longest occurrence of a text's end, as n-gram proposals.
+"""Prompt lookup: n-gram proposals, from what followed the latest longest match of a text's end.
 
-A model repeats itself and its prompt, and a small draft head does not see it: where the text's last
-eight tokens had occurred before, SmolLM2 wrote the same ninth in almost nine of ten cases. The
-search is prompt lookup decoding (Saxena, 2023), at every node of a tree. Its proposal and the draft
+Models repeat themselves and their prompts, which a small draft head does not see: where the text's
+last eight tokens had occurred before, SmolLM2 wrote the same ninth in almost nine of ten cases.
+This is prompt lookup decoding (Saxena, 2023), applied at every node of a tree. Proposal and draft
 are mixed linearly, ``q' = (1 - w) q + w [token = proposal]``, so gates, rules, calibration and
-budgets see nothing new.
+budgets need no change.
 
 B requests, W nodes of a frontier with k candidates each, texts of the last L tokens, n-grams of G
 tokens.
@@ -28,19 +28,19 @@ from echo.tree.packed import PackedTree
 from echo.tree.supertree import DEAD_SCORE, Frontier
 
 NO_TOKEN = -1
-"""Behind the end of a text; and: no proposal."""
+"""Padding after the end of a text; also: no proposal."""
 ABSENT = -2
-"""A tail's token before the beginning of its text: equals none."""
+"""A tail's padding before the beginning of its text; equals no token."""
 ALONE = (0.0, 0.2, 0.45, 0.7, 0.7, 0.7, 0.75, 0.8, 0.8)
-"""How often the proposal is the target's token, by length of the match. SmolLM2 on 32 prompts
+"""How often the proposal is the target's token, by match length. SmolLM2 on 32 prompts
 (``evaluate.py --warmup --new 64``, an example): 0, 0.21, 0.43, 0.84, 0.85, 0.47, 0.75, 0.79, 0.74;
-rounded, and smoothed from 3 on, of which it saw 40."""
+rounded, and smoothed from length 3 on, where it had 40 samples."""
 BESIDE = (0.0, 0.1, 0.3, 0.45, 0.6, 0.6, 0.6, 0.7, 0.8)
-"""The mixing weight that makes the target's text likeliest, beside SmolLM2's EAGLE head: round
-numbers, read off an earlier head's drafts of 64 texts. The present one's chains of 5 on the 32
+"""The mixing weights that maximise the likelihood of the target's text, beside SmolLM2's EAGLE
+head: rounded, from an earlier head's drafts of 64 texts. The present head's chains of 5 on the 32
 prompts: 0, 0.11, 0.29, 0.42, 0.64, 0.64, 0.73, 0.68, 0.79."""
 PRIOR = 2.0
-"""Steps that the present mixing weights count beside those seen."""
+"""Pseudo-count of the current mixing weights in :meth:`PromptLookup.fit_weights`."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,8 @@ class Texts:
     """The end of each request's text, prompt included.
 
     Attributes:
-        tokens: int32 [max_num_reqs, L], rings: token i of a text lies in column ``i % L``.
-        num_tokens: int64 [max_num_reqs], of each text, those that its ring has lost included.
+        tokens: int32 [max_num_reqs, L], ring buffers: token i of a text is in column ``i % L``.
+        num_tokens: int64 [max_num_reqs], tokens written to each ring, overwritten ones included.
 
     Example:
         >>> tokens = torch.tensor([[5, 6, 7, 5]])
@@ -64,7 +64,7 @@ class Texts:
 
     @classmethod
     def empty(cls, max_num_reqs: int, max_len: int, device: torch.device | str = "cpu") -> Texts:
-        """Return no texts yet, of ``max_num_reqs`` requests and ``max_len`` tokens, on ``device``.
+        """Return empty texts of ``max_len`` tokens for ``max_num_reqs`` requests, on ``device``.
 
         Raises:
             EchoError: a number below 1.
@@ -79,7 +79,7 @@ class Texts:
     ) -> Texts:
         """Replace the texts of ``req_indices`` int64 [n] by ``texts``, int64 [length] each.
 
-        ``out`` are texts, these too, to which is written.
+        ``out``: texts to write to, which may be these.
 
         Raises:
             EchoError: shapes, dtypes or devices that do not fit.
@@ -105,7 +105,7 @@ class Texts:
         """Append the first ``num_tokens`` int64 [B] of ``tokens`` int64 [B, n] to the texts of
         ``req_indices`` int64 [B].
 
-        ``out`` are texts, these too, to which is written: the tokens alone then move.
+        ``out``: texts to write to; if these, only the new tokens move.
 
         Raises:
             EchoError: shapes, dtypes or devices that do not fit.
@@ -124,7 +124,7 @@ class Texts:
         more = num_tokens.clamp(max=count)[:, None]
         place = torch.arange(room, device=device)
         end = self.num_tokens[req_indices][:, None]
-        turn = (place - end) % room  # the first of the new tokens that falls on each column
+        turn = (place - end) % room  # index of the first new token that lands in each column
         last = turn + (more - 1 - turn).div(room, rounding_mode="floor") * room
         ring = self.tokens[req_indices]
         if count:
@@ -134,8 +134,8 @@ class Texts:
         return new
 
     def propose(self, req_indices: Tensor, max_ngram: int = 8) -> Proposals:
-        """Return what followed the last ``max_ngram`` tokens of the texts of ``req_indices`` int64
-        [B]: W = 1, the roots.
+        """Propose what followed the last ``max_ngram`` tokens of each text of ``req_indices`` int64
+        [B], for the roots: W = 1.
 
         Raises:
             EchoError: req_indices of another shape, dtype or device, or max_ngram below 1.
@@ -144,7 +144,7 @@ class Texts:
         return _propose(self, req_indices, checks.integer("max_ngram", max_ngram, 1, 64), None)
 
     def _writable(self, out: Texts | None) -> Texts:
-        """``out``, holding what this holds; or a copy."""
+        """Return ``out`` holding these texts, or a copy of them."""
         if out is None:
             return Texts(self.tokens.clone(), self.num_tokens.clone())
         for name in ("tokens", "num_tokens"):
@@ -161,13 +161,13 @@ class Proposals:
     """The n-gram proposal of each node of a frontier.
 
     Attributes:
-        texts: searched.
+        texts: the texts searched.
         req_indices: int64 [B].
-        tails: int32 [B, W, G], the last tokens of each node's path with the text before it, newest
-            first; -2 where there are none.
-        tokens: int64 [B, W], what followed the longest match of a tail in the text, of several the
-            last; -1 for none.
-        match_lens: int64 [B, W], tokens of that match, at most G; 0 for none.
+        tails: int32 [B, W, G], the last tokens of each node's path, continued into the text before
+            it, newest first; -2 before the beginning.
+        tokens: int64 [B, W], the token that followed the longest match of the tail in the text, the
+            latest if there are several; -1 for none.
+        match_lens: int64 [B, W], length of that match, at most G; 0 for none.
 
     Example:
         >>> from echo.tree import SuperTree
@@ -185,8 +185,8 @@ class Proposals:
     match_lens: Tensor
 
     def follow(self, frontier: Frontier) -> Proposals:
-        """Return those of the next ``frontier``, whose parents' these are: one search of the
-        texts, B * W * L * G comparisons.
+        """Return the proposals of the next ``frontier``; these must be its parents'. Searches the
+        texts once, with B * W * L * G comparisons.
         """
         parents = self.tails, frontier.parent, frontier.token
         return _propose(self.texts, self.req_indices, self.tails.shape[2], parents)
@@ -195,9 +195,7 @@ class Proposals:
 def _propose(
     texts: Texts, req_indices: Tensor, max_ngram: int, parents: tuple[Tensor, Tensor, Tensor] | None
 ) -> Proposals:
-    """The proposals of the roots, or of the children of nodes with these tails: tails, parent,
-    token.
-    """
+    """Propose for the roots, or for the children (``parents``: tails, parent, token)."""
     if kernels.use_triton(req_indices):
         from echo.kernels import ngram
 
@@ -237,14 +235,14 @@ def blend(
 ) -> tuple[Tensor, Tensor]:
     """Mix a draft with a proposal: ``q' = (1 - weight) q + weight [token = proposal]``.
 
-    A proposal that is not among the candidates replaces the least likely where it is likelier.
-    Nodes without any candidate stay so.
+    A proposal that is not among the candidates replaces the least likely one if it is likelier.
+    Nodes without candidates stay empty.
 
     Args:
         tokens: int64 [B, W, k].
         log_probs: float [B, W, k].
         proposal: int64 [B, W]; -1: none.
-        weight: float32 [B, W] in [0, 1), that of the proposal.
+        weight: float32 [B, W] in [0, 1), the proposal's.
 
     Returns:
         Candidates and log-probabilities of the same shapes and dtypes.
@@ -277,28 +275,27 @@ def blend(
 def _check_draft(
     tokens: Tensor, log_probs: Tensor, batch: int | str, width: int | str
 ) -> tuple[int, int, int]:
-    """The sizes of a draft, int64 and float [B, W, k]."""
+    """Check a draft, int64 and float [B, W, k], and return its sizes."""
     found = checks.tensor("tokens", tokens, [batch, width, "k"], torch.int64).shape
     checks.tensor("log_probs", log_probs, found, checks.FLOATS, tokens.device)
     return found[0], found[1], found[2]
 
 
 class PromptLookup:
-    """Prompt lookup as a :class:`Drafter`: alone, or blended with what another proposes for every
-    node.
+    """Prompt lookup as a :class:`Drafter`, alone or blended with another drafter.
 
-    Texts and counters stay at their addresses, so CUDA graphs can hold ``draft`` and ``extend``:
-    ``capturable`` says so, where the other drafter's attribute of that name does, or there is none.
-    ``admit`` is called outside.
+    Texts and counters keep their addresses, so CUDA graphs can capture ``draft`` and ``extend``;
+    ``capturable`` is True if the other drafter's attribute is, or there is none. Call ``admit``
+    outside.
 
     Args:
-        max_num_reqs: requests that are remembered.
-        max_len: last tokens of each.
-        drafter: whose draft is blended; None: a chain of proposals.
-        max_ngram: longest match that is looked for.
-        mixing_weights: by length of the match, the proposal's weight in [0, 1), ``max_ngram + 1``
-            of them. Defaults to those measured on SmolLM2, for 8.
-        device: of the texts; making a lookup waits for a copy to it, using it does not.
+        max_num_reqs: maximum number of requests.
+        max_len: tokens remembered of each request, the last ones.
+        drafter: the drafter to blend with; None: draft chains of proposals.
+        max_ngram: longest match to look for.
+        mixing_weights: the proposal's weight in [0, 1) by match length, ``max_ngram + 1`` of them.
+            Defaults to weights measured on SmolLM2, for 8.
+        device: of the texts; the constructor waits for a copy to it, later calls do not.
 
     Raises:
         EchoError: an argument out of range.
@@ -340,12 +337,12 @@ class PromptLookup:
         self.texts = Texts.empty(max_num_reqs, max_len, device)
         self.mixing_weights = torch.tensor(mixing_weights, dtype=torch.float32, device=device)
         self._won = torch.zeros(2, count + 1, dtype=torch.float32, device=device)
-        self._last: tuple[int, Proposals] | None = None  # the depth asked last in this step
+        self._last: tuple[int, Proposals] | None = None  # of this step's last draft, with its depth
         self._root: tuple[Tensor, ...] | None = None
         self._judged = torch.zeros(self.texts.num_tokens.shape, dtype=torch.bool, device=device)
 
     def admit(self, req_indices: Tensor, prompts: Sequence[Tensor], first: Tensor) -> None:
-        """Remember the ``prompts`` of new requests, and the ``first`` token sampled after each."""
+        """Store the ``prompts`` of new requests, and the ``first`` token sampled after each."""
         texts = [torch.cat([p, t[None]]) for p, t in zip(prompts, first, strict=True)]
         self.texts.admit(req_indices, texts, out=self.texts)
         self._last = None
@@ -353,14 +350,13 @@ class PromptLookup:
             self.drafter.admit(req_indices, prompts, first)
 
     def draft(self, req_indices: Tensor, frontier: Frontier) -> tuple[Tensor, Tensor]:
-        """Return the other drafter's candidates blended with the proposals; or these alone, one a
-        node.
+        """Return the other drafter's candidates blended with the proposals, or one proposal a node.
 
-        The first frontier of a step may be that of depth 1, after a first layer that came from
-        elsewhere (``begin(first_layer=...)``).
+        A step's first frontier may have depth 1, if its first layer came from elsewhere
+        (``begin(first_layer=...)``).
 
         Raises:
-            EchoError: a frontier that is neither of these nor one below the last.
+            EchoError: a frontier that neither starts a step nor follows the previous one.
         """
         found = self._proposals(req_indices, frontier)
         self._last = frontier.depth, found
@@ -401,9 +397,7 @@ class PromptLookup:
         return roots.follow(frontier) if frontier.depth else roots
 
     def _remember(self, tokens: Tensor, log_probs: Tensor, found: Proposals) -> None:
-        """Keep what was drafted for the roots, at fixed addresses, until the target says which was
-        right.
-        """
+        """Keep the roots' drafts at fixed addresses until the target judges them."""
         batch, k = tokens.shape
         if self._root is None or self._root[0].shape[1] != k:
             count = len(self._judged)
@@ -416,7 +410,7 @@ class PromptLookup:
         self._judged[:batch].fill_(True)
 
     def extend(self, req_indices: Tensor, packed: PackedTree, accepted: Accepted) -> None:
-        """Append what was emitted, and count who was right at the root."""
+        """Append the emitted tokens, and count whether draft or proposal was right at the root."""
         if self._root is not None and packed.max_depth:
             batch = packed.batch
             tokens, log_probs, proposal, run = (buffer[:batch] for buffer in self._root)
@@ -434,10 +428,9 @@ class PromptLookup:
             self.drafter.extend(req_indices, packed, accepted)
 
     def fit_weights(self) -> tuple[float, ...]:
-        """Return the mixing weights that the steps so far suggest: one step of expectation
-        maximisation.
+        """Fit the mixing weights to the steps so far by one step of expectation maximisation.
 
-        The likelihood of the target's tokens rises with each such step, and has one maximum. Waits
+        Each such step raises the likelihood of the target's tokens, which has one maximum. Waits
         for the device.
         """
         won, seen = self._won.tolist()

@@ -1,6 +1,6 @@
-"""One speculative step composed of the parts, and a continuous-batching loop around it.
+"""One speculative step composed of the library's parts, and a continuous-batching loop around it.
 
-B requests of a step; W nodes of a frontier; k candidates of a node; N rows.
+B requests, W nodes of a frontier, k candidates of a node, N packed rows.
 """
 
 from __future__ import annotations
@@ -27,53 +27,49 @@ from echo.tree.supertree import Frontier, SuperTree, cost_bits
 
 
 class Target(Protocol):
-    """The target model with its cache and its sampler.
+    """The target model, with its KV cache and sampler.
 
-    ``req_indices`` int64 [B] says where each request's state is kept, below ``max_num_reqs``.
+    ``req_indices`` int64 [B], below ``max_num_reqs``, identify each request's state.
     """
 
     def admit(self, req_indices: Tensor, prompts: Sequence[Tensor], /) -> Tensor:
-        """Prefill new requests' ``prompts``, int64 [length] each; int64 [B], their first tokens."""
+        """Prefill the ``prompts``, int64 [length] each; return their first tokens, int64 [B]."""
 
     def verify(self, req_indices: Tensor, packed: PackedTree, /) -> Tensor:
-        """One forward pass over ``packed``; int64 [N], the token sampled after each row."""
+        """Run one forward pass over ``packed``; return the token sampled at each row, int64 [N]."""
 
     def compact(self, req_indices: Tensor, packed: PackedTree, accepted: Accepted, /) -> None:
-        """Keep the KV entries of ``accepted.rows`` of ``packed``, in order, and drop its others."""
+        """Keep the KV entries of ``accepted.rows``, in order; drop the others of ``packed``."""
 
 
 class Drafter(Protocol):
-    """What proposes tokens, for the target's ``req_indices``.
-
-    Its state must depend on nothing but the emitted text.
-    """
+    """The draft model. ``req_indices`` are the target's; state depends on the emitted text only."""
 
     def admit(self, req_indices: Tensor, prompts: Sequence[Tensor], first: Tensor, /) -> None:
-        """New requests, after the target's prefill of ``prompts``, int64 [length] each.
+        """Start new requests after the target's prefill of ``prompts``, int64 [length] each.
 
-        ``first`` int64 [B] are the tokens sampled after them.
+        ``first`` int64 [B] are the tokens sampled after the prompts.
         """
 
     def draft(self, req_indices: Tensor, frontier: Frontier, /) -> tuple[Tensor, Tensor]:
-        """Candidates of each node of the ``frontier``: tokens int64 [B, W, k] and log-probs float.
+        """Propose k candidates per node of ``frontier``: int64 tokens, float log-probs [B, W, k].
 
-        -inf fills up where there are fewer than k; k may differ by depth. A step's first frontier
-        is of depth 0, or of depth 1 where :meth:`ElasticBudgetScheduler.begin` was given a first
-        layer.
+        -inf pads nodes with fewer than k; k may differ by depth. A step's first frontier has depth
+        0, or 1 if :meth:`ElasticBudgetScheduler.begin` was given a first layer.
         """
 
     def extend(self, req_indices: Tensor, packed: PackedTree, accepted: Accepted, /) -> None:
-        """Draft extend: ``accepted.rows`` of ``packed`` stay; ``accepted.tokens`` were emitted."""
+        """Draft extend: keep ``accepted.rows`` of ``packed``; ``accepted.tokens`` were emitted."""
 
 
 @dataclass(frozen=True)
 class Seconds:
-    """Wall time of a step by part, on the host's clock.
+    """Wall time of a step's parts, on the host's clock.
 
     Attributes:
-        draft: the drafter's calls, draft extend included.
-        scheduling: choice of the tier, growing, packing, acceptance.
-        verify: the target's forward pass and its cache.
+        draft: drafter calls, draft extend included.
+        scheduling: choosing the tier, growing, packing, accepting.
+        verify: the target's forward pass and cache compaction.
     """
 
     draft: float = 0.0
@@ -82,27 +78,26 @@ class Seconds:
 
     @property
     def total(self) -> float:
-        """All parts."""
+        """Sum of the parts."""
         return self.draft + self.scheduling + self.verify
 
 
 @dataclass(frozen=True)
 class Step:
-    """What happened in one step.
+    """The results of one step.
 
     Attributes:
-        tree, packed, accepted: the values of the step; ``accepted`` cut at the ends of answers.
-        sampled: int64 [N], the target's tokens.
+        tree, packed, accepted: the step's values; ``accepted`` is truncated where answers end.
+        sampled: int64 [N], the target's token at each row.
         req_indices: int64 [B].
-        tier: depth and verify tokens chosen.
-        seconds: where the time went.
-        gated: a gate kept requests from drafting deeper.
-        requests: of :func:`decode`, the prompt that each of the B requests answers.
-        emitted: of :func:`decode`, the tokens each emitted: its row of ``accepted.tokens``, in its
-            first step behind the token that prefill sampled.
-        finished: of :func:`decode`, prompts answered in full with this step.
-        failed: of :func:`decode`, prompts whose answers end here unfinished: the target had no
-            number for their next token.
+        tier: the chosen depth and number of verify tokens.
+        seconds: wall time by part.
+        gated: whether the scheduler has a gate.
+        requests: with :func:`decode`, the prompt that each of the B requests answers.
+        emitted: with :func:`decode`, the tokens that each request emitted: its row of
+            ``accepted.tokens``, preceded in its first step by the token that prefill sampled.
+        finished: with :func:`decode`, prompts whose answers this step completed.
+        failed: with :func:`decode`, prompts left unfinished because the target has no next token.
     """
 
     tree: SuperTree
@@ -119,11 +114,10 @@ class Step:
     failed: tuple[int, ...] = ()
 
     def log(self, first_step: int = 0, *, weights: Tensor | None = None) -> WarmupLog:
-        """The warm-up log of this step: as :func:`warmup_log`.
+        """Return the warm-up log of this step, as :func:`warmup_log`.
 
         Raises:
-            EchoError: a step behind a gate without weights (what the gate stopped is missing, and
-                the log biased), or weights of another shape.
+            EchoError: a gated step without weights (a biased log), or weights of another shape.
         """
         if self.gated and weights is None:
             raise EchoError(
@@ -141,18 +135,17 @@ def warmup_log(
     *,
     weights: Tensor | None = None,
 ) -> WarmupLog:
-    """Each judged draft token: path probability, rank in its layer, and whether it was accepted.
+    """Log each judged draft token: path probability, rank in its layer, whether it was accepted.
 
-    Nodes that were not verified are missing, not rejected: warm up with a rule that commits the
-    best of every layer. So are those that the target did not judge
-    (:attr:`Accepted.num_accepted_drafts`).
+    Unverified nodes are missing, not rejected, so warm up with a rule that commits the best of
+    every layer. So are nodes that were not judged (:attr:`Accepted.num_accepted_drafts`).
 
     Args:
-        tree, packed, accepted: of one step.
-        first_step: id of this step's first request-step; the next B - 1 ids are used too.
+        tree, packed, accepted: the values of one step.
+        first_step: id of this step's first request-step; the others take the next B - 1 ids.
         weights: float [B, depths + 1], inverse-probability weights by request and depth
             (:meth:`echo.gating.ExploringGate.weights`); tokens of weight 0 are left out. Defaults
-            to 1, for steps drafted without a gate.
+            to 1, for steps without a gate.
 
     Raises:
         EchoError: values of different steps, or weights of another shape or dtype.
@@ -182,16 +175,15 @@ def warmup_log(
 
 
 def draft_labels(tree: SuperTree, packed: PackedTree, accepted: Accepted) -> tuple[Tensor, Tensor]:
-    """Label a step's rows, sync-free: what :meth:`echo.gating.LiveHistograms.update` counts.
+    """Label a step's rows for :meth:`echo.gating.LiveHistograms.update`. Sync-free.
 
     Args:
         tree, packed, accepted: the values of one step.
 
     Returns:
-        rank int64 [N], each row's rank among its request's candidates of its depth, by path
-        probability (0 on roots and pads); -1 on rows that the target did not judge
-        (:attr:`Accepted.num_accepted_drafts`). And bool [N], whether the whole path to a row was
-        accepted.
+        rank int64 [N] by path probability among the request's candidates of that depth (0 on roots
+        and pads), -1 where the target did not judge (:attr:`Accepted.num_accepted_drafts`); and
+        bool [N], whether the whole path to a row was accepted.
 
     Raises:
         EchoError: values of different steps.
@@ -207,12 +199,12 @@ def draft_labels(tree: SuperTree, packed: PackedTree, accepted: Accepted) -> tup
     rows = accepted.rows.flatten()
     if accepted.cut_row is not None:
         rows = torch.cat([rows, accepted.cut_row])
-    rows = torch.where(rows < 0, num_rows, rows)  # -1, no row, falls behind the last: cut off
+    rows = torch.where(rows < 0, num_rows, rows)  # -1 (no row) marks an extra entry, cut off below
     taken = torch.zeros(num_rows + 1, dtype=torch.bool, device=packed.tokens.device)
     taken = taken.index_fill(0, rows, True)[:-1]
     deepest = F.pad(torch.where(drafts < emitted, packed.max_depth, drafts), (0, 1))
     by_layer = [ranks(cost_bits(layer.score).long()) for layer in tree.layers]
-    rank = F.pad(torch.cat(by_layer, dim=1).flatten(), (0, 1))[packed.node]  # pads: the last
+    rank = F.pad(torch.cat(by_layer, dim=1).flatten(), (0, 1))[packed.node]  # pads: index -1
     drafted = packed.depth > 0
     judged = packed.depth <= deepest[packed.request]
     return rank.masked_fill(~drafted, 0).masked_fill(~judged, -1), taken & drafted
@@ -233,21 +225,20 @@ def speculate(
     eos_tokens: Tensor | None = None,
     max_new_tokens: Tensor | None = None,
 ) -> tuple[Step, History]:
-    """One step: begin, draft and grow, pack, verify, accept, compact. All tensors on one device.
+    """Run one step: begin, draft and grow, pack, verify, accept, compact. Tensors share a device.
 
     Args:
         scheduler: the policy.
-        target, drafter: the engine's models; no drafter drafts nothing.
+        target, drafter: the engine's models; without a drafter nothing is drafted.
         req_indices: int64 [B].
         root_tokens: int64 [B], each request's last emitted token.
-        history: of all requests.
+        history: acceptance history of all requests.
         verify_limits: int64 [B], as in :meth:`ElasticBudgetScheduler.begin`.
-        num_other_tokens: of prefill in the same forward pass.
-        early_stop: stop drafting once no request is active. It waits for one flag a layer; inside a
-            CUDA graph it must be False.
-        tier: from :meth:`ElasticBudgetScheduler.choose_tier`. Defaults to one chosen here, for
-            which indices and history are copied to the host: on a GPU the step then begins with a
-            sync.
+        num_other_tokens: prefill tokens in the same forward pass.
+        early_stop: stop drafting once no request is active, which reads one flag per layer from the
+            device; must be False inside a CUDA graph.
+        tier: from :meth:`ElasticBudgetScheduler.choose_tier`. Defaults to one chosen here from host
+            copies of indices and history, which on a GPU is a sync.
         eos_tokens, max_new_tokens: where answers end, as in :meth:`Accepted.truncate`.
 
     Returns:
@@ -261,7 +252,7 @@ def speculate(
         >>> scheduler = ElasticBudgetScheduler.eagle(max_verify_tokens_per_req=4, max_depth=2)
         >>> step, history = speculate(scheduler, *models, ids, roots, scheduler.history(1))
         >>> values = step.tree, step.packed, step.accepted
-        >>> len(step.log()), warmup_log(*values).accepted.tolist()  # a row for each draft token
+        >>> len(step.log()), warmup_log(*values).accepted.tolist()  # one row per draft token
         (3, [True, False, True])
         >>> rank, taken = draft_labels(*values)  # on the device, of all rows
         >>> rank.tolist(), taken.tolist()
@@ -302,7 +293,7 @@ def speculate(
 
 @dataclass
 class _Answer:
-    """A running request: its prompt, tokens to emit, and next root (``fresh``: not emitted yet)."""
+    """A running request: prompt, tokens still to emit, next root (``fresh``: not emitted yet)."""
 
     prompt: int
     remaining: int
@@ -325,26 +316,24 @@ def decode(
 ) -> Iterator[Step]:
     """Answer all prompts with continuous batching: when a request ends, the next is admitted.
 
-    The host chooses each step's tier from what it read after the step before: emitted tokens and
-    history. With ``early_stop=False`` nothing else waits for the device.
+    The host chooses each step's tier from the emitted tokens and history of the previous step. With
+    ``early_stop=False`` there is no other sync.
 
     Args:
         scheduler, target, drafter, early_stop: as in :func:`speculate`.
         prompts: int64 [length] each.
-        max_num_reqs: requests decoded together.
-        max_new_tokens: of each answer; one number, or one for each prompt.
-        eos_token: ends an answer, itself included; several where the model has several.
-        max_verify_tokens_per_req: of a request. Defaults to the scheduler's.
+        max_num_reqs: maximum number of requests decoded together.
+        max_new_tokens: limit of each answer: one number, or one per prompt.
+        eos_token: token or tokens that end an answer, as its last token.
+        max_verify_tokens_per_req: defaults to the scheduler's.
         device: where the step's tensors live.
 
     Yields:
-        A :class:`Step` for each step. The token that prefill sampled is the first of a request's
-        first ``emitted``.
+        One :class:`Step` per step. A request's first ``emitted`` begins with prefill's token.
 
     Raises:
-        EchoError: an argument of the wrong kind or out of range; and at the end, when all other
-            prompts are answered, naming each prompt whose answer is unfinished because the target
-            had no number for its next token (:attr:`Step.failed`).
+        EchoError: an argument of the wrong kind or out of range; or, once all other prompts are
+            answered, the unfinished ones (:attr:`Step.failed`).
 
     Example:
         >>> from echo.testing import TabularDrafter, TabularTarget, table
@@ -360,9 +349,9 @@ def decode(
     ends = frozenset(given)
     eos_tokens = torch.tensor(sorted(ends), device=device) if ends else None
     limits = _limits(prompts, max_new_tokens)
-    most = scheduler.max_verify_tokens_per_req
+    max_tokens = scheduler.max_verify_tokens_per_req
     if max_verify_tokens_per_req is not None:
-        most = checks.integer("max_verify_tokens_per_req", max_verify_tokens_per_req, 1)
+        max_tokens = checks.integer("max_verify_tokens_per_req", max_verify_tokens_per_req, 1)
     history = scheduler.history(max_num_reqs, device)
     known = scheduler.history(max_num_reqs)
     waiting = list(range(len(prompts)))[::-1]
@@ -397,7 +386,7 @@ def decode(
         answers = [running[index] for index in live]
         missing = [0 if a.fresh and a.root in ends else a.remaining - a.fresh for a in answers]
         remaining = torch.tensor(missing, device=device)
-        # where at most one token is missing, nothing is gained by drafting
+        # a request with at most one token to go gains nothing from drafting
         step, history = speculate(
             scheduler,
             target,
@@ -405,7 +394,7 @@ def decode(
             torch.tensor(live, device=device),
             torch.tensor([answer.root for answer in answers], device=device),
             history,
-            verify_limits=torch.where(remaining > 1, most, 1),
+            verify_limits=torch.where(remaining > 1, max_tokens, 1),
             early_stop=early_stop,
             tier=scheduler.choose_tier(known, live),
             eos_tokens=eos_tokens,
@@ -450,7 +439,7 @@ def _on_host(history: History, *values: Tensor) -> tuple[History, list[Any]]:
 
 
 def _limits(prompts: Sequence[Tensor], max_new_tokens: object) -> list[int]:
-    """Tokens of each answer at most. Checks both arguments."""
+    """Check both arguments; return the maximum number of tokens of each answer."""
     given = checks.integers("max_new_tokens", max_new_tokens, 1)
     limits: list[int] = (given.repeat(len(prompts)) if given.ndim == 0 else given).tolist()
     if len(limits) != len(prompts):

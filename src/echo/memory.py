@@ -1,4 +1,4 @@
-"""What does a tier take on the device, before anything is allocated?"""
+"""Device memory of a tier, computed before anything is allocated."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from echo.workspace import Workspace
 
 
 class TierMemory(NamedTuple):
-    """Bytes of a tier: of all that are smaller, too, which are its beginnings.
+    """Bytes of a tier and of all smaller tiers, which share its buffers.
 
     Attributes:
         workspace: buffers of planning and acceptance, history and counters.
-        drafts: keys and values of the step's rows, where they stay beside the pages.
-        attention: work list and partial results of tree attention, once for all layers.
-        graphs: tensors that CUDA graphs of a shipped rule hold beside those: none. What the driver
-            keeps for their nodes is known once captured (:attr:`echo.workspace.Graphs.nbytes`).
+        drafts: keys and values of the step's rows, where they are kept outside the pages.
+        attention: work list and partial results of tree attention, shared by all layers.
+        graphs: further tensors held by the CUDA graphs of a shipped rule: none. The driver's memory
+            for their nodes is known after capture (:attr:`echo.workspace.Graphs.nbytes`).
     """
 
     workspace: int
@@ -32,7 +32,7 @@ class TierMemory(NamedTuple):
 
     @property
     def total(self) -> int:
-        """All together."""
+        """Sum of the parts."""
         return sum(self)
 
 
@@ -53,16 +53,16 @@ def tier_memory(
     max_num_reqs: int | None = None,
     device: torch.device | str = "cpu",
 ) -> TierMemory:
-    """Bytes that a tier takes on one rank; allocates nothing.
+    """Compute the bytes that a tier takes on one rank, without allocating.
 
     Args:
-        scheduler, lanes, k, num_verify_tokens, max_num_reqs: as of :class:`echo.Workspace`.
+        scheduler, lanes, k, num_verify_tokens, max_num_reqs: as for :class:`echo.Workspace`.
         num_layers, num_heads, num_kv_heads, head_dim: of the target's attention, on one rank.
-        max_model_len: tokens of a request in the cache at most.
+        max_model_len: maximum number of cached tokens of a request.
         dtype: of the model.
-        cache_dtype: of its cache. Defaults to ``dtype``.
-        page_size: tokens of a page.
-        device: whose multiprocessors share the work of attention.
+        cache_dtype: of the KV cache. Defaults to ``dtype``.
+        page_size: tokens per page.
+        device: the GPU whose multiprocessors share the work of attention.
 
     Raises:
         EchoError: an argument of the wrong kind or out of range.

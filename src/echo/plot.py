@@ -1,4 +1,4 @@
-"""Pictures: cost models, calibrations and draft trees in one look; a tree also as text.
+"""Figures of cost models, calibrations and draft trees in one style; trees also as text.
 
 The only module that imports matplotlib, inside the functions that draw.
 """
@@ -47,14 +47,14 @@ LOOK: dict[Any, Any] = {
 
 
 def of(policy: str) -> str:
-    """The colour of a ``policy`` by the first word of its name; ``QUIET`` for references."""
+    """Return the colour of a ``policy`` by the first word of its name; ``QUIET`` for references."""
     first = policy.replace(",", " ").replace("-", " ").split()[0]
     name = "throughput-optimal" if first == "throughput" else first
     return POLICIES.get(name, QUIET)
 
 
 def require() -> None:
-    """Raises :class:`EchoError`, with how to install it, if matplotlib is missing."""
+    """Raise :class:`EchoError`, with how to install it, if matplotlib is missing."""
     if importlib.util.find_spec("matplotlib") is None:
         hint = "pip install 'echo-specdec[plot]'"
         raise EchoError(f"plot: expected matplotlib ({hint}), got no such module")
@@ -62,7 +62,7 @@ def require() -> None:
 
 @contextmanager
 def figure(width: float, height: float) -> Iterator[Figure]:
-    """An empty figure of ``width`` by ``height`` inches, to fill and save in the block.
+    """Yield an empty figure of ``width`` by ``height`` inches, to fill and save in the block.
 
     Raises:
         EchoError: matplotlib is not installed.
@@ -81,14 +81,14 @@ def figure(width: float, height: float) -> Iterator[Figure]:
     with matplotlib.rc_context(LOOK):
         drawn = Figure(figsize=(width, height), layout="constrained")
         yield drawn
-        drawn.draw_without_rendering()  # what matplotlib would defer, in the same look
+        drawn.draw_without_rendering()  # otherwise deferred, and drawn in another style
 
 
 # Cost models and calibrations.
 
 
 def cost_model(model: CostModel) -> Figure:
-    """As :meth:`CostModel.plot`."""
+    """Draw a cost model: see :meth:`CostModel.plot`."""
     with figure(10, 3.8) as drawn:
         curve, chance = drawn.subplots(1, 2)
         _curve(curve, model)
@@ -97,7 +97,7 @@ def cost_model(model: CostModel) -> Figure:
 
 
 def _curve(axis: Any, model: CostModel) -> None:
-    """Milliseconds by tokens, of up to four numbers of requests with their knees."""
+    """Milliseconds by tokens, for up to four numbers of requests, with their knees."""
     counts = model.num_reqs or (1,)
     places = np.unique(np.linspace(0, len(counts) - 1, 4).round().astype(int))
     for i, b in enumerate(counts[place] for place in places):
@@ -126,7 +126,7 @@ def _curve(axis: Any, model: CostModel) -> None:
 
 
 def _break_even(axis: Any, model: CostModel) -> None:
-    """Acceptance probability from which one draft for each of B requests pays: T(2B) / T(B) - 1."""
+    """Acceptance probability above which one draft per request (of B) pays: T(2B) / T(B) - 1."""
     batch = np.unique(np.geomspace(1, max(2, model.num_tokens[-1] // 2), 200).round().astype(int))
     plain = np.asarray([model(b, num_reqs=b) for b in batch])
     drafted = np.asarray([model(2 * b, num_reqs=b) + model.draft_seconds(1, b) for b in batch])
@@ -143,7 +143,7 @@ LEAST = 1e-3
 
 
 def calibration(calibration: Calibration) -> Figure:
-    """As :meth:`Calibration.plot`."""
+    """Draw a calibration: see :meth:`Calibration.plot`."""
     depths = calibration.max_depth
     rows = -(-depths // COLUMNS)
     with figure(13, 2.1 * rows + 3.6) as drawn:
@@ -161,7 +161,7 @@ def calibration(calibration: Calibration) -> Figure:
 
 
 def _densities(axis: Any, d: DepthCalibration) -> None:
-    """Density of each kind over log confidence, of mass 1 with what is left of the axis."""
+    """Density of each kind over log confidence, of mass 1 including what is left of the axis."""
     axis.set_title(f"depth {d.depth}{', gate' if d.gate else ''}")
     axis.set(xscale="log", xlim=(LEAST, 1), yticks=[], xlabel="confidence")
     if not d.profile:
@@ -214,7 +214,7 @@ STATUS = {
 
 @dataclass
 class Node:
-    """A node on the host; in a drawing, with its texts and measures in inches.
+    """A node on the host; in a drawing, with its texts and its measures in inches.
 
     Attributes:
         token: its id.
@@ -224,9 +224,9 @@ class Node:
         kind: "root", "depth" (committed while drafting) or "width" (selected last).
         accepted: whether it is on the accepted path.
         children: indices.
-        text, beside: what is drawn, and what is drawn beside it.
+        text, beside: the text drawn in the box, and the one beside it.
         text_width, width: of the text, and of both.
-        y: line of the drawing.
+        y: row of the drawing.
     """
 
     token: int
@@ -244,7 +244,7 @@ class Node:
 
 
 def read(packed: PackedTree, request: int, accepted: Accepted | None = None) -> list[Node]:
-    """The nodes of one ``request`` of ``packed``, in order, and which are ``accepted``.
+    """Read the nodes of one ``request`` of ``packed``, in order, and whether each is ``accepted``.
 
     Synchronizes with the device; EchoError: no such request.
     """
@@ -266,7 +266,7 @@ def read(packed: PackedTree, request: int, accepted: Accepted | None = None) -> 
 def render(
     packed: PackedTree, request: int, accepted: Accepted | None, label: Callable[[int], str]
 ) -> str:
-    """As :meth:`~echo.tree.packed.PackedTree.render`."""
+    """Draw one tree as text: see :meth:`~echo.tree.packed.PackedTree.render`."""
     nodes = read(packed, request, accepted)
     lines: list[tuple[str, str]] = []
 
@@ -303,7 +303,7 @@ def packed_tree(
     label: Callable[[int], str],
     titles: Sequence[str] | None,
 ) -> Figure:
-    """As :meth:`~echo.tree.packed.PackedTree.plot`.
+    """Draw trees: see :meth:`~echo.tree.packed.PackedTree.plot`.
 
     Example:
         >>> import echo, torch
@@ -352,7 +352,7 @@ def packed_tree(
 
 
 def _measured(nodes: list[Node], label: Callable[[int], str]) -> list[Node]:
-    """The nodes with texts and measures: a line for each leaf, a parent amid its children."""
+    """Return the nodes with texts and measures: a row per leaf, each parent amid its children."""
     for node in nodes:
         node.text = label(node.token)
         node.beside = f"{node.probability:.2f}".lstrip("0") if node.depth else ""
@@ -385,7 +385,7 @@ def _facts(packed: PackedTree, request: int, nodes: list[Node], accepted: Accept
 
 
 def _columns(nodes: Sequence[Node]) -> list[float]:
-    """Where each depth begins, so that its widest node ends before the next; last, the end."""
+    """Where each depth begins, so that its widest node ends before the next; and the end."""
     begins = [0.0]
     for depth in range(max((node.depth for node in nodes), default=0) + 1):
         widest = max((node.width for node in nodes if node.depth == depth), default=0.0)
@@ -395,7 +395,7 @@ def _columns(nodes: Sequence[Node]) -> list[float]:
 
 
 def _draw(axis: Any, nodes: Sequence[Node], left: Sequence[float], top: float) -> None:
-    """Edges, then boxes over them."""
+    """Draw edges, then boxes over them."""
     for node in nodes[1:]:
         above = nodes[node.parent]
         start = left[above.depth] + above.width, top - LINE * above.y
@@ -443,7 +443,7 @@ def _text(axis: Any, x: float, y: float, text: str, **look: Any) -> None:
 
 
 def _width(text: str, size: float = SIZE) -> float:
-    """Inches that a text takes."""
+    """Width of a text in inches."""
     from matplotlib.textpath import TextPath
 
     return float(TextPath((0, 0), text, size=size).get_extents().x1) / 72 if text.strip() else 0.05

@@ -1,15 +1,15 @@
-"""Should I speculate? One page from what was accepted and what a step costs.
+"""Should I speculate? A one-page answer, from measured acceptance and step times.
 
-B requests are decoded together; a step verifies N tokens, their roots included, of trees of d
-layers, and of the drafts a request's step accepts a in the mean. Speculation is worth
+B requests are decoded together. A step verifies N tokens, roots included, of trees of d layers; a
+request accepts a(B, d, N) of its drafts on average. The gain of speculation is
 
     speedup(B, C) = max over d and N of
         (1 + a(B, d, N)) T(B, B, C) / (T(B, N, C) + draft(B, d)),
 
-T being the target's seconds for so many requests, tokens and tokens of context
-(:class:`echo.CostModel`). a(B, d, N) is counted on the log: B of its steps at random, their N - B
-likeliest drafts down to depth d, and how many of those the target accepted. Intervals are of 95%,
-from logs resampled by blocks of steps and from the error of the cost model.
+where T is the target's seconds for so many requests, tokens and tokens of context
+(:class:`echo.CostModel`). a(B, d, N) is counted on the log: draw B of its steps, take their N - B
+likeliest drafts down to depth d, and count those that the target accepted. Intervals are 95%, from
+logs resampled by blocks of steps and from the cost model's error.
 """
 
 from __future__ import annotations
@@ -34,32 +34,30 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 ENOUGH = 50
-"""Accepted and rejected tokens that say enough of a depth (``calibrate``'s ``min_rows``), and
-request-steps of a load."""
+"""Accepted and rejected tokens that suffice at one depth (``calibrate``'s ``min_rows``), and
+request-steps that suffice at one load."""
 HEAD = (
     "context  requests  depth  verify tokens  tokens/step  speedup [95%]      K_max  8 tokens cost"
 )
 NOISY = 0.25
-"""Above it, a cost model's error is said to be what blurs the answer."""
+"""Cost model error above which a note asks for more timing."""
 COSTLY = 1.15
-"""Above it, eight tokens of one request are said to cost more than one."""
+"""Ratio above which a note says that eight tokens cost more at few requests than at the best."""
 SHADES = (plot.GOOD, "#33658a", "#e9a13b", "#7b4b94")
 
 
 @dataclass(frozen=True)
 class DepthAcceptance:
-    """Acceptance at one depth, of request-steps.
+    """Acceptance of request-steps at one depth.
 
     Attributes:
         depth: 1 is the first drafted token.
         drafted: verified draft tokens of this depth.
-        accepted: those that the target accepted.
-        cumulative: accepted over request-steps: the rate at which a step gets so deep (vLLM's
-            per-position rate).
-        conditional: accepted over those of the depth above: the rate once the step is there. NaN
-            where none is.
+        accepted: those of them that the target accepted.
+        cumulative: accepted over request-steps (vLLM's per-position rate).
+        conditional: accepted over accepted at ``depth - 1``; NaN if none were.
         low, high: of ``conditional``, 95% (Wilson's interval, as if steps were independent).
-        well_observed: at least 50 accepted and 50 rejected tokens.
+        well_observed: whether at least 50 tokens were accepted and 50 rejected.
     """
 
     depth: int
@@ -74,20 +72,20 @@ class DepthAcceptance:
 
 @dataclass(frozen=True)
 class Advice:
-    """What to do with ``num_reqs`` requests of ``context_len`` tokens of context.
+    """Recommendation for ``num_reqs`` requests of ``context_len`` tokens of context.
 
     Attributes:
         num_reqs: B.
-        context_len: of each request.
+        context_len: tokens of context of each request.
         depth: layers to draft; 0: do not speculate.
-        num_verify_tokens: of a step of the batch, roots included.
-        tokens_per_step: that a request emits, bonus token included.
+        num_verify_tokens: of the whole batch's step, roots included.
+        tokens_per_step: tokens that a request emits in a step, bonus token included.
         speedup, low, high: tokens per second over plain decoding's, and the 95% interval for this
             depth and budget.
-        k_max: the paper's K_max, the knee of the cost curve of so many requests; None: it has none.
-        eight: what a step of eight tokens a request costs, in steps of plain decoding.
-        extrapolated: the cost model was not measured there.
-        steps: request-steps that acceptance was counted on.
+        k_max: the paper's K_max, the knee of the cost curve at this load; None: no knee.
+        eight: cost of a step of eight tokens a request, in steps of plain decoding.
+        extrapolated: whether this load is outside what the cost model was measured at.
+        steps: number of request-steps that acceptance was counted on.
     """
 
     num_reqs: int
@@ -105,9 +103,9 @@ class Advice:
 
     @property
     def verdict(self) -> str:
-        """``yes``: the whole interval is above 1; ``no``: do not draft; else ``unsure``.
+        """``yes``: the whole interval is above 1; ``no``: do not draft; otherwise ``unsure``.
 
-        Fewer than 50 request-steps are never sure.
+        With fewer than 50 request-steps always ``unsure``.
         """
         if self.extrapolated or self.steps < ENOUGH or (self.depth and self.low <= 1):
             return "unsure"
@@ -116,21 +114,19 @@ class Advice:
 
 @dataclass(frozen=True)
 class SpeculationReport:
-    """The page; ``str`` of it is its text.
+    """The report; ``str`` renders it as text.
 
     Attributes:
         depths: acceptance by depth.
-        advice: by context and number of requests.
-        draft_acceptance_rate: accepted over verified draft tokens, pooled: vLLM's and SGLang's
-            rate.
-        mean_of_rates: the mean of means: of the rates of steps (of a log), of requests (SGLang) or
-            of intervals (vLLM's log). Another number, since what drafts little weighs more in it.
-            NaN where only totals are known.
-        unit: what that is the mean of.
-        acceptance_length: mean tokens of a request's step, bonus token included, with all that was
-            drafted verified.
+        advice: one entry per context and number of requests.
+        draft_acceptance_rate: accepted over verified draft tokens, pooled (vLLM's and SGLang's).
+        mean_of_rates: unweighted mean of the rates of steps (of a log), requests (SGLang) or
+            intervals (vLLM's log). Differs from the pooled rate, since those that drafted little
+            weigh more. NaN if only totals are known.
+        unit: what ``mean_of_rates`` averages over.
+        acceptance_length: mean tokens of a request's step if all is verified, bonus token included.
         sweet_spots: the calibration's gates, depth to threshold.
-        notes: what to mind, and what to log or measure next.
+        notes: caveats, and what to log or measure next.
     """
 
     depths: tuple[DepthAcceptance, ...]
@@ -144,7 +140,7 @@ class SpeculationReport:
 
     @property
     def speculate(self) -> bool:
-        """Whether it is surely worth it at any of the loads."""
+        """Whether speculation is surely worth it at any of the loads."""
         return any(a.verdict == "yes" for a in self.advice)
 
     def __str__(self) -> str:
@@ -171,7 +167,7 @@ class SpeculationReport:
         rate = f"draft acceptance rate {self.draft_acceptance_rate:.3f}, pooled"
         lines += ["", f"{rate}: all accepted over all drafted (what vLLM and SGLang report)"]
         if not math.isnan(self.mean_of_rates):
-            mean = f"mean of means {self.mean_of_rates:.3f}: each of the {self.unit} counts alike"
+            mean = f"mean of means {self.mean_of_rates:.3f}: each of the {self.unit} counts equally"
             lines.append(f"{mean}, however much it drafted")
         length = f"acceptance length {self.acceptance_length:.2f} tokens a step"
         lines.append(f"{length}, bonus token included")
@@ -181,7 +177,7 @@ class SpeculationReport:
         return "\n".join(lines + [f"- {note}" for note in self.notes])
 
     def plot(self) -> Figure:
-        """Speedup with its interval, depth and budget by number of requests; acceptance by depth.
+        """Draw speedup with interval, depth and budget by number of requests; acceptance by depth.
 
         Raises:
             EchoError: matplotlib is not installed (extra ``plot``).
@@ -204,21 +200,20 @@ def speculation_report(
     """Report whether to speculate, at which load and how deep, from acceptance and cost.
 
     Args:
-        seen: a log with step ids, from steps that verified what they drafted; or what an engine
-            that drafts chains publishes. Of vLLM ``num_drafts`` and
-            ``num_accepted_tokens_per_pos`` (and ``num_draft_tokens``, where chains differ), the
-            text of its metrics page, or its log with lines of "SpecDecoding metrics". Of SGLang
-            ``spec_accept_histogram`` (also called ``spec_correct_drafts_histogram``), whose entry n
-            counts the steps that accepted n draft tokens, or the ``meta_info`` of each request.
-        cost: seconds of the target's pass and of drafting, measured.
-        calibration: made from another part of the log; says which draft tokens are likely, and the
-            sweet spots. Defaults to the draft's own confidence.
-        num_reqs: numbers of requests to answer for.
-        context_lens: tokens of context of a request to answer for. Defaults to what the cost model
-            was measured at.
+        seen: a log with step ids, from steps that verified all drafts; or the counters of an engine
+            that drafts chains. vLLM: ``num_drafts`` and ``num_accepted_tokens_per_pos`` (and
+            ``num_draft_tokens``, if chains differ in length), the text of its metrics page, or its
+            log with lines of "SpecDecoding metrics". SGLang: ``spec_accept_histogram`` (also called
+            ``spec_correct_drafts_histogram``), whose entry n counts the steps that accepted n draft
+            tokens, or the ``meta_info`` of each request.
+        cost: measured seconds of the target's forward pass and of drafting.
+        calibration: from another part of the log; ranks the draft tokens and gives the sweet spots.
+            Defaults to ranking by the draft's own confidence.
+        num_reqs: numbers of requests to report on.
+        context_lens: tokens of context per request to report on. Defaults to the cost model's.
         beam: nodes expanded in a drafted layer.
-        max_verify_tokens_per_req: of a step, the root included.
-        resamples: of the bootstrap over blocks of steps, for the intervals.
+        max_verify_tokens_per_req: maximum of a request's step, root included.
+        resamples: bootstrap resamples of blocks of steps, for the intervals.
         seed: of the bootstrap.
 
     Raises:
@@ -275,7 +270,7 @@ def speculation_report(
 def _advise(
     outcomes: Outcomes, cost: CostModel, b: int, context: float, beam: int, error: Any, steps: int
 ) -> Advice:
-    """The depth and the tokens of greatest speedup for ``b`` requests."""
+    """Find the depth and budget of greatest speedup for ``b`` requests."""
     load: dict[str, Any] = {"num_reqs": b, "context_tokens": b * context}
     plain = cost(b, **load)
     budgets = outcomes.budgets
@@ -331,26 +326,26 @@ def _notes(
     cost: CostModel,
     spots: Mapping[int, float],
 ) -> list[str]:
-    """What a reader should mind, and what to log or measure next."""
+    """Caveats, and what to log or measure next."""
     notes = [f"cost model: {doubt}" for doubt in cost.doubts]
     first = min(advice, key=lambda a: a.num_reqs)
     last = min(advice, key=lambda a: a.eight)
-    # a dense model's tokens are cheapest at one request
+    # of a dense model, a token is cheapest at one request: this is a mixture of experts
     if first.eight > COSTLY * max(1.0, last.eight):
         notes.append(
             f"8 tokens a request cost {first.eight:.1f} plain steps at {first.num_reqs} request(s)"
             f" and {last.eight:.1f} at {last.num_reqs}: a mixture of experts, where each token of a"
-            " small batch wakes experts that no other reads; at"
+            " small batch activates experts that no other token reads; at"
             f" {first.num_reqs} a step of {first.num_verify_tokens} tokens emits"
-            f" {first.tokens_per_step:.2f} a request and is worth {first.speedup:.2f}"
+            f" {first.tokens_per_step:.2f} a request, a speedup of {first.speedup:.2f}"
         )
     if not cost.num_reqs and max(a.num_reqs for a in advice) > 1:
-        notes.append("the cost model knows tokens only: measure several numbers of requests too")
+        notes.append("the cost model covers tokens only: measure several numbers of requests too")
     if cost.error is None:
-        notes.append("the cost model's own error is not known: intervals are of acceptance alone")
+        notes.append("the cost model's own error is not known: intervals cover acceptance only")
     elif cost.error > NOISY:
         notes.append(
-            f"step times are known within {cost.error:.0%} only: time each load more often"
+            f"step times are only known to within {cost.error:.0%}: time each load more often"
         )
     if far := [a for a in advice if a.extrapolated]:
         loads = ", ".join(f"{a.num_reqs} x {a.context_len:.0f}" for a in far[:4])
@@ -360,7 +355,7 @@ def _notes(
         notes.append(f"{counted.steps} request-step(s) are too few for a sure answer: log more")
     if unsure := [a for a in advice if a.depth and a.low <= 1 and not a.extrapolated]:
         where = ", ".join(str(a.num_reqs) for a in unsure)
-        notes.append(f"the interval has 1 in it at {where} requests: log more steps, or time more")
+        notes.append(f"the interval includes 1 at {where} requests: log more steps, or time more")
     if few := [d for d in depths if not d.well_observed]:
         rare = min(min(d.accepted, d.drafted - d.accepted) for d in few)
         known = f"about {math.ceil(counted.steps * ENOUGH / rare):,} " if rare > 0 else "more "
@@ -382,7 +377,7 @@ def _notes(
 
 
 def _answer(advice: Sequence[Advice]) -> str:
-    """One line on the loads of a context."""
+    """Summarize the loads of one context in a line."""
     parts = []
     for verdict in ("yes", "no", "unsure"):
         if loads := ", ".join(_runs([a.verdict == verdict for a in advice], advice)):
@@ -394,7 +389,7 @@ def _answer(advice: Sequence[Advice]) -> str:
 
 
 def _runs(inside: Sequence[bool], advice: Sequence[Advice]) -> list[str]:
-    """Numbers of requests in a row as "first to last"."""
+    """Format consecutive numbers of requests as "first to last"."""
     found = []
     for own, group in itertools.groupby(zip(inside, advice, strict=True), lambda pair: pair[0]):
         counts = [a.num_reqs for _, a in group]

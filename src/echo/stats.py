@@ -1,4 +1,4 @@
-"""What a server counts of its steps: summed on the device, copied to the host when asked."""
+"""Counters of a serving loop's steps: summed on the device, copied to the host on request."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ from echo.tree.packed import PackedTree
 class StepCounts:
     """Totals on the host since :meth:`StepStats.empty`.
 
-    A *share* is an even split of a step: its verify tokens over its live requests, rounded down.
+    A request's *share* is the step's verify tokens over its live requests, rounded down.
 
     Attributes:
         steps: steps observed.
-        layers: layers drafted; over ``steps`` the mean draft depth, 0 where speculation was off.
+        layers: layers drafted; over ``steps``, the mean draft depth (0 where speculation was off).
         requests: requests verified, summed over steps; each has one root.
         verify_tokens: tokens verified for requests, roots included.
         pad_tokens: pad rows launched.
-        accepted_drafts: drafts accepted whose own token was emitted too.
+        accepted_drafts: accepted drafts whose own sampled token was emitted too.
         truncated: requests that failed a gate, summed over steps.
-        starved: requests that passed and found no verify token remaining, likewise.
-        released: verify tokens by which truncated requests stay below their share.
-        reassigned: those of them that other requests get beyond their shares; the rest were pads. A
-            rule with a budget for each request reassigns none.
+        starved: requests that passed but found no verify token remaining, summed over steps.
+        released: verify tokens of their shares that truncated requests did not get.
+        reassigned: released tokens that other requests got beyond their shares; the rest became
+            pads. A rule with a budget for each request reassigns none.
         invalid: faulty draft scores, as :attr:`SuperTree.invalid`.
         no_output: verified requests that emitted nothing, summed over steps: the target had no
             token for the root, or the answer was over.
-        not_scheduled: live requests without a verify token, likewise: more were live than the step
-            has tokens. They keep their root.
+        not_scheduled: live requests without a verify token, summed over steps: the step had fewer
+            tokens than live requests. They keep their root.
     """
 
     steps: int = 0
@@ -56,25 +56,25 @@ class StepCounts:
 
     @property
     def draft_tokens(self) -> int:
-        """Drafts verified: verify tokens without roots."""
+        """Draft tokens verified: verify tokens minus roots."""
         return self.verify_tokens - self.requests
 
     @property
     def emitted_tokens(self) -> int:
-        """Accepted drafts, and a bonus token for each verified request with output."""
+        """Accepted drafts, plus a bonus token for each verified request with output."""
         return self.accepted_drafts + self.requests - self.no_output
 
     @property
     def tokens_per_step(self) -> float:
-        """Mean tokens that a request emits in a step; 0 before the first."""
+        """Mean number of tokens that a request emits in a step; 0 before the first."""
         return self.emitted_tokens / self.requests if self.requests else 0.0
 
 
 @dataclass(frozen=True)
 class StepStats:
-    """Counters of a serving loop, a value: :meth:`observe` returns the next one.
+    """Counters of a serving loop, immutable: :meth:`observe` returns the next value.
 
-    Those of several ranks or loops add up: ``StepStats(a.counts + b.counts)``.
+    Add those of several ranks or loops: ``StepStats(a.counts + b.counts)``.
 
     Attributes:
         counts: int64 [13], in the order of :class:`StepCounts`.
@@ -93,13 +93,13 @@ class StepStats:
 
     @classmethod
     def empty(cls, device: torch.device | str = "cpu") -> StepStats:
-        """Nothing counted yet; the counters live on ``device``."""
+        """Return zero counters on ``device``."""
         return cls(torch.zeros(len(fields(StepCounts)), dtype=torch.int64, device=device))
 
     def observe(
         self, packed: PackedTree, accepted: Accepted, *, out: StepStats | None = None
     ) -> StepStats:
-        """Add a step: one launch on a GPU, fixed shapes, sync-free.
+        """Count a step: one launch on a GPU, fixed shapes, sync-free.
 
         Args:
             packed, accepted: the step.
@@ -128,7 +128,7 @@ class StepStats:
         share = packed.num_rows // requests.clamp(min=1)
         truncated = live & (status == int(Status.TRUNCATED))
         released = ((share - tokens).clamp(min=0) * truncated).sum()
-        rest = packed.num_rows - share * requests  # beyond the shares, but released by no request
+        rest = packed.num_rows - share * requests  # remainder of the split, released by no request
         beyond = ((tokens - share).clamp(min=0) * live).sum() - rest
         step = [
             total.new_ones(()),
@@ -148,5 +148,5 @@ class StepStats:
         return copy_into(out, StepStats(self.counts + torch.stack(step)))
 
     def read(self) -> StepCounts:
-        """The totals on the host: one device-to-host sync."""
+        """Copy the totals to the host: one device-to-host sync."""
         return StepCounts(*self.counts.tolist())

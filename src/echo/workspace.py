@@ -1,8 +1,8 @@
-"""A step's planning at fixed addresses, and the CUDA graphs that hold it.
+"""A step's buffers at fixed addresses, and the CUDA graphs that capture it.
 
-Launched one by one, the kernels of a step cost the host far more than the device: 2.4 to 2.9 ms of
+Launched one by one, a step's kernels cost the host far more than the device: 2.4 to 2.9 ms of
 launches for 0.13 ms of work at 256 requests on an H100. :class:`Workspace` owns the buffers that a
-step writes to, so that a CUDA graph can hold it; :class:`Graphs` captures and replays.
+step writes to, so that a CUDA graph can capture it; :class:`Graphs` captures and replays.
 """
 
 from __future__ import annotations
@@ -32,33 +32,35 @@ T = TypeVar("T")
 
 
 class Workspace:
-    """The buffers of a step: its tensors lie at addresses that never change.
+    """The buffers of a step, at addresses that never change.
 
-    Each call takes and returns what the scheduler's own does, with the same bits; the tensors are
-    views of these buffers, valid until the call is made again. With a GPU's kernels, a shipped rule
-    and a :class:`SparseGate` or none, a step allocates nothing. A step may be of any prefix of the
-    lanes and of any number of verify tokens up to ``num_verify_tokens``: a tier is a view.
+    Each method takes and returns what the scheduler's does, bit for bit; the tensors are views of
+    these buffers, valid until the next call of that method. With Triton kernels, a shipped rule and
+    a :class:`SparseGate` or no gate, a step allocates nothing. A step may use any prefix of the
+    lanes and up to ``num_verify_tokens`` verify tokens: a smaller tier is a view.
 
-    Three captures hold a step, each keyed by what alone changes it, because an engine's grammar,
-    penalties and sampler run between them: *draft* (lanes, depth): :meth:`begin`, then the drafter
-    and :meth:`grow` by turns; *plan* (lanes, depth, verify tokens): :meth:`pack`; *accept* (lanes,
+    Capture a step in three parts, because an engine's grammar, penalties and sampler run between
+    them, each keyed by what changes it: *draft* (lanes, depth): :meth:`begin`, then the drafter and
+    :meth:`grow` in turn; *plan* (lanes, depth, verify tokens): :meth:`pack`; *accept* (lanes,
     verify tokens): :meth:`accept`, :meth:`compact`, :meth:`observe`, and the engine's own part.
-    Between replays the host changes :meth:`set_num_verify_tokens` and the inputs of :meth:`begin`.
+    Between replays the host calls :meth:`set_num_verify_tokens` and updates the inputs of
+    :meth:`begin`.
 
     Args:
         scheduler: the policy, without request weights.
         lanes: maximum number of requests of a step, empty lanes included.
-        k: candidates that the drafter returns for each node: one number, or one for each depth.
+        k: candidates of each node: one number, or one per depth.
         num_verify_tokens: maximum of a step, roots included.
-        max_num_reqs: requests of the history. Defaults to ``lanes``.
-        device: of the buffers; "meta" for their ``nbytes`` alone.
-        packed: another workspace's ``packed``, of as many rows and mask words, to pack into, so
-            that one target's graphs serve several policies.
+        max_num_reqs: requests in the history. Defaults to ``lanes``.
+        device: of the buffers; "meta" to compute only their ``nbytes``.
+        packed: another workspace's ``packed``, with as many rows and mask words, to pack into, so
+            that the target's graphs serve several policies.
 
     Attributes:
-        packed: the buffers of the largest step; a step is their beginning.
-        history: :class:`History`, updated in place by :meth:`observe`. What the host counts
-            (``num_steps``, ``num_idle_steps``) is counted outside: :meth:`History.advance`.
+        packed: the buffers of the largest step; smaller steps are prefixes of them.
+        history: :class:`History`, updated in place by :meth:`observe`. Its host counters
+            (``num_steps``, ``num_idle_steps``) advance outside the graphs, by
+            :meth:`History.advance`.
         stats: :class:`StepStats`, updated in place by :meth:`observe`.
 
     Raises:
@@ -68,7 +70,7 @@ class Workspace:
         >>> import echo
         >>> scheduler = echo.ElasticBudgetScheduler(echo.GlobalRank(2), budget=4, max_depth=1)
         >>> space = Workspace(scheduler, lanes=2, k=2, num_verify_tokens=4)
-        >>> space.set_num_verify_tokens(3)  # of this step, at most the 4
+        >>> space.set_num_verify_tokens(3)  # this step uses 3 of the 4
         >>> tree = space.begin(torch.tensor([7, 9]))
         >>> tokens = torch.tensor([[[1, 2]], [[3, 4]]])
         >>> tree = space.grow(tree, tokens, torch.log(torch.tensor([[[0.9, 0.1]], [[0.6, 0.3]]])))
@@ -357,9 +359,9 @@ class Captured(NamedTuple):
     """A captured function.
 
     Attributes:
-        replay: runs it again.
-        result: what it returned; its tensors are written by every replay.
-        nbytes: that it keeps on the device.
+        replay: runs the function again.
+        result: what the function returned; every replay overwrites its tensors.
+        nbytes: device memory that the graph keeps.
     """
 
     replay: Callable[[], None]
@@ -368,13 +370,13 @@ class Captured(NamedTuple):
 
 
 class Graphs:
-    """CUDA graphs by key: a function runs the first time, is captured the second, then replayed.
+    """CUDA graphs by key: run the function the first time, capture it the second, then replay.
 
     The first run compiles kernels and fills caches; nothing runs twice in one step. A replay runs
-    no Python: a captured function must not look at a device's values, must find its inputs at the
-    addresses of its capture, and must leave what others read in buffers of a fixed address. All
-    graphs share one memory pool: replay them one after another on one stream. On a device without
-    graphs every call just calls the function.
+    no Python: a captured function must not read device values on the host, must find its inputs at
+    the addresses of its capture, and must leave its outputs in fixed-address buffers. All graphs
+    share one memory pool: replay them one after another on one stream. On a device without graphs,
+    each call runs the function.
 
     Args:
         device: of the functions' tensors.
@@ -382,7 +384,7 @@ class Graphs:
             one.
 
     Attributes:
-        captured: what was captured, by key.
+        captured: the captured functions, by key.
 
     Example:
         >>> graphs = Graphs("cpu")

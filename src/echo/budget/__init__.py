@@ -1,4 +1,4 @@
-"""The scheduler, the rules it asks, and the history that its choice of tiers is predicted from."""
+"""The scheduler, its rules, and the history by which it chooses tiers."""
 
 from echo.budget.history import History
 from echo.budget.rules import GlobalRank, PerRequest, Rule, TwoLevel

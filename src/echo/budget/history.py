@@ -1,4 +1,4 @@
-"""What requests did in their last steps, and what the next is expected to bring.
+"""Acceptance history of requests, and what it predicts for the next step.
 
 B requests of a step; R requests that a history holds; D layers at most.
 """
@@ -23,58 +23,56 @@ from echo.tree.packed import PackedTree
 from echo.tree.supertree import DEAD_SCORE, SuperTree
 
 KEEP = 0.95
-"""What a request's sums keep from step to step: a memory of about twenty steps. This, MEMORY and
-both priors were chosen by replay on the calibration half of the shipped trace; half to four times
-each was tried, and the mean throughput moved by at most 0.6%."""
+"""Decay of a request's sums per step: a memory of about twenty steps. KEEP, MEMORY and both priors
+were chosen by replay on the calibration half of the shipped trace; from half to four times each,
+the mean throughput moved by at most 0.6%."""
 MEMORY = 512
-"""Steps of single requests that the sums over all requests remember."""
+"""Request-steps that the sums over all requests remember."""
 LEARN = 8
-"""Steps of single requests at full depth before anything is predicted."""
+"""Request-steps at full depth before anything is predicted."""
 PRIOR = 2.0
-"""Steps that the mean over all requests counts beside a request's own."""
+"""Pseudo-steps of the mean over all requests beside a request's own."""
 PRIOR_DRAFTS = 4.0
-"""Expected drafts that the ratio of accepted to expected ones over all requests counts beside a
+"""Pseudo-count of expected drafts, at the accepted-to-expected ratio over all requests, beside a
 request's own."""
 BINS, SKIP = 32, 2
-"""Bins of an acceptance-probability histogram, equal in sqrt(f); below them, f < 1/289, are SKIP
-more that are not counted. By replay 32 equal bins of f cost 0.2 to 0.3% of the mean throughput
-beside 64, and up to 1.9% at one request; these cost 0.1%. With three left out, f < 1/136, what
-the last tokens bring was missed where they are nearly free: 2% at one request of the dense models
-measured on an H100. Fewer than two change nothing."""
+"""Bins of an acceptance-probability histogram, equal in sqrt(f), above SKIP uncounted ones (f <
+1/289). By replay they cost 0.1% of the mean throughput compared with 64 equal bins of f; 32 equal
+bins of f cost 0.2 to 0.3%, and up to 1.9% at one request. SKIP = 3 costs 2% at one request of the
+dense models measured on an H100, where the last tokens are nearly free; below 2 nothing changes."""
 LIKELIEST = (np.arange(BINS)[:, None] + np.arange(BINS + 1) >= BINS).astype(np.float32)
 CENTERS = np.square((np.arange(BINS, dtype=np.float32) + SKIP + 0.5) / (BINS + SKIP))
 TAILS = np.stack([LIKELIEST, LIKELIEST * CENTERS[:, None]])
-"""float32 [2, 32, 33]: sums over the likeliest bins, none to all, of their nodes and of the nodes'
+"""float32 [2, 32, 33]: sums over the 0 to 32 likeliest bins, of their nodes and of the nodes'
 probabilities."""
 SUMS = ("steps", "expected", "accepted", "acceptance_histogram")
 
 
 @dataclass(frozen=True)
 class History:
-    """Decaying sums by request, and over all at index R; a value: every method returns a new one.
+    """Decaying sums per request, and over all at index R; immutable: methods return a new one.
 
-    A request that drafted nothing in a step forgets as much as one that did: what was observed of
-    it fades towards the mean over all requests, so speculation comes back by itself.
+    A step without drafting decays a request's sums as well: they fade toward the mean over all
+    requests, so that speculation can resume.
 
     Attributes:
-        generation: int32 [R], how many requests each index was given to.
+        generation: int32 [R], number of requests that each index was given to.
         steps: float32 [D, R + 1], steps in which a layer of that depth was drafted.
         acceptance_histogram: float32 [D, R + 1, 32], sum of
             :attr:`PackedTree.acceptance_histogram`.
-        expected: float32 [D, R + 1], accepted drafts that were expected of the verified ones, by
-            depth.
-        accepted: float32 [D, R + 1], accepted drafts: over ``steps``, the survival by depth.
-        num_unprocessed_tokens: int64 [R], tokens emitted since something was drafted: draft extend
-            must process them first.
+        expected: float32 [D, R + 1], accepted drafts expected among the verified ones, by depth.
+        accepted: float32 [D, R + 1], accepted drafts; over ``steps``, the survival rate by depth.
+        num_unprocessed_tokens: int64 [R], tokens emitted since the last draft, to be processed by
+            draft extend first.
         num_steps: steps of the batch so far; a host int.
-        num_idle_steps: of these, those since something was drafted; a host int.
+        num_idle_steps: steps since the last one that drafted; a host int.
 
     Example:
         >>> history = History.empty(max_num_reqs=4, max_depth=2)
         >>> history.reset(torch.tensor([1])).generation.tolist()
         [0, 1, 0, 0]
 
-        Nine requests, of each of which one draft was accepted:
+        Nine requests with one accepted draft each:
 
         >>> import echo
         >>> cost, ids = echo.CostModel((1, 64), (1.0, 1.0)), torch.arange(9)
@@ -105,7 +103,7 @@ class History:
     def empty(
         cls, max_num_reqs: int, max_depth: int, device: torch.device | str = "cpu"
     ) -> History:
-        """Of R = ``max_num_reqs`` requests without a past, on ``device``, with D = ``max_depth``.
+        """Return an empty history of R = ``max_num_reqs`` and D = ``max_depth`` on ``device``.
 
         Raises:
             EchoError: ``max_num_reqs`` below 1 or ``max_depth`` below 0.
@@ -124,11 +122,10 @@ class History:
         )
 
     def reset(self, req_indices: Tensor, *, out: History | None = None) -> History:
-        """Forget ``req_indices`` int64 [n], given to new requests.
+        """Forget ``req_indices`` int64 [n], given to new requests. EchoError: other tensors.
 
-        ``out``: a history, also this one, to whose tensors is written, as captured graphs need
-        (``space.history = space.history.reset(ids, out=space.history)``). EchoError on other
-        tensors.
+        ``out``: a history to write to, which may be this one, as captured graphs need
+        (``space.history = space.history.reset(ids, out=space.history)``).
         """
         checks.tensor("req_indices", req_indices, ["n"], torch.int64, self.steps.device)
         given = torch.zeros_like(self.generation).index_fill(0, req_indices, 1)
@@ -136,16 +133,16 @@ class History:
         return copy_into(out, fresh)
 
     def export(self, req_indices: Tensor) -> Tensor:
-        """What is known of requests that move: to another index, engine or disk. Sync-free.
+        """Export the history of requests that move to another index, engine or disk. Sync-free.
 
-        Rows are plain sums: those of several requests add up, and :meth:`prior` makes one of them
-        for new requests of their kind.
+        Rows are plain sums: rows of several requests may be added, and :meth:`prior` turns them
+        into one for new requests of their kind.
 
         Args:
             req_indices: int64 [n].
 
         Returns:
-            float32 [n, 35 * D + 1], one row a request, for :meth:`restore`.
+            float32 [n, 35 * D + 1], one row per request, for :meth:`restore`.
 
         Raises:
             EchoError: ``req_indices`` of another dtype or device.
@@ -157,13 +154,13 @@ class History:
         return torch.cat([rows, unprocessed[:, None].float()], dim=1)
 
     def restore(self, req_indices: Tensor, rows: Tensor, *, out: History | None = None) -> History:
-        """Give ``req_indices`` to requests of which something is known; otherwise as :meth:`reset`.
+        """Give ``req_indices`` to requests with exported history; otherwise as :meth:`reset`.
 
         Args:
             req_indices: int64 [n].
-            rows: float32 [n, 35 * D + 1], from :meth:`export`, or :meth:`prior`'s expanded. One
-                with an entry that is no number or below 0 says nothing.
-            out: as of :meth:`reset`.
+            rows: float32 [n, 35 * D + 1], from :meth:`export`, or :meth:`prior`'s, expanded. A row
+                with a negative or non-finite entry counts as empty.
+            out: as in :meth:`reset`.
 
         Raises:
             EchoError: shapes, dtypes or devices that do not fit.
@@ -190,15 +187,15 @@ class History:
         return copy_into(out, restored)
 
     def prior(self, rows: Tensor, num_steps: float = 4.0) -> Tensor:
-        """One row for new requests of a kind (code, chat, a tenant), from earlier ones of it.
+        """Summarize earlier requests of a kind (code, chat, a tenant) in a row for new ones.
 
         Args:
-            rows: float32 [n, 35 * D + 1], from :meth:`export`, such as those of requests that end.
-            num_steps: steps that they count for beside the new request's own.
+            rows: float32 [n, 35 * D + 1], from :meth:`export`, such as those of ended requests.
+            num_steps: pseudo-steps that they count for beside the new request's own.
 
         Returns:
             float32 [35 * D + 1], to be expanded for :meth:`restore`: the mean of their steps by
-            depth, and no more steps than they have.
+            depth, counting for no more steps than they have.
 
         Raises:
             EchoError: rows of another shape or dtype, or ``num_steps`` below 0.
@@ -216,7 +213,7 @@ class History:
         return F.pad((sums * share).flatten(), (0, 1))
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> History:
-        """A copy on ``device``; ``non_blocking`` for one that the host reads a step later."""
+        """Copy to ``device``; ``non_blocking`` for a copy that the host reads a step later."""
         names = ("generation", *SUMS, "num_unprocessed_tokens")
         tensors = {name: getattr(self, name) for name in names}
         copies: dict[str, Any] = {
@@ -225,7 +222,7 @@ class History:
         return replace(self, **copies)
 
     def without_stale(self, generation: Tensor) -> History:
-        """A lagged copy without requests replaced since, whose ``generation`` int32 [R] differs.
+        """Clear from a lagged copy the requests whose ``generation`` int32 [R] has changed since.
 
         Raises:
             EchoError: another shape, dtype or device.
@@ -235,17 +232,17 @@ class History:
         return self._without(self.generation != generation)
 
     def _without(self, requests: Tensor) -> History:
-        """Nothing is known of ``requests`` bool [R]."""
-        gone = F.pad(requests, (0, 1))  # the sums over all requests stay
+        """Clear ``requests`` bool [R]."""
+        cleared = F.pad(requests, (0, 1))  # the sums over all requests stay
         columns: dict[str, Any] = {
-            name: sums.masked_fill(gone if sums.dim() == 2 else gone[:, None], 0)
+            name: sums.masked_fill(cleared if sums.dim() == 2 else cleared[:, None], 0)
             for name, sums in zip(SUMS, self._sums, strict=True)
         }
         unprocessed = self.num_unprocessed_tokens.masked_fill(requests, 0)
         return replace(self, **columns, num_unprocessed_tokens=unprocessed)
 
     def advance(self, depth: int) -> History:
-        """Count a step of ``depth`` layers on the host, where a captured graph updates the sums."""
+        """Count a step of ``depth`` layers on the host, if a captured graph updates the sums."""
         idle = 0 if depth else self.num_idle_steps + 1
         return replace(self, num_steps=self.num_steps + 1, num_idle_steps=idle)
 
@@ -257,15 +254,15 @@ class History:
         *,
         out: History | None = None,
     ) -> History:
-        """The history after a step.
+        """Return the history after a step.
 
-        Requests that emitted nothing are left alone, and drafts that the target did not judge are
+        Requests that emitted nothing are unchanged, and drafts that the target did not judge are
         not counted (:attr:`Accepted.num_accepted_drafts`).
 
         Args:
             req_indices: int64 [B], the index of each request of the step.
             packed, accepted: the step.
-            out: a history, also this one, to whose tensors is written.
+            out: a history to write to, which may be this one.
 
         Raises:
             EchoError: ``req_indices`` of another shape, dtype or device.
@@ -278,7 +275,7 @@ class History:
         unprocessed = self.num_unprocessed_tokens
         if not packed.max_depth:
             unprocessed = unprocessed.index_add(0, req_indices, accepted.num_emitted)
-        elif histogram is not None:  # a step that drafts has processed what was emitted before
+        elif histogram is not None:  # a step that drafts has processed the tokens emitted before
             zero = None if out is None else out.num_unprocessed_tokens.zero_()
             unprocessed = torch.zeros_like(unprocessed) if zero is None else zero
         new: tuple[Tensor, ...]
@@ -289,7 +286,7 @@ class History:
             more = None if expected is None or histogram is None else (expected, histogram)
             to = None if out is None else out._sums
             if to is not None and not all(buffer.is_contiguous() for buffer in to):
-                to = None  # kernels write contiguous buffers alone
+                to = None  # kernels write only contiguous buffers
             new = observe.observe(*step, num_layers, more, self._sums, KEEP, MEMORY, out=to)
         else:
             new = self._observe(req_indices, packed, accepted, num_layers)
@@ -305,7 +302,7 @@ class History:
     def _observe(
         self, req_indices: Tensor, packed: PackedTree, accepted: Accepted, num_layers: int | Tensor
     ) -> tuple[Tensor, ...]:
-        """The sums after a step of ``num_layers`` layers, a number or int32 []."""
+        """Compute the sums after a step of ``num_layers`` layers, an int or int32 []."""
         (depth, places), drafts = self.steps.shape, accepted.num_accepted_drafts
         device, f32 = req_indices.device, torch.float32
         layers = torch.arange(depth, device=device)[:, None]
@@ -330,7 +327,7 @@ class History:
         expected = accepts = histogram = None
         if packed.acceptance_histogram is not None and packed.expected is not None:
             count = packed.expected.shape[1]
-            # a workspace's buffers hold other steps' numbers below this step's layers
+            # a workspace's buffers hold other steps' values below this step's layers
             counts = (reached & judged)[:count]
             expected = packed.expected.transpose(0, 1).masked_fill(~counts, 0)
             accepts = (reached & (drafts > layers))[:count].float()
@@ -342,16 +339,16 @@ class History:
     def predict(
         self, req_indices: HostInts
     ) -> tuple[NDArray[np.float32], NDArray[np.float32]] | None:
-        """Predict what drafting brings: accepted drafts by depth and by number of draft tokens.
+        """Predict accepted drafts by depth and by number of draft tokens.
 
-        The mean of each of ``req_indices`` is shrunk towards that over all requests, and so is the
-        ratio of accepted to expected drafts at each depth, which scales expectations: a draft that
-        is too sure of itself is believed less. For a history on the host (:meth:`to`).
+        The mean of each of ``req_indices`` is shrunk toward that over all requests, and so is the
+        ratio of accepted to expected drafts at each depth, which scales expectations: an
+        overconfident draft is believed less. For a history on the host (:meth:`to`).
 
         Returns:
             Draft tokens and accepted drafts, float32 [D, 33] each, rising from 0 along the second
-            axis: the tokens of probability down to each bin when so many layers are drafted, and
-            how many of them will be accepted. None: too little was drafted yet.
+            axis: tokens with probability down to each bin if that many layers are drafted, and how
+            many of them will be accepted. None: too little was drafted so far.
 
         Raises:
             EchoError: a history on another device, or an index that it does not have.
@@ -378,11 +375,11 @@ class History:
 
 
 def summarize(tree: SuperTree, probability: Tensor, selected: Tensor) -> tuple[Tensor, Tensor]:
-    """Summarize what a step is expected to bring.
+    """Summarize the acceptance probabilities of a step's nodes.
 
     Args:
         tree: the scored forest, T nodes a request.
-        probability: float32 [B, T], of acceptance.
+        probability: float32 [B, T], acceptance probability.
         selected: bool [B, T].
 
     Returns:

@@ -22,18 +22,18 @@ from echo.kernels.codes import BINS_PER_NAT, ONE, TABLE_BINS, UNSELECTABLE
 from echo.tree.supertree import DEAD_SCORE, Layer, SuperTree, cost_bits
 
 NO_NODE = torch.iinfo(torch.int64).max
-"""Above every key of a node."""
+"""Greater than every key of a node."""
 
 
 class Rule(Protocol):
-    """Which nodes are expanded, committed while drafting, and selected at the end."""
+    """A choice of nodes to expand, to commit while drafting, and to select at the end."""
 
     @property
     def beam(self) -> int:
-        """Nodes of a layer that are expanded, at most."""
+        """Maximum number of nodes of a layer that are expanded."""
 
     def frontier(self, layer: Layer) -> tuple[Tensor, Tensor]:
-        """Nodes of a ``layer`` to expand: int64 [B, W], rising; and which count, bool [B, W]."""
+        """Choose nodes of ``layer`` to expand: int64 [B, W], rising; and validity, bool [B, W]."""
 
     def commit(
         self, layer: Layer, passed: Tensor, limits: Tensor, num_remaining: Tensor
@@ -47,8 +47,7 @@ class Rule(Protocol):
             num_remaining: int64 [], verify tokens that the batch may still get.
 
         Returns:
-            bool [B, M], children of committed nodes only; None: the rule commits nothing while
-            drafting.
+            bool [B, M], only children of committed nodes; None: commits nothing while drafting.
         """
 
     def select(
@@ -56,15 +55,15 @@ class Rule(Protocol):
     ) -> Tensor:
         """Select the rest at the end: bool [B, T], closed under parents with the committed nodes.
 
-        ``tree`` is the drafted forest; ``limits`` and ``num_remaining`` as in :meth:`commit`;
-        ``num_verify_tokens`` a host int that bounds ``num_remaining``.
+        ``tree`` is the drafted super-tree; ``limits`` and ``num_remaining`` as in :meth:`commit`;
+        ``num_verify_tokens`` is a host int, the upper bound of ``num_remaining``.
         """
 
     def default_budget(self, batch: int) -> int | None:
-        """Verify tokens that ``batch`` requests ask for; None: the rule must be given a budget."""
+        """Return the verify tokens that ``batch`` requests ask for; None: a budget is required."""
 
     def acceptance_probability(self, tree: SuperTree) -> Tensor:
-        """f, the probability that the whole path to each node of ``tree`` is accepted.
+        """Return f, the probability that the whole path to each node of ``tree`` is accepted.
 
         float32 [B, T]; 0 at unselectable nodes.
         """
@@ -72,17 +71,17 @@ class Rule(Protocol):
 
 @dataclass(frozen=True)
 class GlobalRank:
-    """One ranking over the batch by the probability of acceptance: optimal for its budget.
+    """One ranking over the batch by acceptance probability: optimal for its budget.
 
     The K nodes of greatest f(v) = P(path to v accepted) maximise the expected accepted tokens over
     all choices of K nodes, and are closed under parents, because f never rises from parent to
-    child. TETRIS and AdaServe's last stage rank so.
+    child. TETRIS and AdaServe's last stage rank this way.
 
     Args:
-        beam: nodes of a layer that are expanded, the best by path probability.
+        beam: maximum nodes of a layer that are expanded, the best by path probability.
         reliability: calibrates the draft's probability, f(v) = min(m_d(S(v)), f(parent)).
             Defaults to the draft's own path probability.
-        max_verify_tokens_per_req: of one request, root included. Defaults to the request's limit.
+        max_verify_tokens_per_req: per request, root included. Defaults to the request's limit.
 
     Raises:
         EchoError: an argument out of range.
@@ -112,31 +111,31 @@ class GlobalRank:
             checks.integer_field(self, "max_verify_tokens_per_req", 1)
 
     def frontier(self, layer: Layer) -> tuple[Tensor, Tensor]:
-        """The ``beam`` best nodes of the layer."""
+        """Return the ``beam`` best nodes of the layer."""
         return top_k(layer.score, self.beam)
 
     def commit(
         self, layer: Layer, passed: Tensor, limits: Tensor, num_remaining: Tensor
     ) -> Tensor | None:
-        """None: everything is selected at the end."""
+        """Return None: everything is selected at the end."""
         return None
 
     def select(
         self, tree: SuperTree, limits: Tensor, num_remaining: Tensor, num_verify_tokens: int
     ) -> Tensor:
-        """The nodes of greatest f within each request's limits."""
+        """Select the nodes of greatest f within each request's limit."""
         if self.max_verify_tokens_per_req is not None:
             limits = torch.minimum(limits, self.max_verify_tokens_per_req - tree.num_committed)
         cost = self.weighted_cost(tree)
         return select_cheapest(tree, cost, limits, num_remaining, num_verify_tokens)
 
     def default_budget(self, batch: int) -> int | None:
-        """``batch * max_verify_tokens_per_req`` where that is given."""
+        """Return ``batch * max_verify_tokens_per_req`` if that is given."""
         most = self.max_verify_tokens_per_req
         return None if most is None else batch * most
 
     def acceptance_probability(self, tree: SuperTree) -> Tensor:
-        """f of every node: float32 [B, T]."""
+        """Return f of every node: float32 [B, T]."""
         if self.reliability is None:
             return tree.score.exp()
         return (ONE - self.cost(tree).clamp(max=ONE)).float() / ONE
@@ -175,7 +174,7 @@ class GlobalRank:
         return torch.where(cost < UNSELECTABLE, ONE - value // ONE, UNSELECTABLE).int()
 
     def cost_table(self, device: torch.device) -> Tensor | None:
-        """Costs by depth and bin of -S, int32 [depths + 1, 512], copied to a ``device`` once.
+        """Costs by depth and bin of -S, int32 [depths + 1, 512], copied to each ``device`` once.
 
         None without ``reliability``.
         """
@@ -191,11 +190,11 @@ def PerRequest(  # noqa: N802
 ) -> GlobalRank:
     """The best ``max_verify_tokens_per_req`` tokens of each request: EAGLE-2/3's rerank, and DDD's.
 
-    A :class:`GlobalRank` whose budget is that of all requests together, so that none compete.
+    A :class:`GlobalRank` with a budget that suffices for all requests, so that they do not compete.
 
     Args:
-        max_verify_tokens_per_req: of a request, root included.
-        beam: EAGLE's top-k, the nodes of a layer that are expanded.
+        max_verify_tokens_per_req: per request, root included.
+        beam: nodes of a layer that are expanded, EAGLE's top-k.
         reliability: as in :class:`GlobalRank`.
 
     Raises:
@@ -211,17 +210,17 @@ def PerRequest(  # noqa: N802
 
 @dataclass(frozen=True)
 class TwoLevel:
-    """ECHO's rule: depth first for requests that pass the gate, then what remains widens the trees.
+    """ECHO's rule: first deepen the trees that pass the gate, then widen trees with what remains.
 
-    Priority 1 (:meth:`commit`): requests that pass commit their best ``beam`` nodes, most confident
-    request first, while the budget lasts; the last may get a part. Priority 2 (:meth:`select`): one
-    ranking over all nodes not committed, ``max_extra_tokens`` more for a request. Unlike the
-    paper's pseudo-code it commits after a layer is scored, and never exceeds the budget.
+    Priority 1 (:meth:`commit`): requests that pass the gate commit their best ``beam`` nodes, most
+    confident request first, while the budget lasts; the last may commit only some. Priority 2
+    (:meth:`select`): one ranking over all uncommitted nodes, up to ``max_extra_tokens`` per
+    request. Unlike the paper's pseudo-code, it commits after scoring and never exceeds the budget.
 
     Args:
-        beam: nodes that a request commits of a layer, and expands.
-        max_extra_tokens: tokens that a request may get at the end.
-        reliability: as in :class:`GlobalRank`, for the end only.
+        beam: maximum nodes of a layer that a request commits and expands.
+        max_extra_tokens: maximum tokens that a request gets at the end.
+        reliability: as in :class:`GlobalRank`, for priority 2 only.
 
     Raises:
         EchoError: an argument out of range.
@@ -243,13 +242,13 @@ class TwoLevel:
         object.__setattr__(self, "ranking", GlobalRank(self.beam, self.reliability))
 
     def frontier(self, layer: Layer) -> tuple[Tensor, Tensor]:
-        """The nodes that were committed."""
+        """Return the committed nodes."""
         return top_k(torch.where(layer.committed, layer.score, DEAD_SCORE), self.beam)
 
     def commit(
         self, layer: Layer, passed: Tensor, limits: Tensor, num_remaining: Tensor
     ) -> Tensor | None:
-        """Each passing request's best ``beam`` nodes, most confident request first."""
+        """Commit each passing request's best ``beam`` nodes, most confident request first."""
         selectable = (layer.score > DEAD_SCORE) & passed[:, None]
         wanted = torch.minimum(selectable.sum(dim=1).clamp(max=self.beam), limits)
         confidence = layer.log_confidence
@@ -266,17 +265,17 @@ class TwoLevel:
     def select(
         self, tree: SuperTree, limits: Tensor, num_remaining: Tensor, num_verify_tokens: int
     ) -> Tensor:
-        """The best nodes not committed, at most ``max_extra_tokens`` of a request."""
+        """Select the best uncommitted nodes, at most ``max_extra_tokens`` per request."""
         cost = self.ranking.weighted_cost(tree)
         limits = limits.clamp(max=self.max_extra_tokens)
         return select_cheapest(tree, cost, limits, num_remaining, num_verify_tokens)
 
     def default_budget(self, batch: int) -> int | None:
-        """None: the rule needs a budget."""
+        """Return None: the rule needs a budget."""
         return None
 
     def acceptance_probability(self, tree: SuperTree) -> Tensor:
-        """f of every node: float32 [B, T]."""
+        """Return f of every node: float32 [B, T]."""
         return self.ranking.acceptance_probability(tree)
 
 
@@ -294,9 +293,9 @@ def ranks(key: Tensor) -> Tensor:
 
 
 def top_k(score: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """A layer's ``count`` best candidates, all where it has fewer.
+    """Return a layer's ``count`` best candidates, or all if there are fewer.
 
-    Index int64 [B, W], rising along W, and which are selectable, bool [B, W].
+    Index int64 [B, W], rising along W, and whether each is selectable, bool [B, W].
     """
     best = order(score).topk(min(count, score.shape[1]), dim=1, largest=False, sorted=False)
     index = best.indices.sort(dim=1).values
@@ -309,17 +308,17 @@ def select_cheapest(
     """Select the cheapest uncommitted nodes within each request's limit and the batch's.
 
     Cost never falls from parent to child and ties go to the shallower node, so every prefix of the
-    ranking is closed under parents, also where each request's part is cut at its limit. The forest
-    is never sorted: a cutoff drops nodes that are surely too costly, the smallest keys are selected
-    within each request, and then among those. A key orders by cost, depth, request and candidate;
-    its remainder is the position in the flattened forest.
+    ranking is closed under parents, even if a request's part is cut at its limit. The forest is
+    never sorted: a cutoff drops nodes that are surely too costly, then the smallest keys are
+    selected within each request, and then among those. A key orders by cost, depth, request and
+    candidate; its remainder is the position in the flattened forest.
 
     Args:
         tree: the scored forest.
         cost: int32 [B, T].
         limits: int64 [B].
         num_remaining: int64 [].
-        num_verify_tokens: a host int that bounds ``num_remaining``.
+        num_verify_tokens: a host int, the upper bound of ``num_remaining``.
 
     Returns:
         bool [B, T].
@@ -331,7 +330,7 @@ def select_cheapest(
 
         bounds = limits, num_remaining, num_verify_tokens, most
         return select.select_cheapest(cost, tree.committed, *bounds, tree.sizes)
-    positions = batch * nodes + 1  # the last one is no node's
+    positions = batch * nodes + 1  # the last one belongs to no node
     unused = torch.arange(num_verify_tokens, device=cost.device) < num_verify_tokens - num_remaining
     cost = cost.masked_fill(tree.committed, UNSELECTABLE)
     cutoff = _cutoff(cost, limits, unused).long() * ((tree.depth + 1) * positions)
@@ -347,7 +346,7 @@ def select_cheapest(
 
 
 def _keys(tree: SuperTree, cost: Tensor, positions: int) -> Tensor:
-    """int64 [B, T]: each node's position, above it its depth, and above that its cost."""
+    """int64 [B, T]: sort keys of cost, then depth, then position."""
     ends = list(itertools.accumulate(tree.sizes))
     starts = [depth * positions + end for depth, end in enumerate(ends)]
     columns = [
@@ -360,11 +359,10 @@ def _keys(tree: SuperTree, cost: Tensor, positions: int) -> Tensor:
 
 
 def _cutoff(cost: Tensor, limits: Tensor, unused: Tensor) -> Tensor:
-    """int32 []: a cost that all selected nodes are below.
+    """int32 []: exclusive upper bound of the cost of all selected nodes.
 
-    One more than the greatest cost selected among the cheapest node of each of a few groups of
-    every request's nodes: selecting among some nodes never ends at a lower cost than selecting
-    among all.
+    Select among the cheapest node of each of a few groups of every request's nodes, and add one to
+    the greatest cost: selecting among fewer nodes never ends at a lower cost than among all.
     """
     batch, nodes = cost.shape
     groups = -(-2 * len(unused) // max(batch, 1))
@@ -377,15 +375,15 @@ def _cutoff(cost: Tensor, limits: Tensor, unused: Tensor) -> Tensor:
 
 
 def _within(ascending: Tensor, limits: Tensor, last: int) -> Tensor:
-    """Replace what is beyond each request's first ``limits`` entries by ``last``, in place."""
+    """Replace entries after each request's first ``limits`` by ``last``, in place."""
     beyond = torch.arange(ascending.shape[1], device=limits.device) >= limits[:, None]
     return ascending.masked_fill_(beyond, last)
 
 
 def _smallest(keys: Tensor, unused: Tensor, last: int) -> Tensor:
-    """As many of the smallest ``keys`` as there are False in ``unused``, in no order.
+    """Return as many of the smallest ``keys`` as ``unused`` has False, in any order.
 
-    -1 for each True; ``last`` where the keys end.
+    -1 for each True; ``last`` if the keys run out.
     """
     pads = torch.full(unused.shape, last, dtype=keys.dtype, device=keys.device)
     merged = torch.cat([pads.masked_fill_(unused, -1), keys])

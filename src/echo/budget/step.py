@@ -1,4 +1,4 @@
-"""Begin, grow and pack: a few kernels, or PyTorch's operations with the same integers.
+"""Begin, grow and pack: by a few kernels, or by PyTorch with the same integers.
 
 Kernels serve the shipped rules without request weights. B requests; T nodes of a request's tree; N
 rows; W words of a row's mask.
@@ -27,7 +27,7 @@ COLUMNS = (
     "tokens", "parent", "depth", "request", "indptr", "mask", "score", "node", "committed",
     "status", "invalid",
 )  # fmt: skip
-"""Tensors of a packed step, in the order in which its kernel takes them."""
+"""Tensors of a packed step, in the order that its kernel takes them."""
 DTYPES = {
     "tokens": torch.int64,
     "node": torch.int64,
@@ -45,10 +45,10 @@ class Scratch:
         place: int32 [B, T].
         share: int32 [B].
         counts: int64 [B].
-        key: int64 [B, most nodes selected of a request].
+        key: int64 [B, maximum nodes selected of a request].
         cost: int32 [B, T], calibrated costs.
-        gain: float32 [B, T], probabilities that are not calibrated.
-        num_layers: int32 [], how many layers were drafted.
+        gain: float32 [B, T], uncalibrated probabilities.
+        num_layers: int32 [], number of layers drafted.
     """
 
     place: Tensor
@@ -72,10 +72,10 @@ def begin(
     budget: Tensor | None = None,
     out: SuperTree | None = None,
 ) -> SuperTree:
-    """As :meth:`echo.ElasticBudgetScheduler.begin`; ``deep``: anything is drafted.
+    """Implement :meth:`echo.ElasticBudgetScheduler.begin`; ``deep``: whether anything is drafted.
 
-    A workspace gives ``budget`` int64 [], verify tokens on the device that ``num_verify_tokens``
-    bounds, and ``out``, a tree of roots to whose tensors is written.
+    A workspace passes ``budget`` int64 [], verify tokens on the device with ``num_verify_tokens``
+    as upper bound, and ``out``, a tree of roots to write to.
     """
     (batch,) = root_tokens.shape
     device = root_tokens.device
@@ -119,9 +119,9 @@ def begin(
     if weights is not None:
         checks.tensor("request_weights", weights, [batch], torch.float32, device)
         weights = weights.detach()
-        # NaN and infinity weigh least, and change no other request's weight
+        # NaN and infinity weigh least, and leave other requests' weights unchanged
         weights = torch.where(alive & torch.isfinite(weights), weights, 0.0)
-        greatest = F.pad(weights, (0, 1)).amax()  # of no request, 0
+        greatest = F.pad(weights, (0, 1)).amax()  # 0 without requests
         weights = (weights / greatest).nan_to_num(0.0).clamp(min=2.0**-24)
     zero = torch.zeros_like(root)
     dead = ~alive
@@ -157,7 +157,7 @@ def grow(
     last: bool,
     out: SuperTree | None,
 ) -> SuperTree:
-    """As :meth:`ElasticBudgetScheduler.grow`, by its ``rule`` and ``gate``, of checked arguments.
+    """Implement :meth:`ElasticBudgetScheduler.grow` with ``rule`` and ``gate``, arguments checked.
 
     ``last``: no node of this layer is expanded.
     """
@@ -166,7 +166,7 @@ def grow(
         some = allowed & tree.frontier.active[..., None]
         log_probs = log_probs.masked_fill(~allowed, -torch.inf)
         grown = grow(rule, gate, tree, tokens, log_probs, None, last, out)
-        # nothing left to draft is not a layer without a number
+        # a layer whose candidates are all forbidden is not a faulty draft
         invalid = torch.where(some.flatten(1).any(dim=1), grown.invalid, before)
         return replace(grown, invalid=copy_into(None if out is None else grown.invalid, invalid))
     if kernels.use_triton(tokens) and _fits(rule, tree):
@@ -242,7 +242,7 @@ def _grow_fused(
     verdict = None
     commit = rule.beam if isinstance(rule, TwoLevel) else 0
     stop = int(Status.FINISHED if last else Status.ACTIVE)
-    if type(gate) is SparseGate:  # compared where the scores are made; a subclass may ask for more
+    if type(gate) is SparseGate:  # fused with scoring; a subclass may do more
         tau = gate.log_tau.get(depth, tau)
     elif gate is not None:
         new = kernel.grow(*old, None, *state, log_tau=tau, beam=rule.beam, commit=commit, stop=stop)
@@ -287,9 +287,9 @@ def pack(
     out: PackedTree | None,
     scratch: Scratch | None = None,
 ) -> PackedTree | None:
-    """Select, flatten, and summarize where it ``summarizes``, in three to five launches.
+    """Select, flatten, and summarize if ``summarizes``, in three to five launches.
 
-    None where PyTorch must do it: no kernels for the device, a custom rule, request weights.
+    None if PyTorch must do it: no kernels for the device, a custom rule, request weights.
 
     Args:
         rule, max_verify_tokens_per_req: the scheduler's.
@@ -354,7 +354,7 @@ def pack(
 
 
 def check(out: PackedTree, batch: int, num_rows: int, words: int, device: torch.device) -> None:
-    """Check the buffers of a step of these sizes before anything is written to them.
+    """Check the buffers of a step of these sizes before writing to any.
 
     Raises:
         EchoError: naming the buffer that does not fit.
@@ -374,7 +374,7 @@ def _fits(rule: Rule, tree: SuperTree) -> bool:
 
 
 def _sized(out: SuperTree, num_verify_tokens: int, max_verify_tokens_per_req: int) -> SuperTree:
-    """``out``, whose tensors were written, with the host's numbers."""
+    """Return ``out``, whose tensors were written, with the host's numbers."""
     return replace(
         out,
         num_verify_tokens=num_verify_tokens,

@@ -1,4 +1,4 @@
-"""Cost of a step: tokens, requests and context of a forward pass -> seconds; drafting."""
+"""Cost of a step: seconds of a forward pass by tokens, requests and context; of drafting."""
 
 from echo.cost.fit import Knee, line
 from echo.cost.model import CostModel

@@ -1,8 +1,8 @@
-"""From noisy timings to numbers: a robust monotone regression, and the paper's knee of a curve.
+"""Robust monotone regression of noisy timings, and the paper's knee of a curve.
 
-n samples, m knots of a curve. Seconds are a curve over tokens, a curve over requests, and context
-times a curve over the tokens of a request, whose share of attention is read once for several of
-them and computed for each: max(1, tokens / k). All rise, so their sum does, whatever its weights.
+n samples, m knots of a curve. Seconds are a curve over tokens, plus a curve over requests, plus
+context times a curve over the tokens of a request, max(1, tokens / k): attention reads context once
+for several tokens, but computes for each. All curves rise, so any non-negative sum does.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 MAX_KNOTS = 48
-"""Knots of a curve at most; beyond, quantiles of the samples' values."""
+"""Maximum knots of a curve; with more distinct values, quantiles of the samples' values."""
 RESAMPLES = 200
 SMOOTH = 1e-7
-"""Weight of a bend in the logarithm of tokens or requests: it decides where no sample does."""
+"""Weight of curvature over log tokens or requests: it decides only where no sample does."""
 NOISE = 0.01
-"""Relative error within which a sample is no outlier."""
+"""Relative error up to which a sample is no outlier."""
 TOKENS_PER_REQ = np.array([1, 2, 4, 8, 16, 32, 64])
-"""Knots of the curve over a request's tokens; it is flat beyond, where prefill is."""
+"""Knots of the curve over a request's tokens; it is flat above, where prefill is."""
 FAR = 1 << 40
-"""Tokens beyond the last measured count at which a curve ends."""
+"""Tokens from the last measured count to the end of an extended curve."""
 NEAR = 0.03
 """Relative distance within which token counts share a knot in an update: at most 32 an octave."""
 
@@ -39,13 +39,13 @@ class Knee:
     """The paper's ``T(K) = T_ar * (1 + gamma * max(0, K - K_max))``, fitted to a cost curve.
 
     Attributes:
-        k_max: tokens that cost no more than one (roots included; the paper's is less the batch).
+        k_max: tokens that cost no more than one (the paper's, plus the batch's roots).
         t_ar: seconds of a step below the knee.
-        gamma: slope beyond the knee, in 1 / tokens.
+        gamma: slope above the knee, in 1 / tokens.
         k_max_interval, gamma_interval: 95% intervals; None if samples were not repeated.
-        bends: whether there is a knee at all. There is none where the curve never rises, where it
-            rises from its first point on, or where the law is off by more than a quarter: a mixture
-            of experts with few requests.
+        bends: whether there is a real knee. Not if the curve never rises, rises from its first
+            point on, or misses the law by over a quarter, as a mixture of experts with few
+            requests.
 
     Example:
         >>> Knee(k_max=16, t_ar=0.03, gamma=0.5)(18)
@@ -60,15 +60,15 @@ class Knee:
     bends: bool = field(default=True, compare=False)
 
     def __call__(self, num_tokens: float) -> float:
-        """Seconds of a step of ``num_tokens`` tokens."""
+        """Return the seconds of a step of ``num_tokens`` tokens."""
         return self.t_ar * (1.0 + self.gamma * max(0.0, num_tokens - self.k_max))
 
 
 def solve(design: Floats, seconds: Floats, penalty: Floats | None = None) -> Floats:
-    """Coefficients >= 0 that fit ``design @ x = seconds`` in relative error, robust to outliers.
+    """Fit ``design @ x = seconds`` with x >= 0 in relative error, robust to outliers.
 
-    Huber's estimator by reweighting: beyond 1.345 robust standard deviations a sample counts with
-    its distance, not its square. The square of ``penalty @ x`` is added.
+    Huber's estimator by reweighting: beyond 1.345 robust standard deviations a sample's error
+    counts linearly instead of squared. The square of ``penalty @ x`` is added.
     """
     from scipy.optimize import nnls
 
@@ -90,7 +90,7 @@ def solve(design: Floats, seconds: Floats, penalty: Floats | None = None) -> Flo
 
 
 def knots(values: Floats) -> Ints:
-    """Where a curve over these integers may bend."""
+    """Choose where a curve over these integers may bend."""
     points = np.unique(values.astype(np.int64))
     if len(points) <= MAX_KNOTS:
         return points
@@ -105,7 +105,7 @@ def ramps(x: Floats, points: Ints) -> Floats:
 
 
 def curvature(points: Ints) -> Floats:
-    """float64 [m - 2, m - 1]: of increments, how a curve's slope by the logarithm changes."""
+    """float64 [m - 2, m - 1]: change of slope (by the logarithm) between a curve's increments."""
     width = np.diff(np.log(points))
     slopes = np.diag(1.0 / width)
     between = np.sqrt((width[:-1] + width[1:]) / 2)
@@ -114,7 +114,7 @@ def curvature(points: Ints) -> Floats:
 
 
 def reading(per_req: Floats) -> Floats:
-    """float64 [n, 6]: the cost of context by ``per_req`` tokens, computed for every k of them."""
+    """float64 [n, 6]: cost of context at ``per_req`` tokens: a column max(1, tokens / k) per k."""
     ends = np.append(TOKENS_PER_REQ[1:-1], np.inf)
     tokens = np.minimum(per_req, TOKENS_PER_REQ[-1])
     times: Floats = np.maximum(1.0, tokens[:, None] / ends)
@@ -122,7 +122,7 @@ def reading(per_req: Floats) -> Floats:
 
 
 def curves(seconds: Floats, table: dict[str, Floats]) -> dict[str, Any]:
-    """The fields of a :class:`CostModel` that samples tell."""
+    """Fit the fields of a :class:`CostModel` that samples determine."""
     x = table["num_tokens"] + table.get("num_other_tokens", 0.0)
     reqs = table.get("num_reqs", np.ones_like(x))
     points = knots(x)
@@ -158,12 +158,12 @@ def curves(seconds: Floats, table: dict[str, Floats]) -> dict[str, Any]:
 
 
 def rounded(values: ArrayLike, digits: int = 12) -> tuple[float, ...]:
-    """To that many digits: beyond 12, a solver leaves noise."""
+    """Round to so many digits: beyond 12, a solver leaves noise."""
     return tuple(float(f"{value:.{digits}g}") for value in np.asarray(values))
 
 
 def line(amount: ArrayLike, seconds: ArrayLike) -> tuple[float, float]:
-    """The robust line ``seconds = fixed + each * amount``, both non-negative.
+    """Fit the robust line ``seconds = fixed + each * amount``, both non-negative.
 
     ``draft_layer, draft_token = line(*profile(draft, counts))`` for a :class:`CostModel`, and
     ``restart, extend_token = line(*profile(extend, counts))``.
@@ -186,7 +186,7 @@ def line(amount: ArrayLike, seconds: ArrayLike) -> tuple[float, float]:
 
 
 def knee(num_tokens: ArrayLike, seconds: ArrayLike) -> tuple[Ints, Floats, Floats]:
-    """Exact least squares of the law in relative error: base and slope of a K are a 2 x 2 system.
+    """Fit the law exactly by least squares in relative error: a 2 x 2 system for each K.
 
     ``seconds`` [..., m] may be any number of curves. Returns ``k_max`` int64, ``t_ar`` and
     ``gamma`` float64 [...]; a curve that never rises has gamma 0 and its last count.
@@ -234,8 +234,8 @@ def _first(error: Floats) -> NDArray[np.intp]:
 def knee_intervals(x: Floats, ratio: Floats, points: Ints, curve: Floats) -> dict[str, Any]:
     """95% bootstrap intervals: resample each knot, take the median, a monotone curve, its knee.
 
-    ``ratio`` [n]: each sample over the curve. Fewer than three samples a knot tell nothing of the
-    noise, and give no intervals.
+    ``ratio`` [n]: each sample over the curve. Fewer than three samples a knot do not show the
+    noise: no intervals.
     """
     from scipy.optimize import isotonic_regression
 
@@ -258,7 +258,7 @@ def knee_intervals(x: Floats, ratio: Floats, points: Ints, curve: Floats) -> dic
 def bend(
     points: tuple[int, ...], values: tuple[float, ...], at: int, value: float, times: float
 ) -> tuple[tuple[int, ...], tuple[float, ...]]:
-    """The curve whose ``value`` at ``at`` is so many times it, at a near or new knot; it rises."""
+    """Scale the curve's ``value`` at ``at`` by ``times``, at a near or new knot, still rising."""
     x = np.array(points)
     y = np.array(values)
     knot = int(np.abs(x - at).argmin())
@@ -273,13 +273,13 @@ def bend(
 
 
 def extended(points: tuple[int, ...], values: tuple[float, ...]) -> tuple[Floats, Floats]:
-    """The curve for ``np.interp``, with one far knot more, so that its last slope continues."""
+    """Extend the curve for ``np.interp`` by one far knot, so that its last slope continues."""
     slope = (values[-1] - values[-2]) / (points[-1] - points[-2]) if len(points) > 1 else 0.0
     return np.array([*points, points[-1] + FAR]), np.array([*values, values[-1] + slope * FAR])
 
 
 def check_curve(owner: object, x_name: str, y_name: str) -> None:
-    """Raises :class:`EchoError` unless these fields are a curve, or empty but for the tokens'."""
+    """Raise :class:`EchoError` unless these fields are a curve, or empty (not the tokens')."""
     x = getattr(owner, x_name)
     y = getattr(owner, y_name)
     positive = y_name == "seconds"

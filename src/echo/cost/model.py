@@ -1,4 +1,4 @@
-"""The cost model: the seconds of verification, of drafting and of draft extend."""
+"""The cost model: seconds of verification, of drafting and of draft extend."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 VERSION, READABLE = 3, (2, 3)
 MISFIT = 0.25
-"""Greatest relative distance of the paper's law from a curve that is said to have a knee."""
+"""Largest relative error of the paper's law on a curve that is said to have a knee."""
 
 
 @dataclass(frozen=True)
@@ -32,34 +32,33 @@ class CostModel:
     """Seconds of a forward pass of the target, and of drafting.
 
     A pass takes ``curve(num_tokens) + curve(num_reqs) + context_token * context_tokens *
-    factor(num_tokens / num_reqs)``. Curves are piecewise linear and never fall; the first value and
-    the last slope extend them, but the factor is 1 below its knots and constant beyond. Only the
-    first is needed.
+    factor(num_tokens / num_reqs)``. Curves are piecewise linear, never fall, and are extended by
+    their first value and last slope; the factor is 1 below its knots and constant above. Only the
+    token curve is required.
 
     Attributes:
-        num_tokens: increasing ints, knots of the curve over tokens (roots, drafts, prefill).
+        num_tokens: increasing ints, knots of the token curve (roots, drafts, prefill).
         seconds: seconds at those knots, with the fewest requests and no context.
-        draft_layer: seconds of a draft layer for the batch, apart from its tokens.
-        draft_token: seconds of each token of a draft layer.
+        draft_layer: fixed seconds of a draft layer of the batch.
+        draft_token: seconds per token of a draft layer.
         tiers: token counts that the engine can launch (one CUDA graph each); empty: any.
-        num_reqs: increasing ints, knots of the curve over requests; empty: they cost nothing.
-        request_seconds: what that many requests add, from 0.
-        context_token: seconds of each token of context, of all requests together.
-        tokens_per_req: increasing ints from 1, knots of the factor; empty: it is 1.
+        num_reqs: increasing ints, knots of the request curve; empty: requests cost nothing.
+        request_seconds: seconds that so many requests add, from 0.
+        context_token: seconds per token of context, of all requests together.
+        tokens_per_req: increasing ints from 1, knots of the factor; empty: the factor is 1.
         context_factors: from 1, rising at most in proportion: attention reads a request's context
-            once for several of its tokens, and computes for each.
-        extend_token: seconds of each unprocessed token of a draft extend; None: ``draft_token``.
-        restart: seconds of reloading a drafter that was unloaded, before its draft extend.
+            once for several of its tokens, but computes for each.
+        extend_token: seconds per unprocessed token of a draft extend; None: ``draft_token``.
+        restart: seconds to reload an unloaded drafter, before its draft extend.
         k_max_interval, gamma_interval: of :attr:`knee`, from :meth:`from_samples`.
-        context_len: context of a request where none is said, of all where requests are unknown.
-        measured: by number of requests (1 where unknown): it, fewest and most tokens, least and
-            most context of a request in the samples; what :meth:`extrapolated` goes by.
-        error: relative; 95% of the loads of the samples, predicted from other loads, were nearer.
-            None: too few loads.
+        context_len: default context of a request; of all together if their number is unknown.
+        measured: ranges of the samples, by number of requests (1 if unknown): that number, fewest
+            and most tokens, least and most context of a request; the basis of :meth:`extrapolated`.
+        error: 95th percentile of the relative held-out error. None: too few loads.
         doubts: what in the samples speaks against the model.
 
     Raises:
-        EchoError: a curve that falls, or a value out of range.
+        EchoError: a falling curve, or a value out of range.
 
     Example:
         >>> cost = CostModel((1, 64, 128), (0.02, 0.02, 0.04), draft_layer=0.001, tiers=(8, 64))
@@ -134,7 +133,7 @@ class CostModel:
 
     @cached_property
     def _read_once(self) -> int:
-        """Tokens of a request for which its context costs what it does for one."""
+        """Tokens of a request up to which its context costs as much as for one token."""
         flat = sum(factor <= 1 + 1e-9 for factor in self.context_factors)
         return self.tokens_per_req[flat - 1] if flat and self.context_token else fit.FAR
 
@@ -157,19 +156,19 @@ class CostModel:
         restart: float = 0.0,
         tiers: Sequence[int] = (),
     ) -> CostModel:
-        """Fits scattered steps by one robust regression with non-negative coefficients.
+        """Fit scattered steps by one robust regression with non-negative coefficients.
 
-        What varies together is not told apart: with requests proportional to tokens, the split
-        between their curves is arbitrary, and with one context that between it and requests.
-        Samples that fall, that are of one number of requests, or of contexts that do not overlap
-        give a model with :attr:`doubts`, and a warning for each.
+        Inputs that vary together cannot be told apart: with requests proportional to tokens, the
+        split between their curves is arbitrary; with a single context, so is that between context
+        and requests. Seconds that fall with load, a single number of requests, or contexts that do
+        not overlap give a model with :attr:`doubts`, and a warning for each.
 
         Args:
             num_tokens: ints [n], at least 1.
             seconds: positive floats [n].
-            num_reqs: ints [n], at least 1. Defaults to no such curve.
-            context_tokens: numbers [n], of all requests together; their median is assumed where
-                none is said. Defaults to no such slope.
+            num_reqs: ints [n], at least 1. Defaults to no request curve.
+            context_tokens: numbers [n], of all requests together; their median becomes the default
+                context. Defaults to no context slope.
             num_other_tokens: ints [n], prefill and whatever else shares the pass. Defaults to 0.
             draft_layer, draft_token, extend_token, restart, tiers: as the class;
                 :func:`echo.cost.line` fits the first four.
@@ -219,12 +218,12 @@ class CostModel:
         num_reqs: ArrayLike = 1,
         context_tokens: ArrayLike | None = None,
     ) -> Any:
-        """Seconds of a forward pass of the target, of as many loads as the arguments have: [...].
+        """Predict seconds of a forward pass of the target, [...]; array arguments broadcast.
 
         Args:
-            num_tokens: tokens of the pass, prefill included, each rounded up to its tier.
-            num_reqs: requests that share it.
-            context_tokens: their tokens of context together: a host number, from the lengths that
+            num_tokens: tokens of the pass, prefill included; each count is rounded up to its tier.
+            num_reqs: requests that share the pass.
+            context_tokens: their total context in tokens: a host number, from the lengths that
                 the engine schedules by. Defaults to :attr:`context_len` for each.
         """
         y: Any = np.interp(x := self.round_up(num_tokens), *self._token_curve)
@@ -245,10 +244,10 @@ class CostModel:
     def extrapolated(
         self, num_tokens: float, *, num_reqs: float = 1, context_tokens: float | None = None
     ) -> bool:
-        """Whether a load is beyond the samples, by more than a quarter; as in :meth:`__call__`.
+        """Whether a load is outside the samples by more than a quarter; as in :meth:`__call__`.
 
-        What lies between two numbers of requests that were measured with its context is not. A
-        model that was not made from samples knows the ends of its curves, and any context or none.
+        Interpolation between numbers of requests measured with its context does not count. A model
+        without samples covers the range of its knots, and context if it has a slope.
         EchoError: ``num_reqs`` below 1.
         """
         num_reqs = checks.real("num_reqs", num_reqs, 1)
@@ -263,9 +262,9 @@ class CostModel:
     def interval(
         self, num_tokens: float, *, num_reqs: float = 1, context_tokens: float | None = None
     ) -> tuple[float, float]:
-        """Seconds between which a step of this load is expected, 95%; as in :meth:`__call__`.
+        """Return the 95% interval of a step's seconds at this load; as in :meth:`__call__`.
 
-        NaN where nothing tells: too few samples, or :meth:`extrapolated`.
+        NaN if it is unknown: too few samples, or :meth:`extrapolated`.
         """
         load: dict[str, Any] = {"num_reqs": num_reqs, "context_tokens": context_tokens}
         if self.extrapolated(num_tokens, **load) or self.error is None:
@@ -274,17 +273,17 @@ class CostModel:
         return seconds * max(0.0, 1 - self.error), seconds * (1 + self.error)
 
     def load(self, num_reqs: float = 1, context_tokens: float | None = None) -> float:
-        """The part of a pass's seconds that ``num_reqs`` and ``context_tokens`` alone determine.
+        """Return the seconds of a pass that depend on ``num_reqs`` and ``context_tokens`` alone.
 
-        That of one token for each request; both as in :meth:`__call__`.
+        With one token per request; arguments as in :meth:`__call__`.
         """
         requests = float(np.interp(num_reqs, *self._request_curve))
         return requests + self.context_token * float(self._context(num_reqs, context_tokens))
 
     def at(self, num_reqs: int = 1, context_tokens: float | None = None) -> CostModel:
-        """The model of ``num_reqs`` with ``context_tokens``: a curve over tokens, from one each.
+        """Return the model at ``num_reqs`` and ``context_tokens``: a curve from one token each.
 
-        Its knee is the batch's: the tokens that cost no more than its plain decoding.
+        Its knee is the batch's: the tokens that cost no more than plain decoding of the batch.
         EchoError: ``num_reqs`` below 1.
         """
         first = checks.integer("num_reqs", num_reqs, 1)
@@ -301,7 +300,7 @@ class CostModel:
         return CostModel(tuple(tokens), fit.rounded(curve), **kept)
 
     def round_up(self, num_tokens: int | ArrayLike) -> Any:
-        """The smallest tier that holds ``num_tokens``; itself without tiers or beyond the last."""
+        """Round up to the smallest tier that holds ``num_tokens``; unchanged if there is none."""
         if isinstance(num_tokens, int):
             place = bisect.bisect_left(self.tiers, num_tokens)
             return self.tiers[place] if place < len(self.tiers) else num_tokens
@@ -311,9 +310,9 @@ class CostModel:
         return int(x) if x.ndim == 0 else x
 
     def free_tokens(self, num_tokens: int, num_reqs: int = 1) -> int:
-        """The most tokens, at a knot or a tier's end, that cost no more than ``num_tokens``.
+        """Return the most tokens, at a knot or a tier's end, that cost no more than ``num_tokens``.
 
-        Of ``num_reqs``: beyond some tokens of each, their context costs more.
+        For ``num_reqs``: past some tokens per request, their context costs more.
         """
         alone = float(np.interp(self.round_up(num_tokens), *self._token_curve))
         knots = bisect.bisect_right(self.seconds, alone * (1 + 1e-6))
@@ -329,13 +328,13 @@ class CostModel:
         context_tokens: float | None = None,
         rate: float = 0.1,
     ) -> CostModel:
-        """The model after one more measured step: the least relative changes that correct it.
+        """Return the model corrected by one measured step, with the least relative changes.
 
-        They are to the curve over tokens at ``num_tokens``, and where it must still rise; to the
-        whole curve over requests; and to the slope of context. So it learns where the engine runs.
+        Scales the token curve (at ``num_tokens``, and where it must still rise), the whole request
+        curve and the context slope, so the model learns where the engine runs.
 
         Args:
-            num_tokens: of the forward pass, prefill included.
+            num_tokens: tokens of the forward pass, prefill included.
             seconds: of the pass, without drafting.
             num_reqs, context_tokens: as in :meth:`__call__`.
             rate: share of the error to correct; a step above four times its seconds counts as four.
@@ -366,17 +365,17 @@ class CostModel:
         return replace(self, num_tokens=x, seconds=y, request_seconds=rises, context_token=slope)
 
     def draft_seconds(self, layers: ArrayLike, num_reqs: int, beam: int = 1) -> Any:
-        """Seconds of drafting ``layers`` layers ([...]) for ``num_reqs``.
+        """Return the seconds of drafting ``layers`` layers ([...]) for ``num_reqs``.
 
-        ``beam`` nodes are expanded in each layer, in the first only the root.
+        A layer expands ``beam`` nodes per request, the first layer only the root.
         """
         count, token = np.asarray(layers), self.draft_token * num_reqs
         return (self.draft_layer + token * beam) * count + token * (1 - beam) * (count > 0)
 
     def extend_seconds(self, tokens: float, *, cold: bool = False) -> float:
-        """Seconds of a draft extend of ``tokens`` unprocessed tokens of all requests together.
+        """Return the seconds of a draft extend of ``tokens`` unprocessed tokens of all requests.
 
-        ``cold``: the drafter was unloaded; ``tokens`` is then their whole context.
+        ``cold``: the drafter was unloaded, and ``tokens`` is their whole context.
         """
         each = self.draft_token if self.extend_token is None else self.extend_token
         extend = self.draft_layer + each * tokens if tokens > 0 else 0.0
@@ -384,11 +383,11 @@ class CostModel:
 
     @property
     def knee(self) -> Knee:
-        """Least-squares :class:`Knee` in relative error, exact over all integers K_max.
+        """Fit :class:`Knee` by least squares in relative error, exact over all integers K_max.
 
         A curve that rises from its first point on has its knee there; one that never rises has
-        gamma 0 and its last point. Neither is one: see :attr:`Knee.bends`. :meth:`at` has that of a
-        batch.
+        gamma 0 and its last point. Neither is a real knee: see :attr:`Knee.bends`. For a batch, see
+        :meth:`at`.
         """
         x, y = np.array(self.num_tokens), np.array(self.seconds)
         k, base, gamma = fit.knee(x, y)
@@ -398,21 +397,21 @@ class CostModel:
         return Knee(int(k), float(base), float(gamma), *intervals, bends)
 
     def tokens_within(self, factor: float) -> int:
-        """The most tokens of a step at ``factor`` times the cost of one token, or less.
+        """Return the most tokens of a step that costs at most ``factor`` times one token.
 
-        A budget where the curve has no flat part; EchoError: ``factor`` below 1.
+        A budget for curves without a flat part; EchoError: ``factor`` below 1.
         """
         factor = checks.real("factor", factor, 1.0)
         counts = np.arange(1, self.num_tokens[-1] + 1)
         return int(counts[self(counts) <= factor * self(1) * (1 + 1e-9)][-1])
 
     def to_json(self) -> str:
-        """The model as JSON text."""
+        """Return the model as JSON text."""
         return json.dumps({"format": "echo-cost", "version": VERSION, **asdict(self)})
 
     @classmethod
     def from_json(cls, text: str) -> CostModel:
-        """Reads what :meth:`to_json` wrote; EchoError: not JSON, or of another version."""
+        """Read what :meth:`to_json` wrote; EchoError: not JSON, or of another version."""
         with checks.reading(f"cost: expected the JSON of a CostModel, version {VERSION}"):
             data = json.loads(text)
             if data.pop("format") != "echo-cost" or data.pop("version") not in READABLE:
@@ -420,19 +419,19 @@ class CostModel:
             return cls(**data)
 
     def to_sglang(self) -> str:
-        """The target's part as SGLang's additive cost table (JSON): one profile for both planners.
+        """Export the target's part as SGLang's additive cost table (JSON), to share one profile.
 
-        For ``--speculative-dspark-sps-table-path``: these seconds at every number of tokens up to
-        the last knot, tiers included, and its value beyond. Context is :attr:`context_len` for each
-        request; where it matters, the table is the nearest additive one.
+        For ``--speculative-dspark-sps-table-path``: seconds at every number of tokens up to the
+        last knot, tiers included, and constant above. Context is :attr:`context_len` for each
+        request; where context matters, the table is the nearest additive one.
         """
         return sglang.table(self)
 
     @classmethod
     def from_sglang(cls, text: str) -> CostModel:
-        """Reads the ``text`` of SGLang's cost tables: additive, or the older steps per second.
+        """Read the ``text`` of SGLang's cost tables: additive, or the older steps per second.
 
-        They need not rise; this is the nearest curve that does (least squares), without drafting.
+        Tables may fall; this is the nearest curve that does not (least squares), without drafting.
 
         Raises:
             EchoError: neither of the two, or values out of range.
@@ -440,7 +439,7 @@ class CostModel:
         return cls(**sglang.fields(text))
 
     def plot(self) -> Figure:
-        """A matplotlib figure: seconds by tokens with knee and tiers; where a draft pays, by batch.
+        """Draw in matplotlib: seconds by tokens, knee and tiers; where a draft pays off, by batch.
 
         Raises:
             EchoError: matplotlib is not installed (extra ``plot``).

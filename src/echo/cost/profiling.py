@@ -1,4 +1,4 @@
-"""Timings of a custom step."""
+"""Timing of a custom step."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from echo import _checks as checks
 from echo._checks import EchoError
 
 TICK = 1e-12
-"""Seconds that a step takes at least, or its clock is too coarse."""
+"""Minimum seconds of a step; below it, the clock is too coarse."""
 
 
 def profile(
@@ -24,16 +24,16 @@ def profile(
     warmup: int = 1,
     device: torch.device | str = "cpu",
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Times ``step(count)`` for each token count: ``warmup`` untimed rounds, then ``repeats``.
+    """Time ``step(count)`` for each token count: ``warmup`` untimed rounds, then ``repeats``.
 
-    A round runs all counts, so that a slow moment of the machine does not hit one alone.
+    A round runs all counts, so that a slow moment of the machine does not affect only one.
 
     Args:
-        step: runs one step of that many tokens; on CUDA on the current stream.
+        step: runs one step of that many tokens; on CUDA, on the current stream.
         num_tokens: token counts, at least 1.
-        repeats: timed calls of each.
-        warmup: untimed calls of each: compilation, graph capture, clocks.
-        device: where the step runs; on CUDA, its events are the clock.
+        repeats: timed calls per count.
+        warmup: untimed calls per count, for compilation, graph capture and clocks.
+        device: where the step runs; on CUDA it is timed by events.
 
     Returns:
         Token counts int64 and seconds float64 [n * repeats], for :meth:`CostModel.from_samples`.
@@ -63,9 +63,9 @@ def seconds_of(
     device: torch.device | str,
     clock: Callable[[], float] = time.perf_counter,
 ) -> float:
-    """Seconds of ``step(*load)`` by ``clock``.
+    """Time ``step(*load)`` in seconds by ``clock``.
 
-    On CUDA between two events of the stream, synchronized: it starts on an idle device.
+    On CUDA by two events of the stream, synchronized: the step starts on an idle device.
     """
     if torch.device(device).type != "cuda":
         start = clock()

@@ -1,6 +1,6 @@
-"""What samples of a step's seconds say for and against a model: columns, doubts, where it speaks.
+"""Timing samples of steps: their columns, the loads that they cover, and doubts about them.
 
-n samples, each of a load: tokens, requests and the context that they have together.
+n samples, each of one load: tokens, requests and their total context.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ Table = Mapping[str, Floats]
 
 FOLDS = 5
 FEW = 8
-"""Parts of the samples, each predicted from the others; loads below which that says nothing."""
+"""Folds of the held-out error; with fewer loads, there is none."""
 REACH = 1.25
-"""How far beyond its samples a model speaks, as a ratio."""
+"""How far outside its samples a model still holds, as a ratio."""
 FALL = 1.25
-"""How much more than all samples of a greater load all of a load's must take to fall."""
+"""Ratio by which all samples of a load must exceed all of a greater load for seconds to fall."""
 
 
 def columns(seconds: ArrayLike, **inputs: ArrayLike | None) -> tuple[Floats, dict[str, Floats]]:
-    """Samples as float columns of one length; EchoError where they are not.
+    """Return samples as float columns of one length; EchoError if they are not.
 
-    Without the None, but the first input must be there.
+    Inputs that are None are left out, except the first, which is required.
     """
     y = _column("seconds", seconds)
     table: dict[str, Floats] = {}
@@ -57,13 +57,13 @@ def _column(name: str, values: object) -> Floats:
 
 
 def at_least(name: str, column: Floats, low: int) -> None:
-    """Raises :class:`EchoError` if a sample of ``column`` is below ``low``."""
+    """Raise :class:`EchoError` if a sample of ``column`` is below ``low``."""
     if not (column >= low).all():
         raise EchoError(f"{name}: expected at least {low} in every sample, got {column.min():g}")
 
 
 def loads(table: Table) -> Floats:
-    """Tokens, requests and context of a request, float64 [n, 3]; 1 and 0 where not recorded."""
+    """Tokens, requests and context per request, float64 [n, 3]; 1 and 0 if not recorded."""
     tokens = table["num_tokens"] + table.get("num_other_tokens", 0.0)
     reqs = table.get("num_reqs", np.ones_like(tokens))
     context = table.get("context_tokens", np.zeros_like(tokens)) / reqs
@@ -71,7 +71,7 @@ def loads(table: Table) -> Floats:
 
 
 def parts(table: Table) -> list[NDArray[np.bool_]]:
-    """Parts of the samples, bool [n] each: a load's samples in one, its neighbours in others."""
+    """Split into folds, bool [n] each: samples of one load together, neighbouring loads apart."""
     found, place = np.unique(loads(table)[:, [1, 2, 0]], axis=0, return_inverse=True)
     part = place.ravel() % FOLDS
     return [part == i for i in range(FOLDS)] if len(found) >= FEW else []
@@ -80,9 +80,9 @@ def parts(table: Table) -> list[NDArray[np.bool_]]:
 def held_out(
     seconds: Floats, table: Table, fitted: Callable[[Floats, dict[str, Floats]], Any]
 ) -> float | None:
-    """The relative error that 95% of the samples keep within, predicted without their part.
+    """Return the 95th percentile of the relative held-out error; None if there are too few loads.
 
-    ``fitted`` makes a model of the others. None where there are too few loads.
+    ``fitted`` makes a model of the other folds.
     """
     tokens, reqs, context = loads(table).T
     error = np.zeros(len(seconds))
@@ -95,9 +95,9 @@ def held_out(
 
 
 def measured(table: Table) -> tuple[tuple[float, ...], ...]:
-    """By number of requests: it, fewest and most tokens, least and most context of a request.
+    """By number of requests: that number, fewest and most tokens, least and most context of each.
 
-    As :func:`loads`, all of one where requests were not recorded.
+    As :func:`loads`; a single entry if requests were not recorded.
     """
     every = loads(table)
     found = []
@@ -111,7 +111,7 @@ def measured(table: Table) -> tuple[tuple[float, ...], ...]:
 def covers(
     ranges: Sequence[Sequence[float]], num_tokens: float, num_reqs: float, context_len: float
 ) -> bool:
-    """Whether samples speak for a load: those of the next numbers of requests with its context."""
+    """Whether samples cover a load: those of the nearest numbers of requests with its context."""
     own = [r for r in ranges if r[3] / REACH <= context_len <= r[4] * REACH]
     counts = [count for count, *_ in own]
     if not own or not counts[0] / REACH <= num_reqs <= counts[-1] * REACH:
@@ -121,7 +121,7 @@ def covers(
 
 
 def doubts(seconds: Floats, table: Table) -> tuple[str, ...]:
-    """What speaks against a model of these samples."""
+    """List what speaks against a model of these samples."""
     found = []
     every, place, size = np.unique(loads(table), axis=0, return_inverse=True, return_counts=True)
     own = np.split(seconds[place.ravel().argsort(kind="stable")], size.cumsum()[:-1])
@@ -139,15 +139,15 @@ def doubts(seconds: Floats, table: Table) -> tuple[str, ...]:
         ranges = measured(table)
         if len(ranges) == 1:
             found.append(
-                f"samples of {ranges[0][0]:.0f} request(s) only: what others cost is a guess"
+                f"samples of {ranges[0][0]:.0f} request(s) only: the cost of others is a guess"
             )
         longest = math.inf
         for count, _, _, least, most in sorted(ranges, key=lambda own: own[3:]):
             if least > REACH * longest:
                 found.append(
                     f"contexts up to {longest:.0f} and from {least:.0f}, that of {count:.0f}"
-                    " request(s), were not measured with one number of requests: what requests and"
-                    " what context cost is not told apart"
+                    " request(s), were not measured with one number of requests: the costs of"
+                    " requests and of context cannot be told apart"
                 )
             longest = most if longest == math.inf else max(longest, most)
     return tuple(found)

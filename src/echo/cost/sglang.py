@@ -1,4 +1,4 @@
-"""SGLang's cost tables (0.5.23), read and written."""
+"""Read and write SGLang's cost tables (0.5.23)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def table(model: CostModel) -> str:
-    """The additive table (JSON) of a ``model``: see :meth:`CostModel.to_sglang`."""
+    """Write the additive table (JSON) of a ``model``: see :meth:`CostModel.to_sglang`."""
     if model.context_token:
         pairs = [(n, b) for b in model.num_reqs or (1,) for n in model.num_tokens if n >= b]
         tokens, reqs = np.array(pairs, dtype=np.float64).T
@@ -26,7 +26,7 @@ def table(model: CostModel) -> str:
         model = type(model)(tiers=model.tiers, **nearest)
     inside = [t for t in model.tiers if t <= model.num_tokens[-1]]
     edges = {t + 1 for t in inside} | set(inside) | {1, *model.num_tokens}
-    probes = sorted(edges) if len(edges) > 1 else [1, 2]  # its reader needs two
+    probes = sorted(edges) if len(edges) > 1 else [1, 2]  # SGLang's reader needs two
     curve = np.asarray(model(np.array(probes)))
     written = {
         "bias_seconds": float(curve[0]),
@@ -39,7 +39,7 @@ def table(model: CostModel) -> str:
 
 
 def fields(text: str) -> dict[str, Any]:
-    """The fields of a :class:`CostModel` that one of SGLang's cost tables (JSON) tells.
+    """Read the fields of a :class:`CostModel` that an SGLang cost table (JSON) determines.
 
     ``bias + alpha(requests) + theta(tokens)`` between probes, or steps per second held from probe
     to probe.

@@ -1,4 +1,4 @@
-"""Which drafts the target accepts, at any depth and budget: counted on a log or by an engine.
+"""Which drafts the target accepts, by depth and budget, counted on a log or by an engine.
 
 A request-step is one request in one step. D depths; B requests decoded together; n budgets, in
 draft tokens of the whole batch.
@@ -26,13 +26,13 @@ from echo.kernels.codes import ONE
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 GRID = 24
-"""Budgets that are tried for a number of requests, evenly in the logarithm."""
+"""Budgets tried for a number of requests, evenly spaced in the logarithm."""
 GROUPS = 64
-"""Batches of log steps, at least, that a budget is tried on."""
+"""Minimum number of batches of log steps that a budget is tried on."""
 BLOCKS = 400
 """Blocks of consecutive steps that the bootstrap draws: steps of one answer are not independent."""
 Z = 1.96
-"""Standard deviations that hold 95%."""
+"""Standard deviations of a 95% interval."""
 HISTOGRAMS = "spec_accept_histogram", "spec_correct_drafts_histogram"
 VLLM = "num_drafts", "num_accepted_tokens_per_pos"
 LINE = re.compile(
@@ -50,7 +50,7 @@ KINDS = (
 
 
 def wilson(accepted: Floats, steps: Floats) -> tuple[Floats, Floats, Floats]:
-    """Rates and Wilson's intervals of 95%, float64 [D] each; NaN of no steps."""
+    """Return rates and 95% Wilson intervals, float64 [D] each; NaN for no steps."""
     with np.errstate(invalid="ignore", divide="ignore"):
         rate = accepted / steps
         z = Z**2 / steps
@@ -60,12 +60,12 @@ def wilson(accepted: Floats, steps: Floats) -> tuple[Floats, Floats, Floats]:
 
 
 class Outcomes(NamedTuple):
-    """What B requests accept.
+    """Accepted drafts of B requests, by depth and budget.
 
     Attributes:
         budgets: int64 [D, n].
-        accepted: float64 [D, n], mean accepted drafts of a request's step.
-        resample: (depth, budget) -> float64 [resamples], the same in resampled logs.
+        accepted: float64 [D, n], mean accepted drafts per request and step.
+        resample: (depth, budget) -> float64 [resamples], the same for resampled logs.
     """
 
     budgets: Ints
@@ -74,13 +74,13 @@ class Outcomes(NamedTuple):
 
 
 class LoggedDrafts:
-    """The drafts of a log, a row a request-step, the likeliest first.
+    """The drafts of a log, one row per request-step, likeliest first.
 
     Attributes:
-        steps, max_depth: request-steps; D.
-        drafted, accepted: float64 [D], tokens by depth.
-        num_draft_tokens: of all depths.
-        mean_rate: mean of the steps' own acceptance rates.
+        steps, max_depth: number of request-steps; D.
+        drafted, accepted: float64 [D], number of tokens by depth.
+        num_draft_tokens: at all depths.
+        mean_rate: mean of the steps' acceptance rates.
     """
 
     unit = "steps"
@@ -110,7 +110,7 @@ class LoggedDrafts:
         where = place[order], np.arange(len(log)) - np.repeat(size.cumsum() - size, size)
 
         def spread(values: NDArray[Any], none: Any) -> NDArray[Any]:
-            """[request-steps, drafts of the largest, at most ``limit``]."""
+            """Pad to [request-steps, drafts of the largest step, at most ``limit``]."""
             wide = np.full((len(step), int(size.max())), none, values.dtype)
             wide[where] = values[order]
             return wide[:, :limit]
@@ -130,7 +130,7 @@ class LoggedDrafts:
         self._resamples = resamples
 
     def outcomes(self, b: int) -> Outcomes:
-        """Of batches of steps at random, the likeliest drafts of each batch verified."""
+        """Verify the likeliest drafts of each of many batches of random steps."""
         turns = -(-max(GROUPS * b, self.steps) // self.steps)
         drawn = np.concatenate([self._random.permutation(self.steps) for _ in range(turns)])
         together = drawn[: len(drawn) // b * b].reshape(-1, b)
@@ -145,9 +145,9 @@ class LoggedDrafts:
         return Outcomes(wide, np.stack(found), lambda d, n: self._resample(d, n, together))
 
     def _ranks(self, depth: int, together: Ints) -> Ints:
-        """Places of accepted drafts among their batch's down to ``depth``, [groups, b, drafts].
+        """Rank accepted drafts among their batch's drafts down to ``depth``, [groups, b, drafts].
 
-        Beyond all where a draft was not accepted or is deeper.
+        Drafts that are deeper or not accepted rank after all others.
         """
         inside = self._depth <= depth
         f = np.where(inside, self._f, -1.0)[together]
@@ -158,10 +158,10 @@ class LoggedDrafts:
         return np.where(good, rank.reshape(f.shape), order.shape[1])
 
     def _resample(self, depth: int, budget: int, together: Ints) -> Floats:
-        """Blocks of consecutive steps with weights at random: the Bayesian bootstrap.
+        """Weight blocks of consecutive steps at random: the Bayesian bootstrap.
 
-        Before the log, half a step was seen that accepts all it can, and half a step that accepts
-        nothing (Jeffreys' prior): few steps that are alike are not certain.
+        As a prior (Jeffreys'), half a step accepts all it can and half a step accepts nothing, so
+        that a few identical steps are not certain.
         """
         per = (self._ranks(depth, together) < budget).sum(axis=2)
         uses = np.bincount(together.ravel(), minlength=self.steps)
@@ -180,10 +180,10 @@ class LoggedDrafts:
 
 
 class CountedChains:
-    """An engine's counters of chains; of shorter ones, rates by depth are too low.
+    """An engine's counters of chains; if chains differ in length, rates by depth are too low.
 
-    Attributes as :class:`LoggedDrafts`; ``mean_rate`` is over the requests or intervals that are
-    told apart, ``unit``, or NaN.
+    Attributes as :class:`LoggedDrafts`; ``mean_rate`` is over requests or intervals, as ``unit``
+    says, or NaN.
     """
 
     def __init__(
@@ -211,14 +211,14 @@ class CountedChains:
         self._drawn = rates.cumprod(axis=1).cumsum(axis=1).T
 
     def outcomes(self, b: int) -> Outcomes:
-        """Every request's chain down to each depth is verified."""
+        """Verify every request's chain down to each depth."""
         budgets = b * np.minimum(np.arange(1, self.max_depth + 1), self._limit)[:, None]
         mean = self.accepted.cumsum()[:, None] / self.steps
         return Outcomes(budgets, mean, lambda depth, _: self._drawn[depth - 1])
 
 
 Part = tuple[int, Floats, float | None]
-"""Request-steps, how many of them accepted each position, and draft tokens where known."""
+"""Request-steps, how many of them accepted each position, and draft tokens if known."""
 
 
 def _parts(seen: object) -> tuple[str, list[Part]]:
@@ -242,14 +242,14 @@ def _parts(seen: object) -> tuple[str, list[Part]]:
 
 
 def _interval(accepted: str, drafted: str, rates: str) -> Part:
-    """One line of vLLM's log. It does not say the steps: these are what its rates imply."""
+    """Parse a line of vLLM's log. The number of steps is not in it, but implied by its rates."""
     each = np.array([float(rate) for rate in rates.split(",")])
     steps = int(accepted) / each.sum() if each.sum() else int(drafted) / len(each)
     return max(1, round(steps)), (each * steps).round(), float(drafted)
 
 
 def _counters(counters: Any) -> Part:
-    """From SGLang's or vLLM's counters, or from a request's ``meta_info`` that has them."""
+    """Parse SGLang's or vLLM's counters, or a request's ``meta_info`` that has them."""
     if isinstance(counters, Mapping):
         counters = counters.get("meta_info", counters)
     if not isinstance(counters, Mapping):

@@ -35,25 +35,24 @@ if TYPE_CHECKING:
 FORMAT = "echo-calibration"
 VERSION = 2
 PROFILE_BINS = 20
-"""Equal-mass bins of the confidence profile kept for the plot and for drift; custom for PSI."""
+"""Equal-mass bins of the confidence profile, for the plot and drift; customary for PSI."""
 
 
 @dataclass(frozen=True)
 class DepthCalibration:
-    """What the log says of one depth.
+    """Gate, threshold and statistics of one depth.
 
     Attributes:
         depth: 1 is the first draft layer.
-        accepted, rejected: rows of rank 0.
+        accepted, rejected: number of rows of rank 0.
         auc, auc_low, auc_high: separability and its 95% interval; NaN, 0, 1 without both kinds.
         threshold: tau, by the calibration's rule; a request passes above it.
         youden: greatest J = P(pass | accepted) - P(pass | rejected) over all thresholds.
         gate: whether this depth is a gate.
-        reason: why, or why not, in words.
+        reason: why it is a gate or not, in words.
         reliability: knots (log-probability, P(path accepted)), both rising; over all ranks.
-        auc_error: bound on what the bins move the AUC.
-        stopped, stopped_accepted: weighted rows of rank 0 that this gate alone would stop, and
-            those of them that the target accepted.
+        auc_error: bound on the binning error of the AUC.
+        stopped, stopped_accepted: weight of rank-0 rows this gate alone stops; of accepted ones.
         effective: effective number of rows of rank 0, (sum w)^2 / sum w^2.
         profile: (greatest confidence, accepted, rejected weight) of about equal-mass bins, rank 0.
     """
@@ -80,12 +79,12 @@ class DepthCalibration:
 class Calibration:
     """Gate depths, thresholds and reliability maps: the host-side result of :func:`calibrate`.
 
-    ``str`` of it is a table. Equal histograms give equal calibrations, to the last bit.
+    ``str`` renders a table. Equal histograms give equal calibrations, to the last bit.
 
     Attributes:
-        depths: one entry for each depth 1..max_depth.
+        depths: one entry per depth 1..max_depth.
         min_auc, min_rows, max_gates, rule: the settings it was made with.
-        throughput: tokens per second on the log by the throughput rule, else None.
+        throughput: tokens per second on the log, under the throughput rule; else None.
 
     Example:
         >>> log = WarmupLog.from_arrays([1] * 200, [0.9] * 100 + [0.2] * 100, [1, 1, 0, 0, 0] * 40)
@@ -129,11 +128,11 @@ class Calibration:
 
     @property
     def thresholds(self) -> dict[int, float]:
-        """tau of every gate depth."""
+        """Map each gate depth to its tau."""
         return {d.depth: d.threshold for d in self.depths if d.gate}
 
     def reliability_table(self) -> NDArray[np.int32]:
-        """P(path accepted) in 24-bit fixed point, int32 [max_depth + 1, 512].
+        """Tabulate P(path accepted) in 24-bit fixed point, int32 [max_depth + 1, 512].
 
         Row d, column ``min(floor(-32 * S), 511)`` is for a node of depth d with path
         log-probability S; row 0, the root, is 1.0. For :func:`echo.gating.look_up`.
@@ -143,16 +142,16 @@ class Calibration:
     def error(
         self, log: WarmupLog, *, bins: int = 20, resamples: int = 200, seed: int = 0
     ) -> CalibrationError:
-        """As :func:`echo.gating.calibration_error`, of this calibration on a held-out ``log``."""
+        """Compute the error on a held-out ``log``, as :func:`echo.gating.calibration_error`."""
         table = self.reliability_table()
         return statistics.calibration_error(table, log, bins=bins, resamples=resamples, seed=seed)
 
     def report(self, log: WarmupLog) -> tuple[GateReport, ...]:
-        """As :func:`echo.gating.report`, of these thresholds on a ``log``."""
+        """Report what these thresholds do to a ``log``, as :func:`echo.gating.report`."""
         return report(log, self.thresholds)
 
     def refit(self, histograms: ConfidenceHistograms) -> Calibration:
-        """As :func:`calibrate` with these settings, from ``histograms`` that went on counting.
+        """Calibrate with the same settings from ``histograms`` that continued counting.
 
         Raises:
             EchoError: the throughput rule, which needs step ids; and as :func:`calibrate`.
@@ -167,7 +166,7 @@ class Calibration:
         )
 
     def plot(self) -> Figure:
-        """A matplotlib figure: histograms with thresholds, AUC with intervals, reliability.
+        """Draw histograms with thresholds, AUC with intervals, and reliability in matplotlib.
 
         Raises:
             EchoError: matplotlib is not installed (extra ``plot``).
@@ -185,7 +184,7 @@ class Calibration:
         return "\n".join([title, head, *map(_line, self.depths)])
 
     def to_json(self) -> str:
-        """JSON text, one value or map a line: the same bytes for equal calibrations."""
+        """Return JSON text, one value or map per line: the same bytes for equal calibrations."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         head = {"format": FORMAT, "version": VERSION} | values
         entries = []
@@ -198,7 +197,7 @@ class Calibration:
 
     @classmethod
     def from_json(cls, text: str) -> Calibration:
-        """Reads the ``text`` that :meth:`to_json` wrote, exactly.
+        """Read the ``text`` that :meth:`to_json` wrote, exactly.
 
         Raises:
             EchoError: not JSON, of another version, truncated, or with a value out of range.
@@ -222,18 +221,18 @@ class Calibration:
         return result
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the JSON to ``path`` atomically."""
+        """Write the JSON to ``path`` atomically."""
         with write_atomically(path) as handle:
             handle.write(self.to_json().encode())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Calibration:
-        """Reads the file that :meth:`save` wrote; raises as :meth:`from_json` and ``open``."""
+        """Read the file that :meth:`save` wrote; raises as :meth:`from_json` and ``open``."""
         return cls.from_json(Path(path).read_text(encoding="utf-8"))
 
 
 def _line(d: DepthCalibration) -> str:
-    """``stops``: what the gate alone stops; ``wrongly``: the accepted part of that."""
+    """Format a depth; ``stops``: what the gate alone stops; ``wrongly``: its accepted part."""
     rows = sum(a + r for _, a, r in d.profile)
     gate = "yes" if d.gate else "no"
     auc = "  - " if math.isnan(d.auc) else f"{d.auc:.2f}"
@@ -250,7 +249,7 @@ def _pair(name: str, value: Any) -> str:
 
 
 def _read_depth(data: Mapping[str, Any]) -> DepthCalibration:
-    """One entry, checked."""
+    """Read and check one entry."""
     auc = float("nan") if data["auc"] is None else float(data["auc"])
     maps = {name: _rows(data[name]) for name in ("reliability", "profile")}
     d = DepthCalibration(**{**data, "auc": auc, **maps})
@@ -287,32 +286,32 @@ def calibrate(
     batch: int = 64,
     beam: int = 1,
 ) -> Calibration:
-    """Finds the depths of a warm-up log where confidence tells accepted from rejected tokens.
+    """Find the depths at which confidence separates accepted from rejected tokens in a warm-up log.
 
     Gate depths are the root gate (1), the target depth (``max_depth``) and the depths whose AUC is
     above ``min_auc`` with 95% confidence, best first by Youden's J times the depth's rejected
-    weight times the layers that a gate there saves. The paper names neither bound nor number;
-    every depth carries the reason of its choice.
+    weight times the layers that a gate there saves; ``reason`` explains each. (The paper gives
+    neither bound nor number.)
 
     A log, its histograms, and merged histograms of its parts give the same bits. Rows that a gate
-    or budget kept from verification bias what is calibrated on the others: a log whose steps bear
-    the mark of a gate is refused; where no step ids tell, fewer deeper rows give a warning.
+    or budget kept from verification bias the calibration: a visibly gated log is refused; without
+    step ids, fewer rows at deeper depths give a warning.
 
     Args:
         log: rows of steps drafted without a gate, or with weights: one log, several, or their
             histograms. Rank 0 decides gates and thresholds, all ranks the reliability.
         max_depth: deepest depth to calibrate. Defaults to the log's deepest.
         min_auc: the paper's delta, in [0.5, 1].
-        min_rows: accepted and rejected rows of rank 0 that a gate needs, each. 50 hold the 95%
-            interval of an AUC of 0.8 within about 0.09.
-        max_gates: gates at most, the root gate and the target depth included; at least 2.
-        thresholds: "youden": each depth's Youden point. "throughput": those that maximize tokens
-            per second (:func:`echo.gating.throughput_optimal`); needs step ids and ``cost``.
+        min_rows: accepted rows, and rejected rows, of rank 0 that a gate needs. With 50 each, the
+            95% interval of an AUC of 0.8 is within about 0.09.
+        max_gates: maximum number of gates, root gate and target depth included; at least 2.
+        thresholds: "youden": each depth's Youden point. "throughput": thresholds that maximize
+            tokens per second (:func:`echo.gating.throughput_optimal`); needs step ids and ``cost``.
         cost, batch, beam: for "throughput", as in :class:`echo.gating.Objective`.
 
     Raises:
-        EchoError: an argument out of range; an empty log, accepted or rejected rows only, or the
-            mark of a gate; the throughput rule from histograms or on steps that lack rows.
+        EchoError: an argument out of range; a log that is empty, visibly gated, or all accepted or
+            all rejected; the throughput rule from histograms or on steps that lack rows.
 
     Example:
         >>> confidence = [0.9] * 80 + [0.2] * 100 + [0.9] * 20
@@ -370,7 +369,7 @@ def _deepest(histograms: ConfidenceHistograms) -> int:
 def _measure(
     mass: NDArray[np.int64], depth: int, min_auc: float, min_rows: int
 ) -> DepthCalibration:
-    """``mass`` int64 [3, 2, 2, bins] of one depth."""
+    """Calibrate one depth from ``mass`` int64 [3, 2, 2, bins]."""
     path = mass[:, 0]
     rejected, accepted = (int(n) for n in path[ROWS].sum(axis=1))
     s = statistics.from_histogram(path)
@@ -439,7 +438,7 @@ def _choose(found: list[DepthCalibration], max_gates: int) -> list[DepthCalibrat
 
 
 def _optimize(calibration: Calibration, log: WarmupLog, objective: Objective) -> Calibration:
-    """The calibration with throughput-optimal thresholds at its gates."""
+    """Replace the gates' thresholds by throughput-optimal ones."""
     gates = calibration.gate_depths
     start = calibration.thresholds
     taus, value = throughput_optimal(log, gates, calibration.max_depth, objective, start)

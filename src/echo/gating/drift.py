@@ -1,4 +1,4 @@
-"""Has traffic moved away from what a calibration was made on?"""
+"""Detect that traffic has drifted from what a calibration was made on."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from echo.gating.histograms import SQUARE, UNIT, WEIGHT, ConfidenceHistograms, u
 TESTS = 3
 """Tests of each depth: psi, ks, gap."""
 ENOUGH = 100.0
-"""Effective rows, of the calibration and live, below which a depth is not judged: five in each of
-20 bins (rule of thumb for chi-squared)."""
+"""Effective rows, both calibrated and live, below which a depth is not judged: five in each of 20
+bins (rule of thumb for chi-squared)."""
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,9 @@ class DepthDrift:
         rows: effective number of live rows of rank 0.
         psi, psi_limit: population stability index of the confidence.
         ks, ks_limit: Kolmogorov-Smirnov distance of the confidence.
-        gap, gap_limit: live minus calibrated acceptance rate at equal confidence; its limit.
-        drifted: whether any is above its limit.
-        reason: in words.
+        gap, gap_limit: live minus calibrated acceptance rate at equal confidence.
+        drifted: whether any statistic is above its limit.
+        reason: explanation in words.
     """
 
     depth: int
@@ -49,10 +49,10 @@ class DepthDrift:
 
 @dataclass(frozen=True)
 class DriftReport:
-    """Result of :meth:`DriftMonitor.check`; ``str`` of it is one line for each depth.
+    """Result of :meth:`DriftMonitor.check`; ``str`` renders one line per depth.
 
     Attributes:
-        depths: one entry for each calibrated depth.
+        depths: one entry per calibrated depth.
     """
 
     depths: tuple[DepthDrift, ...]
@@ -68,32 +68,30 @@ class DriftReport:
 
 @dataclass(frozen=True)
 class DriftMonitor:
-    """Compares live histograms with a calibration, in constant memory.
+    """Compare live histograms with a calibration, in constant memory.
 
-    Three statistics a depth, over the calibration's bins of the confidence of rank 0, with n and m
-    effective rows:
+    Three statistics per depth, over the calibration's bins of rank 0, with n and m effective rows:
 
-    - PSI = sum (p - q) log(p / q): without drift (1/n + 1/m) times chi-squared of bins - 1 degrees
-      (Yurdakul and Naranjo 2020).
-    - KS, the greatest distance of distribution functions; its limit is
-      sqrt(-log(a / 2) / 2 * (1/n + 1/m)).
-    - The gap of acceptance at equal confidence, which finds a changed target behind equal drafts;
+    - PSI = sum (p - q) log(p / q): without drift, (1/n + 1/m) times chi-squared with bins - 1
+      degrees of freedom (Yurdakul and Naranjo 2020).
+    - KS, the greatest distance of the distribution functions; its limit is sqrt(-log(a / 2) / 2 *
+      (1/n + 1/m)).
+    - The gap of acceptance at equal confidence, which reveals a changed target under equal drafts;
       its limit is normal.
 
-    Drift is *both* larger than samples of these sizes vary (level ``alpha``, shared among a check's
-    tests by Bonferroni) *and* large enough to matter (``min_psi``, ...). Successive steps of a
-    request are correlated, so let a window span some hundred requests. Behind a gate deeper rows
-    are a selection, and look like drift: weight them (:class:`ExploringGate`), or watch the first
-    gate's depth only.
+    Drift is *both* statistically significant (level ``alpha``, Bonferroni-corrected for a check's
+    tests) *and* large enough to matter (``min_psi``, ...). Successive steps of a request are
+    correlated, so let a window span some hundred requests. Rows deeper than a gate are a selection
+    and look like drift: weight them (:class:`ExploringGate`), or watch only the first gate's depth.
 
     Args:
         calibration: the reference.
-        alpha: false-alarm rate of a check of independent rows, at most.
+        alpha: maximum false-alarm rate of a check, for independent rows.
         min_psi: 0.1 is the customary bound of "no change" (0.25: "large").
-        min_ks, min_gap: least difference of probabilities that matters.
+        min_ks, min_gap: smallest difference of probabilities that matters.
 
     Raises:
-        EchoError: an argument out of range, or a calibration that holds no profile.
+        EchoError: an argument out of range, or a calibration without a profile.
 
     Example:
         >>> from echo.gating import WarmupLog, calibrate
@@ -118,7 +116,7 @@ class DriftMonitor:
             raise EchoError(f"{expected}, got one without: calibrate again")
 
     def check(self, live: ConfidenceHistograms) -> DriftReport:
-        """Judges ``live``, a window such as ``now.since(earlier)``; EchoError: another type."""
+        """Judge ``live``, a window such as ``now.since(earlier)``; EchoError: another type."""
         checks.instance("live", live, ConfidenceHistograms)
         return DriftReport(tuple(self._check(d, live) for d in self.calibration.depths))
 
@@ -134,7 +132,7 @@ class DriftMonitor:
             none = 0.0, math.inf
             return DepthDrift(d.depth, n, *none, *none, *none, False, reason)
         then = np.array([entry[1:] for entry in d.profile]).T
-        now = now * (n / now.sum())  # in effective rows
+        now = now * (n / now.sum())  # to effective rows
         then = then * (m / then.sum())
         level = self.alpha / (TESTS * len(self.calibration.depths))
         tests = {"psi": self._psi, "ks": self._ks, "gap": self._gap}
@@ -151,7 +149,7 @@ class DriftMonitor:
     def _psi(self, now: NDArray[Any], then: NDArray[Any], level: float) -> tuple[float, float]:
         from scipy.special import chdtri
 
-        # Half a row each, so that an empty bin has a logarithm.
+        # Add half a row to each, so that an empty bin has a logarithm.
         a = now.sum(axis=0) + 0.5
         b = then.sum(axis=0) + 0.5
         p = a / a.sum()
@@ -187,7 +185,7 @@ class DriftMonitor:
 
 
 def _by_bin(weight: NDArray[np.int64], d: DepthCalibration) -> NDArray[np.float64]:
-    """Accepted and rejected weight, float64 [2, k], in the calibration's bins."""
+    """Return accepted and rejected weight, float64 [2, k], in the calibration's bins."""
     if not d.profile:
         return np.zeros((2, 1))
     ends = np.array([entry[0] for entry in d.profile], dtype=np.float32)

@@ -1,4 +1,4 @@
-"""Gates: after a layer is scored, which requests draft deeper? B requests, M nodes a layer."""
+"""Gates: once a layer is scored, which requests draft deeper? B requests, M nodes a layer."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from echo.gating.thresholds import check_thresholds
 
 
 class LayerStatistics(Protocol):
-    """What a gate sees of a scored layer."""
+    """What a gate reads of a scored layer."""
 
     @property
     def depth(self) -> int:
@@ -31,29 +31,29 @@ class LayerStatistics(Protocol):
 
     @property
     def drafted(self) -> Tensor:
-        """bool [B]: requests that drafted the layer."""
+        """bool [B]: whether the request drafted the layer."""
 
     @property
     def log_confidence(self) -> Tensor:
-        """float32 [B]: greatest path log-probability of the layer."""
+        """float32 [B]: greatest path log-probability in the layer."""
 
     def log_mass(self, beam: int) -> Tensor:
         """float32 [B]: log of the summed path probabilities of the ``beam`` best nodes."""
 
 
 class Gate(Protocol):
-    """A function from a layer's statistics to bool [B]; None: all requests pass, at no cost."""
+    """A function from a layer's statistics to bool [B], or None: all requests pass, at no cost."""
 
     def __call__(self, layer: LayerStatistics, /) -> Tensor | None:
-        """bool [B], the requests that pass ``layer``; sync-free, of a shape no data changes."""
+        """Return bool [B], whether each request passes ``layer``; sync-free, of fixed shapes."""
 
 
 @dataclass(frozen=True)
 class SparseGate:
-    """The paper's gate: g[i, d] = c[i, d] > tau[d] at gate depths; elsewhere all requests pass.
+    """The paper's gate: g[i, d] = c[i, d] > tau[d] at gate depths; all requests pass elsewhere.
 
     Args:
-        thresholds: a :class:`Calibration`, or tau in [0, 1] by depth.
+        thresholds: a :class:`Calibration`, or a mapping of depth to tau in [0, 1].
 
     Raises:
         EchoError: a depth below 1 or a threshold outside [0, 1].
@@ -69,7 +69,7 @@ class SparseGate:
 
     thresholds: Calibration | Mapping[int, float]
     log_tau: dict[int, float] = field(init=False, repr=False, compare=False)
-    """log tau by gate depth, rounded to float32 here, once: no device takes a logarithm."""
+    """log tau by gate depth, rounded to float32 once here: no device takes a logarithm."""
 
     def __post_init__(self) -> None:
         given = self.thresholds
@@ -95,19 +95,19 @@ class SparseGate:
         return tuple(self.log_tau)
 
     def __call__(self, layer: LayerStatistics, /) -> Tensor | None:
-        """bool [B] at a gate depth, None elsewhere."""
+        """Return bool [B] at a gate depth, None elsewhere."""
         tau = self.log_tau.get(layer.depth)
         return None if tau is None else layer.log_confidence > tau
 
 
 @dataclass(frozen=True)
 class BeamMassGate:
-    """DDD's gate (arXiv 2409.00142): stop at a few depths where the beam has little probability.
+    """DDD's gate (arXiv 2409.00142): at a few depths, stop where the beam has little probability.
 
     Args:
         depths: gate depths; the paper's are 5, 7 and 9.
-        log_tau: a request passes if the log of its beam's mass is above.
-        beam: nodes of the beam.
+        log_tau: a request passes if the log of its beam's probability mass is above it.
+        beam: number of nodes in the beam.
 
     Raises:
         EchoError: no depths, one below 1, or a log_tau that is not finite.
@@ -130,24 +130,24 @@ class BeamMassGate:
         checks.integer_field(self, "beam", 1)
 
     def __call__(self, layer: LayerStatistics, /) -> Tensor | None:
-        """bool [B] at a gate depth, None elsewhere."""
+        """Return bool [B] at a gate depth, None elsewhere."""
         return layer.log_mass(self.beam) > self.log_tau if layer.depth in self.depths else None
 
 
 @dataclass(frozen=True, eq=False)
 class ExploringGate:
-    """Another gate, opened at random to a few requests, so that its log calibrates without bias.
+    """Open a gate to random requests, so that the resulting log calibrates without bias.
 
-    One coin a request and step: with probability epsilon all gates are open to it. Rows that the
-    gates would have kept from verification weigh 1 / epsilon (Horvitz and Thompson 1952), all
-    others 1. (A coin at every gate would give epsilon^-2, ...: the same mean, far more noise.)
+    Each request tosses one coin a step: with probability epsilon all gates are open to it. Rows
+    that the gates would have kept from verification weigh 1 / epsilon (Horvitz and Thompson 1952),
+    all others 1. (One coin per gate would give epsilon^-2, ...: the same mean, far more variance.)
 
-    A value for one step: ``replace(scheduler, gate=ExploringGate(gate, 0.05, uniforms))`` with
+    It holds for one step: ``replace(scheduler, gate=ExploringGate(gate, 0.05, uniforms))`` with
     fresh uniforms, then ``step.log(weights=exploring.weights(step.tree.layers))``. What the
     *budget* keeps from verification stays missing: explore with verify tokens to spare.
 
     Args:
-        gate: the gate to explore around; it sees the same layers as without exploring.
+        gate: the gate to wrap; it sees the same layers as without exploring.
         epsilon: probability of exploring, from 1/1024 to 1.
         uniforms: float [B], uniform on [0, 1): the step's randomness, the same on every rank.
 
@@ -175,19 +175,19 @@ class ExploringGate:
 
     @property
     def explores(self) -> Tensor:
-        """bool [B]: requests to which all gates are open in this step."""
+        """bool [B]: whether all gates are open to the request in this step."""
         return self.uniforms < self.epsilon
 
     def __call__(self, layer: LayerStatistics, /) -> Tensor | None:
-        """bool [B] where the inner gate gives one, None elsewhere."""
+        """Return bool [B] where the inner gate does, None elsewhere."""
         verdict = self.gate(layer)
         return None if verdict is None else verdict | self.explores
 
     def weights(self, layers: Sequence[LayerStatistics]) -> Tensor:
-        """Inverse-probability weights of a finished step, float32 [B, deepest depth + 1].
+        """Return inverse-probability weights of a finished step, float32 [B, deepest depth + 1].
 
-        1 where the inner gate passed at this depth and all above; else 1 / epsilon if the request
-        explored; else 0, not to log: such a layer is verified only if budget remains.
+        1 if the inner gate passed at this depth and all above; else 1 / epsilon if the request
+        explored; else 0, not to be logged: such a layer is verified only if budget remains.
 
         Args:
             layers: the step's layers, ``tree.layers``; roots are skipped.

@@ -1,4 +1,4 @@
-"""Confidence histograms: all that calibration needs of a log, in constant memory, added exactly."""
+"""Confidence histograms: all calibration needs of a log, in constant memory, summed exactly."""
 
 from __future__ import annotations
 
@@ -21,28 +21,28 @@ PER_OCTAVE = 128
 OCTAVES = 24
 BINS = PER_OCTAVE * OCTAVES + 2
 """Bins of a histogram. Their edges are the bfloat16 numbers from 2^-24 to 1, the upper 16 bits of a
-float32 confidence: bin 0 holds what is below 2^-24, the last bin exactly 1, and every other one
+float32 confidence: bin 0 holds values below 2^-24, the last bin exactly 1, and every other bin
 spans a factor of at most 1 + 1/128."""
 UNIT = 1 << 16
 """Fixed-point weight 1.0: weights are rounded to multiples of 2^-16 before they are added."""
 MIN_WEIGHT = 1 / 64
 MAX_WEIGHT = 1024.0
-"""Bounds of a weight other than 0. Up to the greatest, sums of a block of 2^16 rows and more,
-squares included, are exact in float64; from the smallest on, a rounded square is within 4%."""
+"""Bounds of a nonzero weight. At most the maximum, sums over a block of 2^16 rows and more, squares
+included, are exact in float64; at least the minimum, a rounded square is within 4%."""
 MAX_DEPTH = 64
 RANKS = 2
-"""Ranks told apart: 0, the maximum-likelihood path, by which gates are judged, and all others."""
+"""Ranks told apart: 0, the maximum-likelihood path, on which gates are judged, and all others."""
 ROWS = 0
 WEIGHT = 1
 SQUARE = 2
-"""Planes of ``mass``: number of rows, sum of weights, sum of squared weights (2^-16 each)."""
+"""Planes of ``mass``: number of rows, sum of weights, sum of squared weights (in 2^-16)."""
 _FIRST = ((127 - OCTAVES) << 7) - 1  # upper half of the bits of 2^-24, less 1: becomes bin 0
 _BLOCK = 1 << 18
 
 
 @dataclass(frozen=True, eq=False)
 class ConfidenceHistograms:
-    """Accepted and rejected rows of logs by depth, rank 0 or not, and confidence: a value.
+    """Accepted and rejected rows of logs, by depth, rank 0 or not, and confidence; immutable.
 
     Entries are integers, so sums are exact: merging is associative and commutative, and merged
     histograms calibrate to the same bits as all rows at once.
@@ -88,7 +88,7 @@ class ConfidenceHistograms:
 
     @property
     def rows(self) -> int:
-        """Rows counted, of weight above 0."""
+        """Number of rows counted, of weight above 0."""
         return int(self.mass[ROWS].sum())
 
     def __eq__(self, other: object) -> bool:
@@ -98,13 +98,13 @@ class ConfidenceHistograms:
 
     @classmethod
     def empty(cls, max_depth: int) -> ConfidenceHistograms:
-        """No rows yet, for depths 1 to ``max_depth``; EchoError: it is not from 1 to 64."""
+        """Return empty histograms for depths 1 to ``max_depth``; EchoError: not 1 to 64."""
         max_depth = checks.integer("max_depth", max_depth, 1, MAX_DEPTH)
         return cls(np.zeros((3, max_depth, RANKS, 2, BINS), dtype=np.int64))
 
     @classmethod
     def of(cls, logs: WarmupLog | Iterable[WarmupLog]) -> ConfidenceHistograms:
-        """Counts ``logs``, one or a stream in constant memory (:meth:`WarmupLog.stream`).
+        """Count ``logs``, one or a stream in constant memory (:meth:`WarmupLog.stream`).
 
         Raises:
             EchoError: no log, a depth above 64, or a weight neither 0 nor from 1/64 to 1024.
@@ -119,19 +119,19 @@ class ConfidenceHistograms:
         return cls(mass)
 
     def add(self, log: WarmupLog) -> ConfidenceHistograms:
-        """These rows and those of ``log``; raises as :meth:`of`."""
+        """Count the rows of ``log`` too; raises as :meth:`of`."""
         return ConfidenceHistograms(_count(self.mass.copy(), log))
 
     def merge(self, other: ConfidenceHistograms) -> ConfidenceHistograms:
-        """These rows and those of ``other``, down to the deeper ``max_depth`` of the two."""
+        """Add the rows of ``other``, down to the deeper ``max_depth`` of the two."""
         one, two = self._aligned("other", other)
         return ConfidenceHistograms(one + two)
 
     def since(self, earlier: ConfidenceHistograms) -> ConfidenceHistograms:
-        """The rows counted after a snapshot: a window for :class:`echo.gating.DriftMonitor`.
+        """Return the rows counted since a snapshot: a window for :class:`echo.gating.DriftMonitor`.
 
         Raises:
-            EchoError: ``earlier`` is no earlier state of these histograms.
+            EchoError: ``earlier`` is not an earlier state of these histograms.
         """
         one, two = self._aligned("earlier", earlier)
         if (one < two).any():
@@ -142,20 +142,20 @@ class ConfidenceHistograms:
         return ConfidenceHistograms(one - two)
 
     def live(self, device: torch.device | str = "cpu") -> LiveHistograms:
-        """A copy on ``device``, to update there; it synchronizes, so make it before serving."""
+        """Copy to ``device``, to update there; this synchronizes, so call it before serving."""
         return LiveHistograms(torch.from_numpy(self.mass.copy()).to(device))
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes ``path`` (.npz) atomically."""
+        """Write ``path`` (.npz) atomically."""
         with write_atomically(path) as handle:
             np.savez_compressed(handle, version=np.array(VERSION), mass=self.mass)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> ConfidenceHistograms:
-        """Reads the file ``path`` that :meth:`save` wrote.
+        """Read the file ``path`` that :meth:`save` wrote.
 
         Raises:
-            EchoError: no whole histogram file, or one of another version.
+            EchoError: an incomplete histogram file, or one of another version.
             FileNotFoundError: no such file.
         """
         expected = checks.reading(f"path: expected histograms in {path}")
@@ -205,17 +205,17 @@ class LiveHistograms:
         *,
         in_place: bool = False,
     ) -> LiveHistograms:
-        """Counts the N packed rows of a step by integer additions, the same in any order.
+        """Count the N packed rows of a step by integer additions, the same in any order.
 
-        Skips depths outside 1 to ``depths`` (roots and pad rows are 0), negative ranks, and scores
-        or weights that are no valid number.
+        Skips depths outside 1 to ``depths`` (roots and pad rows have 0), negative ranks, and
+        invalid scores or weights.
 
         Args:
             depth, rank: int32 or int64 [N].
             log_prob: float [N], path log-probability S.
             accepted: bool [N].
             weight: float [N], of :meth:`echo.gating.ExploringGate.weights`; 0: skip. Defaults to 1.
-            in_place: add into this mass, not a copy (2.4 MB for 8 depths): for CUDA graphs.
+            in_place: add into this mass instead of a copy (2.4 MB for 8 depths), for CUDA graphs.
 
         Raises:
             EchoError: shapes, dtypes or devices that do not fit.
@@ -247,9 +247,9 @@ class LiveHistograms:
         return LiveHistograms(flat.scatter_add(1, index, torch.stack(planes)).view_as(self.mass))
 
     def snapshot(self) -> ConfidenceHistograms:
-        """A host copy to recalibrate from. It synchronizes: call it outside the step, now and then.
+        """Copy to the host, to recalibrate. Synchronizes: call it now and then, between steps.
 
-        Or copy ``mass`` into pinned memory without blocking, and wrap it a step later.
+        Alternatively, copy ``mass`` into pinned memory without blocking, and wrap it a step later.
         """
         return ConfidenceHistograms(self.mass.detach().cpu().numpy().copy())
 
@@ -270,7 +270,7 @@ def upper_ends() -> NDArray[np.float32]:
 
 
 def middle_scores() -> NDArray[np.float64]:
-    """float64 [3074]: log of each bin's geometric middle; of the first, log 2^-24."""
+    """float64 [3074]: log of each bin's geometric middle; log 2^-24 for the first."""
     lower = lower_edges().astype(np.float64)
     scores: NDArray[np.float64] = np.zeros(BINS)
     scores[1:-1] = 0.5 * (np.log(lower[1:-1]) + np.log(lower[2:]))
@@ -284,7 +284,7 @@ def _deepen(mass: NDArray[np.int64], depths: int) -> NDArray[np.int64]:
 
 
 def _count(mass: NDArray[np.int64], log: WarmupLog) -> NDArray[np.int64]:
-    """Adds the log's rows to ``mass`` in place, block by block; to a copy where it is deeper."""
+    """Add the log's rows to ``mass`` in place, block by block; to a copy if the log is deeper."""
     deepest = int(log.depth.max(initial=1))
     if deepest > MAX_DEPTH:
         row = int(log.depth.argmax())
@@ -301,7 +301,7 @@ def _count(mass: NDArray[np.int64], log: WarmupLog) -> NDArray[np.int64]:
             bounds = f"0 or from {MIN_WEIGHT:g} to {MAX_WEIGHT:g}"
             raise EchoError(f"log.weight: expected {bounds}, got {log.weight[row]:g} in row {row}")
         exact = int(2.0**52 / (UNIT * max(1.0, float(log.weight.max())) ** 2))
-        block = min(2 * _BLOCK, exact)  # sums stay whole numbers below 2^53: exact in float64
+        block = min(2 * _BLOCK, exact)  # sums stay integers below 2^53, exact in float64
     for start in range(0, len(log), block):
         part = slice(start, start + block)
         place = _places(log, part)

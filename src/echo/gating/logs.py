@@ -32,10 +32,10 @@ _HEADER = {"format": "echo-log", "version": 1}
 
 @dataclass(frozen=True)
 class WarmupLog:
-    """One row for each verified draft token of a warm-up run (paper, section on calibration).
+    """One row per verified draft token of a warm-up run (paper, section on calibration).
 
-    Tokens that a gate or a budget kept from verification are *missing*, not *rejected*: a log from
-    behind a gate is biased unless rows carry inverse-probability weights (:class:`ExploringGate`).
+    Tokens that a gate or a budget kept from verification are *missing*, not *rejected*: a gated log
+    is biased unless rows carry inverse-probability weights (:class:`ExploringGate`).
 
     Attributes:
         depth: int32 [n], 1 for the first draft layer.
@@ -101,14 +101,14 @@ class WarmupLog:
         step: ArrayLike | None = None,
         gated: bool = False,
     ) -> WarmupLog:
-        """A log from columns of one length; a bool may be 0 or 1.
+        """Build a log from columns of one length; a bool may be 0 or 1.
 
         Args:
-            depth, confidence, accepted: as the class.
+            depth, confidence, accepted: as in the class.
             rank: Defaults to 0.
             weight: Defaults to 1.
-            step: Defaults to one step a row; then rows missing behind a gate go unseen.
-            gated: recorded behind a gate; ``weight`` must then hold inverse probabilities.
+            step: Defaults to one step per row; then rows missing because of a gate go unnoticed.
+            gated: recorded with a gate; ``weight`` must then hold inverse probabilities.
 
         Raises:
             EchoError: as the class, or gated rows without weights.
@@ -133,10 +133,10 @@ class WarmupLog:
 
     @classmethod
     def from_mapping(cls, columns: Mapping[str, Any], *, gated: bool = False) -> WarmupLog:
-        """As :meth:`from_arrays`, from named columns: a dict, an open npz file, a data frame.
+        """Build a log as :meth:`from_arrays`, from a dict, an open npz file or a data frame.
 
         Raises:
-            EchoError: a column is missing or unknown, and as :meth:`from_arrays`.
+            EchoError: a missing or unknown column, and as :meth:`from_arrays`.
         """
         names = set(columns.keys())
         if missing := set(_NEEDED) - names:
@@ -150,7 +150,7 @@ class WarmupLog:
 
     @classmethod
     def concat(cls, logs: Iterable[WarmupLog]) -> WarmupLog:
-        """All rows of ``logs``, their step ids shifted to keep them apart; EchoError: no log."""
+        """Concatenate ``logs``, shifting step ids to keep them apart; EchoError: no log."""
         parts = []
         first = 0
         for log in logs:
@@ -165,7 +165,7 @@ class WarmupLog:
         return cls(**columns)
 
     def validate(self) -> None:
-        """Checks that the log holds one run, not several with clashing step ids.
+        """Check that the log holds one run, not several with clashing step ids.
 
         Raises:
             EchoError: the first row that repeats another's (step, depth, rank), or the second
@@ -178,10 +178,10 @@ class WarmupLog:
         _first_repeat(expected, rows, self.step[rows], self.depth[rows])
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes ``path`` (.npz, .jsonl or .parquet) atomically: readers see the old or new file.
+        """Write ``path`` (.npz, .jsonl or .parquet) atomically: readers see the old or new file.
 
         Raises:
-            EchoError: another kind of file, or Parquet without ``pyarrow``.
+            EchoError: another file type, or Parquet without ``pyarrow``.
         """
         columns: dict[str, Any] = {name: getattr(self, name) for name in _FIELDS}
         kind = _kind(path)
@@ -199,10 +199,10 @@ class WarmupLog:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> WarmupLog:
-        """Reads the .npz, .jsonl or .parquet file ``path``, or all that match it as a glob.
+        """Read the .npz, .jsonl or .parquet file ``path``, or all that match it as a glob.
 
-        Each line of .jsonl is an object with the columns of :meth:`from_mapping`; a header, which
-        :meth:`save` writes, counts the rows.
+        Each line of .jsonl is an object with the columns of :meth:`from_mapping`; :meth:`save` adds
+        a header that counts the rows.
 
         Raises:
             EchoError: a truncated or inconsistent file, with its line or row; no file matches; or
@@ -214,7 +214,7 @@ class WarmupLog:
 
     @classmethod
     def stream(cls, path: str | os.PathLike[str]) -> Iterator[WarmupLog]:
-        """As :meth:`load`, one file at a time, in the memory of one."""
+        """Read as :meth:`load`, but one file at a time, in the memory of one."""
         names = [text := os.fspath(path)]
         if not Path(text).exists() and glob.has_magic(text):
             names = sorted(glob.glob(text, recursive=True))
@@ -238,7 +238,7 @@ class WarmupLog:
 
 @contextmanager
 def write_atomically(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
-    """A binary file that replaces ``path`` at the end of the block, or vanishes if it fails."""
+    """Yield a binary file that replaces ``path`` after the block, or vanishes on failure."""
     target = Path(path)
     with open(f"{target}.{secrets.token_hex(4)}.part", "xb") as part:
         try:
@@ -322,7 +322,7 @@ def _arrow() -> Any:
 
 
 def _dense(step: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The ids, renumbered from 0 if negative or so large that shifting them could overflow."""
+    """Renumber ids from 0 if they are negative or so large that shifting them could overflow."""
     if not len(step) or (step.min() >= 0 and step.max() < 1 << 40):
         return step
     return np.unique(step, return_inverse=True)[1].astype(np.int64)
@@ -350,7 +350,7 @@ def _integers(name: str, values: NDArray[Any]) -> NDArray[Any]:
 
 
 def labels(accepted: ArrayLike) -> NDArray[np.bool_]:
-    """bool [n] of ``accepted``, bools or 0 and 1; EchoError at the first row that is neither."""
+    """Return ``accepted`` (bools, or 0 and 1) as bool [n]; EchoError at the first other value."""
     values = np.atleast_1d(np.asarray(accepted))
     if values.dtype != np.bool_:
         check(np.isin(values, (0, 1)), "accepted", "0 or 1", values)
@@ -358,12 +358,12 @@ def labels(accepted: ArrayLike) -> NDArray[np.bool_]:
 
 
 def check_weights(weight: NDArray[Any]) -> None:
-    """Raises :class:`EchoError` at the first weight that is negative or not finite."""
+    """Raise :class:`EchoError` at the first weight that is negative or not finite."""
     check(np.isfinite(weight) & (weight >= 0), "weight", "finite and >= 0", weight)
 
 
 def check(good: NDArray[np.bool_], name: str, expected: str, values: NDArray[Any]) -> None:
-    """Raises :class:`EchoError` at the first of ``values`` that is not ``good``."""
+    """Raise :class:`EchoError` at the first of ``values`` that is not ``good``."""
     if not good.all():
         row = int(np.argmin(good))
         raise EchoError(f"{name}: expected values {expected}, got {values[row]} in row {row}")

@@ -1,4 +1,4 @@
-"""What a confidence says of acceptance: separability (AUC), reliability maps, calibration error."""
+"""How confidence predicts acceptance: separability (AUC), reliability maps, calibration error."""
 
 from __future__ import annotations
 
@@ -24,25 +24,24 @@ Estimate = tuple[float, float, float]
 Z95 = 1.959963984540054
 """97.5% point of the normal distribution."""
 DRAFT: Knots = tuple((score, math.exp(score)) for score in (i / 4 for i in range(-66, 1)))
-"""The reliability map of a draft whose probabilities are right."""
+"""The reliability map of a draft with perfectly calibrated probabilities."""
 DRAFT_ROWS = 2.0
-"""Pseudo-rows of the draft's own probability in each block of a map."""
+"""Pseudo-rows at the draft's own probability in each block of a map."""
 
 
 @dataclass(frozen=True)
 class Separability:
-    """Separation of accepted from rejected rows by their confidence.
+    """How well confidence separates accepted from rejected rows.
 
     Attributes:
         auc: P(confidence of an accepted row > that of a rejected row), ties half; NaN without both.
-        low, high: 95% interval of the AUC: DeLong 1988 with squared weights, on the logit scale;
-            where all pairs agree it ends at 0.025^(1/k), k the rows of the rarer kind (k disjoint
-            pairs agree with probability AUC^k). Rows count as independent: with few, long requests
-            the interval is too narrow.
+        low, high: 95% interval of the AUC (DeLong 1988, squared weights, logit scale). If all pairs
+            agree it ends at 0.025^(1/k), with k rows of the rarer kind (k disjoint pairs agree with
+            probability AUC^k). Rows count as independent: too narrow for few, long requests.
         threshold: confidence that maximizes Youden's J = P(c > t | accepted) - P(c > t | rejected);
-            a row *passes* above it. Halfway between two confidences of the log; 0 if no J > 0.
-        youden: that J.
-        error: bound on how far ``auc`` is from that of raw rows: half the pairs of one bin.
+            a row *passes* above it. Midway between two confidences of the log; 0 if no J > 0.
+        youden: J at the threshold.
+        error: bound on the difference of ``auc`` from that of raw rows: half the pairs of one bin.
     """
 
     auc: float
@@ -56,7 +55,7 @@ class Separability:
 def separability(
     confidence: ArrayLike, accepted: ArrayLike, weight: ArrayLike | None = None
 ) -> Separability:
-    """Exact separability of raw rows; O(n log n). Its AUC is scikit-learn's ``roc_auc_score``.
+    """Compute exact separability of raw rows; O(n log n). The AUC is that of ``roc_auc_score``.
 
     Args:
         confidence: finite numbers [n].
@@ -96,16 +95,16 @@ def separability(
 def _count(
     score: NDArray[np.float32], label: NDArray[np.bool_]
 ) -> tuple[NDArray[np.float64], NDArray[np.float32]]:
-    """Rejected and accepted rows [2, k] at k rising confidences.
+    """Count rejected and accepted rows [2, k] at k rising confidences.
 
-    The bits of non-negative floats rise with their value: one integer sort, the label in the
+    Bits of non-negative floats rise with their value, so one integer sort, with the label in the
     lowest bit, orders both.
     """
-    key = (score + np.float32(0.0)).view(np.uint32)  # the sum makes -0.0 a 0.0
+    key = (score + np.float32(0.0)).view(np.uint32)  # the addition makes -0.0 a 0.0
     key <<= np.uint32(1)
     key |= label
     key.sort()
-    last = np.flatnonzero((key[1:] ^ key[:-1]) > 1)  # of each run of one confidence
+    last = np.flatnonzero((key[1:] ^ key[:-1]) > 1)  # of each run of equal confidence
     last = np.append(last, np.arange(len(key))[-1:])
     values = (key[last] >> np.uint32(1)).view(np.float32)
     key &= np.uint32(1)
@@ -117,7 +116,7 @@ def _count(
 
 
 def from_histogram(mass: NDArray[np.int64]) -> Separability:
-    """Separability of one depth's histogram, int64 [3, 2, 3074], within its ``error``."""
+    """Separability of one depth's histogram, int64 [3, 2, 3074], up to its ``error``."""
     filled = np.flatnonzero(mass[WEIGHT].any(axis=0))
     sums = mass[WEIGHT][:, filled] / UNIT
     squares = mass[SQUARE][:, filled] / UNIT
@@ -133,14 +132,14 @@ def from_histogram(mass: NDArray[np.int64]) -> Separability:
 def _separate(
     sums: NDArray[Any], squares: NDArray[Any], bottom: NDArray[Any], top: NDArray[Any]
 ) -> Separability:
-    """From rejected and accepted weight [2, k] at k rising confidences ``bottom`` to ``top``."""
+    """Compute it from rejected and accepted weight [2, k] of k rising confidence intervals."""
     totals = sums.sum(axis=1)
     if not (totals > 0).all():
         return Separability(float("nan"), 0.0, 1.0, 0.0, 0.0)
     below = np.cumsum(sums, axis=1)
     below /= totals[:, None]
     j = below[0] - below[1]
-    below -= sums / (2 * totals[:, None])  # ties half
+    below -= sums / (2 * totals[:, None])  # ties count half
     auc = float((sums[1] * below[0]).sum() / totals[1])
     effective = totals**2 / squares.sum(axis=1)
     accepted = _variance(below[0], squares[1], totals[1], effective[1], auc)
@@ -156,7 +155,7 @@ def _separate(
 def _variance(
     placement: NDArray[Any], square: NDArray[Any], total: float, effective: float, mean: float
 ) -> float:
-    """Variance of the weighted mean placement value of a class, n / (n - 1) included."""
+    """Variance of a class's weighted mean placement value, with the factor n / (n - 1)."""
     n = max(effective, 2.0)
     return float((square * (placement - mean) ** 2).sum() / total**2 * n / (n - 1.0))
 
@@ -173,10 +172,10 @@ def _interval(auc: float, variance: float, rarer: float) -> tuple[float, float]:
 
 
 def fit(mass: NDArray[np.int64]) -> Knots:
-    """Isotonic regression of acceptance on path log-probability: both of each block, rising.
+    """Fit acceptance to path log-probability by isotonic regression; knots rise in both.
 
     ``mass`` int64 [3, 2, 3074], ranks summed. Each block is shrunk toward the draft's probability,
-    so that none is certain, and few rows change little; without rows it is ``DRAFT``.
+    so that no block is certain and few rows change little; without rows the map is ``DRAFT``.
     """
     from scipy.optimize import isotonic_regression
 
@@ -196,7 +195,7 @@ def fit(mass: NDArray[np.int64]) -> Knots:
 
 
 def table(maps: Sequence[Knots]) -> NDArray[np.int32]:
-    """The maps of depths 1, 2, ... in 24-bit fixed point: int32 [depths + 1, 512]; row 0 is 1.0."""
+    """Tabulate the maps in 24-bit fixed point: int32 [depths + 1, 512]; row 0 (the root) is 1.0."""
     centre = -(np.arange(TABLE_BINS) + 0.5) / BINS_PER_NAT
     result = np.full((len(maps) + 1, TABLE_BINS), ONE, dtype=np.int32)
     for row, knots in zip(result[1:], maps, strict=True):
@@ -208,7 +207,7 @@ def table(maps: Sequence[Knots]) -> NDArray[np.int32]:
 def on_device(
     tables: dict[torch.device, Tensor], device: torch.device, make: Callable[[], NDArray[np.int32]]
 ) -> Tensor:
-    """The table that ``make`` gives on ``device``, copied there once and kept in ``tables``."""
+    """Return the table of ``make`` on ``device``, copied there once and cached in ``tables``."""
     if device not in tables:
         tables[device] = torch.from_numpy(make()).to(device)
     return tables[device]
@@ -217,14 +216,14 @@ def on_device(
 def look_up(
     table: Tensor, score: Tensor, depth: Tensor | int, parent: Tensor | None = None
 ) -> Tensor:
-    """f(v) = min(m_d(S(v)), f(parent)): a multiplication, a truncation and a gather.
+    """Look up f(v) = min(m_d(S(v)), f(parent)): a multiplication, a truncation and a gather.
 
-    The same bits on every device.
+    Returns the same bits on every device.
 
     Args:
         table: int32 [depths + 1, 512] (:meth:`Calibration.reliability_table`).
-        score: float32 [...], path log-probability S; not finite: the last bin.
-        depth: ints [...], or one; beyond the table: its deepest row.
+        score: float32 [...], path log-probability S; non-finite values read the last bin.
+        depth: ints [...], or one; depths past the table read its deepest row.
         parent: int32 [...], f of each node's parent. Defaults to no minimum.
 
     Returns:
@@ -251,11 +250,11 @@ def look_up(
 class CalibrationError:
     """Error of a probability against acceptance on held-out rows, before and after calibration.
 
-    Each is (value, low, high), with a 95% interval from a bootstrap over steps.
+    Each attribute is (value, low, high), with a 95% interval from a bootstrap over steps.
 
     Attributes:
         before, after: expected calibration error over equal-mass bins (Naeini 2015) of the draft's
-            and of the calibrated probability; noise alone makes it about sqrt(bins / rows) / 2.
+            and of the calibrated probability; noise alone gives about sqrt(bins / rows) / 2.
         brier_before, brier_after: Brier score, the mean squared error.
     """
 
@@ -268,9 +267,9 @@ class CalibrationError:
 def calibration_error(
     table: NDArray[np.int32], log: WarmupLog, *, bins: int = 20, resamples: int = 200, seed: int = 0
 ) -> CalibrationError:
-    """Calibration error of the draft's probability and of the table's, on held-out rows.
+    """Compute the calibration error of the draft's and the table's probability on held-out rows.
 
-    A log does not hold parents, so the minimum with f(parent) is left out.
+    A log has no parents, so the minimum with f(parent) is left out.
 
     Args:
         table: int32 [depths + 1, 512].

@@ -1,4 +1,4 @@
-"""What a set of gates does to whole requests, and the best thresholds under a measured cost.
+"""What a set of gates does to whole requests, and the best thresholds for a measured cost.
 
 S request-steps, D depths.
 """
@@ -24,23 +24,23 @@ from echo.gating.statistics import separability
 Floats = NDArray[np.float64]
 
 GRID = {1: 1024, 2: 256, 3: 64}
-"""Candidate thresholds of each gate in an exhaustive search over so many gates at once."""
+"""Candidate thresholds per gate in an exhaustive search, by the number of gates searched."""
 SAMPLE = 200_000
 MARK = 20
 MIX = 0x9E3779B97F4A7C15
-"""Rows searched for the mark of a gate, steps on either side of it, Knuth's hash multiplier."""
+"""Rows searched for signs of a gate; steps needed on either side of it; Knuth's hash multiplier."""
 
 
 @dataclass(frozen=True)
 class GateReport:
-    """What one gate does to the requests of a log, behind the gates above it.
+    """What one gate does to the requests of a log that pass the gates above it.
 
     Attributes:
         depth: of the gate.
         threshold: of the gate.
         asked: weighted request-steps that reach it.
-        stopped: those whose confidence is not above the threshold.
-        lost: those of them whose path the target would have accepted through this depth.
+        stopped: those of them whose confidence is not above the threshold.
+        lost: stopped ones whose path the target would have accepted through this depth.
     """
 
     depth: int
@@ -59,8 +59,8 @@ class Objective:
 
     Attributes:
         cost: seconds by verify tokens.
-        batch: requests decoded together.
-        beam: verify tokens of each layer; a layer is accepted if one of its ``beam`` best nodes is.
+        batch: number of requests decoded together.
+        beam: verify tokens per layer; a layer is accepted if one of its ``beam`` best nodes is.
 
     Raises:
         EchoError: an argument of the wrong kind or out of range.
@@ -92,7 +92,7 @@ class Chains:
 
     Attributes:
         confidence: float32 [S, D] of rank 0; NaN where the log has no row.
-        accepted: bool [S, D], the target accepted the path of rank 0 through that depth.
+        accepted: bool [S, D], whether the target accepted the path of rank 0 through that depth.
         gain: int64 [S, D + 1], accepted tokens if layers 1..d are drafted.
         weight: float64 [S].
     """
@@ -104,9 +104,9 @@ class Chains:
 
 
 def join(log: WarmupLog, max_depth: int, beam: int = 1) -> Chains:
-    """Joins the rows of each step, which weighs what its deepest row weighs.
+    """Join the rows of each step, which gets the weight of its deepest row.
 
-    EchoError: no row of rank 0, two at one depth of a step, or several depths and no step with two.
+    EchoError: no row of rank 0, two at one depth of a step, or no step with two depths.
     """
     path = (log.rank == 0) & (log.depth <= max_depth) & (log.weight > 0)
     if not path.any():
@@ -129,7 +129,7 @@ def join(log: WarmupLog, max_depth: int, beam: int = 1) -> Chains:
     confidence[place, column] = log.confidence[path]
     accepted[place, column] = log.accepted[path]
     weight = np.zeros(len(steps))
-    weight[place[order]] = log.weight[path][order]  # the deepest comes last
+    weight[place[order]] = log.weight[path][order]  # the deepest row, written last, wins
     near = (log.rank < beam) & (log.depth <= max_depth) & log.accepted & np.isin(log.step, steps)
     hit[np.searchsorted(steps, log.step[near]), log.depth[near] - 1] = True
     gain = np.zeros((len(steps), max_depth + 1), dtype=np.int64)
@@ -138,11 +138,11 @@ def join(log: WarmupLog, max_depth: int, beam: int = 1) -> Chains:
 
 
 def refuse_gated(log: WarmupLog) -> bool:
-    """Refuses a log without weights in which a threshold on confidence decides which steps go on.
+    """Refuse a log without weights in which a confidence threshold decides which steps continue.
 
-    That is, at some depth at least 20 steps end and 20 go on, and those that go on are the more
-    confident in 99.9% of all pairs: neither rejections nor ends of requests are so sharp. Of more
-    than 200,000 rows it samples steps, by a hash of their ids. Returns whether it could be seen:
+    That is, at some depth at least 20 steps end and 20 continue, and the continuing one is more
+    confident in 99.9% of all pairs: neither rejections nor ends of requests are so sharp. Above
+    200,000 rows, steps are sampled by a hash of their ids. Return whether a gate would be visible:
     rows have weights, or step ids join them.
     """
     if not (log.weight == 1).all():
@@ -175,7 +175,7 @@ def refuse_gated(log: WarmupLog) -> bool:
 
 
 def warn_of_missing(histograms: ConfidenceHistograms) -> None:
-    """Warns where rows without weights become fewer with depth, by a tenth and by 20."""
+    """Warn if unweighted rows become fewer with depth, by at least a tenth and 20."""
     rows = histograms.mass[ROWS, :, 0].sum(axis=(1, 2))
     fewer = (rows[:-1] - rows[1:] >= np.maximum(rows[:-1] // 10, MARK)) & (rows[1:] >= MARK)
     if fewer.any() and (histograms.mass[WEIGHT] == UNIT * histograms.mass[ROWS]).all():
@@ -189,14 +189,14 @@ def warn_of_missing(histograms: ConfidenceHistograms) -> None:
 
 
 def report(log: WarmupLog, thresholds: Mapping[int, float]) -> tuple[GateReport, ...]:
-    """What gates with these thresholds do to the log's requests, each behind the ones above it.
+    """Report what these gates do to the log's requests, each after the gates above it.
 
     Args:
         log: rows of rank 0 with step ids.
         thresholds: tau by depth.
 
     Raises:
-        EchoError: a threshold outside [0, 1], or rows that do not join to steps.
+        EchoError: a threshold outside [0, 1], or rows that cannot be joined by step.
 
     Example:
         >>> log = WarmupLog.from_arrays([1, 1], [0.9, 0.2], [1, 0], step=[0, 1])
@@ -226,21 +226,21 @@ def throughput_optimal(
     objective: Objective,
     start: Mapping[int, float] | None = None,
 ) -> tuple[dict[int, float], float]:
-    """The thresholds that maximize the objective on a log, and its value there.
+    """Find the thresholds that maximize the objective on a log; return them and its value.
 
-    No deeper gate sees what a shallow one stops, so thresholds do not decompose. Up to three gates
-    are searched exhaustively over candidates halfway between the log's confidences (quantiles,
-    above 64, 256, 1024 for 3, 2, 1 gates), then refined one by one. More gates are searched by
-    ascent from several starts, over each gate and each block of three (two from seven gates on):
-    nearly always the global optimum on small logs, not provably.
+    What a shallow gate stops never reaches a deeper one, so gates cannot be optimized one by one.
+    Up to three gates are searched exhaustively over candidates midway between the log's confidences
+    (over quantiles, if there are more than 64, 256, 1024 for 3, 2, 1 gates), then refined one by
+    one. More gates are searched by ascent from several starts, over each gate and each block of
+    three (two from seven gates on): nearly always the global optimum on small logs, not provably.
 
     Args:
         log: rows of every step and depth down to ``max_depth``, of ranks below ``objective.beam``,
             recorded with that beam or a little more.
-        gates: depths.
+        gates: gate depths.
         max_depth: layers drafted for a request that passes all gates.
         objective: tokens per second.
-        start: one more start of the ascent. Defaults to none.
+        start: an additional start of the ascent. Defaults to none.
 
     Raises:
         EchoError: steps whose rows do not reach ``max_depth`` (in a log with weights they are left
@@ -282,7 +282,7 @@ def throughput_optimal(
 
 
 def check_thresholds(name: str, thresholds: Mapping[int, float]) -> dict[int, float]:
-    """tau by depth as Python's numbers; EchoError: a depth below 1 or a tau outside [0, 1]."""
+    """Return tau by depth as Python numbers; EchoError: a depth below 1 or a tau outside [0, 1]."""
     return {
         checks.integer(f"{name}.depth", d, 1): checks.real(f"{name}[{d}]", tau, 0.0, 1.0)
         for d, tau in thresholds.items()
@@ -295,7 +295,7 @@ class _Search:
     ) -> None:
         self.confidence = chains.confidence[whole][:, [d - 1 for d in depths]].astype(np.float64)
         self.weight = chains.weight[whole] / chains.weight[whole].sum()
-        # Layers drafted and tokens accepted of a step that stops at gate 0, 1, ..., or nowhere.
+        # Layers drafted and tokens accepted of a step that stops at gate 0, 1, ..., or at none.
         layers = [d - 1 for d in depths] + [chains.confidence.shape[1]]
         self.layers = np.array(layers, dtype=np.float64)
         self.gain = chains.gain[whole][:, layers].astype(np.float64)
@@ -309,7 +309,7 @@ class _Search:
         return np.concatenate([[0.0], (values[:-1] + values[1:]) / 2, [1.0]])
 
     def best(self, taus: Floats, block: Sequence[int], count: int) -> Floats:
-        """The best thresholds of one block, the others fixed: exhaustive over ``count`` each.
+        """Optimize one block of thresholds exhaustively over ``count`` each, the others fixed.
 
         Sums over steps that pass the block's first k gates are tail sums of k-dimensional
         histograms: O(S + count^gates).
@@ -337,7 +337,7 @@ class _Search:
 
     @staticmethod
     def _tail(cell: NDArray[Any], shape: list[int], weight: NDArray[Any]) -> NDArray[Any]:
-        """The weight of steps above each combination of candidates."""
+        """Return the weight of steps above each combination of candidates."""
         tail = np.bincount(cell, weights=weight, minlength=int(np.prod(shape))).reshape(shape)
         for axis in range(len(shape)):
             tail = np.flip(np.cumsum(np.flip(tail, axis), axis), axis)
@@ -350,14 +350,14 @@ class _Search:
         return np.where(passed.all(axis=1), len(taus), np.argmin(passed, axis=1))
 
     def value(self, taus: Floats) -> float:
-        """The objective, step by step."""
+        """Evaluate the objective, step by step."""
         end = self.ends(taus)
         gain = self.gain[np.arange(len(end)), end]
         total = (self.weight * gain).sum(), (self.weight * self.layers[end]).sum()
         return float(self.objective(*total))
 
     def ascend(self, taus: Floats, sizes: Sequence[int]) -> tuple[Floats, float]:
-        """Ascent over all blocks of these sizes; strictly rising, so it ends."""
+        """Ascend over all blocks of these sizes; each move strictly improves, so it terminates."""
         value = self.value(taus)
         improved = True
         while improved:

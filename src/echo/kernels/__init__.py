@@ -5,9 +5,9 @@ heads, D the head dimension. All functions take tensors, never the library's str
 sync-free.
 
 ``backend`` picks the implementation: ``"torch"``, the reference; ``"triton"``, the kernel, for CUDA
-tensors, or any tensor where ``TRITON_INTERPRET=1`` was set; ``"auto"``, the kernel for CUDA tensors
-where Triton is installed, and the reference otherwise, and under ``torch.compile``. A backend that
-is asked for and missing is an :class:`~echo.EchoError`, never a silent fallback.
+tensors, or any tensor if ``TRITON_INTERPRET=1`` was set; ``"auto"``, the kernel for CUDA tensors if
+Triton is installed, otherwise, and under ``torch.compile``, the reference. Requesting a missing
+backend is an :class:`~echo.EchoError`, never a silent fallback.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ _preferred = ContextVar("echo.kernels.using", default="auto")
 def using(backend: str) -> Iterator[None]:
     """Make ``"auto"`` mean ``backend`` within the block, for the scheduler's kernels too.
 
-    It holds for the current thread or asyncio task only; code under ``torch.compile`` ignores it.
+    Applies to the current thread or asyncio task only; code under ``torch.compile`` ignores it.
 
     Raises:
-        EchoError: no such backend.
+        EchoError: an unknown backend.
 
     Example:
         >>> with using("torch"):
@@ -72,19 +72,18 @@ def _known(backend: str) -> None:
 
 @contextlib.contextmanager
 def compiling(max_workers: int | None = None) -> Iterator[None]:
-    """Compile what is called within the block side by side, and launch none of it.
+    """Compile the kernels called within the block in parallel, without launching them.
 
-    To be run once for each shape that a server will have, before its first request waits for a
-    compiler. Outputs are uninitialised, and PyTorch's own operations run as ever: make the calls on
-    a :class:`echo.Workspace`, whose buffers begin as zeros, or index nothing by their results.
+    Run it once for each shape that a server will use, before its first request waits for a
+    compiler. Outputs are uninitialised, and PyTorch's own operations run as usual: make the calls
+    on a :class:`echo.Workspace`, whose buffers begin as zeros, or index nothing by their results.
     Nested blocks join the outer one.
 
     Args:
-        max_workers: threads that compile. Defaults to what :class:`~concurrent.futures.Executor`
-            takes.
+        max_workers: compiler threads. Defaults to the :class:`~concurrent.futures.Executor`'s.
 
     Raises:
-        EchoError: no positive int.
+        EchoError: not a positive int.
 
     Example:
         >>> with compiling():
@@ -106,11 +105,11 @@ def compiling(max_workers: int | None = None) -> Iterator[None]:
 
 
 def use_triton(at: Tensor, backend: str = "auto") -> bool:
-    """Whether ``backend`` means the Triton kernels for tensors on the device of ``at``.
+    """Whether ``backend`` selects the Triton kernels for tensors on the device of ``at``.
 
     Raises:
-        EchoError: no such backend; or "triton" where Triton is not installed, or for CPU tensors
-            outside its interpreter.
+        EchoError: an unknown backend; or "triton" without Triton, or for CPU tensors outside its
+            interpreter.
 
     Example:
         >>> use_triton(torch.zeros(1), "torch")
@@ -159,49 +158,47 @@ def tree_attention(
 ) -> tuple[Tensor, Tensor]:
     """Attention of packed tree rows over a paged KV cache and their own ancestors.
 
-    Deterministic; the grid depends on shapes only, so one CUDA graph serves any raggedness. With
-    ``splits`` given, a request's bits do not depend on the rest of the batch.
+    Deterministic; the grid depends on shapes only, so one CUDA graph serves any raggedness. If
+    ``splits`` is given, a request's bits do not depend on the rest of the batch.
 
     Args:
         q: float16, bfloat16 or float32 [N, Hq, D].
         key_cache, value_cache: [pages, page_size, Hkv, D], of q's dtypes or float8_e4m3fn or
-            float8_e5m2. Slots beyond a prefix or before its window are never read. A cached value
-            that is not finite may spoil all rows of its request. None in mode "tree".
-        page_table: int32 [B, max_pages]; None in mode "tree". No row sees the tokens of a page that
-            the cache does not have, such as the -1 that tables are padded with.
-        prefix_lens: int32 [B], tokens in the cache before the root, cut to 0 and
-            max_pages * page_size; None in mode "tree".
-        tree_key, tree_value: [N, Hkv, D], keys and values of the rows, of q's dtypes. One that is
-            not finite makes the rows that see it NaN, and no others; pad rows may hold anything.
+            float8_e5m2. Slots past a prefix or before its window are never read. A non-finite
+            cached value may corrupt all rows of its request. None in mode "tree".
+        page_table: int32 [B, max_pages]; None in mode "tree". Tokens on pages that the cache does
+            not have, such as the usual padding -1, are not visible.
+        prefix_lens: int32 [B], tokens in the cache before the root, clamped to 0 and max_pages *
+            page_size; None in mode "tree".
+        tree_key, tree_value: [N, Hkv, D], keys and values of the rows, of q's dtypes. Rows that see
+            a non-finite one become NaN, no others; pad rows may hold anything.
         request: int32 [N]; B on pad rows, which attend to themselves only.
         indptr: int32 [B + 1], where each request's rows begin.
         mask: int32 [N, words], ancestors and the row itself, as in :class:`echo.PackedTree`; bits
-            beyond the request's rows are ignored.
-        mode: "whole", prefix and tree; or "tree", the tree part only, one launch, which joins
-            another kernel's attention over the prefix where ``prefix_out`` is given.
+            past the request's rows are ignored.
+        mode: "whole", prefix and tree; or "tree", the tree part only, one launch, joined with
+            another kernel's attention over the prefix if ``prefix_out`` is given.
         scale: of the scores. Defaults to 1 / sqrt(D).
         softcap: scores become ``softcap * tanh(score / softcap)``.
-        window: a row sees keys at most ``window - 1`` positions before its own, which is its
-            prefix and depth.
-        depth: int32 [N], needed with ``window``.
+        window: a row sees keys at most ``window - 1`` positions before its own (prefix + depth).
+        depth: int32 [N], required with ``window``.
         key_scale, value_scale: float32 [Hkv], factors of cached keys and values, as for float8.
-        sinks: float32 [Hq], a logit of each head that takes part in the softmax of real rows and
-            has no value, as in gpt-oss; it counts in lse. A prefix's kernel must leave it out.
-        prefix_out, prefix_lse: of mode "tree": float [N, Hq, D] and float32 [N, Hq], natural log,
-            of the prefix, to be joined; any strides but the last of prefix_out. Rows without keys,
-            of an infinite lse of either sign, and pad rows may hold anything.
-        splits: most pieces that a request's keys are cut in. Partial results take
-            4 * N * Hq * (D + 1) * splits bytes, at most 2^30. Defaults to equal shares of the batch
-            for all programs, below 100 MB.
+        sinks: float32 [Hq], a logit per head that takes part in the softmax of real rows but has no
+            value, as in gpt-oss; it counts in lse. The prefix's kernel must leave it out.
+        prefix_out, prefix_lse: the prefix's part to join in mode "tree": float [N, Hq, D] and
+            float32 [N, Hq], natural log; any strides but the last of prefix_out. Rows without keys
+            (infinite lse of either sign) and pad rows may hold anything.
+        splits: maximum pieces of a request's keys. Partial results take 4 * N * Hq * (D + 1) *
+            splits bytes, at most 2^30. Defaults to equal shares for all programs, below 100 MB.
         plan: from :func:`plan_attention` for this batch. Defaults to one made in this call.
         backend: "auto", "torch" or "triton".
 
     Returns:
         out [N, Hq, D] in q's dtype, and lse float32 [N, Hq], the natural log of the summed
-        exponentials. A row that sees no key has zeros and -inf.
+        exponentials. A row that sees no key gets zeros and -inf.
 
     Raises:
-        EchoError: arguments that do not fit, or a missing backend. The kernel also refuses a last
+        EchoError: arguments that do not fit, or a missing backend. The kernel also rejects a last
             dimension that is not contiguous, and head dimensions outside 16 to 256.
 
     Source: Flash-Decoding's split and merge (Dao et al., 2023), FlashAttention-2's online softmax.
@@ -238,19 +235,19 @@ def plan_attention(
     splits: int | None = None,
     backend: str = "auto",
 ) -> AttentionPlan:
-    """Make the work list of a step on the device, for all layers of one window and splits.
+    """Make a step's work list on the device, shared by all layers of one window and splits.
 
     Mode "tree" needs none; its plan is empty.
 
     Args:
-        q, key_cache, page_table, prefix_lens, tree_key, indptr: as in :func:`tree_attention`; of q,
-            tree_key and key_cache only shapes and dtypes count.
+        q, key_cache, page_table, prefix_lens, tree_key, indptr: as in :func:`tree_attention`; only
+            the shapes and dtypes of q, tree_key and key_cache matter.
         mode, window, splits, backend: as in :func:`tree_attention`.
 
     Returns:
-        The ``plan`` of :func:`tree_attention`, which refuses one made for other shapes, element
-        sizes, mode, window or splits. Whether ``indptr`` and ``prefix_lens`` still hold the same
-        numbers is not checked: that would be a device-to-host sync.
+        The ``plan`` of :func:`tree_attention`, which rejects one made for other shapes, element
+        sizes, mode, window or splits. It cannot check that ``indptr`` and ``prefix_lens`` still
+        hold the same values: that would be a device-to-host sync.
 
     Raises:
         EchoError: arguments that do not fit, or a missing backend.
@@ -313,9 +310,9 @@ def accept(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Greedy acceptance: follow each tree from its root to the child of the target's token.
 
-    Lossless by construction: what is emitted is always the target's own token. Of equal siblings
-    the first is followed. Acceptance ends before a row whose target token is negative (logits
-    without a number: :func:`argmax_tokens`); a request whose root is such a row emits nothing. A
+    Lossless by construction: every emitted token is the target's own. Among equal siblings the
+    first is followed. Acceptance ends before a row whose target token is negative (logits without a
+    finite maximum: :func:`argmax_tokens`); a request whose root is such a row emits nothing. A
     parent outside the row's own request counts as none. Rows past the end of an answer count as
     having no target token.
 
@@ -323,19 +320,19 @@ def accept(
         parent: int32 [N], row of the parent within its request; -1 for none.
         indptr: int32 [B + 1], where each request's rows begin; rows from the last on are pads.
         tokens: int64 [N], the drafted tokens.
-        target: int64 [N], the target's token after each row, negative for none; or float [N, V],
-            its logits, read once, of which the greedy tokens are taken.
-        max_depth: most drafts to accept of a request.
+        target: int64 [N], the target's token at each row, negative for none; or its logits, float
+            [N, V], read once, for greedy tokens.
+        max_depth: maximum number of drafts to accept per request.
         max_new_tokens: int64 [B], tokens that each answer may still get. Defaults to no limit.
-        eos_tokens: int64 [n], tokens that end an answer, themselves included.
+        eos_tokens: int64 [n], tokens that end an answer as its last token.
         out: buffers of the results, written to and returned.
         backend: "auto", "torch" or "triton"; both give the same bits.
 
     Returns:
-        rows int64 [B, max_depth + 1], accepted rows of the packed layout, root first, -1 beyond;
-        emitted int64 [B, max_depth + 1], the target's token at each, -1 beyond;
-        num_emitted int64 [B], bonus token included; 0 without rows, or a token at the root;
-        cut_row int64 [B], the accepted row that emitted no token, which ended it; -1 for none;
+        rows int64 [B, max_depth + 1], accepted rows of the packed layout, root first, then -1;
+        emitted int64 [B, max_depth + 1], the target's token at each, then -1;
+        num_emitted int64 [B], bonus token included; 0 without rows or without a token at the root;
+        cut_row int64 [B], the accepted row that emitted no token and ended the path; -1 for none;
         bonus int64 [B], the last token emitted, -1 for none.
 
     Raises:
@@ -367,9 +364,9 @@ def accept(
 
 
 def argmax_tokens(logits: Tensor, *, backend: str = "auto") -> Tensor:
-    """int64 [N]: greedy tokens of ``logits`` [N, V], the lowest of equals; NaN never wins.
+    """Return greedy tokens int64 [N] of ``logits`` [N, V], the lowest of equals; NaN never wins.
 
-    A row without a number above -inf has -1. ``backend`` as of :func:`accept`.
+    A row without a value above -inf gets -1. ``backend`` as in :func:`accept`.
 
     Raises:
         EchoError: arguments that do not fit, or a missing backend.

@@ -1,4 +1,4 @@
-"""Greedy acceptance and the arg-max over a vocabulary, as Triton kernels.
+"""Triton kernels for greedy acceptance and the arg-max over a vocabulary.
 
 The contract is in :mod:`echo.kernels`, the reference in :mod:`echo.kernels.reference`.
 """
@@ -13,17 +13,16 @@ from torch import Tensor
 from echo.kernels import tiles
 
 NONE = tl.constexpr(2147483647)
-"""A row or place beyond all others."""
+"""A row or index greater than all others."""
 
 
 @triton.jit(do_not_specialize=["parts"])
 def _chunk_argmax(
     logits, value, index, vocabulary, stride, parts, CHUNK: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """The largest number of one chunk of one row, and its first place. NaN counts as -inf.
+    """The largest value of one chunk of a row, and its first index. NaN counts as -inf.
 
-    Stages prefetch into shared memory: registers hold one block only, and memory would wait while
-    it is compared.
+    Stages prefetch to shared memory: registers hold one block, and memory would idle meanwhile.
     """
     row = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
@@ -35,7 +34,7 @@ def _chunk_argmax(
         token = at + lane
         score = tl.load(logits + row * stride + token, mask=token < vocabulary, other=float("-inf"))
         score = score.to(tl.float32)
-        higher = score > best  # false for NaN; a later equal one never replaces an earlier one
+        higher = score > best  # false for NaN; a later equal value never replaces an earlier one
         best = tl.where(higher, score, best)
         place = tl.where(higher, token, place)
     top = tl.max(best, 0)
@@ -45,7 +44,7 @@ def _chunk_argmax(
 
 @triton.jit
 def _target_tokens(target, value, index, row, there, parts, PARTS: tl.constexpr):
-    """The target's tokens after some rows: as given, or the best of each row's chunks; or -1."""
+    """The target's tokens at some rows: as given, or the best of each row's chunks; or -1."""
     if PARTS == 0:
         token = tl.load(target + row, mask=there, other=-1)
     else:
@@ -67,7 +66,7 @@ def _accept(
 ):  # fmt: skip
     """One request, in ``max_depth`` steps of at most N rows each, whatever the parents are.
 
-    All that the first ``BLOCK`` rows need is loaded at once: a step among them loads nothing.
+    Everything that the first ``BLOCK`` rows need is loaded at once: steps among them load nothing.
     """
     b = tl.program_id(0)
     lane = tl.arange(0, BLOCK)
@@ -132,7 +131,7 @@ def _argmax(value, index, token, count, parts, PARTS: tl.constexpr, BLOCK: tl.co
 
 
 def _chunks(logits: Tensor) -> tuple[Tensor, Tensor, int]:
-    """Best value and place of every chunk of every row, in one read of the logits."""
+    """Best value and index of every chunk of every row, in one read of the logits."""
     n, vocabulary = logits.shape
     logits = logits if logits.stride(-1) == 1 else logits.contiguous()
     chunk = tiles.vocabulary_chunk(vocabulary)
@@ -157,7 +156,7 @@ def _chunks(logits: Tensor) -> tuple[Tensor, Tensor, int]:
 
 
 def argmax_tokens(logits: Tensor) -> Tensor:
-    """As :func:`echo.kernels.argmax_tokens`."""
+    """Implement :func:`echo.kernels.argmax_tokens`."""
     value, index, parts = _chunks(logits)
     token = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
     count = len(token)
@@ -181,7 +180,7 @@ def accept(
     eos_tokens: Tensor | None = None,
     out: tuple[Tensor, ...] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """As :func:`echo.kernels.accept`; of logits, only accepted rows compare their chunks."""
+    """Implement :func:`echo.kernels.accept`; of logits, only accepted rows compare their chunks."""
     batch = len(indptr) - 1
     value = target
     index = target

@@ -1,6 +1,6 @@
 """Checked arguments of the public functions: shapes, dtypes and devices only, so sync-free.
 
-What fails is an :class:`~echo.EchoError` naming the argument, what was expected and what came.
+A failed check is an :class:`~echo.EchoError` naming the argument, what was expected and what came.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from echo._checks import FLOATS, EchoError
 from echo.kernels.tiles import Tile
 
 PARTIAL_BYTES = 1 << 30
-"""Most bytes of partial results of a call with fixed splits."""
+"""Maximum bytes of partial results of a call with fixed splits."""
 LONGEST = (1 << 31) - (1 << 10)
-"""Most tokens of a prefix: the end of its last block must be an int32."""
+"""Maximum tokens of a prefix: the end of its last block must be an int32."""
 CACHES = (*FLOATS, torch.float8_e4m3fn, torch.float8_e5m2)
 MODES = ("whole", "tree")
 
 
 class Shapes(NamedTuple):
-    """Host facts of an attention call.
+    """What the host knows of an attention call.
 
-    ``itemsize`` and ``cache_itemsize`` are bytes of an element; ``page_size`` and ``max_prefix``
+    ``itemsize`` and ``cache_itemsize`` are bytes per element; ``page_size`` and ``max_prefix``
     are 0 in mode "tree".
     """
 
@@ -46,19 +46,19 @@ class Shapes(NamedTuple):
 
     @property
     def group(self) -> int:
-        """Query heads of a KV head."""
+        """Query heads per KV head."""
         return self.num_heads // self.num_kv_heads
 
 
 @dataclass(frozen=True)
 class AttentionPlan:
-    """The work list of a step, made by :func:`echo.kernels.plan_attention`.
+    """A step's work list, made by :func:`echo.kernels.plan_attention`.
 
     Attributes:
-        shapes: what it was made for; other calls are refused.
-        tile: tile of a program; None where there is no list: the reference, and mode "tree".
+        shapes: what it was made for; other calls are rejected.
+        tile: a program's tile; None without a list: the reference, and mode "tree".
         work: int32 [items, 9], row tiles by ranges of their keys.
-        programs: int32 [programs, 2], the first work item of each and the one after its last.
+        programs: int32 [programs, 2], first and end work item of each.
         cuts: int32 [cuts], the first work item of each row tile that was cut; -1 for none.
     """
 
@@ -80,7 +80,7 @@ def attention_shapes(
     window: int | None,
     splits: int | None,
 ) -> Shapes:
-    """The shapes of the arguments of :func:`echo.kernels.plan_attention`, which fit together."""
+    """Return the shapes of arguments of :func:`echo.kernels.plan_attention`, if they fit."""
     q = checks.tensor("q", q, ["N", "Hq", "D"], FLOATS)
     n, heads, dim = q.shape
     device = q.device
@@ -118,7 +118,7 @@ def attention_shapes(
 
 @dataclass(frozen=True)
 class Attention:
-    """The arguments of :func:`echo.kernels.tree_attention`, which fit together."""
+    """Arguments of :func:`echo.kernels.tree_attention`, checked to fit together."""
 
     q: Tensor
     key_cache: Tensor | None
@@ -214,7 +214,7 @@ def check_accept(
     max_new_tokens: Tensor | None,
     eos_tokens: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, int, Tensor | None, Tensor | None]:
-    """The arguments of :func:`echo.kernels.accept`, which fit together."""
+    """Check the arguments of :func:`echo.kernels.accept`, and return them."""
     (n,) = checks.tensor("tokens", tokens, ["N"], torch.int64).shape
     device = tokens.device
     checks.tensor("parent", parent, [n], torch.int32, device)
@@ -233,7 +233,7 @@ def check_accept(
 
 
 def check_logits(logits: Tensor, tokens: Tensor | None = None) -> None:
-    """Check logits [N, V], one row for each of the ``tokens`` int64 [N], where given."""
+    """Check logits [N, V], one row for each of the ``tokens`` int64 [N], if given."""
     rows, device = ("N", None) if tokens is None else (tokens.shape[0], tokens.device)
     shape = checks.tensor("logits", logits, [rows, "V"], FLOATS, device).shape
     checks.integer("V", shape[1], 1, 1 << 30)

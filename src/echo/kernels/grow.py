@@ -1,9 +1,9 @@
-"""The roots of a step and the growing of a layer, one launch each, as Triton kernels.
+"""Triton kernels for the roots of a step and for growing a layer, one launch each.
 
-The reference is PyTorch's path of :meth:`echo.ElasticBudgetScheduler.begin` and ``grow``, whose
-integers these give: decisions compare the bits of float32 sums, and no product could be fused with
-a sum. A program is a request, and computes by itself what it must know of the others: no launch
-waits for another, and nothing depends on the order in which programs run.
+The reference is PyTorch's path of :meth:`echo.ElasticBudgetScheduler.begin` and ``grow``, with the
+same integers: decisions compare the bits of float32 sums, and no product could be fused with a sum.
+A program handles one request and itself computes what it needs of the others: no launch waits for
+another, and nothing depends on the order in which programs run.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def _begin(
     LIVE: tl.constexpr, LIMITS: tl.constexpr, BUDGET: tl.constexpr, COPY: tl.constexpr,
     GROUP: tl.constexpr,
 ):  # fmt: skip
-    """All requests' roots: of the first live ones that the budget has verify tokens for."""
+    """All requests' roots; the first live ones, as many as the budget has tokens for, get one."""
     spent = tl.zeros([], tl.int64)
     total = tl.zeros([], tl.int64) + budget
     if BUDGET:
@@ -115,7 +115,7 @@ def _begin(
 
 @triton.jit
 def _cost(score):
-    """Bits of the negated score: smaller is better, and the greatest for minus infinity."""
+    """Bits of the negated score: smaller is better, and minus infinity has the greatest."""
     return (0.0 - score).to(tl.int32, bitcast=True)
 
 
@@ -123,7 +123,7 @@ def _cost(score):
 def _path_score(
     above, active, log_prob, r, lane, there, k, above_row, active_row, q_row, q_node, q_child
 ):
-    """Path scores of some candidates, whether their parents are expanded, and invalid scores."""
+    """Path scores of some candidates, whether their parents are expanded, and faulty scores."""
     w = (lane // k).to(tl.int64)
     on = tl.load(active + r * active_row + w, mask=there, other=0) != 0
     base = tl.where(on, tl.load(above + r * above_row + w, mask=there, other=DEAD), DEAD)
@@ -138,7 +138,7 @@ def _path_score(
 def _gate(
     best, status, verdict, verify_limits, num_committed, r, there, log_tau, GATED: tl.constexpr
 ):
-    """Which requests drafted, which of them may go on, which passed the gate; their free limits."""
+    """Which requests drafted, may go on, and passed the gate; and their remaining limits."""
     drafted = (tl.load(status + r, mask=there, other=1) == ACTIVE) & there
     limit = tl.load(verify_limits + r, mask=there, other=0)
     free = limit - tl.load(num_committed + r, mask=there, other=0)
@@ -260,13 +260,12 @@ def begin(
     drafts: bool,
     out: Roots | None = None,
 ) -> Roots:
-    """The state of a step before its first layer.
+    """Compute the state of a step before its first layer.
 
     Args:
         roots: int64 [B].
         live: bool [B]. Defaults to all.
-        verify_limits: int64 [B], verify tokens of a request, at most ``max_verify_tokens_per_req``.
-            Defaults to that.
+        verify_limits: int64 [B], at most ``max_verify_tokens_per_req``, to which they default.
         budget: verify tokens, or int64 [] on the device.
         max_verify_tokens_per_req: a host int.
         drafts: whether the step drafts at all.
@@ -327,17 +326,17 @@ def grow(
     """Score a layer, gate it, commit nodes in order of confidence, and find the next frontier.
 
     Args:
-        above, active, index: float32, bool and int64 [B, W], of the frontier; rows may lie apart.
+        above, active, index: float32, bool and int64 [B, W], of the frontier; rows may be strided.
         tokens, log_prob: int64 and float [B, W, k], of any strides.
         status, invalid: int8 and int32 [B].
         verdict: bool [B], of a custom gate. Defaults to the threshold alone.
         verify_limits, num_committed: int64 [B].
         num_remaining: int64 [].
-        beam: most nodes of the next frontier.
-        commit: most nodes that a request commits and expands; 0: none, and the frontier is the
+        beam: maximum nodes of the next frontier.
+        commit: maximum nodes that a request commits and expands; 0: none, and the frontier is the
             best.
-        stop: status of requests that go on.
-        log_tau: a request passes while its greatest score is above; minus infinity: always.
+        stop: new status of requests that would go on.
+        log_tau: a request passes if its greatest score is above it; minus infinity: always.
         out: buffers to write to.
     """
     batch, width, k = tokens.shape

@@ -1,11 +1,10 @@
-"""Prompt lookup as Triton kernels: the n-gram match of each node, its blend with a draft, and the
-append.
+"""Triton kernels for prompt lookup: match n-grams of each node, blend with a draft, append.
 
-Texts are rings of int32: token i of a request's text lies in column ``i % L``. Each node of a
-frontier carries its *tail*, the last ``max_ngram`` tokens of its path with the text before it,
-newest first, so a layer reads the texts once, B * L * 4 bytes, and keeps nothing of their size. The
-reference is :mod:`echo.lookup` in PyTorch; proposals and run lengths are its integers,
-log-probabilities equal to rounding.
+Texts are ring buffers of int32: token i of a request's text is in column ``i % L``. Each node of a
+frontier carries its *tail*, the last ``max_ngram`` tokens of its path, continued into the text
+before it, newest first, so a layer reads the texts once, B * L * 4 bytes, and keeps nothing of
+their size. The reference is :mod:`echo.lookup` in PyTorch: equal proposals and match lengths, and
+log-probabilities equal up to rounding.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from torch import Tensor
 from echo.kernels import tiles
 
 ABSENT = tl.constexpr(-2)
-"""A tail's token before the beginning of the text: equals none."""
+"""A tail's padding before the beginning of the text; equals no token."""
 DEAD = tl.constexpr(float("-inf"))
 
 
@@ -28,9 +27,7 @@ def _propose(
     width, above, max_len,
     ROOT: tl.constexpr, NGRAM: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One node: its tail, the longest match of it in the text before the last token, and what
-    followed.
-    """
+    """One node: its tail, that tail's longest match before the last token, and what followed."""
     node = tl.program_id(0).to(tl.int64)
     b = node // width
     r = tl.load(requests + b)
@@ -75,9 +72,7 @@ def _blend(
     tokens, log_probs, proposal, run, weights, new_tokens, new_log_probs, nodes, k,
     K: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """``(1 - w) q + w [token = proposal]`` of some nodes' candidates; see
-    :func:`echo.lookup.blend`.
-    """
+    """``(1 - w) q + w [token = proposal]`` of some nodes' candidates; :func:`echo.lookup.blend`."""
     node = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     child = tl.arange(0, K)
     there = node < nodes
@@ -101,7 +96,7 @@ def _blend(
     here = (child[None, :] == place[:, None]) & asked[:, None]
     better = here & (among == 0)[:, None] & (own > rest)
     top = tl.maximum(rest, own)
-    base = tl.where(top > DEAD, top, 0.0)  # no difference of infinities
+    base = tl.where(top > DEAD, top, 0.0)  # avoids a difference of infinities
     both = base + tl.log(tl.maximum(tl.exp(rest - base) + tl.exp(own - base), 1e-30))
     value = tl.where(here & among[:, None] & (weight > 0), both, tl.where(better, own, rest))
     tl.store(new_tokens + where, tl.where(better, said[:, None], token), mask=each)
@@ -110,7 +105,7 @@ def _blend(
 
 @triton.jit(do_not_specialize=["count", "max_len"])
 def _append(texts, lengths, requests, tokens, numbers, count, max_len, BLOCK: tl.constexpr):
-    """One request's new tokens, behind its text; of more than the ring holds the last."""
+    """Append one request's new tokens to its text; the last ones, if the ring holds fewer."""
     b = tl.program_id(0).to(tl.int64)
     r = tl.load(requests + b)
     more = tl.minimum(tl.load(numbers + b), count)
@@ -130,19 +125,19 @@ def propose(
     max_ngram: int,
     parents: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Tails, proposals and lengths of matches of a frontier's nodes, in one launch.
+    """Return tails, proposals and match lengths of a frontier's nodes, in one launch.
 
     Args:
-        texts: int32 [R, L], rings.
-        lengths: int64 [R], tokens of each text, those that the ring has lost included.
+        texts: int32 [R, L], ring buffers.
+        lengths: int64 [R], tokens written to each ring, overwritten ones included.
         req_indices: int64 [B].
-        max_ngram: most tokens that are compared.
+        max_ngram: maximum tokens compared.
         parents: tails of the layer above, int32 [B, V, max_ngram]; int64 [B, W], each node's parent
             among them, and its token. None: the roots, whose path is the text.
 
     Returns:
-        int32 [B, W, max_ngram]; int64 [B, W], the token after the longest match, of several the
-        last, -1 for none; int64 [B, W], its length, 0 for none.
+        int32 [B, W, max_ngram]; int64 [B, W], the token after the longest match, the latest if
+        there are several, -1 for none; int64 [B, W], its length, 0 for none.
     """
     batch = req_indices.shape[0]
     max_len = texts.shape[1]
@@ -167,13 +162,12 @@ def propose(
 def blend(
     tokens: Tensor, log_probs: Tensor, proposal: Tensor, run: Tensor, weights: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """As :func:`echo.lookup.blend`, with the weight of each proposal looked up by the length of its
-    match.
+    """Implement :func:`echo.lookup.blend`, with each proposal's weight looked up by match length.
 
     Args:
         tokens: int64 [B, W, k].
         log_probs: float [B, W, k].
-        proposal, run: int64 [B, W], as of :func:`propose`.
+        proposal, run: int64 [B, W], from :func:`propose`.
         weights: float32 [max_ngram + 1].
     """
     tokens = tokens.contiguous()
@@ -194,7 +188,7 @@ def blend(
 def append(
     texts: Tensor, lengths: Tensor, req_indices: Tensor, tokens: Tensor, num_tokens: Tensor
 ) -> None:
-    """The first ``num_tokens`` int64 [B] of ``tokens`` int64 [B, n] behind the texts, in place."""
+    """Append the first ``num_tokens`` int64 [B] of ``tokens`` int64 [B, n] to texts, in place."""
     batch, count = tokens.shape
     if batch and count:
         tiles.launch(

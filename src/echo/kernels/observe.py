@@ -1,7 +1,7 @@
-"""What a step should bring, what a history learns of it, and its counters, as Triton kernels.
+"""Triton kernels for a step's predictions, the history that it updates, and its counters.
 
 The references are PyTorch's paths of :func:`echo.budget.history.summarize`,
-:meth:`echo.budget.History.observe` and :meth:`echo.stats.StepStats.update`.
+:meth:`echo.budget.History.observe` and :meth:`echo.stats.StepStats.observe`.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def _summarize(
 
 @triton.jit
 def _drafts(num_emitted, cut_row, b, there, CUT: tl.constexpr):
-    """Emitted tokens and accepted drafts of requests: equal where the deeper was not judged."""
+    """Emitted tokens and accepted drafts of requests; equal if deeper drafts were not judged."""
     emitted = tl.load(num_emitted + b, mask=there, other=0)
     accepted = tl.maximum(emitted - 1, 0)
     if CUT:
@@ -217,15 +217,15 @@ def summarize(
     skip: int,
     out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Histogram of each layer's scored nodes by sqrt(probability), and the sum of the selected.
+    """Count each layer's scored nodes by sqrt(probability), and sum the selected ones.
 
     Args:
-        gain: float32 [B, T], probabilities; or int32 [B, T], calibrated costs, 1 less them in
+        gain: float32 [B, T], probabilities; or int32 [B, T], calibrated costs, 1 - probability in
             24-bit fixed point.
         score: float32 [B, T].
         chosen: as for :func:`echo.kernels.pack.pack`.
-        sizes: nodes of each layer, together T.
-        bins, skip: bins, a power of two, and how many equal ones below them are left out.
+        sizes: nodes of each layer, T in total.
+        bins, skip: number of bins, a power of two, and of equal bins below them that are left out.
         out: buffers to write to.
 
     Returns:
@@ -260,20 +260,20 @@ def observe(
     memory: int,
     out: Sums | None = None,
 ) -> Sums:
-    """The sums of a history after a step.
+    """Return the sums of a history after a step.
 
     Args:
         req_indices: int64 [B].
         status, num_emitted: int8 and int64 [B], of the step.
         cut_row: int64 [B]; None: no answer was cut.
         num_layers: drafted layers of the step, or int32 [] on the device.
-        summary: expected and histogram of the step, float32 [B, depths] and [B, depths, bins]; the
-            first ``num_layers`` depths count. None: nothing was predicted.
+        summary: expected and histogram of the step, float32 [B, depths] and [B, depths, bins], of
+            which the first ``num_layers`` depths count. None: nothing was predicted.
         sums: steps, expected and accepted, float32 [depth, max_num_reqs + 1], and the histogram,
             [depth, max_num_reqs + 1, bins].
-        keep: factor of a request index's sums.
-        memory: steps of single requests that the sums over all requests keep; a power of two.
-        out: sums to write to; ``sums`` itself will do.
+        keep: decay of a request index's sums.
+        memory: request-steps that the sums over all requests remember; a power of two.
+        out: sums to write to, which may be ``sums``.
     """
     depth, places, bins = sums[3].shape
     if out is None:
@@ -307,14 +307,14 @@ def count(
     counts: Tensor,
     out: Tensor | None = None,
 ) -> Tensor:
-    """The counters after a step, int64 [13].
+    """Return the counters after a step, int64 [13].
 
     Args:
         indptr, status, num_emitted, invalid: int32 [B + 1], int8, int64 and int32 [B], of the step.
         num_rows: N.
         num_layers: layers drafted, or int32 [] on the device.
-        counts: int64 [13], before it.
-        out: int64 [13], written to; ``counts`` itself will do.
+        counts: int64 [13], before the step.
+        out: int64 [13], written to, which may be ``counts``.
     """
     new = torch.empty_like(counts) if out is None else out
     device = isinstance(num_layers, Tensor)

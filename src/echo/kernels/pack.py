@@ -1,4 +1,4 @@
-"""Flatten & Pack, and the compaction of accepted rows, as Triton kernels.
+"""Triton kernels for Flatten & Pack, and for the compaction of accepted rows.
 
 The references are PyTorch's paths of :func:`echo.tree.packed.pack` and :func:`echo.tree.compact`.
 """
@@ -88,7 +88,7 @@ def _compact(
     accept_index, gather, valid, positions, source, target, new_lens,
     count, steps, pages, page_size, pad_slot, past, PAGED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Where the accepted rows lie in the cache, and where they belong."""
+    """Where the accepted rows are in the cache, and where they belong."""
     lane = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = lane < count * steps
     b = lane // steps
@@ -133,17 +133,17 @@ def pack(
     num_layers: Tensor | None = None,
     out: dict[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
-    """The columns of :class:`echo.PackedTree`, by name: the selected nodes as ``num_rows`` rows.
+    """Return the columns of :class:`echo.PackedTree` by name: ``num_rows`` rows.
 
     Args:
-        chosen: what to pack.
+        chosen: the selected nodes.
         token, parent, score, committed: int64, int64, float32 and bool [B, T], of a tree; the last
-            three of one row stride. A parent is an index into the nodes of the layer above.
+            three share a row stride. A parent is an index into the nodes of the layer above.
         status, invalid: int8 and int32 [B].
         num_rows: N.
         words: mask words of a row.
-        sizes: nodes of each layer, together T.
-        num_layers: int32 [], where the number of drafted layers is written.
+        sizes: nodes of each layer, T in total.
+        num_layers: int32 [], to which the number of drafted layers is written.
         out: columns to write to.
     """
     batch, count = chosen.place.shape
@@ -186,17 +186,17 @@ def compact(
     past_len: int,
     out: dict[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
-    """The lists of :class:`echo.tree.Compaction`, by name.
+    """Return the lists of :class:`echo.tree.Compaction` by name.
 
     Args:
-        rows: int64 [B, D + 1], accepted rows; -1 beyond.
+        rows: int64 [B, D + 1], accepted rows, then -1.
         num_emitted: int64 [B].
         indptr: int32 [B + 1].
         prefix_lens: int32 or int64 [B].
         page_table: int32 or int64 [B, pages]; None: positions in a request's own cache.
-        page_size: tokens of a page.
-        pad_slot_id: slot that no request owns, or a position in a request's own cache.
-        past_len: where each request's first row lies in its own cache; -1: behind its prefix.
+        page_size: tokens per page.
+        pad_slot_id: a slot that no request owns, or a position in a request's own cache.
+        past_len: position of each request's first row in its own cache; -1: after its prefix.
         out: lists to write to.
     """
     batch, steps = rows.shape

@@ -1,7 +1,6 @@
-"""The PyTorch reference of every kernel: the same meaning, and the only oracle of the tests.
+"""The PyTorch reference of every kernel: the same meaning, and the tests' only oracle.
 
-These take arguments that :mod:`echo.kernels` has checked; call them there, with
-``backend="torch"``.
+Arguments were checked by :mod:`echo.kernels`: call these there, with ``backend="torch"``.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from echo.kernels.arguments import Attention
 
 
 def argmax_tokens(logits: Tensor) -> Tensor:
-    """As :func:`echo.kernels.argmax_tokens`."""
+    """Implement :func:`echo.kernels.argmax_tokens`."""
     value, token = torch.where(torch.isnan(logits), -torch.inf, logits).max(dim=-1)
     return torch.where(value > -torch.inf, token, -1)
 
@@ -28,7 +27,7 @@ def accept(
     max_new_tokens: Tensor | None = None,
     eos_tokens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """As :func:`echo.kernels.accept`."""
+    """Implement :func:`echo.kernels.accept`."""
     if target.dim() == 2:
         target = argmax_tokens(target)
     path = _path(parent, indptr, tokens, target, max_depth)
@@ -41,7 +40,7 @@ def accept(
 def _path(
     parent: Tensor, indptr: Tensor, tokens: Tensor, target: Tensor, max_depth: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Accepted rows, emitted tokens, their numbers and the cut rows of answers without an end."""
+    """Accepted rows, emitted tokens, their number, and cut rows, for answers without an end."""
     count = len(tokens)
     batch = len(indptr) - 1
     device = tokens.device
@@ -54,7 +53,7 @@ def _path(
     request = torch.searchsorted(end, at, right=True).clamp(max=batch - 1)
     above = first[request] + parent
     linked = (parent >= 0) & (above < at) & (at < end[request])
-    above = torch.where(linked, above, count)  # row N, which is -1 too, stands for none
+    above = torch.where(linked, above, count)  # row N, which reads -1 as well, means none
     target = torch.cat([target, target.new_full((1,), -1)])
     matches = linked & (tokens == target[above]) & (tokens >= 0)
     none = torch.full((count + 1,), count, device=device)
@@ -80,12 +79,12 @@ def truncate(
     max_new_tokens: Tensor | None,
     eos_tokens: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """The first results of :func:`accept` without what lies behind the end of an answer.
+    """Cut the first results of :func:`accept` at the ends of answers.
 
     Args:
         rows, emitted, num_emitted, cut_row: as :func:`accept` returns them.
         max_new_tokens: int64 [B], tokens that each answer may still get.
-        eos_tokens: int64 [n], tokens that end an answer, themselves included.
+        eos_tokens: int64 [n], tokens that end an answer as its last token.
     """
     if eos_tokens is None and max_new_tokens is None:
         return rows, emitted, num_emitted, cut_row
@@ -96,16 +95,16 @@ def truncate(
         ends = (emitted[..., None] == eos_tokens).any(dim=2) & (emitted >= 0)
         kept = torch.minimum(kept, (ends.cumsum(dim=1) - ends.long() == 0).sum(dim=1))
     column = torch.arange(emitted.shape[1], device=emitted.device)
-    gone = column >= kept[:, None]
+    past_end = column >= kept[:, None]
     over = (column == kept[:, None]) & (column > 0)
     last = torch.where(over, rows, -1).amax(dim=1)  # the row that the answer ends before
     if cut_row is not None:
         last = torch.maximum(last, cut_row.masked_fill(kept < num_emitted, -1))
-    return rows.masked_fill(gone, -1), emitted.masked_fill(gone, -1), kept, last
+    return rows.masked_fill(past_end, -1), emitted.masked_fill(past_end, -1), kept, last
 
 
 def tree_attention(call: Attention) -> tuple[Tensor, Tensor]:
-    """As :func:`echo.kernels.tree_attention`, in float64, request by request; not sync-free."""
+    """Implement :func:`echo.kernels.tree_attention` in float64, per request; not sync-free."""
     s = call.shapes
     device = call.q.device
     query = call.q.double().view(s.num_rows, s.num_kv_heads, s.group, s.dim)
@@ -146,7 +145,7 @@ def tree_attention(call: Attention) -> tuple[Tensor, Tensor]:
         if call.window is not None and call.depth is not None:
             seen = seen & (call.depth[rows].long()[:, None] - position < call.window)
         score = _cap(torch.einsum("nhgd,shd->nhgs", query[rows], keys) * call.factor, call.softcap)
-        finite = values.isfinite()  # others make the rows that see them NaN; but 0 * NaN is NaN
+        finite = values.isfinite()  # other values spoil only rows that see them; but 0 * NaN is NaN
         score = score.masked_fill(~finite.all(-1).T[:, None], torch.nan)
         score = score.masked_fill(~seen[:, None, None], -torch.inf)
         values = torch.where(finite, values, 0.0)
@@ -171,7 +170,7 @@ def _cap(score: Tensor, cap: float | None) -> Tensor:
 
 
 def merge_attention(o1: Tensor, lse1: Tensor, o2: Tensor, lse2: Tensor) -> tuple[Tensor, Tensor]:
-    """As :func:`echo.kernels.merge_attention`, in float64."""
+    """Implement :func:`echo.kernels.merge_attention` in float64."""
     out, lse = _merged(o1, lse1, o2, lse2)
     return out.to(o1.dtype), lse.float()
 

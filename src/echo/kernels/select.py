@@ -1,8 +1,8 @@
-"""Costs of nodes, and the selection of the cheapest over the batch, as Triton kernels.
+"""Triton kernels for the costs of nodes, and for selecting the cheapest over the batch.
 
 The references are PyTorch's paths of :meth:`echo.GlobalRank.cost` and
 :func:`echo.budget.rules.select_cheapest`. T is the number of nodes of a request's tree, layer by
-layer; ``sizes`` are those of its layers.
+layer; ``sizes`` are the layers' sizes.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from echo.kernels.tiles import as_bytes, by_rows
 BINS = tl.constexpr(codes.TABLE_BINS)
 PER_NAT = tl.constexpr(float(codes.BINS_PER_NAT))
 LEVELS = tl.constexpr(128)
-"""More than there are depths: cost * LEVELS + depth is one key, below 2^KEY_BITS."""
+"""Exceeds every depth: cost * LEVELS + depth is one key, below 2^KEY_BITS."""
 KEY_BITS = 38
 NO_LIMIT = (1 << 31) - 1
 NO_PLACE = tl.constexpr(NO_LIMIT)
 
 
 class Selected(NamedTuple):
-    """What a step verifies: of each request the nodes with a ``place`` below its ``share``.
+    """The verified nodes of a step: of each request, those with a ``place`` below its ``share``.
 
-    ``place`` int32 [B, T], -1 of committed nodes; ``share`` int32 [B]; ``counts`` int64 [B], nodes
-    of each request in all; ``key`` int64 [B, limit] is scratch.
+    ``place`` int32 [B, T], -1 for committed nodes; ``share`` int32 [B]; ``counts`` int64 [B], total
+    nodes of each request; ``key`` int64 [B, limit] is scratch.
     """
 
     place: Tensor
@@ -104,7 +104,7 @@ def _rank(
     SCORES: tl.constexpr, COMMITTED: tl.constexpr, ENDS: tl.constexpr, BLOCK: tl.constexpr,
     PIECE: tl.constexpr,
 ):  # fmt: skip
-    """One request's uncommitted nodes in order of cost, as many as it may have: its ``share``."""
+    """Order a request's uncommitted nodes by cost, as many as it may have: its ``share``."""
     b = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, BLOCK)
     inside = lane < count
@@ -138,16 +138,16 @@ def _share(
     COMMITTED: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr, DIGITS: tl.constexpr,
     ROUNDS: tl.constexpr,
 ):  # fmt: skip
-    """How many nodes each request gets: those below the cutoff, then ties in order of requests.
+    """Cut each request's share to the nodes below the cutoff, then ties in order of requests.
 
     The cutoff is found a few bits a round, from the top. Each request's keys rise, and every round
-    narrows where among them the cutoff may lie: soon there is nothing left to read.
+    narrows where among them the cutoff may lie, so soon nothing is left to read.
     """
     r = tl.arange(0, GROUP).to(tl.int64)
     there = r < batch
     goal = tl.minimum(tl.load(num_remaining), budget)
     cutoff = tl.zeros([], tl.int64)
-    digit = (tl.arange(0, DIGITS) + (1 if BITS == 1 else 0)).to(tl.int64)  # of one bit, 1 alone
+    digit = (tl.arange(0, DIGITS) + (1 if BITS == 1 else 0)).to(tl.int64)  # for one bit, only 1
     below = tl.zeros([GROUP], tl.int32)
     within = tl.load(share + r, mask=there, other=0)
     for turn in range(ROUNDS):
@@ -189,11 +189,11 @@ def path_cost(
     sizes: Sequence[int],
     out: Tensor | None = None,
 ) -> Tensor:
-    """int32 [B, T]: bits of each negated score; or, with a table, the greatest entry on its path.
+    """int32 [B, T]: bits of each negated score, or, with a table, the greatest entry on its path.
 
     Args:
         score: float32 [B, T].
-        parent: int64 [B, T], index into the nodes of the layer above; needed with a table.
+        parent: int64 [B, T], index into the nodes of the layer above; required with a table.
         table: int32 [depths + 1, 512], costs.
         sizes: nodes of each layer.
         out: int32 [B, T], written to.
@@ -230,19 +230,18 @@ def select(
     extra: int = NO_LIMIT,
     out: Selected | None = None,
 ) -> Selected:
-    """The cheapest uncommitted nodes of the batch: ``num_remaining``, as requests' limits allow.
+    """Select the ``num_remaining`` cheapest uncommitted nodes that requests' limits allow.
 
     Args:
-        cost: int32 [B, T]; or float32 [B, T], scores, whose negated bits it is.
+        cost: int32 [B, T]; or float32 [B, T], scores, whose negated bits are the cost.
         committed: bool [B, T].
         verify_limits: int64 [B], verify tokens of a request, at most ``total``.
-        num_committed: int64 [B], counted against the limits. Defaults to no count, and ``counts``
-            are not written.
+        num_committed: int64 [B], counted against the limits. None: 0, and no ``counts`` written.
         num_remaining: int64 [].
-        num_verify_tokens: bound of ``num_remaining``.
-        limit: most uncommitted nodes of a request, at most T.
+        num_verify_tokens: upper bound of ``num_remaining``.
+        limit: maximum uncommitted nodes of a request, at most T.
         sizes: nodes of each layer.
-        total, extra: most nodes of a request in all, and beyond its committed ones.
+        total, extra: maximum nodes of a request in all, and beyond its committed ones.
         out: buffers to write to.
     """
     batch, count = cost.shape
@@ -280,7 +279,7 @@ def select(
 
 
 def as_selected(nodes: Tensor) -> Selected:
-    """Any choice of nodes, bool [B, T], as :func:`select` returns it."""
+    """Convert any choice of nodes, bool [B, T], to the result of :func:`select`."""
     share = torch.ones(len(nodes), dtype=torch.int32, device=nodes.device)
     return Selected((~nodes).int(), share, nodes.sum(dim=1), share)
 
@@ -294,7 +293,7 @@ def select_cheapest(
     limit: int,
     sizes: Sequence[int],
 ) -> Tensor:
-    """bool [B, T]: the cheapest uncommitted nodes, at most ``limits`` int64 [B] of a request.
+    """bool [B, T]: the cheapest uncommitted nodes, at most ``limits`` int64 [B] per request.
 
     Other arguments as in :func:`select`.
     """

@@ -1,4 +1,4 @@
-"""Tests of policies: invariants of every plan, exact replay of recorded drafts, toy models."""
+"""Testing of policies: invariants of every plan, exact replay of recorded drafts, toy models."""
 
 from echo.testing.check import PlanError, check_scheduler, check_step
 from echo.testing.graphs import RecordedGraphs

@@ -31,7 +31,7 @@ class PlanError(AssertionError):
 
     Attributes:
         invariant: its name.
-        scenario: the step, to try again with ``scenario.plan(scheduler)``.
+        scenario: the step, to be planned again with ``scenario.plan(scheduler)``.
     """
 
     def __init__(self, invariant: str, report: str, scenario: Scenario) -> None:
@@ -49,22 +49,22 @@ def check_scheduler(
 ) -> None:
     """Plan many steps, drawn by hypothesis and made by hand, and check every invariant.
 
-    Deterministic: the same steps in every call.
+    Deterministic: every call plans the same steps.
 
-    Of every policy: at most ``num_verify_tokens`` nodes are selected (``budget``), the ``roots`` of
-    live requests, no node without its parent (``closed``), no more of a request than
-    ``verify_limits`` allow (``limits``), only ``finite`` scores, and every ``committed`` node; the
-    same step is planned the same again (``deterministic``) and packed as the layout says
-    (``layout``); the rule's ``frontier`` and ``acceptance_probability`` are what
-    :class:`echo.budget.Rule` says.
+    For every policy: at most ``num_verify_tokens`` nodes are selected (``budget``), the ``roots``
+    of live requests are, no node without its parent (``closed``), no more of a request than
+    ``verify_limits`` allow (``limits``), only ``finite`` scores, and every ``committed`` node;
+    planning the step again gives the same plan (``deterministic``), packed according to the layout
+    (``layout``); the rule's ``frontier`` and ``acceptance_probability`` obey
+    :class:`echo.budget.Rule`.
 
-    Of a policy that claims it:
+    For a policy that claims it:
 
     - ``ties``: among equal siblings the lower candidate comes first, among equal requests the lower
       one.
-    - ``permutation``: where no two requests tie and none has a weight, permuting requests permutes
-      the plan.
-    - ``padding``: empty lanes, wherever they are, change no plan.
+    - ``permutation``: if no two requests tie and none has a weight, permuting requests permutes the
+      plan.
+    - ``padding``: empty lanes change no plan, wherever they are.
     - ``sync_free``: no device-to-host sync, and no shape that depends on data.
     - ``depth_first``: only committed nodes are selected while a request that passed its gate is
       STARVED.
@@ -75,7 +75,7 @@ def check_scheduler(
 
     Args:
         scheduler: the policy.
-        claims: what to check beyond the first paragraph. Defaults to the first four.
+        claims: what to check beyond the first list. Defaults to the first four.
         examples: steps drawn, divided evenly among batch sizes 1 to ``max_batch``.
         max_batch: largest batch of a drawn step.
 
@@ -95,7 +95,7 @@ def check_scheduler(
     broken = _search(scheduler, claims, max(1, examples // max_batch), max_batch)
     if broken is not None:
         check_step(scheduler, broken.scenario, claims=claims)  # again, without hypothesis' notes
-        raise broken  # of a policy that decides otherwise now
+        raise broken  # the policy now decides otherwise
 
 
 def check_step(
@@ -106,7 +106,7 @@ def check_step(
     Args:
         scheduler: the policy.
         scenario: the step.
-        claims: as of :func:`check_scheduler`.
+        claims: as in :func:`check_scheduler`.
 
     Raises:
         PlanError: with a table of the plan.
@@ -128,7 +128,7 @@ def check_step(
         found = {name: first_broken(plan, invariant) for name, invariant in invariants.items()}
         if not any(found.values()):
             found = {name: relation(scheduler, plan) for name, relation in relations.items()}
-    except Exception as error:  # the policy's own
+    except Exception as error:  # raised by the policy
         found = {"runs": Fault("a plan", f"{type(error).__name__}: {error}", cause=error)}
     for name, fault in found.items():
         if fault is not None:
@@ -145,7 +145,7 @@ def _known(claims: Sequence[str]) -> None:
 def _search(
     scheduler: ElasticBudgetScheduler, claims: Sequence[str], examples: int, max_batch: int
 ) -> PlanError | None:
-    """The smallest broken plan that hypothesis finds, by batch size, or one made by hand."""
+    """Find the smallest broken plan by hypothesis, by batch size, or one made by hand."""
     package = scenarios.hypothesis()
     found = list[PlanError]()
 
@@ -178,7 +178,7 @@ def _search(
             for batch, depth in ((1, 1), (4, 3)):
                 made = make(batch, min(scheduler.max_depth, depth))
                 check(made if budget else replace(made, num_verify_tokens=None), claims)
-    except Exception:  # of hypothesis too, where a plan that was broken is not any more
+    except Exception:  # also hypothesis's own, if a broken plan is no longer broken
         if not found:
             raise
     return found[-1] if found else None
@@ -211,7 +211,7 @@ def _report(
 
 
 def _table(name: str, plan: Plan, where: tuple[int, int] | None) -> list[str]:
-    """A line for each selected node and the offending one; of its request alone if many."""
+    """Format each selected node and the faulty one; if there are many, only of its request."""
     forest = plan.tree.forest
     lines = list[str]()
     nodes = {(b, node) for b in range(plan.tree.batch) for node in plan.nodes(b)}

@@ -1,4 +1,4 @@
-"""CUDA graphs emulated on the CPU: recorded operations run again at the same addresses."""
+"""Emulation of CUDA graphs on a CPU: replay recorded operations at the same addresses."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ EMPTY = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided
 class RecordedGraphs(Graphs):
     """Stand-in for :class:`~echo.workspace.Graphs` without a GPU.
 
-    Finds what would break, or go stale, in a captured function.
+    Finds what would break, or become stale, in a captured function.
 
     A key's second call is recorded: every tensor operation, and every launch of a Triton kernel (in
-    its interpreter). From the third on none of the function's Python runs: the recorded operations
-    run again on the recorded tensors. So a host number that should have changed, a branch on the
-    host or an input at a new address show as wrong results, as with CUDA graphs, and what a capture
-    refuses is refused when it is recorded.
+    its interpreter). Later calls run none of the function's Python, only the recorded operations on
+    the recorded tensors. A host number that should have changed, a branch on the host, or an input
+    at a new address therefore give wrong results, as with CUDA graphs; what a capture refuses is
+    refused when recording.
 
     Args:
-        device: where the functions' tensors are.
+        device: of the functions' tensors.
         pool: not used.
 
-    Attributes:
-        runs: replays of each key.
+        Attributes:
+        runs: number of replays of each key.
 
     Example:
         >>> graphs, total = RecordedGraphs("cpu"), torch.zeros(())
@@ -53,14 +53,14 @@ class RecordedGraphs(Graphs):
 
     @property
     def captures(self) -> bool:
-        """Always."""
+        """Always true."""
         return True
 
     def __call__(self, key: Hashable, function: Callable[[], T]) -> T:
         """As :meth:`Graphs.__call__`; recording runs the function, so that call replays nothing.
 
         Raises:
-            EchoError: the function does what no graph can hold.
+            EchoError: the function does what no graph can capture.
         """
         if key in self._seen and key not in self.captured:
             self.captured[key] = self.capture(function)
@@ -71,7 +71,7 @@ class RecordedGraphs(Graphs):
         return super().__call__(key, function)
 
     def capture(self, function: Callable[[], Any]) -> Captured:
-        """Run the ``function`` and record it."""
+        """Run ``function`` and record it."""
         recording = Recording()
         with recording.launches(), recording:
             result = function()
@@ -79,10 +79,10 @@ class RecordedGraphs(Graphs):
 
 
 class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Record what runs within it.
+    """Record the operations within the block.
 
     Attributes:
-        operations: names, in order; launches of kernels as ``"kernel name"``.
+        operations: names, in order; kernel launches as ``"kernel name"``.
     """
 
     def __init__(self) -> None:
@@ -140,7 +140,7 @@ class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _alias(result: Any, args: Any) -> bool:
-    """Whether a view is one: some operators that are called so copy, a cast for example."""
+    """Whether a view really is one: some operators classified as views copy, such as a cast."""
     first = result if isinstance(result, Tensor) else result[0]
     return bool(first.untyped_storage().data_ptr() == args[0].untyped_storage().data_ptr())
 

@@ -1,8 +1,8 @@
-"""Inverses of :mod:`echo.tree.layouts`: an engine's layout as a packed step.
+"""Inverses of :mod:`echo.tree.layouts`: from an engine's layout to a packed step.
 
-Host work that copies and checks every value, a batch at a time. No layout carries scores: they come
-out as 0, path probability 1. Rows are put into canonical order. Where a row that sees itself alone
-is a pad, an empty request comes out as its root, unless ``num_nodes`` says that it has none.
+Host work that copies and checks every value, a batch at a time. Layouts carry no scores, so scores
+are 0 (path probability 1). Rows are put into canonical order. Where a row that sees only itself is
+a pad, an empty request becomes its root, unless ``num_nodes`` says that it has none.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ INTS = checks.INTEGERS
 def from_sglang(
     links: SGLangLinks, *, num_nodes: Tensor | None = None, num_rows: int | None = None
 ) -> PackedTree:
-    """From SGLang's draft tokens and links, siblings in any order; unreached rows are pads.
+    """Import SGLang's draft tokens and links, siblings in any order; unreached rows are pads.
 
     Args:
         links: SGLang's; ``positions`` and ``retrive_index`` are ignored.
@@ -47,7 +47,7 @@ def from_sglang(
     checks.tensor("retrive_next_sibling", across, [batch, n], INTS)
     parent = _parents_by_links(host(down), host(across), _sizes(num_nodes, batch, n, 1) > 0)
     reached = parent > -2
-    order = np.argsort(~reached, axis=1, kind="stable")  # the rows of a tree before the pads
+    order = np.argsort(~reached, axis=1, kind="stable")  # a tree's rows before the pads
     place = reached.cumsum(1) - 1
     parent = np.where(parent >= 0, np.take_along_axis(place, parent.clip(min=0), 1), -1)
     tokens = host(links.draft_tokens).reshape(batch, n)
@@ -56,14 +56,14 @@ def from_sglang(
 
 
 def from_tensorrt_llm(links: TensorRTLinks, *, num_rows: int | None = None) -> PackedTree:
-    """From TensorRT-LLM's packed mask; a row that sees itself alone is a pad.
+    """Import TensorRT-LLM's packed mask; a row that sees only itself is a pad.
 
     Args:
-        links: ``tokens``, ``packed_mask`` and ``generation_lengths`` are read.
+        links: reads ``tokens``, ``packed_mask`` and ``generation_lengths``.
         num_rows: as in :func:`from_sglang`.
 
     Raises:
-        EchoError: naming the request and the row of a mask that no tree has.
+        EchoError: naming the request and row of a mask that is no tree's.
     """
     batch, n = checks.tensor("tokens", links.tokens, ["B", "n"], INTS).shape
     checks.tensor("packed_mask", links.packed_mask, [batch, n, -(-n // WORD)], torch.int32)
@@ -81,10 +81,10 @@ def from_sglang_mask(
     num_nodes: Tensor | None = None,
     num_rows: int | None = None,
 ) -> PackedTree:
-    """From SGLang's ``tree_mask``; a row that sees itself alone is a pad.
+    """Import SGLang's ``tree_mask``; a row that sees only itself is a pad.
 
     Args:
-        mask: of :func:`~echo.tree.layouts.sglang_mask`; FULL_MASK and QLEN_ONLY in any shape.
+        mask: from :func:`~echo.tree.layouts.sglang_mask`; FULL_MASK and QLEN_ONLY in any shape.
         draft_tokens: int64 [B * n].
         max_verify_tokens_per_req: n.
         mode: of the mask.
@@ -92,7 +92,7 @@ def from_sglang_mask(
         num_nodes, num_rows: as in :func:`from_sglang`.
 
     Raises:
-        EchoError: naming the request and the row of a mask that no tree has.
+        EchoError: naming the request and row of a mask that is no tree's.
     """
     n = checks.integer("max_verify_tokens_per_req", max_verify_tokens_per_req, 1)
     batch = checks.tensor("draft_tokens", draft_tokens, ["B * n"], INTS).shape[0] // n
@@ -118,15 +118,15 @@ def from_sglang_mask(
 def from_flashinfer(
     mask: FlashInferMask, tokens: Tensor, *, num_rows: int | None = None
 ) -> PackedTree:
-    """From FlashInfer's flat or packed custom mask, told apart by dtype.
+    """Import FlashInfer's custom mask, flat or packed according to its dtype.
 
     Args:
-        mask: of :func:`~echo.tree.layouts.flashinfer`.
+        mask: from :func:`~echo.tree.layouts.flashinfer`.
         tokens: int64 [rows of all requests].
         num_rows: as in :func:`from_sglang`.
 
     Raises:
-        EchoError: naming the request and row of a mask that no tree has, or that hides a token of
+        EchoError: naming the request and row of a mask that is no tree's, or that hides a token of
             the prefix.
     """
     ends = _ends("qo_indptr", mask.qo_indptr, tokens)
@@ -153,7 +153,7 @@ def from_flashinfer(
 def from_flashinfer_xqa(
     mask: Tensor, indptr: Tensor, tokens: Tensor, *, num_rows: int | None = None
 ) -> PackedTree:
-    """From FlashInfer's XQA mask.
+    """Import FlashInfer's XQA mask.
 
     Args:
         mask: uint16 [N, halves].
@@ -162,7 +162,7 @@ def from_flashinfer_xqa(
         num_rows: as in :func:`from_sglang`.
 
     Raises:
-        EchoError: naming the request and the row of a mask that no tree has.
+        EchoError: naming the request and row of a mask that is no tree's.
     """
     count = checks.tensor("tokens", tokens, ["N"], INTS).shape[0]
     bits = _bits(checks.tensor("mask", mask, [count, "halves"], torch.uint16))
@@ -173,7 +173,7 @@ def from_flashinfer_xqa(
 
 
 def from_qq_bias(bias: Tensor, tokens: Tensor, *, num_rows: int | None = None) -> PackedTree:
-    """From vLLM's ``qq_bias``; a row that sees itself alone is a pad.
+    """Import vLLM's ``qq_bias``; a row that sees only itself is a pad.
 
     Args:
         bias: float32 [N, N]; below 0: hidden.
@@ -181,7 +181,7 @@ def from_qq_bias(bias: Tensor, tokens: Tensor, *, num_rows: int | None = None) -
         num_rows: N of the result. Defaults to N.
 
     Raises:
-        EchoError: naming the row of a mask that no tree has.
+        EchoError: naming the row of a mask that is no tree's.
     """
     n = checks.tensor("tokens", tokens, ["N"], INTS).shape[0]
     square = host(checks.tensor("bias", bias, [n, n], torch.float32)) >= 0
@@ -191,16 +191,16 @@ def from_qq_bias(bias: Tensor, tokens: Tensor, *, num_rows: int | None = None) -
 def from_hugging_face(
     inputs: HuggingFaceInputs, *, num_nodes: Tensor | None = None, num_rows: int | None = None
 ) -> PackedTree:
-    """From token ids and a 4-D mask, bool or float (below 0: hidden).
+    """Import token ids and a 4-D mask, bool or float (below 0: hidden).
 
-    A row that sees itself alone is a pad.
+    A row that sees only itself is a pad.
 
     Args:
-        inputs: of :func:`~echo.tree.layouts.hugging_face`; ``position_ids`` are ignored.
+        inputs: from :func:`~echo.tree.layouts.hugging_face`; ``position_ids`` are ignored.
         num_nodes, num_rows: as in :func:`from_sglang`.
 
     Raises:
-        EchoError: naming the request and the row of a mask that no tree has.
+        EchoError: naming the request and row of a mask that is no tree's.
     """
     batch, n = checks.tensor("input_ids", inputs.input_ids, ["B", "n"], INTS).shape
     kinds = (torch.bool, *checks.FLOATS)
@@ -211,14 +211,14 @@ def from_hugging_face(
 
 
 def from_chains(chain: Chains, *, num_rows: int | None = None) -> PackedTree:
-    """From ragged chains.
+    """Import ragged chains.
 
     Args:
-        chain: of :func:`~echo.tree.layouts.chains`; ``tokens`` and ``qo_indptr`` are read.
+        chain: from :func:`~echo.tree.layouts.chains`; reads ``tokens`` and ``qo_indptr``.
         num_rows: N. Defaults to ``graph_num_tokens``.
 
     Raises:
-        EchoError: a negative token, naming the request and the row.
+        EchoError: a negative token, naming the request and row.
     """
     ends = _ends("qo_indptr", chain.qo_indptr, chain.tokens)
     tokens = _ragged(chain.tokens, ends)
@@ -230,7 +230,7 @@ def from_chains(chain: Chains, *, num_rows: int | None = None) -> PackedTree:
 def _parents_by_links(down: Array, across: Array, live: Bools) -> Array:
     """Local parent of each row, int64 [B, n]: -1 for the root, -2 where no link leads.
 
-    Follows all links of a distance at once.
+    Follows all links of one distance at once.
     """
     batch, n = down.shape
     links = np.stack([down.ravel(), across.ravel()])
@@ -285,7 +285,7 @@ def _from_ragged(tokens: Tensor, ends: Array, square: Bools, num_rows: int | Non
 
 
 def _parents_by_squares(square: Bools, sizes: Array, *, padded: bool) -> tuple[Array, Array]:
-    """Parent of each row, and rows of each tree; pads end a tree if ``padded``.
+    """Return each row's parent and each tree's number of rows; pads end a tree if ``padded``.
 
     The parent is the last ancestor, whose own ancestors must be the others.
     """
@@ -330,7 +330,7 @@ def _squares(entries: Bools, begin: Array, stride: Array, past: Array | int, q: 
 
 
 def _ends(name: str, indptr: Tensor, tokens: Tensor) -> Array:
-    """Where each request's rows begin among the tokens, int64 [B + 1], checked."""
+    """Check and return where each request's rows begin among the tokens, int64 [B + 1]."""
     n = checks.tensor("tokens", tokens, ["N"], INTS).shape[0]
     ends = host(checks.tensor(name, indptr, ["B + 1"], INTS)).astype(np.int64)
     if not len(ends) or ends[0] != 0 or (np.diff(ends) < 0).any() or ends[-1] > n:
@@ -340,7 +340,7 @@ def _ends(name: str, indptr: Tensor, tokens: Tensor) -> Array:
 
 
 def _ragged(tokens: Tensor, ends: Array) -> Array:
-    """int64 [B, max q]: each request's tokens, 0 beyond."""
+    """int64 [B, max q]: each request's tokens, then 0."""
     column = np.arange(np.diff(ends).max(initial=1))
     q = np.diff(ends)[:, None]
     real = column < q
@@ -355,7 +355,7 @@ def _bits(words: Tensor) -> Bools:
 
 
 def _sizes(num_nodes: Tensor | None, batch: int, n: int, other: int) -> Array:
-    """Checked ``num_nodes``, which defaults to ``other``."""
+    """Check ``num_nodes``, which defaults to ``other``."""
     if num_nodes is None:
         return np.full(batch, other)
     sizes = host(checks.tensor("num_nodes", num_nodes, [batch], INTS))
@@ -367,7 +367,7 @@ def _sizes(num_nodes: Tensor | None, batch: int, n: int, other: int) -> Array:
 def _packed(
     tokens: Array, parents: Array, sizes: Array, num_rows: int | None, device: torch.device
 ) -> PackedTree:
-    """Checked, put into canonical order and packed: token and parent of each row, by request."""
+    """Check, put into canonical order and pack each request's tokens and parents."""
     width = int(sizes.max(initial=1))
     count = max(int(sizes.sum()), 1)
     arrays = (x[:, :width].astype(np.int64) for x in (tokens, parents))

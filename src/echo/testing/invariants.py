@@ -1,6 +1,6 @@
-"""What must hold of a plan: masks of nodes that break it, comparisons of plans, no syncs.
+"""What must hold of a plan: masks of nodes that break an invariant, comparisons of plans, syncs.
 
-B requests of T nodes, root first; leading dimensions [...] stand for further plans.
+B requests of T nodes, root first; leading dimensions [...] are for batches of plans.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from echo.tree.supertree import SuperTree
 
 SYNCS = {"_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero", "masked_select"}
 SYNCS |= {"unique", "_unique2", "repeat_interleave"}
-"""Operators whose result the host waits for, or whose shape depends on data."""
+"""Operators whose result the host waits for, or whose output shape depends on data."""
 
 
 def operator(func: Any) -> str:
-    """The name of a dispatched operator, without its namespace."""
+    """Name of a dispatched operator, without its namespace."""
     return str(func.overloadpacket._qualified_op_name.split("::")[1])
 
 
@@ -36,7 +36,7 @@ def syncs(func: Any) -> bool:
 
 
 class RefuseSyncs(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Raise EchoError on every operator that syncs device to host, or makes a shape from data.
+    """Raise EchoError on operators that sync device to host, or make a shape from data.
 
     Example:
         >>> with RefuseSyncs():
@@ -53,11 +53,11 @@ class RefuseSyncs(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 @dataclass(frozen=True)
 class Selection:
-    """What a scheduler selected of what.
+    """What a scheduler selected, with the nodes that it selected from.
 
     Attributes:
         selected: bool [..., B, T].
-        committed: bool [..., B, T], committed while drafting.
+        committed: bool [..., B, T], whether committed while drafting.
         parent: int64 [..., B, T]; a root's is its own index.
         score: float32 [..., B, T], path log-probability.
         depth: int64 [T].
@@ -79,7 +79,7 @@ class Selection:
 
     @classmethod
     def of(cls, plan: Plan) -> Selection:
-        """That of one ``plan``."""
+        """Return the selection of one ``plan``."""
         tree = plan.tree
         forest = plan.tree.forest
         of_nodes = forest.committed, forest.parent, forest.score, forest.depth
@@ -95,7 +95,7 @@ class Selection:
 
 
 class Invariant(NamedTuple):
-    """``expected`` in words, and ``broken``: bool [..., B, T], the nodes that break it."""
+    """``expected`` in words; ``broken`` returns bool [..., B, T], the nodes that break it."""
 
     expected: str
     broken: Callable[[Selection], Tensor]
@@ -116,7 +116,7 @@ def _sibling_ties(s: Selection) -> Tensor:
     same = s.depth == s.depth[:, None]
     same = same & (s.parent[..., None] == s.parent[..., None, :])
     same = same & (s.score[..., None] == s.score[..., None, :]) & (s.depth > 0)
-    earlier = same & (index < index[:, None])  # [..., v, u]: u is v's equal, and before it
+    earlier = same & (index < index[:, None])  # [..., v, u]: u equals v and comes before it
     return s.selected & (earlier & ~s.selected[..., None, :]).any(-1)
 
 
@@ -146,20 +146,20 @@ INVARIANTS: dict[str, Invariant] = {
                         lambda s: s.selected & ~torch.isfinite(s.score)),
     "committed": Invariant("every committed node selected", lambda s: s.committed & ~s.selected),
 }
-"""Of every plan, whatever the policy."""
+"""For every policy."""
 
 CLAIMED: dict[str, Invariant] = {
     "ties": Invariant("of siblings with equal scores the lower candidate first", _sibling_ties),
     "depth_first": Invariant("only committed nodes selected while a request is STARVED", _starved),
     "work_conserving": Invariant("no token of the budget unused while a node could take it", _idle),
 }
-"""Of policies that claim them."""
+"""For policies that claim them."""
 # fmt: on
 
 
 @dataclass(frozen=True)
 class Fault:
-    """What was expected and what came; ``node``: (request, node), if it is at one."""
+    """What was expected and what came; ``node``: (request, node), if it concerns one."""
 
     expected: str
     got: str
@@ -171,7 +171,7 @@ Relation = Callable[[ElasticBudgetScheduler, Plan], Fault | None]
 
 
 def first_broken(plan: Plan, invariant: Invariant) -> Fault | None:
-    """The first node of the ``plan`` that breaks the ``invariant``."""
+    """Find the first node of ``plan`` that breaks ``invariant``."""
     broken = invariant.broken(Selection.of(plan))
     if not broken.any():
         return None
@@ -190,14 +190,14 @@ def first_broken(plan: Plan, invariant: Invariant) -> Fault | None:
 def check_plan(tree: SuperTree, packed: PackedTree) -> None:
     """Check the layout of a packed step, and that it is a plan of its tree.
 
-    As :meth:`echo.PackedTree.validate`, then every column against the tree.
+    As :meth:`echo.PackedTree.validate`, then checks every column against the tree.
 
     Args:
         tree: what was packed.
         packed: the step.
 
     Raises:
-        EchoError: naming the column that is not as the layout or the tree says.
+        EchoError: naming the column that contradicts the layout or the tree.
 
     Example:
         >>> import torch, echo
@@ -281,7 +281,7 @@ def _deterministic(scheduler: ElasticBudgetScheduler, plan: Plan) -> Fault | Non
 
 
 def _request_ties(scheduler: ElasticBudgetScheduler, plan: Plan) -> Fault | None:
-    """Of two identical requests the lower one gets what the other gets, and perhaps more."""
+    """Of two identical requests the lower one gets at least what the other gets."""
     given = plan.scenario
     seen = dict[tuple[float, ...], int]()
     own = [given.root_tokens, plan.tree.verify_limits]
@@ -300,7 +300,7 @@ def _permutation(scheduler: ElasticBudgetScheduler, plan: Plan) -> Fault | None:
     tree = plan.tree
     turn = list(reversed(range(plan.scenario.batch)))
     if plan.scenario.request_weights is not None:
-        return None  # which weighted scores tie only the rule knows
+        return None  # only the rule knows which weighted scores tie
     for value in (tree.forest.score, scheduler.rule.acceptance_probability(tree)):
         drafted = (tree.forest.depth > 0) & torch.isfinite(tree.forest.score)
         each = [set(row[mine].tolist()) for row, mine in zip(value, drafted, strict=True)]
@@ -337,7 +337,7 @@ def _sync_free(scheduler: ElasticBudgetScheduler, plan: Plan) -> Fault | None:
 
 
 def _optimal(scheduler: ElasticBudgetScheduler, plan: Plan) -> Fault | None:
-    """No exchange of a leaf for another node gains: closed under parents, that is the optimum."""
+    """No exchange of a leaf for another node gains: with parents closed, that is the optimum."""
     tree = plan.tree
     s = Selection.of(plan)
     gain = scheduler.rule.acceptance_probability(tree)
@@ -375,7 +375,7 @@ RELATIONS: dict[str, Relation] = {
 
 
 def _compare(expected: str, plan: Plan, other: Plan, requests: Sequence[int]) -> Fault | None:
-    """A fault unless request i of ``other`` has the nodes of ``requests[i]``."""
+    """Return a fault unless request i of ``other`` has the nodes of ``requests[i]``."""
     for i, b in enumerate(requests):
         mine = plan.paths(b)
         theirs = other.paths(i)

@@ -1,4 +1,4 @@
-"""Exact replay of recorded drafts: any policy, judged on the same work. B requests in a step."""
+"""Exact replay of recorded drafts: compare policies on the same work. B requests in a step."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ class Record:
 
     Attributes:
         requests: int64 [B], the text that each request writes.
-        position: int64 [B], its root's position in the text.
+        position: int64 [B], position of its root in the text.
         tree, packed, accepted: the values of the step.
-        emitted: int64 [B], tokens emitted.
-        tier: depth and verify tokens planned.
-        num_unprocessed_tokens: tokens of the drafter's extend in this step.
+        emitted: int64 [B], number of tokens emitted.
+        tier: the planned depth and verify tokens.
+        num_unprocessed_tokens: tokens of the draft extend in this step.
     """
 
     requests: NDArray[np.int64]
@@ -50,13 +50,13 @@ class Record:
 
 @dataclass(frozen=True)
 class Answer:
-    """A text that was written in full.
+    """A completed text.
 
     Attributes:
-        kind: of its prompt.
-        tokens: emitted in steps; the first token, of prefill, does not count.
-        steps: in which it took part.
-        verify_tokens: verified for it, roots included.
+        kind: kind of its prompt.
+        tokens: tokens emitted in steps, without the first one, from prefill.
+        steps: steps in which it took part.
+        verify_tokens: tokens verified for it, roots included.
         seconds: modelled time from its admission to its end.
     """
 
@@ -74,12 +74,12 @@ class Report:
     Attributes:
         seconds: modelled time of all steps.
         tokens, steps, request_steps: emitted tokens, steps, and requests summed over steps.
-        verify_tokens: nodes verified, roots included.
-        padding: pad rows launched beside them.
+        verify_tokens: tokens verified, roots included.
+        padding: pad rows launched in addition.
         accepted: accepted drafts.
         layers: drafted layers summed over steps.
-        misses: nodes that the policy expanded and the trace has no draft for; 0 in an exact replay.
-        answers: the finished texts.
+        misses: nodes that the policy expanded but the trace has no draft for; 0 in an exact replay.
+        answers: the completed texts.
 
     Example: :func:`replay`.
     """
@@ -97,17 +97,17 @@ class Report:
 
     @property
     def throughput(self) -> float:
-        """Emitted tokens a modelled second."""
+        """Emitted tokens per modelled second."""
         return self.tokens / self.seconds
 
     @property
     def tokens_per_step(self) -> float:
-        """Tokens that a request emits in a step."""
+        """Mean tokens that a request emits in a step."""
         return self.tokens / self.request_steps
 
     @property
     def acceptance(self) -> float:
-        """Share of the verified drafts that were accepted; NaN without a draft."""
+        """Share of verified drafts that were accepted; NaN without drafts."""
         drafted = self.verify_tokens - self.request_steps
         return self.accepted / drafted if drafted else float("nan")
 
@@ -128,12 +128,12 @@ def replay(
     load: Callable[[], int] | None = None,
     observe: Observer | None = None,
 ) -> Report:
-    """Decode the trace's texts under a policy, with continuous refill, under a cost model.
+    """Decode the trace's texts under a policy and a cost model, with continuous refill.
 
-    The scheduler plans each step on the recorded scores, and the text says what the target accepts:
-    under greedy decoding the steps, verify tokens and accepted tokens are those of a live decode of
-    the same prompts at the same request indices. A drafter is also charged for its extend of what
-    was emitted in steps without a draft.
+    The scheduler plans each step on the recorded scores, and the text determines what the target
+    accepts: under greedy decoding the steps, verify tokens and accepted tokens equal those of a
+    live decode of the same prompts at the same request indices. The drafter's extend is charged
+    too, including tokens emitted in steps without a draft.
 
     Args:
         trace: recorded drafts.
@@ -142,16 +142,16 @@ def replay(
         batch: max_num_reqs.
         steps: stop after that many steps, refilling forever. Defaults to each text of ``order``
             once.
-        order: indices of texts in the order of their admission. Defaults to the trace's.
+        order: indices of texts in order of admission. Defaults to the trace's.
         compact: charge only layers and nodes that are expanded. By default all planned layers are
             charged at full width: inside a CUDA graph a gate saves no draft time.
         prefill_tokens: prefill of each admission, in the forward pass of the request's first step.
-        lag: steps by which the history behind ``choose_tier`` is late, 0 to 2.
+        lag: steps by which the history of ``choose_tier`` lags, 0 to 2.
         max_verify_tokens_per_req: Defaults to the scheduler's.
-        update_rate: of the scheduler's cost model, if its budget is one, by each step's seconds
-            (:meth:`echo.CostModel.update`).
-        load: asked before each step how many requests there are to be, at most ``batch``: those
-            beyond end their texts, and none takes their place. Defaults to ``batch``.
+        update_rate: rate at which each step's seconds update the scheduler's cost model, if its
+            budget is one (:meth:`echo.CostModel.update`).
+        load: returns the number of requests wanted before each step, at most ``batch``; the excess
+            complete their texts and are not replaced. Defaults to ``batch``.
         observe: called with the :class:`Record` of each step.
 
     Raises:
@@ -236,7 +236,7 @@ def _count(report: Report, packed: PackedTree, emitted: NDArray[np.int64], layer
 
 
 class _Requests:
-    """Which text each request index writes, and its position in it; -1: none."""
+    """The text that each request index writes, and its position in it; -1: none."""
 
     def __init__(self, trace: Trace, queue: NDArray[np.int64], batch: int, forever: bool) -> None:
         self.trace, self.queue, self.forever, self.next = trace, queue, forever, 0
@@ -245,7 +245,7 @@ class _Requests:
         self.since = np.zeros(batch)
 
     def refill(self, now: float, wanted: int) -> NDArray[np.int64]:
-        """Admit texts to free request indices until as many are live as ``wanted``; which ones."""
+        """Admit texts to free request indices until ``wanted`` are live; return those indices."""
         free = np.flatnonzero(self.text < 0)
         free = free[: max(0, wanted - len(self.text) + len(free))]
         if not self.forever:
@@ -267,7 +267,7 @@ class _Requests:
         return np.where(self.end[live] - at > 1, self.limit[live] - (at - self.begin[live]) - 1, 0)
 
     def extend(self, live: NDArray[np.int64], emitted: NDArray[np.int64], drafted: bool) -> int:
-        """Tokens of the drafter's extend: none without a draft, then all that have waited."""
+        """Tokens of the draft extend: none without a draft, then all that have accumulated."""
         if not drafted:
             self.unprocessed[live] += emitted
             return 0
@@ -282,7 +282,7 @@ class _Requests:
         verified: NDArray[np.int64],
         report: Report,
     ) -> None:
-        """Move on; finished texts leave, into the report."""
+        """Advance the requests; completed texts move to the report."""
         self.position[live] += emitted
         self.steps[live] += 1
         self.verified[live] += verified
@@ -299,7 +299,7 @@ class Source:
 
     Attributes:
         text: int64 [P].
-        misses: expanded nodes without a record so far.
+        misses: expanded nodes so far without a record.
     """
 
     def __init__(self, trace: Trace) -> None:
@@ -316,7 +316,7 @@ class Source:
         self.children = torch.zeros(len(at), 1, dtype=torch.int64)
 
     def draft(self, frontier: Frontier) -> tuple[Tensor, Tensor]:
-        """Recorded tokens and log-probabilities [B, W, k]; a miss has no children."""
+        """Return recorded tokens and log-probabilities [B, W, k]; a miss has no children."""
         index = self.children.gather(1, frontier.index)
         known = index >= 0
         self.misses += int((frontier.active & ~known & (frontier.score >= self.floor)).sum())
@@ -329,7 +329,7 @@ class Source:
         return self.tokens[where], log_probs
 
     def target(self, at: NDArray[np.int64], packed: PackedTree) -> Tensor:
-        """The text's next token after each row, also off its path; -1 beyond its end."""
+        """Return the text's next token after each row, also off its path; -1 after its end."""
         request = packed.request.long()
         real = request < packed.batch
         position = torch.from_numpy(at)[request.clamp(max=packed.batch - 1)]

@@ -1,4 +1,4 @@
-"""Steps to try a policy on: made by hand, and drawn by hypothesis (``kit`` extra).
+"""Steps for testing a policy: made by hand, or drawn by hypothesis (``kit`` extra).
 
 B requests, D drafted layers, a vocabulary of V, k candidates of a node, T nodes of a request.
 """
@@ -27,24 +27,24 @@ VOCAB = 4
 CHILDREN = 3
 MAX_LIMIT = 12
 FAULTS = (float("nan"), float("inf"), float("-inf"), 0.01)
-"""Log-probabilities that a drafter should not give, and sometimes does."""
+"""Log-probabilities that a drafter should not return, but sometimes does."""
 
 
 @dataclass(frozen=True)
 class Scenario:
     """The input of one step.
 
-    What is drafted after a token depends on the token and its depth alone, so requests may be
-    permuted, removed or batched with others, and each is drafted the same.
+    Drafts after a token depend only on the token and its depth, so requests may be permuted,
+    removed or batched with others without changing their drafts.
 
     Attributes:
         root_tokens: int64 [B], below V.
         live: bool [B].
-        verify_limits: int64 [B], verify tokens of each request at most, root included.
-        log_probs: float32 [D, V, k], after token v at depth d those of its candidates, the tokens v
-            + 1, v + 2, ... modulo V.
+        verify_limits: int64 [B], maximum verify tokens of each request, root included.
+        log_probs: float32 [D, V, k]: after token v at depth d, log-probabilities of its candidates,
+            the tokens v + 1, v + 2, ... modulo V.
         num_verify_tokens: of the step. Defaults to the scheduler's budget.
-        request_weights: float32 [B], what each request's tokens are worth. Defaults to 1.
+        request_weights: float32 [B], value of each request's tokens. Defaults to 1.
 
     Raises:
         EchoError: a shape, dtype or token out of range.
@@ -89,24 +89,24 @@ class Scenario:
 
     @property
     def live_requests(self) -> list[int]:
-        """Their indices."""
+        """Indices of the live requests."""
         return [b for b, live in enumerate(self.live.tolist()) if live]
 
     def draft(self, frontier: Frontier) -> tuple[Tensor, Tensor]:
-        """Tokens int64 and log-probabilities [B, W, k] after each node of the ``frontier``."""
+        """Return tokens int64 and log-probabilities [B, W, k] after each node of ``frontier``."""
         vocab, k = self.log_probs.shape[1:]
         tokens = (frontier.token[..., None] + 1 + torch.arange(k)) % vocab
         return tokens, self.log_probs[frontier.depth][frontier.token]
 
     def take(self, requests: Sequence[int]) -> Scenario:
-        """The step of these ``requests`` alone, in this order."""
+        """Return the step with only these ``requests``, in this order."""
         at = torch.tensor(requests, dtype=torch.int64)
         columns = self.root_tokens[at], self.live[at], self.verify_limits[at]
         weights = None if self.request_weights is None else self.request_weights[at]
         return Scenario(*columns, self.log_probs, self.num_verify_tokens, weights)
 
     def grow(self, scheduler: ElasticBudgetScheduler) -> SuperTree:
-        """The super-tree that the ``scheduler`` grows, all D layers of it."""
+        """Grow the super-tree with ``scheduler``, all D layers of it."""
         tree = scheduler.begin(
             self.root_tokens,
             live=self.live,
@@ -119,7 +119,7 @@ class Scenario:
         return tree
 
     def plan(self, scheduler: ElasticBudgetScheduler) -> Plan:
-        """The step as this ``scheduler`` plans it."""
+        """Plan the step with ``scheduler``."""
         tree = self.grow(scheduler)
         return Plan(self, tree, scheduler.select(tree), scheduler.pack(tree))
 
@@ -130,7 +130,7 @@ class Plan:
 
     Attributes:
         scenario, tree, packed: the values of the step.
-        selected: bool [B, T] over ``tree.forest``, before packing drops what exceeds the budget.
+        selected: bool [B, T] over ``tree.forest``, before packing cuts what exceeds the budget.
     """
 
     scenario: Scenario
@@ -139,11 +139,11 @@ class Plan:
     packed: PackedTree
 
     def nodes(self, request: int) -> list[int]:
-        """A ``request``'s selected nodes, indices into T, in the order of their rows."""
+        """Indices into T of a ``request``'s selected nodes, in the order of their rows."""
         return [int(node) for node in self.selected[request].nonzero()[:, 0]]
 
     def path(self, request: int, node: int) -> tuple[int, ...]:
-        """Tokens from the root's child to a ``node`` of a ``request``: the same in any batch."""
+        """Tokens from the root's child to a ``node`` of a ``request``; the same in any batch."""
         forest = self.tree.forest
         tokens = list[int]()
         while int(forest.depth[node]):
@@ -157,7 +157,7 @@ class Plan:
 
 
 def burst(batch: int = 8, depth: int = 3) -> Scenario:
-    """``batch`` requests confident down to ``depth``, one verify token more than roots.
+    """``batch`` requests confident down to ``depth``; one verify token more than roots.
 
     Raises:
         EchoError: an argument out of range.
@@ -179,13 +179,13 @@ def one_confident_many_doubtful(batch: int = 8, depth: int = 3) -> Scenario:
     scenario = _scenario(batch, depth, 0.2, 2 * batch)
     confident = depth + 1
     p = torch.full((confident + batch + 2,), 0.2, dtype=torch.float32)
-    p[:confident] = 0.98  # the tokens that request 0 comes to first
+    p[:confident] = 0.98  # the tokens that request 0 reaches first
     roots = torch.tensor([0, *range(confident, confident + batch - 1)])
     return replace(scenario, root_tokens=roots, log_probs=_candidates(p, depth))
 
 
 def all_equal(batch: int = 8, depth: int = 3) -> Scenario:
-    """The same request ``batch`` times, ``depth`` layers of equal candidates: ties decide.
+    """``batch`` identical requests, ``depth`` layers of equal candidates: ties decide.
 
     As :func:`burst`.
     """
@@ -226,7 +226,7 @@ def _candidates(p: Tensor, depth: int) -> Tensor:
 
 
 def hypothesis() -> Any:
-    """The package, which only the strategies below need.
+    """Import the package, which only the strategies below need.
 
     Raises:
         EchoError: it is not installed.
@@ -242,7 +242,7 @@ def hypothesis() -> Any:
 def batches(
     *, max_batch: int = 5, max_depth: int = 4, budget: bool = True
 ) -> SearchStrategy[Scenario]:
-    """Steps of any shape: empty lanes, tight limits, scores with ties, NaN and infinities.
+    """Draw steps of any shape: empty lanes, tight limits, scores with ties, NaN and infinities.
 
     Args:
         max_batch: largest B.

@@ -1,4 +1,4 @@
-"""A tabular pair of target and draft model with exact probabilities. V tokens."""
+"""A tabular target and draft model with exact probabilities. V tokens."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def table(vocab: int, seed: int, sharpness: float = 2.0) -> Tensor:
 
     Args:
         vocab: V.
-        seed: of the random logits.
+        seed: for the random logits.
         sharpness: standard deviation of the logits; 0: uniform.
 
     Example:
@@ -34,7 +34,7 @@ def table(vocab: int, seed: int, sharpness: float = 2.0) -> Tensor:
 
 
 def blurred(target: Tensor, seed: int, noise: float = 0.5) -> Tensor:
-    """A draft model's table: ``target`` mixed with a share ``noise`` of the table of ``seed``.
+    """Make a draft model's table: ``target`` mixed with a share ``noise`` of the table of ``seed``.
 
     Example:
         >>> torch.equal(blurred(table(3, seed=0), seed=1, noise=1.0), table(3, seed=1))
@@ -45,12 +45,12 @@ def blurred(target: Tensor, seed: int, noise: float = 0.5) -> Tensor:
 
 @dataclass
 class TabularTarget:
-    """A target whose next token depends on the last one only (:class:`echo.Target`).
+    """A target whose next token depends only on the last one (:class:`echo.Target`).
 
     Attributes:
         probabilities: float [V, V].
         sample: turns probabilities [n, V] into tokens int64 [n]. Defaults to greedy.
-        texts: for each request index the tokens whose keys and values an engine would hold.
+        texts: for each request index, the tokens whose keys and values an engine would hold.
 
     Raises:
         EchoError: ``probabilities`` of another shape or dtype.
@@ -86,7 +86,7 @@ class TabularTarget:
 
 @dataclass
 class TabularDrafter:
-    """Propose the ``k`` likeliest tokens of a table after each node (:class:`echo.Drafter`).
+    """A drafter that proposes the ``k`` likeliest tokens of a table (:class:`echo.Drafter`).
 
     Attributes:
         probabilities: float [V, V].
@@ -114,12 +114,12 @@ class TabularDrafter:
         checks.integer_field(self, "k", 1, len(self.probabilities))
 
     def admit(self, req_indices: Tensor, prompts: Sequence[Tensor], first: Tensor, /) -> None:
-        """Nothing: the table has no state."""
+        """Do nothing: the table has no state."""
 
     def draft(self, req_indices: Tensor, frontier: Frontier, /) -> tuple[Tensor, Tensor]:
-        """Top-k of the table's rows."""
+        """Return the top k of the table's rows."""
         top = self.probabilities[frontier.token].topk(self.k, dim=-1)
         return top.indices, top.values.log().to(self.dtype)
 
     def extend(self, req_indices: Tensor, packed: PackedTree, accepted: Accepted, /) -> None:
-        """Nothing: the table has no state."""
+        """Do nothing: the table has no state."""

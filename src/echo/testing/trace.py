@@ -1,12 +1,11 @@
 """Recorded drafts of a real model, at every position of the text it wrote.
 
-Under greedy decoding the text does not depend on the policy. So with the drafted pool recorded at
-every output position, any policy that expands no more than what was recorded can be replayed
-exactly.
+Under greedy decoding the text does not depend on the policy. With the candidate pool recorded at
+every output position, any policy that expands only recorded nodes can be replayed exactly.
 
 The record is closed under narrower frontiers: a policy may expand, at each layer, the best b <=
-``beam`` nodes of what it drafted itself, with another b for each layer and request, and never meets
-a node without a record.
+``beam`` nodes of its own drafts, with a different b for each layer and request, and never reaches a
+node without a record.
 """
 
 from __future__ import annotations
@@ -33,9 +32,9 @@ from echo.tree.supertree import DEAD_SCORE, Frontier, Layer, SuperTree
 
 VERSION = 2
 END = -1
-"""Beyond the end of a text, and: not expanded."""
+"""Past the end of a text; also: not expanded."""
 COLUMNS = ("text", "token", "log_prob", "expanded")
-"""Arrays with a value for each position."""
+"""Arrays with one entry per position."""
 
 
 @dataclass(frozen=True)
@@ -50,12 +49,12 @@ class Trace:
             concatenated.
         indptr: int64 [R + 1], where each text begins; its last position has no draft.
         kind: str [R], the kind of prompt that each text answers.
-        limit: int32 [R], max_new_tokens of each text; a shorter text ended by itself.
+        limit: int32 [R], max_new_tokens of each text; a shorter text ended on its own.
         token: int32 [P, D, E, k], children of the expanded nodes of layer d (layer 0: of the root,
             e = 0).
         log_prob: float16 [P, D, E, k], their log-probabilities given their parent; -inf: none.
-        expanded: int8 [P, D, E * k], for each child its index e among the next layer's expanded
-            nodes; -1: not expanded.
+        expanded: int8 [P, D, E * k], each child's index e among the next layer's expanded nodes;
+            -1: not expanded.
         beam: widest frontier that replays without a miss.
         floor: path log-probability below which the drafter expanded no node.
 
@@ -107,17 +106,17 @@ class Trace:
 
     @property
     def positions(self) -> int:
-        """P."""
+        """P, number of positions."""
         return len(self.text)
 
     @property
     def depth(self) -> int:
-        """D, layers recorded."""
+        """D, number of recorded layers."""
         return int(self.token.shape[1])
 
     @property
     def following(self) -> NDArray[np.int32]:
-        """int32 [P, D + 1]: the target's next tokens after each position; -1 beyond its text."""
+        """int32 [P, D + 1]: the target's next tokens after each position; -1 past its text."""
         ends = np.repeat(self.indptr[1:], np.diff(self.indptr))
         after = np.arange(self.positions)[:, None] + np.arange(1, self.depth + 2)
         tokens = self.text[np.minimum(after, self.positions - 1)]
@@ -127,7 +126,7 @@ class Trace:
     def rank(self) -> NDArray[np.int8]:
         """int8 [P, D]: rank of the target's d-th next token among the drafts after those before it.
 
-        -1: expanded, and the target's token was not among the k; -2: nothing was drafted there, or
+        -1: expanded, but the target's token was not among the k; -2: nothing was drafted there, or
         the text ends. So ``(rank[:, d] == 0).sum() / (rank[:, d] >= -1).sum()`` is the draft's
         conditional acceptance on the target's path at depth d + 1.
         """
@@ -150,7 +149,7 @@ class Trace:
         return rank
 
     def texts(self, chosen: Sequence[int]) -> Trace:
-        """The trace of the ``chosen`` texts, indices from 0, in that order."""
+        """Return the trace of the ``chosen`` texts, indices from 0, in that order."""
         at = np.concatenate([np.arange(self.indptr[i], self.indptr[i + 1]) for i in chosen])
         columns: dict[str, Any] = {name: getattr(self, name)[at] for name in COLUMNS}
         columns |= {name: getattr(self, name)[list(chosen)] for name in ("kind", "limit")}
@@ -158,7 +157,7 @@ class Trace:
         return replace(self, indptr=np.concatenate([[0], lengths.cumsum()]), **columns)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the npz ``path`` in one atomic move: recorded nodes only, LZMA-compressed."""
+        """Write the npz file ``path`` atomically: recorded nodes only, LZMA-compressed."""
         recorded = np.isfinite(self.log_prob).any(axis=3)
         columns: dict[str, Any] = {name: getattr(self, name) for name in ("kind", "indptr", "text")}
         columns |= {name: np.asarray(getattr(self, name)) for name in ("limit", "beam", "floor")}
@@ -199,7 +198,7 @@ class Trace:
 
 
 def _planes(values: NDArray[np.float16]) -> NDArray[np.uint8]:
-    """High and low bytes apart, [2, ...]: they compress better."""
+    """Split into high and low bytes, [2, ...], which compress better."""
     return np.moveaxis(values.view(np.uint8).reshape(*values.shape, 2), -1, 0)
 
 
@@ -209,16 +208,16 @@ def _compress(values: NDArray[Any]) -> NDArray[np.uint8]:
 
 
 def _decompress(packed: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    # torch wants it writable
+    # writable, as torch wants it
     return np.frombuffer(bytearray(lzma.decompress(packed.tobytes())), np.uint8)
 
 
 class _Pool:
-    """The rule that expands every node that some narrower frontier would expand, and verifies none.
+    """A rule that expands every node that some narrower frontier would expand, and verifies none.
 
-    Let M(v) be the smallest frontier that holds node v: of the children of M(parent of v), those no
-    worse than v. A policy that expands the best b <= ``narrow`` of what it drafted can come to v
-    exactly where M(v) has at most ``narrow`` nodes.
+    Let M(v) be the smallest frontier that holds node v: the children of M(parent of v) that are no
+    worse than v. A policy that expands the best b <= ``narrow`` of its drafts can reach v exactly
+    if M(v) has at most ``narrow`` nodes.
     """
 
     def __init__(self, narrow: int, beam: int, floor: float) -> None:
@@ -260,7 +259,7 @@ class _Pool:
 
 
 class _Recorder:
-    """A drafter that keeps what it drafted in the current step."""
+    """A drafter that keeps its drafts of the current step."""
 
     def __init__(self, drafter: Drafter) -> None:
         self.inner = drafter
@@ -294,27 +293,25 @@ def record(
     eos_token: int | None = None,
     max_verify_tokens_per_req: int | None = None,
 ) -> Iterator[Trace | int]:
-    """Record a live greedy decode: the whole pool drafted at every position, one token a step.
+    """Record a live greedy decode: the whole candidate pool at every position, one token a step.
 
     Args:
-        target, drafter: a greedy pair. The drafter's state must depend on the emitted text alone,
+        target, drafter: a greedy pair. The drafter's state must depend only on the emitted text,
             its k must be the same at every depth, and its log-probabilities float16, so that live
             and replayed scores are the same numbers.
         prompts: int64 [length] each.
         kinds: the kind of each prompt.
-        max_num_reqs: requests decoded together.
-        depth, beam: D, and the widest frontier that is to be replayed.
-        max_expanded: E, nodes of a layer that are expanded at most. Too few, and replays have
-            misses.
-        floor: path log-probability below which the drafter expands no node (it must do so by
-            itself).
-        max_new_tokens, eos_token, max_verify_tokens_per_req: as of :func:`echo.decode`.
+        max_num_reqs: maximum number of requests decoded together.
+        depth, beam: D, and the widest frontier to be replayed.
+        max_expanded: E, maximum expanded nodes of a layer. If too small, replays have misses.
+        floor: path log-probability below which the drafter expands no node; it must ensure this.
+        max_new_tokens, eos_token, max_verify_tokens_per_req: as in :func:`echo.decode`.
 
     Yields:
-        The positions recorded so far, an int after each step; at last the :class:`Trace`.
+        The number of positions recorded so far, after each step; at last the :class:`Trace`.
 
     Raises:
-        EchoError: an argument out of range, or a drafter that does not keep to the above.
+        EchoError: an argument out of range, or a drafter that violates the above.
 
     Example:
         >>> import tempfile

@@ -1,4 +1,4 @@
-"""After the target's pass: accept drafts, and list what of caches and hidden states stays.
+"""After the target's forward pass: accept drafts, and list the KV entries and states to keep.
 
 B requests, N rows, D the deepest layer of the step.
 """
@@ -23,20 +23,20 @@ class Accepted:
     """The accepted path of every request, root first, and the tokens that the step emits.
 
     A path holds the rows whose own sampled token was emitted. It ends *before* a row for which the
-    target has no token (-1), so a request may emit nothing: then its ``num_emitted`` is 0, its
-    ``bonus`` -1, its prefix as before, and its root is the root of the next step.
+    target has no token (-1), so a request may emit nothing: then ``num_emitted`` is 0, ``bonus``
+    -1, the prefix unchanged, and the root stays the root of the next step.
 
     Attributes:
-        tokens: int64 [B, D + 1], emitted tokens: accepted drafts, then the bonus token; -1 beyond.
-        rows: int64 [B, D + 1], rows of the step on the path: row i's own sampled token is
-            ``tokens[:, i]``, and exactly these rows' keys and values stay; -1 beyond.
-        num_emitted: int64 [B], accepted drafts and the bonus token; 0 for a request without rows,
-            or whose root has no token.
-        bonus: int64 [B], last token emitted, root of the next step, whose keys and values are not
-            written yet; -1 if none was: the next roots are
+        tokens: int64 [B, D + 1], emitted tokens: accepted drafts, then the bonus token; then -1.
+        rows: int64 [B, D + 1], the path's rows, then -1: the token sampled at row i is
+            ``tokens[:, i]``, and exactly these rows' keys and values are kept.
+        num_emitted: int64 [B], number of accepted drafts, plus 1 for the bonus token; 0 for a
+            request without rows, or whose root has no token.
+        bonus: int64 [B], the last token emitted and root of the next step, whose keys and values
+            are not written yet; -1 if none was emitted. The next roots are
             ``torch.where(accepted.num_emitted > 0, accepted.bonus, root_tokens)``.
-        cut_row: int64 [B], the draft that equals ``bonus``, but emitted no token of its own because
-            the target has none there or the answer is over; -1 elsewhere. None: no path was cut.
+        cut_row: int64 [B], the draft that equals ``bonus`` but emitted no token of its own, because
+            the target has none there or the answer is over; -1 for no such draft. None: no cuts.
     """
 
     tokens: Tensor
@@ -49,17 +49,17 @@ class Accepted:
     def of(
         cls, tokens: Tensor, rows: Tensor, num_emitted: Tensor, cut_row: Tensor | None = None
     ) -> Accepted:
-        """From what another verification accepted: ``bonus`` is the last token emitted.
+        """Build from another verification's result; ``bonus`` is the last token emitted.
 
         Args:
-            tokens, rows, num_emitted, cut_row: as the attributes.
+            tokens, rows, num_emitted, cut_row: see the attributes.
         """
         bonus = tokens.gather(1, (num_emitted - 1).clamp(min=0)[:, None])[:, 0]
         return cls(tokens, rows, num_emitted, bonus, cut_row)
 
     @property
     def num_accepted_drafts(self) -> Tensor:
-        """int64 [B]: drafts that the target accepted, ``cut_row`` included.
+        """int64 [B]: number of drafts that the target accepted, ``cut_row`` included.
 
         Where it equals ``num_emitted``, deeper drafts were not judged.
         """
@@ -68,9 +68,9 @@ class Accepted:
 
     @property
     def last_row(self) -> Tensor:
-        """int64 [B], the deepest row whose token was emitted; -1 where none was.
+        """int64 [B]: the deepest row whose token was emitted; -1 if there is none.
 
-        A state-space layer's next state is the one behind this row.
+        A state-space layer continues from the state after this row.
         """
         at = (self.num_emitted - 1).clamp(min=0)[:, None]
         return self.rows.gather(1, at)[:, 0]
@@ -78,10 +78,10 @@ class Accepted:
     def truncate(
         self, *, eos_tokens: Tensor | None = None, max_new_tokens: Tensor | None = None
     ) -> Accepted:
-        """End answers, as if the target had no token behind their end. Sync-free.
+        """End answers as if the target had no token after their end. Sync-free.
 
         Args:
-            eos_tokens: int64 [n], tokens that end an answer, themselves included.
+            eos_tokens: int64 [n], tokens that end an answer as its last token.
             max_new_tokens: int64 [B], tokens that each answer may still get; 0 emits nothing.
 
         Raises:
@@ -123,16 +123,15 @@ def accept(
 
     Args:
         packed: the step.
-        target_tokens: int64 [N], the token that the engine sampled after each row; -1 for none.
-        logits: float [N, V] instead, for greedy decoding; NaN never wins, and a row without a
-            number above -inf has no token.
+        target_tokens: int64 [N], the token that the engine sampled at each row; -1 for none.
+        logits: float [N, V] instead, for greedy decoding; NaN never wins, all -inf means no token.
         max_new_tokens, eos_tokens: as in :meth:`Accepted.truncate`.
-        backend: "auto", "torch" or "triton", as in :mod:`echo.kernels`; of the same bits.
+        backend: "auto", "torch" or "triton", as in :mod:`echo.kernels`; all give the same bits.
         out: buffers of the same shapes, written to and returned.
 
     Raises:
         EchoError: neither or both of ``target_tokens`` and ``logits``, shapes or dtypes that do not
-            fit, or a backend that is not there.
+            fit, or an unavailable backend.
 
     Example:
         >>> from echo.tree import SuperTree, pack
@@ -174,18 +173,17 @@ def accept(
 
 @dataclass(frozen=True)
 class Compaction:
-    """Lists of fixed shape for the accepted path of every request, root first.
+    """Fixed-shape lists of each request's accepted path, root first.
 
     Attributes:
-        accept_index: int32 [B, D + 1], rows whose sampled token was emitted, as SGLang names them;
-            -1 beyond.
-        gather: int64 [B, D + 1], the same rows, 0 beyond: hidden states for the next draft extend,
-            to be masked by ``valid``.
-        valid: bool [B, D + 1], the entry exists.
-        positions: int64 [B, D + 1], position of each kept row; 0 beyond.
-        source, target: int64 [B, D + 1], where a kept row's keys and values lie, and where they
+        accept_index: int32 [B, D + 1], rows whose token was emitted (SGLang's name), then -1.
+        gather: int64 [B, D + 1], the same rows, then 0: indices of hidden states for the next draft
+            extend, to be masked by ``valid``.
+        valid: bool [B, D + 1], whether the entry is on the path.
+        positions: int64 [B, D + 1], position of each kept row, then 0.
+        source, target: int64 [B, D + 1], where a kept row's keys and values are, and where they
             belong: entries of the request's contiguous cache, or slots of a paged one. Both are
-            ``pad_slot_id`` beyond, and equal where a row need not move.
+            ``pad_slot_id`` past the path, and equal where a row need not move.
         prefix_lens: int64 [B], tokens in each request's cache after the step.
     """
 
@@ -211,22 +209,21 @@ def compact(
 ) -> Compaction:
     """List the moves that make each accepted path the end of its request's cache. Sync-free.
 
-    Rows were written one after another behind the prefix (:meth:`PackedTree.slot_mapping`), so a
-    tree's accepted rows are scattered: unmoved, the next step would attend to rejected tokens. A
-    target never lies behind its source: copying column by column is safe, and a parallel copy must
-    gather before it scatters.
+    Rows were written one after another from the end of the prefix
+    (:meth:`PackedTree.slot_mapping`), so the accepted rows of a tree are scattered, and without
+    these moves the next step would attend to rejected tokens. A target never lies after its source:
+    copying column by column is safe, and a parallel copy must gather before it scatters.
 
     Args:
         packed, accepted: the step.
         prefix_lens: int32 or int64 [B], tokens in each request's cache before it, root not counted.
         page_table: int32 or int64 [B, pages] of a paged cache. Defaults to a contiguous one.
         page_size: as in :meth:`PackedTree.slot_mapping`.
-        pad_slot_id: a slot that no request owns, needed with a page table; or an entry of a
+        pad_slot_id: a slot that no request owns, required with a page table; or an entry of a
             contiguous cache. Defaults to 0, which is right if ``target`` is filled from ``source``;
-            an engine that writes other rows to ``target`` gives an entry without a token, or masks
-            by ``valid``.
-        past_len: entries of a contiguous cache behind which all rows were appended, instead of each
-            request's prefix, as transformers' ``DynamicCache`` does; texts begin at entry 0.
+            to write other rows to ``target``, pass an entry without a token, or mask by ``valid``.
+        past_len: entries of a contiguous cache after which all rows were appended, instead of after
+            each request's prefix, as transformers' ``DynamicCache`` does; texts begin at entry 0.
         out: persistent buffers.
 
     Raises:
@@ -270,22 +267,22 @@ def compact(
             buffers = None
         lists = Compaction(**pack.compact(*step, page_size, spare, past, out=buffers))
         return lists if buffers is not None else copy_into(out, lists)
-    gone = rows < 0
+    past_end = rows < 0
     kept = rows.clamp(min=0)
     begin = prefix_lens.long()[:, None]
     positions = begin + torch.arange(steps, device=device)
     written = kept - packed.indptr[:-1, None] + (begin if past_len is None else past)
     if page_table is None:
-        source, target = (x.masked_fill(gone, spare) for x in (written, positions))
+        source, target = (x.masked_fill(past_end, spare) for x in (written, positions))
     else:
         request = torch.arange(batch, device=device)[:, None]
-        places = torch.stack([written, positions]).masked_fill_(gone, -1)
+        places = torch.stack([written, positions]).masked_fill_(past_end, -1)
         source, target = slot_mapping(places, request, page_table, page_size, spare).unbind()
     lists = Compaction(
         accept_index=rows.int(),
         gather=kept,
-        valid=~gone,
-        positions=positions.masked_fill(gone, 0),
+        valid=~past_end,
+        positions=positions.masked_fill(past_end, 0),
         source=source,
         target=target,
         prefix_lens=prefix_lens.long() + accepted.num_emitted,
@@ -294,7 +291,7 @@ def compact(
 
 
 def _buffers(out: Compaction, batch: int, steps: int, device: torch.device) -> dict[str, Tensor]:
-    """The buffers by name, once all of them fit."""
+    """Check that all buffers fit, and return them by name."""
     found = {}
     for name in [field.name for field in fields(checks.instance("out", out, Compaction))]:
         kind = {"accept_index": torch.int32, "valid": torch.bool}.get(name, torch.int64)

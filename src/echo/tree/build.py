@@ -1,7 +1,7 @@
-"""Trees that no beam drafted: custom arrays, continuations of an n-gram look-up, static templates.
+"""Trees that no beam drafted: custom arrays, n-gram continuations, static templates.
 
 All their nodes are candidates: ``scheduler.pack`` selects among them by its rule, and
-``scheduler.grow_from`` also asks the gates and commits. B requests, T nodes of each, M of a layer.
+``scheduler.grow_from`` also applies gates and commits. B requests, T nodes of each, M of a layer.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
 def layers(
     token: Tensor, parent: Tensor, log_prob: Tensor, depth: Tensor | None, num_nodes: Tensor | None
 ) -> tuple[NDArray[np.int64], list[tuple[Tensor, Tensor, Tensor]]]:
-    """Check a custom tree on the host and sort it by layers.
+    """Check a custom tree on the host and sort it into layers.
 
-    Takes the arguments of :meth:`~echo.tree.supertree.SuperTree.from_arrays`. Returns int64 [B]
-    nodes of each request, and the layers as :meth:`~echo.tree.supertree.SuperTree.attach` takes
-    them.
+    Takes the arguments of :meth:`~echo.tree.supertree.SuperTree.from_arrays`. Returns each
+    request's number of nodes int64 [B], and the layers as
+    :meth:`~echo.tree.supertree.SuperTree.attach` takes them.
     """
     batch, nodes = shape = checks.tensor("token", token, ["B", "T"], checks.INTEGERS).shape
     device = token.device
@@ -65,8 +65,8 @@ def layers(
 def _by_depth(
     parents: Array, depth: Array, there: NDArray[np.bool_]
 ) -> Iterator[tuple[Array, Array]]:
-    """For each depth from 1 on: its nodes' columns [B, M], -1 beyond, by parent and column; and
-    their parents' indices into the layer above [B, M], ascending."""
+    """Yield for each depth from 1: its nodes' columns [B, M], by parent and column, padded with -1;
+    and their parents' indices into the layer above [B, M], ascending."""
     batch, nodes = parents.shape
     flat = np.flatnonzero(there)
     flat = flat[np.argsort(depth.ravel()[flat], kind="stable")]
@@ -146,11 +146,11 @@ def trie(
 
 @dataclass(frozen=True)
 class Template:
-    """A tree shape that all requests share: static EAGLE and Medusa trees. Filling it is sync-free.
+    """A tree shape that all requests share, as in static EAGLE and Medusa. Filling is sync-free.
 
     Args:
-        parents: for each drafted node its parent, a node before it; -1 under the root.
-        candidates: for each drafted node, which candidate of its depth it takes if heads draft by
+        parents: parent of each drafted node, a node before it; -1 for the root.
+        candidates: which candidate of its depth each drafted node takes, for heads that draft by
             position. Defaults to its index among its siblings.
 
     Raises:
@@ -201,13 +201,13 @@ class Template:
 
     @classmethod
     def from_choices(cls, choices: Sequence[Sequence[int]]) -> Template:
-        """From Medusa's and EAGLE's notation.
+        """Build from Medusa's and EAGLE's notation.
 
         Args:
             choices: the nodes, each as the candidates taken from the root down to it.
 
         Raises:
-            EchoError: naming a choice that is empty, double, or whose parent is missing.
+            EchoError: naming a choice that is empty, duplicate, or whose parent is missing.
         """
         paths = sorted((checks.ints("choices", c, 0) for c in choices), key=lambda p: (len(p), p))
         number = {path: node for node, path in enumerate(paths)} | {(): -1}
@@ -218,12 +218,12 @@ class Template:
         return cls(tuple(number[path[:-1]] for path in paths), tuple(path[-1] for path in paths))
 
     def fill(self, tree: SuperTree, tokens: Tensor, log_probs: Tensor) -> SuperTree:
-        """``tree`` with this template's nodes as candidates.
+        """Return ``tree`` with this template's nodes as candidates.
 
         Args:
-            tree: just begun.
-            tokens: int64 [B, M], one for each node in the template's order; or [B, D, k], k
-                candidates of each depth (Medusa's heads), of which each node takes its own.
+            tree: from ``begin``, without layers.
+            tokens: int64 [B, M], one per node in the template's order; or [B, D, k], k candidates
+                per depth (Medusa's heads), from which each node takes its own.
             log_probs: float of the same shape, given the parent.
 
         Raises:
@@ -240,7 +240,7 @@ class Template:
             if len(self._layers) > tokens.shape[1] or k > tokens.shape[2]:
                 least = f"[B, {len(self._layers)}, {k}]"
                 raise EchoError(f"tokens: expected {least} or more, got {list(tokens.shape)}")
-        if device not in self._devices:  # once: a copy in the step would wait for it
+        if device not in self._devices:  # once: a copy during a step would be a sync
             lists = [[torch.tensor(x, device=device) for x in layer] for layer in self._layers]
             self._devices[device] = [tuple(layer) for layer in lists]
         drafted = []
@@ -251,7 +251,7 @@ class Template:
 
 
 def children(forest: Forest, k: int) -> Tensor:
-    """int64 [B, T, k]: each node's first k children among the T nodes, side by side; -1: none."""
+    """int64 [B, T, k]: each node's first k children (adjacent) among the T nodes; -1: none."""
     batch, nodes = forest.token.shape
     place = torch.arange(nodes, device=forest.depth.device).expand(batch, -1)
     drafted = (forest.depth > 0).expand(batch, -1) & torch.isfinite(forest.score)

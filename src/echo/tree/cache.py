@@ -1,4 +1,4 @@
-"""Slots of a paged cache: where rows are written, where they must not be, and how they read back.
+"""Slots of a paged cache: where rows are written, where they must not be, how values read back.
 
 B requests, N rows, Hkv KV heads of size D.
 """
@@ -18,13 +18,12 @@ __all__ = ["as_cached", "refuse_shared", "slot_mapping"]
 def slot_mapping(
     place: Tensor, request: Tensor, page_table: Tensor, page_size: int, pad_slot_id: int
 ) -> Tensor:
-    """KV slots of tokens in a paged cache: int64, shaped as ``place``.
+    """Map tokens to KV slots of a paged cache: int64, shaped as ``place``.
 
     Args:
-        place: int64, each token's position in its request; ``pad_slot_id`` where it is negative or
-            beyond the page table.
-        request: int32 or int64 that broadcasts to ``place``.
-        page_table: int32 or int64 [B, pages]; ``pad_slot_id`` where it is negative.
+        place: int64, token positions; ``pad_slot_id`` where negative or past the page table.
+        request: int32 or int64, each token's request, which broadcasts to ``place``.
+        page_table: int32 or int64 [B, pages]; ``pad_slot_id`` if the page is negative.
         page_size: tokens of a page.
         pad_slot_id: a slot that no request owns.
 
@@ -57,12 +56,12 @@ def refuse_shared(
     *,
     out: Tensor | None = None,
 ) -> Tensor:
-    """``slots`` without those in shared pages or in none, which go to ``pad_slot_id``. Sync-free.
+    """Redirect ``slots`` in shared pages, or in no page, to ``pad_slot_id``. Sync-free.
 
-    A page that several requests read (a common prefix, a fork's last page) must be copied before
-    one of them writes to it; copying is the engine's. Where it did not, nothing of the others is
-    overwritten, and the row has no key to attend to: give it no target token, and the walk ends
-    before it, at worst with no token in this step (``StepCounts.no_output``)::
+    An engine must copy a page that several requests read (a common prefix, a fork's last page)
+    before one of them writes to it. If it has not, this protects the other requests' entries, but
+    the row has no key to attend to: give it no target token, so that the accepted path ends before
+    it, at worst with no token in this step (``StepCounts.no_output``)::
 
         slots = refuse_shared(packed.slot_mapping(...), shared_pages, page_size, pad_slot_id)
         target_tokens = torch.where(slots == pad_slot_id, -1, target_tokens)
@@ -94,11 +93,11 @@ def refuse_shared(
 
 
 def as_cached(values: Tensor, dtype: torch.dtype, scale: Tensor | None = None) -> Tensor:
-    """Keys or values as they will be read back from a cache of ``dtype``, saturated as on GPUs.
+    """Round keys or values to what a cache of ``dtype`` returns, saturating as GPUs do.
 
-    Plain decoding reads its own row from the cache, in the cache's precision. Drafts that are kept
-    beside an 8-bit cache (``tree_key``, ``tree_value`` of :func:`echo.kernels.tree_attention`) must
-    be rounded likewise, or drafts are scored with better keys than those that stay.
+    Plain decoding reads its own row from the cache, in the cache's precision. Drafts kept outside
+    an 8-bit cache (``tree_key``, ``tree_value`` of :func:`echo.kernels.tree_attention`) must be
+    rounded the same way, or they are scored with more precise keys than those that stay.
 
     Args:
         values: float [N, Hkv, D].

@@ -1,4 +1,4 @@
-"""From a drafter's logits to what ``grow`` takes: candidates of nodes, positions, or first layers.
+"""From a drafter's logits to the candidates that ``grow``, ``begin`` or ``grow_positions`` take.
 
 B requests, W nodes of a frontier, k candidates of a node, V tokens of the drafter's vocabulary.
 """
@@ -17,7 +17,7 @@ __all__ = ["candidates", "sharded_candidates"]
 
 
 def candidates(logits: Tensor, k: int, *, d2t: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The k likeliest tokens and their log-probabilities, in the target's vocabulary.
+    """Return the k likeliest tokens and their log-probabilities, in the target's vocabulary.
 
     ==========================================  ==================================================
     logits                                      what takes the candidates
@@ -28,15 +28,14 @@ def candidates(logits: Tensor, k: int, *, d2t: Tensor | None = None) -> tuple[Te
     ==========================================  ==================================================
 
     Args:
-        logits: float [..., V]; -inf for tokens that are no candidates, such as those that a grammar
-            forbids.
+        logits: float [..., V]; -inf excludes a token, such as one that a grammar forbids.
         k: at most V.
-        d2t: int64 [V], for a drafter of a reduced vocabulary, what is added to each of its tokens
-            to make it the target's, as EAGLE-3's checkpoints store it. What the vocabulary leaves
-            out is missing from the softmax: calibrate.
+        d2t: int64 [V], for a drafter with a reduced vocabulary: the offset from each of its tokens
+            to the target's, as stored in EAGLE-3 checkpoints. Tokens outside the vocabulary are
+            missing from the softmax, so calibrate.
 
     Returns:
-        Tokens int64 [..., k], likeliest first, any of equals, and log-probabilities float32
+        Tokens int64 [..., k], likeliest first (ties in any order), and log-probabilities float32
         [..., k].
 
     Raises:
@@ -58,21 +57,21 @@ def candidates(logits: Tensor, k: int, *, d2t: Tensor | None = None) -> tuple[Te
 def sharded_candidates(
     logits: Tensor, k: int, first_token: int, all_gather: Callable[[Tensor], Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """As :func:`candidates`, of a vocabulary that tensor-parallel ranks have a part of each.
+    """As :func:`candidates`, for a vocabulary that is sharded over tensor-parallel ranks.
 
-    Ranks get the same bits, since all compute them from the same gathered message: each can plan by
-    itself, and no plan is broadcast. A rank sends 8k + 4 bytes a node instead of its logits.
+    All ranks compute the same bits from the same gathered message, so each can plan by itself and
+    no plan is broadcast. A rank sends 8k + 4 bytes per node instead of its logits.
 
     Args:
-        logits: float [..., V / ranks], this rank's part.
-        k: at most that.
-        first_token: the part's first token.
-        all_gather: takes int32 [..., 2k + 1] and returns those of all ranks, [ranks, ...], in the
-            same order everywhere. It may be part of a CUDA graph, as NCCL's is.
+        logits: float [..., V / ranks], this rank's shard.
+        k: at most the size of the shard.
+        first_token: the shard's first token.
+        all_gather: takes int32 [..., 2k + 1] and returns the messages of all ranks, [ranks, ...],
+            in the same order on every rank. It may be part of a CUDA graph, as NCCL's is.
 
     Returns:
-        Tokens int64 [..., k], likeliest first, and log-probabilities float32 [..., k]. Of equals
-        any may be among them, the same on all ranks.
+        Tokens int64 [..., k], likeliest first (ties alike on all ranks), and log-probabilities
+        float32 [..., k].
 
     Raises:
         EchoError: shapes or dtypes that do not fit, or k out of range.
@@ -80,7 +79,7 @@ def sharded_candidates(
     Example:
         >>> parts = torch.tensor([[0.0, 2.0]]), torch.tensor([[3.0, 1.0]])
         >>> sent = []
-        >>> for rank, part in enumerate(parts):  # one process; each rank calls it once in reality
+        >>> for rank, part in enumerate(parts):  # one process here; in reality, one call per rank
         ...     keep = lambda message: (sent.append(message), torch.stack(sent))[1]
         ...     tokens, _ = sharded_candidates(part, 2, 2 * rank, keep)
         >>> tokens.tolist()
@@ -96,7 +95,7 @@ def sharded_candidates(
     whole = numbers[..., k].logsumexp(-1, keepdim=True)
     ids = by_rank[..., k + 1 :].flatten(-2).long()
     scores = numbers[..., :k].flatten(-2)
-    order = ids.argsort(dim=-1)  # ranks may hold parts in any order
+    order = ids.argsort(dim=-1)  # by token: ranks may hold shards in any order
     ids = ids.gather(-1, order)
     scores = scores.gather(-1, order)
     best = scores.argsort(dim=-1, descending=True, stable=True)[..., :k]
@@ -106,7 +105,7 @@ def sharded_candidates(
 
 
 def _best(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens and logits [..., k] of the best, and the log of the summed exponentials [..., 1]."""
+    """Return the k best tokens and their logits [..., k], and the log-sum-exp of all [..., 1]."""
     if not isinstance(logits, Tensor) or logits.dtype not in checks.FLOATS or not logits.dim():
         got = f"{logits.dtype} {list(logits.shape)}" if isinstance(logits, Tensor) else logits
         raise EchoError(f"logits: expected a float tensor [..., V], got {got}")

@@ -1,8 +1,8 @@
-"""A packed step in the layout that an engine's kernels read.
+"""A packed step in the layouts that engines' kernels read.
 
 Sync-free: shapes come from host integers, and ``out=`` takes an engine's persistent buffers. The
-inverses are in :mod:`echo.testing.importers`. B requests, N rows, n rows of every request in a
-uniform layout. Ragged layouts are made here, uniform ones in :mod:`echo.tree.uniform`.
+importers are in :mod:`echo.testing.importers`. Ragged layouts are made here, uniform ones (n rows
+of every request) in :mod:`echo.tree.uniform`. B requests, N rows.
 
 ======================  ==================================  =====================================
 layout                  exporter, importer                  cost
@@ -13,7 +13,7 @@ SGLang masks            :func:`sglang_mask`,                uniform; FULL_MASK p
 SGLang, vLLM chains     :func:`chains`, ``from_chains``     ragged, chains only; 28 bytes a row
 FlashInfer              :func:`flashinfer`,                 ragged; (prefix + q) / 8 bytes a row,
                         ``from_flashinfer``                 or a byte an entry flat
-FlashInfer XQA          :func:`flashinfer_xqa`,             ragged; a view, nothing
+FlashInfer XQA          :func:`flashinfer_xqa`,             ragged; a view, no cost
                         ``from_flashinfer_xqa``
 TensorRT-LLM            :func:`tensorrt_llm`,               uniform; 16 + 4 * ceil(n / 32) bytes a
                         ``from_tensorrt_llm``               row
@@ -23,7 +23,7 @@ Hugging Face            :func:`hugging_face`,               uniform; past + n en
                         ``from_hugging_face``
 ======================  ==================================  =====================================
 
-:func:`mix` makes a step of trees and prefill that every exporter and kernel reads.
+:func:`mix` makes a step of trees and prefill, which every exporter and kernel reads.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ __all__ = [
 
 
 XQA_PAGES = (16, 32, 64, 128)
-"""Tokens of a page that FlashInfer's XQA kernels read."""
+"""Page sizes that FlashInfer's XQA kernels read, in tokens."""
 
 
 @dataclass(frozen=True)
@@ -84,10 +84,10 @@ class Chains:
         tokens: int64 [N]; 0 on pad rows.
         verify_lens: int32 [B], rows of each request, root included; 0: no request.
         qo_indptr: int32 [B + 1].
-        draft_token_ids: int32 [N], drafts of all requests one after another; 0 beyond the last.
-        num_draft_tokens: int32 [B]; vLLM's own is a list on the host.
+        draft_token_ids: int32 [N], drafts of all requests one after another, then 0.
+        num_draft_tokens: int32 [B]; in vLLM a list on the host.
         cu_num_draft_tokens: int32 [B], running sum without a leading 0.
-        target_logits_indices: int32 [N], for each draft the row before it; 0 beyond.
+        target_logits_indices: int32 [N], the row before each draft, then 0.
         bonus_logits_indices: int32 [B], each request's last row; 0: no request.
         logits_indices: int32 [N], rows that need logits: all.
         graph_num_tokens: N, a host int.
@@ -111,7 +111,7 @@ class FlashInferMask:
     """The custom mask of ``BatchPrefillWithPagedKVCacheWrapper.plan``, flat or packed.
 
     Attributes:
-        mask: bool [size], or uint8 [size] least significant bit first; ones beyond ``indptr[-1]``.
+        mask: bool [size], or uint8 [size] least significant bit first; ones past ``indptr[-1]``.
         indptr: int32 [B + 1], where each request's mask begins, in entries of ``mask``.
         qo_indptr: int32 [B + 1].
         kv_lens: int32 [B], prefix + rows of each request; 0: no request.
@@ -124,10 +124,10 @@ class FlashInferMask:
 
 
 def chains(packed: PackedTree, *, out: Chains | None = None) -> Chains:
-    """Ragged chains, the only shape that SGLang's ragged verification and vLLM read.
+    """Export ragged chains, the only shape that SGLang's ragged verification and vLLM read.
 
-    Of a tree that branches it keeps the rows above the first branch;
-    ``packed.validate(chain=True)`` finds such trees.
+    A tree that branches keeps only the rows above its first branch; ``packed.validate(chain=True)``
+    finds such trees.
 
     Args:
         packed: the step.
@@ -143,7 +143,7 @@ def chains(packed: PackedTree, *, out: Chains | None = None) -> Chains:
     batch = packed.batch
     device = packed.tokens.device
     row = torch.arange(n, device=device)
-    kept = (packed.request < batch) & (packed.depth == packed.local_row)  # no branch up to here
+    kept = (packed.request < batch) & (packed.depth == packed.local_row)  # no branch so far
     draft = kept & (packed.depth > 0)
     request = torch.where(kept, packed.request, batch).long()
     lens = torch.zeros(batch + 1, dtype=torch.int64, device=device)
@@ -172,7 +172,7 @@ def chains(packed: PackedTree, *, out: Chains | None = None) -> Chains:
 
 
 def qq_bias(packed: PackedTree, *, out: Tensor | None = None) -> Tensor:
-    """vLLM's ``qq_bias`` float32 [N, N]: 0 where row i sees row j, -inf elsewhere.
+    """Export vLLM's ``qq_bias`` float32 [N, N]: 0 where row i sees row j, -inf elsewhere.
 
     Args:
         packed: the step, of one request: vLLM has one tree for the whole batch.
@@ -200,18 +200,16 @@ def flashinfer(
     bits: bool = True,
     out: FlashInferMask | None = None,
 ) -> FlashInferMask:
-    """FlashInfer's ragged custom mask: q x (prefix + q) entries a request, row by row.
+    """Export FlashInfer's ragged custom mask: q x (prefix + q) entries per request, row by row.
 
-    Pad rows belong to no request, and what attention leaves in them is undefined.
+    Pad rows belong to no request; attention leaves them undefined.
 
     Args:
         packed: the step.
         prefix_lens: int32 or int64 [B], tokens in each request's cache before this step.
-        size: entries of the mask, bytes if packed, at least what the batch needs, known to the
-            host: with the longest prefix P and the largest tree q,
-            ``B * ceil(q * (P + q) / 8)`` bytes are enough.
-        bits: packed, least significant bit first, each request in bytes of its own; False: a bool
-            an entry.
+        size: length of the mask (bytes if packed), a host int, at least what the batch needs: with
+            the longest prefix P and the largest tree q, ``B * ceil(q * (P + q) / 8)`` bytes.
+        bits: pack least significant bit first, each request from a new byte; False: bools.
         out: persistent buffers.
 
     Raises:
@@ -238,14 +236,14 @@ def flashinfer(
     kv = torch.where(lens > 0, prefix_lens + lens, 0)
     entries = lens * kv
     indptr = F.pad((entries + 7 >> 3 if bits else entries).cumsum(0), (1, 0))
-    begin = (indptr[:-1] << 3 if bits else indptr[:-1]) + kv - lens  # behind the first row's prefix
+    begin = (indptr[:-1] << 3 if bits else indptr[:-1]) + kv - lens  # after the first row's prefix
     of_request = torch.stack([begin - packed.indptr[:-1] * kv, kv, lens], dim=1)
     of_request = F.pad(of_request, (0, 0, 0, 1))  # pad rows: an empty square
     begin, stride, q = of_request.index_select(0, packed.request).unbind(1)
     entry = begin + torch.arange(packed.num_rows, device=device) * stride
     words = torch.arange(0, WORD * packed.mask.shape[1], WORD, device=device)
     hidden = (1 << (q[:, None] - words).clamp_(0, WORD)) - 1 & ~packed.mask
-    if bits:  # the rest of each request's last byte is zero, as if hidden
+    if bits:  # clear the padding bits of each request's last byte, as if hidden
         rest = (-256 >> (-entries & 7) & 0xFF)[:, None]
         hidden = torch.cat([hidden, F.pad(rest, (0, len(words) - 1))])
         mask = _clear_bits(hidden, torch.cat([entry, (indptr[1:] << 3) - 8]), size)
@@ -255,17 +253,17 @@ def flashinfer(
 
 
 def flashinfer_xqa(packed: PackedTree, *, page_size: int | None = None) -> Tensor:
-    """FlashInfer's XQA mask uint16 [N, 2 * words], query x query only: a view, no work.
+    """Export FlashInfer's XQA mask uint16 [N, 2 * words], query x query only: a view, at no cost.
 
-    The q of its ``((q + 31) // 32) * 2`` is then ``packed.max_verify_tokens_per_req``, and
-    ``packed.indptr`` its ``q_cu_seq_lens``.
+    Its q in ``((q + 31) // 32) * 2`` is ``packed.max_verify_tokens_per_req``, and its
+    ``q_cu_seq_lens`` is ``packed.indptr``.
 
     Args:
         packed: the step.
-        page_size: tokens of a page of the cache.
+        page_size: tokens per page of the cache.
 
     Raises:
-        EchoError: pages that XQA's kernels do not read.
+        EchoError: a page size that XQA's kernels do not read.
 
     Source: the XQA kernels of flashinfer-python 0.7.2.post1, on a little-endian machine.
     """
@@ -276,7 +274,7 @@ def flashinfer_xqa(packed: PackedTree, *, page_size: int | None = None) -> Tenso
 
 @dataclass(frozen=True)
 class MLAChains:
-    """Rows of chains behind their prefixes, causal from the end, as MLA kernels read them.
+    """Chains of rows after their prefixes, causal from the end, as MLA kernels read them.
 
     Attributes:
         qo_indptr: int32 [B + 1].
@@ -290,14 +288,14 @@ class MLAChains:
 def mla(
     packed: PackedTree, tree: SuperTree, prefix_lens: Tensor, *, out: MLAChains | None = None
 ) -> MLAChains:
-    """Chains for multi-head latent attention, whose kernels have causal masks and no others.
+    """Export chains for multi-head latent attention, whose kernels have only causal masks.
 
-    The packed rows are the kernel's as they are, their latents written to
+    The kernel reads the packed rows as they are, with their latents written to
     :meth:`PackedTree.slot_mapping`. Draft with one candidate a layer: ``beam`` 1 and k = 1.
 
     Args:
         packed: the step.
-        tree: what it was packed from: its shapes say whether it can branch.
+        tree: the super-tree it was packed from, whose shapes show whether it can branch.
         prefix_lens: int32 or int64 [B], tokens in each request's cache before this step.
         out: persistent buffers.
 
@@ -327,22 +325,22 @@ def mla(
 
 
 def mix(packed: PackedTree, tokens: Tensor, indptr: Tensor, max_segment_len: int) -> PackedTree:
-    """The step with causal segments behind its trees: chunks of prefill, requests without drafts.
+    """Append causal segments to a step's trees: chunks of prefill, requests without drafts.
 
-    One pass of B + S requests and N + M rows; pads last. ``prefix_lens`` and ``page_table`` get S
-    more entries, tokens that stand before each segment included. The trees' rows stay the first:
-    ``accept``, ``compact`` and ``observe`` take ``packed`` itself and the first N sampled tokens. A
-    segment's next token is sampled in row ``mixed.indptr[B + 1 :] - 1``. M counts as
+    The result is one pass of B + S requests and N + M rows, pads last. ``prefix_lens`` and
+    ``page_table`` need S more entries, for the tokens before each segment. The trees' rows stay
+    first: ``accept``, ``compact`` and ``observe`` take ``packed`` itself and the first N sampled
+    tokens. A segment's next token is sampled in row ``mixed.indptr[B + 1 :] - 1``. M counts as
     ``num_other_tokens`` of :meth:`ElasticBudgetScheduler.choose_tier`.
 
-    A longer chunk is several segments of one request, one after another, each with the former ones
-    in its prefix: where keys are written to pages before a layer attends, as prefill does.
+    Split a longer chunk into several segments of one request, in order, each with the earlier ones
+    in its prefix, if keys are written to pages before a layer attends, as in prefill.
 
     Args:
         packed: the step.
-        tokens: int64 [M], of all segments one after another; what is beyond the last is a pad.
+        tokens: int64 [M], of all segments one after another; tokens past the last segment are pads.
         indptr: int32 [S + 1], where each segment begins, from 0.
-        max_segment_len: rows of the longest segment; widens the masks to a bit each.
+        max_segment_len: rows of the longest segment; widens the masks to that many bits.
 
     Raises:
         EchoError: shapes or dtypes that do not fit, or a length below 1.
@@ -362,7 +360,7 @@ def mix(packed: PackedTree, tokens: Tensor, indptr: Tensor, max_segment_len: int
     count = checks.tensor("indptr", indptr, ["S + 1"], torch.int32, device).shape[0] - 1
     longest = checks.integer("max_segment_len", max_segment_len, 1)
     row = torch.arange(n + m, device=device)
-    behind = row - packed.indptr[-1]  # place among the segments' rows
+    behind = row - packed.indptr[-1]  # index among the segments' rows
     segment = torch.searchsorted(indptr[1:].long(), behind, right=True)
     trees = behind < 0
     filled = segment < count
@@ -398,7 +396,7 @@ def mix(packed: PackedTree, tokens: Tensor, indptr: Tensor, max_segment_len: int
 
 
 def _clear_entries(hidden: Tensor, entry: Tensor, size: int, width: int) -> Tensor:
-    """Flat mask bool [size]: ones, less each row's hidden columns, words int32 [N, W]."""
+    """Flat mask bool [size]: ones, except each row's hidden columns (words int32 [N, W])."""
     column = torch.arange(width, device=entry.device)
     full = torch.ones(size + 1, dtype=torch.uint8, device=entry.device)
     where = (entry[:, None] + column).clamp_(max=size).flatten()
@@ -407,10 +405,10 @@ def _clear_entries(hidden: Tensor, entry: Tensor, size: int, width: int) -> Tens
 
 
 def _clear_bits(hidden: Tensor, entry: Tensor, size: int) -> Tensor:
-    """Packed mask uint8 [size]: ones, less each row's hidden bits, words int64 [N, W].
+    """Packed mask uint8 [size]: ones, except each row's hidden bits (words int64 [N, W]).
 
-    No two rows share a bit, so subtraction modulo 2^32 clears bits, in any order. Shifted, a word
-    lies in two of the mask's.
+    No two rows share a bit, so subtraction modulo 2^32 clears bits in any order. A shifted word
+    spans two words of the mask.
     """
     count = -(-size // 4)
     full = torch.full((count + 1,), -1, dtype=torch.int32, device=entry.device)

@@ -31,9 +31,9 @@ WORD = 32
 
 @dataclass(frozen=True)
 class PackedTree:
-    """Exactly N rows: the requests' trees one after another, then pads.
+    """A step of exactly N rows: the requests' trees one after another, then pads.
 
-    Within a request: the root first, then by depth, parent, candidate.
+    Within a request the root comes first, then rows by depth, parent and candidate.
 
     Attributes:
         tokens: int64 [N], input ids of the target model; 0 on pad rows.
@@ -44,19 +44,15 @@ class PackedTree:
         mask: int32 [N, W], least significant bit first: bit j is row j of the same request, set
             for the row itself and its ancestors.
         score: float32 [N], path log-probability; -inf on pad rows.
-        node: int64 [N], index into the forest's B * T nodes, by which an engine finds what it keeps
-            of each, [B * T, ...]; -1 on pad rows.
-        committed: bool [N], committed while drafting, as roots are; False: selected at the end, or
-            a pad row.
+        node: int64 [N], index into the forest's B * T nodes and engine data of that shape; -1: pad.
+        committed: bool [N], committed while drafting, as roots are; else selected last, or a pad.
         status: int8 [B], why each request stopped drafting, a :class:`~echo.tree.Status`.
         invalid: int32 [B], faulty draft scores, as :attr:`SuperTree.invalid`.
         max_depth: deepest layer of the super-tree; a host int.
-        acceptance_histogram: float32 [B, depth, 32] if the budget is a cost model, else None: how
-            many scored nodes of each depth 1.. have which acceptance probability f, in 32 bins
-            that are equal in sqrt(f), from f = 1/289 up.
-        expected: float32 [B, depth], likewise: the sum of f over the request's rows of each depth.
-        num_layers: int32 [], layers drafted, where ``max_depth`` is a bound only (a
-            :class:`~echo.Workspace`'s step); None: ``max_depth`` layers.
+        acceptance_histogram: float32 [B, depth, 32] if the budget is a cost model, else None: count
+            of scored nodes by depth 1.. and acceptance probability f >= 1/289, equal in sqrt(f).
+        expected: float32 [B, depth] or None, too: the sum of f over a request's rows by depth.
+        num_layers: int32 [], layers drafted, if ``max_depth`` is only a bound; None: ``max_depth``.
 
     Example:
         >>> tree = SuperTree.from_paths(torch.tensor([7]), [[[1, 2], [3]]])
@@ -78,7 +74,7 @@ class PackedTree:
         ([6, 7, 7, 8], [30, 31, 40, 41])
         >>> buffer, sizes = packed.to_buffer(), {"batch": 1, "num_rows": 4, "words": 1}
         >>> there = PackedTree.from_buffer(buffer, **sizes, max_depth=2)  # on another rank
-        >>> here = packed.agree(lambda own: buffer)  # all follow what was broadcast
+        >>> here = packed.agree(lambda own: buffer)  # all follow the broadcast buffer
         >>> len(buffer) == buffer_size(**sizes), torch.equal(there.mask, here.mask)
         (True, True)
     """
@@ -124,17 +120,17 @@ class PackedTree:
 
     @property
     def max_verify_tokens_per_req(self) -> int:
-        """Bound on the KV slots that a request of this step takes, from shapes; a host int."""
+        """Upper bound on the KV slots of a request in this step, from shapes; a host int."""
         return min(self.num_rows, WORD * self.mask.shape[1])
 
     def visible(self) -> Tensor:
-        """The mask as bool [N, 32 * W]: column j is row j of the same request."""
+        """bool [N, 32 * W]: the mask unpacked; column j is row j of the same request."""
         return unpack_bits(self.mask, WORD * self.mask.shape[1])
 
     def ancestors(self, out: Tensor | None = None) -> Tensor:
-        """The path to each row, int64 [N, max_depth + 1]: rows by depth, root first, itself last.
+        """int64 [N, max_depth + 1]: the rows on the path to each row, root first, itself last.
 
-        -1 beyond the row's depth, and on pad rows.
+        -1 past the row's depth, and on pad rows.
 
         Args:
             out: a persistent buffer.
@@ -143,7 +139,7 @@ class PackedTree:
             EchoError: a buffer that does not fit.
         """
         row = torch.arange(self.num_rows, device=self.tokens.device)
-        up = F.pad(self.parent_row, (0, 1), value=-1)  # -1 reads the padding: no parent has none
+        up = F.pad(self.parent_row, (0, 1), value=-1)  # index -1 (no parent) reads the padding
         above = [torch.where(self.request < self.batch, row, -1)]
         for _ in range(self.max_depth):
             above.append(up[above[-1]])
@@ -152,10 +148,10 @@ class PackedTree:
         return copy_into(out, path.masked_fill(back < 0, -1))
 
     def windowed(self, size: int) -> PackedTree:
-        """The step as layers of a sliding window see it: a row and its ``size - 1`` last ancestors.
+        """Mask the step for a sliding window: a row and its ``size - 1`` nearest ancestors.
 
-        A position is a depth, not a row: siblings share one. For kernels that read masks of the
-        rows; of the prefix a row sees positions above ``positions(prefix_lens) - size``.
+        Positions count depths, so siblings share one. For kernels that read masks over the rows; in
+        the prefix a row sees positions above ``positions(prefix_lens) - size``.
         :func:`echo.kernels.tree_attention` does both (``window=size, depth=packed.depth``).
 
         Raises:
@@ -168,7 +164,7 @@ class PackedTree:
         return replace(self, mask=torch.where(far < 0, self.mask, self.mask & ~hidden))
 
     def positions(self, prefix_lens: Tensor) -> Tensor:
-        """Positions int64 [N]: prefix_lens + depth; 0 on pad rows.
+        """Return positions int64 [N]: prefix_lens + depth; 0 on pad rows.
 
         Args:
             prefix_lens: int32 or int64 [B], tokens in each request's cache, root not counted.
@@ -181,16 +177,16 @@ class PackedTree:
     def slot_mapping(
         self, prefix_lens: Tensor, page_table: Tensor, page_size: int, pad_slot_id: int
     ) -> Tensor:
-        """KV slots int64 [N]: a request's rows lie one after another behind its prefix.
+        """Return KV slots int64 [N]: a request's rows directly follow its prefix.
 
-        A pad row, a row beyond the page table (none, if ``begin`` is given ``verify_limits``) and
-        one on a negative page write to ``pad_slot_id``.
+        Pad rows, rows past the page table (none, if ``begin`` is given ``verify_limits``) and rows
+        on a negative page write to ``pad_slot_id``.
 
         Args:
             prefix_lens: int32 or int64 [B], tokens in each request's cache, root not counted.
             page_table: int32 or int64 [B, pages], each request's pages in order; SGLang's
-                ``req_to_token`` is one of page size 1.
-            page_size: tokens of a page; token p of a request lies in slot
+                ``req_to_token`` is such a table of page size 1.
+            page_size: tokens per page; token p of a request is in slot
                 ``page_table[b, p // page_size] * page_size + p % page_size``.
             pad_slot_id: a slot that no request owns.
 
@@ -202,11 +198,11 @@ class PackedTree:
         return slot_mapping(place, self.request, page_table, page_size, pad_slot_id)
 
     def to_buffer(self, out: Tensor | None = None) -> Tensor:
-        """The whole step as one contiguous int32 tensor, for ranks that must share one plan.
+        """Serialize the step to one contiguous int32 tensor, for ranks that must share one plan.
 
-        Ranks whose scores differ by an ulp select other rows. The length is
-        ``buffer_size(batch, num_rows, words)``, and more with an ``acceptance_histogram``. Token
-        ids and node indices must fit 31 bits.
+        Ranks whose scores differ by an ulp select different rows. Token ids and node indices must
+        fit 31 bits. The length is ``buffer_size(batch, num_rows, words)``, plus the optional
+        ``acceptance_histogram`` and ``expected``.
 
         Args:
             out: int32 of that length, written to.
@@ -222,7 +218,7 @@ class PackedTree:
     def from_buffer(
         cls, buffer: Tensor, *, batch: int, num_rows: int, words: int, max_depth: int
     ) -> PackedTree:
-        """The step that :meth:`to_buffer` was called on, bit for bit.
+        """Restore the step that :meth:`to_buffer` serialized, bit for bit.
 
         Args:
             buffer: int32, from :meth:`to_buffer`.
@@ -262,12 +258,12 @@ class PackedTree:
         )
 
     def agree(self, sync: Callable[[Tensor], Tensor], out: PackedTree | None = None) -> PackedTree:
-        """The step that all ranks follow, if each calls this with its own.
+        """Return the step that all ranks follow; each rank calls this on its own step.
 
         Args:
-            sync: gets :meth:`to_buffer` and returns the buffer that all ranks follow, such as
-                rank 0's, broadcast. It may be part of a CUDA graph, as NCCL's is.
-            out: buffers of the same shapes, also this step's own, written to and returned.
+            sync: takes :meth:`to_buffer` and returns the buffer that all ranks follow, such as rank
+                0's, broadcast. It may be part of a CUDA graph, as NCCL's is.
+            out: buffers of the same shapes, which may be this step's own, written to and returned.
 
         Raises:
             EchoError: a buffer of another length or dtype.
@@ -280,11 +276,11 @@ class PackedTree:
     def validate(
         self, *, max_verify_tokens_per_req: int | None = None, chain: bool = False
     ) -> None:
-        """Check every value against the layout's contract, on the host: for tests and debugging.
+        """Check every value against the layout's contract on the host, for tests and debugging.
 
         Args:
             max_verify_tokens_per_req: rows of one request that an export can hold.
-            chain: every request's tree must be a chain.
+            chain: whether every request's tree must be a chain.
 
         Raises:
             EchoError: naming the request and the row of the first fault.
@@ -318,7 +314,7 @@ class PackedTree:
         label: Callable[[int], str] = str,
         titles: Sequence[str] | None = None,
     ) -> Figure:
-        """A matplotlib figure of the requests' trees below each other, depth from left to right.
+        """Draw the requests' trees as a matplotlib figure, one below the other, depth to the right.
 
         Copies from the device, and needs matplotlib (the ``plot`` extra).
 
@@ -326,7 +322,7 @@ class PackedTree:
             requests: their indices. Defaults to all.
             accepted: of this step.
             label: text of a token id, such as a tokenizer's.
-            titles: a line for each request drawn, such as the end of its text.
+            titles: one line per request drawn, such as the end of its text.
 
         Raises:
             EchoError: no such request, another number of titles, or no matplotlib.
@@ -345,7 +341,7 @@ class PackedTree:
 def buffer_size(batch: int, num_rows: int, words: int) -> int:
     """Length of :meth:`PackedTree.to_buffer` without an ``acceptance_histogram``.
 
-    Of ``batch`` B, ``num_rows`` N and ``words`` W.
+    For ``batch`` B, ``num_rows`` N and ``words`` W.
     """
     return num_rows * (7 + words) + 3 * batch + 1
 
@@ -355,12 +351,12 @@ def pack(
 ) -> PackedTree:
     """Flatten the selected nodes into ``num_rows`` rows. Sync-free.
 
-    Fixed shapes: a running count gives each node its row, and a search in it each row its node.
+    Shapes are fixed: a running count gives each node its row, and a search in it each row its node.
 
     Args:
         tree: the super-tree.
-        selected: bool [B, T] over ``tree.forest``, closed under parents; at most ``32 * words`` a
-            request, and ``num_rows`` in all: what is more is cut off.
+        selected: bool [B, T] over ``tree.forest``, closed under parents; at most ``32 * words`` per
+            request and ``num_rows`` in total: the excess is cut off.
         num_rows: N.
         words: W.
         out: persistent buffers of the same shapes, written to and returned.
@@ -386,7 +382,7 @@ def pack(
     forest = tree.forest
     row = torch.arange(n, device=device)
     flat = [forest.token, forest.parent, forest.score, forest.committed]
-    if not batch:  # an idle data-parallel rank: pads alone, of one node that is not selected
+    if not batch:  # an idle data-parallel rank: only pads, from one unselected node
         nodes = 1
         flat = [x.new_zeros(1, 1) for x in flat]
         selected = flat[3]
@@ -428,7 +424,7 @@ def ancestor_masks(parent: Tensor, local: Tensor, words: int, max_depth: int) ->
         parent: int64 [N], the parent's row in the step; N for none.
         local: int64 [N], each row's bit.
         words: W.
-        max_depth: of the deepest row.
+        max_depth: depth of the deepest row.
 
     Example:
         >>> ancestor_masks(torch.tensor([3, 0, 1]), torch.arange(3), 1, 2).tolist()  # a chain
@@ -445,10 +441,10 @@ def ancestor_masks(parent: Tensor, local: Tensor, words: int, max_depth: int) ->
 
 
 def unpack_bits(mask: Tensor, width: int) -> Tensor:
-    """The first ``width`` bits of int32 [..., W], lowest first, as bool; False beyond the words."""
+    """Return the first ``width`` bits of int32 [..., W] as bool, lowest first, then False."""
     words = -(-width // WORD)
     if mask.shape[-1] != words:
-        mask = F.pad(mask, (0, words - mask.shape[-1]))  # cuts where it is negative
+        mask = F.pad(mask, (0, words - mask.shape[-1]))  # a negative pad cuts
     place = torch.arange(min(width, WORD), dtype=torch.int32, device=mask.device)
     seen = (mask[..., None] & (torch.ones_like(place) << place)).bool()
     return seen[..., 0, :] if words == 1 else seen.flatten(-2)[..., :width]

@@ -1,8 +1,8 @@
-"""What a sampler needs so that every packed row is sampled as plain decoding would sample it.
+"""Helpers for a sampler, so that it samples every packed row as plain decoding would.
 
-A row's token is the one that follows its path: the request's text up to the root, then the drafts
-from the root's child down to the row. :meth:`PackedTree.ancestors` lists the path; penalties, masks
-and states are gathers of it. All sync-free, but for :func:`fill_bitmask`, which is the host's part.
+A row's token follows the row's path: the request's text up to the root, then the drafts from the
+root's child down to the row. :meth:`PackedTree.ancestors` lists the path; penalties, masks and
+states are gathers along it. All are sync-free except :func:`fill_bitmask`, which runs on the host.
 
 B requests, N rows, D the deepest layer, T nodes of a request's super-tree, V tokens.
 """
@@ -36,10 +36,10 @@ __all__ = [
 
 
 def path_tokens(packed: PackedTree, *, out: Tensor | None = None) -> Tensor:
-    """int64 [N, D]: what plain decoding has emitted since the root when it samples this row.
+    """int64 [N, D]: the tokens that plain decoding would have emitted since the root, for each row.
 
-    The drafts from the root's child down to the row itself; -1 beyond. The root's own token was
-    emitted by the step before: it is in the engine's state of the request.
+    These are the drafts from the root's child down to the row itself, then -1. The root itself was
+    emitted by the previous step and is already in the engine's state of the request.
 
     Args:
         packed: the step.
@@ -49,7 +49,7 @@ def path_tokens(packed: PackedTree, *, out: Tensor | None = None) -> Tensor:
         EchoError: a buffer that does not fit.
 
     Example:
-        Counts of emitted tokens [B, V], by row, for repetition, presence and frequency penalties:
+        Token counts of each row, for penalties, from each request's counts [B, V]:
 
         >>> from echo.tree import SuperTree, pack
         >>> tree = SuperTree.from_paths(torch.tensor([0]), [[[1, 1], [2]]])
@@ -67,7 +67,7 @@ def path_tokens(packed: PackedTree, *, out: Tensor | None = None) -> Tensor:
 def by_request(
     packed: PackedTree, values: Tensor, fill: float, *, out: Tensor | None = None
 ) -> Tensor:
-    """[N, ...]: a request's sampling parameters, seed, counts or adapter, for each of its rows.
+    """[N, ...]: each row's value of its request: sampling parameters, seed, counts or adapter.
 
     Args:
         packed: the step.
@@ -91,13 +91,13 @@ def by_node(
     *,
     out: Tensor | None = None,
 ) -> Tensor:
-    """[N, ...]: what is known of the super-tree's nodes, such as grammar masks, in packed order.
+    """[N, ...]: values of the super-tree's nodes, such as grammar masks, in packed order.
 
     Args:
         packed: the step.
-        tree: what it was packed from.
+        tree: the super-tree that it was packed from.
         values: [B, T, ...], any dtype, in the order of ``tree.forest``.
-        fill: for pad rows; -1 of a bitmask allows all.
+        fill: for pad rows; -1 in a bitmask allows all tokens.
         out: persistent buffer.
 
     Raises:
@@ -119,7 +119,7 @@ def by_node(
 
 
 def _select(values: Tensor, index: Tensor, fill: float) -> Tensor:
-    """Rows of ``values`` [M, ...]; ``fill`` for index M."""
+    """Select rows of ``values`` [M, ...]; ``fill`` for index M."""
     if not len(values):
         return values.new_full((len(index), *values.shape[1:]), fill)
     chosen = values.index_select(0, index.clamp(max=len(values) - 1))
@@ -127,17 +127,17 @@ def _select(values: Tensor, index: Tensor, fill: float) -> Tensor:
 
 
 def lora_segments(packed: PackedTree, adapters: Tensor, pad_adapter: int) -> tuple[Tensor, Tensor]:
-    """Segments of rows that share an adapter, as segmented LoRA kernels read them.
+    """Group rows into segments that share an adapter, for segmented LoRA kernels.
 
-    Kernels that read an adapter for each row take ``by_request(packed, adapters, pad_adapter)``.
+    Kernels that read an adapter per row take ``by_request(packed, adapters, pad_adapter)``.
 
     Args:
         packed: the step.
         adapters: int32 or int64 [B], each request's adapter.
-        pad_adapter: of pad rows: one of rank 0.
+        pad_adapter: adapter of pad rows, one of rank 0.
 
     Returns:
-        Where segments begin, int32 [B + 2], and their adapters [B + 1]: the requests', then the
+        Offsets of the segments int32 [B + 2], and their adapters [B + 1]: the requests', then the
         pad rows'.
 
     Raises:
@@ -160,14 +160,14 @@ def lora_segments(packed: PackedTree, adapters: Tensor, pad_adapter: int) -> tup
 
 @dataclass(frozen=True)
 class HostTrees:
-    """Tokens and links of a step on the host, for matchers that walk trees while the target runs.
+    """A step's tokens and links on the host, for matchers that walk trees while the target runs.
 
     Attributes:
-        tokens: int64 [N], pinned where the step is on a GPU.
+        tokens: int64 [N], pinned if the step is on a GPU.
         parent: int32 [N], row within the request; -1 for a root and on pad rows.
         indptr: int32 [B + 1].
-        done: the CUDA event behind the copy; None on a CPU.
-        buffers: what a later, larger step is copied to; these are their beginning.
+        done: CUDA event recorded after the copy; None on a CPU, or while a graph is captured.
+        buffers: full host buffers, of which the tensors are prefixes, for later steps.
     """
 
     tokens: Tensor
@@ -178,15 +178,15 @@ class HostTrees:
 
 
 def to_host(packed: PackedTree, *, out: HostTrees | None = None) -> HostTrees:
-    """Start a step's asynchronous copy to the host; waits for nothing.
+    """Start an asynchronous copy of a step to the host.
 
-    Launch it behind ``pack``, before the target's pass. The copies may be part of a CUDA graph; the
-    event is then recorded behind its replay.
+    Launch it after ``pack`` and before the target's forward pass. A CUDA graph may capture the
+    copies; then record the event after its replay.
 
     Args:
         packed: the step.
-        out: what an earlier call returned, whose buffers are used where they are large enough:
-            pinning memory takes far longer than the copy. Not while that copy is still read.
+        out: an earlier result that is no longer read; its buffers are reused if they are large
+            enough, since pinning memory takes far longer than the copy.
     """
     parts = {name: getattr(packed, name) for name in ("tokens", "parent", "indptr")}
     copies = {}
@@ -205,38 +205,38 @@ def to_host(packed: PackedTree, *, out: HostTrees | None = None) -> HostTrees:
 
 
 class Matcher(Protocol):
-    """A grammar's state of one request, in XGrammar's words (``xgrammar.GrammarMatcher``)."""
+    """A request's grammar state, with XGrammar's methods (``xgrammar.GrammarMatcher``)."""
 
     def accept_token(self, token_id: int, /) -> bool:
-        """Go on by ``token_id``; False, and no change, where the grammar forbids it."""
+        """Advance by ``token_id``; return False, without change, if the grammar forbids it."""
 
     def rollback(self, num_tokens: int, /) -> None:
-        """Take the last ``num_tokens`` back."""
+        """Undo the last ``num_tokens`` tokens."""
 
     def is_terminated(self) -> bool:
-        """Whether the grammar has ended: nothing follows."""
+        """Return whether the grammar has ended, so that nothing may follow."""
 
     def fill_next_token_bitmask(self, bitmask: Any, index: int, /) -> Any:
-        """Write the tokens that may follow to row ``index`` of ``bitmask`` int32 [N, V / 32]."""
+        """Write the allowed next tokens to row ``index`` of ``bitmask`` int32 [N, V / 32]."""
 
 
 def fill_bitmask(trees: HostTrees, matchers: Sequence[Matcher | None], bitmask: Tensor) -> Tensor:
-    """Walk the trees on the host: for each row, the tokens that its grammar allows behind it.
+    """Walk the trees on the host, and write the next tokens that each row's grammar allows.
 
-    Masking each row's logits with its bits before it is sampled is plain constrained decoding, row
-    by row, so the emitted text is its text. Drafts that the grammar forbids are never accepted,
-    because their parent's row cannot sample them; nothing is asked behind them. Matchers end where
-    they began, at the root: then feed them what was emitted.
+    Masking each row's logits with these bits before sampling is plain constrained decoding, row by
+    row, so the emitted text is the same. Forbidden drafts are never accepted, because their
+    parent's row cannot sample them; matchers do not visit them or their descendants. Matchers end
+    where they began, at the root: then feed them the emitted tokens.
 
     Args:
         trees: from :func:`to_host`; waited for.
-        matchers: one for each request, which has accepted the text up to the root, root included;
-            None: not constrained.
+        matchers: one per request, after the text up to its root, root included; None:
+            unconstrained.
         bitmask: int32 [N, ceil(V / 32)] on the host, written to: bit j % 32 of word j // 32 is
-            token j. -1, all tokens, on rows that are not asked.
+            token j. Rows that no matcher visits allow all tokens (-1).
 
     Returns:
-        ``bitmask``, to be copied to the device without waiting.
+        ``bitmask``, to be copied to the device asynchronously.
 
     Raises:
         EchoError: another number of matchers, or a bitmask of another shape or dtype.
@@ -271,14 +271,14 @@ def fill_bitmask(trees: HostTrees, matchers: Sequence[Matcher | None], bitmask: 
 
 
 def allows(bitmask: Tensor, tokens: Tensor) -> Tensor:
-    """bool [..., k]: whether a bitmask has the tokens: ``allowed`` of ``scheduler.grow``.
+    """bool [..., k]: whether a bitmask allows the tokens, for ``allowed`` of ``scheduler.grow``.
 
-    With the roots' masks, known since the step before, forbidden drafts of the first layer are
+    The roots' masks are known from the previous step, so forbidden drafts of the first layer are
     found without waiting for the host.
 
     Args:
-        bitmask: int32 [..., ceil(V / 32)], as :func:`fill_bitmask` writes it; one for each node.
-        tokens: int64 [..., k], the nodes' candidates; one beyond the bitmask is not allowed.
+        bitmask: int32 [..., ceil(V / 32)], as :func:`fill_bitmask` writes it, one per node.
+        tokens: int64 [..., k], the nodes' candidates; tokens past the bitmask are not allowed.
 
     Raises:
         EchoError: shapes or dtypes that do not fit.
@@ -297,7 +297,7 @@ def allows(bitmask: Tensor, tokens: Tensor) -> Tensor:
 def _fill(
     matcher: Matcher, row: int, tokens: list[int], children: dict[int, list[int]], bitmask: Tensor
 ) -> None:
-    """Fill ``row``, at which the matcher is, and all below it."""
+    """Fill ``row``, where the matcher stands, and all rows below it."""
     if matcher.is_terminated():
         return
     matcher.fill_next_token_bitmask(bitmask, row)

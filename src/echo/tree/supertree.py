@@ -1,4 +1,4 @@
-"""The super-tree: the candidate trees of all requests of a step, as a tuple of immutable layers.
+"""The super-tree: candidate trees of all requests of a step, as a tuple of immutable layers.
 
 B requests, W nodes of a frontier, M candidates of a layer, T nodes of all layers together.
 """
@@ -23,20 +23,20 @@ DEAD_SCORE = float("-inf")
 
 @dataclass(frozen=True)
 class Frontier:
-    """The nodes to expand next: what a draft model reads.
+    """The nodes to expand next: the draft model's input.
 
     Attributes:
         token: int64 [B, W].
         parent: int64 [B, W], index of each node's parent in the previous frontier; 0 for the root.
         index: int64 [B, W], index among the candidates of its layer, ascending along W.
         score: float32 [B, W], path log-probability.
-        active: bool [B, W]; what is drafted at an inactive node is ignored.
-        depth: of these nodes, a host int; their children lie one deeper.
+        active: bool [B, W]; drafts of an inactive node are ignored.
+        depth: of these nodes, a host int; their children are one deeper.
 
     Example:
         >>> frontier = SuperTree.from_paths(torch.tensor([7]), [[[1], [2, 3]]]).frontier
         >>> state = torch.tensor([[[0.1], [0.2]]])  # of nodes 1 and 2
-        >>> frontier.token.tolist(), frontier.inherit(state)  # node 3 gets what 2 had
+        >>> frontier.token.tolist(), frontier.inherit(state)  # node 3 inherits from node 2
         ([[3]], tensor([[[0.2000]]]))
     """
 
@@ -48,10 +48,9 @@ class Frontier:
     depth: int
 
     def inherit(self, state: Tensor) -> Tensor:
-        """Reorder a drafter's ``state`` [B, W', ...] of the previous frontier: [B, W, ...].
+        """Reorder a drafter's ``state`` [B, W', ...] of the previous frontier into [B, W, ...].
 
-        For hidden states, KV slots, positions: each node gets what its parent had. EchoError: a
-        state of another batch.
+        Each node gets its parent's hidden state, KV slot or position. EchoError: another batch.
         """
         batch = self.parent.shape[0]
         if state.dim() < 2 or state.shape[0] != batch:
@@ -70,9 +69,9 @@ class Layer:
         token: int64 [B, M].
         parent: int64 [B, M], index among the layer above's candidates, ascending; 0 for roots.
         score: float32 [B, M], path log-probability S <= 0; -inf: never selectable.
-        committed: bool [B, M], committed while drafting, as the root of each live request is.
-        drafted: bool [B], the request drafted this layer.
-        request_weights: float32 [B] in (0, 1], worth of each request's tokens; None: all alike.
+        committed: bool [B, M], whether committed while drafting; True for live requests' roots.
+        drafted: bool [B], whether the request drafted this layer.
+        request_weights: float32 [B] in (0, 1], value of each request's tokens; None: all equal.
 
     Example:
         >>> layer = SuperTree.from_paths(torch.tensor([7]), [[[1], [2], [3]]]).layers[1]  # 1/4 each
@@ -94,14 +93,14 @@ class Layer:
         return self.score.amax(dim=1)
 
     def log_mass(self, beam: int) -> Tensor:
-        """float32 [B]: log-sum-exp of the ``beam`` best path log-probabilities, DDD's statistic."""
+        """float32 [B]: log-sum-exp of the ``beam`` best path log-probabilities, as in DDD."""
         best = self.score.topk(min(beam, self.score.shape[1]), dim=1).values
         return best.logsumexp(dim=1)
 
 
 @dataclass(frozen=True)
 class Nodes:
-    """Buffers of all layers side by side; each layer is a range of their columns.
+    """Buffers of all layers, concatenated; each layer is a range of columns.
 
     Attributes:
         token, parent: int64 [B, T]; a parent is an index among the layer above's candidates.
@@ -117,11 +116,11 @@ class Nodes:
 
 @dataclass(frozen=True)
 class Forest:
-    """All layers side by side: the roots first, then by depth and candidate.
+    """All layers, concatenated: the roots first, then by depth and candidate.
 
     Attributes:
         token: int64 [B, T].
-        parent: int64 [B, T], index into the T nodes of the same request; a root's is its own.
+        parent: int64 [B, T], index into the T nodes of the same request; a root is its own parent.
         score: float32 [B, T].
         committed: bool [B, T].
         depth: int64 [T].
@@ -136,21 +135,21 @@ class Forest:
 
 @dataclass(frozen=True)
 class SuperTree:
-    """All candidate trees of a step. Growing makes a new value and copies no layer.
+    """All candidate trees of a step. Growing returns a new value and copies no layer.
 
     Attributes:
-        layers: the roots, then a layer for each depth drafted.
+        layers: the roots, then one layer per drafted depth.
         frontier: the nodes to expand next.
-        status: int8 [B], a :class:`Status` each.
-        verify_limits: int64 [B], verify tokens a request may get, root included; 0 where empty.
+        status: int8 [B], each request's :class:`Status`.
+        verify_limits: int64 [B], maximum verify tokens of each request, root included; 0 if empty.
         num_committed: int64 [B], verify tokens committed so far, root included.
         num_remaining: int64 [], verify tokens that may still be committed.
-        invalid: int32 [B], draft scores at active nodes that were no log-probabilities (NaN, or
-            above 0 by more than rounding), and every score of a layer without a finite one; such
-            nodes are never selectable.
+        invalid: int32 [B], faulty draft scores: at active nodes, scores that are no
+            log-probabilities (NaN, or above 0 by more than rounding), and every score of a layer
+            without a finite one. Such nodes are never selectable.
         num_verify_tokens: verify tokens of this step, a host int.
-        max_verify_tokens_per_req: a host int that bounds ``verify_limits``.
-        nodes: buffers that the layers are columns of; None: each layer has its own.
+        max_verify_tokens_per_req: upper bound of ``verify_limits``, a host int.
+        nodes: buffers that hold all layers as columns; None: each layer has its own.
     """
 
     layers: tuple[Layer, ...]
@@ -176,7 +175,7 @@ class SuperTree:
         num_verify_tokens: int | None = None,
         verify_limits: Tensor | None = None,
     ) -> SuperTree:
-        """A custom tree for :meth:`ElasticBudgetScheduler.pack`: all candidates, none committed.
+        """Build a custom tree for :meth:`ElasticBudgetScheduler.pack`, with only roots committed.
 
         Copies every value to the host and checks it, about 0.1 ms a request. Siblings may be in
         any order.
@@ -186,9 +185,9 @@ class SuperTree:
             parent: int64 [B, T], index into the T nodes of the same request; -1 for the root.
             log_prob: float [B, T], given the parent; ignored for roots; -inf: never selectable.
             depth: int64 [B, T], checked if given.
-            num_nodes: int64 [B], nodes of each request; 0: no request. Defaults to T.
+            num_nodes: int64 [B], number of nodes of each request; 0 if empty. Defaults to T.
             num_verify_tokens: verify tokens of the step. Defaults to the number of nodes.
-            verify_limits: int64 [B], verify tokens a request may get. Defaults to its nodes.
+            verify_limits: int64 [B], maximum verify tokens of each request. Defaults to its nodes.
 
         Raises:
             EchoError: naming the request and row of a cycle, a parent outside the request or after
@@ -241,20 +240,20 @@ class SuperTree:
         num_verify_tokens: int | None = None,
         verify_limits: Tensor | None = None,
     ) -> SuperTree:
-        """The trie of each request's continuations, from n-gram, suffix or retrieval drafters.
+        """Build tries of the requests' continuations, from n-gram, suffix or retrieval drafters.
 
-        A node's probability given its parent is the weight of the paths through it, over ``prior``
-        plus the weight of those through its parent. Host work, as :meth:`from_arrays`.
+        A node's probability given its parent is the weight of the paths through it, divided by
+        ``prior`` plus the weight of those through its parent. Runs on the host.
 
         Args:
             root_tokens: int64 [B], each request's last emitted token.
-            paths: continuations of each request without the root, lists or tensors; may be none.
-            weights: of each continuation, such as how often it was seen. Defaults to 1.
+            paths: continuations of each request without the root, lists or tensors; may be empty.
+            weights: of each continuation, such as its count. Defaults to 1.
             prior: weight of "something else follows".
             num_verify_tokens, verify_limits: as in :meth:`from_arrays`.
 
         Raises:
-            EchoError: naming the request of a bad path or weight.
+            EchoError: naming the request of an invalid path or weight.
 
         Example:
             >>> tree = SuperTree.from_paths(torch.tensor([7]), [[[1, 2], [1, 3]]], prior=0.0)
@@ -266,14 +265,14 @@ class SuperTree:
         return cls.from_arrays(token, parent, log_prob, num_nodes=num_nodes, **limits)  # type: ignore[arg-type]
 
     def attach(self, layers: Sequence[tuple[Tensor, Tensor, Tensor]]) -> SuperTree:
-        """This tree of roots with ready-made layers, drafted by all requests. Sync-free.
+        """Add ready-made layers, drafted by all requests, to this tree of roots. Sync-free.
 
         Args:
-            layers: for each depth tokens int64 [B, M]; parents int64 [B, M], ascending indices into
-                the layer above; and log-probabilities float [B, M] given the parent.
+            layers: for each depth, tokens int64 [B, M]; parents int64 [B, M], ascending indices
+                into the layer above; and log-probabilities float [B, M] given the parent.
 
         Raises:
-            EchoError: a tree that has layers, or too many nodes.
+            EchoError: a tree that already has layers, or too many nodes.
 
         Example:
             >>> roots = SuperTree.from_paths(torch.tensor([7]), [[]])
@@ -306,12 +305,12 @@ class SuperTree:
 
     @property
     def depth(self) -> int:
-        """Layers drafted so far."""
+        """Number of layers drafted so far."""
         return len(self.layers) - 1
 
     @property
     def request_weights(self) -> Tensor | None:
-        """float32 [B] in (0, 1], worth of each request's tokens; None: all alike."""
+        """float32 [B] in (0, 1], value of each request's tokens; None: all equal."""
         return self.layers[0].request_weights
 
     @property
@@ -326,13 +325,13 @@ class SuperTree:
 
     @property
     def sizes(self) -> list[int]:
-        """Candidates of each layer, T in sum; host ints."""
+        """Number of candidates of each layer, T in total; host ints."""
         return [layer.token.shape[1] for layer in self.layers]
 
     def column(self, name: str) -> Tensor:
-        """[B, T]: the layers' attribute ``name``: token, parent, score or committed.
+        """[B, T]: attribute ``name`` of all layers: token, parent, score or committed.
 
-        Copied only if the layers lie apart.
+        Copied only if the layers do not share buffers.
         """
         if self.nodes is not None:
             whole: Tensor = getattr(self.nodes, name)
@@ -351,7 +350,7 @@ class SuperTree:
 
     @property
     def forest(self) -> Forest:
-        """All layers side by side."""
+        """All layers, concatenated."""
         device = self.status.device
         sizes = self.sizes
         begins = [0, 0, *accumulate(sizes[:-2])]  # of the layer above each
@@ -366,7 +365,7 @@ def write_layer(out: SuperTree, tree: SuperTree) -> SuperTree:
     """Copy the last layer, the frontier and the state of ``tree`` into the buffers of ``out``.
 
     Raises:
-        EchoError: buffers that do not fit, or request weights, which have none.
+        EchoError: buffers that do not fit, or request weights, which have no buffer.
     """
     if tree.request_weights is not None:
         raise EchoError("request_weights: expected None where a tree is written to buffers")
@@ -380,16 +379,16 @@ def cost_bits(score: Tensor) -> Tensor:
     """int32 cost of float32 scores <= 0: smaller is better, equal scores cost the same.
 
     The bits of a non-negative float rise with its value, so every device orders them alike; -inf
-    is UNSELECTABLE.
+    maps to UNSELECTABLE.
     """
     return (0.0 - score).view(torch.int32)
 
 
 def path_score(parent: Tensor, log_prob: Tensor, active: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """S(v) = S(parent) + min(log q(v), 0), the best of each request, and its faulty drafts.
+    """S(v) = S(parent) + min(log q(v), 0), each request's best score, and its faulty drafts.
 
-    -inf says "no candidate" and is no fault. NaN, and what is above 0 by more than rounding (a
-    probability, a logit), is a fault; so is each score of a request that has an active node but no
+    -inf means "no candidate" and is no fault. NaN, and a value above 0 by more than rounding (a
+    probability, a logit), is a fault; so is every score of a request that has an active node but no
     finite score.
 
     Args:
@@ -398,7 +397,7 @@ def path_score(parent: Tensor, log_prob: Tensor, active: Tensor) -> tuple[Tensor
         active: bool [B, W].
 
     Returns:
-        float32 [B, W * k], -inf where unselectable; float32 [B]; int32 [B].
+        Scores float32 [B, W * k], -inf where unselectable; best float32 [B]; faults int32 [B].
     """
     q = log_prob.detach().float()
     parent = torch.where(active, parent, DEAD_SCORE)[..., None]
@@ -410,7 +409,7 @@ def path_score(parent: Tensor, log_prob: Tensor, active: Tensor) -> tuple[Tensor
 
 
 def check_size(requests: int, nodes: int, depth: int) -> None:
-    """Raise EchoError if a forest has 2^31 nodes or more, beyond what the integer order holds."""
+    """Raise EchoError if a forest has 2^31 nodes or more, which the integer order cannot hold."""
     if (depth + 1) * requests * nodes >= 1 << 31:
         limit = "(depth + 1) * batch * nodes < 2^31"
         got = f"({depth} + 1) * {requests} * {nodes}"

@@ -1,11 +1,10 @@
 """Uniform layouts: n rows of every request, as SGLang, TensorRT-LLM and transformers read trees.
 
-They verify B * n rows instead of N: the gain of ragged trees is lost where n is above their mean
-size. The first n rows of a tree are a tree, so a larger one is cut: lossless where the engine's own
-verification reads the links, and where :func:`unpad` gives what was computed to
-:func:`echo.accept`: rows beyond have no target token. ``packed.max_verify_tokens_per_req`` is
-always enough, and ``packed.validate(max_verify_tokens_per_req=n)`` names a request that would be
-cut. B requests, N packed rows.
+These verify B * n rows instead of N, so ragged trees save nothing where n exceeds their mean size.
+Larger trees are cut to their first n rows, which are a tree. That is lossless, whether the engine's
+own verification reads the links, or :func:`unpad` returns its results to :func:`echo.accept`: rows
+past n have no target token. ``packed.max_verify_tokens_per_req`` is always enough;
+``packed.validate(max_verify_tokens_per_req=n)`` names a cut request. B requests, N packed rows.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from echo.tree.packed import WORD, PackedTree, unpack_bits
 
 @dataclass(frozen=True)
 class SGLangLinks:
-    """What SGLang's tree verification reads, in its own spelling.
+    """Inputs of SGLang's tree verification, in its own spelling.
 
     Attributes:
         draft_tokens: int64 [B * n], root first; 0 on pad rows.
@@ -44,7 +43,7 @@ class SGLangLinks:
 
 @dataclass(frozen=True)
 class TensorRTLinks:
-    """TensorRT-LLM's trees.
+    """Inputs of TensorRT-LLM's tree verification.
 
     Attributes:
         packed_mask: int32 [B, n, ceil(n / 32)], bit j % 32 of word j // 32 is row j; a pad row sees
@@ -71,7 +70,7 @@ class HuggingFaceInputs:
     Attributes:
         input_ids: int64 [B, n].
         position_ids: int64 [B, n]; the prefix on pad rows.
-        attention_mask: [B, 1, n, past + n]; bool, or float: 0 where visible, else its least.
+        attention_mask: [B, 1, n, past + n]; bool, or float: 0 if visible, else the type's minimum.
     """
 
     input_ids: Tensor
@@ -86,7 +85,7 @@ def sglang(
     *,
     out: SGLangLinks | None = None,
 ) -> SGLangLinks:
-    """Draft tokens, positions and links of SGLang's tree verification.
+    """Export draft tokens, positions and links for SGLang's tree verification.
 
     Args:
         packed: the step.
@@ -133,15 +132,15 @@ def sglang_mask(
     size: int | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """SGLang's ``tree_mask``; a pad row sees itself and, in FULL_MASK, the prefix.
+    """Export SGLang's ``tree_mask``; a pad row sees itself and, in FULL_MASK, the prefix.
 
     Args:
         packed: the step.
         max_verify_tokens_per_req: n, at most 32 for bit-packing.
-        mode: FULL_MASK: bool [size], n x (prefix + n) for each request. QLEN_ONLY: bool [B, n, n].
+        mode: FULL_MASK: bool [size], n x (prefix + n) per request. QLEN_ONLY: bool [B, n, n].
             QLEN_ONLY_BITPACKING: uint8, uint16 or uint32 [B * n], bit j is row j.
         prefix_lens: int32 or int64 [B], for FULL_MASK.
-        size: entries, for FULL_MASK, at least sum(prefix + n) * n, known to the host; ones beyond.
+        size: entries of FULL_MASK, a host int of at least sum(prefix + n) * n; the excess is ones.
         out: persistent buffer.
 
     Raises:
@@ -170,7 +169,7 @@ def sglang_mask(
     kv = prefix + n
     begin = (n * kv).cumsum(0) - n * kv + prefix
     entry = (begin + row * kv)[..., None] + row
-    full = torch.ones(size + 1, dtype=torch.bool, device=row.device)  # the last takes what is over
+    full = torch.ones(size + 1, dtype=torch.bool, device=row.device)  # the last takes overflow
     full.scatter_(0, entry.flatten().clamp_(max=size), square.flatten())
     return copy_into(out, full[:size])
 
@@ -183,12 +182,12 @@ def tensorrt_llm(
     mla: bool = False,
     out: TensorRTLinks | None = None,
 ) -> TensorRTLinks:
-    """TensorRT-LLM's packed mask, depth offsets and local links.
+    """Export TensorRT-LLM's packed mask, depth offsets and local links.
 
     Args:
         packed: the step.
         max_verify_tokens_per_req: n.
-        window, mla: of the model's attention, for which its dynamic trees have no kernels.
+        window, mla: of the model's attention; rejected: its dynamic trees have no kernels for it.
         out: persistent buffers.
 
     Raises:
@@ -220,23 +219,23 @@ def hugging_face(
     dtype: torch.dtype = torch.bool,
     out: HuggingFaceInputs | None = None,
 ) -> HuggingFaceInputs:
-    """Ids, positions and a 4-D mask for a transformers model with a contiguous cache.
+    """Export ids, positions and a 4-D mask for a transformers model with a contiguous cache.
 
-    For custom loops and tests, not for speed. Texts begin at entry 0 and rows are appended behind
+    For custom loops and tests, not for speed. Texts begin at entry 0 and rows are appended after
     entry ``past_len``; ``echo.compact(..., past_len=past_len)`` then lists the moves, after which
-    the cache is cropped to the longest.
+    the cache is cropped to the longest text.
 
     Args:
         packed: the step.
         max_verify_tokens_per_req: n.
         prefix_lens: int32 or int64 [B], tokens of each request in the cache.
-        past_len: entries of the cache, a host int.
+        past_len: length of the cache, a host int.
         left_padded: must be False, and given for more than one request. Texts of a left-padded
-            cache end together, which they cannot once requests accept different numbers of drafts.
-            Move them to entry 0 after prefill: ``keys.gather(2, index)``, where ``index`` is
+            cache end together, which fails once requests accept different numbers of drafts. Move
+            them to entry 0 after prefill: ``keys.gather(2, index)``, where ``index`` is
             ``(arange(past_len) + past_len - prefix_lens[:, None]).clamp(max=past_len - 1)``.
-        window: positions that a layer of a sliding window sees, the row's own included, for its
-            entry of transformers' masks by kind of layer. Defaults to all.
+        window: positions visible in a sliding-window layer, the row's own included, for its entry
+            in transformers' masks by kind of layer. Defaults to all.
         dtype: of the mask: bool, or a float type.
         out: persistent buffers.
 
@@ -257,7 +256,7 @@ def hugging_face(
     device = prefix.device
     if out is None:
         mask = torch.empty(shape, dtype=dtype, device=device)
-    else:  # far larger than all else: written in place
+    else:  # the largest buffer by far, so it is written in place
         mask = checks.instance("out", out, HuggingFaceInputs).attention_mask
         checks.tensor("out.attention_mask", mask, shape, dtype, device)
     ids = grid.spread(packed.tokens, 0)
@@ -279,15 +278,15 @@ def hugging_face(
 
 
 def unpad(packed: PackedTree, values: Tensor) -> Tensor:
-    """Rows of a uniform layout, for the packed rows: sampled tokens, log-probabilities, states.
+    """Gather packed rows from a uniform layout: sampled tokens, log-probabilities, states.
 
     Args:
         packed: the step.
         values: [B, n, ...], any dtype.
 
     Returns:
-        [N, ...]; where nothing was computed (pad rows, and rows beyond the first n of their
-        request) -1, which is no token, NaN, or 0 if the dtype has neither.
+        [N, ...]; rows without a value (pads, and rows past the first n of their request) get -1 (no
+        token), NaN, or 0 if the dtype has neither.
 
     Raises:
         EchoError: another batch size.
@@ -302,17 +301,17 @@ def unpad(packed: PackedTree, values: Tensor) -> Tensor:
         return values.new_full((packed.num_rows, *values.shape[2:]), nothing)
     there = (packed.request < packed.batch) & (local < n)
     row = torch.where(there, packed.request * n + local, 0)
-    gone = ~there.view(-1, *[1] * (values.dim() - 2))
-    return values.flatten(0, 1).index_select(0, row).masked_fill_(gone, nothing)
+    absent = ~there.view(-1, *[1] * (values.dim() - 2))
+    return values.flatten(0, 1).index_select(0, row).masked_fill_(absent, nothing)
 
 
 class _Grid:
-    """Where each packed row goes among n rows of every request; the work is on N rows.
+    """Where each packed row goes among n rows of every request. Costs O(N).
 
     Attributes:
         n: rows of every request.
         size: B * n.
-        place: int64 [N], in [B * n]; B * n for pad rows and for rows beyond the first n.
+        place: int64 [N], index in [B * n]; B * n for pad rows and rows past the first n.
         local: int64 [N], row within its request, or among the pad rows.
     """
 
@@ -326,14 +325,14 @@ class _Grid:
         self.place = torch.where(self.local < self.n, place, self.size).clamp_(max=self.size)
 
     def prefix(self, prefix_lens: Tensor) -> Tensor:
-        """int64 [B, 1]: the checked argument."""
+        """Check the argument and return it as int64 [B, 1]."""
         batch = [self.packed.batch]
         device = self.place.device
         checks.tensor("prefix_lens", prefix_lens, batch, checks.INTEGERS, device)
         return prefix_lens.long()[:, None]
 
     def spread(self, values: Tensor, fill: Tensor | int) -> Tensor:
-        """``values`` [N, ...] as [B, n, ...]; ``fill``, which broadcasts to it, on pad rows."""
+        """Scatter ``values`` [N, ...] to [B, n, ...], with ``fill`` (broadcast) on pad rows."""
         made = values.new_empty(self.size + 1, *values.shape[1:])
         grid = made[:-1].view(self.packed.batch, self.n, *values.shape[1:])
         if isinstance(fill, Tensor):
@@ -347,12 +346,12 @@ class _Grid:
         return grid
 
     def links(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Local rows of first child and next sibling [B, n]; -1: none. Siblings are neighbours."""
+        """Local rows of first child and next sibling [B, n]; -1: none. Siblings are adjacent."""
         place = self.place
         local = self.local.to(dtype)
         family = place - self.local + self.packed.parent  # the parent's place
         inside = place < self.size
-        again = (family[1:] == family[:-1]) & inside[1:]  # the next sibling of the row before it
+        again = (family[1:] == family[:-1]) & inside[1:]  # next sibling of the row before it
         first = inside & (self.packed.parent >= 0)
         first[1:] &= ~again
         links = torch.full((2, self.size + 1), -1, dtype=dtype, device=place.device)

@@ -1,4 +1,4 @@
-"""Which values make a tree: checks on the host, which copy every value from the device."""
+"""Check on the host that values make a tree, copying every value from the device."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Array = NDArray[Any]
 
 
 def host(value: Tensor) -> Array:
-    """A tensor's values on the host."""
+    """Copy a tensor's values to the host."""
     array: Array = value.detach().cpu().numpy()
     return array
 
@@ -36,9 +36,9 @@ def depths(parents: Array, sizes: Array, there: NDArray[np.bool_]) -> NDArray[np
     """Depth of each node, [B, T], by pointer doubling.
 
     Args:
-        parents: [B, T], index into the same request's nodes; -1 for the root, the first.
-        sizes: [B], nodes of each request.
-        there: bool [B, T], the node exists.
+        parents: [B, T], index into the same request's nodes; -1 for the root, which is first.
+        sizes: [B], number of nodes of each request.
+        there: bool [B, T], whether the node exists.
 
     Raises:
         EchoError: naming the first node whose parent is not a row before it.
@@ -80,7 +80,7 @@ def check_nodes(tokens: Array, parents: Array, scores: Array, there: NDArray[np.
     refuse("token", there & (tokens < 0), say)
     family = parents + np.arange(len(parents))[:, None] * parents.shape[1]
     keys = tokens.ravel(), family.ravel(), ~there.ravel()
-    order = np.lexsort(keys)  # stable: equal siblings side by side, in order
+    order = np.lexsort(keys)  # stable: equal siblings become adjacent, in order
     twice = np.zeros(there.size, dtype=bool)
     twice[order[1:]] = (np.diff(keys[1][order]) == 0) & (np.diff(keys[0][order]) == 0)
     say = lambda b, i: (
@@ -98,7 +98,7 @@ def check_nodes(tokens: Array, parents: Array, scores: Array, there: NDArray[np.
 
 
 def validate(packed: PackedTree, max_verify_tokens_per_req: int | None, chain: bool) -> None:
-    """As :meth:`~echo.tree.packed.PackedTree.validate`."""
+    """Implement :meth:`~echo.tree.packed.PackedTree.validate`."""
     batch = packed.batch
     n = packed.num_rows
     ends = packed.indptr.tolist()
