@@ -1,7 +1,7 @@
 """Prompt lookup: n-gram proposals, from what followed the latest longest match of a text's end.
 
 Models repeat themselves and their prompts, which a small draft head does not see: where the text's
-last eight tokens had occurred before, SmolLM2 wrote the same ninth in almost nine of ten cases.
+last eight tokens had occurred before, SmolLM2 wrote the same ninth in about four of five cases.
 This is prompt lookup decoding (Saxena, 2023), applied at every node of a tree. Proposal and draft
 are mixed linearly, ``q' = (1 - w) q + w [token = proposal]``, so gates, rules, calibration and
 budgets need no change.
