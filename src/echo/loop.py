@@ -377,9 +377,8 @@ def decode(
                     running[index] = _Answer(number, limits[number], token)
             begun = [row for row, token in enumerate(sampled) if token >= 0]
             if drafter is not None and begun:
-                indices = torch.tensor([free[row] for row in begun], device=device)
-                first = torch.tensor([sampled[row] for row in begun], device=device)
-                drafter.admit(indices, [texts[row] for row in begun], first)
+                kept = torch.tensor(begun, device=device)
+                drafter.admit(indices[kept], [texts[row] for row in begun], first[kept])
         live = sorted(running)
         if not live:
             continue
@@ -429,8 +428,8 @@ def decode(
         )
         failed = []
     if faults:
-        missed = "; ".join(faults)
-        raise EchoError(f"target: expected a number in the row of each root, got none for {missed}")
+        expected = "target: expected a number in the row of each root"
+        raise EchoError(f"{expected}, got none for {'; '.join(faults)}")
 
 
 def _on_host(history: History, *values: Tensor) -> tuple[History, list[Any]]:

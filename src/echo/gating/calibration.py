@@ -251,7 +251,8 @@ def _pair(name: str, value: Any) -> str:
 def _read_depth(data: Mapping[str, Any]) -> DepthCalibration:
     """Read and check one entry."""
     auc = float("nan") if data["auc"] is None else float(data["auc"])
-    maps = {name: _rows(data[name]) for name in ("reliability", "profile")}
+    named = ("reliability", "profile")
+    maps: Any = {name: tuple(tuple(map(float, row)) for row in data[name]) for name in named}
     d = DepthCalibration(**{**data, "auc": auc, **maps})
     checks.integer("calibration.depth", d.depth, 1)
     checks.real("calibration.threshold", d.threshold, 0.0, 1.0)
@@ -268,10 +269,6 @@ def _read_depth(data: Mapping[str, Any]) -> DepthCalibration:
         expected = f"expected rising knots within [0, 1] at depth {d.depth}"
         raise EchoError(f"calibration.reliability: {expected}, got {d.reliability}")
     return d
-
-
-def _rows(table: Any) -> Any:
-    return tuple(tuple(float(value) for value in row) for row in table)
 
 
 def calibrate(
@@ -439,9 +436,8 @@ def _choose(found: list[DepthCalibration], max_gates: int) -> list[DepthCalibrat
 
 def _optimize(calibration: Calibration, log: WarmupLog, objective: Objective) -> Calibration:
     """Replace the gates' thresholds by throughput-optimal ones."""
-    gates = calibration.gate_depths
-    start = calibration.thresholds
-    taus, value = throughput_optimal(log, gates, calibration.max_depth, objective, start)
+    known = calibration.gate_depths, calibration.max_depth, objective, calibration.thresholds
+    taus, value = throughput_optimal(log, *known)
     depths = []
     for d in calibration.depths:
         if d.gate:
