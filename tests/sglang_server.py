@@ -35,7 +35,13 @@ REAL += tuple(
         "layers.attention.triton_backend",
         "layers.attention.flashattention_backend",
         "layers.attention.attention_registry",
+        "model_executor.input_buffers",
+        "model_executor.runner.base_cuda_graph_runner",
+        "model_executor.runner.base_runner",
         "model_executor.runner.decode_cuda_graph_runner",
+        "model_executor.runner.shape_key",
+        "model_executor.runner_backend.base_cuda_graph_backend",
+        "model_executor.runner_backend.full_cuda_graph_backend",
         "managers.tp_worker",
     )
 )
@@ -140,11 +146,17 @@ class ForwardBatch(SimpleNamespace):
     @classmethod
     def init_new(cls, batch, runner, **_):
         same = ("forward_mode", "input_ids", "seq_lens", "seq_lens_cpu", "req_pool_indices")
-        same += ("out_cache_loc", "spec_info", "sampling_info")
+        same += ("out_cache_loc", "spec_info", "sampling_info", "seq_lens_sum")
+        none = ("replace_embeds", "rids_int", "bootstrap_room_ids_int", "extend_seq_lens")
+        none += ("extend_seq_lens_cpu", "mamba_track_indices", "kv_loc_plan", "kv_loc_cols")
+        positions = getattr(batch.spec_info, "positions", None)
+        if positions is None and batch.input_ids is not None:
+            positions = torch.zeros_like(batch.input_ids)
         return cls(
             **{name: getattr(batch, name) for name in same}, batch_size=len(batch.seq_lens),
-            positions=getattr(batch.spec_info, "positions", None), forward_metadata_ready=False,
-            replace_embeds=None, capture_hidden_mode=0, can_run_decode_cuda_graph=True,
+            positions=positions, forward_metadata_ready=False,
+            **dict.fromkeys(none), capture_hidden_mode=0, can_run_decode_cuda_graph=True,
+            out_cache_loc_virtual=None,
         )  # fmt: skip
 
     def mark_forward_metadata_ready(self):
@@ -299,6 +311,8 @@ def sglang_engine(folder, tmp_path_factory):
             utils.is_xpu, utils.get_device_core_count = lambda: True, lambda *_: 1
             utils.next_power_of_2 = triton.next_power_of_2
             utils.fast_topk = lambda x, k, dim: x.topk(k, dim=dim)
+            for kind in ("gathered_buffer", "mlp_sync", "mlp_tp_gather", "attn_tp_gather"):
+                setattr(utils, f"require_{kind}", lambda: False)
         envs = import_module("sglang.srt.environ").envs
         envs.SGLANG_SIMULATE_ACC_LEN.get.return_value = -1
         envs.SGLANG_SPEC_SKIP_ZERO_STEP_DRAFT_EXTEND.get.return_value = False
@@ -313,7 +327,23 @@ def sglang_engine(folder, tmp_path_factory):
         context = import_module("sglang.srt.runtime_context")
         context.get_spec, context.get_parallel = lambda: spec, lambda: alone
         mamba = SimpleNamespace(enable_mamba_extra_buffer=False)
-        context.get_exec = lambda: SimpleNamespace(mamba=mamba)
+        off = ("disable_cuda_graph_padding", "enable_profile_cuda_graph", "enable_cudagraph_gc")
+        graph = SimpleNamespace(**dict.fromkeys(off, False), cuda_graph_config=None)
+        fixed = SimpleNamespace(enable_deterministic_inference=False)
+        running = SimpleNamespace(mamba=mamba, graph=graph, deterministic=fixed)
+        context.get_exec = lambda: running
+        context.get_flags = lambda: SimpleNamespace(
+            capture=SimpleNamespace(enable_torch_compile=False)
+        )
+        runners = import_module("sglang.srt.model_executor.runner")
+        runners.ShapeKey = import_module(f"{runners.__name__}.shape_key").ShapeKey
+        runners.DecodeCudaGraphRunner = import_module(
+            f"{runners.__name__}.decode_cuda_graph_runner"
+        ).DecodeCudaGraphRunner
+        runners.get_batch_sizes_to_capture = lambda *_: ([1, 2, 4], [])
+        runners._grouped_foreach_copy_ = lambda to, of: [
+            x.copy_(y) for x, y in zip(to, of, strict=True)
+        ]
         sampling = import_module("sglang.kernels.ops.sampling")
         sampling.softmax = lambda logits, **_: logits.softmax(-1)
         import_module("sglang.srt.configs.hybrid_arch").mambaish_config = lambda _: None

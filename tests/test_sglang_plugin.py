@@ -1,6 +1,6 @@
 """The SGLang plugin (examples/sglang) inside the engine's own code.
 
-    ECHO_PEERS=install pytest -m peers tests/test_sglang_plugin.py  # and _ragged, _fa3
+    ECHO_PEERS=install pytest -m peers tests/test_sglang_plugin.py  # and _ragged, _fa3, _graphs
 
 Real, from the wheel: the hook registry, ``EAGLEWorkerV2`` and its draft worker from draft to draft
 extend, ``run_eagle_verify``, greedy acceptance, cache moves, and ``TritonAttnBackend``. Stand-ins:
@@ -56,7 +56,7 @@ def test_planned_steps_write_the_targets_own_text(engine, monkeypatch, ragged, m
     emitted = sum(map(len, server.texts)) - sum(map(len, prompts))
     assert emitted > 5 * 3 * 1.3
     assert set(server.worker.target_worker.rows) == ({14} if ragged else {3 * N})
-    assert server.worker.target_worker.echo_planner.history.num_steps == 5
+    assert server.worker.target_worker.echo_planner.plan.space.history.num_steps == 5
 
 
 def test_a_narrow_pass_has_the_packed_rows_and_gives_back_uniform_ones(engine):
@@ -119,6 +119,8 @@ def test_with_nothing_asked_for_the_trees_are_eagles_own(engine, monkeypatch):
     module = import_module("sglang.srt.speculative.eagle_worker_v2")
     for name in ("organize_draft_results", "build_eagle_verify_input"):
         monkeypatch.setattr(module, name, getattr(module, name).__wrapped__)
+    worker = module.EagleDraftWorker
+    monkeypatch.setattr(worker, "draft_forward", worker.draft_forward.__wrapped__)
     theirs = Server(Tables(3), prompts)
     for own, own_input in steps:
         result, verified = theirs.step()
@@ -171,7 +173,7 @@ def test_the_forecast_picks_the_graph_set(engine, monkeypatch, tmp_path, seconds
     server.worker.build_adaptive_runtime_state = build
     server.draft.draft_extend_attn_backend = server.draft.draft_runner.draft_attn_backend = None
     server.draft._rebuild_topk1_chain_buffers = server.chain_buffers
-    engine.capture(None, server.worker)
+    engine.capture(lambda _: None, server.worker)
     assert built == [(0, 1), (2, min(n, 3) if topk == 1 else n)]
     widths = [server.step()[1].draft_token_num for _ in range(8)]
     assert (widths[-1] == 1) == off and widths[0] == n
@@ -248,18 +250,18 @@ def test_what_cannot_have_depths_is_said_at_the_start(engine, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(parallel, "pp_size", 2)
         with pytest.raises(echo.EchoError, match="--pp-size: expected 1"):
-            engine.capture(None, server.worker)
+            engine.capture(lambda _: None, server.worker)
     with monkeypatch.context() as patch:
         patch.setattr(type(server.worker), "draft_worker", SimpleNamespace())
         with pytest.raises(echo.EchoError, match="--speculative-algorithm: expected EAGLE"):
-            engine.capture(None, server.worker)
+            engine.capture(lambda _: None, server.worker)
     with monkeypatch.context() as patch:
         patch.setattr(parallel, "attn_dp_enabled", True)
         with pytest.raises(echo.EchoError, match="ECHO_DEPTHS: expected ECHO_COST"):
-            engine.capture(None, server.worker)
+            engine.capture(lambda _: None, server.worker)
     server.worker.adaptive_controller = "SGLang's"
     with pytest.raises(echo.EchoError, match="ECHO_DEPTHS: expected no --speculative-adaptive"):
-        engine.capture(None, server.worker)
+        engine.capture(lambda _: None, server.worker)
 
 
 def test_a_prefill_resets_the_history_of_its_requests(engine):
@@ -274,7 +276,7 @@ def test_a_prefill_resets_the_history_of_its_requests(engine):
     assert engine.before_draft(lambda *_: "prefilled", server.worker, prefill) == "prefilled"
     # A tier that is chosen from an older history leaves the request out.
     assert planner.generation[server.req_pool_indices].tolist() == [1, 0, 0]
-    assert torch.equal(planner.history.generation, planner.generation)
+    assert torch.equal(planner.plan.space.history.generation, planner.generation)
 
 
 def test_plans_are_made_from_two_steps_ago(engine):

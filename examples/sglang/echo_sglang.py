@@ -1,9 +1,10 @@
 """SGLang's EAGLE worker, scheduled by ECHO: trees, and the chains of MTP and EAGLE with topk 1.
 
 Before the draft the scheduler chooses the tier, whose depth picks one of the captured graph sets.
-After it what was drafted is scored, gated and packed, and becomes the verify input. After verify
-the history observes. SGLang samples and accepts; with ``ECHO_RAGGED`` the target's forward pass has
-the packed rows only (:mod:`echo_sglang_ragged`). ``SEAMS`` lists all that is touched.
+In the draft's graph what was drafted is scored, gated and packed (:mod:`echo_sglang_draft`), and
+becomes the verify input. After verify the history observes. SGLang samples and accepts; with
+``ECHO_RAGGED`` the target's forward pass has the packed rows only (:mod:`echo_sglang_ragged`).
+``SEAMS`` lists all that is touched.
 
 Environment; with none of them set nothing is touched:
 
@@ -41,8 +42,7 @@ class Planner:
     """What a worker keeps between steps.
 
     Attributes:
-        scheduler: the policy.
-        history: by ``req_pool_indices``, on the device.
+        plan: buffers of the step's plan, and the history by ``req_pool_indices``, on the device.
         generation: int32 [max_num_reqs], the history's, as the host knows it.
         lagged: histories on their way to the host, oldest first. A step reads that of two steps
             ago, whose copy is over: every rank reads the same one.
@@ -52,8 +52,7 @@ class Planner:
         warmup, logs: the warm-up file, until it is written, and what goes into it.
     """
 
-    scheduler: echo.ElasticBudgetScheduler
-    history: echo.History
+    plan: draft.Plan
     generation: Tensor
     lagged: deque[tuple[echo.History, Any]] = field(default_factory=lambda: deque(maxlen=2))
     depths: tuple[int, ...] = ()
@@ -83,17 +82,23 @@ class Planner:
                 expected = "a policy without a gate, which would bias the log"
                 raise echo.EchoError(f"ECHO_WARMUP: expected {expected}; unset ECHO_CALIBRATION")
             table = target.model_runner.req_to_token_pool.req_to_token
-            history = policy.history(len(table), table.device)
+            plan = draft.Plan(policy, len(table), n, table.device)
             generation = torch.zeros(len(table), dtype=torch.int32)
             file = Path(warmup) if warmup else None
             target.echo_planner = cls(
-                policy, history, generation, depths=(steps,), ragged=ragged.wanted(), warmup=file
+                plan, generation, depths=(steps,), ragged=ragged.wanted(), warmup=file
             )
         return target.echo_planner
 
+    @property
+    def scheduler(self) -> echo.ElasticBudgetScheduler:
+        """The policy."""
+        return self.plan.space.scheduler
+
     def admit(self, batch: Any) -> None:
         """Forgets the requests that had these ``req_pool_indices`` before."""
-        self.history = self.history.reset(batch.req_pool_indices.long())
+        space = self.plan.space
+        space.history = space.history.reset(batch.req_pool_indices.long(), out=space.history)
         ones = torch.ones(len(batch.reqs), dtype=torch.int32)
         self.generation = self.generation.index_add(0, host_indices(batch), ones)
 
@@ -154,8 +159,10 @@ class Planner:
         self, req_indices: Tensor, packed: echo.PackedTree, accepted: echo.tree.Accepted
     ) -> None:
         """Updates the history, and starts its copy to the host."""
-        self.history = self.history.observe(req_indices, packed, accepted)
-        self.lagged.append(to_host(self.history))
+        history = self.plan.space.history
+        history = history.observe(req_indices, packed, accepted, out=history)
+        self.plan.space.history = history
+        self.lagged.append(to_host(history))
 
 
 def scheduler(topk: int, num_steps: int, n: int) -> echo.ElasticBudgetScheduler:
@@ -186,18 +193,18 @@ def host_indices(batch: Any) -> Tensor:
 
 
 def to_host(history: echo.History) -> tuple[echo.History, Any]:
-    """A copy in pinned memory and the event after it; of a history on the host itself and None."""
-    if history.generation.device.type == "cpu":
-        return history, None
+    """A copy, from a GPU in pinned memory, and the event after it; None on the host."""
+    there = history.generation.is_cuda
     parts = {f.name: getattr(history, f.name) for f in fields(history)}
-    tensors = {name: part for name, part in parts.items() if isinstance(part, Tensor)}
-    pinned = {
-        name: torch.empty_like(part, device="cpu", pin_memory=True).copy_(part, non_blocking=True)
-        for name, part in tensors.items()
+    copies = {
+        name: torch.empty_like(part, device="cpu", pin_memory=there).copy_(part, non_blocking=True)
+        for name, part in parts.items()
+        if isinstance(part, Tensor)
     }
-    copied = torch.cuda.Event()
-    copied.record()
-    return replace(history, **pinned), copied
+    copied = torch.cuda.Event() if there else None
+    if copied is not None:
+        copied.record()
+    return replace(history, **copies), copied
 
 
 def gathered(curve: Any, group: Any) -> Any:
@@ -208,14 +215,15 @@ def gathered(curve: Any, group: Any) -> Any:
     return curves.numpy()
 
 
-def capture(_: Any, worker: Any) -> None:
-    """After SGLang captured its graphs: captures those of ``ECHO_DEPTHS``, among which the planner
-    chooses, through the controller that SGLang has for it.
+def capture(original: Any, worker: Any) -> None:
+    """SGLang captures its graphs, with the plan; then those of ``ECHO_DEPTHS``, among which the
+    planner chooses, through the controller that SGLang has for it.
     """
     from sglang.srt.runtime_context import get_parallel
     from sglang.srt.speculative import eagle_worker_v2 as engine
 
     planner, deepest = Planner.of(worker), worker.speculative_num_steps
+    original(worker)
     n, k = worker.speculative_num_draft_tokens, worker.topk
     asked = os.environ.get("ECHO_DEPTHS", "").split(",")
     depths = sorted({int(depth) for depth in asked if depth} - {deepest})
@@ -305,13 +313,15 @@ FLASH = "sglang.srt.layers.attention.flashattention_backend.FlashAttentionBacken
 VERSION = "0.5.23"
 SEAMS: tuple[tuple[str, str, str, Any], ...] = (
     # target, parameters that it must have ("...": these among others), kind of hook, hook
-    (f"{WORKER}.EAGLEWorkerV2.init_cuda_graphs", "self", "after", capture),
+    (f"{WORKER}.EAGLEWorkerV2.init_cuda_graphs", "self", "around", capture),
     (f"{WORKER}.EAGLEWorkerV2.forward_batch_generation", "self batch", "around", before_draft),
     (f"{WORKER}.EAGLEWorkerV2.verify", "self batch", "around", around_verify),
+    (f"{WORKER}.EagleDraftWorker.draft", "self batch", "around", draft.start),
     (f"{WORKER}.EagleDraftWorker.draft_forward", "self forward_batch", "around",
      draft.around_draft),
     (f"{KERNELS}.speculative.topk1.draft_topk1_postprocess", "next_token_logits positions", "after",
      draft.keep_probability),
+    (f"{EXTEND}.capture_one_shape", "self size forward", "around", draft.capture_first),
     (f"{EXTEND}.execute", "self forward_batch select_index", "after", draft.keep_first),
     (f"{EAGLE}.eagle_utils.organize_draft_results",
      "score_list token_list parents_list num_draft_token", "around", draft.keep_candidates),
