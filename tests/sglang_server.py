@@ -34,7 +34,9 @@ REAL += tuple(
     for name in (
         "layers.attention.triton_backend",
         "layers.attention.flashattention_backend",
+        "layers.attention.trtllm_mla_backend",
         "layers.attention.attention_registry",
+        "mem_cache.layout.paged_view",
         "model_executor.input_buffers",
         "model_executor.runner.base_cuda_graph_runner",
         "model_executor.runner.base_runner",
@@ -105,9 +107,17 @@ class TargetWorker:
     def forward_batch_generation(
         self, batch, forward_batch=None, pp_proxy_tensors=None, is_verify=False
     ):
-        info, ids = forward_batch.spec_info, forward_batch.input_ids.long()
+        ids = forward_batch.input_ids.long()
         self.rows.append(len(ids))
         self.pool.token[forward_batch.out_cache_loc] = ids
+        logits = self.forward(forward_batch, ids)
+        self.logits = SimpleNamespace(next_token_logits=logits, hidden_states=None)
+        none = {"routed_experts_output": None, "indexer_topk_output": None}
+        return SimpleNamespace(logits_output=self.logits, **none)
+
+    def forward(self, forward_batch, ids):
+        """Logits of every row."""
+        info = forward_batch.spec_info
         lengths, table = forward_batch.seq_lens, self.model_runner.req_to_token_pool.req_to_token
         slots = table[forward_batch.req_pool_indices]
         last = self.pool.token[slots.gather(1, lengths[:, None] - 1)[:, 0]]
@@ -127,10 +137,7 @@ class TargetWorker:
                 seen = packed.visible()[first:end]
                 self.follow(ids, above, range(first, end), seen, packed.depth, last[b])
             above[int(packed.indptr[-1]) :] = 0
-        logits = self.tables.target(above, ids)
-        self.logits = SimpleNamespace(next_token_logits=logits, hidden_states=None)
-        none = {"routed_experts_output": None, "indexer_topk_output": None}
-        return SimpleNamespace(logits_output=self.logits, **none)
+        return self.tables.target(above, ids)
 
     @staticmethod
     def follow(ids, above, rows, seen, depth, last):
@@ -147,16 +154,16 @@ class ForwardBatch(SimpleNamespace):
     def init_new(cls, batch, runner, **_):
         same = ("forward_mode", "input_ids", "seq_lens", "seq_lens_cpu", "req_pool_indices")
         same += ("out_cache_loc", "spec_info", "sampling_info", "seq_lens_sum")
-        none = ("replace_embeds", "rids_int", "bootstrap_room_ids_int", "extend_seq_lens")
-        none += ("extend_seq_lens_cpu", "mamba_track_indices", "kv_loc_plan", "kv_loc_cols")
+        none = "replace_embeds rids_int bootstrap_room_ids_int extend_seq_lens extend_seq_lens_cpu"
+        none += " mamba_track_indices kv_loc_plan kv_loc_cols out_cache_loc_virtual encoder_lens"
+        none += " attn_attend_prefix_cache"
         positions = getattr(batch.spec_info, "positions", None)
         if positions is None and batch.input_ids is not None:
             positions = torch.zeros_like(batch.input_ids)
         return cls(
             **{name: getattr(batch, name) for name in same}, batch_size=len(batch.seq_lens),
             positions=positions, forward_metadata_ready=False,
-            **dict.fromkeys(none), capture_hidden_mode=0, can_run_decode_cuda_graph=True,
-            out_cache_loc_virtual=None,
+            **dict.fromkeys(none.split()), capture_hidden_mode=0, can_run_decode_cuda_graph=True,
         )  # fmt: skip
 
     def mark_forward_metadata_ready(self):
@@ -310,6 +317,7 @@ def sglang_engine(folder, tmp_path_factory):
                 setattr(utils, f"is_{kind}", lambda *_: False)
             utils.is_xpu, utils.get_device_core_count = lambda: True, lambda *_: 1
             utils.next_power_of_2 = triton.next_power_of_2
+            utils.is_flashinfer_available = lambda: False
             utils.fast_topk = lambda x, k, dim: x.topk(k, dim=dim)
             for kind in ("gathered_buffer", "mlp_sync", "mlp_tp_gather", "attn_tp_gather"):
                 setattr(utils, f"require_{kind}", lambda: False)
