@@ -44,6 +44,7 @@ REAL += tuple(
         "model_executor.runner.shape_key",
         "model_executor.runner_backend.base_cuda_graph_backend",
         "model_executor.runner_backend.full_cuda_graph_backend",
+        "managers.scheduler_components.dp_attn",
         "managers.tp_worker",
     )
 )

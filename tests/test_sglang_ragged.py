@@ -10,7 +10,6 @@ import inspect
 from importlib import import_module
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 
@@ -256,23 +255,35 @@ def test_with_nothing_set_nothing_is_registered(engine, monkeypatch):
     engine.register()
 
 
-def test_curves_are_gathered_on_the_host(engine):
-    store = torch.distributed.HashStore()
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    try:
-        curve = np.arange(4, dtype=np.float32)
-        assert engine.gathered(curve, None).tolist() == [curve.tolist()]
-    finally:
-        torch.distributed.destroy_process_group()
-
-
 def test_idle_ranks_agree_on_the_depth_with_the_busy_ones(engine, monkeypatch):
-    """All read the same gathered curves and switch to the same graph set."""
-    context, curves, tiers = import_module("sglang.srt.runtime_context"), {}, {}
+    """Curves ride in SGLang's own gather, whose columns are as without them; all ranks read the same
+    ones and switch to the same graph set.
+    """
+    sync = import_module("sglang.srt.managers.scheduler_components.dp_attn")
+    modes = import_module("sglang.srt.model_executor.forward_batch_info").ForwardMode
     parallel = SimpleNamespace(
-        attn_dp_enabled=True, pp_size=1, tp_group=SimpleNamespace(cpu_group="cpu")
-    )
+        attn_dp_enabled=True, pp_size=1, num_dp_ranks=3, attn_tp_size=1, attn_cp_size=1, dwdp_size=1,
+        tp_group=SimpleNamespace(cpu_group="cpu", active_ranks_cpu=torch.ones(3)),
+    )  # fmt: skip
+    monkeypatch.setattr(sync, "get_parallel", lambda: parallel)
+    context = import_module("sglang.srt.runtime_context")
     monkeypatch.setattr(context, "get_parallel", lambda: parallel)
+    monkeypatch.setattr(sync, "_ENABLE_METRICS_DP_ATTENTION", False)
+    monkeypatch.setattr(sync, "world_dp_gather_enabled", lambda: False)
+    off = SimpleNamespace(get=lambda: False)
+    monkeypatch.setattr(sync, "envs", SimpleNamespace(
+        SGLANG_SCHEDULER_SKIP_ALL_GATHER=off, SGLANG_ENABLE_DP_SPEC_PREFILL_COORDINATION=off,
+        SGLANG_NCCL_ALL_GATHER_IN_OVERLAP_SCHEDULER_SYNC_BATCH=off,
+    ))  # fmt: skip
+    local = SimpleNamespace(
+        prepare_all_gather=lambda _: (1, 0), compute_output=lambda _: (None, None)
+    )
+    monkeypatch.setattr(sync, "TboDPAttentionPreparer", lambda: local)
+    for name in ("_decode_total_seq_lens", "_local_decode_cuda_graph_vote"):
+        monkeypatch.setattr(sync, name, lambda *_, **__: 1)
+    monkeypatch.setattr(sync, "_local_prefill_cuda_graph_vote", lambda **_: True)
+    monkeypatch.setattr(sync, "check_cuda_graph_backend", lambda *_: False)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda _: 2)
     policy = echo.ElasticBudgetScheduler(
         echo.GlobalRank(1), budget=echo.CostModel((1, 64), (1.0, 2.0)), max_depth=4,
         max_verify_tokens_per_req=5,
@@ -280,7 +291,15 @@ def test_idle_ranks_agree_on_the_depth_with_the_busy_ones(engine, monkeypatch):
     requests = lambda count: [
         SimpleNamespace(kv=SimpleNamespace(req_pool_idx=i)) for i in range(count)
     ]
-    batches = [SimpleNamespace(reqs=requests(count)) for count in (6, 0, 2)]
+
+    def batch_of(count, mode):
+        return SimpleNamespace(
+            reqs=requests(count), forward_mode=mode, batch_size=lambda: count, spec_info=None,
+            seq_lens_sum=10 * count,
+        )  # fmt: skip
+
+    idle = batch_of(0, modes.IDLE)
+    batches = [batch_of(6, modes.DECODE), None, batch_of(2, modes.DECODE)]
     ranks = [
         engine.Planner(
             engine.draft.Plan(policy, 8, 5, "cpu"),
@@ -289,22 +308,45 @@ def test_idle_ranks_agree_on_the_depth_with_the_busy_ones(engine, monkeypatch):
         )
         for _ in batches
     ]
-    for turn in ("ask", "answer"):
-        for rank, (planner, batch) in enumerate(zip(ranks, batches, strict=True)):
-            monkeypatch.setattr(torch.distributed, "get_rank", lambda _, own=rank: own)
+    rows: dict[int, torch.Tensor] = {}
 
-            def gathered(curve, group, own=rank, turn=turn):
-                assert group == "cpu"
-                curves[own] = curve
-                return np.stack([curves.get(r, curve) for r in range(3)])
+    def all_gather(flat, row, group):
+        assert group == "cpu"
+        rows[parallel.tp_rank] = row.clone()
+        flat.copy_(torch.cat([rows.get(rank, row) for rank in range(3)]))
 
-            monkeypatch.setattr(engine, "gathered", gathered)
-            planner.choose_tier(batch)
-            tiers[rank] = planner.tier, planner.get_steps_for_batch(len(batch.reqs))
-    assert (
-        len({tier for tier, _ in tiers.values()}) == 1 and len({d for _, d in tiers.values()}) == 1
-    )
-    assert tiers[1][1] > 0
+    monkeypatch.setattr(sync, "all_gather_single", all_gather)
+
+    def step(depths):
+        """All ranks' tiers: each asks, then each reads what all have asked."""
+        rows.clear()
+        for reads in (False, True):
+            for parallel.tp_rank, (planner, batch) in enumerate(zip(ranks, batches, strict=True)):
+                planner.depths = depths
+                runner = SimpleNamespace(
+                    echo_planner=planner, spec_algorithm=None, model_config=None
+                )
+                ready = sync.prepare_mlp_sync_batch_raw(
+                    batch, model_runner=runner, get_idle_batch=lambda: idle,
+                    disable_cuda_graph=False, require_mlp_tp_gather=True,
+                    disable_overlap_schedule=False, offload_tags=set(),
+                )  # fmt: skip
+                if reads:
+                    assert ready.global_num_tokens == [6, 0, 2]
+                    assert ready.can_run_dp_draft_cuda_graph and not ready.is_extend_in_batch
+                    planner.choose_tier(ready)
+                    yield planner.tier.depth, planner.get_steps_for_batch(len(ready.reqs))
+
+    agreed = set(step((0, 2, 4)))
+    assert len(agreed) == 1 and agreed.pop()[1] > 0
+    widths, curves = {len(row) for row in rows.values()}, ranks[0].curves
+    assert len(widths) == 1 and 11 < widths.pop() <= 11 + 128  # at most 1 kB behind SGLang's own
+    bits = lambda curve: curve.contiguous().view(torch.int32)  # NaN: nothing known yet
+    assert all(torch.equal(bits(planner.curves), bits(curves)) for planner in ranks)
+    assert torch.equal(bits(curves[2]), bits(ranks[2].curve))
+    assert curves[:, 1].tolist() == [6, 0, 2]
+    list(step((4,)))  # with one depth nothing rides along
+    assert {len(row) for row in rows.values()} == {11}
 
 
 def test_what_a_registered_algorithm_lacks_is_what_the_page_says(engine):

@@ -48,6 +48,8 @@ class Planner:
             ago, whose copy is over: every rank reads the same one.
         depths: with a captured graph set, ascending.
         tier: of this step.
+        curve, curves: what drafting would bring this rank, float32 [n], and all, [ranks, n], as
+            SGLang's gather of their batches has brought them.
         ragged: the target verifies packed rows instead of n for every request.
         warmup, logs: the warm-up file, until it is written, and what goes into it.
     """
@@ -57,6 +59,8 @@ class Planner:
     lagged: deque[tuple[echo.History, Any]] = field(default_factory=lambda: deque(maxlen=2))
     depths: tuple[int, ...] = ()
     tier: echo.budget.Tier | None = None
+    curve: Tensor | None = None
+    curves: Tensor | None = None
     ragged: bool = False
     warmup: Path | None = None
     logs: list[echo.WarmupLog] = field(default_factory=list)
@@ -88,6 +92,7 @@ class Planner:
             target.echo_planner = cls(
                 plan, generation, depths=(steps,), ragged=ragged.wanted(), warmup=file
             )
+            target.model_runner.echo_planner = target.echo_planner
         return target.echo_planner
 
     @property
@@ -102,25 +107,26 @@ class Planner:
         ones = torch.ones(len(batch.reqs), dtype=torch.int32)
         self.generation = self.generation.index_add(0, host_indices(batch), ones)
 
+    def known(self) -> echo.History:
+        """The history of two steps ago, on the host."""
+        if not self.lagged:
+            return self.scheduler.history(len(self.generation))
+        history, copied = self.lagged[0]
+        if copied is not None:
+            copied.synchronize()
+        return history.without_stale(self.generation)
+
     def choose_tier(self, batch: Any) -> None:
         """Chooses the step's tier; with attention data parallelism all ranks choose together."""
         from sglang.srt.runtime_context import get_parallel
 
-        empty = self.scheduler.history(len(self.generation)), None
-        history, copied = self.lagged[0] if self.lagged else empty
-        if copied is not None:
-            copied.synchronize()
-        known, requests = history.without_stale(self.generation), host_indices(batch)
         context = getattr(batch, "seq_lens_sum", None)
         if get_parallel().attn_dp_enabled and len(self.depths) > 1:
-            group = get_parallel().tp_group.cpu_group
-            curves = gathered(
-                self.scheduler.tier_curve(known, requests, context_tokens=context), group
-            )
-            rank = torch.distributed.get_rank(group)
-            self.tier = self.scheduler.agree_on_tier(curves, rank)
+            rank = get_parallel().tp_rank
+            self.tier = self.scheduler.agree_on_tier(self.curves.numpy(), rank)
         else:
-            self.tier = self.scheduler.choose_tier(known, requests, context_tokens=context)
+            requests = host_indices(batch)
+            self.tier = self.scheduler.choose_tier(self.known(), requests, context_tokens=context)
 
     def num_rows(self, target: Any, batch: int, n: int) -> int | None:
         """Packed rows that the step's pass has; None: it has all B * n."""
@@ -207,18 +213,43 @@ def to_host(history: echo.History) -> tuple[echo.History, Any]:
     return replace(history, **copies), copied
 
 
-def gathered(curve: Any, group: Any) -> Any:
-    """Every rank's ``curve`` float32 [n], on the host: [ranks, n]."""
-    own = torch.from_numpy(curve)
-    curves = own.new_empty(torch.distributed.get_world_size(group), len(own))
-    torch.distributed.all_gather(list(curves.unbind()), own, group=group)
-    return curves.numpy()
+voting: Planner | None = None
+"""Whose curve rides in SGLang's next gather of what its data-parallel ranks run."""
+
+
+def before_gather(local_batch: Any, model_runner: Any, *_: Any, **__: Any) -> None:
+    """Before that gather: this rank's curve, which is that of no requests unless it decodes."""
+    global voting  # noqa: PLW0603
+    planner = getattr(model_runner, "echo_planner", None)
+    voting = planner if planner is not None and len(planner.depths) > 1 else None
+    if voting is not None:
+        decodes = local_batch is not None and local_batch.forward_mode.is_decode()
+        requests = host_indices(local_batch) if decodes else torch.empty(0, dtype=torch.int64)
+        context = getattr(local_batch, "seq_lens_sum", None) if decodes else 0
+        curve = voting.scheduler.tier_curve(voting.known(), requests, context_tokens=context)
+        voting.curve = torch.from_numpy(curve)
+
+
+def gather(original: Any, global_flat: Tensor, local_row: Tensor, group: Any) -> None:
+    """SGLang's gather of an int64 row of each rank, with the curve's bits behind the row."""
+    if voting is None:
+        return original(global_flat, local_row, group=group)
+    size, width = len(voting.curve), len(local_row)
+    bits = torch.nn.functional.pad(voting.curve, (0, size % 2)).view(torch.int64)
+    row = torch.cat([local_row, bits.to(local_row.device)])
+    rows = row.new_empty(len(global_flat) // width, len(row))
+    original(rows.view(-1), row, group=group)
+    global_flat.copy_(rows[:, :width].flatten())
+    voting.curves = rows[:, width:].cpu().contiguous().view(torch.float32)[:, :size]
+    return None
 
 
 def capture(original: Any, worker: Any) -> None:
     """SGLang captures its graphs, with the plan; then those of ``ECHO_DEPTHS``, among which the
     planner chooses, through the controller that SGLang has for it.
     """
+    from sglang.srt.layers.dp_attention import world_dp_gather_enabled
+    from sglang.srt.managers.scheduler_components.dp_attn import should_skip_scheduler_all_gather
     from sglang.srt.runtime_context import get_parallel
     from sglang.srt.speculative import eagle_worker_v2 as engine
 
@@ -231,8 +262,12 @@ def capture(original: Any, worker: Any) -> None:
         return
     if worker.adaptive_controller is not None:
         raise echo.EchoError("ECHO_DEPTHS: expected no --speculative-adaptive, got both; drop one")
-    if get_parallel().attn_dp_enabled and not isinstance(planner.scheduler.budget, echo.CostModel):
-        raise echo.EchoError("ECHO_DEPTHS: expected ECHO_COST with attention data parallelism")
+    if get_parallel().attn_dp_enabled:
+        if not isinstance(planner.scheduler.budget, echo.CostModel):
+            raise echo.EchoError("ECHO_DEPTHS: expected ECHO_COST with attention data parallelism")
+        if should_skip_scheduler_all_gather(2) or world_dp_gather_enabled():
+            expected = "SGLang's gather of data-parallel ranks within one group"
+            raise echo.EchoError(f"ECHO_DEPTHS: expected {expected}, got none; unset it")
     controller = engine.AdaptiveController(worker, planner)
     scopes = engine.speculative_moe_backend_context, engine.speculative_moe_a2a_backend_context
     for depth in depths:
@@ -306,6 +341,7 @@ def accept(packed: echo.PackedTree, result: Any, n: int) -> echo.tree.Accepted:
 
 EAGLE, RUN = "sglang.srt.speculative", "sglang.srt.model_executor.runner.decode_cuda_graph_runner"
 WORKER, TARGET = f"{EAGLE}.eagle_worker_v2", "sglang.srt.managers.tp_worker.TpModelWorker"
+SYNC = "sglang.srt.managers.scheduler_components.dp_attn"
 GRAPHS, KERNELS = f"{RUN}.DecodeCudaGraphRunner", "sglang.kernels.ops"
 EXTEND = f"{EAGLE}.eagle_draft_extend_cuda_graph_runner.EAGLEDraftExtendCudaGraphRunner"
 FLASH = "sglang.srt.layers.attention.flashattention_backend.FlashAttentionBackend"
@@ -334,7 +370,10 @@ SEAMS: tuple[tuple[str, str, str, Any], ...] = (
     (f"{EAGLE}.spec_info.SpeculativeAlgorithm.supports_ragged_verify", "self", "around",
      ragged.supports),
     (f"{GRAPHS}.get_spec_info", "self num_tokens", "after", ragged.capture_layout),
+    (f"{SYNC}.prepare_mlp_sync_batch_raw", "... local_batch model_runner", "before", before_gather),
+    (f"{SYNC}.exchange_sync_rows", "global_flat local_row group", "around", gather),
     # called
+    (f"{SYNC}.should_skip_scheduler_all_gather", "num_dp_ranks", "", None),
     (f"{WORKER}.EAGLEWorkerV2.build_adaptive_runtime_state",
      "self speculative_num_steps speculative_num_draft_tokens", "", None),
     (f"{EAGLE}.adaptive_runtime_state.AdaptiveController", "worker policy", "", None),
