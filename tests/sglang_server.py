@@ -174,6 +174,8 @@ class ForwardBatch(SimpleNamespace):
 class Server:
     """A batch that decodes through ``EAGLEWorkerV2.forward_batch_generation``."""
 
+    logit_bias = None
+
     def __init__(self, tables, texts, mask=None, topk=TOPK, steps=STEPS):
         module = import_module("sglang.srt.speculative.eagle_worker_v2")
         self.modes, self.texts = module.ForwardMode, [list(text) for text in texts]
@@ -257,7 +259,7 @@ class Server:
         info = module.EagleDraftInput(**vars(self.state))
         sampling = SimpleNamespace(
             is_all_greedy=True, acc_additive_penalties=None, acc_scaling_penalties=None,
-            logit_bias=None, has_watermark_candidates=False,
+            logit_bias=self.logit_bias, has_watermark_candidates=False,
         )  # fmt: skip
         batch = SimpleNamespace(
             forward_mode=self.modes.DECODE, is_extend_in_batch=False, spec_info=info,

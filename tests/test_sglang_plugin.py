@@ -36,19 +36,32 @@ pytestmark = pytest.mark.peers
 
 
 @pytest.mark.parametrize(
-    ("ragged", "mask"), [(False, None), (False, "FULL_MASK"), (False, "QLEN_ONLY"), (True, None)]
+    ("ragged", "mask", "biased"),
+    [
+        (False, None, False),
+        (False, "FULL_MASK", False),
+        (False, "QLEN_ONLY", False),
+        (True, None, False),
+        (True, None, True),
+    ],
 )
-def test_planned_steps_write_the_targets_own_text(engine, monkeypatch, ragged, mask):
+def test_planned_steps_write_the_targets_own_text(engine, monkeypatch, ragged, mask, biased):
+    """Logits of a packed pass are spread over n rows a request only where more than their argmax
+    is read.
+    """
     monkeypatch.setenv("ECHO_VERIFY_TOKENS", "14")
     monkeypatch.setenv("ECHO_RAGGED", str(int(ragged)))
     tables, prompts = Tables(7), texts(1, 3)
     server = Server(tables, prompts, mask)
+    server.logit_bias = torch.zeros(3, VOCAB) if biased else None
     for _ in range(5):
         result, verified = server.step()
         packed, logits = verified.echo_packed, server.worker.target_worker.logits.next_token_logits
         packed.validate(max_verify_tokens_per_req=N)
-        ours = echo.accept(packed, logits=layouts.unpad(packed, logits.view(3, N, VOCAB)))
-        theirs = engine.accept(packed, result, N)
+        wide = biased or not ragged
+        assert len(logits) == (3 * N if wide else 14)
+        own = layouts.unpad(packed, logits.view(3, N, VOCAB)) if wide else logits
+        ours, theirs = echo.accept(packed, logits=own), engine.accept(packed, result, N)
         for name in ("tokens", "rows", "num_emitted", "bonus"):
             assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
     for text, prompt in zip(server.texts, prompts, strict=True):
@@ -100,14 +113,16 @@ def test_a_narrow_pass_has_the_packed_rows_and_gives_back_uniform_ones(engine):
     assert seen == [(rows, rows)] and batch.spec_info is info
     assert batch.out_cache_loc.tolist() == [slot for each in slots for slot in each]
     own = torch.arange(packed.num_rows)
-    output = SimpleNamespace(next_token_logits=own[:, None], hidden_states=None)
-    result = SimpleNamespace(logits_output=output)
-    ragged.widen(result, None, batch=None, forward_batch=SimpleNamespace(spec_info=rows))
-    logits = output.next_token_logits.view(3, n)
+    output = SimpleNamespace(next_token_logits=own[:, None], hidden_states=2 * own[:, None])
+    batch.sampling_info, batch.return_logprob = SimpleNamespace(
+        acc_additive_penalties=None, acc_scaling_penalties=None, logit_bias=None,
+        has_watermark_candidates=False, is_all_greedy=False,
+    ), False  # fmt: skip
+    sampled = ragged.sample(lambda _, __, output, *___: output, info, batch, output)
+    logits, hidden = sampled.next_token_logits.view(3, n), sampled.hidden_states.view(3, n)
     for b, (first, end) in enumerate(packed.indptr.unfold(0, 2, 1).tolist()):
         assert logits[b, : end - first].tolist() == list(range(first, end))
-    ragged.widen(result, None, batch, None, None, False)  # a prefill, as SGLang may call it
-    assert output.next_token_logits.shape == (27, 1)
+        assert torch.equal(hidden, 2 * logits)
 
 
 def test_with_nothing_asked_for_the_trees_are_eagles_own(engine, monkeypatch):

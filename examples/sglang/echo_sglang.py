@@ -340,7 +340,7 @@ def accept(packed: echo.PackedTree, result: Any, n: int) -> echo.tree.Accepted:
 
 
 EAGLE, RUN = "sglang.srt.speculative", "sglang.srt.model_executor.runner.decode_cuda_graph_runner"
-WORKER, TARGET = f"{EAGLE}.eagle_worker_v2", "sglang.srt.managers.tp_worker.TpModelWorker"
+WORKER = f"{EAGLE}.eagle_worker_v2"
 SYNC = "sglang.srt.managers.scheduler_components.dp_attn"
 GRAPHS, KERNELS = f"{RUN}.DecodeCudaGraphRunner", "sglang.kernels.ops"
 EXTEND = f"{EAGLE}.eagle_draft_extend_cuda_graph_runner.EAGLEDraftExtendCudaGraphRunner"
@@ -366,7 +366,8 @@ SEAMS: tuple[tuple[str, str, str, Any], ...] = (
      "num_steps num_draft_tokens tree_mask_mode device", "around", draft.after_draft),
     (f"{EAGLE}.eagle_utils.eagle_prepare_for_verify",
      "verify_input req_to_token_pool batch target_worker", "around", ragged.prepare),
-    (f"{TARGET}.forward_batch_generation", "self batch forward_batch", "after", ragged.widen),
+    (f"{EAGLE}.eagle_utils.eagle_sample", "verify_input batch logits_output grammar_mask", "around",
+     ragged.sample),
     (f"{EAGLE}.spec_info.SpeculativeAlgorithm.supports_ragged_verify", "self", "around",
      ragged.supports),
     (f"{GRAPHS}.get_spec_info", "self num_tokens", "after", ragged.capture_layout),
@@ -386,6 +387,9 @@ SEAMS: tuple[tuple[str, str, str, Any], ...] = (
      "verify_lens graph_num_tokens", "", None),
     (f"{EAGLE}.ragged_verify.round_up_grid", "total grid", "", None),
     (f"{GRAPHS}._capture_ragged_verify_layout", "self num_tokens", "", None),
+    (f"{KERNELS}.speculative.spec_tree.verify_tree_greedy_func",
+     "predicts accept_index accept_token_num candidates retrieve_index retrieve_next_token "
+     "retrieve_next_sibling target_predict topk", "", None),
     ("sglang.srt.layers.attention.attention_registry.register_attention_backend", "name", "", None),
     (f"{FLASH}.init_cuda_graph_state", "self max_bs max_num_tokens", "", None),
     (f"{FLASH}.init_forward_metadata_out_graph", "self forward_batch in_capture", "", None),
