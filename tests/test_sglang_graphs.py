@@ -281,6 +281,27 @@ def test_draft_extend_scores_the_next_chains_first_token_in_its_graph(captured, 
     assert server.draft.draft_runner.model.forward.__name__ == "forward"
 
 
+@pytest.mark.parametrize(("topk", "steps"), [(1, 12), (TOPK, STEPS)])
+def test_long_texts_through_the_graphs_are_the_targets_own(captured, monkeypatch, topk, steps):
+    """Of unequal lengths, with the budget's rows; twelve steps are twelve."""
+    eagle = import_module("sglang.srt.speculative.eagle_worker_v2")
+    monkeypatch.setattr(eagle, "_is_cuda", topk == 1)
+    monkeypatch.setenv("ECHO_VERIFY_TOKENS", "24")
+    monkeypatch.setenv("ECHO_RAGGED", "1")
+    tables, prompts = Tables(5), texts(4, 3)
+    tables.last *= 3  # drafts that are sure of themselves
+    server = Server(tables, prompts, topk=topk, steps=steps)
+    captured(server)
+    deepest = 0
+    while max(map(len, server.texts)) < 120:
+        packed = server.step()[1].echo_packed
+        deepest = max(deepest, int(packed.depth.max()))
+    for text, prompt in zip(server.texts, prompts, strict=True):
+        assert text == tables.greedy(prompt, len(text) - len(prompt))
+    assert set(server.worker.target_worker.rows) == {24}
+    assert deepest == steps or topk > 1
+
+
 def test_ranks_follow_rank_0_inside_their_graphs(captured, monkeypatch):
     """Its plan reaches the captured buffers of a rank whose drafter says otherwise."""
     group, wire = import_module("sglang.srt.runtime_context").get_parallel().tp_group, []
