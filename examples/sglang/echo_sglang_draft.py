@@ -7,7 +7,9 @@ n = ``draft_token_num``.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import echo_sglang_ragged as ragged
@@ -48,8 +50,9 @@ class Plan:
         self.space.set_num_verify_tokens(max(1, num_verify_tokens))
 
     def draw(
-        self, parents: Tensor | None, scores: Tensor, tokens: Tensor, depth: int, n: int
-    ) -> None:
+        self, parents: Tensor | None, scores: Tensor, tokens: Tensor, depth: int, n: int,
+        sync: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:  # fmt: skip
         """Grows and packs what is drafted already, gates and commits included.
 
         Lanes beyond the step's requests are empty.
@@ -61,10 +64,9 @@ class Plan:
                 of chains each draft's own, given those before it.
             depth: layers to grow.
             n: rows of a request at most.
+            sync: brings rank 0's plan, which all tensor-parallel ranks follow.
         """
-        from sglang.srt.runtime_context import get_parallel
-
-        space, roots, group = self.space, self.roots[: len(tokens)], get_parallel().tp_group
+        space, roots = self.space, self.roots[: len(tokens)]
         live, limits = self.lane[: len(roots)] < self.batch, torch.full_like(roots, n)
         tree = space.begin(roots, live=live, verify_limits=limits)
         log = scores.float().clamp(min=torch.finfo(torch.float32).tiny).log()
@@ -83,8 +85,7 @@ class Plan:
                 log_probs = torch.where(follows.any(dim=-1, keepdim=True), log_probs, -torch.inf)
                 tree = space.grow(tree, tokens.gather(1, below).view(log_probs.shape), log_probs)
                 node = below.gather(1, tree.frontier.index)
-        sync = None if group.world_size == 1 else lambda buffer: group.broadcast(buffer, src=0)
-        packed = space.pack(tree, len(roots) * n, sync=sync)  # rank 0's, which all ranks follow
+        packed = space.pack(tree, len(roots) * n, sync=sync)
         if depth not in self.drawn or packed.batch > self.drawn[depth].batch:
             self.drawn[depth] = packed
 
@@ -113,6 +114,8 @@ def start(original: Any, worker: Any, batch: Any, **kwargs: Any) -> Any:
 def around_draft(original: Any, worker: Any, forward_batch: Any) -> Any:
     """Between SGLang's draft steps and its verify input, in its draft graph: the plan."""
     global columns  # noqa: PLW0603
+    from sglang.srt.runtime_context import get_parallel
+
     planner = getattr(worker.target_worker, "echo_planner", None)
     if planner is None or forward_batch.forward_mode.is_idle():
         return original(worker, forward_batch)
@@ -126,8 +129,10 @@ def around_draft(original: Any, worker: Any, forward_batch: Any) -> Any:
         parents, scores = None, torch.cat(own, dim=1).clamp(max=1.0)
         missing = tokens.shape[1] - scores.shape[1]
         scores = torch.nn.functional.pad(scores, (0, missing), value=1.0)  # unsaid: sure
-    n = worker.speculative_num_draft_tokens
-    planner.plan.draw(parents, scores, tokens, worker.speculative_num_steps, n)
+    depth, n = worker.speculative_num_steps, worker.speculative_num_draft_tokens
+    group = get_parallel().tp_group
+    sync = None if group.world_size == 1 else partial(group.broadcast, src=0)
+    planner.plan.draw(parents, scores, tokens, depth, n, sync)
     return drafted
 
 
