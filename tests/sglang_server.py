@@ -292,6 +292,40 @@ class Server:
         return result, seen[0]
 
 
+def runner_of(server, bs=(1, 2, 4), width=None):
+    """SGLang's decode graph runner as it decides: what it would replay is its last key."""
+    module = import_module("sglang.srt.model_executor.runner.decode_cuda_graph_runner")
+    steps = server.draft.speculative_num_steps
+    width = width or steps + 1
+    runner = object.__new__(module.DecodeCudaGraphRunner)
+    target = server.worker.target_worker.model_runner
+    target.is_draft_worker = False
+    spec = import_module("sglang.srt.speculative.spec_info").SpeculativeAlgorithm
+    target.spec_algorithm = spec.EAGLE
+    vars(runner).update(
+        ragged_verify_mode=True, capture_bs=list(bs), max_bs=max(bs), captured_req_width=width,
+        attn_backend=target.attn_backend, model_runner=target, require_mlp_sync=False,
+        is_encoder_decoder=False, capture_hidden_mode=0, _captured_ragged_layouts={},
+        device="cpu", replayed=[], speculative_num_steps=steps,
+        speculative_num_draft_tokens=width, buffers=SimpleNamespace(custom_mask=None),
+    )  # fmt: skip
+    target.model_config.hidden_size, target.dtype, target.device = 4, torch.float32, "cpu"
+    runner.capture_num_tokens = runner._build_ragged_verify_token_buckets()
+
+    def load_batch(batch):
+        layout = import_module("sglang.srt.speculative.ragged_verify").resolve_ragged_verify_layout(
+            batch
+        )
+        key = runner._ragged_graph_num_tokens(layout.graph_num_tokens)
+        assert key == layout.graph_num_tokens == len(batch.input_ids) == len(batch.out_cache_loc)
+        runner._stage_ragged_verify_layout(layout, key)
+        runner.replayed.append(key)
+
+    runner.load_batch = load_batch
+    target.decode_cuda_graph_runner = runner
+    return runner
+
+
 def texts(seed, count):
     generator = torch.Generator().manual_seed(seed)
     sizes = [4 + 3 * b for b in range(count)]

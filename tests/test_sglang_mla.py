@@ -1,7 +1,8 @@
 """A DeepSeek-V3 model verifies the plugin's chains in SGLang, without a GPU.
 
 Real, from the wheel: ``EAGLEWorkerV2``, the MLA halves of ``FlashAttentionBackend`` and
-``TRTLLMMLABackend``, their metadata and page tables, and the Triton kernels that pad queries. Real,
+``TRTLLMMLABackend``, their metadata, captured or not, and page tables, the runner's tiers, slots and
+layouts, and the Triton kernels that pad queries. Real,
 from transformers: the model (tiny, random weights, a mixture of experts), whose own generation is
 the reference. In between latents are absorbed and cached in pages as engines do. The two attention
 kernels are references in torch, called as the wheel calls them.
@@ -9,17 +10,22 @@ kernels are references in torch, called as the wheel calls them.
 
 from __future__ import annotations
 
+import copy
 import inspect
 from importlib import import_module
 from itertools import pairwise
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
+from echo.testing.graphs import Recording
 from sglang_server import (
     VOCAB,
     Server,
+    runner_of,
     sglang_engine,  # noqa: F401
     sglang_folder,  # noqa: F401
     texts,
@@ -41,7 +47,7 @@ def model():
         qk_nope_head_dim=NOPE, v_head_dim=VALUE, max_position_embeddings=LENGTH,
         initializer_range=0.3, eos_token_id=None, bos_token_id=None, pad_token_id=None,
     )  # fmt: skip
-    return transformers.DeepseekV3ForCausalLM(config).eval()
+    return transformers.DeepseekV3ForCausalLM(config).eval().requires_grad_(False)
 
 
 def generated(model, text, count):
@@ -126,14 +132,16 @@ class Target:
         self.cache[layer.layer_id, slots] = torch.cat([latent, key], dim=-1)
 
     def run(self, ids, positions, attend):
-        layers = self.model.model.layers
+        model, layers = self.model.model, self.model.model.layers
         try:
             for layer in layers:
                 layer.self_attn.forward = absorbed(attend).__get__(layer.self_attn)
             with torch.no_grad():
-                return self.model(ids[None], position_ids=positions[None], use_cache=False).logits[
-                    0
-                ]
+                hidden = model.embed_tokens(ids)[None]
+                turns = model.rotary_emb(hidden, positions[None])
+                for layer in layers:
+                    hidden = layer(hidden, position_embeddings=turns)
+                return self.model.lm_head(model.norm(hidden))[0]
         finally:
             for layer in layers:
                 del layer.self_attn.forward
@@ -150,7 +158,9 @@ class Target:
     def verify(self, forward_batch, ids):
         """SGLang's pass: its metadata, then its ``forward_extend`` in every layer."""
         self.backend.init_forward_metadata(forward_batch)
+        return self.forward(forward_batch, ids)
 
+    def forward(self, forward_batch, ids):
         def attend(module, q_latent, q_rope, latent, key):
             layer = SimpleNamespace(
                 layer_id=module.layer_idx, tp_q_head_num=HEADS, tp_k_head_num=1, tp_v_head_num=1,
@@ -165,6 +175,72 @@ class Target:
         return self.run(ids, forward_batch.positions, attend)
 
 
+class Captured:
+    """The target's pass in one recorded graph for each tier of rows, as SGLang's runner would have
+    it: the runner's tiers, slots and layouts, and the backend's own captured metadata.
+    """
+
+    def __init__(self, target, runner):
+        self.target, self.runner, self.graphs = target, runner, {}
+        target.backend.init_cuda_graph_state(runner.max_bs, max(runner.capture_num_tokens))
+
+    def verify(self, forward_batch, ids):
+        rows = forward_batch.spec_info.ragged_verify_layout.graph_num_tokens
+        if rows not in self.graphs:
+            self.graphs[rows] = self.capture(rows, forward_batch)
+            layout = forward_batch.spec_info.ragged_verify_layout  # staged already from then on
+            self.runner._stage_ragged_verify_layout(layout, rows)
+        static, recording, logits = self.graphs[rows]
+        static.seq_lens.fill_(1)
+        static.req_pool_indices.zero_()
+        for name in ("input_ids", "positions", "out_cache_loc", "seq_lens", "req_pool_indices"):
+            value = getattr(forward_batch, name)
+            getattr(static, name)[: len(value)].copy_(value)
+        live = copy.copy(static)
+        live.spec_info = forward_batch.spec_info
+        self.target.backend.init_forward_metadata_out_graph(live)
+        recording.replay()
+        return logits.clone()
+
+    def capture(self, rows, like):
+        slots = self.runner._ragged_capture_slots(rows)
+        static = copy.copy(like)
+        vars(static).update(
+            batch_size=slots, spec_info=self.runner.get_spec_info(rows), seq_lens_cpu=None,
+            seq_lens=torch.ones(slots, dtype=torch.int64),
+            req_pool_indices=torch.zeros(slots, dtype=torch.int64),
+            **{name: torch.zeros(rows, dtype=torch.int64)
+               for name in ("input_ids", "positions", "out_cache_loc")},
+        )  # fmt: skip
+        backend = self.target.backend
+        backend.init_forward_metadata_out_graph(static, in_capture=True)
+        with Recording() as recording, recording.launches():
+            Attention.recording = recording
+            backend.init_forward_metadata_in_graph(static)
+            logits = self.target.forward(static, static.input_ids)
+            Attention.recording = None
+        return static, recording, logits
+
+
+class Attention:
+    """A kernel's reference, which reads on the host: in a recording one operation."""
+
+    recording: ClassVar[Recording | None] = None
+
+    def __init__(self, kernel):
+        self.kernel = kernel
+
+    def __call__(self, **given):
+        recording = Attention.recording
+        if recording is None:
+            return self.kernel(**given)
+        with _disable_current_modes():
+            out = self.kernel(**given).nan_to_num()
+        again = lambda: out.copy_(self.kernel(**given).nan_to_num())
+        recording._steps.append(again)
+        return out
+
+
 @pytest.fixture
 def serve(engine, model, monkeypatch):
     """A server of three MTP-like chains whose target is the model, on one of SGLang's backends."""
@@ -177,15 +253,16 @@ def serve(engine, model, monkeypatch):
         monkeypatch.setattr(
             locations, name, lambda batch, *_, **__: batch.out_cache_loc, raising=False
         )
-    still = SimpleNamespace(is_translating=False)
+    still = SimpleNamespace(is_translating=False, reads_are_translated=False)
 
     def flash(table, page_size):
         module = import_module("sglang.srt.layers.attention.flashattention_backend")
         attention = import_module("sglang.kernels.ops.attention.flash_attention")
         signature = inspect.signature(attention.flash_attn_with_kvcache)
         kernel = lambda **given: fa3(**signature.bind(**given).arguments)
-        monkeypatch.setattr(module, "flash_attn_with_kvcache", kernel)
+        monkeypatch.setattr(module, "flash_attn_with_kvcache", Attention(kernel))
         monkeypatch.setattr(module, "is_cp_active", lambda _: False)
+        monkeypatch.setattr(module, "maybe_create_verify_mask", lambda **_: None)
         paged = import_module("sglang.srt.mem_cache.layout.paged_view").paged_view
         monkeypatch.setattr(module, "paged_view", paged)
         backend = object.__new__(module.FlashAttentionBackend)
@@ -194,15 +271,16 @@ def serve(engine, model, monkeypatch):
                "is_draft_runner", "fa_skip_kv_cache", "kv_cache_is_mxfp8")  # fmt: skip
         vars(backend).update(
             none, **dict.fromkeys(off, False), use_mla=True, fa_impl_ver=3, topk=1, num_splits=0,
-            speculative_num_steps=STEPS, speculative_step_id=0, kv_cache_dtype_str="auto",
+            speculative_num_steps=STEPS, speculative_step_id=0, max_num_pages=LENGTH // page_size, kv_cache_dtype_str="auto",
             req_to_token_pool=SimpleNamespace(req_to_token=table), speculative_num_draft_tokens=STEPS + 1,
         )  # fmt: skip
         return backend
 
     def blackwell(table, page_size):
         module = import_module("sglang.srt.layers.attention.trtllm_mla_backend")
-        decode = SimpleNamespace(trtllm_batch_decode_with_kv_cache_mla=trtllm)
+        decode = SimpleNamespace(trtllm_batch_decode_with_kv_cache_mla=Attention(trtllm))
         monkeypatch.setattr(module, "flashinfer", SimpleNamespace(decode=decode), raising=False)
+        monkeypatch.setattr(module, "maybe_create_verify_mask", lambda **_: None)
         concat = lambda nope, rope: torch.cat([nope, rope], dim=-1)
         monkeypatch.setattr(module, "concat_mla_absorb_q_general", concat)
         backend = object.__new__(module.TRTLLMMLABackend)
@@ -212,10 +290,14 @@ def serve(engine, model, monkeypatch):
             dict.fromkeys(none), num_draft_tokens=STEPS + 1, data_type=torch.float32,
             backend="trtllm-gen", qk_nope_head_dim=NOPE, kv_lora_rank=LATENT, qk_rope_head_dim=ROPE,
             disable_chunked_prefix_cache=False, forward_prefill_metadata=None,
+            decode_cuda_graph_metadata={}, init_cuda_graph_state=lambda *_: None,  # FlashInfer's too
+            init_forward_metadata_in_graph=lambda _: None,
         )  # fmt: skip
+        blocks = torch.full((4, LENGTH // page_size), -1, dtype=torch.int32)
+        backend.decode_cuda_graph_kv_indices = blocks
         return backend
 
-    def build(kind, page_size, prompts, drafts):
+    def build(kind, page_size, prompts, drafts, graphs):
         server = Server(drafts, prompts, topk=1, steps=STEPS)
         pages = (1 + torch.randperm(3 * LENGTH // page_size)).view(3, -1)  # page 0 is SGLang's pad
         slots = pages[..., None] * page_size + torch.arange(page_size)
@@ -234,16 +316,21 @@ def serve(engine, model, monkeypatch):
             where = server.table[index, : len(text) - 1].long()
             server.pool.token[where] = torch.tensor(text[:-1])
             target.prefill(text[:-1], where)
-        worker.model_runner.attn_backend, worker.forward = backend, target.verify
+        worker.model_runner.attn_backend = backend
+        worker.forward = Captured(target, runner_of(server)).verify if graphs else target.verify
         return server
 
     return build
 
 
-@pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.parametrize(("ragged", "graphs"), [(False, False), (True, False), (True, True)])
 @pytest.mark.parametrize(("kind", "page_size"), [("fa3", 1), ("fa3", 16), ("trtllm_mla", 32)])
-def test_chains_write_what_the_model_generates(serve, model, monkeypatch, kind, page_size, ragged):
-    """Greedy identity of verified chains and plain decoding, at uniform and at ragged lengths."""
+def test_chains_write_what_the_model_generates(
+    serve, model, monkeypatch, kind, page_size, ragged, graphs
+):  # fmt: skip
+    """Greedy identity of verified chains and plain decoding, at uniform and at ragged lengths, and
+    where the whole pass is replayed.
+    """
     monkeypatch.setenv("ECHO_RAGGED", str(int(ragged)))
     monkeypatch.setenv("ECHO_VERIFY_TOKENS", "9")
     prompts, steps = texts(2, 3), 6
@@ -253,7 +340,7 @@ def test_chains_write_what_the_model_generates(serve, model, monkeypatch, kind, 
         for before, after in pairwise(text):
             follows[before, after] += 2
     drafts = SimpleNamespace(last=follows + torch.rand(VOCAB, VOCAB))
-    server = serve(kind, page_size, prompts, drafts)
+    server = serve(kind, page_size, prompts, drafts, graphs)
     lengths = set()
     for _ in range(steps):
         _, verified = server.step()
@@ -262,5 +349,6 @@ def test_chains_write_what_the_model_generates(serve, model, monkeypatch, kind, 
         assert text == own[: len(text)]
     emitted = sum(map(len, server.texts)) - sum(map(len, prompts))
     assert emitted > steps * 3 * 1.3
-    assert set(server.worker.target_worker.rows) == {9 if ragged else 3 * (STEPS + 1)}
+    rows = 10 if graphs else 9 if ragged else 3 * (STEPS + 1)  # a captured tier, the budget, all
+    assert set(server.worker.target_worker.rows) == {rows}
     assert len(lengths) > 1 or not ragged

@@ -19,6 +19,7 @@ from sglang_server import (
     VERSION,
     Server,
     Tables,
+    runner_of,
     sglang_engine,  # noqa: F401
     sglang_folder,  # noqa: F401
     texts,
@@ -35,38 +36,6 @@ def chains(engine, monkeypatch):
     monkeypatch.setenv("ECHO_RAGGED", "1")
     monkeypatch.setattr(import_module("sglang.srt.speculative.eagle_worker_v2"), "_is_cuda", True)
     return lambda seed=7, count=3: Server(Tables(seed), texts(1, count), topk=1, steps=STEPS)
-
-
-def runner_of(server, width=WIDTH, bs=(1, 2, 4)):
-    """SGLang's decode graph runner as it decides: what it would replay is its last key."""
-    module = import_module("sglang.srt.model_executor.runner.decode_cuda_graph_runner")
-    runner = object.__new__(module.DecodeCudaGraphRunner)
-    target = server.worker.target_worker.model_runner
-    target.is_draft_worker = False
-    spec = import_module("sglang.srt.speculative.spec_info").SpeculativeAlgorithm
-    target.spec_algorithm = spec.EAGLE
-    vars(runner).update(
-        ragged_verify_mode=True, capture_bs=list(bs), max_bs=max(bs), captured_req_width=width,
-        attn_backend=target.attn_backend, model_runner=target, require_mlp_sync=False,
-        is_encoder_decoder=False, capture_hidden_mode=0, _captured_ragged_layouts={},
-        device="cpu", replayed=[], speculative_num_steps=STEPS,
-        speculative_num_draft_tokens=width, buffers=SimpleNamespace(custom_mask=None),
-    )  # fmt: skip
-    target.model_config.hidden_size, target.dtype, target.device = 4, torch.float32, "cpu"
-    runner.capture_num_tokens = runner._build_ragged_verify_token_buckets()
-
-    def load_batch(batch):
-        layout = import_module("sglang.srt.speculative.ragged_verify").resolve_ragged_verify_layout(
-            batch
-        )
-        key = runner._ragged_graph_num_tokens(layout.graph_num_tokens)
-        assert key == layout.graph_num_tokens == len(batch.input_ids) == len(batch.out_cache_loc)
-        runner._stage_ragged_verify_layout(layout, key)
-        runner.replayed.append(key)
-
-    runner.load_batch = load_batch
-    target.decode_cuda_graph_runner = runner
-    return runner
 
 
 @pytest.mark.parametrize("graphs", [False, True])
