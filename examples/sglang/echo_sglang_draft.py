@@ -179,10 +179,7 @@ def top_probability(logits: Tensor) -> Tensor:
 def keep_candidates(
     original: Any, score_list: Any, token_list: Any, parents_list: Any, n: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """All candidates in place of EAGLE's best n - 1: ``plan``'s parents, scores, tokens.
-
-    It runs inside the captured draft graph, so the selection waits until the graph is over.
-    """
+    """All candidates in place of EAGLE's best n - 1: what :meth:`Plan.draw` takes."""
     if columns is None or score_list[0].shape[-1] == 1:  # another worker's, or a chain
         return original(score_list, token_list, parents_list, n)
     scores = torch.cat([layer.flatten(1) for layer in score_list], dim=1)
