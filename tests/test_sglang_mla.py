@@ -15,15 +15,13 @@ import inspect
 from importlib import import_module
 from itertools import pairwise
 from types import SimpleNamespace
-from typing import ClassVar
 
 import pytest
 import torch
-from torch.utils._python_dispatch import _disable_current_modes
 
-from echo.testing.graphs import Recording
 from sglang_server import (
     VOCAB,
+    Opaque,
     Server,
     runner_of,
     sglang_engine,  # noqa: F401
@@ -214,31 +212,10 @@ class Captured:
         )  # fmt: skip
         backend = self.target.backend
         backend.init_forward_metadata_out_graph(static, in_capture=True)
-        with Recording() as recording, recording.launches():
-            Attention.recording = recording
+        with Opaque.record() as recording:
             backend.init_forward_metadata_in_graph(static)
             logits = self.target.forward(static, static.input_ids)
-            Attention.recording = None
         return static, recording, logits
-
-
-class Attention:
-    """A kernel's reference, which reads on the host: in a recording one operation."""
-
-    recording: ClassVar[Recording | None] = None
-
-    def __init__(self, kernel):
-        self.kernel = kernel
-
-    def __call__(self, **given):
-        recording = Attention.recording
-        if recording is None:
-            return self.kernel(**given)
-        with _disable_current_modes():
-            out = self.kernel(**given).nan_to_num()
-        again = lambda: out.copy_(self.kernel(**given).nan_to_num())
-        recording._steps.append(again)
-        return out
 
 
 @pytest.fixture
@@ -260,7 +237,7 @@ def serve(engine, model, monkeypatch):
         attention = import_module("sglang.kernels.ops.attention.flash_attention")
         signature = inspect.signature(attention.flash_attn_with_kvcache)
         kernel = lambda **given: fa3(**signature.bind(**given).arguments)
-        monkeypatch.setattr(module, "flash_attn_with_kvcache", Attention(kernel))
+        monkeypatch.setattr(module, "flash_attn_with_kvcache", Opaque(kernel))
         monkeypatch.setattr(module, "is_cp_active", lambda _: False)
         monkeypatch.setattr(module, "maybe_create_verify_mask", lambda **_: None)
         paged = import_module("sglang.srt.mem_cache.layout.paged_view").paged_view
@@ -278,7 +255,7 @@ def serve(engine, model, monkeypatch):
 
     def blackwell(table, page_size):
         module = import_module("sglang.srt.layers.attention.trtllm_mla_backend")
-        decode = SimpleNamespace(trtllm_batch_decode_with_kv_cache_mla=Attention(trtllm))
+        decode = SimpleNamespace(trtllm_batch_decode_with_kv_cache_mla=Opaque(trtllm))
         monkeypatch.setattr(module, "flashinfer", SimpleNamespace(decode=decode), raising=False)
         monkeypatch.setattr(module, "maybe_create_verify_mask", lambda **_: None)
         concat = lambda nope, rope: torch.cat([nope, rope], dim=-1)
