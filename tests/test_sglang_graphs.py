@@ -22,6 +22,7 @@ from sglang_server import (
     STEPS,
     TOPK,
     VOCAB,
+    Opaque,
     Server,
     Tables,
     sglang_engine,  # noqa: F401
@@ -192,25 +193,28 @@ def test_a_replayed_draft_plans_what_an_eager_one_does(
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
-@pytest.mark.parametrize(("budget", "rows"), [(9, 9), (6, 11)])
-def test_a_drawn_plan_is_the_schedulers(engine, backend, budget, rows):
-    """Of three requests in a graph of four, by its own calls; what is over is pads."""
+def test_a_replayed_plan_is_the_schedulers(engine, backend):
+    """Of three or fewer requests in a graph of four, by kernels too; what is over is pads."""
     policy = engine.scheduler(1, STEPS, STEPS + 1)
-    plan, tokens = (
-        engine.draft.Plan(policy, 3, STEPS + 1, "cpu"),
-        torch.arange(16).view(4, STEPS + 1),
-    )
-    roots, drafts, odds = tokens[:, 0], tokens[:, 1:], torch.rand(4, STEPS)
+    plan = engine.draft.Plan(policy, 3, STEPS + 1, "cpu")
+    odds, drafts = torch.ones(4, STEPS), torch.zeros(4, STEPS, dtype=torch.int64)
     with echo.kernels.using(backend):
-        plan.start(roots[:3], budget)
-        plan.draw(None, odds, drafts, STEPS, STEPS + 1)
-        own = plan.packed(3, STEPS, rows)
-        tree = policy.begin(roots[:3], num_verify_tokens=budget)
-        tree = policy.grow_positions(tree, drafts[:3, :, None], odds[:3, :, None].log())
-        wanted = policy.pack(tree, num_verify_tokens=rows)
-    own.validate(chain=True)
-    assert torch.equal(own.to_buffer(), wanted.to_buffer())
-    assert int((own.request == 3).sum()) == rows - budget
+        with Opaque.record() as recording:
+            plan.draw(None, odds, drafts, STEPS, STEPS + 1)
+        for batch, budget, rows in ((3, 9, 9), (3, 6, 11), (1, 3, 4), (2, 8, 8)):
+            odds.uniform_()
+            drafts.random_(VOCAB)
+            roots = torch.randint(0, VOCAB, (batch,))
+            plan.start(roots, budget)
+            recording.replay()
+            own = plan.packed(batch, STEPS, rows)
+            tree = policy.begin(roots, num_verify_tokens=budget)
+            log_probs = odds[:batch, :, None].log()
+            tree = policy.grow_positions(tree, drafts[:batch, :, None], log_probs)
+            wanted = policy.pack(tree, num_verify_tokens=rows)
+            own.validate(chain=True)
+            assert torch.equal(own.to_buffer(), wanted.to_buffer())
+            assert int((own.request == batch).sum()) == rows - budget
 
 
 def test_the_captured_part_is_the_whole_plan(captured):

@@ -188,7 +188,9 @@ def test_the_forecast_picks_the_graph_set(engine, monkeypatch, tmp_path, seconds
     server.worker.build_adaptive_runtime_state = build
     server.draft.draft_extend_attn_backend = server.draft.draft_runner.draft_attn_backend = None
     server.draft._rebuild_topk1_chain_buffers = server.chain_buffers
-    engine.capture(lambda _: None, server.worker)
+    ready = lambda worker: built.append(worker.target_worker.echo_planner.depths)
+    engine.capture(ready, server.worker)  # SGLang's own captures hold the plan: it is there
+    assert built.pop(0) == (server.worker.speculative_num_steps,)
     assert built == [(0, 1), (2, min(n, 3) if topk == 1 else n)]
     widths = [server.step()[1].draft_token_num for _ in range(8)]
     assert (widths[-1] == 1) == off and widths[0] == n
