@@ -153,6 +153,7 @@ def sample(
 
     changed = grammar_mask, info.acc_additive_penalties, info.acc_scaling_penalties, info.logit_bias
     others = batch.return_logprob, info.has_watermark_candidates, SIMULATE_ACC_LEN > 0
+    others += (torch.version.hip is not None,)  # whose ranks SGLang lets agree
     if not info.is_all_greedy or any(others) or any(x is not None for x in changed):
         logits_output.next_token_logits = logits[at.flatten()]
         return original(verify_input, batch, logits_output, grammar_mask, *args, **kwargs)
@@ -161,7 +162,7 @@ def sample(
     predict, index, drafts = verify_tree_greedy_func(
         predicts=empty((at.numel(),), 0), accept_token_num=empty((len(at),), 0),
         accept_index=empty((len(at), verify_input.max_tree_depth), -1),
-        candidates=verify_input.draft_token.view(at.shape),
+        candidates=verify_input.draft_token.reshape(at.shape),
         retrieve_index=verify_input.retrieve_index,
         retrieve_next_token=verify_input.retrieve_next_token,
         retrieve_next_sibling=verify_input.retrieve_next_sibling,
