@@ -9,6 +9,7 @@ model runners (a toy model), the batch, memory pools, contexts.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib import import_module
 from types import SimpleNamespace
 
@@ -275,6 +276,13 @@ def test_what_cannot_have_depths_is_said_at_the_start(engine, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(parallel, "attn_dp_enabled", True)
         with pytest.raises(echo.EchoError, match="ECHO_DEPTHS: expected ECHO_COST"):
+            engine.capture(lambda _: None, server.worker)
+        space = server.worker.target_worker.echo_planner.plan.space
+        costly = replace(space.scheduler, budget=echo.CostModel((1, 64), (1.0, 2.0)))
+        patch.setattr(space, "scheduler", costly)
+        sync = import_module("sglang.srt.managers.scheduler_components.dp_attn")
+        patch.setattr(sync.envs.SGLANG_SCHEDULER_SKIP_ALL_GATHER, "get", lambda: True)
+        with pytest.raises(echo.EchoError, match="ECHO_DEPTHS: expected SGLang's gather"):
             engine.capture(lambda _: None, server.worker)
     server.worker.adaptive_controller = "SGLang's"
     with pytest.raises(echo.EchoError, match="ECHO_DEPTHS: expected no --speculative-adaptive"):
