@@ -27,7 +27,8 @@ fuzz: $(STAMP)
 
 peers: $(STAMP)
 	@ECHO_PEERS=install $(BIN)/python -m pytest -m peers tests/test_peers.py tests/test_grammar.py \
-		tests/test_sglang_plugin.py tests/test_sglang_ragged.py tests/test_sglang_fa3.py tests/test_vllm_plugin.py
+		tests/test_sglang_plugin.py tests/test_sglang_ragged.py tests/test_sglang_fa3.py tests/test_sglang_graphs.py \
+		tests/test_sglang_mla.py tests/test_vllm_plugin.py
 
 docs: $(STAMP)
 	@$(PIP) install ".[docs]" --no-build-isolation -c constraints.txt

@@ -12,10 +12,14 @@ from functools import total_ordering
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
+from typing import ClassVar
+from unittest import mock
 
 import pytest
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
+from echo.testing.graphs import Recording
 from engines import around, definitions, sources
 
 TOPK, STEPS, N, VOCAB, WIDTH = 3, 3, 10, 40, 200
@@ -34,8 +38,17 @@ REAL += tuple(
     for name in (
         "layers.attention.triton_backend",
         "layers.attention.flashattention_backend",
+        "layers.attention.trtllm_mla_backend",
         "layers.attention.attention_registry",
+        "mem_cache.layout.paged_view",
+        "model_executor.input_buffers",
+        "model_executor.runner.base_cuda_graph_runner",
+        "model_executor.runner.base_runner",
         "model_executor.runner.decode_cuda_graph_runner",
+        "model_executor.runner.shape_key",
+        "model_executor.runner_backend.base_cuda_graph_backend",
+        "model_executor.runner_backend.full_cuda_graph_backend",
+        "managers.scheduler_components.dp_attn",
         "managers.tp_worker",
     )
 )
@@ -99,9 +112,17 @@ class TargetWorker:
     def forward_batch_generation(
         self, batch, forward_batch=None, pp_proxy_tensors=None, is_verify=False
     ):
-        info, ids = forward_batch.spec_info, forward_batch.input_ids.long()
+        ids = forward_batch.input_ids.long()
         self.rows.append(len(ids))
         self.pool.token[forward_batch.out_cache_loc] = ids
+        logits = self.forward(forward_batch, ids)
+        self.logits = SimpleNamespace(next_token_logits=logits, hidden_states=None)
+        none = {"routed_experts_output": None, "indexer_topk_output": None}
+        return SimpleNamespace(logits_output=self.logits, **none)
+
+    def forward(self, forward_batch, ids):
+        """Logits of every row."""
+        info = forward_batch.spec_info
         lengths, table = forward_batch.seq_lens, self.model_runner.req_to_token_pool.req_to_token
         slots = table[forward_batch.req_pool_indices]
         last = self.pool.token[slots.gather(1, lengths[:, None] - 1)[:, 0]]
@@ -121,10 +142,7 @@ class TargetWorker:
                 seen = packed.visible()[first:end]
                 self.follow(ids, above, range(first, end), seen, packed.depth, last[b])
             above[int(packed.indptr[-1]) :] = 0
-        logits = self.tables.target(above, ids)
-        self.logits = SimpleNamespace(next_token_logits=logits, hidden_states=None)
-        none = {"routed_experts_output": None, "indexer_topk_output": None}
-        return SimpleNamespace(logits_output=self.logits, **none)
+        return self.tables.target(above, ids)
 
     @staticmethod
     def follow(ids, above, rows, seen, depth, last):
@@ -140,11 +158,17 @@ class ForwardBatch(SimpleNamespace):
     @classmethod
     def init_new(cls, batch, runner, **_):
         same = ("forward_mode", "input_ids", "seq_lens", "seq_lens_cpu", "req_pool_indices")
-        same += ("out_cache_loc", "spec_info", "sampling_info")
+        same += ("out_cache_loc", "spec_info", "sampling_info", "seq_lens_sum")
+        none = "replace_embeds rids_int bootstrap_room_ids_int extend_seq_lens extend_seq_lens_cpu"
+        none += " mamba_track_indices kv_loc_plan kv_loc_cols out_cache_loc_virtual encoder_lens"
+        none += " attn_attend_prefix_cache"
+        positions = getattr(batch.spec_info, "positions", None)
+        if positions is None and batch.input_ids is not None:
+            positions = torch.zeros_like(batch.input_ids)
         return cls(
             **{name: getattr(batch, name) for name in same}, batch_size=len(batch.seq_lens),
-            positions=getattr(batch.spec_info, "positions", None), forward_metadata_ready=False,
-            replace_embeds=None, capture_hidden_mode=0, can_run_decode_cuda_graph=True,
+            positions=positions, forward_metadata_ready=False,
+            **dict.fromkeys(none.split()), capture_hidden_mode=0, can_run_decode_cuda_graph=True,
         )  # fmt: skip
 
     def mark_forward_metadata_ready(self):
@@ -153,6 +177,8 @@ class ForwardBatch(SimpleNamespace):
 
 class Server:
     """A batch that decodes through ``EAGLEWorkerV2.forward_batch_generation``."""
+
+    logit_bias = None
 
     def __init__(self, tables, texts, mask=None, topk=TOPK, steps=STEPS):
         module = import_module("sglang.srt.speculative.eagle_worker_v2")
@@ -237,7 +263,7 @@ class Server:
         info = module.EagleDraftInput(**vars(self.state))
         sampling = SimpleNamespace(
             is_all_greedy=True, acc_additive_penalties=None, acc_scaling_penalties=None,
-            logit_bias=None, has_watermark_candidates=False,
+            logit_bias=self.logit_bias, has_watermark_candidates=False,
         )  # fmt: skip
         batch = SimpleNamespace(
             forward_mode=self.modes.DECODE, is_extend_in_batch=False, spec_info=info,
@@ -270,6 +296,72 @@ class Server:
         return result, seen[0]
 
 
+class Opaque:
+    """A kernel's reference in torch, which reads on the host: one operation of a recording."""
+
+    recording: ClassVar[Recording | None] = None
+
+    def __init__(self, kernel):
+        self.kernel = kernel
+
+    def __call__(self, **given):
+        if Opaque.recording is None:
+            return self.kernel(**given)
+        with _disable_current_modes():
+            made = self.kernel(**given)
+        Opaque.recording._steps.append(lambda: self.again(given, made))
+        return made
+
+    def again(self, given, made):
+        own = self.kernel(**given)
+        pairs = [(made, own)] if isinstance(made, torch.Tensor) else zip(made, own, strict=True)
+        for old, new in pairs:
+            if old is not None:
+                old.copy_(new)
+
+    @classmethod
+    @contextlib.contextmanager
+    def record(cls):
+        """What runs within, as a CUDA graph would hold it."""
+        recording = Recording()
+        with mock.patch.object(cls, "recording", recording), recording.launches(), recording:
+            yield recording
+
+
+def runner_of(server, bs=(1, 2, 4), width=None):
+    """SGLang's decode graph runner as it decides: what it would replay is its last key."""
+    module = import_module("sglang.srt.model_executor.runner.decode_cuda_graph_runner")
+    steps = server.draft.speculative_num_steps
+    width = width or steps + 1
+    runner = object.__new__(module.DecodeCudaGraphRunner)
+    target = server.worker.target_worker.model_runner
+    target.is_draft_worker = False
+    spec = import_module("sglang.srt.speculative.spec_info").SpeculativeAlgorithm
+    target.spec_algorithm = spec.EAGLE
+    vars(runner).update(
+        ragged_verify_mode=True, capture_bs=list(bs), max_bs=max(bs), captured_req_width=width,
+        attn_backend=target.attn_backend, model_runner=target, require_mlp_sync=False,
+        is_encoder_decoder=False, capture_hidden_mode=0, _captured_ragged_layouts={},
+        device="cpu", replayed=[], speculative_num_steps=steps,
+        speculative_num_draft_tokens=width, buffers=SimpleNamespace(custom_mask=None),
+    )  # fmt: skip
+    target.model_config.hidden_size, target.dtype, target.device = 4, torch.float32, "cpu"
+    runner.capture_num_tokens = runner._build_ragged_verify_token_buckets()
+
+    def load_batch(batch):
+        layout = import_module("sglang.srt.speculative.ragged_verify").resolve_ragged_verify_layout(
+            batch
+        )
+        key = runner._ragged_graph_num_tokens(layout.graph_num_tokens)
+        assert key == layout.graph_num_tokens == len(batch.input_ids) == len(batch.out_cache_loc)
+        runner._stage_ragged_verify_layout(layout, key)
+        runner.replayed.append(key)
+
+    runner.load_batch = load_batch
+    target.decode_cuda_graph_runner = runner
+    return runner
+
+
 def texts(seed, count):
     generator = torch.Generator().manual_seed(seed)
     sizes = [4 + 3 * b for b in range(count)]
@@ -298,7 +390,10 @@ def sglang_engine(folder, tmp_path_factory):
                 setattr(utils, f"is_{kind}", lambda *_: False)
             utils.is_xpu, utils.get_device_core_count = lambda: True, lambda *_: 1
             utils.next_power_of_2 = triton.next_power_of_2
+            utils.is_flashinfer_available = lambda: False
             utils.fast_topk = lambda x, k, dim: x.topk(k, dim=dim)
+            for kind in ("gathered_buffer", "mlp_sync", "mlp_tp_gather", "attn_tp_gather"):
+                setattr(utils, f"require_{kind}", lambda: False)
         envs = import_module("sglang.srt.environ").envs
         envs.SGLANG_SIMULATE_ACC_LEN.get.return_value = -1
         envs.SGLANG_SPEC_SKIP_ZERO_STEP_DRAFT_EXTEND.get.return_value = False
@@ -313,7 +408,23 @@ def sglang_engine(folder, tmp_path_factory):
         context = import_module("sglang.srt.runtime_context")
         context.get_spec, context.get_parallel = lambda: spec, lambda: alone
         mamba = SimpleNamespace(enable_mamba_extra_buffer=False)
-        context.get_exec = lambda: SimpleNamespace(mamba=mamba)
+        off = ("disable_cuda_graph_padding", "enable_profile_cuda_graph", "enable_cudagraph_gc")
+        graph = SimpleNamespace(**dict.fromkeys(off, False), cuda_graph_config=None)
+        fixed = SimpleNamespace(enable_deterministic_inference=False)
+        running = SimpleNamespace(mamba=mamba, graph=graph, deterministic=fixed)
+        context.get_exec = lambda: running
+        context.get_flags = lambda: SimpleNamespace(
+            capture=SimpleNamespace(enable_torch_compile=False)
+        )
+        runners = import_module("sglang.srt.model_executor.runner")
+        runners.ShapeKey = import_module(f"{runners.__name__}.shape_key").ShapeKey
+        runners.DecodeCudaGraphRunner = import_module(
+            f"{runners.__name__}.decode_cuda_graph_runner"
+        ).DecodeCudaGraphRunner
+        runners.get_batch_sizes_to_capture = lambda *_: ([1, 2, 4], [])
+        runners._grouped_foreach_copy_ = lambda to, of: [
+            x.copy_(y) for x, y in zip(to, of, strict=True)
+        ]
         sampling = import_module("sglang.kernels.ops.sampling")
         sampling.softmax = lambda logits, **_: logits.softmax(-1)
         import_module("sglang.srt.configs.hybrid_arch").mambaish_config = lambda _: None

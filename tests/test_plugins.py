@@ -45,15 +45,18 @@ def test_depths_and_rows_are_the_engines(plugin, monkeypatch, tmp_path, steps, a
 
 
 def test_a_plan_without_requests_and_one_deeper_than_eight(plugin):
-    module, nothing = plugin("sglang"), torch.zeros(0, dtype=torch.int64)
-    policy = module.scheduler(2, 12, 30)
-    ints = torch.zeros(0, 6, dtype=torch.int64)
-    tree, packed = module.draft.plan(policy, nothing, ints[:, :3], ints.float(), ints, 2, 0, 30)
-    assert packed.batch == 0 and packed.request.tolist() == [0]
+    module = plugin("sglang")
+    plan = module.draft.Plan(module.scheduler(2, 12, 30), 3, 30, "cpu")
     parents = torch.tensor([[-1, *(2 * i for i in range(11))]])  # each layer's best goes on
     scores, tokens = 0.9 ** torch.arange(1.0, 25)[None], torch.arange(24)[None]
-    tree, packed = module.draft.plan(policy, torch.tensor([7]), parents, scores, tokens, 12, 30, 30)
-    assert tree.depth == 12 and int(packed.depth.max()) == 12
+    for roots in (torch.zeros(0, dtype=torch.int64), torch.tensor([7])):
+        plan.start(roots, 30)
+        plan.draw(parents, scores, tokens, 12, 30)
+        packed, tree = plan.packed(len(roots), 12, 30), plan.space.tree(len(roots), 12)
+        packed.validate()
+        assert packed.batch == len(roots) and tree.depth == 12
+        assert int(packed.depth.max()) == 12 * len(roots)
+        assert int((packed.request < len(roots)).sum()) == 25 * len(roots)
 
 
 def test_confidences_and_costs_of_no_requests_and_of_a_fixed_budget(plugin):

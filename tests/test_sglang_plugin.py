@@ -1,6 +1,6 @@
 """The SGLang plugin (examples/sglang) inside the engine's own code.
 
-    ECHO_PEERS=install pytest -m peers tests/test_sglang_plugin.py  # and _ragged, _fa3
+    ECHO_PEERS=install pytest -m peers tests/test_sglang_plugin.py  # and _ragged, _fa3, _graphs
 
 Real, from the wheel: the hook registry, ``EAGLEWorkerV2`` and its draft worker from draft to draft
 extend, ``run_eagle_verify``, greedy acceptance, cache moves, and ``TritonAttnBackend``. Stand-ins:
@@ -9,6 +9,7 @@ model runners (a toy model), the batch, memory pools, contexts.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib import import_module
 from types import SimpleNamespace
 
@@ -36,19 +37,32 @@ pytestmark = pytest.mark.peers
 
 
 @pytest.mark.parametrize(
-    ("ragged", "mask"), [(False, None), (False, "FULL_MASK"), (False, "QLEN_ONLY"), (True, None)]
+    ("ragged", "mask", "biased"),
+    [
+        (False, None, False),
+        (False, "FULL_MASK", False),
+        (False, "QLEN_ONLY", False),
+        (True, None, False),
+        (True, None, True),
+    ],
 )
-def test_planned_steps_write_the_targets_own_text(engine, monkeypatch, ragged, mask):
+def test_planned_steps_write_the_targets_own_text(engine, monkeypatch, ragged, mask, biased):
+    """Logits of a packed pass are spread over n rows a request only where more than their argmax
+    is read.
+    """
     monkeypatch.setenv("ECHO_VERIFY_TOKENS", "14")
     monkeypatch.setenv("ECHO_RAGGED", str(int(ragged)))
     tables, prompts = Tables(7), texts(1, 3)
     server = Server(tables, prompts, mask)
+    server.logit_bias = torch.zeros(3, VOCAB) if biased else None
     for _ in range(5):
         result, verified = server.step()
         packed, logits = verified.echo_packed, server.worker.target_worker.logits.next_token_logits
         packed.validate(max_verify_tokens_per_req=N)
-        ours = echo.accept(packed, logits=layouts.unpad(packed, logits.view(3, N, VOCAB)))
-        theirs = engine.accept(packed, result, N)
+        wide = biased or not ragged
+        assert len(logits) == (3 * N if wide else 14)
+        own = layouts.unpad(packed, logits.view(3, N, VOCAB)) if wide else logits
+        ours, theirs = echo.accept(packed, logits=own), engine.accept(packed, result, N)
         for name in ("tokens", "rows", "num_emitted", "bonus"):
             assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
     for text, prompt in zip(server.texts, prompts, strict=True):
@@ -56,7 +70,7 @@ def test_planned_steps_write_the_targets_own_text(engine, monkeypatch, ragged, m
     emitted = sum(map(len, server.texts)) - sum(map(len, prompts))
     assert emitted > 5 * 3 * 1.3
     assert set(server.worker.target_worker.rows) == ({14} if ragged else {3 * N})
-    assert server.worker.target_worker.echo_planner.history.num_steps == 5
+    assert server.worker.target_worker.echo_planner.plan.space.history.num_steps == 5
 
 
 def test_a_narrow_pass_has_the_packed_rows_and_gives_back_uniform_ones(engine):
@@ -100,14 +114,16 @@ def test_a_narrow_pass_has_the_packed_rows_and_gives_back_uniform_ones(engine):
     assert seen == [(rows, rows)] and batch.spec_info is info
     assert batch.out_cache_loc.tolist() == [slot for each in slots for slot in each]
     own = torch.arange(packed.num_rows)
-    output = SimpleNamespace(next_token_logits=own[:, None], hidden_states=None)
-    result = SimpleNamespace(logits_output=output)
-    ragged.widen(result, None, batch=None, forward_batch=SimpleNamespace(spec_info=rows))
-    logits = output.next_token_logits.view(3, n)
+    output = SimpleNamespace(next_token_logits=own[:, None], hidden_states=2 * own[:, None])
+    batch.sampling_info, batch.return_logprob = SimpleNamespace(
+        acc_additive_penalties=None, acc_scaling_penalties=None, logit_bias=None,
+        has_watermark_candidates=False, is_all_greedy=False,
+    ), False  # fmt: skip
+    sampled = ragged.sample(lambda _, __, output, *___: output, info, batch, output)
+    logits, hidden = sampled.next_token_logits.view(3, n), sampled.hidden_states.view(3, n)
     for b, (first, end) in enumerate(packed.indptr.unfold(0, 2, 1).tolist()):
         assert logits[b, : end - first].tolist() == list(range(first, end))
-    ragged.widen(result, None, batch, None, None, False)  # a prefill, as SGLang may call it
-    assert output.next_token_logits.shape == (27, 1)
+        assert torch.equal(hidden, 2 * logits)
 
 
 def test_with_nothing_asked_for_the_trees_are_eagles_own(engine, monkeypatch):
@@ -119,6 +135,8 @@ def test_with_nothing_asked_for_the_trees_are_eagles_own(engine, monkeypatch):
     module = import_module("sglang.srt.speculative.eagle_worker_v2")
     for name in ("organize_draft_results", "build_eagle_verify_input"):
         monkeypatch.setattr(module, name, getattr(module, name).__wrapped__)
+    worker = module.EagleDraftWorker
+    monkeypatch.setattr(worker, "draft_forward", worker.draft_forward.__wrapped__)
     theirs = Server(Tables(3), prompts)
     for own, own_input in steps:
         result, verified = theirs.step()
@@ -171,7 +189,9 @@ def test_the_forecast_picks_the_graph_set(engine, monkeypatch, tmp_path, seconds
     server.worker.build_adaptive_runtime_state = build
     server.draft.draft_extend_attn_backend = server.draft.draft_runner.draft_attn_backend = None
     server.draft._rebuild_topk1_chain_buffers = server.chain_buffers
-    engine.capture(None, server.worker)
+    ready = lambda worker: built.append(worker.target_worker.echo_planner.depths)
+    engine.capture(ready, server.worker)  # SGLang's own captures hold the plan: it is there
+    assert built.pop(0) == (server.worker.speculative_num_steps,)
     assert built == [(0, 1), (2, min(n, 3) if topk == 1 else n)]
     widths = [server.step()[1].draft_token_num for _ in range(8)]
     assert (widths[-1] == 1) == off and widths[0] == n
@@ -248,18 +268,25 @@ def test_what_cannot_have_depths_is_said_at_the_start(engine, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(parallel, "pp_size", 2)
         with pytest.raises(echo.EchoError, match="--pp-size: expected 1"):
-            engine.capture(None, server.worker)
+            engine.capture(lambda _: None, server.worker)
     with monkeypatch.context() as patch:
         patch.setattr(type(server.worker), "draft_worker", SimpleNamespace())
         with pytest.raises(echo.EchoError, match="--speculative-algorithm: expected EAGLE"):
-            engine.capture(None, server.worker)
+            engine.capture(lambda _: None, server.worker)
     with monkeypatch.context() as patch:
         patch.setattr(parallel, "attn_dp_enabled", True)
         with pytest.raises(echo.EchoError, match="ECHO_DEPTHS: expected ECHO_COST"):
-            engine.capture(None, server.worker)
+            engine.capture(lambda _: None, server.worker)
+        space = server.worker.target_worker.echo_planner.plan.space
+        costly = replace(space.scheduler, budget=echo.CostModel((1, 64), (1.0, 2.0)))
+        patch.setattr(space, "scheduler", costly)
+        sync = import_module("sglang.srt.managers.scheduler_components.dp_attn")
+        patch.setattr(sync.envs.SGLANG_SCHEDULER_SKIP_ALL_GATHER, "get", lambda: True)
+        with pytest.raises(echo.EchoError, match="ECHO_DEPTHS: expected SGLang's gather"):
+            engine.capture(lambda _: None, server.worker)
     server.worker.adaptive_controller = "SGLang's"
     with pytest.raises(echo.EchoError, match="ECHO_DEPTHS: expected no --speculative-adaptive"):
-        engine.capture(None, server.worker)
+        engine.capture(lambda _: None, server.worker)
 
 
 def test_a_prefill_resets_the_history_of_its_requests(engine):
@@ -274,7 +301,7 @@ def test_a_prefill_resets_the_history_of_its_requests(engine):
     assert engine.before_draft(lambda *_: "prefilled", server.worker, prefill) == "prefilled"
     # A tier that is chosen from an older history leaves the request out.
     assert planner.generation[server.req_pool_indices].tolist() == [1, 0, 0]
-    assert torch.equal(planner.history.generation, planner.generation)
+    assert torch.equal(planner.plan.space.history.generation, planner.generation)
 
 
 def test_plans_are_made_from_two_steps_ago(engine):

@@ -10,7 +10,6 @@ import inspect
 from importlib import import_module
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 
@@ -20,6 +19,7 @@ from sglang_server import (
     VERSION,
     Server,
     Tables,
+    runner_of,
     sglang_engine,  # noqa: F401
     sglang_folder,  # noqa: F401
     texts,
@@ -36,38 +36,6 @@ def chains(engine, monkeypatch):
     monkeypatch.setenv("ECHO_RAGGED", "1")
     monkeypatch.setattr(import_module("sglang.srt.speculative.eagle_worker_v2"), "_is_cuda", True)
     return lambda seed=7, count=3: Server(Tables(seed), texts(1, count), topk=1, steps=STEPS)
-
-
-def runner_of(server, width=WIDTH, bs=(1, 2, 4)):
-    """SGLang's decode graph runner as it decides: what it would replay is its last key."""
-    module = import_module("sglang.srt.model_executor.runner.decode_cuda_graph_runner")
-    runner = object.__new__(module.DecodeCudaGraphRunner)
-    target = server.worker.target_worker.model_runner
-    target.is_draft_worker = False
-    spec = import_module("sglang.srt.speculative.spec_info").SpeculativeAlgorithm
-    target.spec_algorithm = spec.EAGLE
-    vars(runner).update(
-        ragged_verify_mode=True, capture_bs=list(bs), max_bs=max(bs), captured_req_width=width,
-        attn_backend=target.attn_backend, model_runner=target, require_mlp_sync=False,
-        is_encoder_decoder=False, capture_hidden_mode=0, _captured_ragged_layouts={},
-        device="cpu", replayed=[], speculative_num_steps=STEPS,
-        speculative_num_draft_tokens=width, buffers=SimpleNamespace(custom_mask=None),
-    )  # fmt: skip
-    target.model_config.hidden_size, target.dtype, target.device = 4, torch.float32, "cpu"
-    runner.capture_num_tokens = runner._build_ragged_verify_token_buckets()
-
-    def load_batch(batch):
-        layout = import_module("sglang.srt.speculative.ragged_verify").resolve_ragged_verify_layout(
-            batch
-        )
-        key = runner._ragged_graph_num_tokens(layout.graph_num_tokens)
-        assert key == layout.graph_num_tokens == len(batch.input_ids) == len(batch.out_cache_loc)
-        runner._stage_ragged_verify_layout(layout, key)
-        runner.replayed.append(key)
-
-    runner.load_batch = load_batch
-    target.decode_cuda_graph_runner = runner
-    return runner
 
 
 @pytest.mark.parametrize("graphs", [False, True])
@@ -90,7 +58,7 @@ def test_ragged_chains_write_the_targets_own_text(chains, graphs):
     assert set(server.worker.target_worker.rows) == {rows}
     if graphs:
         assert runner.replayed == [10] * 6
-    assert server.worker.target_worker.echo_planner.history.num_steps == 6
+    assert server.worker.target_worker.echo_planner.plan.space.history.num_steps == 6
 
 
 def test_a_batch_beyond_the_captured_tiers_is_verified_whole(chains):
@@ -133,7 +101,7 @@ def test_a_step_without_drafts_is_a_packed_pass_too(chains):
     assert runner.replayed == [4] * 3 and set(server.worker.target_worker.rows) == {4}
     for text, prompt in zip(server.texts, prompts, strict=True):
         assert text == server.tables.greedy(prompt, 3)
-    assert server.worker.target_worker.echo_planner.history.num_steps == 3
+    assert server.worker.target_worker.echo_planner.plan.space.history.num_steps == 3
 
 
 def test_lengths_are_those_of_sglangs_own_planner(engine):
@@ -167,8 +135,8 @@ def test_lengths_are_those_of_sglangs_own_planner(engine):
 
 
 def test_a_chains_probabilities_are_its_drafts_own(chains, engine):
-    """Those of the logits that SGLang's kernel reads; the first comes from the draft extend's graph,
-    and counts as sure without one.
+    """Those of the logits that SGLang's kernel reads; the first of the next chain counts as sure
+    without the draft extend's graph.
     """
     server = chains()
     for step in range(2):
@@ -183,15 +151,6 @@ def test_a_chains_probabilities_are_its_drafts_own(chains, engine):
                 path *= 1.0 if step and not d else float(odds.max())
                 assert int(tokens[b, d]) == token
                 assert float(scores[b, d]) == pytest.approx(path, rel=1e-5)
-    logits = torch.randn(3, 7)
-    graphs = SimpleNamespace(eagle_worker=SimpleNamespace(topk=1))
-    engine.draft.keep_first(SimpleNamespace(next_token_logits=logits), graphs, None, None)
-    server.draft.cuda_graph_runner_for_draft_extend = graphs
-    result = engine.before_draft(lambda *_: SimpleNamespace(next_draft_input=SimpleNamespace()),
-        server.worker, SimpleNamespace(forward_mode=server.modes.DECODE, is_extend_in_batch=False, reqs=[]))  # fmt: skip
-    best = logits.softmax(-1).amax(-1, keepdim=True)
-    torch.testing.assert_close(result.next_draft_input.topk_p, best)
-    assert graphs.echo_first is None  # once
 
 
 @pytest.mark.parametrize("num_tokens", [5, 10, 20])
@@ -265,23 +224,35 @@ def test_with_nothing_set_nothing_is_registered(engine, monkeypatch):
     engine.register()
 
 
-def test_curves_are_gathered_on_the_host(engine):
-    store = torch.distributed.HashStore()
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    try:
-        curve = np.arange(4, dtype=np.float32)
-        assert engine.gathered(curve, None).tolist() == [curve.tolist()]
-    finally:
-        torch.distributed.destroy_process_group()
-
-
 def test_idle_ranks_agree_on_the_depth_with_the_busy_ones(engine, monkeypatch):
-    """All read the same gathered curves and switch to the same graph set."""
-    context, curves, tiers = import_module("sglang.srt.runtime_context"), {}, {}
+    """Curves ride in SGLang's own gather, whose columns are as without them; all ranks read the same
+    ones and switch to the same graph set.
+    """
+    sync = import_module("sglang.srt.managers.scheduler_components.dp_attn")
+    modes = import_module("sglang.srt.model_executor.forward_batch_info").ForwardMode
     parallel = SimpleNamespace(
-        attn_dp_enabled=True, pp_size=1, tp_group=SimpleNamespace(cpu_group="cpu")
-    )
+        attn_dp_enabled=True, pp_size=1, num_dp_ranks=3, attn_tp_size=1, attn_cp_size=1, dwdp_size=1,
+        tp_group=SimpleNamespace(cpu_group="cpu", active_ranks_cpu=torch.ones(3)),
+    )  # fmt: skip
+    monkeypatch.setattr(sync, "get_parallel", lambda: parallel)
+    context = import_module("sglang.srt.runtime_context")
     monkeypatch.setattr(context, "get_parallel", lambda: parallel)
+    monkeypatch.setattr(sync, "_ENABLE_METRICS_DP_ATTENTION", False)
+    monkeypatch.setattr(sync, "world_dp_gather_enabled", lambda: False)
+    off = SimpleNamespace(get=lambda: False)
+    monkeypatch.setattr(sync, "envs", SimpleNamespace(
+        SGLANG_SCHEDULER_SKIP_ALL_GATHER=off, SGLANG_ENABLE_DP_SPEC_PREFILL_COORDINATION=off,
+        SGLANG_NCCL_ALL_GATHER_IN_OVERLAP_SCHEDULER_SYNC_BATCH=off,
+    ))  # fmt: skip
+    local = SimpleNamespace(
+        prepare_all_gather=lambda _: (1, 0), compute_output=lambda _: (None, None)
+    )
+    monkeypatch.setattr(sync, "TboDPAttentionPreparer", lambda: local)
+    for name in ("_decode_total_seq_lens", "_local_decode_cuda_graph_vote"):
+        monkeypatch.setattr(sync, name, lambda *_, **__: 1)
+    monkeypatch.setattr(sync, "_local_prefill_cuda_graph_vote", lambda **_: True)
+    monkeypatch.setattr(sync, "check_cuda_graph_backend", lambda *_: False)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda _: 2)
     policy = echo.ElasticBudgetScheduler(
         echo.GlobalRank(1), budget=echo.CostModel((1, 64), (1.0, 2.0)), max_depth=4,
         max_verify_tokens_per_req=5,
@@ -289,29 +260,62 @@ def test_idle_ranks_agree_on_the_depth_with_the_busy_ones(engine, monkeypatch):
     requests = lambda count: [
         SimpleNamespace(kv=SimpleNamespace(req_pool_idx=i)) for i in range(count)
     ]
-    batches = [SimpleNamespace(reqs=requests(count)) for count in (6, 0, 2)]
+
+    def batch_of(count, mode):
+        return SimpleNamespace(
+            reqs=requests(count), forward_mode=mode, batch_size=lambda: count, spec_info=None,
+            seq_lens_sum=10 * count,
+        )  # fmt: skip
+
+    idle = batch_of(0, modes.IDLE)
+    batches = [batch_of(6, modes.DECODE), None, batch_of(2, modes.DECODE)]
     ranks = [
         engine.Planner(
-            policy, policy.history(8), torch.zeros(8, dtype=torch.int32), depths=(0, 2, 4)
+            engine.draft.Plan(policy, 8, 5, "cpu"),
+            torch.zeros(8, dtype=torch.int32),
+            depths=(0, 2, 4),
         )
         for _ in batches
     ]
-    for turn in ("ask", "answer"):
-        for rank, (planner, batch) in enumerate(zip(ranks, batches, strict=True)):
-            monkeypatch.setattr(torch.distributed, "get_rank", lambda _, own=rank: own)
+    rows: dict[int, torch.Tensor] = {}
 
-            def gathered(curve, group, own=rank, turn=turn):
-                assert group == "cpu"
-                curves[own] = curve
-                return np.stack([curves.get(r, curve) for r in range(3)])
+    def all_gather(flat, row, group):
+        assert group == "cpu"
+        rows[parallel.tp_rank] = row.clone()
+        flat.copy_(torch.cat([rows.get(rank, row) for rank in range(3)]))
 
-            monkeypatch.setattr(engine, "gathered", gathered)
-            planner.choose_tier(batch)
-            tiers[rank] = planner.tier, planner.get_steps_for_batch(len(batch.reqs))
-    assert (
-        len({tier for tier, _ in tiers.values()}) == 1 and len({d for _, d in tiers.values()}) == 1
-    )
-    assert tiers[1][1] > 0
+    monkeypatch.setattr(sync, "all_gather_single", all_gather)
+
+    def step(depths):
+        """All ranks' tiers: each asks, then each reads what all have asked."""
+        rows.clear()
+        for reads in (False, True):
+            for parallel.tp_rank, (planner, batch) in enumerate(zip(ranks, batches, strict=True)):
+                planner.depths = depths
+                runner = SimpleNamespace(
+                    echo_planner=planner, spec_algorithm=None, model_config=None
+                )
+                ready = sync.prepare_mlp_sync_batch_raw(
+                    batch, model_runner=runner, get_idle_batch=lambda: idle,
+                    disable_cuda_graph=False, require_mlp_tp_gather=True,
+                    disable_overlap_schedule=False, offload_tags=set(),
+                )  # fmt: skip
+                if reads:
+                    assert ready.global_num_tokens == [6, 0, 2]
+                    assert ready.can_run_dp_draft_cuda_graph and not ready.is_extend_in_batch
+                    planner.choose_tier(ready)
+                    yield planner.tier.depth, planner.get_steps_for_batch(len(ready.reqs))
+
+    agreed = set(step((0, 2, 4)))
+    assert len(agreed) == 1 and agreed.pop()[1] > 0
+    widths, curves = {len(row) for row in rows.values()}, ranks[0].curves
+    assert len(widths) == 1 and 11 < widths.pop() <= 11 + 128  # at most 1 kB behind SGLang's own
+    bits = lambda curve: curve.contiguous().view(torch.int32)  # NaN: nothing known yet
+    assert all(torch.equal(bits(planner.curves), bits(curves)) for planner in ranks)
+    assert torch.equal(bits(curves[2]), bits(ranks[2].curve))
+    assert curves[:, 1].tolist() == [6, 0, 2]
+    list(step((4,)))  # with one depth nothing rides along
+    assert {len(row) for row in rows.values()} == {11}
 
 
 def test_what_a_registered_algorithm_lacks_is_what_the_page_says(engine):

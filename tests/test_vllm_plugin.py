@@ -52,6 +52,7 @@ def engine(folder, monkeypatch):
     monkeypatch.syspath_prepend(str(PLUGIN))
     with around(folder, ("vllm",), REAL):
         vars(import_module("vllm.triton_utils")).update(tl=triton.language, triton=triton)
+        import_module("vllm.version").__version__ = f"{VERSION}+cu130"
         yield import_module("vllm.v1.sample.rejection_sampler")
         sys.modules.pop("echo_vllm", None)
 
@@ -358,3 +359,12 @@ def test_a_changed_signature_leaves_the_engine_as_it_was(manager, monkeypatch, c
     monkeypatch.delattr(kind, "record_confidences")
     import_module("echo_vllm").register()
     assert "input_batch), got None" in caplog.text
+
+
+def test_another_release_leaves_the_engine_as_it_was(manager, monkeypatch, caplog):
+    kind = type(manager)
+    before = dict(vars(kind))
+    monkeypatch.setattr(import_module("vllm.version"), "__version__", "0.34.0")
+    import_module("echo_vllm").register()
+    assert dict(vars(kind)) == before
+    assert "vLLM stays as it is: version: expected 0.33.0, got 0.34.0" in caplog.text

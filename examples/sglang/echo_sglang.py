@@ -1,9 +1,10 @@
 """SGLang's EAGLE worker, scheduled by ECHO: trees, and the chains of MTP and EAGLE with topk 1.
 
 Before the draft the scheduler chooses the tier, whose depth picks one of the captured graph sets.
-After it what was drafted is scored, gated and packed, and becomes the verify input. After verify
-the history observes. SGLang samples and accepts; with ``ECHO_RAGGED`` the target's forward pass has
-the packed rows only (:mod:`echo_sglang_ragged`). ``SEAMS`` lists all that is touched.
+In the draft's graph what was drafted is scored, gated and packed (:mod:`echo_sglang_draft`), and
+becomes the verify input. After verify the history observes. SGLang samples and accepts; with
+``ECHO_RAGGED`` the target's forward pass has the packed rows only (:mod:`echo_sglang_ragged`).
+``SEAMS`` lists all that is touched.
 
 Environment; with none of them set nothing is touched:
 
@@ -41,23 +42,25 @@ class Planner:
     """What a worker keeps between steps.
 
     Attributes:
-        scheduler: the policy.
-        history: by ``req_pool_indices``, on the device.
+        plan: buffers of the step's plan, and the history by ``req_pool_indices``, on the device.
         generation: int32 [max_num_reqs], the history's, as the host knows it.
         lagged: histories on their way to the host, oldest first. A step reads that of two steps
             ago, whose copy is over: every rank reads the same one.
         depths: with a captured graph set, ascending.
         tier: of this step.
+        curve, curves: what drafting would bring this rank, float32 [n], and all, [ranks, n], as
+            SGLang's gather of their batches has brought them.
         ragged: the target verifies packed rows instead of n for every request.
         warmup, logs: the warm-up file, until it is written, and what goes into it.
     """
 
-    scheduler: echo.ElasticBudgetScheduler
-    history: echo.History
+    plan: draft.Plan
     generation: Tensor
     lagged: deque[tuple[echo.History, Any]] = field(default_factory=lambda: deque(maxlen=2))
     depths: tuple[int, ...] = ()
     tier: echo.budget.Tier | None = None
+    curve: Tensor | None = None
+    curves: Tensor | None = None
     ragged: bool = False
     warmup: Path | None = None
     logs: list[echo.WarmupLog] = field(default_factory=list)
@@ -83,39 +86,47 @@ class Planner:
                 expected = "a policy without a gate, which would bias the log"
                 raise echo.EchoError(f"ECHO_WARMUP: expected {expected}; unset ECHO_CALIBRATION")
             table = target.model_runner.req_to_token_pool.req_to_token
-            history = policy.history(len(table), table.device)
+            plan = draft.Plan(policy, len(table), n, table.device)
             generation = torch.zeros(len(table), dtype=torch.int32)
             file = Path(warmup) if warmup else None
             target.echo_planner = cls(
-                policy, history, generation, depths=(steps,), ragged=ragged.wanted(), warmup=file
+                plan, generation, depths=(steps,), ragged=ragged.wanted(), warmup=file
             )
+            target.model_runner.echo_planner = target.echo_planner
         return target.echo_planner
+
+    @property
+    def scheduler(self) -> echo.ElasticBudgetScheduler:
+        """The policy."""
+        return self.plan.space.scheduler
 
     def admit(self, batch: Any) -> None:
         """Forgets the requests that had these ``req_pool_indices`` before."""
-        self.history = self.history.reset(batch.req_pool_indices.long())
+        space = self.plan.space
+        space.history = space.history.reset(batch.req_pool_indices.long(), out=space.history)
         ones = torch.ones(len(batch.reqs), dtype=torch.int32)
         self.generation = self.generation.index_add(0, host_indices(batch), ones)
+
+    def known(self) -> echo.History:
+        """The history of two steps ago, on the host."""
+        if not self.lagged:
+            return self.scheduler.history(len(self.generation))
+        history, copied = self.lagged[0]
+        if copied is not None:
+            copied.synchronize()
+        return history.without_stale(self.generation)
 
     def choose_tier(self, batch: Any) -> None:
         """Chooses the step's tier; with attention data parallelism all ranks choose together."""
         from sglang.srt.runtime_context import get_parallel
 
-        empty = self.scheduler.history(len(self.generation)), None
-        history, copied = self.lagged[0] if self.lagged else empty
-        if copied is not None:
-            copied.synchronize()
-        known, requests = history.without_stale(self.generation), host_indices(batch)
         context = getattr(batch, "seq_lens_sum", None)
         if get_parallel().attn_dp_enabled and len(self.depths) > 1:
-            group = get_parallel().tp_group.cpu_group
-            curves = gathered(
-                self.scheduler.tier_curve(known, requests, context_tokens=context), group
-            )
-            rank = torch.distributed.get_rank(group)
-            self.tier = self.scheduler.agree_on_tier(curves, rank)
+            rank = get_parallel().tp_rank
+            self.tier = self.scheduler.agree_on_tier(self.curves.numpy(), rank)
         else:
-            self.tier = self.scheduler.choose_tier(known, requests, context_tokens=context)
+            requests = host_indices(batch)
+            self.tier = self.scheduler.choose_tier(self.known(), requests, context_tokens=context)
 
     def num_rows(self, target: Any, batch: int, n: int) -> int | None:
         """Packed rows that the step's pass has; None: it has all B * n."""
@@ -154,8 +165,10 @@ class Planner:
         self, req_indices: Tensor, packed: echo.PackedTree, accepted: echo.tree.Accepted
     ) -> None:
         """Updates the history, and starts its copy to the host."""
-        self.history = self.history.observe(req_indices, packed, accepted)
-        self.lagged.append(to_host(self.history))
+        history = self.plan.space.history
+        history = history.observe(req_indices, packed, accepted, out=history)
+        self.plan.space.history = history
+        self.lagged.append(to_host(history))
 
 
 def scheduler(topk: int, num_steps: int, n: int) -> echo.ElasticBudgetScheduler:
@@ -186,36 +199,62 @@ def host_indices(batch: Any) -> Tensor:
 
 
 def to_host(history: echo.History) -> tuple[echo.History, Any]:
-    """A copy in pinned memory and the event after it; of a history on the host itself and None."""
-    if history.generation.device.type == "cpu":
-        return history, None
+    """A copy, from a GPU in pinned memory, and the event after it; None on the host."""
+    there = history.generation.is_cuda
     parts = {f.name: getattr(history, f.name) for f in fields(history)}
-    tensors = {name: part for name, part in parts.items() if isinstance(part, Tensor)}
-    pinned = {
-        name: torch.empty_like(part, device="cpu", pin_memory=True).copy_(part, non_blocking=True)
-        for name, part in tensors.items()
+    copies = {
+        name: torch.empty_like(part, device="cpu", pin_memory=there).copy_(part, non_blocking=True)
+        for name, part in parts.items()
+        if isinstance(part, Tensor)
     }
-    copied = torch.cuda.Event()
-    copied.record()
-    return replace(history, **pinned), copied
+    copied = torch.cuda.Event() if there else None
+    if copied is not None:
+        copied.record()
+    return replace(history, **copies), copied
 
 
-def gathered(curve: Any, group: Any) -> Any:
-    """Every rank's ``curve`` float32 [n], on the host: [ranks, n]."""
-    own = torch.from_numpy(curve)
-    curves = own.new_empty(torch.distributed.get_world_size(group), len(own))
-    torch.distributed.all_gather(list(curves.unbind()), own, group=group)
-    return curves.numpy()
+voting: Planner | None = None
+"""Whose curve rides in SGLang's next gather of what its data-parallel ranks run."""
 
 
-def capture(_: Any, worker: Any) -> None:
-    """After SGLang captured its graphs: captures those of ``ECHO_DEPTHS``, among which the planner
-    chooses, through the controller that SGLang has for it.
+def before_gather(local_batch: Any, model_runner: Any, *_: Any, **__: Any) -> None:
+    """Before that gather: this rank's curve, which is that of no requests unless it decodes."""
+    global voting  # noqa: PLW0603
+    planner = getattr(model_runner, "echo_planner", None)
+    voting = planner if planner is not None and len(planner.depths) > 1 else None
+    if voting is not None:
+        decodes = local_batch is not None and local_batch.forward_mode.is_decode()
+        requests = host_indices(local_batch) if decodes else torch.empty(0, dtype=torch.int64)
+        context = getattr(local_batch, "seq_lens_sum", None) if decodes else 0
+        curve = voting.scheduler.tier_curve(voting.known(), requests, context_tokens=context)
+        voting.curve = torch.from_numpy(curve)
+
+
+def gather(original: Any, global_flat: Tensor, local_row: Tensor, group: Any) -> None:
+    """SGLang's gather of an int64 row of each rank, with the curve's bits behind the row."""
+    if voting is None:
+        return original(global_flat, local_row, group=group)
+    size, width = len(voting.curve), len(local_row)
+    bits = torch.nn.functional.pad(voting.curve, (0, size % 2)).view(torch.int64)
+    row = torch.cat([local_row, bits.to(local_row.device)])
+    rows = row.new_empty(len(global_flat) // width, len(row))
+    original(rows.view(-1), row, group=group)
+    global_flat.copy_(rows[:, :width].flatten())
+    voting.curves = rows[:, width:].cpu().contiguous().view(torch.float32)[:, :size]
+    return None
+
+
+def capture(original: Any, worker: Any) -> None:
+    """SGLang captures its graphs, with the plan; then those of ``ECHO_DEPTHS``, among which the
+    planner chooses, through the controller that SGLang has for it.
     """
+    from sglang.srt.layers.dp_attention import world_dp_gather_enabled
+    from sglang.srt.managers.scheduler_components.dp_attn import should_skip_scheduler_all_gather
     from sglang.srt.runtime_context import get_parallel
     from sglang.srt.speculative import eagle_worker_v2 as engine
 
     planner, deepest = Planner.of(worker), worker.speculative_num_steps
+    original(worker)
     n, k = worker.speculative_num_draft_tokens, worker.topk
     asked = os.environ.get("ECHO_DEPTHS", "").split(",")
     depths = sorted({int(depth) for depth in asked if depth} - {deepest})
@@ -223,8 +262,12 @@ def capture(_: Any, worker: Any) -> None:
         return
     if worker.adaptive_controller is not None:
         raise echo.EchoError("ECHO_DEPTHS: expected no --speculative-adaptive, got both; drop one")
-    if get_parallel().attn_dp_enabled and not isinstance(planner.scheduler.budget, echo.CostModel):
-        raise echo.EchoError("ECHO_DEPTHS: expected ECHO_COST with attention data parallelism")
+    if get_parallel().attn_dp_enabled:
+        if not isinstance(planner.scheduler.budget, echo.CostModel):
+            raise echo.EchoError("ECHO_DEPTHS: expected ECHO_COST with attention data parallelism")
+        if should_skip_scheduler_all_gather(2) or world_dp_gather_enabled():
+            expected = "SGLang's gather of data-parallel ranks within one group"
+            raise echo.EchoError(f"ECHO_DEPTHS: expected {expected}, got none; unset it")
     controller = engine.AdaptiveController(worker, planner)
     scopes = engine.speculative_moe_backend_context, engine.speculative_moe_a2a_backend_context
     for depth in depths:
@@ -297,7 +340,8 @@ def accept(packed: echo.PackedTree, result: Any, n: int) -> echo.tree.Accepted:
 
 
 EAGLE, RUN = "sglang.srt.speculative", "sglang.srt.model_executor.runner.decode_cuda_graph_runner"
-WORKER, TARGET = f"{EAGLE}.eagle_worker_v2", "sglang.srt.managers.tp_worker.TpModelWorker"
+WORKER = f"{EAGLE}.eagle_worker_v2"
+SYNC = "sglang.srt.managers.scheduler_components.dp_attn"
 GRAPHS, KERNELS = f"{RUN}.DecodeCudaGraphRunner", "sglang.kernels.ops"
 EXTEND = f"{EAGLE}.eagle_draft_extend_cuda_graph_runner.EAGLEDraftExtendCudaGraphRunner"
 FLASH = "sglang.srt.layers.attention.flashattention_backend.FlashAttentionBackend"
@@ -305,13 +349,15 @@ FLASH = "sglang.srt.layers.attention.flashattention_backend.FlashAttentionBacken
 VERSION = "0.5.23"
 SEAMS: tuple[tuple[str, str, str, Any], ...] = (
     # target, parameters that it must have ("...": these among others), kind of hook, hook
-    (f"{WORKER}.EAGLEWorkerV2.init_cuda_graphs", "self", "after", capture),
+    (f"{WORKER}.EAGLEWorkerV2.init_cuda_graphs", "self", "around", capture),
     (f"{WORKER}.EAGLEWorkerV2.forward_batch_generation", "self batch", "around", before_draft),
     (f"{WORKER}.EAGLEWorkerV2.verify", "self batch", "around", around_verify),
+    (f"{WORKER}.EagleDraftWorker.draft", "self batch", "around", draft.start),
     (f"{WORKER}.EagleDraftWorker.draft_forward", "self forward_batch", "around",
      draft.around_draft),
     (f"{KERNELS}.speculative.topk1.draft_topk1_postprocess", "next_token_logits positions", "after",
      draft.keep_probability),
+    (f"{EXTEND}.capture_one_shape", "self size forward", "around", draft.capture_first),
     (f"{EXTEND}.execute", "self forward_batch select_index", "after", draft.keep_first),
     (f"{EAGLE}.eagle_utils.organize_draft_results",
      "score_list token_list parents_list num_draft_token", "around", draft.keep_candidates),
@@ -320,11 +366,15 @@ SEAMS: tuple[tuple[str, str, str, Any], ...] = (
      "num_steps num_draft_tokens tree_mask_mode device", "around", draft.after_draft),
     (f"{EAGLE}.eagle_utils.eagle_prepare_for_verify",
      "verify_input req_to_token_pool batch target_worker", "around", ragged.prepare),
-    (f"{TARGET}.forward_batch_generation", "self batch forward_batch", "after", ragged.widen),
+    (f"{EAGLE}.eagle_utils.eagle_sample", "verify_input batch logits_output grammar_mask", "around",
+     ragged.sample),
     (f"{EAGLE}.spec_info.SpeculativeAlgorithm.supports_ragged_verify", "self", "around",
      ragged.supports),
     (f"{GRAPHS}.get_spec_info", "self num_tokens", "after", ragged.capture_layout),
+    (f"{SYNC}.prepare_mlp_sync_batch_raw", "... local_batch model_runner", "before", before_gather),
+    (f"{SYNC}.exchange_sync_rows", "global_flat local_row group", "around", gather),
     # called
+    (f"{SYNC}.should_skip_scheduler_all_gather", "num_dp_ranks", "", None),
     (f"{WORKER}.EAGLEWorkerV2.build_adaptive_runtime_state",
      "self speculative_num_steps speculative_num_draft_tokens", "", None),
     (f"{EAGLE}.adaptive_runtime_state.AdaptiveController", "worker policy", "", None),
@@ -337,6 +387,9 @@ SEAMS: tuple[tuple[str, str, str, Any], ...] = (
      "verify_lens graph_num_tokens", "", None),
     (f"{EAGLE}.ragged_verify.round_up_grid", "total grid", "", None),
     (f"{GRAPHS}._capture_ragged_verify_layout", "self num_tokens", "", None),
+    (f"{KERNELS}.speculative.spec_tree.verify_tree_greedy_func",
+     "predicts accept_index accept_token_num candidates retrieve_index retrieve_next_token "
+     "retrieve_next_sibling target_predict topk", "", None),
     ("sglang.srt.layers.attention.attention_registry.register_attention_backend", "name", "", None),
     (f"{FLASH}.init_cuda_graph_state", "self max_bs max_num_tokens", "", None),
     (f"{FLASH}.init_forward_metadata_out_graph", "self forward_batch in_capture", "", None),

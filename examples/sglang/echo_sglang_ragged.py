@@ -1,7 +1,7 @@
 """A verify pass of packed rows in SGLang: ragged chains on its own backends, ragged trees on ours.
 
 The planned step goes to the target as N rows and a ``RaggedVerifyLayout``, in one of the ragged
-verify graphs that SGLang captures by N; SGLang's sampler sees B * n rows before and after, n =
+verify graphs that SGLang captures by N; SGLang's acceptance sees B * n rows, n =
 ``draft_token_num``. A chain needs the layout only, MLA models too. A tree needs attention besides:
 :class:`Trees` joins the backend's kernel over the prefix with ours over each row's ancestors.
 """
@@ -131,20 +131,44 @@ def prepare(
     return prepared
 
 
-def widen(
-    result: Any, worker: Any, batch: Any, forward_batch: Any = None, *_: Any, **__: Any
-) -> None:
-    """Puts the outputs of a packed pass where SGLang's sampler looks for them: [B * n, ...]."""
-    rows = getattr(forward_batch, "spec_info", None)
-    if getattr(rows, "echo_window", None) is None:
-        return
-    packed, output = rows.echo_packed, result.logits_output
-    at = packed.indptr[:-1, None] + torch.arange(rows.draft_token_num, device=packed.indptr.device)
-    at = at.clamp(max=packed.num_rows - 1).flatten()
-    for name in ("next_token_logits", "hidden_states"):
-        value = getattr(output, name, None)
-        if isinstance(value, Tensor):
-            setattr(output, name, value[at])
+def sample(
+    original: Any, verify_input: Any, batch: Any, logits_output: Any, grammar_mask: Any = None,
+    *args: Any, **kwargs: Any,
+) -> Any:  # fmt: skip
+    """SGLang's sampler after a packed pass: what it reads is put where it looks, n rows a request.
+
+    Where argmax is all that it reads, token ids are, as it takes them; else the logits.
+    """
+    rows, info = getattr(verify_input, "echo_rows", None), batch.sampling_info
+    if rows is None:
+        return original(verify_input, batch, logits_output, grammar_mask, *args, **kwargs)
+    packed, logits = rows.echo_packed, logits_output.next_token_logits
+    at = packed.indptr[:-1, None] + torch.arange(verify_input.draft_token_num, device=logits.device)
+    at = at.clamp(max=packed.num_rows - 1)
+    if logits_output.hidden_states is not None:
+        logits_output.hidden_states = logits_output.hidden_states[at.flatten()]
+    from sglang.kernels.ops.speculative.spec_tree import verify_tree_greedy_func
+    from sglang.srt.speculative.spec_utils import SIMULATE_ACC_LEN
+    from sglang.srt.utils.async_probe import sanitize_nan_logits
+
+    changed = grammar_mask, info.acc_additive_penalties, info.acc_scaling_penalties, info.logit_bias
+    others = batch.return_logprob, info.has_watermark_candidates, SIMULATE_ACC_LEN > 0
+    others += (torch.version.hip is not None,)  # whose ranks SGLang lets agree
+    if not info.is_all_greedy or any(others) or any(x is not None for x in changed):
+        logits_output.next_token_logits = logits[at.flatten()]
+        return original(verify_input, batch, logits_output, grammar_mask, *args, **kwargs)
+    sanitize_nan_logits(logits, "verify: target model logits")
+    empty = partial(torch.full, dtype=torch.int32, device=logits.device)
+    predict, index, drafts = verify_tree_greedy_func(
+        predicts=empty((at.numel(),), 0), accept_token_num=empty((len(at),), 0),
+        accept_index=empty((len(at), verify_input.max_tree_depth), -1),
+        candidates=verify_input.draft_token.reshape(at.shape),
+        retrieve_index=verify_input.retrieve_index,
+        retrieve_next_token=verify_input.retrieve_next_token,
+        retrieve_next_sibling=verify_input.retrieve_next_sibling,
+        target_predict=logits.argmax(dim=-1)[at], topk=verify_input.tree_topk,
+    )  # fmt: skip
+    return predict, drafts + 1, index
 
 
 def create(original: Callable[[Any], Any], mixin: type) -> Callable[[Any], Any]:

@@ -133,19 +133,21 @@ class EchoProposer:
         return places.pop() if places else None
 
 
+VERSION = "0.33.0"
 EXPECTED = {
     "record_confidences": "(self, confidence_probs, input_batch)",
     "get_num_tokens": "(self, num_tokens_per_req, draft_tokens)",
 }
-"""Methods of vLLM 0.33.0's ``AdaptiveVerificationManager`` that are wrapped, all public."""
+"""Methods of its ``AdaptiveVerificationManager`` that are wrapped, all public."""
 
 
 def register() -> None:
     """Entry point of ``vllm.general_plugins``: our figures in its adaptive verification.
 
     Confidences are calibrated as they enter, so that vLLM's choice of how many drafts a step
-    verifies and its ranking of which both read them; step costs are those of ``ECHO_COST``. Where
-    its methods have changed, the engine stays as it was, and the log says why.
+    verifies and its ranking of which both read them; step costs are those of ``ECHO_COST``. In
+    another release, or where its methods have changed, the engine stays as it was, and the log
+    says why.
     """
     from vllm.v1.worker.gpu.spec_decode import adaptive_verification
 
@@ -174,13 +176,17 @@ def register() -> None:
 
 
 def unsupported(manager: Any) -> list[str]:
-    """What :func:`register` needs and ``manager`` does not have as expected."""
+    """What :func:`register` needs and vLLM or its ``manager`` does not have as expected."""
+    from vllm.version import __version__ as version
+
+    release = version.partition("+")[0].partition(".post")[0]
+    changed = [] if release == VERSION else [f"version: expected {VERSION}, got {version}"]
     found = {name: getattr(manager, name, None) for name in EXPECTED}
     got = {
         name: None if method is None else f"({', '.join(inspect.signature(method).parameters)})"
         for name, method in found.items()
     }
-    return [
+    return changed + [
         f"{name}: expected {wanted}, got {got[name]}"
         for name, wanted in EXPECTED.items()
         if got[name] != wanted
