@@ -261,7 +261,7 @@ def draw(equal: list[dict[str, float]], found: list[dict[str, float | str]], pat
             row = {int(r["batch"]): float(r[name]) for r in found if r["shape"] == DRAWN}
             right.plot(BATCHES, [row[b] for b in BATCHES], "o-", ms=3, color=colour, label=label)
         right.set(
-            title=f"Where verify tokens cost ({DRAWN})",
+            title=f"In throughput ({DRAWN})",
             xlabel="batch",
             ylabel="throughput / plain decoding",
             ylim=(0, None),
