@@ -119,6 +119,21 @@ def test_eight_bit_keys_meet_bfloat16_queries_of_any_size(size):
     args = {name: value.to(DEVICE) for name, value in args.items()}
     args["q"][1] = 0
     compare(args | {"q": args["q"] * size}, scale=0.1 / size)
+    scales = torch.tensor([-0.5, 0.0], device=DEVICE)
+    compare(args | {"q": args["q"] * size}, scale=0.1 / size, key_scale=scales)
+
+
+@pytest.mark.parametrize("cache", [None, torch.float8_e4m3fn])
+def test_a_page_that_is_not_there_counts_for_nothing(cache, monkeypatch):
+    """In the midst of whole blocks, among scores far below the 0 that keys of zeros would have."""
+    monkeypatch.setattr(tiles, "generation", lambda device: tiles.HOPPER)
+    shape = SHAPE | {"page": 64, "heads": 16, "dtype": torch.bfloat16}
+    args = trees.attention([3, 2], [300, 192], **shape, cache=cache, device=DEVICE)
+    args["q"].copy_(-8 * args["q"].abs())
+    args["tree_key"].copy_(args["tree_key"].abs())
+    args["key_cache"] = args["key_cache"].float().abs().to(args["key_cache"].dtype)
+    args["page_table"][0, 1:3], args["page_table"][1, 0] = torch.tensor([-1, 1000]), -1
+    assert compare(args, scale=1.0)[1][:5].max() < -120
 
 
 @pytest.mark.parametrize("cache", [torch.float8_e4m3fn, torch.float8_e5m2])
