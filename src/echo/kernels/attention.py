@@ -4,7 +4,6 @@
 tiles that were cut: launches whose grids depend on shapes only. A row tile is ``rows x group``: the
 query heads of one KV head are folded into it, so that a tree of 4 rows with a group of 8 fills a
 tile of 32. ``_add`` is the tree part alone, behind another kernel's attention over the prefix.
-
 Sizes that change from step to step are not specialised on, as the distance of slots in a page is:
 another batch neither compiles anew nor computes in another order. Softmax is online, in base 2.
 """
@@ -50,15 +49,11 @@ def _broken(v):
 
 
 @triton.jit
-def _online(score, v, acc, top, mass, factor, known):
-    """One step of the online softmax; scores and ``top`` are of base 2 times a row's ``factor``.
-
-    A block that is not ``known`` counts for nothing: two instructions a row, not one a score.
-    """
-    new = tl.maximum(top, tl.where(known, tl.max(score, 1), float("-inf")))
+def _online(score, v, acc, top, mass, factor):
+    """One step of the online softmax; scores and ``top`` are of base 2 times a row's ``factor``."""
+    new = tl.maximum(top, tl.max(score, 1))
     base = tl.where(new == float("-inf"), 0.0, new)
-    shift = tl.where(known, base * factor, float("inf"))
-    p = tl.exp2(score * factor[:, None] - shift[:, None])  # one instruction, or none of factor 1
+    p = tl.exp2(score * factor[:, None] - (base * factor)[:, None])  # one multiply-add
     decay = tl.exp2((top - base) * factor)
     acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
     return acc, new, mass * decay + tl.sum(p, 1)
@@ -66,10 +61,8 @@ def _online(score, v, acc, top, mass, factor, known):
 
 @triton.jit
 def _narrow(q, scale):
-    """Queries as float16 below 2, exactly but for what is tiny, and each row's factor, above 0.
-
-    An 8-bit key becomes float16 in half an instruction, exactly, and bfloat16 in about four.
-    """
+    """Queries as float16 below 2, exactly but for what is tiny, and each row's factor, above 0."""
+    # An 8-bit key becomes float16 in half an instruction, exactly, and bfloat16 in about four.
     wide = q.to(tl.float32) * tl.where(scale < 0, -1.0, 1.0)
     bits = tl.max(tl.abs(wide), 1).to(tl.int32, bitcast=True)
     unit = tl.where(bits >> 23 > 0, (bits & 0x7F800000).to(tl.float32, bitcast=True), 1.0)
@@ -104,20 +97,26 @@ def _slots(
 
 @triton.jit
 def _block(
-    q, acc, top, mass, page, key_cache, value_cache, count, start, length, since, factor, cap,
-    k_page, k_slot: tl.constexpr, v_page, v_slot: tl.constexpr, DIM: tl.constexpr,
+    q, acc, top, mass, page, key_cache, value_cache, pages, count, start, length, since, factor,
+    cap, k_page, k_slot: tl.constexpr, v_page, v_slot: tl.constexpr, DIM: tl.constexpr,
     WIDTH: tl.constexpr, KEYS: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr,
     CAPPED: tl.constexpr, BARE: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """The block of the prefix from ``start`` on; of a ``WHOLE`` one, every row sees every key."""
+    """A block of the prefix, whose keys all rows see if ``WHOLE``; the page of the next block; and
+    whether its own was there.
+
+    With a page number and its keys in one iteration, the compiler pipelines the page number and
+    leaves one buffer of keys, which is filled after the products of the iteration before.
+    """
     key, d = tl.arange(0, KEYS), tl.arange(0, WIDTH)
     inner = (d < DIM if DIM < WIDTH else d >= 0)[None, :]
+    ahead = _page(pages, start + KEYS, key, length, KEYS, PAGE)
     known = page.to(tl.uint32, bitcast=True) < count.to(tl.uint32, bitcast=True)
     position = start + key
     seen = position < tl.where(known, length, 0) if PAGE % KEYS == 0 else known
     if WINDOW > 0:  # what no row sees may hold anything
         seen = seen & (position > length - WINDOW)
-    shown = known if WHOLE else seen[:, None]
+    shown = known if WHOLE and PAGE % KEYS == 0 else seen[:, None]
     shown = shown & inner if DIM < WIDTH else shown
     k_at = _slots(key_cache, page, start, key, k_page, k_slot, KEYS, PAGE) + d[None, :]
     v_at = _slots(value_cache, page, start, key, v_page, v_slot, KEYS, PAGE) + d[None, :]
@@ -130,7 +129,8 @@ def _block(
         score = tl.where(visible, score, float("-inf"))
     v = tl.load(v_at, mask=shown, other=0.0).to(q.dtype)
     factor = factor if BARE else tl.full(top.shape, 1.0, tl.float32)
-    return _online(score, v, acc, top, mass, factor, known if WHOLE else True)
+    acc, top, mass = _online(score, v, acc, top, mass, factor)
+    return acc, top, mass, ahead, known
 
 
 @triton.jit
@@ -142,30 +142,31 @@ def _prefix(
 ):  # fmt: skip
     """Blocks ``low`` to ``high`` of the prefix, one KV head; ``count`` pages exist.
 
-    Where pages hold whole blocks, only the last of a request needs a mask, a fifth of a block's
-    instructions, and is apart. The page of the next block is loaded an iteration ahead. With a page
-    number and its keys in one iteration, the compiler pipelines the page number and leaves one
-    buffer of keys, which is filled after the products of the iteration before: nothing is in flight
-    meanwhile.
-
-    ``BARE`` scores are multiplied within the softmax, for which ``factor`` is a number above 0.
+    Without a window only a request's last block needs a mask, which is a fifth of the instructions;
+    if a page is not there, all is done again with masks. ``BARE`` scores are multiplied within the
+    softmax, for which ``factor`` is a number above 0.
     """
     key, last = tl.arange(0, KEYS), low
     page = _page(pages, low * KEYS, key, length, KEYS, PAGE)
-    APART: tl.constexpr = PAGE % KEYS == 0 and WINDOW == 0
-    if APART:
-        last = tl.maximum(low, tl.minimum(high, length // KEYS))
-    for masked in tl.static_range(0 if APART else 1, 2):
-        begin, end = last if masked else low, high if masked else last
-        for block in tl.range(begin, end, num_stages=1 if APART and masked else None):
-            start = block * KEYS
-            ahead = _page(pages, start + KEYS, key, length, KEYS, PAGE)
-            acc, top, mass = _block(
-                q, acc, top, mass, page, key_cache, value_cache, count, start, length, since,
-                factor, cap, k_page, k_slot, v_page, v_slot, DIM, WIDTH, KEYS, PAGE, WINDOW, CAPPED,
-                BARE, masked == 0,
+    if WINDOW == 0:
+        last, missing = tl.maximum(low, tl.minimum(high, length // KEYS)), page & 0
+        for block in tl.range(low, last):
+            acc, top, mass, page, known = _block(
+                q, acc, top, mass, page, key_cache, value_cache, pages, count, block * KEYS, length,
+                since, factor, cap, k_page, k_slot, v_page, v_slot, DIM, WIDTH, KEYS, PAGE, WINDOW,
+                CAPPED, BARE, True,
             )  # fmt: skip
-            page = ahead
+            missing |= known == 0
+        if (missing if PAGE % KEYS == 0 else tl.max(missing, 0)) != 0:
+            last, page = low, _page(pages, low * KEYS, key, length, KEYS, PAGE)
+            acc, mass = tl.zeros_like(acc), tl.zeros_like(mass)
+            top = tl.full(top.shape, float("-inf"), tl.float32)
+    for block in tl.range(last, high, num_stages=1 if WINDOW == 0 else None):
+        acc, top, mass, page, _ = _block(
+            q, acc, top, mass, page, key_cache, value_cache, pages, count, block * KEYS, length,
+            since, factor, cap, k_page, k_slot, v_page, v_slot, DIM, WIDTH, KEYS, PAGE, WINDOW,
+            CAPPED, BARE, False,
+        )  # fmt: skip
     return acc, top * factor if BARE else top, mass
 
 
@@ -204,7 +205,7 @@ def _tree(
             visible = visible & (layer[None, :] > since[:, None])
         score = tl.where(visible, score, float("-inf"))
         v = tl.load(v_at, mask=shown & (broken == 0)[:, None], other=0.0).to(q.dtype)
-        acc, top, mass = _online(score, v, acc, top, mass, one, True)
+        acc, top, mass = _online(score, v, acc, top, mass, one)
         mass = tl.where(tl.max(tl.where(visible, broken[None, :], 0), 1) > 0, float("nan"), mass)
     return acc, top, mass
 
@@ -281,8 +282,7 @@ def _attend(
             first + tl.minimum(high, prefix), length, since, factor * unit, cap * LOG2E, k_page,
             k_slot, v_page, v_slot, DIM, WIDTH, KEYS, PAGE, WINDOW, CAPPED, BARE,
         )  # fmt: skip
-        if VALUE_SCALED:
-            acc = acc * tl.load(value_scale + head)
+        acc = acc * tl.load(value_scale + head) if VALUE_SCALED else acc
         acc, top, mass = _tree(
             queries, acc, top, mass, tree_key + begin.to(tl.int64) * tk_row + far * tk_head,
             tree_value + begin.to(tl.int64) * tv_row + far * tv_head, mask + row * words,
