@@ -150,7 +150,7 @@ def _prefix(
     page = _page(pages, low * KEYS, key, length, KEYS, PAGE)
     if WINDOW == 0:
         last, missing = tl.maximum(low, tl.minimum(high, length // KEYS)), page & 0
-        for block in tl.range(low, last):
+        for block in range(low, last):
             acc, top, mass, page, known = _block(
                 q, acc, top, mass, page, key_cache, value_cache, pages, count, block * KEYS, length,
                 since, factor, cap, k_page, k_slot, v_page, v_slot, DIM, WIDTH, KEYS, PAGE, WINDOW,
@@ -161,7 +161,7 @@ def _prefix(
             last, page = low, _page(pages, low * KEYS, key, length, KEYS, PAGE)
             acc, mass = tl.zeros_like(acc), tl.zeros_like(mass)
             top = tl.full(top.shape, float("-inf"), tl.float32)
-    for block in tl.range(last, high, num_stages=1 if WINDOW == 0 else None):
+    for block in range(last, high):
         acc, top, mass, page, _ = _block(
             q, acc, top, mass, page, key_cache, value_cache, pages, count, block * KEYS, length,
             since, factor, cap, k_page, k_slot, v_page, v_slot, DIM, WIDTH, KEYS, PAGE, WINDOW,
