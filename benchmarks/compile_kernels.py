@@ -547,7 +547,7 @@ def main() -> int:
         kept = [
             {
                 key: row[key]
-                for key in ("kernel", "case", "ROWS", "KEYS", "arch", "spills", "stack")
+                for key in ("kernel", "case", "ROWS", "KEYS", "arch", "spills", "stack", "loop")
                 if key in row
             }
             for row in table

@@ -47,7 +47,7 @@ from echo.tree import compact
 RESULTS = Path(__file__).parent / "results"
 KERNEL_TESTS = (
     "kernels", "plan_kernels", "attention", "attention_schedule", "memory", "no_number", "presence",
-    "kinds", "default_dtype", "device_loop", "device_rules", "workspace", "accept",
+    "kinds", "default_dtype", "device_loop", "device_rules", "workspace", "accept", "lookup",
 )  # fmt: skip
 """What runs on a GPU, by the names of the test files."""
 LIMIT = 1e-2

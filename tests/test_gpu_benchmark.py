@@ -21,7 +21,7 @@ from echo.kernels.tiles import Tile
 
 pytest.importorskip("triton")
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-TILES = [Tile(16, 16, 4, 2, 1), Tile(16, 32, 4, 2, 1)]
+TILES = [Tile(16, 16, 4, 2, 1), Tile(16, 32, 4, 2, 1), Tile(16, 128, 4, 2, 1)]
 
 
 def run(*arguments, code=None):
@@ -261,17 +261,18 @@ def test_the_library_reads_what_the_tuner_writes(benchmarks, monkeypatch, tmp_pa
     monkeypatch.setattr(tuning, "candidates", lambda folded, itemsize: TILES)
     shape = {"caches": ("bfloat16",), "batch": 1, "context": 3}
     rows = tuning.tune((2, 1, 16), torch.device("cpu"), timer, **shape)
-    assert [len(names) for names in asked] == [2, 2, 2] and all(
+    assert [len(names) for names in asked] == [3, 3, 3] and all(
         row[:4] == [8, 16, 2, 2] for row in rows
     )
     tuning.write(tmp_path / "tiles.json", "a card", rows)
     monkeypatch.setenv("ECHO_TILES", str(tmp_path / "tiles.json"))
     schedule.table.cache_clear()
     try:
+        assert schedule.measured(2, 16, 2, 2, 128, 4, 8) == TILES[2]
         assert schedule.measured(2, 16, 2, 2, 64, 4, 8) == TILES[1]
         assert schedule.measured(2, 16, 2, 2, 1, 4, 8) is None  # blocks do not lie within pages
         assert schedule.measured(2, 32, 2, 2, 64, 4, 8) is None  # another head dimension
-        assert schedule.measured(2, 16, 2, 2, 64, 99, 8) is None  # more rows than were timed
+        assert schedule.measured(2, 16, 2, 2, 64, 129, 8) is None  # more rows than were timed
         (tmp_path / "tiles.json").write_text("[]")
         schedule.table.cache_clear()
         with pytest.raises(

@@ -105,6 +105,7 @@ def test_tiles_of_hopper_compute_the_same(rows, cache, monkeypatch):
         device=DEVICE,
     )
     compare(args)
+    compare(args, scale=-0.3, softcap=1.5)
     compare(args | {"page_table": args["page_table"].repeat(1, 2)}, window=40, splits=2)
 
 
@@ -119,6 +120,22 @@ def test_eight_bit_keys_meet_bfloat16_queries_of_any_size(size):
     args = {name: value.to(DEVICE) for name, value in args.items()}
     args["q"][1] = 0
     compare(args | {"q": args["q"] * size}, scale=0.1 / size)
+    scales = torch.tensor([-0.5, 0.0], device=DEVICE)
+    compare(args | {"q": args["q"] * size}, scale=0.1 / size, key_scale=scales)
+
+
+@pytest.mark.parametrize("page", [16, 64])
+@pytest.mark.parametrize("cache", [None, torch.float8_e4m3fn])
+def test_a_page_that_is_not_there_counts_for_nothing(cache, page, monkeypatch):
+    """In the midst of whole blocks, among scores far below the 0 that keys of zeros would have."""
+    monkeypatch.setattr(tiles, "generation", lambda device: tiles.HOPPER)
+    shape = SHAPE | {"page": page, "heads": 16, "dtype": torch.bfloat16}
+    args = trees.attention([3, 2], [300, 192], **shape, cache=cache, device=DEVICE)
+    args["q"].copy_(-8 * args["q"].abs())
+    args["tree_key"].copy_(args["tree_key"].abs())
+    args["key_cache"] = args["key_cache"].float().abs().to(args["key_cache"].dtype)
+    args["page_table"][0, 1:3], args["page_table"][1, 0] = torch.tensor([-1, 1000]), -1
+    assert compare(args, scale=1.0)[1][:5].max() < -120
 
 
 @pytest.mark.parametrize("cache", [torch.float8_e4m3fn, torch.float8_e5m2])

@@ -16,11 +16,14 @@ from torch.overrides import TorchFunctionMode
 import echo
 from conftest import one_graph
 from echo import kernels
-from echo.kernels import ngram
+from echo.kernels import ngram, tiles
 from echo.lookup import NO_TOKEN, Texts, blend
 from echo.testing import RefuseSyncs, TabularDrafter, TabularTarget, record, replay, table
 from echo.testing.toy import blurred
 from echo.tree import Frontier
+
+DEVICE = "cpu" if tiles.interpreted() else "cuda"
+BACKENDS = ["torch", "triton"] if tiles.interpreted() else ["torch"]
 
 
 def ends(texts: Texts) -> list[list[int]]:
@@ -421,10 +424,10 @@ def test_bad_input():
 def nodes(generator, batch, above, width):
     """A frontier of ``width`` nodes below ``above`` others."""
     shape = batch, width
-    parent = torch.randint(0, above, shape, generator=generator)
-    token = torch.randint(0, 3, shape, generator=generator)
-    active = torch.ones(shape, dtype=torch.bool)
-    return Frontier(token, parent, parent, torch.zeros(shape), active, 1)
+    parent = torch.randint(0, above, shape, generator=generator).to(DEVICE)
+    token = torch.randint(0, 3, shape, generator=generator).to(DEVICE)
+    active = torch.ones(shape, dtype=torch.bool, device=DEVICE)
+    return Frontier(token, parent, parent, torch.zeros(shape, device=DEVICE), active, 1)
 
 
 @settings(max_examples=25)
@@ -432,17 +435,17 @@ def nodes(generator, batch, above, width):
 def test_kernels_propose_what_the_reference_proposes(batch, length, max_ngram, seed):
     """Bit for bit, texts that a ring has lost the beginning of included; a blend to rounding."""
     generator = torch.Generator().manual_seed(seed)
-    where = torch.randperm(6, generator=generator)[:batch]
+    where = torch.randperm(6, generator=generator)[:batch].to(DEVICE)
     found = []
     for backend in ("torch", "triton"):
         generator.manual_seed(seed)
         with kernels.using(backend):
-            texts = Texts.empty(6, length)
+            texts = Texts.empty(6, length, DEVICE)
             for _ in range(5):
                 n = int(torch.randint(0, 12, (1,), generator=generator))
                 new = torch.randint(0, 3, (batch, n), generator=generator)
                 counts = torch.randint(0, n + 1, (batch,), generator=generator)
-                texts = texts.append(where, new, counts, out=texts)
+                texts = texts.append(where, new.to(DEVICE), counts.to(DEVICE), out=texts)
             said, seen = texts.propose(where, max_ngram), [*vars(texts).values()]
             for depth in range(3):
                 if depth:
@@ -455,6 +458,7 @@ def test_kernels_propose_what_the_reference_proposes(batch, length, max_ngram, s
     q = q.masked_fill(odd < 0.1, -math.inf).masked_fill(odd > 0.95, math.nan)
     tokens = torch.randint(0, 9, (batch, 3, 1), generator=generator) + torch.arange(3)
     weights = torch.rand(max_ngram + 1, generator=generator) * 0.9
+    tokens, q, weights = (value.to(DEVICE) for value in (tokens, q, weights))
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         draft = tokens, q.to(dtype)
         ours = ngram.blend(*draft, said.tokens, said.match_lens, weights)
@@ -464,7 +468,7 @@ def test_kernels_propose_what_the_reference_proposes(batch, length, max_ngram, s
         assert torch.allclose(ours[1], theirs[1], atol=close, rtol=close, equal_nan=True)
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_lookup_stays_at_its_addresses_and_decodes_the_same_text(backend):
     target, drafter = pair(3, True)
     before = [drafter.texts.tokens.data_ptr(), drafter.texts.num_tokens.data_ptr()]
@@ -485,7 +489,7 @@ def test_a_lookup_stays_at_its_addresses_and_decodes_the_same_text(backend):
     assert texts == plain
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_draft_of_another_shape_is_named_before_anything_reads_it(backend):
     class Narrow(TabularDrafter):
         def draft(self, req_indices, frontier):

@@ -23,7 +23,7 @@ from echo import kernels
 from echo.kernels import schedule, tiles
 from echo.kernels.tiles import Tile
 
-FOLDED = (16, 64, 128)
+FOLDED = (16, 64, 256)
 """Query rows times heads of a group that a tile is chosen for."""
 
 
@@ -32,7 +32,7 @@ def candidates(folded: int, itemsize: int) -> list[Tile]:
     if itemsize == 4:
         return [Tile(16, 16, warps, stages, 1) for warps in (4, 8) for stages in (2, 3)]
     found = [(16, 32, 4, 4), (16, 64, 4, 3), (32, 32, 4, 4), (64, 32, 4, 4), (64, 64, 4, 3)]
-    found += [(64, 64, 4, 4), (128, 32, 8, 4), (128, 64, 8, 3)]
+    found += [(64, 64, 4, 4), (128, 32, 8, 4), (128, 64, 8, 3), (128, 128, 8, 3)]
     return [
         Tile(*tile, 1) for tile in found if tile[0] <= max(64, folded) and 4 * tile[0] >= folded
     ]
@@ -60,7 +60,8 @@ def once(heads: tuple[int, int, int], cache: str, tile: Tile) -> None:
     """Compiles a tile; what fails fails again where it is timed."""
     cases.HEADS["tuned"] = heads
     with contextlib.suppress(Exception):
-        next(calls(cases.Case("tuned", 2, 4, 300, cache=cache), tile, torch.device("cuda"), 1))()
+        case = cases.Case("tuned", 2, 4, 300, page=128, cache=cache)
+        next(calls(case, tile, torch.device("cuda"), 1))()
 
 
 def tune(
@@ -71,7 +72,9 @@ def tune(
     batch: int = 32,
     context: int = 2048,
 ) -> list[list[object]]:
-    """The rows of the table: the fastest candidate of each size; those that fail are left out."""
+    """The rows of the table: the fastest candidate of each size, for pages of 128 and of 64; those
+    that fail are left out.
+    """
     cases.HEADS["tuned"] = heads
     if device.type == "cuda":  # into Triton's cache, side by side
         jobs = [(heads, c, t) for c in caches for n in FOLDED for t in candidates(n, 2)]
@@ -80,7 +83,8 @@ def tune(
     group, found = heads[0] // heads[1], []
     for cache in caches:
         for folded in FOLDED:
-            case = cases.Case("tuned", batch, -(-folded // group), context, cache=cache)
+            rows = min(-(-folded // group), 64)  # most that is drafted
+            case = cases.Case("tuned", batch, rows, context, page=128, cache=cache)
             moved = 2 * batch * context * heads[1] * heads[2] * (1 if cache != "bfloat16" else 2)
             contenders: dict[str, list[timing.Call]] = {}
             for tile in candidates(folded, 2):
@@ -93,11 +97,11 @@ def tune(
             times = {
                 name: statistics.median(samples) for name, samples in timer(contenders).items()
             }
-            if not times:
-                continue
-            best = min(times, key=lambda name: times[name])
             kind = tiles.generation(device), heads[2], 2, 1 if cache != "bfloat16" else 2
-            found.append([*kind, folded, json.loads(best)])
+            for page in (128, 64):
+                fitting = [name for name in times if json.loads(name)[1] <= page]
+                row = [*kind, folded, json.loads(min(fitting, key=times.__getitem__, default="0"))]
+                found += [row] * (bool(fitting) and row not in found)
     return found
 
 

@@ -4,9 +4,8 @@
 tiles that were cut: launches whose grids depend on shapes only. A row tile is ``rows x group``: the
 query heads of one KV head are folded into it, so that a tree of 4 rows with a group of 8 fills a
 tile of 32. ``_add`` is the tree part alone, behind another kernel's attention over the prefix.
-
-Sizes that change from step to step are not specialised on: another batch neither compiles anew nor
-computes in another order. Softmax is online, in base 2.
+Sizes that change from step to step are not specialised on, as the distance of slots in a page is:
+another batch neither compiles anew nor computes in another order. Softmax is online, in base 2.
 """
 
 from __future__ import annotations
@@ -36,9 +35,10 @@ def _capped(score, cap):
 
 
 @triton.jit
-def _scores(q, k, factor, cap, CAPPED: tl.constexpr):
-    """Scores in base 2, float32; so are ``factor`` and ``cap``."""
-    score = tl.dot(q, tl.trans(k), input_precision="ieee") * factor
+def _scores(q, k, factor, cap, CAPPED: tl.constexpr, BARE: tl.constexpr = False):
+    """Scores in base 2, float32, as a row's ``factor`` and ``cap`` are; ``BARE``: without it."""
+    score = tl.dot(q, tl.trans(k), input_precision="ieee")
+    score = score if BARE else score * factor[:, None]
     return _capped(score, cap) if CAPPED else score
 
 
@@ -50,25 +50,24 @@ def _broken(v):
 
 @triton.jit
 def _online(score, v, acc, top, mass, factor):
-    """One step of the online softmax; scores and ``top`` are of base 2 times ``factor``."""
+    """One step of the online softmax; scores and ``top`` are of base 2 times a row's ``factor``."""
     new = tl.maximum(top, tl.max(score, 1))
     base = tl.where(new == float("-inf"), 0.0, new)
-    p = tl.exp2(score * factor - (base * factor)[:, None])  # one instruction, or none of factor 1
+    p = tl.exp2(score * factor[:, None] - (base * factor)[:, None])  # one multiply-add
     decay = tl.exp2((top - base) * factor)
     acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
     return acc, new, mass * decay + tl.sum(p, 1)
 
 
 @triton.jit
-def _narrow(q):
-    """Queries as float16 of at most 1, and each row's factor as a column.
-
-    An 8-bit key becomes float16 in half an instruction, exactly, and bfloat16 in about four.
-    """
-    wide = q.to(tl.float32)
-    largest = tl.max(tl.abs(wide), 1)[:, None]
-    unit = tl.where(largest > 0, largest, 1.0)
-    return (wide / unit).to(tl.float16), unit
+def _narrow(q, scale):
+    """Queries as float16 below 2, exactly but for what is tiny, and each row's factor, above 0."""
+    # An 8-bit key becomes float16 in half an instruction, exactly, and bfloat16 in about four.
+    wide = q.to(tl.float32) * tl.where(scale < 0, -1.0, 1.0)
+    bits = tl.max(tl.abs(wide), 1).to(tl.int32, bitcast=True)
+    unit = tl.where(bits >> 23 > 0, (bits & 0x7F800000).to(tl.float32, bitcast=True), 1.0)
+    factor = unit * tl.abs(scale)
+    return (wide / unit[:, None]).to(tl.float16), tl.where(factor < 1e-30, 1e-30, factor)
 
 
 @triton.jit
@@ -82,11 +81,14 @@ def _page(pages, start, key, length, KEYS: tl.constexpr, PAGE: tl.constexpr):
 
 
 @triton.jit
-def _slots(cache, page, start, key, by_page, by_slot, KEYS: tl.constexpr, PAGE: tl.constexpr):
+def _slots(
+    cache, page, start, key, by_page, by_slot: tl.constexpr, KEYS: tl.constexpr, PAGE: tl.constexpr
+):
     """Where each key of a block of the prefix begins, as a column."""
-    if PAGE % KEYS == 0:  # offsets within the block never change
-        block = page.to(tl.int64) * by_page + (start % PAGE).to(tl.int64) * by_slot
-        at = cache + block + (key.to(tl.int64) * by_slot)[:, None]
+    if PAGE % KEYS == 0:  # offsets within the block never change, and take registers
+        block = page.to(tl.int64) * by_page + tl.cast(start % PAGE, tl.int64) * by_slot
+        inside = key if KEYS * by_slot < 1 << 31 else key.to(tl.int64)
+        at = cache + block + (inside * by_slot)[:, None]
     else:
         slot = ((start + key) % PAGE).to(tl.int64)
         at = cache + (page.to(tl.int64) * by_page + slot * by_slot)[:, None]
@@ -94,45 +96,77 @@ def _slots(cache, page, start, key, by_page, by_slot, KEYS: tl.constexpr, PAGE: 
 
 
 @triton.jit
-def _prefix(
-    q, acc, top, mass, key_cache, value_cache, pages, count, low, high, length, since, factor, cap,
-    k_page, k_slot, v_page, v_slot, DIM: tl.constexpr, WIDTH: tl.constexpr, KEYS: tl.constexpr,
-    PAGE: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr, BARE: tl.constexpr,
+def _block(
+    q, acc, top, mass, page, key_cache, value_cache, pages, count, start, length, since, factor,
+    cap, k_page, k_slot: tl.constexpr, v_page, v_slot: tl.constexpr, DIM: tl.constexpr,
+    WIDTH: tl.constexpr, KEYS: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr,
+    CAPPED: tl.constexpr, BARE: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """Blocks ``low`` to ``high`` of the prefix, one KV head; ``count`` pages exist.
+    """A block of the prefix, whose keys all rows see if ``WHOLE``; the page of the next block; and
+    whether its own was there.
 
-    The page of the next block is loaded an iteration ahead. With a page number and its keys in one
-    iteration, the compiler pipelines the page number and leaves one buffer of keys, which is filled
-    after the products of the iteration before: nothing is in flight meanwhile.
-
-    ``BARE`` scores are multiplied within the softmax, for which ``factor`` is a number above 0.
+    With a page number and its keys in one iteration, the compiler pipelines the page number and
+    leaves one buffer of keys, which is filled after the products of the iteration before.
     """
     key, d = tl.arange(0, KEYS), tl.arange(0, WIDTH)
     inner = (d < DIM if DIM < WIDTH else d >= 0)[None, :]
-    page = _page(pages, low * KEYS, key, length, KEYS, PAGE)
-    for block in range(low, high):
-        start = block * KEYS
-        ahead = _page(pages, start + KEYS, key, length, KEYS, PAGE)
-        position = start + key
-        known = page.to(tl.uint32, bitcast=True) < count.to(tl.uint32, bitcast=True)
-        seen = position < tl.where(known, length, 0) if PAGE % KEYS == 0 else known
-        if WINDOW > 0:  # what no row sees may hold anything
-            seen = seen & (position > length - WINDOW)
-        shown = seen[:, None] & inner if DIM < WIDTH else seen[:, None]
-        k_at = _slots(key_cache, page, start, key, k_page, k_slot, KEYS, PAGE) + d[None, :]
-        v_at = _slots(value_cache, page, start, key, v_page, v_slot, KEYS, PAGE) + d[None, :]
-        k = tl.load(k_at, mask=shown, other=0.0).to(q.dtype)
-        if BARE:
-            score = tl.dot(q, tl.trans(k), input_precision="ieee")
-        else:
-            score = _scores(q, k, factor, cap, CAPPED)
+    ahead = _page(pages, start + KEYS, key, length, KEYS, PAGE)
+    known = page.to(tl.uint32, bitcast=True) < count.to(tl.uint32, bitcast=True)
+    position = start + key
+    seen = position < tl.where(known, length, 0) if PAGE % KEYS == 0 else known
+    if WINDOW > 0:  # what no row sees may hold anything
+        seen = seen & (position > length - WINDOW)
+    shown = known if WHOLE and PAGE % KEYS == 0 else seen[:, None]
+    shown = shown & inner if DIM < WIDTH else shown
+    k_at = _slots(key_cache, page, start, key, k_page, k_slot, KEYS, PAGE) + d[None, :]
+    v_at = _slots(value_cache, page, start, key, v_page, v_slot, KEYS, PAGE) + d[None, :]
+    k = tl.load(k_at, mask=shown, other=0.0).to(q.dtype)
+    score = _scores(q, k, factor, cap, CAPPED, BARE)
+    if not WHOLE:
         visible = seen[None, :]
         if WINDOW > 0:
             visible = visible & (position[None, :] > length + since[:, None])
         score = tl.where(visible, score, float("-inf"))
-        v = tl.load(v_at, mask=shown, other=0.0).to(q.dtype)
-        acc, top, mass = _online(score, v, acc, top, mass, factor if BARE else 1.0)
-        page = ahead
+    v = tl.load(v_at, mask=shown, other=0.0).to(q.dtype)
+    factor = factor if BARE else tl.full(top.shape, 1.0, tl.float32)
+    acc, top, mass = _online(score, v, acc, top, mass, factor)
+    return acc, top, mass, ahead, known
+
+
+@triton.jit
+def _prefix(
+    q, acc, top, mass, key_cache, value_cache, pages, count, low, high, length, since, factor, cap,
+    k_page, k_slot: tl.constexpr, v_page, v_slot: tl.constexpr, DIM: tl.constexpr,
+    WIDTH: tl.constexpr, KEYS: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr,
+    CAPPED: tl.constexpr, BARE: tl.constexpr,
+):  # fmt: skip
+    """Blocks ``low`` to ``high`` of the prefix, one KV head; ``count`` pages exist.
+
+    Without a window only a request's last block needs a mask, which is a fifth of the instructions;
+    if a page is not there, all is done again with masks. ``BARE`` scores are multiplied within the
+    softmax, for which ``factor`` is a number above 0.
+    """
+    key, last = tl.arange(0, KEYS), low
+    page = _page(pages, low * KEYS, key, length, KEYS, PAGE)
+    if WINDOW == 0:
+        last, missing = tl.maximum(low, tl.minimum(high, length // KEYS)), page & 0
+        for block in range(low, last):
+            acc, top, mass, page, known = _block(
+                q, acc, top, mass, page, key_cache, value_cache, pages, count, block * KEYS, length,
+                since, factor, cap, k_page, k_slot, v_page, v_slot, DIM, WIDTH, KEYS, PAGE, WINDOW,
+                CAPPED, BARE, True,
+            )  # fmt: skip
+            missing |= known == 0
+        if (missing if PAGE % KEYS == 0 else tl.max(missing, 0)) != 0:
+            last, page = low, _page(pages, low * KEYS, key, length, KEYS, PAGE)
+            acc, mass = tl.zeros_like(acc), tl.zeros_like(mass)
+            top = tl.full(top.shape, float("-inf"), tl.float32)
+    for block in range(last, high):
+        acc, top, mass, page, _ = _block(
+            q, acc, top, mass, page, key_cache, value_cache, pages, count, block * KEYS, length,
+            since, factor, cap, k_page, k_slot, v_page, v_slot, DIM, WIDTH, KEYS, PAGE, WINDOW,
+            CAPPED, BARE, False,
+        )  # fmt: skip
     return acc, top * factor if BARE else top, mass
 
 
@@ -149,6 +183,7 @@ def _tree(
     """
     key, d = tl.arange(0, KEYS), tl.arange(0, WIDTH)
     inner = (d < DIM if DIM < WIDTH else d >= 0)[None, :]
+    one = tl.full(top.shape, 1.0, tl.float32)
     for block in tl.range(low, high, num_stages=STAGES):
         start = block * KEYS
         seen = start + key < rows
@@ -170,7 +205,7 @@ def _tree(
             visible = visible & (layer[None, :] > since[:, None])
         score = tl.where(visible, score, float("-inf"))
         v = tl.load(v_at, mask=shown & (broken == 0)[:, None], other=0.0).to(q.dtype)
-        acc, top, mass = _online(score, v, acc, top, mass, 1.0)
+        acc, top, mass = _online(score, v, acc, top, mass, one)
         mass = tl.where(tl.max(tl.where(visible, broken[None, :], 0), 1) > 0, float("nan"), mass)
     return acc, top, mass
 
@@ -202,8 +237,9 @@ def _alone(q, k, v, scale, cap, CAPPED: tl.constexpr):
 def _attend(
     q, key_cache, value_cache, table, tree_key, tree_value, mask, depth, key_scale, value_scale,
     sinks, indptr, work, programs, out, lse, partial, partial_lse, scale, cap, num_rows, batch,
-    pages, apart, q_row, q_head, k_page, k_slot, k_head, v_page, v_slot, v_head, table_row, tk_row,
-    tk_head, tv_row, tv_head, words, HEADS: tl.constexpr, GROUP: tl.constexpr,
+    pages, apart, q_row, q_head, k_page, k_slot: tl.constexpr, k_head, v_page,
+    v_slot: tl.constexpr, v_head, table_row, tk_row, tk_head, tv_row, tv_head, words,
+    HEADS: tl.constexpr, GROUP: tl.constexpr,
     MEMBERS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
     KEYS: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr,
     SINKS: tl.constexpr, KEY_SCALED: tl.constexpr, VALUE_SCALED: tl.constexpr,
@@ -237,17 +273,16 @@ def _attend(
         top = tl.full([ROWS], float("-inf"), tl.float32)
         mass = tl.zeros([ROWS], tl.float32)
         since = tl.load(depth + row, mask=real, other=0) - WINDOW if WINDOW > 0 else local
-        factor = scale * LOG2E
-        narrowed, unit = _narrow(queries) if NARROW else (queries, 1.0)
+        factor = tl.full([ROWS], scale * LOG2E, tl.float32)
+        key_factor = tl.load(key_scale + head) if KEY_SCALED else 1.0
+        narrowed, unit = _narrow(queries, key_factor) if NARROW else (queries, key_factor)
         acc, top, mass = _prefix(
             narrowed, acc, top, mass, key_cache + far * k_head, value_cache + far * v_head,
             table + b.to(tl.int64) * table_row, pages, first + low,
-            first + tl.minimum(high, prefix), length, since,
-            factor * unit * tl.load(key_scale + head) if KEY_SCALED else factor * unit, cap * LOG2E,
-            k_page, k_slot, v_page, v_slot, DIM, WIDTH, KEYS, PAGE, WINDOW, CAPPED, BARE,
+            first + tl.minimum(high, prefix), length, since, factor * unit, cap * LOG2E, k_page,
+            k_slot, v_page, v_slot, DIM, WIDTH, KEYS, PAGE, WINDOW, CAPPED, BARE,
         )  # fmt: skip
-        if VALUE_SCALED:
-            acc = acc * tl.load(value_scale + head)
+        acc = acc * tl.load(value_scale + head) if VALUE_SCALED else acc
         acc, top, mass = _tree(
             queries, acc, top, mass, tree_key + begin.to(tl.int64) * tk_row + far * tk_head,
             tree_value + begin.to(tl.int64) * tv_row + far * tv_head, mask + row * words,
@@ -359,7 +394,7 @@ def tree_attention(call: Attention) -> tuple[Tensor, Tensor]:
     )
     cap = 1.0 if call.softcap is None else float(call.softcap)
     narrow = q.dtype == torch.bfloat16 and keys.element_size() == 1 and values.element_size() == 1
-    bare = call.factor > 0 and not narrow and call.softcap is None and call.key_scale is None
+    bare = call.factor > 0 and call.softcap is None and (narrow or call.key_scale is None)
     width = tiles.power_of_two(s.dim)
     same = {
         "HEADS": s.num_kv_heads, "GROUP": s.group, "DIM": s.dim, "WIDTH": width, "ROWS": tile.rows,

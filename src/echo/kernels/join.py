@@ -48,6 +48,7 @@ def _add(
     acc = tl.zeros([ROWS, WIDTH], tl.float32)
     top = tl.full([ROWS], float("-inf"), tl.float32)
     mass = tl.zeros([ROWS], tl.float32)
+    factor = tl.full([ROWS], scale * LOG2E, tl.float32)
     since = tl.load(depth + row, mask=there, other=0) - WINDOW if WINDOW > 0 else member
     own = tl.load(request + row, mask=there, other=batch)
     last = tl.max(tl.where(own < batch, own, -1), 0)
@@ -57,7 +58,7 @@ def _add(
         acc, top, mass = _tree(
             queries, acc, top, mass, tree_key + begin.to(tl.int64) * tk_row + head * tk_head,
             tree_value + begin.to(tl.int64) * tv_row + head * tv_head, mask + row * words,
-            depth + begin, 0, (rows + KEYS - 1) // KEYS, rows, own == b, since, scale * LOG2E,
+            depth + begin, 0, (rows + KEYS - 1) // KEYS, rows, own == b, since, factor,
             cap * LOG2E, tk_row, tv_row, words, DIM, WIDTH, ROWS, KEYS, WINDOW, CAPPED, 1,
         )  # fmt: skip
     real, pad = own < batch, there & (own >= batch)

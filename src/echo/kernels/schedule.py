@@ -210,8 +210,8 @@ def measured(
     """
     kind, folded = (generation, dim, itemsize, cache_itemsize), group * rows
     fitting = [e for e in table() if e[:4] == kind and folded <= e.folded]
-    tile = min(fitting, key=lambda e: e.folded).tile if fitting else None
-    return tile if tile and page_size and page_size % tile.keys == 0 else None
+    whole = [e for e in fitting if page_size and page_size % e.tile.keys == 0]
+    return min(whole, key=lambda e: e.folded).tile if whole else None
 
 
 def tile(*kind: Any) -> Tile:

@@ -97,9 +97,9 @@ def tile(
 
     Measured in ``benchmarks/results/compile.md``. On Hopper 64 rows by 64 keys on its wide matrix
     instruction take fewer instructions a key than 32 by 32, even half empty, and with 8-bit keys
-    fewer than 16 by 32. Elsewhere, and where blocks of 64 keys do not lie within pages, 64 keys
-    spill. A taller tile reads a KV head's keys fewer times; more than 128 rows of 16 bits, or 64
-    of a head dimension of 256 (after Hopper, of 64), spill, and so do other ``tree_stages``.
+    fewer than 16 by 32. Elsewhere 64 keys spill. A taller tile reads a KV head's keys fewer times;
+    more than 128 rows of 16 bits, or 64 of a head dimension of 256 (after Hopper, of 64), spill,
+    and so do other ``tree_stages``.
 
     Args:
         group: query heads of a KV head.
@@ -114,8 +114,7 @@ def tile(
         return Tile(16, 16, 8 if wide else 4, 2, 1 if dim <= 64 else 3)
     tallest = 64 if wide or (generation > HOPPER and dim == 64) else 128
     height = min(max(power_of_two(round(group * rows)), 16), tallest)
-    aligned = bool(page_size) and page_size % 64 == 0
-    if generation == HOPPER and aligned and not wide and (height > 16 or cache_itemsize == 1):
+    if generation == HOPPER and page_size and not wide and (height > 16 or cache_itemsize == 1):
         return Tile(max(height, 64), 64, 8 if height == 128 else 4, 3, 1)
     low = generation > HOPPER and height == 16 and padded  # four stages spill there
     large = height == 128 or (wide and height > 16)
