@@ -22,6 +22,8 @@ from echo.budget.history import BINS
 from echo.budget.rules import GlobalRank
 from echo.budget.scheduler import ElasticBudgetScheduler
 from echo.budget.step import Scratch, begin, check
+from echo.budget.step import pack as pack_step
+from echo.budget.throughput import Tier
 from echo.cost import CostModel
 from echo.stats import StepStats
 from echo.tree.accept import Accepted, Compaction, accept, compact
@@ -175,8 +177,8 @@ class Workspace:
         Raises:
             EchoError: more than that.
         """
-        bound = self.num_verify_tokens
-        self._budget.fill_(checks.integer("num_verify_tokens", num_verify_tokens, 1, bound))
+        n = checks.integer("num_verify_tokens", num_verify_tokens, 1, self.num_verify_tokens)
+        self._budget.fill_(n)
 
     def begin(
         self,
@@ -222,6 +224,11 @@ class Workspace:
         out = self.tree(tree.batch, min(depth, len(self._sizes) - 1))
         return self.scheduler.grow(tree, tokens, log_probs, allowed=allowed, out=out)
 
+    def trim(self, tree: SuperTree, tier: Tier, *load: Any, **options: Any) -> SuperTree:
+        """As :meth:`ElasticBudgetScheduler.trim`, between the graphs: it reads."""
+        trimmed = self.scheduler.trim(tree, tier, *load, **options)
+        return replace(trimmed, num_remaining=tree.num_remaining.copy_(trimmed.num_remaining))
+
     def pack(
         self,
         tree: SuperTree,
@@ -229,8 +236,7 @@ class Workspace:
         *,
         sync: Callable[[Tensor], Tensor] | None = None,
     ) -> PackedTree:
-        """As :meth:`ElasticBudgetScheduler.pack`; ``num_verify_tokens`` defaults to its maximum,
-        and ``sync`` is captured with it.
+        """As :meth:`ElasticBudgetScheduler.pack`, ``sync`` captured with it.
 
         If a layer was drafted, ``max_depth`` of the result is the scheduler's, and ``num_layers``
         says on the device how many were, so that one graph serves acceptance at every depth.
@@ -238,7 +244,7 @@ class Workspace:
         Raises:
             EchoError: more verify tokens than the workspace has.
         """
-        n = self.num_verify_tokens if num_verify_tokens is None else num_verify_tokens
+        n = tree.num_verify_tokens if num_verify_tokens is None else num_verify_tokens
         n = checks.integer("num_verify_tokens", n, 1, self.num_verify_tokens)
         batch, depth, total = tree.batch, tree.depth, self._ends[tree.depth]
         each, nodes = (batch,), (batch, total)
@@ -254,7 +260,9 @@ class Workspace:
         out = replace(self.packed, indptr=self.packed.indptr[: batch + 1], **columns)
         step, summarizes = replace(tree, num_verify_tokens=n), bool(self._summaries and depth)
         scratch = Scratch(**buffers, num_layers=self._num_layers)
-        packed = self.scheduler._pack(step, n, self._words, summarizes, out, scratch)
+        rule, most = self.scheduler.rule, self.scheduler.max_verify_tokens_per_req
+        options: dict[str, Any] = {"summarizes": summarizes, "out": out, "scratch": scratch}
+        packed = pack_step(rule, step, n, self._words, most, **options)
         if not depth:  # plain decoding: the roots, on every rank
             return packed
         if packed.num_layers is None:

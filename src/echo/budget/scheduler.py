@@ -14,16 +14,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from echo import _checks as checks
-from echo._checks import EchoError, HostInts, copy_into
+from echo._checks import EchoError, HostInts
 from echo.budget import step
-from echo.budget.history import History, summarize
+from echo.budget.history import History
 from echo.budget.rules import GlobalRank, PerRequest, Rule, TwoLevel
 from echo.budget.throughput import ThroughputOptimal, Tier
 from echo.cost import CostModel
 from echo.gating.calibration import Calibration
 from echo.gating.gates import Gate, SparseGate
-from echo.tree.build import children
-from echo.tree.packed import WORD, PackedTree, pack
+from echo.tree.packed import WORD, PackedTree
 from echo.tree.supertree import SuperTree, check_size
 
 
@@ -47,6 +46,7 @@ class ElasticBudgetScheduler:
             is planned or speculation is off, so that it comes back. It waits until draft extend
             costs 0.5% of the time off, but no longer than sixteen times as many steps.
         margin: with a cost model, by what share speculation must promise to beat plain decoding.
+        trims: with a cost model, :meth:`trim` follows drafting: a tier's tokens are only a bound.
 
     Raises:
         EchoError: an argument out of range, no budget for a rule that needs one, or a rule that
@@ -79,6 +79,10 @@ class ElasticBudgetScheduler:
         >>> curve = best.tier_curve(best.history(4), [0, 2])
         >>> best.agree_on_tier(np.stack([curve, curve]), rank=0)
         Tier(depth=1, num_verify_tokens=64, beam=4)
+        >>> dear = replace(best, budget=CostModel((1, 2, 3), (1.0, 1.4, 1.8)), trims=True)
+        >>> tree = dear.grow(dear.begin(roots, num_verify_tokens=3), heads[:, :1], q[:1].log())
+        >>> dear.pack(dear.trim(tree, Tier(1, 3))).tokens.tolist()  # 2 is not worth its row
+        [7, 1]
     """
 
     rule: Rule
@@ -88,6 +92,7 @@ class ElasticBudgetScheduler:
     max_verify_tokens_per_req: int = 64
     probe_interval: int = 100
     margin: float = 0.02
+    trims: bool = False
 
     def __post_init__(self) -> None:
         checks.follows("rule", self.rule, Rule)
@@ -121,10 +126,10 @@ class ElasticBudgetScheduler:
 
     @classmethod
     def throughput_optimal(
-        cls, calibration: Calibration, cost: CostModel, *, beam: int = 4
+        cls, calibration: Calibration, cost: CostModel, *, beam: int = 4, trims: bool = False
     ) -> ElasticBudgetScheduler:
         """The best use of this machine: ``GlobalRank(beam, calibration)`` and tiers by ``cost``."""
-        return cls(GlobalRank(beam, calibration), None, cost, calibration.max_depth)
+        return cls(GlobalRank(beam, calibration), None, cost, calibration.max_depth, trims=trims)
 
     @classmethod
     def eagle(
@@ -220,10 +225,9 @@ class ElasticBudgetScheduler:
     def _throughput_optimal(self) -> ThroughputOptimal:
         if not isinstance(self.budget, CostModel):
             raise EchoError(f"budget: expected a CostModel, got {self.budget!r}")
-        slots = self.num_lookahead_slots(1)
-        return ThroughputOptimal(
-            self.budget, self.rule.beam, self.max_depth, slots, self.probe_interval, self.margin
-        )
+        limits = self.rule.beam, self.max_depth, self.num_lookahead_slots(1)
+        options = self.probe_interval, self.margin, self.trims
+        return ThroughputOptimal(self.budget, *limits, *options)
 
     def num_lookahead_slots(self, batch: int) -> int:
         """KV slots that one request of ``batch`` can take in a step, to reserve before drafting."""
@@ -267,14 +271,10 @@ class ElasticBudgetScheduler:
         if count < batch and live is None:
             each = f"one for each of {batch} requests"
             raise EchoError(f"num_verify_tokens: expected at least {each}, got {count}")
+        given = root_tokens, live, verify_limits, request_weights
+        most, deep = self.max_verify_tokens_per_req, self.max_depth > 0
         tree = step.begin(
-            root_tokens,
-            live,
-            verify_limits,
-            request_weights,
-            num_verify_tokens=count,
-            max_verify_tokens_per_req=self.max_verify_tokens_per_req,
-            deep=self.max_depth > 0,
+            *given, num_verify_tokens=count, max_verify_tokens_per_req=most, deep=deep
         )
         if first_layer is None:
             return tree
@@ -370,26 +370,48 @@ class ElasticBudgetScheduler:
         if tree.depth:
             raise EchoError(f"tree: expected one just begun, got one of {tree.depth} layers")
         checks.integer("ready.batch", ready.batch, tree.batch, tree.batch)
-        forest = ready.forest
-        table, node, grown = children(forest, k), torch.zeros_like(tree.frontier.token), tree
-        for _ in range(min(ready.depth, self.max_depth)):
-            kids = table.gather(1, node[..., None].expand(-1, -1, k))
-            at = kids.clamp(min=0).flatten(1)
-            token, score = (x.gather(1, at).view(kids.shape) for x in (forest.token, forest.score))
-            log_probs = score - forest.score.gather(1, node)[..., None]
-            grown = self.grow(grown, token, torch.where(kids >= 0, log_probs, -torch.inf))
-            node = at.gather(1, grown.frontier.index)
+        grown = step.grow_from(self.grow, tree, ready.forest, k, min(ready.depth, self.max_depth))
         return replace(grown, invalid=tree.invalid + ready.invalid)
 
     def select(self, tree: SuperTree) -> Tensor:
         """The bare decision: bool [B, T] over ``tree.forest``, committed nodes included."""
-        if not tree.depth:  # nothing was drafted
-            return tree.committed
-        limits = tree.verify_limits
-        if tree.max_verify_tokens_per_req > self.max_verify_tokens_per_req:
-            limits = limits.clamp(max=self.max_verify_tokens_per_req)
-        bounds = limits - tree.num_committed, tree.num_remaining, tree.num_verify_tokens
-        return tree.committed | self.rule.select(tree, *bounds)
+        return step.select(self.rule, tree, self.max_verify_tokens_per_req)
+
+    def trim(
+        self,
+        tree: SuperTree,
+        tier: Tier,
+        num_other_tokens: int = 0,
+        *,
+        context_tokens: float | None = None,
+    ) -> SuperTree:
+        """Leave a drafted step the verify tokens that pay, now that its drafts are known.
+
+        The one device-to-host read of a step: 4 bytes a verify token. The host waits for the
+        drafter and cannot run ahead: worth it at few requests with dear rows (mixtures of experts).
+        Chosen is the N of greatest F(N) - r T(N), F of these drafts, r the tier's rate; where that
+        is unknown, of (B + F(N)) / (T(N) + draft).
+
+        Args:
+            tree, tier: of the step, after the last :meth:`grow`.
+            num_other_tokens, context_tokens: as of :meth:`choose_tier`.
+
+        Returns:
+            The tree with N verify tokens, a tier of the cost model where it has tiers.
+
+        Raises:
+            EchoError: a budget that is no cost model, or an argument of the wrong kind.
+        """
+        other = checks.integer("num_other_tokens", num_other_tokens, 0)
+        if context_tokens is not None:
+            context_tokens = checks.real("context_tokens", context_tokens, 0.0)
+        optimal, tier = self._throughput_optimal, checks.instance("tier", tier, Tier)
+        if not tree.depth:
+            return tree
+        gains = step.gains(self.rule, tree, self.max_verify_tokens_per_req).cpu().numpy()
+        n = min(optimal.trim(gains, tier, other, context_tokens), tree.num_verify_tokens)
+        remaining = tree.num_remaining.clamp(max=n - int(gains[1]))
+        return replace(tree, num_verify_tokens=n, num_remaining=remaining)
 
     def pack(
         self,
@@ -418,31 +440,9 @@ class ElasticBudgetScheduler:
         summarizes = isinstance(self.budget, CostModel) and tree.depth > 0
         if out is not None:
             step.check(out, tree.batch, count, words, tree.status.device)
-        packed = self._pack(tree, count, words, summarizes, out if sync is None else None, None)
+        most, to = self.max_verify_tokens_per_req, out if sync is None else None
+        packed = step.pack(self.rule, tree, count, words, most, summarizes=summarizes, out=to)
         return packed if sync is None else packed.agree(sync, out)
-
-    def _pack(
-        self,
-        tree: SuperTree,
-        num_rows: int,
-        words: int,
-        summarizes: bool,
-        out: PackedTree | None,
-        scratch: step.Scratch | None,
-    ) -> PackedTree:
-        """The packed step, with what it is expected to bring where it ``summarizes``."""
-        most = self.max_verify_tokens_per_req
-        packed = step.pack(
-            self.rule, tree, num_rows, words, most, summarizes=summarizes, out=out, scratch=scratch
-        )
-        if packed is not None:
-            return packed
-        selected = self.select(tree)
-        packed = pack(tree, selected, num_rows, words)
-        if summarizes:
-            found = summarize(tree, self.rule.acceptance_probability(tree), selected)
-            packed = replace(packed, acceptance_histogram=found[0], expected=found[1])
-        return copy_into(out, packed)
 
     def _num_verify_tokens(self, batch: int) -> int:
         if isinstance(self.budget, CostModel):

@@ -7,6 +7,7 @@ rows; W words of a row's mask.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,12 +17,22 @@ from torch import Tensor
 from echo import _checks as checks
 from echo import kernels
 from echo._checks import copy_into
-from echo.budget.history import BINS, SKIP
+from echo.budget.history import BINS, SKIP, summarize
 from echo.budget.rules import GlobalRank, Rule, TwoLevel
 from echo.gating.gates import Gate, SparseGate
 from echo.kernels.codes import Status
+from echo.tree.build import children
 from echo.tree.packed import PackedTree
-from echo.tree.supertree import DEAD_SCORE, Frontier, Layer, SuperTree, path_score, write_layer
+from echo.tree.packed import pack as flatten
+from echo.tree.supertree import (
+    DEAD_SCORE,
+    Forest,
+    Frontier,
+    Layer,
+    SuperTree,
+    path_score,
+    write_layer,
+)
 
 COLUMNS = (
     "tokens", "parent", "depth", "request", "indptr", "mask", "score", "node", "committed",
@@ -264,6 +275,55 @@ def _grow_fused(
     )
 
 
+def grow_from(
+    grow: Callable[[SuperTree, Tensor, Tensor], SuperTree],
+    tree: SuperTree,
+    forest: Forest,
+    k: int,
+    layers: int,
+) -> SuperTree:
+    """As :meth:`ElasticBudgetScheduler.grow_from`, a layer by ``grow``."""
+    table, node = children(forest, k), torch.zeros_like(tree.frontier.token)
+    for _ in range(layers):
+        kids = table.gather(1, node[..., None].expand(-1, -1, k))
+        at = kids.clamp(min=0).flatten(1)
+        token, score = (x.gather(1, at).view(kids.shape) for x in (forest.token, forest.score))
+        log_probs = score - forest.score.gather(1, node)[..., None]
+        tree = grow(tree, token, torch.where(kids >= 0, log_probs, -torch.inf))
+        node = at.gather(1, tree.frontier.index)
+    return tree
+
+
+def select(rule: Rule, tree: SuperTree, max_verify_tokens_per_req: int) -> Tensor:
+    """As :meth:`ElasticBudgetScheduler.select`, by its ``rule`` and limit."""
+    if not tree.depth:  # nothing was drafted
+        return tree.committed
+    limits = tree.verify_limits
+    if tree.max_verify_tokens_per_req > max_verify_tokens_per_req:
+        limits = limits.clamp(max=max_verify_tokens_per_req)
+    bounds = limits - tree.num_committed, tree.num_remaining, tree.num_verify_tokens
+    return tree.committed | rule.select(tree, *bounds)
+
+
+def gains(rule: Rule, tree: SuperTree, max_verify_tokens_per_req: int) -> Tensor:
+    """What :meth:`ElasticBudgetScheduler.trim` reads of a drafted tree.
+
+    Returns:
+        float32 [3 + n], n at most the tree's verify tokens: live requests, committed tokens, and
+        the sum of their probabilities of acceptance, roots included; then those of the selected
+        nodes, in the order of the ranking.
+    """
+    selected = select(rule, tree, max_verify_tokens_per_req)
+    probability, committed = rule.acceptance_probability(tree), tree.committed
+    gain = torch.where(selected & ~committed, probability, 0.0)
+    weights = tree.request_weights
+    worth = gain if weights is None else gain * weights[:, None]
+    ranking = worth.flatten().topk(min(gain.numel(), tree.num_verify_tokens)).indices
+    sure = torch.where(committed, probability, 0.0).sum()
+    counts = tree.layers[0].committed.sum(), tree.num_committed.sum(), sure
+    return torch.cat([torch.stack([x.float() for x in counts]), gain.flatten()[ranking]])
+
+
 def pack(
     rule: Rule,
     tree: SuperTree,
@@ -274,16 +334,42 @@ def pack(
     summarizes: bool,
     out: PackedTree | None,
     scratch: Scratch | None = None,
-) -> PackedTree | None:
-    """Select, flatten, and summarize where it ``summarizes``, in three to five launches.
-
-    None where PyTorch must do it: no kernels for the device, a custom rule, request weights.
+) -> PackedTree:
+    """Select, flatten, and summarize where it ``summarizes``: what the step is expected to bring.
 
     Args:
         rule, max_verify_tokens_per_req: the scheduler's.
         tree, out: as in :meth:`ElasticBudgetScheduler.pack`, checked.
         num_rows, words: N and W.
-        scratch: buffers.
+        scratch: buffers of the kernels.
+    """
+    most = max_verify_tokens_per_req
+    sizes = num_rows, words, most
+    fused = _pack_fused(rule, tree, *sizes, summarizes=summarizes, out=out, scratch=scratch)
+    if fused is not None:
+        return fused
+    selected = select(rule, tree, most)
+    packed = flatten(tree, selected, num_rows, words)
+    if summarizes:
+        found = summarize(tree, rule.acceptance_probability(tree), selected)
+        packed = replace(packed, acceptance_histogram=found[0], expected=found[1])
+    return copy_into(out, packed)
+
+
+def _pack_fused(
+    rule: Rule,
+    tree: SuperTree,
+    num_rows: int,
+    words: int,
+    max_verify_tokens_per_req: int,
+    *,
+    summarizes: bool,
+    out: PackedTree | None,
+    scratch: Scratch | None,
+) -> PackedTree | None:
+    """In three to five launches; None where PyTorch must do it.
+
+    That is: no kernels for the device, a custom rule, or request weights.
     """
     if not (kernels.use_triton(tree.status) and _fits(rule, tree) and tree.batch):
         return None
