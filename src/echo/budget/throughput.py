@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from echo import _checks as checks
 from echo._checks import EchoError
 from echo.budget.history import History
-from echo.cost import CostModel
+from echo.cost import CostModel, samples
 
 CURVE, HEAD = 256, 6
 """Numbers in a rank's tier curve at most, 1 kB, and before its F."""
@@ -66,7 +66,8 @@ class ThroughputOptimal:
     """The tier that maximises (B + F_d(K)) / (T(K) + draft(d)) over depths d and verify tokens K.
 
     The beam follows from K: a node for every four verify tokens of a request. Depth 0, do not
-    speculate, where nothing beats plain decoding by ``margin``. The ratio is this step's. The
+    speculate, where nothing beats plain decoding by ``margin``. No K is beyond what the cost
+    model's samples speak for (:meth:`~echo.CostModel.extrapolated`). The ratio is this step's. The
     long-run price (F - price * seconds, price being the tokens per second so far) was tried by
     replay in all cells of the shipped trace, and left out: its mean throughput was 0.3% lower.
 
@@ -193,7 +194,7 @@ class ThroughputOptimal:
         if not widest:  # no requests at all
             return 0, plain, 0.0
         # drafts beyond the requests' limits are not verified; the likeliest bring their share
-        most = widest * (self.max_verify_tokens_per_req - 1)
+        most = self._most(plain, widest, context_tokens)
         if drafts.item(-1) > most:  # the most of all: they rise by depth
             accepts = accepts * np.minimum(1.0, most / np.maximum(drafts, 1.0))
             drafts = np.minimum(drafts, most)
@@ -228,6 +229,15 @@ class ThroughputOptimal:
             free = self.cost.round_up(tokens) if self.cost.tiers else useful
         return depth + 1, max(tokens, free), max(promised, batch / alone)
 
+    def _most(self, plain: int, widest: int, context_tokens: float | None = None) -> int:
+        """Draft tokens at most: by the requests' limits, and by what samples speak for."""
+        limit, cost = widest * (self.max_verify_tokens_per_req - 1), self.cost
+        if not cost.measured:
+            return limit
+        reqs = widest if cost.num_reqs else 1
+        context = cost.context_len if context_tokens is None else context_tokens / reqs
+        return max(0, min(limit, int(samples.reach(cost.measured, reqs, context)) - plain))
+
     def _beam(self, drafts: NDArray[Any], requests: int) -> NDArray[Any]:
         """Nodes of a layer that are worth expanding where that many ``drafts`` are verified."""
         return np.minimum(np.ceil((drafts + requests) / (TOKENS_PER_BEAM * requests)), self.beam)
@@ -240,7 +250,7 @@ class ThroughputOptimal:
             return Tier(0, tokens - other)
         beam = -(-(tokens - plain + widest) // (TOKENS_PER_BEAM * widest))
         if self.trims:
-            useful = plain + widest * (self.max_verify_tokens_per_req - 1)
+            useful = plain + self._most(plain, widest)
             most = min(useful, math.ceil(tokens * (1 + SPREAD / math.sqrt(widest))))
             tokens = max(tokens, min(self.cost.round_up(most), *self.cost.tiers[-1:] or [most]))
         return Tier(depth, tokens - other, min(beam, self.beam), rate)
@@ -252,11 +262,12 @@ class ThroughputOptimal:
 
         At the knee, or with a draft token for every fourth request where that is more.
         """
-        if not widest:
+        useful = plain + self._most(plain, widest, context_tokens)
+        if useful == plain:
             return 0, plain, 0.0
-        useful = plain + widest * (self.max_verify_tokens_per_req - 1)
-        knee = min(self.cost.at(widest, context_tokens).knee.k_max, useful)
-        return self.max_depth, self.cost.round_up(max(plain + -(-widest // 4), knee)), 0.0
+        knee = self.cost.at(widest, context_tokens).knee.k_max
+        tokens = min(useful, max(plain + -(-widest // 4), knee))
+        return self.max_depth, self.cost.round_up(tokens), 0.0
 
     def _grid(self) -> NDArray[Any]:
         """Points at which ranks compare: the tiers, or evenly in the logarithm."""
