@@ -128,7 +128,7 @@ class ElasticBudgetScheduler:
     def throughput_optimal(
         cls, calibration: Calibration, cost: CostModel, *, beam: int = 4, trims: bool = False
     ) -> ElasticBudgetScheduler:
-        """The best use of this machine: ``GlobalRank(beam, calibration)`` and tiers by ``cost``."""
+        """Best on a machine: ``GlobalRank(beam, calibration)``, tiers by ``cost``, ``trims``."""
         return cls(GlobalRank(beam, calibration), None, cost, calibration.max_depth, trims=trims)
 
     @classmethod

@@ -50,7 +50,7 @@ class Tier:
         depth: layers to draft; 0: do not speculate in this step.
         num_verify_tokens: tokens of the target's forward pass, roots and pads included.
         beam: nodes of a layer to expand, at most the rule's; 0: the rule's. The tier was priced so:
-            give it to ``grow``. A workspace's widths are fixed: they are the rule's.
+            give it to ``grow``, also to a workspace's, whose graphs are then kept by beam too.
         rate: tokens a second that the step promises, for :meth:`ElasticBudgetScheduler.trim`; 0:
             unknown.
     """
