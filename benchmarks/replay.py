@@ -8,7 +8,8 @@ Steps are charged what they took on one H100's share of four of the paper's mode
 (common/machines.py); then by invented curves. Calibration and tuning use one half of the texts, the
 figures the other half, with 95% intervals from a block bootstrap over steps. Plain decoding of B
 requests costs T(B) a step. The oracle verifies what will be accepted and nothing else, at its best
-depth. Last a day of a load that rises and falls, under one setting for the whole day. Writes
+depth; the row before it drafts all for nothing, and knows no more than each node's probability.
+Last a day of a load that rises and falls, under one setting for the whole day. Writes
 benchmarks/results/replay.json, replay.md and replay.png.
 """
 
@@ -286,7 +287,7 @@ def summary(cells: list[dict[str, object]], names: list[str], own: str) -> str:
     long = [
         (float(str(c["long"])), float(str(c["long"])) / max(1.0, float(str(c["long_baseline"]))))
         for c in cells
-        if "long" in c and c["shape"] in names
+        if "long" in c and c["shape"] in names and own == OURS
     ]
     lowest = [f"{value:.3f}" for value in np.min(long, axis=0)] if long else ["not run"]
     means = ", ".join(f"{p} {found.mean():.3f}" for p, found in over.items())
