@@ -23,6 +23,7 @@ from echo.testing import (
     replay,
     table,
 )
+from test_scheduler import observed
 
 DEAR = echo.CostModel((1, 4, 64), (1.0, 1.8, 9.0), draft_layer=0.01)
 """As a mixture of experts at one request: each row costs."""
@@ -108,6 +109,19 @@ def test_a_trimmed_step_is_a_tier_and_other_tokens_fill_it():
         for other in (0, 4):
             n = scheduler.trim(tree, Tier(3, 24, 2, 1.0), other).num_verify_tokens
             assert n + other in tiers.tiers or n == 24
+
+
+def test_the_bound_of_a_trimmed_step_is_a_tier_with_room_to_spare():
+    tiers, ids = (2, 6, 12, 24, 40), torch.arange(2)
+    cost = echo.CostModel((1, 4, 64), (1.0, 1.1, 6.0), tiers=tiers)
+    scheduler = replace(OPTIMAL, budget=cost, max_depth=4, rule=echo.GlobalRank(3))
+    history = scheduler.history(2)
+    for seed in range(8):
+        history = observed(scheduler, history, ids, depth=4, seed=seed, accepted=3)
+    plain = replace(scheduler, trims=False).choose_tier(history, ids)
+    tier = scheduler.choose_tier(history, ids)
+    assert tier.depth and tier.rate > 0 and tier.num_verify_tokens in tiers
+    assert plain.num_verify_tokens <= tier.num_verify_tokens <= tiers[-1]
 
 
 def test_what_is_read_is_made_without_a_sync_and_small():
