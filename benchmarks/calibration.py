@@ -73,11 +73,10 @@ def serve(
 
     def observe(record: Record) -> None:
         text = texts[record.requests]
-        real, launched = int(record.packed.indptr[-1]), record.tier.num_verify_tokens
-        count = real if unpadded else launched
-        seconds = float(
-            KNEE(count) + KNEE.draft_seconds(record.tier.depth, batch, scheduler.rule.beam)
-        )
+        tier, packed = record.tier, record.packed
+        count = int(packed.indptr[-1]) if unpadded else packed.num_rows
+        beam = tier.beam or scheduler.rule.beam
+        seconds = float(KNEE(count) + KNEE.draft_seconds(tier.depth, batch, beam))
         np.add.at(found.tokens, text, record.emitted)
         np.add.at(found.steps, text, 1)
         np.add.at(found.seconds, text, seconds / len(text))

@@ -246,8 +246,9 @@ class Engine:
         else:
             n = min(round_up(tier.num_verify_tokens), workspace.num_verify_tokens)
             workspace.set_num_verify_tokens(min(tier.num_verify_tokens, n))
-            tree = self.run("draft", (lanes, depth), lambda: self.draft(lanes, depth))
-            packed = self.run("pack", (lanes, depth, n), lambda: workspace.pack(tree, n))
+            size = lanes, depth, tier.beam
+            tree = self.run("draft", size, lambda: self.draft(*size))
+            packed = self.run("pack", (*size, n), lambda: workspace.pack(tree, n))
             self.run("verify", (lanes, n), lambda: self.verify(packed))
             self.run("accept", (lanes, n), lambda: self.accept(packed))
         return self.copy_output(depth)
@@ -264,7 +265,7 @@ class Engine:
             self.times.setdefault(part, []).append((start, self.record_event()))
         return result
 
-    def draft(self, lanes: int, depth: int) -> echo.SuperTree:
+    def draft(self, lanes: int, depth: int, beam: int = 0) -> echo.SuperTree:
         """Drafts a tree layer by layer; the scheduler chooses which nodes are expanded."""
         remaining, limit = self.num_remaining[:lanes], self.scheduler.max_verify_tokens_per_req
         tree = self.workspace.begin(
@@ -274,7 +275,7 @@ class Engine:
         )
         for _ in range(depth):
             candidates = self.drafter.draft(self.req_indices[:lanes], tree.frontier)
-            tree = self.workspace.grow(tree, *candidates)
+            tree = self.workspace.grow(tree, *candidates, beam=beam)
         return tree
 
     def decode(self, lanes: int) -> None:

@@ -672,7 +672,7 @@ def test_rounding_costs_no_token():
         np.array([[0.0, 39.0]] * 4, np.float32),
     )
     plans = {
-        optimal._best(drafted * np.float32(1 + noise), accepted, 4, 4, 4, 1, 0, 0)
+        optimal._best(drafted * np.float32(1 + noise), accepted, 4, 4, 4, 1, 0, 0)[:2]
         for noise in (-4e-7, 0.0, 4e-7)
     }
     assert plans == {(1, 44)}
@@ -893,5 +893,24 @@ def test_what_whole_tokens_bring_is_compared():
     drafts = np.array([[0.0, 0.6, 1.4, 2.5], [0.0, 0.7, 1.9, 4.1]])
     accepts = np.array([[0.0, 0.5, 0.8, 0.9], [0.0, 0.5, 0.9, 1.1]])
     steps = {"num_steps": 7, "num_idle_steps": 0, "num_unprocessed": 0}
-    assert optimal._best(drafts, accepts, 1, 1, 1, **steps) == (1, 2)
-    assert optimal._best(drafts, np.zeros_like(accepts), 1, 1, 1, **steps) == (0, 1)
+    assert optimal._best(drafts, accepts, 1, 1, 1, **steps)[:2] == (1, 2)
+    assert optimal._best(drafts, np.zeros_like(accepts), 1, 1, 1, **steps)[:2] == (0, 1)
+
+
+@pytest.mark.parametrize("trims", [False, True])
+@pytest.mark.parametrize("context", [None, 64.0])
+def test_no_tokens_are_chosen_far_beyond_the_samples(trims, context):
+    """The model continues its last slope there: nothing says that 64 tokens cost what 16 do."""
+    tokens, reqs = [1, 2, 4, 8, 16, 4, 8, 16, 24, 32], [1] * 5 + [4] * 5
+    cost = echo.CostModel.from_samples(tokens, [1.0] * 10, num_reqs=reqs)
+    scheduler = replace(OPTIMAL, budget=cost, trims=trims)
+    req_indices, history = torch.arange(4), scheduler.history(4)
+    for seed in range(8):
+        history = observed(scheduler, history, req_indices, depth=4, seed=seed, accepted=4)
+        for ids, most in (([0, 1, 2, 3], 40), ([0], 20), ([0, 1], 26)):
+            load = {"context_tokens": context}
+            tier = scheduler.choose_tier(history, ids, **load)
+            assert tier.depth > 0 and tier.num_verify_tokens <= most
+            if context is None:
+                assert not cost.extrapolated(tier.num_verify_tokens, num_reqs=len(ids))
+    assert scheduler.choose_tier(history, [0, 1, 2, 3], num_other_tokens=90).depth == 0

@@ -137,6 +137,16 @@ def test_a_profile_that_is_done_does_not_grow_when_it_is_resumed():
     calls = machine.calls
     assert profiled(machine, profile) == profile
     assert machine.calls - calls == 3 * (1 + 3)
+    for name in (EXPERTS, BOTH):  # ended because decisions stayed, or nothing is at stake
+        machine, saved = measured.Machine(MACHINES[name]), []
+        done = profiled(machine, on_sample=lambda p, stake, saved=saved: saved.append(p.to_json()))
+        assert machine.now < 60
+        for text in (done.to_json(), saved[-1]):
+            again = SpeculationProfile.from_json(text, IDENTITY)
+            assert profiled(machine, again) == again == done
+        more = profiled(machine, done, max_num_reqs=256, max_num_tokens=2048)
+        assert len(more.samples) > len(done.samples)  # other limits are other decisions
+        assert profiled(machine, done, acceptance=(0.3, 0.8)) != done
     noisy = measured.Machine(MACHINES["llama-3.3-70b, context 960"], noise=0.05)
     found = SpeculationProfile(IDENTITY)
     for _ in range(4):

@@ -4,6 +4,8 @@ parts can be captured.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -375,3 +377,46 @@ def test_a_workspace_can_be_walked_while_it_is_compiled():
         packed = parts.plan(parts.draft(4, 3), 40)
         assert packed.positions(lens).max() == 0
         packed.slot_mapping(lens, table, 16, pad_slot_id=0)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("name", ["ranking", "paper"])
+def test_a_tiers_beam_is_drafted_in_the_same_buffers(name, backend):
+    """Narrow steps and wide ones in turn, as eagerly, in graphs kept by beam."""
+    if backend == "triton":
+        pytest.importorskip("triton")
+    scheduler, lanes, roots = SCHEDULERS[name], 3, torch.tensor([4, 5, 6])
+    with kernels.using(backend):
+        space, graphs = (
+            echo.Workspace(scheduler, lanes, k=K, num_verify_tokens=20),
+            RecordedGraphs(),
+        )
+        wide, given = drafts(scheduler, lanes, 0), {}
+        for seed, beam in enumerate((1, 2, 1, 0, 1, 2)):
+            if beam not in given:  # inputs at fixed addresses, as wide as the frontier
+                widths = [1] + [min(beam or 2, K)] * 2
+                given[beam] = [
+                    tuple(x[:, :w].clone() for x in layer)
+                    for layer, w in zip(wide, widths, strict=True)
+                ]
+            for layer, new in zip(given[beam], drafts(scheduler, lanes, seed), strict=True):
+                for old, value in zip(layer, new, strict=True):
+                    old.copy_(value[:, : old.shape[1]])
+
+            def draft(space=space, beam=beam):
+                tree = space.begin(roots)
+                for tokens, log_probs in given[beam]:
+                    tree = space.grow(tree, tokens, log_probs, beam=beam)
+                return tree
+
+            tree = graphs(("draft", beam), draft)
+            packed = graphs(("plan", beam), lambda tree=tree: space.pack(tree, 20))
+            alone = scheduler.begin(roots, num_verify_tokens=20)
+            for tokens, log_probs in given[beam]:
+                alone = scheduler.grow(alone, tokens, log_probs, beam=beam)
+            same(replace(packed, num_layers=None), scheduler.pack(alone))
+        tree = space.grow(space.begin(roots), *given[1][0], beam=1)
+        with pytest.raises(echo.EchoError, match="beam: expected that of the layers before, got 2"):
+            space.grow(space.grow(tree, *given[1][1], beam=1), *given[1][2], beam=2)
+        with pytest.raises(echo.EchoError, match="beam: expected an int from 0 to 2, got 3"):
+            space.grow(space.begin(roots), *given[1][0], beam=3)

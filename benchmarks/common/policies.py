@@ -125,6 +125,31 @@ def throughput_optimal(s: Setting):
     yield echo.ElasticBudgetScheduler.throughput_optimal(s.calibration, s.cost, beam=s.beam)
 
 
+def trimmed(s: Setting):
+    """One read a step: the host sees what was drafted before it launches the pass."""
+    yield from (replace(scheduler, trims=True) for scheduler in throughput_optimal(s))
+
+
+@dataclass(frozen=True)
+class Known(echo.ElasticBudgetScheduler):
+    """A bound: everything is drafted, for nothing, and the rows that pay are launched.
+
+    No policy of these drafts gets further that knows of each node what its calibrated probability
+    tells, and nothing of the future.
+    """
+
+    def choose_tier(self, history, req_indices, num_other_tokens=0):
+        tier = super().choose_tier(history, req_indices, num_other_tokens)
+        rows = len(req_indices) * self.max_verify_tokens_per_req
+        return replace(tier, depth=self.max_depth, num_verify_tokens=rows, beam=self.rule.beam)
+
+
+def known(s: Setting) -> Known:
+    """The bound, at the cost of ``s`` without drafting."""
+    free = replace(s.cost, draft_layer=0.0, draft_token=0.0)
+    return Known(echo.GlobalRank(s.beam, s.calibration), None, free, s.depth, trims=True)
+
+
 @dataclass(frozen=True)
 class Grove(echo.GlobalRank):
     """A size of tree for each request by a measured curve, after it was drafted: as SpecGrove does.
@@ -174,6 +199,7 @@ POLICIES: dict[str, Policy] = {
     "global top-K": top_k,
     "SpecGrove": grove,
     "throughput-optimal tree": throughput_optimal,
+    "throughput-optimal, trimmed": trimmed,
 }
 """In the order of the table; the oracle is :func:`oracle_trace` under any global ranking."""
 

@@ -108,7 +108,7 @@ def run(
         launched = (
             (int(record.packed.indptr[-1]), record.tree.depth)
             if exact
-            else (record.tier.num_verify_tokens, record.tier.depth)
+            else (record.packed.num_rows, record.tier.depth)
         )
         beam = record.tier.beam or scheduler.rule.beam
         seen.append((int(record.emitted.sum()), *launched, record.num_unprocessed_tokens, beam))

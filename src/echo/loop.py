@@ -271,6 +271,8 @@ def speculate(
         tokens, log_probs = drafter.draft(req_indices, tree.frontier)
         drafting += time.perf_counter() - before
         tree = scheduler.grow(tree, tokens, log_probs, beam=tier.beam)
+    if scheduler.trims:
+        tree = scheduler.trim(tree, tier, num_other_tokens)
     packed = scheduler.pack(tree)
     planned = time.perf_counter()
     sampled = target.verify(req_indices, packed)

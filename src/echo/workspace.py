@@ -1,8 +1,8 @@
 """A step's buffers at fixed addresses, and the CUDA graphs that capture it.
 
-Launched one by one, a step's kernels cost the host far more than the device: 2.4 to 2.9 ms of
-launches for 0.13 ms of work at 256 requests on an H100. :class:`Workspace` owns the buffers that a
-step writes to, so that a CUDA graph can capture it; :class:`Graphs` captures and replays.
+Launched one by one, a step's kernels cost the host 2.4 to 2.9 ms for 0.13 ms of device work (256
+requests on an H100). :class:`Workspace` owns the buffers that a step writes to, so that a CUDA
+graph can capture it; :class:`Graphs` captures and replays.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from echo.budget.history import BINS
 from echo.budget.rules import GlobalRank
 from echo.budget.scheduler import ElasticBudgetScheduler
 from echo.budget.step import Scratch, begin, check
+from echo.budget.step import pack as pack_step
+from echo.budget.throughput import Tier
 from echo.cost import CostModel
 from echo.stats import StepStats
 from echo.tree.accept import Accepted, Compaction, accept, compact
@@ -40,8 +42,8 @@ class Workspace:
     lanes and up to ``num_verify_tokens`` verify tokens: a smaller tier is a view.
 
     Capture a step in three parts, because an engine's grammar, penalties and sampler run between
-    them, each keyed by what changes it: *draft* (lanes, depth): :meth:`begin`, then the drafter and
-    :meth:`grow` in turn; *plan* (lanes, depth, verify tokens): :meth:`pack`; *accept* (lanes,
+    them, each keyed by what changes it: *draft* (lanes, depth, beam): :meth:`begin`, then the
+    drafter and :meth:`grow` in turn; *plan* (those, verify tokens): :meth:`pack`; *accept* (lanes,
     verify tokens): :meth:`accept`, :meth:`compact`, :meth:`observe`, and the engine's own part.
     Between replays the host calls :meth:`set_num_verify_tokens` and updates the inputs of
     :meth:`begin`.
@@ -68,13 +70,14 @@ class Workspace:
 
     Example:
         >>> import echo
-        >>> scheduler = echo.ElasticBudgetScheduler(echo.GlobalRank(2), budget=4, max_depth=1)
+        >>> cost = echo.CostModel((1, 3, 4), (1.0, 1.0, 9.0))  # the fourth row is expensive
+        >>> scheduler = echo.ElasticBudgetScheduler(echo.GlobalRank(2), budget=cost, max_depth=1)
         >>> space = Workspace(scheduler, lanes=2, k=2, num_verify_tokens=4)
-        >>> space.set_num_verify_tokens(3)  # this step uses 3 of the 4
+        >>> space.set_num_verify_tokens(4)  # this step may use all 4
         >>> tree = space.begin(torch.tensor([7, 9]))
         >>> tokens = torch.tensor([[[1, 2]], [[3, 4]]])
         >>> tree = space.grow(tree, tokens, torch.log(torch.tensor([[[0.9, 0.1]], [[0.6, 0.3]]])))
-        >>> packed = space.pack(tree, 3)
+        >>> packed = space.pack(space.trim(tree, echo.budget.Tier(1, 4)))
         >>> accepted = space.accept(packed, torch.tensor([1, 5, 4]))
         >>> packed.tokens.tolist(), accepted.tokens.tolist()
         ([7, 1, 9], [[1, 5], [4, -1]])
@@ -99,31 +102,26 @@ class Workspace:
         self.num_verify_tokens = n = checks.integer("num_verify_tokens", num_verify_tokens, 1)
         self.device, depth = torch.device(device), scheduler.max_depth
         given = checks.integers("k", k, 1)
-        counts: list[int] = (given.repeat(depth) if given.ndim == 0 else given).tolist()
-        if len(counts) != depth:
+        self._k: list[int] = (given.repeat(depth) if given.ndim == 0 else given).tolist()
+        if len(self._k) != depth:
             expected = f"one number, or one for each of {depth} depths"
-            raise EchoError(f"k: expected {expected}, got {len(counts)} numbers")
-        self._widths, self._sizes = [1], [1]  # of each frontier and each layer
-        for count in counts:
-            self._sizes.append(self._widths[-1] * count)
-            self._widths.append(min(scheduler.rule.beam, self._sizes[-1]))
-        self._ends = list(accumulate(self._sizes))
+            raise EchoError(f"k: expected {expected}, got {len(self._k)} numbers")
+        widths, sizes = self._layout(scheduler.rule.beam)
         self._words = -(-scheduler.max_verify_tokens_per_req // WORD)
-        self.history = scheduler.history(
-            lanes if max_num_reqs is None else max_num_reqs, self.device
-        )
+        reqs = lanes if max_num_reqs is None else max_num_reqs
+        self.history = scheduler.history(reqs, self.device)
         self.stats = StepStats.empty(self.device)
 
         def new(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=self.device)
 
         i8, i32, f32, yes = torch.int8, torch.int32, torch.float32, torch.bool
-        total = self._ends[-1]
-        keys, layers = min(total, n, scheduler.max_verify_tokens_per_req), range(depth + 1)
+        total, layers = sum(sizes), range(depth + 1)
+        keys = min(total, n, scheduler.max_verify_tokens_per_req)
         node = new(lanes, total, dtype=f32), new(lanes, total, dtype=yes)
         self._nodes = Nodes(new(lanes, total), new(lanes, total), *node)
         kinds = torch.int64, torch.int64, torch.int64, f32, yes  # of a frontier's columns
-        self._frontiers = [[new(lanes * w, dtype=kind) for kind in kinds] for w in self._widths]
+        self._frontiers = [[new(lanes * w, dtype=kind) for kind in kinds] for w in widths]
         self._drafted = [new(lanes, dtype=yes) for _ in layers]
         self._status = [new(lanes, dtype=i8) for _ in layers]
         self._limits, self._invalid = new(lanes), new(lanes, dtype=i32)
@@ -153,18 +151,14 @@ class Workspace:
         steps = lanes * (depth + 1)
         self._paths = [new(steps), new(steps)]  # tokens and rows accepted
         self._ends_of_paths = [new(lanes) for _ in range(3)]  # num_emitted, bonus, cut_row
-        names = "gather", "positions", "source", "target"
         self._lists = {"accept_index": new(steps, dtype=i32), "valid": new(steps, dtype=yes)}
-        self._lists |= {name: new(steps) for name in names}
+        self._lists |= {name: new(steps) for name in ("gather", "positions", "source", "target")}
         self._prefix_lens = new(lanes)
-        self._trees: dict[tuple[int, int], SuperTree] = {}
+        self._trees: dict[tuple[int, int, int], SuperTree] = {}
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all buffers, the history's included.
-
-        On device "meta" nothing is allocated: what a tier will take, before it does.
-        """
+        """Bytes of all buffers, the history's included; on device "meta", before they are there."""
         storages = [t.untyped_storage() for t in _tensors(list(vars(self).values()))]
         return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
 
@@ -177,8 +171,8 @@ class Workspace:
         Raises:
             EchoError: more than that.
         """
-        bound = self.num_verify_tokens
-        self._budget.fill_(checks.integer("num_verify_tokens", num_verify_tokens, 1, bound))
+        n = checks.integer("num_verify_tokens", num_verify_tokens, 1, self.num_verify_tokens)
+        self._budget.fill_(n)
 
     def begin(
         self,
@@ -187,9 +181,7 @@ class Workspace:
         live: Tensor | None = None,
         verify_limits: Tensor | None = None,
     ) -> SuperTree:
-        """As :meth:`ElasticBudgetScheduler.begin`, for the first ``len(root_tokens)`` lanes.
-
-        The budget is that of :meth:`set_num_verify_tokens`.
+        """As :meth:`ElasticBudgetScheduler.begin`, of the first lanes; the budget is set before.
 
         Raises:
             EchoError: shapes or dtypes that do not fit, or more requests than lanes.
@@ -197,32 +189,40 @@ class Workspace:
         batch = checks.tensor("root_tokens", root_tokens, ["B"], torch.int64, self.device).shape[0]
         checks.integer("len(root_tokens)", batch, 0, self.lanes)
         return begin(
-            root_tokens,
-            live,
-            verify_limits,
-            None,
-            num_verify_tokens=self.num_verify_tokens,
+            root_tokens, live, verify_limits, None, num_verify_tokens=self.num_verify_tokens,
             max_verify_tokens_per_req=self.scheduler.max_verify_tokens_per_req,
-            deep=self.scheduler.max_depth > 0,
-            budget=self._budget,
-            out=self.tree(batch, 0),
-        )
+            deep=self.scheduler.max_depth > 0, budget=self._budget, out=self.tree(batch, 0),
+        )  # fmt: skip
 
     def grow(
-        self, tree: SuperTree, tokens: Tensor, log_probs: Tensor, *, allowed: Tensor | None = None
+        self,
+        tree: SuperTree,
+        tokens: Tensor,
+        log_probs: Tensor,
+        *,
+        allowed: Tensor | None = None,
+        beam: int = 0,
     ) -> SuperTree:
-        """As :meth:`ElasticBudgetScheduler.grow`, with the workspace's k.
+        """As :meth:`ElasticBudgetScheduler.grow`, with the workspace's k and one beam a step.
 
         Raises:
-            EchoError: shapes or dtypes that do not fit, or a layer beyond ``max_depth``.
+            EchoError: shapes or dtypes that do not fit, a layer beyond ``max_depth``, or another
+                beam than the layer's before.
         """
-        depth = tree.depth + 1
-        if depth < len(self._sizes):
-            width = self._widths[tree.depth]
-            shape = [tree.batch, width, self._sizes[depth] // width]
+        depth, most = tree.depth + 1, self.scheduler.rule.beam
+        beam = checks.integer("beam", beam, 0, most) or most
+        out = self.tree(tree.batch, min(depth, len(self._k)), beam)
+        if depth <= len(self._k):
+            if out.sizes[:depth] != tree.sizes:
+                raise EchoError(f"beam: expected that of the layers before, got {beam}")
+            shape = [tree.batch, tree.frontier.token.shape[1], self._k[tree.depth]]
             checks.tensor("tokens", tokens, shape, torch.int64, self.device)
-        out = self.tree(tree.batch, min(depth, len(self._sizes) - 1))
-        return self.scheduler.grow(tree, tokens, log_probs, allowed=allowed, out=out)
+        return self.scheduler.grow(tree, tokens, log_probs, allowed=allowed, beam=beam, out=out)
+
+    def trim(self, tree: SuperTree, tier: Tier, *load: Any, **options: Any) -> SuperTree:
+        """As :meth:`ElasticBudgetScheduler.trim`, between the graphs: it reads."""
+        trimmed = self.scheduler.trim(tree, tier, *load, **options)
+        return replace(trimmed, num_remaining=tree.num_remaining.copy_(trimmed.num_remaining))
 
     def pack(
         self,
@@ -231,8 +231,7 @@ class Workspace:
         *,
         sync: Callable[[Tensor], Tensor] | None = None,
     ) -> PackedTree:
-        """As :meth:`ElasticBudgetScheduler.pack`; ``num_verify_tokens`` defaults to its maximum,
-        and ``sync`` is captured with it.
+        """As :meth:`ElasticBudgetScheduler.pack`, ``sync`` captured with it.
 
         If a layer was drafted, ``max_depth`` of the result is the scheduler's, and ``num_layers``
         says on the device how many were, so that one graph serves acceptance at every depth.
@@ -240,13 +239,12 @@ class Workspace:
         Raises:
             EchoError: more verify tokens than the workspace has.
         """
-        n = self.num_verify_tokens if num_verify_tokens is None else num_verify_tokens
+        n = tree.num_verify_tokens if num_verify_tokens is None else num_verify_tokens
         n = checks.integer("num_verify_tokens", n, 1, self.num_verify_tokens)
-        batch, depth, total = tree.batch, tree.depth, self._ends[tree.depth]
-        each, nodes = (batch,), (batch, total)
+        batch, depth, total = tree.batch, tree.depth, sum(tree.sizes)
         key = batch, min(total, n, tree.max_verify_tokens_per_req)
-        shapes = {"place": nodes, "share": each, "counts": each, "key": key}
-        shapes |= {"cost": nodes, "gain": nodes}
+        shapes: dict[str, Sequence[int]] = {"share": (batch,), "counts": (batch,), "key": key}
+        shapes |= dict.fromkeys(("place", "cost", "gain"), (batch, total))
         buffers = {name: _view(self._scratch[name], shape) for name, shape in shapes.items()}
         names = ("tokens", "parent", "depth", "request", "mask", "score", "node", "committed")
         columns = {name: getattr(self.packed, name)[:n] for name in names}
@@ -256,7 +254,9 @@ class Workspace:
         out = replace(self.packed, indptr=self.packed.indptr[: batch + 1], **columns)
         step, summarizes = replace(tree, num_verify_tokens=n), bool(self._summaries and depth)
         scratch = Scratch(**buffers, num_layers=self._num_layers)
-        packed = self.scheduler._pack(step, n, self._words, summarizes, out, scratch)
+        sizes = n, self._words, self.scheduler.max_verify_tokens_per_req
+        options: dict[str, Any] = {"summarizes": summarizes, "out": out, "scratch": scratch}
+        packed = pack_step(self.scheduler.rule, step, *sizes, **options)
         if not depth:  # plain decoding: the roots, on every rank
             return packed
         if packed.num_layers is None:
@@ -301,28 +301,39 @@ class Workspace:
         self.history.observe(req_indices, packed, accepted, out=self.history)
         self.stats.observe(packed, accepted, out=self.stats)
 
-    def tree(self, batch: int, depth: int) -> SuperTree:
+    def _layout(self, beam: int) -> tuple[list[int], list[int]]:
+        """Nodes of a request's frontier, and of its layer, at each depth."""
+        widths, sizes = [1], [1]
+        for count in self._k:
+            sizes.append(widths[-1] * count)
+            widths.append(min(beam, sizes[-1]))
+        return widths, sizes
+
+    def tree(self, batch: int, depth: int, beam: int = 0) -> SuperTree:
         """The buffers as a tree: what a replayed draft graph has written.
 
         Args:
             batch: the first lanes.
             depth: its layers, roots not counted.
+            beam: that it was grown with; 0: the rule's.
         """
-        known = self._trees.get((batch, depth))
-        if known is not None:
+        beam = beam or self.scheduler.rule.beam
+        if (known := self._trees.get((batch, depth, beam))) is not None:
             return known
+        widths, sizes = self._layout(beam)
+        ends = list(accumulate(sizes))
         nodes = Nodes(**{name: column[:batch] for name, column in vars(self._nodes).items()})
         layers = []
         for d in range(depth + 1):
-            part = slice(self._ends[d] - self._sizes[d], self._ends[d])
+            part = slice(ends[d] - sizes[d], ends[d])
             columns = {name: column[:, part] for name, column in vars(nodes).items()}
             layers.append(Layer(d, **columns, drafted=self._drafted[d][:batch]))
-        shape = batch, self._widths[depth]
+        shape = batch, widths[depth]
         token, parent, index, score, active = (_view(x, shape) for x in self._frontiers[depth])
         if not depth:  # the roots themselves
             root = layers[0]
             token, parent, index, score = root.token, root.parent, root.parent, root.score
-        made = self._trees[batch, depth] = SuperTree(
+        made = SuperTree(
             layers=tuple(layers),
             frontier=Frontier(token, parent, index, score, active, depth),
             status=self._status[depth][:batch],
@@ -334,7 +345,7 @@ class Workspace:
             max_verify_tokens_per_req=self.scheduler.max_verify_tokens_per_req,
             nodes=nodes,
         )
-        return made
+        return self._trees.setdefault((batch, depth, beam), made)
 
 
 def _view(buffer: Tensor, shape: Sequence[int]) -> Tensor:
@@ -405,8 +416,7 @@ class Graphs:
         """What ``function`` returns: the same tensors on every replay of ``key``, new values."""
         if not self.captures:
             return function()
-        known = self.captured.get(key)
-        if known is None:
+        if (known := self.captured.get(key)) is None:
             if key not in self._seen:
                 self._seen.add(key)
                 return function()

@@ -15,16 +15,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from echo import _checks as checks
-from echo._checks import EchoError, HostInts, copy_into
+from echo._checks import EchoError, HostInts
 from echo.budget import step
-from echo.budget.history import History, summarize
+from echo.budget.history import History
 from echo.budget.rules import GlobalRank, PerRequest, Rule, TwoLevel
 from echo.budget.throughput import ThroughputOptimal, Tier
 from echo.cost import CostModel
 from echo.gating.calibration import Calibration
 from echo.gating.gates import Gate, SparseGate
-from echo.tree.build import children
-from echo.tree.packed import WORD, PackedTree, pack
+from echo.tree.build import grow_from
+from echo.tree.packed import WORD, PackedTree
 from echo.tree.supertree import SuperTree, check_size
 
 
@@ -48,6 +48,7 @@ class ElasticBudgetScheduler:
             less is planned or speculation is off, so that speculation can resume. It waits until
             draft extend costs 0.5% of the time off, but at most sixteen intervals.
         margin: with a cost model, by what share speculation must promise to beat plain decoding.
+        trims: with a cost model, :meth:`trim` follows drafting: a tier's tokens are only a bound.
 
     Raises:
         EchoError: an argument out of range, no budget for a rule that needs one, or a rule that
@@ -80,6 +81,10 @@ class ElasticBudgetScheduler:
         >>> curve = best.tier_curve(best.history(4), [0, 2])
         >>> best.agree_on_tier(np.stack([curve, curve]), rank=0)
         Tier(depth=1, num_verify_tokens=64, beam=4)
+        >>> steep = replace(best, budget=CostModel((1, 2, 3), (1.0, 1.4, 1.8)), trims=True)
+        >>> tree = steep.grow(steep.begin(roots, num_verify_tokens=3), heads[:, :1], q[:1].log())
+        >>> steep.pack(steep.trim(tree, Tier(1, 3))).tokens.tolist()  # 2 is not worth its row
+        [7, 1]
     """
 
     rule: Rule
@@ -89,6 +94,7 @@ class ElasticBudgetScheduler:
     max_verify_tokens_per_req: int = 64
     probe_interval: int = 100
     margin: float = 0.02
+    trims: bool = False
 
     def __post_init__(self) -> None:
         checks.follows("rule", self.rule, Rule)
@@ -124,15 +130,15 @@ class ElasticBudgetScheduler:
 
     @classmethod
     def throughput_optimal(
-        cls, calibration: Calibration, cost: CostModel, *, beam: int = 4
+        cls, calibration: Calibration, cost: CostModel, *, beam: int = 4, trims: bool = False
     ) -> ElasticBudgetScheduler:
-        """The best use of this machine: ``GlobalRank(beam, calibration)`` and tiers by ``cost``.
+        """Best on a machine: ``GlobalRank(beam, calibration)``, tiers by ``cost``, and ``trims``.
 
         EchoError: no calibration, or no cost model.
         """
         checks.instance("calibration", calibration, Calibration)
         budget = checks.instance("cost", cost, CostModel)
-        return cls(GlobalRank(beam, calibration), None, budget, calibration.max_depth)
+        return cls(GlobalRank(beam, calibration), None, budget, calibration.max_depth, trims=trims)
 
     @classmethod
     def eagle(
@@ -185,10 +191,10 @@ class ElasticBudgetScheduler:
         Raises:
             EchoError: an argument of the wrong kind, or one on a device.
         """
-        other, context = _checked(history, num_other_tokens, context_tokens)
+        last = len(checks.instance("history", history, History).generation) - 1
+        other, context = _load(num_other_tokens, context_tokens)
         if self.max_depth and isinstance(self.budget, CostModel):
             return self._throughput_optimal.choose_tier(history, req_indices, other, context)
-        last = len(history.generation) - 1
         batch = len(checks.indices("req_indices", req_indices, last))
         tokens = self._num_verify_tokens(batch) - other if self.max_depth else 0
         return Tier(self.max_depth, tokens) if tokens > batch else Tier(0, batch)
@@ -208,8 +214,9 @@ class ElasticBudgetScheduler:
         budget (else an EchoError); an idle rank takes part with ``req_indices`` of length 0.
         Returns float32 [n], at most 1 kB, the same n on every rank.
         """
-        other, context = _checked(history, num_other_tokens, context_tokens)
-        return self._throughput_optimal.tier_curve(history, req_indices, other, context)
+        checks.instance("history", history, History)
+        load = _load(num_other_tokens, context_tokens)
+        return self._throughput_optimal.tier_curve(history, req_indices, *load)
 
     def agree_on_tier(self, curves: NDArray[np.float32], rank: int) -> Tier:
         """The depth that all ranks draft, and this one's verify tokens: all launch one shape.
@@ -224,10 +231,9 @@ class ElasticBudgetScheduler:
     def _throughput_optimal(self) -> ThroughputOptimal:
         if not isinstance(self.budget, CostModel):
             raise EchoError(f"budget: expected a CostModel, got {self.budget!r}")
-        slots = self.num_lookahead_slots(1)
-        return ThroughputOptimal(
-            self.budget, self.rule.beam, self.max_depth, slots, self.probe_interval, self.margin
-        )
+        limits = self.rule.beam, self.max_depth, self.num_lookahead_slots(1)
+        options = self.probe_interval, self.margin, self.trims
+        return ThroughputOptimal(self.budget, *limits, *options)
 
     def num_lookahead_slots(self, batch: int) -> int:
         """KV slots that one request of ``batch`` can take in a step, to reserve before drafting."""
@@ -271,14 +277,10 @@ class ElasticBudgetScheduler:
         if count < batch and live is None:
             each = f"one for each of {batch} requests"
             raise EchoError(f"num_verify_tokens: expected at least {each}, got {count}")
+        given = root_tokens, live, verify_limits, request_weights
+        most, deep = self.max_verify_tokens_per_req, self.max_depth > 0
         tree = step.begin(
-            root_tokens,
-            live,
-            verify_limits,
-            request_weights,
-            num_verify_tokens=count,
-            max_verify_tokens_per_req=self.max_verify_tokens_per_req,
-            deep=self.max_depth > 0,
+            *given, num_verify_tokens=count, max_verify_tokens_per_req=most, deep=deep
         )
         if first_layer is None:
             return tree
@@ -374,26 +376,47 @@ class ElasticBudgetScheduler:
         if tree.depth:
             raise EchoError(f"tree: expected one just begun, got one of {tree.depth} layers")
         checks.integer("ready.batch", ready.batch, tree.batch, tree.batch)
-        forest = ready.forest
-        table, node, grown = children(forest, k), torch.zeros_like(tree.frontier.token), tree
-        for _ in range(min(ready.depth, self.max_depth)):
-            kids = table.gather(1, node[..., None].expand(-1, -1, k))
-            at = kids.clamp(min=0).flatten(1)
-            token, score = (x.gather(1, at).view(kids.shape) for x in (forest.token, forest.score))
-            log_probs = score - forest.score.gather(1, node)[..., None]
-            grown = self.grow(grown, token, torch.where(kids >= 0, log_probs, -torch.inf))
-            node = at.gather(1, grown.frontier.index)
+        grown = grow_from(self.grow, tree, ready.forest, k, min(ready.depth, self.max_depth))
         return replace(grown, invalid=tree.invalid + ready.invalid)
 
     def select(self, tree: SuperTree) -> Tensor:
         """The bare decision: bool [B, T] over ``tree.forest``, committed nodes included."""
-        if not tree.depth:  # nothing was drafted
-            return tree.committed
-        limits = tree.verify_limits
-        if tree.max_verify_tokens_per_req > self.max_verify_tokens_per_req:
-            limits = limits.clamp(max=self.max_verify_tokens_per_req)
-        bounds = limits - tree.num_committed, tree.num_remaining, tree.num_verify_tokens
-        return tree.committed | self.rule.select(tree, *bounds)
+        return step.select(self.rule, tree, self.max_verify_tokens_per_req)
+
+    def trim(
+        self,
+        tree: SuperTree,
+        tier: Tier,
+        num_other_tokens: int = 0,
+        *,
+        context_tokens: float | None = None,
+    ) -> SuperTree:
+        """Keep only the verify tokens that pay, now that the drafts are known.
+
+        A step's one device-to-host sync, of 4 bytes per verify token: the host waits for the
+        drafter and cannot run ahead. Worth it for few requests where rows are expensive (mixtures
+        of experts). Maximizes F(N) - r T(N) over N, with F of these drafts and r the tier's rate;
+        (B + F(N)) / (T(N) + draft) if the tier has no rate.
+
+        Args:
+            tree, tier: of the step, after the last :meth:`grow`.
+            num_other_tokens, context_tokens: as in :meth:`choose_tier`.
+
+        Returns:
+            The tree with N verify tokens, rounded up to a tier of the cost model if it has any.
+
+        Raises:
+            EchoError: a budget that is not a cost model, or an argument of the wrong kind.
+        """
+        load = _load(num_other_tokens, context_tokens)
+        optimal = self._throughput_optimal
+        tier = checks.instance("tier", tier, Tier)
+        if not tree.depth:
+            return tree
+        gains = step.gains(self.rule, tree, self.max_verify_tokens_per_req).cpu().numpy()
+        n = min(optimal.trim(gains, tier, *load), tree.num_verify_tokens)
+        remaining = tree.num_remaining.clamp(max=n - int(gains[1]))
+        return replace(tree, num_verify_tokens=n, num_remaining=remaining)
 
     def pack(
         self,
@@ -422,31 +445,9 @@ class ElasticBudgetScheduler:
         summarizes = isinstance(self.budget, CostModel) and tree.depth > 0
         if out is not None:
             step.check(out, tree.batch, count, words, tree.status.device)
-        packed = self._pack(tree, count, words, summarizes, out if sync is None else None, None)
+        most, to = self.max_verify_tokens_per_req, out if sync is None else None
+        packed = step.pack(self.rule, tree, count, words, most, summarizes=summarizes, out=to)
         return packed if sync is None else packed.agree(sync, out)
-
-    def _pack(
-        self,
-        tree: SuperTree,
-        num_rows: int,
-        words: int,
-        summarizes: bool,
-        out: PackedTree | None,
-        scratch: step.Scratch | None,
-    ) -> PackedTree:
-        """The packed step, with what it is expected to bring where it ``summarizes``."""
-        most = self.max_verify_tokens_per_req
-        packed = step.pack(
-            self.rule, tree, num_rows, words, most, summarizes=summarizes, out=out, scratch=scratch
-        )
-        if packed is not None:
-            return packed
-        selected = self.select(tree)
-        packed = pack(tree, selected, num_rows, words)
-        if summarizes:
-            found = summarize(tree, self.rule.acceptance_probability(tree), selected)
-            packed = replace(packed, acceptance_histogram=found[0], expected=found[1])
-        return copy_into(out, packed)
 
     def _num_verify_tokens(self, batch: int) -> int:
         if isinstance(self.budget, CostModel):
@@ -454,11 +455,8 @@ class ElasticBudgetScheduler:
         return self.budget or self.rule.default_budget(batch) or batch
 
 
-def _checked(
-    history: History, num_other_tokens: int, context_tokens: float | None
-) -> tuple[int, float | None]:
-    """The last two, of what :meth:`ElasticBudgetScheduler.choose_tier` takes."""
-    checks.instance("history", history, History)
+def _load(num_other_tokens: int, context_tokens: float | None) -> tuple[int, float | None]:
+    """Check what :meth:`ElasticBudgetScheduler.choose_tier` takes of a step's load."""
     other = checks.integer("num_other_tokens", num_other_tokens, 0)
     if context_tokens is None:
         return other, None

@@ -16,11 +16,12 @@ from torch import Tensor
 from echo import _checks as checks
 from echo import kernels
 from echo._checks import copy_into
-from echo.budget.history import BINS, SKIP
+from echo.budget.history import BINS, SKIP, summarize
 from echo.budget.rules import GlobalRank, Rule, TwoLevel
 from echo.gating.gates import Gate, SparseGate
 from echo.kernels.codes import Status
 from echo.tree.packed import PackedTree
+from echo.tree.packed import pack as flatten
 from echo.tree.supertree import DEAD_SCORE, Frontier, Layer, SuperTree, path_score, write_layer
 
 COLUMNS = (
@@ -276,6 +277,36 @@ def _grow_fused(
     )
 
 
+def select(rule: Rule, tree: SuperTree, max_verify_tokens_per_req: int) -> Tensor:
+    """As :meth:`ElasticBudgetScheduler.select`, by its ``rule`` and limit."""
+    if not tree.depth:  # nothing was drafted
+        return tree.committed
+    limits = tree.verify_limits
+    if tree.max_verify_tokens_per_req > max_verify_tokens_per_req:
+        limits = limits.clamp(max=max_verify_tokens_per_req)
+    bounds = limits - tree.num_committed, tree.num_remaining, tree.num_verify_tokens
+    return tree.committed | rule.select(tree, *bounds)
+
+
+def gains(rule: Rule, tree: SuperTree, max_verify_tokens_per_req: int) -> Tensor:
+    """What :meth:`ElasticBudgetScheduler.trim` reads of a drafted tree.
+
+    Returns:
+        float32 [3 + n], n at most the tree's verify tokens: live requests, committed tokens, and
+        the sum of their probabilities of acceptance, roots included; then those of the selected
+        nodes, in the order of the ranking.
+    """
+    selected = select(rule, tree, max_verify_tokens_per_req)
+    probability, committed = rule.acceptance_probability(tree), tree.committed
+    gain = torch.where(selected & ~committed, probability, 0.0)
+    weights = tree.request_weights
+    worth = gain if weights is None else gain * weights[:, None]
+    ranking = worth.flatten().topk(min(gain.numel(), tree.num_verify_tokens)).indices
+    sure = torch.where(committed, probability, 0.0).sum()
+    counts = tree.layers[0].committed.sum(), tree.num_committed.sum(), sure
+    return torch.cat([torch.stack([x.float() for x in counts]), gain.flatten()[ranking]])
+
+
 def pack(
     rule: Rule,
     tree: SuperTree,
@@ -286,16 +317,42 @@ def pack(
     summarizes: bool,
     out: PackedTree | None,
     scratch: Scratch | None = None,
-) -> PackedTree | None:
-    """Select, flatten, and summarize if ``summarizes``, in three to five launches.
-
-    None if PyTorch must do it: no kernels for the device, a custom rule, request weights.
+) -> PackedTree:
+    """Select, flatten, and summarize what the step is expected to bring if ``summarizes``.
 
     Args:
         rule, max_verify_tokens_per_req: the scheduler's.
         tree, out: as in :meth:`ElasticBudgetScheduler.pack`, checked.
         num_rows, words: N and W.
-        scratch: buffers.
+        scratch: buffers of the kernels.
+    """
+    most = max_verify_tokens_per_req
+    sizes = num_rows, words, most
+    fused = _pack_fused(rule, tree, *sizes, summarizes=summarizes, out=out, scratch=scratch)
+    if fused is not None:
+        return fused
+    selected = select(rule, tree, most)
+    packed = flatten(tree, selected, num_rows, words)
+    if summarizes:
+        found = summarize(tree, rule.acceptance_probability(tree), selected)
+        packed = replace(packed, acceptance_histogram=found[0], expected=found[1])
+    return copy_into(out, packed)
+
+
+def _pack_fused(
+    rule: Rule,
+    tree: SuperTree,
+    num_rows: int,
+    words: int,
+    max_verify_tokens_per_req: int,
+    *,
+    summarizes: bool,
+    out: PackedTree | None,
+    scratch: Scratch | None,
+) -> PackedTree | None:
+    """In three to five launches; None where PyTorch must do it.
+
+    That is: no kernels for the device, a custom rule, or request weights.
     """
     if not (kernels.use_triton(tree.status) and _fits(rule, tree) and tree.batch):
         return None

@@ -5,7 +5,8 @@ D layers at most; n points at which numbers of tokens are compared.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 from echo import _checks as checks
 from echo._checks import EchoError, HostInts
 from echo.budget.history import History
-from echo.cost import CostModel
+from echo.cost import CostModel, samples
 
 CURVE, HEAD = 256, 6
 """Numbers in a rank's tier curve at most, 1 kB, and before its F."""
@@ -36,6 +37,9 @@ TOKENS_PER_BEAM = 4
 draft time and brings little that is verified: this is worth 0.6% in the mean of four models
 measured on an H100 and up to 3.6% from 32 requests on, and what is best at each batch brings no
 more."""
+SPREAD = 3
+"""Verify tokens of a step that will be trimmed, at most, beyond those expected, over these: at one
+request; they fall as the deviation of a sum of B, with its root."""
 
 
 @dataclass(frozen=True)
@@ -46,12 +50,15 @@ class Tier:
         depth: layers to draft; 0: do not speculate in this step.
         num_verify_tokens: tokens of the target's forward pass, roots and pads included.
         beam: nodes of a layer to expand, at most the rule's; 0: the rule's. The tier was priced so:
-            give it to ``grow``. A workspace's widths are fixed: they are the rule's.
+            give it to ``grow``, also to a workspace's, whose graphs are then kept by beam too.
+        rate: tokens a second that the step promises, for :meth:`ElasticBudgetScheduler.trim`; 0:
+            unknown.
     """
 
     depth: int
     num_verify_tokens: int
     beam: int = 0
+    rate: float = field(default=0.0, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -59,14 +66,15 @@ class ThroughputOptimal:
     """The tier that maximises (B + F_d(K)) / (T(K) + draft(d)) over depths d and verify tokens K.
 
     The beam follows from K: a node for every four verify tokens of a request. Depth 0, do not
-    speculate, where nothing beats plain decoding by ``margin``. The ratio is this step's. The
+    speculate, where nothing beats plain decoding by ``margin``. No K is beyond what the cost
+    model's samples speak for (:meth:`~echo.CostModel.extrapolated`). The ratio is this step's. The
     long-run price (F - price * seconds, price being the tokens per second so far) was tried by
     replay in all cells of the shipped trace, and left out: its mean throughput was 0.3% lower.
 
     Args:
         cost: seconds by verify tokens.
         beam: nodes of a layer that a request expands at most.
-        max_depth, probe_interval, margin: see :class:`~echo.ElasticBudgetScheduler`.
+        max_depth, probe_interval, margin, trims: see :class:`~echo.ElasticBudgetScheduler`.
         max_verify_tokens_per_req: that one request can get, by the scheduler and by its rule.
     """
 
@@ -76,6 +84,7 @@ class ThroughputOptimal:
     max_verify_tokens_per_req: int
     probe_interval: int
     margin: float
+    trims: bool = False
 
     def choose_tier(
         self,
@@ -88,11 +97,11 @@ class ThroughputOptimal:
         seen, batch = history.predict(req_indices), len(req_indices)
         plain = num_other_tokens + batch
         if seen is None:
-            depth, tokens = self._unknown(plain, batch, context_tokens)
+            choice = self._unknown(plain, batch, context_tokens)
         else:
             counts = history.num_steps, history.num_idle_steps, _unprocessed(history, req_indices)
-            depth, tokens = self._best(*seen, batch, plain, batch, *counts, context_tokens)
-        return self._tier(depth, tokens, plain, batch, num_other_tokens)
+            choice = self._best(*seen, batch, plain, batch, *counts, context_tokens)
+        return self._tier(*choice, plain, batch, num_other_tokens)
 
     def tier_curve(
         self,
@@ -130,13 +139,33 @@ class ThroughputOptimal:
         accepts = curves[:, HEAD:].astype(np.float64).sum(axis=0).reshape(self.max_depth, len(grid))
         plain, widest, longest = int((batch + other).max()), int(batch.max()), float(context.max())
         if np.isnan(accepts).any():
-            depth, tokens = self._unknown(plain, widest, longest)
+            choice = self._unknown(plain, widest, longest)
         else:
             drafts = np.broadcast_to(np.maximum(grid - plain, 0.0), accepts.shape)
             steps, idle, unprocessed = (int(count.max()) for count in counts)
             load = int(batch.sum()), plain, widest, steps, idle, unprocessed, longest
-            depth, tokens = self._best(drafts, accepts, *load)
-        return self._tier(depth, tokens, plain, widest, int(other[rank]))
+            choice = self._best(drafts, accepts, *load)
+        return self._tier(*choice, plain, widest, int(other[rank]))
+
+    def trim(
+        self,
+        gains: NDArray[np.float32],
+        tier: Tier,
+        num_other_tokens: int,
+        context_tokens: float | None,
+    ) -> int:
+        """Verify tokens that pay: see :meth:`ElasticBudgetScheduler.trim`."""
+        live, committed, sure = gains[:3].tolist()
+        batch, first = max(1, int(live)), max(1, int(committed)) + num_other_tokens
+        accepts = sure + np.concatenate([[0.0], gains[3:].cumsum(dtype=np.float64)])
+        tokens = first + np.arange(len(accepts))
+        seconds = self.cost(tokens, num_reqs=batch, context_tokens=context_tokens)
+        if tier.rate:
+            value = accepts - tier.rate * seconds
+        else:
+            drafting = self.cost.draft_seconds(tier.depth, batch, tier.beam or self.beam)
+            value = accepts / (seconds + drafting)
+        return int(self.cost.round_up(int(tokens[value.argmax()]))) - num_other_tokens
 
     def _best(
         self,
@@ -149,8 +178,8 @@ class ThroughputOptimal:
         num_idle_steps: int,
         num_unprocessed: int,
         context_tokens: float | None = None,
-    ) -> tuple[int, int]:
-        """Depth and tokens of greatest throughput; (0, ``plain``) where none beats plain decoding.
+    ) -> tuple[int, int, float]:
+        """Depth, tokens and rate of greatest throughput; depth 0 where none beats plain decoding.
 
         Args:
             drafts, accepts: float [D, n], draft tokens and how many are accepted; 0 in the first
@@ -163,13 +192,14 @@ class ThroughputOptimal:
             context_tokens: of the rank that has the most.
         """
         if not widest:  # no requests at all
-            return 0, plain
+            return 0, plain, 0.0
         # drafts beyond the requests' limits are not verified; the likeliest bring their share
-        most = widest * (self.max_verify_tokens_per_req - 1)
+        most = self._most(plain, widest, context_tokens)
         if drafts.item(-1) > most:  # the most of all: they rise by depth
             accepts = accepts * np.minimum(1.0, most / np.maximum(drafts, 1.0))
             drafts = np.minimum(drafts, most)
-        whole = np.ceil(drafts * ROUND_DOWN)
+        # a trimmed step may take none at one time and two at another: one and a half in the mean
+        whole = drafts if self.trims else np.ceil(drafts * ROUND_DOWN)
         # what whole tokens bring: all depths in one line, one behind another
         line = (most + 1) * DEPTHS[: len(drafts)]
         at = np.minimum(whole, drafts[:, -1:]) + line
@@ -181,23 +211,32 @@ class ThroughputOptimal:
         if node:  # the first layer is the root's
             seconds += self._wider(whole, widest) * (node * (depths - 1))
         rate = (batch + accepts) / seconds
-        rate *= whole >= 1
+        rate *= whole > 0
         best, alone, idle = int(rate.argmax()), verify.item(0), num_idle_steps
         extend = self.cost.extend_seconds(num_unprocessed)
         probe = (idle or num_steps) % self.probe_interval == 0
         due = idle % (PATIENCE * self.probe_interval) == 0
-        needed = 1 + extend / (AMORTIZE * seconds.item(best))
-        if rate.item(best) > (1 + self.margin) * batch / alone * needed:
+        needed, promised = 1 + extend / (AMORTIZE * seconds.item(best)), rate.item(best)
+        if promised > (1 + self.margin) * batch / alone * needed:
             if probe:  # look at the deepest layers
                 best = rate.size - rate.shape[1] + int(rate[-1].argmax())
         elif not (probe and (due or extend <= PROBE_COST * idle * alone) and batch):
-            return 0, plain
+            return 0, plain, 0.0
         depth, column = divmod(best, rate.shape[1])
-        tokens = plain + max(1, int(whole[depth, column]))
+        tokens = plain + max(1, math.ceil(whole[depth, column] * ROUND_DOWN))
         free, useful = self.cost.free_tokens(tokens, widest), min(2 * tokens, plain + most)
         if free > useful:  # a tier of the cost model is launched whole
             free = self.cost.round_up(tokens) if self.cost.tiers else useful
-        return depth + 1, max(tokens, free)
+        return depth + 1, max(tokens, free), max(promised, batch / alone)
+
+    def _most(self, plain: int, widest: int, context_tokens: float | None = None) -> int:
+        """Draft tokens at most: by the requests' limits, and by what samples speak for."""
+        limit, cost = widest * (self.max_verify_tokens_per_req - 1), self.cost
+        if not cost.measured:
+            return limit
+        reqs = widest if cost.num_reqs else 1
+        context = cost.context_len if context_tokens is None else context_tokens / reqs
+        return max(0, min(limit, int(samples.reach(cost.measured, reqs, context)) - plain))
 
     def _wider(self, drafts: NDArray[Any], requests: int) -> NDArray[Any]:
         """Nodes of a layer worth expanding beside the first, where so many ``drafts`` are verified.
@@ -207,23 +246,32 @@ class ThroughputOptimal:
         share = drafts / (TOKENS_PER_BEAM * requests)
         return np.minimum(np.ceil(share - (1 - 1 / TOKENS_PER_BEAM)), self.beam - 1)
 
-    def _tier(self, depth: int, tokens: int, plain: int, widest: int, other: int) -> Tier:
+    def _tier(
+        self, depth: int, tokens: int, rate: float, plain: int, widest: int, other: int
+    ) -> Tier:
         """The tier of ``tokens`` in a pass that ``other`` tokens share."""
         if not depth:
             return Tier(0, tokens - other)
         beam = -(-(tokens - plain + widest) // (TOKENS_PER_BEAM * widest))
-        return Tier(depth, tokens - other, min(beam, self.beam))
+        if self.trims:
+            useful = plain + self._most(plain, widest)
+            most = min(useful, math.ceil(tokens * (1 + SPREAD / math.sqrt(widest))))
+            tokens = max(tokens, min(self.cost.round_up(most), *self.cost.tiers[-1:] or [most]))
+        return Tier(depth, tokens - other, min(beam, self.beam), rate)
 
-    def _unknown(self, plain: int, widest: int, context_tokens: float | None) -> tuple[int, int]:
+    def _unknown(
+        self, plain: int, widest: int, context_tokens: float | None
+    ) -> tuple[int, int, float]:
         """Depth and tokens as long as too little was seen: full depth.
 
         At the knee, or with a draft token for every fourth request where that is more.
         """
-        if not widest:
-            return 0, plain
-        useful = plain + widest * (self.max_verify_tokens_per_req - 1)
-        knee = min(self.cost.at(widest, context_tokens).knee.k_max, useful)
-        return self.max_depth, self.cost.round_up(max(plain + -(-widest // 4), knee))
+        useful = plain + self._most(plain, widest, context_tokens)
+        if useful == plain:
+            return 0, plain, 0.0
+        knee = self.cost.at(widest, context_tokens).knee.k_max
+        tokens = min(useful, max(plain + -(-widest // 4), knee))
+        return self.max_depth, self.cost.round_up(tokens), 0.0
 
     def _grid(self) -> NDArray[Any]:
         """Points at which ranks compare: the tiers, or evenly in the logarithm."""

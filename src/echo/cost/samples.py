@@ -120,6 +120,12 @@ def covers(
     return fewest / REACH <= num_tokens <= most * REACH
 
 
+def reach(ranges: Sequence[Sequence[float]], num_reqs: float, context_len: float) -> float:
+    """The most tokens that samples speak for: of these requests or the nearest to them."""
+    own = [r for r in ranges if r[3] / REACH <= context_len <= r[4] * REACH] or ranges
+    return REACH * float(np.interp(num_reqs, [r[0] for r in own], [r[2] for r in own]))
+
+
 def doubts(seconds: Floats, table: Table) -> tuple[str, ...]:
     """List what speaks against a model of these samples."""
     found = []

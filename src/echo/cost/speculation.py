@@ -48,6 +48,8 @@ class SpeculationProfile:
         samples: number of requests, number of tokens, context of each request, and seconds.
         drafting: any of ``draft_layer``, ``draft_token``, ``extend_token`` and ``restart`` of
             :class:`~echo.CostModel`.
+        settled: the arguments of :meth:`measure` for which decisions no longer change; empty: they
+            may.
 
     Raises:
         EchoError: a value of another kind.
@@ -65,9 +67,10 @@ class SpeculationProfile:
     identity: Mapping[str, str]
     samples: tuple[Sample, ...] = ()
     drafting: Mapping[str, float] = field(default_factory=dict)
+    settled: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in ("identity", "drafting"):
+        for name in ("identity", "drafting", "settled"):
             checks.instance(name, getattr(self, name), dict)
         for pair in self.identity.items():
             if not all(isinstance(part, str) for part in pair):
@@ -90,7 +93,8 @@ class SpeculationProfile:
 
     def to_json(self) -> str:
         """The profile as JSON text."""
-        fields = {name: getattr(self, name) for name in ("identity", "samples", "drafting")}
+        names = ("identity", "samples", "drafting", "settled")
+        fields = {name: getattr(self, name) for name in names}
         return json.dumps({"format": "echo-profile", "version": VERSION, **fields})
 
     @classmethod
@@ -126,7 +130,8 @@ class SpeculationProfile:
     ) -> SpeculationProfile:
         """Measure until decisions no longer change; a profile with samples is resumed.
 
-        Three of its loads are timed again then, to compare; they are not added to it.
+        Three of its loads are timed again then, to compare; they are not added to it. One that has
+        settled for these arguments is returned as it is.
 
         Args:
             step: ``step(num_reqs, num_tokens, context_len)`` runs the target's forward pass of
@@ -141,8 +146,8 @@ class SpeculationProfile:
             repeats: timed steps of a load.
             device: on CUDA, events of the current stream time a step, not ``clock``.
             clock: seconds.
-            on_sample: called after each load with the profile so far, to save it, and the share of
-                throughput at stake, infinite before the first fit.
+            on_sample: called after each load, and once settled, with the profile so far, to save
+                it, and the share of throughput at stake, infinite before the first fit.
 
         Raises:
             EchoError: an argument out of range; a step took no time; or loads take another time
@@ -154,11 +159,18 @@ class SpeculationProfile:
         end = clock() + checks.real("max_seconds", max_seconds, 0.0)
         timer = _Timer(step, repeats, device, clock, end)
         found, stake = self, np.inf
+        asked = {
+            "max_num_reqs": max_num_reqs,
+            "max_num_tokens": max_num_tokens,
+            "context_lens": [int(length) for length in context_lens],
+            "acceptance": [float(chance) for chance in acceptance],
+            "tolerance": tolerance,
+        }
 
-        def add(new: list[Sample]) -> None:
+        def add(new: list[Sample], settled: Mapping[str, Any] | None = None) -> None:
             nonlocal found
-            if new:
-                found = replace(found, samples=found.samples + tuple(new))
+            if new or settled:
+                found = replace(found, samples=found.samples + tuple(new), settled=settled or {})
                 if on_sample is not None:
                     on_sample(found, stake)
 
@@ -166,6 +178,8 @@ class SpeculationProfile:
         known = [load for load in visits if load[0] <= max_num_reqs and load[1] <= max_num_tokens]
         known.sort(key=lambda load: (load not in plan.first, load[2] > longest))
         self._compare([timer(load) for load in known[:DRIFT_LOADS]])
+        if self.settled == asked:
+            return self
         for load in plan.first:
             if load not in visits:
                 add(timer(load))
@@ -181,9 +195,12 @@ class SpeculationProfile:
             done = {load for load, count in found._visits().items() if count >= VISITS * repeats}
             stake, loads = plan.disputed(chosen, others, done)
             if stake <= tolerance or not loads:
+                stable = STABLE
                 break
             for load in loads[:ROUND]:
                 add(timer(load))
+        if stable >= STABLE:
+            add([], asked)
         return found
 
     def _compare(self, again: Sequence[list[Sample]]) -> None:

@@ -193,13 +193,16 @@ def replay(
         other = prefill_tokens * len(fresh)
         tier = scheduler.choose_tier(past[0], req_indices, num_other_tokens=other)
         limits = torch.from_numpy(np.where(requests.remaining(live) > 1, most, 1))
-        count = tier.num_verify_tokens
-        tree = scheduler.begin(source.text[at], verify_limits=limits, num_verify_tokens=count)
+        tree = scheduler.begin(
+            source.text[at], verify_limits=limits, num_verify_tokens=tier.num_verify_tokens
+        )
         source.begin(at)
         expanded = 0
         while tree.depth < tier.depth and (active := int(tree.frontier.active.sum())):
             expanded += active
             tree = scheduler.grow(tree, *source.draft(tree.frontier), beam=tier.beam)
+        if scheduler.trims:
+            tree = scheduler.trim(tree, tier, other)
         packed = scheduler.pack(tree)
         accepted = accept(packed, source.target(at, packed))
         history = history.observe(req_indices, packed, accepted)
@@ -212,6 +215,7 @@ def replay(
         drafting = float(cost.draft_seconds(tier.depth, len(live), beam))
         if compact:
             drafting = tree.depth * cost.draft_layer + expanded * cost.draft_token
+        count = packed.num_rows
         report.seconds += cost(count + other) + drafting + cost.extend_seconds(unprocessed)
         if update_rate and isinstance(scheduler.budget, CostModel):
             updated = scheduler.budget.update(count + other, cost(count + other), rate=update_rate)

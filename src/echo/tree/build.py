@@ -6,7 +6,7 @@ All their nodes are candidates: ``scheduler.pack`` selects among them by its rul
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -262,3 +262,23 @@ def children(forest: Forest, k: int) -> Tensor:
     at = torch.where(drafted & (rank < k), above * k + rank, nodes * k)
     table = torch.full((batch, nodes * k + 1), -1, device=place.device).scatter_(1, at, place)
     return table[:, :-1].view(batch, nodes, k)
+
+
+def grow_from(
+    grow: Callable[[SuperTree, Tensor, Tensor], SuperTree],
+    tree: SuperTree,
+    forest: Forest,
+    k: int,
+    layers: int,
+) -> SuperTree:
+    """Grow the first ``layers`` of ``forest``, ``k`` children a node, by calls of ``grow``."""
+    table = children(forest, k)
+    node = torch.zeros_like(tree.frontier.token)
+    for _ in range(layers):
+        kids = table.gather(1, node[..., None].expand(-1, -1, k))
+        at = kids.clamp(min=0).flatten(1)
+        token, score = (x.gather(1, at).view(kids.shape) for x in (forest.token, forest.score))
+        log_probs = score - forest.score.gather(1, node)[..., None]
+        tree = grow(tree, token, torch.where(kids >= 0, log_probs, -torch.inf))
+        node = at.gather(1, tree.frontier.index)
+    return tree
