@@ -265,7 +265,7 @@ class Engine:
             self.times.setdefault(part, []).append((start, self.record_event()))
         return result
 
-    def draft(self, lanes: int, depth: int, beam: int = 0) -> echo.SuperTree:
+    def draft(self, lanes: int, depth: int, beam: int | None = None) -> echo.SuperTree:
         """Drafts a tree layer by layer; the scheduler chooses which nodes are expanded."""
         remaining, limit = self.num_remaining[:lanes], self.scheduler.max_verify_tokens_per_req
         tree = self.workspace.begin(

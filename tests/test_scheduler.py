@@ -797,11 +797,11 @@ SCHEDULER = echo.ElasticBudgetScheduler(echo.TwoLevel(2, 4), budget=8, max_depth
         ),
         (
             lambda: SCHEDULER.pack(SCHEDULER.begin(torch.arange(2)), num_verify_tokens=4),
-            r"num_verify_tokens: expected at least begin.s 8, got 4",
+            r"num_verify_tokens: expected an int >= 8, got 4",
         ),
         (
             lambda: SCHEDULER.pack(SCHEDULER.begin(torch.arange(2)), num_verify_tokens=0),
-            r"num_verify_tokens: expected at least begin.s 8, got 0",
+            r"num_verify_tokens: expected an int >= 8, got 0",
         ),
         (lambda: echo.TwoLevel(0, 4), r"beam: expected an int >= 1, got 0"),
         (lambda: echo.TwoLevel(2, -1), r"max_extra_tokens: expected an int >= 0, got -1"),

@@ -1,8 +1,7 @@
 """A step's buffers at fixed addresses, and the CUDA graphs that capture it.
 
 Launched one by one, a step's kernels cost the host 2.4 to 2.9 ms for 0.13 ms of device work (256
-requests on an H100). :class:`Workspace` owns the buffers that a step writes to, so that a CUDA
-graph can capture it; :class:`Graphs` captures and replays.
+requests, H100). :class:`Workspace` owns the buffers of a captured step; :class:`Graphs` captures.
 """
 
 from __future__ import annotations
@@ -104,8 +103,8 @@ class Workspace:
         given = checks.integers("k", k, 1)
         self._k: list[int] = (given.repeat(depth) if given.ndim == 0 else given).tolist()
         if len(self._k) != depth:
-            expected = f"one number, or one for each of {depth} depths"
-            raise EchoError(f"k: expected {expected}, got {len(self._k)} numbers")
+            got = f"{len(self._k)} numbers"
+            raise EchoError(f"k: expected one number, or one for each of {depth} depths, got {got}")
         widths, sizes = self._layout(scheduler.rule.beam)
         self._words = -(-scheduler.max_verify_tokens_per_req // WORD)
         reqs = lanes if max_num_reqs is None else max_num_reqs
@@ -163,13 +162,10 @@ class Workspace:
         return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
 
     def set_num_verify_tokens(self, num_verify_tokens: int) -> None:
-        """Set the next step's budget, outside of the captured graphs: the draft graph reads it.
-
-        Args:
-            num_verify_tokens: roots included, at most the workspace's.
+        """Set the next step's budget, roots included; the captured draft graph reads it.
 
         Raises:
-            EchoError: more than that.
+            EchoError: ``num_verify_tokens`` above the workspace's.
         """
         n = checks.integer("num_verify_tokens", num_verify_tokens, 1, self.num_verify_tokens)
         self._budget.fill_(n)
@@ -181,7 +177,7 @@ class Workspace:
         live: Tensor | None = None,
         verify_limits: Tensor | None = None,
     ) -> SuperTree:
-        """As :meth:`ElasticBudgetScheduler.begin`, of the first lanes; the budget is set before.
+        """As :meth:`ElasticBudgetScheduler.begin`, for the first lanes and the budget set before.
 
         Raises:
             EchoError: shapes or dtypes that do not fit, or more requests than lanes.
@@ -201,16 +197,17 @@ class Workspace:
         log_probs: Tensor,
         *,
         allowed: Tensor | None = None,
-        beam: int = 0,
+        beam: int | None = None,
     ) -> SuperTree:
-        """As :meth:`ElasticBudgetScheduler.grow`, with the workspace's k and one beam a step.
+        """As :meth:`ElasticBudgetScheduler.grow`, with the workspace's k and one beam per step.
 
         Raises:
-            EchoError: shapes or dtypes that do not fit, a layer beyond ``max_depth``, or another
-                beam than the layer's before.
+            EchoError: shapes or dtypes that do not fit, a layer beyond ``max_depth``, or a beam
+                that differs from the layer's before.
         """
-        depth, most = tree.depth + 1, self.scheduler.rule.beam
-        beam = checks.integer("beam", beam, 0, most) or most
+        depth = tree.depth + 1
+        most = self.scheduler.rule.beam
+        beam = most if beam is None else checks.integer("beam", beam, 1, most)
         out = self.tree(tree.batch, min(depth, len(self._k)), beam)
         if depth <= len(self._k):
             if out.sizes[:depth] != tree.sizes:
@@ -220,7 +217,7 @@ class Workspace:
         return self.scheduler.grow(tree, tokens, log_probs, allowed=allowed, beam=beam, out=out)
 
     def trim(self, tree: SuperTree, tier: Tier, *load: Any, **options: Any) -> SuperTree:
-        """As :meth:`ElasticBudgetScheduler.trim`, between the graphs: it reads."""
+        """As :meth:`ElasticBudgetScheduler.trim`, between the graphs: it is a sync."""
         trimmed = self.scheduler.trim(tree, tier, *load, **options)
         return replace(trimmed, num_remaining=tree.num_remaining.copy_(trimmed.num_remaining))
 
@@ -269,7 +266,7 @@ class Workspace:
     def accept(
         self, packed: PackedTree, target_tokens: Tensor | None = None, **options: Any
     ) -> Accepted:
-        """As :func:`echo.accept`, with its ``options`` but ``out``.
+        """As :func:`echo.accept`, with its ``options`` except ``out``.
 
         Raises:
             EchoError: as there.
@@ -282,7 +279,7 @@ class Workspace:
     def compact(
         self, packed: PackedTree, accepted: Accepted, prefix_lens: Tensor, **options: Any
     ) -> Compaction:
-        """As :func:`echo.compact`, with its ``options`` but ``out``.
+        """As :func:`echo.compact`, with its ``options`` except ``out``.
 
         Raises:
             EchoError: as there.
@@ -309,13 +306,13 @@ class Workspace:
             widths.append(min(beam, sizes[-1]))
         return widths, sizes
 
-    def tree(self, batch: int, depth: int, beam: int = 0) -> SuperTree:
-        """The buffers as a tree: what a replayed draft graph has written.
+    def tree(self, batch: int, depth: int, beam: int | None = None) -> SuperTree:
+        """View the buffers as a tree, such as one that a replayed draft graph has written.
 
         Args:
-            batch: the first lanes.
-            depth: its layers, roots not counted.
-            beam: that it was grown with; 0: the rule's.
+            batch: number of lanes, the first ones.
+            depth: number of draft layers.
+            beam: that it was grown with. Defaults to the rule's.
         """
         beam = beam or self.scheduler.rule.beam
         if (known := self._trees.get((batch, depth, beam))) is not None:
@@ -413,7 +410,7 @@ class Graphs:
         self._seen: set[Hashable] = set()
 
     def __call__(self, key: Hashable, function: Callable[[], T]) -> T:
-        """What ``function`` returns: the same tensors on every replay of ``key``, new values."""
+        """Run or replay ``function``; a replay of ``key`` returns the same tensors, new values."""
         if not self.captures:
             return function()
         if (known := self.captured.get(key)) is None:

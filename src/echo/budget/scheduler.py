@@ -19,7 +19,7 @@ from echo._checks import EchoError, HostInts
 from echo.budget import step
 from echo.budget.history import History
 from echo.budget.rules import GlobalRank, PerRequest, Rule, TwoLevel
-from echo.budget.throughput import ThroughputOptimal, Tier
+from echo.budget.throughput import ThroughputOptimal, Tier, checked_load
 from echo.cost import CostModel
 from echo.gating.calibration import Calibration
 from echo.gating.gates import Gate, SparseGate
@@ -30,28 +30,28 @@ from echo.tree.supertree import SuperTree, check_size
 
 @dataclass(frozen=True)
 class ElasticBudgetScheduler:
-    """Begins, grows and packs the super-tree of a step. A value: it holds no state.
+    """Begins, grows and packs the super-tree of a step. Immutable and stateless.
 
-    Between :meth:`begin` and the end of :meth:`pack` there is no device-to-host sync, and no shape
+    From :meth:`begin` to the end of :meth:`pack` there is no device-to-host sync, and no shape
     depends on data.
 
     Args:
         rule: which tokens: :class:`TwoLevel`, :class:`GlobalRank`, :func:`PerRequest` or another.
-        gate: who drafts deeper. Defaults to all requests.
-        budget: verify tokens of a step, roots included (the paper's K_max counts drafts: ours is
-            larger by the batch); or a :class:`CostModel`: the tier of greatest throughput, chosen
-            before each step from the history. Defaults to what the rule asks for.
-        max_depth: deepest layer; 0 drafts nothing.
-        max_verify_tokens_per_req: of one request, root included; sets the width of the ancestor
-            masks.
-        probe_interval: with a cost model, every so many steps one drafts to full depth although
-            less is planned or speculation is off, so that speculation can resume. It waits until
-            draft extend costs 0.5% of the time off, but at most sixteen intervals.
-        margin: with a cost model, by what share speculation must promise to beat plain decoding.
-        trims: with a cost model, :meth:`trim` follows drafting: a tier's tokens are only a bound.
+        gate: which requests draft deeper. Defaults to all.
+        budget: verify tokens of a step, roots included (the paper's K_max counts drafts only); or a
+            :class:`CostModel`, to choose the tier of greatest throughput before each step from the
+            history. Defaults to what the rule asks for.
+        max_depth: number of draft layers; 0 disables drafting.
+        max_verify_tokens_per_req: limit of one request, root included; sets the width of the
+            ancestor masks.
+        probe_interval: with a cost model, every ``probe_interval``-th step drafts to full depth, so
+            that speculation can resume. While it is off, a probe waits until its draft extend costs
+            at most 0.5% of that time, but no longer than sixteen intervals.
+        margin: with a cost model, the relative gain over plain decoding that is required.
+        trims: with a cost model, :meth:`trim` follows drafting; a tier's tokens are an upper bound.
 
     Raises:
-        EchoError: an argument out of range, no budget for a rule that needs one, or a rule that
+        EchoError: an argument out of range, a missing budget that the rule needs, or a rule that
             asks for more than ``max_verify_tokens_per_req``.
 
     Example:
@@ -69,9 +69,9 @@ class ElasticBudgetScheduler:
         >>> history = scheduler.history(max_num_reqs=4)
         >>> eagle = ElasticBudgetScheduler.eagle(max_verify_tokens_per_req=8)
         >>> eagle.choose_tier(history, [0, 2]), eagle.num_lookahead_slots(batch=2)
-        (Tier(depth=8, num_verify_tokens=16, beam=0), 8)
+        (Tier(depth=8, num_verify_tokens=16, beam=None), 8)
         >>> ElasticBudgetScheduler.autoregressive().choose_tier(history, [0, 2])
-        Tier(depth=0, num_verify_tokens=2, beam=0)
+        Tier(depth=0, num_verify_tokens=2, beam=None)
         >>> from echo.gating import WarmupLog, calibrate
         >>> made = calibrate(WarmupLog.from_arrays([1] * 200, [0.9, 0.2] * 100, [1, 0] * 100))
         >>> ElasticBudgetScheduler.paper(made, k_max=16).gate.depths
@@ -119,10 +119,9 @@ class ElasticBudgetScheduler:
     ) -> ElasticBudgetScheduler:
         """ECHO as published: ``calibration``'s gates and ``TwoLevel(beam, max_extra_tokens)``.
 
-        ``k_max`` counts roots, as ``budget`` does. Over 24 cells of step times measured on an H100,
-        thresholds calibrated with ``thresholds="throughput"`` and the cost model were faster than
-        Youden's by 6% in the mean (-8 to +32%), by 26 to 32% at one request of dense models.
-        EchoError: no calibration.
+        ``k_max`` includes roots, as ``budget`` does. On step times measured on an H100 (24 cells),
+        ``calibrate(thresholds="throughput")`` beats Youden's thresholds by 6% in the mean (-8 to
+        +32%), and by 26 to 32% at one request of dense models. EchoError: no calibration.
         """
         rule = TwoLevel(beam, max_extra_tokens)
         gate = SparseGate(checks.instance("calibration", calibration, Calibration))
@@ -132,9 +131,9 @@ class ElasticBudgetScheduler:
     def throughput_optimal(
         cls, calibration: Calibration, cost: CostModel, *, beam: int = 4, trims: bool = False
     ) -> ElasticBudgetScheduler:
-        """Best on a machine: ``GlobalRank(beam, calibration)``, tiers by ``cost``, and ``trims``.
+        """``GlobalRank(beam, calibration)``, with tiers chosen by ``cost``: nothing to tune.
 
-        EchoError: no calibration, or no cost model.
+        ``trims`` as in the class. EchoError: no calibration, or no cost model.
         """
         checks.instance("calibration", calibration, Calibration)
         budget = checks.instance("cost", cost, CostModel)
@@ -146,19 +145,19 @@ class ElasticBudgetScheduler:
     ) -> ElasticBudgetScheduler:
         """EAGLE-2/3: the best ``max_verify_tokens_per_req`` tokens of each request, root included.
 
-        Its trees expand ``beam`` nodes in a layer, down to ``max_depth``.
+        ``beam`` nodes of a layer are expanded, down to ``max_depth``.
         """
-        most = max_verify_tokens_per_req
-        rule = PerRequest(most, beam)
-        return cls(rule, max_depth=max_depth, max_verify_tokens_per_req=max(64, most))
+        rule = PerRequest(max_verify_tokens_per_req, beam)
+        most = max(64, max_verify_tokens_per_req)
+        return cls(rule, max_depth=max_depth, max_verify_tokens_per_req=most)
 
     @classmethod
     def autoregressive(cls) -> ElasticBudgetScheduler:
-        """No speculation: one verify token a request, nothing drafted."""
+        """No speculation: one verify token per request."""
         return cls(PerRequest(1, 1), max_depth=0)
 
     def history(self, max_num_reqs: int, device: torch.device | str = "cpu") -> History:
-        """A history of ``max_num_reqs`` requests on ``device``, all without a past."""
+        """An empty history of ``max_num_reqs`` requests on ``device``."""
         return History.empty(max_num_reqs, self.max_depth, device)
 
     def choose_tier(
@@ -171,28 +170,27 @@ class ElasticBudgetScheduler:
     ) -> Tier:
         """Choose depth and verify tokens from what the host knows before the step.
 
-        Depth 0 means: do not speculate, one verify token a request. With a number as budget it is
-        ``max_depth`` and what the budget leaves, or depth 0 where that is no draft token. With a
-        cost model it is the depth d and the tokens K that maximise
-        (B + F_d(K)) / (T(K) + draft(d)); depth 0 unless that beats B / T(B) by ``margin``, or a
-        probe is due. If more tokens cost nothing, up to twice K are verified. F is predicted from
-        the history; as long as that knows too little, full depth is tried at the knee, or with a
-        draft token for every fourth request.
+        Depth 0 means no speculation: one verify token per request. A fixed budget gives
+        ``max_depth`` and the budget without ``num_other_tokens``, or depth 0 if that leaves no
+        drafts. A cost model gives the depth d and tokens K that maximize
+        (B + F_d(K)) / (T(K) + draft(d)), or depth 0 unless that beats B / T(B) by ``margin`` or a
+        probe is due; tokens that cost nothing more are added, up to twice K. F is predicted from
+        the history. Until that knows enough, full depth is tried at the knee, or with one draft
+        token for every fourth request if that is more.
 
         Args:
-            history: up to some step before this one, on the host (:meth:`History.to`).
-            req_indices: ints [B], the live requests of the step: a list, a numpy array or a CPU
-                tensor.
-            num_other_tokens: tokens of prefill, and whatever else shares the forward pass.
-            context_tokens: that the requests have in the cache together, for a cost model that
-                knows what they cost: a host number (SGLang's ``seq_lens_sum``, the sum of vLLM's
-                ``num_computed_tokens``). Defaults to the context that the model was measured at.
+            history: on the host (:meth:`History.to`); it may be a step or two old.
+            req_indices: ints [B], the live requests: a list, a numpy array or a CPU tensor.
+            num_other_tokens: prefill tokens, and whatever else shares the forward pass.
+            context_tokens: tokens of all requests in the cache, a host number (SGLang's
+                ``seq_lens_sum``, the sum of vLLM's ``num_computed_tokens``). Defaults to the
+                context that the cost model was measured at.
 
         Raises:
-            EchoError: an argument of the wrong kind, or one on a device.
+            EchoError: an argument of the wrong kind, or on a device.
         """
         last = len(checks.instance("history", history, History).generation) - 1
-        other, context = _load(num_other_tokens, context_tokens)
+        other, context = checked_load(num_other_tokens, context_tokens)
         if self.max_depth and isinstance(self.budget, CostModel):
             return self._throughput_optimal.choose_tier(history, req_indices, other, context)
         batch = len(checks.indices("req_indices", req_indices, last))
@@ -207,23 +205,23 @@ class ElasticBudgetScheduler:
         *,
         context_tokens: float | None = None,
     ) -> NDArray[np.float32]:
-        """What drafting would bring this rank, for :meth:`agree_on_tier`.
+        """Predict what drafting would bring this rank, for :meth:`agree_on_tier`.
 
-        Data-parallel ranks that share layers must run one shape. ``history``, ``req_indices``,
-        ``num_other_tokens`` and ``context_tokens`` as in :meth:`choose_tier`, with a cost model as
-        budget (else an EchoError); an idle rank takes part with ``req_indices`` of length 0.
-        Returns float32 [n], at most 1 kB, the same n on every rank.
+        Data-parallel ranks that share layers must run one shape. Arguments are those of
+        :meth:`choose_tier`: ``history``, ``req_indices`` (of length 0 on an idle rank),
+        ``num_other_tokens``, ``context_tokens``. Returns float32 [n], at most 1 kB, with the same n
+        on every rank. EchoError: the budget is not a cost model.
         """
         checks.instance("history", history, History)
-        load = _load(num_other_tokens, context_tokens)
+        load = checked_load(num_other_tokens, context_tokens)
         return self._throughput_optimal.tier_curve(history, req_indices, *load)
 
     def agree_on_tier(self, curves: NDArray[np.float32], rank: int) -> Tier:
-        """The depth that all ranks draft, and this one's verify tokens: all launch one shape.
+        """Choose one depth for all ranks, and this rank's verify tokens: all launch one shape.
 
-        Chosen is what is best for all together: the sum of their tokens over the seconds of a step
-        that is as wide for each. ``curves`` float32 [ranks, n]: every rank's :meth:`tier_curve`,
-        gathered, of one scheduler (else an EchoError); ``rank``: this one.
+        Maximizes the sum of the ranks' tokens over the seconds of a step that is equally wide on
+        all. ``curves`` float32 [ranks, n] are all ranks' :meth:`tier_curve`, of one scheduler (else
+        an EchoError); ``rank`` is this one.
         """
         return self._throughput_optimal.agree_on_tier(curves, rank)
 
@@ -236,7 +234,7 @@ class ElasticBudgetScheduler:
         return ThroughputOptimal(self.budget, *limits, *options)
 
     def num_lookahead_slots(self, batch: int) -> int:
-        """KV slots that one request of ``batch`` can take in a step, to reserve before drafting."""
+        """KV slots to reserve for each of ``batch`` requests before drafting: a step's maximum."""
         most = self.max_verify_tokens_per_req
         alone = self.rule.default_budget(1)
         tokens = most if isinstance(self.budget, CostModel) else self._num_verify_tokens(batch)
@@ -256,20 +254,19 @@ class ElasticBudgetScheduler:
 
         Args:
             root_tokens: int64 [B].
-            live: bool [B]; an empty lane of a padded batch costs no token. If live requests
-                outnumber the tokens, the first ones get one each; the others emit nothing in this
-                step, and :attr:`StepCounts.not_scheduled` counts them.
-            verify_limits: int64 [B], verify tokens that a request may get now, root included (KV
-                slots, context left); values below 1 count as 1.
+            live: bool [B]; False for an empty lane of a padded batch, which costs no token. If live
+                requests outnumber the tokens, the first ones get one each; the others emit nothing
+                in this step (:attr:`StepCounts.not_scheduled`). Defaults to all.
+            verify_limits: int64 [B], limit of each request in this step, root included (KV slots,
+                context left); values below 1 count as 1. Defaults to no limit.
             num_verify_tokens: of this step, from its tier. Defaults to the budget.
-            request_weights: float32 [B], worth of each request's tokens (service levels) relative
-                to the greatest, down to 2^-24: they go where weight times probability is greatest.
+            request_weights: float32 [B], worth of each request's tokens (service levels): tokens go
+                where weight times probability is greatest. Only ratios count, down to 2^-24.
             first_layer: tokens int64 [B, k] and log-probabilities float [B, k] of the first layer,
-                where the previous step's draft extend has scored it; it is grown at once.
+                if the previous step's draft extend has scored it.
 
         Raises:
-            EchoError: shapes or dtypes that do not fit, or fewer tokens than requests where all are
-                live.
+            EchoError: shapes or dtypes that do not fit, or without ``live`` too few tokens.
         """
         batch = checks.tensor("root_tokens", root_tokens, ["B"], torch.int64).shape[0]
         n = self._num_verify_tokens(batch) if num_verify_tokens is None else num_verify_tokens
@@ -277,11 +274,10 @@ class ElasticBudgetScheduler:
         if count < batch and live is None:
             each = f"one for each of {batch} requests"
             raise EchoError(f"num_verify_tokens: expected at least {each}, got {count}")
-        given = root_tokens, live, verify_limits, request_weights
-        most, deep = self.max_verify_tokens_per_req, self.max_depth > 0
         tree = step.begin(
-            *given, num_verify_tokens=count, max_verify_tokens_per_req=most, deep=deep
-        )
+            root_tokens, live, verify_limits, request_weights, num_verify_tokens=count,
+            max_verify_tokens_per_req=self.max_verify_tokens_per_req, deep=self.max_depth > 0,
+        )  # fmt: skip
         if first_layer is None:
             return tree
         tokens, log_probs = first_layer
@@ -296,50 +292,50 @@ class ElasticBudgetScheduler:
         log_probs: Tensor,
         *,
         allowed: Tensor | None = None,
-        beam: int = 0,
+        beam: int | None = None,
         out: SuperTree | None = None,
     ) -> SuperTree:
         """Score a drafted layer, ask the gate, let the rule commit, and find the next frontier.
 
-        S(v) = S(parent) + min(log q(v), 0). NaN, and what is above 0 by more than a rounding (a
-        probability or a logit), is no log-probability: such a node is never selected. Those, and
-        layers of minus infinity alone, are counted in ``invalid``.
+        S(v) = S(parent) + min(log q(v), 0). NaN and values above 0 by more than a rounding error
+        (probabilities, logits) are invalid: such nodes are never selected. ``invalid`` counts them,
+        and layers without a finite score.
 
         Args:
             tree: with ``tree.depth < max_depth``.
             tokens: int64 [B, W, k], candidates of each node of ``tree.frontier``, in any order.
             log_probs: float [B, W, k], given their parent; no gradient is kept.
-            allowed: bool [B, W, k]; False: a candidate that a grammar forbids, so that the target
-                cannot sample it: never selected, and no fault. Defaults to all.
-            beam: nodes to expand, :attr:`Tier.beam`, where the rule has a field of that name, as
-                shipped ones do. Defaults to the rule's.
-            out: a tree of one layer more (a :class:`Workspace`'s), to whose last layer, frontier
-                and state is written.
+            allowed: bool [B, W, k], False for candidates that a grammar forbids: never selected,
+                not counted as invalid. Defaults to all.
+            beam: nodes to expand, from :attr:`Tier.beam`, for rules with a field ``beam``. Defaults
+                to the rule's.
+            out: a tree with one layer more (a :class:`Workspace`'s) whose buffers are written.
 
         Raises:
             EchoError: shapes or dtypes that do not fit, a layer beyond ``max_depth``, or a beam
                 wider than the rule's.
         """
-        frontier, depth = tree.frontier, tree.depth + 1
-        (batch, width), device = frontier.token.shape, frontier.token.device
+        rule = self.rule
+        device = tree.frontier.token.device
+        batch, width = tree.frontier.token.shape
         shape = checks.tensor("tokens", tokens, [batch, width, "k"], torch.int64, device).shape
         checks.tensor("log_probs", log_probs, list(shape), checks.FLOATS, device)
-        most, rule = self.max_depth, self.rule
-        if depth > most:
-            raise EchoError(f"tree: expected fewer than max_depth = {most} layers, got {depth - 1}")
-        check_size(batch, sum(tree.sizes) + width * shape[2], depth)
-        if beam != 0:
-            beam = checks.integer("beam", beam, 1, rule.beam)
-            rule = rule if beam == rule.beam else replace(rule, beam=beam)  # type: ignore[type-var]
+        if tree.depth >= self.max_depth:
+            expected = f"fewer than max_depth = {self.max_depth} layers"
+            raise EchoError(f"tree: expected {expected}, got {tree.depth}")
+        check_size(batch, sum(tree.sizes) + width * shape[2], tree.depth + 1)
+        if beam is not None and checks.integer("beam", beam, 1, rule.beam) != rule.beam:
+            rule = replace(rule, beam=int(beam))  # type: ignore[type-var]
         if allowed is not None:
             checks.tensor("allowed", allowed, list(shape), torch.bool, device)
-        return step.grow(rule, self.gate, tree, tokens, log_probs, allowed, depth == most, out)
+        last = tree.depth + 1 == self.max_depth
+        return step.grow(rule, self.gate, tree, tokens, log_probs, allowed, last, out)
 
     def grow_positions(self, tree: SuperTree, tokens: Tensor, log_probs: Tensor) -> SuperTree:
-        """Grow a layer for each position of a drafter that is not conditioned on nodes.
+        """Grow one layer per position, for drafters that are not conditioned on nodes.
 
-        A chain is k = 1; MTP heads and block drafters (DFlash) give k candidates a position, and
-        every node of a frontier gets them all. Gate and rule act as in :meth:`grow`.
+        k = 1 is a chain; MTP heads and block drafters (DFlash) give k candidates per position,
+        which every node of the frontier gets. Gate and rule act as in :meth:`grow`.
 
         Args:
             tree: with ``tree.depth + D <= max_depth``.
@@ -358,29 +354,28 @@ class ElasticBudgetScheduler:
         return tree
 
     def grow_from(self, tree: SuperTree, ready: SuperTree, k: int) -> SuperTree:
-        """Grow a tree that exists already (custom, a template, a trie) layer by layer.
+        """Grow a ready-made tree (custom, a template, a trie) layer by layer.
 
-        Gate and rule act as if its nodes were drafted, so what lies below a node that is not
-        expanded is no candidate. Given to :meth:`pack` directly, all its nodes are.
+        Gate and rule act as if its nodes were drafted, so nodes below one that is not expanded are
+        no candidates. Given to :meth:`pack` directly, all nodes are.
 
         Args:
-            tree: just begun, with the same requests.
+            tree: from :meth:`begin`, with the same requests.
             ready: from :meth:`SuperTree.from_arrays`, :meth:`SuperTree.from_paths` or
-                :meth:`Template.fill`; layers beyond ``max_depth`` are left out.
-            k: children of a node that are looked at, the first; bounds the work.
+                :meth:`Template.fill`; layers beyond ``max_depth`` are ignored.
+            k: number of children of a node to consider, the first ones.
 
         Raises:
             EchoError: another batch, a tree that has layers, or k below 1.
         """
         k = checks.integer("k", k, 1)
-        if tree.depth:
-            raise EchoError(f"tree: expected one just begun, got one of {tree.depth} layers")
+        checks.integer("tree.depth", tree.depth, 0, 0)
         checks.integer("ready.batch", ready.batch, tree.batch, tree.batch)
         grown = grow_from(self.grow, tree, ready.forest, k, min(ready.depth, self.max_depth))
         return replace(grown, invalid=tree.invalid + ready.invalid)
 
     def select(self, tree: SuperTree) -> Tensor:
-        """The bare decision: bool [B, T] over ``tree.forest``, committed nodes included."""
+        """The selected nodes: bool [B, T] over ``tree.forest``, committed ones included."""
         return step.select(self.rule, tree, self.max_verify_tokens_per_req)
 
     def trim(
@@ -403,14 +398,14 @@ class ElasticBudgetScheduler:
             num_other_tokens, context_tokens: as in :meth:`choose_tier`.
 
         Returns:
-            The tree with N verify tokens, rounded up to a tier of the cost model if it has any.
+            The tree with N verify tokens, rounded up to the cost model's tiers.
 
         Raises:
             EchoError: a budget that is not a cost model, or an argument of the wrong kind.
         """
-        load = _load(num_other_tokens, context_tokens)
+        load = checked_load(num_other_tokens, context_tokens)
         optimal = self._throughput_optimal
-        tier = checks.instance("tier", tier, Tier)
+        checks.instance("tier", tier, Tier)
         if not tree.depth:
             return tree
         gains = step.gains(self.rule, tree, self.max_verify_tokens_per_req).cpu().numpy()
@@ -430,22 +425,22 @@ class ElasticBudgetScheduler:
 
         Args:
             tree: after the last :meth:`grow`.
-            num_verify_tokens: N, at least that of :meth:`begin`; beyond it, pads. Defaults to it.
+            num_verify_tokens: N, at least the tree's, which is the default; the rest are pads.
             sync: as in :meth:`PackedTree.agree`: a broadcast of one int32 tensor.
             out: persistent buffers of the same shapes, written to and returned.
 
         Raises:
-            EchoError: fewer rows than the tree was begun with.
+            EchoError: fewer rows than the tree's verify tokens.
         """
-        n, least = num_verify_tokens, tree.num_verify_tokens
-        count = least if n is None else checks.integer("num_verify_tokens", n, 0)
-        if count < least:
-            raise EchoError(f"num_verify_tokens: expected at least begin's {least}, got {count}")
-        words = -(-self.max_verify_tokens_per_req // WORD)
+        count = tree.num_verify_tokens
+        if num_verify_tokens is not None:
+            count = checks.integer("num_verify_tokens", num_verify_tokens, count)
+        most = self.max_verify_tokens_per_req
+        words = -(-most // WORD)
         summarizes = isinstance(self.budget, CostModel) and tree.depth > 0
         if out is not None:
             step.check(out, tree.batch, count, words, tree.status.device)
-        most, to = self.max_verify_tokens_per_req, out if sync is None else None
+        to = out if sync is None else None
         packed = step.pack(self.rule, tree, count, words, most, summarizes=summarizes, out=to)
         return packed if sync is None else packed.agree(sync, out)
 
@@ -453,11 +448,3 @@ class ElasticBudgetScheduler:
         if isinstance(self.budget, CostModel):
             return int(self.budget.round_up(self.budget.knee.k_max))
         return self.budget or self.rule.default_budget(batch) or batch
-
-
-def _load(num_other_tokens: int, context_tokens: float | None) -> tuple[int, float | None]:
-    """Check what :meth:`ElasticBudgetScheduler.choose_tier` takes of a step's load."""
-    other = checks.integer("num_other_tokens", num_other_tokens, 0)
-    if context_tokens is None:
-        return other, None
-    return other, checks.real("context_tokens", context_tokens, 0.0)

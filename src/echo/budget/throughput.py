@@ -18,64 +18,59 @@ from echo.budget.history import History
 from echo.cost import CostModel, samples
 
 CURVE, HEAD = 256, 6
-"""Numbers in a rank's tier curve at most, 1 kB, and before its F."""
+"""Maximum length of a rank's tier curve (1 kB), and of its head, before F."""
 PROBE_COST, PATIENCE = 0.005, 16
-"""Share of the time without speculation that draft extend before a probe may cost; and the wait, in
-probe intervals, after which a probe is made whatever it costs: a choice that no replay was long
-enough to judge."""
+"""Share of the time without speculation that a probe's draft extend may cost; and the probe
+intervals after which a probe is made at any cost (no replay was long enough to judge it)."""
 AMORTIZE = 20
-"""Steps over which draft extend is spread: about what a history remembers. On the measured curve of
-two CPU cores, where nothing is won at 256 requests, 1,000 steps came to 0.946 of plain decoding
-before PROBE_COST and this, and come to 0.998 since."""
+"""Steps over which draft extend is amortized: about what a history remembers. On the measured curve
+of two CPU cores, where speculation wins nothing at 256 requests, PROBE_COST and this raise 1,000
+steps from 0.946 to 0.998 of plain decoding."""
 ROUND_DOWN = 1 - 1e-5
-"""Numbers of tokens are sums of float32: what comes out a hair above a whole number, in another
-order of requests, is not rounded up."""
+"""Token counts are sums of float32; a rounding error above a whole number is not rounded up."""
 DEPTHS = np.arange(1.0, 65.0)[:, None]
-"""As deep as a scheduler may draft."""
+"""float64 [64, 1], all depths that a scheduler may have."""
 TOKENS_PER_BEAM = 4
-"""Verify tokens of a request, root included, for each node of its beam. A layer of more nodes costs
-draft time and brings little that is verified: this is worth 0.6% in the mean of four models
-measured on an H100 and up to 3.6% from 32 requests on, and what is best at each batch brings no
-more."""
+"""Verify tokens of a request, root included, per node of its beam. Wider layers cost draft time and
+add little that is verified: worth 0.6% in the mean of four models measured on an H100 and up to
+3.6% from 32 requests; the best number for each batch gains no more."""
 SPREAD = 3
-"""Verify tokens of a step that will be trimmed, at most, beyond those expected, over these: at one
-request; they fall as the deviation of a sum of B, with its root."""
+"""A tier to be trimmed has 1 + SPREAD / sqrt(B) times the expected verify tokens: room for the
+deviation of a sum over B requests."""
 
 
 @dataclass(frozen=True)
 class Tier:
-    """The host's decisions of a step, made before it.
+    """The host's decisions for a step, made before it.
 
     Attributes:
-        depth: layers to draft; 0: do not speculate in this step.
+        depth: number of layers to draft; 0: no speculation in this step.
         num_verify_tokens: tokens of the target's forward pass, roots and pads included.
-        beam: nodes of a layer to expand, at most the rule's; 0: the rule's. The tier was priced so:
-            give it to ``grow``, also to a workspace's, whose graphs are then kept by beam too.
-        rate: tokens a second that the step promises, for :meth:`ElasticBudgetScheduler.trim`; 0:
+        beam: nodes of a layer to expand, for ``grow``; None: the rule's. The tier was priced with
+            it, and a workspace's graphs are keyed by it.
+        rate: tokens per second that the step promises, for :meth:`ElasticBudgetScheduler.trim`; 0:
             unknown.
     """
 
     depth: int
     num_verify_tokens: int
-    beam: int = 0
+    beam: int | None = None
     rate: float = field(default=0.0, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
 class ThroughputOptimal:
-    """The tier that maximises (B + F_d(K)) / (T(K) + draft(d)) over depths d and verify tokens K.
+    """Chooses the depth d and verify tokens K that maximize (B + F_d(K)) / (T(K) + draft(d)).
 
-    The beam follows from K: a node for every four verify tokens of a request. Depth 0, do not
-    speculate, where nothing beats plain decoding by ``margin``. No K is beyond what the cost
-    model's samples speak for (:meth:`~echo.CostModel.extrapolated`). The ratio is this step's. The
-    long-run price (F - price * seconds, price being the tokens per second so far) was tried by
-    replay in all cells of the shipped trace, and left out: its mean throughput was 0.3% lower.
+    The beam follows from K: one node for every four verify tokens of a request. Depth 0 unless
+    speculation beats plain decoding by ``margin``. K stays within what the cost model's samples
+    cover (:meth:`~echo.CostModel.extrapolated`).
 
     Args:
-        cost: seconds by verify tokens.
-        beam: nodes of a layer that a request expands at most.
+        cost: seconds of a step.
+        beam: maximum number of nodes that a request expands in a layer.
         max_depth, probe_interval, margin, trims: see :class:`~echo.ElasticBudgetScheduler`.
-        max_verify_tokens_per_req: that one request can get, by the scheduler and by its rule.
+        max_verify_tokens_per_req: limit of one request, by the scheduler and by its rule.
     """
 
     cost: CostModel
@@ -280,6 +275,14 @@ class ThroughputOptimal:
         points = np.asarray(self.cost.tiers or np.geomspace(1, widest, count).round().astype(int))
         index = np.linspace(0, len(points) - 1, min(count, len(points))).round().astype(int)
         return np.unique(points[index])
+
+
+def checked_load(num_other_tokens: int, context_tokens: float | None) -> tuple[int, float | None]:
+    """Check what :meth:`ElasticBudgetScheduler.choose_tier` takes of a step's load."""
+    other = checks.integer("num_other_tokens", num_other_tokens, 0)
+    if context_tokens is None:
+        return other, None
+    return other, checks.real("context_tokens", context_tokens, 0.0)
 
 
 def _unprocessed(history: History, req_indices: HostInts) -> int:
