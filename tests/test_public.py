@@ -207,7 +207,7 @@ ACCEPTED = echo.accept(PACKED, torch.zeros(6, dtype=torch.int64))
         ),
         (
             lambda: echo.loop.warmup_log(OTHER, PACKED, ACCEPTED),
-            "packed: expected 3 requests and 0 layers, got 2 and 0",
+            "packed.batch: expected an int from 3 to 3, got 2",
         ),
         (
             lambda: echo.loop.warmup_log(OTHER, SCHEDULER.pack(OTHER), ACCEPTED),

@@ -191,9 +191,8 @@ def draft_labels(tree: SuperTree, packed: PackedTree, accepted: Accepted) -> tup
     batch = checks.instance("tree", tree, SuperTree).batch
     num_rows = checks.instance("packed", packed, PackedTree).num_rows
     emitted = checks.instance("accepted", accepted, Accepted).num_emitted
-    if packed.batch != batch or packed.max_depth < tree.depth:
-        got = f"{packed.batch} and {packed.max_depth}"
-        raise EchoError(f"packed: expected {batch} requests and {tree.depth} layers, got {got}")
+    checks.integer("packed.batch", packed.batch, batch, batch)
+    checks.integer("packed.max_depth", packed.max_depth, tree.depth)
     checks.tensor("accepted.num_emitted", emitted, [batch], torch.int64)
     drafts = accepted.num_accepted_drafts
     rows = accepted.rows.flatten()

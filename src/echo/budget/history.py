@@ -35,7 +35,8 @@ PRIOR = 2.0
 PRIOR_DRAFTS = 4.0
 """Pseudo-count of expected drafts, at the accepted-to-expected ratio over all requests, beside a
 request's own."""
-BINS, SKIP = 32, 2
+BINS = 32
+SKIP = 2
 """Bins of an acceptance-probability histogram, equal in sqrt(f), above SKIP uncounted ones (f <
 1/289). By replay they cost 0.1% of the mean throughput compared with 64 equal bins of f; 32 equal
 bins of f cost 0.2 to 0.3%, and up to 1.9% at one request. SKIP = 3 costs 2% at one request of the
@@ -170,9 +171,12 @@ class History:
             >>> history.restore(torch.tensor([3]), history.export(ids)).generation.tolist()
             [0, 0, 0, 1]
         """
-        fresh, depth, n = self.reset(req_indices), len(self.steps), len(req_indices)
+        fresh = self.reset(req_indices)
+        depth = len(self.steps)
+        n = len(req_indices)
         widths = [sums.shape[2:].numel() for sums in self._sums]
-        shape, device = [n, depth * sum(widths) + 1], self.steps.device
+        shape = [n, depth * sum(widths) + 1]
+        device = self.steps.device
         checks.tensor("rows", rows, shape, torch.float32, device)
         sound = (rows >= 0) & (rows < torch.inf)
         rows = torch.where(sound.all(dim=1, keepdim=True), rows, 0.0)
@@ -205,7 +209,8 @@ class History:
             >>> code = history.prior(history.export(ids))  # by kind, kept by the engine
             >>> history = history.restore(torch.tensor([1]), code.expand(1, -1))
         """
-        depth, device = len(self.steps), self.steps.device
+        depth = len(self.steps)
+        device = self.steps.device
         width = sum(sums.shape[2:].numel() for sums in self._sums)
         checks.tensor("rows", rows, ["n", depth * width + 1], torch.float32, device)
         sums = rows[:, :-1].sum(dim=0).view(depth, width)
@@ -227,7 +232,8 @@ class History:
         Raises:
             EchoError: another shape, dtype or device.
         """
-        shape, device = list(self.generation.shape), self.generation.device
+        shape = list(self.generation.shape)
+        device = self.generation.device
         checks.tensor("generation", generation, shape, torch.int32, device)
         return self._without(self.generation != generation)
 
@@ -268,7 +274,8 @@ class History:
             EchoError: ``req_indices`` of another shape, dtype or device.
         """
         checks.tensor("req_indices", req_indices, [packed.batch], torch.int64, self.steps.device)
-        histogram, expected = packed.acceptance_histogram, packed.expected
+        histogram = packed.acceptance_histogram
+        expected = packed.expected
         num_layers: int | Tensor = 0
         if histogram is not None:
             num_layers = packed.max_depth if packed.num_layers is None else packed.num_layers
@@ -303,10 +310,13 @@ class History:
         self, req_indices: Tensor, packed: PackedTree, accepted: Accepted, num_layers: int | Tensor
     ) -> tuple[Tensor, ...]:
         """Compute the sums after a step of ``num_layers`` layers, an int or int32 []."""
-        (depth, places), drafts = self.steps.shape, accepted.num_accepted_drafts
-        device, f32 = req_indices.device, torch.float32
+        depth, places = self.steps.shape
+        drafts = accepted.num_accepted_drafts
+        device = req_indices.device
+        f32 = torch.float32
         layers = torch.arange(depth, device=device)[:, None]
-        reached, judged = layers < num_layers, (layers < drafts) | (drafts < accepted.num_emitted)
+        reached = layers < num_layers
+        judged = (layers < drafts) | (drafts < accepted.num_emitted)
         stopped = packed.status != int(Status.ACTIVE)  # requests that stopped have no deeper layers
         counted = ((reached | stopped & (num_layers > 0)) & judged).float()
         keeps = torch.full((packed.batch,), KEEP, dtype=f32, device=device)
@@ -356,7 +366,9 @@ class History:
         if not self.steps.is_cpu:
             device = self.steps.device
             raise EchoError(f"history: expected one on cpu (see History.to), got one on {device}")
-        steps, expected, accepted = self.steps.numpy(), self.expected.numpy(), self.accepted.numpy()
+        steps = self.steps.numpy()
+        expected = self.expected.numpy()
+        accepted = self.accepted.numpy()
         depth, places = steps.shape
         found = checks.indices("req_indices", req_indices, places - 2)
         if not depth or min(steps[:, -1].tolist()) < LEARN:
@@ -365,7 +377,8 @@ class History:
         scale = accepted + PRIOR_DRAFTS * ratio
         scale /= expected + PRIOR_DRAFTS
         weights = np.empty((depth, 2, places), np.float32)
-        plain, scaled = weights[:, 0], weights[:, 1]
+        plain = weights[:, 0]
+        scaled = weights[:, 1]
         np.divide(np.bincount(found, minlength=places).astype(np.float32), steps + PRIOR, out=plain)
         np.multiply(plain, np.minimum(scale, 2.0, out=scale), out=scaled)
         weights[:, :, -1] = np.add.reduce(weights, axis=2) * (PRIOR / steps[:, -1:])
@@ -392,7 +405,8 @@ def summarize(tree: SuperTree, probability: Tensor, selected: Tensor) -> tuple[T
 
         nodes = select.as_selected(selected)
         return observe.summarize(probability, tree.score, nodes, tree.sizes, BINS, SKIP)
-    (roots, *sizes), device = tree.sizes, probability.device
+    roots, *sizes = tree.sizes
+    device = probability.device
     bins = probability[:, roots:].sqrt() * (BINS + SKIP)
     starts = [torch.full((n,), d * BINS - SKIP, device=device) for d, n in enumerate(sizes)]
     index = torch.cat(starts) + bins.long().clamp(SKIP, BINS + SKIP - 1)

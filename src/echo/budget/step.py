@@ -297,7 +297,8 @@ def gains(rule: Rule, tree: SuperTree, max_verify_tokens_per_req: int) -> Tensor
         nodes, in the order of the ranking.
     """
     selected = select(rule, tree, max_verify_tokens_per_req)
-    probability, committed = rule.acceptance_probability(tree), tree.committed
+    probability = rule.acceptance_probability(tree)
+    committed = tree.committed
     gain = torch.where(selected & ~committed, probability, 0.0)
     weights = tree.request_weights
     worth = gain if weights is None else gain * weights[:, None]

@@ -17,9 +17,11 @@ from echo._checks import EchoError, HostInts
 from echo.budget.history import History
 from echo.cost import CostModel, samples
 
-CURVE, HEAD = 256, 6
+CURVE = 256
+HEAD = 6
 """Maximum length of a rank's tier curve (1 kB), and of its head, before F."""
-PROBE_COST, PATIENCE = 0.005, 16
+PROBE_COST = 0.005
+PATIENCE = 16
 """Share of the time without speculation that a probe's draft extend may cost; and the probe
 intervals after which a probe is made at any cost (no replay was long enough to judge it)."""
 AMORTIZE = 20
@@ -89,7 +91,8 @@ class ThroughputOptimal:
         context_tokens: float | None,
     ) -> Tier:
         """See :meth:`ElasticBudgetScheduler.choose_tier`."""
-        seen, batch = history.predict(req_indices), len(req_indices)
+        seen = history.predict(req_indices)
+        batch = len(req_indices)
         plain = num_other_tokens + batch
         if seen is None:
             choice = self._unknown(plain, batch, context_tokens)
@@ -110,13 +113,16 @@ class ThroughputOptimal:
         Context, requests, other tokens, steps, idle steps and unprocessed tokens; then F by depth
         over the grid.
         """
-        seen, batch, grid = history.predict(req_indices), len(req_indices), self._grid()
+        seen = history.predict(req_indices)
+        batch = len(req_indices)
+        grid = self._grid()
         if seen is None:
             accepts = np.full((self.max_depth, len(grid)), np.nan if batch else 0.0)
         else:
             x = grid - batch - num_other_tokens
             accepts = np.stack([np.interp(x, drafts, f) for drafts, f in zip(*seen, strict=True)])
-        steps, idle = history.num_steps % self.probe_interval, history.num_idle_steps
+        steps = history.num_steps % self.probe_interval
+        idle = history.num_idle_steps
         context = context_tokens
         if context is None:
             context = self.cost.context_len * (batch if self.cost.num_reqs else 1)
@@ -125,14 +131,17 @@ class ThroughputOptimal:
 
     def agree_on_tier(self, curves: NDArray[np.float32], rank: int) -> Tier:
         """See :meth:`ElasticBudgetScheduler.agree_on_tier`."""
-        grid, shape = self._grid(), list(curves.shape)
+        grid = self._grid()
+        shape = list(curves.shape)
         size = HEAD + self.max_depth * len(grid)
         if len(shape) != 2 or shape[1] != size:
             raise EchoError(f"curves: expected float32 [ranks, {size}], got {shape}")
         rank = checks.integer("rank", rank, 0, len(curves) - 1)
         context, batch, other, *counts = curves[:, :HEAD].astype(np.int64).T
         accepts = curves[:, HEAD:].astype(np.float64).sum(axis=0).reshape(self.max_depth, len(grid))
-        plain, widest, longest = int((batch + other).max()), int(batch.max()), float(context.max())
+        plain = int((batch + other).max())
+        widest = int(batch.max())
+        longest = float(context.max())
         if np.isnan(accepts).any():
             choice = self._unknown(plain, widest, longest)
         else:
@@ -151,7 +160,8 @@ class ThroughputOptimal:
     ) -> int:
         """Verify tokens that pay: see :meth:`ElasticBudgetScheduler.trim`."""
         live, committed, sure = gains[:3].tolist()
-        batch, first = max(1, int(live)), max(1, int(committed)) + num_other_tokens
+        batch = max(1, int(live))
+        first = max(1, int(committed)) + num_other_tokens
         accepts = sure + np.concatenate([[0.0], gains[3:].cumsum(dtype=np.float64)])
         tokens = first + np.arange(len(accepts))
         seconds = self.cost(tokens, num_reqs=batch, context_tokens=context_tokens)
@@ -207,11 +217,14 @@ class ThroughputOptimal:
             seconds += self._wider(whole, widest) * (node * (depths - 1))
         rate = (batch + accepts) / seconds
         rate *= whole > 0
-        best, alone, idle = int(rate.argmax()), verify.item(0), num_idle_steps
+        best = int(rate.argmax())
+        alone = verify.item(0)
+        idle = num_idle_steps
         extend = self.cost.extend_seconds(num_unprocessed)
         probe = (idle or num_steps) % self.probe_interval == 0
         due = idle % (PATIENCE * self.probe_interval) == 0
-        needed, promised = 1 + extend / (AMORTIZE * seconds.item(best)), rate.item(best)
+        needed = 1 + extend / (AMORTIZE * seconds.item(best))
+        promised = rate.item(best)
         if promised > (1 + self.margin) * batch / alone * needed:
             if probe:  # look at the deepest layers
                 best = rate.size - rate.shape[1] + int(rate[-1].argmax())
@@ -219,14 +232,16 @@ class ThroughputOptimal:
             return 0, plain, 0.0
         depth, column = divmod(best, rate.shape[1])
         tokens = plain + max(1, math.ceil(whole[depth, column] * ROUND_DOWN))
-        free, useful = self.cost.free_tokens(tokens, widest), min(2 * tokens, plain + most)
+        free = self.cost.free_tokens(tokens, widest)
+        useful = min(2 * tokens, plain + most)
         if free > useful:  # a tier of the cost model is launched whole
             free = self.cost.round_up(tokens) if self.cost.tiers else useful
         return depth + 1, max(tokens, free), max(promised, batch / alone)
 
     def _most(self, plain: int, widest: int, context_tokens: float | None = None) -> int:
         """Draft tokens at most: by the requests' limits, and by what samples speak for."""
-        limit, cost = widest * (self.max_verify_tokens_per_req - 1), self.cost
+        limit = widest * (self.max_verify_tokens_per_req - 1)
+        cost = self.cost
         if not cost.measured:
             return limit
         reqs = widest if cost.num_reqs else 1

@@ -29,10 +29,13 @@ VERSION = 1
 DRAFTING = ("draft_layer", "draft_token", "extend_token", "restart")
 TOKENS = (1, 1.25, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 """Verify tokens of a request that are compared."""
-ROUND, STABLE, VISITS = 4, 3, 3
+ROUND = 4
+STABLE = 3
+VISITS = 3
 """Loads measured between two fits; fits in a row after which unchanged decisions are final; times
 that a load is measured at most."""
-DRIFT, DRIFT_LOADS = 1.25, 3
+DRIFT = 1.25
+DRIFT_LOADS = 3
 """Ratio to the saved seconds beyond which they are another machine's; loads that tell."""
 Load = tuple[int, int, int]
 Sample = tuple[int, int, int, float]
@@ -158,7 +161,8 @@ class SpeculationProfile:
         plan = _plan(max_num_reqs, max_num_tokens, context_lens, acceptance)
         end = clock() + checks.real("max_seconds", max_seconds, 0.0)
         timer = _Timer(step, repeats, device, clock, end)
-        found, stake = self, np.inf
+        found = self
+        stake = np.inf
         asked = {
             "max_num_reqs": max_num_reqs,
             "max_num_tokens": max_num_tokens,
@@ -174,7 +178,8 @@ class SpeculationProfile:
                 if on_sample is not None:
                     on_sample(found, stake)
 
-        visits, longest = self._visits(), plan.context.max()
+        visits = self._visits()
+        longest = plan.context.max()
         known = [load for load in visits if load[0] <= max_num_reqs and load[1] <= max_num_tokens]
         known.sort(key=lambda load: (load not in plan.first, load[2] > longest))
         self._compare([timer(load) for load in known[:DRIFT_LOADS]])
@@ -183,7 +188,8 @@ class SpeculationProfile:
         for load in plan.first:
             if load not in visits:
                 add(timer(load))
-        decided, stable = None, 0
+        decided = None
+        stable = 0
         while stable < STABLE and not timer.is_over:
             model, *others = found._models()
             rates = plan.rates(model)

@@ -38,7 +38,8 @@ def _add(
     """
     head = (tl.program_id(0) % HEADS).to(tl.int64)
     fold = (tl.program_id(0) // HEADS) * ROWS + tl.arange(0, ROWS)
-    row, member = (fold // GROUP).to(tl.int64), fold % GROUP
+    row = (fold // GROUP).to(tl.int64)
+    member = fold % GROUP
     there = row < num_rows
     d = tl.arange(0, WIDTH)
     inner = d < DIM if DIM < WIDTH else d >= 0
@@ -61,7 +62,8 @@ def _add(
             depth + begin, 0, (rows + KEYS - 1) // KEYS, rows, own == b, since, factor,
             cap * LOG2E, tk_row, tv_row, words, DIM, WIDTH, ROWS, KEYS, WINDOW, CAPPED, 1,
         )  # fmt: skip
-    real, pad = own < batch, there & (own >= batch)
+    real = own < batch
+    pad = there & (own >= batch)
     at = row * (HEADS * GROUP) + head * GROUP + member
     if SINKS:
         sink = tl.load(sinks + head * GROUP + member, mask=real, other=float("-inf"))
@@ -81,9 +83,11 @@ def _add(
         k_at = tree_key + row[:, None] * tk_row + head * tk_head + d[None, :]
         v_at = tree_value + row[:, None] * tv_row + head * tv_head + d[None, :]
         shown = whole & pad[:, None]
-        k, v = tl.load(k_at, mask=shown, other=0.0), tl.load(v_at, mask=shown, other=0.0)
+        k = tl.load(k_at, mask=shown, other=0.0)
+        v = tl.load(v_at, mask=shown, other=0.0)
         v, score = _alone(queries, k, v, scale, cap, CAPPED)
-        acc, total = tl.where(pad[:, None], v, acc), tl.where(pad, score, total)
+        acc = tl.where(pad[:, None], v, acc)
+        total = tl.where(pad, score, total)
     tl.store(out + at[:, None] * DIM + d[None, :], acc.to(out.dtype.element_ty), mask=whole)
     tl.store(lse + at, total, mask=there)
 
@@ -100,7 +104,8 @@ def _merge_parts(
     two = tl.load(lse2 + row, mask=row < count, other=0.0)
     top = tl.maximum(one, two)
     base = tl.where(top == float("-inf"), 0.0, top)
-    first, second = tl.exp2((one - base) * LOG2E), tl.exp2((two - base) * LOG2E)
+    first = tl.exp2((one - base) * LOG2E)
+    second = tl.exp2((two - base) * LOG2E)
     mass = first + second
     at = row[:, None] * DIM + d[None, :]
     value = tl.load(o1 + at, mask=inner & (one != float("-inf"))[:, None], other=0.0)
@@ -114,14 +119,18 @@ def _merge_parts(
 
 def tree_attention(call: Attention) -> tuple[Tensor, Tensor]:
     """As :func:`echo.kernels.tree_attention` in mode "tree": one launch."""
-    s, q, tree_key, tree_value = call.shapes, call.q, call.tree_key, call.tree_value
+    s = call.shapes
+    q = call.q
+    tree_key = call.tree_key
+    tree_value = call.tree_value
     check_layout(call)
     out = q.new_empty(s.num_rows, s.num_heads, s.dim)
     lse = q.new_empty(s.num_rows, s.num_heads, dtype=torch.float32)
     if s.num_rows == 0:
         return out, lse
     # What is not there is not read: another tensor stands for the pointer.
-    before, before_lse = out if call.prefix_out is None else call.prefix_out, call.prefix_lse
+    before = out if call.prefix_out is None else call.prefix_out
+    before_lse = call.prefix_lse
     before_lse = lse if before_lse is None else before_lse
     indptr, request, mask = (x.contiguous() for x in (call.indptr, call.request, call.mask))
     depth = indptr if call.depth is None else call.depth.contiguous()
@@ -154,7 +163,9 @@ def tree_tile(s: Shapes) -> tuple[int, int, int]:
 def merge_attention(o1: Tensor, lse1: Tensor, o2: Tensor, lse2: Tensor) -> tuple[Tensor, Tensor]:
     """As :func:`echo.kernels.merge_attention`."""
     n, heads, dim = o1.shape
-    out, lse, rows = o1.new_empty(n, heads, dim), lse1.new_empty(n, heads), 16
+    out = o1.new_empty(n, heads, dim)
+    lse = lse1.new_empty(n, heads)
+    rows = 16
     if n * heads:
         parts = (part.contiguous() for part in (o1, lse1, o2, lse2))
         width = tiles.power_of_two(dim)

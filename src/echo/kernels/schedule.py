@@ -76,7 +76,8 @@ def _plan(
     by_program = (splits == 0) & (places == count)
     lane = tl.arange(0, BLOCK)
     sums = tl.zeros([BLOCK], tl.int64)
-    before, slots = tl.zeros([BLOCK], tl.int32), tl.zeros([BLOCK], tl.int32)
+    before = tl.zeros([BLOCK], tl.int32)
+    slots = tl.zeros([BLOCK], tl.int32)
     tall = tl.zeros([BLOCK], tl.int32)
     for at in range(0, batch, BLOCK):
         _, rows, _, row_tiles, blocks, pieces = _request(
@@ -86,13 +87,16 @@ def _plan(
         before += row_tiles * pieces
         tall += row_tiles
         slots += tl.where((at + lane < me) & (pieces > 1), rows * GROUP * pieces, 0)
-    total, listed, slot = tl.sum(sums, 0), tl.sum(before, 0), tl.sum(slots, 0)
+    total = tl.sum(sums, 0)
+    listed = tl.sum(before, 0)
+    slot = tl.sum(slots, 0)
     busy = tl.maximum(tl.minimum(total // MIN, count), 1)
     begin, rows, length, row_tiles, blocks, pieces = _request(
         indptr, prefix_lens, me, batch, limit, splits, GROUP, ROWS, KEYS, WINDOW
     )
     for tile in tl.range(0, row_tiles, disable_licm=True):
-        sums, before = tl.zeros([BLOCK], tl.int64), tl.zeros([BLOCK], tl.int32)
+        sums = tl.zeros([BLOCK], tl.int64)
+        before = tl.zeros([BLOCK], tl.int32)
         numbers = tl.zeros([BLOCK], tl.int32)
         for at in range(0, batch, BLOCK):
             _, _, _, others, their_blocks, their_pieces = _request(
@@ -102,7 +106,9 @@ def _plan(
             sums += earlier.to(tl.int64) * their_blocks
             before += earlier * their_pieces
             numbers += earlier
-        start, first, number = tl.sum(sums, 0), tl.sum(before, 0), tl.sum(numbers, 0)
+        start = tl.sum(sums, 0)
+        first = tl.sum(before, 0)
+        number = tl.sum(numbers, 0)
         lowest = ((start + 1) * busy - 1) // total  # the programs of its first and last unit
         highest = ((start + blocks) * busy - 1) // total
         crossed = (highest - lowest + 1).to(tl.int32)
@@ -208,7 +214,8 @@ def measured(
 
     Arguments are those of :func:`echo.kernels.tiles.tile`.
     """
-    kind, folded = (generation, dim, itemsize, cache_itemsize), group * rows
+    kind = (generation, dim, itemsize, cache_itemsize)
+    folded = group * rows
     fitting = [e for e in table() if e[:4] == kind and folded <= e.folded]
     whole = [e for e in fitting if page_size and page_size % e.tile.keys == 0]
     return min(whole, key=lambda e: e.folded).tile if whole else None
@@ -267,7 +274,8 @@ def plan_attention(s: Shapes, indptr: Tensor, prefix_lens: Tensor) -> AttentionP
     """As :func:`echo.kernels.plan_attention` in mode "whole"."""
     size = sizes(s)
     work = indptr.new_empty(size.items, FIELDS.value)
-    programs, cuts = indptr.new_empty(size.programs, 2), indptr.new_empty(size.cuts)
+    programs = indptr.new_empty(size.programs, 2)
+    cuts = indptr.new_empty(size.cuts)
     tiles.launch(
         _plan, (s.batch + 1,),
         indptr.contiguous(), prefix_lens.contiguous(), work, programs, cuts, s.batch,

@@ -109,7 +109,8 @@ def tile(
         rows: rows of a request that the host expects: the mean, or the same in every batch.
         generation: major compute capability of the device.
     """
-    wide, padded = dim > 128, dim < power_of_two(dim)
+    wide = dim > 128
+    padded = dim < power_of_two(dim)
     if itemsize == 4:  # exact products on the ordinary units: small tiles, for registers
         return Tile(16, 16, 8 if wide else 4, 2, 1 if dim <= 64 else 3)
     tallest = 64 if wide or (generation > HOPPER and dim == 64) else 128

@@ -170,14 +170,17 @@ def replay(
         >>> report.tokens, report.steps, report.misses
         (16, 4, 0)
     """
-    batch, lag = checks.integer("batch", batch, 1), checks.integer("lag", lag, 0, 2)
+    batch = checks.integer("batch", batch, 1)
+    lag = checks.integer("lag", lag, 0, 2)
     prefill_tokens = checks.integer("prefill_tokens", prefill_tokens, 0)
     if scheduler.max_depth > trace.depth:
         want = f"expected max_depth of at most the trace's {trace.depth}"
         raise EchoError(f"scheduler: {want}, got {scheduler.max_depth}")
     queue = np.arange(len(trace.kind)) if order is None else np.asarray(order)
-    source, requests = Source(trace), _Requests(trace, queue, batch, forever=steps is not None)
-    report, history = Report(), scheduler.history(batch)
+    source = Source(trace)
+    requests = _Requests(trace, queue, batch, forever=steps is not None)
+    report = Report()
+    history = scheduler.history(batch)
     past: deque[History] = deque([history] * (lag + 1), maxlen=lag + 1)
     most = scheduler.max_verify_tokens_per_req
     if max_verify_tokens_per_req is not None:
@@ -189,7 +192,8 @@ def replay(
         live = requests.live()
         if not len(live):
             break
-        req_indices, at = torch.from_numpy(live), requests.position[live]
+        req_indices = torch.from_numpy(live)
+        at = requests.position[live]
         other = prefill_tokens * len(fresh)
         tier = scheduler.choose_tier(past[0], req_indices, num_other_tokens=other)
         limits = torch.from_numpy(np.where(requests.remaining(live) > 1, most, 1))
@@ -221,7 +225,8 @@ def replay(
             updated = scheduler.budget.update(count + other, cost(count + other), rate=update_rate)
             scheduler = replace(scheduler, budget=updated)
         if observe is not None:
-            position, values = at - requests.begin[live], (tree, packed, accepted)
+            position = at - requests.begin[live]
+            values = (tree, packed, accepted)
             observe(Record(requests.text[live], position, *values, emitted, tier, unprocessed))
         requests.advance(live, emitted, packed.indptr.diff().numpy(), report)
     report.misses = source.misses
@@ -243,7 +248,10 @@ class _Requests:
     """The text that each request index writes, and its position in it; -1: none."""
 
     def __init__(self, trace: Trace, queue: NDArray[np.int64], batch: int, forever: bool) -> None:
-        self.trace, self.queue, self.forever, self.next = trace, queue, forever, 0
+        self.trace = trace
+        self.queue = queue
+        self.forever = forever
+        self.next = 0
         self.text, self.position, self.begin, self.end, self.limit = np.full((5, batch), -1)
         self.steps, self.verified, self.unprocessed = np.zeros((3, batch), np.int64)
         self.since = np.zeros(batch)
@@ -256,9 +264,11 @@ class _Requests:
             free = free[: max(0, len(self.queue) - self.next)]
         texts = self.queue[(self.next + np.arange(len(free))) % len(self.queue)]
         self.next += len(free)
-        self.text[free], self.limit[free] = texts, self.trace.limit[texts]
+        self.text[free] = texts
+        self.limit[free] = self.trace.limit[texts]
         self.begin[free] = self.position[free] = self.trace.indptr[texts]
-        self.end[free], self.since[free] = self.trace.indptr[texts + 1], now
+        self.end[free] = self.trace.indptr[texts + 1]
+        self.since[free] = now
         self.steps[free] = self.verified[free] = self.unprocessed[free] = 0
         return free
 
@@ -291,8 +301,10 @@ class _Requests:
         self.steps[live] += 1
         self.verified[live] += verified
         for i in live[self.position[live] >= self.end[live] - 1]:
-            kind, tokens = str(self.trace.kind[self.text[i]]), int(self.end[i] - self.begin[i]) - 1
-            steps, verify_tokens = int(self.steps[i]), int(self.verified[i])
+            kind = str(self.trace.kind[self.text[i]])
+            tokens = int(self.end[i] - self.begin[i]) - 1
+            steps = int(self.steps[i])
+            verify_tokens = int(self.verified[i])
             seconds = report.seconds - float(self.since[i])
             report.answers.append(Answer(kind, tokens, steps, verify_tokens, seconds))
             self.text[i] = -1
@@ -312,7 +324,8 @@ class Source:
         self.log_probs = torch.from_numpy(trace.log_prob).float()
         self.expanded = torch.from_numpy(trace.expanded).long()
         self.following = torch.from_numpy(trace.following).long()
-        self.misses, self.floor = 0, trace.floor
+        self.misses = 0
+        self.floor = trace.floor
 
     def begin(self, at: NDArray[np.int64]) -> None:
         """Begin a step at these positions, int64 [B]."""
