@@ -195,9 +195,8 @@ def draft_labels(tree: SuperTree, packed: PackedTree, accepted: Accepted) -> tup
     checks.integer("packed.max_depth", packed.max_depth, tree.depth)
     checks.tensor("accepted.num_emitted", emitted, [batch], torch.int64)
     drafts = accepted.num_accepted_drafts
-    rows = accepted.rows.flatten()
-    if accepted.cut_row is not None:
-        rows = torch.cat([rows, accepted.cut_row])
+    ends = [] if accepted.cut_row is None else [accepted.cut_row]
+    rows = torch.cat([accepted.rows.flatten(), *ends])
     rows = torch.where(rows < 0, num_rows, rows)  # -1 (no row) marks an extra entry, cut off below
     taken = torch.zeros(num_rows + 1, dtype=torch.bool, device=packed.tokens.device)
     taken = taken.index_fill(0, rows, True)[:-1]
