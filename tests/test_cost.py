@@ -158,11 +158,8 @@ def test_draft_extend():
     assert model.extend_seconds(30) == pytest.approx(
         0.2 + 0.3
     )  # unmeasured: one layer over the tokens
-    measured = echo.CostModel(
-        (1,), (1.0,), draft_layer=0.2, draft_token=0.01, extend_token=0.002, restart=5.0
-    )
+    measured = echo.CostModel((1,), (1.0,), draft_layer=0.2, draft_token=0.01, extend_token=0.002)
     assert measured.extend_seconds(30) == pytest.approx(0.26)
-    assert measured.extend_seconds(1000, cold=True) == pytest.approx(7.2)
     fixed, each = echo.cost.line([1, 10, 100, 100], [1.01, 1.1, 2.0, 50.0])
     assert (fixed, each) == pytest.approx((1.0, 0.01), rel=1e-3)
 
@@ -290,8 +287,8 @@ def test_profile_reads_the_devices_clock():
             "draft_layer: expected a number >= 0",
         ),
         (
-            lambda: echo.CostModel((1,), (1.0,), restart=float("inf")),
-            "restart: expected a number >= 0.0, got inf",
+            lambda: echo.CostModel((1,), (1.0,), context_len=float("inf")),
+            "context_len: expected a number >= 0.0, got inf",
         ),
         (
             lambda: echo.CostModel((1,), (1.0,), tokens_per_req=(1, 2), context_factors=(1.0, 2.5)),

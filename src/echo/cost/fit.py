@@ -166,7 +166,7 @@ def line(amount: ArrayLike, seconds: ArrayLike) -> tuple[float, float]:
     """Fit the robust line ``seconds = fixed + each * amount``, both non-negative.
 
     ``draft_layer, draft_token = line(*profile(draft, counts))`` for a :class:`CostModel`, and
-    ``restart, extend_token = line(*profile(extend, counts))``.
+    ``_, extend_token = line(*profile(extend, counts))``.
 
     Args:
         amount: numbers [n], tokens of a draft layer or of a draft extend.

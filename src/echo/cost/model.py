@@ -49,7 +49,6 @@ class CostModel:
         context_factors: from 1, rising at most in proportion: attention reads a request's context
             once for several of its tokens, but computes for each.
         extend_token: seconds per unprocessed token of a draft extend; None: ``draft_token``.
-        restart: seconds to reload an unloaded drafter, before its draft extend.
         k_max_interval, gamma_interval: of :attr:`knee`, from :meth:`from_samples`.
         context_len: default context of a request; of all together if their number is unknown.
         measured: ranges of the samples, by number of requests (1 if unknown): that number, fewest
@@ -82,7 +81,6 @@ class CostModel:
     request_seconds: tuple[float, ...] = ()
     context_token: float = 0.0
     extend_token: float | None = None
-    restart: float = 0.0
     k_max_interval: tuple[int, int] | None = None
     gamma_interval: tuple[float, float] | None = None
     tokens_per_req: tuple[int, ...] = ()
@@ -112,7 +110,7 @@ class CostModel:
         object.__setattr__(self, "doubts", tuple(map(str, self.doubts)))
         if self.error is not None:
             checks.real_field(self, "error", 0.0)
-        for name in ("draft_layer", "draft_token", "context_token", "context_len", "restart"):
+        for name in ("draft_layer", "draft_token", "context_token", "context_len"):
             checks.real_field(self, name, 0.0)
         if self.extend_token is not None:
             checks.real_field(self, "extend_token", 0.0)
@@ -153,7 +151,6 @@ class CostModel:
         draft_layer: float = 0.0,
         draft_token: float = 0.0,
         extend_token: float | None = None,
-        restart: float = 0.0,
         tiers: Sequence[int] = (),
     ) -> CostModel:
         """Fit scattered steps by one robust regression with non-negative coefficients.
@@ -170,8 +167,8 @@ class CostModel:
             context_tokens: numbers [n], of all requests together; their median becomes the default
                 context. Defaults to no context slope.
             num_other_tokens: ints [n], prefill and whatever else shares the pass. Defaults to 0.
-            draft_layer, draft_token, extend_token, restart, tiers: as the class;
-                :func:`echo.cost.line` fits the first four.
+            draft_layer, draft_token, extend_token, tiers: as the class;
+                :func:`echo.cost.line` fits the first three.
 
         Raises:
             EchoError: no samples, columns of different lengths, or values out of range.
@@ -196,7 +193,6 @@ class CostModel:
             draft_token=draft_token,
             tiers=checks.ints("tiers", tiers, 0),
             extend_token=extend_token,
-            restart=restart,
             context_len=float(np.quantile(context, 0.5, method="lower")),
             measured=samples.measured(table),
             doubts=samples.doubts(y, table),
@@ -295,7 +291,7 @@ class CostModel:
             tokens.append(2 * first)  # the last slope continues
         whole = replace(self, tiers=())
         curve = whole(np.array(tokens), num_reqs=first, context_tokens=context_tokens)
-        drafting = ("draft_layer", "draft_token", "extend_token", "restart", "tiers", "error")
+        drafting = ("draft_layer", "draft_token", "extend_token", "tiers", "error")
         kept = {name: getattr(self, name) for name in drafting}
         return CostModel(tuple(tokens), fit.rounded(curve), **kept)
 
@@ -372,14 +368,10 @@ class CostModel:
         count, token = np.asarray(layers), self.draft_token * num_reqs
         return (self.draft_layer + token * beam) * count + token * (1 - beam) * (count > 0)
 
-    def extend_seconds(self, tokens: float, *, cold: bool = False) -> float:
-        """Return the seconds of a draft extend of ``tokens`` unprocessed tokens of all requests.
-
-        ``cold``: the drafter was unloaded, and ``tokens`` is their whole context.
-        """
+    def extend_seconds(self, tokens: float) -> float:
+        """Return the seconds of a draft extend of ``tokens`` unprocessed tokens of all requests."""
         each = self.draft_token if self.extend_token is None else self.extend_token
-        extend = self.draft_layer + each * tokens if tokens > 0 else 0.0
-        return extend + (self.restart if cold else 0.0)
+        return self.draft_layer + each * tokens if tokens > 0 else 0.0
 
     @property
     def knee(self) -> Knee:
@@ -416,6 +408,7 @@ class CostModel:
             data = json.loads(text)
             if data.pop("format") != "echo-cost" or data.pop("version") not in READABLE:
                 raise ValueError("another format or version")
+            data.pop("restart", None)  # of earlier models, never used
             return cls(**data)
 
     def to_sglang(self) -> str:

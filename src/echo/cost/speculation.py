@@ -26,7 +26,7 @@ from echo.cost.model import CostModel
 from echo.cost.profiling import seconds_of
 
 VERSION = 1
-DRAFTING = ("draft_layer", "draft_token", "extend_token", "restart")
+DRAFTING = ("draft_layer", "draft_token", "extend_token")
 TOKENS = (1, 1.25, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 """Verify tokens of a request that are compared."""
 ROUND = 4
@@ -49,7 +49,7 @@ class SpeculationProfile:
     Attributes:
         identity: what was measured, such as model, device, engine and degree of parallelism.
         samples: number of requests, number of tokens, context of each request, and seconds.
-        drafting: any of ``draft_layer``, ``draft_token``, ``extend_token`` and ``restart`` of
+        drafting: any of ``draft_layer``, ``draft_token``, ``extend_token`` of a
             :class:`~echo.CostModel`.
         settled: the arguments of :meth:`measure` for which decisions no longer change; empty: they
             may.
