@@ -294,7 +294,7 @@ def test_a_useless_depth_stops_no_request():
         ),
         (
             lambda: echo.calibrate(log_of(1), max_depth=4),
-            "max_depth: expected an int from 1 to 1, got 4",
+            "max_depth: expected an int equal to 1, got 4",
         ),
         (lambda: echo.calibrate(log_of(1), max_gates=1), "max_gates: expected an int >= 2, got 1"),
     ],

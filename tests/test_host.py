@@ -33,7 +33,7 @@ def test_the_picture():
         packed.render(0, label=lambda token: words[token].strip()).splitlines()[2]
         == "│  └─ sat   0.400  depth"
     )
-    with pytest.raises(echo.EchoError, match="request: expected an int from 0 to 0, got 1"):
+    with pytest.raises(echo.EchoError, match="request: expected an int equal to 0, got 1"):
         packed.render(1)
 
 

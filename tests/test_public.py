@@ -207,7 +207,7 @@ ACCEPTED = echo.accept(PACKED, torch.zeros(6, dtype=torch.int64))
         ),
         (
             lambda: echo.loop.warmup_log(OTHER, PACKED, ACCEPTED),
-            "packed.batch: expected an int from 3 to 3, got 2",
+            "packed.batch: expected an int equal to 3, got 2",
         ),
         (
             lambda: echo.loop.warmup_log(OTHER, SCHEDULER.pack(OTHER), ACCEPTED),

@@ -275,9 +275,9 @@ def test_a_ready_made_tree_may_be_ragged():
         echo.tree.Status.EXHAUSTED,
     ]
     assert packed.invalid.tolist() == [0, 0, 0]
-    with pytest.raises(echo.EchoError, match=r"tree: expected .*, got one of 3 layers"):
+    with pytest.raises(echo.EchoError, match=r"tree.depth: expected an int equal to 0, got 3"):
         scheduler.grow_from(grown, ready, k=4)
-    with pytest.raises(echo.EchoError, match=r"ready.batch: expected an int from 2 to 2, got 3"):
+    with pytest.raises(echo.EchoError, match=r"ready.batch: expected an int equal to 2, got 3"):
         scheduler.grow_from(scheduler.begin(torch.tensor([7, 8])), ready, k=4)
 
 

@@ -220,4 +220,6 @@ def reading(expected: str) -> Iterator[None]:
 
 
 def _range(low: float, high: float | None) -> str:
+    if low == high:
+        return f"equal to {low}"
     return f">= {low}" if high is None else f"from {low} to {high}"
