@@ -6,6 +6,7 @@ import importlib
 import inspect
 import re
 from collections import defaultdict
+from dataclasses import replace
 from enum import Enum
 from pathlib import Path
 
@@ -211,7 +212,7 @@ ACCEPTED = echo.accept(PACKED, torch.zeros(6, dtype=torch.int64))
         ),
         (
             lambda: echo.loop.warmup_log(OTHER, SCHEDULER.pack(OTHER), ACCEPTED),
-            r"accepted.num_emitted: expected int64 \[3\], got int64 \[2\]",
+            r"accepted.rows: expected int64 \[3, 1\], got int64 \[2, 1\]",
         ),
         (
             lambda: SCHEDULER.choose_tier(None, [0]),
@@ -228,6 +229,24 @@ ACCEPTED = echo.accept(PACKED, torch.zeros(6, dtype=torch.int64))
         (
             lambda: echo.ElasticBudgetScheduler.throughput_optimal(echo.calibrate(LOG), None),
             "cost: expected a CostModel, got NoneType",
+        ),
+        (
+            lambda: echo.PromptLookup(1, 8, mixing_weights=0.5),
+            "mixing_weights: expected numbers, got TypeError",
+        ),
+        (
+            lambda: echo.PromptLookup(1, 8, mixing_weights=[0.0] * 8 + [1 - 1e-10]),
+            r"mixing_weights: expected 9 numbers in \[0, 1\)",
+        ),
+        (
+            lambda: echo.CostModel((1,), (1.0,), measured=((1, 1, float("nan"), 0, 0),)),
+            "measured: expected five numbers .*not finite",
+        ),
+        (
+            lambda: echo.loop.warmup_log(
+                TREE, PACKED, replace(ACCEPTED, rows=ACCEPTED.tokens[:, :0])
+            ),
+            r"accepted.rows: expected int64 \[2, 1\], got int64 \[2, 0\]",
         ),
         (
             lambda: echo.PromptLookup(1, 8, drafter=lambda token, state: token),

@@ -914,3 +914,68 @@ def test_no_tokens_are_chosen_far_beyond_the_samples(trims, context):
             if context is None:
                 assert not cost.extrapolated(tier.num_verify_tokens, num_reqs=len(ids))
     assert scheduler.choose_tier(history, [0, 1, 2, 3], num_other_tokens=90).depth == 0
+
+
+def walked(scheduler, history, steps, p, length=4):
+    """The history after ``steps`` of chains whose every draft is accepted with chance ``p``."""
+    ids = torch.arange(length)
+    depths = []
+    for _ in range(steps):
+        tier = scheduler.choose_tier(history, ids)
+        tree = scheduler.begin(ids, num_verify_tokens=tier.num_verify_tokens)
+        for _ in range(tier.depth):
+            shape = tree.frontier.token.shape
+            tokens = torch.ones(*shape, 1, dtype=torch.int64)
+            tree = scheduler.grow(tree, tokens, torch.full((*shape, 1), float(np.log(p))))
+        packed = scheduler.pack(tree)
+        sampled = torch.where(torch.rand(packed.num_rows) < p, 1, 5)
+        history = history.observe(ids, packed, echo.accept(packed, sampled))
+        depths.append(tier.depth)
+    return history, depths
+
+
+def test_a_probe_drafts_to_full_depth_so_that_speculation_comes_back():
+    """Where any draft costs a jump, one layer never pays, and six do."""
+    torch.manual_seed(0)
+    cost = echo.CostModel((4, 5, 64), (1.0, 2.5, 2.51), draft_layer=0.1)
+    scheduler = echo.ElasticBudgetScheduler(
+        echo.GlobalRank(1), None, cost, max_depth=6, probe_interval=10
+    )
+    history, hard = walked(scheduler, scheduler.history(4), 100, 0.02)
+    assert set(hard[-50:]) == {0, 6}
+    _, easy = walked(scheduler, history.reset(torch.arange(4)), 400, 0.97)
+    assert set(easy[-50:]) == {6}
+
+
+def test_what_samples_reach_cuts_the_tokens_and_not_their_worth():
+    cost = echo.CostModel((1, 400), (1.0, 1.4), draft_layer=0.01)
+    rule = echo.GlobalRank(4)
+    free = echo.ElasticBudgetScheduler(rule, None, cost, max_depth=4)
+    history, _ = walked(free, free.history(4), 30, 0.9)
+    measured = replace(cost, measured=((1.0, 1.0, 16.0, 0.0, 0.0),))  # 20 tokens are within reach
+    wall = echo.CostModel((1, 20, 21, 400), (1.0, 1.019, 99.0, 99.4), draft_layer=0.01)
+    bound, walled = (
+        replace(free, budget=own).choose_tier(history, range(4)) for own in (measured, wall)
+    )
+    assert bound.depth and (bound.depth, bound.num_verify_tokens) == (walled.depth, 20)
+    tiers = replace(measured, tiers=(4, 8, 16, 32))
+    assert replace(free, budget=tiers).choose_tier(history, range(4)).num_verify_tokens <= 16
+    with pytest.raises(echo.EchoError, match="history: expected one of max_depth 2, got one of 4"):
+        replace(free, max_depth=2).choose_tier(history, range(4))
+
+
+class Widest:
+    """A rule of a fixed beam, as a plain class."""
+
+    beam = 2
+    ranking = echo.GlobalRank(2)
+
+    def __getattr__(self, name):
+        return getattr(self.ranking, name)
+
+
+def test_a_rule_without_a_beam_to_set_keeps_its_own():
+    scheduler = echo.ElasticBudgetScheduler(Widest(), None, 6, max_depth=1)
+    tokens = torch.arange(3)[None, None]
+    tree = scheduler.grow(scheduler.begin(torch.tensor([7])), tokens, tokens * -0.5 - 1.0, beam=1)
+    assert tree.frontier.token.shape == (1, 2)

@@ -5,6 +5,7 @@ clock.
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -178,6 +179,18 @@ def test_a_profile_knows_what_drafting_costs():
     again = SpeculationProfile.from_json(costly.to_json(), IDENTITY)
     assert again == costly and json.loads(costly.to_json())["drafting"] == drafting
     assert again.cost() == costly.cost()
+
+
+def test_what_has_settled_is_json_and_knows_what_drafting_costs():
+    limits = {"max_num_reqs": np.int64(128), "max_num_tokens": torch.tensor(1024)}
+    machine = measured.Machine(MACHINES[EXPERTS])
+    lengths = iter(machine.contexts)
+    settled = profiled(machine, context_lens=lengths, **limits, max_seconds=1e9)
+    again = SpeculationProfile.from_json(settled.to_json(), IDENTITY)
+    assert again == settled and settled.settled["context_lens"] == list(machine.contexts)
+    cheaper = replace(settled, drafting={"draft_layer": 1e-9})
+    assert profiled(machine, settled, max_seconds=1e9) is settled
+    assert profiled(machine, cheaper, max_seconds=1e9).settled["drafting"] == cheaper.drafting
 
 
 @pytest.mark.parametrize(

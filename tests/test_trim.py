@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -192,10 +193,45 @@ def test_what_cannot_be_trimmed_is_named():
     tree = OPTIMAL.begin(torch.arange(2), num_verify_tokens=4)
     assert OPTIMAL.trim(tree, Tier(0, 4)) is tree
     with pytest.raises(echo.EchoError, match="budget: expected a CostModel"):
-        replace(OPTIMAL, budget=8).trim(tree, Tier(0, 4))
+        replace(OPTIMAL, budget=8, trims=False).trim(tree, Tier(0, 4))
+    with pytest.raises(echo.EchoError, match="trims: expected a CostModel as budget, got 8"):
+        replace(OPTIMAL, budget=8)
     with pytest.raises(echo.EchoError, match="tier"):
         OPTIMAL.trim(tree, 4)
     with pytest.raises(echo.EchoError, match="num_other_tokens"):
         OPTIMAL.trim(tree, Tier(0, 4), -1)
     with pytest.raises(echo.EchoError, match="context_tokens"):
         OPTIMAL.trim(tree, Tier(0, 4), context_tokens=-1.0)
+
+
+def test_a_trimmed_tier_stays_within_the_samples_of_its_context():
+    tokens = np.array([4, 128, 512, 8, 32, 40] * 3)
+    reqs = np.array([4, 4, 4, 8, 8, 8] * 3)
+    context = reqs * np.tile([100, 100, 100, 8000, 8000, 8000], 3)
+    seconds = 0.01 + 1e-6 * tokens + 1e-9 * context
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        cost = echo.CostModel.from_samples(tokens, seconds, num_reqs=reqs, context_tokens=context)
+    load = {"context_tokens": 8 * 8000.0}
+    for trims in (False, True):
+        scheduler = echo.ElasticBudgetScheduler(
+            echo.GlobalRank(2), None, cost, max_depth=6, trims=trims
+        )
+        history = scheduler.history(8)
+        for seed in range(12):
+            history = observed(scheduler, history, torch.arange(8), depth=6, seed=seed, accepted=5)
+        tier = scheduler.choose_tier(history, range(8), **load)
+        assert tier.depth and not cost.extrapolated(tier.num_verify_tokens, num_reqs=8, **load)
+        assert scheduler.choose_tier(history, [], context_tokens=0) == Tier(0, 0)
+        assert scheduler.choose_tier(scheduler.history(1), [], context_tokens=0) == Tier(0, 0)
+
+
+def test_a_workspace_trims_within_the_steps_tokens():
+    cost = echo.CostModel((1, 4, 64), (1.0, 1.0, 1.0), tiers=(4, 8))  # all rows are free
+    scheduler = echo.ElasticBudgetScheduler(echo.GlobalRank(2), None, cost, 1, trims=True)
+    space = echo.Workspace(scheduler, 1, k=4, num_verify_tokens=8)
+    space.set_num_verify_tokens(3)
+    tokens = torch.arange(4)[None, None]
+    log_probs = torch.tensor([[[0.4, 0.3, 0.2, 0.1]]]).log()
+    tree = space.grow(space.begin(torch.tensor([7])), tokens, log_probs)
+    assert space.trim(tree, Tier(1, 3)).num_verify_tokens == 3

@@ -39,6 +39,8 @@ BESIDE = (0.0, 0.1, 0.3, 0.45, 0.6, 0.6, 0.6, 0.7, 0.8)
 """The mixing weights that maximise the likelihood of the target's text, beside SmolLM2's EAGLE
 head: rounded, from an earlier head's drafts of 64 texts. The present head's chains of 5 on the 32
 prompts: 0, 0.11, 0.29, 0.42, 0.64, 0.64, 0.73, 0.68, 0.79."""
+MOST = 1 - 2.0**-24
+"""Greatest mixing weight: the last float32 below 1."""
 PRIOR = 2.0
 """Pseudo-count of the current mixing weights in :meth:`PromptLookup.fit_weights`."""
 
@@ -325,7 +327,9 @@ class PromptLookup:
         self.max_ngram = count = checks.integer("max_ngram", max_ngram, 1, 64)
         if mixing_weights is None:
             mixing_weights = ALONE if drafter is None else BESIDE
-        if len(mixing_weights) != count + 1 or not all(0 <= w < 1 for w in mixing_weights):
+        with checks.reading("mixing_weights: expected numbers"):
+            mixing_weights = [float(weight) for weight in mixing_weights]
+        if len(mixing_weights) != count + 1 or not all(0 <= w <= MOST for w in mixing_weights):
             raise EchoError(
                 f"mixing_weights: expected {count + 1} numbers in [0, 1), for matches of 0 to"
                 f" {count} tokens, got {list(mixing_weights)}"
@@ -336,7 +340,7 @@ class PromptLookup:
         self.capturable = drafter is None or bool(getattr(drafter, "capturable", False))
         self.texts = Texts.empty(max_num_reqs, max_len, device)
         self.mixing_weights = torch.tensor(mixing_weights, dtype=torch.float32, device=device)
-        self._won = torch.zeros(2, count + 1, dtype=torch.float32, device=device)
+        self._won = torch.zeros(2, count + 1, dtype=torch.float64, device=device)
         self._last: tuple[int, Proposals] | None = None  # of this step's last draft, with its depth
         self._root: tuple[Tensor, ...] | None = None
         self._judged = torch.zeros(self.texts.num_tokens.shape, dtype=torch.bool, device=device)
@@ -419,7 +423,7 @@ class PromptLookup:
             weight = self.mixing_weights[run]
             own = weight * (proposal == truth[:, 0])
             share = own / ((1 - weight) * q.sum(dim=1).clamp(min=1e-4) + own)
-            counted = (self._judged[:batch] & (accepted.num_emitted > 0)).float()
+            counted = (self._judged[:batch] & (accepted.num_emitted > 0)).double()
             self._won.index_add_(1, run, torch.stack([share * counted, counted]))
             self._judged.zero_()
         self._last = None
@@ -435,6 +439,5 @@ class PromptLookup:
         """
         won, seen = self._won.tolist()
         weights = self.mixing_weights.tolist()
-        return tuple(
-            (w + PRIOR * t) / (n + PRIOR) for w, n, t in zip(won, seen, weights, strict=True)
-        )
+        rows = zip(won, seen, weights, strict=True)
+        return tuple(min((w + PRIOR * t) / (n + PRIOR), MOST) for w, n, t in rows)

@@ -153,7 +153,7 @@ def warmup_log(
     rank, taken = draft_labels(tree, packed, accepted)
     kept = (packed.depth > 0) & (rank >= 0)
     weight = torch.ones(packed.num_rows, dtype=torch.float32, device=kept.device)
-    if weights is not None:
+    if weights is not None and tree.batch:
         checks.tensor("weights", weights, [tree.batch, "depths + 1"], checks.FLOATS, kept.device)
         count = weights.shape[1]
         if count <= tree.depth:
@@ -178,22 +178,20 @@ def draft_labels(tree: SuperTree, packed: PackedTree, accepted: Accepted) -> tup
     """Label a step's rows for :meth:`echo.gating.LiveHistograms.update`. Sync-free.
 
     Args:
-        tree, packed, accepted: the values of one step.
+        tree, packed, accepted: the values of one step; else an EchoError.
 
     Returns:
         rank int64 [N] by path probability among the request's candidates of that depth (0 on roots
         and pads), -1 where the target did not judge (:attr:`Accepted.num_accepted_drafts`); and
         bool [N], whether the whole path to a row was accepted.
-
-    Raises:
-        EchoError: values of different steps.
     """
     batch = checks.instance("tree", tree, SuperTree).batch
     num_rows = checks.instance("packed", packed, PackedTree).num_rows
     emitted = checks.instance("accepted", accepted, Accepted).num_emitted
     checks.integer("packed.batch", packed.batch, batch, batch)
-    checks.integer("packed.max_depth", packed.max_depth, tree.depth)
-    checks.tensor("accepted.num_emitted", emitted, [batch], torch.int64)
+    most = tree.depth if packed.num_layers is None else None  # a workspace's is a bound
+    checks.integer("packed.max_depth", packed.max_depth, tree.depth, most)
+    checks.tensor("accepted.rows", accepted.rows, [batch, packed.max_depth + 1], torch.int64)
     drafts = accepted.num_accepted_drafts
     ends = [] if accepted.cut_row is None else [accepted.cut_row]
     rows = torch.cat([accepted.rows.flatten(), *ends])

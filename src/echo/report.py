@@ -40,7 +40,7 @@ HEAD = (
     "context  requests  depth  verify tokens  tokens/step  speedup [95%]      K_max  8 tokens cost"
 )
 NOISY = 0.25
-"""Cost model error above which a note asks for more timing."""
+"""Error of a cost model, or gain within an interval, above which an answer is not sure."""
 COSTLY = 1.15
 """Ratio above which a note says that eight tokens cost more at few requests than at the best."""
 SHADES = (plot.GOOD, "#33658a", "#e9a13b", "#7b4b94")
@@ -103,11 +103,9 @@ class Advice:
 
     @property
     def verdict(self) -> str:
-        """``yes``: the whole interval is above 1; ``no``: do not draft; otherwise ``unsure``.
-
-        With fewer than 50 request-steps always ``unsure``.
-        """
-        if self.extrapolated or self.steps < ENOUGH or (self.depth and self.low <= 1):
+        """``yes``: interval above 1; ``no``: below 1.25; else, or under 50 steps: ``unsure``."""
+        doubtful = self.low <= 1 if self.depth else self.high > 1 + NOISY
+        if self.extrapolated or self.steps < ENOUGH or doubtful:
             return "unsure"
         return "yes" if self.depth else "no"
 
@@ -290,7 +288,8 @@ def _advise(
     )
     if best <= 1:
         depth = budget = 0
-        best = low = high = 1.0
+        best = low = 1.0
+        high = max(1.0, high)
     knee = cost.at(b, b * context).knee
     return Advice(
         num_reqs=b,
@@ -331,7 +330,7 @@ def _notes(
     first = min(advice, key=lambda a: a.num_reqs)
     last = min(advice, key=lambda a: a.eight)
     # of a dense model, a token is cheapest at one request: this is a mixture of experts
-    if first.eight > COSTLY * max(1.0, last.eight):
+    if first.eight > (COSTLY + (cost.error or 0.0)) * max(1.0, last.eight):
         notes.append(
             f"8 tokens a request cost {first.eight:.1f} plain steps at {first.num_reqs} request(s)"
             f" and {last.eight:.1f} at {last.num_reqs}: a mixture of experts, where each token of a"

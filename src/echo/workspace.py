@@ -18,7 +18,7 @@ from torch import Tensor
 from echo import _checks as checks
 from echo._checks import EchoError
 from echo.budget.history import BINS
-from echo.budget.rules import GlobalRank
+from echo.budget.rules import GlobalRank, narrowed
 from echo.budget.scheduler import ElasticBudgetScheduler
 from echo.budget.step import Scratch, begin, check
 from echo.budget.step import pack as pack_step
@@ -44,8 +44,7 @@ class Workspace:
     them, each keyed by what changes it: *draft* (lanes, depth, beam): :meth:`begin`, then the
     drafter and :meth:`grow` in turn; *plan* (those, verify tokens): :meth:`pack`; *accept* (lanes,
     verify tokens): :meth:`accept`, :meth:`compact`, :meth:`observe`, and the engine's own part.
-    Between replays the host calls :meth:`set_num_verify_tokens` and updates the inputs of
-    :meth:`begin`.
+    Between replays the host sets the budget and updates the inputs of :meth:`begin`.
 
     Args:
         scheduler: the policy, without request weights.
@@ -208,6 +207,7 @@ class Workspace:
         depth = tree.depth + 1
         most = self.scheduler.rule.beam
         beam = most if beam is None else checks.integer("beam", beam, 1, most)
+        beam = narrowed(self.scheduler.rule, beam).beam
         out = self.tree(tree.batch, min(depth, len(self._k)), beam)
         if depth <= len(self._k):
             if out.sizes[:depth] != tree.sizes:

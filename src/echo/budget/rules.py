@@ -6,8 +6,8 @@ B requests; M candidates in a layer; W nodes of its frontier; T nodes of a reque
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -67,6 +67,14 @@ class Rule(Protocol):
 
         float32 [B, T]; 0 at unselectable nodes.
         """
+
+
+def narrowed(rule: Rule, beam: int) -> Rule:
+    """``rule`` with that beam, or itself if it has no field of that name."""
+    given: Any = rule
+    named = {f.name for f in fields(given) if f.init} if is_dataclass(given) else set[str]()
+    found: Rule = replace(given, beam=beam) if "beam" in named and beam != rule.beam else rule
+    return found
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from echo import _checks as checks
 from echo._checks import EchoError, HostInts
 from echo.budget import step
 from echo.budget.history import History
-from echo.budget.rules import GlobalRank, PerRequest, Rule, TwoLevel
+from echo.budget.rules import GlobalRank, PerRequest, Rule, TwoLevel, narrowed
 from echo.budget.throughput import ThroughputOptimal, Tier, checked_load
 from echo.cost import CostModel
 from echo.gating.calibration import Calibration
@@ -109,6 +109,8 @@ class ElasticBudgetScheduler:
         alone, most = self.rule.default_budget(1), self.max_verify_tokens_per_req
         if self.budget is None and alone is None:
             raise EchoError(f"budget: expected an int or a CostModel for {self.rule!r}, got None")
+        if self.trims and not isinstance(self.budget, CostModel):
+            raise EchoError(f"trims: expected a CostModel as budget, got {self.budget!r}")
         if alone is not None and alone > most:
             expected = f"max_verify_tokens_per_req: expected at least the {alone} of the rule"
             raise EchoError(f"{expected}, got {most}")
@@ -119,9 +121,8 @@ class ElasticBudgetScheduler:
     ) -> ElasticBudgetScheduler:
         """ECHO as published: ``calibration``'s gates and ``TwoLevel(beam, max_extra_tokens)``.
 
-        ``k_max`` includes roots, as ``budget`` does. On step times measured on an H100 (24 cells),
-        ``calibrate(thresholds="throughput")`` beats Youden's thresholds by 6% in the mean (-8 to
-        +32%), and by 26 to 32% at one request of dense models. EchoError: no calibration.
+        ``k_max`` includes roots. On step times measured on an H100, ``thresholds="throughput"``
+        beats Youden's by 6% in the mean (-8 to +32%). EchoError: no calibration.
         """
         rule = TwoLevel(beam, max_extra_tokens)
         gate = SparseGate(checks.instance("calibration", calibration, Calibration))
@@ -131,9 +132,9 @@ class ElasticBudgetScheduler:
     def throughput_optimal(
         cls, calibration: Calibration, cost: CostModel, *, beam: int = 4, trims: bool = False
     ) -> ElasticBudgetScheduler:
-        """``GlobalRank(beam, calibration)``, with tiers chosen by ``cost``: nothing to tune.
+        """``GlobalRank(beam, calibration)``, tiers by ``cost``, and ``trims``: nothing to tune.
 
-        ``trims`` as in the class. EchoError: no calibration, or no cost model.
+        EchoError: no calibration, or no cost model.
         """
         checks.instance("calibration", calibration, Calibration)
         budget = checks.instance("cost", cost, CostModel)
@@ -147,9 +148,9 @@ class ElasticBudgetScheduler:
 
         ``beam`` nodes of a layer are expanded, down to ``max_depth``.
         """
-        rule = PerRequest(max_verify_tokens_per_req, beam)
-        most = max(64, max_verify_tokens_per_req)
-        return cls(rule, max_depth=max_depth, max_verify_tokens_per_req=most)
+        most = max_verify_tokens_per_req
+        limit = max(64, most)
+        return cls(PerRequest(most, beam), max_depth=max_depth, max_verify_tokens_per_req=limit)
 
     @classmethod
     def autoregressive(cls) -> ElasticBudgetScheduler:
@@ -207,10 +208,9 @@ class ElasticBudgetScheduler:
     ) -> NDArray[np.float32]:
         """Predict what drafting would bring this rank, for :meth:`agree_on_tier`.
 
-        Data-parallel ranks that share layers must run one shape. Arguments are those of
-        :meth:`choose_tier`: ``history``, ``req_indices`` (of length 0 on an idle rank),
-        ``num_other_tokens``, ``context_tokens``. Returns float32 [n], at most 1 kB, with the same n
-        on every rank. EchoError: the budget is not a cost model.
+        Data-parallel ranks that share layers must run one shape. ``history``, ``req_indices``
+        (empty on an idle rank), ``num_other_tokens`` and ``context_tokens`` as in
+        :meth:`choose_tier`. Returns float32 [n], at most 1 kB. EchoError: no cost model as budget.
         """
         checks.instance("history", history, History)
         load = checked_load(num_other_tokens, context_tokens)
@@ -324,8 +324,8 @@ class ElasticBudgetScheduler:
             expected = f"fewer than max_depth = {self.max_depth} layers"
             raise EchoError(f"tree: expected {expected}, got {tree.depth}")
         check_size(batch, sum(tree.sizes) + width * shape[2], tree.depth + 1)
-        if beam is not None and checks.integer("beam", beam, 1, rule.beam) != rule.beam:
-            rule = replace(rule, beam=int(beam))  # type: ignore[type-var]
+        if beam is not None:
+            rule = narrowed(rule, checks.integer("beam", beam, 1, rule.beam))
         if allowed is not None:
             checks.tensor("allowed", allowed, list(shape), torch.bool, device)
         last = tree.depth + 1 == self.max_depth
@@ -403,13 +403,13 @@ class ElasticBudgetScheduler:
         Raises:
             EchoError: a budget that is not a cost model, or an argument of the wrong kind.
         """
-        load = checked_load(num_other_tokens, context_tokens)
         optimal = self._throughput_optimal
+        load = checked_load(num_other_tokens, context_tokens)
         checks.instance("tier", tier, Tier)
         if not tree.depth:
             return tree
         gains = step.gains(self.rule, tree, self.max_verify_tokens_per_req).cpu().numpy()
-        n = min(optimal.trim(gains, tier, *load), tree.num_verify_tokens)
+        n = min(optimal.trim(gains, tier, *load), tier.num_verify_tokens, tree.num_verify_tokens)
         remaining = tree.num_remaining.clamp(max=n - int(gains[1]))
         return replace(tree, num_verify_tokens=n, num_remaining=remaining)
 

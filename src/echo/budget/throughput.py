@@ -91,7 +91,7 @@ class ThroughputOptimal:
         context_tokens: float | None,
     ) -> Tier:
         """See :meth:`ElasticBudgetScheduler.choose_tier`."""
-        seen = history.predict(req_indices)
+        seen = self._predict(history, req_indices)
         batch = len(req_indices)
         plain = num_other_tokens + batch
         if seen is None:
@@ -99,7 +99,7 @@ class ThroughputOptimal:
         else:
             counts = history.num_steps, history.num_idle_steps, _unprocessed(history, req_indices)
             choice = self._best(*seen, batch, plain, batch, *counts, context_tokens)
-        return self._tier(*choice, plain, batch, num_other_tokens)
+        return self._tier(*choice, plain, batch, num_other_tokens, context_tokens)
 
     def tier_curve(
         self,
@@ -113,7 +113,7 @@ class ThroughputOptimal:
         Context, requests, other tokens, steps, idle steps and unprocessed tokens; then F by depth
         over the grid.
         """
-        seen = history.predict(req_indices)
+        seen = self._predict(history, req_indices)
         batch = len(req_indices)
         grid = self._grid()
         if seen is None:
@@ -132,7 +132,7 @@ class ThroughputOptimal:
     def agree_on_tier(self, curves: NDArray[np.float32], rank: int) -> Tier:
         """See :meth:`ElasticBudgetScheduler.agree_on_tier`."""
         grid = self._grid()
-        shape = list(curves.shape)
+        shape = list(checks.instance("curves", curves, np.ndarray).shape)
         size = HEAD + self.max_depth * len(grid)
         if len(shape) != 2 or shape[1] != size:
             raise EchoError(f"curves: expected float32 [ranks, {size}], got {shape}")
@@ -149,7 +149,7 @@ class ThroughputOptimal:
             steps, idle, unprocessed = (int(count.max()) for count in counts)
             load = int(batch.sum()), plain, widest, steps, idle, unprocessed, longest
             choice = self._best(drafts, accepts, *load)
-        return self._tier(*choice, plain, widest, int(other[rank]))
+        return self._tier(*choice, plain, widest, int(other[rank]), longest)
 
     def trim(
         self,
@@ -171,6 +171,15 @@ class ThroughputOptimal:
             drafting = self.cost.draft_seconds(tier.depth, batch, tier.beam or self.beam)
             value = accepts / (seconds + drafting)
         return int(self.cost.round_up(int(tokens[value.argmax()]))) - num_other_tokens
+
+    def _predict(
+        self, history: History, req_indices: HostInts
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]] | None:
+        """As :meth:`History.predict`, of a history of this depth."""
+        if (depth := len(history.steps)) != self.max_depth:
+            expected = f"history: expected one of max_depth {self.max_depth}"
+            raise EchoError(f"{expected}, got one of {depth}")
+        return history.predict(req_indices)
 
     def _best(
         self,
@@ -199,14 +208,17 @@ class ThroughputOptimal:
         if not widest:  # no requests at all
             return 0, plain, 0.0
         # drafts beyond the requests' limits are not verified; the likeliest bring their share
-        most = self._most(plain, widest, context_tokens)
-        if drafts.item(-1) > most:  # the most of all: they rise by depth
-            accepts = accepts * np.minimum(1.0, most / np.maximum(drafts, 1.0))
-            drafts = np.minimum(drafts, most)
+        limit = widest * (self.max_verify_tokens_per_req - 1)
+        if drafts.item(-1) > limit:  # the most of all: they rise by depth
+            accepts = accepts * np.minimum(1.0, limit / np.maximum(drafts, 1.0))
+            drafts = np.minimum(drafts, limit)
         # a trimmed step may take none at one time and two at another: one and a half in the mean
         whole = drafts if self.trims else np.ceil(drafts * ROUND_DOWN)
+        most = self._most(plain, widest, context_tokens)
+        if most < limit:
+            whole = np.minimum(whole, most)
         # what whole tokens bring: all depths in one line, one behind another
-        line = (most + 1) * DEPTHS[: len(drafts)]
+        line = (limit + 1) * DEPTHS[: len(drafts)]
         at = np.minimum(whole, drafts[:, -1:]) + line
         accepts = np.interp(at, (drafts + line).ravel(), accepts.ravel())
         verify = self.cost(plain + whole, num_reqs=widest, context_tokens=context_tokens)
@@ -225,11 +237,12 @@ class ThroughputOptimal:
         due = idle % (PATIENCE * self.probe_interval) == 0
         needed = 1 + extend / (AMORTIZE * seconds.item(best))
         promised = rate.item(best)
-        if promised > (1 + self.margin) * batch / alone * needed:
-            if probe:  # look at the deepest layers
-                best = rate.size - rate.shape[1] + int(rate[-1].argmax())
-        elif not (probe and (due or extend <= PROBE_COST * idle * alone) and batch):
+        if promised <= (1 + self.margin) * batch / alone * needed and not (
+            probe and batch and most and (due or extend <= PROBE_COST * idle * alone)
+        ):
             return 0, plain, 0.0
+        if probe:  # look at the deepest layers
+            best = rate.size - rate.shape[1] + int(rate[-1].argmax())
         depth, column = divmod(best, rate.shape[1])
         tokens = plain + max(1, math.ceil(whole[depth, column] * ROUND_DOWN))
         free = self.cost.free_tokens(tokens, widest)
@@ -242,11 +255,14 @@ class ThroughputOptimal:
         """Draft tokens at most: by the requests' limits, and by what samples speak for."""
         limit = widest * (self.max_verify_tokens_per_req - 1)
         cost = self.cost
-        if not cost.measured:
+        if not cost.measured or not widest:
             return limit
         reqs = widest if cost.num_reqs else 1
         context = cost.context_len if context_tokens is None else context_tokens / reqs
-        return max(0, min(limit, int(samples.reach(cost.measured, reqs, context)) - plain))
+        reach = int(samples.reach(cost.measured, reqs, context))
+        if cost.tiers and reach < cost.tiers[-1]:  # a tier is launched whole
+            reach = max((tier for tier in cost.tiers if tier <= reach), default=0)
+        return max(0, min(limit, reach - plain))
 
     def _wider(self, drafts: NDArray[Any], requests: int) -> NDArray[Any]:
         """Nodes of a layer worth expanding beside the first, where so many ``drafts`` are verified.
@@ -257,14 +273,21 @@ class ThroughputOptimal:
         return np.minimum(np.ceil(share - (1 - 1 / TOKENS_PER_BEAM)), self.beam - 1)
 
     def _tier(
-        self, depth: int, tokens: int, rate: float, plain: int, widest: int, other: int
+        self,
+        depth: int,
+        tokens: int,
+        rate: float,
+        plain: int,
+        widest: int,
+        other: int,
+        context_tokens: float | None,
     ) -> Tier:
         """The tier of ``tokens`` in a pass that ``other`` tokens share."""
         if not depth:
             return Tier(0, tokens - other)
         beam = -(-(tokens - plain + widest) // (TOKENS_PER_BEAM * widest))
         if self.trims:
-            useful = plain + self._most(plain, widest)
+            useful = plain + self._most(plain, widest, context_tokens)
             most = min(useful, math.ceil(tokens * (1 + SPREAD / math.sqrt(widest))))
             tokens = max(tokens, min(self.cost.round_up(most), *self.cost.tiers[-1:] or [most]))
         return Tier(depth, tokens - other, min(beam, self.beam), rate)

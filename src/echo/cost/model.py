@@ -106,6 +106,8 @@ class CostModel:
         fit.check_curve(self, "tokens_per_req", "context_factors")
         with checks.reading("measured: expected five numbers for each number of requests"):
             ranges = sorted((b, n, m, c, d) for b, n, m, c, d in self.measured)
+            if not np.isfinite(np.array(ranges, dtype=np.float64)).all():
+                raise ValueError(f"not finite: {ranges}")
             object.__setattr__(self, "measured", tuple(tuple(map(float, own)) for own in ranges))
         object.__setattr__(self, "doubts", tuple(map(str, self.doubts)))
         if self.error is not None:

@@ -158,17 +158,22 @@ class SpeculationProfile:
         """
         tolerance = checks.real("tolerance", tolerance, 0.0)
         repeats = checks.integer("repeats", repeats, 1)
-        plan = _plan(max_num_reqs, max_num_tokens, context_lens, acceptance)
+        with checks.reading("acceptance: expected numbers"):
+            chances = [*acceptance]
+        with checks.reading("context_lens: expected ints"):
+            lengths = [*context_lens]
+        plan = _plan(max_num_reqs, max_num_tokens, lengths, chances)
         end = clock() + checks.real("max_seconds", max_seconds, 0.0)
         timer = _Timer(step, repeats, device, clock, end)
         found = self
         stake = np.inf
         asked = {
-            "max_num_reqs": max_num_reqs,
-            "max_num_tokens": max_num_tokens,
-            "context_lens": [int(length) for length in context_lens],
-            "acceptance": [float(chance) for chance in acceptance],
+            "max_num_reqs": int(max_num_reqs),
+            "max_num_tokens": int(max_num_tokens),
+            "context_lens": [int(length) for length in lengths],
+            "acceptance": [float(chance) for chance in chances],
             "tolerance": tolerance,
+            "drafting": dict(self.drafting),
         }
 
         def add(new: list[Sample], settled: Mapping[str, Any] | None = None) -> None:

@@ -53,7 +53,7 @@ class Frontier:
         Each node gets its parent's hidden state, KV slot or position. EchoError: another batch.
         """
         batch = self.parent.shape[0]
-        if state.dim() < 2 or state.shape[0] != batch:
+        if checks.instance("state", state, Tensor).dim() < 2 or state.shape[0] != batch:
             expected = f"[{batch}, nodes of the previous frontier, ...]"
             raise EchoError(f"state: expected a tensor {expected}, got {list(state.shape)}")
         index = self.parent.view(*self.parent.shape, *[1] * (state.dim() - 2))
