@@ -190,11 +190,11 @@ class ElasticBudgetScheduler:
         Raises:
             EchoError: an argument of the wrong kind, or on a device.
         """
-        last = len(checks.instance("history", history, History).generation) - 1
+        checks.instance("history", history, History)
         other, context = checked_load(num_other_tokens, context_tokens)
         if self.max_depth and isinstance(self.budget, CostModel):
             return self._throughput_optimal.choose_tier(history, req_indices, other, context)
-        batch = len(checks.indices("req_indices", req_indices, last))
+        batch = len(checks.indices("req_indices", req_indices, len(history.generation) - 1))
         tokens = self._num_verify_tokens(batch) - other if self.max_depth else 0
         return Tier(self.max_depth, tokens) if tokens > batch else Tier(0, batch)
 

@@ -176,10 +176,11 @@ class ThroughputOptimal:
         self, history: History, req_indices: HostInts
     ) -> tuple[NDArray[np.float32], NDArray[np.float32]] | None:
         """As :meth:`History.predict`, of a history of this depth."""
-        if (depth := len(history.steps)) != self.max_depth:
+        seen = history.predict(req_indices)
+        if seen is not None and len(seen[0]) != self.max_depth:
             expected = f"history: expected one of max_depth {self.max_depth}"
-            raise EchoError(f"{expected}, got one of {depth}")
-        return history.predict(req_indices)
+            raise EchoError(f"{expected}, got one of {len(seen[0])}")
+        return seen
 
     def _best(
         self,
