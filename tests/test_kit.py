@@ -334,6 +334,10 @@ def test_drawn_cost_curves_never_fall(cost, rows):
     assert echo.CostModel.from_json(cost.to_json()) == cost
 
 
+TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
+
+
+@pytest.mark.skipif(TORCH < (2, 13), reason="vmap lacks a rule for view(dtype)")
 def test_fuzzing_finds_what_check_scheduler_finds(monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
     fuzz = importlib.import_module("fuzz")

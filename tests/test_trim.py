@@ -158,7 +158,7 @@ def test_a_workspace_trims_as_the_scheduler_does(backend):
 def test_trimmed_steps_write_more_tokens_a_second_where_rows_are_dear():
     """The shipped drafts; seconds as measured of Qwen3-235B's share at one request."""
     path = Path(__file__).parents[1] / "benchmarks" / "traces" / "smollm2.npz"
-    trace, logs = Trace.load(path).texts(range(0, 64, 3)), []
+    trace, logs = Trace.load(path).texts(range(0, 64, 8)), []
     whole = echo.ElasticBudgetScheduler(echo.TwoLevel(4, 0), None, 1024, trace.depth)
     label = lambda r: logs.append(echo.loop.warmup_log(r.tree, r.packed, r.accepted))
     replay(trace, whole, DEAR, batch=16, observe=label)
