@@ -168,6 +168,10 @@ class ByLoad(Scheduler):
         scheduler = replace(self, budget=self.costs(len(req_indices)))
         return super(ByLoad, scheduler).choose_tier(history, req_indices, num_other_tokens)
 
+    def deeper(self, tree, tier):
+        scheduler = replace(self, budget=self.costs(tree.batch))
+        return super(ByLoad, scheduler).deeper(tree, tier)
+
     def trim(self, tree, tier, num_other_tokens=0):
         scheduler = replace(self, budget=self.costs(tree.batch))
         return super(ByLoad, scheduler).trim(tree, tier, num_other_tokens)

@@ -25,6 +25,9 @@ POLICIES = {
         echo.PerRequest(8, 3), echo.BeamMassGate((2, 3), -1.0, 3), None, 4
     ),
     "throughput-optimal": echo.ElasticBudgetScheduler.throughput_optimal(CALIBRATION, COST, beam=3),
+    "trimmed": echo.ElasticBudgetScheduler.throughput_optimal(
+        CALIBRATION, COST, beam=3, trims=True
+    ),
 }
 
 

@@ -16,6 +16,7 @@ import echo
 from conftest import CALIBRATION, grow_all
 from echo import kernels
 from echo.budget import Tier, step
+from echo.budget.throughput import FEW, WORTH
 from echo.testing import (
     RefuseSyncs,
     TabularDrafter,
@@ -152,6 +153,67 @@ def test_a_workspace_trims_as_the_scheduler_does(backend):
             assert trimmed.num_remaining.data_ptr() == tree.num_remaining.data_ptr()
             one, two = space.pack(trimmed), OPTIMAL.pack(expected)
             assert torch.equal(one.tokens, two.tokens) and torch.equal(one.mask, two.mask)
+
+
+def drafted_while_deeper(scheduler, tier, seed, batch, **begun):
+    """A step's tree, and of each layer the probability that a node of its frontier is accepted."""
+    generator, found = torch.Generator().manual_seed(seed), []
+    tree = scheduler.begin(torch.arange(batch), num_verify_tokens=24, **begun)
+    while scheduler.deeper(tree, tier):
+        shape = (*tree.frontier.token.shape, 3)
+        scores = (2 * torch.randn(shape, generator=generator)).log_softmax(-1)
+        tokens = torch.randint(0, 20, shape, generator=generator)
+        tree = scheduler.grow(tree, tokens, scores, beam=tier.beam)
+        probability = scheduler.rule.acceptance_probability(tree)
+        nodes = probability.gather(1, sum(tree.sizes[:-1]) + tree.frontier.index)
+        found.append(float(nodes[tree.frontier.active].double().sum()))
+    return tree, found
+
+
+@given(
+    seed=st.integers(0, 99),
+    rate=st.floats(0.05, 400.0),
+    batch=st.integers(1, FEW),
+    beam=st.integers(1, 2),
+    empty=st.integers(0, 1),
+)
+def test_another_layer_is_drafted_while_it_pays(seed, rate, batch, beam, empty):
+    cost = replace(DEAR, draft_layer=0.01, draft_token=0.002)
+    live = torch.arange(batch) >= empty
+    scheduler, tier = replace(OPTIMAL, budget=cost), Tier(1, 24, beam, rate)
+    tree, found = drafted_while_deeper(scheduler, tier, seed, batch, live=live)
+    *pays, last = [WORTH * each > rate * (0.01 + 0.002 * batch * beam) for each in found]
+    assert all(pays) and (not last or tree.depth == scheduler.max_depth)
+
+
+@pytest.mark.parametrize(
+    ("trims", "batch", "rate"),
+    [(False, 1, 1e9), (True, FEW + 1, 1e9), (True, 1, 0.0)],  # 0: a probe, or nothing is known
+)
+def test_the_tier_says_how_deep_where_nothing_is_read(trims, batch, rate):
+    scheduler = replace(OPTIMAL, trims=trims)
+    with RefuseSyncs():
+        tree = scheduler.begin(torch.arange(batch), num_verify_tokens=24)
+        for depth in range(OPTIMAL.max_depth):
+            asked = [scheduler.deeper(tree, Tier(d, 24, 2, rate)) for d in (0, depth, depth + 1)]
+            assert asked == [False, False, True]
+            scores = torch.zeros(*tree.frontier.token.shape, 3)
+            tree = scheduler.grow(tree, scores.long(), scores - 2)
+
+
+def test_a_probe_is_drafted_to_full_depth():
+    scheduler, ids, probes = replace(OPTIMAL, probe_interval=10), torch.arange(1), 0
+    history = scheduler.history(1)
+    for seed in range(60):
+        history = observed(scheduler, history, ids, depth=3, seed=seed, accepted=1)
+        tier = scheduler.choose_tier(history, ids)
+        if seed > 20 and history.num_steps % 10 == 0:
+            tree, _ = drafted_while_deeper(scheduler, tier, seed, 1)
+            assert tree.depth == tier.depth == scheduler.max_depth
+            probes += 1
+        elif seed > 20:
+            assert tier.rate > 0
+    assert probes == 4
 
 
 @pytest.mark.filterwarnings("ignore:log")  # the drafter's floor leaves out deep layers

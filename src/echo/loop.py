@@ -260,8 +260,8 @@ def speculate(
         tier = scheduler.choose_tier(history.to("cpu"), req_indices.cpu(), num_other_tokens)
     count = tier.num_verify_tokens
     tree = scheduler.begin(root_tokens, verify_limits=verify_limits, num_verify_tokens=count)
-    for _ in range(tier.depth):
-        if drafter is None or (early_stop and not bool(tree.active.any())):
+    while drafter is not None and scheduler.deeper(tree, tier):
+        if early_stop and not bool(tree.active.any()):
             break
         before = time.perf_counter()
         tokens, log_probs = drafter.draft(req_indices, tree.frontier)

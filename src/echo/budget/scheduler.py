@@ -19,7 +19,7 @@ from echo._checks import EchoError, HostInts
 from echo.budget import step
 from echo.budget.history import History
 from echo.budget.rules import GlobalRank, PerRequest, Rule, TwoLevel, narrowed
-from echo.budget.throughput import ThroughputOptimal, Tier, checked_load
+from echo.budget.throughput import FEW, ThroughputOptimal, Tier, checked_load
 from echo.cost import CostModel
 from echo.gating.calibration import Calibration
 from echo.gating.gates import Gate, SparseGate
@@ -39,16 +39,15 @@ class ElasticBudgetScheduler:
         rule: which tokens: :class:`TwoLevel`, :class:`GlobalRank`, :func:`PerRequest` or another.
         gate: which requests draft deeper. Defaults to all.
         budget: verify tokens of a step, roots included (the paper's K_max counts drafts only); or a
-            :class:`CostModel`, to choose the tier of greatest throughput before each step from the
-            history. Defaults to what the rule asks for.
+            :class:`CostModel`, for the tier of greatest throughput. Defaults to the rule's.
         max_depth: number of draft layers; 0 disables drafting.
-        max_verify_tokens_per_req: limit of one request, root included; sets the width of the
-            ancestor masks.
-        probe_interval: with a cost model, every ``probe_interval``-th step drafts to full depth, so
+        max_verify_tokens_per_req: limit of one request, root included, and width of the masks.
+        probe_interval: with a cost model, steps from one that drafts to full depth to the next, so
             that speculation can resume. While it is off, a probe waits until its draft extend costs
-            at most 0.5% of that time, but no longer than sixteen intervals.
+            at most 0.5% of that time, at most sixteen intervals.
         margin: with a cost model, the relative gain over plain decoding that is required.
-        trims: with a cost model, :meth:`trim` follows drafting; a tier's tokens are an upper bound.
+        trims: with a cost model, the host waits for drafts: :meth:`deeper` and :meth:`trim` read
+            them; a tier's tokens are an upper bound.
 
     Raises:
         EchoError: an argument out of range, a missing budget that the rule needs, or a rule that
@@ -82,8 +81,10 @@ class ElasticBudgetScheduler:
         >>> best.agree_on_tier(np.stack([curve, curve]), rank=0)
         Tier(depth=1, num_verify_tokens=64, beam=4)
         >>> steep = replace(best, budget=CostModel((1, 2, 3), (1.0, 1.4, 1.8)), trims=True)
-        >>> tree = steep.grow(steep.begin(roots, num_verify_tokens=3), heads[:, :1], q[:1].log())
-        >>> steep.pack(steep.trim(tree, Tier(1, 3))).tokens.tolist()  # 2 is not worth its row
+        >>> tree, tier = steep.begin(roots, num_verify_tokens=3), Tier(1, 3)
+        >>> while steep.deeper(tree, tier):
+        ...     tree = steep.grow(tree, heads[:, :1], q[:1].log())
+        >>> steep.pack(steep.trim(tree, tier)).tokens.tolist()  # 2 is not worth its row
         [7, 1]
     """
 
@@ -208,9 +209,9 @@ class ElasticBudgetScheduler:
     ) -> NDArray[np.float32]:
         """Predict what drafting would bring this rank, for :meth:`agree_on_tier`.
 
-        Data-parallel ranks that share layers must run one shape. ``history``, ``req_indices``
-        (empty on an idle rank), ``num_other_tokens`` and ``context_tokens`` as in
-        :meth:`choose_tier`. Returns float32 [n], at most 1 kB. EchoError: no cost model as budget.
+        Data-parallel ranks that share layers must run one shape. Arguments as in
+        :meth:`choose_tier`, ``req_indices`` empty on an idle rank. Returns float32 [n], at most
+        1 kB. EchoError: no cost model as budget.
         """
         checks.instance("history", history, History)
         load = checked_load(num_other_tokens, context_tokens)
@@ -219,9 +220,9 @@ class ElasticBudgetScheduler:
     def agree_on_tier(self, curves: NDArray[np.float32], rank: int) -> Tier:
         """Choose one depth for all ranks, and this rank's verify tokens: all launch one shape.
 
-        Maximizes the sum of the ranks' tokens over the seconds of a step that is equally wide on
-        all. ``curves`` float32 [ranks, n] are all ranks' :meth:`tier_curve`, of one scheduler (else
-        an EchoError); ``rank`` is this one.
+        Maximizes the ranks' tokens over the seconds of a step that is equally wide on all.
+        ``curves`` float32 [ranks, n] are their :meth:`tier_curve`, of one scheduler (else an
+        EchoError); ``rank`` is this one.
         """
         return self._throughput_optimal.agree_on_tier(curves, rank)
 
@@ -257,8 +258,8 @@ class ElasticBudgetScheduler:
             live: bool [B]; False for an empty lane of a padded batch, which costs no token. If live
                 requests outnumber the tokens, the first ones get one each; the others emit nothing
                 in this step (:attr:`StepCounts.not_scheduled`). Defaults to all.
-            verify_limits: int64 [B], limit of each request in this step, root included (KV slots,
-                context left); values below 1 count as 1. Defaults to no limit.
+            verify_limits: int64 [B], of each request in this step, root included (KV slots, context
+                left); values below 1 count as 1. Defaults to no limit.
             num_verify_tokens: of this step, from its tier. Defaults to the budget.
             request_weights: float32 [B], worth of each request's tokens (service levels): tokens go
                 where weight times probability is greatest. Only ratios count, down to 2^-24.
@@ -307,8 +308,7 @@ class ElasticBudgetScheduler:
             log_probs: float [B, W, k], given their parent; no gradient is kept.
             allowed: bool [B, W, k], False for candidates that a grammar forbids: never selected,
                 not counted as invalid. Defaults to all.
-            beam: nodes to expand, from :attr:`Tier.beam`, for rules with a field ``beam``. Defaults
-                to the rule's.
+            beam: nodes to expand (:attr:`Tier.beam`), if the rule has one. Defaults to its own.
             out: a tree with one layer more (a :class:`Workspace`'s) whose buffers are written.
 
         Raises:
@@ -335,15 +335,9 @@ class ElasticBudgetScheduler:
         """Grow one layer per position, for drafters that are not conditioned on nodes.
 
         k = 1 is a chain; MTP heads and block drafters (DFlash) give k candidates per position,
-        which every node of the frontier gets. Gate and rule act as in :meth:`grow`.
-
-        Args:
-            tree: with ``tree.depth + D <= max_depth``.
-            tokens: int64 [B, D, k].
-            log_probs: float [B, D, k], given the position alone.
-
-        Raises:
-            EchoError: as :meth:`grow`.
+        which every node of the frontier gets: ``tokens`` int64 and ``log_probs`` float [B, D, k],
+        given the position alone. ``tree.depth + D`` is at most ``max_depth``. EchoError: as
+        :meth:`grow`.
         """
         checks.tensor("tokens", tokens, [tree.batch, "D", "k"], torch.int64)
         checks.tensor("log_probs", log_probs, list(tokens.shape), checks.FLOATS)
@@ -356,17 +350,12 @@ class ElasticBudgetScheduler:
     def grow_from(self, tree: SuperTree, ready: SuperTree, k: int) -> SuperTree:
         """Grow a ready-made tree (custom, a template, a trie) layer by layer.
 
-        Gate and rule act as if its nodes were drafted, so nodes below one that is not expanded are
-        no candidates. Given to :meth:`pack` directly, all nodes are.
-
-        Args:
-            tree: from :meth:`begin`, with the same requests.
-            ready: from :meth:`SuperTree.from_arrays`, :meth:`SuperTree.from_paths` or
-                :meth:`Template.fill`; layers beyond ``max_depth`` are ignored.
-            k: number of children of a node to consider, the first ones.
-
-        Raises:
-            EchoError: another batch, a tree that has layers, or k below 1.
+        Gate and rule act as if its nodes were drafted: nodes below one that is not expanded are no
+        candidates. Given to :meth:`pack` directly, all nodes are. ``tree`` is from :meth:`begin`;
+        ``ready`` of the same requests, from :meth:`SuperTree.from_arrays`,
+        :meth:`SuperTree.from_paths` or :meth:`Template.fill`, layers beyond ``max_depth`` ignored;
+        of a node's children the first ``k`` count. EchoError: another batch, a tree that has
+        layers, or k below 1.
         """
         k = checks.integer("k", k, 1)
         checks.integer("tree.depth", tree.depth, 0, 0)
@@ -378,6 +367,21 @@ class ElasticBudgetScheduler:
         """The selected nodes: bool [B, T] over ``tree.forest``, committed ones included."""
         return step.select(self.rule, tree, self.max_verify_tokens_per_req)
 
+    def deeper(self, tree: SuperTree, tier: Tier) -> bool:
+        """Whether to draft another layer: ``while scheduler.deeper(tree, tier)`` drafts a step.
+
+        Down to the tier's depth. With ``trims`` and at most four requests down to ``max_depth``, as
+        long as a layer pays by the drafts above it: a sync of 4 bytes a layer, worth 3 to 5% at one
+        request of a dense model. EchoError: a ``tier`` that is none.
+        """
+        checks.instance("tier", tier, Tier)
+        if not (self.trims and tier.depth and tier.rate and tree.depth) or tree.batch > FEW:
+            return tree.depth < tier.depth
+        if tree.depth >= self.max_depth:
+            return False
+        probability = step.frontier_probability(self.rule, tree).item()
+        return self._throughput_optimal.deeper(probability, tree.depth + 1, tree.batch, tier)
+
     def trim(
         self,
         tree: SuperTree,
@@ -388,20 +392,16 @@ class ElasticBudgetScheduler:
     ) -> SuperTree:
         """Keep only the verify tokens that pay, now that the drafts are known.
 
-        A step's one device-to-host sync, of 4 bytes per verify token: the host waits for the
-        drafter and cannot run ahead. Worth it for few requests where rows are expensive (mixtures
-        of experts). Maximizes F(N) - r T(N) over N, with F of these drafts and r the tier's rate;
-        (B + F(N)) / (T(N) + draft) if the tier has no rate.
+        A device-to-host sync of 4 bytes per verify token, worth it for few requests where rows are
+        expensive (mixtures of experts). Maximizes F(N) - r T(N) over N, with F of these drafts and
+        r the tier's rate; (B + F(N)) / (T(N) + draft) if the tier has no rate.
 
         Args:
             tree, tier: of the step, after the last :meth:`grow`.
             num_other_tokens, context_tokens: as in :meth:`choose_tier`.
 
-        Returns:
-            The tree with N verify tokens, rounded up to the cost model's tiers.
-
-        Raises:
-            EchoError: a budget that is not a cost model, or an argument of the wrong kind.
+        Returns the tree with N verify tokens, rounded up to the cost model's tiers. EchoError: a
+        budget that is not a cost model, or an argument of the wrong kind.
         """
         optimal = self._throughput_optimal
         load = checked_load(num_other_tokens, context_tokens)

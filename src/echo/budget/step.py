@@ -288,6 +288,13 @@ def select(rule: Rule, tree: SuperTree, max_verify_tokens_per_req: int) -> Tenso
     return tree.committed | rule.select(tree, *bounds)
 
 
+def frontier_probability(rule: Rule, tree: SuperTree) -> Tensor:
+    """Expected number of frontier nodes whose whole path is accepted: float32 []."""
+    frontier = tree.frontier
+    layer = rule.acceptance_probability(tree)[:, -tree.sizes[-1] :]
+    return torch.where(frontier.active, layer.gather(1, frontier.index), 0.0).sum()
+
+
 def gains(rule: Rule, tree: SuperTree, max_verify_tokens_per_req: int) -> Tensor:
     """What :meth:`ElasticBudgetScheduler.trim` reads of a drafted tree.
 

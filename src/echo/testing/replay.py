@@ -202,11 +202,12 @@ def replay(
         )
         source.begin(at)
         expanded = 0
-        while tree.depth < tier.depth and (active := int(tree.frontier.active.sum())):
+        while scheduler.deeper(tree, tier) and (active := int(tree.frontier.active.sum())):
             expanded += active
             tree = scheduler.grow(tree, *source.draft(tree.frontier), beam=tier.beam)
         if scheduler.trims:
             tree = scheduler.trim(tree, tier, other)
+            tier = replace(tier, depth=tree.depth)  # for which the host has waited
         packed = scheduler.pack(tree)
         accepted = accept(packed, source.target(at, packed))
         history = history.observe(req_indices, packed, accepted)
