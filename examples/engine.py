@@ -7,11 +7,12 @@
 `Engine.generate` continuous batching.
 
 A step is four CUDA graphs: *draft* (lanes, depth), *pack* (lanes, depth, rows), *verify* and
-*accept* (lanes, rows); without speculation it is one. Running requests fill the first lanes, and a
-graph has 1, 2, 4, ... of them. What graphs exchange lies at fixed addresses. The host is one step
-behind: it launches a step, then reads the output of the one before, one pinned copy and the only
-device-to-host transfer, so the device never waits for scheduling. A step's keys and values stay
-outside the pages until they are accepted: nothing has to be moved, and drafts need no pages.
+*accept* (lanes, rows); without speculation it is one, and with ``trims`` drafting is one a layer.
+Running requests fill the first lanes, and a graph has 1, 2, 4, ... of them. What graphs exchange
+lies at fixed addresses. The host is one step behind: it launches a step, then reads the output of
+the one before, one pinned copy and the only device-to-host transfer (but for ``trims``, which reads
+drafts), so the device never waits for scheduling. A step's keys and values stay outside the pages
+until they are accepted: nothing has to be moved, and drafts need no pages.
 
 Shapes: N rows of a step, Hkv key/value heads of size D.
 """
@@ -244,11 +245,17 @@ class Engine:
             if self.graph_drafter:
                 drafter.num_unprocessed += 1
         else:
-            n = min(round_up(tier.num_verify_tokens), workspace.num_verify_tokens)
-            workspace.set_num_verify_tokens(min(tier.num_verify_tokens, n))
-            size = lanes, depth, tier.beam
-            tree = self.run("draft", size, lambda: self.draft(*size))
-            packed = self.run("pack", (*size, n), lambda: workspace.pack(tree, n))
+            most = workspace.num_verify_tokens
+            workspace.set_num_verify_tokens(min(tier.num_verify_tokens, most))
+            if self.scheduler.trims:
+                tree = self.draft_while_deeper(lanes, tier)
+                depth, tier = tree.depth, replace(tier, num_verify_tokens=tree.num_verify_tokens)
+            else:
+                size = lanes, depth, tier.beam
+                tree = self.run("draft", size, lambda: self.draft(*size))
+            n = min(round_up(tier.num_verify_tokens), most)
+            size = lanes, depth, tier.beam, n
+            packed = self.run("pack", size, lambda: workspace.pack(tree, n))
             self.run("verify", (lanes, n), lambda: self.verify(packed))
             self.run("accept", (lanes, n), lambda: self.accept(packed))
         return self.copy_output(depth)
@@ -267,16 +274,34 @@ class Engine:
 
     def draft(self, lanes: int, depth: int, beam: int | None = None) -> echo.SuperTree:
         """Drafts a tree layer by layer; the scheduler chooses which nodes are expanded."""
+        tree = self.begin(lanes)
+        for _ in range(depth):
+            tree = self.grow(tree, beam)
+        return tree
+
+    def draft_while_deeper(self, lanes: int, tier: echo.budget.Tier) -> echo.SuperTree:
+        """Drafts while a layer pays, and keeps the tokens that do: the host reads the drafts."""
+        tree = self.run("begin", (lanes,), lambda: self.begin(lanes))
+        while self.scheduler.deeper(tree, tier):
+            above, key = tree, (lanes, tree.depth, tier.beam)
+            grow = lambda above=above: self.grow(above, tier.beam)
+            # only a drafter that is made for graphs keeps its state at one address
+            tree = self.run("layer", key, grow) if self.graph_drafter else grow()
+        return self.workspace.trim(tree, tier)
+
+    def begin(self, lanes: int) -> echo.SuperTree:
+        """Begins a step of the first lanes."""
         remaining, limit = self.num_remaining[:lanes], self.scheduler.max_verify_tokens_per_req
-        tree = self.workspace.begin(
+        return self.workspace.begin(
             self.root_tokens[:lanes],
             live=remaining > 0,
             verify_limits=torch.where(remaining > 1, limit, 1),  # the last token needs no draft
         )
-        for _ in range(depth):
-            candidates = self.drafter.draft(self.req_indices[:lanes], tree.frontier)
-            tree = self.workspace.grow(tree, *candidates, beam=beam)
-        return tree
+
+    def grow(self, tree: echo.SuperTree, beam: int | None) -> echo.SuperTree:
+        """Drafts another layer."""
+        candidates = self.drafter.draft(self.req_indices[: tree.batch], tree.frontier)
+        return self.workspace.grow(tree, *candidates, beam=beam)
 
     def decode(self, lanes: int) -> None:
         """A step without speculation: its rows are the roots."""

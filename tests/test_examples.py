@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -199,6 +200,7 @@ POLICIES = {
     "eagle": echo.ElasticBudgetScheduler.eagle(max_verify_tokens_per_req=6, beam=2, max_depth=3),
     "echo": echo.ElasticBudgetScheduler(echo.TwoLevel(2, 4), echo.SparseGate({1: 0.3}), 20, 3),
     "throughput-optimal": echo.ElasticBudgetScheduler(echo.GlobalRank(3), None, COST, 3),
+    "trimmed": echo.ElasticBudgetScheduler(echo.GlobalRank(3), None, COST, 3, trims=True),
 }
 
 
@@ -338,7 +340,7 @@ def test_the_real_engine_is_captured_whole(smollm2):
     off = echo.ElasticBudgetScheduler(echo.GlobalRank(3), None, steep, 3, probe_interval=4)
     eagle = echo.ElasticBudgetScheduler.eagle(max_verify_tokens_per_req=6, beam=3, max_depth=3)
 
-    def decode(scheduler, drafter=None):
+    def decode(scheduler, drafter=None, waits=False):
         graphs = RecordedGraphs()
         if drafter is None:
             made = real(model, tokenizer, scheduler, 2, graphs=graphs)
@@ -349,7 +351,7 @@ def test_the_real_engine_is_captured_whole(smollm2):
         step = made.step
 
         def refusing():  # the reference of attention looks at values, as no kernel does
-            with Recording().launches(), RefuseSyncs():
+            with Recording().launches(), nullcontext() if waits else RefuseSyncs():
                 return step()
 
         made.step, answers = refusing, run(made, prompts, 12)
@@ -370,6 +372,11 @@ def test_the_real_engine_is_captured_whole(smollm2):
     answers, runs, counts = decode(off)
     assert answers == text and runs["plain"] >= 3
     assert 0 < counts.layers < 3 * counts.steps
+    cost = echo.CostModel((1, 8, 64), (1.0, 1.1, 9.0), draft_layer=0.2)
+    reads = echo.ElasticBudgetScheduler(echo.GlobalRank(3), None, cost, 3, trims=True)
+    answers, runs, counts = decode(reads, waits=True)
+    assert answers == text and counts.layers < 3 * counts.steps
+    assert min(runs[part] for part in ("begin", "layer", "pack", "verify", "accept")) >= 3
 
 
 def test_what_a_step_of_the_engine_launches(smollm2):
