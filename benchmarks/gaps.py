@@ -1,4 +1,4 @@
-"""What does the paper leave out? Measured by exact replay, a section of docs/gaps.md each.
+"""What does the paper leave out? Measured by exact replay; docs/benchmarks.md sums it up.
 
     python benchmarks/gaps.py                       # all sections, about a minute on one quiet core
     python benchmarks/gaps.py --only fairness tail  # some of them

@@ -1,4 +1,4 @@
-"""Chains in vLLM whose lengths ECHO chooses, request by request and step by step (docs/vllm.md).
+"""Chains in vLLM whose lengths ECHO chooses, request by request and step by step (docs/wiring.md).
 
 Two ways in:
 
