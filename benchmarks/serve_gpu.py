@@ -83,7 +83,7 @@ def tiers(lanes: int, few: bool = False) -> list[int]:
 def policies(
     lanes: int, calibration: echo.Calibration, cost: echo.CostModel
 ) -> dict[str, Scheduler]:
-    """By name; the last is one configuration for all loads, the others' budgets are this load's."""
+    """By name; the last two are one configuration for all loads, other budgets are this load's."""
     budget = min(max(cost.at(lanes).knee.k_max, 2 * lanes), cap(lanes))
     ranking, eagle = (
         echo.GlobalRank(BEAM, calibration),
@@ -96,6 +96,7 @@ def policies(
         "ECHO": replace(Scheduler.paper(calibration, k_max=budget), max_depth=DEPTH),
         "global ranking": Scheduler(ranking, None, budget, DEPTH),
         "throughput-optimal": Scheduler(ranking, None, cost, DEPTH),
+        "throughput-optimal, trimmed": Scheduler(ranking, None, cost, DEPTH, trims=True),
     }
     return {name: scheduler for name, scheduler in made.items() if fits(scheduler, lanes)}
 

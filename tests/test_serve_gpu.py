@@ -46,6 +46,7 @@ POLICIES = (
     "ECHO",
     "global ranking",
     "throughput-optimal",
+    "throughput-optimal, trimmed",
 )
 
 

@@ -372,7 +372,7 @@ class ElasticBudgetScheduler:
 
         Down to the tier's depth. With ``trims`` and at most four requests down to ``max_depth``, as
         long as a layer pays by the drafts above it: a sync of 4 bytes a layer, worth 3 to 5% at one
-        request of a dense model. EchoError: a ``tier`` that is none.
+        request of a dense model. EchoError: ``tier`` is no :class:`Tier`.
         """
         checks.instance("tier", tier, Tier)
         if not (self.trims and tier.depth and tier.rate and tree.depth) or tree.batch > FEW:
