@@ -47,23 +47,17 @@ def check_scheduler(
     examples: int = 200,
     max_batch: int = 5,
 ) -> None:
-    """Plan many steps, drawn by hypothesis and made by hand, and check every invariant.
+    """Plan many steps, always the same, and check every invariant.
 
-    Deterministic: every call plans the same steps.
-
-    For every policy: at most ``num_verify_tokens`` nodes are selected (``budget``), the ``roots``
-    of live requests are, no node without its parent (``closed``), no more of a request than
+    Of every policy: at most ``num_verify_tokens`` nodes are selected (``budget``), the ``roots`` of
+    live requests are, no node without its parent (``closed``), no more of a request than
     ``verify_limits`` allow (``limits``), only ``finite`` scores, and every ``committed`` node;
     planning the step again gives the same plan (``deterministic``), packed according to the layout
     (``layout``); the rule's ``frontier`` and ``acceptance_probability`` obey
-    :class:`echo.budget.Rule`.
+    :class:`echo.budget.Rule`. Of a policy that claims it:
 
-    For a policy that claims it:
-
-    - ``ties``: among equal siblings the lower candidate comes first, among equal requests the lower
-      one.
-    - ``permutation``: if no two requests tie and none has a weight, permuting requests permutes the
-      plan.
+    - ``ties``: of equal siblings the lower candidate comes first, of equal requests the lower one.
+    - ``permutation``: permuting requests, none tied or weighted, permutes the plan.
     - ``padding``: empty lanes change no plan, wherever they are.
     - ``sync_free``: no device-to-host sync, and no shape that depends on data.
     - ``depth_first``: only committed nodes are selected while a request that passed its gate is
@@ -75,8 +69,9 @@ def check_scheduler(
 
     Args:
         scheduler: the policy.
-        claims: what to check beyond the first list. Defaults to the first four.
-        examples: steps drawn, divided evenly among batch sizes 1 to ``max_batch``.
+        claims: names of the second list. Defaults to its first four.
+        examples: steps drawn by hypothesis, divided evenly among batch sizes 1 to ``max_batch``;
+            steps made by hand are checked too.
         max_batch: largest batch of a drawn step.
 
     Raises:
@@ -101,12 +96,7 @@ def check_scheduler(
 def check_step(
     scheduler: ElasticBudgetScheduler, scenario: Scenario, *, claims: Sequence[str] = DEFAULT
 ) -> None:
-    """Plan one step and check every invariant.
-
-    Args:
-        scheduler: the policy.
-        scenario: the step.
-        claims: as in :func:`check_scheduler`.
+    """Plan one step, ``scenario``, and check it as :func:`check_scheduler` does.
 
     Raises:
         PlanError: with a table of the plan.
@@ -192,15 +182,14 @@ def _report(
     plan: Plan | None,
 ) -> str:
     num = scenario.num_verify_tokens
-    depth = len(scenario.log_probs)
     budget = "default budget" if num is None else f"{num} verify tokens"
-    live = len(scenario.live_requests)
+    step = f"batch {scenario.batch}, {len(scenario.live_requests)} live, {budget}"
     rule, gate = (shorten(repr(part), 120) for part in (scheduler.rule, scheduler.gate))
     lines = [
         f"{name}: expected {fault.expected}",
         f"{' ' * len(name)}  got {fault.got}",
         "",
-        f"the step: batch {scenario.batch}, {live} live, {budget}, {depth} layers drafted",
+        f"the step: {step}, {len(scenario.log_probs)} layers drafted",
         f"the policy: {rule}, gate {gate}",
     ]
     if plan is not None:
@@ -221,15 +210,13 @@ def _table(name: str, plan: Plan, where: tuple[int, int] | None) -> list[str]:
     for b, node in sorted(nodes):
         rows = {n: row for row, n in enumerate(plan.nodes(b))}
         depth = int(forest.depth[node])
-        above = int(forest.parent[b, node])
-        parent = rows.get(above, "missing") if depth else "-"
-        call = "grow" if forest.committed[b, node] else "pack"
-        call = "-" if node not in rows else call if depth else "begin"
+        parent = rows.get(int(forest.parent[b, node]), "missing") if depth else "-"
+        call = "begin" if not depth else "grow" if forest.committed[b, node] else "pack"
         first = next(iter(rows), node) == node
         status = Status(int(plan.tree.status[b])).name.lower() if first else ""
-        token = int(forest.token[b, node])
-        p = float(forest.score[b, node].exp())
+        place = f"{b:>7}  {rows.get(node, '-'):>3}  {int(forest.token[b, node]):>5}  {parent:>6}"
+        about = f"{depth:>5}  {float(forest.score[b, node].exp()):6.3f}"
         mark = f"   <- {name}" if (b, node) == where else ""
-        place = f"{b:>7}  {rows.get(node, '-'):>3}  {token:>5}  {parent:>6}  {depth:>5}"
-        lines.append(f"{place}  {p:6.3f}  {call:<6}  {status:<9}{mark}".rstrip())
+        call = call if node in rows else "-"
+        lines.append(f"{place}  {about}  {call:<6}  {status:<9}{mark}".rstrip())
     return lines

@@ -81,11 +81,10 @@ class Selection:
     def of(cls, plan: Plan) -> Selection:
         """Return the selection of one ``plan``."""
         tree = plan.tree
-        forest = plan.tree.forest
+        forest = tree.forest
         of_nodes = forest.committed, forest.parent, forest.score, forest.depth
-        total = torch.tensor(tree.num_verify_tokens)
-        live = plan.scenario.live
-        return cls(plan.selected, *of_nodes, live, tree.verify_limits, tree.status, total)
+        of_requests = plan.scenario.live, tree.verify_limits, tree.status
+        return cls(plan.selected, *of_nodes, *of_requests, torch.tensor(tree.num_verify_tokens))
 
     @property
     def selectable(self) -> Tensor:
@@ -113,15 +112,10 @@ def _roots(s: Selection) -> Tensor:
 
 def _sibling_ties(s: Selection) -> Tensor:
     index = torch.arange(len(s.depth))
-    same = s.depth == s.depth[:, None]
-    same = same & (s.parent[..., None] == s.parent[..., None, :])
-    same = same & (s.score[..., None] == s.score[..., None, :]) & (s.depth > 0)
-    earlier = same & (index < index[:, None])  # [..., v, u]: u equals v and comes before it
+    earlier = (index < index[:, None]) & (s.depth > 0)  # [..., v, u]: u equals v, and is before it
+    for value in (s.depth, s.parent, s.score):
+        earlier = earlier & (value[..., None] == value[..., None, :])
     return s.selected & (earlier & ~s.selected[..., None, :]).any(-1)
-
-
-def _over_limit(s: Selection) -> Tensor:
-    return s.selected & (s.selected.cumsum(-1) > s.verify_limits[..., None])
 
 
 def _starved(s: Selection) -> Tensor:
@@ -139,11 +133,12 @@ def _idle(s: Selection) -> Tensor:
 INVARIANTS: dict[str, Invariant] = {
     "budget": Invariant("at most num_verify_tokens nodes selected", _over_budget),
     "roots": Invariant("the root of each live request selected, nothing of others", _roots),
-    "closed": Invariant("the parent of every selected node selected",
-                        lambda s: s.selected & ~s.selected.gather(-1, s.parent)),
-    "limits": Invariant("no request above its verify_limits", _over_limit),
-    "finite": Invariant("no node selected with a NaN or infinite score on its path",
-                        lambda s: s.selected & ~torch.isfinite(s.score)),
+    "closed": Invariant("the parent of every selected node selected", lambda s:
+                        s.selected & ~s.selected.gather(-1, s.parent)),
+    "limits": Invariant("no request above its verify_limits", lambda s:
+                        s.selected & (s.selected.cumsum(-1) > s.verify_limits[..., None])),
+    "finite": Invariant("no node selected with a NaN or infinite score on its path", lambda s:
+                        s.selected & ~torch.isfinite(s.score)),
     "committed": Invariant("every committed node selected", lambda s: s.committed & ~s.selected),
 }
 """For every policy."""
@@ -157,8 +152,7 @@ CLAIMED: dict[str, Invariant] = {
 # fmt: on
 
 
-@dataclass(frozen=True)
-class Fault:
+class Fault(NamedTuple):
     """What was expected and what came; ``node``: (request, node), if it concerns one."""
 
     expected: str
@@ -177,13 +171,12 @@ def first_broken(plan: Plan, invariant: Invariant) -> Fault | None:
         return None
     b, node = (int(i) for i in broken.nonzero()[0])
     tree = plan.tree
-    forest = plan.tree.forest
+    forest = tree.forest
     which = f"token {int(forest.token[b, node])} at depth {int(forest.depth[node])} of request {b}"
     chosen = "selected" if plan.selected[b, node] else "not selected"
-    own = int(plan.selected[b].sum())
-    limit = int(tree.verify_limits[b])
+    own = f"{int(plan.selected[b].sum())} tokens of at most {int(tree.verify_limits[b])}"
     total = f"{int(plan.selected.sum())} of {tree.num_verify_tokens} in all"
-    got = f"{which} {chosen}: {own} tokens of at most {limit}, {total}"
+    got = f"{which} {chosen}: {own}, {total}"
     return Fault(invariant.expected, got, (b, node))
 
 
@@ -284,10 +277,9 @@ def _request_ties(scheduler: ElasticBudgetScheduler, plan: Plan) -> Fault | None
     """Of two identical requests the lower one gets at least what the other gets."""
     given = plan.scenario
     seen = dict[tuple[float, ...], int]()
-    own = [given.root_tokens, plan.tree.verify_limits]
-    own += [] if given.request_weights is None else [given.request_weights]
+    own = given.root_tokens, plan.tree.verify_limits, given.request_weights
     for b in given.live_requests:
-        a = seen.setdefault(tuple(float(x[b]) for x in own), b)
+        a = seen.setdefault(tuple(float(x[b]) for x in own if x is not None), b)
         before = plan.paths(a)
         for node in plan.nodes(b):
             if plan.path(b, node) not in before:
@@ -297,16 +289,16 @@ def _request_ties(scheduler: ElasticBudgetScheduler, plan: Plan) -> Fault | None
 
 
 def _permutation(scheduler: ElasticBudgetScheduler, plan: Plan) -> Fault | None:
-    tree = plan.tree
-    turn = list(reversed(range(plan.scenario.batch)))
     if plan.scenario.request_weights is not None:
         return None  # only the rule knows which weighted scores tie
+    tree = plan.tree
     for value in (tree.forest.score, scheduler.rule.acceptance_probability(tree)):
         drafted = (tree.forest.depth > 0) & torch.isfinite(tree.forest.score)
         each = [set(row[mine].tolist()) for row, mine in zip(value, drafted, strict=True)]
         if sum(map(len, each)) != len(set().union(*each)):
             return None  # requests tie
     expected = "the same plan for the requests in reversed order"
+    turn = range(plan.scenario.batch)[::-1]
     return _compare(expected, plan, plan.scenario.take(turn).plan(scheduler), turn)
 
 
@@ -319,10 +311,10 @@ def _padding(scheduler: ElasticBudgetScheduler, plan: Plan) -> Fault | None:
 
 
 def _batch_invariant(scheduler: ElasticBudgetScheduler, plan: Plan) -> Fault | None:
+    expected = "the plan that the request gets alone"
     for b in plan.scenario.live_requests if plan.scenario.request_weights is None else ():
-        expected = "the plan that the request gets alone"
-        fault = _compare(expected, plan, plan.scenario.take([b]).plan(scheduler), [b])
-        if fault is not None:
+        alone = plan.scenario.take([b]).plan(scheduler)
+        if fault := _compare(expected, plan, alone, [b]):
             return fault
     return None
 
@@ -341,8 +333,9 @@ def _optimal(scheduler: ElasticBudgetScheduler, plan: Plan) -> Fault | None:
     tree = plan.tree
     s = Selection.of(plan)
     gain = scheduler.rule.acceptance_probability(tree)
+    if tree.request_weights is not None:
+        gain = gain * tree.request_weights[:, None]
     leaf = s.selected & (s.depth > 0)
-    gain = gain if tree.request_weights is None else gain * tree.request_weights[:, None]
     leaf = leaf & ~torch.zeros_like(leaf).scatter_(1, torch.where(leaf, s.parent, 0), leaf)
     below = s.selected.sum(1) < s.verify_limits
     index = torch.arange(tree.batch)[:, None]
@@ -380,11 +373,10 @@ def _compare(expected: str, plan: Plan, other: Plan, requests: Sequence[int]) ->
         mine = plan.paths(b)
         theirs = other.paths(i)
         if mine != theirs:
-            extra = [(b, node) for node in plan.nodes(b) if plan.path(b, node) not in theirs]
-            got = f"for request {b} here {_words(mine)}; there {_words(theirs)}"
-            return Fault(expected, got, extra[0] if extra else None)
+            here, there = (
+                ", ".join("-".join(map(str, path)) or "root" for path in sorted(paths))
+                for paths in (mine, theirs)
+            )
+            extra = ((b, node) for node in plan.nodes(b) if plan.path(b, node) not in theirs)
+            return Fault(expected, f"for request {b} here {here}; there {there}", next(extra, None))
     return None
-
-
-def _words(paths: set[tuple[int, ...]]) -> str:
-    return ", ".join("-".join(map(str, path)) or "root" for path in sorted(paths))
