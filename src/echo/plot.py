@@ -87,7 +87,16 @@ def cost_model(model: CostModel) -> Figure:
     with figure(10, 3.8) as drawn:
         curve, chance = drawn.subplots(1, 2)
         _curve(curve, model)
-        _break_even(chance, model)
+        # one draft per request (of B) pays above T(2B) / T(B) - 1
+        ends = 1, max(2, model.num_tokens[-1] // 2)
+        batch = np.unique(np.geomspace(*ends, 200).round().astype(int))
+        plain = np.asarray([model(b, num_reqs=b) for b in batch])
+        drafted = [model(2 * b, num_reqs=b) + model.draft_seconds(1, b) for b in batch]
+        chance.plot(batch, np.asarray(drafted) / plain - 1.0, color=GOOD, lw=1.4)
+        chance.axhline(1, color=BAD, lw=1, ls="--")
+        chance.text(batch[0], 1.03, "never pays", color=BAD, fontsize="small")
+        chance.set(title="one draft for each request pays from", xscale="log", ylim=(0, 1.3))
+        chance.set(xlabel="requests", ylabel="acceptance probability")
     return drawn
 
 
@@ -120,18 +129,6 @@ def _curve(axis: Any, model: CostModel) -> None:
     axis.legend()
 
 
-def _break_even(axis: Any, model: CostModel) -> None:
-    """Acceptance probability above which one draft per request (of B) pays: T(2B) / T(B) - 1."""
-    batch = np.unique(np.geomspace(1, max(2, model.num_tokens[-1] // 2), 200).round().astype(int))
-    plain = np.asarray([model(b, num_reqs=b) for b in batch])
-    drafted = np.asarray([model(2 * b, num_reqs=b) + model.draft_seconds(1, b) for b in batch])
-    axis.plot(batch, drafted / plain - 1.0, color=GOOD, lw=1.4)
-    axis.axhline(1, color=BAD, lw=1, ls="--")
-    axis.text(batch[0], 1.03, "never pays", color=BAD, fontsize="small")
-    axis.set(title="one draft for each request pays from", xscale="log", ylim=(0, 1.3))
-    axis.set(xlabel="requests", ylabel="acceptance probability")
-
-
 COLUMNS = 4
 LEAST = 1e-3
 """Left end of the confidence axes: path probabilities are small at depth."""
@@ -146,12 +143,24 @@ def calibration(calibration: Calibration) -> Figure:
         axes = upper.subplots(rows, min(COLUMNS, depths), squeeze=False).flatten()
         for axis in axes[depths:]:
             axis.set_axis_off()
+        auc, reliability = lower.subplots(1, 2)
+        reliability.plot([0, 1], [0, 1], color=INK, lw=1, ls=":")
         for axis, d in zip(axes, calibration.depths, strict=False):
             _densities(axis, d)
+            if not np.isnan(d.auc):
+                auc.plot([d.depth, d.depth], [d.auc_low, d.auc_high], color=INK, lw=1.5)
+                auc.plot(d.depth, d.auc, "o", color=INK, mfc=INK if d.gate else "white")
+            score, chance = np.array(d.reliability).T
+            shade = 0.85 * (d.depth - 1) / max(1, depths - 1)
+            colour = (shade, shade * 0.8, 1 - shade)
+            reliability.plot(np.exp(score), chance, color=colour, lw=1.3, label=f"depth {d.depth}")
         axes[0].legend()
-        auc, reliability = lower.subplots(1, 2)
-        _auc(auc, calibration)
-        _reliability(reliability, calibration)
+        auc.axhline(calibration.min_auc, color=BAD, lw=1, ls="--")
+        auc.set(title="separability (filled: gate)", xlabel="depth", ylabel="AUC, 95% interval")
+        auc.set_xticks(range(1, depths + 1))
+        reliability.set(title="reliability", xlim=(0, 1), ylim=(0, 1))
+        reliability.set(xlabel="path probability of the draft", ylabel="P(path accepted)")
+        reliability.legend(ncols=2)
     return drawn
 
 
@@ -172,30 +181,7 @@ def _densities(axis: Any, d: DepthCalibration) -> None:
         axis.axvline(max(d.threshold, LEAST), color=INK, lw=1.2, label="threshold")
 
 
-def _auc(axis: Any, calibration: Calibration) -> None:
-    for d in calibration.depths:
-        if not np.isnan(d.auc):
-            axis.plot([d.depth, d.depth], [d.auc_low, d.auc_high], color=INK, lw=1.5)
-            axis.plot(d.depth, d.auc, "o", color=INK, mfc=INK if d.gate else "white")
-    axis.axhline(calibration.min_auc, color=BAD, lw=1, ls="--")
-    axis.set(title="separability (filled: gate)", xlabel="depth", ylabel="AUC, 95% interval")
-    axis.set_xticks(range(1, calibration.max_depth + 1))
-
-
-def _reliability(axis: Any, calibration: Calibration) -> None:
-    axis.plot([0, 1], [0, 1], color=INK, lw=1, ls=":")
-    for d in calibration.depths:
-        score, chance = np.array(d.reliability).T
-        shade = 0.85 * (d.depth - 1) / max(1, calibration.max_depth - 1)
-        colour = (shade, shade * 0.8, 1 - shade)
-        axis.plot(np.exp(score), chance, color=colour, lw=1.3, label=f"depth {d.depth}")
-    axis.set(title="reliability", xlim=(0, 1), ylim=(0, 1))
-    axis.set(xlabel="path probability of the draft", ylabel="P(path accepted)")
-    axis.legend(ncols=2)
-
-
 # Draft trees: as text, and drawn.
-
 
 STATUS = {
     Status.ACTIVE: "still drafting",
@@ -368,10 +354,9 @@ def _facts(packed: PackedTree, request: int, nodes: list[Node], accepted: Accept
     kinds = [node.kind for node in nodes]
     status = STATUS[Status(int(packed.status[request]))]
     counts = f"{kinds.count('depth')} by depth, {kinds.count('width')} by width"
-    text = f"{status}; {len(kinds)} rows: {counts}"
     emitted = sum(node.accepted for node in nodes)
-    plural = "s" * (emitted != 1)
-    return text if accepted is None else f"{text}; {emitted} token{plural} emitted"
+    end = "" if accepted is None else f"; {emitted} token{'s' * (emitted != 1)} emitted"
+    return f"{status}; {len(kinds)} rows: {counts}{end}"
 
 
 def _columns(nodes: Sequence[Node]) -> list[float]:
