@@ -11,17 +11,11 @@ from echo._checks import EchoError
 from echo.budget.scheduler import ElasticBudgetScheduler
 from echo.kernels.codes import Status
 from echo.testing import scenarios
-from echo.testing.invariants import ALWAYS, CLAIMED, INVARIANTS, RELATIONS, Fault, first_broken
+from echo.testing.invariants import ALWAYS, CLAIMED, INVARIANTS, RELATIONS, Check, Fault
 from echo.testing.scenarios import Plan, Scenario
 
 DEFAULT = ("ties", "permutation", "padding", "sync_free")
 CLAIMS = tuple(dict.fromkeys((*CLAIMED, *RELATIONS)))
-MADE = (
-    scenarios.all_equal,
-    scenarios.burst,
-    scenarios.one_confident_many_doubtful,
-    scenarios.nan_storm,
-)
 COLUMNS = "request  row  token  parent  depth  path p  during  status"
 MAX_LINES = 30
 
@@ -84,13 +78,48 @@ def check_scheduler(
         >>> scheduler = echo.ElasticBudgetScheduler(echo.TwoLevel(2, 4), budget=16, max_depth=2)
         >>> check_scheduler(scheduler, examples=20)
     """
-    _known(claims)
+    _chosen(claims)
     examples = checks.integer("examples", examples, 1)
     max_batch = checks.integer("max_batch", max_batch, 1)
-    broken = _search(scheduler, claims, max(1, examples // max_batch), max_batch)
-    if broken is not None:
-        check_step(scheduler, broken.scenario, claims=claims)  # again, without hypothesis' notes
-        raise broken  # the policy now decides otherwise
+    package = scenarios.hypothesis()
+    options = package.settings(
+        max_examples=max(1, examples // max_batch),
+        phases=(package.Phase.generate, package.Phase.shrink),
+        derandomize=True,
+        database=None,
+        deadline=None,
+        suppress_health_check=list(package.HealthCheck),
+        verbosity=package.Verbosity.quiet,
+        report_multiple_bugs=False,
+    )
+    found = list[PlanError]()
+
+    def check(scenario: Scenario, claims: Sequence[str]) -> None:
+        try:
+            check_step(scheduler, scenario, claims=claims)
+        except PlanError as broken:
+            if not found or broken.invariant == found[0].invariant:  # shrinks one fault, not two
+                found.append(broken)
+                raise
+
+    of_values = [claim for claim in claims if claim != "sync_free"]  # syncs do not depend on values
+    budget = scheduler.budget is not None
+    most = min(scheduler.max_depth, 8)
+    s = scenarios
+    try:
+        for batch in range(1, max_batch + 1):
+            steps = s.batches(max_batch=batch, max_depth=most, budget=budget)
+            options(package.given(steps)(lambda step: check(step, of_values)))()
+        for make in (s.all_equal, s.burst, s.one_confident_many_doubtful, s.nan_storm):
+            for batch, depth in ((1, 1), (4, 3)):
+                made = make(batch, min(scheduler.max_depth, depth))
+                check(made if budget else replace(made, num_verify_tokens=None), claims)
+    except Exception:  # also hypothesis's own, if a broken plan is no longer broken
+        if not found:
+            raise
+    if found:
+        check_step(scheduler, found[-1].scenario, claims=claims)  # again, without hypothesis' notes
+        raise found[-1]  # the policy now decides otherwise
 
 
 def check_step(
@@ -108,70 +137,28 @@ def check_step(
         >>> scheduler = echo.ElasticBudgetScheduler(echo.GlobalRank(2), budget=9, max_depth=3)
         >>> check_step(scheduler, burst(8))
     """
-    _known(claims)
-    invariants = INVARIANTS | {name: CLAIMED[name] for name in claims if name in CLAIMED}
-    relations = ALWAYS | {name: RELATIONS[name] for name in claims if name in RELATIONS}
+    chosen = _chosen(claims)
     plan = None
-    found = dict[str, Fault | None]()
+    found: tuple[str, Fault] | None = None
     try:
         plan = scenario.plan(scheduler)
-        found = {name: first_broken(plan, invariant) for name, invariant in invariants.items()}
-        if not any(found.values()):
-            found = {name: relation(scheduler, plan) for name, relation in relations.items()}
+        faults = ((name, check(scheduler, plan)) for name, check in chosen)
+        found = next(((name, fault) for name, fault in faults if fault is not None), None)
     except Exception as error:  # raised by the policy
-        found = {"runs": Fault("a plan", f"{type(error).__name__}: {error}", cause=error)}
-    for name, fault in found.items():
-        if fault is not None:
-            report = _report(name, fault, scheduler, scenario, plan)
-            raise PlanError(name, report, scenario) from fault.cause
+        found = "runs", Fault("a plan", f"{type(error).__name__}: {error}", cause=error)
+    if found is not None:
+        report = _report(*found, scheduler, scenario, plan)
+        raise PlanError(found[0], report, scenario) from found[1].cause
 
 
-def _known(claims: Sequence[str]) -> None:
+def _chosen(claims: Sequence[str]) -> list[tuple[str, Check]]:
+    """Return what is checked, in order: masks of nodes first."""
     for claim in claims:
         if claim not in CLAIMS:
             raise EchoError(f"claims: expected some of {CLAIMS}, got {claim!r}")
-
-
-def _search(
-    scheduler: ElasticBudgetScheduler, claims: Sequence[str], examples: int, max_batch: int
-) -> PlanError | None:
-    """Find the smallest broken plan by hypothesis, by batch size, or one made by hand."""
-    package = scenarios.hypothesis()
-    found = list[PlanError]()
-
-    def check(scenario: Scenario, claims: Sequence[str]) -> None:
-        try:
-            check_step(scheduler, scenario, claims=claims)
-        except PlanError as broken:
-            if not found or broken.invariant == found[0].invariant:  # shrinks one fault, not two
-                found.append(broken)
-                raise
-
-    options = package.settings(
-        max_examples=examples,
-        phases=(package.Phase.generate, package.Phase.shrink),
-        derandomize=True,
-        database=None,
-        deadline=None,
-        suppress_health_check=list(package.HealthCheck),
-        verbosity=package.Verbosity.quiet,
-        report_multiple_bugs=False,
-    )
-    of_values = [claim for claim in claims if claim != "sync_free"]  # syncs do not depend on values
-    depth = min(scheduler.max_depth, 8)
-    budget = scheduler.budget is not None
-    try:
-        for batch in range(1, max_batch + 1):
-            steps = scenarios.batches(max_batch=batch, max_depth=depth, budget=budget)
-            options(package.given(steps)(lambda step: check(step, of_values)))()
-        for make in MADE:
-            for batch, depth in ((1, 1), (4, 3)):
-                made = make(batch, min(scheduler.max_depth, depth))
-                check(made if budget else replace(made, num_verify_tokens=None), claims)
-    except Exception:  # also hypothesis's own, if a broken plan is no longer broken
-        if not found:
-            raise
-    return found[-1] if found else None
+    masks: dict[str, Check] = {**INVARIANTS, **{n: CLAIMED[n] for n in claims if n in CLAIMED}}
+    others = ALWAYS | {n: RELATIONS[n] for n in claims if n in RELATIONS}
+    return [*masks.items(), *others.items()]
 
 
 def _report(

@@ -93,11 +93,38 @@ class Selection:
         return free & self.selected.gather(-1, self.parent)
 
 
-class Invariant(NamedTuple):
-    """``expected`` in words; ``broken`` returns bool [..., B, T], the nodes that break it."""
+class Fault(NamedTuple):
+    """What was expected and what came; ``node``: (request, node), if it concerns one."""
+
+    expected: str
+    got: str
+    node: tuple[int, int] | None = None
+    cause: Exception | None = None
+
+
+Check = Callable[[ElasticBudgetScheduler, Plan], Fault | None]
+
+
+@dataclass(frozen=True)
+class Invariant:
+    """A check; ``broken`` returns bool [..., B, T], the nodes that are not as ``expected``."""
 
     expected: str
     broken: Callable[[Selection], Tensor]
+
+    def __call__(self, scheduler: ElasticBudgetScheduler, plan: Plan) -> Fault | None:
+        """Find the first broken node."""
+        broken = self.broken(Selection.of(plan)).nonzero().tolist()
+        if not broken:
+            return None
+        b, node = broken[0]
+        forest = plan.tree.forest
+        where = f"depth {int(forest.depth[node])} of request {b}"
+        chosen = "selected" if plan.selected[b, node] else "not selected"
+        own = f"{int(plan.selected[b].sum())} tokens of at most {int(plan.tree.verify_limits[b])}"
+        total = f"{int(plan.selected.sum())} of {plan.tree.num_verify_tokens} in all"
+        got = f"token {int(forest.token[b, node])} at {where} {chosen}: {own}, {total}"
+        return Fault(self.expected, got, (b, node))
 
 
 def _over_budget(s: Selection) -> Tensor:
@@ -150,34 +177,6 @@ CLAIMED: dict[str, Invariant] = {
 }
 """For policies that claim them."""
 # fmt: on
-
-
-class Fault(NamedTuple):
-    """What was expected and what came; ``node``: (request, node), if it concerns one."""
-
-    expected: str
-    got: str
-    node: tuple[int, int] | None = None
-    cause: Exception | None = None
-
-
-Relation = Callable[[ElasticBudgetScheduler, Plan], Fault | None]
-
-
-def first_broken(plan: Plan, invariant: Invariant) -> Fault | None:
-    """Find the first node of ``plan`` that breaks ``invariant``."""
-    broken = invariant.broken(Selection.of(plan))
-    if not broken.any():
-        return None
-    b, node = (int(i) for i in broken.nonzero()[0])
-    tree = plan.tree
-    forest = tree.forest
-    which = f"token {int(forest.token[b, node])} at depth {int(forest.depth[node])} of request {b}"
-    chosen = "selected" if plan.selected[b, node] else "not selected"
-    own = f"{int(plan.selected[b].sum())} tokens of at most {int(tree.verify_limits[b])}"
-    total = f"{int(plan.selected.sum())} of {tree.num_verify_tokens} in all"
-    got = f"{which} {chosen}: {own}, {total}"
-    return Fault(invariant.expected, got, (b, node))
 
 
 def check_plan(tree: SuperTree, packed: PackedTree) -> None:
@@ -351,13 +350,13 @@ def _optimal(scheduler: ElasticBudgetScheduler, plan: Plan) -> Fault | None:
     return None
 
 
-ALWAYS: dict[str, Relation] = {
+ALWAYS: dict[str, Check] = {
     "frontier": _frontier,
     "acceptance_probability": _probability,
     "layout": _layout,
     "deterministic": _deterministic,
 }
-RELATIONS: dict[str, Relation] = {
+RELATIONS: dict[str, Check] = {
     "ties": _request_ties,
     "permutation": _permutation,
     "padding": _padding,
