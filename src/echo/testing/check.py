@@ -146,28 +146,9 @@ def check_step(
         found = next(((name, fault) for name, fault in faults if fault is not None), None)
     except Exception as error:  # raised by the policy
         found = "runs", Fault("a plan", f"{type(error).__name__}: {error}", cause=error)
-    if found is not None:
-        report = _report(*found, scheduler, scenario, plan)
-        raise PlanError(found[0], report, scenario) from found[1].cause
-
-
-def _chosen(claims: Sequence[str]) -> list[tuple[str, Check]]:
-    """Return what is checked, in order: masks of nodes first."""
-    for claim in claims:
-        if claim not in CLAIMS:
-            raise EchoError(f"claims: expected some of {CLAIMS}, got {claim!r}")
-    masks: dict[str, Check] = {**INVARIANTS, **{n: CLAIMED[n] for n in claims if n in CLAIMED}}
-    others = ALWAYS | {n: RELATIONS[n] for n in claims if n in RELATIONS}
-    return [*masks.items(), *others.items()]
-
-
-def _report(
-    name: str,
-    fault: Fault,
-    scheduler: ElasticBudgetScheduler,
-    scenario: Scenario,
-    plan: Plan | None,
-) -> str:
+    if found is None:
+        return
+    name, fault = found
     num = scenario.num_verify_tokens
     budget = "default budget" if num is None else f"{num} verify tokens"
     step = f"batch {scenario.batch}, {len(scenario.live_requests)} live, {budget}"
@@ -183,7 +164,17 @@ def _report(
         table = _table(name, plan, fault.node)
         more = [f"... and {len(table) - MAX_LINES} more"] if len(table) > MAX_LINES else []
         lines += ["", COLUMNS, *table[:MAX_LINES], *more]
-    return "\n".join(lines)
+    raise PlanError(name, "\n".join(lines), scenario) from fault.cause
+
+
+def _chosen(claims: Sequence[str]) -> list[tuple[str, Check]]:
+    """Return what is checked, in order: masks of nodes first."""
+    for claim in claims:
+        if claim not in CLAIMS:
+            raise EchoError(f"claims: expected some of {CLAIMS}, got {claim!r}")
+    masks: dict[str, Check] = {**INVARIANTS, **{n: CLAIMED[n] for n in claims if n in CLAIMED}}
+    others = ALWAYS | {n: RELATIONS[n] for n in claims if n in RELATIONS}
+    return [*masks.items(), *others.items()]
 
 
 def _table(name: str, plan: Plan, where: tuple[int, int] | None) -> list[str]:
