@@ -11,11 +11,11 @@ from unittest import mock
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import _disable_current_modes
 
 from echo._checks import EchoError
 from echo.kernels import reference
-from echo.testing.invariants import operator, syncs
+from echo.testing.invariants import RefuseSyncs, operator
 from echo.workspace import Captured, Graphs
 
 T = TypeVar("T")
@@ -69,8 +69,8 @@ class RecordedGraphs(Graphs):
         return Captured(lambda: recording.replay() if next(replays) else None, result, 0)
 
 
-class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Record the operations within the block.
+class Recording(RefuseSyncs):  # type: ignore[no-untyped-call]
+    """Record the operations within the block; EchoError: one that no graph can capture.
 
     Attributes:
         operations: names, in order; kernel launches as ``"kernel name"``.
@@ -83,10 +83,9 @@ class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = operator(func)
-        if syncs(func) or name == "lift_fresh":  # the latter copies from the host
-            why = "a captured function can neither sync nor copy constants from the host"
-            raise EchoError(f"{name}: {why}")
-        result = func(*args, **(kwargs or {}))
+        if name == "lift_fresh":
+            raise EchoError(f"{name}: expected no constants from the host, got one")
+        result = super().__torch_dispatch__(func, types, args, kwargs)
         if name not in EMPTY and not (func.is_view and _alias(result, args)):
             self._add(name, lambda: _again(func, args, kwargs or {}, result))
         return result

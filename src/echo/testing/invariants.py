@@ -30,11 +30,6 @@ def operator(func: Any) -> str:
     return str(func.overloadpacket._qualified_op_name.split("::")[1])
 
 
-def syncs(func: Any) -> bool:
-    """Whether a dispatched operator is one of SYNCS; repetition by a host integer is not."""
-    return operator(func) in SYNCS and func._overloadname != "self_int"
-
-
 class RefuseSyncs(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Raise EchoError on operators that sync device to host, or make a shape from data.
 
@@ -46,7 +41,8 @@ class RefuseSyncs(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if syncs(func):
+        repeats = func._overloadname == "self_int"  # by a host integer, and does not wait
+        if operator(func) in SYNCS and not repeats:
             raise EchoError(f"{operator(func)}: expected no device-to-host sync, got one")
         return func(*args, **(kwargs or {}))
 
@@ -207,21 +203,19 @@ def check_plan(tree: SuperTree, packed: PackedTree) -> None:
     request = packed.request[:count].long()
     node = packed.node[:count]
     own = (node - nodes * request).clamp(0, nodes - 1)
-    at = nodes * request + own
     above = node[packed.indptr[request] + packed.parent[:count].clamp(min=0)]
-    score = forest.score.flatten()[at]
-    committed = forest.committed.flatten()[at]
-    parent = nodes * request + forest.parent.flatten()[at]
+    columns = forest.token, forest.score, forest.committed, forest.parent
+    token, score, committed, parent = (column[request, own] for column in columns)
     agrees = (
         ("num_rows", torch.tensor(count <= tree.num_verify_tokens <= packed.num_rows)),
         ("indptr", (size <= tree.verify_limits) & ((size > 0) == (tree.verify_limits > 0))),
-        ("node", node == at),
+        ("node", node == nodes * request + own),
         ("node", node.diff() > 0),
         ("node", packed.node[count:] == -1),
-        ("tokens", packed.tokens[:count] == forest.token.flatten()[at]),
+        ("tokens", packed.tokens[:count] == token),
         ("depth", packed.depth[:count] == forest.depth[own]),
         ("score", (packed.score[:count] == score) & torch.isfinite(score)),
-        ("parent", (own == 0) | (above == parent)),
+        ("parent", (own == 0) | (above == nodes * request + parent)),
         ("committed", packed.committed[:count] == committed),
         ("committed", forest.committed.sum() == committed.sum()),
     )
