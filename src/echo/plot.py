@@ -5,6 +5,7 @@ The only module that imports matplotlib, inside the functions that draw.
 
 from __future__ import annotations
 
+import collections
 import functools
 import importlib.util
 import itertools
@@ -322,9 +323,12 @@ def packed_tree(
     lines = [1 + max((node.y for node in tree), default=0) for tree in trees]
     tall = 2 * LINE + sum(SPACE + HEAD + LINE * count for count in lines) + 2 * MARGIN
     with figure(1, tall) as drawn:
-        left = _columns([node for tree in trees for node in tree])
+        widest = collections.defaultdict[int, float](float)  # node of each depth
+        for node in itertools.chain(*trees):
+            widest[node.depth] = max(widest[node.depth], node.width)
+        left = [0.0, *itertools.accumulate(widest[depth] + GAP for depth in sorted(widest))]
         heads = [_width(n) + 0.3 + _width(f) for n, f in zip(names, facts, strict=True)]
-        wide = max([left[-1], *heads, LEGEND_WIDTH])
+        wide = max([left[-1] - GAP, *heads, LEGEND_WIDTH])
         drawn.set_size_inches(wide + 2 * MARGIN, tall)
         drawn.set_layout_engine("none")
         axis = drawn.add_axes((0, 0, 1, 1))  # in inches, from the figure's upper left corner
@@ -357,16 +361,6 @@ def _facts(packed: PackedTree, request: int, nodes: list[Node], accepted: Accept
     emitted = sum(node.accepted for node in nodes)
     end = "" if accepted is None else f"; {emitted} token{'s' * (emitted != 1)} emitted"
     return f"{status}; {len(kinds)} rows: {counts}{end}"
-
-
-def _columns(nodes: Sequence[Node]) -> list[float]:
-    """Where each depth begins, so that its widest node ends before the next; and the end."""
-    begins = [0.0]
-    for depth in range(max((node.depth for node in nodes), default=0) + 1):
-        widest = max((node.width for node in nodes if node.depth == depth), default=0.0)
-        begins.append(begins[-1] + widest + GAP)
-    begins[-1] -= GAP
-    return begins
 
 
 def _draw(axis: Any, nodes: Sequence[Node], left: Sequence[float], top: float) -> None:
