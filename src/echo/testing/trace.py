@@ -7,6 +7,7 @@ nodes of its own drafts, with a different b for each layer and request.
 
 from __future__ import annotations
 
+import itertools
 import lzma
 import math
 import os
@@ -231,22 +232,42 @@ class _Pool(GlobalRank):
 
 
 class _Recorder:
-    """A drafter that keeps its drafts of the current step."""
+    """A drafter that keeps a step's drafts: ``token``, ``log_prob`` and ``expanded`` by request."""
 
-    def __init__(self, drafter: Drafter) -> None:
+    def __init__(self, drafter: Drafter, depth: int, width: int) -> None:
         self.inner = drafter
         self.admit = drafter.admit
         self.extend = drafter.extend
-        self.layers: list[tuple[Frontier, Tensor, Tensor]] = []
+        self.shape = depth, width
         self.k = 1
+
+    def nothing(self, batch: int) -> tuple[NDArray[Any], ...]:
+        """Return the columns of a step without drafts: [B, D, E, k] twice, [B, D, E * k]."""
+        depth, width = self.shape
+        token = np.zeros((batch, depth, width, self.k), dtype=np.int32)
+        log_prob = np.full(token.shape, -np.inf, dtype=np.float16)
+        return token, log_prob, np.full((batch, depth, width * self.k), END, dtype=np.int8)
 
     def draft(self, req_indices: Tensor, frontier: Frontier, /) -> tuple[Tensor, Tensor]:
         tokens, log_probs = self.inner.draft(req_indices, frontier)
         if log_probs.dtype != torch.float16:
             want = "expected float16 log-probabilities, which a trace holds exactly"
             raise EchoError(f"drafter: {want}, got {log_probs.dtype}")
-        self.layers = [*(self.layers if frontier.depth else []), (frontier, tokens, log_probs)]
-        self.k = tokens.shape[2]
+        batch, width, k = tokens.shape
+        d = frontier.depth
+        if d == 0:
+            self.k = k
+            self.columns = self.nothing(batch)
+        if k != self.k:
+            want = f"expected {self.k} candidates at every depth"
+            raise EchoError(f"drafter: {want}, got {k} at depth {d + 1}")
+        token, log_prob, expanded = self.columns
+        live = frontier.active[..., None]
+        token[:, d, :width] = torch.where(live, tokens, 0).numpy()
+        log_prob[:, d, :width] = torch.where(live, log_probs, -torch.inf).numpy()
+        if d:
+            request, node = np.nonzero(frontier.active.numpy())
+            expanded[request, d - 1, frontier.index.numpy()[request, node]] = node
         return tokens, log_probs
 
 
@@ -305,54 +326,25 @@ def record(
     beam = checks.integer("beam", beam, 1)
     widest = checks.integer("max_expanded", max_expanded, beam)
     rule = _Pool(widest, max_verify_tokens_per_req=1, narrow=beam, floor=floor)
-    recorder = _Recorder(drafter)
+    recorder = _Recorder(drafter, depth, widest)
     scheduler = ElasticBudgetScheduler(rule, budget=2 * max_num_reqs, max_depth=depth)
     texts: list[list[int]] = [[] for _ in prompts]
     drafts: list[list[tuple[NDArray[Any], ...]]] = [[] for _ in prompts]
     options: dict[str, Any] = {"max_num_reqs": max_num_reqs, "max_new_tokens": max_new_tokens}
     options |= {"eos_token": eos_token, "max_verify_tokens_per_req": max_verify_tokens_per_req}
     for step in decode(scheduler, target, recorder, prompts, **options):
-        layers = recorder.layers[: step.tree.depth]
-        columns = _columns(layers, len(step.requests), depth, widest, recorder.k)
-        for b, (request, tokens) in enumerate(zip(step.requests, step.emitted, strict=True)):
+        columns = recorder.columns if step.tree.depth else recorder.nothing(len(step.requests))
+        rows = zip(step.requests, step.emitted, zip(*columns, strict=True), strict=True)
+        for request, tokens, own in rows:
             texts[request] += tokens
-            drafts[request].append(tuple(column[b] for column in columns))
+            drafts[request].append(own)
         yield sum(map(len, texts))
-    nothing = tuple(c[0] for c in _columns([], 1, depth, widest, recorder.k))
-    each = [
-        position
-        for text, steps in zip(texts, drafts, strict=True)
-        for position in [*steps[: len(text) - 1], nothing]
-    ]
-    token, log_prob, expanded = (np.stack(column) for column in zip(*each, strict=True))
-    yield Trace(
-        text=np.array([token for text in texts for token in text], dtype=np.int32),
-        indptr=np.cumsum([0, *map(len, texts)]),
-        kind=np.array(kinds),
-        limit=np.full(len(texts), max_new_tokens, dtype=np.int32),
-        token=token,
-        log_prob=log_prob,
-        expanded=expanded,
-        beam=beam,
-        floor=floor,
-    )
-
-
-def _columns(
-    layers: list[tuple[Frontier, Tensor, Tensor]], batch: int, depth: int, width: int, k: int
-) -> tuple[NDArray[Any], ...]:
-    """``token``, ``log_prob`` and ``expanded`` of one step: [B, D, E, k] twice, [B, D, E * k]."""
-    token = np.zeros((batch, depth, width, k), dtype=np.int32)
-    log_prob = np.full(token.shape, -np.inf, dtype=np.float16)
-    expanded = np.full((batch, depth, width * k), END, dtype=np.int8)
-    for d, (frontier, tokens, log_probs) in enumerate(layers):
-        if tokens.shape[2] != k:
-            got = f"{tokens.shape[2]} at depth {d + 1}"
-            raise EchoError(f"drafter: expected {k} candidates at every depth, got {got}")
-        live = frontier.active[..., None]
-        token[:, d, : tokens.shape[1]] = torch.where(live, tokens, 0).numpy()
-        log_prob[:, d, : tokens.shape[1]] = torch.where(live, log_probs, -torch.inf).numpy()
-        if d:
-            request, node = np.nonzero(frontier.active.numpy())
-            expanded[request, d - 1, frontier.index.numpy()[request, node]] = node
-    return token, log_prob, expanded
+    (nothing,) = zip(*recorder.nothing(1), strict=True)
+    for text, steps in zip(texts, drafts, strict=True):
+        steps[len(text) - 1 :] = [nothing]
+    each = zip(*itertools.chain(*drafts), strict=True)
+    token, log_prob, expanded = (np.stack(column) for column in each)
+    whole = np.array([*itertools.chain(*texts)], dtype=np.int32)
+    limit = np.full(len(texts), max_new_tokens, dtype=np.int32)
+    indptr = np.cumsum([0, *map(len, texts)])
+    yield Trace(whole, indptr, np.array(kinds), limit, token, log_prob, expanded, beam, floor)
