@@ -105,12 +105,11 @@ def check_scheduler(
     of_values = [claim for claim in claims if claim != "sync_free"]  # syncs do not depend on values
     budget = scheduler.budget is not None
     most = min(scheduler.max_depth, 8)
-    s = scenarios
     try:
         for batch in range(1, max_batch + 1):
-            steps = s.batches(max_batch=batch, max_depth=most, budget=budget)
+            steps = scenarios.batches(max_batch=batch, max_depth=most, budget=budget)
             options(package.given(steps)(lambda step: check(step, of_values)))()
-        for make in (s.all_equal, s.burst, s.one_confident_many_doubtful, s.nan_storm):
+        for make in scenarios.MADE:
             for batch, depth in ((1, 1), (4, 3)):
                 made = make(batch, min(scheduler.max_depth, depth))
                 check(made if budget else replace(made, num_verify_tokens=None), claims)

@@ -198,6 +198,9 @@ def nan_storm(batch: int = 8, depth: int = 3) -> Scenario:
     return replace(scenario, log_probs=torch.where(index % 3 == 0, scenario.log_probs, storm))
 
 
+MADE = (all_equal, burst, one_confident_many_doubtful, nan_storm)
+
+
 def _scenario(batch: int, depth: int, p: float, num_verify_tokens: int) -> Scenario:
     batch = checks.integer("batch", batch, 1)
     depth = checks.integer("depth", depth, 0)
