@@ -88,16 +88,15 @@ class Step:
 
     Attributes:
         tree, packed, accepted: the step's values; ``accepted`` is truncated where answers end.
-        sampled: int64 [N], the target's token at each row.
-        req_indices: int64 [B].
+        sampled, req_indices: int64 [N], the target's token at each row, and int64 [B].
         tier: the chosen depth and number of verify tokens.
         seconds: wall time by part.
         gated: whether the scheduler has a gate.
-        requests: with :func:`decode`, the prompt that each of the B requests answers.
-        emitted: with :func:`decode`, the tokens that each request emitted: its row of
-            ``accepted.tokens``, preceded in its first step by the token that prefill sampled.
-        finished: with :func:`decode`, prompts whose answers this step completed.
-        failed: with :func:`decode`, prompts left unfinished because the target has no next token.
+        requests: with :func:`decode`, as below, the prompt that each of the B requests answers.
+        emitted: the tokens that each request emitted: its row of ``accepted.tokens``, preceded in
+            its first step by the token that prefill sampled.
+        finished, failed: prompts whose answers this step completed, or that it left unfinished
+            because the target has no next token.
     """
 
     tree: SuperTree
@@ -226,8 +225,7 @@ def speculate(
     Args:
         scheduler: the policy.
         target, drafter: the engine's models; without a drafter nothing is drafted.
-        req_indices: int64 [B].
-        root_tokens: int64 [B], each request's last emitted token.
+        req_indices, root_tokens: int64 [B], the latter each request's last emitted token.
         history: acceptance history of all requests.
         verify_limits: int64 [B], as in :meth:`ElasticBudgetScheduler.begin`.
         num_other_tokens: prefill tokens in the same forward pass.
@@ -324,7 +322,7 @@ def decode(
         max_new_tokens: limit of each answer: one number, or one per prompt.
         eos_token: token or tokens that end an answer, as its last token.
         max_verify_tokens_per_req: defaults to the scheduler's.
-        device: where the step's tensors live.
+        device: of the step's tensors.
 
     Yields:
         One :class:`Step` per step. A request's first ``emitted`` begins with prefill's token.

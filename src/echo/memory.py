@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -21,14 +21,11 @@ class TierMemory(NamedTuple):
         workspace: buffers of planning and acceptance, history and counters.
         drafts: keys and values of the step's rows, where they are kept outside the pages.
         attention: work list and partial results of tree attention, shared by all layers.
-        graphs: further tensors held by the CUDA graphs of a shipped rule: none. The driver's memory
-            for their nodes is known after capture (:attr:`echo.workspace.Graphs.nbytes`).
     """
 
     workspace: int
     drafts: int
     attention: int
-    graphs: int
 
     @property
     def total(self) -> int:
@@ -54,6 +51,9 @@ def tier_memory(
     device: torch.device | str = "cpu",
 ) -> TierMemory:
     """Compute the bytes that a tier takes on one rank, without allocating.
+
+    CUDA graphs of a shipped rule hold no further tensors; the driver's memory for their nodes is
+    known after capture (:attr:`echo.workspace.Graphs.nbytes`).
 
     Args:
         scheduler, lanes, k, num_verify_tokens, max_num_reqs: as for :class:`echo.Workspace`.
@@ -83,14 +83,8 @@ def tier_memory(
         checks.integer(name, value, 1)
     if num_heads % num_kv_heads:
         raise EchoError(f"num_heads: expected a multiple of {num_kv_heads}, got {num_heads}")
-    space = Workspace(
-        scheduler,
-        lanes,
-        k=k,
-        num_verify_tokens=num_verify_tokens,
-        max_num_reqs=max_num_reqs,
-        device="meta",
-    )
+    step: dict[str, Any] = {"num_verify_tokens": num_verify_tokens, "max_num_reqs": max_num_reqs}
+    space = Workspace(scheduler, lanes, k=k, **step, device="meta")
     cached = dtype if cache_dtype is None else cache_dtype
     prefix = -(-max_model_len // page_size) * page_size
     shapes = Shapes(
@@ -101,7 +95,4 @@ def tier_memory(
     listed = size.items * schedule.FIELDS.value + 2 * size.programs + size.cuts
     partial = num_kv_heads * size.partials * (head_dim + 1)
     drafts = 2 * num_layers * num_verify_tokens * num_kv_heads * head_dim * dtype.itemsize
-    return TierMemory(space.nbytes, drafts, 4 * (listed + partial), 0)
-
-
-__all__ = ["TierMemory", "tier_memory"]
+    return TierMemory(space.nbytes, drafts, 4 * (listed + partial))

@@ -5,8 +5,10 @@ The only module that imports matplotlib, inside the functions that draw.
 
 from __future__ import annotations
 
+import collections
+import functools
 import importlib.util
-import math
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -53,13 +55,6 @@ def of(policy: str) -> str:
     return POLICIES.get(name, QUIET)
 
 
-def require() -> None:
-    """Raise :class:`EchoError`, with how to install it, if matplotlib is missing."""
-    if importlib.util.find_spec("matplotlib") is None:
-        hint = "pip install 'echo-specdec[plot]'"
-        raise EchoError(f"plot: expected matplotlib ({hint}), got no such module")
-
-
 @contextmanager
 def figure(width: float, height: float) -> Iterator[Figure]:
     """Yield an empty figure of ``width`` by ``height`` inches, to fill and save in the block.
@@ -68,13 +63,14 @@ def figure(width: float, height: float) -> Iterator[Figure]:
         EchoError: matplotlib is not installed.
 
     Example:
-        >>> require()  # silent where matplotlib is installed
         >>> with figure(4, 3) as drawn:
         ...     (line,) = drawn.subplots().plot([1, 2], [3, 4], color=of("EAGLE tree"))
         >>> drawn.get_size_inches().tolist(), line.get_color()
         ([4.0, 3.0], '#e9a13b')
     """
-    require()
+    if importlib.util.find_spec("matplotlib") is None:
+        hint = "pip install 'echo-specdec[plot]'"
+        raise EchoError(f"plot: expected matplotlib ({hint}), got no such module")
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -92,7 +88,16 @@ def cost_model(model: CostModel) -> Figure:
     with figure(10, 3.8) as drawn:
         curve, chance = drawn.subplots(1, 2)
         _curve(curve, model)
-        _break_even(chance, model)
+        # one draft per request (of B) pays above T(2B) / T(B) - 1
+        ends = 1, max(2, model.num_tokens[-1] // 2)
+        batch = np.unique(np.geomspace(*ends, 200).round().astype(int))
+        plain = np.asarray([model(b, num_reqs=b) for b in batch])
+        drafted = [model(2 * b, num_reqs=b) + model.draft_seconds(1, b) for b in batch]
+        chance.plot(batch, np.asarray(drafted) / plain - 1.0, color=GOOD, lw=1.4)
+        chance.axhline(1, color=BAD, lw=1, ls="--")
+        chance.text(batch[0], 1.03, "never pays", color=BAD, fontsize="small")
+        chance.set(title="one draft for each request pays from", xscale="log", ylim=(0, 1.3))
+        chance.set(xlabel="requests", ylabel="acceptance probability")
     return drawn
 
 
@@ -104,13 +109,13 @@ def _curve(axis: Any, model: CostModel) -> None:
         curve, shade = model.at(b), (1 - i / 3) * 0.75 * (len(places) > 1)
         colour = (shade, 0.45 + shade / 2, 0.4 + shade / 2)
         grid = np.unique(np.geomspace(b, max(curve.num_tokens), 400).round().astype(int))
-        seconds, knee = np.asarray(curve(grid)), curve.knee
+        milliseconds, knee = 1e3 * np.asarray(curve(grid)), curve.knee
         text = f"K_max {knee.k_max}" if knee.bends else "no knee"
         many = f"{b} request{'s' * (b > 1)}: " if model.num_reqs else ""
-        axis.plot(grid, 1e3 * seconds, color=colour, lw=1.4, label=f"{many}{text}")
-        if model.error is not None:
-            low, high = 1e3 * seconds * (1 - model.error), 1e3 * seconds * (1 + model.error)
-            axis.fill_between(grid, low, high, color=colour, alpha=0.15, lw=0)
+        axis.plot(grid, milliseconds, color=colour, lw=1.4, label=f"{many}{text}")
+        spread = milliseconds * (model.error or 0.0)
+        low, high = milliseconds - spread, milliseconds + spread
+        axis.fill_between(grid, low, high, color=colour, alpha=0.15, lw=0)
         if knee.bends:
             axis.plot(knee.k_max, 1e3 * curve(knee.k_max), "o", ms=4, color=BAD, zorder=5)
     if len(counts) == 1:
@@ -123,18 +128,6 @@ def _curve(axis: Any, model: CostModel) -> None:
     axis.set(title="a step of the target", xscale="log", ylim=(0, None))
     axis.set(xlabel="verify tokens", ylabel="milliseconds")
     axis.legend()
-
-
-def _break_even(axis: Any, model: CostModel) -> None:
-    """Acceptance probability above which one draft per request (of B) pays: T(2B) / T(B) - 1."""
-    batch = np.unique(np.geomspace(1, max(2, model.num_tokens[-1] // 2), 200).round().astype(int))
-    plain = np.asarray([model(b, num_reqs=b) for b in batch])
-    drafted = np.asarray([model(2 * b, num_reqs=b) + model.draft_seconds(1, b) for b in batch])
-    axis.plot(batch, drafted / plain - 1.0, color=GOOD, lw=1.4)
-    axis.axhline(1, color=BAD, lw=1, ls="--")
-    axis.text(batch[0], 1.03, "never pays", color=BAD, fontsize="small")
-    axis.set(title="one draft for each request pays from", xscale="log", ylim=(0, 1.3))
-    axis.set(xlabel="requests", ylabel="acceptance probability")
 
 
 COLUMNS = 4
@@ -151,12 +144,24 @@ def calibration(calibration: Calibration) -> Figure:
         axes = upper.subplots(rows, min(COLUMNS, depths), squeeze=False).flatten()
         for axis in axes[depths:]:
             axis.set_axis_off()
+        auc, reliability = lower.subplots(1, 2)
+        reliability.plot([0, 1], [0, 1], color=INK, lw=1, ls=":")
         for axis, d in zip(axes, calibration.depths, strict=False):
             _densities(axis, d)
+            if not np.isnan(d.auc):
+                auc.plot([d.depth, d.depth], [d.auc_low, d.auc_high], color=INK, lw=1.5)
+                auc.plot(d.depth, d.auc, "o", color=INK, mfc=INK if d.gate else "white")
+            score, chance = np.array(d.reliability).T
+            shade = 0.85 * (d.depth - 1) / max(1, depths - 1)
+            colour = (shade, shade * 0.8, 1 - shade)
+            reliability.plot(np.exp(score), chance, color=colour, lw=1.3, label=f"depth {d.depth}")
         axes[0].legend()
-        auc, reliability = lower.subplots(1, 2)
-        _auc(auc, calibration)
-        _reliability(reliability, calibration)
+        auc.axhline(calibration.min_auc, color=BAD, lw=1, ls="--")
+        auc.set(title="separability (filled: gate)", xlabel="depth", ylabel="AUC, 95% interval")
+        auc.set_xticks(range(1, depths + 1))
+        reliability.set(title="reliability", xlim=(0, 1), ylim=(0, 1))
+        reliability.set(xlabel="path probability of the draft", ylabel="P(path accepted)")
+        reliability.legend(ncols=2)
     return drawn
 
 
@@ -177,30 +182,7 @@ def _densities(axis: Any, d: DepthCalibration) -> None:
         axis.axvline(max(d.threshold, LEAST), color=INK, lw=1.2, label="threshold")
 
 
-def _auc(axis: Any, calibration: Calibration) -> None:
-    for d in calibration.depths:
-        if not np.isnan(d.auc):
-            axis.plot([d.depth, d.depth], [d.auc_low, d.auc_high], color=INK, lw=1.5)
-            axis.plot(d.depth, d.auc, "o", color=INK, mfc=INK if d.gate else "white")
-    axis.axhline(calibration.min_auc, color=BAD, lw=1, ls="--")
-    axis.set(title="separability (filled: gate)", xlabel="depth", ylabel="AUC, 95% interval")
-    axis.set_xticks(range(1, calibration.max_depth + 1))
-
-
-def _reliability(axis: Any, calibration: Calibration) -> None:
-    axis.plot([0, 1], [0, 1], color=INK, lw=1, ls=":")
-    for d in calibration.depths:
-        score, chance = np.array(d.reliability).T
-        shade = 0.85 * (d.depth - 1) / max(1, calibration.max_depth - 1)
-        colour = (shade, shade * 0.8, 1 - shade)
-        axis.plot(np.exp(score), chance, color=colour, lw=1.3, label=f"depth {d.depth}")
-    axis.set(title="reliability", xlim=(0, 1), ylim=(0, 1))
-    axis.set(xlabel="path probability of the draft", ylabel="P(path accepted)")
-    axis.legend(ncols=2)
-
-
 # Draft trees: as text, and drawn.
-
 
 STATUS = {
     Status.ACTIVE: "still drafting",
@@ -214,52 +196,68 @@ STATUS = {
 
 @dataclass
 class Node:
-    """A node on the host; in a drawing, with its texts and its measures in inches.
+    """A node on the host, with its place in a drawing.
 
     Attributes:
-        token: its id.
+        text: of its token.
         parent: index of its parent among the request's nodes; -1: the root.
         depth: 0 for the root.
         probability: path probability.
         kind: "root", "depth" (committed while drafting) or "width" (selected last).
         accepted: whether it is on the accepted path.
         children: indices.
-        text, beside: the text drawn in the box, and the one beside it.
-        text_width, width: of the text, and of both.
-        y: row of the drawing.
+        y: row of the drawing, one for each leaf; each parent is amid its children.
     """
 
-    token: int
+    text: str
     parent: int
     depth: int
     probability: float
     kind: str
     accepted: bool
     children: list[int] = field(default_factory=list)
-    text: str = ""
-    beside: str = ""
-    text_width: float = 0.0
-    width: float = 0.0
     y: float = 0.0
 
+    @property
+    def beside(self) -> str:
+        """The probability, in small beside the text; none at the root."""
+        return f"{self.probability:.2f}".lstrip("0") if self.depth else ""
 
-def read(packed: PackedTree, request: int, accepted: Accepted | None = None) -> list[Node]:
+    @property
+    def width(self) -> float:
+        """Inches of the box in a drawing."""
+        beside = BESIDE + _width(self.beside, SMALL) if self.beside else 0
+        return _width(self.text) + 2 * PAD + beside
+
+
+def read(
+    packed: PackedTree, request: int, accepted: Accepted | None, label: Callable[[int], str]
+) -> list[Node]:
     """Read the nodes of one ``request`` of ``packed``, in order, and whether each is ``accepted``.
 
-    Synchronizes with the device; EchoError: no such request.
+    ``label`` gives a token's text. Synchronizes with the device; EchoError: no such request.
     """
     request = checks.integer("request", request, 0, packed.batch - 1)
     first, end = packed.indptr[request : request + 2].tolist()
-    columns = packed.tokens, packed.parent, packed.score, packed.committed
+    p = packed.score.double().exp()
+    columns = packed.tokens, packed.parent, packed.depth, p, packed.committed
     path = set() if accepted is None else set(accepted.rows[request].tolist())
     nodes: list[Node] = []
     rows = zip(*(column[first:end].tolist() for column in columns), strict=True)
-    for row, (token, parent, score, committed) in enumerate(rows):
+    for row, (token, parent, depth, probability, committed) in enumerate(rows):
         kind = "root" if row == 0 else "depth" if committed else "width"
-        depth = 0 if row == 0 else nodes[parent].depth + 1
-        nodes.append(Node(token, parent, depth, math.exp(score), kind, first + row in path))
+        nodes.append(Node(label(token), parent, depth, probability, kind, first + row in path))
         if row:
             nodes[parent].children.append(row)
+    leaf = itertools.count()
+
+    def place(node: Node) -> float:
+        below = [place(nodes[child]) for child in node.children]
+        node.y = (below[0] + below[-1]) / 2 if below else next(leaf)
+        return node.y
+
+    if nodes:
+        place(nodes[0])
     return nodes
 
 
@@ -267,27 +265,25 @@ def render(
     packed: PackedTree, request: int, accepted: Accepted | None, label: Callable[[int], str]
 ) -> str:
     """Draw one tree as text: see :meth:`~echo.tree.packed.PackedTree.render`."""
-    nodes = read(packed, request, accepted)
+    nodes = read(packed, request, accepted, label)
     lines: list[tuple[str, str]] = []
 
-    def draw(row: int, lead: str, branch: str, below: str) -> None:
-        node = nodes[row]
+    def draw(node: Node, lead: str, branch: str, below: str) -> None:
         mark = "  accepted" if node.accepted else ""
-        facts = f"{node.probability:6.3f}  {node.kind}{mark}"
-        lines.append((f"{lead}{branch}{label(node.token)}", facts))
+        lines.append((lead + branch + node.text, f"{node.probability:6.3f}  {node.kind}{mark}"))
         for child in node.children:
-            last = child == node.children[-1]
-            draw(child, lead + below, "└─ " if last else "├─ ", "   " if last else "│  ")
+            ends = ("└─ ", "   ") if child == node.children[-1] else ("├─ ", "│  ")
+            draw(nodes[child], lead + below, *ends)
 
     if not nodes:
         return f"request {request}: no rows"
-    draw(0, "", "", "")
+    draw(nodes[0], "", "", "")
     width = max(len(text) for text, _ in lines)
     return "\n".join(f"{text:<{width}}  {facts}" for text, facts in lines)
 
 
 FILL = {"root": "#e6e6e6", "depth": "#cde0f3", "width": "#fbe2bb"}
-LEGEND = {"root": "root", "depth": "selected by depth", "width": "selected by width"}
+LEGEND = {"root": "root", "selected by depth": "depth", "selected by width": "width"}
 SIZE, SMALL = 9.0, 6.5  # of text, in points
 # Inches: a row of nodes, a node's height, a request's title, the space above it.
 LINE, BOX, HEAD, SPACE = 0.27, 0.2, 0.34, 0.16
@@ -309,34 +305,41 @@ def packed_tree(
         >>> import echo, torch
         >>> plain = echo.ElasticBudgetScheduler.autoregressive()
         >>> packed = plain.pack(plain.begin(torch.tensor([7])))
-        >>> read(packed, 0)[0].kind, render(packed, 0, None, str)
+        >>> read(packed, 0, None, str)[0].kind, render(packed, 0, None, str)
         ('root', '7   1.000  root')
         >>> made = echo.calibrate(echo.WarmupLog.from_arrays([1, 1], [0.9, 0.2], [1, 0]))
         >>> model, tree = echo.CostModel((1, 64), (0.01, 0.02)), (packed, None, None, str, None)
         >>> [len(one.axes) for one in (packed_tree(*tree), cost_model(model), calibration(made))]
         [1, 2, 3]
     """
-    require()
     wanted = range(packed.batch) if requests is None else requests
     chosen = [checks.integer("requests", b, 0, packed.batch - 1) for b in wanted]
     names = [f"request {b}" for b in chosen] if titles is None else list(titles)
     if len(names) != len(chosen):
         expected = f"titles: expected one for each of {len(chosen)} requests"
         raise EchoError(f"{expected}, got {len(names)}")
-    trees = [_measured(read(packed, b, accepted), label) for b in chosen]
+    trees = [read(packed, b, accepted, label) for b in chosen]
     facts = [_facts(packed, b, t, accepted) for b, t in zip(chosen, trees, strict=True)]
-
-    left = _columns([node for tree in trees for node in tree])
-    heads = [_width(n) + 0.3 + _width(f) for n, f in zip(names, facts, strict=True)]
-    wide = max([left[-1], *heads, LEGEND_WIDTH])
     lines = [1 + max((node.y for node in tree), default=0) for tree in trees]
     tall = 2 * LINE + sum(SPACE + HEAD + LINE * count for count in lines) + 2 * MARGIN
-    with figure(wide + 2 * MARGIN, tall) as drawn:
+    with figure(1, tall) as drawn:
+        widest = collections.defaultdict[int, float](float)  # node of each depth
+        for node in itertools.chain(*trees):
+            widest[node.depth] = max(widest[node.depth], node.width)
+        left = [0.0, *itertools.accumulate(widest[depth] + GAP for depth in sorted(widest))]
+        heads = [_width(n) + 0.3 + _width(f) for n, f in zip(names, facts, strict=True)]
+        wide = max([left[-1] - GAP, *heads, LEGEND_WIDTH])
+        drawn.set_size_inches(wide + 2 * MARGIN, tall)
         drawn.set_layout_engine("none")
         axis = drawn.add_axes((0, 0, 1, 1))  # in inches, from the figure's upper left corner
         axis.set(xlim=(-MARGIN, wide + MARGIN), ylim=(MARGIN - tall, MARGIN))
         axis.set_axis_off()
-        _legend(axis, accepted is not None)
+        x = 0.0
+        for text, kind in (LEGEND if accepted is None else LEGEND | {"accepted": "depth"}).items():
+            node = Node(text, -1, 0, 1.0, kind, text == "accepted")
+            _box(axis, x, -LINE / 2, node)
+            x += node.width + MARGIN
+        _text(axis, x, -LINE / 2, "numbers: path probability", color=PALE)
         top = -LINE
         for tree, name, fact, count in zip(trees, names, facts, lines, strict=True):
             axis.plot([0, wide], [top - SPACE / 2] * 2, color=RULE, lw=0.8)
@@ -351,97 +354,49 @@ def packed_tree(
     return drawn
 
 
-def _measured(nodes: list[Node], label: Callable[[int], str]) -> list[Node]:
-    """Return the nodes with texts and measures: a row per leaf, each parent amid its children."""
-    for node in nodes:
-        node.text = label(node.token)
-        node.beside = f"{node.probability:.2f}".lstrip("0") if node.depth else ""
-        node.text_width = _width(node.text)
-        node.width = node.text_width + 2 * PAD
-        node.width += BESIDE + _width(node.beside, SMALL) if node.beside else 0
-    leaves = 0
-
-    def place(node: Node) -> float:
-        nonlocal leaves
-        below = [place(nodes[child]) for child in node.children]
-        if not below:
-            leaves += 1
-        node.y = (below[0] + below[-1]) / 2 if below else leaves - 1
-        return node.y
-
-    if nodes:
-        place(nodes[0])
-    return nodes
-
-
 def _facts(packed: PackedTree, request: int, nodes: list[Node], accepted: Accepted | None) -> str:
     kinds = [node.kind for node in nodes]
     status = STATUS[Status(int(packed.status[request]))]
     counts = f"{kinds.count('depth')} by depth, {kinds.count('width')} by width"
-    text = f"{status}; {len(kinds)} rows: {counts}"
     emitted = sum(node.accepted for node in nodes)
-    plural = "s" * (emitted != 1)
-    return text if accepted is None else f"{text}; {emitted} token{plural} emitted"
-
-
-def _columns(nodes: Sequence[Node]) -> list[float]:
-    """Where each depth begins, so that its widest node ends before the next; and the end."""
-    begins = [0.0]
-    for depth in range(max((node.depth for node in nodes), default=0) + 1):
-        widest = max((node.width for node in nodes if node.depth == depth), default=0.0)
-        begins.append(begins[-1] + widest + GAP)
-    begins[-1] -= GAP
-    return begins
+    end = "" if accepted is None else f"; {emitted} token{'s' * (emitted != 1)} emitted"
+    return f"{status}; {len(kinds)} rows: {counts}{end}"
 
 
 def _draw(axis: Any, nodes: Sequence[Node], left: Sequence[float], top: float) -> None:
-    """Draw edges, then boxes over them."""
-    for node in nodes[1:]:
-        above = nodes[node.parent]
-        start = left[above.depth] + above.width, top - LINE * above.y
-        _edge(axis, start, (left[node.depth], top - LINE * node.y), node.accepted)
-    for node in nodes:
-        x, y = left[node.depth], top - LINE * node.y
-        _box(axis, x, y, node.width, node.kind, node.accepted)
-        _text(axis, x + PAD, y, node.text)
-        beside = x + PAD + node.text_width + BESIDE
-        _text(axis, beside, y, node.beside, size=SMALL, color=PALE)
-
-
-def _edge(axis: Any, start: tuple[float, float], end: tuple[float, float], accepted: bool) -> None:
+    """Draw each node's edge from its parent, and boxes over the edges."""
     from matplotlib.patches import PathPatch
     from matplotlib.path import Path
 
-    (x0, y0), (x1, y1) = start, end
-    bend, middle = x1 - GAP, x1 - GAP / 2
-    path = Path([(x0, y0), (bend, y0), (middle, y0), (middle, y1), (x1, y1)], [1, 2, 4, 4, 4])
-    colour, line = (GOOD, 1.8) if accepted else (QUIET, 0.9)
-    axis.add_patch(PathPatch(path, fill=False, ec=colour, lw=line, zorder=1 + accepted))
+    for node in nodes:
+        x, y = left[node.depth], top - LINE * node.y
+        if node.depth:
+            above = nodes[node.parent]
+            x0, y0 = left[above.depth] + above.width, top - LINE * above.y
+            bend, middle = x - GAP, x - GAP / 2
+            path = Path([(x0, y0), (bend, y0), (middle, y0), (middle, y), (x, y)], [1, 2, 4, 4, 4])
+            colour, line = (GOOD, 1.8) if node.accepted else (QUIET, 0.9)
+            order = 1 + node.accepted
+            axis.add_patch(PathPatch(path, fill=False, ec=colour, lw=line, zorder=order))
+        _box(axis, x, y, node)
 
 
-def _box(axis: Any, x: float, y: float, width: float, kind: str, accepted: bool) -> None:
+def _box(axis: Any, x: float, y: float, node: Node) -> None:
     from matplotlib.patches import FancyBboxPatch
 
-    corners, fill = f"round,pad=0,rounding_size={BOX / 3}", FILL[kind]
-    colour, line = (GOOD, 1.8) if accepted else (QUIET, 0.6)
+    corners, fill = f"round,pad=0,rounding_size={BOX / 3}", FILL[node.kind]
+    colour, line = (GOOD, 1.8) if node.accepted else (QUIET, 0.6)
     look: dict[str, Any] = {"boxstyle": corners, "fc": fill, "ec": colour, "lw": line, "zorder": 3}
-    axis.add_patch(FancyBboxPatch((x, y - BOX / 2), width, BOX, **look))
-
-
-def _legend(axis: Any, accepted: bool) -> None:
-    entries = [(kind, False, text) for kind, text in LEGEND.items()]
-    x = 0.0
-    for kind, green, text in [*entries, ("depth", True, "accepted")][: None if accepted else -1]:
-        _box(axis, x, -LINE / 2, 0.26, kind, green)
-        _text(axis, x + 0.34, -LINE / 2, text)
-        x += 0.34 + _width(text) + 0.3
-    _text(axis, x, -LINE / 2, "numbers: path probability", color=PALE)
+    axis.add_patch(FancyBboxPatch((x, y - BOX / 2), node.width, BOX, **look))
+    _text(axis, x + PAD, y, node.text)
+    _text(axis, x + PAD + _width(node.text) + BESIDE, y, node.beside, size=SMALL, color=PALE)
 
 
 def _text(axis: Any, x: float, y: float, text: str, **look: Any) -> None:
     axis.text(x, y, text, **{"size": SIZE, "color": INK, "va": "center_baseline"} | look)
 
 
+@functools.lru_cache(4096)
 def _width(text: str, size: float = SIZE) -> float:
     """Width of a text in inches."""
     from matplotlib.textpath import TextPath

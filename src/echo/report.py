@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -72,16 +72,14 @@ class DepthAcceptance:
 
 @dataclass(frozen=True)
 class Advice:
-    """Recommendation for ``num_reqs`` requests of ``context_len`` tokens of context.
+    """Recommendation for one load.
 
     Attributes:
-        num_reqs: B.
-        context_len: tokens of context of each request.
+        num_reqs, context_len: B, and tokens of context of each request.
         depth: layers to draft; 0: do not speculate.
         num_verify_tokens: of the whole batch's step, roots included.
         tokens_per_step: tokens that a request emits in a step, bonus token included.
-        speedup, low, high: tokens per second over plain decoding's, and the 95% interval for this
-            depth and budget.
+        speedup, low, high: tokens per second over plain decoding's, with its 95% interval.
         k_max: the paper's K_max, the knee of the cost curve at this load; None: no knee.
         eight: cost of a step of eight tokens a request, in steps of plain decoding.
         extrapolated: whether this load is outside what the cost model was measured at.
@@ -118,10 +116,9 @@ class SpeculationReport:
         depths: acceptance by depth.
         advice: one entry per context and number of requests.
         draft_acceptance_rate: accepted over verified draft tokens, pooled (vLLM's and SGLang's).
-        mean_of_rates: unweighted mean of the rates of steps (of a log), requests (SGLang) or
-            intervals (vLLM's log). Differs from the pooled rate, since those that drafted little
-            weigh more. NaN if only totals are known.
-        unit: what ``mean_of_rates`` averages over.
+        mean_of_rates: mean of the rates of each ``unit``, however much it drafted; NaN if only
+            totals are known.
+        unit: steps (of a log), requests (SGLang) or intervals (vLLM's log).
         acceptance_length: mean tokens of a request's step if all is verified, bonus token included.
         sweet_spots: the calibration's gates, depth to threshold.
         notes: caveats, and what to log or measure next.
@@ -151,8 +148,7 @@ class SpeculationReport:
             what = f"{a.speedup:5.2f} [{a.low:.2f}, {a.high:.2f}]" if a.depth else " 1.00 off"
             mark = " *" if a.extrapolated else ""
             plan = f"{a.context_len:7.0f}  {a.num_reqs:8d}  {a.depth:5d}  {a.num_verify_tokens:13d}"
-            knee = "none" if a.k_max is None else a.k_max
-            worth = f"{a.tokens_per_step:11.2f}  {what:<18}{knee:>6}"
+            worth = f"{a.tokens_per_step:11.2f}  {what:<18}{a.k_max or 'none':>6}"
             lines.append(f"{plan}  {worth}  {a.eight:7.2f} steps{mark}")
         if any(a.extrapolated for a in self.advice):
             lines.append("* beyond what the cost model was measured at: a guess")
@@ -180,7 +176,25 @@ class SpeculationReport:
         Raises:
             EchoError: matplotlib is not installed (extra ``plot``).
         """
-        return _drawn(self)
+        with plot.figure(12, 3.4) as drawn:
+            worth, plan, depth = drawn.subplots(1, 3)
+            contexts = itertools.groupby(self.advice, lambda a: a.context_len)
+            for (context, group), colour in zip(contexts, itertools.cycle(SHADES)):
+                _worth(worth, plan, list(group), colour, f"context {context:.0f}")
+            worth.axhline(1, color=plot.BAD, lw=1, ls="--")
+            worth.set(title="worth of speculation (hollow: unsure)", ylim=(0, None))
+            worth.set(ylabel="tokens/s over plain decoding, 95%")
+            plan.plot([], [], color=plot.QUIET, label="verify tokens a request")
+            plan.plot([], [], color=plot.QUIET, ls=":", label="depth")
+            plan.set(title="best budget and depth", ylabel="tokens", ylim=(0, None))
+            reqs = list(dict.fromkeys(a.num_reqs for a in self.advice))
+            for axis in (worth, plan):
+                axis.set(xlabel="requests", xscale="log")
+                axis.set_xticks(reqs, [str(b) for b in reqs])
+                axis.minorticks_off()
+                axis.legend()
+            _acceptance(depth, self.depths)
+        return drawn
 
 
 def speculation_report(
@@ -324,14 +338,14 @@ def _notes(
     counted: LoggedDrafts | CountedChains,
     cost: CostModel,
     spots: Mapping[int, float],
-) -> list[str]:
+) -> Iterator[str]:
     """Caveats, and what to log or measure next."""
-    notes = [f"cost model: {doubt}" for doubt in cost.doubts]
+    yield from (f"cost model: {doubt}" for doubt in cost.doubts)
     first = min(advice, key=lambda a: a.num_reqs)
     last = min(advice, key=lambda a: a.eight)
     # of a dense model, a token is cheapest at one request: this is a mixture of experts
     if first.eight > (COSTLY + (cost.error or 0.0)) * max(1.0, last.eight):
-        notes.append(
+        yield (
             f"8 tokens a request cost {first.eight:.1f} plain steps at {first.num_reqs} request(s)"
             f" and {last.eight:.1f} at {last.num_reqs}: a mixture of experts, where each token of a"
             " small batch activates experts that no other token reads; at"
@@ -339,47 +353,46 @@ def _notes(
             f" {first.tokens_per_step:.2f} a request, a speedup of {first.speedup:.2f}"
         )
     if not cost.num_reqs and max(a.num_reqs for a in advice) > 1:
-        notes.append("the cost model covers tokens only: measure several numbers of requests too")
+        yield "the cost model covers tokens only: measure several numbers of requests too"
     if cost.error is None:
-        notes.append("the cost model's own error is not known: intervals cover acceptance only")
+        yield "the cost model's own error is not known: intervals cover acceptance only"
     elif cost.error > NOISY:
-        notes.append(
-            f"step times are only known to within {cost.error:.0%}: time each load more often"
-        )
-    if far := [a for a in advice if a.extrapolated]:
-        loads = ", ".join(f"{a.num_reqs} x {a.context_len:.0f}" for a in far[:4])
-        more = ", ..." if len(far) > 4 else ""
-        notes.append(f"measure the cost at (requests x context) {loads}{more}")
+        yield f"step times are only known to within {cost.error:.0%}: time each load more often"
+    if far := [f"{a.num_reqs} x {a.context_len:.0f}" for a in advice if a.extrapolated]:
+        loads = ", ".join(far[:4] + ["..."] * (len(far) > 4))
+        yield f"measure the cost at (requests x context) {loads}"
     if counted.steps < ENOUGH:
-        notes.append(f"{counted.steps} request-step(s) are too few for a sure answer: log more")
+        yield f"{counted.steps} request-step(s) are too few for a sure answer: log more"
     if unsure := [a for a in advice if a.depth and a.low <= 1 and not a.extrapolated]:
         where = ", ".join(str(a.num_reqs) for a in unsure)
-        notes.append(f"the interval includes 1 at {where} requests: log more steps, or time more")
+        yield f"the interval includes 1 at {where} requests: log more steps, or time more"
     if few := [d for d in depths if not d.well_observed]:
         rare = min(min(d.accepted, d.drafted - d.accepted) for d in few)
         known = f"about {math.ceil(counted.steps * ENOUGH / rare):,} " if rare > 0 else "more "
         where = ", ".join(str(d.depth) for d in few)
         tokens = f"fewer than {ENOUGH} accepted or rejected tokens"
-        notes.append(f"depth {where}: {tokens}; log {known}request-steps")
-    deepest = max((a.depth for a in advice), default=0)
+        yield f"depth {where}: {tokens}; log {known}request-steps"
+    deepest = max(a.depth for a in advice)
     if deepest == len(depths) and depths[-1].conditional > 0.5:
-        notes.append(
-            f"the deepest logged depth, {deepest}, is still worth drafting: log deeper trees"
-        )
+        yield f"the deepest logged depth, {deepest}, is still worth drafting: log deeper trees"
     if isinstance(counted, LoggedDrafts) and not spots:
-        notes.append("sweet spots need a calibration, from other steps than these")
+        yield "sweet spots need a calibration, from other steps than these"
     if isinstance(counted, CountedChains):
-        notes.append("counters do not say which drafts were likely: a WarmupLog does")
+        yield "counters do not say which drafts were likely: a WarmupLog does"
         if counted.num_draft_tokens < counted.steps * counted.max_depth:
-            notes.append("not all chains were of full length: rates by depth are too low")
-    return notes
+            yield "not all chains were of full length: rates by depth are too low"
 
 
 def _answer(advice: Sequence[Advice]) -> str:
     """Summarize the loads of one context in a line."""
+    runs = [
+        (verdict, [str(a.num_reqs) for a in group])
+        for verdict, group in itertools.groupby(advice, lambda a: a.verdict)
+    ]
     parts = []
     for verdict in ("yes", "no", "unsure"):
-        if loads := ", ".join(_runs([a.verdict == verdict for a in advice], advice)):
+        own = [" to ".join(dict.fromkeys([run[0], run[-1]])) for v, run in runs if v == verdict]
+        if loads := ", ".join(own):
             parts.append(f"{verdict} at {loads} request{'s' * (loads != '1')}")
     if sure := [a for a in advice if a.verdict == "yes"]:
         top = max(sure, key=lambda a: a.speedup)
@@ -387,55 +400,25 @@ def _answer(advice: Sequence[Advice]) -> str:
     return "; ".join(parts) + "."
 
 
-def _runs(inside: Sequence[bool], advice: Sequence[Advice]) -> list[str]:
-    """Format consecutive numbers of requests as "first to last"."""
-    found = []
-    for own, group in itertools.groupby(zip(inside, advice, strict=True), lambda pair: pair[0]):
-        counts = [a.num_reqs for _, a in group]
-        if own:
-            found.append(str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}")
-    return found
-
-
-def _drawn(page: SpeculationReport) -> Figure:
-    """As :meth:`SpeculationReport.plot`."""
-    with plot.figure(12, 3.4) as drawn:
-        worth, plan, depth = drawn.subplots(1, 3)
-        contexts = dict.fromkeys(a.context_len for a in page.advice)
-        for context, colour in zip(contexts, itertools.cycle(SHADES)):
-            own = [a for a in page.advice if a.context_len == context]
-            name = f"context {context:.0f}"
-            reqs, low, high = np.array([(a.num_reqs, a.low, a.high) for a in own]).T
-            worth.plot(reqs, [a.speedup for a in own], color=colour, label=name)
-            worth.fill_between(reqs, low, high, color=colour, alpha=0.2, lw=0)
-            for a in own:
-                face = "white" if a.verdict == "unsure" else colour
-                worth.plot(a.num_reqs, a.speedup, "o", ms=4, color=colour, mfc=face)
-                budget = a.num_verify_tokens / a.num_reqs
-                plan.plot(a.num_reqs, budget, "o", ms=4, color=colour, mfc=face)
-            plan.plot(reqs, [a.num_verify_tokens / a.num_reqs for a in own], color=colour)
-            plan.plot(reqs, [a.depth for a in own], color=colour, ls=":")
-        worth.axhline(1, color=plot.BAD, lw=1, ls="--")
-        worth.set(title="worth of speculation (hollow: unsure)", ylim=(0, None))
-        worth.set(ylabel="tokens/s over plain decoding, 95%")
-        plan.plot([], [], color=plot.QUIET, label="verify tokens a request")
-        plan.plot([], [], color=plot.QUIET, ls=":", label="depth")
-        plan.set(title="best budget and depth", ylabel="tokens", ylim=(0, None))
-        for axis in (worth, plan):
-            axis.set(xlabel="requests", xscale="log")
-            axis.set_xticks(reqs, [f"{b:.0f}" for b in reqs])
-            axis.minorticks_off()
-            axis.legend()
-        _acceptance(depth, page)
-    return drawn
-
-
-def _acceptance(axis: Any, page: SpeculationReport) -> None:
-    places = np.array([d.depth for d in page.depths])
-    rate, low, high, got = np.array(
-        [(d.conditional, d.low, d.high, d.cumulative) for d in page.depths]
+def _worth(worth: Any, plan: Any, advice: Sequence[Advice], colour: str, label: str) -> None:
+    """Draw the advice of one context: the speedup on one axis, budget and depth on the other."""
+    reqs, depth, speedup, low, high, budget = np.array(
+        [(a.num_reqs, a.depth, a.speedup, a.low, a.high, a.num_verify_tokens) for a in advice]
     ).T
-    few = [d.depth for d in page.depths if not d.well_observed]
+    worth.plot(reqs, speedup, color=colour, label=label)
+    worth.fill_between(reqs, low, high, color=colour, alpha=0.2, lw=0)
+    for axis, y in ((worth, speedup), (plan, budget / reqs)):
+        for a, x, value in zip(advice, reqs, y, strict=True):
+            face = "white" if a.verdict == "unsure" else colour
+            axis.plot(x, value, "o", ms=4, color=colour, mfc=face)
+    plan.plot(reqs, budget / reqs, color=colour)
+    plan.plot(reqs, depth, color=colour, ls=":")
+
+
+def _acceptance(axis: Any, depths: Sequence[DepthAcceptance]) -> None:
+    columns = [(d.depth, d.conditional, d.low, d.high, d.cumulative) for d in depths]
+    places, rate, low, high, got = np.array(columns).T
+    few = [d.depth for d in depths if not d.well_observed]
     for place in few:
         label = "few drafts" if place == few[0] else None
         axis.axvspan(place - 0.5, place + 0.5, color=plot.QUIET, alpha=0.2, lw=0, label=label)
@@ -445,5 +428,5 @@ def _acceptance(axis: Any, page: SpeculationReport) -> None:
     )  # fmt: skip
     axis.plot(places, got, "o-", ms=3, color=plot.GOOD, label="cumulative: of all steps")
     axis.set(title="acceptance by depth", xlabel="depth", ylabel="rate", ylim=(0, 1))
-    axis.set_xticks(places)
+    axis.set_xticks([d.depth for d in depths])
     axis.legend()

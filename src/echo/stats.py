@@ -22,8 +22,7 @@ class StepCounts:
     A request's *share* is the step's verify tokens over its live requests, rounded down.
 
     Attributes:
-        steps: steps observed.
-        layers: layers drafted; over ``steps``, the mean draft depth (0 where speculation was off).
+        steps, layers: steps observed, and layers drafted (none where speculation was off).
         requests: requests verified, summed over steps; each has one root.
         verify_tokens: tokens verified for requests, roots included.
         pad_tokens: pad rows launched.
@@ -36,8 +35,7 @@ class StepCounts:
         invalid: faulty draft scores, as :attr:`SuperTree.invalid`.
         no_output: verified requests that emitted nothing, summed over steps: the target had no
             token for the root, or the answer was over.
-        not_scheduled: live requests without a verify token, summed over steps: the step had fewer
-            tokens than live requests. They keep their root.
+        not_scheduled: live requests that wait, summed over steps: there were fewer verify tokens.
     """
 
     steps: int = 0
@@ -112,16 +110,16 @@ class StepStats:
         device = self.counts.device
         emitted = checks.instance("accepted", accepted, Accepted).num_emitted
         checks.tensor("accepted.num_emitted", emitted, [batch], torch.int64, device)
+        status = packed.status
         layers = packed.max_depth if packed.num_layers is None else packed.num_layers
         if kernels.use_triton(emitted):
             from echo.kernels import observe
 
-            state = packed.indptr, packed.status, emitted, packed.invalid, packed.num_rows, layers
+            state = packed.indptr, status, emitted, packed.invalid, packed.num_rows, layers
             to = out.counts if out is not None and out.counts.is_contiguous() else None
             counts = observe.count(*state, self.counts.contiguous(), out=to)
             return copy_into(out, StepStats(counts))
         tokens = packed.indptr.diff().long()
-        status = packed.status
         live = tokens > 0
         total = tokens.sum()
         requests = live.sum()

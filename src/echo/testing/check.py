@@ -11,17 +11,11 @@ from echo._checks import EchoError
 from echo.budget.scheduler import ElasticBudgetScheduler
 from echo.kernels.codes import Status
 from echo.testing import scenarios
-from echo.testing.invariants import ALWAYS, CLAIMED, INVARIANTS, RELATIONS, Fault, first_broken
+from echo.testing.invariants import ALWAYS, CLAIMED, INVARIANTS, RELATIONS, Check, Fault
 from echo.testing.scenarios import Plan, Scenario
 
 DEFAULT = ("ties", "permutation", "padding", "sync_free")
 CLAIMS = tuple(dict.fromkeys((*CLAIMED, *RELATIONS)))
-MADE = (
-    scenarios.all_equal,
-    scenarios.burst,
-    scenarios.one_confident_many_doubtful,
-    scenarios.nan_storm,
-)
 COLUMNS = "request  row  token  parent  depth  path p  during  status"
 MAX_LINES = 30
 
@@ -47,23 +41,17 @@ def check_scheduler(
     examples: int = 200,
     max_batch: int = 5,
 ) -> None:
-    """Plan many steps, drawn by hypothesis and made by hand, and check every invariant.
+    """Plan many steps, always the same, and check every invariant.
 
-    Deterministic: every call plans the same steps.
-
-    For every policy: at most ``num_verify_tokens`` nodes are selected (``budget``), the ``roots``
-    of live requests are, no node without its parent (``closed``), no more of a request than
+    Of every policy: at most ``num_verify_tokens`` nodes are selected (``budget``), the ``roots`` of
+    live requests are, no node without its parent (``closed``), no more of a request than
     ``verify_limits`` allow (``limits``), only ``finite`` scores, and every ``committed`` node;
     planning the step again gives the same plan (``deterministic``), packed according to the layout
     (``layout``); the rule's ``frontier`` and ``acceptance_probability`` obey
-    :class:`echo.budget.Rule`.
+    :class:`echo.budget.Rule`. Of a policy that claims it:
 
-    For a policy that claims it:
-
-    - ``ties``: among equal siblings the lower candidate comes first, among equal requests the lower
-      one.
-    - ``permutation``: if no two requests tie and none has a weight, permuting requests permutes the
-      plan.
+    - ``ties``: of equal siblings the lower candidate comes first, of equal requests the lower one.
+    - ``permutation``: permuting requests, none tied or weighted, permutes the plan.
     - ``padding``: empty lanes change no plan, wherever they are.
     - ``sync_free``: no device-to-host sync, and no shape that depends on data.
     - ``depth_first``: only committed nodes are selected while a request that passed its gate is
@@ -75,8 +63,9 @@ def check_scheduler(
 
     Args:
         scheduler: the policy.
-        claims: what to check beyond the first list. Defaults to the first four.
-        examples: steps drawn, divided evenly among batch sizes 1 to ``max_batch``.
+        claims: names of the second list. Defaults to its first four.
+        examples: steps drawn by hypothesis, divided evenly among batch sizes 1 to ``max_batch``;
+            steps made by hand are checked too.
         max_batch: largest batch of a drawn step.
 
     Raises:
@@ -89,24 +78,53 @@ def check_scheduler(
         >>> scheduler = echo.ElasticBudgetScheduler(echo.TwoLevel(2, 4), budget=16, max_depth=2)
         >>> check_scheduler(scheduler, examples=20)
     """
-    _known(claims)
+    _chosen(claims)
     examples = checks.integer("examples", examples, 1)
     max_batch = checks.integer("max_batch", max_batch, 1)
-    broken = _search(scheduler, claims, max(1, examples // max_batch), max_batch)
-    if broken is not None:
-        check_step(scheduler, broken.scenario, claims=claims)  # again, without hypothesis' notes
-        raise broken  # the policy now decides otherwise
+    package = scenarios.hypothesis()
+    options = package.settings(
+        max_examples=max(1, examples // max_batch),
+        phases=(package.Phase.generate, package.Phase.shrink),
+        derandomize=True,
+        database=None,
+        deadline=None,
+        suppress_health_check=list(package.HealthCheck),
+        verbosity=package.Verbosity.quiet,
+        report_multiple_bugs=False,
+    )
+    found = list[PlanError]()
+
+    def check(scenario: Scenario, claims: Sequence[str]) -> None:
+        try:
+            check_step(scheduler, scenario, claims=claims)
+        except PlanError as broken:
+            if not found or broken.invariant == found[0].invariant:  # shrinks one fault, not two
+                found.append(broken)
+                raise
+
+    of_values = [claim for claim in claims if claim != "sync_free"]  # syncs do not depend on values
+    budget = scheduler.budget is not None
+    most = min(scheduler.max_depth, 8)
+    try:
+        for batch in range(1, max_batch + 1):
+            steps = scenarios.batches(max_batch=batch, max_depth=most, budget=budget)
+            options(package.given(steps)(lambda step: check(step, of_values)))()
+        for make in scenarios.MADE:
+            for batch, depth in ((1, 1), (4, 3)):
+                made = make(batch, min(scheduler.max_depth, depth))
+                check(made if budget else replace(made, num_verify_tokens=None), claims)
+    except Exception:  # also hypothesis's own, if a broken plan is no longer broken
+        if not found:
+            raise
+    if found:
+        check_step(scheduler, found[-1].scenario, claims=claims)  # again, without hypothesis' notes
+        raise found[-1]  # the policy now decides otherwise
 
 
 def check_step(
     scheduler: ElasticBudgetScheduler, scenario: Scenario, *, claims: Sequence[str] = DEFAULT
 ) -> None:
-    """Plan one step and check every invariant.
-
-    Args:
-        scheduler: the policy.
-        scenario: the step.
-        claims: as in :func:`check_scheduler`.
+    """Plan one step, ``scenario``, and check it as :func:`check_scheduler` does.
 
     Raises:
         PlanError: with a table of the plan.
@@ -118,96 +136,44 @@ def check_step(
         >>> scheduler = echo.ElasticBudgetScheduler(echo.GlobalRank(2), budget=9, max_depth=3)
         >>> check_step(scheduler, burst(8))
     """
-    _known(claims)
-    invariants = INVARIANTS | {name: CLAIMED[name] for name in claims if name in CLAIMED}
-    relations = ALWAYS | {name: RELATIONS[name] for name in claims if name in RELATIONS}
+    chosen = _chosen(claims)
     plan = None
-    found = dict[str, Fault | None]()
+    found: tuple[str, Fault] | None = None
     try:
         plan = scenario.plan(scheduler)
-        found = {name: first_broken(plan, invariant) for name, invariant in invariants.items()}
-        if not any(found.values()):
-            found = {name: relation(scheduler, plan) for name, relation in relations.items()}
+        faults = ((name, check(scheduler, plan)) for name, check in chosen)
+        found = next(((name, fault) for name, fault in faults if fault is not None), None)
     except Exception as error:  # raised by the policy
-        found = {"runs": Fault("a plan", f"{type(error).__name__}: {error}", cause=error)}
-    for name, fault in found.items():
-        if fault is not None:
-            report = _report(name, fault, scheduler, scenario, plan)
-            raise PlanError(name, report, scenario) from fault.cause
-
-
-def _known(claims: Sequence[str]) -> None:
-    for claim in claims:
-        if claim not in CLAIMS:
-            raise EchoError(f"claims: expected some of {CLAIMS}, got {claim!r}")
-
-
-def _search(
-    scheduler: ElasticBudgetScheduler, claims: Sequence[str], examples: int, max_batch: int
-) -> PlanError | None:
-    """Find the smallest broken plan by hypothesis, by batch size, or one made by hand."""
-    package = scenarios.hypothesis()
-    found = list[PlanError]()
-
-    def check(scenario: Scenario, claims: Sequence[str]) -> None:
-        try:
-            check_step(scheduler, scenario, claims=claims)
-        except PlanError as broken:
-            if not found or broken.invariant == found[0].invariant:  # shrinks one fault, not two
-                found.append(broken)
-                raise
-
-    options = package.settings(
-        max_examples=examples,
-        phases=(package.Phase.generate, package.Phase.shrink),
-        derandomize=True,
-        database=None,
-        deadline=None,
-        suppress_health_check=list(package.HealthCheck),
-        verbosity=package.Verbosity.quiet,
-        report_multiple_bugs=False,
-    )
-    of_values = [claim for claim in claims if claim != "sync_free"]  # syncs do not depend on values
-    depth = min(scheduler.max_depth, 8)
-    budget = scheduler.budget is not None
-    try:
-        for batch in range(1, max_batch + 1):
-            steps = scenarios.batches(max_batch=batch, max_depth=depth, budget=budget)
-            options(package.given(steps)(lambda step: check(step, of_values)))()
-        for make in MADE:
-            for batch, depth in ((1, 1), (4, 3)):
-                made = make(batch, min(scheduler.max_depth, depth))
-                check(made if budget else replace(made, num_verify_tokens=None), claims)
-    except Exception:  # also hypothesis's own, if a broken plan is no longer broken
-        if not found:
-            raise
-    return found[-1] if found else None
-
-
-def _report(
-    name: str,
-    fault: Fault,
-    scheduler: ElasticBudgetScheduler,
-    scenario: Scenario,
-    plan: Plan | None,
-) -> str:
+        found = "runs", Fault("a plan", f"{type(error).__name__}: {error}", cause=error)
+    if found is None:
+        return
+    name, fault = found
     num = scenario.num_verify_tokens
-    depth = len(scenario.log_probs)
     budget = "default budget" if num is None else f"{num} verify tokens"
-    live = len(scenario.live_requests)
+    step = f"batch {scenario.batch}, {len(scenario.live_requests)} live, {budget}"
     rule, gate = (shorten(repr(part), 120) for part in (scheduler.rule, scheduler.gate))
     lines = [
         f"{name}: expected {fault.expected}",
         f"{' ' * len(name)}  got {fault.got}",
         "",
-        f"the step: batch {scenario.batch}, {live} live, {budget}, {depth} layers drafted",
+        f"the step: {step}, {len(scenario.log_probs)} layers drafted",
         f"the policy: {rule}, gate {gate}",
     ]
     if plan is not None:
         table = _table(name, plan, fault.node)
         more = [f"... and {len(table) - MAX_LINES} more"] if len(table) > MAX_LINES else []
         lines += ["", COLUMNS, *table[:MAX_LINES], *more]
-    return "\n".join(lines)
+    raise PlanError(name, "\n".join(lines), scenario) from fault.cause
+
+
+def _chosen(claims: Sequence[str]) -> list[tuple[str, Check]]:
+    """Return what is checked, in order: masks of nodes first."""
+    for claim in claims:
+        if claim not in CLAIMS:
+            raise EchoError(f"claims: expected some of {CLAIMS}, got {claim!r}")
+    masks: dict[str, Check] = {**INVARIANTS, **{n: CLAIMED[n] for n in claims if n in CLAIMED}}
+    others = ALWAYS | {n: RELATIONS[n] for n in claims if n in RELATIONS}
+    return [*masks.items(), *others.items()]
 
 
 def _table(name: str, plan: Plan, where: tuple[int, int] | None) -> list[str]:
@@ -221,15 +187,13 @@ def _table(name: str, plan: Plan, where: tuple[int, int] | None) -> list[str]:
     for b, node in sorted(nodes):
         rows = {n: row for row, n in enumerate(plan.nodes(b))}
         depth = int(forest.depth[node])
-        above = int(forest.parent[b, node])
-        parent = rows.get(above, "missing") if depth else "-"
-        call = "grow" if forest.committed[b, node] else "pack"
-        call = "-" if node not in rows else call if depth else "begin"
+        parent = rows.get(int(forest.parent[b, node]), "missing") if depth else "-"
+        call = "begin" if not depth else "grow" if forest.committed[b, node] else "pack"
         first = next(iter(rows), node) == node
         status = Status(int(plan.tree.status[b])).name.lower() if first else ""
-        token = int(forest.token[b, node])
-        p = float(forest.score[b, node].exp())
+        place = f"{b:>7}  {rows.get(node, '-'):>3}  {int(forest.token[b, node]):>5}  {parent:>6}"
+        about = f"{depth:>5}  {float(forest.score[b, node].exp()):6.3f}"
         mark = f"   <- {name}" if (b, node) == where else ""
-        place = f"{b:>7}  {rows.get(node, '-'):>3}  {token:>5}  {parent:>6}  {depth:>5}"
-        lines.append(f"{place}  {p:6.3f}  {call:<6}  {status:<9}{mark}".rstrip())
+        call = call if node in rows else "-"
+        lines.append(f"{place}  {about}  {call:<6}  {status:<9}{mark}".rstrip())
     return lines

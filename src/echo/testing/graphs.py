@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import itertools
 from collections.abc import Callable, Hashable, Iterator
 from typing import Any, TypeVar
 from unittest import mock
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import _disable_current_modes
 
 from echo._checks import EchoError
 from echo.kernels import reference
-from echo.testing.invariants import operator, syncs
+from echo.testing.invariants import RefuseSyncs, operator
 from echo.workspace import Captured, Graphs
 
 T = TypeVar("T")
@@ -22,21 +23,18 @@ EMPTY = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided
 
 
 class RecordedGraphs(Graphs):
-    """Stand-in for :class:`~echo.workspace.Graphs` without a GPU.
-
-    Finds what would break, or become stale, in a captured function.
+    """Stand-in for :class:`~echo.workspace.Graphs` without a GPU: finds what a capture would break.
 
     A key's second call is recorded: every tensor operation, and every launch of a Triton kernel (in
     its interpreter). Later calls run none of the function's Python, only the recorded operations on
     the recorded tensors. A host number that should have changed, a branch on the host, or an input
-    at a new address therefore give wrong results, as with CUDA graphs; what a capture refuses is
-    refused when recording.
+    at a new address therefore give wrong results, as with CUDA graphs.
 
     Args:
         device: of the functions' tensors.
         pool: not used.
 
-        Attributes:
+    Attributes:
         runs: number of replays of each key.
 
     Example:
@@ -57,29 +55,22 @@ class RecordedGraphs(Graphs):
         return True
 
     def __call__(self, key: Hashable, function: Callable[[], T]) -> T:
-        """As :meth:`Graphs.__call__`; recording runs the function, so that call replays nothing.
-
-        Raises:
-            EchoError: the function does what no graph can capture.
-        """
-        if key in self._seen and key not in self.captured:
-            self.captured[key] = self.capture(function)
-            result: T = self.captured[key].result
-            return result
+        """As :meth:`Graphs.__call__`; EchoError: the function does what no graph can capture."""
         if key in self.captured:
             self.runs[key] = self.runs.get(key, 0) + 1
         return super().__call__(key, function)
 
     def capture(self, function: Callable[[], Any]) -> Captured:
-        """Run ``function`` and record it."""
+        """Run ``function`` and record it; the first replay, of this call, does nothing."""
         recording = Recording()
         with recording.launches(), recording:
             result = function()
-        return Captured(recording.replay, result, 0)
+        replays = itertools.count()
+        return Captured(lambda: recording.replay() if next(replays) else None, result, 0)
 
 
-class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Record the operations within the block.
+class Recording(RefuseSyncs):  # type: ignore[no-untyped-call]
+    """Record the operations within the block; EchoError: one that no graph can capture.
 
     Attributes:
         operations: names, in order; kernel launches as ``"kernel name"``.
@@ -92,15 +83,16 @@ class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = operator(func)
-        options = kwargs or {}
-        if syncs(func) or name == "lift_fresh":  # the latter copies from the host
-            why = "a captured function can neither sync nor copy constants from the host"
-            raise EchoError(f"{name}: {why}")
-        result = func(*args, **options)
+        if name == "lift_fresh":
+            raise EchoError(f"{name}: expected no constants from the host, got one")
+        result = super().__torch_dispatch__(func, types, args, kwargs)
         if name not in EMPTY and not (func.is_view and _alias(result, args)):
-            self.operations.append(name)
-            self._steps.append(lambda: _again(func, args, options, result))
+            self._add(name, lambda: _again(func, args, kwargs or {}, result))
         return result
+
+    def _add(self, name: str, step: Callable[[], None]) -> None:
+        self.operations.append(name)
+        self._steps.append(step)
 
     def replay(self) -> None:
         """Run the recorded operations again, at the same addresses."""
@@ -115,8 +107,7 @@ class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
         def attend(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
             with _disable_current_modes():
                 result = attention(*args, **options)
-            self.operations.append("attention")
-            self._steps.append(lambda: _again(attention, args, options, result))
+            self._add("attention", lambda: _again(attention, args, options, result))
             return result
 
         with contextlib.ExitStack() as patches:
@@ -127,13 +118,12 @@ class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 run = InterpretedFunction.run
 
                 def recorded(kernel: Any, *args: Any, **options: Any) -> None:
-                    def again() -> None:
+                    def launch() -> None:
                         with _disable_current_modes():
                             run(kernel, *args, **options)
 
-                    again()
-                    self.operations.append(f"kernel {kernel.fn.__name__.strip('_')}")
-                    self._steps.append(again)
+                    launch()
+                    self._add(f"kernel {kernel.fn.__name__.strip('_')}", launch)
 
                 patches.enter_context(mock.patch.object(InterpretedFunction, "run", recorded))
             yield

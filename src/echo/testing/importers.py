@@ -3,10 +3,15 @@
 Host work that copies and checks every value, a batch at a time. Layouts carry no scores, so scores
 are 0 (path probability 1). Rows are put into canonical order. Where a row that sees only itself is
 a pad, an empty request becomes its root, unless ``num_nodes`` says that it has none.
+
+All take ``num_rows``, N of the result, which defaults to the rows in use; some take ``num_nodes``,
+int64 [B], 0 for an empty request. All raise EchoError, naming the request and row of what is no
+tree: a mask that hides an ancestor or shows other rows, a negative token.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import numpy as np
@@ -31,10 +36,7 @@ def from_sglang(
 ) -> PackedTree:
     """Import SGLang's draft tokens and links, siblings in any order; unreached rows are pads.
 
-    Args:
-        links: SGLang's; ``positions`` and ``retrive_index`` are ignored.
-        num_nodes: int64 [B], 0 for an empty request.
-        num_rows: N. Defaults to the rows in use.
+    ``positions`` and ``retrive_index`` of ``links`` are ignored.
 
     Raises:
         EchoError: naming the request and row of a link that leaves the tree, leads back or meets
@@ -45,30 +47,26 @@ def from_sglang(
     batch, n = checks.tensor("retrive_next_token", down, ["B", "n"], INTS).shape
     checks.tensor("draft_tokens", links.draft_tokens, [batch * n], INTS)
     checks.tensor("retrive_next_sibling", across, [batch, n], INTS)
-    parent = _parents_by_links(host(down), host(across), _sizes(num_nodes, batch, n, 1) > 0)
+    parent = _parents_by_links(host(down), host(across), _sizes(num_nodes, batch, n) > 0)
     reached = parent > -2
     order = np.argsort(~reached, axis=1, kind="stable")  # a tree's rows before the pads
     place = reached.cumsum(1) - 1
     parent = np.where(parent >= 0, np.take_along_axis(place, parent.clip(min=0), 1), -1)
-    tokens = host(links.draft_tokens).reshape(batch, n)
-    token, parent = (np.take_along_axis(x, order, 1) for x in (tokens, parent))
-    return _packed(token, parent, reached.sum(1), num_rows, links.draft_tokens.device)
+    parent = np.take_along_axis(parent, order, 1)
+    tokens = links.draft_tokens.reshape(batch, n)
+    tokens = tokens.gather(1, torch.from_numpy(order).to(tokens.device))
+    return _packed(tokens, parent, reached.sum(1), num_rows)
 
 
 def from_tensorrt_llm(links: TensorRTLinks, *, num_rows: int | None = None) -> PackedTree:
     """Import TensorRT-LLM's packed mask; a row that sees only itself is a pad.
 
-    Args:
-        links: reads ``tokens``, ``packed_mask`` and ``generation_lengths``.
-        num_rows: as in :func:`from_sglang`.
-
-    Raises:
-        EchoError: naming the request and row of a mask that is no tree's.
+    Reads ``tokens``, ``packed_mask`` and ``generation_lengths`` of ``links``.
     """
     batch, n = checks.tensor("tokens", links.tokens, ["B", "n"], INTS).shape
     checks.tensor("packed_mask", links.packed_mask, [batch, n, -(-n // WORD)], torch.int32)
-    square = _bits(links.packed_mask)[..., :n]
-    return _from_squares(links.tokens, square, links.generation_lengths, num_rows)
+    sizes = _sizes(links.generation_lengths, batch, n)
+    return _from_squares(links.tokens, _bits(links.packed_mask)[..., :n], sizes, num_rows)
 
 
 def from_sglang_mask(
@@ -89,10 +87,6 @@ def from_sglang_mask(
         max_verify_tokens_per_req: n.
         mode: of the mask.
         prefix_lens: int32 or int64 [B], for FULL_MASK.
-        num_nodes, num_rows: as in :func:`from_sglang`.
-
-    Raises:
-        EchoError: naming the request and row of a mask that is no tree's.
     """
     n = checks.integer("max_verify_tokens_per_req", max_verify_tokens_per_req, 1)
     batch = checks.tensor("draft_tokens", draft_tokens, ["B * n"], INTS).shape[0] // n
@@ -103,16 +97,16 @@ def from_sglang_mask(
         square = _bits(checks.tensor("mask", mask, [batch * n], kinds)[:, None])
         square = np.pad(square, ((0, 0), (0, max(0, n - square.shape[1]))))[:, :n]
     elif mode == "FULL_MASK" and prefix_lens is not None:
-        past = host(checks.tensor("prefix_lens", prefix_lens, [batch], INTS)).astype(np.int64)
+        past = _ints("prefix_lens", prefix_lens, batch)
         refuse("prefix_lens", past < 0, lambda b: f"expected tokens >= 0, got {past[b]}")
-        begin = (n * (past + n)).cumsum() - n * (past + n)
-        q = np.full(batch, n)
-        square = _squares(host(mask.reshape(-1)), begin, past + n, past, q)
+        begin = n * ((past + n).cumsum() - (past + n))
+        square = _squares(host(mask.reshape(-1)), begin, past + n, past, np.full(batch, n))
     else:
         modes = "QLEN_ONLY, QLEN_ONLY_BITPACKING, or FULL_MASK with prefix_lens"
         raise EchoError(f"mode: expected {modes}, got {mode!r}")
     tokens = draft_tokens.reshape(batch, n)
-    return _from_squares(tokens, square.reshape(batch, n, n), num_nodes, num_rows)
+    square = square.reshape(batch, n, n)
+    return _from_squares(tokens, square, _sizes(num_nodes, batch, n), num_rows)
 
 
 def from_flashinfer(
@@ -121,33 +115,25 @@ def from_flashinfer(
     """Import FlashInfer's custom mask, flat or packed according to its dtype.
 
     Args:
-        mask: from :func:`~echo.tree.layouts.flashinfer`.
+        mask: from :func:`~echo.tree.layouts.flashinfer`; must show the whole prefix.
         tokens: int64 [rows of all requests].
-        num_rows: as in :func:`from_sglang`.
-
-    Raises:
-        EchoError: naming the request and row of a mask that is no tree's, or that hides a token of
-            the prefix.
     """
     ends = _ends("qo_indptr", mask.qo_indptr, tokens)
     q = np.diff(ends)
     packed = mask.mask.dtype == torch.uint8
     checks.tensor("mask", mask.mask, ["size"], (torch.bool, torch.uint8))
-    begins = host(checks.tensor("indptr", mask.indptr, [len(ends)], INTS)).astype(np.int64)
-    kv = host(checks.tensor("kv_lens", mask.kv_lens, [len(q)], INTS)).astype(np.int64)
+    begin = _ints("indptr", mask.indptr, len(ends))[:-1] * (8 if packed else 1)
+    kv = _ints("kv_lens", mask.kv_lens, len(q))
     refuse("kv_lens", kv < q, lambda b: f"expected at least its {q[b]} rows, got {kv[b]}")
     entries = _bits(mask.mask) if packed else host(mask.mask)
-    begin = begins[:-1] * (8 if packed else 1)
-    past = kv - q
-    square = _squares(entries, begin, kv, past, q)
+    square = _squares(entries, begin, kv, kv - q, q)
     hidden = np.concatenate([[0], np.cumsum(~entries, dtype=np.int32)])
     row = np.arange(square.shape[1])
-    there = row < q[:, None]
-    first = np.where(there, begin[:, None] + row * kv[:, None], 0)
-    last = np.where(there, first + past[:, None], 0)
+    first = np.where(row < q[:, None], begin[:, None] + row * kv[:, None], 0)
+    last = np.where(row < q[:, None], first + (kv - q)[:, None], 0)
     say = "expected the whole prefix visible"
     refuse("mask", hidden[last] > hidden[first], lambda b, row: say)
-    return _from_ragged(tokens, ends, square, num_rows)
+    return _from_squares(_ragged(tokens, ends), square, q, num_rows, padded=False)
 
 
 def from_flashinfer_xqa(
@@ -159,17 +145,14 @@ def from_flashinfer_xqa(
         mask: uint16 [N, halves].
         indptr: int32 [B + 1], its ``q_cu_seq_lens``.
         tokens: int64 [N].
-        num_rows: as in :func:`from_sglang`.
-
-    Raises:
-        EchoError: naming the request and row of a mask that is no tree's.
     """
     count = checks.tensor("tokens", tokens, ["N"], INTS).shape[0]
     bits = _bits(checks.tensor("mask", mask, [count, "halves"], torch.uint16))
     ends = _ends("indptr", indptr, tokens)
-    width = np.full(len(ends) - 1, bits.shape[1])
-    square = _squares(bits.ravel(), ends[:-1] * width, width, 0, np.diff(ends))
-    return _from_ragged(tokens, ends, square, num_rows)
+    q = np.diff(ends)
+    width = np.full_like(q, bits.shape[1])
+    square = _squares(bits.ravel(), ends[:-1] * width, width, 0, q)
+    return _from_squares(_ragged(tokens, ends), square, q, num_rows, padded=False)
 
 
 def from_qq_bias(bias: Tensor, tokens: Tensor, *, num_rows: int | None = None) -> PackedTree:
@@ -178,14 +161,12 @@ def from_qq_bias(bias: Tensor, tokens: Tensor, *, num_rows: int | None = None) -
     Args:
         bias: float32 [N, N]; below 0: hidden.
         tokens: int64 [N].
-        num_rows: N of the result. Defaults to N.
-
-    Raises:
-        EchoError: naming the row of a mask that is no tree's.
+        num_rows: of the result. Defaults to N.
     """
     n = checks.tensor("tokens", tokens, ["N"], INTS).shape[0]
     square = host(checks.tensor("bias", bias, [n, n], torch.float32)) >= 0
-    return _from_squares(tokens[None], square[None], None, n if num_rows is None else num_rows)
+    num_rows = n if num_rows is None else num_rows
+    return _from_squares(tokens[None], square[None], np.full(1, n), num_rows)
 
 
 def from_hugging_face(
@@ -193,38 +174,26 @@ def from_hugging_face(
 ) -> PackedTree:
     """Import token ids and a 4-D mask, bool or float (below 0: hidden).
 
-    A row that sees only itself is a pad.
-
-    Args:
-        inputs: from :func:`~echo.tree.layouts.hugging_face`; ``position_ids`` are ignored.
-        num_nodes, num_rows: as in :func:`from_sglang`.
-
-    Raises:
-        EchoError: naming the request and row of a mask that is no tree's.
+    A row that sees only itself is a pad. ``position_ids`` of ``inputs`` are ignored.
     """
     batch, n = checks.tensor("input_ids", inputs.input_ids, ["B", "n"], INTS).shape
     kinds = (torch.bool, *checks.FLOATS)
     shape = (batch, 1, n, "past + n")
     mask = checks.tensor("attention_mask", inputs.attention_mask, shape, kinds)[:, 0, :, -n:]
     square = host(mask if mask.dtype == torch.bool else mask >= 0)
-    return _from_squares(inputs.input_ids, square, num_nodes, num_rows)
+    return _from_squares(inputs.input_ids, square, _sizes(num_nodes, batch, n), num_rows)
 
 
 def from_chains(chain: Chains, *, num_rows: int | None = None) -> PackedTree:
-    """Import ragged chains.
+    """Import ragged chains: ``tokens`` and ``qo_indptr`` of ``chain``.
 
-    Args:
-        chain: from :func:`~echo.tree.layouts.chains`; reads ``tokens`` and ``qo_indptr``.
-        num_rows: N. Defaults to ``graph_num_tokens``.
-
-    Raises:
-        EchoError: a negative token, naming the request and row.
+    ``num_rows`` defaults to ``graph_num_tokens``.
     """
     ends = _ends("qo_indptr", chain.qo_indptr, chain.tokens)
     tokens = _ragged(chain.tokens, ends)
     parents = np.broadcast_to(np.arange(-1, tokens.shape[1] - 1), tokens.shape)
     count = chain.graph_num_tokens if num_rows is None else num_rows
-    return _packed(tokens, parents, np.diff(ends), count, chain.tokens.device)
+    return _packed(tokens, parents, np.diff(ends), count)
 
 
 def _parents_by_links(down: Array, across: Array, live: Bools) -> Array:
@@ -243,10 +212,7 @@ def _parents_by_links(down: Array, across: Array, live: Bools) -> Array:
         child = links[kind, at]
         up = np.where(kind, parent[at], at % n)
         real = (child != -1) & (up >= 0)  # a root has no sibling
-        kind = kind[real]
-        at = at[real]
-        child = child[real]
-        up = up[real]
+        kind, at, child, up = (x[real] for x in (kind, at, child, up))
         outside = (child < 0) | (child >= n)
         target = np.where(outside, 0, at - at % n + child)
         order = np.lexsort((at, target))
@@ -257,35 +223,22 @@ def _parents_by_links(down: Array, across: Array, live: Bools) -> Array:
             i = faults[at[faults].argmin()]
             b, row = divmod(int(at[i]), n)
             name = ("retrive_next_token", "retrive_next_sibling")[kind[i]]
-            expected = f"a row behind its parent {up[i]}"
-            also = ""
+            want = f"a row behind its parent {up[i]}, got {child[i]}"
             if outside[i]:
-                expected = f"-1 or a row from 0 to {n - 1}"
+                want = f"-1 or a row from 0 to {n - 1}, got {child[i]}"
             elif twice[i]:
-                expected = "a row that no other link reaches"
-                also = " (a cycle, or two parents)"
-            got = f"got {child[i]}{also}"
-            raise EchoError(f"{name}: request {b}, row {row}: expected {expected}, {got}")
+                came = f"{child[i]} (a cycle, or two parents)"
+                want = f"a row that no other link reaches, got {came}"
+            raise EchoError(f"{name}: request {b}, row {row}: expected {want}")
         parent[target] = up
         wave = target
     return parent.reshape(batch, n)
 
 
 def _from_squares(
-    tokens: Tensor, square: Bools, num_nodes: Tensor | None, num_rows: int | None
+    tokens: Tensor, square: Bools, sizes: Array, num_rows: int | None, *, padded: bool = True
 ) -> PackedTree:
-    batch, n = tokens.shape
-    parents, sizes = _parents_by_squares(square, _sizes(num_nodes, batch, n, n), padded=True)
-    return _packed(host(tokens), parents, sizes, num_rows, tokens.device)
-
-
-def _from_ragged(tokens: Tensor, ends: Array, square: Bools, num_rows: int | None) -> PackedTree:
-    parents, sizes = _parents_by_squares(square, np.diff(ends), padded=False)
-    return _packed(_ragged(tokens, ends), parents, sizes, num_rows, tokens.device)
-
-
-def _parents_by_squares(square: Bools, sizes: Array, *, padded: bool) -> tuple[Array, Array]:
-    """Return each row's parent and each tree's number of rows; pads end a tree if ``padded``.
+    """Import tokens [B, n] and the rows that each sees; pads end a request if ``padded``.
 
     The parent is the last ancestor, whose own ancestors must be the others.
     """
@@ -301,18 +254,15 @@ def _parents_by_squares(square: Bools, sizes: Array, *, padded: bool) -> tuple[A
     tree = there & ~pad
     same = (square[np.arange(len(square))[:, None], parent] == above).all(2)
     fits = (alone == (row == 0)) & (alone | same)
-    family = "itself, a parent and that parent's ancestors"
-    lone = "a pad that sees itself alone"
-
-    def seen(b: int, i: int) -> list[int]:
-        return np.flatnonzero(square[b, i]).tolist()
-
+    seen: Callable[[int, int], list[int]] = lambda b, i: np.flatnonzero(square[b, i]).tolist()
     refuse("mask", tree & ~own, lambda b, i: "expected a row to see itself")
     before = "expected a row before its child, got row"
     refuse("mask", tree & (parent > row), lambda b, i: f"{before} {parent[b, i]}")
-    refuse("mask", tree & ~fits, lambda b, i: f"expected {family}, got {seen(b, i)}")
-    refuse("mask", pad & ~(alone & own), lambda b, i: f"expected {lone}, got {seen(b, i)}")
-    return parent, tree.sum(1)
+    family = "expected itself, a parent and that parent's ancestors"
+    refuse("mask", tree & ~fits, lambda b, i: f"{family}, got {seen(b, i)}")
+    lone = "expected a pad that sees itself alone"
+    refuse("mask", pad & ~(alone & own), lambda b, i: f"{lone}, got {seen(b, i)}")
+    return _packed(tokens, parent, tree.sum(1), num_rows)
 
 
 def _squares(entries: Bools, begin: Array, stride: Array, past: Array | int, q: Array) -> Bools:
@@ -329,22 +279,24 @@ def _squares(entries: Bools, begin: Array, stride: Array, past: Array | int, q: 
     return seen
 
 
+def _ints(name: str, value: Tensor, size: int | str) -> Array:
+    return host(checks.tensor(name, value, [size], INTS)).astype(np.int64)
+
+
 def _ends(name: str, indptr: Tensor, tokens: Tensor) -> Array:
     """Check and return where each request's rows begin among the tokens, int64 [B + 1]."""
     n = checks.tensor("tokens", tokens, ["N"], INTS).shape[0]
-    ends = host(checks.tensor(name, indptr, ["B + 1"], INTS)).astype(np.int64)
+    ends = _ints(name, indptr, "B + 1")
     if not len(ends) or ends[0] != 0 or (np.diff(ends) < 0).any() or ends[-1] > n:
         expected = f"numbers rising from 0 to at most {n}"
         raise EchoError(f"{name}: expected {expected}, got {ends.tolist()}")
     return ends
 
 
-def _ragged(tokens: Tensor, ends: Array) -> Array:
-    """int64 [B, max q]: each request's tokens, then 0."""
-    column = np.arange(np.diff(ends).max(initial=1))
-    q = np.diff(ends)[:, None]
-    real = column < q
-    return np.where(real, host(tokens)[np.where(real, ends[:-1, None] + column, 0)], 0)
+def _ragged(tokens: Tensor, ends: Array) -> Tensor:
+    """int64 [B, max q]: each request's tokens, then any."""
+    at = ends[:-1, None] + np.arange(np.diff(ends).max(initial=1))
+    return tokens[torch.from_numpy(at.clip(max=len(tokens) - 1)).to(tokens.device)]
 
 
 def _bits(words: Tensor) -> Bools:
@@ -354,26 +306,24 @@ def _bits(words: Tensor) -> Bools:
     return bits.reshape(*values.shape[:-1], -1)
 
 
-def _sizes(num_nodes: Tensor | None, batch: int, n: int, other: int) -> Array:
-    """Check ``num_nodes``, which defaults to ``other``."""
+def _sizes(num_nodes: Tensor | None, batch: int, n: int) -> Array:
+    """Check ``num_nodes``, which defaults to ``n``."""
     if num_nodes is None:
-        return np.full(batch, other)
-    sizes = host(checks.tensor("num_nodes", num_nodes, [batch], INTS))
+        return np.full(batch, n)
+    sizes = _ints("num_nodes", num_nodes, batch)
     bad = (sizes < 0) | (sizes > n)
     refuse("num_nodes", bad, lambda b: f"expected 0 to {n} rows, got {sizes[b]}")
     return sizes
 
 
-def _packed(
-    tokens: Array, parents: Array, sizes: Array, num_rows: int | None, device: torch.device
-) -> PackedTree:
-    """Check, put into canonical order and pack each request's tokens and parents."""
+def _packed(tokens: Tensor, parents: Array, sizes: Array, num_rows: int | None) -> PackedTree:
+    """Check, put into canonical order and pack each request's tokens and parents, [B, n]."""
     width = int(sizes.max(initial=1))
     count = max(int(sizes.sum()), 1)
-    arrays = (x[:, :width].astype(np.int64) for x in (tokens, parents))
-    token, parent = (torch.from_numpy(x).to(device) for x in arrays)
-    num_nodes = torch.from_numpy(sizes).to(device)
-    q = torch.zeros_like(token).float()
+    token = tokens[:, :width].long()
+    host_values = parents[:, :width].astype(np.int64), sizes.astype(np.int64)
+    parent, num_nodes = (torch.from_numpy(x).to(token.device) for x in host_values)
+    q = torch.zeros_like(token, dtype=torch.float32)
     tree = SuperTree.from_arrays(token, parent, q, num_nodes=num_nodes)
     num_rows = count if num_rows is None else checks.integer("num_rows", num_rows, count)
     return pack(tree, torch.isfinite(tree.forest.score), num_rows, -(-width // WORD))

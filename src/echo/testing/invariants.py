@@ -30,11 +30,6 @@ def operator(func: Any) -> str:
     return str(func.overloadpacket._qualified_op_name.split("::")[1])
 
 
-def syncs(func: Any) -> bool:
-    """Whether a dispatched operator is one of SYNCS; repetition by a host integer is not."""
-    return operator(func) in SYNCS and func._overloadname != "self_int"
-
-
 class RefuseSyncs(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Raise EchoError on operators that sync device to host, or make a shape from data.
 
@@ -46,7 +41,8 @@ class RefuseSyncs(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if syncs(func):
+        repeats = func._overloadname == "self_int"  # by a host integer, and does not wait
+        if operator(func) in SYNCS and not repeats:
             raise EchoError(f"{operator(func)}: expected no device-to-host sync, got one")
         return func(*args, **(kwargs or {}))
 
@@ -81,11 +77,10 @@ class Selection:
     def of(cls, plan: Plan) -> Selection:
         """Return the selection of one ``plan``."""
         tree = plan.tree
-        forest = plan.tree.forest
+        forest = tree.forest
         of_nodes = forest.committed, forest.parent, forest.score, forest.depth
-        total = torch.tensor(tree.num_verify_tokens)
-        live = plan.scenario.live
-        return cls(plan.selected, *of_nodes, live, tree.verify_limits, tree.status, total)
+        of_requests = plan.scenario.live, tree.verify_limits, tree.status
+        return cls(plan.selected, *of_nodes, *of_requests, torch.tensor(tree.num_verify_tokens))
 
     @property
     def selectable(self) -> Tensor:
@@ -94,11 +89,38 @@ class Selection:
         return free & self.selected.gather(-1, self.parent)
 
 
-class Invariant(NamedTuple):
-    """``expected`` in words; ``broken`` returns bool [..., B, T], the nodes that break it."""
+class Fault(NamedTuple):
+    """What was expected and what came; ``node``: (request, node), if it concerns one."""
+
+    expected: str
+    got: str
+    node: tuple[int, int] | None = None
+    cause: Exception | None = None
+
+
+Check = Callable[[ElasticBudgetScheduler, Plan], Fault | None]
+
+
+@dataclass(frozen=True)
+class Invariant:
+    """A check; ``broken`` returns bool [..., B, T], the nodes that are not as ``expected``."""
 
     expected: str
     broken: Callable[[Selection], Tensor]
+
+    def __call__(self, scheduler: ElasticBudgetScheduler, plan: Plan) -> Fault | None:
+        """Find the first broken node."""
+        broken = self.broken(Selection.of(plan)).nonzero().tolist()
+        if not broken:
+            return None
+        b, node = broken[0]
+        forest = plan.tree.forest
+        where = f"depth {int(forest.depth[node])} of request {b}"
+        chosen = "selected" if plan.selected[b, node] else "not selected"
+        own = f"{int(plan.selected[b].sum())} tokens of at most {int(plan.tree.verify_limits[b])}"
+        total = f"{int(plan.selected.sum())} of {plan.tree.num_verify_tokens} in all"
+        got = f"token {int(forest.token[b, node])} at {where} {chosen}: {own}, {total}"
+        return Fault(self.expected, got, (b, node))
 
 
 def _over_budget(s: Selection) -> Tensor:
@@ -113,15 +135,10 @@ def _roots(s: Selection) -> Tensor:
 
 def _sibling_ties(s: Selection) -> Tensor:
     index = torch.arange(len(s.depth))
-    same = s.depth == s.depth[:, None]
-    same = same & (s.parent[..., None] == s.parent[..., None, :])
-    same = same & (s.score[..., None] == s.score[..., None, :]) & (s.depth > 0)
-    earlier = same & (index < index[:, None])  # [..., v, u]: u equals v and comes before it
+    earlier = (index < index[:, None]) & (s.depth > 0)  # [..., v, u]: u equals v, and is before it
+    for value in (s.depth, s.parent, s.score):
+        earlier = earlier & (value[..., None] == value[..., None, :])
     return s.selected & (earlier & ~s.selected[..., None, :]).any(-1)
-
-
-def _over_limit(s: Selection) -> Tensor:
-    return s.selected & (s.selected.cumsum(-1) > s.verify_limits[..., None])
 
 
 def _starved(s: Selection) -> Tensor:
@@ -139,11 +156,12 @@ def _idle(s: Selection) -> Tensor:
 INVARIANTS: dict[str, Invariant] = {
     "budget": Invariant("at most num_verify_tokens nodes selected", _over_budget),
     "roots": Invariant("the root of each live request selected, nothing of others", _roots),
-    "closed": Invariant("the parent of every selected node selected",
-                        lambda s: s.selected & ~s.selected.gather(-1, s.parent)),
-    "limits": Invariant("no request above its verify_limits", _over_limit),
-    "finite": Invariant("no node selected with a NaN or infinite score on its path",
-                        lambda s: s.selected & ~torch.isfinite(s.score)),
+    "closed": Invariant("the parent of every selected node selected", lambda s:
+                        s.selected & ~s.selected.gather(-1, s.parent)),
+    "limits": Invariant("no request above its verify_limits", lambda s:
+                        s.selected & (s.selected.cumsum(-1) > s.verify_limits[..., None])),
+    "finite": Invariant("no node selected with a NaN or infinite score on its path", lambda s:
+                        s.selected & ~torch.isfinite(s.score)),
     "committed": Invariant("every committed node selected", lambda s: s.committed & ~s.selected),
 }
 """For every policy."""
@@ -155,36 +173,6 @@ CLAIMED: dict[str, Invariant] = {
 }
 """For policies that claim them."""
 # fmt: on
-
-
-@dataclass(frozen=True)
-class Fault:
-    """What was expected and what came; ``node``: (request, node), if it concerns one."""
-
-    expected: str
-    got: str
-    node: tuple[int, int] | None = None
-    cause: Exception | None = None
-
-
-Relation = Callable[[ElasticBudgetScheduler, Plan], Fault | None]
-
-
-def first_broken(plan: Plan, invariant: Invariant) -> Fault | None:
-    """Find the first node of ``plan`` that breaks ``invariant``."""
-    broken = invariant.broken(Selection.of(plan))
-    if not broken.any():
-        return None
-    b, node = (int(i) for i in broken.nonzero()[0])
-    tree = plan.tree
-    forest = plan.tree.forest
-    which = f"token {int(forest.token[b, node])} at depth {int(forest.depth[node])} of request {b}"
-    chosen = "selected" if plan.selected[b, node] else "not selected"
-    own = int(plan.selected[b].sum())
-    limit = int(tree.verify_limits[b])
-    total = f"{int(plan.selected.sum())} of {tree.num_verify_tokens} in all"
-    got = f"{which} {chosen}: {own} tokens of at most {limit}, {total}"
-    return Fault(invariant.expected, got, (b, node))
 
 
 def check_plan(tree: SuperTree, packed: PackedTree) -> None:
@@ -215,21 +203,19 @@ def check_plan(tree: SuperTree, packed: PackedTree) -> None:
     request = packed.request[:count].long()
     node = packed.node[:count]
     own = (node - nodes * request).clamp(0, nodes - 1)
-    at = nodes * request + own
     above = node[packed.indptr[request] + packed.parent[:count].clamp(min=0)]
-    score = forest.score.flatten()[at]
-    committed = forest.committed.flatten()[at]
-    parent = nodes * request + forest.parent.flatten()[at]
+    columns = forest.token, forest.score, forest.committed, forest.parent
+    token, score, committed, parent = (column[request, own] for column in columns)
     agrees = (
         ("num_rows", torch.tensor(count <= tree.num_verify_tokens <= packed.num_rows)),
         ("indptr", (size <= tree.verify_limits) & ((size > 0) == (tree.verify_limits > 0))),
-        ("node", node == at),
+        ("node", node == nodes * request + own),
         ("node", node.diff() > 0),
         ("node", packed.node[count:] == -1),
-        ("tokens", packed.tokens[:count] == forest.token.flatten()[at]),
+        ("tokens", packed.tokens[:count] == token),
         ("depth", packed.depth[:count] == forest.depth[own]),
         ("score", (packed.score[:count] == score) & torch.isfinite(score)),
-        ("parent", (own == 0) | (above == parent)),
+        ("parent", (own == 0) | (above == nodes * request + parent)),
         ("committed", packed.committed[:count] == committed),
         ("committed", forest.committed.sum() == committed.sum()),
     )
@@ -284,10 +270,9 @@ def _request_ties(scheduler: ElasticBudgetScheduler, plan: Plan) -> Fault | None
     """Of two identical requests the lower one gets at least what the other gets."""
     given = plan.scenario
     seen = dict[tuple[float, ...], int]()
-    own = [given.root_tokens, plan.tree.verify_limits]
-    own += [] if given.request_weights is None else [given.request_weights]
+    own = given.root_tokens, plan.tree.verify_limits, given.request_weights
     for b in given.live_requests:
-        a = seen.setdefault(tuple(float(x[b]) for x in own), b)
+        a = seen.setdefault(tuple(float(x[b]) for x in own if x is not None), b)
         before = plan.paths(a)
         for node in plan.nodes(b):
             if plan.path(b, node) not in before:
@@ -297,16 +282,16 @@ def _request_ties(scheduler: ElasticBudgetScheduler, plan: Plan) -> Fault | None
 
 
 def _permutation(scheduler: ElasticBudgetScheduler, plan: Plan) -> Fault | None:
-    tree = plan.tree
-    turn = list(reversed(range(plan.scenario.batch)))
     if plan.scenario.request_weights is not None:
         return None  # only the rule knows which weighted scores tie
+    tree = plan.tree
     for value in (tree.forest.score, scheduler.rule.acceptance_probability(tree)):
         drafted = (tree.forest.depth > 0) & torch.isfinite(tree.forest.score)
         each = [set(row[mine].tolist()) for row, mine in zip(value, drafted, strict=True)]
         if sum(map(len, each)) != len(set().union(*each)):
             return None  # requests tie
     expected = "the same plan for the requests in reversed order"
+    turn = range(plan.scenario.batch)[::-1]
     return _compare(expected, plan, plan.scenario.take(turn).plan(scheduler), turn)
 
 
@@ -319,10 +304,10 @@ def _padding(scheduler: ElasticBudgetScheduler, plan: Plan) -> Fault | None:
 
 
 def _batch_invariant(scheduler: ElasticBudgetScheduler, plan: Plan) -> Fault | None:
+    expected = "the plan that the request gets alone"
     for b in plan.scenario.live_requests if plan.scenario.request_weights is None else ():
-        expected = "the plan that the request gets alone"
-        fault = _compare(expected, plan, plan.scenario.take([b]).plan(scheduler), [b])
-        if fault is not None:
+        alone = plan.scenario.take([b]).plan(scheduler)
+        if fault := _compare(expected, plan, alone, [b]):
             return fault
     return None
 
@@ -341,8 +326,9 @@ def _optimal(scheduler: ElasticBudgetScheduler, plan: Plan) -> Fault | None:
     tree = plan.tree
     s = Selection.of(plan)
     gain = scheduler.rule.acceptance_probability(tree)
+    if tree.request_weights is not None:
+        gain = gain * tree.request_weights[:, None]
     leaf = s.selected & (s.depth > 0)
-    gain = gain if tree.request_weights is None else gain * tree.request_weights[:, None]
     leaf = leaf & ~torch.zeros_like(leaf).scatter_(1, torch.where(leaf, s.parent, 0), leaf)
     below = s.selected.sum(1) < s.verify_limits
     index = torch.arange(tree.batch)[:, None]
@@ -358,13 +344,13 @@ def _optimal(scheduler: ElasticBudgetScheduler, plan: Plan) -> Fault | None:
     return None
 
 
-ALWAYS: dict[str, Relation] = {
+ALWAYS: dict[str, Check] = {
     "frontier": _frontier,
     "acceptance_probability": _probability,
     "layout": _layout,
     "deterministic": _deterministic,
 }
-RELATIONS: dict[str, Relation] = {
+RELATIONS: dict[str, Check] = {
     "ties": _request_ties,
     "permutation": _permutation,
     "padding": _padding,
@@ -380,11 +366,10 @@ def _compare(expected: str, plan: Plan, other: Plan, requests: Sequence[int]) ->
         mine = plan.paths(b)
         theirs = other.paths(i)
         if mine != theirs:
-            extra = [(b, node) for node in plan.nodes(b) if plan.path(b, node) not in theirs]
-            got = f"for request {b} here {_words(mine)}; there {_words(theirs)}"
-            return Fault(expected, got, extra[0] if extra else None)
+            here, there = (
+                ", ".join("-".join(map(str, path)) or "root" for path in sorted(paths))
+                for paths in (mine, theirs)
+            )
+            extra = ((b, node) for node in plan.nodes(b) if plan.path(b, node) not in theirs)
+            return Fault(expected, f"for request {b} here {here}; there {there}", next(extra, None))
     return None
-
-
-def _words(paths: set[tuple[int, ...]]) -> str:
-    return ", ".join("-".join(map(str, path)) or "root" for path in sorted(paths))

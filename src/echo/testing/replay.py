@@ -30,8 +30,7 @@ class Record:
     """One replayed step.
 
     Attributes:
-        requests: int64 [B], the text that each request writes.
-        position: int64 [B], position of its root in the text.
+        requests, position: int64 [B], each request's text, and the position of its root in it.
         tree, packed, accepted: the values of the step.
         emitted: int64 [B], number of tokens emitted.
         tier: the planned depth and verify tokens.
@@ -74,10 +73,8 @@ class Report:
     Attributes:
         seconds: modelled time of all steps.
         tokens, steps, request_steps: emitted tokens, steps, and requests summed over steps.
-        verify_tokens: tokens verified, roots included.
-        padding: pad rows launched in addition.
-        accepted: accepted drafts.
-        layers: drafted layers summed over steps.
+        verify_tokens, padding: tokens verified, roots included, and pad rows launched.
+        accepted, layers: accepted drafts, and drafted layers summed over steps.
         misses: nodes that the policy expanded but the trace has no draft for; 0 in an exact replay.
         answers: the completed texts.
 
@@ -131,9 +128,8 @@ def replay(
     """Decode the trace's texts under a policy and a cost model, with continuous refill.
 
     The scheduler plans each step on the recorded scores, and the text determines what the target
-    accepts: under greedy decoding the steps, verify tokens and accepted tokens equal those of a
-    live decode of the same prompts at the same request indices. The drafter's extend is charged
-    too, including tokens emitted in steps without a draft.
+    accepts: the steps, verify tokens and accepted tokens equal those of a live greedy decode of the
+    same prompts at the same request indices. The draft extend is charged too.
 
     Args:
         trace: recorded drafts.
@@ -148,10 +144,10 @@ def replay(
         prefill_tokens: prefill of each admission, in the forward pass of the request's first step.
         lag: steps by which the history of ``choose_tier`` lags, 0 to 2.
         max_verify_tokens_per_req: Defaults to the scheduler's.
-        update_rate: rate at which each step's seconds update the scheduler's cost model, if its
-            budget is one (:meth:`echo.CostModel.update`).
-        load: returns the number of requests wanted before each step, at most ``batch``; the excess
-            complete their texts and are not replaced. Defaults to ``batch``.
+        update_rate: of :meth:`echo.CostModel.update` with each step's seconds, if the scheduler's
+            budget is a cost model.
+        load: returns the number of requests wanted before each step, at most ``batch``, its
+            default; the excess complete their texts.
         observe: called with the :class:`Record` of each step.
 
     Raises:

@@ -73,12 +73,12 @@ class Scenario:
     request_weights: Tensor | None = None
 
     def __post_init__(self) -> None:
-        batch = checks.tensor("root_tokens", self.root_tokens, ["B"], torch.int64).shape[0]
-        checks.tensor("live", self.live, [batch], torch.bool)
-        checks.tensor("verify_limits", self.verify_limits, [batch], torch.int64)
-        shape = checks.tensor("log_probs", self.log_probs, ["D", "V", "k"], checks.FLOATS).shape
-        _, vocab, k = shape
-        if k > vocab or not bool(((self.root_tokens >= 0) & (self.root_tokens < vocab)).all()):
+        roots = checks.tensor("root_tokens", self.root_tokens, ["B"], torch.int64)
+        checks.tensor("live", self.live, [self.batch], torch.bool)
+        checks.tensor("verify_limits", self.verify_limits, [self.batch], torch.int64)
+        checks.tensor("log_probs", self.log_probs, ["D", "V", "k"], checks.FLOATS)
+        vocab, k = self.log_probs.shape[1:]
+        if k > vocab or not bool(((roots >= 0) & (roots < vocab)).all()):
             want = f"expected tokens and k of at most V = {vocab}"
             raise EchoError(f"root_tokens, log_probs: {want}, got k = {k}")
 
@@ -90,7 +90,7 @@ class Scenario:
     @property
     def live_requests(self) -> list[int]:
         """Indices of the live requests."""
-        return [b for b, live in enumerate(self.live.tolist()) if live]
+        return [int(b) for b in self.live.nonzero()]
 
     def draft(self, frontier: Frontier) -> tuple[Tensor, Tensor]:
         """Return tokens int64 and log-probabilities [B, W, k] after each node of ``frontier``."""
@@ -130,7 +130,7 @@ class Plan:
 
     Attributes:
         scenario, tree, packed: the values of the step.
-        selected: bool [B, T] over ``tree.forest``, before packing cuts what exceeds the budget.
+        selected: bool [B, T], before packing cuts what exceeds the budget.
     """
 
     scenario: Scenario
@@ -172,10 +172,7 @@ def burst(batch: int = 8, depth: int = 3) -> Scenario:
 
 
 def one_confident_many_doubtful(batch: int = 8, depth: int = 3) -> Scenario:
-    """Only request 0 of ``batch`` is confident, ``depth`` layers deep; two verify tokens each.
-
-    As :func:`burst`; :class:`Scenario` has an example.
-    """
+    """As :func:`burst`, but only request 0 is confident; two verify tokens for each request."""
     scenario = _scenario(batch, depth, 0.2, 2 * batch)
     confident = depth + 1
     p = torch.full((confident + batch + 2,), 0.2, dtype=torch.float32)
@@ -185,10 +182,7 @@ def one_confident_many_doubtful(batch: int = 8, depth: int = 3) -> Scenario:
 
 
 def all_equal(batch: int = 8, depth: int = 3) -> Scenario:
-    """``batch`` identical requests, ``depth`` layers of equal candidates: ties decide.
-
-    As :func:`burst`.
-    """
+    """As :func:`burst`, but all requests and candidates are equal: ties decide."""
     scenario = _scenario(batch, depth, 0.5, 2 * batch + 1)
     roots = torch.zeros(batch, dtype=torch.int64)
     equal = torch.full_like(scenario.log_probs, -0.5)
@@ -196,15 +190,15 @@ def all_equal(batch: int = 8, depth: int = 3) -> Scenario:
 
 
 def nan_storm(batch: int = 8, depth: int = 3) -> Scenario:
-    """``batch`` requests, ``depth`` layers; two of three scores are NaN, infinite or above 0.
-
-    As :func:`burst`.
-    """
+    """As :func:`burst`, but half of the scores are NaN, infinite or above 0."""
     scenario = _scenario(batch, depth, 0.6, 4 * batch)
     index = torch.arange(scenario.log_probs.numel()).view_as(scenario.log_probs)
     bad = [torch.nan, -0.5, torch.inf, -0.1, 0.01, -torch.inf, torch.nan]
     storm = torch.tensor(bad, dtype=torch.float32)[index % 7]
     return replace(scenario, log_probs=torch.where(index % 3 == 0, scenario.log_probs, storm))
+
+
+MADE = (all_equal, burst, one_confident_many_doubtful, nan_storm)
 
 
 def _scenario(batch: int, depth: int, p: float, num_verify_tokens: int) -> Scenario:
@@ -213,10 +207,8 @@ def _scenario(batch: int, depth: int, p: float, num_verify_tokens: int) -> Scena
     vocab = max(2 * batch, 4)
     spread = p - 0.01 * torch.arange(vocab, dtype=torch.float32) / vocab
     live = torch.ones(batch, dtype=torch.bool)
-    limits = torch.full((batch,), 64)
-    roots = torch.arange(batch)
-    log_probs = _candidates(spread, depth)
-    return Scenario(roots, live, limits, log_probs, num_verify_tokens)
+    requests = torch.arange(batch), live, torch.full((batch,), 64)
+    return Scenario(*requests, _candidates(spread, depth), num_verify_tokens)
 
 
 def _candidates(p: Tensor, depth: int) -> Tensor:
@@ -226,11 +218,7 @@ def _candidates(p: Tensor, depth: int) -> Tensor:
 
 
 def hypothesis() -> Any:
-    """Import the package, which only the strategies below need.
-
-    Raises:
-        EchoError: it is not installed.
-    """
+    """Import the package, or raise :class:`EchoError` with how to install it."""
     try:
         import hypothesis
     except ImportError as error:
@@ -244,10 +232,7 @@ def batches(
 ) -> SearchStrategy[Scenario]:
     """Draw steps of any shape: empty lanes, tight limits, scores with ties, NaN and infinities.
 
-    Args:
-        max_batch: largest B.
-        max_depth: largest D.
-        budget: also draw num_verify_tokens, from B up. False: the scheduler's own.
+    B is at most ``max_batch``, D ``max_depth``. ``budget``: also draw num_verify_tokens, from B up.
 
     Raises:
         EchoError: an argument out of range, or hypothesis is not installed.

@@ -1,20 +1,18 @@
 """Recorded drafts of a real model, at every position of the text it wrote.
 
-Under greedy decoding the text does not depend on the policy. With the candidate pool recorded at
-every output position, any policy that expands only recorded nodes can be replayed exactly.
-
-The record is closed under narrower frontiers: a policy may expand, at each layer, the best b <=
-``beam`` nodes of its own drafts, with a different b for each layer and request, and never reaches a
-node without a record.
+Under greedy decoding the text does not depend on the policy, so any policy that expands only
+recorded nodes can be replayed exactly: one that expands, at each layer, the best b <= ``beam``
+nodes of its own drafts, with a different b for each layer and request.
 """
 
 from __future__ import annotations
 
+import itertools
 import lzma
 import math
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -24,11 +22,11 @@ from torch import Tensor
 
 from echo import _checks as checks
 from echo._checks import EchoError
-from echo.budget.rules import order, top_k
+from echo.budget.rules import GlobalRank, order, top_k
 from echo.budget.scheduler import ElasticBudgetScheduler
 from echo.gating.logs import write_atomically
 from echo.loop import Drafter, Target, decode
-from echo.tree.supertree import DEAD_SCORE, Frontier, Layer, SuperTree
+from echo.tree.supertree import DEAD_SCORE, Frontier, Layer
 
 VERSION = 2
 END = -1
@@ -75,7 +73,7 @@ class Trace:
     floor: float
 
     def __post_init__(self) -> None:
-        positions = len(self.text)
+        positions = self.positions
         requests = len(self.kind)
         ends = self.indptr[[0, -1]].tolist()
         if self.indptr.shape != (requests + 1,) or ends != [0, positions]:
@@ -94,11 +92,9 @@ class Trace:
         if self.expanded.shape != (positions, depth, width * k):
             want = f"expected [{positions}, {depth}, {width * k}]"
             raise EchoError(f"expanded: {want}, got {self.expanded.shape}")
-        for name, bad in {
-            "text": self.text < 0,
-            "log_prob": ~(self.log_prob <= 0.01),
-            "expanded": (self.expanded < END) | (self.expanded >= width),
-        }.items():
+        outside = (self.expanded < END) | (self.expanded >= width)
+        refused = {"text": self.text < 0, "log_prob": ~(self.log_prob <= 0.01), "expanded": outside}
+        for name, bad in refused.items():
             if bad.any():
                 at = tuple(int(i) for i in np.argwhere(bad)[0])
                 got = f"{getattr(self, name)[at]} at position {at[0]}, index {at[1:]}"
@@ -127,8 +123,7 @@ class Trace:
         """int8 [P, D]: rank of the target's d-th next token among the drafts after those before it.
 
         -1: expanded, but the target's token was not among the k; -2: nothing was drafted there, or
-        the text ends. So ``(rank[:, d] == 0).sum() / (rank[:, d] >= -1).sum()`` is the draft's
-        conditional acceptance on the target's path at depth d + 1.
+        the text ends.
         """
         at = np.arange(self.positions)
         node = np.zeros(self.positions, np.int64)
@@ -159,12 +154,12 @@ class Trace:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the npz file ``path`` atomically: recorded nodes only, LZMA-compressed."""
         recorded = np.isfinite(self.log_prob).any(axis=3)
-        columns: dict[str, Any] = {name: getattr(self, name) for name in ("kind", "indptr", "text")}
-        columns |= {name: np.asarray(getattr(self, name)) for name in ("limit", "beam", "floor")}
-        columns |= {"version": np.array(VERSION), "shape": np.array(self.token.shape)}
+        columns: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        columns |= {"version": VERSION, "shape": self.token.shape}
         columns |= {"recorded": np.packbits(recorded), "expanded": _compress(self.expanded)}
-        columns |= {"token": _compress(self.token[recorded])}
-        columns |= {"log_prob": _compress(_planes(self.log_prob[recorded]))}
+        pairs = self.log_prob[recorded][..., None].view(np.uint8)
+        halves = np.moveaxis(pairs, -1, 0)  # bytes, which compress better apart
+        columns |= {"token": _compress(self.token[recorded]), "log_prob": _compress(halves)}
         with write_atomically(path) as handle:
             np.savez_compressed(handle, **columns)
 
@@ -188,18 +183,13 @@ class Trace:
             token = np.zeros(shape, np.int32)
             log_prob = np.full(shape, -np.inf, np.float16)
             token[recorded] = _decompress(columns["token"]).view(np.int32).reshape(nodes)
-            planes = np.moveaxis(_decompress(columns["log_prob"]).reshape(2, *nodes), 0, -1)
-            log_prob[recorded] = np.ascontiguousarray(planes).view(np.float16)[..., 0]
+            pairs = np.moveaxis(_decompress(columns["log_prob"]).reshape(2, *nodes), 0, -1)
+            log_prob[recorded] = np.ascontiguousarray(pairs).view(np.float16)[..., 0]
             expanded = _decompress(columns["expanded"]).view(np.int8)
         columns |= {"token": token, "log_prob": log_prob}
         columns["expanded"] = expanded.reshape(shape[0], shape[1], -1)
         columns |= {"beam": int(columns["beam"]), "floor": float(columns["floor"])}
         return cls(**columns)
-
-
-def _planes(values: NDArray[np.float16]) -> NDArray[np.uint8]:
-    """Split into high and low bytes, [2, ...], which compress better."""
-    return np.moveaxis(values.view(np.uint8).reshape(*values.shape, 2), -1, 0)
 
 
 def _compress(values: NDArray[Any]) -> NDArray[np.uint8]:
@@ -212,69 +202,72 @@ def _decompress(packed: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return np.frombuffer(bytearray(lzma.decompress(packed.tobytes())), np.uint8)
 
 
-class _Pool:
-    """A rule that expands every node that some narrower frontier would expand, and verifies none.
+@dataclass(frozen=True)
+class _Pool(GlobalRank):
+    """A rule that expands every node that some narrower frontier would expand.
 
     Let M(v) be the smallest frontier that holds node v: the children of M(parent of v) that are no
     worse than v. A policy that expands the best b <= ``narrow`` of its drafts can reach v exactly
     if M(v) has at most ``narrow`` nodes.
     """
 
-    def __init__(self, narrow: int, beam: int, floor: float) -> None:
-        self.narrow = checks.integer("beam", narrow, 1)
-        self.beam = checks.integer("max_expanded", beam, narrow)
-        self.floor = floor
-        self.smallest = torch.empty(0)
+    narrow: int = 1
+    floor: float = -math.inf
+    smallest: list[Tensor] = field(default_factory=list)
+    """M(v) of the last frontier, bool [B, W, W]."""
 
     def frontier(self, layer: Layer) -> tuple[Tensor, Tensor]:
         key = order(layer.score)
         better = key[:, None] <= key[:, :, None]  # [B, v, c]: c is no worse than v
         if layer.depth > 1:
-            k = layer.score.shape[1] // self.smallest.shape[1]
-            above = torch.arange(layer.score.shape[1]).div(k, rounding_mode="floor")
-            better &= self.smallest[:, above][:, :, above]
+            above = torch.arange(key.shape[1]) // (key.shape[1] // self.smallest[-1].shape[1])
+            better &= self.smallest[-1][:, above][:, :, above]
         better &= torch.isfinite(layer.score)[:, None]
         reachable = (better.sum(dim=2) <= self.narrow) & (layer.score >= self.floor)
         index, active = top_k(torch.where(reachable, layer.score, DEAD_SCORE), self.beam)
         mine = better.gather(1, index[..., None].expand(-1, -1, better.shape[2]))
         mine = mine.gather(2, index[:, None].expand(-1, index.shape[1], -1))
-        self.smallest = mine & active[:, None]
+        self.smallest[:] = [mine & active[:, None]]
         return index, active
-
-    def commit(
-        self, layer: Layer, passed: Tensor, limits: Tensor, num_remaining: Tensor
-    ) -> Tensor | None:
-        return None
-
-    def select(
-        self, tree: SuperTree, limits: Tensor, num_remaining: Tensor, num_verify_tokens: int
-    ) -> Tensor:
-        return torch.zeros_like(tree.forest.committed)
-
-    def default_budget(self, batch: int) -> int | None:
-        return None
-
-    def acceptance_probability(self, tree: SuperTree) -> Tensor:
-        return tree.forest.score.exp()
 
 
 class _Recorder:
-    """A drafter that keeps its drafts of the current step."""
+    """A drafter that keeps a step's drafts: ``token``, ``log_prob`` and ``expanded`` by request."""
 
-    def __init__(self, drafter: Drafter) -> None:
+    def __init__(self, drafter: Drafter, depth: int, width: int) -> None:
         self.inner = drafter
         self.admit = drafter.admit
         self.extend = drafter.extend
-        self.layers: list[tuple[Frontier, Tensor, Tensor]] = []
+        self.shape = depth, width
         self.k = 1
+
+    def nothing(self, batch: int) -> tuple[NDArray[Any], ...]:
+        """Return the columns of a step without drafts: [B, D, E, k] twice, [B, D, E * k]."""
+        depth, width = self.shape
+        token = np.zeros((batch, depth, width, self.k), dtype=np.int32)
+        log_prob = np.full(token.shape, -np.inf, dtype=np.float16)
+        return token, log_prob, np.full((batch, depth, width * self.k), END, dtype=np.int8)
 
     def draft(self, req_indices: Tensor, frontier: Frontier, /) -> tuple[Tensor, Tensor]:
         tokens, log_probs = self.inner.draft(req_indices, frontier)
         if log_probs.dtype != torch.float16:
             want = "expected float16 log-probabilities, which a trace holds exactly"
             raise EchoError(f"drafter: {want}, got {log_probs.dtype}")
-        self.layers = [*(self.layers if frontier.depth else []), (frontier, tokens, log_probs)]
-        self.k = tokens.shape[2]
+        batch, width, k = tokens.shape
+        d = frontier.depth
+        if d == 0:
+            self.k = k
+            self.columns = self.nothing(batch)
+        if k != self.k:
+            want = f"expected {self.k} candidates at every depth"
+            raise EchoError(f"drafter: {want}, got {k} at depth {d + 1}")
+        token, log_prob, expanded = self.columns
+        live = frontier.active[..., None]
+        token[:, d, :width] = torch.where(live, tokens, 0).numpy()
+        log_prob[:, d, :width] = torch.where(live, log_probs, -torch.inf).numpy()
+        if d:
+            request, node = np.nonzero(frontier.active.numpy())
+            expanded[request, d - 1, frontier.index.numpy()[request, node]] = node
         return tokens, log_probs
 
 
@@ -299,13 +292,12 @@ def record(
         target, drafter: a greedy pair. The drafter's state must depend only on the emitted text,
             its k must be the same at every depth, and its log-probabilities float16, so that live
             and replayed scores are the same numbers.
-        prompts: int64 [length] each.
-        kinds: the kind of each prompt.
-        max_num_reqs: maximum number of requests decoded together.
+        prompts, kinds: int64 [length] each, and the kind of each.
         depth, beam: D, and the widest frontier to be replayed.
         max_expanded: E, maximum expanded nodes of a layer. If too small, replays have misses.
         floor: path log-probability below which the drafter expands no node; it must ensure this.
-        max_new_tokens, eos_token, max_verify_tokens_per_req: as in :func:`echo.decode`.
+        max_num_reqs, max_new_tokens, eos_token, max_verify_tokens_per_req: as in
+            :func:`echo.decode`.
 
     Yields:
         The number of positions recorded so far, after each step; at last the :class:`Trace`.
@@ -331,56 +323,28 @@ def record(
     if len(kinds) != len(prompts):
         raise EchoError(f"kinds: expected one for each of {len(prompts)} prompts, got {len(kinds)}")
     depth = checks.integer("depth", depth, 1)
-    rule = _Pool(beam, max_expanded, floor)
-    recorder = _Recorder(drafter)
+    beam = checks.integer("beam", beam, 1)
+    widest = checks.integer("max_expanded", max_expanded, beam)
+    rule = _Pool(widest, max_verify_tokens_per_req=1, narrow=beam, floor=floor)
+    recorder = _Recorder(drafter, depth, widest)
     scheduler = ElasticBudgetScheduler(rule, budget=2 * max_num_reqs, max_depth=depth)
     texts: list[list[int]] = [[] for _ in prompts]
     drafts: list[list[tuple[NDArray[Any], ...]]] = [[] for _ in prompts]
     options: dict[str, Any] = {"max_num_reqs": max_num_reqs, "max_new_tokens": max_new_tokens}
     options |= {"eos_token": eos_token, "max_verify_tokens_per_req": max_verify_tokens_per_req}
     for step in decode(scheduler, target, recorder, prompts, **options):
-        layers = recorder.layers[: step.tree.depth]
-        batch = len(step.requests)
-        columns = _columns(layers, batch, depth, max_expanded, recorder.k)
-        for b, (request, tokens) in enumerate(zip(step.requests, step.emitted, strict=True)):
+        columns = recorder.columns if step.tree.depth else recorder.nothing(len(step.requests))
+        rows = zip(step.requests, step.emitted, zip(*columns, strict=True), strict=True)
+        for request, tokens, own in rows:
             texts[request] += tokens
-            drafts[request].append(tuple(column[b] for column in columns))
+            drafts[request].append(own)
         yield sum(map(len, texts))
-    nothing = tuple(c[0] for c in _columns([], 1, depth, max_expanded, recorder.k))
-    each = [
-        position
-        for text, steps in zip(texts, drafts, strict=True)
-        for position in [*steps[: len(text) - 1], nothing]
-    ]
-    token, log_prob, expanded = (np.stack(column) for column in zip(*each, strict=True))
-    yield Trace(
-        text=np.array([token for text in texts for token in text], dtype=np.int32),
-        indptr=np.concatenate([[0], np.cumsum([len(text) for text in texts])]),
-        kind=np.array(kinds),
-        limit=np.full(len(texts), max_new_tokens, dtype=np.int32),
-        token=token,
-        log_prob=log_prob,
-        expanded=expanded,
-        beam=beam,
-        floor=floor,
-    )
-
-
-def _columns(
-    layers: list[tuple[Frontier, Tensor, Tensor]], batch: int, depth: int, width: int, k: int
-) -> tuple[NDArray[Any], ...]:
-    """``token``, ``log_prob`` and ``expanded`` of one step: [B, D, E, k] twice, [B, D, E * k]."""
-    token = np.zeros((batch, depth, width, k), dtype=np.int32)
-    log_prob = np.full(token.shape, -np.inf, dtype=np.float16)
-    expanded = np.full((batch, depth, width * k), END, dtype=np.int8)
-    for d, (frontier, tokens, log_probs) in enumerate(layers):
-        if tokens.shape[2] != k:
-            got = f"{tokens.shape[2]} at depth {d + 1}"
-            raise EchoError(f"drafter: expected {k} candidates at every depth, got {got}")
-        live = frontier.active[..., None]
-        token[:, d, : tokens.shape[1]] = torch.where(live, tokens, 0).numpy()
-        log_prob[:, d, : tokens.shape[1]] = torch.where(live, log_probs, -torch.inf).numpy()
-        if d:
-            request, node = np.nonzero(frontier.active.numpy())
-            expanded[request, d - 1, frontier.index.numpy()[request, node]] = node
-    return token, log_prob, expanded
+    (nothing,) = zip(*recorder.nothing(1), strict=True)
+    for text, steps in zip(texts, drafts, strict=True):
+        steps[len(text) - 1 :] = [nothing]
+    each = zip(*itertools.chain(*drafts), strict=True)
+    token, log_prob, expanded = (np.stack(column) for column in each)
+    whole = np.array([*itertools.chain(*texts)], dtype=np.int32)
+    limit = np.full(len(texts), max_new_tokens, dtype=np.int32)
+    indptr = np.cumsum([0, *map(len, texts)])
+    yield Trace(whole, indptr, np.array(kinds), limit, token, log_prob, expanded, beam, floor)
