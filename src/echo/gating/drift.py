@@ -79,10 +79,10 @@ class DriftMonitor:
     - The gap of acceptance at equal confidence, which reveals a changed target under equal drafts;
       its limit is normal.
 
-    Drift is *both* statistically significant (level ``alpha``, Bonferroni-corrected for a check's
-    tests) *and* large enough to matter (``min_psi``, ...). Successive steps of a request are
-    correlated, so let a window span some hundred requests. Rows deeper than a gate are a selection
-    and look like drift: weight them (:class:`ExploringGate`), or watch only the first gate's depth.
+    Drift is *both* significant (level ``alpha``, Bonferroni-corrected for a check's tests) *and*
+    large enough to matter (``min_psi``, ...). Successive steps of a request are correlated, so let
+    a window span some hundred requests. Rows deeper than a gate are a selection and look like
+    drift: weight them (:class:`ExploringGate`), or watch only the first gate's depth.
 
     Args:
         calibration: the reference.
@@ -132,17 +132,15 @@ class DriftMonitor:
             none = 0.0, math.inf
             return DepthDrift(d.depth, n, *none, *none, *none, False, reason)
         then = np.array([entry[1:] for entry in d.profile]).T
-        now = now * (n / now.sum())  # to effective rows
-        then = then * (m / then.sum())
         level = self.alpha / (TESTS * len(self.calibration.depths))
-        tests = {"psi": self._psi, "ks": self._ks, "gap": self._gap}
-        found = {name: test(now, then, level) for name, test in tests.items()}
+        of = now * (n / now.sum()), then * (m / then.sum()), level  # effective rows
+        found = {"psi": self._psi(*of), "ks": self._ks(*of), "gap": self._gap(*of)}
         above = [name for name, (value, limit) in found.items() if abs(value) > limit]
-        words = ", ".join(
-            f"{name} {v:.3f} (limit {limit:.3f})" for name, (v, limit) in found.items()
-        )
+        words = [
+            f"{name} {value:.3f} (limit {limit:.3f})" for name, (value, limit) in found.items()
+        ]
         verdict = "drift in " + " and ".join(above) if above else "no drift"
-        reason = f"{verdict}: {words}, {n:.0f} live rows"
+        reason = f"{verdict}: {', '.join(words)}, {n:.0f} live rows"
         psi, ks, gap = found.values()
         return DepthDrift(d.depth, n, *psi, *ks, *gap, bool(above), reason)
 
@@ -167,15 +165,13 @@ class DriftMonitor:
     def _gap(self, now: NDArray[Any], then: NDArray[Any], level: float) -> tuple[float, float]:
         from scipy.special import ndtri
 
-        rows = now.sum(axis=0)
-        before = then.sum(axis=0)
-        both = (rows > 0) & (before > 0)
+        both = now.any(axis=0) & then.any(axis=0)
         if not both.any():
             return 0.0, math.inf
         now = now[:, both]
         then = then[:, both]
-        rows = rows[both]
-        before = before[both]
+        rows = now.sum(axis=0)
+        before = then.sum(axis=0)
         share = rows / rows.sum()
         pooled = (now[0] + then[0] + 0.5) / (rows + before + 1.0)
         variance = share**2 * pooled * (1.0 - pooled) * (1.0 / rows + 1.0 / before)

@@ -160,12 +160,10 @@ class ConfidenceHistograms:
         """
         expected = checks.reading(f"path: expected histograms in {path}")
         with expected, open(path, "rb") as handle, np.load(handle) as file:
-            version = int(file["version"])
-            mass = file["mass"]
-        if version != VERSION:
-            wanted = f"histograms of version {VERSION} in {path}"
-            raise EchoError(f"path: expected {wanted}, got version {version}")
-        return cls(mass)
+            if (version := int(file["version"])) != VERSION:
+                wanted = f"histograms of version {VERSION} in {path}"
+                raise EchoError(f"path: expected {wanted}, got version {version}")
+            return cls(file["mass"])
 
     def _aligned(self, name: str, other: object) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         mass = checks.instance(name, other, ConfidenceHistograms).mass
@@ -227,16 +225,13 @@ class LiveHistograms:
         checks.tensor("accepted", accepted, [count], torch.bool, device)
         checks.tensor("rank", rank, [count], checks.INTEGERS, device)
         score = log_prob.detach().float()
-        if weight is None:
-            w = torch.ones_like(score)
-        else:
+        w = torch.ones_like(score)
+        if weight is not None:
             w = checks.tensor("weight", weight, [count], checks.FLOATS, device).float()
         valid = (depth >= 1) & (depth <= depths) & (rank >= 0) & (score <= 0)
         valid &= (w >= MIN_WEIGHT) & (w <= MAX_WEIGHT)
         confidence = torch.where(valid, score, 0.0).exp()
-        column = ((confidence.view(torch.int32) >> 16) - _FIRST).clamp(0, BINS - 1).long()
-        group = (depth.long().clamp(1, depths) - 1) * RANKS + rank.long().clamp(0, RANKS - 1)
-        index = ((group * 2 + accepted) * BINS + column).expand(3, -1)
+        index = _places(depth.clamp(1, depths), rank, accepted, confidence).expand(3, -1)
         w = torch.where(valid, w, 0.0)
         square = w.double() ** 2
         planes = valid.long(), (w * UNIT).round().long(), (square * UNIT).round().long()
@@ -283,6 +278,13 @@ def _deepen(mass: NDArray[np.int64], depths: int) -> NDArray[np.int64]:
     return mass if more <= 0 else np.pad(mass, [(0, 0), (0, more), (0, 0), (0, 0), (0, 0)])
 
 
+def _places(depth: Tensor, rank: Tensor, accepted: Tensor, confidence: Tensor) -> Tensor:
+    """int64 [N]: where in a flat plane of ``mass`` each row counts."""
+    column = ((confidence.view(torch.int32) >> 16) - _FIRST).clamp(0, BINS - 1)
+    group = (depth - 1) * RANKS + rank.clamp(0, RANKS - 1)
+    return ((group * 2 + accepted) * BINS + column).long()
+
+
 def _count(mass: NDArray[np.int64], log: WarmupLog) -> NDArray[np.int64]:
     """Add the log's rows to ``mass`` in place, block by block; to a copy if the log is deeper."""
     deepest = int(log.depth.max(initial=1))
@@ -302,32 +304,16 @@ def _count(mass: NDArray[np.int64], log: WarmupLog) -> NDArray[np.int64]:
             raise EchoError(f"log.weight: expected {bounds}, got {log.weight[row]:g} in row {row}")
         exact = int(2.0**52 / (UNIT * max(1.0, float(log.weight.max())) ** 2))
         block = min(2 * _BLOCK, exact)  # sums stay integers below 2^53, exact in float64
+    columns = [torch.from_numpy(c) for c in (log.depth, log.rank, log.accepted, log.confidence)]
     for start in range(0, len(log), block):
         part = slice(start, start + block)
-        place = _places(log, part)
+        place = _places(*(column[part] for column in columns)).numpy()
         if not weighted:
-            counts = np.bincount(place, minlength=size)
-            flat[ROWS] += counts
-            counts *= UNIT
-            flat[WEIGHT] += counts
-            flat[SQUARE] += counts
+            rows = np.bincount(place, minlength=size)
+            flat += rows * np.array([[1], [UNIT], [UNIT]])
             continue
         w = log.weight[part].astype(np.float64)
-        planes = (w > 0, np.rint(w * UNIT), np.rint(w * w * UNIT))
+        planes = w > 0, np.rint(w * UNIT), np.rint(w * w * UNIT)
         for plane, values in zip(flat, planes, strict=True):
-            plane += np.bincount(place, weights=values, minlength=size).astype(np.int64)
+            plane += np.bincount(place, values, size).astype(np.int64)
     return mass
-
-
-def _places(log: WarmupLog, part: slice) -> NDArray[np.intp]:
-    column = np.ascontiguousarray(log.confidence[part]).view(np.int32) >> 16
-    column -= _FIRST
-    np.maximum(column, 0, out=column)
-    group = log.depth[part] - 1
-    group *= RANKS
-    group += np.minimum(log.rank[part], RANKS - 1)
-    group *= 2
-    group += log.accepted[part]
-    group *= BINS
-    places: NDArray[np.intp] = np.add(group, column, dtype=np.intp)
-    return places
