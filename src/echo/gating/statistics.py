@@ -71,8 +71,7 @@ def separability(
     """
     score = np.atleast_1d(np.asarray(confidence))
     label = labels(accepted)
-    given = np.ones(score.shape) if weight is None else np.asarray(weight, dtype=np.float64)
-    w = np.atleast_1d(given)
+    w = np.atleast_1d(np.ones(len(score)) if weight is None else np.asarray(weight, np.float64))
     if score.ndim != 1 or not score.shape == label.shape == w.shape:
         got = f"{score.size}, {label.size}, {w.size}"
         raise EchoError(f"confidence, accepted, weight: expected one length, got {got}")
@@ -86,8 +85,7 @@ def separability(
     values, place = np.unique(score.astype(np.float64), return_inverse=True)
 
     def total(of: NDArray[Any]) -> NDArray[Any]:
-        kinds = (np.where(kind, of, 0.0) for kind in (~label, label))
-        return np.stack([np.bincount(place, kind, len(values)) for kind in kinds])
+        return np.stack([np.bincount(place, of * kind, len(values)) for kind in (~label, label)])
 
     return _separate(total(w), total(w * w), values, values)
 
@@ -123,10 +121,9 @@ def from_histogram(mass: NDArray[np.int64]) -> Separability:
     bottom = lower_edges()[filled].astype(np.float64)
     top = upper_ends()[filled].astype(np.float64)
     result = _separate(sums, squares, bottom, top)
-    totals = sums.sum(axis=1)
-    if not (totals > 0).all():
-        return result
-    return replace(result, error=float((sums[0] * sums[1]).sum() / totals.prod() / 2))
+    with np.errstate(invalid="ignore"):
+        error = float((sums[0] * sums[1]).sum() / sums.sum(axis=1).prod() / 2)
+    return result if math.isnan(result.auc) else replace(result, error=error)
 
 
 def _separate(
@@ -191,7 +188,7 @@ def fit(mass: NDArray[np.int64]) -> Knots:
     prior = DRAFT_ROWS * np.interp(score, *np.array(DRAFT).T)
     chance = (np.add.reduceat(sums[1], starts) + prior) / (weight + DRAFT_ROWS)
     chance = np.minimum(np.maximum.accumulate(chance), 1.0)
-    return tuple((float(s), float(p)) for s, p in zip(score, chance, strict=True))
+    return tuple(zip(score.tolist(), chance.tolist(), strict=True))
 
 
 def table(maps: Sequence[Knots]) -> NDArray[np.int32]:
@@ -308,10 +305,9 @@ def calibration_error(
     for turn in range(resamples + 1):
         w = weight if turn == 0 else weight * random.poisson(1.0, len(step))[place]
         if (total := w.sum()) > 0:
-            gaps = [
-                np.bincount(g, w * (label - p), bins) for p, g in zip(both, groups, strict=True)
-            ]
-            errors = [float(np.abs(gap).sum() / total) for gap in gaps]
-            draws.append(errors + [float((w * (p - label) ** 2).sum() / total) for p in both])
+            pairs = zip(both, groups, strict=True)
+            gaps = [np.abs(np.bincount(g, w * (label - p), bins)).sum() for p, g in pairs]
+            squares = [(w * (p - label) ** 2).sum() for p in both]
+            draws.append([float(error / total) for error in gaps + squares])
     low, high = np.percentile(draws[1:], [2.5, 97.5], axis=0)
     return CalibrationError(*((draws[0][i], float(low[i]), float(high[i])) for i in range(4)))
