@@ -13,15 +13,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from echo import _checks as checks
 from echo._checks import EchoError
 from echo.gating.calibration import Calibration
 from echo.gating.logs import WarmupLog
-from echo.gating.statistics import look_up
-from echo.kernels.codes import ONE
+from echo.gating.statistics import predicted
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -102,10 +100,7 @@ class LoggedDrafts:
             raise EchoError("seen: expected rows joined by step ids, got one step for every row")
         f = log.confidence.astype(np.float64)
         if calibration is not None:
-            with np.errstate(divide="ignore"):
-                score = torch.from_numpy(np.log(log.confidence))
-            table = torch.from_numpy(calibration.reliability_table())
-            f = look_up(table, score, torch.from_numpy(log.depth)).numpy() / ONE
+            f = predicted(calibration.reliability_table(), log.confidence, log.depth)
         order = np.lexsort((log.depth, -f, place))
         where = place[order], np.arange(len(log)) - np.repeat(size.cumsum() - size, size)
 

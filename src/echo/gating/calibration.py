@@ -18,7 +18,7 @@ from echo import _checks as checks
 from echo._checks import EchoError
 from echo.cost import CostModel
 from echo.gating import statistics
-from echo.gating.histograms import ROWS, SQUARE, UNIT, WEIGHT, ConfidenceHistograms, upper_ends
+from echo.gating.histograms import ROWS, SQUARE, UNIT, UPPER, WEIGHT, ConfidenceHistograms
 from echo.gating.logs import WarmupLog, write_atomically
 from echo.gating.statistics import CalibrationError, Knots
 from echo.gating.thresholds import (
@@ -370,7 +370,7 @@ def _measure(
         good = False
         fewer = "accepted" if accepted < rejected else "rejected"
         reason = f"only {min(accepted, rejected)} {fewer} rows, {min_rows} needed"
-    below = path[WEIGHT][:, upper_ends() <= s.threshold].sum(axis=1) / UNIT
+    below = path[WEIGHT][:, s.threshold >= UPPER].sum(axis=1) / UNIT
     total = float(path[WEIGHT].sum() / UNIT)
     square = int(path[SQUARE].sum()) / UNIT
     return DepthCalibration(
@@ -403,7 +403,7 @@ def _profile(weight: NDArray[np.int64]) -> tuple[tuple[float, float, float], ...
     last[-1] = len(total) - 1
     first = np.concatenate([[0], last[:-1] + 1])
     rejected, accepted = np.add.reduceat(weight, first, axis=1) / UNIT
-    columns = (column.tolist() for column in (upper_ends()[last], accepted, rejected))
+    columns = (column.tolist() for column in (UPPER[last], accepted, rejected))
     return tuple(zip(*columns, strict=True))
 
 

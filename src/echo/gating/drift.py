@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from echo import _checks as checks
 from echo._checks import EchoError
 from echo.gating.calibration import Calibration, DepthCalibration
-from echo.gating.histograms import SQUARE, UNIT, WEIGHT, ConfidenceHistograms, upper_ends
+from echo.gating.histograms import SQUARE, UNIT, UPPER, WEIGHT, ConfidenceHistograms
 
 TESTS = 3
 """Tests of each depth: psi, ks, gap."""
@@ -185,6 +185,6 @@ def _by_bin(weight: NDArray[np.int64], d: DepthCalibration) -> NDArray[np.float6
     if not d.profile:
         return np.zeros((2, 1))
     ends = np.array([entry[0] for entry in d.profile], dtype=np.float32)
-    place = np.searchsorted(ends, upper_ends())
+    place = np.searchsorted(ends, UPPER)
     sums = [np.bincount(place, weights=row, minlength=len(ends)) / UNIT for row in weight[::-1]]
     return np.stack(sums)

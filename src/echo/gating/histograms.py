@@ -38,6 +38,13 @@ SQUARE = 2
 """Planes of ``mass``: number of rows, sum of weights, sum of squared weights (in 2^-16)."""
 _FIRST = ((127 - OCTAVES) << 7) - 1  # upper half of the bits of 2^-24, less 1: becomes bin 0
 _BLOCK = 1 << 18
+LOWER: NDArray[np.float32] = ((np.arange(BINS, dtype=np.int32) + _FIRST) << 16).view(np.float32)
+LOWER[0] = 0.0
+UPPER = np.append(np.nextafter(LOWER[1:], np.float32(0.0)), np.float32(1.0))
+"""float32 [3074]: smallest and greatest confidence of each bin."""
+_LOGS = np.log(np.maximum(LOWER, 2.0**-OCTAVES, dtype=np.float64))
+MIDDLE = 0.5 * (_LOGS + np.append(_LOGS[1:], 0.0))
+"""float64 [3074]: log of each bin's geometric middle; log 2^-24 for the first."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -247,30 +254,6 @@ class LiveHistograms:
         Alternatively, copy ``mass`` into pinned memory without blocking, and wrap it a step later.
         """
         return ConfidenceHistograms(self.mass.detach().cpu().numpy().copy())
-
-
-def lower_edges() -> NDArray[np.float32]:
-    """float32 [3074]: the smallest confidence of each bin; 0 for the first."""
-    bits = (np.arange(BINS, dtype=np.int32) + _FIRST) << 16
-    edges = bits.view(np.float32).copy()
-    edges[0] = 0.0
-    return edges
-
-
-def upper_ends() -> NDArray[np.float32]:
-    """float32 [3074]: the greatest confidence of each bin."""
-    ends = np.ones(BINS, dtype=np.float32)
-    ends[:-1] = np.nextafter(lower_edges()[1:], np.float32(0.0))
-    return ends
-
-
-def middle_scores() -> NDArray[np.float64]:
-    """float64 [3074]: log of each bin's geometric middle; log 2^-24 for the first."""
-    lower = lower_edges().astype(np.float64)
-    scores: NDArray[np.float64] = np.zeros(BINS)
-    scores[1:-1] = 0.5 * (np.log(lower[1:-1]) + np.log(lower[2:]))
-    scores[0] = -OCTAVES * np.log(2.0)
-    return scores
 
 
 def _deepen(mass: NDArray[np.int64], depths: int) -> NDArray[np.int64]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from echo import _checks as checks
 from echo._checks import EchoError
-from echo.gating.histograms import SQUARE, UNIT, WEIGHT, lower_edges, middle_scores, upper_ends
+from echo.gating.histograms import LOWER, MIDDLE, SQUARE, UNIT, UPPER, WEIGHT
 from echo.gating.logs import WarmupLog, check, check_weights, labels
 from echo.kernels.codes import BINS_PER_NAT, ONE, TABLE_BINS
 
@@ -118,8 +118,8 @@ def from_histogram(mass: NDArray[np.int64]) -> Separability:
     filled = np.flatnonzero(mass[WEIGHT].any(axis=0))
     sums = mass[WEIGHT][:, filled] / UNIT
     squares = mass[SQUARE][:, filled] / UNIT
-    bottom = lower_edges()[filled].astype(np.float64)
-    top = upper_ends()[filled].astype(np.float64)
+    bottom = LOWER[filled].astype(np.float64)
+    top = UPPER[filled].astype(np.float64)
     result = _separate(sums, squares, bottom, top)
     with np.errstate(invalid="ignore"):
         error = float((sums[0] * sums[1]).sum() / sums.sum(axis=1).prod() / 2)
@@ -184,7 +184,7 @@ def fit(mass: NDArray[np.int64]) -> Knots:
     regression = isotonic_regression(sums[1] / total, weights=total)
     starts = np.asarray(regression.blocks[:-1])
     weight = np.add.reduceat(total, starts)
-    score = np.add.reduceat(total * middle_scores()[filled], starts) / weight
+    score = np.add.reduceat(total * MIDDLE[filled], starts) / weight
     prior = DRAFT_ROWS * np.interp(score, *np.array(DRAFT).T)
     chance = (np.add.reduceat(sums[1], starts) + prior) / (weight + DRAFT_ROWS)
     chance = np.minimum(np.maximum.accumulate(chance), 1.0)
@@ -243,6 +243,16 @@ def look_up(
     return found if parent is None else torch.minimum(found, parent)
 
 
+def predicted(
+    table: NDArray[np.int32], confidence: NDArray[np.float32], depth: NDArray[np.int32]
+) -> NDArray[np.float64]:
+    """Look up P(path accepted) of logged rows [n], without the minimum over parents."""
+    with np.errstate(divide="ignore"):
+        columns = table, np.log(confidence), depth
+    found = look_up(*(torch.from_numpy(column) for column in columns))
+    return np.asarray(found.numpy() / ONE, dtype=np.float64)
+
+
 @dataclass(frozen=True)
 class CalibrationError:
     """Error of a probability against acceptance on held-out rows, before and after calibration.
@@ -291,9 +301,7 @@ def calibration_error(
     keep = (log.depth <= deepest) & (log.weight > 0)
     if not keep.any():
         raise EchoError(f"log: expected rows of depth 1 to {deepest}, got none")
-    with np.errstate(divide="ignore"):
-        score = torch.from_numpy(np.log(log.confidence[keep]))
-    after = look_up(torch.from_numpy(table), score, torch.from_numpy(log.depth[keep])).numpy() / ONE
+    after = predicted(table, log.confidence[keep], log.depth[keep])
     both = log.confidence[keep].astype(np.float64), after
     label = log.accepted[keep].astype(np.float64)
     weight = log.weight[keep].astype(np.float64)
