@@ -80,8 +80,8 @@ def profile(
         raise EchoError("num_tokens: expected at least one token count, got none")
     for count in counts * warmup:
         step(count)
-    seconds = [_seconds_of(step, (count,), device) for count in counts * repeats]
-    return np.array(counts * repeats, dtype=np.int64), np.array(seconds)
+    timed = counts * repeats
+    return np.array(timed), np.array([_seconds_of(step, (count,), device) for count in timed])
 
 
 @dataclass(frozen=True)
@@ -241,7 +241,7 @@ class SpeculationProfile:
         stable = 0
         while stable < STABLE and not timer.is_over:
             model, *others = found._models()
-            rates = plan.rates(model)
+            rates = plan.emitted / plan.seconds(model)
             chosen = rates.argmax(axis=-1)[..., None]
             if decided is not None:
                 kept = np.take_along_axis(rates, decided, -1)[..., 0] / rates.max(axis=-1)
@@ -350,15 +350,11 @@ class _Plan:
 
     def seconds(self, model: CostModel) -> Floats:
         """float64 [L, R]."""
-        load: dict[str, Any] = {"num_reqs": self.reqs, "context_tokens": self.reqs * self.context}
         layers = np.ceil(self.tokens / self.reqs) - 1
         drafting = model.draft_layer * layers + model.draft_token * self.reqs * layers
-        found: Floats = model(self.tokens, **load) + drafting
+        context = self.reqs * self.context
+        found: Floats = drafting + model(self.tokens, num_reqs=self.reqs, context_tokens=context)
         return found
-
-    def rates(self, model: CostModel) -> Floats:
-        """Tokens a second, float64 [P, L, R]."""
-        return self.emitted / self.seconds(model)
 
     def load(self, row: int, column: int) -> Load:
         """What to measure for a decision."""
@@ -375,12 +371,12 @@ class _Plan:
         """
         if not others:
             return np.inf, []
-        rates = np.stack([self.rates(other) for other in others])
+        seconds = np.stack([self.seconds(other) for other in others])
+        rates = self.emitted / seconds[:, None]
         best = rates.argmax(axis=-1)
         kept = np.take_along_axis(rates, np.broadcast_to(chosen, (*best.shape, 1)), -1)[..., 0]
         lost = (1 - kept / rates.max(axis=-1)).reshape(-1, len(self.reqs))
         judge = lost.argmax(axis=0)
-        seconds = np.stack([self.seconds(other) for other in others])
         spread = seconds.std(axis=0) / seconds.mean(axis=0)
         loads = []
         for row in np.argsort(-lost.max(axis=0), kind="stable").tolist():

@@ -153,21 +153,20 @@ def doubts(seconds: Floats, table: Table) -> tuple[str, ...]:
             f"{every[i, 0]:.0f} tokens of {every[i, 1]:.0f} request(s) took {y:.3g} s"
             for i, y in ((first[worst], low[first[worst]]), (worst, high[worst]))
         ]
-        found.append(f"samples fall: {texts[0]}, {texts[1]}")
-    if "num_reqs" in table:
-        ranges = measured(table)
-        if len(ranges) == 1:
+        found.append("samples fall: " + ", ".join(texts))
+    if "num_reqs" not in table:
+        return tuple(found)
+    ranges = sorted(measured(table), key=lambda own: own[3:])
+    if len(ranges) == 1:
+        only = f"{ranges[0][0]:.0f} request(s) only"
+        found.append(f"samples of {only}: the cost of others is a guess")
+    longest = ranges[0][4]
+    for count, _, _, least, most in ranges:
+        if least > REACH * longest:
+            apart = f"contexts up to {longest:.0f} and from {least:.0f}, that of {count:.0f}"
             found.append(
-                f"samples of {ranges[0][0]:.0f} request(s) only: the cost of others is a guess"
+                f"{apart} request(s), were not measured with one number of requests: the costs of"
+                " requests and of context cannot be told apart"
             )
-        spans = sorted(ranges, key=lambda own: own[3:])
-        longest = spans[0][4]
-        for count, _, _, least, most in spans:
-            if least > REACH * longest:
-                found.append(
-                    f"contexts up to {longest:.0f} and from {least:.0f}, that of {count:.0f}"
-                    " request(s), were not measured with one number of requests: the costs of"
-                    " requests and of context cannot be told apart"
-                )
-            longest = max(longest, most)
+        longest = max(longest, most)
     return tuple(found)

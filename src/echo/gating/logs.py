@@ -105,8 +105,7 @@ class WarmupLog:
 
         Args:
             depth, confidence, accepted: as in the class.
-            rank: Defaults to 0.
-            weight: Defaults to 1.
+            rank, weight: Default to 0 and 1.
             step: Defaults to one step per row; then rows missing because of a gate go unnoticed.
             gated: recorded with a gate; ``weight`` must then hold inverse probabilities.
 
@@ -198,8 +197,8 @@ class WarmupLog:
     def load(cls, path: str | os.PathLike[str]) -> WarmupLog:
         """Read the .npz, .jsonl or .parquet file ``path``, or all that match it as a glob.
 
-        Each line of .jsonl is an object with the columns of :meth:`from_mapping`; :meth:`save` adds
-        a header that counts the rows.
+        Each line of .jsonl is an object with the columns of :meth:`from_mapping`; a header, which
+        :meth:`save` writes, counts the rows.
 
         Raises:
             EchoError: a truncated or inconsistent file, with its line or row; no file matches; or

@@ -36,8 +36,7 @@ class GateReport:
     """What one gate does to the requests of a log that pass the gates above it.
 
     Attributes:
-        depth: of the gate.
-        threshold: of the gate.
+        depth, threshold: of the gate.
         asked: weighted request-steps that reach it.
         stopped: those of them whose confidence is not above the threshold.
         lost: stopped ones whose path the target would have accepted through this depth.
@@ -140,8 +139,7 @@ def refuse_gated(log: WarmupLog) -> bool:
 
     That is, at some depth at least 20 steps end and 20 continue, and the continuing one is more
     confident in 99.9% of all pairs: neither rejections nor ends of requests are so sharp. Above
-    200,000 rows, steps are sampled by a hash of their ids. Return whether a gate would be visible:
-    rows have weights, or step ids join them.
+    200,000 rows, steps are sampled. Return whether a gate would be visible: by weights or step ids.
     """
     if not (log.weight == 1).all():
         return True
@@ -226,9 +224,9 @@ def throughput_optimal(
 
     What a shallow gate stops never reaches a deeper one, so gates cannot be optimized one by one.
     Up to three gates are searched exhaustively over candidates midway between the log's confidences
-    (over quantiles, if there are more than 64, 256, 1024 for 3, 2, 1 gates), then refined one by
-    one. More gates are searched by ascent from several starts, over each gate and each block of
-    three (two from seven gates on): nearly always the global optimum on small logs, not provably.
+    (quantiles of them, if there are more than 64, 256, 1024 for 3, 2, 1 gates), then refined one by
+    one. More gates are searched by ascent over each gate and each block of three (two from seven
+    gates on): nearly always the global optimum on small logs, not provably.
 
     Args:
         log: rows of every step and depth down to ``max_depth``, of ranks below ``objective.beam``,
