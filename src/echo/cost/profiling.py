@@ -93,8 +93,7 @@ class SpeculationProfile:
         samples: number of requests, number of tokens, context of each request, and seconds.
         drafting: any of ``draft_layer``, ``draft_token``, ``extend_token`` of a
             :class:`~echo.CostModel`.
-        settled: the arguments of :meth:`measure` for which decisions no longer change; empty: they
-            may.
+        settled: arguments of :meth:`measure` for which decisions no longer change, if any.
 
     Raises:
         EchoError: a value of another kind.

@@ -31,8 +31,7 @@ class DepthDrift:
         psi, psi_limit: population stability index of the confidence.
         ks, ks_limit: Kolmogorov-Smirnov distance of the confidence.
         gap, gap_limit: live minus calibrated acceptance rate at equal confidence.
-        drifted: whether any statistic is above its limit.
-        reason: explanation in words.
+        drifted, reason: whether any statistic is above its limit, and in words.
     """
 
     depth: int

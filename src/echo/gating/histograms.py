@@ -27,8 +27,8 @@ UNIT = 1 << 16
 """Fixed-point weight 1.0: weights are rounded to multiples of 2^-16 before they are added."""
 MIN_WEIGHT = 1 / 64
 MAX_WEIGHT = 1024.0
-"""Bounds of a nonzero weight. At most the maximum, sums over a block of 2^16 rows and more, squares
-included, are exact in float64; at least the minimum, a rounded square is within 4%."""
+"""Bounds of a nonzero weight: sums of squares over blocks of 2^16 rows are exact in float64, and a
+rounded square is within 4%."""
 MAX_DEPTH = 64
 RANKS = 2
 """Ranks told apart: 0, the maximum-likelihood path, on which gates are judged, and all others."""
@@ -51,8 +51,7 @@ MIDDLE = 0.5 * (_LOGS + np.append(_LOGS[1:], 0.0))
 class ConfidenceHistograms:
     """Accepted and rejected rows of logs, by depth, rank 0 or not, and confidence; immutable.
 
-    Entries are integers, so sums are exact: merging is associative and commutative, and merged
-    histograms calibrate to the same bits as all rows at once.
+    Entries are integers, so merged histograms calibrate to the same bits as all rows at once.
 
     Attributes:
         mass: int64 [3, depths, 2, 2, 3074]: rows, weights, squared weights (both in 2^-16);
@@ -116,12 +115,11 @@ class ConfidenceHistograms:
         Raises:
             EchoError: no log, a depth above 64, or a weight neither 0 nor from 1/64 to 1024.
         """
-        mass = cls.empty(1).mass
-        none = True
+        mass = None
         for log in (logs,) if isinstance(logs, WarmupLog) else logs:
+            mass = cls.empty(1).mass if mass is None else mass
             mass = _count(mass, checks.instance("logs", log, WarmupLog))
-            none = False
-        if none:
+        if mass is None:
             raise EchoError("logs: expected at least one WarmupLog, got none")
         return cls(mass)
 
@@ -142,10 +140,8 @@ class ConfidenceHistograms:
         """
         one, two = self._aligned("earlier", earlier)
         if (one < two).any():
-            raise EchoError(
-                "earlier: expected an earlier state of these histograms "
-                f"({self.rows} rows), got one with rows they lack"
-            )
+            expected = f"earlier: expected an earlier state of these histograms ({self.rows} rows)"
+            raise EchoError(f"{expected}, got one with rows they lack")
         return ConfidenceHistograms(one - two)
 
     def live(self, device: torch.device | str = "cpu") -> LiveHistograms:
@@ -251,7 +247,7 @@ class LiveHistograms:
     def snapshot(self) -> ConfidenceHistograms:
         """Copy to the host, to recalibrate. Synchronizes: call it now and then, between steps.
 
-        Alternatively, copy ``mass`` into pinned memory without blocking, and wrap it a step later.
+        Without blocking, copy ``mass`` into pinned memory, and wrap it a step later.
         """
         return ConfidenceHistograms(self.mass.detach().cpu().numpy().copy())
 

@@ -255,7 +255,7 @@ def throughput_optimal(
     where = f"rows of rank 0 at depths 1 to {max_depth}"
     if not whole.all() and (log.weight == 1).all():
         raise EchoError(
-            f"log: expected {where} in every step, got {int((~whole).sum())} of {len(whole)} steps "
+            f"log: expected {where} in every step, got {(~whole).sum()} of {len(whole)} steps "
             "without: what was not verified is missing, not rejected; lower max_depth, or record "
             "whole paths"
         )
