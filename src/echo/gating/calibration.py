@@ -320,11 +320,8 @@ def calibrate(
         histograms = log
         shown = False
         if thresholds == "throughput":
-            raise EchoError(
-                "thresholds: expected 'youden' for histograms, got 'throughput': what a threshold "
-                "is worth depends on which rows belong to one step, and histograms do not keep "
-                "steps together; calibrate from a WarmupLog"
-            )
+            expected = "thresholds: expected 'youden' for histograms, got 'throughput'"
+            raise EchoError(f"{expected}: histograms do not keep steps together")
     else:
         if thresholds == "throughput":
             objective = Objective(checks.instance("cost", cost, CostModel), batch, beam)

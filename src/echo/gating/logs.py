@@ -113,10 +113,8 @@ class WarmupLog:
             EchoError: as the class, or gated rows without weights.
         """
         if gated and weight is None:
-            raise EchoError(
-                "weight: expected inverse-probability weights for rows from behind a gate "
-                "(ExploringGate), got none"
-            )
+            expected = "weight: expected inverse-probability weights for rows from behind a gate"
+            raise EchoError(f"{expected} (ExploringGate), got none")
         depths = _integers("depth", depth)
         count = len(depths)
         weights = np.ones(count) if weight is None else weight

@@ -254,11 +254,9 @@ def throughput_optimal(
     whole: NDArray[np.bool_] = np.logical_not(np.isnan(chains.confidence).any(axis=1))
     where = f"rows of rank 0 at depths 1 to {max_depth}"
     if not whole.all() and (log.weight == 1).all():
-        raise EchoError(
-            f"log: expected {where} in every step, got {(~whole).sum()} of {len(whole)} steps "
-            "without: what was not verified is missing, not rejected; lower max_depth, or record "
-            "whole paths"
-        )
+        got = f"{(~whole).sum()} of {len(whole)} steps without"
+        hint = "what was not verified is missing, not rejected; lower max_depth, or log whole paths"
+        raise EchoError(f"log: expected {where} in every step, got {got}: {hint}")
     if not whole.any():
         raise EchoError(f"log: expected steps with {where}, got none")
     search = _Search(chains, whole, depths, objective)
