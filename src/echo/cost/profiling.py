@@ -205,7 +205,7 @@ class SpeculationProfile:
         if not contexts or not chances:
             name = "acceptance" if contexts else "context_lens"
             raise EchoError(f"{name}: expected at least one number, got none")
-        plan = _plan(most, limit, sorted(set(contexts)), chances)
+        plan = _Plan(most, limit, sorted(set(contexts)), chances)
         end = clock() + checks.real("max_seconds", max_seconds, 0.0)
         timer = _Timer(step, repeats, device, clock, end)
         found = self
@@ -330,22 +330,38 @@ class _Timer:
         return samples
 
 
-@dataclass(frozen=True)
 class _Plan:
-    """The decisions: P probabilities, L batches with a context, R numbers of tokens.
+    """The decisions: of all batches of a power of two and ``most``, at all contexts.
+
+    P probabilities, L batches with a context, R numbers of tokens.
 
     Attributes:
-        first: loads to begin with.
         reqs, context: float64 [L, 1].
         tokens: float64 [L, R], of the batch, rising.
         emitted: float64 [P, L, R], tokens of the batch that a step emits.
+        first: loads to begin with.
     """
 
-    first: list[Load]
-    reqs: Floats
-    context: Floats
-    tokens: Floats
-    emitted: Floats
+    def __init__(
+        self, most: int, limit: int, contexts: Sequence[int], chances: Sequence[float]
+    ) -> None:
+        batches = sorted({1 << i for i in range(most.bit_length())} | {most})
+        pairs = [(b, c) for c in contexts for b in batches]
+        self.reqs, self.context = np.array(pairs, dtype=np.float64).T[..., None]
+        self.tokens = np.minimum(np.round(self.reqs * TOKENS), limit)
+        powers = np.array(chances)[:, None] ** np.arange(TOKENS[-1] + 1)
+        sums = np.pad(powers.cumsum(axis=1), ((0, 0), (1, 0)))
+        each = [np.interp(self.tokens / self.reqs, np.arange(len(row)), row) for row in sums]
+        self.emitted = np.stack(each) * self.reqs
+        first = [
+            (b, int(n), c)
+            for c in {contexts[0], contexts[-1]}
+            for b in {1, batches[len(batches) // 2], most}
+            for n in np.unique(np.geomspace(b, min(limit, TOKENS[-1] * b), 3).round())
+        ]
+        if len(first) < samples.FEW:
+            first += [self.load(row, column) for row, column in np.ndindex(self.tokens.shape)]
+        self.first = sorted(set(first), key=lambda load: load[1])
 
     def seconds(self, model: CostModel) -> Floats:
         """float64 [L, R]."""
@@ -385,25 +401,3 @@ class _Plan:
             if columns:
                 loads.append(self.load(row, max(columns, key=lambda c: spread[row, c])))
         return float(lost.max()), loads
-
-
-def _plan(most: int, limit: int, contexts: Sequence[int], chances: Sequence[float]) -> _Plan:
-    """All batches of a power of two and the greatest, at all contexts."""
-    batches = sorted({1 << i for i in range(most.bit_length())} | {most})
-    reqs, context = np.array([(b, c) for c in contexts for b in batches], dtype=np.float64).T
-    tokens = np.minimum(np.round(reqs[:, None] * TOKENS), limit)
-    powers = np.array(chances)[:, None] ** np.arange(TOKENS[-1] + 1)
-    sums = np.concatenate([np.zeros((len(chances), 1)), powers.cumsum(axis=1)], axis=1)
-    emitted = [np.interp(tokens / reqs[:, None], np.arange(len(row)), row) for row in sums]
-    first = [
-        (b, int(n), c)
-        for c in {contexts[0], contexts[-1]}
-        for b in {1, batches[len(batches) // 2], most}
-        for n in np.unique(np.geomspace(b, min(limit, TOKENS[-1] * b), 3).round())
-    ]
-    plan = _Plan(first, reqs[:, None], context[:, None], tokens, np.stack(emitted) * reqs[:, None])
-    if len(first) < samples.FEW:
-        rows, columns = tokens.shape
-        first += [plan.load(row, column) for row in range(rows) for column in range(columns)]
-    first[:] = sorted(set(first), key=lambda load: load[1])
-    return plan
