@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from echo import _checks as checks
 from echo._checks import EchoError
-from echo.cost import fit, samples
+from echo.cost import fit
 from echo.cost.model import CostModel
 from echo.cost.samples import Floats
 
@@ -359,7 +359,7 @@ class _Plan:
             for b in {1, batches[len(batches) // 2], most}
             for n in np.unique(np.geomspace(b, min(limit, TOKENS[-1] * b), 3).round())
         ]
-        if len(first) < samples.FEW:
+        if len(first) < fit.FEW:
             first += [self.load(row, column) for row, column in np.ndindex(self.tokens.shape)]
         self.first = sorted(set(first), key=lambda load: load[1])
 

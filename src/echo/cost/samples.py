@@ -5,6 +5,7 @@ n samples, each of one load: tokens, requests and their total context.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -17,9 +18,6 @@ from echo._checks import EchoError
 Floats = NDArray[np.float64]
 Table = Mapping[str, Floats]
 
-FOLDS = 5
-FEW = 8
-"""Folds of the held-out error; with fewer loads, there is none."""
 REACH = 1.25
 """How far outside its samples a model still holds, as a ratio."""
 FALL = 1.25
@@ -42,8 +40,8 @@ class Evidence:
 
     Example:
         >>> few = Evidence(measured=((1, 1, 16, 0, 4096),))
-        >>> few.covers(20, 1, 1024), few.covers(21, 1, 1024), few.reach(1, 1024)
-        (True, False, 20.0)
+        >>> few.covers(20, 1, 0), few.covers(21, 1, 0), few.reach(1, 0), Evidence().reach(1, 0)
+        (True, False, 20.0, inf)
     """
 
     k_max_interval: tuple[int, int] | None = None
@@ -80,7 +78,12 @@ class Evidence:
         return low / REACH <= num_tokens <= high * REACH
 
     def reach(self, num_reqs: float, context_len: float) -> float:
-        """The most tokens that samples cover, of the nearest ``num_reqs`` at ``context_len``."""
+        """The most tokens that samples cover, of the nearest ``num_reqs`` at ``context_len``.
+
+        Infinite without samples.
+        """
+        if not self.measured:
+            return math.inf
         counts, _, most, *_ = zip(*(self._near(context_len) or self.measured), strict=True)
         return REACH * float(np.interp(num_reqs, counts, most))
 
@@ -120,13 +123,6 @@ def loads(table: Table) -> Floats:
     reqs = table.get("num_reqs", np.ones_like(tokens))
     context = table.get("context_tokens", np.zeros_like(tokens)) / reqs
     return np.stack([tokens, reqs, context], axis=1)
-
-
-def parts(table: Table) -> list[NDArray[np.bool_]]:
-    """Split into folds, bool [n] each: samples of one load together, neighbouring loads apart."""
-    found, place = np.unique(loads(table)[:, [1, 2, 0]], axis=0, return_inverse=True)
-    part = place.ravel() % FOLDS
-    return [part == i for i in range(FOLDS)] if len(found) >= FEW else []
 
 
 def measured(table: Table) -> tuple[tuple[float, ...], ...]:
