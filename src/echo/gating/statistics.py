@@ -318,4 +318,4 @@ def calibration_error(
             squares = [(w * (p - label) ** 2).sum() for p in both]
             draws.append([float(error / total) for error in gaps + squares])
     low, high = np.percentile(draws[1:], [2.5, 97.5], axis=0)
-    return CalibrationError(*((draws[0][i], float(low[i]), float(high[i])) for i in range(4)))
+    return CalibrationError(*zip(draws[0], low.tolist(), high.tolist(), strict=True))
