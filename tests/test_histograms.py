@@ -13,13 +13,13 @@ import echo
 from echo.gating import ConfidenceHistograms, LiveHistograms, separability
 from echo.gating.histograms import (
     BINS,
+    LOWER,
+    MIDDLE,
     PER_OCTAVE,
     ROWS,
     UNIT,
+    UPPER,
     WEIGHT,
-    lower_edges,
-    middle_scores,
-    upper_ends,
 )
 from echo.testing import RefuseSyncs, TabularDrafter, TabularTarget, table
 
@@ -61,11 +61,11 @@ def test_each_confidence_lies_within_its_bin(c):
     counted = ConfidenceHistograms.of(echo.WarmupLog.from_arrays([1], [c], [1])).mass[ROWS, 0, 0, 1]
     place = int(counted.argmax())
     assert counted.sum() == 1
-    assert lower_edges()[place] <= np.float32(abs(c)) <= upper_ends()[place]
+    assert LOWER[place] <= np.float32(abs(c)) <= UPPER[place]
 
 
 def test_edges_are_bfloat16_numbers():
-    edges = lower_edges()
+    edges = LOWER
     assert len(edges) == BINS == 24 * PER_OCTAVE + 2
     assert edges[1] == 2.0**-24 and edges[-1] == 1.0
     assert (torch.from_numpy(edges).bfloat16().float().numpy() == edges).all()
@@ -73,7 +73,7 @@ def test_edges_are_bfloat16_numbers():
     assert (
         edges[2:] / edges[1:-1]
     ).max() <= 1 + 1 / 128  # the relative width that the error bound rests on
-    scores = middle_scores()[1:-1]
+    scores = MIDDLE[1:-1]
     assert (scores > np.log(edges[1:-1])).all() and (scores < np.log(edges[2:])).all()
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import echo
 from echo.gating import look_up
-from echo.gating.histograms import ROWS, middle_scores
+from echo.gating.histograms import MIDDLE, ROWS
 from echo.kernels.codes import BINS_PER_NAT, ONE
 from echo.testing import RefuseSyncs
 
@@ -38,13 +38,13 @@ def test_isotonic_regression_equals_scikit_learn_on_the_binned_rows_and_is_close
     weight, hits = (rejected + accepted)[filled], accepted[filled]
     fitted = (
         isotonic.IsotonicRegression()
-        .fit(middle_scores()[filled], hits / weight, sample_weight=weight)
-        .predict(middle_scores()[filled])
+        .fit(MIDDLE[filled], hits / weight, sample_weight=weight)
+        .predict(MIDDLE[filled])
     )
     first = np.flatnonzero(np.diff(fitted, prepend=-1) > 1e-12)
     blocks = np.add.reduceat(weight, first)
     ours = echo.calibrate(log).depths[0].reliability
-    centre = np.add.reduceat(weight * middle_scores()[filled], first) / blocks
+    centre = np.add.reduceat(weight * MIDDLE[filled], first) / blocks
     shrunk = (fitted[first] * blocks + 2 * np.exp(centre)) / (blocks + 2)
     assert np.array(ours)[:, 1] == pytest.approx(
         np.maximum.accumulate(shrunk), abs=2e-4

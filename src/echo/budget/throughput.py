@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from echo import _checks as checks
 from echo._checks import EchoError, HostInts
 from echo.budget.history import History
-from echo.cost import CostModel, samples
+from echo.cost import CostModel
 
 CURVE = 256
 HEAD = 6
@@ -273,7 +273,7 @@ class ThroughputOptimal:
             return limit
         reqs = widest if cost.num_reqs else 1
         context = cost.context_len if context_tokens is None else context_tokens / reqs
-        reach = int(samples.reach(cost.measured, reqs, context))
+        reach = int(cost.reach(reqs, context))
         if cost.tiers and reach < cost.tiers[-1]:  # a tier is launched whole
             reach = max((tier for tier in cost.tiers if tier <= reach), default=0)
         return max(0, min(limit, reach - plain))

@@ -2,7 +2,7 @@
 
 from echo.cost.fit import Knee, line
 from echo.cost.model import CostModel
-from echo.cost.profiling import profile
-from echo.cost.speculation import SpeculationProfile
+from echo.cost.profiling import SpeculationProfile, profile
+from echo.cost.samples import Evidence
 
-__all__ = ["CostModel", "Knee", "SpeculationProfile", "line", "profile"]
+__all__ = ["CostModel", "Evidence", "Knee", "SpeculationProfile", "line", "profile"]

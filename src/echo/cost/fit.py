@@ -7,25 +7,31 @@ for several tokens, but computes for each. All curves rise, so any non-negative 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from echo import _checks as checks
 from echo._checks import EchoError
-from echo.cost.samples import at_least, columns
+from echo.cost.samples import Floats, columns, loads
 
-Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 MAX_KNOTS = 48
 """Maximum knots of a curve; with more distinct values, quantiles of the samples' values."""
+FOLDS = 5
+FEW = 8
+"""Folds of the held-out error; with fewer loads, there is none."""
 RESAMPLES = 200
 SMOOTH = 1e-7
 """Weight of curvature over log tokens or requests: it decides only where no sample does."""
 NOISE = 0.01
 """Relative error up to which a sample is no outlier."""
+MISFIT = 0.25
+"""Largest relative error of the paper's law on a curve that is said to have a knee."""
 TOKENS_PER_REQ = np.array([1, 2, 4, 8, 16, 32, 64])
 """Knots of the curve over a request's tokens; it is flat above, where prefill is."""
 FAR = 1 << 40
@@ -73,14 +79,13 @@ def solve(design: Floats, seconds: Floats, penalty: Floats | None = None) -> Flo
     from scipy.optimize import nnls
 
     relative = design / seconds[:, None]
-    rest = np.empty((0, design.shape[1])) if penalty is None else penalty
+    smooth = relative[:0] if penalty is None else penalty
     weight = np.ones(len(seconds))
     x = np.zeros(design.shape[1])
-    zeros = np.zeros(len(rest))
     for _ in range(30):
         old = x
-        rows = np.concatenate([relative * weight[:, None], rest])
-        x, _ = nnls(rows, np.concatenate([weight, zeros]))
+        rows = np.concatenate([relative * weight[:, None], smooth])
+        x, _ = nnls(rows, np.append(weight, np.zeros(len(smooth))))
         error = np.abs(relative @ x - 1.0)
         limit = max(1.345 * 1.4826 * float(np.median(error)), NOISE)
         weight = np.sqrt(limit / np.maximum(error, limit))
@@ -92,16 +97,12 @@ def solve(design: Floats, seconds: Floats, penalty: Floats | None = None) -> Flo
 def knots(values: Floats) -> Ints:
     """Choose where a curve over these integers may bend."""
     points = np.unique(values.astype(np.int64))
-    if len(points) <= MAX_KNOTS:
-        return points
     return np.unique(np.quantile(points, np.linspace(0, 1, MAX_KNOTS), method="nearest"))
 
 
 def ramps(x: Floats, points: Ints) -> Floats:
     """float64 [n, m - 1]: share of each segment below each sample; rising curves mix them."""
-    low = points[:-1].astype(np.float64)
-    high = points[1:].astype(np.float64)
-    return np.clip((x[:, None] - low) / (high - low), 0.0, 1.0)
+    return np.clip((x[:, None] - points[:-1]) / np.diff(points), 0.0, 1.0)
 
 
 def curvature(points: Ints) -> Floats:
@@ -123,25 +124,20 @@ def reading(per_req: Floats) -> Floats:
 
 def curves(seconds: Floats, table: dict[str, Floats]) -> dict[str, Any]:
     """Fit the fields of a :class:`CostModel` that samples determine."""
-    x = table["num_tokens"] + table.get("num_other_tokens", 0.0)
-    reqs = table.get("num_reqs", np.ones_like(x))
+    from scipy.linalg import block_diag
+
+    x, reqs, _ = loads(table).T
     points = knots(x)
     counts = knots(reqs)
-    parts = [np.ones((len(seconds), 1)), ramps(x, points), ramps(reqs, counts)]
+    terms = [np.ones((len(x), 1)), ramps(x, points), ramps(reqs, counts)]
     if "context_tokens" in table:
         times = reading(x / reqs) if "num_reqs" in table else np.ones((len(x), 1))
-        parts.append(table["context_tokens"][:, None] * times)
-    design = np.concatenate(parts, axis=1)
-    ends = np.cumsum([part.shape[1] for part in parts])
-    rough = np.zeros((0, design.shape[1]))
-    for first, own in ((ends[0], points), (ends[1], counts)):
-        if len(own) > 2:
-            row = np.zeros((len(own) - 2, design.shape[1]))
-            row[:, first : first + len(own) - 1] = curvature(own) * SMOOTH / np.median(seconds)
-            rough = np.concatenate([rough, row])
-    found = solve(design, seconds, rough)
-    least = 1e-3 * seconds.min()
-    curve = np.maximum(found[: ends[1]].cumsum(), least)
+        terms.append(table["context_tokens"][:, None] * times)
+    ends = np.cumsum([term.shape[1] for term in terms])
+    rough = [curvature(own) * SMOOTH / np.median(seconds) for own in (points, counts)]
+    smooth = [np.zeros((0, 1)), *rough, *(term[:0] for term in terms[3:])]
+    found = solve(np.hstack(terms), seconds, block_diag(*smooth))
+    curve = np.maximum(found[: ends[1]].cumsum(), 1e-3 * seconds.min())
     fields: dict[str, Any] = {"num_tokens": points, "seconds": rounded(curve)}
     if "num_reqs" in table:
         rises = found[ends[1] : ends[2]].cumsum()
@@ -155,6 +151,19 @@ def curves(seconds: Floats, table: dict[str, Floats]) -> dict[str, Any]:
             fields["tokens_per_req"] = TOKENS_PER_REQ
             fields["context_factors"] = rounded(each / each[0])
     return fields
+
+
+def folds(
+    seconds: Floats, table: dict[str, Floats]
+) -> Iterator[tuple[NDArray[np.bool_], dict[str, Any]]]:
+    """Leave out each fifth of the loads; yield their samples, bool [n], and the others' curves.
+
+    Neighbouring loads are in different folds; few loads are not split at all.
+    """
+    every, place = np.unique(loads(table)[:, [1, 2, 0]], axis=0, return_inverse=True)
+    for fold in range(FOLDS) if len(every) >= FEW else ():
+        own = place.ravel() % FOLDS == fold
+        yield own, curves(seconds[~own], {name: column[~own] for name, column in table.items()})
 
 
 def rounded(values: ArrayLike, digits: int = 12) -> tuple[float, ...]:
@@ -180,19 +189,31 @@ def line(amount: ArrayLike, seconds: ArrayLike) -> tuple[float, float]:
         [1.0, 0.1]
     """
     y, table = columns(seconds, amount=amount)
-    at_least("amount", table["amount"], 0)
     fixed, each = solve(np.stack([np.ones_like(y), table["amount"]], axis=1), y)
     return float(fixed), float(each)
 
 
-def knee(num_tokens: ArrayLike, seconds: ArrayLike) -> tuple[Ints, Floats, Floats]:
+def knee(
+    points: tuple[int, ...],
+    curve: tuple[float, ...],
+    k_max_interval: tuple[int, int] | None,
+    gamma_interval: tuple[float, float] | None,
+) -> Knee:
+    """Fit the law to a curve, with these intervals."""
+    x = np.array(points, dtype=np.float64)
+    y = np.array(curve)
+    k, base, slope = _laws(x, y)
+    misfit = abs(base * (1 + slope * np.maximum(0, x - k)) / y - 1)
+    bends = bool(slope > 0 and k > x[0] and (misfit < MISFIT).all())
+    return Knee(int(k), float(base), float(slope), k_max_interval, gamma_interval, bends)
+
+
+def _laws(x: Floats, y: Floats) -> tuple[Ints, Floats, Floats]:
     """Fit the law exactly by least squares in relative error: a 2 x 2 system for each K.
 
-    ``seconds`` [..., m] may be any number of curves. Returns ``k_max`` int64, ``t_ar`` and
+    ``y`` [..., m], seconds, may be any number of curves. Returns ``k_max`` int64, ``t_ar`` and
     ``gamma`` float64 [...]; a curve that never rises has gamma 0 and its last count.
     """
-    x = np.asarray(num_tokens, dtype=np.float64)
-    y = np.asarray(seconds, dtype=np.float64)
     error, *_ = _law(x, y, np.broadcast_to(x, (*y.shape[:-1], len(x))))
     place = _first(error)
     below = x[np.maximum(place - 1, 0)]
@@ -231,7 +252,9 @@ def _first(error: Floats) -> NDArray[np.intp]:
     return np.asarray((error <= error.min(-1, keepdims=True) + 1e-12).argmax(axis=-1))
 
 
-def knee_intervals(x: Floats, ratio: Floats, points: Ints, curve: Floats) -> dict[str, Any]:
+def knee_intervals(
+    x: Floats, ratio: Floats, points: tuple[int, ...], curve: tuple[float, ...]
+) -> dict[str, Any]:
     """95% bootstrap intervals: resample each knot, take the median, a monotone curve, its knee.
 
     ``ratio`` [n]: each sample over the curve. Fewer than three samples a knot do not show the
@@ -242,14 +265,14 @@ def knee_intervals(x: Floats, ratio: Floats, points: Ints, curve: Floats) -> dic
     if len(x) < 3 * len(points) or len(points) < 3:
         return {}
     rng = np.random.default_rng(0)
-    near = np.abs(x[:, None] - points).argmin(1)
-    drawn = np.ones((RESAMPLES, len(points)))
-    for j in range(len(points)):
+    knots = np.array(points, dtype=np.float64)
+    near = np.abs(x[:, None] - knots).argmin(1)
+    drawn = np.ones((RESAMPLES, len(knots)))
+    for j in np.unique(near):
         own = ratio[near == j]
-        if len(own):
-            drawn[:, j] = np.median(own[rng.integers(0, len(own), (RESAMPLES, len(own)))], axis=1)
-    monotone = np.stack([isotonic_regression(row).x for row in drawn * curve])
-    k, _, gamma = knee(points, monotone)
+        drawn[:, j] = np.median(own[rng.integers(0, len(own), (RESAMPLES, len(own)))], axis=1)
+    monotone = np.stack([isotonic_regression(row).x for row in drawn * np.array(curve)])
+    k, _, gamma = _laws(knots, monotone)
     low, high = np.percentile(k, [2.5, 97.5])
     slopes = tuple(np.percentile(gamma, [2.5, 97.5]).tolist())
     return {"k_max_interval": (int(np.floor(low)), int(np.ceil(high))), "gamma_interval": slopes}
@@ -279,21 +302,28 @@ def extended(points: tuple[int, ...], values: tuple[float, ...]) -> tuple[Floats
 
 
 def check_curve(owner: object, x_name: str, y_name: str) -> None:
-    """Raise :class:`EchoError` unless these fields are a curve, or empty (not the tokens')."""
-    x = getattr(owner, x_name)
-    y = getattr(owner, y_name)
+    """Make these fields a curve's ints and floats; empty ones may stay (not the tokens').
+
+    EchoError: they are no curve.
+    """
+    x = checks.ints(x_name, getattr(owner, x_name), 0)
+    with checks.reading(f"{y_name}: expected numbers"):
+        y = tuple(float(value) for value in getattr(owner, y_name))
+    object.__setattr__(owner, x_name, x)
+    object.__setattr__(owner, y_name, y)
     positive = y_name == "seconds"
     if not (x or y or positive):
         return
     if not x or len(x) != len(y) or (np.diff(x) <= 0).any() or x[0] < 1:
         expected = f"{x_name}: expected increasing ints >= 1, as many as {y_name} ({len(y)})"
         raise EchoError(f"{expected}, got {x}")
+    expected = ""
     if not np.isfinite(y).all() or (np.diff(y) < 0).any() or y[0] < 0 or (positive and not y[0]):
         expected = f"{'positive, ' * positive}non-decreasing numbers"
-        raise EchoError(f"{y_name}: expected {expected}, got {y}")
-    if y_name == "request_seconds" and y[0]:
-        raise EchoError(f"{y_name}: expected 0 at the fewest requests, got {y[0]}")
-    sound = (x[0], y[0]) == (1, 1) and (np.diff(np.divide(y, x)) <= 1e-9).all()
-    if y_name == "context_factors" and not sound:
-        expected = "1 at one token, rising at most in proportion"
+    elif y_name == "request_seconds" and y[0]:
+        expected = "0 at the fewest requests"
+    elif y_name == "context_factors":
+        sound = (x[0], y[0]) == (1, 1) and (np.diff(np.divide(y, x)) <= 1e-9).all()
+        expected = "" if sound else "1 at one token, rising at most in proportion"
+    if expected:
         raise EchoError(f"{y_name}: expected {expected}, got {y}")

@@ -16,25 +16,24 @@ from numpy.typing import ArrayLike
 
 from echo import _checks as checks
 from echo._checks import EchoError
-from echo.cost import fit, samples, sglang
-from echo.cost.fit import Floats, Knee
+from echo.cost import fit, samples
+from echo.cost.fit import Knee
+from echo.cost.samples import Evidence, Floats
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 VERSION, READABLE = 3, (2, 3)
-MISFIT = 0.25
-"""Largest relative error of the paper's law on a curve that is said to have a knee."""
 
 
 @dataclass(frozen=True)
-class CostModel:
+class CostModel(Evidence):
     """Seconds of a forward pass of the target, and of drafting.
 
     A pass takes ``curve(num_tokens) + curve(num_reqs) + context_token * context_tokens *
     factor(num_tokens / num_reqs)``. Curves are piecewise linear, never fall, and are extended by
     their first value and last slope; the factor is 1 below its knots and constant above. Only the
-    token curve is required.
+    token curve is required. What samples say of the model is :class:`~echo.cost.Evidence`.
 
     Attributes:
         num_tokens: increasing ints, knots of the token curve (roots, drafts, prefill).
@@ -49,12 +48,9 @@ class CostModel:
         context_factors: from 1, rising at most in proportion: attention reads a request's context
             once for several of its tokens, but computes for each.
         extend_token: seconds per unprocessed token of a draft extend; None: ``draft_token``.
-        k_max_interval, gamma_interval: of :attr:`knee`, from :meth:`from_samples`.
         context_len: default context of a request; of all together if their number is unknown.
-        measured: ranges of the samples, by number of requests (1 if unknown): that number, fewest
-            and most tokens, least and most context of a request; the basis of :meth:`extrapolated`.
-        error: 95th percentile of the relative held-out error. None: too few loads.
-        doubts: what in the samples speaks against the model.
+        k_max_interval, gamma_interval, measured, error, doubts: of :meth:`from_samples`, as in
+            :class:`~echo.cost.Evidence`.
 
     Raises:
         EchoError: a falling curve, or a value out of range.
@@ -81,41 +77,20 @@ class CostModel:
     request_seconds: tuple[float, ...] = ()
     context_token: float = 0.0
     extend_token: float | None = None
-    k_max_interval: tuple[int, int] | None = None
-    gamma_interval: tuple[float, float] | None = None
     tokens_per_req: tuple[int, ...] = ()
     context_factors: tuple[float, ...] = ()
     context_len: float = 0.0
-    measured: tuple[tuple[float, ...], ...] = ()
-    error: float | None = None
-    doubts: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("num_tokens", "tiers", "num_reqs", "tokens_per_req"):
-            object.__setattr__(self, name, checks.ints(name, getattr(self, name), 0))
-        for name in ("seconds", "request_seconds", "context_factors"):
-            with checks.reading(f"{name}: expected numbers"):
-                object.__setattr__(self, name, tuple(float(value) for value in getattr(self, name)))
-        for name, kind in (("k_max_interval", int), ("gamma_interval", float)):
-            if (ends := getattr(self, name)) is not None:
-                with checks.reading(f"{name}: expected two numbers"):
-                    low, high = (kind(end) for end in ends)
-                object.__setattr__(self, name, (low, high))
+        super().__post_init__()
         fit.check_curve(self, "num_tokens", "seconds")
         fit.check_curve(self, "num_reqs", "request_seconds")
         fit.check_curve(self, "tokens_per_req", "context_factors")
-        with checks.reading("measured: expected five numbers for each number of requests"):
-            ranges = sorted((b, n, m, c, d) for b, n, m, c, d in self.measured)
-            if not np.isfinite(np.array(ranges, dtype=np.float64)).all():
-                raise ValueError(f"not finite: {ranges}")
-            object.__setattr__(self, "measured", tuple(tuple(map(float, own)) for own in ranges))
-        object.__setattr__(self, "doubts", tuple(map(str, self.doubts)))
-        if self.error is not None:
-            checks.real_field(self, "error", 0.0)
         for name in ("draft_layer", "draft_token", "context_token", "context_len"):
             checks.real_field(self, name, 0.0)
         if self.extend_token is not None:
             checks.real_field(self, "extend_token", 0.0)
+        object.__setattr__(self, "tiers", checks.ints("tiers", self.tiers, 0))
         if list(self.tiers) != sorted(set(self.tiers) - {0}):
             raise EchoError(f"tiers: expected increasing ints >= 1, got {self.tiers}")
 
@@ -130,12 +105,6 @@ class CostModel:
     @cached_property
     def _factor_curve(self) -> tuple[Floats, Floats]:
         return np.array(self.tokens_per_req), np.array(self.context_factors)
-
-    @cached_property
-    def _read_once(self) -> int:
-        """Tokens of a request up to which its context costs as much as for one token."""
-        flat = sum(factor <= 1 + 1e-9 for factor in self.context_factors)
-        return self.tokens_per_req[flat - 1] if flat and self.context_token else fit.FAR
 
     @cached_property
     def _ends(self) -> Floats:
@@ -187,27 +156,31 @@ class CostModel:
             context_tokens=context_tokens,
             num_other_tokens=num_other_tokens,
         )
-        for name, column in table.items():
-            samples.at_least(name, column, int(name in ("num_tokens", "num_reqs")))
         x, reqs, context = samples.loads(table).T
+        load = {"num_reqs": reqs, "context_tokens": context * reqs}
+        fields = fit.curves(y, table)
+        alone = cls(**fields)
+        ratio = y / alone(x, **load)
+        errors = []
+        for own, others in fit.folds(y, table):
+            held_out = {name: column[own] for name, column in load.items()}
+            errors.append(abs(cls(**others)(x[own], **held_out) / y[own] - 1))
+        error = np.quantile(np.concatenate(errors), 0.95, method="higher") if errors else None
         model = cls(
+            **fields,
+            **fit.knee_intervals(x, ratio, alone.num_tokens, alone.seconds),
             draft_layer=draft_layer,
             draft_token=draft_token,
             tiers=checks.ints("tiers", tiers, 0),
             extend_token=extend_token,
             context_len=float(np.quantile(context, 0.5, method="lower")),
             measured=samples.measured(table),
+            error=error,
             doubts=samples.doubts(y, table),
-            **fit.curves(y, table),
         )
         for doubt in model.doubts:
             warnings.warn(f"CostModel: {doubt}", stacklevel=2)
-        load = {"num_reqs": reqs, "context_tokens": context * reqs}
-        ratio = y / replace(model, tiers=())(x, **load)
-        knots, curve = np.array(model.num_tokens), np.array(model.seconds)
-        model = replace(model, **fit.knee_intervals(x, ratio, knots, curve))
-        error = samples.held_out(y, table, lambda own, others: cls(**fit.curves(own, others)))
-        return replace(model, error=error)
+        return model
 
     def __call__(
         self,
@@ -221,8 +194,8 @@ class CostModel:
         Args:
             num_tokens: tokens of the pass, prefill included; each count is rounded up to its tier.
             num_reqs: requests that share the pass.
-            context_tokens: their total context in tokens: a host number, from the lengths that
-                the engine schedules by. Defaults to :attr:`context_len` for each.
+            context_tokens: their total context: a host number, from the lengths that the engine
+                schedules by. Defaults to :attr:`context_len` for each.
         """
         y: Any = np.interp(x := self.round_up(num_tokens), *self._token_curve)
         if self.num_reqs or not isinstance(num_reqs, int):
@@ -244,15 +217,15 @@ class CostModel:
     ) -> bool:
         """Whether a load is outside the samples by more than a quarter; as in :meth:`__call__`.
 
-        Interpolation between numbers of requests measured with its context does not count. A model
-        without samples covers the range of its knots, and context if it has a slope.
+        Interpolation between numbers of requests measured with its context does not count. Without
+        samples: outside the knots, or of a context without a slope.
         EchoError: ``num_reqs`` below 1.
         """
         num_reqs = checks.real("num_reqs", num_reqs, 1)
         total = float(self._context(num_reqs, context_tokens))
         if self.measured:
             reqs = num_reqs if self.num_reqs else 1.0
-            return not samples.covers(self.measured, num_tokens, reqs, total / reqs)
+            return not self.covers(num_tokens, reqs, total / reqs)
         inside = not self.num_reqs or self.num_reqs[0] <= num_reqs <= self.num_reqs[-1]
         inside &= self.num_tokens[0] <= num_tokens <= self.num_tokens[-1]
         return not inside or (total > 0 and not self.context_token)
@@ -271,9 +244,9 @@ class CostModel:
         return seconds * max(0.0, 1 - self.error), seconds * (1 + self.error)
 
     def load(self, num_reqs: float = 1, context_tokens: float | None = None) -> float:
-        """Return the seconds of a pass that depend on ``num_reqs`` and ``context_tokens`` alone.
+        """Return what ``num_reqs`` and ``context_tokens`` add to a pass of one token per request.
 
-        With one token per request; arguments as in :meth:`__call__`.
+        Seconds; arguments as in :meth:`__call__`.
         """
         requests = float(np.interp(num_reqs, *self._request_curve))
         return requests + self.context_token * float(self._context(num_reqs, context_tokens))
@@ -312,10 +285,12 @@ class CostModel:
 
         For ``num_reqs``: past some tokens per request, their context costs more.
         """
+        flat = bisect.bisect_right(self.context_factors, 1 + 1e-9)
+        once = self.tokens_per_req[flat - 1] if flat and self.context_token else fit.FAR
         alone = float(np.interp(self.round_up(num_tokens), *self._token_curve))
         knots = bisect.bisect_right(self.seconds, alone * (1 + 1e-6))
         free = self.num_tokens[knots - 1] if knots else 0
-        return max(int(self.round_up(num_tokens)), min(free, self._read_once * num_reqs))
+        return max(int(self.round_up(num_tokens)), min(free, once * num_reqs))
 
     def update(
         self,
@@ -377,18 +352,11 @@ class CostModel:
 
     @property
     def knee(self) -> Knee:
-        """Fit :class:`Knee` by least squares in relative error, exact over all integers K_max.
+        """The :class:`Knee` of least squares in relative error, exact over all integers K_max.
 
-        A curve that rises from its first point on has its knee there; one that never rises has
-        gamma 0 and its last point. Neither is a real knee: see :attr:`Knee.bends`. For a batch, see
-        :meth:`at`.
+        For a batch, see :meth:`at`; whether it is a real knee, :attr:`Knee.bends`.
         """
-        x, y = np.array(self.num_tokens), np.array(self.seconds)
-        k, base, gamma = fit.knee(x, y)
-        law = base * (1 + gamma * np.maximum(0, x - k))
-        bends = bool(gamma > 0 and k > x[0] and (abs(law / y - 1) < MISFIT).all())
-        intervals = self.k_max_interval, self.gamma_interval
-        return Knee(int(k), float(base), float(gamma), *intervals, bends)
+        return fit.knee(self.num_tokens, self.seconds, self.k_max_interval, self.gamma_interval)
 
     def tokens_within(self, factor: float) -> int:
         """Return the most tokens of a step that costs at most ``factor`` times one token.
@@ -416,28 +384,65 @@ class CostModel:
     def to_sglang(self) -> str:
         """Export the target's part as SGLang's additive cost table (JSON), to share one profile.
 
-        For ``--speculative-dspark-sps-table-path``: seconds at every number of tokens up to the
-        last knot, tiers included, and constant above. Context is :attr:`context_len` for each
-        request; where context matters, the table is the nearest additive one.
+        For ``--speculative-dspark-sps-table-path`` (0.5.23): seconds at every number of tokens up
+        to the last knot, tiers included, and constant above. Context is :attr:`context_len` for
+        each request; where context matters, the table is the nearest additive one.
         """
-        return sglang.table(self)
+        model = self
+        if self.context_token:
+            pairs = [(n, b) for b in self.num_reqs or (1,) for n in self.num_tokens if n >= b]
+            tokens, reqs = np.array(pairs, dtype=np.float64).T
+            seconds = replace(self, tiers=())(tokens, num_reqs=reqs)
+            nearest = fit.curves(seconds, {"num_tokens": tokens, "num_reqs": reqs})
+            model = CostModel(tiers=self.tiers, **nearest)
+        inside = [tier for tier in model.tiers if tier <= model.num_tokens[-1]]
+        edges = {tier + 1 for tier in inside} | {1, *inside, *model.num_tokens}
+        probes = sorted(edges) if len(edges) > 1 else [1, 2]  # SGLang's reader needs two
+        curve = model(np.array(probes))
+        written = {
+            "bias_seconds": float(curve[0]),
+            "bs_probes": model.num_reqs or [1],
+            "alpha_seconds": model.request_seconds or [0.0],
+            "m_probes": probes,
+            "theta_seconds": (curve - curve[0]).tolist(),
+        }
+        return json.dumps(written)
 
     @classmethod
     def from_sglang(cls, text: str) -> CostModel:
         """Read the ``text`` of SGLang's cost tables: additive, or the older steps per second.
 
-        Tables may fall; this is the nearest curve that does not (least squares), without drafting.
+        That is ``bias + alpha(requests) + theta(tokens)`` between probes, or a rate held from probe
+        to probe. Tables may fall; this is the nearest curve that does not (least squares), without
+        drafting.
 
         Raises:
             EchoError: neither of the two, or values out of range.
         """
-        return cls(**sglang.fields(text))
+        from scipy.optimize import isotonic_regression
+
+        with checks.reading("cost: expected one of SGLang's cost tables"):
+            data = json.loads(text)
+            if "bias_seconds" in data:
+                names = ("alpha_seconds", "theta_seconds")
+                alpha, theta = (isotonic_regression(data[name]).x for name in names)
+                seconds = float(data["bias_seconds"]) + alpha[0] + theta
+                fields = {"num_tokens": data["m_probes"], "seconds": seconds}
+                if len(alpha) > 1:
+                    fields |= {"num_reqs": data["bs_probes"], "request_seconds": alpha - alpha[0]}
+            else:
+                probes = [int(probe) for probe in data["sample_batch_tokens"]]
+                slowness = isotonic_regression(1 / np.asarray(data["sample_steps_per_sec"])).x
+                ends = [probe - 1 for probe in probes[1:]] + [probes[-1] + 1]
+                flat = dict(zip(ends + probes, [*slowness, *slowness], strict=True))
+                tokens = sorted(flat)
+                fields = {"num_tokens": tokens, "seconds": [flat[count] for count in tokens]}
+        return cls(**fields)
 
     def plot(self) -> Figure:
         """Draw in matplotlib: seconds by tokens, knee and tiers; where a draft pays off, by batch.
 
-        Raises:
-            EchoError: matplotlib is not installed (extra ``plot``).
+        EchoError: matplotlib is not installed (extra ``plot``).
         """
         from echo import plot
 

@@ -1,4 +1,4 @@
-"""Timing samples of steps: their columns, the loads that they cover, and doubts about them.
+"""Timing samples of steps, the loads that they cover, and what they leave in doubt.
 
 n samples, each of one load: tokens, requests and their total context.
 """
@@ -6,8 +6,8 @@ n samples, each of one load: tokens, requests and their total context.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -18,48 +18,103 @@ from echo._checks import EchoError
 Floats = NDArray[np.float64]
 Table = Mapping[str, Floats]
 
-FOLDS = 5
-FEW = 8
-"""Folds of the held-out error; with fewer loads, there is none."""
 REACH = 1.25
 """How far outside its samples a model still holds, as a ratio."""
 FALL = 1.25
 """Ratio by which all samples of a load must exceed all of a greater load for seconds to fall."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Evidence:
+    """What samples say of the :class:`~echo.CostModel` fitted to them, beside its curves.
+
+    Attributes:
+        k_max_interval, gamma_interval: 95% intervals of the knee; None: too few samples.
+        measured: ranges of the samples, by number of requests (1 if unknown): that number, fewest
+            and most tokens, least and most context of a request. Empty: there are no samples.
+        error: 95th percentile of the relative held-out error. None: too few loads.
+        doubts: what in the samples speaks against the model.
+
+    Raises:
+        EchoError: a value of another kind or out of range.
+
+    Example:
+        >>> few = Evidence(measured=((1, 1, 16, 0, 4096),))
+        >>> few.covers(20, 1, 0), few.covers(21, 1, 0), few.reach(1, 0), Evidence().reach(1, 0)
+        (True, False, 20.0, inf)
+    """
+
+    k_max_interval: tuple[int, int] | None = None
+    gamma_interval: tuple[float, float] | None = None
+    measured: tuple[tuple[float, ...], ...] = ()
+    error: float | None = None
+    doubts: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name, kind in (("k_max_interval", int), ("gamma_interval", float)):
+            if (ends := getattr(self, name)) is not None:
+                with checks.reading(f"{name}: expected two numbers"):
+                    low, high = map(kind, ends)
+                object.__setattr__(self, name, (low, high))
+        with checks.reading("measured: expected five numbers for each number of requests"):
+            ranges = sorted((b, n, m, c, d) for b, n, m, c, d in self.measured)
+            if not np.isfinite(np.array(ranges, dtype=np.float64)).all():
+                raise ValueError(f"not finite: {ranges}")
+            object.__setattr__(self, "measured", tuple(tuple(map(float, own)) for own in ranges))
+        if self.error is not None:
+            checks.real_field(self, "error", 0.0)
+        object.__setattr__(self, "doubts", tuple(map(str, self.doubts)))
+
+    def _near(self, context_len: float) -> list[tuple[float, ...]]:
+        return [r for r in self.measured if r[3] / REACH <= context_len <= r[4] * REACH]
+
+    def covers(self, num_tokens: float, num_reqs: float, context_len: float) -> bool:
+        """Whether samples, of the nearest ``num_reqs`` at ``context_len``, cover ``num_tokens``."""
+        own = self._near(context_len)
+        if not own or not own[0][0] / REACH <= num_reqs <= own[-1][0] * REACH:
+            return False
+        counts, fewest, most, *_ = zip(*own, strict=True)
+        low, high = (float(np.interp(num_reqs, counts, ends)) for ends in (fewest, most))
+        return low / REACH <= num_tokens <= high * REACH
+
+    def reach(self, num_reqs: float, context_len: float) -> float:
+        """The most tokens that samples cover, of the nearest ``num_reqs`` at ``context_len``.
+
+        Infinite without samples.
+        """
+        if not self.measured:
+            return math.inf
+        counts, _, most, *_ = zip(*(self._near(context_len) or self.measured), strict=True)
+        return REACH * float(np.interp(num_reqs, counts, most))
+
+
 def columns(seconds: ArrayLike, **inputs: ArrayLike | None) -> tuple[Floats, dict[str, Floats]]:
-    """Return samples as float columns of one length; EchoError if they are not.
+    """Return samples as float columns of one length; EchoError if they are not, or out of range.
 
     Inputs that are None are left out, except the first, which is required.
     """
-    y = _column("seconds", seconds)
+    given = {"seconds": seconds, **inputs}
     table: dict[str, Floats] = {}
-    for name, value in inputs.items():
-        if value is None and table:
+    for name, values in given.items():
+        if values is None and name not in list(given)[:2]:
             continue
-        column = table[name] = _column(name, value)
+        with checks.reading(f"{name}: expected numbers"):
+            if values is None:
+                raise ValueError("no samples")
+            table[name] = np.atleast_1d(np.asarray(values, dtype=np.float64))
+    y = table.pop("seconds")
+    for name, column in table.items():
         if column.shape != y.shape or y.ndim != 1 or not len(y):
             expected = f"seconds: expected as many as {name} ({len(column)}, at least 1)"
             raise EchoError(f"{expected}, got {len(y)}")
-        if not np.isfinite(column).all():
-            wrong = column[~np.isfinite(column)][0]
-            raise EchoError(f"{name}: expected a finite number in every sample, got {wrong}")
+        low = int(name in ("num_tokens", "num_reqs"))
+        wrong = column[~(np.isfinite(column) & (column >= low))]
+        if len(wrong):
+            expected = f"at least {low}" if np.isfinite(wrong[0]) else "a finite number"
+            raise EchoError(f"{name}: expected {expected} in every sample, got {wrong[0]:g}")
     if not (np.isfinite(y) & (y > 0)).all():
         raise EchoError("seconds: expected a positive number in every sample")
     return y, table
-
-
-def _column(name: str, values: object) -> Floats:
-    with checks.reading(f"{name}: expected numbers"):
-        if values is None:
-            raise ValueError("no samples")
-        return np.atleast_1d(np.asarray(values, dtype=np.float64))
-
-
-def at_least(name: str, column: Floats, low: int) -> None:
-    """Raise :class:`EchoError` if a sample of ``column`` is below ``low``."""
-    if not (column >= low).all():
-        raise EchoError(f"{name}: expected at least {low} in every sample, got {column.min():g}")
 
 
 def loads(table: Table) -> Floats:
@@ -70,60 +125,14 @@ def loads(table: Table) -> Floats:
     return np.stack([tokens, reqs, context], axis=1)
 
 
-def parts(table: Table) -> list[NDArray[np.bool_]]:
-    """Split into folds, bool [n] each: samples of one load together, neighbouring loads apart."""
-    found, place = np.unique(loads(table)[:, [1, 2, 0]], axis=0, return_inverse=True)
-    part = place.ravel() % FOLDS
-    return [part == i for i in range(FOLDS)] if len(found) >= FEW else []
-
-
-def held_out(
-    seconds: Floats, table: Table, fitted: Callable[[Floats, dict[str, Floats]], Any]
-) -> float | None:
-    """Return the 95th percentile of the relative held-out error; None if there are too few loads.
-
-    ``fitted`` makes a model of the other folds.
-    """
-    tokens, reqs, context = loads(table).T
-    error = np.zeros(len(seconds))
-    for own in (found := parts(table)):
-        model = fitted(seconds[~own], {name: column[~own] for name, column in table.items()})
-        total = context[own] * reqs[own]
-        known = model(tokens[own], num_reqs=reqs[own], context_tokens=total)
-        error[own] = abs(known / seconds[own] - 1)
-    return float(np.quantile(error, 0.95, method="higher")) if found else None
-
-
 def measured(table: Table) -> tuple[tuple[float, ...], ...]:
-    """By number of requests: that number, fewest and most tokens, least and most context of each.
-
-    As :func:`loads`; a single entry if requests were not recorded.
-    """
+    """Return :attr:`Evidence.measured`: a single entry if requests were not recorded."""
     every = loads(table)
     found = []
     for count in np.unique(every[:, 1]):
         tokens, _, context = every[every[:, 1] == count].T
-        spread = tokens.min(), tokens.max(), context.min(), context.max()
-        found.append((float(count), *map(float, spread)))
+        found.append((count, tokens.min(), tokens.max(), context.min(), context.max()))
     return tuple(found)
-
-
-def covers(
-    ranges: Sequence[Sequence[float]], num_tokens: float, num_reqs: float, context_len: float
-) -> bool:
-    """Whether samples cover a load: those of the nearest numbers of requests with its context."""
-    own = [r for r in ranges if r[3] / REACH <= context_len <= r[4] * REACH]
-    counts = [count for count, *_ in own]
-    if not own or not counts[0] / REACH <= num_reqs <= counts[-1] * REACH:
-        return False
-    fewest, most = (float(np.interp(num_reqs, counts, [r[i] for r in own])) for i in (1, 2))
-    return fewest / REACH <= num_tokens <= most * REACH
-
-
-def reach(ranges: Sequence[Sequence[float]], num_reqs: float, context_len: float) -> float:
-    """The most tokens that samples speak for: of these requests or the nearest to them."""
-    own = [r for r in ranges if r[3] / REACH <= context_len <= r[4] * REACH] or ranges
-    return REACH * float(np.interp(num_reqs, [r[0] for r in own], [r[2] for r in own]))
 
 
 def doubts(seconds: Floats, table: Table) -> tuple[str, ...]:
@@ -140,20 +149,20 @@ def doubts(seconds: Floats, table: Table) -> tuple[str, ...]:
             f"{every[i, 0]:.0f} tokens of {every[i, 1]:.0f} request(s) took {y:.3g} s"
             for i, y in ((first[worst], low[first[worst]]), (worst, high[worst]))
         ]
-        found.append(f"samples fall: {texts[0]}, {texts[1]}")
-    if "num_reqs" in table:
-        ranges = measured(table)
-        if len(ranges) == 1:
+        found.append("samples fall: " + ", ".join(texts))
+    if "num_reqs" not in table:
+        return tuple(found)
+    ranges = sorted(measured(table), key=lambda own: own[3:])
+    if len(ranges) == 1:
+        only = f"{ranges[0][0]:.0f} request(s) only"
+        found.append(f"samples of {only}: the cost of others is a guess")
+    longest = ranges[0][4]
+    for count, _, _, least, most in ranges:
+        if least > REACH * longest:
+            apart = f"contexts up to {longest:.0f} and from {least:.0f}, that of {count:.0f}"
             found.append(
-                f"samples of {ranges[0][0]:.0f} request(s) only: the cost of others is a guess"
+                f"{apart} request(s), were not measured with one number of requests: the costs of"
+                " requests and of context cannot be told apart"
             )
-        longest = math.inf
-        for count, _, _, least, most in sorted(ranges, key=lambda own: own[3:]):
-            if least > REACH * longest:
-                found.append(
-                    f"contexts up to {longest:.0f} and from {least:.0f}, that of {count:.0f}"
-                    " request(s), were not measured with one number of requests: the costs of"
-                    " requests and of context cannot be told apart"
-                )
-            longest = most if longest == math.inf else max(longest, most)
+        longest = max(longest, most)
     return tuple(found)

@@ -13,15 +13,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from echo import _checks as checks
 from echo._checks import EchoError
 from echo.gating.calibration import Calibration
 from echo.gating.logs import WarmupLog
-from echo.gating.statistics import look_up
-from echo.kernels.codes import ONE
+from echo.gating.statistics import predicted
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -102,10 +100,7 @@ class LoggedDrafts:
             raise EchoError("seen: expected rows joined by step ids, got one step for every row")
         f = log.confidence.astype(np.float64)
         if calibration is not None:
-            with np.errstate(divide="ignore"):
-                score = torch.from_numpy(np.log(log.confidence))
-            table = torch.from_numpy(calibration.reliability_table())
-            f = look_up(table, score, torch.from_numpy(log.depth)).numpy() / ONE
+            f = predicted(calibration.reliability_table(), log.confidence, log.depth)
         order = np.lexsort((log.depth, -f, place))
         where = place[order], np.arange(len(log)) - np.repeat(size.cumsum() - size, size)
 
@@ -168,11 +163,10 @@ class LoggedDrafts:
         mean = np.bincount(together.ravel(), per.ravel(), self.steps)
         blocks = min(BLOCKS, self.steps)
         block = np.arange(self.steps) * blocks // self.steps
-        sums, counts = (np.bincount(block, x, blocks) for x in (mean, uses))
         each = together.size / self.steps
         most = min(depth, budget / together.shape[1])
-        sums = np.append(sums, [each * most, 0.0])
-        counts = np.append(counts, [each, each])
+        sums = np.append(np.bincount(block, mean, blocks), [each * most, 0.0])
+        counts = np.append(np.bincount(block, uses, blocks), [each, each])
         shape = np.append(np.ones(blocks), [0.5, 0.5])
         weights = self._random.standard_gamma(shape, (self._resamples, blocks + 2))
         result: Floats = (weights @ sums) / (weights @ counts)
@@ -233,10 +227,9 @@ def _parts(seen: object) -> tuple[str, list[Part]]:
         count = sum(" " in name for name in totals)
         positions = [totals[f"{VLLM[1]} {i}"] for i in range(count)]
         seen = {**totals, VLLM[1]: positions} if totals else seen
-    if isinstance(seen, Mapping):
-        return "requests", [_counters(seen)]
-    if isinstance(seen, Sequence) and seen and not isinstance(seen, str):
-        parts = [_counters(part) for part in seen]
+    each = [seen] if isinstance(seen, Mapping) else seen
+    if isinstance(each, Sequence) and each and not isinstance(each, str):
+        parts = [_counters(part) for part in each]
         return "requests", [part for part in parts if part[0]] or parts
     raise EchoError(f"seen: expected {KINDS}, got {type(seen).__name__}")
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,7 +18,7 @@ from echo import _checks as checks
 from echo._checks import EchoError
 from echo.cost import CostModel
 from echo.gating import statistics
-from echo.gating.histograms import ROWS, SQUARE, UNIT, WEIGHT, ConfidenceHistograms, upper_ends
+from echo.gating.histograms import ROWS, SQUARE, UNIT, UPPER, WEIGHT, ConfidenceHistograms
 from echo.gating.logs import WarmupLog, write_atomically
 from echo.gating.statistics import CalibrationError, Knots
 from echo.gating.thresholds import (
@@ -48,8 +49,7 @@ class DepthCalibration:
         auc, auc_low, auc_high: separability and its 95% interval; NaN, 0, 1 without both kinds.
         threshold: tau, by the calibration's rule; a request passes above it.
         youden: greatest J = P(pass | accepted) - P(pass | rejected) over all thresholds.
-        gate: whether this depth is a gate.
-        reason: why it is a gate or not, in words.
+        gate, reason: whether this depth is a gate, and why, in words.
         reliability: knots (log-probability, P(path accepted)), both rising; over all ranks.
         auc_error: bound on the binning error of the AUC.
         stopped, stopped_accepted: weight of rank-0 rows this gate alone stops; of accepted ones.
@@ -91,12 +91,8 @@ class Calibration:
         >>> made = calibrate(log)
         >>> round(float(made.reliability_table()[1, 3]) / 2**24, 2)  # P(accepted) about S = log 0.9
         0.4
-        >>> error = made.error(log)
-        >>> round(error.before[0], 2), round(error.after[0], 2)
-        (0.35, 0.0)
-        >>> gate, *_ = made.report(log)
-        >>> gate.asked, gate.stopped, gate.lost
-        (200.0, 0.0, 0.0)
+        >>> round(made.error(log).before[0], 2), made.report(log)[0].asked
+        (0.35, 200.0)
         >>> made.refit(ConfidenceHistograms.of(log).add(log)).depths[0].accepted
         160
         >>> Calibration.from_json(made.to_json()) == made
@@ -168,8 +164,7 @@ class Calibration:
     def plot(self) -> Figure:
         """Draw histograms with thresholds, AUC with intervals, and reliability in matplotlib.
 
-        Raises:
-            EchoError: matplotlib is not installed (extra ``plot``).
+        EchoError: matplotlib is not installed (extra ``plot``).
         """
         from echo import plot
 
@@ -185,15 +180,9 @@ class Calibration:
 
     def to_json(self) -> str:
         """Return JSON text, one value or map per line: the same bytes for equal calibrations."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        head = {"format": FORMAT, "version": VERSION} | values
-        entries = []
-        for d in self.depths:
-            pairs = [f"   {_pair(f.name, getattr(d, f.name))}" for f in fields(d)]
-            entries.append("  {\n" + ",\n".join(pairs) + "\n  }")
-        depths = ' "depths": [\n' + ",\n".join(entries) + "\n ]"
-        lines = [depths if key == "depths" else f" {_pair(key, v)}" for key, v in head.items()]
-        return "{\n" + ",\n".join(lines) + "\n}\n"
+        depths = ",\n".join(_object(vars(d), "  ") for d in self.depths)
+        head = _object({"format": FORMAT, "version": VERSION, **vars(self), "depths": []}, "")
+        return head.replace("[]", f"[\n{depths}\n ]", 1) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> Calibration:
@@ -243,9 +232,13 @@ def _line(d: DepthCalibration) -> str:
     return f"{counts}  {auc}  {interval}  {d.threshold:9.3g}  {stops}  {wrongly}  {d.reason}"
 
 
-def _pair(name: str, value: Any) -> str:
-    plain = None if isinstance(value, float) and math.isnan(value) else value
-    return f"{json.dumps(name)}: {json.dumps(plain, allow_nan=False)}"
+def _object(values: Mapping[str, Any], indent: str) -> str:
+    """Return a JSON object, one value a line, NaN as null."""
+    lines = []
+    for name, value in values.items():
+        plain = None if isinstance(value, float) and math.isnan(value) else value
+        lines.append(f"{indent} {json.dumps(name)}: {json.dumps(plain, allow_nan=False)}")
+    return f"{indent}{{\n" + ",\n".join(lines) + f"\n{indent}}}"
 
 
 def _read_depth(data: Mapping[str, Any]) -> DepthCalibration:
@@ -254,18 +247,15 @@ def _read_depth(data: Mapping[str, Any]) -> DepthCalibration:
     named = ("reliability", "profile")
     maps: Any = {name: tuple(tuple(map(float, row)) for row in data[name]) for name in named}
     d = DepthCalibration(**{**data, "auc": auc, **maps})
-    checks.integer("calibration.depth", d.depth, 1)
+    for name, low in (("depth", 1), ("accepted", 0), ("rejected", 0)):
+        checks.integer(f"calibration.{name}", getattr(d, name), low)
     checks.real("calibration.threshold", d.threshold, 0.0, 1.0)
-    for name in ("accepted", "rejected"):
-        checks.integer(f"calibration.{name}", getattr(d, name), 0)
     checks.real("calibration.effective", d.effective, 0.0)
-    for number in (number for row in d.profile for number in row):
+    for number in itertools.chain(*d.profile):
         checks.real("calibration.profile", number, 0.0)
-    scores = [s for s, _ in d.reliability]
-    chances = [p for _, p in d.reliability]
-    rising = scores == sorted(scores) and chances == sorted(chances)
-    finite = all(map(math.isfinite, scores + chances))
-    if not scores or not (rising and finite) or not 0 <= chances[0] <= chances[-1] <= 1:
+    knots = np.array(d.reliability).reshape(-1, 2)
+    rising = np.isfinite(knots).all() and (np.diff(knots, axis=0) >= 0).all()
+    if not len(knots) or not rising or not 0 <= knots[0, 1] <= knots[-1, 1] <= 1:
         expected = f"expected rising knots within [0, 1] at depth {d.depth}"
         raise EchoError(f"calibration.reliability: {expected}, got {d.reliability}")
     return d
@@ -287,12 +277,11 @@ def calibrate(
 
     Gate depths are the root gate (1), the target depth (``max_depth``) and the depths whose AUC is
     above ``min_auc`` with 95% confidence, best first by Youden's J times the depth's rejected
-    weight times the layers that a gate there saves; ``reason`` explains each. (The paper gives
-    neither bound nor number.)
+    weight times the layers that a gate there saves. (The paper gives neither bound nor number.)
 
     A log, its histograms, and merged histograms of its parts give the same bits. Rows that a gate
-    or budget kept from verification bias the calibration: a visibly gated log is refused; without
-    step ids, fewer rows at deeper depths give a warning.
+    or budget kept from verification bias it: a visibly gated log is refused; without step ids,
+    fewer rows at deeper depths give a warning.
 
     Args:
         log: rows of steps drafted without a gate, or with weights: one log, several, or their
@@ -327,18 +316,15 @@ def calibrate(
     if isinstance(log, Sequence):
         log = WarmupLog.concat(log)
     objective = None
-    if thresholds == "throughput":
-        if not isinstance(log, WarmupLog):
-            raise EchoError(
-                "thresholds: expected 'youden' for histograms, got 'throughput': what a threshold "
-                "is worth depends on which rows belong to one step, and histograms do not keep "
-                "steps together; calibrate from a WarmupLog"
-            )
-        objective = Objective(checks.instance("cost", cost, CostModel), batch, beam)
     if isinstance(log, ConfidenceHistograms):
-        shown = False
         histograms = log
+        shown = False
+        if thresholds == "throughput":
+            expected = "thresholds: expected 'youden' for histograms, got 'throughput'"
+            raise EchoError(f"{expected}: histograms do not keep steps together")
     else:
+        if thresholds == "throughput":
+            objective = Objective(checks.instance("cost", cost, CostModel), batch, beam)
         shown = refuse_gated(checks.instance("log", log, WarmupLog))
         histograms = ConfidenceHistograms.of(log)
     kinds = histograms.mass[ROWS].sum(axis=(0, 1, 3))
@@ -370,17 +356,15 @@ def _measure(
     path = mass[:, 0]
     rejected, accepted = (int(n) for n in path[ROWS].sum(axis=1))
     s = statistics.from_histogram(path)
+    good = s.low > min_auc
+    reason = f"AUC {'above' if good else 'not above'} {min_auc:.2f}"
     if min(accepted, rejected) < min_rows:
-        fewer, count = ("accepted", accepted) if accepted < rejected else ("rejected", rejected)
         good = False
-        reason = f"only {count} {fewer} rows, {min_rows} needed"
-    else:
-        good = s.low > min_auc
-        reason = f"AUC {'above' if good else 'not above'} {min_auc:.2f}"
-    below = path[WEIGHT][:, upper_ends() <= s.threshold].sum(axis=1) / UNIT
+        fewer = "accepted" if accepted < rejected else "rejected"
+        reason = f"only {min(accepted, rejected)} {fewer} rows, {min_rows} needed"
+    below = path[WEIGHT][:, s.threshold >= UPPER].sum(axis=1) / UNIT
     total = float(path[WEIGHT].sum() / UNIT)
     square = int(path[SQUARE].sum()) / UNIT
-    effective = total**2 / square if square else 0.0
     return DepthCalibration(
         depth=depth,
         accepted=accepted,
@@ -396,7 +380,7 @@ def _measure(
         auc_error=s.error,
         stopped=float(below.sum()),
         stopped_accepted=float(below[1]),
-        effective=effective,
+        effective=total**2 / square if square else 0.0,
         profile=_profile(path[WEIGHT]),
     )
 
@@ -411,7 +395,7 @@ def _profile(weight: NDArray[np.int64]) -> tuple[tuple[float, float, float], ...
     last[-1] = len(total) - 1
     first = np.concatenate([[0], last[:-1] + 1])
     rejected, accepted = np.add.reduceat(weight, first, axis=1) / UNIT
-    columns = (column.tolist() for column in (upper_ends()[last], accepted, rejected))
+    columns = (column.tolist() for column in (UPPER[last], accepted, rejected))
     return tuple(zip(*columns, strict=True))
 
 
@@ -438,13 +422,12 @@ def _optimize(calibration: Calibration, log: WarmupLog, objective: Objective) ->
     """Replace the gates' thresholds by throughput-optimal ones."""
     known = calibration.gate_depths, calibration.max_depth, objective, calibration.thresholds
     taus, value = throughput_optimal(log, *known)
-    depths = []
-    for d in calibration.depths:
-        if d.gate:
-            tau = taus[d.depth]
-            below = (log.depth == d.depth) & (log.rank == 0) & (log.confidence <= tau)
-            kinds = below, below & log.accepted
-            stopped, accepted = (float(log.weight[k].sum(dtype=np.float64)) for k in kinds)
-            d = replace(d, threshold=tau, stopped=stopped, stopped_accepted=accepted)
-        depths.append(d)
-    return replace(calibration, depths=tuple(depths), rule="throughput", throughput=value)
+    depths = {d.depth: d for d in calibration.depths}
+    for depth, tau in taus.items():
+        below = (log.depth == depth) & (log.rank == 0) & (log.confidence <= tau)
+        kinds = below, below & log.accepted
+        stopped, accepted = (float(log.weight[k].sum(dtype=np.float64)) for k in kinds)
+        d = replace(depths[depth], threshold=tau, stopped=stopped, stopped_accepted=accepted)
+        depths[depth] = d
+    optimal = tuple(depths.values())
+    return replace(calibration, depths=optimal, rule="throughput", throughput=value)

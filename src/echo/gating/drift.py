@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from echo import _checks as checks
 from echo._checks import EchoError
 from echo.gating.calibration import Calibration, DepthCalibration
-from echo.gating.histograms import SQUARE, UNIT, WEIGHT, ConfidenceHistograms, upper_ends
+from echo.gating.histograms import SQUARE, UNIT, UPPER, WEIGHT, ConfidenceHistograms
 
 TESTS = 3
 """Tests of each depth: psi, ks, gap."""
@@ -31,8 +31,7 @@ class DepthDrift:
         psi, psi_limit: population stability index of the confidence.
         ks, ks_limit: Kolmogorov-Smirnov distance of the confidence.
         gap, gap_limit: live minus calibrated acceptance rate at equal confidence.
-        drifted: whether any statistic is above its limit.
-        reason: explanation in words.
+        drifted, reason: whether any statistic is above its limit, and in words.
     """
 
     depth: int
@@ -79,10 +78,10 @@ class DriftMonitor:
     - The gap of acceptance at equal confidence, which reveals a changed target under equal drafts;
       its limit is normal.
 
-    Drift is *both* statistically significant (level ``alpha``, Bonferroni-corrected for a check's
-    tests) *and* large enough to matter (``min_psi``, ...). Successive steps of a request are
-    correlated, so let a window span some hundred requests. Rows deeper than a gate are a selection
-    and look like drift: weight them (:class:`ExploringGate`), or watch only the first gate's depth.
+    Drift is *both* significant (level ``alpha``, Bonferroni-corrected for a check's tests) *and*
+    large enough to matter (``min_psi``, ...). Successive steps of a request are correlated, so let
+    a window span some hundred requests. Rows deeper than a gate are a selection and look like
+    drift: weight them (:class:`ExploringGate`), or watch only the first gate's depth.
 
     Args:
         calibration: the reference.
@@ -132,17 +131,15 @@ class DriftMonitor:
             none = 0.0, math.inf
             return DepthDrift(d.depth, n, *none, *none, *none, False, reason)
         then = np.array([entry[1:] for entry in d.profile]).T
-        now = now * (n / now.sum())  # to effective rows
-        then = then * (m / then.sum())
         level = self.alpha / (TESTS * len(self.calibration.depths))
-        tests = {"psi": self._psi, "ks": self._ks, "gap": self._gap}
-        found = {name: test(now, then, level) for name, test in tests.items()}
+        of = now * (n / now.sum()), then * (m / then.sum()), level  # effective rows
+        found = {"psi": self._psi(*of), "ks": self._ks(*of), "gap": self._gap(*of)}
         above = [name for name, (value, limit) in found.items() if abs(value) > limit]
-        words = ", ".join(
-            f"{name} {v:.3f} (limit {limit:.3f})" for name, (v, limit) in found.items()
-        )
+        words = [
+            f"{name} {value:.3f} (limit {limit:.3f})" for name, (value, limit) in found.items()
+        ]
         verdict = "drift in " + " and ".join(above) if above else "no drift"
-        reason = f"{verdict}: {words}, {n:.0f} live rows"
+        reason = f"{verdict}: {', '.join(words)}, {n:.0f} live rows"
         psi, ks, gap = found.values()
         return DepthDrift(d.depth, n, *psi, *ks, *gap, bool(above), reason)
 
@@ -167,15 +164,13 @@ class DriftMonitor:
     def _gap(self, now: NDArray[Any], then: NDArray[Any], level: float) -> tuple[float, float]:
         from scipy.special import ndtri
 
-        rows = now.sum(axis=0)
-        before = then.sum(axis=0)
-        both = (rows > 0) & (before > 0)
+        both = now.any(axis=0) & then.any(axis=0)
         if not both.any():
             return 0.0, math.inf
         now = now[:, both]
         then = then[:, both]
-        rows = rows[both]
-        before = before[both]
+        rows = now.sum(axis=0)
+        before = then.sum(axis=0)
         share = rows / rows.sum()
         pooled = (now[0] + then[0] + 0.5) / (rows + before + 1.0)
         variance = share**2 * pooled * (1.0 - pooled) * (1.0 / rows + 1.0 / before)
@@ -189,6 +184,6 @@ def _by_bin(weight: NDArray[np.int64], d: DepthCalibration) -> NDArray[np.float6
     if not d.profile:
         return np.zeros((2, 1))
     ends = np.array([entry[0] for entry in d.profile], dtype=np.float32)
-    place = np.searchsorted(ends, upper_ends())
+    place = np.searchsorted(ends, UPPER)
     sums = [np.bincount(place, weights=row, minlength=len(ends)) / UNIT for row in weight[::-1]]
     return np.stack(sums)

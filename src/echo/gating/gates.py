@@ -122,9 +122,8 @@ class BeamMassGate:
     beam: int
 
     def __post_init__(self) -> None:
-        depths = tuple(checks.integer("depths", depth, 1) for depth in self.depths)
-        object.__setattr__(self, "depths", depths)
-        if not depths:
+        object.__setattr__(self, "depths", checks.ints("depths", self.depths, 1))
+        if not self.depths:
             raise EchoError("depths: expected at least one depth, got none")
         checks.real_field(self, "log_tau", -1e9, math.log(1e6))
         checks.integer_field(self, "beam", 1)
@@ -138,9 +137,9 @@ class BeamMassGate:
 class ExploringGate:
     """Open a gate to random requests, so that the resulting log calibrates without bias.
 
-    Each request tosses one coin a step: with probability epsilon all gates are open to it. Rows
-    that the gates would have kept from verification weigh 1 / epsilon (Horvitz and Thompson 1952),
-    all others 1. (One coin per gate would give epsilon^-2, ...: the same mean, far more variance.)
+    With probability epsilon, one coin a request and step, all gates are open to it. Rows that the
+    gates would have kept from verification weigh 1 / epsilon (Horvitz and Thompson 1952), all
+    others 1. (One coin per gate would give epsilon^-2, ...: the same mean, far more variance.)
 
     It holds for one step: ``replace(scheduler, gate=ExploringGate(gate, 0.05, uniforms))`` with
     fresh uniforms, then ``step.log(weights=exploring.weights(step.tree.layers))``. What the
@@ -193,8 +192,7 @@ class ExploringGate:
             layers: the step's layers, ``tree.layers``; roots are skipped.
         """
         passed = torch.ones_like(self.explores)
-        zeros = torch.zeros_like(self.explores, dtype=torch.float32)
-        stopped = zeros.masked_fill_(self.explores, 1.0 / self.epsilon)
+        stopped = self.explores.float() * (1.0 / self.epsilon)
         columns = [torch.ones_like(stopped)]
         for layer in layers:
             if layer.depth < 1:

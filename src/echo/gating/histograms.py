@@ -27,8 +27,8 @@ UNIT = 1 << 16
 """Fixed-point weight 1.0: weights are rounded to multiples of 2^-16 before they are added."""
 MIN_WEIGHT = 1 / 64
 MAX_WEIGHT = 1024.0
-"""Bounds of a nonzero weight. At most the maximum, sums over a block of 2^16 rows and more, squares
-included, are exact in float64; at least the minimum, a rounded square is within 4%."""
+"""Bounds of a nonzero weight: sums of squares over blocks of 2^16 rows are exact in float64, and a
+rounded square is within 4%."""
 MAX_DEPTH = 64
 RANKS = 2
 """Ranks told apart: 0, the maximum-likelihood path, on which gates are judged, and all others."""
@@ -38,14 +38,20 @@ SQUARE = 2
 """Planes of ``mass``: number of rows, sum of weights, sum of squared weights (in 2^-16)."""
 _FIRST = ((127 - OCTAVES) << 7) - 1  # upper half of the bits of 2^-24, less 1: becomes bin 0
 _BLOCK = 1 << 18
+LOWER: NDArray[np.float32] = ((np.arange(BINS, dtype=np.int32) + _FIRST) << 16).view(np.float32)
+LOWER[0] = 0.0
+UPPER = np.append(np.nextafter(LOWER[1:], np.float32(0.0)), np.float32(1.0))
+"""float32 [3074]: smallest and greatest confidence of each bin."""
+_LOGS = np.log(np.maximum(LOWER, 2.0**-OCTAVES, dtype=np.float64))
+MIDDLE = 0.5 * (_LOGS + np.append(_LOGS[1:], 0.0))
+"""float64 [3074]: log of each bin's geometric middle; log 2^-24 for the first."""
 
 
 @dataclass(frozen=True, eq=False)
 class ConfidenceHistograms:
     """Accepted and rejected rows of logs, by depth, rank 0 or not, and confidence; immutable.
 
-    Entries are integers, so sums are exact: merging is associative and commutative, and merged
-    histograms calibrate to the same bits as all rows at once.
+    Entries are integers, so merged histograms calibrate to the same bits as all rows at once.
 
     Attributes:
         mass: int64 [3, depths, 2, 2, 3074]: rows, weights, squared weights (both in 2^-16);
@@ -109,12 +115,11 @@ class ConfidenceHistograms:
         Raises:
             EchoError: no log, a depth above 64, or a weight neither 0 nor from 1/64 to 1024.
         """
-        mass = cls.empty(1).mass
-        none = True
+        mass = None
         for log in (logs,) if isinstance(logs, WarmupLog) else logs:
+            mass = cls.empty(1).mass if mass is None else mass
             mass = _count(mass, checks.instance("logs", log, WarmupLog))
-            none = False
-        if none:
+        if mass is None:
             raise EchoError("logs: expected at least one WarmupLog, got none")
         return cls(mass)
 
@@ -135,10 +140,8 @@ class ConfidenceHistograms:
         """
         one, two = self._aligned("earlier", earlier)
         if (one < two).any():
-            raise EchoError(
-                "earlier: expected an earlier state of these histograms "
-                f"({self.rows} rows), got one with rows they lack"
-            )
+            expected = f"earlier: expected an earlier state of these histograms ({self.rows} rows)"
+            raise EchoError(f"{expected}, got one with rows they lack")
         return ConfidenceHistograms(one - two)
 
     def live(self, device: torch.device | str = "cpu") -> LiveHistograms:
@@ -160,12 +163,10 @@ class ConfidenceHistograms:
         """
         expected = checks.reading(f"path: expected histograms in {path}")
         with expected, open(path, "rb") as handle, np.load(handle) as file:
-            version = int(file["version"])
-            mass = file["mass"]
-        if version != VERSION:
-            wanted = f"histograms of version {VERSION} in {path}"
-            raise EchoError(f"path: expected {wanted}, got version {version}")
-        return cls(mass)
+            if (version := int(file["version"])) != VERSION:
+                wanted = f"histograms of version {VERSION} in {path}"
+                raise EchoError(f"path: expected {wanted}, got version {version}")
+            return cls(file["mass"])
 
     def _aligned(self, name: str, other: object) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         mass = checks.instance(name, other, ConfidenceHistograms).mass
@@ -227,16 +228,13 @@ class LiveHistograms:
         checks.tensor("accepted", accepted, [count], torch.bool, device)
         checks.tensor("rank", rank, [count], checks.INTEGERS, device)
         score = log_prob.detach().float()
-        if weight is None:
-            w = torch.ones_like(score)
-        else:
+        w = torch.ones_like(score)
+        if weight is not None:
             w = checks.tensor("weight", weight, [count], checks.FLOATS, device).float()
         valid = (depth >= 1) & (depth <= depths) & (rank >= 0) & (score <= 0)
         valid &= (w >= MIN_WEIGHT) & (w <= MAX_WEIGHT)
         confidence = torch.where(valid, score, 0.0).exp()
-        column = ((confidence.view(torch.int32) >> 16) - _FIRST).clamp(0, BINS - 1).long()
-        group = (depth.long().clamp(1, depths) - 1) * RANKS + rank.long().clamp(0, RANKS - 1)
-        index = ((group * 2 + accepted) * BINS + column).expand(3, -1)
+        index = _places(depth.clamp(1, depths), rank, accepted, confidence).expand(3, -1)
         w = torch.where(valid, w, 0.0)
         square = w.double() ** 2
         planes = valid.long(), (w * UNIT).round().long(), (square * UNIT).round().long()
@@ -249,38 +247,21 @@ class LiveHistograms:
     def snapshot(self) -> ConfidenceHistograms:
         """Copy to the host, to recalibrate. Synchronizes: call it now and then, between steps.
 
-        Alternatively, copy ``mass`` into pinned memory without blocking, and wrap it a step later.
+        Without blocking, copy ``mass`` into pinned memory, and wrap it a step later.
         """
         return ConfidenceHistograms(self.mass.detach().cpu().numpy().copy())
-
-
-def lower_edges() -> NDArray[np.float32]:
-    """float32 [3074]: the smallest confidence of each bin; 0 for the first."""
-    bits = (np.arange(BINS, dtype=np.int32) + _FIRST) << 16
-    edges = bits.view(np.float32).copy()
-    edges[0] = 0.0
-    return edges
-
-
-def upper_ends() -> NDArray[np.float32]:
-    """float32 [3074]: the greatest confidence of each bin."""
-    ends = np.ones(BINS, dtype=np.float32)
-    ends[:-1] = np.nextafter(lower_edges()[1:], np.float32(0.0))
-    return ends
-
-
-def middle_scores() -> NDArray[np.float64]:
-    """float64 [3074]: log of each bin's geometric middle; log 2^-24 for the first."""
-    lower = lower_edges().astype(np.float64)
-    scores: NDArray[np.float64] = np.zeros(BINS)
-    scores[1:-1] = 0.5 * (np.log(lower[1:-1]) + np.log(lower[2:]))
-    scores[0] = -OCTAVES * np.log(2.0)
-    return scores
 
 
 def _deepen(mass: NDArray[np.int64], depths: int) -> NDArray[np.int64]:
     more = depths - mass.shape[1]
     return mass if more <= 0 else np.pad(mass, [(0, 0), (0, more), (0, 0), (0, 0), (0, 0)])
+
+
+def _places(depth: Tensor, rank: Tensor, accepted: Tensor, confidence: Tensor) -> Tensor:
+    """int64 [N]: where in a flat plane of ``mass`` each row counts."""
+    column = ((confidence.view(torch.int32) >> 16) - _FIRST).clamp(0, BINS - 1)
+    group = (depth - 1) * RANKS + rank.clamp(0, RANKS - 1)
+    return ((group * 2 + accepted) * BINS + column).long()
 
 
 def _count(mass: NDArray[np.int64], log: WarmupLog) -> NDArray[np.int64]:
@@ -302,32 +283,16 @@ def _count(mass: NDArray[np.int64], log: WarmupLog) -> NDArray[np.int64]:
             raise EchoError(f"log.weight: expected {bounds}, got {log.weight[row]:g} in row {row}")
         exact = int(2.0**52 / (UNIT * max(1.0, float(log.weight.max())) ** 2))
         block = min(2 * _BLOCK, exact)  # sums stay integers below 2^53, exact in float64
+    columns = [torch.from_numpy(c) for c in (log.depth, log.rank, log.accepted, log.confidence)]
     for start in range(0, len(log), block):
         part = slice(start, start + block)
-        place = _places(log, part)
+        place = _places(*(column[part] for column in columns)).numpy()
         if not weighted:
-            counts = np.bincount(place, minlength=size)
-            flat[ROWS] += counts
-            counts *= UNIT
-            flat[WEIGHT] += counts
-            flat[SQUARE] += counts
+            rows = np.bincount(place, minlength=size)
+            flat += rows * np.array([[1], [UNIT], [UNIT]])
             continue
         w = log.weight[part].astype(np.float64)
-        planes = (w > 0, np.rint(w * UNIT), np.rint(w * w * UNIT))
+        planes = w > 0, np.rint(w * UNIT), np.rint(w * w * UNIT)
         for plane, values in zip(flat, planes, strict=True):
-            plane += np.bincount(place, weights=values, minlength=size).astype(np.int64)
+            plane += np.bincount(place, values, size).astype(np.int64)
     return mass
-
-
-def _places(log: WarmupLog, part: slice) -> NDArray[np.intp]:
-    column = np.ascontiguousarray(log.confidence[part]).view(np.int32) >> 16
-    column -= _FIRST
-    np.maximum(column, 0, out=column)
-    group = log.depth[part] - 1
-    group *= RANKS
-    group += np.minimum(log.rank[part], RANKS - 1)
-    group *= 2
-    group += log.accepted[part]
-    group *= BINS
-    places: NDArray[np.intp] = np.add(group, column, dtype=np.intp)
-    return places

@@ -105,8 +105,7 @@ class WarmupLog:
 
         Args:
             depth, confidence, accepted: as in the class.
-            rank: Defaults to 0.
-            weight: Defaults to 1.
+            rank, weight: Default to 0 and 1.
             step: Defaults to one step per row; then rows missing because of a gate go unnoticed.
             gated: recorded with a gate; ``weight`` must then hold inverse probabilities.
 
@@ -114,21 +113,18 @@ class WarmupLog:
             EchoError: as the class, or gated rows without weights.
         """
         if gated and weight is None:
-            raise EchoError(
-                "weight: expected inverse-probability weights for rows from behind a gate "
-                "(ExploringGate), got none"
-            )
-        rows = np.atleast_1d(np.asarray(depth))
-        ranks = np.zeros(len(rows)) if rank is None else np.atleast_1d(np.asarray(rank))
-        steps = np.arange(len(rows)) if step is None else np.atleast_1d(np.asarray(step))
-        weights = np.ones(len(rows)) if weight is None else weight
+            expected = "weight: expected inverse-probability weights for rows from behind a gate"
+            raise EchoError(f"{expected} (ExploringGate), got none")
+        depths = _integers("depth", depth)
+        count = len(depths)
+        weights = np.ones(count) if weight is None else weight
         return cls(
-            depth=_integers("depth", rows),
+            depth=depths,
             confidence=np.atleast_1d(np.asarray(confidence, dtype=np.float32)),
             accepted=labels(accepted),
-            rank=_integers("rank", ranks),
+            rank=_integers("rank", np.zeros(count) if rank is None else rank),
             weight=np.atleast_1d(np.asarray(weights, dtype=np.float32)),
-            step=_integers("step", steps),
+            step=_integers("step", np.arange(count) if step is None else step),
         )
 
     @classmethod
@@ -138,15 +134,14 @@ class WarmupLog:
         Raises:
             EchoError: a missing or unknown column, and as :meth:`from_arrays`.
         """
-        names = set(columns.keys())
-        if missing := set(_NEEDED) - names:
-            found = ", ".join(sorted(missing))
-            raise EchoError(f"columns: expected {', '.join(_NEEDED)}, got none named {found}")
-        if unknown := names - set(_FIELDS):
-            found = ", ".join(sorted(map(str, unknown)))
-            raise EchoError(f"columns: expected only {', '.join(_FIELDS)}, got {found}")
-        given = {name: columns[name] for name in _FIELDS if name in names}
-        return cls.from_arrays(**given, gated=gated)
+        names = list(columns.keys())
+        if missing := [name for name in _NEEDED if name not in names]:
+            expected = f"columns: expected {', '.join(_NEEDED)}"
+            raise EchoError(f"{expected}, got none named {', '.join(missing)}")
+        if unknown := sorted(str(name) for name in names if name not in _FIELDS):
+            expected = f"columns: expected only {', '.join(_FIELDS)}"
+            raise EchoError(f"{expected}, got {', '.join(unknown)}")
+        return cls.from_arrays(**{name: columns[name] for name in names}, gated=gated)
 
     @classmethod
     def concat(cls, logs: Iterable[WarmupLog]) -> WarmupLog:
@@ -159,10 +154,10 @@ class WarmupLog:
             first += int(step.max()) + 1 if len(log) else 0
         if not parts:
             raise EchoError("logs: expected at least one WarmupLog, got none")
-        columns: dict[str, Any] = {"step": np.concatenate([step for _, step in parts])}
-        for name in list(_FIELDS)[:-1]:
-            columns[name] = np.concatenate([getattr(log, name) for log, _ in parts])
-        return cls(**columns)
+        columns: dict[str, Any] = {
+            name: np.concatenate([getattr(log, name) for log, _ in parts]) for name in _FIELDS
+        }
+        return cls(**columns | {"step": np.concatenate([step for _, step in parts])})
 
     def validate(self) -> None:
         """Check that the log holds one run, not several with clashing step ids.
@@ -183,26 +178,25 @@ class WarmupLog:
         Raises:
             EchoError: another file type, or Parquet without ``pyarrow``.
         """
-        columns: dict[str, Any] = {name: getattr(self, name) for name in _FIELDS}
         kind = _kind(path)
         arrow = _arrow() if kind == ".parquet" else None
         with write_atomically(path) as handle:
             if arrow is not None:
-                arrow.parquet.write_table(arrow.table(columns), handle)
-            elif kind == ".jsonl":
-                lines = [json.dumps({**_HEADER, "rows": len(self)})]
-                rows = zip(*(columns[name].tolist() for name in _FIELDS), strict=True)
-                lines += [json.dumps(dict(zip(_FIELDS, row, strict=True))) for row in rows]
-                handle.write(("\n".join(lines) + "\n").encode())
+                arrow.parquet.write_table(arrow.table(vars(self)), handle)
+            elif kind == ".npz":
+                np.savez_compressed(handle, **vars(self))
             else:
-                np.savez_compressed(handle, **columns)
+                rows = zip(*(column.tolist() for column in vars(self).values()), strict=True)
+                objects = [dict(zip(_FIELDS, row, strict=True)) for row in rows]
+                lines = [json.dumps(value) for value in ({**_HEADER, "rows": len(self)}, *objects)]
+                handle.write(("\n".join(lines) + "\n").encode())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> WarmupLog:
         """Read the .npz, .jsonl or .parquet file ``path``, or all that match it as a glob.
 
-        Each line of .jsonl is an object with the columns of :meth:`from_mapping`; :meth:`save` adds
-        a header that counts the rows.
+        Each line of .jsonl is an object with the columns of :meth:`from_mapping`; a header, which
+        :meth:`save` writes, counts the rows.
 
         Raises:
             EchoError: a truncated or inconsistent file, with its line or row; no file matches; or
@@ -272,9 +266,8 @@ def _read_jsonl(path: str) -> dict[str, Any]:
             expected = f"line {number}: expected"
             try:
                 entry = json.loads(line)
-            except ValueError as error:
-                message = f"{expected} a JSON object, got {line[:40]!r} ({error})"
-                raise EchoError(message) from error
+            except ValueError:
+                entry = None
             if not isinstance(entry, dict):
                 raise EchoError(f"{expected} a JSON object, got {line[:40]!r}")
             if number == 1 and "format" in entry:
@@ -282,22 +275,19 @@ def _read_jsonl(path: str) -> dict[str, Any]:
                     raise EchoError(f"{expected} the header {_HEADER}, got {entry}")
                 promised = entry.get("rows")
                 continue
-            names = names or [name for name in _FIELDS if name in entry]
-            if set(entry) != set(names) or not set(_NEEDED) <= set(names):
-                wanted = ", ".join(names if set(_NEEDED) <= set(names) else _NEEDED)
+            names = names or [name for name in _FIELDS if name in {*entry, *_NEEDED}]
+            if set(entry) != set(names):
                 found = ", ".join(entry) or "none"
-                raise EchoError(f"{expected} the columns {wanted}, got {found}")
+                raise EchoError(f"{expected} the columns {', '.join(names)}, got {found}")
             row = [entry[name] for name in names]
             if not all(isinstance(value, int | float) for value in row):
                 got = repr(line.strip()[:80])
                 raise EchoError(f"{expected} numbers and true or false, got {got}")
             rows.append(row)
-    if promised is not None and promised != len(rows):
-        raise EchoError(
-            f"line {len(rows) + 1}: expected {promised} rows as the header says, "
-            f"got the end of the file after {len(rows)}"
-        )
-    table = list(zip(*rows, strict=True)) if rows else [() for _ in _NEEDED]
+    if promised not in (None, len(rows)):
+        expected = f"line {len(rows) + 1}: expected {promised} rows as the header says"
+        raise EchoError(f"{expected}, got the end of the file after {len(rows)}")
+    table = list(zip(*rows, strict=True)) or [()] * len(_NEEDED)
     return dict(zip(names or _NEEDED, table, strict=True))
 
 
@@ -314,10 +304,8 @@ def _arrow() -> Any:
     try:
         import pyarrow.parquet
     except ImportError as error:
-        raise EchoError(
-            "path: expected pyarrow for Parquet files (pip install 'echo-specdec[parquet]'), "
-            "got no such module"
-        ) from error
+        expected = "path: expected pyarrow for Parquet files (pip install 'echo-specdec[parquet]')"
+        raise EchoError(f"{expected}, got no such module") from error
     return pyarrow
 
 
@@ -339,8 +327,9 @@ def _first_repeat(expected: str, rows: NDArray[np.int64], *keys: NDArray[Any]) -
         raise EchoError(f"{expected}, got ({values}) again in row {row}")
 
 
-def _integers(name: str, values: NDArray[Any]) -> NDArray[Any]:
+def _integers(name: str, given: ArrayLike) -> NDArray[Any]:
     kind = _FIELDS[name]
+    values = np.atleast_1d(np.asarray(given))
     with np.errstate(invalid="ignore"):
         whole = values.astype(kind if values.dtype.kind in "iuf" else np.bool_)
     if whole.dtype != kind or not np.array_equal(whole, values):

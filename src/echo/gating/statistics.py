@@ -14,7 +14,7 @@ from torch import Tensor
 
 from echo import _checks as checks
 from echo._checks import EchoError
-from echo.gating.histograms import SQUARE, UNIT, WEIGHT, lower_edges, middle_scores, upper_ends
+from echo.gating.histograms import LOWER, MIDDLE, SQUARE, UNIT, UPPER, WEIGHT
 from echo.gating.logs import WarmupLog, check, check_weights, labels
 from echo.kernels.codes import BINS_PER_NAT, ONE, TABLE_BINS
 
@@ -71,8 +71,7 @@ def separability(
     """
     score = np.atleast_1d(np.asarray(confidence))
     label = labels(accepted)
-    given = np.ones(score.shape) if weight is None else np.asarray(weight, dtype=np.float64)
-    w = np.atleast_1d(given)
+    w = np.atleast_1d(np.ones(len(score)) if weight is None else np.asarray(weight, np.float64))
     if score.ndim != 1 or not score.shape == label.shape == w.shape:
         got = f"{score.size}, {label.size}, {w.size}"
         raise EchoError(f"confidence, accepted, weight: expected one length, got {got}")
@@ -86,8 +85,7 @@ def separability(
     values, place = np.unique(score.astype(np.float64), return_inverse=True)
 
     def total(of: NDArray[Any]) -> NDArray[Any]:
-        kinds = (np.where(kind, of, 0.0) for kind in (~label, label))
-        return np.stack([np.bincount(place, kind, len(values)) for kind in kinds])
+        return np.stack([np.bincount(place, of * kind, len(values)) for kind in (~label, label)])
 
     return _separate(total(w), total(w * w), values, values)
 
@@ -120,13 +118,12 @@ def from_histogram(mass: NDArray[np.int64]) -> Separability:
     filled = np.flatnonzero(mass[WEIGHT].any(axis=0))
     sums = mass[WEIGHT][:, filled] / UNIT
     squares = mass[SQUARE][:, filled] / UNIT
-    bottom = lower_edges()[filled].astype(np.float64)
-    top = upper_ends()[filled].astype(np.float64)
+    bottom = LOWER[filled].astype(np.float64)
+    top = UPPER[filled].astype(np.float64)
     result = _separate(sums, squares, bottom, top)
-    totals = sums.sum(axis=1)
-    if not (totals > 0).all():
-        return result
-    return replace(result, error=float((sums[0] * sums[1]).sum() / totals.prod() / 2))
+    with np.errstate(invalid="ignore"):
+        error = float((sums[0] * sums[1]).sum() / sums.sum(axis=1).prod() / 2)
+    return result if math.isnan(result.auc) else replace(result, error=error)
 
 
 def _separate(
@@ -187,11 +184,11 @@ def fit(mass: NDArray[np.int64]) -> Knots:
     regression = isotonic_regression(sums[1] / total, weights=total)
     starts = np.asarray(regression.blocks[:-1])
     weight = np.add.reduceat(total, starts)
-    score = np.add.reduceat(total * middle_scores()[filled], starts) / weight
+    score = np.add.reduceat(total * MIDDLE[filled], starts) / weight
     prior = DRAFT_ROWS * np.interp(score, *np.array(DRAFT).T)
     chance = (np.add.reduceat(sums[1], starts) + prior) / (weight + DRAFT_ROWS)
     chance = np.minimum(np.maximum.accumulate(chance), 1.0)
-    return tuple((float(s), float(p)) for s, p in zip(score, chance, strict=True))
+    return tuple(zip(score.tolist(), chance.tolist(), strict=True))
 
 
 def table(maps: Sequence[Knots]) -> NDArray[np.int32]:
@@ -246,6 +243,16 @@ def look_up(
     return found if parent is None else torch.minimum(found, parent)
 
 
+def predicted(
+    table: NDArray[np.int32], confidence: NDArray[np.float32], depth: NDArray[np.int32]
+) -> NDArray[np.float64]:
+    """Look up P(path accepted) of logged rows [n], without the minimum over parents."""
+    with np.errstate(divide="ignore"):
+        columns = table, np.log(confidence), depth
+    found = look_up(*(torch.from_numpy(column) for column in columns))
+    return np.asarray(found.numpy() / ONE, dtype=np.float64)
+
+
 @dataclass(frozen=True)
 class CalibrationError:
     """Error of a probability against acceptance on held-out rows, before and after calibration.
@@ -294,9 +301,7 @@ def calibration_error(
     keep = (log.depth <= deepest) & (log.weight > 0)
     if not keep.any():
         raise EchoError(f"log: expected rows of depth 1 to {deepest}, got none")
-    with np.errstate(divide="ignore"):
-        score = torch.from_numpy(np.log(log.confidence[keep]))
-    after = look_up(torch.from_numpy(table), score, torch.from_numpy(log.depth[keep])).numpy() / ONE
+    after = predicted(table, log.confidence[keep], log.depth[keep])
     both = log.confidence[keep].astype(np.float64), after
     label = log.accepted[keep].astype(np.float64)
     weight = log.weight[keep].astype(np.float64)
@@ -308,10 +313,9 @@ def calibration_error(
     for turn in range(resamples + 1):
         w = weight if turn == 0 else weight * random.poisson(1.0, len(step))[place]
         if (total := w.sum()) > 0:
-            gaps = [
-                np.bincount(g, w * (label - p), bins) for p, g in zip(both, groups, strict=True)
-            ]
-            errors = [float(np.abs(gap).sum() / total) for gap in gaps]
-            draws.append(errors + [float((w * (p - label) ** 2).sum() / total) for p in both])
+            pairs = zip(both, groups, strict=True)
+            gaps = [np.abs(np.bincount(g, w * (label - p), bins)).sum() for p, g in pairs]
+            squares = [(w * (p - label) ** 2).sum() for p in both]
+            draws.append([float(error / total) for error in gaps + squares])
     low, high = np.percentile(draws[1:], [2.5, 97.5], axis=0)
-    return CalibrationError(*((draws[0][i], float(low[i]), float(high[i])) for i in range(4)))
+    return CalibrationError(*zip(draws[0], low.tolist(), high.tolist(), strict=True))

@@ -9,7 +9,7 @@ import itertools
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,8 +36,7 @@ class GateReport:
     """What one gate does to the requests of a log that pass the gates above it.
 
     Attributes:
-        depth: of the gate.
-        threshold: of the gate.
+        depth, threshold: of the gate.
         asked: weighted request-steps that reach it.
         stopped: those of them whose confidence is not above the threshold.
         lost: stopped ones whose path the target would have accepted through this depth.
@@ -86,8 +85,7 @@ class Objective:
         return np.asarray(tokens / self.cost(num_tokens), dtype=np.float64)
 
 
-@dataclass(frozen=True)
-class Chains:
+class Chains(NamedTuple):
     """Rows joined by step.
 
     Attributes:
@@ -113,28 +111,27 @@ def join(log: WarmupLog, max_depth: int, beam: int = 1) -> Chains:
         raise EchoError(f"log: expected rows of rank 0 down to depth {max_depth}, got none")
     steps, place = np.unique(log.step[path], return_inverse=True)
     column = log.depth[path] - 1
-    order = np.argsort(column, kind="stable")
-    counts = np.bincount(place * max_depth + column)
+    shape = len(steps), max_depth
+    counts = np.bincount(np.ravel_multi_index((place, column), shape))
     if counts.max() > 1:
-        twice = int(np.flatnonzero(counts > 1)[0])
-        where = f"step {steps[twice // max_depth]} at depth {twice % max_depth + 1}"
+        step, depth = np.unravel_index(int((counts > 1).argmax()), shape)
         expected = "log.step: expected one row of rank 0 for each depth of a step"
-        raise EchoError(f"{expected}, got more in {where}")
+        raise EchoError(f"{expected}, got more in step {steps[step]} at depth {depth + 1}")
     if len(steps) == len(place) and column.min() < column.max():
         expected = "log.step: expected ids that join the rows of a step"
         raise EchoError(f"{expected}, got each row in a step of its own")
-    confidence = np.full((len(steps), max_depth), np.nan, dtype=np.float32)
-    accepted = np.zeros(confidence.shape, np.bool_)
-    hit = np.zeros(confidence.shape, np.bool_)
+    confidence = np.full(shape, np.nan, dtype=np.float32)
     confidence[place, column] = log.confidence[path]
+    accepted = np.zeros(shape, np.bool_)
     accepted[place, column] = log.accepted[path]
     weight = np.zeros(len(steps))
+    order = np.argsort(column, kind="stable")
     weight[place[order]] = log.weight[path][order]  # the deepest row, written last, wins
     near = (log.rank < beam) & (log.depth <= max_depth) & log.accepted & np.isin(log.step, steps)
+    hit = np.zeros(shape, np.bool_)
     hit[np.searchsorted(steps, log.step[near]), log.depth[near] - 1] = True
-    gain = np.zeros((len(steps), max_depth + 1), dtype=np.int64)
-    gain[:, 1:] = np.cumsum(np.logical_and.accumulate(hit, axis=1), axis=1)
-    return Chains(confidence, accepted, gain, weight)
+    gain = np.logical_and.accumulate(hit, axis=1).cumsum(axis=1)
+    return Chains(confidence, accepted, np.pad(gain, ((0, 0), (1, 0))), weight)
 
 
 def refuse_gated(log: WarmupLog) -> bool:
@@ -142,8 +139,7 @@ def refuse_gated(log: WarmupLog) -> bool:
 
     That is, at some depth at least 20 steps end and 20 continue, and the continuing one is more
     confident in 99.9% of all pairs: neither rejections nor ends of requests are so sharp. Above
-    200,000 rows, steps are sampled by a hash of their ids. Return whether a gate would be visible:
-    rows have weights, or step ids join them.
+    200,000 rows, steps are sampled. Return whether a gate would be visible: by weights or step ids.
     """
     if not (log.weight == 1).all():
         return True
@@ -151,15 +147,13 @@ def refuse_gated(log: WarmupLog) -> bool:
     if len(log) > SAMPLE:
         hashed = log.step.astype(np.uint64) * np.uint64(MIX) >> np.uint64(32)
         path &= hashed % np.uint64(-(-len(log) // SAMPLE)) == 0
-    step = log.step[path]
-    depth = log.depth[path]
-    confidence = log.confidence[path]
-    order = np.lexsort((depth, step))
-    step = step[order]
-    depth = depth[order]
-    confidence = confidence[order]
-    follows = np.zeros(len(step), dtype=np.bool_)
-    follows[:-1] = (step[1:] == step[:-1]) & (depth[1:] == depth[:-1] + 1)
+    rows = np.flatnonzero(path)
+    rows = rows[np.lexsort((log.depth[rows], log.step[rows]))]
+    step = log.step[rows]
+    depth = log.depth[rows]
+    confidence = log.confidence[rows]
+    follows = np.zeros(len(rows), dtype=np.bool_)
+    follows[:-1] = (np.diff(step) == 0) & (np.diff(depth) == 1)
     for d in range(1, int(depth.max(initial=0))):
         here = depth == d
         goes = int(follows[here].sum())
@@ -230,9 +224,9 @@ def throughput_optimal(
 
     What a shallow gate stops never reaches a deeper one, so gates cannot be optimized one by one.
     Up to three gates are searched exhaustively over candidates midway between the log's confidences
-    (over quantiles, if there are more than 64, 256, 1024 for 3, 2, 1 gates), then refined one by
-    one. More gates are searched by ascent from several starts, over each gate and each block of
-    three (two from seven gates on): nearly always the global optimum on small logs, not provably.
+    (quantiles of them, if there are more than 64, 256, 1024 for 3, 2, 1 gates), then refined one by
+    one. More gates are searched by ascent over each gate and each block of three (two from seven
+    gates on): nearly always the global optimum on small logs, not provably.
 
     Args:
         log: rows of every step and depth down to ``max_depth``, of ranks below ``objective.beam``,
@@ -260,22 +254,18 @@ def throughput_optimal(
     whole: NDArray[np.bool_] = np.logical_not(np.isnan(chains.confidence).any(axis=1))
     where = f"rows of rank 0 at depths 1 to {max_depth}"
     if not whole.all() and (log.weight == 1).all():
-        raise EchoError(
-            f"log: expected {where} in every step, got {int((~whole).sum())} of {len(whole)} steps "
-            "without: what was not verified is missing, not rejected; lower max_depth, or record "
-            "whole paths"
-        )
+        got = f"{(~whole).sum()} of {len(whole)} steps without"
+        hint = "what was not verified is missing, not rejected; lower max_depth, or log whole paths"
+        raise EchoError(f"log: expected {where} in every step, got {got}: {hint}")
     if not whole.any():
         raise EchoError(f"log: expected steps with {where}, got none")
     search = _Search(chains, whole, depths, objective)
     starts = [np.zeros(len(depths))]
     if start:
         starts.append(np.array([start.get(depth, 0.0) for depth in depths]))
+    sizes = [1] if len(depths) <= 3 else [1, 3 if len(depths) <= 6 else 2]
     if len(depths) <= 3:
         starts.append(search.best(starts[0], range(len(depths)), GRID[len(depths)]))
-        sizes = [1]
-    else:
-        sizes = [1, 3 if len(depths) <= 6 else 2]
     found = [search.ascend(taus, sizes) for taus in starts]
     taus, value = max(found, key=lambda pair: pair[1])
     return dict(zip(depths, taus.tolist(), strict=True)), float(value)
@@ -316,8 +306,8 @@ class _Search:
         """
         options = [self.candidates(gate, count) for gate in block]
         sizes = [len(grid) for grid in options]
-        pairs = list(zip(options, block, strict=True))
-        cells = [np.searchsorted(grid, self.confidence[:, gate]) for grid, gate in pairs]
+        passing = self.confidence[:, list(block)].T
+        cells = [np.searchsorted(*pair) for pair in zip(options, passing, strict=True)]
         end = self.ends(taus, block)
         stops = [np.minimum(end, gate) for gate in block] + [end]
         rows = np.arange(len(end))
@@ -340,7 +330,7 @@ class _Search:
         """Return the weight of steps above each combination of candidates."""
         tail = np.bincount(cell, weights=weight, minlength=int(np.prod(shape))).reshape(shape)
         for axis in range(len(shape)):
-            tail = np.flip(np.cumsum(np.flip(tail, axis), axis), axis)
+            tail = np.flip(np.flip(tail, axis).cumsum(axis), axis)
         return tail[tuple(slice(1, None) for _ in shape)]
 
     def ends(self, taus: Floats, free: Sequence[int] = ()) -> NDArray[np.intp]:
@@ -358,16 +348,17 @@ class _Search:
 
     def ascend(self, taus: Floats, sizes: Sequence[int]) -> tuple[Floats, float]:
         """Ascend over all blocks of these sizes; each move strictly improves, so it terminates."""
+        gates = range(len(taus))
+        blocks = [block for size in sizes for block in itertools.combinations(gates, size)]
         value = self.value(taus)
         improved = True
         while improved:
             improved = False
-            for size in sizes:
-                for block in itertools.combinations(range(len(taus)), size):
-                    option = self.best(taus, block, GRID[size])
-                    now = self.value(option)
-                    if now > value * (1 + 1e-12):
-                        taus = option
-                        value = now
-                        improved = True
+            for block in blocks:
+                option = self.best(taus, block, GRID[len(block)])
+                now = self.value(option)
+                if now > value * (1 + 1e-12):
+                    taus = option
+                    value = now
+                    improved = True
         return taus, value
