@@ -209,9 +209,9 @@ class ElasticBudgetScheduler:
     ) -> NDArray[np.float32]:
         """Predict what drafting would bring this rank, for :meth:`agree_on_tier`.
 
-        Data-parallel ranks that share layers must run one shape. Arguments as in
-        :meth:`choose_tier`, ``req_indices`` empty on an idle rank. Returns float32 [n], at most
-        1 kB. EchoError: no cost model as budget.
+        Data-parallel ranks that share layers must run one shape. Takes what :meth:`choose_tier`
+        does, ``req_indices`` empty on an idle rank. Returns float32 [n], at most 1 kB. EchoError:
+        no cost model as budget.
         """
         checks.instance("history", history, History)
         load = checked_load(num_other_tokens, context_tokens)
