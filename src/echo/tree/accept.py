@@ -53,8 +53,17 @@ class Accepted:
 
         Args:
             tokens, rows, num_emitted, cut_row: see the attributes.
+
+        Raises:
+            EchoError: shapes, dtypes or devices that do not fit.
         """
-        bonus = tokens.gather(1, (num_emitted - 1).clamp(min=0)[:, None])[:, 0]
+        batch, steps = checks.tensor("tokens", tokens, ["B", "D + 1"], torch.int64).shape
+        checks.tensor("rows", rows, [batch, steps], torch.int64, tokens.device)
+        checks.tensor("num_emitted", num_emitted, [batch], torch.int64, tokens.device)
+        if cut_row is not None:
+            checks.tensor("cut_row", cut_row, [batch], torch.int64, tokens.device)
+        with checks.reading(f"num_emitted: expected at most {steps} tokens"):
+            bonus = tokens.gather(1, (num_emitted - 1).clamp(min=0)[:, None])[:, 0]
         return cls(tokens, rows, num_emitted, bonus, cut_row)
 
     @property
@@ -184,7 +193,8 @@ class Compaction:
         source, target: int64 [B, D + 1], where a kept row's keys and values are, and where they
             belong: entries of the request's contiguous cache, or slots of a paged one. Both are
             ``pad_slot_id`` past the path, and equal where a row need not move.
-        prefix_lens: int64 [B], tokens in each request's cache after the step.
+        prefix_lens: [B], tokens in each request's cache after the step, in the dtype of those
+            before it.
     """
 
     accept_index: Tensor
@@ -262,7 +272,7 @@ def compact(
         from echo.kernels import pack
 
         step = rows, accepted.num_emitted, packed.indptr, prefix_lens, page_table
-        buffers = None if out is None else _buffers(out, batch, steps, device)
+        buffers = None if out is None else _buffers(out, batch, steps, prefix_lens.dtype, device)
         if buffers is not None and not all(x.is_contiguous() for x in buffers.values()):
             buffers = None
         lists = Compaction(**pack.compact(*step, page_size, spare, past, out=buffers))
@@ -285,16 +295,19 @@ def compact(
         positions=positions.masked_fill(past_end, 0),
         source=source,
         target=target,
-        prefix_lens=prefix_lens.long() + accepted.num_emitted,
+        prefix_lens=prefix_lens + accepted.num_emitted.to(prefix_lens.dtype),
     )
     return copy_into(out, lists)
 
 
-def _buffers(out: Compaction, batch: int, steps: int, device: torch.device) -> dict[str, Tensor]:
+def _buffers(
+    out: Compaction, batch: int, steps: int, lens: torch.dtype, device: torch.device
+) -> dict[str, Tensor]:
     """Check that all buffers fit, and return them by name."""
     found = {}
     for name in [field.name for field in fields(checks.instance("out", out, Compaction))]:
-        kind = {"accept_index": torch.int32, "valid": torch.bool}.get(name, torch.int64)
+        kinds = {"accept_index": torch.int32, "valid": torch.bool, "prefix_lens": lens}
+        kind = kinds.get(name, torch.int64)
         shape = [batch] if name == "prefix_lens" else [batch, steps]
         found[name] = checks.tensor(f"out.{name}", getattr(out, name), shape, kind, device)
     return found
