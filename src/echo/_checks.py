@@ -39,24 +39,32 @@ def tensor(
     name: str,
     value: object,
     shape: Sequence[int | str],
-    dtypes: torch.dtype | Sequence[torch.dtype],
+    dtypes: torch.dtype | Sequence[torch.dtype] = (),
     device: torch.device | None = None,
 ) -> Tensor:
-    """Return ``value``, a tensor of that shape (a string: any size), dtype and device."""
+    """Return ``value``, a tensor of that shape, dtype (Defaults to any) and device.
+
+    A string in ``shape`` is any size; "..." at its end, any more dimensions.
+    """
     wanted = (dtypes,) if isinstance(dtypes, torch.dtype) else dtypes
-    if isinstance(value, Tensor) and value.dtype in wanted and _fits(value.shape, shape):
-        if device is not None and value.device != device:
-            raise EchoError(f"{name}: expected a tensor on {device}, got one on {value.device}")
-        return value
-    kinds = " or ".join(str(d).removeprefix("torch.") for d in wanted)
-    text = f"{kinds} [{', '.join(str(s) for s in shape)}]"
+    got = type(value).__name__
     if isinstance(value, Tensor):
-        kind = str(value.dtype).removeprefix("torch.")
-        raise EchoError(f"{name}: expected {text}, got {kind} {list(value.shape)}")
-    raise EchoError(f"{name}: expected a tensor {text}, got {type(value).__name__}")
+        if (not wanted or value.dtype in wanted) and _fits(value.shape, shape):
+            if device is None or value.device == device:
+                return value
+            raise EchoError(f"{name}: expected a tensor on {device}, got one on {value.device}")
+        got = f"{value.dtype} {list(value.shape)}"
+    kinds = " or ".join(map(str, wanted))
+    if not kinds or not isinstance(value, Tensor):
+        kinds = f"a tensor {kinds}".rstrip()
+    text = f"{kinds} [{', '.join(map(str, shape))}]"
+    raise EchoError(f"{name}: expected {text}, got {got}".replace("torch.", ""))
 
 
 def _fits(sizes: Sequence[int], shape: Sequence[int | str]) -> bool:
+    if shape and shape[-1] == "...":
+        shape = shape[:-1]
+        sizes = sizes[: len(shape)]
     return len(sizes) == len(shape) and all(
         isinstance(n, str) or size == n for size, n in zip(sizes, shape, strict=True)
     )

@@ -189,7 +189,12 @@ class Proposals:
     def follow(self, frontier: Frontier) -> Proposals:
         """Return the proposals of the next ``frontier``; these must be its parents'. Searches the
         texts once, with B * W * L * G comparisons.
+
+        Raises:
+            EchoError: a frontier that is not below these proposals' nodes.
         """
+        shape = (len(self.req_indices), "W")
+        checks.tensor("frontier.parent", frontier.parent, shape, torch.int64, self.tails.device)
         parents = self.tails, frontier.parent, frontier.token
         return _propose(self.texts, self.req_indices, self.tails.shape[2], parents)
 
@@ -215,7 +220,8 @@ def _propose(
         tails = torch.where(last >= 0, text.gather(1, last.clamp(min=0)), ABSENT)[:, None]
     else:
         above, parent, token = parents
-        older = above.gather(1, parent[..., None].expand(-1, -1, max_ngram))
+        with checks.reading("frontier: expected the one below these proposals' nodes"):
+            older = above.gather(1, parent[..., None].expand(-1, -1, max_ngram))
         tails = torch.cat([token.int()[..., None], older[..., :-1]], dim=2)
     before = text.masked_fill(place >= held - 1, NO_TOKEN)  # nothing follows the last token yet
     same = (place < held - 1)[:, None]
@@ -360,8 +366,10 @@ class PromptLookup:
         (``begin(first_layer=...)``).
 
         Raises:
-            EchoError: a frontier that neither starts a step nor follows the previous one.
+            EchoError: a frontier of other requests, or one that neither starts a step nor follows
+                the previous one.
         """
+        checks.tensor("req_indices", req_indices, [frontier.token.shape[0]], torch.int64)
         found = self._proposals(req_indices, frontier)
         self._last = frontier.depth, found
         if self.drafter is None:

@@ -448,3 +448,11 @@ def unpack_bits(mask: Tensor, width: int) -> Tensor:
     place = torch.arange(min(width, WORD), dtype=torch.int32, device=mask.device)
     seen = (mask[..., None] & (torch.ones_like(place) << place)).bool()
     return seen[..., 0, :] if words == 1 else seen.flatten(-2)[..., :width]
+
+
+def select_rows(values: Tensor, index: Tensor, there: Tensor, fill: float) -> Tensor:
+    """Select [N, ...] from ``values`` [M, ...] by ``index`` [N]; ``fill`` where not ``there``."""
+    if not len(values):
+        return values.new_full((len(index), *values.shape[1:]), fill)
+    chosen = values.index_select(0, torch.where(there, index, 0))
+    return chosen.masked_fill_(~there.view(-1, *[1] * (values.dim() - 1)), fill)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from echo import _checks as checks
 from echo._checks import EchoError, copy_into
-from echo.tree.packed import PackedTree
+from echo.tree.packed import PackedTree, select_rows
 from echo.tree.supertree import SuperTree
 
 __all__ = [
@@ -78,9 +78,9 @@ def by_request(
     Raises:
         EchoError: another batch size, or a buffer that does not fit.
     """
-    if not values.dim() or values.shape[0] != packed.batch:
-        raise EchoError(f"values: expected [{packed.batch}, ...], got {list(values.shape)}")
-    return copy_into(out, _select(values, packed.request, fill))
+    checks.tensor("values", values, [packed.batch, "..."])
+    there = packed.request < packed.batch
+    return copy_into(out, select_rows(values, packed.request, there, fill))
 
 
 def by_node(
@@ -101,7 +101,7 @@ def by_node(
         out: persistent buffer.
 
     Raises:
-        EchoError: values of other nodes, or a buffer that does not fit.
+        EchoError: another tree or other shapes, or a buffer that does not fit.
 
     Example:
         >>> from echo.tree import SuperTree, pack
@@ -111,19 +111,11 @@ def by_node(
         >>> by_node(packed, tree, values, -1).tolist()  # of 7, 1, 3; 2 is out
         [40, 41, 42, -1]
     """
-    nodes = [packed.batch, sum(checks.instance("tree", tree, SuperTree).sizes)]
-    if list(values.shape[:2]) != nodes:
-        raise EchoError(f"values: expected [{nodes[0]}, {nodes[1]}, ...], got {list(values.shape)}")
-    flat = values.flatten(0, 1)
-    return copy_into(out, _select(flat, torch.where(packed.node < 0, len(flat), packed.node), fill))
-
-
-def _select(values: Tensor, index: Tensor, fill: float) -> Tensor:
-    """Select rows of ``values`` [M, ...]; ``fill`` for index M."""
-    if not len(values):
-        return values.new_full((len(index), *values.shape[1:]), fill)
-    chosen = values.index_select(0, index.clamp(max=len(values) - 1))
-    return chosen.masked_fill_((index == len(values)).view(-1, *[1] * (values.dim() - 1)), fill)
+    nodes = sum(checks.instance("tree", tree, SuperTree).sizes)
+    flat = checks.tensor("values", values, [packed.batch, nodes, "..."]).flatten(0, 1)
+    with checks.reading("tree: expected the one that was packed"):
+        chosen = select_rows(flat, packed.node, packed.node >= 0, fill)
+    return copy_into(out, chosen)
 
 
 def lora_segments(packed: PackedTree, adapters: Tensor, pad_adapter: int) -> tuple[Tensor, Tensor]:

@@ -50,14 +50,16 @@ class Frontier:
     def inherit(self, state: Tensor) -> Tensor:
         """Reorder a drafter's ``state`` [B, W', ...] of the previous frontier into [B, W, ...].
 
-        Each node gets its parent's hidden state, KV slot or position. EchoError: another batch.
+        Each node gets its parent's hidden state, KV slot or position.
+
+        Raises:
+            EchoError: a state of another batch, or of too few nodes.
         """
-        batch = self.parent.shape[0]
-        if checks.instance("state", state, Tensor).dim() < 2 or state.shape[0] != batch:
-            expected = f"[{batch}, nodes of the previous frontier, ...]"
-            raise EchoError(f"state: expected a tensor {expected}, got {list(state.shape)}")
+        above = "nodes of the previous frontier"
+        checks.tensor("state", state, [self.parent.shape[0], above, "..."])
         index = self.parent.view(*self.parent.shape, *[1] * (state.dim() - 2))
-        return state.gather(1, index.expand(*self.parent.shape, *state.shape[2:]))
+        with checks.reading(f"state: expected one for each of the {above}"):
+            return state.gather(1, index.expand(*self.parent.shape, *state.shape[2:]))
 
 
 @dataclass(frozen=True)
@@ -272,7 +274,8 @@ class SuperTree:
                 into the layer above; and log-probabilities float [B, M] given the parent.
 
         Raises:
-            EchoError: a tree that already has layers, or too many nodes.
+            EchoError: a tree that already has layers, shapes or dtypes that do not fit, or too many
+                nodes.
 
         Example:
             >>> roots = SuperTree.from_paths(torch.tensor([7]), [[]])
@@ -284,11 +287,16 @@ class SuperTree:
         if self.depth:
             raise EchoError(f"tree: expected a tree of roots only, got one of {self.depth} layers")
         live = self.status != int(Status.EMPTY)
+        for token, parent, log_prob in layers:
+            checks.tensor("tokens", token, [self.batch, "M"], torch.int64, live.device)
+            checks.tensor("parents", parent, token.shape, torch.int64, live.device)
+            checks.tensor("log_probs", log_prob, token.shape, checks.FLOATS, live.device)
         check_size(self.batch, 1 + sum(token.shape[1] for token, _, _ in layers), len(layers))
         made = list(self.layers)
         invalid = self.invalid
         for depth, (token, parent, log_prob) in enumerate(layers, start=1):
-            above = made[-1].score.gather(1, parent)
+            with checks.reading("parents: expected indices into the layer above"):
+                above = made[-1].score.gather(1, parent)
             score, _, faulty = path_score(above, log_prob[..., None], torch.isfinite(above))
             made.append(Layer(depth, token, parent, score, torch.zeros_like(above).bool(), live))
             invalid = invalid + faulty

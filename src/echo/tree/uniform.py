@@ -19,7 +19,7 @@ from torch import Tensor
 
 from echo import _checks as checks
 from echo._checks import EchoError, copy_into
-from echo.tree.packed import WORD, PackedTree, unpack_bits
+from echo.tree.packed import WORD, PackedTree, select_rows, unpack_bits
 
 
 @dataclass(frozen=True)
@@ -291,18 +291,12 @@ def unpad(packed: PackedTree, values: Tensor) -> Tensor:
     Raises:
         EchoError: another batch size.
     """
-    if values.dim() < 2 or values.shape[0] != packed.batch:
-        raise EchoError(f"values: expected [{packed.batch}, n, ...], got {list(values.shape)}")
-    n = values.shape[1]
+    n = checks.tensor("values", values, [packed.batch, "n", "..."]).shape[1]
     kind = values.dtype
     local = packed.local_row
     nothing = math.nan if kind.is_floating_point or kind.is_complex else -1 if kind.is_signed else 0
-    if packed.batch * n == 0:
-        return values.new_full((packed.num_rows, *values.shape[2:]), nothing)
     there = (packed.request < packed.batch) & (local < n)
-    row = torch.where(there, packed.request * n + local, 0)
-    absent = ~there.view(-1, *[1] * (values.dim() - 2))
-    return values.flatten(0, 1).index_select(0, row).masked_fill_(absent, nothing)
+    return select_rows(values.flatten(0, 1), packed.request * n + local, there, nothing)
 
 
 class _Grid:
