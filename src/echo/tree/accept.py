@@ -5,7 +5,9 @@ B requests, N rows, D the deepest layer of the step.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +18,9 @@ from echo._checks import EchoError, copy_into
 from echo.kernels import reference
 from echo.tree.cache import slot_mapping
 from echo.tree.packed import PackedTree
+
+PER_REQUEST = "num_emitted", "cut_row", "bonus", "prefix_lens"
+"""Results of shape [B]; the others are [B, D + 1]."""
 
 
 @dataclass(frozen=True)
@@ -104,12 +109,11 @@ class Accepted:
         """
         if eos_tokens is None and max_new_tokens is None:
             return self
-        batch = list(self.num_emitted.shape)
-        device = self.num_emitted.device
         if max_new_tokens is not None:
-            checks.tensor("max_new_tokens", max_new_tokens, batch, torch.int64, device)
+            batch = list(self.num_emitted.shape)
+            checks.tensor("max_new_tokens", max_new_tokens, batch, torch.int64, self.rows.device)
         if eos_tokens is not None:
-            checks.tensor("eos_tokens", eos_tokens, ["n"], torch.int64, device)
+            checks.tensor("eos_tokens", eos_tokens, ["n"], torch.int64, self.rows.device)
         path = self.rows, self.tokens, self.num_emitted, self.cut_row
         rows, tokens, num_emitted, cut_row = reference.truncate(*path, max_new_tokens, eos_tokens)
         return Accepted.of(tokens, rows, num_emitted, cut_row)
@@ -133,7 +137,7 @@ def accept(
     Args:
         packed: the step.
         target_tokens: int64 [N], the token that the engine sampled at each row; -1 for none.
-        logits: float [N, V] instead, for greedy decoding; NaN never wins, all -inf means no token.
+        logits: float [N, V] instead, for greedy decoding, as in :func:`echo.kernels.accept`.
         max_new_tokens, eos_tokens: as in :meth:`Accepted.truncate`.
         backend: "auto", "torch" or "triton", as in :mod:`echo.kernels`; all give the same bits.
         out: buffers of the same shapes, written to and returned.
@@ -157,27 +161,16 @@ def accept(
         target = checks.tensor("logits", logits, [n, "V"], checks.FLOATS, device)
     else:
         target = checks.tensor("target_tokens", target_tokens, [n], torch.int64, device)
+    names = "rows", "tokens", "num_emitted", "cut_row", "bonus"  # in the order of the results
     buffers = None
     if out is not None:
-        batch = [packed.batch]
-        steps = [packed.batch, packed.max_depth + 1]
-        shapes = {"rows": steps, "tokens": steps, "num_emitted": batch, "cut_row": batch}
-        buffers = tuple(
-            checks.tensor(f"out.{name}", getattr(out, name), shape, torch.int64, device)
-            for name, shape in (shapes | {"bonus": batch}).items()
-        )
-    rows, tokens, num_emitted, cut_row, bonus = kernels.accept(
-        packed.parent,
-        packed.indptr,
-        packed.tokens,
-        target,
-        packed.max_depth,
-        max_new_tokens=max_new_tokens,
-        eos_tokens=eos_tokens,
-        out=buffers,
-        backend=backend,
+        found = _buffers(out, Accepted, (packed.batch, packed.max_depth + 1), device)
+        buffers = tuple(found[name] for name in names)
+    step = packed.parent, packed.indptr, packed.tokens, target, packed.max_depth
+    results = kernels.accept(
+        *step, max_new_tokens=max_new_tokens, eos_tokens=eos_tokens, out=buffers, backend=backend
     )
-    return Accepted(tokens, rows, num_emitted, bonus, cut_row)
+    return Accepted(**dict(zip(names, results, strict=True)))
 
 
 @dataclass(frozen=True)
@@ -272,9 +265,13 @@ def compact(
         from echo.kernels import pack
 
         step = rows, accepted.num_emitted, packed.indptr, prefix_lens, page_table
-        buffers = None if out is None else _buffers(out, batch, steps, prefix_lens.dtype, device)
-        if buffers is not None and not all(x.is_contiguous() for x in buffers.values()):
-            buffers = None
+        buffers = None
+        if out is not None:
+            kinds = {"accept_index": torch.int32, "valid": torch.bool}
+            kinds["prefix_lens"] = prefix_lens.dtype
+            buffers = _buffers(out, Compaction, rows.shape, device, **kinds)
+            if not all(x.is_contiguous() for x in buffers.values()):
+                buffers = None
         lists = Compaction(**pack.compact(*step, page_size, spare, past, out=buffers))
         return lists if buffers is not None else copy_into(out, lists)
     past_end = rows < 0
@@ -301,13 +298,17 @@ def compact(
 
 
 def _buffers(
-    out: Compaction, batch: int, steps: int, lens: torch.dtype, device: torch.device
+    out: object, kind: type[Any], shape: Sequence[int], device: torch.device, **dtypes: torch.dtype
 ) -> dict[str, Tensor]:
-    """Check that all buffers fit, and return them by name."""
-    found = {}
-    for name in [field.name for field in fields(checks.instance("out", out, Compaction))]:
-        kinds = {"accept_index": torch.int32, "valid": torch.bool, "prefix_lens": lens}
-        kind = kinds.get(name, torch.int64)
-        shape = [batch] if name == "prefix_lens" else [batch, steps]
-        found[name] = checks.tensor(f"out.{name}", getattr(out, name), shape, kind, device)
-    return found
+    """Check that the buffers fit, int64 unless in ``dtypes``, and return them by name."""
+    checks.instance("out", out, kind)
+    return {
+        name: checks.tensor(
+            f"out.{name}",
+            getattr(out, name),
+            shape[:1] if name in PER_REQUEST else shape,
+            dtypes.get(name, torch.int64),
+            device,
+        )
+        for name in kind.__dataclass_fields__
+    }

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from echo import _checks as checks
 from echo._checks import EchoError
-from echo.tree.validate import Array, check_nodes, depths, host, refuse
+from echo.tree.validate import Array, check_scores, check_tokens, depths, host, refuse
 
 if TYPE_CHECKING:
     from echo.tree.supertree import Forest, SuperTree
@@ -46,7 +46,10 @@ def layers(
     parents = host(parent)
     there = np.arange(nodes) < sizes[:, None]
     deep = depths(parents, sizes, there)
-    check_nodes(host(token), parents, host(log_prob.float()), there)
+    check_tokens("token", host(token), parents, there)
+    scores = host(log_prob.float())
+    limit = np.full_like(scores, checks.ROUNDING)
+    check_scores("log_prob", scores, limit, there & (deep > 0), "a log-probability")
     if depth is not None:
         given = host(depth)
         below = "one below its parent"

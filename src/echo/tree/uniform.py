@@ -19,7 +19,7 @@ from torch import Tensor
 
 from echo import _checks as checks
 from echo._checks import EchoError, copy_into
-from echo.tree.packed import WORD, PackedTree, select_rows, unpack_bits
+from echo.tree.packed import WORD, PackedTree, own_bits, select_rows, unpack_bits
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def sglang(
     Args:
         packed: the step.
         max_verify_tokens_per_req: n.
-        prefix_lens: int32 or int64 [B], SGLang's ``seq_lens``.
+        prefix_lens: int32 or int64 [B], tokens of each request in the cache: SGLang's ``seq_lens``.
         out: persistent buffers.
 
     Raises:
@@ -135,13 +135,11 @@ def sglang_mask(
     """Export SGLang's ``tree_mask``; a pad row sees itself and, in FULL_MASK, the prefix.
 
     Args:
-        packed: the step.
-        max_verify_tokens_per_req: n, at most 32 for bit-packing.
+        packed, max_verify_tokens_per_req, out: as in :func:`sglang`; n at most 32 for bit-packing.
         mode: FULL_MASK: bool [size], n x (prefix + n) per request. QLEN_ONLY: bool [B, n, n].
             QLEN_ONLY_BITPACKING: uint8, uint16 or uint32 [B * n], bit j is row j.
         prefix_lens: int32 or int64 [B], for FULL_MASK.
         size: entries of FULL_MASK, a host int of at least sum(prefix + n) * n; the excess is ones.
-        out: persistent buffer.
 
     Raises:
         EchoError: n above 32 for bit-packing, an unknown mode, or a missing argument.
@@ -185,10 +183,8 @@ def tensorrt_llm(
     """Export TensorRT-LLM's packed mask, depth offsets and local links.
 
     Args:
-        packed: the step.
-        max_verify_tokens_per_req: n.
+        packed, max_verify_tokens_per_req, out: as in :func:`sglang`.
         window, mla: of the model's attention; rejected: its dynamic trees have no kernels for it.
-        out: persistent buffers.
 
     Raises:
         EchoError: n below 1, buffers that do not fit, a sliding window, or latent attention.
@@ -196,9 +192,7 @@ def tensorrt_llm(
     Source: ``spec_decoding_packed_mask`` and ``spec_decoding_position_offsets`` of TensorRT-LLM.
     """
     if window is not None or mla:
-        expected = (
-            "full attention, without a window or latents: TensorRT-LLM verifies no other trees"
-        )
+        expected = "full attention, without a window or latents: TensorRT-LLM has no other trees"
         raise EchoError(f"window, mla: expected {expected}, got {window}, {mla}")
     grid = _Grid(packed, max_verify_tokens_per_req)
     lens = packed.indptr.diff().clamp(max=grid.n)
@@ -226,9 +220,7 @@ def hugging_face(
     the cache is cropped to the longest text.
 
     Args:
-        packed: the step.
-        max_verify_tokens_per_req: n.
-        prefix_lens: int32 or int64 [B], tokens of each request in the cache.
+        packed, max_verify_tokens_per_req, prefix_lens, out: as in :func:`sglang`.
         past_len: length of the cache, a host int.
         left_padded: must be False, and given for more than one request. Texts of a left-padded
             cache end together, which fails once requests accept different numbers of drafts. Move
@@ -237,7 +229,6 @@ def hugging_face(
         window: positions visible in a sliding-window layer, the row's own included, for its entry
             in transformers' masks by kind of layer. Defaults to all.
         dtype: of the mask: bool, or a float type.
-        out: persistent buffers.
 
     Raises:
         EchoError: shapes or dtypes that do not fit, or a cache that is left-padded.
@@ -259,17 +250,14 @@ def hugging_face(
     else:  # the largest buffer by far, so it is written in place
         mask = checks.instance("out", out, HuggingFaceInputs).attention_mask
         checks.tensor("out.attention_mask", mask, shape, dtype, device)
-    ids = grid.spread(packed.tokens, 0)
-    depth = grid.spread(packed.depth, 0)
-    inputs = copy_into(out, HuggingFaceInputs(ids, depth + prefix, mask))
+    positions = grid.spread(packed.depth, 0) + prefix
+    inputs = copy_into(out, HuggingFaceInputs(grid.spread(packed.tokens, 0), positions, mask))
     column = torch.arange(past_len, dtype=torch.int32, device=device)
     past = (column < prefix.int())[:, None, None]
     if window is not None:
-        past = past & (column > (inputs.position_ids - window)[:, None, :, None])
-    for part, seen in (
-        (mask[..., :past_len], past),
-        (mask[..., past_len:], grid.square()[:, None]),
-    ):
+        past = past & (column > (positions - window)[:, None, :, None])
+    parts = mask[..., :past_len], mask[..., past_len:]
+    for part, seen in zip(parts, (past, grid.square()[:, None]), strict=True):
         if dtype == torch.bool:
             part.copy_(seen)
         else:
@@ -303,7 +291,6 @@ class _Grid:
     """Where each packed row goes among n rows of every request. Costs O(N).
 
     Attributes:
-        n: rows of every request.
         size: B * n.
         place: int64 [N], index in [B * n]; B * n for pad rows and rows past the first n.
         local: int64 [N], row within its request, or among the pad rows.
@@ -329,10 +316,7 @@ class _Grid:
         """Scatter ``values`` [N, ...] to [B, n, ...], with ``fill`` (broadcast) on pad rows."""
         made = values.new_empty(self.size + 1, *values.shape[1:])
         grid = made[:-1].view(self.packed.batch, self.n, *values.shape[1:])
-        if isinstance(fill, Tensor):
-            grid.copy_(fill)
-        else:
-            grid.fill_(fill)
+        grid[:] = fill
         if values.dim() == 1:
             made.scatter_(0, self.place, values)
         else:
@@ -357,9 +341,7 @@ class _Grid:
     def words(self) -> Tensor:
         """Mask words int32 [B, n, ceil(n / 32)]; a pad row sees itself."""
         words = -(-self.n // WORD)
-        row = torch.arange(self.n, device=self.place.device)
-        own = torch.zeros(self.n, words, dtype=torch.int32, device=row.device)
-        own.scatter_(1, (row >> 5)[:, None], (1 << (row & WORD - 1)).int()[:, None])
+        own = own_bits(torch.arange(self.n, device=self.place.device), words)
         return self.spread(F.pad(self.packed.mask, (0, words - self.packed.mask.shape[1])), own)
 
     def square(self) -> Tensor:
