@@ -21,7 +21,7 @@ from torch import Tensor
 
 from echo import _checks as checks
 from echo import kernels
-from echo._checks import EchoError
+from echo._checks import EchoError, copy_into
 from echo.loop import Drafter
 from echo.tree.accept import Accepted
 from echo.tree.packed import PackedTree
@@ -89,12 +89,11 @@ class Texts:
         device = self.num_tokens.device
         room = self.tokens.shape[1]
         checks.tensor("req_indices", req_indices, [len(texts)], torch.int64, device)
-        ends = [
-            checks.tensor(f"texts[{b}]", text, ["n"], torch.int64, device)[-room:]
-            for b, text in enumerate(texts)
-        ]
+        for b, text in enumerate(texts):
+            checks.tensor(f"texts[{b}]", text, ["n"], torch.int64, device)
         new = self._writable(out)
-        if ends:
+        if texts:
+            ends = [text[-room:] for text in texts]
             rows = [F.pad(end, (0, room - len(end)), value=NO_TOKEN) for end in ends]
             new.tokens.index_copy_(0, req_indices, torch.stack(rows).int())
             held = torch.stack([end.new_full((), len(end)) for end in ends])
@@ -149,13 +148,7 @@ class Texts:
         """Return ``out`` holding these texts, or a copy of them."""
         if out is None:
             return Texts(self.tokens.clone(), self.num_tokens.clone())
-        for name in ("tokens", "num_tokens"):
-            mine = getattr(self, name)
-            its = getattr(out, name)
-            checks.tensor(f"out.{name}", its, mine.shape, mine.dtype, mine.device)
-            if its is not mine:
-                its.copy_(mine)
-        return out
+        return copy_into(out, self)
 
 
 @dataclass(frozen=True)
@@ -233,9 +226,8 @@ def _propose(
     best = torch.where(run > 0, run * length + place, 0).amax(dim=2)
     match_lens = best // length
     after = text.gather(1, (best % length + 1).clamp(max=length - 1)).long()
-    return Proposals(
-        texts, req_indices, tails, torch.where(match_lens > 0, after, NO_TOKEN), match_lens
-    )
+    tokens = torch.where(match_lens > 0, after, NO_TOKEN)
+    return Proposals(texts, req_indices, tails, tokens, match_lens)
 
 
 def blend(
@@ -336,10 +328,8 @@ class PromptLookup:
         with checks.reading("mixing_weights: expected numbers"):
             mixing_weights = [float(weight) for weight in mixing_weights]
         if len(mixing_weights) != count + 1 or not all(0 <= w <= MOST for w in mixing_weights):
-            raise EchoError(
-                f"mixing_weights: expected {count + 1} numbers in [0, 1), for matches of 0 to"
-                f" {count} tokens, got {list(mixing_weights)}"
-            )
+            expected = f"{count + 1} numbers in [0, 1), for matches of 0 to {count} tokens"
+            raise EchoError(f"mixing_weights: expected {expected}, got {list(mixing_weights)}")
         if drafter is not None:
             checks.follows("drafter", drafter, Drafter)
         self.drafter = drafter
@@ -382,28 +372,21 @@ class PromptLookup:
             if kernels.use_triton(before[0]):
                 from echo.kernels import ngram
 
-                proposed = found.tokens, found.match_lens, self.mixing_weights
-                drafted = ngram.blend(*before, *proposed)
+                drafted = ngram.blend(*before, found.tokens, found.match_lens, self.mixing_weights)
             else:
-                weight = self.mixing_weights[found.match_lens]
-                drafted = blend(*before, found.tokens, weight)
+                drafted = blend(*before, found.tokens, self.mixing_weights[found.match_lens])
         if frontier.depth == 0:
             self._remember(before[0][:, 0], before[1][:, 0].detach(), found)
         return drafted
 
     def _proposals(self, req_indices: Tensor, frontier: Frontier) -> Proposals:
         depth, last = self._last or (0, None)
-        if (
-            last is not None
-            and frontier.depth == depth + 1
-            and (last.req_indices is req_indices or depth)
-        ):
+        follows = last is not None and (last.req_indices is req_indices or depth)
+        if last is not None and follows and frontier.depth == depth + 1:
             return last.follow(frontier)
         if frontier.depth > 1:
-            raise EchoError(
-                "frontier: expected one of depth 0 or 1, or one below the last, got one of depth"
-                f" {frontier.depth}"
-            )
+            expected = "one of depth 0 or 1, or one below the last"
+            raise EchoError(f"frontier: expected {expected}, got one of depth {frontier.depth}")
         self._judged.zero_()
         roots = self.texts.propose(req_indices, self.max_ngram)
         return roots.follow(frontier) if frontier.depth else roots
@@ -413,9 +396,8 @@ class PromptLookup:
         batch, k = tokens.shape
         if self._root is None or self._root[0].shape[1] != k:
             count = len(self._judged)
-            ids = tokens.new_zeros(count, k)
             probs = log_probs.new_zeros(count, k, dtype=torch.float32)
-            self._root = ids, probs, tokens.new_zeros(count), tokens.new_zeros(count)
+            self._root = tokens.new_zeros(count, k), probs, *tokens.new_zeros(2, count)
         seen = tokens, log_probs, found.tokens[:, 0], found.match_lens[:, 0]
         for buffer, value in zip(self._root, seen, strict=True):
             buffer[:batch].copy_(value)
@@ -445,7 +427,5 @@ class PromptLookup:
         Each such step raises the likelihood of the target's tokens, which has one maximum. Waits
         for the device.
         """
-        won, seen = self._won.tolist()
-        weights = self.mixing_weights.tolist()
-        rows = zip(won, seen, weights, strict=True)
+        rows = zip(*self._won.tolist(), self.mixing_weights.tolist(), strict=True)
         return tuple(min((w + PRIOR * t) / (n + PRIOR), MOST) for w, n, t in rows)

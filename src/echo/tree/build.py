@@ -26,11 +26,10 @@ if TYPE_CHECKING:
 def layers(
     token: Tensor, parent: Tensor, log_prob: Tensor, depth: Tensor | None, num_nodes: Tensor | None
 ) -> tuple[NDArray[np.int64], list[tuple[Tensor, Tensor, Tensor]]]:
-    """Check a custom tree on the host and sort it into layers.
+    """Check arguments of :meth:`SuperTree.from_arrays` on the host, and sort them into layers.
 
-    Takes the arguments of :meth:`~echo.tree.supertree.SuperTree.from_arrays`. Returns each
-    request's number of nodes int64 [B], and the layers as
-    :meth:`~echo.tree.supertree.SuperTree.attach` takes them.
+    Returns each request's number of nodes int64 [B], and the layers that :meth:`SuperTree.attach`
+    takes.
     """
     batch, nodes = shape = checks.tensor("token", token, ["B", "T"], checks.INTEGERS).shape
     device = token.device
@@ -52,8 +51,7 @@ def layers(
     check_scores("log_prob", scores, limit, there & (deep > 0), "a log-probability")
     if depth is not None:
         given = host(depth)
-        below = "one below its parent"
-        say = lambda b, i: f"expected {deep[b, i]}, {below}, got {given[b, i]}"
+        say = lambda b, i: f"expected {deep[b, i]}, one below its parent, got {given[b, i]}"
         refuse("depth", there & (given != deep), say)
     made = []
     for columns, above in _by_depth(parents, deep, there):
@@ -77,12 +75,9 @@ def _by_depth(
     for members in np.split(flat, np.cumsum(np.bincount(depth.ravel()[flat], minlength=1)))[1:-1]:
         request, column = np.divmod(members, nodes)
         up = place[request * nodes + parents[request, column]]
-        order = np.lexsort((up, request))
-        request = request[order]
-        column = column[order]
-        up = up[order]
+        request, column, up = np.stack([request, column, up])[:, np.lexsort((up, request))]
         count = np.bincount(request, minlength=batch)
-        local = np.arange(len(order)) - (np.cumsum(count) - count)[request]
+        local = np.arange(len(up)) - (np.cumsum(count) - count)[request]
         place[request * nodes + column] = local
         columns = np.full((batch, count.max()), -1)
         above = np.zeros_like(columns)
@@ -97,10 +92,7 @@ def trie(
     weights: Sequence[Sequence[float]] | None,
     prior: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Merge continuations into arrays: token, parent, log_prob and num_nodes of a custom tree.
-
-    Takes the arguments of :meth:`~echo.tree.supertree.SuperTree.from_paths`.
-    """
+    """Merge continuations into arrays: token, parent, log_prob and num_nodes of a custom tree."""
     batch = checks.tensor("root_tokens", root_tokens, ["B"], torch.int64).shape[0]
     prior = checks.real("prior", prior, 0.0)
     for name, given in (("paths", paths), ("weights", weights)):

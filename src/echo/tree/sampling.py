@@ -42,8 +42,7 @@ def path_tokens(packed: PackedTree, *, out: Tensor | None = None) -> Tensor:
     emitted by the previous step and is already in the engine's state of the request.
 
     Args:
-        packed: the step.
-        out: persistent buffer.
+        packed, out: the step, and a persistent buffer.
 
     Raises:
         EchoError: a buffer that does not fit.
@@ -59,9 +58,8 @@ def path_tokens(packed: PackedTree, *, out: Tensor | None = None) -> Tensor:
         >>> counts.scatter_add_(1, drafts.clamp(min=0), (drafts >= 0).long()).tolist()
         [[1, 0, 0], [1, 1, 0], [1, 0, 1], [1, 2, 0]]
     """
-    path = packed.ancestors()[:, 1:]
     tokens = F.pad(packed.tokens, (0, 1), value=-1)
-    return copy_into(out, tokens[path])
+    return copy_into(out, tokens[packed.ancestors()[:, 1:]])
 
 
 def by_request(
@@ -70,10 +68,9 @@ def by_request(
     """[N, ...]: each row's value of its request: sampling parameters, seed, counts or adapter.
 
     Args:
-        packed: the step.
+        packed, out: the step, and a persistent buffer.
         values: [B, ...], any dtype.
         fill: for pad rows.
-        out: persistent buffer.
 
     Raises:
         EchoError: another batch size, or a buffer that does not fit.
@@ -84,21 +81,15 @@ def by_request(
 
 
 def by_node(
-    packed: PackedTree,
-    tree: SuperTree,
-    values: Tensor,
-    fill: float,
-    *,
-    out: Tensor | None = None,
+    packed: PackedTree, tree: SuperTree, values: Tensor, fill: float, *, out: Tensor | None = None
 ) -> Tensor:
     """[N, ...]: values of the super-tree's nodes, such as grammar masks, in packed order.
 
     Args:
-        packed: the step.
+        packed, out: the step, and a persistent buffer.
         tree: the super-tree that it was packed from.
         values: [B, T, ...], any dtype, in the order of ``tree.forest``.
         fill: for pad rows; -1 in a bitmask allows all tokens.
-        out: persistent buffer.
 
     Raises:
         EchoError: another tree or other shapes, or a buffer that does not fit.
@@ -180,14 +171,14 @@ def to_host(packed: PackedTree, *, out: HostTrees | None = None) -> HostTrees:
         out: an earlier result that is no longer read; its buffers are reused if they are large
             enough, since pinning memory takes far longer than the copy.
     """
-    parts = {name: getattr(packed, name) for name in ("tokens", "parent", "indptr")}
     copies = {}
     pinned = packed.tokens.is_cuda
     buffers = {} if out is None else dict(out.buffers)
-    for name, part in parts.items():
+    for name in ("tokens", "parent", "indptr"):
+        part = getattr(packed, name)
         if name not in buffers or len(buffers[name]) < len(part):
-            new = torch.empty(part.shape, dtype=part.dtype, pin_memory=pinned, device="cpu")
-            buffers[name] = new
+            kind = {"dtype": part.dtype, "device": "cpu", "pin_memory": pinned}
+            buffers[name] = torch.empty(part.shape, **kind)
         copies[name] = buffers[name][: len(part)].copy_(part, non_blocking=True)
     done: Any = None
     if pinned and not torch.cuda.is_current_stream_capturing():
@@ -252,13 +243,12 @@ def fill_bitmask(trees: HostTrees, matchers: Sequence[Matcher | None], bitmask: 
     tokens = trees.tokens.tolist()
     parent = trees.parent.tolist()
     indptr = trees.indptr.tolist()
+    children: dict[int, list[int]] = {}
     for matcher, begin, end in zip(matchers, indptr, indptr[1:], strict=False):
-        if matcher is None or begin == end:
-            continue
-        children: dict[int, list[int]] = {}
         for row in range(begin + 1, end):
             children.setdefault(begin + parent[row], []).append(row)
-        _fill(matcher, begin, tokens, children, bitmask)
+        if matcher is not None and begin < end:
+            _fill(matcher, begin, tokens, children, bitmask)
     return bitmask
 
 
