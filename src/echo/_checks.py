@@ -89,8 +89,7 @@ def copy_into(out: T | None, value: T) -> T:
         part = getattr(new, name)
         into = getattr(old, name)
         if isinstance(part, Tensor) and into is not None:
-            tensor(f"out.{name}", into, part.shape, part.dtype, part.device)
-            pairs.append((into, part))
+            pairs.append((tensor(f"out.{name}", into, part.shape, part.dtype, part.device), part))
         else:
             host[name] = part
     for into, part in pairs:
@@ -144,10 +143,8 @@ def integers(name: str, value: object, low: int, high: int | None = None) -> NDA
     """
 
     def refuse(got: str) -> EchoError:
-        kinds = "(one, a list, an array or a CPU tensor)"
-        return EchoError(
-            f"{name}: expected ints {_range(low, high)} on the host {kinds}, got {got}"
-        )
+        kinds = f"ints {_range(low, high)} on the host (one, a list, an array or a CPU tensor)"
+        return EchoError(f"{name}: expected {kinds}, got {got}")
 
     if isinstance(value, Tensor):
         if not value.is_cpu:

@@ -100,12 +100,6 @@ class Accepted:
 
         Raises:
             EchoError: shapes, dtypes or devices that do not fit.
-
-        Example:
-            >>> tokens, rows = torch.tensor([[5, 2, 40]]), torch.tensor([[0, 1, 2]])
-            >>> accepted = Accepted.of(tokens, rows, torch.tensor([3]))
-            >>> accepted.truncate(eos_tokens=torch.tensor([2])).tokens.tolist()
-            [[5, 2, -1]]
         """
         if eos_tokens is None and max_new_tokens is None:
             return self
@@ -150,8 +144,14 @@ def accept(
         >>> from echo.tree import SuperTree, pack
         >>> tree = SuperTree.from_paths(torch.tensor([7]), [[[1, 2], [3]]])
         >>> packed = pack(tree, tree.score > -torch.inf, num_rows=4, words=1)
-        >>> accept(packed, torch.tensor([3, 0, 5, 0])).tokens.tolist()  # rows 7, 1, 3, 2
-        [[3, 5, -1]]
+        >>> accepted = accept(packed, torch.tensor([3, 0, 5, 0]))  # rows 7, 1, 3, 2
+        >>> ended = accepted.truncate(eos_tokens=torch.tensor([3]))
+        >>> accepted.tokens.tolist(), ended.tokens.tolist()
+        ([[3, 5, -1]], [[3, -1, -1]])
+        >>> same = Accepted.of(accepted.tokens, accepted.rows, accepted.num_emitted)
+        >>> moves = compact(packed, same, torch.tensor([10]))  # the cache holds 10 tokens
+        >>> moves.source.tolist(), moves.target.tolist(), moves.prefix_lens.tolist()
+        ([[10, 12, 0]], [[10, 11, 0]], [12])
     """
     if (target_tokens is None) == (logits is None):
         raise EchoError("target_tokens, logits: expected exactly one of them")
@@ -234,17 +234,10 @@ def compact(
             with ``past_len``.
 
     Example:
-        >>> from echo.tree import SuperTree, pack
-        >>> tree = SuperTree.from_paths(torch.tensor([7]), [[[1, 2], [3]]])
-        >>> packed = pack(tree, tree.score > -torch.inf, num_rows=4, words=1)  # 7, 1, 3, 2
-        >>> lists = compact(packed, accept(packed, torch.tensor([3, 0, 5, 0])), torch.tensor([10]))
-        >>> lists.source.tolist(), lists.target.tolist(), lists.prefix_lens.tolist()
-        ([[10, 12, 0]], [[10, 11, 0]], [12])
-
         A contiguous cache [B, length, heads, dim]::
 
-            moved = cache.gather(1, lists.source[..., None, None].expand(-1, -1, heads, dim))
-            cache.scatter_(1, lists.target[..., None, None].expand(-1, -1, heads, dim), moved)
+            moved = cache.gather(1, moves.source[..., None, None].expand(-1, -1, heads, dim))
+            cache.scatter_(1, moves.target[..., None, None].expand(-1, -1, heads, dim), moved)
     """
     device = checks.instance("packed", packed, PackedTree).tokens.device
     rows = checks.instance("accepted", accepted, Accepted).rows

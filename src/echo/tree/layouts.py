@@ -294,16 +294,6 @@ def mla(
 
     Source: ``qo_indptr`` and ``kv_len_arr`` of ``BatchMLAPagedAttentionWrapper.plan(causal=True)``
     of flashinfer-python 0.7.2.post1.
-
-    Example:
-        >>> from echo.tree import SuperTree, pack
-        >>> tree = SuperTree.from_paths(torch.tensor([7, 9]), [[[1, 2]], [[3]]])
-        >>> packed = pack(tree, tree.score > -torch.inf, num_rows=6, words=1)
-        >>> mla(packed, tree, torch.tensor([10, 20])).kv_lens.tolist()
-        [13, 22]
-        >>> own = chains(packed)
-        >>> own.verify_lens.tolist(), own.draft_token_ids[:3].tolist()
-        ([3, 2], [1, 2, 3])
     """
     if max(checks.instance("tree", tree, SuperTree).sizes) > 1:
         expected = "a chain, one candidate a layer: MLA kernels verify no trees"
@@ -337,11 +327,13 @@ def mix(packed: PackedTree, tokens: Tensor, indptr: Tensor, max_segment_len: int
 
     Example:
         >>> from echo.tree import SuperTree, pack
-        >>> tree = SuperTree.from_paths(torch.tensor([7]), [[[1, 2], [3]]])
-        >>> packed = pack(tree, tree.score > -torch.inf, num_rows=5, words=1)
+        >>> tree = SuperTree.from_paths(torch.tensor([7]), [[[1, 2]]])  # a chain
+        >>> packed = pack(tree, tree.score > -torch.inf, num_rows=4, words=1)
+        >>> mla(packed, tree, torch.tensor([10])).kv_lens, chains(packed).verify_lens
+        (tensor([13], dtype=torch.int32), tensor([3], dtype=torch.int32))
         >>> mixed = mix(packed, torch.tensor([40, 41, 42]), torch.tensor([0, 2, 3]).int(), 2)
         >>> mixed.tokens.tolist(), mixed.indptr.tolist()
-        ([7, 1, 3, 2, 40, 41, 42, 0], [0, 4, 6, 7])
+        ([7, 1, 2, 40, 41, 42, 0], [0, 3, 5, 6])
     """
     n = packed.num_rows
     batch = packed.batch

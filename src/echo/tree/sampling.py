@@ -48,14 +48,21 @@ def path_tokens(packed: PackedTree, *, out: Tensor | None = None) -> Tensor:
         EchoError: a buffer that does not fit.
 
     Example:
-        Token counts of each row, for penalties, from each request's counts [B, V]:
-
         >>> from echo.tree import SuperTree, pack
         >>> tree = SuperTree.from_paths(torch.tensor([0]), [[[1, 1], [2]]])
-        >>> packed = pack(tree, tree.score > -torch.inf, num_rows=4, words=1)
-        >>> counts = by_request(packed, torch.tensor([[1, 0, 0]]), 0)
-        >>> drafts = path_tokens(packed)
-        >>> counts.scatter_add_(1, drafts.clamp(min=0), (drafts >= 0).long()).tolist()
+        >>> packed = pack(tree, tree.score > -torch.inf, num_rows=5, words=1)  # 0, 1, 2, 1, a pad
+        >>> by_node(packed, tree, torch.tensor([[40, 41, 42, 43]]), -1).tolist()
+        [40, 41, 42, 43, -1]
+        >>> [x.tolist() for x in lora_segments(packed, torch.tensor([4]), pad_adapter=0)]
+        [[0, 4, 5], [4, 0]]
+        >>> bitmask = torch.zeros(5, 1, dtype=torch.int32)
+        >>> fill_bitmask(to_host(packed), [None], bitmask)[:, 0].tolist()  # all tokens allowed
+        [-1, -1, -1, -1, -1]
+
+        Token counts of each row, for penalties, from each request's counts [B, V]:
+
+        >>> counts, drafts = by_request(packed, torch.tensor([[1, 0, 0]]), 0), path_tokens(packed)
+        >>> counts.scatter_add_(1, drafts.clamp(min=0), (drafts >= 0).long())[:4].tolist()
         [[1, 0, 0], [1, 1, 0], [1, 0, 1], [1, 2, 0]]
     """
     tokens = F.pad(packed.tokens, (0, 1), value=-1)
@@ -93,14 +100,6 @@ def by_node(
 
     Raises:
         EchoError: another tree or other shapes, or a buffer that does not fit.
-
-    Example:
-        >>> from echo.tree import SuperTree, pack
-        >>> tree = SuperTree.from_paths(torch.tensor([7]), [[[1, 2], [3]]])
-        >>> packed = pack(tree, tree.score > -1.2, num_rows=4, words=1)
-        >>> values = torch.tensor([[40, 41, 42, 43]])
-        >>> by_node(packed, tree, values, -1).tolist()  # of 7, 1, 3; 2 is out
-        [40, 41, 42, -1]
     """
     nodes = sum(checks.instance("tree", tree, SuperTree).sizes)
     flat = checks.tensor("values", values, [packed.batch, nodes, "..."]).flatten(0, 1)
@@ -127,13 +126,6 @@ def lora_segments(packed: PackedTree, adapters: Tensor, pad_adapter: int) -> tup
         EchoError: adapters of another shape or dtype.
 
     Source: ``LoRABatchInfo`` (``seg_indptr``, ``weight_indices``) of sglang 0.5.23.
-
-    Example:
-        >>> from echo.tree import SuperTree, pack
-        >>> tree = SuperTree.from_paths(torch.tensor([7, 9]), [[[1, 2]], [[3]]])
-        >>> packed = pack(tree, tree.score > -torch.inf, num_rows=8, words=1)
-        >>> [x.tolist() for x in lora_segments(packed, torch.tensor([4, 2]), pad_adapter=0)]
-        [[0, 3, 5, 8], [4, 2, 0]]
     """
     device = packed.tokens.device
     checks.tensor("adapters", adapters, [packed.batch], checks.INTEGERS, device)
@@ -223,14 +215,6 @@ def fill_bitmask(trees: HostTrees, matchers: Sequence[Matcher | None], bitmask: 
 
     Raises:
         EchoError: another number of matchers, or a bitmask of another shape or dtype.
-
-    Example:
-        >>> from echo.tree import SuperTree, pack
-        >>> tree = SuperTree.from_paths(torch.tensor([7]), [[[1, 2]]])
-        >>> packed = pack(tree, tree.score > -torch.inf, num_rows=3, words=1)
-        >>> bitmask = torch.zeros(3, 1, dtype=torch.int32)
-        >>> fill_bitmask(to_host(packed), [None], bitmask).tolist()
-        [[-1], [-1], [-1]]
     """
     batch = len(trees.indptr) - 1
     rows = len(trees.tokens)
