@@ -125,15 +125,18 @@ def integer(name: str, value: object, low: int, high: int | None = None) -> int:
 
 
 def _whole(value: object) -> int | None:
-    """An integer of any kind, else None. A bool is none; a tensor on a device would synchronize."""
-    if isinstance(value, Tensor):
-        value = value.item() if value.is_cpu and not value.dim() else None
-    if isinstance(value, bool):
-        return None
+    """An integer of any kind, else None."""
     try:
-        return operator.index(value)  # type: ignore[arg-type]
+        return operator.index(_scalar(value))
     except TypeError:
         return None
+
+
+def _scalar(value: object) -> Any:
+    """A 0-d CPU tensor's value; None for a bool or another tensor, which might synchronize."""
+    if isinstance(value, Tensor):
+        value = value.item() if value.is_cpu and not value.dim() else None
+    return None if isinstance(value, bool) else value
 
 
 def integers(name: str, value: object, low: int, high: int | None = None) -> NDArray[np.int64]:
@@ -167,27 +170,23 @@ def integers(name: str, value: object, low: int, high: int | None = None) -> NDA
     return found.astype(np.int64)
 
 
-def indices(name: str, value: HostInts, high: int | None = None) -> NDArray[np.int64]:
-    """Return ``value`` as a host array int64 [n] of indices, at most ``high``."""
-    found = integers(name, value, 0, high)
-    if found.ndim != 1:
-        raise EchoError(f"{name}: expected one int for each request, got {found}")
+def indices(name: str, value: object, high: int | None = None, low: int = 0) -> NDArray[np.int64]:
+    """Return several integers, as :func:`integers`, int64 [n]."""
+    found = integers(name, value, low, high)
+    if found.ndim == 0:
+        raise EchoError(f"{name}: expected ints {_range(low, high)}, several, got {found}")
     return found
 
 
-def ints(name: str, values: object, low: int, high: int | None = None) -> tuple[int, ...]:
+def ints(name: str, value: object, low: int, high: int | None = None) -> tuple[int, ...]:
     """Return several integers, as :func:`integers`, but as Python's."""
-    found = integers(name, values, low, high)
-    if found.ndim == 0:
-        raise EchoError(f"{name}: expected ints {_range(low, high)}, several, got {values!r}")
-    return tuple(found.tolist())
+    return tuple(indices(name, value, high, low).tolist())
 
 
 def real(name: str, value: object, low: float, high: float | None = None) -> float:
     """Return ``value`` as a finite float in [low, high]; of any kind, as in :func:`integer`."""
-    scalar = isinstance(value, Tensor) and value.is_cpu and not value.dim()
-    number: Any = value.item() if scalar else value  # type: ignore[attr-defined]
-    if not isinstance(number, bool) and isinstance(number, Real):
+    number = _scalar(value)
+    if isinstance(number, Real):
         found = float(number)
         if low <= found <= (sys.float_info.max if high is None else high):
             return found

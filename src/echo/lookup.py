@@ -156,8 +156,7 @@ class Proposals:
     """The n-gram proposal of each node of a frontier.
 
     Attributes:
-        texts: the texts searched.
-        req_indices: int64 [B].
+        texts, req_indices: what was searched; int64 [B].
         tails: int32 [B, W, G], the last tokens of each node's path, continued into the text before
             it, newest first; -2 before the beginning.
         tokens: int64 [B, W], the token that followed the longest match of the tail in the text, the
@@ -180,8 +179,7 @@ class Proposals:
     match_lens: Tensor
 
     def follow(self, frontier: Frontier) -> Proposals:
-        """Return the proposals of the next ``frontier``; these must be its parents'. Searches the
-        texts once, with B * W * L * G comparisons.
+        """Return the proposals of the ``frontier`` below, with B * W * L * G comparisons.
 
         Raises:
             EchoError: a frontier that is not below these proposals' nodes.
@@ -289,8 +287,7 @@ class PromptLookup:
     outside.
 
     Args:
-        max_num_reqs: maximum number of requests.
-        max_len: tokens remembered of each request, the last ones.
+        max_num_reqs, max_len: maximum number of requests, and of tokens remembered of each.
         drafter: the drafter to blend with; None: draft chains of proposals.
         max_ngram: longest match to look for.
         mixing_weights: the proposal's weight in [0, 1) by match length, ``max_ngram + 1`` of them.

@@ -99,9 +99,7 @@ def trie(
         if given is not None and len(given) != batch:
             expected = f"one list for each of {batch} requests"
             raise EchoError(f"{name}: expected {expected}, got {len(given)}")
-    tokens: list[list[int]] = []
-    parents: list[list[int]] = []
-    shares: list[list[float]] = []
+    tries: list[tuple[list[int], list[int], list[float]]] = []
     for b, (root, own) in enumerate(zip(root_tokens.tolist(), paths, strict=True)):
         some: Any = [1.0] * len(own) if weights is None else weights[b]
         listed = some.tolist() if isinstance(some, Tensor) else some
@@ -123,20 +121,19 @@ def trie(
                 at = child[at, t]
                 weight[at] += w
         drafted = zip(weight[1:], parent[1:], strict=True)
-        tokens.append(token)
-        parents.append(parent)
-        shares.append([1.0, *(w / (weight[p] + prior) if w else 0.0 for w, p in drafted)])
-    num_nodes = [len(token) for token in tokens]
+        share = [1.0, *(w / (weight[p] + prior) if w else 0.0 for w, p in drafted)]
+        tries.append((token, parent, share))
     device = root_tokens.device
-    width = max(num_nodes, default=1)
+    sizes = [len(token) for token, _, _ in tries]
+    width = max(sizes, default=1)
 
-    def pad(lists: Sequence[Sequence[float]], dtype: torch.dtype) -> Tensor:
-        rows = [[*row, *[0] * (width - len(row))] for row in lists]
+    def pad(column: int, dtype: torch.dtype) -> Tensor:
+        rows = [[*trie[column], *[0] * (width - len(trie[column]))] for trie in tries]
         return torch.tensor(rows, dtype=dtype, device=device).view(batch, width)
 
-    log_prob = pad(shares, torch.float64).log().float()
-    sizes = torch.tensor(num_nodes, dtype=torch.int64, device=device)
-    return pad(tokens, torch.int64), pad(parents, torch.int64), log_prob, sizes
+    log_prob = pad(2, torch.float64).log().float()
+    num_nodes = torch.tensor(sizes, dtype=torch.int64, device=device)
+    return pad(0, torch.int64), pad(1, torch.int64), log_prob, num_nodes
 
 
 @dataclass(frozen=True)
@@ -176,8 +173,8 @@ class Template:
         depth: list[int] = []
         for node, parent in enumerate(parents):
             if parent >= node:
-                says = f"expected -1 or a node before it, got {parent}"
-                raise EchoError(f"parents: node {node}: {says}")
+                expected = "expected -1 or a node before it"
+                raise EchoError(f"parents: node {node}: {expected}, got {parent}")
             depth.append(1 if parent < 0 else depth[parent] + 1)
         taken = tuple(parents[:n].count(p) for n, p in enumerate(parents))
         if self.candidates is not None:
@@ -226,10 +223,10 @@ class Template:
         """
         batch = tree.batch
         device = tree.status.device
-        heads = tokens.dim() == 3
-        shape: list[int | str] = [batch, "D", "k"] if heads else [batch, len(self.parents)]
+        heads = checks.instance("tokens", tokens, Tensor).dim() == 3
+        shape = (batch, "D", "k") if heads else (batch, len(self.parents))
         checks.tensor("tokens", tokens, shape, torch.int64, device)
-        checks.tensor("log_probs", log_probs, list(tokens.shape), checks.FLOATS, device)
+        checks.tensor("log_probs", log_probs, tokens.shape, checks.FLOATS, device)
         if heads:
             k = 1 + max([0, *(max(taken) for _, _, taken in self._layers)])
             if len(self._layers) > tokens.shape[1] or k > tokens.shape[2]:
