@@ -13,8 +13,6 @@ from torch import Tensor
 from echo import _checks as checks
 from echo._checks import EchoError
 
-__all__ = ["candidates", "sharded_candidates"]
-
 
 def candidates(logits: Tensor, k: int, *, d2t: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Return the k likeliest tokens and their log-probabilities, in the target's vocabulary.

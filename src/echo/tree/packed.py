@@ -27,6 +27,14 @@ if TYPE_CHECKING:
 
 WORD = 32
 """Bits of a mask word."""
+COLUMNS = (
+    "tokens", "parent", "depth", "request", "score", "node", "committed", "mask", "indptr",
+    "status", "invalid", "expected", "acceptance_histogram",
+)  # fmt: skip
+"""What :meth:`PackedTree.to_buffer` holds, in order; the last two are optional."""
+DTYPES = {"tokens": torch.int64, "node": torch.int64, "committed": torch.bool, "status": torch.int8}
+DTYPES |= dict.fromkeys(("score", "expected", "acceptance_histogram"), torch.float32)
+"""Dtypes of those that are not int32."""
 
 
 @dataclass(frozen=True)
@@ -192,9 +200,7 @@ class PackedTree:
         fit 31 bits. The length is ``buffer_size(batch, num_rows, words)``, plus the optional
         ``acceptance_histogram`` and ``expected``; so is that of ``out``, int32, written to.
         """
-        parts = [self.tokens, self.parent, self.depth, self.request, self.score, self.node]
-        parts += [self.committed, self.mask, self.indptr, self.status, self.invalid]
-        parts += [x for x in (self.expected, self.acceptance_histogram) if x is not None]
+        parts = [part for name in COLUMNS if (part := getattr(self, name)) is not None]
         words = [x.view(torch.int32) if x.is_floating_point() else x.int() for x in parts]
         return copy_into(out, torch.cat([x.flatten() for x in words]))
 
@@ -217,25 +223,16 @@ class PackedTree:
             raise EchoError(f"buffer: expected {expected}, got [{size}]")
         sizes = [*[num_rows] * 7, num_rows * words, batch + 1, batch, batch]
         parts = torch.split(buffer, [*sizes, each, each * bins] if more else sizes)
-        tokens, parent, depth, request, score, node, committed = parts[:7]
-        mask, indptr, status, invalid, *summary = parts[7:]
-        floats = [part.view(torch.float32) for part in summary]
-        return cls(
-            tokens=tokens.long(),
-            parent=parent,
-            depth=depth,
-            request=request,
-            indptr=indptr,
-            mask=mask.view(num_rows, words),
-            score=score.view(torch.float32),
-            node=node.long(),
-            committed=committed.bool(),
-            status=status.to(torch.int8),
-            invalid=invalid,
-            max_depth=max_depth,
-            acceptance_histogram=floats[1].view(batch, max_depth, bins) if more else None,
-            expected=floats[0].view(batch, max_depth) if more else None,
-        )
+        columns = {}
+        for name, part in zip(COLUMNS, parts, strict=False):
+            kind = DTYPES.get(name, torch.int32)
+            columns[name] = part.view(kind) if kind.is_floating_point else part.to(kind)
+        columns["mask"] = columns["mask"].view(num_rows, words)
+        if more:
+            columns["expected"] = columns["expected"].view(batch, max_depth)
+            shape = batch, max_depth, bins
+            columns["acceptance_histogram"] = columns["acceptance_histogram"].view(shape)
+        return cls(**columns, max_depth=max_depth)
 
     def agree(self, sync: Callable[[Tensor], Tensor], out: PackedTree | None = None) -> PackedTree:
         """Return the step that all ranks follow; each rank calls this on its own step.

@@ -22,18 +22,6 @@ from echo._checks import EchoError, copy_into
 from echo.tree.packed import PackedTree, select_rows
 from echo.tree.supertree import SuperTree
 
-__all__ = [
-    "HostTrees",
-    "Matcher",
-    "allows",
-    "by_node",
-    "by_request",
-    "fill_bitmask",
-    "lora_segments",
-    "path_tokens",
-    "to_host",
-]
-
 
 def path_tokens(packed: PackedTree, *, out: Tensor | None = None) -> Tensor:
     """int64 [N, D]: the tokens that plain decoding would have emitted since the root, for each row.

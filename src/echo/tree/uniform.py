@@ -151,11 +151,11 @@ def sglang_mask(
     row = torch.arange(grid.n, device=packed.mask.device)
     if mode == "QLEN_ONLY_BITPACKING":
         checks.integer("max_verify_tokens_per_req", n, 1, WORD)
-        signed = {8: torch.uint8, 16: torch.int16, 32: torch.int32}
-        kinds = {8: torch.uint8, 16: torch.uint16, 32: torch.uint32}
-        bits = 8 if n <= 8 else 16 if n <= 16 else 32
-        words = grid.spread(packed.mask[:, 0].to(signed[bits]), (1 << row).to(signed[bits]))
-        return copy_into(out, words.flatten().view(kinds[bits]))
+        signed, kind = (torch.int16, torch.uint16) if n <= 16 else (torch.int32, torch.uint32)
+        if n <= 8:
+            signed = kind = torch.uint8
+        words = grid.spread(packed.mask[:, 0].to(signed), (1 << row).to(signed))
+        return copy_into(out, words.flatten().view(kind))
     square = grid.square()
     if mode == "QLEN_ONLY":
         return copy_into(out, square)
