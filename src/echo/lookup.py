@@ -54,11 +54,14 @@ class Texts:
         num_tokens: int64 [max_num_reqs], tokens written to each ring, overwritten ones included.
 
     Example:
-        >>> tokens = torch.tensor([[5, 6, 7, 5]])
-        >>> texts = Texts.empty(1, 8).append(torch.tensor([0]), tokens, torch.tensor([4]))
-        >>> found = texts.propose(torch.tensor([0]))
+        >>> from echo.tree import SuperTree
+        >>> tokens, ids = torch.tensor([[5, 6, 7, 5]]), torch.tensor([0])
+        >>> found = Texts.empty(1, 8).append(ids, tokens, torch.tensor([4])).propose(ids)
         >>> found.tokens.tolist(), found.match_lens.tolist()  # 6 followed the last 5
         ([[6]], [[1]])
+        >>> tree = SuperTree.from_paths(torch.tensor([5]), [[[6], [8]]])
+        >>> found.follow(tree.frontier).tokens.tolist()  # 7 followed 5, 6; nothing an 8
+        [[7, -1]]
     """
 
     tokens: Tensor
@@ -103,8 +106,7 @@ class Texts:
     def append(
         self, req_indices: Tensor, tokens: Tensor, num_tokens: Tensor, *, out: Texts | None = None
     ) -> Texts:
-        """Append the first ``num_tokens`` int64 [B] of ``tokens`` int64 [B, n] to the texts of
-        ``req_indices`` int64 [B].
+        """Append to ``req_indices`` [B] the first ``num_tokens`` [B] of ``tokens`` [B, n], int64.
 
         ``out``: texts to write to; if these, only the new tokens move.
 
@@ -135,8 +137,7 @@ class Texts:
         return new
 
     def propose(self, req_indices: Tensor, max_ngram: int = 8) -> Proposals:
-        """Propose what followed the last ``max_ngram`` tokens of each text of ``req_indices`` int64
-        [B], for the roots: W = 1.
+        """Propose for the roots (W = 1) of ``req_indices`` int64 [B], from ``max_ngram`` tokens.
 
         Raises:
             EchoError: req_indices of another shape, dtype or device, or max_ngram below 1.
@@ -162,14 +163,6 @@ class Proposals:
         tokens: int64 [B, W], the token that followed the longest match of the tail in the text, the
             latest if there are several; -1 for none.
         match_lens: int64 [B, W], length of that match, at most G; 0 for none.
-
-    Example:
-        >>> from echo.tree import SuperTree
-        >>> tokens, ids = torch.tensor([[5, 6, 7, 5]]), torch.tensor([0])
-        >>> roots = Texts.empty(1, 8).append(ids, tokens, torch.tensor([4])).propose(ids)
-        >>> tree = SuperTree.from_paths(torch.tensor([5]), [[[6], [8]]])
-        >>> roots.follow(tree.frontier).tokens.tolist()  # 7 followed 5, 6; nothing an 8
-        [[7, -1]]
     """
 
     texts: Texts

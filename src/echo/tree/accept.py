@@ -28,8 +28,8 @@ class Accepted:
     """The accepted path of every request, root first, and the tokens that the step emits.
 
     A path holds the rows whose own sampled token was emitted. It ends *before* a row for which the
-    target has no token (-1), so a request may emit nothing: then ``num_emitted`` is 0, ``bonus``
-    -1, the prefix unchanged, and the root stays the root of the next step.
+    target has no token (-1), so a request may emit nothing: then its prefix is unchanged, and its
+    root stays the root of the next step.
 
     Attributes:
         tokens: int64 [B, D + 1], emitted tokens: accepted drafts, then the bonus token; then -1.
@@ -54,10 +54,7 @@ class Accepted:
     def of(
         cls, tokens: Tensor, rows: Tensor, num_emitted: Tensor, cut_row: Tensor | None = None
     ) -> Accepted:
-        """Build from another verification's result; ``bonus`` is the last token emitted.
-
-        Args:
-            tokens, rows, num_emitted, cut_row: see the attributes.
+        """Build from another verification's ``tokens, rows, num_emitted, cut_row``.
 
         Raises:
             EchoError: shapes, dtypes or devices that do not fit.

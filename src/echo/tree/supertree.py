@@ -169,8 +169,7 @@ class SuperTree:
     ) -> SuperTree:
         """Build a custom tree for :meth:`ElasticBudgetScheduler.pack`, with only roots committed.
 
-        Copies every value to the host and checks it, about 0.1 ms a request. Siblings may be in
-        any order.
+        Checks every value on the host, about 0.1 ms a request. Siblings may be in any order.
 
         Args:
             token: int64 [B, T], each request's nodes, root first, each parent before its children.
@@ -188,8 +187,7 @@ class SuperTree:
 
         Example:
             >>> token, parent = torch.tensor([[7, 1, 2, 3]]), torch.tensor([[-1, 0, 0, 1]])
-            >>> log_prob = torch.tensor([[0.0, -0.1, -0.5, -0.2]])
-            >>> SuperTree.from_arrays(token, parent, log_prob).forest.depth.tolist()
+            >>> SuperTree.from_arrays(token, parent, torch.zeros(1, 4)).forest.depth.tolist()
             [0, 1, 1, 2]
         """
         sizes, drafted = build.layers(token, parent, log_prob, depth, num_nodes)
@@ -268,9 +266,8 @@ class SuperTree:
                 nodes.
 
         Example:
-            >>> roots = SuperTree.from_paths(torch.tensor([7]), [[]])
             >>> layer = torch.tensor([[1, 2]]), torch.tensor([[0, 0]]), torch.tensor([[-0.5, -1.0]])
-            >>> tree = roots.attach([layer])
+            >>> tree = SuperTree.from_paths(torch.tensor([7]), [[]]).attach([layer])
             >>> tree.column("token").tolist(), tree.column("score").tolist()
             ([[7, 1, 2]], [[0.0, -0.5, -1.0]])
         """

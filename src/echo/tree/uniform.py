@@ -216,8 +216,8 @@ def hugging_face(
     """Export ids, positions and a 4-D mask for a transformers model with a contiguous cache.
 
     For custom loops and tests, not for speed. Texts begin at entry 0 and rows are appended after
-    entry ``past_len``; ``echo.compact(..., past_len=past_len)`` then lists the moves, after which
-    the cache is cropped to the longest text.
+    entry ``past_len``; after the moves of ``echo.compact(..., past_len=past_len)`` crop the cache
+    to the longest text.
 
     Args:
         packed, max_verify_tokens_per_req, prefix_lens, out: as in :func:`sglang`.
