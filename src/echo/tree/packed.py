@@ -200,8 +200,9 @@ class PackedTree:
         fit 31 bits. The length is ``buffer_size(batch, num_rows, words)``, plus the optional
         ``acceptance_histogram`` and ``expected``; so is that of ``out``, int32, written to.
         """
-        parts = [part for name in COLUMNS if (part := getattr(self, name)) is not None]
-        words = [x.view(torch.int32) if x.is_floating_point() else x.int() for x in parts]
+        parts = [getattr(self, name) for name in COLUMNS]
+        given = [x for x in parts if x is not None]
+        words = [x.view(torch.int32) if x.is_floating_point() else x.int() for x in given]
         return copy_into(out, torch.cat([x.flatten() for x in words]))
 
     @classmethod
