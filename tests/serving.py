@@ -104,7 +104,7 @@ class Server:
         moves = echo.compact(packed, accepted, self.prefix_lens, **self.pages)
         kv = self.model.kv
         kv[:, :, moves.target] = kv[:, :, moves.source]
-        self.prefix_lens = moves.prefix_lens.int()
+        self.prefix_lens = moves.prefix_lens
         self.root_tokens = torch.where(accepted.num_emitted > 0, accepted.bonus, self.root_tokens)
         self.history = self.history.observe(self.ids, packed, accepted)
         self.drafter.extend(self.ids, hidden[moves.gather], accepted.tokens, moves.valid)

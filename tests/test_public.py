@@ -164,6 +164,13 @@ TREE = SCHEDULER.begin(torch.tensor([7, 9]))
 OTHER = SCHEDULER.begin(torch.tensor([7, 9, 5]))
 PACKED = SCHEDULER.pack(TREE)
 ACCEPTED = echo.accept(PACKED, torch.zeros(6, dtype=torch.int64))
+ROOT, NARROW, WIDE, DEEP = (
+    echo.SuperTree.from_paths(torch.tensor([7]), [paths])
+    for paths in ([], [[1]], [[1], [2], [3]], [[1, 2], [3, 4]])
+)
+LAYER = torch.tensor([[1]]), torch.tensor([[0]]), torch.tensor([[-0.5]])
+TEXTS = echo.lookup.Texts.empty(1, 8)
+STEP = (packed := SCHEDULER.pack(WIDE)), echo.accept(packed, torch.full((4,), 3))
 
 
 @pytest.mark.parametrize(
@@ -254,7 +261,51 @@ ACCEPTED = echo.accept(PACKED, torch.zeros(6, dtype=torch.int64))
         ),
         (
             lambda: TREE.frontier.inherit(torch.zeros(3, 1, 8)),
-            r"state: expected a tensor \[2, nodes of the previous frontier, ...\], got \[3, 1, 8\]",
+            r"state: expected a tensor \[2, nodes of the previous frontier, ...\], got float32 \[3, 1, 8\]",
+        ),
+        (
+            lambda: DEEP.frontier.inherit(torch.zeros(1, 1, 8)),
+            "state: expected one for each of the nodes of the previous frontier, got .*index 1",
+        ),
+        (
+            lambda: echo.loop.draft_labels(NARROW, *STEP),
+            "tree: expected the one that was packed, got IndexError",
+        ),
+        (
+            lambda: echo.loop.draft_labels(NARROW, SCHEDULER.pack(NARROW), STEP[1]),
+            "accepted.rows: expected rows of packed, got IndexError",
+        ),
+        (
+            lambda: echo.tree.sampling.by_node(STEP[0], NARROW, torch.zeros(1, 2), -1),
+            "tree: expected the one that was packed, got IndexError",
+        ),
+        (
+            lambda: echo.tree.Accepted.of(STEP[1].tokens, STEP[1].rows, torch.tensor([[1]])),
+            r"num_emitted: expected int64 \[1\], got int64 \[1, 1\]",
+        ),
+        (
+            lambda: echo.tree.Accepted.of(STEP[1].tokens, STEP[1].rows, torch.tensor([9])),
+            "num_emitted: expected at most 2 tokens, got .*index 8",
+        ),
+        (
+            lambda: ROOT.attach([(ROOT.status.long(), *LAYER[1:])]),
+            r"tokens: expected int64 \[1, M\], got int64 \[1\]",
+        ),
+        (
+            lambda: ROOT.attach([(LAYER[0], LAYER[1] + 1, LAYER[2])]),
+            "parents: expected indices into the layer above, got .*index 1",
+        ),
+        (
+            lambda: TEXTS.propose(torch.tensor([0])).follow(TREE.frontier),
+            r"frontier.parent: expected int64 \[1, W\], got int64 \[2, 1\]",
+        ),
+        (
+            lambda: TEXTS.propose(torch.tensor([0])).follow(DEEP.frontier),
+            "frontier: expected the one below these proposals' nodes, got .*index 1",
+        ),
+        (
+            lambda: echo.PromptLookup(2, 8).draft(torch.tensor([0]), TREE.frontier),
+            r"req_indices: expected int64 \[2\], got int64 \[1\]",
         ),
         (
             lambda: echo.compact(ACCEPTED, PACKED, torch.zeros(2, dtype=torch.int64)),

@@ -351,12 +351,13 @@ def test_what_does_not_fit_is_named():
     tree = SCHEDULER.begin(torch.tensor([1]))
     token, score = torch.zeros(1, 1, 2, dtype=torch.int64), torch.zeros(1, 1, 2)
     for says, call in {
-        r"values: expected \[2, \.\.\.\], got \[3\]": lambda: sampling.by_request(
+        r"values: expected a tensor \[2, \.\.\.\], got float32 \[3\]": lambda: sampling.by_request(
             packed, torch.zeros(3), 0
         ),
-        r"values: expected \[2, \d+, \.\.\.\], got \[2, 2\]": lambda: sampling.by_node(
-            packed, other, torch.zeros(2, 2), 0
+        r"values: expected a tensor \[2, \d+, \.\.\.\], got float32 \[2, 2\]": lambda: (
+            sampling.by_node(packed, other, torch.zeros(2, 2), 0)
         ),
+        "values: expected a tensor .*, got list": lambda: sampling.by_request(packed, [1, 2], 0),
         "adapters: expected": lambda: sampling.lora_segments(packed, torch.zeros(3).int(), 0),
         "matchers: expected one for each of 2 requests, got 1": lambda: sampling.fill_bitmask(
             trees, [None], bits

@@ -13,10 +13,13 @@ from hypothesis import strategies as st
 
 import echo
 from conftest import CALIBRATION, grow_all, policies
+from echo import kernels
+from echo.kernels import tiles
 from echo.testing import TabularDrafter, check_plan, table
 from echo.tree import Template, buffer_size, compact, layouts, slot_mapping
 from forests import forest
 
+PATHS = "tokens", "rows"
 NO_RULE = echo.ElasticBudgetScheduler(
     echo.GlobalRank(4), budget=64, max_depth=6, max_verify_tokens_per_req=70
 )
@@ -419,6 +422,29 @@ def test_slots_and_compaction_leave_exactly_the_accepted_text(seed, batch, page,
         assert own[b, : len(text)].tolist() == text
         assert lists.positions[b, : len(rows)].tolist() == position[rows].tolist()
         assert lists.gather[b, : len(rows)].tolist() == rows and lists.valid[b].sum() == len(rows)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"] if tiles.interpreted() else ["torch"])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_lengths_keep_their_dtype_from_step_to_step(dtype, backend):
+    """Attention takes int32 only: what ``compact`` returns goes into the next step as it is."""
+    case = forest(3, 3, 20, empty=False)
+    accepted = echo.accept(case.packed, case.packed.tokens.roll(-1))
+    lens = torch.tensor([4, 0, 9], dtype=dtype)
+    space = echo.Workspace(NO_RULE, 3, k=1, num_verify_tokens=64)
+    with kernels.using(backend):
+        moves = compact(case.packed, accepted, lens)
+        assert moves.prefix_lens.dtype == dtype
+        assert torch.equal(moves.prefix_lens, (lens + accepted.num_emitted).to(dtype))
+        out = dataclasses.replace(moves, prefix_lens=torch.full_like(lens, 99))
+        assert compact(case.packed, accepted, lens, out=out).prefix_lens is out.prefix_lens
+        assert torch.equal(out.prefix_lens, moves.prefix_lens)
+        step = dataclasses.replace(accepted, **{n: getattr(accepted, n)[:, :7] for n in PATHS})
+        assert torch.equal(space.compact(case.packed, step, lens).prefix_lens, moves.prefix_lens)
+        other = torch.int64 if dtype == torch.int32 else torch.int32
+        wrong = dataclasses.replace(out, prefix_lens=out.prefix_lens.to(other))
+        with pytest.raises(echo.EchoError, match=r"out\.prefix_lens: expected int"):
+            compact(case.packed, accepted, lens, out=wrong)
 
 
 def test_slots_beyond_the_page_table_are_pad_slot_id():

@@ -39,24 +39,32 @@ def tensor(
     name: str,
     value: object,
     shape: Sequence[int | str],
-    dtypes: torch.dtype | Sequence[torch.dtype],
+    dtypes: torch.dtype | Sequence[torch.dtype] = (),
     device: torch.device | None = None,
 ) -> Tensor:
-    """Return ``value``, a tensor of that shape (a string: any size), dtype and device."""
+    """Return ``value``, a tensor of that shape, dtype (Defaults to any) and device.
+
+    A string in ``shape`` is any size; "..." at its end, any more dimensions.
+    """
     wanted = (dtypes,) if isinstance(dtypes, torch.dtype) else dtypes
-    if isinstance(value, Tensor) and value.dtype in wanted and _fits(value.shape, shape):
-        if device is not None and value.device != device:
-            raise EchoError(f"{name}: expected a tensor on {device}, got one on {value.device}")
-        return value
-    kinds = " or ".join(str(d).removeprefix("torch.") for d in wanted)
-    text = f"{kinds} [{', '.join(str(s) for s in shape)}]"
+    got = type(value).__name__
     if isinstance(value, Tensor):
-        kind = str(value.dtype).removeprefix("torch.")
-        raise EchoError(f"{name}: expected {text}, got {kind} {list(value.shape)}")
-    raise EchoError(f"{name}: expected a tensor {text}, got {type(value).__name__}")
+        if (not wanted or value.dtype in wanted) and _fits(value.shape, shape):
+            if device is None or value.device == device:
+                return value
+            raise EchoError(f"{name}: expected a tensor on {device}, got one on {value.device}")
+        got = f"{value.dtype} {list(value.shape)}"
+    kinds = " or ".join(map(str, wanted))
+    if not kinds or not isinstance(value, Tensor):
+        kinds = f"a tensor {kinds}".rstrip()
+    text = f"{kinds} [{', '.join(map(str, shape))}]"
+    raise EchoError(f"{name}: expected {text}, got {got}".replace("torch.", ""))
 
 
 def _fits(sizes: Sequence[int], shape: Sequence[int | str]) -> bool:
+    if shape and shape[-1] == "...":
+        shape = shape[:-1]
+        sizes = sizes[: len(shape)]
     return len(sizes) == len(shape) and all(
         isinstance(n, str) or size == n for size, n in zip(sizes, shape, strict=True)
     )
@@ -81,8 +89,7 @@ def copy_into(out: T | None, value: T) -> T:
         part = getattr(new, name)
         into = getattr(old, name)
         if isinstance(part, Tensor) and into is not None:
-            tensor(f"out.{name}", into, part.shape, part.dtype, part.device)
-            pairs.append((into, part))
+            pairs.append((tensor(f"out.{name}", into, part.shape, part.dtype, part.device), part))
         else:
             host[name] = part
     for into, part in pairs:
@@ -118,15 +125,18 @@ def integer(name: str, value: object, low: int, high: int | None = None) -> int:
 
 
 def _whole(value: object) -> int | None:
-    """An integer of any kind, else None. A bool is none; a tensor on a device would synchronize."""
-    if isinstance(value, Tensor):
-        value = value.item() if value.is_cpu and not value.dim() else None
-    if isinstance(value, bool):
-        return None
+    """An integer of any kind, else None."""
     try:
-        return operator.index(value)  # type: ignore[arg-type]
+        return operator.index(_scalar(value))
     except TypeError:
         return None
+
+
+def _scalar(value: object) -> Any:
+    """A 0-d CPU tensor's value; None for a bool or another tensor, which might synchronize."""
+    if isinstance(value, Tensor):
+        value = value.item() if value.is_cpu and not value.dim() else None
+    return None if isinstance(value, bool) else value
 
 
 def integers(name: str, value: object, low: int, high: int | None = None) -> NDArray[np.int64]:
@@ -136,10 +146,8 @@ def integers(name: str, value: object, low: int, high: int | None = None) -> NDA
     """
 
     def refuse(got: str) -> EchoError:
-        kinds = "(one, a list, an array or a CPU tensor)"
-        return EchoError(
-            f"{name}: expected ints {_range(low, high)} on the host {kinds}, got {got}"
-        )
+        kinds = f"ints {_range(low, high)} on the host (one, a list, an array or a CPU tensor)"
+        return EchoError(f"{name}: expected {kinds}, got {got}")
 
     if isinstance(value, Tensor):
         if not value.is_cpu:
@@ -162,27 +170,23 @@ def integers(name: str, value: object, low: int, high: int | None = None) -> NDA
     return found.astype(np.int64)
 
 
-def indices(name: str, value: HostInts, high: int | None = None) -> NDArray[np.int64]:
-    """Return ``value`` as a host array int64 [n] of indices, at most ``high``."""
-    found = integers(name, value, 0, high)
-    if found.ndim != 1:
-        raise EchoError(f"{name}: expected one int for each request, got {found}")
+def indices(name: str, value: object, high: int | None = None, low: int = 0) -> NDArray[np.int64]:
+    """Return several integers, as :func:`integers`, int64 [n]."""
+    found = integers(name, value, low, high)
+    if found.ndim == 0:
+        raise EchoError(f"{name}: expected ints {_range(low, high)}, several, got {found}")
     return found
 
 
-def ints(name: str, values: object, low: int, high: int | None = None) -> tuple[int, ...]:
+def ints(name: str, value: object, low: int, high: int | None = None) -> tuple[int, ...]:
     """Return several integers, as :func:`integers`, but as Python's."""
-    found = integers(name, values, low, high)
-    if found.ndim == 0:
-        raise EchoError(f"{name}: expected ints {_range(low, high)}, several, got {values!r}")
-    return tuple(found.tolist())
+    return tuple(indices(name, value, high, low).tolist())
 
 
 def real(name: str, value: object, low: float, high: float | None = None) -> float:
     """Return ``value`` as a finite float in [low, high]; of any kind, as in :func:`integer`."""
-    scalar = isinstance(value, Tensor) and value.is_cpu and not value.dim()
-    number: Any = value.item() if scalar else value  # type: ignore[attr-defined]
-    if not isinstance(number, bool) and isinstance(number, Real):
+    number = _scalar(value)
+    if isinstance(number, Real):
         found = float(number)
         if low <= found <= (sys.float_info.max if high is None else high):
             return found

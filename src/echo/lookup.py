@@ -21,7 +21,7 @@ from torch import Tensor
 
 from echo import _checks as checks
 from echo import kernels
-from echo._checks import EchoError
+from echo._checks import EchoError, copy_into
 from echo.loop import Drafter
 from echo.tree.accept import Accepted
 from echo.tree.packed import PackedTree
@@ -54,11 +54,14 @@ class Texts:
         num_tokens: int64 [max_num_reqs], tokens written to each ring, overwritten ones included.
 
     Example:
-        >>> tokens = torch.tensor([[5, 6, 7, 5]])
-        >>> texts = Texts.empty(1, 8).append(torch.tensor([0]), tokens, torch.tensor([4]))
-        >>> found = texts.propose(torch.tensor([0]))
+        >>> from echo.tree import SuperTree
+        >>> tokens, ids = torch.tensor([[5, 6, 7, 5]]), torch.tensor([0])
+        >>> found = Texts.empty(1, 8).append(ids, tokens, torch.tensor([4])).propose(ids)
         >>> found.tokens.tolist(), found.match_lens.tolist()  # 6 followed the last 5
         ([[6]], [[1]])
+        >>> tree = SuperTree.from_paths(torch.tensor([5]), [[[6], [8]]])
+        >>> found.follow(tree.frontier).tokens.tolist()  # 7 followed 5, 6; nothing an 8
+        [[7, -1]]
     """
 
     tokens: Tensor
@@ -89,12 +92,11 @@ class Texts:
         device = self.num_tokens.device
         room = self.tokens.shape[1]
         checks.tensor("req_indices", req_indices, [len(texts)], torch.int64, device)
-        ends = [
-            checks.tensor(f"texts[{b}]", text, ["n"], torch.int64, device)[-room:]
-            for b, text in enumerate(texts)
-        ]
+        for b, text in enumerate(texts):
+            checks.tensor(f"texts[{b}]", text, ["n"], torch.int64, device)
         new = self._writable(out)
-        if ends:
+        if texts:
+            ends = [text[-room:] for text in texts]
             rows = [F.pad(end, (0, room - len(end)), value=NO_TOKEN) for end in ends]
             new.tokens.index_copy_(0, req_indices, torch.stack(rows).int())
             held = torch.stack([end.new_full((), len(end)) for end in ends])
@@ -104,8 +106,7 @@ class Texts:
     def append(
         self, req_indices: Tensor, tokens: Tensor, num_tokens: Tensor, *, out: Texts | None = None
     ) -> Texts:
-        """Append the first ``num_tokens`` int64 [B] of ``tokens`` int64 [B, n] to the texts of
-        ``req_indices`` int64 [B].
+        """Append to ``req_indices`` [B] the first ``num_tokens`` [B] of ``tokens`` [B, n], int64.
 
         ``out``: texts to write to; if these, only the new tokens move.
 
@@ -136,8 +137,7 @@ class Texts:
         return new
 
     def propose(self, req_indices: Tensor, max_ngram: int = 8) -> Proposals:
-        """Propose what followed the last ``max_ngram`` tokens of each text of ``req_indices`` int64
-        [B], for the roots: W = 1.
+        """Propose for the roots (W = 1) of ``req_indices`` int64 [B], from ``max_ngram`` tokens.
 
         Raises:
             EchoError: req_indices of another shape, dtype or device, or max_ngram below 1.
@@ -149,13 +149,7 @@ class Texts:
         """Return ``out`` holding these texts, or a copy of them."""
         if out is None:
             return Texts(self.tokens.clone(), self.num_tokens.clone())
-        for name in ("tokens", "num_tokens"):
-            mine = getattr(self, name)
-            its = getattr(out, name)
-            checks.tensor(f"out.{name}", its, mine.shape, mine.dtype, mine.device)
-            if its is not mine:
-                its.copy_(mine)
-        return out
+        return copy_into(out, self)
 
 
 @dataclass(frozen=True)
@@ -163,21 +157,12 @@ class Proposals:
     """The n-gram proposal of each node of a frontier.
 
     Attributes:
-        texts: the texts searched.
-        req_indices: int64 [B].
+        texts, req_indices: what was searched; int64 [B].
         tails: int32 [B, W, G], the last tokens of each node's path, continued into the text before
             it, newest first; -2 before the beginning.
         tokens: int64 [B, W], the token that followed the longest match of the tail in the text, the
             latest if there are several; -1 for none.
         match_lens: int64 [B, W], length of that match, at most G; 0 for none.
-
-    Example:
-        >>> from echo.tree import SuperTree
-        >>> tokens, ids = torch.tensor([[5, 6, 7, 5]]), torch.tensor([0])
-        >>> roots = Texts.empty(1, 8).append(ids, tokens, torch.tensor([4])).propose(ids)
-        >>> tree = SuperTree.from_paths(torch.tensor([5]), [[[6], [8]]])
-        >>> roots.follow(tree.frontier).tokens.tolist()  # 7 followed 5, 6; nothing an 8
-        [[7, -1]]
     """
 
     texts: Texts
@@ -187,9 +172,13 @@ class Proposals:
     match_lens: Tensor
 
     def follow(self, frontier: Frontier) -> Proposals:
-        """Return the proposals of the next ``frontier``; these must be its parents'. Searches the
-        texts once, with B * W * L * G comparisons.
+        """Return the proposals of the ``frontier`` below, with B * W * L * G comparisons.
+
+        Raises:
+            EchoError: a frontier that is not below these proposals' nodes.
         """
+        shape = (len(self.req_indices), "W")
+        checks.tensor("frontier.parent", frontier.parent, shape, torch.int64, self.tails.device)
         parents = self.tails, frontier.parent, frontier.token
         return _propose(self.texts, self.req_indices, self.tails.shape[2], parents)
 
@@ -215,7 +204,8 @@ def _propose(
         tails = torch.where(last >= 0, text.gather(1, last.clamp(min=0)), ABSENT)[:, None]
     else:
         above, parent, token = parents
-        older = above.gather(1, parent[..., None].expand(-1, -1, max_ngram))
+        with checks.reading("frontier: expected the one below these proposals' nodes"):
+            older = above.gather(1, parent[..., None].expand(-1, -1, max_ngram))
         tails = torch.cat([token.int()[..., None], older[..., :-1]], dim=2)
     before = text.masked_fill(place >= held - 1, NO_TOKEN)  # nothing follows the last token yet
     same = (place < held - 1)[:, None]
@@ -227,9 +217,8 @@ def _propose(
     best = torch.where(run > 0, run * length + place, 0).amax(dim=2)
     match_lens = best // length
     after = text.gather(1, (best % length + 1).clamp(max=length - 1)).long()
-    return Proposals(
-        texts, req_indices, tails, torch.where(match_lens > 0, after, NO_TOKEN), match_lens
-    )
+    tokens = torch.where(match_lens > 0, after, NO_TOKEN)
+    return Proposals(texts, req_indices, tails, tokens, match_lens)
 
 
 def blend(
@@ -291,8 +280,7 @@ class PromptLookup:
     outside.
 
     Args:
-        max_num_reqs: maximum number of requests.
-        max_len: tokens remembered of each request, the last ones.
+        max_num_reqs, max_len: maximum number of requests, and of tokens remembered of each.
         drafter: the drafter to blend with; None: draft chains of proposals.
         max_ngram: longest match to look for.
         mixing_weights: the proposal's weight in [0, 1) by match length, ``max_ngram + 1`` of them.
@@ -330,10 +318,8 @@ class PromptLookup:
         with checks.reading("mixing_weights: expected numbers"):
             mixing_weights = [float(weight) for weight in mixing_weights]
         if len(mixing_weights) != count + 1 or not all(0 <= w <= MOST for w in mixing_weights):
-            raise EchoError(
-                f"mixing_weights: expected {count + 1} numbers in [0, 1), for matches of 0 to"
-                f" {count} tokens, got {list(mixing_weights)}"
-            )
+            expected = f"{count + 1} numbers in [0, 1), for matches of 0 to {count} tokens"
+            raise EchoError(f"mixing_weights: expected {expected}, got {list(mixing_weights)}")
         if drafter is not None:
             checks.follows("drafter", drafter, Drafter)
         self.drafter = drafter
@@ -360,8 +346,10 @@ class PromptLookup:
         (``begin(first_layer=...)``).
 
         Raises:
-            EchoError: a frontier that neither starts a step nor follows the previous one.
+            EchoError: a frontier of other requests, or one that neither starts a step nor follows
+                the previous one.
         """
+        checks.tensor("req_indices", req_indices, [frontier.token.shape[0]], torch.int64)
         found = self._proposals(req_indices, frontier)
         self._last = frontier.depth, found
         if self.drafter is None:
@@ -374,28 +362,21 @@ class PromptLookup:
             if kernels.use_triton(before[0]):
                 from echo.kernels import ngram
 
-                proposed = found.tokens, found.match_lens, self.mixing_weights
-                drafted = ngram.blend(*before, *proposed)
+                drafted = ngram.blend(*before, found.tokens, found.match_lens, self.mixing_weights)
             else:
-                weight = self.mixing_weights[found.match_lens]
-                drafted = blend(*before, found.tokens, weight)
+                drafted = blend(*before, found.tokens, self.mixing_weights[found.match_lens])
         if frontier.depth == 0:
             self._remember(before[0][:, 0], before[1][:, 0].detach(), found)
         return drafted
 
     def _proposals(self, req_indices: Tensor, frontier: Frontier) -> Proposals:
         depth, last = self._last or (0, None)
-        if (
-            last is not None
-            and frontier.depth == depth + 1
-            and (last.req_indices is req_indices or depth)
-        ):
+        follows = last is not None and (last.req_indices is req_indices or depth)
+        if last is not None and follows and frontier.depth == depth + 1:
             return last.follow(frontier)
         if frontier.depth > 1:
-            raise EchoError(
-                "frontier: expected one of depth 0 or 1, or one below the last, got one of depth"
-                f" {frontier.depth}"
-            )
+            expected = "one of depth 0 or 1, or one below the last"
+            raise EchoError(f"frontier: expected {expected}, got one of depth {frontier.depth}")
         self._judged.zero_()
         roots = self.texts.propose(req_indices, self.max_ngram)
         return roots.follow(frontier) if frontier.depth else roots
@@ -405,9 +386,8 @@ class PromptLookup:
         batch, k = tokens.shape
         if self._root is None or self._root[0].shape[1] != k:
             count = len(self._judged)
-            ids = tokens.new_zeros(count, k)
             probs = log_probs.new_zeros(count, k, dtype=torch.float32)
-            self._root = ids, probs, tokens.new_zeros(count), tokens.new_zeros(count)
+            self._root = tokens.new_zeros(count, k), probs, *tokens.new_zeros(2, count)
         seen = tokens, log_probs, found.tokens[:, 0], found.match_lens[:, 0]
         for buffer, value in zip(self._root, seen, strict=True):
             buffer[:batch].copy_(value)
@@ -437,7 +417,5 @@ class PromptLookup:
         Each such step raises the likelihood of the target's tokens, which has one maximum. Waits
         for the device.
         """
-        won, seen = self._won.tolist()
-        weights = self.mixing_weights.tolist()
-        rows = zip(won, seen, weights, strict=True)
+        rows = zip(*self._won.tolist(), self.mixing_weights.tolist(), strict=True)
         return tuple(min((w + PRIOR * t) / (n + PRIOR), MOST) for w, n, t in rows)

@@ -23,6 +23,7 @@ from echo.budget.throughput import Tier
 from echo.gating.logs import WarmupLog
 from echo.tree.accept import Accepted, accept
 from echo.tree.packed import PackedTree
+from echo.tree.sampling import by_node
 from echo.tree.supertree import Frontier, SuperTree, cost_bits
 
 
@@ -196,10 +197,11 @@ def draft_labels(tree: SuperTree, packed: PackedTree, accepted: Accepted) -> tup
     rows = torch.cat([accepted.rows.flatten(), *ends])
     rows = torch.where(rows < 0, num_rows, rows)  # -1 (no row) marks an extra entry, cut off below
     taken = torch.zeros(num_rows + 1, dtype=torch.bool, device=packed.tokens.device)
-    taken = taken.index_fill(0, rows, True)[:-1]
+    with checks.reading("accepted.rows: expected rows of packed"):
+        taken = taken.index_fill(0, rows, True)[:-1]
     deepest = F.pad(torch.where(drafts < emitted, packed.max_depth, drafts), (0, 1))
     by_layer = [ranks(cost_bits(layer.score).long()) for layer in tree.layers]
-    rank = F.pad(torch.cat(by_layer, dim=1).flatten(), (0, 1))[packed.node]  # pads: index -1
+    rank = by_node(packed, tree, torch.cat(by_layer, dim=1), 0)
     drafted = packed.depth > 0
     judged = packed.depth <= deepest[packed.request]
     return rank.masked_fill(~drafted, 0).masked_fill(~judged, -1), taken & drafted

@@ -286,7 +286,9 @@ class Workspace:
         """
         shape = accepted.rows.shape
         lists = {name: _view(buffer, shape) for name, buffer in self._lists.items()}
-        out = Compaction(**lists, prefix_lens=self._prefix_lens[: packed.batch])
+        lens = checks.tensor("prefix_lens", prefix_lens, [packed.batch], checks.INTEGERS)
+        lens = self._prefix_lens.view(lens.dtype)[: packed.batch]
+        out = Compaction(**lists, prefix_lens=lens)
         return compact(packed, accepted, prefix_lens, **options, out=out)
 
     def observe(self, req_indices: Tensor, packed: PackedTree, accepted: Accepted) -> None:

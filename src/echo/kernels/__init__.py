@@ -77,10 +77,7 @@ def compiling(max_workers: int | None = None) -> Iterator[None]:
     Run it once for each shape that a server will use, before its first request waits for a
     compiler. Outputs are uninitialised, and PyTorch's own operations run as usual: make the calls
     on a :class:`echo.Workspace`, whose buffers begin as zeros, or index nothing by their results.
-    Nested blocks join the outer one.
-
-    Args:
-        max_workers: compiler threads. Defaults to the :class:`~concurrent.futures.Executor`'s.
+    ``max_workers`` compiler threads, or the executor's default; nested blocks join the outer one.
 
     Raises:
         EchoError: not a positive int.
@@ -237,12 +234,8 @@ def plan_attention(
 ) -> AttentionPlan:
     """Make a step's work list on the device, shared by all layers of one window and splits.
 
-    Mode "tree" needs none; its plan is empty.
-
-    Args:
-        q, key_cache, page_table, prefix_lens, tree_key, indptr: as in :func:`tree_attention`; only
-            the shapes and dtypes of q, tree_key and key_cache matter.
-        mode, window, splits, backend: as in :func:`tree_attention`.
+    Arguments as in :func:`tree_attention`; only shapes and dtypes of q, tree_key and key_cache
+    matter. Mode "tree" needs no plan; its is empty.
 
     Returns:
         The ``plan`` of :func:`tree_attention`, which rejects one made for other shapes, element

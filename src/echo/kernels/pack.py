@@ -116,7 +116,7 @@ def _compact(
         tl.store(source + lane, tl.where(there, lies, pad_slot), mask=inside)
         tl.store(target + lane, tl.where(there, to, pad_slot), mask=inside)
     length = begin + tl.load(num_emitted + b, mask=inside, other=0)
-    tl.store(new_lens + b, length, mask=inside & (step == 0))
+    tl.store(new_lens + b, length.to(new_lens.dtype.element_ty), mask=inside & (step == 0))
 
 
 def pack(
@@ -208,7 +208,7 @@ def compact(
         "positions": empty(batch, steps, dtype=torch.int64),
         "source": empty(batch, steps, dtype=torch.int64),
         "target": empty(batch, steps, dtype=torch.int64),
-        "prefix_lens": empty(batch, dtype=torch.int64),
+        "prefix_lens": empty(batch, dtype=prefix_lens.dtype),
     }
     if batch:
         block = tiles.REQUESTS

@@ -79,13 +79,7 @@ def truncate(
     max_new_tokens: Tensor | None,
     eos_tokens: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Cut the first results of :func:`accept` at the ends of answers.
-
-    Args:
-        rows, emitted, num_emitted, cut_row: as :func:`accept` returns them.
-        max_new_tokens: int64 [B], tokens that each answer may still get.
-        eos_tokens: int64 [n], tokens that end an answer as its last token.
-    """
+    """Cut the first results of :func:`accept`, as it returns them, at the ends of answers."""
     if eos_tokens is None and max_new_tokens is None:
         return rows, emitted, num_emitted, cut_row
     kept = num_emitted
@@ -135,9 +129,9 @@ def tree_attention(call: Attention) -> tuple[Tensor, Tensor]:
             at = at[known]
             pages = pages[known]
             cached = [cache[pages, at % s.page_size].double() for cache in (key_cache, value_cache)]
-            for part, scales in enumerate((call.key_scale, call.value_scale)):
+            for part, scales in zip(cached, (call.key_scale, call.value_scale), strict=True):
                 if scales is not None:
-                    cached[part] = cached[part] * scales.double()[:, None]
+                    part *= scales.double()[:, None]
             keys = torch.cat([cached[0], keys])
             values = torch.cat([cached[1], values])
             seen = torch.cat([seen.new_ones(len(rows), len(at)), seen], dim=1)
@@ -178,9 +172,9 @@ def merge_attention(o1: Tensor, lse1: Tensor, o2: Tensor, lse2: Tensor) -> tuple
 def _merged(o1: Tensor, lse1: Tensor, o2: Tensor, lse2: Tensor) -> tuple[Tensor, Tensor]:
     lse = torch.logaddexp(lse1.double(), lse2.double())
     base = torch.where(lse > -torch.inf, lse, 0.0)
-    return _weighted(o1, lse1, base) + _weighted(o2, lse2, base), lse
 
+    def weighted(out: Tensor, own: Tensor) -> Tensor:
+        weight = (own.double() - base).exp()[..., None]
+        return torch.where(own[..., None] == -torch.inf, 0.0, out.double() * weight)
 
-def _weighted(out: Tensor, lse: Tensor, base: Tensor) -> Tensor:
-    weight = (lse.double() - base).exp()[..., None]
-    return torch.where(lse[..., None] == -torch.inf, 0.0, out.double() * weight)
+    return weighted(o1, lse1) + weighted(o2, lse2), lse

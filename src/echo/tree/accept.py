@@ -5,7 +5,9 @@ B requests, N rows, D the deepest layer of the step.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,14 +19,17 @@ from echo.kernels import reference
 from echo.tree.cache import slot_mapping
 from echo.tree.packed import PackedTree
 
+PER_REQUEST = "num_emitted", "cut_row", "bonus", "prefix_lens"
+"""Results of shape [B]; the others are [B, D + 1]."""
+
 
 @dataclass(frozen=True)
 class Accepted:
     """The accepted path of every request, root first, and the tokens that the step emits.
 
     A path holds the rows whose own sampled token was emitted. It ends *before* a row for which the
-    target has no token (-1), so a request may emit nothing: then ``num_emitted`` is 0, ``bonus``
-    -1, the prefix unchanged, and the root stays the root of the next step.
+    target has no token (-1), so a request may emit nothing: then its prefix is unchanged, and its
+    root stays the root of the next step.
 
     Attributes:
         tokens: int64 [B, D + 1], emitted tokens: accepted drafts, then the bonus token; then -1.
@@ -49,12 +54,18 @@ class Accepted:
     def of(
         cls, tokens: Tensor, rows: Tensor, num_emitted: Tensor, cut_row: Tensor | None = None
     ) -> Accepted:
-        """Build from another verification's result; ``bonus`` is the last token emitted.
+        """Build from another verification's ``tokens, rows, num_emitted, cut_row``.
 
-        Args:
-            tokens, rows, num_emitted, cut_row: see the attributes.
+        Raises:
+            EchoError: shapes, dtypes or devices that do not fit.
         """
-        bonus = tokens.gather(1, (num_emitted - 1).clamp(min=0)[:, None])[:, 0]
+        batch, steps = checks.tensor("tokens", tokens, ["B", "D + 1"], torch.int64).shape
+        checks.tensor("rows", rows, [batch, steps], torch.int64, tokens.device)
+        checks.tensor("num_emitted", num_emitted, [batch], torch.int64, tokens.device)
+        if cut_row is not None:
+            checks.tensor("cut_row", cut_row, [batch], torch.int64, tokens.device)
+        with checks.reading(f"num_emitted: expected at most {steps} tokens"):
+            bonus = tokens.gather(1, (num_emitted - 1).clamp(min=0)[:, None])[:, 0]
         return cls(tokens, rows, num_emitted, bonus, cut_row)
 
     @property
@@ -86,21 +97,14 @@ class Accepted:
 
         Raises:
             EchoError: shapes, dtypes or devices that do not fit.
-
-        Example:
-            >>> tokens, rows = torch.tensor([[5, 2, 40]]), torch.tensor([[0, 1, 2]])
-            >>> accepted = Accepted.of(tokens, rows, torch.tensor([3]))
-            >>> accepted.truncate(eos_tokens=torch.tensor([2])).tokens.tolist()
-            [[5, 2, -1]]
         """
         if eos_tokens is None and max_new_tokens is None:
             return self
-        batch = list(self.num_emitted.shape)
-        device = self.num_emitted.device
         if max_new_tokens is not None:
-            checks.tensor("max_new_tokens", max_new_tokens, batch, torch.int64, device)
+            batch = list(self.num_emitted.shape)
+            checks.tensor("max_new_tokens", max_new_tokens, batch, torch.int64, self.rows.device)
         if eos_tokens is not None:
-            checks.tensor("eos_tokens", eos_tokens, ["n"], torch.int64, device)
+            checks.tensor("eos_tokens", eos_tokens, ["n"], torch.int64, self.rows.device)
         path = self.rows, self.tokens, self.num_emitted, self.cut_row
         rows, tokens, num_emitted, cut_row = reference.truncate(*path, max_new_tokens, eos_tokens)
         return Accepted.of(tokens, rows, num_emitted, cut_row)
@@ -124,7 +128,7 @@ def accept(
     Args:
         packed: the step.
         target_tokens: int64 [N], the token that the engine sampled at each row; -1 for none.
-        logits: float [N, V] instead, for greedy decoding; NaN never wins, all -inf means no token.
+        logits: float [N, V] instead, for greedy decoding, as in :func:`echo.kernels.accept`.
         max_new_tokens, eos_tokens: as in :meth:`Accepted.truncate`.
         backend: "auto", "torch" or "triton", as in :mod:`echo.kernels`; all give the same bits.
         out: buffers of the same shapes, written to and returned.
@@ -137,8 +141,14 @@ def accept(
         >>> from echo.tree import SuperTree, pack
         >>> tree = SuperTree.from_paths(torch.tensor([7]), [[[1, 2], [3]]])
         >>> packed = pack(tree, tree.score > -torch.inf, num_rows=4, words=1)
-        >>> accept(packed, torch.tensor([3, 0, 5, 0])).tokens.tolist()  # rows 7, 1, 3, 2
-        [[3, 5, -1]]
+        >>> accepted = accept(packed, torch.tensor([3, 0, 5, 0]))  # rows 7, 1, 3, 2
+        >>> ended = accepted.truncate(eos_tokens=torch.tensor([3]))
+        >>> accepted.tokens.tolist(), ended.tokens.tolist()
+        ([[3, 5, -1]], [[3, -1, -1]])
+        >>> same = Accepted.of(accepted.tokens, accepted.rows, accepted.num_emitted)
+        >>> moves = compact(packed, same, torch.tensor([10]))  # the cache holds 10 tokens
+        >>> moves.source.tolist(), moves.target.tolist(), moves.prefix_lens.tolist()
+        ([[10, 12, 0]], [[10, 11, 0]], [12])
     """
     if (target_tokens is None) == (logits is None):
         raise EchoError("target_tokens, logits: expected exactly one of them")
@@ -148,27 +158,16 @@ def accept(
         target = checks.tensor("logits", logits, [n, "V"], checks.FLOATS, device)
     else:
         target = checks.tensor("target_tokens", target_tokens, [n], torch.int64, device)
+    names = "rows", "tokens", "num_emitted", "cut_row", "bonus"  # in the order of the results
     buffers = None
     if out is not None:
-        batch = [packed.batch]
-        steps = [packed.batch, packed.max_depth + 1]
-        shapes = {"rows": steps, "tokens": steps, "num_emitted": batch, "cut_row": batch}
-        buffers = tuple(
-            checks.tensor(f"out.{name}", getattr(out, name), shape, torch.int64, device)
-            for name, shape in (shapes | {"bonus": batch}).items()
-        )
-    rows, tokens, num_emitted, cut_row, bonus = kernels.accept(
-        packed.parent,
-        packed.indptr,
-        packed.tokens,
-        target,
-        packed.max_depth,
-        max_new_tokens=max_new_tokens,
-        eos_tokens=eos_tokens,
-        out=buffers,
-        backend=backend,
+        found = _buffers(out, Accepted, (packed.batch, packed.max_depth + 1), device)
+        buffers = tuple(found[name] for name in names)
+    step = packed.parent, packed.indptr, packed.tokens, target, packed.max_depth
+    results = kernels.accept(
+        *step, max_new_tokens=max_new_tokens, eos_tokens=eos_tokens, out=buffers, backend=backend
     )
-    return Accepted(tokens, rows, num_emitted, bonus, cut_row)
+    return Accepted(**dict(zip(names, results, strict=True)))
 
 
 @dataclass(frozen=True)
@@ -184,7 +183,8 @@ class Compaction:
         source, target: int64 [B, D + 1], where a kept row's keys and values are, and where they
             belong: entries of the request's contiguous cache, or slots of a paged one. Both are
             ``pad_slot_id`` past the path, and equal where a row need not move.
-        prefix_lens: int64 [B], tokens in each request's cache after the step.
+        prefix_lens: [B], tokens in each request's cache after the step, in the dtype of those
+            before it.
     """
 
     accept_index: Tensor
@@ -231,17 +231,10 @@ def compact(
             with ``past_len``.
 
     Example:
-        >>> from echo.tree import SuperTree, pack
-        >>> tree = SuperTree.from_paths(torch.tensor([7]), [[[1, 2], [3]]])
-        >>> packed = pack(tree, tree.score > -torch.inf, num_rows=4, words=1)  # 7, 1, 3, 2
-        >>> lists = compact(packed, accept(packed, torch.tensor([3, 0, 5, 0])), torch.tensor([10]))
-        >>> lists.source.tolist(), lists.target.tolist(), lists.prefix_lens.tolist()
-        ([[10, 12, 0]], [[10, 11, 0]], [12])
-
         A contiguous cache [B, length, heads, dim]::
 
-            moved = cache.gather(1, lists.source[..., None, None].expand(-1, -1, heads, dim))
-            cache.scatter_(1, lists.target[..., None, None].expand(-1, -1, heads, dim), moved)
+            moved = cache.gather(1, moves.source[..., None, None].expand(-1, -1, heads, dim))
+            cache.scatter_(1, moves.target[..., None, None].expand(-1, -1, heads, dim), moved)
     """
     device = checks.instance("packed", packed, PackedTree).tokens.device
     rows = checks.instance("accepted", accepted, Accepted).rows
@@ -262,9 +255,13 @@ def compact(
         from echo.kernels import pack
 
         step = rows, accepted.num_emitted, packed.indptr, prefix_lens, page_table
-        buffers = None if out is None else _buffers(out, batch, steps, device)
-        if buffers is not None and not all(x.is_contiguous() for x in buffers.values()):
-            buffers = None
+        buffers = None
+        if out is not None:
+            kinds = {"accept_index": torch.int32, "valid": torch.bool}
+            kinds["prefix_lens"] = prefix_lens.dtype
+            buffers = _buffers(out, Compaction, rows.shape, device, **kinds)
+            if not all(x.is_contiguous() for x in buffers.values()):
+                buffers = None
         lists = Compaction(**pack.compact(*step, page_size, spare, past, out=buffers))
         return lists if buffers is not None else copy_into(out, lists)
     past_end = rows < 0
@@ -285,16 +282,23 @@ def compact(
         positions=positions.masked_fill(past_end, 0),
         source=source,
         target=target,
-        prefix_lens=prefix_lens.long() + accepted.num_emitted,
+        prefix_lens=prefix_lens + accepted.num_emitted.to(prefix_lens.dtype),
     )
     return copy_into(out, lists)
 
 
-def _buffers(out: Compaction, batch: int, steps: int, device: torch.device) -> dict[str, Tensor]:
-    """Check that all buffers fit, and return them by name."""
-    found = {}
-    for name in [field.name for field in fields(checks.instance("out", out, Compaction))]:
-        kind = {"accept_index": torch.int32, "valid": torch.bool}.get(name, torch.int64)
-        shape = [batch] if name == "prefix_lens" else [batch, steps]
-        found[name] = checks.tensor(f"out.{name}", getattr(out, name), shape, kind, device)
-    return found
+def _buffers(
+    out: object, kind: type[Any], shape: Sequence[int], device: torch.device, **dtypes: torch.dtype
+) -> dict[str, Tensor]:
+    """Check that the buffers fit, int64 unless in ``dtypes``, and return them by name."""
+    checks.instance("out", out, kind)
+    return {
+        name: checks.tensor(
+            f"out.{name}",
+            getattr(out, name),
+            shape[:1] if name in PER_REQUEST else shape,
+            dtypes.get(name, torch.int64),
+            device,
+        )
+        for name in kind.__dataclass_fields__
+    }

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from echo import _checks as checks
 from echo._checks import EchoError
-from echo.tree.validate import Array, check_nodes, depths, host, refuse
+from echo.tree.validate import Array, check_scores, check_tokens, depths, host, refuse
 
 if TYPE_CHECKING:
     from echo.tree.supertree import Forest, SuperTree
@@ -26,11 +26,10 @@ if TYPE_CHECKING:
 def layers(
     token: Tensor, parent: Tensor, log_prob: Tensor, depth: Tensor | None, num_nodes: Tensor | None
 ) -> tuple[NDArray[np.int64], list[tuple[Tensor, Tensor, Tensor]]]:
-    """Check a custom tree on the host and sort it into layers.
+    """Check arguments of :meth:`SuperTree.from_arrays` on the host, and sort them into layers.
 
-    Takes the arguments of :meth:`~echo.tree.supertree.SuperTree.from_arrays`. Returns each
-    request's number of nodes int64 [B], and the layers as
-    :meth:`~echo.tree.supertree.SuperTree.attach` takes them.
+    Returns each request's number of nodes int64 [B], and the layers that :meth:`SuperTree.attach`
+    takes.
     """
     batch, nodes = shape = checks.tensor("token", token, ["B", "T"], checks.INTEGERS).shape
     device = token.device
@@ -46,11 +45,13 @@ def layers(
     parents = host(parent)
     there = np.arange(nodes) < sizes[:, None]
     deep = depths(parents, sizes, there)
-    check_nodes(host(token), parents, host(log_prob.float()), there)
+    check_tokens("token", host(token), parents, there)
+    scores = host(log_prob.float())
+    limit = np.full_like(scores, checks.ROUNDING)
+    check_scores("log_prob", scores, limit, there & (deep > 0), "a log-probability")
     if depth is not None:
         given = host(depth)
-        below = "one below its parent"
-        say = lambda b, i: f"expected {deep[b, i]}, {below}, got {given[b, i]}"
+        say = lambda b, i: f"expected {deep[b, i]}, one below its parent, got {given[b, i]}"
         refuse("depth", there & (given != deep), say)
     made = []
     for columns, above in _by_depth(parents, deep, there):
@@ -74,12 +75,9 @@ def _by_depth(
     for members in np.split(flat, np.cumsum(np.bincount(depth.ravel()[flat], minlength=1)))[1:-1]:
         request, column = np.divmod(members, nodes)
         up = place[request * nodes + parents[request, column]]
-        order = np.lexsort((up, request))
-        request = request[order]
-        column = column[order]
-        up = up[order]
+        request, column, up = np.stack([request, column, up])[:, np.lexsort((up, request))]
         count = np.bincount(request, minlength=batch)
-        local = np.arange(len(order)) - (np.cumsum(count) - count)[request]
+        local = np.arange(len(up)) - (np.cumsum(count) - count)[request]
         place[request * nodes + column] = local
         columns = np.full((batch, count.max()), -1)
         above = np.zeros_like(columns)
@@ -94,19 +92,14 @@ def trie(
     weights: Sequence[Sequence[float]] | None,
     prior: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Merge continuations into arrays: token, parent, log_prob and num_nodes of a custom tree.
-
-    Takes the arguments of :meth:`~echo.tree.supertree.SuperTree.from_paths`.
-    """
+    """Merge continuations into arrays: token, parent, log_prob and num_nodes of a custom tree."""
     batch = checks.tensor("root_tokens", root_tokens, ["B"], torch.int64).shape[0]
     prior = checks.real("prior", prior, 0.0)
     for name, given in (("paths", paths), ("weights", weights)):
         if given is not None and len(given) != batch:
             expected = f"one list for each of {batch} requests"
             raise EchoError(f"{name}: expected {expected}, got {len(given)}")
-    tokens: list[list[int]] = []
-    parents: list[list[int]] = []
-    shares: list[list[float]] = []
+    tries: list[tuple[list[int], list[int], list[float]]] = []
     for b, (root, own) in enumerate(zip(root_tokens.tolist(), paths, strict=True)):
         some: Any = [1.0] * len(own) if weights is None else weights[b]
         listed = some.tolist() if isinstance(some, Tensor) else some
@@ -128,20 +121,19 @@ def trie(
                 at = child[at, t]
                 weight[at] += w
         drafted = zip(weight[1:], parent[1:], strict=True)
-        tokens.append(token)
-        parents.append(parent)
-        shares.append([1.0, *(w / (weight[p] + prior) if w else 0.0 for w, p in drafted)])
-    num_nodes = [len(token) for token in tokens]
+        share = [1.0, *(w / (weight[p] + prior) if w else 0.0 for w, p in drafted)]
+        tries.append((token, parent, share))
     device = root_tokens.device
-    width = max(num_nodes, default=1)
+    sizes = [len(token) for token, _, _ in tries]
+    width = max(sizes, default=1)
 
-    def pad(lists: Sequence[Sequence[float]], dtype: torch.dtype) -> Tensor:
-        rows = [[*row, *[0] * (width - len(row))] for row in lists]
+    def pad(column: int, dtype: torch.dtype) -> Tensor:
+        rows = [[*trie[column], *[0] * (width - len(trie[column]))] for trie in tries]
         return torch.tensor(rows, dtype=dtype, device=device).view(batch, width)
 
-    log_prob = pad(shares, torch.float64).log().float()
-    sizes = torch.tensor(num_nodes, dtype=torch.int64, device=device)
-    return pad(tokens, torch.int64), pad(parents, torch.int64), log_prob, sizes
+    log_prob = pad(2, torch.float64).log().float()
+    num_nodes = torch.tensor(sizes, dtype=torch.int64, device=device)
+    return pad(0, torch.int64), pad(1, torch.int64), log_prob, num_nodes
 
 
 @dataclass(frozen=True)
@@ -181,8 +173,8 @@ class Template:
         depth: list[int] = []
         for node, parent in enumerate(parents):
             if parent >= node:
-                says = f"expected -1 or a node before it, got {parent}"
-                raise EchoError(f"parents: node {node}: {says}")
+                expected = "expected -1 or a node before it"
+                raise EchoError(f"parents: node {node}: {expected}, got {parent}")
             depth.append(1 if parent < 0 else depth[parent] + 1)
         taken = tuple(parents[:n].count(p) for n, p in enumerate(parents))
         if self.candidates is not None:
@@ -231,10 +223,10 @@ class Template:
         """
         batch = tree.batch
         device = tree.status.device
-        heads = tokens.dim() == 3
-        shape: list[int | str] = [batch, "D", "k"] if heads else [batch, len(self.parents)]
+        heads = checks.instance("tokens", tokens, Tensor).dim() == 3
+        shape = (batch, "D", "k") if heads else (batch, len(self.parents))
         checks.tensor("tokens", tokens, shape, torch.int64, device)
-        checks.tensor("log_probs", log_probs, list(tokens.shape), checks.FLOATS, device)
+        checks.tensor("log_probs", log_probs, tokens.shape, checks.FLOATS, device)
         if heads:
             k = 1 + max([0, *(max(taken) for _, _, taken in self._layers)])
             if len(self._layers) > tokens.shape[1] or k > tokens.shape[2]:

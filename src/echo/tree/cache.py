@@ -12,8 +12,6 @@ from torch import Tensor
 from echo import _checks as checks
 from echo._checks import EchoError, copy_into
 
-__all__ = ["as_cached", "refuse_shared", "slot_mapping"]
-
 
 def slot_mapping(
     place: Tensor, request: Tensor, page_table: Tensor, page_size: int, pad_slot_id: int

@@ -13,8 +13,6 @@ from torch import Tensor
 from echo import _checks as checks
 from echo._checks import EchoError
 
-__all__ = ["candidates", "sharded_candidates"]
-
 
 def candidates(logits: Tensor, k: int, *, d2t: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Return the k likeliest tokens and their log-probabilities, in the target's vocabulary.
@@ -96,12 +94,10 @@ def sharded_candidates(
     ids = by_rank[..., k + 1 :].flatten(-2).long()
     scores = numbers[..., :k].flatten(-2)
     order = ids.argsort(dim=-1)  # by token: ranks may hold shards in any order
-    ids = ids.gather(-1, order)
-    scores = scores.gather(-1, order)
-    best = scores.argsort(dim=-1, descending=True, stable=True)[..., :k]
-    tokens = ids.gather(-1, best)
-    scores = scores.gather(-1, best)
-    return tokens, torch.where(scores == -torch.inf, scores, scores - whole)
+    best = scores.gather(-1, order).argsort(dim=-1, descending=True, stable=True)[..., :k]
+    place = order.gather(-1, best)
+    scores = scores.gather(-1, place)
+    return ids.gather(-1, place), torch.where(scores == -torch.inf, scores, scores - whole)
 
 
 def _best(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:

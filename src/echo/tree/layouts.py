@@ -71,10 +71,6 @@ __all__ = [
 ]
 
 
-XQA_PAGES = (16, 32, 64, 128)
-"""Page sizes that FlashInfer's XQA kernels read, in tokens."""
-
-
 @dataclass(frozen=True)
 class Chains:
     """Ragged chains: SGLang's ``RaggedVerifyLayout`` and vLLM's ``SpecDecodeMetadata``.
@@ -130,8 +126,7 @@ def chains(packed: PackedTree, *, out: Chains | None = None) -> Chains:
     finds such trees.
 
     Args:
-        packed: the step.
-        out: persistent buffers.
+        packed, out: the step, and persistent buffers.
 
     Raises:
         EchoError: buffers that do not fit.
@@ -141,19 +136,17 @@ def chains(packed: PackedTree, *, out: Chains | None = None) -> Chains:
     """
     n = packed.num_rows
     batch = packed.batch
-    device = packed.tokens.device
-    row = torch.arange(n, device=device)
+    row = torch.arange(n, device=packed.tokens.device)
     kept = (packed.request < batch) & (packed.depth == packed.local_row)  # no branch so far
     draft = kept & (packed.depth > 0)
     request = torch.where(kept, packed.request, batch).long()
-    lens = torch.zeros(batch + 1, dtype=torch.int64, device=device)
-    lens = lens.scatter_add_(0, request, kept.long())[:batch]
+    lens = row.new_zeros(batch + 1).scatter_add_(0, request, kept.long())[:batch]
     ends = lens.cumsum(0)
     count = (lens - 1).clamp(min=0)
     new = torch.where(kept, kept.long().cumsum(0) - 1, n)
-    rows = torch.full((n + 1,), n - 1, device=device).scatter_(0, new, row)[:n]
+    rows = row.new_full((n + 1,), n - 1).scatter_(0, new, row)[:n]
     nth = torch.where(draft, draft.long().cumsum(0) - 1, n)
-    drafts = torch.zeros(2, n + 1, dtype=torch.int64, device=device)
+    drafts = row.new_zeros(2, n + 1)
     drafts.scatter_(1, nth.expand(2, -1), torch.stack([packed.tokens, new - 1]))
     made = Chains(
         rows=rows,
@@ -175,11 +168,10 @@ def qq_bias(packed: PackedTree, *, out: Tensor | None = None) -> Tensor:
     """Export vLLM's ``qq_bias`` float32 [N, N]: 0 where row i sees row j, -inf elsewhere.
 
     Args:
-        packed: the step, of one request: vLLM has one tree for the whole batch.
-        out: persistent buffer.
+        packed, out: the step, of one request, and a persistent buffer.
 
     Raises:
-        EchoError: more than one request.
+        EchoError: more than one request: vLLM has one tree for the whole batch.
 
     Source: ``unified_attention`` of vllm 0.33.0.
     """
@@ -205,12 +197,11 @@ def flashinfer(
     Pad rows belong to no request; attention leaves them undefined.
 
     Args:
-        packed: the step.
+        packed, out: the step, and persistent buffers.
         prefix_lens: int32 or int64 [B], tokens in each request's cache before this step.
         size: length of the mask (bytes if packed), a host int, at least what the batch needs: with
             the longest prefix P and the largest tree q, ``B * ceil(q * (P + q) / 8)`` bytes.
         bits: pack least significant bit first, each request from a new byte; False: bools.
-        out: persistent buffers.
 
     Raises:
         EchoError: shapes or dtypes that do not fit.
@@ -267,8 +258,9 @@ def flashinfer_xqa(packed: PackedTree, *, page_size: int | None = None) -> Tenso
 
     Source: the XQA kernels of flashinfer-python 0.7.2.post1, on a little-endian machine.
     """
-    if page_size not in (None, *XQA_PAGES):
-        raise EchoError(f"page_size: expected one that XQA reads, {XQA_PAGES}, got {page_size}")
+    sizes = 16, 32, 64, 128
+    if page_size not in (None, *sizes):
+        raise EchoError(f"page_size: expected one that XQA reads, {sizes}, got {page_size}")
     return packed.mask.view(torch.uint16)
 
 
@@ -294,26 +286,14 @@ def mla(
     :meth:`PackedTree.slot_mapping`. Draft with one candidate a layer: ``beam`` 1 and k = 1.
 
     Args:
-        packed: the step.
+        packed, prefix_lens, out: as in :func:`flashinfer`.
         tree: the super-tree it was packed from, whose shapes show whether it can branch.
-        prefix_lens: int32 or int64 [B], tokens in each request's cache before this step.
-        out: persistent buffers.
 
     Raises:
         EchoError: a tree with more than one candidate in a layer, or lengths that do not fit.
 
     Source: ``qo_indptr`` and ``kv_len_arr`` of ``BatchMLAPagedAttentionWrapper.plan(causal=True)``
     of flashinfer-python 0.7.2.post1.
-
-    Example:
-        >>> from echo.tree import SuperTree, pack
-        >>> tree = SuperTree.from_paths(torch.tensor([7, 9]), [[[1, 2]], [[3]]])
-        >>> packed = pack(tree, tree.score > -torch.inf, num_rows=6, words=1)
-        >>> mla(packed, tree, torch.tensor([10, 20])).kv_lens.tolist()
-        [13, 22]
-        >>> own = chains(packed)
-        >>> own.verify_lens.tolist(), own.draft_token_ids[:3].tolist()
-        ([3, 2], [1, 2, 3])
     """
     if max(checks.instance("tree", tree, SuperTree).sizes) > 1:
         expected = "a chain, one candidate a layer: MLA kernels verify no trees"
@@ -347,11 +327,13 @@ def mix(packed: PackedTree, tokens: Tensor, indptr: Tensor, max_segment_len: int
 
     Example:
         >>> from echo.tree import SuperTree, pack
-        >>> tree = SuperTree.from_paths(torch.tensor([7]), [[[1, 2], [3]]])
-        >>> packed = pack(tree, tree.score > -torch.inf, num_rows=5, words=1)
+        >>> tree = SuperTree.from_paths(torch.tensor([7]), [[[1, 2]]])  # a chain
+        >>> packed = pack(tree, tree.score > -torch.inf, num_rows=4, words=1)
+        >>> mla(packed, tree, torch.tensor([10])).kv_lens, chains(packed).verify_lens
+        (tensor([13], dtype=torch.int32), tensor([3], dtype=torch.int32))
         >>> mixed = mix(packed, torch.tensor([40, 41, 42]), torch.tensor([0, 2, 3]).int(), 2)
         >>> mixed.tokens.tolist(), mixed.indptr.tolist()
-        ([7, 1, 3, 2, 40, 41, 42, 0], [0, 4, 6, 7])
+        ([7, 1, 2, 40, 41, 42, 0], [0, 3, 5, 6])
     """
     n = packed.num_rows
     batch = packed.batch
@@ -367,18 +349,15 @@ def mix(packed: PackedTree, tokens: Tensor, indptr: Tensor, max_segment_len: int
     local = behind - indptr.index_select(0, segment)
 
     def join(own: Tensor, new: Tensor | float, pad: float) -> Tensor:
-        if not isinstance(new, Tensor):
-            new = own.new_full((n + m,), new)
-        own = F.pad(own, (0, m))
-        return torch.where(trees, own, new.to(own.dtype).masked_fill(~filled, pad))
+        segments = torch.where(filled, new, pad).to(own.dtype)
+        return torch.where(trees, F.pad(own, (0, m)), segments)
 
     words = max(packed.mask.shape[1], -(-longest // WORD))
     begin = torch.arange(0, WORD * words, WORD, device=device)
     seen = torch.where(filled, local, 0)[:, None] + 1 - begin
     causal = ((1 << seen.clamp(0, WORD)) - 1).int()
     mask = F.pad(packed.mask, (0, words - packed.mask.shape[1], 0, m))
-    own = F.pad(tokens, (0, n)) if m else packed.tokens.new_zeros(n)
-    status = packed.status.new_full((count,), int(Status.FINISHED))
+    own = F.pad(tokens, (0, n))
     return PackedTree(
         tokens=join(packed.tokens, own.index_select(0, behind.clamp(min=0)), 0),
         parent=join(packed.parent, local - 1, -1),
@@ -389,7 +368,7 @@ def mix(packed: PackedTree, tokens: Tensor, indptr: Tensor, max_segment_len: int
         score=join(packed.score, 0.0, -torch.inf),
         node=join(packed.node, -1, -1),
         committed=join(packed.committed, 1, 0),
-        status=torch.cat([packed.status, status]),
+        status=F.pad(packed.status, (0, count), value=int(Status.FINISHED)),
         invalid=F.pad(packed.invalid, (0, count)),
         max_depth=max(packed.max_depth, longest - 1),
     )

@@ -27,6 +27,14 @@ if TYPE_CHECKING:
 
 WORD = 32
 """Bits of a mask word."""
+COLUMNS = (
+    "tokens", "parent", "depth", "request", "score", "node", "committed", "mask", "indptr",
+    "status", "invalid", "expected", "acceptance_histogram",
+)  # fmt: skip
+"""What :meth:`PackedTree.to_buffer` holds, in order; the last two are optional."""
+DTYPES = {"tokens": torch.int64, "node": torch.int64, "committed": torch.bool, "status": torch.int8}
+DTYPES |= dict.fromkeys(("score", "expected", "acceptance_histogram"), torch.float32)
+"""Dtypes of those that are not int32."""
 
 
 @dataclass(frozen=True)
@@ -130,13 +138,7 @@ class PackedTree:
     def ancestors(self, out: Tensor | None = None) -> Tensor:
         """int64 [N, max_depth + 1]: the rows on the path to each row, root first, itself last.
 
-        -1 past the row's depth, and on pad rows.
-
-        Args:
-            out: a persistent buffer.
-
-        Raises:
-            EchoError: a buffer that does not fit.
+        -1 past the row's depth, and on pad rows. EchoError: a buffer ``out`` that does not fit.
         """
         row = torch.arange(self.num_rows, device=self.tokens.device)
         up = F.pad(self.parent_row, (0, 1), value=-1)  # index -1 (no parent) reads the padding
@@ -150,12 +152,9 @@ class PackedTree:
     def windowed(self, size: int) -> PackedTree:
         """Mask the step for a sliding window: a row and its ``size - 1`` nearest ancestors.
 
-        Positions count depths, so siblings share one. For kernels that read masks over the rows; in
-        the prefix a row sees positions above ``positions(prefix_lens) - size``.
-        :func:`echo.kernels.tree_attention` does both (``window=size, depth=packed.depth``).
-
-        Raises:
-            EchoError: a size below 1.
+        For kernels that read masks over the rows; in the prefix a row sees positions above
+        ``positions(prefix_lens) - size``. :func:`echo.kernels.tree_attention` does both
+        (``window=size, depth=packed.depth``). EchoError: a size below 1.
         """
         size = min(checks.integer("size", size, 1), WORD * self.mask.shape[1])
         far = self.depth[:, None] - size
@@ -166,11 +165,8 @@ class PackedTree:
     def positions(self, prefix_lens: Tensor) -> Tensor:
         """Return positions int64 [N]: prefix_lens + depth; 0 on pad rows.
 
-        Args:
-            prefix_lens: int32 or int64 [B], tokens in each request's cache, root not counted.
-
-        Raises:
-            EchoError: another shape or dtype.
+        ``prefix_lens``: int32 or int64 [B], tokens in each request's cache, root not counted.
+        EchoError: another shape or dtype.
         """
         return self._offset(prefix_lens, self.depth)
 
@@ -183,7 +179,7 @@ class PackedTree:
         on a negative page write to ``pad_slot_id``.
 
         Args:
-            prefix_lens: int32 or int64 [B], tokens in each request's cache, root not counted.
+            prefix_lens: as in :meth:`positions`.
             page_table: int32 or int64 [B, pages], each request's pages in order; SGLang's
                 ``req_to_token`` is such a table of page size 1.
             page_size: tokens per page; token p of a request is in slot
@@ -202,30 +198,21 @@ class PackedTree:
 
         Ranks whose scores differ by an ulp select different rows. Token ids and node indices must
         fit 31 bits. The length is ``buffer_size(batch, num_rows, words)``, plus the optional
-        ``acceptance_histogram`` and ``expected``.
-
-        Args:
-            out: int32 of that length, written to.
+        ``acceptance_histogram`` and ``expected``; so is that of ``out``, int32, written to.
         """
-        score = self.score.view(torch.int32)
-        parts = [self.tokens, self.parent, self.depth, self.request, score, self.node]
-        parts += [self.committed, self.mask, self.indptr, self.status, self.invalid]
-        optional = self.expected, self.acceptance_histogram
-        parts += [part.view(torch.int32) for part in optional if part is not None]
-        return copy_into(out, torch.cat([part.flatten().int() for part in parts]))
+        parts = [getattr(self, name) for name in COLUMNS]
+        given = [x for x in parts if x is not None]
+        words = [x.view(torch.int32) if x.is_floating_point() else x.int() for x in given]
+        return copy_into(out, torch.cat([x.flatten() for x in words]))
 
     @classmethod
     def from_buffer(
         cls, buffer: Tensor, *, batch: int, num_rows: int, words: int, max_depth: int
     ) -> PackedTree:
-        """Restore the step that :meth:`to_buffer` serialized, bit for bit.
+        """Restore the step that :meth:`to_buffer` serialized to ``buffer``, bit for bit.
 
-        Args:
-            buffer: int32, from :meth:`to_buffer`.
-            batch, num_rows, words, max_depth: host integers that all ranks know.
-
-        Raises:
-            EchoError: another length or dtype.
+        All ranks know ``batch, num_rows, words, max_depth`` on the host. EchoError: another length
+        or dtype.
         """
         size = checks.tensor("buffer", buffer, ["length"], torch.int32).shape[0]
         base = buffer_size(batch, num_rows, words)
@@ -237,25 +224,16 @@ class PackedTree:
             raise EchoError(f"buffer: expected {expected}, got [{size}]")
         sizes = [*[num_rows] * 7, num_rows * words, batch + 1, batch, batch]
         parts = torch.split(buffer, [*sizes, each, each * bins] if more else sizes)
-        tokens, parent, depth, request, score, node, committed = parts[:7]
-        mask, indptr, status, invalid, *summary = parts[7:]
-        floats = [part.view(torch.float32) for part in summary]
-        return cls(
-            tokens=tokens.long(),
-            parent=parent,
-            depth=depth,
-            request=request,
-            indptr=indptr,
-            mask=mask.view(num_rows, words),
-            score=score.view(torch.float32),
-            node=node.long(),
-            committed=committed.bool(),
-            status=status.to(torch.int8),
-            invalid=invalid,
-            max_depth=max_depth,
-            acceptance_histogram=floats[1].view(batch, max_depth, bins) if more else None,
-            expected=floats[0].view(batch, max_depth) if more else None,
-        )
+        columns = {}
+        for name, part in zip(COLUMNS, parts, strict=False):
+            kind = DTYPES.get(name, torch.int32)
+            columns[name] = part.view(kind) if kind.is_floating_point else part.to(kind)
+        columns["mask"] = columns["mask"].view(num_rows, words)
+        if more:
+            columns["expected"] = columns["expected"].view(batch, max_depth)
+            shape = batch, max_depth, bins
+            columns["acceptance_histogram"] = columns["acceptance_histogram"].view(shape)
+        return cls(**columns, max_depth=max_depth)
 
     def agree(self, sync: Callable[[Tensor], Tensor], out: PackedTree | None = None) -> PackedTree:
         """Return the step that all ranks follow; each rank calls this on its own step.
@@ -263,7 +241,7 @@ class PackedTree:
         Args:
             sync: takes :meth:`to_buffer` and returns the buffer that all ranks follow, such as rank
                 0's, broadcast. It may be part of a CUDA graph, as NCCL's is.
-            out: buffers of the same shapes, which may be this step's own, written to and returned.
+            out: persistent buffers, which may be this step's own.
 
         Raises:
             EchoError: a buffer of another length or dtype.
@@ -283,24 +261,17 @@ class PackedTree:
             chain: whether every request's tree must be a chain.
 
         Raises:
-            EchoError: naming the request and the row of the first fault.
+            EchoError: naming the request and the row of a fault.
         """
         validate(self, max_verify_tokens_per_req, chain)
 
     def render(
         self, request: int, accepted: Accepted | None = None, *, label: Callable[[int], str] = str
     ) -> str:
-        """Draw one request's tree as text: token, path probability, when chosen, accepted.
+        """Draw one ``request``'s tree as text: token, path probability, when chosen, accepted.
 
-        Copies from the device.
-
-        Args:
-            request: its index.
-            accepted: of this step.
-            label: text of a token id, such as a tokenizer's.
-
-        Raises:
-            EchoError: no such request.
+        Copies from the device. ``accepted`` is of this step; ``label`` returns a token id's text,
+        such as a tokenizer's. EchoError: no such request.
         """
         from echo import plot
 
@@ -320,8 +291,7 @@ class PackedTree:
 
         Args:
             requests: their indices. Defaults to all.
-            accepted: of this step.
-            label: text of a token id, such as a tokenizer's.
+            accepted, label: as in :meth:`render`.
             titles: one line per request drawn, such as the end of its text.
 
         Raises:
@@ -332,16 +302,15 @@ class PackedTree:
         return plot.packed_tree(self, requests, accepted, label, titles)
 
     def _offset(self, prefix_lens: Tensor, offset: Tensor) -> Tensor:
-        """int64 [N]: ``prefix_lens`` of each row's request, plus ``offset``; 0 on pad rows."""
+        """int64 [N]: ``prefix_lens`` of each row's request, plus ``offset``, which is 0 on pads."""
         checks.tensor("prefix_lens", prefix_lens, [self.batch], checks.INTEGERS, self.tokens.device)
-        known = torch.cat([prefix_lens.long(), prefix_lens.new_zeros(1, dtype=torch.int64)])
-        return torch.where(self.request < self.batch, known[self.request.long()] + offset, 0)
+        return F.pad(prefix_lens.long(), (0, 1)).index_select(0, self.request) + offset
 
 
 def buffer_size(batch: int, num_rows: int, words: int) -> int:
     """Length of :meth:`PackedTree.to_buffer` without an ``acceptance_histogram``.
 
-    For ``batch`` B, ``num_rows`` N and ``words`` W.
+    Of ``batch`` B, ``num_rows`` N and ``words`` W.
     """
     return num_rows * (7 + words) + 3 * batch + 1
 
@@ -357,8 +326,7 @@ def pack(
         tree: the super-tree.
         selected: bool [B, T] over ``tree.forest``, closed under parents; at most ``32 * words`` per
             request and ``num_rows`` in total: the excess is cut off.
-        num_rows: N.
-        words: W.
+        num_rows, words: N and W.
         out: persistent buffers of the same shapes, written to and returned.
 
     Raises:
@@ -373,21 +341,20 @@ def pack(
         from echo.kernels import pack as kernel
         from echo.kernels import select
 
-        chosen = select.as_selected(selected)
         names = "token", "parent", "score", "committed"
         token, parent, score, committed = (tree.column(name) for name in names)
         state = tree.status, tree.invalid, n, words, tree.sizes
+        chosen = select.as_selected(selected)
         columns = kernel.pack(chosen, token, parent, score, committed, *state)
         return copy_into(out, PackedTree(**columns, max_depth=tree.depth))
     forest = tree.forest
     row = torch.arange(n, device=device)
-    flat = [forest.token, forest.parent, forest.score, forest.committed]
+    flat = [forest.token, forest.parent, forest.score, forest.committed, selected]
     if not batch:  # an idle data-parallel rank: only pads, from one unselected node
         nodes = 1
         flat = [x.new_zeros(1, 1) for x in flat]
-        selected = flat[3]
-    token, parent, score, committed = (x.flatten() for x in flat)
-    count = selected.flatten().cumsum(0)
+    token, parent, score, committed, selected = (x.flatten() for x in flat)
+    count = selected.cumsum(0)
     indptr = F.pad(count.view(-1, nodes)[:batch, -1].clamp(max=n), (1, 0))
     found = torch.searchsorted(count, row, right=True)  # the node of each row, B * T on pad rows
     pad = found == count.shape[0]
@@ -431,13 +398,18 @@ def ancestor_masks(parent: Tensor, local: Tensor, words: int, max_depth: int) ->
         [[1], [3], [7]]
     """
     rows = parent.shape[0]
-    mask = torch.zeros(rows + 1, words, dtype=torch.int32, device=local.device)
-    mask[:rows].scatter_(1, (local >> 5)[:, None], (1 << (local & WORD - 1)).int()[:, None])
+    mask = F.pad(own_bits(local, words), (0, 0, 0, 1))
     jump = F.pad(parent, (0, 1), value=rows)
     for _ in range(max_depth.bit_length()):
         mask = mask | mask.index_select(0, jump)
         jump = jump.index_select(0, jump)
     return mask[:rows]
+
+
+def own_bits(row: Tensor, words: int) -> Tensor:
+    """int32 [N, words]: only the bit ``row`` [N] set."""
+    mask = torch.zeros(len(row), words, dtype=torch.int32, device=row.device)
+    return mask.scatter_(1, (row >> 5)[:, None], (1 << (row & WORD - 1)).int()[:, None])
 
 
 def unpack_bits(mask: Tensor, width: int) -> Tensor:
@@ -448,3 +420,11 @@ def unpack_bits(mask: Tensor, width: int) -> Tensor:
     place = torch.arange(min(width, WORD), dtype=torch.int32, device=mask.device)
     seen = (mask[..., None] & (torch.ones_like(place) << place)).bool()
     return seen[..., 0, :] if words == 1 else seen.flatten(-2)[..., :width]
+
+
+def select_rows(values: Tensor, index: Tensor, there: Tensor, fill: float) -> Tensor:
+    """Select [N, ...] from ``values`` [M, ...] by ``index`` [N]; ``fill`` where not ``there``."""
+    if not len(values):
+        return values.new_full((len(index), *values.shape[1:]), fill)
+    chosen = values.index_select(0, torch.where(there, index, 0))
+    return chosen.masked_fill_(~there.view(-1, *[1] * (values.dim() - 1)), fill)

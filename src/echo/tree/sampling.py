@@ -19,20 +19,8 @@ from torch import Tensor
 
 from echo import _checks as checks
 from echo._checks import EchoError, copy_into
-from echo.tree.packed import PackedTree
+from echo.tree.packed import PackedTree, select_rows
 from echo.tree.supertree import SuperTree
-
-__all__ = [
-    "HostTrees",
-    "Matcher",
-    "allows",
-    "by_node",
-    "by_request",
-    "fill_bitmask",
-    "lora_segments",
-    "path_tokens",
-    "to_host",
-]
 
 
 def path_tokens(packed: PackedTree, *, out: Tensor | None = None) -> Tensor:
@@ -42,26 +30,31 @@ def path_tokens(packed: PackedTree, *, out: Tensor | None = None) -> Tensor:
     emitted by the previous step and is already in the engine's state of the request.
 
     Args:
-        packed: the step.
-        out: persistent buffer.
+        packed, out: the step, and a persistent buffer.
 
     Raises:
         EchoError: a buffer that does not fit.
 
     Example:
-        Token counts of each row, for penalties, from each request's counts [B, V]:
-
         >>> from echo.tree import SuperTree, pack
         >>> tree = SuperTree.from_paths(torch.tensor([0]), [[[1, 1], [2]]])
-        >>> packed = pack(tree, tree.score > -torch.inf, num_rows=4, words=1)
-        >>> counts = by_request(packed, torch.tensor([[1, 0, 0]]), 0)
-        >>> drafts = path_tokens(packed)
-        >>> counts.scatter_add_(1, drafts.clamp(min=0), (drafts >= 0).long()).tolist()
+        >>> packed = pack(tree, tree.score > -torch.inf, num_rows=5, words=1)  # 0, 1, 2, 1, a pad
+        >>> by_node(packed, tree, torch.tensor([[40, 41, 42, 43]]), -1).tolist()
+        [40, 41, 42, 43, -1]
+        >>> [x.tolist() for x in lora_segments(packed, torch.tensor([4]), pad_adapter=0)]
+        [[0, 4, 5], [4, 0]]
+        >>> bitmask = torch.zeros(5, 1, dtype=torch.int32)
+        >>> fill_bitmask(to_host(packed), [None], bitmask)[:, 0].tolist()  # all tokens allowed
+        [-1, -1, -1, -1, -1]
+
+        Token counts of each row, for penalties, from each request's counts [B, V]:
+
+        >>> counts, drafts = by_request(packed, torch.tensor([[1, 0, 0]]), 0), path_tokens(packed)
+        >>> counts.scatter_add_(1, drafts.clamp(min=0), (drafts >= 0).long())[:4].tolist()
         [[1, 0, 0], [1, 1, 0], [1, 0, 1], [1, 2, 0]]
     """
-    path = packed.ancestors()[:, 1:]
     tokens = F.pad(packed.tokens, (0, 1), value=-1)
-    return copy_into(out, tokens[path])
+    return copy_into(out, tokens[packed.ancestors()[:, 1:]])
 
 
 def by_request(
@@ -70,60 +63,37 @@ def by_request(
     """[N, ...]: each row's value of its request: sampling parameters, seed, counts or adapter.
 
     Args:
-        packed: the step.
+        packed, out: the step, and a persistent buffer.
         values: [B, ...], any dtype.
         fill: for pad rows.
-        out: persistent buffer.
 
     Raises:
         EchoError: another batch size, or a buffer that does not fit.
     """
-    if not values.dim() or values.shape[0] != packed.batch:
-        raise EchoError(f"values: expected [{packed.batch}, ...], got {list(values.shape)}")
-    return copy_into(out, _select(values, packed.request, fill))
+    checks.tensor("values", values, [packed.batch, "..."])
+    there = packed.request < packed.batch
+    return copy_into(out, select_rows(values, packed.request, there, fill))
 
 
 def by_node(
-    packed: PackedTree,
-    tree: SuperTree,
-    values: Tensor,
-    fill: float,
-    *,
-    out: Tensor | None = None,
+    packed: PackedTree, tree: SuperTree, values: Tensor, fill: float, *, out: Tensor | None = None
 ) -> Tensor:
     """[N, ...]: values of the super-tree's nodes, such as grammar masks, in packed order.
 
     Args:
-        packed: the step.
+        packed, out: the step, and a persistent buffer.
         tree: the super-tree that it was packed from.
         values: [B, T, ...], any dtype, in the order of ``tree.forest``.
         fill: for pad rows; -1 in a bitmask allows all tokens.
-        out: persistent buffer.
 
     Raises:
-        EchoError: values of other nodes, or a buffer that does not fit.
-
-    Example:
-        >>> from echo.tree import SuperTree, pack
-        >>> tree = SuperTree.from_paths(torch.tensor([7]), [[[1, 2], [3]]])
-        >>> packed = pack(tree, tree.score > -1.2, num_rows=4, words=1)
-        >>> values = torch.tensor([[40, 41, 42, 43]])
-        >>> by_node(packed, tree, values, -1).tolist()  # of 7, 1, 3; 2 is out
-        [40, 41, 42, -1]
+        EchoError: another tree or other shapes, or a buffer that does not fit.
     """
-    nodes = [packed.batch, sum(checks.instance("tree", tree, SuperTree).sizes)]
-    if list(values.shape[:2]) != nodes:
-        raise EchoError(f"values: expected [{nodes[0]}, {nodes[1]}, ...], got {list(values.shape)}")
-    flat = values.flatten(0, 1)
-    return copy_into(out, _select(flat, torch.where(packed.node < 0, len(flat), packed.node), fill))
-
-
-def _select(values: Tensor, index: Tensor, fill: float) -> Tensor:
-    """Select rows of ``values`` [M, ...]; ``fill`` for index M."""
-    if not len(values):
-        return values.new_full((len(index), *values.shape[1:]), fill)
-    chosen = values.index_select(0, index.clamp(max=len(values) - 1))
-    return chosen.masked_fill_((index == len(values)).view(-1, *[1] * (values.dim() - 1)), fill)
+    nodes = sum(checks.instance("tree", tree, SuperTree).sizes)
+    flat = checks.tensor("values", values, [packed.batch, nodes, "..."]).flatten(0, 1)
+    with checks.reading("tree: expected the one that was packed"):
+        chosen = select_rows(flat, packed.node, packed.node >= 0, fill)
+    return copy_into(out, chosen)
 
 
 def lora_segments(packed: PackedTree, adapters: Tensor, pad_adapter: int) -> tuple[Tensor, Tensor]:
@@ -144,13 +114,6 @@ def lora_segments(packed: PackedTree, adapters: Tensor, pad_adapter: int) -> tup
         EchoError: adapters of another shape or dtype.
 
     Source: ``LoRABatchInfo`` (``seg_indptr``, ``weight_indices``) of sglang 0.5.23.
-
-    Example:
-        >>> from echo.tree import SuperTree, pack
-        >>> tree = SuperTree.from_paths(torch.tensor([7, 9]), [[[1, 2]], [[3]]])
-        >>> packed = pack(tree, tree.score > -torch.inf, num_rows=8, words=1)
-        >>> [x.tolist() for x in lora_segments(packed, torch.tensor([4, 2]), pad_adapter=0)]
-        [[0, 3, 5, 8], [4, 2, 0]]
     """
     device = packed.tokens.device
     checks.tensor("adapters", adapters, [packed.batch], checks.INTEGERS, device)
@@ -188,14 +151,14 @@ def to_host(packed: PackedTree, *, out: HostTrees | None = None) -> HostTrees:
         out: an earlier result that is no longer read; its buffers are reused if they are large
             enough, since pinning memory takes far longer than the copy.
     """
-    parts = {name: getattr(packed, name) for name in ("tokens", "parent", "indptr")}
     copies = {}
     pinned = packed.tokens.is_cuda
     buffers = {} if out is None else dict(out.buffers)
-    for name, part in parts.items():
+    for name in ("tokens", "parent", "indptr"):
+        part = getattr(packed, name)
         if name not in buffers or len(buffers[name]) < len(part):
-            new = torch.empty(part.shape, dtype=part.dtype, pin_memory=pinned, device="cpu")
-            buffers[name] = new
+            kind = {"dtype": part.dtype, "device": "cpu", "pin_memory": pinned}
+            buffers[name] = torch.empty(part.shape, **kind)
         copies[name] = buffers[name][: len(part)].copy_(part, non_blocking=True)
     done: Any = None
     if pinned and not torch.cuda.is_current_stream_capturing():
@@ -240,14 +203,6 @@ def fill_bitmask(trees: HostTrees, matchers: Sequence[Matcher | None], bitmask: 
 
     Raises:
         EchoError: another number of matchers, or a bitmask of another shape or dtype.
-
-    Example:
-        >>> from echo.tree import SuperTree, pack
-        >>> tree = SuperTree.from_paths(torch.tensor([7]), [[[1, 2]]])
-        >>> packed = pack(tree, tree.score > -torch.inf, num_rows=3, words=1)
-        >>> bitmask = torch.zeros(3, 1, dtype=torch.int32)
-        >>> fill_bitmask(to_host(packed), [None], bitmask).tolist()
-        [[-1], [-1], [-1]]
     """
     batch = len(trees.indptr) - 1
     rows = len(trees.tokens)
@@ -260,13 +215,12 @@ def fill_bitmask(trees: HostTrees, matchers: Sequence[Matcher | None], bitmask: 
     tokens = trees.tokens.tolist()
     parent = trees.parent.tolist()
     indptr = trees.indptr.tolist()
+    children: dict[int, list[int]] = {}
     for matcher, begin, end in zip(matchers, indptr, indptr[1:], strict=False):
-        if matcher is None or begin == end:
-            continue
-        children: dict[int, list[int]] = {}
         for row in range(begin + 1, end):
             children.setdefault(begin + parent[row], []).append(row)
-        _fill(matcher, begin, tokens, children, bitmask)
+        if matcher is not None and begin < end:
+            _fill(matcher, begin, tokens, children, bitmask)
     return bitmask
 
 

@@ -50,14 +50,16 @@ class Frontier:
     def inherit(self, state: Tensor) -> Tensor:
         """Reorder a drafter's ``state`` [B, W', ...] of the previous frontier into [B, W, ...].
 
-        Each node gets its parent's hidden state, KV slot or position. EchoError: another batch.
+        Each node gets its parent's hidden state, KV slot or position.
+
+        Raises:
+            EchoError: a state of another batch, or of too few nodes.
         """
-        batch = self.parent.shape[0]
-        if checks.instance("state", state, Tensor).dim() < 2 or state.shape[0] != batch:
-            expected = f"[{batch}, nodes of the previous frontier, ...]"
-            raise EchoError(f"state: expected a tensor {expected}, got {list(state.shape)}")
+        above = "nodes of the previous frontier"
+        checks.tensor("state", state, [self.parent.shape[0], above, "..."])
         index = self.parent.view(*self.parent.shape, *[1] * (state.dim() - 2))
-        return state.gather(1, index.expand(*self.parent.shape, *state.shape[2:]))
+        with checks.reading(f"state: expected one for each of the {above}"):
+            return state.gather(1, index.expand(*self.parent.shape, *state.shape[2:]))
 
 
 @dataclass(frozen=True)
@@ -100,13 +102,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Nodes:
-    """Buffers of all layers, concatenated; each layer is a range of columns.
-
-    Attributes:
-        token, parent: int64 [B, T]; a parent is an index among the layer above's candidates.
-        score: float32 [B, T].
-        committed: bool [B, T].
-    """
+    """Buffers of all layers, [B, T] each; a layer is a range of columns, with its attributes."""
 
     token: Tensor
     parent: Tensor
@@ -115,7 +111,7 @@ class Nodes:
 
 
 @dataclass(frozen=True)
-class Forest:
+class Forest(Nodes):
     """All layers, concatenated: the roots first, then by depth and candidate.
 
     Attributes:
@@ -126,10 +122,6 @@ class Forest:
         depth: int64 [T].
     """
 
-    token: Tensor
-    parent: Tensor
-    score: Tensor
-    committed: Tensor
     depth: Tensor
 
 
@@ -177,8 +169,7 @@ class SuperTree:
     ) -> SuperTree:
         """Build a custom tree for :meth:`ElasticBudgetScheduler.pack`, with only roots committed.
 
-        Copies every value to the host and checks it, about 0.1 ms a request. Siblings may be in
-        any order.
+        Checks every value on the host, about 0.1 ms a request. Siblings may be in any order.
 
         Args:
             token: int64 [B, T], each request's nodes, root first, each parent before its children.
@@ -196,8 +187,7 @@ class SuperTree:
 
         Example:
             >>> token, parent = torch.tensor([[7, 1, 2, 3]]), torch.tensor([[-1, 0, 0, 1]])
-            >>> log_prob = torch.tensor([[0.0, -0.1, -0.5, -0.2]])
-            >>> SuperTree.from_arrays(token, parent, log_prob).forest.depth.tolist()
+            >>> SuperTree.from_arrays(token, parent, torch.zeros(1, 4)).forest.depth.tolist()
             [0, 1, 1, 2]
         """
         sizes, drafted = build.layers(token, parent, log_prob, depth, num_nodes)
@@ -206,24 +196,22 @@ class SuperTree:
         limit = torch.from_numpy(sizes).to(device)
         live = limit > 0
         if verify_limits is not None:
-            shape = list(limit.shape)
-            bound = checks.tensor("verify_limits", verify_limits, shape, torch.int64, device)
-            limit = torch.minimum(limit, bound.clamp(min=1)) * live
-        n = num_verify_tokens
-        n = max(sum(sizes.tolist()), 1) if n is None else n
-        n = checks.integer("num_verify_tokens", n, max(count, 1))
+            checks.tensor("verify_limits", verify_limits, limit.shape, torch.int64, device)
+            limit = torch.minimum(limit, verify_limits.clamp(min=1)) * live
+        n = max(int(sizes.sum()), 1)
+        if num_verify_tokens is not None:
+            n = checks.integer("num_verify_tokens", num_verify_tokens, max(count, 1))
         root = token[:, :1].long().sum(dim=1, keepdim=True) * live[:, None]  # T may be 0
         zero = torch.zeros_like(root)
-        off = torch.zeros_like(live)
         score = torch.zeros_like(root, dtype=torch.float32).masked_fill_(~live[:, None], DEAD_SCORE)
         tree = cls(
             layers=(Layer(0, root, zero, score, live[:, None], live),),
-            frontier=Frontier(root, zero, zero, score, off[:, None], 0),
+            frontier=Frontier(root, zero, zero, score, zero.bool(), 0),
             status=torch.where(live, int(Status.FINISHED), int(Status.EMPTY)).to(torch.int8),
             verify_limits=limit,
             num_committed=live.long(),
             num_remaining=n - live.sum(),
-            invalid=off.int(),
+            invalid=zero[:, 0].int(),
             num_verify_tokens=n,
             max_verify_tokens_per_req=int(sizes.max(initial=1)),
         )
@@ -261,8 +249,10 @@ class SuperTree:
             ([[7, 1, 2, 3]], [[1.0, 1.0, 0.5, 0.5]])
         """
         token, parent, log_prob, num_nodes = build.trie(root_tokens, paths, weights, prior)
-        limits = {"num_verify_tokens": num_verify_tokens, "verify_limits": verify_limits}
-        return cls.from_arrays(token, parent, log_prob, num_nodes=num_nodes, **limits)  # type: ignore[arg-type]
+        return cls.from_arrays(
+            token, parent, log_prob, num_nodes=num_nodes,
+            num_verify_tokens=num_verify_tokens, verify_limits=verify_limits,
+        )  # fmt: skip
 
     def attach(self, layers: Sequence[tuple[Tensor, Tensor, Tensor]]) -> SuperTree:
         """Add ready-made layers, drafted by all requests, to this tree of roots. Sync-free.
@@ -272,23 +262,28 @@ class SuperTree:
                 into the layer above; and log-probabilities float [B, M] given the parent.
 
         Raises:
-            EchoError: a tree that already has layers, or too many nodes.
+            EchoError: a tree that already has layers, shapes or dtypes that do not fit, or too many
+                nodes.
 
         Example:
-            >>> roots = SuperTree.from_paths(torch.tensor([7]), [[]])
             >>> layer = torch.tensor([[1, 2]]), torch.tensor([[0, 0]]), torch.tensor([[-0.5, -1.0]])
-            >>> tree = roots.attach([layer])
+            >>> tree = SuperTree.from_paths(torch.tensor([7]), [[]]).attach([layer])
             >>> tree.column("token").tolist(), tree.column("score").tolist()
             ([[7, 1, 2]], [[0.0, -0.5, -1.0]])
         """
         if self.depth:
             raise EchoError(f"tree: expected a tree of roots only, got one of {self.depth} layers")
         live = self.status != int(Status.EMPTY)
+        for token, parent, log_prob in layers:
+            checks.tensor("tokens", token, [self.batch, "M"], torch.int64, live.device)
+            checks.tensor("parents", parent, token.shape, torch.int64, live.device)
+            checks.tensor("log_probs", log_prob, token.shape, checks.FLOATS, live.device)
         check_size(self.batch, 1 + sum(token.shape[1] for token, _, _ in layers), len(layers))
         made = list(self.layers)
         invalid = self.invalid
         for depth, (token, parent, log_prob) in enumerate(layers, start=1):
-            above = made[-1].score.gather(1, parent)
+            with checks.reading("parents: expected indices into the layer above"):
+                above = made[-1].score.gather(1, parent)
             score, _, faulty = path_score(above, log_prob[..., None], torch.isfinite(above))
             made.append(Layer(depth, token, parent, score, torch.zeros_like(above).bool(), live))
             invalid = invalid + faulty
@@ -299,7 +294,7 @@ class SuperTree:
             self,
             layers=tuple(made),
             frontier=Frontier(last.token, last.parent, index, last.score, off, last.depth),
-            status=torch.where(live, int(Status.FINISHED), int(Status.EMPTY)).to(torch.int8),
+            status=self.status.masked_fill(live, int(Status.FINISHED)),
             invalid=invalid,
         )
 
@@ -329,10 +324,7 @@ class SuperTree:
         return [layer.token.shape[1] for layer in self.layers]
 
     def column(self, name: str) -> Tensor:
-        """[B, T]: attribute ``name`` of all layers: token, parent, score or committed.
-
-        Copied only if the layers do not share buffers.
-        """
+        """[B, T]: ``name`` (token, parent, ...) of all layers; a view if they share buffers."""
         if self.nodes is not None:
             whole: Tensor = getattr(self.nodes, name)
             return whole[:, : sum(self.sizes)]
@@ -352,21 +344,16 @@ class SuperTree:
     def forest(self) -> Forest:
         """All layers, concatenated."""
         device = self.status.device
-        sizes = self.sizes
-        begins = [0, 0, *accumulate(sizes[:-2])]  # of the layer above each
-        layers = list(zip(self.layers, begins, strict=False))
+        begins = [0, 0, *accumulate(self.sizes[:-2])]  # of the layer above each
+        layers = zip(self.layers, begins, strict=False)
         parents = [layer.parent + begin if begin else layer.parent for layer, begin in layers]
-        depths = [torch.full((n,), d, device=device) for d, n in enumerate(sizes)]
+        depths = [torch.full((n,), d, device=device) for d, n in enumerate(self.sizes)]
         parent = torch.cat(parents, dim=1)
         return Forest(self.column("token"), parent, self.score, self.committed, torch.cat(depths))
 
 
 def write_layer(out: SuperTree, tree: SuperTree) -> SuperTree:
-    """Copy the last layer, the frontier and the state of ``tree`` into the buffers of ``out``.
-
-    Raises:
-        EchoError: buffers that do not fit, or request weights, which have no buffer.
-    """
+    """Copy the last layer, the frontier and the state of ``tree`` into the buffers of ``out``."""
     if tree.request_weights is not None:
         raise EchoError("request_weights: expected None where a tree is written to buffers")
     last = copy_into(out.layers[-1], tree.layers[-1])
@@ -376,10 +363,9 @@ def write_layer(out: SuperTree, tree: SuperTree) -> SuperTree:
 
 
 def cost_bits(score: Tensor) -> Tensor:
-    """int32 cost of float32 scores <= 0: smaller is better, equal scores cost the same.
+    """int32 cost of float32 scores <= 0: smaller is better; UNSELECTABLE for -inf.
 
-    The bits of a non-negative float rise with its value, so every device orders them alike; -inf
-    maps to UNSELECTABLE.
+    The bits of a non-negative float rise with its value, so every device orders them alike.
     """
     return (0.0 - score).view(torch.int32)
 
@@ -387,9 +373,7 @@ def cost_bits(score: Tensor) -> Tensor:
 def path_score(parent: Tensor, log_prob: Tensor, active: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """S(v) = S(parent) + min(log q(v), 0), each request's best score, and its faulty drafts.
 
-    -inf means "no candidate" and is no fault. NaN, and a value above 0 by more than rounding (a
-    probability, a logit), is a fault; so is every score of a request that has an active node but no
-    finite score.
+    Faults are those of :attr:`SuperTree.invalid`; -inf means "no candidate" and is none.
 
     Args:
         parent: float32 [B, W].

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from echo import _checks as checks
 from echo._checks import EchoError, copy_into
-from echo.tree.packed import WORD, PackedTree, unpack_bits
+from echo.tree.packed import WORD, PackedTree, own_bits, select_rows, unpack_bits
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def sglang(
     Args:
         packed: the step.
         max_verify_tokens_per_req: n.
-        prefix_lens: int32 or int64 [B], SGLang's ``seq_lens``.
+        prefix_lens: int32 or int64 [B], tokens of each request in the cache: SGLang's ``seq_lens``.
         out: persistent buffers.
 
     Raises:
@@ -135,13 +135,11 @@ def sglang_mask(
     """Export SGLang's ``tree_mask``; a pad row sees itself and, in FULL_MASK, the prefix.
 
     Args:
-        packed: the step.
-        max_verify_tokens_per_req: n, at most 32 for bit-packing.
+        packed, max_verify_tokens_per_req, out: as in :func:`sglang`; n at most 32 for bit-packing.
         mode: FULL_MASK: bool [size], n x (prefix + n) per request. QLEN_ONLY: bool [B, n, n].
             QLEN_ONLY_BITPACKING: uint8, uint16 or uint32 [B * n], bit j is row j.
         prefix_lens: int32 or int64 [B], for FULL_MASK.
         size: entries of FULL_MASK, a host int of at least sum(prefix + n) * n; the excess is ones.
-        out: persistent buffer.
 
     Raises:
         EchoError: n above 32 for bit-packing, an unknown mode, or a missing argument.
@@ -153,11 +151,11 @@ def sglang_mask(
     row = torch.arange(grid.n, device=packed.mask.device)
     if mode == "QLEN_ONLY_BITPACKING":
         checks.integer("max_verify_tokens_per_req", n, 1, WORD)
-        signed = {8: torch.uint8, 16: torch.int16, 32: torch.int32}
-        kinds = {8: torch.uint8, 16: torch.uint16, 32: torch.uint32}
-        bits = 8 if n <= 8 else 16 if n <= 16 else 32
-        words = grid.spread(packed.mask[:, 0].to(signed[bits]), (1 << row).to(signed[bits]))
-        return copy_into(out, words.flatten().view(kinds[bits]))
+        signed, kind = (torch.int16, torch.uint16) if n <= 16 else (torch.int32, torch.uint32)
+        if n <= 8:
+            signed = kind = torch.uint8
+        words = grid.spread(packed.mask[:, 0].to(signed), (1 << row).to(signed))
+        return copy_into(out, words.flatten().view(kind))
     square = grid.square()
     if mode == "QLEN_ONLY":
         return copy_into(out, square)
@@ -185,10 +183,8 @@ def tensorrt_llm(
     """Export TensorRT-LLM's packed mask, depth offsets and local links.
 
     Args:
-        packed: the step.
-        max_verify_tokens_per_req: n.
+        packed, max_verify_tokens_per_req, out: as in :func:`sglang`.
         window, mla: of the model's attention; rejected: its dynamic trees have no kernels for it.
-        out: persistent buffers.
 
     Raises:
         EchoError: n below 1, buffers that do not fit, a sliding window, or latent attention.
@@ -196,9 +192,7 @@ def tensorrt_llm(
     Source: ``spec_decoding_packed_mask`` and ``spec_decoding_position_offsets`` of TensorRT-LLM.
     """
     if window is not None or mla:
-        expected = (
-            "full attention, without a window or latents: TensorRT-LLM verifies no other trees"
-        )
+        expected = "full attention, without a window or latents: TensorRT-LLM has no other trees"
         raise EchoError(f"window, mla: expected {expected}, got {window}, {mla}")
     grid = _Grid(packed, max_verify_tokens_per_req)
     lens = packed.indptr.diff().clamp(max=grid.n)
@@ -222,13 +216,11 @@ def hugging_face(
     """Export ids, positions and a 4-D mask for a transformers model with a contiguous cache.
 
     For custom loops and tests, not for speed. Texts begin at entry 0 and rows are appended after
-    entry ``past_len``; ``echo.compact(..., past_len=past_len)`` then lists the moves, after which
-    the cache is cropped to the longest text.
+    entry ``past_len``; after the moves of ``echo.compact(..., past_len=past_len)`` crop the cache
+    to the longest text.
 
     Args:
-        packed: the step.
-        max_verify_tokens_per_req: n.
-        prefix_lens: int32 or int64 [B], tokens of each request in the cache.
+        packed, max_verify_tokens_per_req, prefix_lens, out: as in :func:`sglang`.
         past_len: length of the cache, a host int.
         left_padded: must be False, and given for more than one request. Texts of a left-padded
             cache end together, which fails once requests accept different numbers of drafts. Move
@@ -237,7 +229,6 @@ def hugging_face(
         window: positions visible in a sliding-window layer, the row's own included, for its entry
             in transformers' masks by kind of layer. Defaults to all.
         dtype: of the mask: bool, or a float type.
-        out: persistent buffers.
 
     Raises:
         EchoError: shapes or dtypes that do not fit, or a cache that is left-padded.
@@ -259,17 +250,14 @@ def hugging_face(
     else:  # the largest buffer by far, so it is written in place
         mask = checks.instance("out", out, HuggingFaceInputs).attention_mask
         checks.tensor("out.attention_mask", mask, shape, dtype, device)
-    ids = grid.spread(packed.tokens, 0)
-    depth = grid.spread(packed.depth, 0)
-    inputs = copy_into(out, HuggingFaceInputs(ids, depth + prefix, mask))
+    positions = grid.spread(packed.depth, 0) + prefix
+    inputs = copy_into(out, HuggingFaceInputs(grid.spread(packed.tokens, 0), positions, mask))
     column = torch.arange(past_len, dtype=torch.int32, device=device)
     past = (column < prefix.int())[:, None, None]
     if window is not None:
-        past = past & (column > (inputs.position_ids - window)[:, None, :, None])
-    for part, seen in (
-        (mask[..., :past_len], past),
-        (mask[..., past_len:], grid.square()[:, None]),
-    ):
+        past = past & (column > (positions - window)[:, None, :, None])
+    parts = mask[..., :past_len], mask[..., past_len:]
+    for part, seen in zip(parts, (past, grid.square()[:, None]), strict=True):
         if dtype == torch.bool:
             part.copy_(seen)
         else:
@@ -291,25 +279,18 @@ def unpad(packed: PackedTree, values: Tensor) -> Tensor:
     Raises:
         EchoError: another batch size.
     """
-    if values.dim() < 2 or values.shape[0] != packed.batch:
-        raise EchoError(f"values: expected [{packed.batch}, n, ...], got {list(values.shape)}")
-    n = values.shape[1]
+    n = checks.tensor("values", values, [packed.batch, "n", "..."]).shape[1]
     kind = values.dtype
     local = packed.local_row
     nothing = math.nan if kind.is_floating_point or kind.is_complex else -1 if kind.is_signed else 0
-    if packed.batch * n == 0:
-        return values.new_full((packed.num_rows, *values.shape[2:]), nothing)
     there = (packed.request < packed.batch) & (local < n)
-    row = torch.where(there, packed.request * n + local, 0)
-    absent = ~there.view(-1, *[1] * (values.dim() - 2))
-    return values.flatten(0, 1).index_select(0, row).masked_fill_(absent, nothing)
+    return select_rows(values.flatten(0, 1), packed.request * n + local, there, nothing)
 
 
 class _Grid:
     """Where each packed row goes among n rows of every request. Costs O(N).
 
     Attributes:
-        n: rows of every request.
         size: B * n.
         place: int64 [N], index in [B * n]; B * n for pad rows and rows past the first n.
         local: int64 [N], row within its request, or among the pad rows.
@@ -335,10 +316,7 @@ class _Grid:
         """Scatter ``values`` [N, ...] to [B, n, ...], with ``fill`` (broadcast) on pad rows."""
         made = values.new_empty(self.size + 1, *values.shape[1:])
         grid = made[:-1].view(self.packed.batch, self.n, *values.shape[1:])
-        if isinstance(fill, Tensor):
-            grid.copy_(fill)
-        else:
-            grid.fill_(fill)
+        grid[:] = fill
         if values.dim() == 1:
             made.scatter_(0, self.place, values)
         else:
@@ -363,9 +341,7 @@ class _Grid:
     def words(self) -> Tensor:
         """Mask words int32 [B, n, ceil(n / 32)]; a pad row sees itself."""
         words = -(-self.n // WORD)
-        row = torch.arange(self.n, device=self.place.device)
-        own = torch.zeros(self.n, words, dtype=torch.int32, device=row.device)
-        own.scatter_(1, (row >> 5)[:, None], (1 << (row & WORD - 1)).int()[:, None])
+        own = own_bits(torch.arange(self.n, device=self.place.device), words)
         return self.spread(F.pad(self.packed.mask, (0, words - self.packed.mask.shape[1])), own)
 
     def square(self) -> Tensor:

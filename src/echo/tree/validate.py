@@ -70,90 +70,76 @@ def depths(parents: Array, sizes: Array, there: NDArray[np.bool_]) -> NDArray[np
     return depth
 
 
-def check_nodes(tokens: Array, parents: Array, scores: Array, there: NDArray[np.bool_]) -> None:
-    """Check the tokens and log-probabilities of trees' nodes, all [B, T].
-
-    Raises:
-        EchoError: naming the first bad token or score, or the second of two equal siblings.
-    """
-    say: Callable[[int, int], str] = lambda b, i: f"expected a token >= 0, got {tokens[b, i]}"
-    refuse("token", there & (tokens < 0), say)
+def check_tokens(name: str, tokens: Array, parents: Array, there: NDArray[np.bool_]) -> None:
+    """Refuse the first negative token, and the second of two equal siblings; all [B, T]."""
+    refuse(name, there & (tokens < 0), lambda b, i: f"expected a token >= 0, got {tokens[b, i]}")
     family = parents + np.arange(len(parents))[:, None] * parents.shape[1]
     keys = tokens.ravel(), family.ravel(), ~there.ravel()
     order = np.lexsort(keys)  # stable: equal siblings become adjacent, in order
     twice = np.zeros(there.size, dtype=bool)
     twice[order[1:]] = (np.diff(keys[1][order]) == 0) & (np.diff(keys[0][order]) == 0)
-    say = lambda b, i: (
+    say: Callable[[int, int], str] = lambda b, i: (
         f"expected siblings that differ, got {tokens[b, i]} twice under row {parents[b, i]}"
     )
-    refuse("token", there & twice.reshape(there.shape), say)
-    drafted = there.copy()
-    drafted[:, :1] = False
+    refuse(name, there & twice.reshape(there.shape), say)
 
-    def hint(b: int, i: int) -> str:
-        kind = checks.instead(float(scores[b, i]), scores[drafted].tolist())
-        return f"expected a log-probability, got {scores[b, i]}{kind}"
 
-    refuse("log_prob", drafted & ~(scores <= checks.ROUNDING), hint)
+def check_scores(
+    name: str, scores: Array, most: Array, drafted: NDArray[np.bool_], noun: str
+) -> None:
+    """Refuse the first drafted score [B, T] above ``most``, which ``noun`` describes."""
+
+    def say(b: int, i: int) -> str:
+        hint = checks.instead(float(scores[b, i]), scores[drafted].tolist())
+        return f"expected {noun.format(most[b, i])}, got {scores[b, i]}{hint}"
+
+    refuse(name, drafted & ~(scores <= most), say)
 
 
 def validate(packed: PackedTree, max_verify_tokens_per_req: int | None, chain: bool) -> None:
     """Implement :meth:`~echo.tree.packed.PackedTree.validate`."""
-    batch = packed.batch
     n = packed.num_rows
-    ends = packed.indptr.tolist()
-    if ends[0] != 0 or ends != sorted(ends) or ends[-1] > n:
-        raise EchoError(f"indptr: expected numbers rising from 0 to at most {n}, got {ends}")
-    columns = packed.tokens, packed.parent, packed.depth, packed.request, packed.score
-    tokens, parents, depth, request, score = (column.tolist() for column in columns)
-    seen = [int.from_bytes(row.tobytes(), "little") for row in host(packed.mask)]
-    drafted = [score[row] for row in range(n) if depth[row] > 0]
+    ends = host(packed.indptr).astype(np.int64)
+    sizes = np.diff(ends)
+    if ends[0] != 0 or (sizes < 0).any() or ends[-1] > n:
+        expected = f"numbers rising from 0 to at most {n}"
+        raise EchoError(f"indptr: expected {expected}, got {ends.tolist()}")
     limit = min(packed.max_verify_tokens_per_req, max_verify_tokens_per_req or n)
-    where = ""
+    if (sizes > limit).any():
+        b = int((sizes > limit).argmax())
+        says = f"request {b} has {sizes[b]}: row {limit} does not fit"
+        raise EchoError(f"rows: expected at most {limit} rows, {says}")
+    masks = [int.from_bytes(words.tobytes(), "little") for words in host(packed.mask)]
+    columns = packed.tokens, packed.parent, packed.depth, packed.request, packed.score
+    flat = *map(host, columns), np.array(masks, dtype=object)
+    row = np.arange(sizes.max(initial=0))
+    there = row < sizes[:, None]
+    drafted = there & (row > 0)
+    at = np.where(there, ends[:-1, None] + row, 0)
+    tokens, parents, depth, request, score, seen = (column[at] for column in flat)
 
-    def expect(name: str, holds: bool, expected: object, got: object) -> None:
-        if not holds:
-            raise EchoError(f"{name}: {where}: expected {expected}, got {got}")
+    def expect(name: str, holds: Array, expected: Callable[[int, int], object], got: Array) -> None:
+        refuse(name, there & ~holds, lambda b, i: f"expected {expected(b, i)}, got {got[b, i]}")
 
-    for b in range(batch):
-        first = ends[b]
-        size = ends[b + 1] - ends[b]
-        siblings = set[tuple[int, int]]()
-        if size > limit:
-            says = f"request {b} has {size}: row {limit} does not fit"
-            raise EchoError(f"rows: expected at most {limit} rows, {says}")
-        for local, row in enumerate(range(first, first + size)):
-            where = f"request {b}, row {local}"
-            up = parents[row]
-            token = tokens[row]
-            above = first + up
-            deep = depth[row]
-            expect("request", request[row] == b, b, request[row])
-            expect("tokens", token >= 0, "a token >= 0", token)
-            if not local:
-                expect("parent", up == -1, "-1 for the root", up)
-                expect("depth", deep == 0, 0, deep)
-                expect("mask", seen[row] == 1, "bit 0 alone", f"{seen[row]:#x}")
-                continue
-            same = f"a row of the same request, 0 to {size - 1}"
-            expect("parent", 0 <= up < size, same, up)
-            expect("parent", up < local, "a row before its child", up)
-            expect("depth", deep == depth[above] + 1, depth[above] + 1, deep)
-            bound = packed.max_depth
-            expect("depth", deep <= bound, f"at most max_depth = {bound}", deep)
-            least = parents[row - 1]
-            expect("parent", up >= least, f"rows by parent, at least {least}", up)
-            expect("tokens", (up, token) not in siblings, "siblings that differ", f"{token} twice")
-            siblings.add((up, token))
-            mask = seen[above] | 1 << local
-            same = f"{mask:#x}, itself and its ancestors"
-            expect("mask", seen[row] == mask, same, f"{seen[row]:#x}")
-            best = score[above]
-            got = f"{score[row]}{checks.instead(score[row], drafted)}"
-            expect("score", score[row] <= best, f"at most its parent's {best}", got)
-            expect("parent", not chain or up == local - 1, f"{local - 1} (a chain)", up)
-    pad = batch, -1, 0, 1
-    for row in range(ends[-1], n):
-        where = f"pad row {row}"
-        state = (request[row], parents[row], depth[row], seen[row])
-        expect("request, parent, depth, mask", state == pad, pad, state)
+    expect("request", request == np.arange(packed.batch)[:, None], lambda b, _: b, request)
+    deep = depths(parents, sizes, there)
+    above = np.where(drafted, parents, 0)
+    before = np.where(row > 0, np.roll(parents, 1, axis=1), -1)
+    least = lambda b, i: f"rows by parent, at least {before[b, i]}"
+    expect("parent", parents >= before, least, parents)
+    expect("parent", (parents == row - 1) | (not chain), lambda _, i: f"{i - 1} (a chain)", parents)
+    expect("depth", depth == deep, lambda b, i: deep[b, i], depth)
+    bound = packed.max_depth
+    expect("depth", depth <= bound, lambda *_: f"at most max_depth = {bound}", depth)
+    check_tokens("tokens", tokens, parents, there)
+    mask = np.where(drafted, np.take_along_axis(seen, above, 1), 0) | 1 << row.astype(object)
+    own = lambda b, i: f"{mask[b, i]:#x}, itself and its ancestors"
+    expect("mask", seen == mask, own, np.vectorize(hex, otypes=[object])(seen))
+    best = np.take_along_axis(score, above, 1)
+    check_scores("score", score, best, drafted, "at most its parent's {}")
+    pad = packed.batch, -1, 0, 1
+    for i in range(ends[-1], n):
+        state = tuple(int(flat[column][i]) for column in (3, 1, 2, 5))
+        if state != pad:
+            names = "request, parent, depth, mask"
+            raise EchoError(f"{names}: pad row {i}: expected {pad}, got {state}")
