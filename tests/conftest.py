@@ -25,7 +25,8 @@ def hasten_interpreter():
 
     interpreter._patch_lang(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
     interpreter._patch_lang = lambda _: SimpleNamespace(restore=lambda: None)
-    found, find = {}, interpreter._get_np_dtype
+    found = {}
+    find = interpreter._get_np_dtype
 
     def by_name(dtype):
         if dtype.name not in found:
@@ -110,7 +111,8 @@ def policies(draw):
     elif kind == "global":
         rule = echo.GlobalRank(beam)
     else:
-        rule, budget = echo.PerRequest(draw(st.integers(1, min(12, limit))), beam), None
+        rule = echo.PerRequest(draw(st.integers(1, min(12, limit))), beam)
+        budget = None
     taus = st.floats(0, 1, width=32)
     gate = draw(
         st.one_of(
@@ -127,7 +129,8 @@ def policies(draw):
 
 def one_graph(function, cases):
     """``function`` compiles whole and once, and equals itself uncompiled on all ``cases``."""
-    graphs, given = [], []
+    graphs = []
+    given = []
 
     def backend(module, _):
         graphs.append(module)

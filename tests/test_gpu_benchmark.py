@@ -93,7 +93,8 @@ def test_peers_agree_with_the_kernel_on_the_same_ragged_trees(shape, peer, bench
 def stands_in(q, caches, table, lengths, starts, visible, **_):
     """What paged peers document: the tree is in the cache, and ``visible`` [N, rows] masks."""
     out = torch.empty_like(q)
-    page, group = caches[0].shape[1], q.shape[1] // caches[0].shape[2]
+    page = caches[0].shape[1]
+    group = q.shape[1] // caches[0].shape[2]
     for b, (first, end) in enumerate(itertools.pairwise(starts.tolist())):
         at = torch.arange(int(lengths[b]))
         keys, values = (
@@ -128,7 +129,8 @@ def xqa_stands_in(
 
 def prefix_stands_in(q, caches, table, lengths, starts):
     """Attention over the prefix alone, and its lse in natural log [N, Hq]."""
-    lse, page = torch.empty(q.shape[:2]), caches[0].shape[1]
+    lse = torch.empty(q.shape[:2])
+    page = caches[0].shape[1]
     group = q.shape[1] // caches[0].shape[2]
     nothing = torch.zeros(len(q), 0, dtype=torch.bool)
     for b, (first, end) in enumerate(itertools.pairwise(starts.tolist())):
@@ -171,7 +173,8 @@ class Wrapper:
     def plan(self, qo, starts, indices, last, heads, kv_heads, dim, page, *, causal, **dtypes):
         assert not causal
         used = starts.diff()
-        self.lengths, self.starts = (used - 1) * page + last, qo
+        self.lengths = (used - 1) * page + last
+        self.starts = qo
         self.table = torch.zeros(len(used), int(used.max()), dtype=torch.int32)
         for b, (first, end) in enumerate(itertools.pairwise(starts.tolist())):
             self.table[b, : end - first] = indices[first:end]
