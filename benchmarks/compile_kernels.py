@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import os
 import re
@@ -122,11 +123,16 @@ class Recorder:
     """Stands in for a kernel, and keeps the arguments of its launch."""
 
     def __init__(self, kernel: Any) -> None:
-        self.kernel, self.args, self.options, self.grid = kernel, (), {}, (0,)
+        self.kernel = kernel
+        self.args = ()
+        self.options = {}
+        self.grid = (0,)
 
     def __getitem__(self, grid: Any) -> Any:
         def record(*args: Any, **options: Any) -> None:
-            self.args, self.options, self.grid = args, options, grid
+            self.args = args
+            self.options = options
+            self.grid = grid
 
         return record
 
@@ -157,11 +163,14 @@ def source(recorder: Recorder) -> tuple[ASTSource, dict[str, int]]:
     }
     plain = {p.name for p in recorder.kernel.params if p.do_not_specialize}
     constants = {p.name for p in recorder.kernel.params if p.is_constexpr}
-    signature, fixed, hints = {}, {}, {}
+    signature = {}
+    fixed = {}
+    hints = {}
     for place, name in enumerate(names):
         value = named[name]
         if name in constants or (isinstance(value, int) and value == 1 and name not in plain):
-            signature[name], fixed[name] = "constexpr", value
+            signature[name] = "constexpr"
+            fixed[name] = value
         elif isinstance(value, torch.Tensor):
             signature[name] = TYPES[value.dtype]
             if value.data_ptr() % 16 == 0:
@@ -180,30 +189,30 @@ def source(recorder: Recorder) -> tuple[ASTSource, dict[str, int]]:
     return ASTSource(recorder.kernel, signature, constexprs=fixed, attrs=hints), options
 
 
-def cuobjdump(cubin: bytes) -> tuple[str, str]:
-    """Resource usage and disassembly."""
+@functools.lru_cache(1)
+def disassembly(cubin: bytes) -> str:
+    """Resource usage, then the machine code."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        calls = ([str(CUOBJDUMP), option, file.name] for option in ("-res-usage", "-sass"))
-        usage, sass = (
-            subprocess.run(call, capture_output=True, text=True, check=True).stdout
-            for call in calls
-        )
-    assert "EXIT" in sass, "expected a disassembly"
-    return usage, sass
+        call = [str(CUOBJDUMP), "-res-usage", "-sass", file.name]
+        found = subprocess.run(call, capture_output=True, text=True, check=True).stdout
+    assert "EXIT" in found, "expected a disassembly"
+    return found
 
 
 def resources(compiled: Any, arch: int, warps: int) -> dict[str, Any]:
     """Registers, spills, shared memory, and predicted blocks of a kernel per multiprocessor."""
-    usage, sass = cuobjdump(compiled.asm["cubin"])
-    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
-    assert found is not None, usage
-    registers, stack = int(found[1]), int(found[2])
+    sass = disassembly(compiled.asm["cubin"])
+    found = re.search(r"REG:(\d+) STACK:(\d+)", sass)
+    assert found is not None, sass
+    registers = int(found[1])
+    stack = int(found[2])
     # The compiler may add warps, such as one that loads: launch bounds have the real size.
     bound = re.search(r"\.(?:reqntid|maxntid) (\d+)", compiled.asm["ptx"])
     threads = int(bound[1]) if bound else 32 * warps
-    shared, (_, whole) = compiled.metadata.shared, SHARED[arch]
+    shared = compiled.metadata.shared
+    _, whole = SHARED[arch]
     by_registers = 65536 // (-(-registers * 32 // 256) * 256 * (threads // 32))
     blocks = min(by_registers, whole // (shared + 1024), 2048 // threads, 32)
     return {
@@ -251,8 +260,7 @@ def turn(
     busy. ``issue``: instructions over those that fit into the time that memory takes for the
     same keys: above 1, instructions are the limit.
     """
-    _, sass = cuobjdump(compiled.asm["cubin"])
-    count = Counter(hot_loop(sass))
+    count = Counter(hot_loop(disassembly(compiled.asm["cubin"])))
     total = sum(count.values())
     rings = re.findall(
         rf"local_alloc : \(\) -> !ttg.memdesc<(\d+)x{keys}x{width}x\w+, [^>]*mutable>",
@@ -281,8 +289,8 @@ def measure(recorder: Recorder, arch: int) -> dict[str, Any]:
         cached = recorder.args[1].element_size()  # of the cache, or of the tree's own keys
         keys, width, dim = (recorder.options[name] for name in ("KEYS", "WIDTH", "DIM"))
         found |= turn(compiled, arch, keys, width, 2 * dim * cached, found)
-        _, sass = cuobjdump(compiled.asm["cubin"])
-        looped = sum(name.startswith(("STL", "LDL")) for body in loops(sass) for name in body)
+        bodies = loops(disassembly(compiled.asm["cubin"]))
+        looped = sum(name.startswith(("STL", "LDL")) for body in bodies for name in body)
         found |= {"spills": looped, "outside": found["spills"] - looped}
     if "PAGE" in recorder.options:
         found["planned"] = recorder.grid[0] // tiles.multiprocessors(torch.device("cpu"))
@@ -291,9 +299,11 @@ def measure(recorder: Recorder, arch: int) -> dict[str, Any]:
 
 def attention(case: Case, arch: int) -> dict[str, Recorder]:
     """The launches of one attention call, as on that architecture."""
-    batch, kv_heads = case.batch, 2
+    batch = case.batch
+    kv_heads = 2
     words, width = (1, 1) if batch == 1 else (2, 32)
-    n, cache = case.rows * batch, case.cache or case.dtype
+    n = case.rows * batch
+    cache = case.cache or case.dtype
     q = torch.empty(n, kv_heads * case.group, case.dim, dtype=case.dtype)
     pages = [torch.empty(64, case.page, kv_heads, case.dim, dtype=cache) for _ in range(2)]
     own = [torch.empty(n, kv_heads, case.dim, dtype=case.dtype) for _ in range(2)]
@@ -320,7 +330,8 @@ def attention(case: Case, arch: int) -> dict[str, Recorder]:
 
 def others(n: int, vocabulary: int) -> list[tuple[str, str, Recorder]]:
     """Kernel, case and launch of acceptance from logits and tokens, and of merging two parts."""
-    links, tokens = torch.zeros(n + 1, dtype=torch.int32), torch.zeros(n, dtype=torch.int64)
+    links = torch.zeros(n + 1, dtype=torch.int32)
+    tokens = torch.zeros(n, dtype=torch.int64)
     logits, out, lse = (torch.empty(n, size, dtype=torch.bfloat16) for size in (vocabulary, 128, 1))
     trees = links[:n], links[: n // 8 + 2], tokens
     parts = out[:, None], lse.float(), out[:, None], lse.float()
@@ -358,16 +369,12 @@ def steps(
         batched(sum(sizes), dtype) for dtype in (torch.float32, torch.int64, torch.bool)
     )
     frontier = [batched(beam, dtype) for dtype in (torch.float32, torch.bool, torch.int64)]
-    drafted, rows, remaining = (
-        torch.zeros(batch, beam, k),
-        batch * limit,
-        torch.zeros((), dtype=torch.int64),
-    )
-    links, context, table = (
-        torch.zeros(batch + 1, dtype=torch.int32),
-        one[torch.int32],
-        batched(32, torch.int32),
-    )
+    drafted = torch.zeros(batch, beam, k)
+    rows = batch * limit
+    remaining = torch.zeros((), dtype=torch.int64)
+    links = torch.zeros(batch + 1, dtype=torch.int32)
+    context = one[torch.int32]
+    table = batched(32, torch.int32)
     found = one[torch.int8], one[torch.bool], one[torch.int64], one[torch.int64], remaining, context
     sums = [torch.zeros(depth, batch + 1) for _ in range(3)] + [torch.zeros(depth, batch + 1, 64)]
     summary = torch.zeros(batch, depth), torch.zeros(batch, depth, BINS)
@@ -406,7 +413,9 @@ def steps(
 
 def cases(quick: bool) -> list[Case]:
     """What is compiled: every head dimension, kind and tile height, then each feature once."""
-    half, brain, single = torch.float16, torch.bfloat16, torch.float32
+    half = torch.float16
+    brain = torch.bfloat16
+    single = torch.float32
     # Arguments equal to 1 are compiled in, which changes types: all that can be 1 is.
     ones = Case(64, half, 1, 1, page=1, batch=1, splits=1)
     if quick:
@@ -422,7 +431,8 @@ def cases(quick: bool) -> list[Case]:
     grid += [Case(dim, single, 4, 16) for dim in tiles.HEAD_DIMS] + [
         Case(128, half, 4, rows) for rows in (2, 16)
     ]
-    e4, e5 = torch.float8_e4m3fn, torch.float8_e5m2
+    e4 = torch.float8_e4m3fn
+    e5 = torch.float8_e5m2
     features = [
         Case(128, brain, 4, 16, page=16), Case(128, brain, 4, 16, page=1),
         Case(128, brain, 8, 16, page=256),
@@ -472,6 +482,8 @@ def jobs(quick: bool, arch: int) -> list[tuple[str, str, Recorder, int, bool]]:
             if name in ("attend", "add") or case.batch == 1 or once:
                 height = recorder.options["ROWS"] if name in ("attend", "add") else 0
                 found.append((name, case.name, recorder, height, case.dtype.itemsize == 2))
+    if quick and arch != 90:
+        return found
     shapes = ((256, 4, 4, 6), (4096, 8, 8, 8), (1, 1, 1, 1))[: 1 + 2 * (not quick)]
     found += [(*launched, 0, False) for shape in shapes for launched in steps(*shape)]
     return found + [

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import os
+from importlib.util import find_spec
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +14,30 @@ os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else 
 
 import echo
 from echo._checks import ROUNDING
+
+
+def hasten_interpreter():
+    """Triton's interpreter patches its language whenever a function is called within a kernel, and
+    makes a table of dtypes whenever it asks for one: half its time. Here both are done once.
+    """
+    from triton import language as tl
+    from triton.runtime import interpreter
+
+    interpreter._patch_lang(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
+    interpreter._patch_lang = lambda _: SimpleNamespace(restore=lambda: None)
+    found = {}
+    find = interpreter._get_np_dtype
+
+    def by_name(dtype):
+        if dtype.name not in found:
+            found[dtype.name] = find(dtype)
+        return found[dtype.name]
+
+    interpreter._get_np_dtype = by_name
+
+
+if find_spec("triton") and os.environ["TRITON_INTERPRET"] == "1":
+    hasten_interpreter()
 
 CALIBRATION = echo.calibrate(
     echo.WarmupLog.from_arrays(
@@ -85,7 +111,8 @@ def policies(draw):
     elif kind == "global":
         rule = echo.GlobalRank(beam)
     else:
-        rule, budget = echo.PerRequest(draw(st.integers(1, min(12, limit))), beam), None
+        rule = echo.PerRequest(draw(st.integers(1, min(12, limit))), beam)
+        budget = None
     taus = st.floats(0, 1, width=32)
     gate = draw(
         st.one_of(
@@ -102,7 +129,8 @@ def policies(draw):
 
 def one_graph(function, cases):
     """``function`` compiles whole and once, and equals itself uncompiled on all ``cases``."""
-    graphs, given = [], []
+    graphs = []
+    given = []
 
     def backend(module, _):
         graphs.append(module)

@@ -1,4 +1,4 @@
-"""Four processes over gloo: tensor-parallel ranks share one plan, data-parallel ranks one shape."""
+"""Three processes over gloo: tensor-parallel ranks share one plan, data-parallel ranks one shape."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ import torch.multiprocessing as mp
 
 import echo
 
-RANKS, BATCH, DEPTH = 4, 6, 3
+RANKS = 3
+BATCH = 6
+DEPTH = 3
 COST = echo.CostModel((1, 24, 256), (1.0, 1.0, 9.0), draft_layer=0.02)
 SCHEDULER = echo.ElasticBudgetScheduler(echo.GlobalRank(3), None, COST, DEPTH)
 
 
 def drafted(rank: int, seed: int) -> echo.SuperTree:
     """A tree of many equal scores, each rank's log-probabilities off by an ulp at random places."""
-    shared, own = (
-        torch.Generator().manual_seed(seed),
-        torch.Generator().manual_seed(1000 * seed + rank),
-    )
+    shared = torch.Generator().manual_seed(seed)
+    own = torch.Generator().manual_seed(1000 * seed + rank)
     tree = SCHEDULER.begin(torch.arange(BATCH), num_verify_tokens=24)
     for _ in range(DEPTH):
         shape = (*tree.frontier.token.shape, 3)
@@ -48,7 +48,8 @@ def broadcast(buffer: torch.Tensor) -> torch.Tensor:
 def serve(rank: int, store: str, out: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=RANKS)
-    alone, together = [], []
+    alone = []
+    together = []
     history = SCHEDULER.history(BATCH)
     for seed in range(5):
         tree = drafted(rank, seed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import sys
 from pathlib import Path
@@ -25,7 +26,11 @@ def test_the_work_list_is_an_even_split(seed, splits):
     """
     generator = torch.Generator().manual_seed(seed)
     draw = lambda high, n: torch.randint(0, high, (n,), generator=generator)
-    batch, group, tile, keys, programs = 9, 3, 16, 16, [1, 6, 40][seed % 3]
+    batch = 9
+    group = 3
+    tile = 16
+    keys = 16
+    programs = [1, 6, 40][seed % 3]
     rows = (draw(30, batch) * (draw(4, batch) > 0)).tolist()
     contexts = (draw(400, batch) * (draw(3, batch) > 0)).tolist()
     row_tiles = [-(-r * group // tile) for r in rows]
@@ -46,7 +51,8 @@ def test_the_work_list_is_an_even_split(seed, splits):
         )
         assert max(shares) == -(-sum(shares) // busy) and sum(map(bool, shares)) == busy
         assert all(sum(item[4] >= 0 for item in own) <= 2 for own in lists)
-    first_rows, taken = [0, *torch.tensor(rows).cumsum(0).tolist()], []
+    first_rows = [0, *torch.tensor(rows).cumsum(0).tolist()]
+    taken = []
     for own in lists:
         for b, t, low, high, slot, begin, number, length, parts in own:
             assert (begin, number, length) == (first_rows[b], rows[b], contexts[b]) and low < high
@@ -65,8 +71,9 @@ def test_the_work_list_is_an_even_split(seed, splits):
     "case", CASES, ids=lambda c: f"{c.model[:12]}-{c.batch}x{c.rows}-{c.context}"
 )
 def test_the_longest_program_is_hardly_longer_than_the_mean(case):
-    """Every case of the sweep, in the tile that was its best."""
+    """Every case of the sweep, at most 32 requests of it, in the tile that was its best."""
     best = min((p for p in SWEPT if p.case == case), key=lambda p: p.us)
+    case = dataclasses.replace(case, batch=min(case.batch, 32))
     shares = [share for share in law.even(case, best.tile, 0.0)[1] if share]
     mean = sum(shares) / len(shares)
     assert max(shares) <= -(-sum(shares) // len(shares)) <= min(shares) + 1
@@ -76,7 +83,8 @@ def test_the_longest_program_is_hardly_longer_than_the_mean(case):
 def test_the_law_gives_what_the_clock_gave():
     """Within 8% on average and 18% at most, and the same order where times differ by a tenth."""
     fitted = law.laws(SWEPT)
-    errors, pairs = [], []
+    errors = []
+    pairs = []
     for case in CASES:
         points = [p for p in SWEPT if p.case == case]
         times = [(p.us, fitted[p.tile, case.cache](p.split)) for p in points]

@@ -5,8 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import os
-import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -24,22 +22,29 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 TILES = [Tile(16, 16, 4, 2, 1), Tile(16, 32, 4, 2, 1), Tile(16, 128, 4, 2, 1)]
 
 
-def run(*arguments, code=None):
-    path = os.pathsep.join([str(BENCHMARKS), os.environ.get("PYTHONPATH", "")])
-    command = [
-        sys.executable,
-        *(["-c", code] if code else [str(BENCHMARKS / "gpu.py")]),
-        *arguments,
-    ]
-    return subprocess.run(
-        command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, check=False
-    )
+@pytest.fixture
+def benchmarks(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
 
 
-def test_dry_run():
-    result = run("--dry-run")
-    assert result.returncode == 0, result.stderr[-2000:]
-    report = json.loads(result.stdout.splitlines()[-1])
+@pytest.fixture
+def run(benchmarks, monkeypatch, capsys):
+    """The command's exit status and what it wrote."""
+    import gpu
+
+    def main(*arguments):
+        monkeypatch.setattr(sys, "argv", ["gpu.py", *arguments])
+        return gpu.main(), *capsys.readouterr()
+
+    return main
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="in the interpreter only")
+def test_dry_run(run):
+    status, out, _ = run("--dry-run")
+    assert status == 0
+    report = json.loads(out.splitlines()[-1])
     for case in report["attention"]:
         assert all(
             case[name]["error"] < 1e-6 for name in ("echo", "sdpa with mask", "flex attention")
@@ -48,26 +53,23 @@ def test_dry_run():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="it would run in full")
-def test_without_a_device_it_says_so():
-    result = run()
-    assert result.returncode == 2 and "no CUDA device" in result.stdout and not result.stderr
+def test_without_a_device_it_says_so(run):
+    status, out, err = run()
+    assert status == 2 and "no CUDA device" in out and not err
 
 
-def test_a_wrong_kernel_is_not_timed():
-    code = (
-        "import sys, gpu; from echo import kernels; right = kernels.tree_attention\n"
-        "kernels.tree_attention = lambda **options: (1.001 * right(**options)[0], None)\n"
-        "gpu.step = None\n"
-        "sys.exit(gpu.main())"
-    )
-    result = run("--dry-run", code=code)
-    assert result.returncode == 1 and "our kernel is wrong" in result.stdout
-    assert "us" not in json.loads(result.stdout.splitlines()[-2])["echo"]
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="in the interpreter only")
+def test_a_wrong_kernel_is_not_timed(run, monkeypatch):
+    import gpu
 
-
-@pytest.fixture
-def benchmarks(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    right = kernels.tree_attention
+    wrong = lambda **options: (1.001 * right(**options)[0], None)
+    monkeypatch.setattr(kernels, "tree_attention", wrong)
+    monkeypatch.setattr(gpu, "step", None)
+    status, out, _ = run("--dry-run")
+    assert status == 1 and "our kernel is wrong" in out
+    assert "us" not in json.loads(out.splitlines()[-2])["echo"]
 
 
 @pytest.mark.parametrize(
@@ -91,7 +93,8 @@ def test_peers_agree_with_the_kernel_on_the_same_ragged_trees(shape, peer, bench
 def stands_in(q, caches, table, lengths, starts, visible, **_):
     """What paged peers document: the tree is in the cache, and ``visible`` [N, rows] masks."""
     out = torch.empty_like(q)
-    page, group = caches[0].shape[1], q.shape[1] // caches[0].shape[2]
+    page = caches[0].shape[1]
+    group = q.shape[1] // caches[0].shape[2]
     for b, (first, end) in enumerate(itertools.pairwise(starts.tolist())):
         at = torch.arange(int(lengths[b]))
         keys, values = (
@@ -126,7 +129,8 @@ def xqa_stands_in(
 
 def prefix_stands_in(q, caches, table, lengths, starts):
     """Attention over the prefix alone, and its lse in natural log [N, Hq]."""
-    lse, page = torch.empty(q.shape[:2]), caches[0].shape[1]
+    lse = torch.empty(q.shape[:2])
+    page = caches[0].shape[1]
     group = q.shape[1] // caches[0].shape[2]
     nothing = torch.zeros(len(q), 0, dtype=torch.bool)
     for b, (first, end) in enumerate(itertools.pairwise(starts.tolist())):
@@ -169,7 +173,8 @@ class Wrapper:
     def plan(self, qo, starts, indices, last, heads, kv_heads, dim, page, *, causal, **dtypes):
         assert not causal
         used = starts.diff()
-        self.lengths, self.starts = (used - 1) * page + last, qo
+        self.lengths = (used - 1) * page + last
+        self.starts = qo
         self.table = torch.zeros(len(used), int(used.max()), dtype=torch.int32)
         for b, (first, end) in enumerate(itertools.pairwise(starts.tolist())):
             self.table[b, : end - first] = indices[first:end]
@@ -284,11 +289,11 @@ def test_the_library_reads_what_the_tuner_writes(benchmarks, monkeypatch, tmp_pa
         schedule.table.cache_clear()
 
 
-def test_the_check_shares_tests_out_and_counts_failures(tmp_path):
+def test_the_check_shares_tests_out_and_counts_failures(run, tmp_path):
     (tmp_path / "test_some.py").write_text(
         "import pytest\n@pytest.mark.parametrize('n', range(4))\ndef test_one(n): assert n != 3\n"
     )
-    result = run("--check", str(tmp_path / "test_some.py"), "--processes", "1")
-    assert result.returncode == 1 and "1 shares failed" in result.stdout
-    assert "test_one[3]" in result.stdout and "1 failed, 3 passed" in result.stdout
-    assert result.stdout.count("not timed") + result.stdout.count("by the clock") == 8
+    status, out, _ = run("--check", str(tmp_path / "test_some.py"), "--processes", "1")
+    assert status == 1 and "1 shares failed" in out
+    assert "test_one[3]" in out and "1 failed, 3 passed" in out
+    assert out.count("not timed") + out.count("by the clock") == 8

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,29 +12,6 @@ import pytest
 import torch
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-
-
-def run(*arguments):
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(BENCHMARKS / "serve_gpu.py"), *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-
-
-def test_dry_run(tmp_path):
-    """All policies at two loads, random models: plain decoding's text, both panels in the file."""
-    sizes = ["--lanes", "1", "2", "--quick", "1", "--new", "6", "--runs", "1"]
-    sizes += ["--dtypes", "float32"]
-    result = run("--device", "cpu", "--tiny", *sizes, "--out", str(tmp_path))
-    assert result.returncode == 0, result.stderr[-2000:]
-    found = json.loads((tmp_path / "serve-cpu.json").read_text())
-    cells = {(cell["lanes"], cell["policy"]): cell for cell in found["cells"]}
-    assert cells.keys() == set(itertools.product((1, 2), POLICIES))
-    for (_, policy), cell in cells.items():
-        assert cell["text"]["different"] == 0 and cell["tokens_per_s"] > 0
-        if policy == "plain":
-            assert cell["tokens_per_step"] == 1 and cell["library_over_bare"] > 0
-    assert len(found["quick"]) == 2 and len(found["shape"]) == 2 * len(POLICIES)
-    assert "ratio" in result.stdout and not list(tmp_path.glob("*.part"))
 
 
 POLICIES = (
@@ -50,18 +25,47 @@ POLICIES = (
 )
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="it would run in full")
-def test_without_a_device_it_says_so():
-    result = run()
-    assert result.returncode == 2 and "no CUDA device" in result.stdout and not result.stderr
-
-
 @pytest.fixture
 def serve_gpu(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     import serve_gpu
 
     return serve_gpu
+
+
+@pytest.fixture
+def run(serve_gpu, monkeypatch, capsys):
+    """The command's exit status and what it wrote."""
+
+    def main(*arguments):
+        monkeypatch.setattr(sys, "argv", ["serve_gpu.py", *arguments])
+        return serve_gpu.main(), *capsys.readouterr()
+
+    return main
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_dry_run(run, tmp_path):
+    """All policies at two loads, random models: plain decoding's text, both panels in the file."""
+    sizes = ["--lanes", "1", "2", "--quick", "1", "--new", "5", "--runs", "1"]
+    sizes += ["--dtypes", "float32"]
+    status, printed, _ = run("--device", "cpu", "--tiny", *sizes, "--out", str(tmp_path))
+    assert status == 0
+    found = json.loads((tmp_path / "serve-cpu.json").read_text())
+    cells = {(cell["lanes"], cell["policy"]): cell for cell in found["cells"]}
+    assert cells.keys() == set(itertools.product((1, 2), POLICIES))
+    for (_, policy), cell in cells.items():
+        assert cell["text"]["different"] == 0 and cell["tokens_per_s"] > 0
+        if policy == "plain":
+            assert cell["tokens_per_step"] == 1 and cell["library_over_bare"] > 0
+    assert len(found["quick"]) == 2 and len(found["shape"]) == 2 * len(POLICIES)
+    assert "ratio" in printed and not list(tmp_path.glob("*.part"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="it would run in full")
+def test_without_a_device_it_says_so(run):
+    status, printed, errors = run()
+    assert status == 2 and "no CUDA device" in printed and not errors
 
 
 def test_times_of_parts(serve_gpu):

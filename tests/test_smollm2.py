@@ -28,8 +28,10 @@ def pair(smollm2):
             "both": lambda: pooled(target, 4, 384),
         }
         draft = made[drafter]() if drafter else None
-        texts, margins, steps = [[] for _ in prompts], [[] for _ in prompts], 0
-        options = {"max_num_reqs": 4, "max_new_tokens": 64, "eos_token": 2}
+        texts = [[] for _ in prompts]
+        margins = [[] for _ in prompts]
+        steps = 0
+        options = {"max_num_reqs": 4, "max_new_tokens": 40, "eos_token": 2}
         for step in echo.decode(scheduler, target, draft, prompts, **options):
             steps += len(step.requests)
             for b, (request, tokens) in enumerate(zip(step.requests, step.emitted, strict=True)):
@@ -88,7 +90,8 @@ def test_cache_holds_the_text(smollm2):
 
     model, tokenizer = smollm2
     prompt = encode(tokenizer, ["Count from one to twenty, then count again."])
-    target, drafter = SmolLM2(model, 1, 256), echo.PromptLookup(1, 256)
+    target = SmolLM2(model, 1, 256)
+    drafter = echo.PromptLookup(1, 256)
     scheduler = echo.ElasticBudgetScheduler(echo.GlobalRank(2), None, 12, 4)
     text = prompt[0].tolist()
     for step in echo.decode(scheduler, target, drafter, prompt, max_num_reqs=1, max_new_tokens=40):
@@ -114,7 +117,7 @@ def recorded(smollm2):
         return target, pooled(target, max_num_reqs, 320, k=3)
 
     target, drafter = pair(4)
-    options = {"max_num_reqs": 4, "max_new_tokens": 40, "eos_token": 2}
+    options = {"max_num_reqs": 4, "max_new_tokens": 28, "eos_token": 2}
     options |= {"max_verify_tokens_per_req": 32, "depth": 5, "beam": 3, "floor": FLOOR}
     *_, trace = record(target, drafter, prompts, KINDS, **options)
     return pair, prompts, trace
@@ -136,11 +139,13 @@ def test_replay_gives_the_steps_of_live_decoding(recorded, name):
     """Steps, rows and accepted tokens, alone or three at a time, replayed from the trace."""
     from echo.testing import replay
 
-    (batch, scheduler), (pair, prompts, trace), seen = REPLAYED[name], recorded, []
+    (batch, scheduler) = REPLAYED[name]
+    (pair, prompts, trace) = recorded
+    seen = []
     limit = {"max_verify_tokens_per_req": 32}
     report = replay(trace, scheduler, COST, batch=batch, **limit, observe=seen.append)
     target, drafter = pair(batch)
-    options = limit | {"max_num_reqs": batch, "max_new_tokens": 40, "eos_token": 2}
+    options = limit | {"max_num_reqs": batch, "max_new_tokens": 28, "eos_token": 2}
     live = list(echo.decode(scheduler, target, drafter, prompts, **options))
     assert report.misses == 0
     assert len(live) == len(seen)
@@ -149,7 +154,8 @@ def test_replay_gives_the_steps_of_live_decoding(recorded, name):
     if name == "throughput-optimal":
         ended = next(i for i, step in enumerate(live) if step.finished)
         assert ended > 8
-        live, seen = live[: ended + 1], seen[: ended + 1]
+        live = live[: ended + 1]
+        seen = seen[: ended + 1]
     for step, mine in zip(live, seen, strict=True):
         assert list(step.requests) == mine.requests.tolist()
         assert torch.equal(step.packed.tokens, mine.packed.tokens)
@@ -166,9 +172,11 @@ def test_a_first_layer_may_come_from_elsewhere(smollm2):
     from model import SmolLM2, encode
 
     model, tokenizer = smollm2
-    target, req_indices = SmolLM2(model, 1, 64), torch.arange(1)
+    target = SmolLM2(model, 1, 64)
+    req_indices = torch.arange(1)
     scheduler = echo.ElasticBudgetScheduler(echo.GlobalRank(2), budget=6, max_depth=2)
-    prompts, layers = encode(tokenizer, ["Count to ten."]), []
+    prompts = encode(tokenizer, ["Count to ten."])
+    layers = []
     for elsewhere in (False, True, True):
         if not layers or len(layers) == 2:
             drafter = Eagle(target, 1, 64)

@@ -20,7 +20,8 @@ from echo.testing.graphs import Recording
 from echo.tree import compact
 from test_plan_kernels import same
 
-K, PAGE = 3, 2
+K = 3
+PAGE = 2
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 COST = echo.CostModel((1, 24, 99), (1.0, 1.0, 4.0))
 SCHEDULERS = {
@@ -38,7 +39,9 @@ SCHEDULERS = {
 
 def drafts(scheduler, batch, seed):
     """Candidates for each layer of a step, as the frontiers of the rule ask for them."""
-    generator, width, made = torch.Generator().manual_seed(seed), 1, []
+    generator = torch.Generator().manual_seed(seed)
+    width = 1
+    made = []
     for _ in range(scheduler.max_depth):
         shape = batch, width, K
         scores = (1.5 * torch.randn(shape, generator=generator)).log_softmax(-1)
@@ -121,7 +124,8 @@ class Parts:
         return self.space.pack(tree, rows)
 
     def accept(self, packed):
-        lanes, i = packed.batch, self.inputs
+        lanes = packed.batch
+        i = self.inputs
         accepted = self.space.accept(packed, i["target"][: packed.num_rows])
         pages = {"page_table": i["table"][:lanes], "page_size": PAGE, "pad_slot_id": 0}
         lists = self.space.compact(packed, accepted, i["prefix_lens"][:lanes], **pages)
@@ -145,7 +149,8 @@ def check(scheduler, lanes, rows, steps, graphs, seed=0):
     ``steps`` are (lanes, depth, rows).
     """
     parts = Parts(scheduler, lanes, rows)
-    history, stats = scheduler.history(lanes, DEVICE), echo.StepStats.empty(DEVICE)
+    history = scheduler.history(lanes, DEVICE)
+    stats = echo.StepStats.empty(DEVICE)
     for turn, (n, depth, count) in enumerate(steps):
         inputs = data(scheduler, n, seed + turn)
         wanted = eager(scheduler, inputs, depth, count, history, stats)
@@ -181,7 +186,8 @@ def test_every_tier_plans_as_the_scheduler_does(name, backend):
     """
     if backend == "triton":
         pytest.importorskip("triton")
-    steps = [(4, 3, 40), (2, 1, 7), (4, 2, 16), (1, 3, 30), (3, 3, 3), (4, 3, 40), (4, 3, 40)]
+    steps = [(4, 3, 40), (2, 1, 7), (4, 2, 16), (1, 3, 30), (3, 3, 3), (4, 3, 40)]
+    steps += [(4, 3, 40)] * (DEVICE == "cuda")
     with kernels.using(backend):
         check(SCHEDULERS[name], 4, 40, steps, echo.workspace.Graphs(DEVICE))
 
@@ -213,26 +219,17 @@ def test_recorded_steps_run_again_on_other_data(name, backend):
     if backend == "triton":
         pytest.importorskip("triton")
     graphs = RecordedGraphs()
-    steps = [
-        (4, 3, 40),
-        (4, 3, 40),
-        (4, 3, 40),
-        (2, 2, 8),
-        (4, 3, 40),
-        (2, 2, 8),
-        (2, 3, 8),
-        (2, 2, 8),
-    ]
+    steps = [(4, 3, 16), (4, 3, 16), (2, 2, 8), (4, 3, 40), (2, 2, 8), (2, 3, 8), (2, 2, 8)]
     with kernels.using(backend), torch.inference_mode():
         check(SCHEDULERS[name], 4, 40, steps, graphs)
-    assert graphs.runs["draft", 4, 3] == 2 and graphs.runs["accept", 2, 8] == 2, (
-        "acceptance is one graph for every depth"
-    )
+    assert graphs.runs["draft", 4, 3] == graphs.runs["plan", 2, 2, 8] == 1
+    assert graphs.runs["accept", 2, 8] == 2, "acceptance is one graph for every depth"
 
 
 def test_a_stale_host_number_is_found():
     """The rehearsal finds what a captured graph would get wrong."""
-    graphs, wanted = RecordedGraphs(), 0
+    graphs = RecordedGraphs()
+    wanted = 0
     total = torch.zeros(())
     for turn in range(4):
         graphs("stale", lambda turn=turn: total.add_(turn))
@@ -284,7 +281,9 @@ def test_kernels_touch_nothing_but_the_workspace(name):
 
 def test_addresses_never_change():
     scheduler = SCHEDULERS["paper"]
-    parts, graphs, seen = Parts(scheduler, 4, 40), echo.workspace.Graphs("cpu"), set()
+    parts = Parts(scheduler, 4, 40)
+    graphs = echo.workspace.Graphs("cpu")
+    seen = set()
     for turn in range(3):
         parts.fill(data(scheduler, 4, turn))
         packed, accepted, lists = parts.step(graphs, 4, 3, 40)
@@ -354,9 +353,12 @@ def test_k_by_depth_and_zero_depth():
     tree = space.begin(torch.tensor([1, 2]))
     plain = scheduler.begin(torch.tensor([1, 2]))
     for shape in ((2, 1, 4), (2, 3, 2)):
-        tokens, log_probs = torch.randint(0, 9, shape), torch.randn(shape).log_softmax(-1)
-        tree, plain = space.grow(tree, tokens, log_probs), scheduler.grow(plain, tokens, log_probs)
-    one, two = space.pack(tree), scheduler.pack(plain)
+        tokens = torch.randint(0, 9, shape)
+        log_probs = torch.randn(shape).log_softmax(-1)
+        tree = space.grow(tree, tokens, log_probs)
+        plain = scheduler.grow(plain, tokens, log_probs)
+    one = space.pack(tree)
+    two = scheduler.pack(plain)
     assert torch.equal(one.tokens, two.tokens) and torch.equal(one.mask, two.mask)
     nothing = space.pack(space.begin(torch.tensor([5, 6])), 2)
     assert nothing.tokens.tolist() == [5, 6] and nothing.indptr.tolist() == [0, 1, 2]
@@ -385,13 +387,14 @@ def test_a_tiers_beam_is_drafted_in_the_same_buffers(name, backend):
     """Narrow steps and wide ones in turn, as eagerly, in graphs kept by beam."""
     if backend == "triton":
         pytest.importorskip("triton")
-    scheduler, lanes, roots = SCHEDULERS[name], 3, torch.tensor([4, 5, 6])
+    scheduler = SCHEDULERS[name]
+    lanes = 3
+    roots = torch.tensor([4, 5, 6])
     with kernels.using(backend):
-        space, graphs = (
-            echo.Workspace(scheduler, lanes, k=K, num_verify_tokens=20),
-            RecordedGraphs(),
-        )
-        wide, given = drafts(scheduler, lanes, 0), {}
+        space = echo.Workspace(scheduler, lanes, k=K, num_verify_tokens=20)
+        graphs = RecordedGraphs()
+        wide = drafts(scheduler, lanes, 0)
+        given = {}
         for seed, beam in enumerate((1, 2, 1, None, 1, 2)):
             if beam not in given:  # inputs at fixed addresses, as wide as the frontier
                 widths = [1] + [min(beam or 2, K)] * 2
