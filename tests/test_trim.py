@@ -174,16 +174,18 @@ def drafted_while_deeper(scheduler, tier, seed, batch, **begun):
     seed=st.integers(0, 99),
     rate=st.floats(0.05, 400.0),
     batch=st.integers(1, FEW),
+    depth=st.integers(1, 3),
     beam=st.integers(1, 2),
     empty=st.integers(0, 1),
 )
-def test_another_layer_is_drafted_while_it_pays(seed, rate, batch, beam, empty):
+def test_another_layer_is_drafted_while_it_pays(seed, rate, batch, depth, beam, empty):
     cost = replace(DEAR, draft_layer=0.01, draft_token=0.002)
     live = torch.arange(batch) >= empty
-    scheduler, tier = replace(OPTIMAL, budget=cost), Tier(1, 24, beam, rate)
+    scheduler, tier = replace(OPTIMAL, budget=cost), Tier(depth, 24, beam, rate)
     tree, found = drafted_while_deeper(scheduler, tier, seed, batch, live=live)
     *pays, last = [WORTH * each > rate * (0.01 + 0.002 * batch * beam) for each in found]
-    assert all(pays) and (not last or tree.depth == scheduler.max_depth)
+    assert all(pays) and tree.depth <= min(depth + 1, scheduler.max_depth)
+    assert not last or tree.depth == min(depth + 1, scheduler.max_depth)
 
 
 @pytest.mark.parametrize(

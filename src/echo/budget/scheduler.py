@@ -370,14 +370,14 @@ class ElasticBudgetScheduler:
     def deeper(self, tree: SuperTree, tier: Tier) -> bool:
         """Whether to draft another layer: ``while scheduler.deeper(tree, tier)`` drafts a step.
 
-        Down to the tier's depth. With ``trims`` and at most four requests down to ``max_depth``, as
-        long as a layer pays by the drafts above it: a sync of 4 bytes a layer, worth 3 to 5% at one
+        Down to the tier's depth. With ``trims`` and at most four requests to one layer more, and as
+        long as a layer pays by the drafts above it: a sync of 4 bytes a layer, worth 2 to 6% at one
         request of a dense model. EchoError: ``tier`` is no :class:`Tier`.
         """
         checks.instance("tier", tier, Tier)
         if not (self.trims and tier.depth and tier.rate and tree.depth) or tree.batch > FEW:
             return tree.depth < tier.depth
-        if tree.depth >= self.max_depth:
+        if tree.depth >= min(tier.depth + 1, self.max_depth):
             return False
         probability = step.frontier_probability(self.rule, tree).item()
         return self._throughput_optimal.deeper(probability, tree.depth + 1, tree.batch, tier)
