@@ -58,9 +58,8 @@ class Workspace:
 
     Attributes:
         packed: the buffers of the largest step; smaller steps are prefixes of them.
-        history: :class:`History`, updated in place by :meth:`observe`. Its host counters
-            (``num_steps``, ``num_idle_steps``) advance outside the graphs, by
-            :meth:`History.advance`.
+        history: :class:`History`, updated in place by :meth:`observe`; its host counters advance
+            outside the graphs, by :meth:`History.advance`.
         stats: :class:`StepStats`, updated in place by :meth:`observe`.
 
     Raises:
@@ -287,8 +286,7 @@ class Workspace:
         shape = accepted.rows.shape
         lists = {name: _view(buffer, shape) for name, buffer in self._lists.items()}
         lens = checks.tensor("prefix_lens", prefix_lens, [packed.batch], checks.INTEGERS)
-        lens = self._prefix_lens.view(lens.dtype)[: packed.batch]
-        out = Compaction(**lists, prefix_lens=lens)
+        out = Compaction(**lists, prefix_lens=self._prefix_lens.view(lens.dtype)[: packed.batch])
         return compact(packed, accepted, prefix_lens, **options, out=out)
 
     def observe(self, req_indices: Tensor, packed: PackedTree, accepted: Accepted) -> None:
