@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip --disable-pip-version-check -q
 STAMP := .venv/.installed
-THREADS ?= $(shell nproc)
+WORKERS ?= $(shell n=$$(nproc); echo $$((n < 8 ? n : 8)))
 export HF_HUB_OFFLINE := 1
 
 .PHONY: demo test replay bench fuzz peers docs lint install clean
@@ -14,7 +14,7 @@ demo: $(STAMP)
 
 test: lint
 	@echo "== tests, on the installed package"
-	@OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 replay: $(STAMP)
 	@$(BIN)/python benchmarks/replay.py $(ARGS)

@@ -166,6 +166,10 @@ def test_json_and_files(tmp_path):
             re.sub(r'"reliability": \[\[[^,]+', '"reliability": [[NaN', text),
             "calibration.reliability: expected rising knots",
         ),
+        (
+            re.sub(r'"reliability": .*', '"reliability": [[-3, 0.1, -2], [0.2, -1, 0.3]],', text),
+            "calibration: ",
+        ),
         (text.replace('"depth": 2', '"depth": 7'), r"expected depths 1, 2, ..., got \[1, 7, 3\]"),
     ]:
         with pytest.raises(echo.EchoError, match=message):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -91,6 +93,19 @@ def test_merging_is_counting_all_rows_in_any_order(parts, random):
         )
     deepest = whole.max_depth
     assert np.array_equal(merged.mass[:, :deepest], whole.mass)
+
+
+def test_columns_may_be_views_that_torch_does_not_take():
+    depth, confidence, accepted = np.array([1, 2, 1]), np.array([0.9, 0.5, 0.3]), [1, 0, 1]
+    backward = [np.asarray(x)[::-1] for x in (depth, confidence.astype(np.float32), accepted)]
+    log = echo.WarmupLog.from_arrays(*backward)
+    packed = np.array([*zip(depth, confidence, accepted, strict=True)], "i1, f4, ?")
+    fields = echo.WarmupLog.from_arrays(*(packed[name] for name in packed.dtype.names))
+    for column in (fields.depth, fields.confidence):
+        column.setflags(write=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert ConfidenceHistograms.of(log) == ConfidenceHistograms.of(fields)
 
 
 @given(logs(), logs(), logs())

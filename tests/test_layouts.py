@@ -645,3 +645,26 @@ def test_what_an_engines_kernels_do_not_verify_is_refused():
     for limit in ({"window": 4096}, {"mla": True}):
         with pytest.raises(echo.EchoError, match="without a window or latents"):
             layouts.tensorrt_llm(packed, 12, **limit)
+
+
+def test_importers_take_batches_without_requests():
+    none = torch.zeros(0, 4, dtype=torch.int64)
+    links = dataclasses.replace(
+        layouts.tensorrt_llm(forest(1, 1, 3, empty=False).packed, 4),
+        tokens=none, packed_mask=torch.zeros(0, 4, 1, dtype=torch.int32),
+        generation_lengths=torch.zeros(0, dtype=torch.int32),
+    )  # fmt: skip
+    bits = torch.zeros(0, dtype=torch.uint8)
+    for packed in (
+        importers.from_tensorrt_llm(links),
+        importers.from_sglang_mask(bits, none.flatten(), 4, "QLEN_ONLY_BITPACKING"),
+    ):
+        assert packed.batch == 0 and not int(packed.indptr[-1])
+
+
+def test_a_mask_that_begins_before_its_buffer_is_named():
+    packed, context = forest(1, 2, 6, empty=False).packed, torch.tensor([3, 4])
+    mask = layouts.flashinfer(packed, context, size=4096)
+    broken = dataclasses.replace(mask, indptr=mask.indptr - 1)
+    with pytest.raises(echo.EchoError, match="mask: "):
+        importers.from_flashinfer(broken, packed.tokens)

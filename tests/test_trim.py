@@ -240,6 +240,22 @@ def test_trimmed_steps_write_more_tokens_a_second_where_rows_are_dear():
     assert found[True].throughput > 1.02 * found[False].throughput
 
 
+def test_ranks_that_agreed_on_a_depth_draft_it():
+    """Each by its own drafts would hang where a layer is a collective of all."""
+    history, curves = OPTIMAL.history(1), []
+    for seed in range(40):
+        history = observed(OPTIMAL, history, torch.arange(1), depth=3, seed=seed, accepted=1)
+    alone = OPTIMAL.choose_tier(history, [0])
+    curves = np.stack([OPTIMAL.tier_curve(history, [0])] * 2)
+    for rank, score in enumerate((-0.01, -4.0)):
+        tier = OPTIMAL.agree_on_tier(curves, rank)
+        tree = OPTIMAL.begin(torch.arange(1), num_verify_tokens=tier.num_verify_tokens)
+        while OPTIMAL.deeper(tree, tier):
+            tokens = torch.zeros(*tree.frontier.token.shape, 1).long()
+            tree = OPTIMAL.grow(tree, tokens, tokens + score, beam=tier.beam)
+        assert tree.depth == tier.depth > 0 and alone.rate > 0
+
+
 def test_decode_trims():
     own, prompts = table(30, seed=3, sharpness=2.5), [torch.tensor([i]) for i in range(4)]
     models = TabularTarget(own), TabularDrafter(own, k=3)

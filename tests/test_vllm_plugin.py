@@ -225,6 +225,19 @@ def test_a_cost_model_turns_drafting_off_where_tokens_cost_much(
         assert text == batch.greedy(prompt, len(text) - len(prompt))
 
 
+@pytest.mark.parametrize(("each", "weak"), [(0.3, False), (0.01, True)])
+def test_drafts_that_do_not_pay_are_left_out(engine, folder, monkeypatch, tmp_path, each, weak):
+    """One text repeats itself seven times, of the other one token was seen once before."""
+    cost = echo.CostModel((1, 2, 64), (1.0, 1.0 + each, 1.0 + 63 * each))
+    (tmp_path / "cost.json").write_text(cost.to_json())
+    monkeypatch.setenv("ECHO_COST", str(tmp_path / "cost.json"))
+    texts = [[1, 2, 3] * 8, [4, 5, 6, 7, 0, 4]]
+    batch, proposer = Batch(engine, folder, texts), load()
+    batch.texts = texts
+    strong, once = batch.propose(proposer)
+    assert strong[:2] == [1, 2] and (once[:1] == [5]) is weak
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_our_chain_layout_is_its_step_metadata(engine, folder, seed):
     packed = forest(seed, 5, 6, shape="chain", empty=False).packed

@@ -96,6 +96,8 @@ class EchoProposer:
         if tier.depth:
             tokens, log_probs = self.draft(texts, tier.depth)
             tree = self.scheduler.grow_positions(tree, tokens[..., None], log_probs[..., None])
+        if self.scheduler.trims:  # drafts are on the host anyway
+            tree = self.scheduler.trim(tree, tier, context_tokens=context)
         self.packed = self.scheduler.pack(tree)
         ends, tokens = self.packed.indptr.tolist(), self.packed.tokens.tolist()
         for place, i in enumerate(rows):
@@ -243,9 +245,8 @@ def scheduler(depth: int) -> echo.ElasticBudgetScheduler:
         budget = echo.CostModel.from_json(Path(cost).read_text())
     limit = depth + 1
     rule = echo.PerRequest(limit, 1, fitted) if budget is None else echo.GlobalRank(1, fitted)
-    return echo.ElasticBudgetScheduler(
-        rule, budget=budget, max_depth=depth, max_verify_tokens_per_req=limit
-    )
+    limits = {"max_depth": depth, "max_verify_tokens_per_req": limit}
+    return echo.ElasticBudgetScheduler(rule, budget=budget, trims=bool(cost), **limits)
 
 
 def lookup(text: NDArray[np.int32], depth: int) -> list[tuple[int, float]]:

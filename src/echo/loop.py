@@ -258,6 +258,7 @@ def speculate(
     start = time.perf_counter()
     if tier is None:
         tier = scheduler.choose_tier(history.to("cpu"), req_indices.cpu(), num_other_tokens)
+    checks.instance("tier", tier, Tier)
     count = tier.num_verify_tokens
     tree = scheduler.begin(root_tokens, verify_limits=verify_limits, num_verify_tokens=count)
     while drafter is not None and scheduler.deeper(tree, tier):

@@ -6,7 +6,7 @@ D layers at most; n points at which numbers of tokens are compared.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -156,7 +156,8 @@ class ThroughputOptimal:
             steps, idle, unprocessed = (int(count.max()) for count in counts)
             load = int(batch.sum()), plain, widest, steps, idle, unprocessed, longest
             choice = self._best(drafts, accepts, *load)
-        return self._tier(*choice, plain, widest, int(other[rank]), longest)
+        tier = self._tier(*choice, plain, widest, int(other[rank]), longest)
+        return replace(tier, rate=0.0)  # drafts of one rank's own must not change the shape
 
     def trim(
         self,

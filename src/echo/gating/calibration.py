@@ -253,7 +253,7 @@ def _read_depth(data: Mapping[str, Any]) -> DepthCalibration:
     checks.real("calibration.effective", d.effective, 0.0)
     for number in itertools.chain(*d.profile):
         checks.real("calibration.profile", number, 0.0)
-    knots = np.array(d.reliability).reshape(-1, 2)
+    knots = np.array([(score, share) for score, share in d.reliability]).reshape(-1, 2)
     rising = np.isfinite(knots).all() and (np.diff(knots, axis=0) >= 0).all()
     if not len(knots) or not rising or not 0 <= knots[0, 1] <= knots[-1, 1] <= 1:
         expected = f"expected rising knots within [0, 1] at depth {d.depth}"

@@ -283,10 +283,11 @@ def _count(mass: NDArray[np.int64], log: WarmupLog) -> NDArray[np.int64]:
             raise EchoError(f"log.weight: expected {bounds}, got {log.weight[row]:g} in row {row}")
         exact = int(2.0**52 / (UNIT * max(1.0, float(log.weight.max())) ** 2))
         block = min(2 * _BLOCK, exact)  # sums stay integers below 2^53, exact in float64
-    columns = [torch.from_numpy(c) for c in (log.depth, log.rank, log.accepted, log.confidence)]
+    columns = log.depth, log.rank, log.accepted, log.confidence
     for start in range(0, len(log), block):
         part = slice(start, start + block)
-        place = _places(*(column[part] for column in columns)).numpy()
+        # a copy: torch takes neither negative strides nor read-only memory
+        place = _places(*(torch.from_numpy(column[part].copy()) for column in columns)).numpy()
         if not weighted:
             rows = np.bincount(place, minlength=size)
             flat += rows * np.array([[1], [UNIT], [UNIT]])

@@ -270,7 +270,7 @@ def _squares(entries: Bools, begin: Array, stride: Array, past: Array | int, q: 
     row = np.arange(int(q.max(initial=1)))
     ends = begin + q * stride
     say = lambda b: f"expected at least {ends[b]} entries, got {len(entries)}"
-    refuse("mask", ends > len(entries), say)
+    refuse("mask", (ends > len(entries)) | (begin < 0), say)
     at = (begin + past)[:, None, None] + row[:, None] * stride[:, None, None] + row
     there = row < q[:, None]
     inside = there[:, :, None] & there[:, None]
@@ -303,7 +303,7 @@ def _bits(words: Tensor) -> Bools:
     """bool [..., width]: the bits of integers [..., k], least significant first."""
     values = np.ascontiguousarray(host(words))
     bits = np.unpackbits(values.view(np.uint8).ravel(), bitorder="little").view(bool)
-    return bits.reshape(*values.shape[:-1], -1)
+    return bits.reshape(*values.shape[:-1], 8 * values.itemsize * values.shape[-1])
 
 
 def _sizes(num_nodes: Tensor | None, batch: int, n: int) -> Array:
