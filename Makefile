@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip --disable-pip-version-check -q
 STAMP := .venv/.installed
-WORKERS ?= $(shell n=$$(nproc); echo $$((n < 8 ? n : 8)))
+WORKERS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$((n < 8 ? n : 8)))
 export HF_HUB_OFFLINE := 1
 
 .PHONY: demo test replay bench fuzz peers docs lint install clean
