@@ -1,5 +1,7 @@
 """Sphinx configuration: MyST pages, API from docstrings, warnings are errors (``make docs``)."""
 
+import re
+
 from docutils import nodes
 from latex2mathml.converter import convert
 
@@ -31,5 +33,13 @@ def formula(translator, node):
     raise nodes.SkipNode
 
 
+def joined(app, what, name, obj, options, lines):
+    """Several attributes of one description: Sphinx takes what stands before a space for a type."""
+    for number, line in enumerate(lines):
+        if names := re.match(r":ivar ([\w, ]+):", line):
+            lines[number] = line.replace(names[1], names[1].replace(", ", ",\u200b"), 1)
+
+
 def setup(app):
     app.add_html_math_renderer("mathml", (formula, None), (formula, None))
+    app.connect("autodoc-process-docstring", joined, priority=900)  # after napoleon
