@@ -405,3 +405,12 @@ def test_a_decoding_step_counts_live_what_its_log_says():
 def test_bad_input_names_the_argument(call, message):
     with pytest.raises(echo.EchoError, match=message):
         call()
+
+
+@pytest.mark.parametrize("given", [None, 3, [None], ["log.npz"]])
+def test_what_is_no_log_is_named(given):
+    with pytest.raises(echo.EchoError, match="logs: expected a WarmupLog, got"):
+        ConfidenceHistograms.of(given)
+    if not isinstance(given, list):
+        with pytest.raises(echo.EchoError, match="logs: expected a WarmupLog, got"):
+            ConfidenceHistograms.empty(1).add(given)

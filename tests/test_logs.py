@@ -241,3 +241,10 @@ def test_another_kind_of_file_is_refused(tmp_path):
         echo.EchoError, match=r"path: expected a .npz, .jsonl or .parquet file, got .*log.csv"
     ):
         small().save(tmp_path / "log.csv")
+
+
+@pytest.mark.parametrize("name", ["confidence", "weight"])
+def test_columns_that_are_no_numbers_are_named(name):
+    columns = {"confidence": [0.5], "weight": [1.0]} | {name: ["half"]}
+    with pytest.raises(echo.EchoError, match=f"{name}: expected numbers, got ValueError"):
+        echo.WarmupLog.from_arrays([1], accepted=[1], **columns)

@@ -552,3 +552,10 @@ def test_an_idle_rank_takes_part_with_pads():
         2,
     ) and accepted.num_emitted.shape == accepted.bonus.shape == (0,)
     assert compact(packed, accepted, context).source.shape == (0, 2)
+
+
+def test_a_layer_without_candidates_is_not_attached():
+    none = torch.zeros(1, 0, dtype=torch.int64)
+    roots = echo.SuperTree.from_paths(torch.tensor([7]), [[]])
+    with pytest.raises(echo.EchoError, match=r"tokens.shape\[1\]: expected an int >= 1, got 0"):
+        roots.attach([(none, none, none.float())])

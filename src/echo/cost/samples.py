@@ -63,7 +63,8 @@ class Evidence:
             object.__setattr__(self, "measured", tuple(tuple(map(float, own)) for own in ranges))
         if self.error is not None:
             checks.real_field(self, "error", 0.0)
-        object.__setattr__(self, "doubts", tuple(map(str, self.doubts)))
+        with checks.reading("doubts: expected texts"):
+            object.__setattr__(self, "doubts", tuple(map(str, self.doubts)))
 
     def _near(self, context_len: float) -> list[tuple[float, ...]]:
         return [r for r in self.measured if r[3] / REACH <= context_len <= r[4] * REACH]

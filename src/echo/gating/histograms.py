@@ -116,9 +116,11 @@ class ConfidenceHistograms:
             EchoError: no log, a depth above 64, or a weight neither 0 nor from 1/64 to 1024.
         """
         mass = None
-        for log in (logs,) if isinstance(logs, WarmupLog) else logs:
+        if not isinstance(logs, Iterable):
+            logs = (logs,)
+        for log in logs:
             mass = cls.empty(1).mass if mass is None else mass
-            mass = _count(mass, checks.instance("logs", log, WarmupLog))
+            mass = _count(mass, log)
         if mass is None:
             raise EchoError("logs: expected at least one WarmupLog, got none")
         return cls(mass)
@@ -266,7 +268,7 @@ def _places(depth: Tensor, rank: Tensor, accepted: Tensor, confidence: Tensor) -
 
 def _count(mass: NDArray[np.int64], log: WarmupLog) -> NDArray[np.int64]:
     """Add the log's rows to ``mass`` in place, block by block; to a copy if the log is deeper."""
-    deepest = int(log.depth.max(initial=1))
+    deepest = int(checks.instance("logs", log, WarmupLog).depth.max(initial=1))
     if deepest > MAX_DEPTH:
         row = int(log.depth.argmax())
         raise EchoError(f"log.depth: expected at most {MAX_DEPTH}, got {deepest} in row {row}")

@@ -120,10 +120,10 @@ class WarmupLog:
         weights = np.ones(count) if weight is None else weight
         return cls(
             depth=depths,
-            confidence=np.atleast_1d(np.asarray(confidence, dtype=np.float32)),
+            confidence=_floats("confidence", confidence),
             accepted=labels(accepted),
             rank=_integers("rank", np.zeros(count) if rank is None else rank),
-            weight=np.atleast_1d(np.asarray(weights, dtype=np.float32)),
+            weight=_floats("weight", weights),
             step=_integers("step", np.arange(count) if step is None else step),
         )
 
@@ -325,6 +325,11 @@ def _first_repeat(expected: str, rows: NDArray[np.int64], *keys: NDArray[Any]) -
         row = int(rows[order[1:][same]].min())
         values = ", ".join(str(key[np.searchsorted(rows, row)]) for key in keys)
         raise EchoError(f"{expected}, got ({values}) again in row {row}")
+
+
+def _floats(name: str, value: ArrayLike) -> NDArray[np.float32]:
+    with checks.reading(f"{name}: expected numbers"):
+        return np.atleast_1d(np.asarray(value, dtype=np.float32))
 
 
 def _integers(name: str, given: ArrayLike) -> NDArray[Any]:

@@ -278,6 +278,7 @@ class SuperTree:
             checks.tensor("tokens", token, [self.batch, "M"], torch.int64, live.device)
             checks.tensor("parents", parent, token.shape, torch.int64, live.device)
             checks.tensor("log_probs", log_prob, token.shape, checks.FLOATS, live.device)
+            checks.integer("tokens.shape[1]", token.shape[1], 1)
         check_size(self.batch, 1 + sum(token.shape[1] for token, _, _ in layers), len(layers))
         made = list(self.layers)
         invalid = self.invalid
