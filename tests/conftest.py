@@ -23,6 +23,8 @@ def hasten_interpreter():
     from triton import language as tl
     from triton.runtime import interpreter
 
+    if not {"_patch_lang", "_get_np_dtype"} <= vars(interpreter).keys():
+        return  # of another Triton: the tests only take longer
     interpreter._patch_lang(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
     interpreter._patch_lang = lambda _: SimpleNamespace(restore=lambda: None)
     found = {}
