@@ -164,17 +164,17 @@ class ByLoad(Scheduler):
 
     costs: Callable[[int], echo.CostModel] | None = None
 
+    def at(self, requests):
+        return super(ByLoad, replace(self, budget=self.costs(requests)))
+
     def choose_tier(self, history, req_indices, num_other_tokens=0):
-        scheduler = replace(self, budget=self.costs(len(req_indices)))
-        return super(ByLoad, scheduler).choose_tier(history, req_indices, num_other_tokens)
+        return self.at(len(req_indices)).choose_tier(history, req_indices, num_other_tokens)
 
     def deeper(self, tree, tier):
-        scheduler = replace(self, budget=self.costs(tree.batch))
-        return super(ByLoad, scheduler).deeper(tree, tier)
+        return self.at(tree.batch).deeper(tree, tier)
 
     def trim(self, tree, tier, num_other_tokens=0):
-        scheduler = replace(self, budget=self.costs(tree.batch))
-        return super(ByLoad, scheduler).trim(tree, tier, num_other_tokens)
+        return self.at(tree.batch).trim(tree, tier, num_other_tokens)
 
 
 def day(path: Path, machine: Machine, share: float = 1.0) -> list[dict[str, object]]:

@@ -139,8 +139,8 @@ def test_replay_gives_the_steps_of_live_decoding(recorded, name):
     """Steps, rows and accepted tokens, alone or three at a time, replayed from the trace."""
     from echo.testing import replay
 
-    (batch, scheduler) = REPLAYED[name]
-    (pair, prompts, trace) = recorded
+    batch, scheduler = REPLAYED[name]
+    pair, prompts, trace = recorded
     seen = []
     limit = {"max_verify_tokens_per_req": 32}
     report = replay(trace, scheduler, COST, batch=batch, **limit, observe=seen.append)

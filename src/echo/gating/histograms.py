@@ -288,8 +288,9 @@ def _count(mass: NDArray[np.int64], log: WarmupLog) -> NDArray[np.int64]:
     columns = log.depth, log.rank, log.accepted, log.confidence
     for start in range(0, len(log), block):
         part = slice(start, start + block)
-        # a copy: torch takes neither negative strides nor read-only memory
-        place = _places(*(torch.from_numpy(column[part].copy()) for column in columns)).numpy()
+        # torch takes neither negative strides nor read-only memory
+        own = (np.require(column[part], requirements=["C", "A", "W"]) for column in columns)
+        place = _places(*map(torch.from_numpy, own)).numpy()
         if not weighted:
             rows = np.bincount(place, minlength=size)
             flat += rows * np.array([[1], [UNIT], [UNIT]])
