@@ -1,4 +1,4 @@
-"""Three processes over gloo: tensor-parallel ranks share one plan, data-parallel ranks one shape."""
+"""Four processes over gloo: tensor-parallel ranks share one plan, data-parallel ranks one shape."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch.multiprocessing as mp
 
 import echo
 
-RANKS = 3
+RANKS = 4
 BATCH = 6
 DEPTH = 3
 COST = echo.CostModel((1, 24, 256), (1.0, 1.0, 9.0), draft_layer=0.02)

@@ -436,7 +436,7 @@ def nodes(generator, batch, above, width):
     return Frontier(token, parent, parent, torch.zeros(shape, device=DEVICE), active, 1)
 
 
-@settings(max_examples=15)
+@settings(max_examples=25)
 @given(st.integers(1, 5), st.integers(3, 40), st.integers(1, 8), st.integers(0, 9999))
 def test_kernels_propose_what_the_reference_proposes(batch, length, max_ngram, seed):
     """Bit for bit, texts that a ring has lost the beginning of included; a blend to rounding."""
@@ -481,7 +481,7 @@ def test_a_lookup_stays_at_its_addresses_and_decodes_the_same_text(backend):
     before = [drafter.texts.tokens.data_ptr(), drafter.texts.num_tokens.data_ptr()]
     scheduler = echo.ElasticBudgetScheduler(echo.GlobalRank(2), None, 12, 3)
     with kernels.using(backend):
-        steps = echo.decode(scheduler, target, drafter, PROMPTS, max_num_reqs=3, max_new_tokens=10)
+        steps = echo.decode(scheduler, target, drafter, PROMPTS, max_num_reqs=3, max_new_tokens=20)
         texts: dict[int, list[int]] = {}
         for step in steps:
             for request, tokens in zip(step.requests, step.emitted, strict=True):
@@ -490,7 +490,7 @@ def test_a_lookup_stays_at_its_addresses_and_decodes_the_same_text(backend):
     plain = {}
     policy = echo.ElasticBudgetScheduler.autoregressive()
     for step in echo.decode(
-        policy, pair(3, False)[0], None, PROMPTS, max_num_reqs=3, max_new_tokens=10
+        policy, pair(3, False)[0], None, PROMPTS, max_num_reqs=3, max_new_tokens=20
     ):
         for request, tokens in zip(step.requests, step.emitted, strict=True):
             plain.setdefault(request, []).extend(tokens)

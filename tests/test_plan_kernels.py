@@ -152,10 +152,10 @@ SCHEDULERS = {
     ("name", "batch"),
     [
         ("two-level", 1),
-        ("two-level", 33),
+        ("two-level", 64),
         ("calibrated", 3),
         ("goodput", 1),
-        ("goodput", 20),
+        ("goodput", 40),
         ("autoregressive", 3),
     ],
 )

@@ -31,7 +31,7 @@ def pair(smollm2):
         texts = [[] for _ in prompts]
         margins = [[] for _ in prompts]
         steps = 0
-        options = {"max_num_reqs": 4, "max_new_tokens": 40, "eos_token": 2}
+        options = {"max_num_reqs": 4, "max_new_tokens": 64, "eos_token": 2}
         for step in echo.decode(scheduler, target, draft, prompts, **options):
             steps += len(step.requests)
             for b, (request, tokens) in enumerate(zip(step.requests, step.emitted, strict=True)):
@@ -117,7 +117,7 @@ def recorded(smollm2):
         return target, pooled(target, max_num_reqs, 320, k=3)
 
     target, drafter = pair(4)
-    options = {"max_num_reqs": 4, "max_new_tokens": 28, "eos_token": 2}
+    options = {"max_num_reqs": 4, "max_new_tokens": 40, "eos_token": 2}
     options |= {"max_verify_tokens_per_req": 32, "depth": 5, "beam": 3, "floor": FLOOR}
     *_, trace = record(target, drafter, prompts, KINDS, **options)
     return pair, prompts, trace
@@ -145,7 +145,7 @@ def test_replay_gives_the_steps_of_live_decoding(recorded, name):
     limit = {"max_verify_tokens_per_req": 32}
     report = replay(trace, scheduler, COST, batch=batch, **limit, observe=seen.append)
     target, drafter = pair(batch)
-    options = limit | {"max_num_reqs": batch, "max_new_tokens": 28, "eos_token": 2}
+    options = limit | {"max_num_reqs": batch, "max_new_tokens": 40, "eos_token": 2}
     live = list(echo.decode(scheduler, target, drafter, prompts, **options))
     assert report.misses == 0
     assert len(live) == len(seen)
